@@ -19,8 +19,8 @@ _HELP = re.compile(r":?help(?:\(\))?|\?|--help|-h", re.IGNORECASE)
 def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Callable[[], str]:
     """Return a function that asks for a line; like `input`, it raises EOFError and KeyboardInterrupt.
 
-    `quit` and `exit` end the input too; `help` shows the options of a line and asks again. Lines are edited
-    and recalled with the package prompt_toolkit, which also works on Windows, or else with readline.
+    `quit` and `exit` end the input too; `help` shows the options of a line and asks again. Line editing and
+    history come from the package prompt_toolkit, which also works on Windows, or else from readline.
 
     Args:
         options: Options of a line, by letters and names.
@@ -60,7 +60,7 @@ def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Calla
 
 @contextlib.contextmanager
 def ring_after(is_asked: bool) -> Iterator[None]:
-    """Ring the terminal's bell at the end of the block, even after an error; not if output goes to a file."""
+    """Ring the terminal's bell after the block if `is_asked`, even after an error; never in a log file."""
     try:
         yield
     finally:

@@ -56,7 +56,7 @@ WITHOUT = "without LoRA"
 
 @dataclass(frozen=True)
 class Variant:
-    """One column of a comparison: a LoRA at a strength, or no LoRA; with two experts, one LoRA for each."""
+    """One column of a comparison: a LoRA at a strength (one LoRA per expert if there are two), or no LoRA."""
 
     column: str
     strength: str  # "x 0.6"; empty without LoRA
@@ -65,26 +65,26 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Heading of a comparison column: the LoRA and its strength."""
+        """Heading of a column in a comparison: the LoRA and its strength."""
         return f"{self.column} {self.strength}".rstrip()
 
 
 class Cell(NamedTuple):
-    """One cell of a comparison: a prompt and its clip in one column."""
+    """A cell of a comparison: a prompt, and its clip in one column."""
 
     prompt: GenerationJob
     clip: GenerationJob
 
 
 class ClipFiles(NamedTuple):
-    """Paths of a finished clip or image and of its latents."""
+    """Paths of a comparison's finished clip or image, and of its latents."""
 
     video: Path
     latents: Path
 
     @property
     def exist(self) -> bool:
-        """Whether the clip or its latents exist already."""
+        """Whether the clip or its latents exist."""
         return self.video.exists() or self.latents.exists()
 
 
@@ -93,7 +93,7 @@ Column = tuple[Variant, Sequence[Cell]]
 
 @explain_lack("Finished clips are kept: the same command continues.")
 def compare(family: Family, options: GenerationOptions, comparison: CompareOptions) -> None:
-    """Generate the clip of each prompt without LoRA and with each LoRA and strength, and write them as grids.
+    """Generate clips of each prompt without LoRA and with each LoRA at each strength; write them as grids.
 
     Clips that exist from an earlier run are not generated again.
 
@@ -105,7 +105,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     device = select_device(options.device)
     options = _resolve_options(family, options, device)
     loras = network_setup.expert_loras(family, options, with_texts=True)
-    # add the words in files of LoRAs and of --textual_inversion_embeddings
+    # add prompt words from LoRA files and from --textual_inversion_embeddings
     family = with_words_of(family, loras)
     family = with_embeddings(family, options.textual_inversion_embeddings or ())
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
@@ -134,7 +134,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 
 
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
-    """Return the run that generates all clips of the comparison; networks are loaded for each column."""
+    """Return the run that generates all clips of the comparison; its networks are loaded later."""
     options, predicted = resolve_options(family, options, device, device_memory_to_plan(device))
     loader = network_setup.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
@@ -144,7 +144,7 @@ def _make_run(family: Family, options: GenerationOptions, device: torch.device) 
 def _make_columns(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
 ) -> list[Column]:
-    """Make the job of each clip; columns with equal labels have the same clips."""
+    """Make the generation job of each clip; columns with equal labels share their clips."""
     cells_by_label: dict[str, list[Cell]] = {}
     for variant in variants:
         clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
@@ -153,7 +153,7 @@ def _make_columns(
 
 
 def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Return the options with a comparison's own settings, and prepare the device."""
+    """Return the options with what a comparison needs, such as a fixed seed, and prepare the device."""
     if options.optimized:
         options = network_setup.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
@@ -167,7 +167,7 @@ def _resolve_options(family: Family, options: GenerationOptions, device: torch.d
 
 
 def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
-    """Make the job of each prompt line; raise UserError if a line is invalid."""
+    """Make the generation job of each prompt line; raise UserError if a line is invalid."""
     options = run.options
     lines = lines_of(options.from_file)
     failures = Failures(strict=options.from_file is None)
@@ -178,7 +178,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
 
 
 def _list_missing_cells(run: GenerationRun, columns: Sequence[Column]) -> list[Column]:
-    """Return the columns reduced to the cells that have neither a clip nor saved latents yet."""
+    """Return the columns with only the cells that lack a clip and saved latents, without finished columns."""
     incomplete: list[Column] = []
     for variant, cells in columns:
         missing = [cell for cell in cells if not _files(run, cell.clip).exist]
@@ -267,12 +267,12 @@ def make_variants(
 
 
 def _find_first_path(column: network_setup.LorasByExpert) -> Path:
-    """Return the path of the first LoRA file in a column, of any expert."""
+    """Return the path of the first LoRA file in a comparison's column, for any expert."""
     return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
 
 
 def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) -> dict[str, str]:
-    """Return the SHA-256 hashes of a column's LoRA files, by their metadata keys."""
+    """Return the SHA-256 hashes of a column's LoRA files, by the metadata keys that store them."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
         if expert_uses:
@@ -289,7 +289,7 @@ def _hash(path: Path) -> str:
 def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> GenerationJob:
     """Make the job that generates a prompt in one column of the comparison.
 
-    Its file name has line, seed and column; `_` is appended if another clip already has this name.
+    Its file name contains line, seed and column; `_` is appended if another clip already has this name.
 
     Args:
         run: The run.
@@ -315,7 +315,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
 
 
 def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
-    """Return the paths of a cell's results: the clip or image, and its latents."""
+    """Return the paths of a cell's output files: the clip or image, and its latents."""
     options = run.options
     if run.family.latent.has_layers:
         suffix = f"{COMPOSITE}.png"
@@ -328,7 +328,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing output files of a cell are the clip that it makes; True if there are none."""
+    """Return whether a cell's output files were made with the cell's settings; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
@@ -340,7 +340,7 @@ def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
 
 
 def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that records a clip's settings, without its creation time."""
+    """Return the metadata that records a clip's settings, without the time of its creation."""
     return {
         name: text
         for name, text in tags.items()
@@ -390,9 +390,9 @@ def load_for_columns(
 ) -> making.JobsWithNetworks:
     """Yield the clips of each column with networks that have the column's LoRAs.
 
-    A network is loaded once, and its weights are switched for each column. It is loaded again for each column
-    if its weights are stored in 8 bits, swapped or compiled, with T-LoRAs, or with several experts, because
-    copies of their original weights would double the host memory.
+    The network is loaded once, and its weights are changed for each column. It is loaded for every column if
+    it is quantized, swapped or compiled, with T-LoRAs, or with several experts, as copies of the original
+    weights would double the host memory.
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None
@@ -409,7 +409,7 @@ def load_for_columns(
 def _load_switched_networks(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
 ) -> making.JobsWithNetworks:
-    """Load the network once and change its weights for each column; yield the clips of each column."""
+    """Load the network once, and change its LoRAs for each column; yield the column's clips and network."""
     dit_uses = [select_network_part(variant.uses[0], of_text_encoders=False) for variant, _ in columns]
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
@@ -426,7 +426,7 @@ def _begin_phase(
     uses: network_setup.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
-    """Return a context that loads networks with LoRAs and yields a function from timestep to network."""
+    """Return a context that loads the networks with LoRAs, and yields a function from timestep to network."""
     dits = run.session.dits
     loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader
@@ -493,7 +493,7 @@ def write_grid(
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
     """Return the prompt of a single job, or the names of the compared training runs.
 
-    The number of the epoch or step is removed: file x-000010 belongs to run x.
+    Numbers of epochs or steps are removed: file x-000010 belongs to run x.
     """
     if len(jobs) == 1:
         return shorten_prompt(jobs[0].prepared.request.prompt)
@@ -529,7 +529,7 @@ def _make_row(
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:
-    """Return the script options that select this column's LoRAs, as a command line."""
+    """Return the options that select this column's LoRAs in a generation script, as a command line."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
         weight = network_setup.LORA_OPTIONS[network_setup.key_of(expert)]

@@ -22,7 +22,7 @@ ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], Gener
 
 @dataclass
 class _Conversation:
-    """State of --interactive between its lines."""
+    """State of --interactive that is kept from one typed line to the next."""
 
     run: GenerationRun  # with the latest strengths of the LoRAs
     change_strengths: ChangeStrengths
@@ -85,7 +85,7 @@ def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
 
 
 def _read_strengths(run: GenerationRun, text: str) -> tuple[float, ...]:
-    """Parse the strengths of a line: numbers separated by commas, one for each LoRA.
+    """Parse LoRA strengths typed by the user: numbers separated by commas, one for each LoRA.
 
     Raises:
         OptionError: If the text cannot be parsed.

@@ -119,7 +119,7 @@ def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int,
         index: Index of the step.
         velocity: Velocity of video and audio, B N.
     """
-    # how latents of video and audio lie in one tensor; None without audio
+    # layout of video and audio latents in one tensor; None without audio
     audio_video = section.overrides.audio_video_shapes
     if audio_video is None or schedule.audio_sigmas is None:
         return velocity
@@ -130,7 +130,7 @@ def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int,
 
 
 def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
-    """Return the latents with the section's fixed values inserted: first frames, audio, other held latents.
+    """Return the latents with the section's fixed values inserted: first frames, audio, other fixed latents.
 
     Fixed parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance that
     measures the norm of a velocity.
@@ -155,7 +155,7 @@ def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
 
 
 def _split_timesteps(timesteps: Tensor, step: steps.Step, clean_streams: tuple[bool, bool]) -> Tensor:
-    """Return timesteps for images and audio, B 2, from the step's timesteps, B; 0 for clean streams."""
+    """Return timesteps for (images, audio), B 2, from the step's timesteps, B; 0 for a clean stream."""
     audio_timesteps = timesteps
     if step.audio_sigma is not None:
         audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
@@ -188,7 +188,7 @@ def predictor(
     def predict(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
-        """Predict the velocity at the step's noisy latents for each of several conditions."""
+        """Return the predicted velocity at the step's noisy latents for each of the given conditions."""
         can_stack = not split and _are_alike(conditions)  # only conditions of equal shapes form a batch
         # each group of passes forms one batch
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
@@ -218,7 +218,7 @@ def predictor(
 
 
 def _are_alike(conditions: Sequence[Conditions]) -> bool:
-    """Return whether conditions can be batched: equal names and shapes; lists may differ in length."""
+    """Return whether conditions can be batched: equal names and shapes; lists may have different lengths."""
     outlines = [
         {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in condition.items()}
         for condition in conditions
@@ -227,7 +227,7 @@ def _are_alike(conditions: Sequence[Conditions]) -> bool:
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
-    """Concatenate the conditions of several guidance passes along the batch dimension."""
+    """Concatenate the conditions of several guidance passes along the batch axis."""
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in conditions[0]:
         values = [condition[name] for condition in conditions]
@@ -239,8 +239,8 @@ def stack(conditions: Sequence[Conditions]) -> Conditions:
 class SeededNoise:
     """Random generator for the noise of one request.
 
-    By default the generator is on the device, and its numbers depend on the type of device. With `cpu_noise`
-    it is on the CPU: the numbers of `torch.manual_seed(seed)`, equal on every machine and in ComfyUI.
+    By default, the generator is on the device, and its values depend on the type of device. With `cpu_noise`,
+    it is on the CPU: the values of `torch.manual_seed(seed)`, equal on every machine and in ComfyUI.
     """
 
     def __init__(self, seed: int, device: torch.device, cpu_noise: bool = False) -> None:
@@ -248,7 +248,7 @@ class SeededNoise:
         self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw Gaussian noise of a shape and return it on the run's device."""
+        """Draw Gaussian noise and return it on the run's device."""
         drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
         return send_ahead(drawn, self._device)  # asynchronous: solvers must not wait for the device
 
@@ -278,7 +278,7 @@ def make_latents(
         dit_at: Returns the network to call at a timestep; the caller sets evaluation mode and device.
         prepared: The request with all values resolved.
         prompts: Encoded prompts by section, from `Session.encode_texts`, on the CPU.
-        inputs: Conditions from input media by section, from `session.encode_inputs`, on the CPU.
+        inputs: Conditions from input media by section, from `encode_inputs`, on the CPU.
         device: Device of the run.
         cpu_noise: Draw noise on the CPU.
         guidance_options: Options of guidance other than its scale.
@@ -336,7 +336,7 @@ def make_latents(
 
 @dataclass(frozen=True)
 class _SectionDenoiser:
-    """Denoises the sections of a request: chooses solver, guidance and start of each; see `make_latents`."""
+    """Denoises a clip's sections: selects solver, guidance and start latents of each; see `make_latents`."""
 
     family: Family
     dit_at: steps.DitAt
@@ -350,11 +350,11 @@ class _SectionDenoiser:
     run: steps.RunPasses
 
     def denoise_section(self, section: steps.Section, device: torch.device) -> Tensor:
-        """Return the latents of a section, whose inputs are on the device."""
+        """Denoise a section, whose inputs are on the device, and return its latents."""
         prepared, family = self.prepared, self.family
         # stages: requests that run one after another, each from the result of the previous one
         stage_request = prepared.stages[section.stage] if prepared.stages else prepared
-        if section.solver is not None:  # a family's own solver may count several steps for one
+        if section.solver is not None:  # a family's own solver may have a different number of steps
             stage_request = replace(stage_request, steps=section.solver.schedule.num_steps)
         # a solver that adds noise continues the generator of the section's start
         solver = section.solver or solver_for(
@@ -401,7 +401,7 @@ def sections_of(
 ) -> Generator[steps.Section, Tensor, Tensor]:
     """Yield the family's sections, each with the request's overrides and its part of the source latents.
 
-    Send the result of each section; the generator returns the latents of the whole video.
+    Send the latents of each section; the generator returns the latents of the whole video.
     """
     conditions = dict(inputs.get(0, {}))
     source = conditions.pop(SOURCE, None)  # it starts the sections, and is not an input of the network
@@ -451,7 +451,7 @@ def _find_start(
 def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
-    """Enable the LoRAs of a stage inside the `with` block, except those of strength 0."""
+    """Enable the LoRAs of a request's stage inside the `with` block; a strength of 0 leaves a LoRA off."""
     from networks.gated_loras import stage_loras_of  # only with LoRAs of stages
 
     with ExitStack() as stack:
@@ -464,7 +464,7 @@ def _switch_on_stage_loras(
 def on_device(section: steps.Section, device: torch.device) -> steps.Section:
     """Return the section with all inputs of the network on `device`.
 
-    Conditions that are one object before the move are one object afterwards.
+    Conditions that share one object before the move still share one afterwards.
     """
     texts = {id(section.positive): section.positive}
     for text in (section.negative, section.blank, section.nag):
@@ -487,7 +487,7 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
 
 
 def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
-    """Move conditions to `device`, except integer tensors, which stay on the host."""
+    """Move the tensors of conditions to `device`, except integer tensors, which stay on the host."""
     return {
         name: [send(item, device) for item in value] if isinstance(value, list) else send(value, device)
         for name, value in conditions.items()

@@ -21,12 +21,12 @@ _MARKED = re.compile(r"(?<!\w)embedding:\s*([^\s,()\[\]:]+)", re.IGNORECASE)
 
 
 def find_embeddings(text: str) -> list[str]:
-    """Return the names in a prompt that are written as `embedding:NAME`."""
+    """Return the names of the embeddings that a prompt uses, written as `embedding:NAME`."""
     return _MARKED.findall(text)
 
 
 def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
-    """Return the family with additional words from embedding files; each word is the file's name.
+    """Return the family with a new prompt word for each embedding file, named like the file.
 
     Args:
         family: The model family.
@@ -43,7 +43,7 @@ def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
 
 
 def warn_of_embeddings(family: Family, request: Request) -> None:
-    """Warn about names that a request marks as embeddings but no loaded file contains."""
+    """Warn of embedding names in a request's prompts that no loaded file contains."""
     text = " ".join(filter(None, (request.prompt, request.negative_prompt)))
     if find_embeddings(text):
         remedy = f"{OPTION} FILE loads one, or --lora_weight a LoRA that contains it"

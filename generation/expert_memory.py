@@ -42,7 +42,7 @@ from runtime.planning.memory_plan import (
 
 @dataclass(frozen=True)
 class ExpertSchedule:
-    """Order in which the experts of a run are used.
+    """Order in which a run uses its experts.
 
     Attributes:
         order: Indices of experts, from `list_expert_order`.
@@ -58,11 +58,11 @@ class ExpertSchedule:
 
     @property
     def count(self) -> int:
-        """Number of distinct experts that the run uses."""
+        """Number of different experts (high-noise, low-noise) that the run uses."""
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
-        """Return the peak of the bytes that all experts take in host memory, if the host has enough.
+        """Return the peak host memory of all experts in bytes, if the host has enough.
 
         Replays `order`. While an expert denoises, the next one is read into host memory. Afterwards the
         expert waits in host memory if it is needed again; otherwise it is freed.
@@ -90,13 +90,13 @@ class ExpertSchedule:
         return peak
 
     def list_idle_parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:
-        """Return the memory of the experts that do not denoise at the moment; () if there is one expert.
+        """Return the memory plan's line for experts that are not denoising; () if there is one expert.
 
-        Swapped weights of the expert that denoises are in host memory too, but count in its own line.
+        Swapped weights of the denoising expert are in host memory too, but belong to its own line.
 
         Args:
             weights: Bytes of a full expert.
-            swap: Bytes of weights that leave the device because blocks are swapped or split over processes.
+            swap: Weights that leave the device because blocks are swapped or split over processes.
         """
         if self.count < 2:
             return ()
@@ -118,13 +118,13 @@ class ExpertSchedule:
         device_memory: DeviceMemory | None,
         free_host_bytes: int | None,
     ) -> list[str]:
-        """Return notes for a memory plan: if all experts fit on the device, or too few on the host.
+        """Return notes if all experts fit on the device together, or if the host lacks memory for them.
 
         Args:
             plan: The memory plan.
             denoising: Phase of denoising.
             device_memory: Memory of the device; None if unknown.
-            free_host_bytes: None if unknown.
+            free_host_bytes: Free host memory in bytes; None if unknown.
         """
         if self.count < 2 or self.all_stay_on_device:
             return []
@@ -152,7 +152,7 @@ SINGLE_EXPERT = ExpertSchedule()  # of a model with one transformer
 def make_expert_schedule(
     family: Family, options: GenerationOptions, requests: Sequence[Prepared]
 ) -> ExpertSchedule:
-    """Return how the experts alternate when all requests run in sequence, each --num_videos times."""
+    """Return how the experts alternate over all requests in sequence, each generated --num_videos times."""
     return ExpertSchedule(
         tuple(list_expert_order(family, [*requests] * options.num_videos)),
         keep=options.interactive,
@@ -198,7 +198,7 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
         request_by_size[size] = prepared
 
     def is_exceeded(size: tuple[int, int, int]) -> bool:
-        """Return whether another request is at least as large in area, frames and reference pixels."""
+        """Return whether another request has at least the same area, frames and reference pixels."""
         for other in request_by_size:
             if other != size and all(larger >= value for larger, value in zip(other, size, strict=True)):
                 return True

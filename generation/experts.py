@@ -36,7 +36,7 @@ Check = Callable[[], None]  # called now and then while loading; may raise to en
 
 
 class PrefetchCancelled(Exception):
-    """Raised in a thread to stop reading an expert that is no longer needed."""
+    """Raised in the thread that reads an expert's weights, to stop it once the expert is no longer needed."""
 
 
 CPU = torch.device("cpu")
@@ -45,13 +45,13 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
 class WaitingNetwork(Protocol):
-    """Network with weights that can be moved to host memory, such as `runtime.offload.turns.HostCopy`."""
+    """A network whose weights can be moved to host memory and back, such as `HostCopy`."""
 
     def to_device(self) -> None:
         """Copy the weights from host memory to the device."""
 
     def free_device_memory(self) -> None:
-        """Free the device memory of the weights, which stay in host memory."""
+        """Free the device memory of the weights, which remain in host memory."""
 
 
 def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
@@ -67,30 +67,30 @@ LoadToHost = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
 
 @dataclass(frozen=True)
 class ExpertPrefetch:
-    """An expert whose weights a thread is reading into host memory."""
+    """An expert (high-noise or low-noise transformer) whose weights a thread is reading into host memory."""
 
     expert: int
     future: Future[tuple[nn.Module, WaitingNetwork]]
     stop: threading.Event  # set if the expert is no longer needed
 
     def join(self) -> None:
-        """Wait for the thread in short intervals, so that Ctrl-C can interrupt."""
+        """Wait for the thread to end, in short intervals, so that Ctrl-C can interrupt."""
         while wait([self.future], PAUSE).not_done:
             pass
 
 
 def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
-    """Return the index of the expert that denoises each step of a request."""
+    """Return, for each step of a request, the index of the expert that denoises it."""
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
     timesteps = schedule.timesteps[prepared.first_step :].tolist()
     return [expert_at(timestep, family.experts) for timestep in timesteps]
 
 
 def list_expert_order(family: Family, requests: Sequence[Prepared]) -> list[int]:
-    """Return which experts are used one after another, as indices, when the requests are generated in turn.
+    """Return the indices of the experts in the order of their use when the requests are generated in turn.
 
-    Consecutive steps with the same expert are one entry: two requests that use expert 0 and then expert 1
-    make [0, 1, 0, 1].
+    Consecutive steps with the same expert count once: two requests that use expert 0 and then expert 1 make
+    [0, 1, 0, 1].
     """
     if len(family.experts) == 1:
         return [0] if requests else []
@@ -100,7 +100,7 @@ def list_expert_order(family: Family, requests: Sequence[Prepared]) -> list[int]
 
 @dataclass
 class ExpertOffloader:
-    """Load the networks of a model's experts and move them between device and host as their turns come."""
+    """Loads the networks of a model's experts, and moves each to the device when it is needed."""
 
     experts: Sequence[Expert]
     device: torch.device
@@ -140,7 +140,7 @@ class ExpertOffloader:
         try:
             self._activate(expert_order[0] if expert_order else noisiest(self.experts))
             yield lambda timestep: self._activate(expert_at(timestep, self.experts))
-        finally:  # also where Ctrl-C comes in the middle of a move
+        finally:  # also if Ctrl-C interrupts a move
             if self._prefetch is not None:
                 self._cancel_prefetch(self._prefetch)
             if not self.keep:  # no further prompts need the experts
@@ -154,9 +154,9 @@ class ExpertOffloader:
 
     @contextmanager
     def moved_to_host(self) -> Iterator[None]:
-        """Move the working networks to host memory during the block.
+        """Move the networks that are on the device to host memory during the block.
 
-        A network with a copy in host memory is only dropped from the device.
+        A network with a copy in host memory is only removed from the device.
 
         Raises:
             MemoryPlanError: If the host has too little memory for them; the system might kill the process.
@@ -182,7 +182,7 @@ class ExpertOffloader:
                 _move_to_device(dit, host_copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
-        """Return whether the loaded networks may stay on the device during other work.
+        """Return whether the loaded networks may stay on the device during other work, such as decoding.
 
         Args:
             needed: Device memory of the other work in bytes; None if unknown, which returns False.
@@ -202,11 +202,11 @@ class ExpertOffloader:
         self._on_device = set()
 
     def _activate(self, expert: int) -> nn.Module:
-        """Return an expert, moved to the device if it is not there; start reading the next expert.
+        """Return an expert, moved to the device if necessary, and start reading the next one.
 
         Experts on the device are moved away first, unless all of them fit.
         """
-        # go on to this expert in the order; skipped entries are of requests that failed or ended early
+        # advance to this expert in the order; skipped entries belong to requests that failed or ended early
         remaining_indices = range(self._order_index, len(self._expert_order))
         self._order_index = next(
             (index for index in remaining_indices if self._expert_order[index] == expert), self._order_index
@@ -230,7 +230,7 @@ class ExpertOffloader:
         return self._dits[expert]
 
     def _move_back(self, expert: int) -> None:
-        """Move a loaded expert from host memory to the device; after an error it is offloaded again."""
+        """Move a loaded expert from host memory to the device; if that fails, offload it again."""
         self._on_device.add(expert)  # before moving, which may be interrupted half-way
         try:
             _move_to_device(self._dits[expert], self._host_copies.get(expert), self.device)
@@ -311,7 +311,7 @@ class ExpertOffloader:
 
     @staticmethod
     def _read_in_thread(expert: int, load_to_host: LoadToHost) -> ExpertPrefetch:
-        """Start a thread that reads an expert into host memory."""
+        """Start a thread that reads an expert's weights into host memory."""
         stop = threading.Event()
 
         def check() -> None:
@@ -325,7 +325,7 @@ class ExpertOffloader:
         return ExpertPrefetch(expert, future, stop)
 
     def _explain_no_prefetch(self, current_expert: int) -> str:
-        """Return why the next expert cannot be read while this one works, as log text; "" if it can."""
+        """Return why the next expert cannot be read in the background, as log text; "" if it can."""
         if self.lazy:
             return ", as --lazy_loading asks"
         if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
@@ -338,10 +338,9 @@ class ExpertOffloader:
         return ""
 
     def _take_prefetched(self, expert: int, prefetch: ExpertPrefetch) -> None:
-        """Take over an expert that was read ahead; raise the error of its thread.
+        """Take an expert from the thread that read it, or raise the error of the thread.
 
-        If the thread only ran out of memory, return without the expert: it is loaded once the other one is
-        done.
+        If the thread only ran out of memory, return without the expert, which is then loaded as usual.
         """
         if prefetch.expert != expert:  # its request ended before this expert was needed: drop it
             self._cancel_prefetch(prefetch)

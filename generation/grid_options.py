@@ -28,7 +28,7 @@ REJECTED = {
 
 @dataclass(frozen=True)
 class Axis:
-    """Grid axis: an option with its values as typed and as parsed."""
+    """A grid axis: an option and its values, both as typed and as parsed."""
 
     name: str  # on the command line: guidance_scale
     option: LineOption
@@ -36,7 +36,7 @@ class Axis:
     values: tuple[Value, ...]
 
     def describe(self, index: int) -> str:
-        """Return the label of the axis value at an index, such as `guidance_scale = 3`."""
+        """Return the label of a grid axis's value, such as `guidance_scale = 3`."""
         return f"{self.name} = {self.texts[index]}"
 
 
@@ -96,7 +96,7 @@ def split_values(text: str) -> list[str]:
 
 
 def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
-    """Read one axis of --sheet, such as `seed=1,2,3`."""
+    """Parse one axis of --sheet, such as `seed=1,2,3`."""
     name, sign, values_text = text.partition("=")
     name = name.strip().lstrip("-")
     if not sign:
@@ -114,7 +114,7 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
 
 
 def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[Value, ...]:
-    """Parse the values of a grid axis; raise OptionError with the axis and the value that is invalid."""
+    """Parse a grid axis's values; raise OptionError that names the axis and the invalid value."""
     for text in texts:
         if texts.count(text) > 1:
             raise OptionError(f"--sheet {name}: the value {text!r} is given twice. Leave one out")
@@ -132,7 +132,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
 def list_cells(
     axes: Sequence[Axis], line: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-    """Yield the column and row index of each cell and its prompt line, row by row.
+    """Yield the indices (column, row) of each cell and the values of its prompt line, row by row.
 
     Args:
         axes: Axes of the sheet.
@@ -155,7 +155,7 @@ MAX_COLUMNS = 64
 
 
 class CompareOptions(Options, title="comparison"):
-    """Which LoRA files and strengths tools/compare.py compares."""
+    """Which LoRA files and strengths tools/compare.py compares side by side."""
 
     family: str | None = option("family of the model; default: as the first LoRA says")
     lora: tuple[Path, ...] = option(
@@ -211,7 +211,7 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
 
 
 def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
-    """Return the family that a LoRA file's metadata names.
+    """Return the model family that is named in a LoRA file's metadata.
 
     Args:
         path: File of the LoRA.

@@ -43,7 +43,7 @@ ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], Gener
 
 
 class Interrupts:
-    """Handle SIGINT so that it ends the current request, but never the process or an event being written."""
+    """Handles SIGINT: ends the current request, but never the process or an event that is being written."""
 
     def __init__(self) -> None:
         self._may_raise = False
@@ -62,7 +62,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Let SIGINT raise KeyboardInterrupt once inside the `with` block."""
+        """Let SIGINT raise one KeyboardInterrupt inside the `with` block."""
         self._may_raise = True
         try:
             yield
@@ -71,7 +71,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def delayed(self) -> Iterator[None]:
-        """Delay a KeyboardInterrupt until the `with` block has ended."""
+        """Delay a KeyboardInterrupt until the end of the `with` block."""
         self._is_held = True
         try:
             yield
@@ -84,14 +84,14 @@ class Interrupts:
 
 
 class Answers:
-    """Write events as lines of JSON to a stream, the process's original standard output."""
+    """Writes events as lines of JSON to the process's original standard output."""
 
     def __init__(self, stream: TextIOWrapper, interrupts: Interrupts) -> None:
         self._stream = stream
         self._interrupts = interrupts
 
     def send(self, event: str, **facts: Any) -> None:
-        """Write an event as one line of JSON.
+        """Write an event with its facts as one line of JSON.
 
         Raises:
             BrokenPipeError: If the reader has closed the pipe.
@@ -118,7 +118,7 @@ class _WarningSender(logging.Handler):
 
 @contextlib.contextmanager
 def send_warnings(answers: Answers) -> Iterator[None]:
-    """Send warnings that are logged inside the `with` block as events."""
+    """Send warnings logged inside the `with` block as events."""
     handler = _WarningSender(answers)
     logging.root.addHandler(handler)
     try:
@@ -128,7 +128,7 @@ def send_warnings(answers: Answers) -> Iterator[None]:
 
 
 def open_answers() -> TextIOWrapper:
-    """Return a stream for the original standard output; later prints go to standard error."""
+    """Return a stream to the original standard output, and redirect later prints to standard error."""
     sys.stdout.flush()
     stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
     os.dup2(2, 1)
@@ -167,7 +167,7 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
 
 
 def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
-    """Return the run with previews in a folder.
+    """Return the run with latent previews written to a folder.
 
     The run is returned unchanged if its latents have no preview, or if a tool hides content.
     """
@@ -209,7 +209,7 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
 
 
 class DrivenRequest(NamedTuple):
-    """Request from the browser: values of a prompt line, and LoRA strengths by expert."""
+    """Request from the browser: the values of a prompt line, and the LoRA strengths of each expert."""
 
     values: Mapping[str, Any]
     strengths: Mapping[str, Sequence[float]]

@@ -14,7 +14,7 @@ from protocols.steps import CompletedStep, Section
 
 
 def restore_outside_mask(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Reset latents to the noisy original image wherever the section's mask does not let it change.
+    """Return latents, reset to the noisy original image wherever the section's mask allows no changes.
 
     Call it after each step. Without a mask the latents are returned unchanged.
 
@@ -32,7 +32,7 @@ def restore_outside_mask(section: Section, latents: Tensor, schedule: Schedule, 
 
 
 def restore_unchanged_regions(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Reset latents to the noisy original image in the regions where they hardly differ from it.
+    """Return latents, reset to the noisy original image in regions where they hardly differ from it.
 
     Call before each step, once its velocity is known, so that small deviations do not accumulate.
 
@@ -74,7 +74,7 @@ def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
 
 
 def blur(latents: Tensor, kernel_size: int) -> Tensor:
-    """Blur latents B C F H W with a Gaussian kernel.
+    """Return latents B C F H W, blurred with a Gaussian kernel.
 
     Sigma follows from the kernel size as in OpenCV; edge values are repeated.
 
@@ -96,7 +96,7 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
 
 
 def save_changes(done: CompletedStep, folder: Path, stem: str) -> None:
-    """Write the mask of changed latents at a step as an image, if the options ask for it."""
+    """Write the mask of latents that changed in a step as an image, if the options ask for it."""
     edit_reference = done.section.edit_reference
     sigma = done.step.sigma
     if edit_reference is not None and edit_reference.rules is not None and edit_reference.rules.save_masks:

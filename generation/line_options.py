@@ -34,11 +34,11 @@ def key_of(word: str, keys: Collection[str]) -> str | None:
 
 
 def known_names(letters: Collection[str], keys: Collection[str], find: Callable[[str], object]) -> list[str]:
-    """Return all names that an option of a prompt line can have.
+    """Return all names that can start an option of a prompt line.
 
     Args:
-        letters: Letters of the options.
-        keys: Keys of the options.
+        letters: One-letter names of the options.
+        keys: Long names of the options.
         find: Returns an option by its name, or None.
     """
     names = dict.fromkeys((*letters, *keys, *DEFAULT_NAMES))
@@ -50,7 +50,7 @@ def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:
 
     Args:
         word: The unknown option.
-        letters: Letters of the options that the line can have.
+        letters: One-letter options that the line accepts.
         names: All option names, from `known_names`.
     """
     near = did_you_mean(word.lower().replace("-", "_"), names).strip()

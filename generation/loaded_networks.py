@@ -39,7 +39,7 @@ Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encode
 
 @torch.no_grad()
 def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-    """Encode the images and videos of a request, by section.
+    """Return the encoded images and videos of a request, by section index.
 
     Conditions are on the CPU, with a batch dimension. The source of denoising is in section 0, as `SOURCE`.
 
@@ -57,7 +57,7 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
-    """Return whether a request must encode images or a source video before denoising."""
+    """Return whether a request needs images or a source video encoded before denoising."""
     source = prepared.request.source
     return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
@@ -109,8 +109,8 @@ class Session:
                         (conditions,) = encoder.encode([text])
                         outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
             finally:
-                if self.dits.keep and is_loaded:  # else Ctrl-C may have come in the middle of a move
-                    encoder.load(CPU)  # a loaded encoder moves
+                if self.dits.keep and is_loaded:  # otherwise Ctrl-C may have interrupted a move
+                    encoder.load(CPU)  # moves the loaded encoder
                 else:
                     encoder.free()
                 free_memory(self.device)
@@ -118,16 +118,16 @@ class Session:
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
-        """Return the number of prompts that `texts` would have to encode."""
+        """Return how many of the prompts still have to be encoded."""
         return sum(text not in self._encoded for text in texts_of(prompts))
 
     def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode the prompts of each section, with LoRAs in text encoders that are not kept between calls."""
+        """Encode the prompts of each section with LoRAs in the text encoders, which are then freed."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._encoded, self.text_loras
-        self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too
+        self._encoded = {}  # it keeps results by prompt, but these also depend on the LoRAs
         self.text_loras = loras
         try:
             return self.encode_texts(prompts)
@@ -180,7 +180,7 @@ class Session:
 
 
 def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
-    """Return the texts to encode by section: the prompt, and those that guidance needs."""
+    """Return the prompts to encode by section, without those that guidance does not use."""
     # "positive", "negative" and "blank", as the guidance passes of any step use them
     needed: set[str] = set()
     for expert_plans in plan_steps(prepared, options):
@@ -199,7 +199,7 @@ def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
 
 
 def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
-    """Return the distinct prompts of several requests, each given as its prompts by section index."""
+    """Return the distinct prompts of several requests; each request maps section indices to prompts."""
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
         for section in by_section.values():
@@ -212,7 +212,7 @@ def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
 def gather_encoded(
     prompts: Mapping[int, Prompts], encoded: Mapping[Prompt, Conditions]
 ) -> dict[int, EncodedPrompts]:
-    """Assign the encoded prompts to each section.
+    """Return the encoded prompts of each section, by its index.
 
     Args:
         prompts: Prompts of each section, by its index.

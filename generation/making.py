@@ -144,13 +144,13 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 
 
 def _compare_memory(run: GenerationRun, predicted: Peaks) -> None:
-    """Log the predicted and the measured peak of a run on a CUDA device."""
+    """Log a run's predicted and measured peak memory on a CUDA device."""
     predicted_bytes = max(predicted.maximum, run.session.dits.max_shared_bytes)
     logger.info(comparison(predicted_bytes, torch.cuda.max_memory_allocated(run.session.device)))
 
 
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
-    """Warn if guidance passes cannot be batched or shared between processes as the options ask."""
+    """Warn if guidance passes cannot be batched or shared between processes as requested."""
     options = run.options
     # --split_attn processes one sample at a time, which also splits the guidance passes
     forces_split = options.speed.attention.split_attn and not options.split_uncond
@@ -214,7 +214,7 @@ def encode_all_inputs(
 
 
 class EncodedJob(NamedTuple):
-    """A job with its encoded prompts and inputs, by section index."""
+    """A generation job with its encoded prompts and inputs, each by section index."""
 
     job: GenerationJob
     encoded_prompts: Mapping[int, EncodedPrompts]
@@ -277,7 +277,7 @@ def denoise_all(
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Reserve a file name for a job until its clip is saved; a name from the user or job is used as is."""
+    """Reserve a job's file name until its clip is saved; a name from the user or job is used unchanged."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.output_suffix
@@ -288,7 +288,7 @@ def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextM
 
 
 def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> GenerationJob:
-    """Write a job's latents; return the job with the latents and their paths."""
+    """Write a job's latents to a file; return the job with the latents and the file's path."""
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"  # already written under the old stem
     metadata = job.metadata or run.metadata(job.prepared)
@@ -333,7 +333,7 @@ def progress_callbacks(
         bar: Bar | None = None  # progress of the current section's steps
 
         def advance(step: CompletedStep) -> bool:
-            """Advance the bar, and save the mask of changes in a masked section; return False to continue."""
+            """Advance the bar; in image editing, also save the mask of changed latents. False continues."""
             assert bar is not None, "a section begins before its steps"
             bar.update()
             if step.section.edit_reference is not None and output.output_type != NOTHING:
@@ -343,7 +343,7 @@ def progress_callbacks(
             return False
 
         def on_section(section: Section) -> None:
-            """Preview the sections finished so far, and start the progress bar of the next section."""
+            """Preview the finished sections, and start the progress bar of the next section."""
             nonlocal bar, section_preview
             bars.close()
             if preview_section is not None:
@@ -359,7 +359,7 @@ def progress_callbacks(
 
 @dataclass
 class _SectionPreview:
-    """Preview of a video that is generated in sections; each decoded section is appended."""
+    """Preview of a video that is generated in sections; each finished section is decoded and appended."""
 
     run: GenerationRun
     job: GenerationJob
@@ -369,7 +369,7 @@ class _SectionPreview:
     def add_previous(self, section: Section) -> None:
         """Append the section before `section` to the preview, if there is one."""
         run = self.run
-        # a tool of --post removes what must not be seen
+        # a tool of --post hides what must not be seen
         hides_content = run.post is not None and run.post.hides_content
         if not run.options.output.shows_progress:
             return
@@ -432,7 +432,7 @@ def decode_all(
                     latent=run.family.latent,
                 )
                 paths[job.label] = path
-                if are_named:  # else the last box lists it
+                if are_named:  # otherwise the final summary lists it
                     logger.info("%s: %s", job.label, path)
                 if job.preview is not None and job.preview.exists():
                     remove_preview(job.preview)
@@ -444,7 +444,7 @@ def decode_all(
 def _decode_audio(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], failures: Failures
 ) -> Mapping[str, Track]:
-    """Decode the audio of each video; return the tracks by label. An error fails only its own video."""
+    """Decode the audio latents of each video; return the tracks by label. An error fails only its video."""
 
     @contextmanager
     def collect_errors(label: str) -> Iterator[None]:
@@ -458,7 +458,7 @@ def _decode_audio(
 
 @contextmanager
 def keep_on_failure(job: GenerationJob) -> Iterator[None]:
-    """Add to an error in the `with` block which files of the clip still exist."""
+    """Append to a UserError of the `with` block how to decode the saved latents; log a kept preview."""
     with name_preview_on_failure(job.preview):
         try:
             yield

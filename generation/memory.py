@@ -58,7 +58,7 @@ DECODED = 13
 
 @dataclass(frozen=True)
 class PhasePrediction:
-    """Predicted memory of a request's denoising, of block swap's effect on it, and of other phases."""
+    """Predicted memory of a request: while denoising, depending on block swap, and in the other phases."""
 
     peaks_by_phase: Mapping[str, dry.BytesByKind]  # place in the step -> its peak
     swaps: Sequence[memory_plan.OffloadedWeights]  # the item at index n is the effect of --blocks_to_swap n
@@ -72,7 +72,7 @@ class PhasePrediction:
 
     @property
     def max_swapped_blocks(self) -> int:
-        """Largest possible number of swapped blocks."""
+        """Largest possible number of swapped transformer blocks."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
@@ -92,13 +92,13 @@ class PhasePrediction:
         )
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
-        """Return the memory plan of all phases with a number of swapped blocks."""
+        """Return the memory plan of all phases with `blocks` swapped blocks."""
         return memory_plan.MemoryPlan(
             (*self.phases_before, self.phase(blocks), *self.phases_after), tuple(remarks)
         )
 
     def device_bytes(self, blocks: int) -> int:
-        """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
+        """Return the device memory while denoising, in bytes, with this number of swapped blocks."""
         return self.phase(blocks).device
 
 
@@ -111,9 +111,9 @@ def predict_request(
     device_memory: DeviceMemory | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
 ) -> PhasePrediction:
-    """Predict the memory of all phases of a generation by running them on tensors without values.
+    """Predict the memory of all phases of a generation by running them on fake tensors.
 
-    Nothing is counted for LoRAs that are merged while loading. Products in 8 bits are counted as 16-bit
+    LoRAs that are merged while loading add nothing. Matrix products in 8 bits are counted as 16-bit
     products of the same weights. Loading raises the same errors as in a real run.
 
     Args:
@@ -121,7 +121,7 @@ def predict_request(
         options: Options of the run.
         prepared: The request.
         device: Device of the run; nothing is allocated on it.
-        expert_schedule: Order of the experts over the whole run; None computes that of this request alone.
+        expert_schedule: Order of the experts over the whole run; None computes it from this request alone.
         device_memory: Memory of the device; layers of text encoders that do not fit wait on the host.
         watch: Returns, for a network, the function that extrapolates from runs with few blocks to all;
             `TokenCounter.watch` if several devices share the step.
@@ -151,7 +151,7 @@ def predict_request(
 def _predict_input_encoding(
     family: Family, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
 ) -> tuple[list[memory_plan.Phase], Mapping[int, Conditions]]:
-    """Predict the memory of encoding input media; also return the conditions, by section."""
+    """Predict the memory for encoding input images and video; also return the conditions, by section."""
     if not needs_media(family, prepared):
         return [], dict(encode_inputs(family, NO_ENCODERS, prepared))
     encoders = family.media_encoders(META)
@@ -181,7 +181,7 @@ def _predict_all_decoding(
 
 @contextmanager
 def rehearsing(networks: object) -> Iterator[dry.Ledger]:
-    """Run the `with` block as a dry run with these networks, and measure its memory."""
+    """Run the `with` block as a dry run of these networks, and yield the record of its memory."""
     with dry.dry_run() as ledger, torch.no_grad():
         for network in dry.modules_in(networks):
             dry.allocate_empty_weights(network, ledger)
@@ -223,7 +223,7 @@ def _with_fewer_weights(
     options: GenerationOptions,
     device_memory: DeviceMemory | None,
 ) -> memory_plan.Phase:
-    """Reduce the weights in a text encoder's phase by those on other devices or in host memory."""
+    """Subtract from a text encoder's phase the weights that are on other devices or in host memory."""
     weights = phase.parts[0]  # the first line of the plan
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
@@ -251,7 +251,7 @@ def predict_denoising(
 ) -> PhasePrediction:
     """Predict the peak memory of denoising.
 
-    1. Load the transformer without values.
+    1. Load the transformer on the meta device.
     2. Run the step that needs the most memory with a few blocks, and count the bytes of all tensors.
     3. Extrapolate to all blocks.
 
@@ -285,8 +285,8 @@ def predict_denoising(
         section = on_device(next(sections), dry.ACCELERATOR)
         heaviest = _HeaviestStep(family, options, prepared, dit=dit, ledger=ledger, section=section)
         if section.overrides.section_cache is not None:
-            # The pass that fills it has the peak, and comes before layers outside of the blocks have computed
-            # what they keep for all steps. Without it, its bytes would seem to be those of one more block.
+            # After this run, layers outside of the blocks have computed what they keep for all steps.
+            # Otherwise only later runs would include these bytes, as if they belonged to one more block.
             heaviest.measure((1,) * len(blocks))  # one block of each list
         peaks_by_phase = extrapolate(heaviest.measure, tuple(map(len, blocks.values())))
     return PhasePrediction(
@@ -300,7 +300,7 @@ def predict_denoising(
 
 
 class _HeaviestStep:
-    """The denoising step of a section that needs the most memory, as a dry run."""
+    """The denoising step of a section that needs the most memory, for a dry run."""
 
     def __init__(
         self,
@@ -363,7 +363,7 @@ def _place_loras(
 
 
 def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractContextManager[DitAt]:
-    """Return a function from a timestep to the network, wrapped in the request's step cache if it has one."""
+    """Return a context that yields a function from timestep to network, with a step cache if requested."""
     if prepared.request.step_cache is None:
         return nullcontext(lambda _: dit)
     return StepCaches(prepared, family.dit).section(lambda _: dit)
@@ -372,7 +372,7 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return peak memory in bytes and name of each network that runs between steps, by a dry run of each.
+    """Return (peak memory in bytes, name) of each network that runs between steps, from a dry run of each.
 
     Such networks decode previews, or make the input of the request's next stage.
     """
@@ -422,7 +422,7 @@ def heaviest_step(
 def predict_decoding(
     family: Family, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
 ) -> memory_plan.Phase:
-    """Predict the memory of decoding from a dry run of `DECODED` frames, which suffices to reach the peak."""
+    """Predict the memory of decoding from a dry run of `DECODED` frames, enough to reach the peak."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -435,7 +435,7 @@ def predict_decoding(
 
 
 def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return a phase whose memory is the peak of a dry run, plus cuBLAS's workspace."""
+    """Return a phase of the memory plan: the peak that `ledger` recorded, plus cuBLAS's workspace."""
     _, bytes_by_kind = dry.peak_of_phases(ledger.peaks)
     weights = bytes_by_kind.get(dry.WEIGHTS, 0)
     work = sum(bytes_by_kind.values()) - weights
@@ -448,7 +448,7 @@ def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.Memo
 
 
 def make_real_tensors(conditions: Conditions) -> Conditions:
-    """Replace fake tensors of a dry run by real, uninitialized tensors, which later dry runs accept.
+    """Replace a dry run's fake tensors by real, uninitialized tensors, which later dry runs accept.
 
     Integer tensors are real already and keep their values.
     """
@@ -520,7 +520,7 @@ def suggest_options(
     device_memory: DeviceMemory,
     device: torch.device,
 ) -> list[str]:
-    """Return changes of options that make all phases fit, cheapest first; apply them cumulatively."""
+    """Return option changes that make all phases fit, cheapest first; apply them cumulatively."""
     lines = _suggest_for_other_phases(prediction, device_memory.usable)
     if prediction.device_bytes(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines
@@ -552,7 +552,7 @@ def suggest_options(
 
 
 def _suggest_for_other_phases(prediction: PhasePrediction, usable: int) -> list[str]:
-    """Return what to change for each phase before or after denoising that does not fit by itself."""
+    """Return advice for each phase before or after denoising that does not fit into the `usable` memory."""
     lines: list[str] = []
     for phase in (*prediction.phases_before, *prediction.phases_after):
         if phase.device > usable:
@@ -615,6 +615,6 @@ def resolve_options(
     options = replace(options, speed=speed)
     if prediction is None:
         return options, None
-    # `phases_after` are those that follow denoising
+    # `phases_after` follow denoising
     decoding = max((phase.device for phase in prediction.phases_after), default=0)
     return options, Peaks(prediction.plan(speed.swap.number).device, decoding)

@@ -39,7 +39,7 @@ from runtime.ways.contract import Division, RunUses
 def plan_divisions(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, device_memory: DeviceMemory
 ) -> None:
-    """Print how a clip can be divided over several GPUs, what memory each takes, and the cheapest that fits.
+    """Print the ways to divide a clip over several GPUs, their memory, and the cheapest one that fits.
 
     Args:
         family: The model family.
@@ -55,7 +55,7 @@ def plan_divisions(
         )
 
     def runs() -> Iterator[SingleGpuRun]:
-        """Yield the prediction for the given options, then that for fp8 weights if they are in 16 bits."""
+        """Yield the run with the given options, then the run with fp8 weights if they are not quantized."""
         run = _DividedRun(family, alone, prepared, device=device, cards=cards, device_memory=device_memory)
         yield SingleGpuRun((), run.counter.heads, can_swap=True, divide=run.divide)
         if alone.speed.fp8.quantization is None:
@@ -67,7 +67,7 @@ def plan_divisions(
 
 
 class _DividedRun:
-    """Predict the memory per GPU from dry runs with the full network and with the network split over GPUs."""
+    """Predicts the memory per GPU from dry runs, with whole weights and with weights sharded over GPUs."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class _DividedRun:
 
     @cached_property
     def sharded_prediction(self) -> PhasePrediction:
-        """Predict memory from a dry run with the network split over all GPUs."""
+        """Predict the memory from a dry run with the weights sharded over all GPUs."""
         options = self._with_division(Division(self.cards, shards_weights=True))
         with quiet():
             return predict_request(
@@ -102,7 +102,7 @@ class _DividedRun:
             )
 
     def divide(self, division: Division) -> PhasePrediction:
-        """Predict the memory of one GPU for a way of dividing the run.
+        """Predict the memory per GPU if the run is divided in this way.
 
         Raises:
             OptionError: If the model does not support this division.
@@ -187,7 +187,7 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
 
 
 def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
-    """Return features of a run that exclude some ways of using several GPUs."""
+    """Return the features of a run that exclude some ways of using several GPUs."""
     turns = {
         "--offload_inactive_dit": options.experts.offload_inactive_dit,
         "--lazy_loading": options.experts.lazy_loading,
@@ -209,14 +209,14 @@ def check_together(family: Family, options: GenerationOptions) -> None:
     flags = " and ".join(speed.modes.flags)
     count_shared_passes(speed, launched_processes())
     uses = _uses_of(family, options)
-    for check in speed.modes.hooks.check_uses:  # of each kind of division over processes that is in use
+    for check in speed.modes.hooks.check_uses:  # of each way in use to divide a run over processes
         check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(
             f"--sheet and {flags} cannot be used together: a sheet is made by a single process, which needs "
             f"the complete weights. Use --from_file with a line for each, or leave {flags} out"
         )
-    # only the first process runs the tools: it alone would leave out a line that they cannot process
+    # only the first process runs the tools, so only it would skip a line that they cannot process
     if options.post.tools:
         raise OptionError(
             f"--post and {flags} cannot be used together. Run the tools on the finished files, with the "

@@ -8,11 +8,11 @@ from modules.text_files import read_object, read_text
 
 
 def read_named_object(text: str) -> str:
-    """Replace a prompt such as `@caption.json` by the content of this file; return any other text unchanged.
+    """Replace a prompt such as `@caption.json` by the contents of this file; return other text unchanged.
 
     Raises:
-        OptionError: If the file cannot be read or is not a JSON object, or if a browser page made the
-            command, whose user may not be allowed to read files.
+        OptionError: If the file cannot be read or is not a JSON object, or if this process runs somebody
+            else's folder, so that its prompts must not read files.
     """
     name = text.strip()
     if not (name.startswith("@") and name.lower().endswith(".json")):

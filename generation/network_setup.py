@@ -43,7 +43,7 @@ LorasByExpert = Sequence[Sequence["WeightedLora"]]  # LoRAs for each of `Family.
 
 @dataclass(frozen=True)
 class DitLoader:
-    """Load an expert with its LoRAs merged, its blocks compiled and swapped, to the device."""
+    """Loads a model's experts to the device, with LoRAs merged, and blocks compiled and swapped."""
 
     family: Family
     loras_by_expert: LorasByExpert
@@ -78,11 +78,11 @@ class DitLoader:
     def __call__(
         self, expert: int, host_weights: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
-        """Load an expert with its LoRAs, compiled and with swapped blocks as the options say.
+        """Load an expert with its LoRAs, compiled and with swapped blocks according to the options.
 
         Args:
             expert: Index of the expert.
-            host_weights: Which weights stay in host memory; None for those of the blocks to swap.
+            host_weights: Which weights stay in host memory; None for the weights of swapped blocks.
             check: Called for each tensor; it may raise to stop loading.
 
         Raises:
@@ -101,7 +101,7 @@ class DitLoader:
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else lora_patch
         host = host_weights or make_host_weights(family.dit, speed.swap, self.device)
-        # of several processes, each may load only some of the blocks
+        # with several processes, each may load only some of the blocks
         blocks = make_block_sharder(speed, self.device) if speed.modes.hooks.make_block_sharder else None
         placement = Placement(
             self.device,
@@ -139,7 +139,7 @@ class DitLoader:
     def _add_unmerged_loras(
         self, dit: nn.Module, lora_patch: "LoraPatch | None", t_loras: "Sequence[WeightedLora]"
     ) -> None:
-        """Add the LoRAs that are not merged into weights: those of quantized layers, and T-LoRAs."""
+        """Attach the LoRAs that cannot be merged into weights: those of quantized layers, and T-LoRAs."""
         from networks.unmerged_loras import add_unmerged, masked_changes  # only with LoRAs
 
         if lora_patch is not None and lora_patch.unmerged:
@@ -149,7 +149,7 @@ class DitLoader:
 
     @staticmethod
     def _separate_t_loras(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":
-        """Split LoRAs into those to merge into a transformer and T-LoRAs, which wrap its layers instead."""
+        """Split LoRAs into (LoRAs to merge into a transformer, T-LoRAs, which wrap its layers instead)."""
         if not uses:
             return [], []
         from networks.loading import select_network_part  # only with LoRAs
@@ -197,7 +197,7 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files with their strengths, by expert; "" is the only or the low-noise expert."""
+    """Return the LoRA files and strengths by expert; the key "" is the only or the low-noise expert."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -205,7 +205,7 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
-    """Return an expert's key in `LORA_OPTIONS`: its name, or "" for the only or the low-noise expert."""
+    """Return an expert's key in `LORA_OPTIONS`: its name, or "" for the low-noise or the only expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
@@ -215,12 +215,12 @@ def expert_loras(
     """Return the LoRAs of each of the family's experts, in the order of the experts.
 
     A file that contains a LoRA for each expert is used for both, no matter which option names it. Patterns
-    apply to the files of --lora_weight first, then to those of --lora_weight_high_noise.
+    apply to files in this order: --lora_weight, then --lora_weight_high_noise.
 
     Args:
         family: The model family.
         options: Options of the run.
-        with_texts: Whether to read changes of text encoders too, and the words in the files if the family
+        with_texts: Whether to read changes of text encoders too, and embeddings of prompt words if the family
             supports them.
 
     Raises:
@@ -255,7 +255,7 @@ def expert_loras(
 def _select_loras(
     expert: Expert, loras_by_key: "Mapping[str, Sequence[WeightedLora]]"
 ) -> "list[WeightedLora]":
-    """Return an expert's LoRAs: its own files, and its parts of other experts' files with a LoRA for each."""
+    """Return an expert's LoRAs: its own files, and other files that contain a part for each expert."""
     own_key = key_of(expert)
     loras = [*loras_by_key[own_key]]
     own_paths = {lora_use.lora.path for lora_use in loras}
@@ -373,7 +373,7 @@ def _make_preset_checks(
 
 
 def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
-    """Log what --optimized sets, what is unavailable on this machine, and what the user set otherwise."""
+    """Log which options --optimized sets, which are unavailable here, and which the user set differently."""
     speed = options.speed
     values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
     used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]
@@ -388,7 +388,7 @@ def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
 
 
 def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions:
-    """Return the options with one option of --optimized turned off."""
+    """Return the options with one option of the --optimized preset turned off."""
     changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
     if name == "fp8_scaled":  # a file in fp8 stays in fp8
         changes["fp8"] = True
@@ -397,7 +397,7 @@ def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions
 
 
 def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
-    """Raise OptionError if weights cannot be quantized to 8 bits on this device while loading."""
+    """Raise OptionError if the weights cannot be quantized to 8 bits while loading."""
     if device.type == "mps":
         raise OptionError("Apple's GPUs do not support 8-bit formats.")
     for path in files:

@@ -91,7 +91,7 @@ POST = "--post"
 
 
 class PostOptions(Options, title="tools for finished videos"):
-    """Post-processing tools for decoded frames."""
+    """Options of --post and its tools, which process decoded frames."""
 
     post: tuple[str, ...] | None = option(
         "a tool that decoded frames go through before they are written, in one text with its options: "
@@ -110,7 +110,7 @@ class PostOptions(Options, title="tools for finished videos"):
 
     @functools.cached_property
     def tools(self) -> Any:
-        """Selected tools in order, as `postprocessing.chain_options.NamedTools`; None without a tool.
+        """Selected tools in order, as `postprocessing.chain_options.NamedTools`; None if no tool is selected.
 
         `post` is imported here, because training generates samples with these options and never needs it.
 
@@ -207,12 +207,12 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether guidance passes run one by one: by an option, for --split_attn, or on several processes."""
+        """Whether guidance passes run one by one: on request, for --split_attn, or with several processes."""
         return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.modes.divides_passes)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Axes of a comparison sheet, each an option with its values."""
+        """Axes of a comparison sheet; each is an option and the values to compare."""
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:
@@ -266,7 +266,7 @@ class GenerationOptions(Options, title="run"):
             )
 
     def _check_prompt(self) -> None:
-        """Raise OptionError if --prompt is empty or is the name of a text file."""
+        """Raise OptionError if --prompt is empty, or is the name of a .txt or .json file."""
         is_empty = self.request.prompt is not None and not self.request.prompt.strip()
         if is_empty and self.save_merged_model is None:
             kind = "picture" if self.output.pictures else "video"
@@ -300,7 +300,7 @@ class GenerationOptions(Options, title="run"):
                 )
 
     def _check_sheet(self) -> None:
-        """Raise OptionError if a sheet would be empty or its axes cannot be parsed."""
+        """Raise OptionError if --sheet conflicts with another option, or if its axes cannot be parsed."""
         conflicts = {
             "--latent_path": bool(self.latent_path),
             "--save_merged_model": self.save_merged_model is not None,
@@ -340,13 +340,13 @@ def read_generation(
     argv: Sequence[str] | None,
     add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[GenerationOptions, R]:
-    """Read the options of a generation script.
+    """Read the options of a generation script; return (shared options, the family's own options).
 
     Args:
         description: Docstring of the script.
         defaults: Defaults of the family.
         record: Class of the family's own options.
-        argv: Command line; None for that of the process.
+        argv: Arguments of the command line; None for the process's own.
         add_more: Adds options of the script to the parser.
     """
 
@@ -392,7 +392,7 @@ def read_generation(
 
 
 def request_extras(record: type[Any]) -> dict[str, str]:
-    """Map the family's own options to the names under which a request stores them.
+    """Map the names of the family's own options to the keys that store their values in a request.
 
     Args:
         record: Class of the family's own options.
@@ -404,7 +404,7 @@ def request_extras(record: type[Any]) -> dict[str, str]:
 def _select_recorded(
     parser: argparse.ArgumentParser, args: argparse.Namespace, info: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
-    """Return the names of typed options to record in metadata, without those recorded elsewhere or never."""
+    """Return the names of options to record in metadata: changed ones, except those recorded elsewhere."""
     recorded = {
         action.dest
         for action in parser._actions
@@ -418,7 +418,7 @@ def _select_recorded(
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> Parser:
-    """Build the parser of a family's script with the shared options."""
+    """Build the argument parser of a model family's generation script, with the shared options."""
     parser = Parser(description=description)
     parser.shown_flags = {name: flags[0] for name, flags in defaults.flags_by_option.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
@@ -446,7 +446,7 @@ def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
 
 
 def read_arguments(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line and fill in the options of presets."""
+    """Parse the command line and apply presets such as --optimized."""
     return fill_arguments(parser, parser.parse_args(argv))
 
 
@@ -475,7 +475,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
 
 
 def _apply_preset(args: argparse.Namespace) -> None:
-    """Set the options of --optimized, except those that the user typed or that conflict with typed ones."""
+    """Set the options of the --optimized preset, except typed options and those that conflict with them."""
     typed_quantisations = IN_PLACE_OF_SCALED & args.typed_options
     not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
     if typed_quantisations:

@@ -55,11 +55,11 @@ class FrameTools(Protocol):
         """Check the model files of the post-processing tools by their headers.
 
         Raises:
-            UserError: If a file does not suit its tool.
+            UserError: If a tool cannot use its file.
         """
 
     def check_length(self, frames: int, label: str) -> None:
-        """Raise OptionError if a tool needs several frames and the clip has only one.
+        """Raise OptionError if a tool of --post needs several frames and the clip has only one.
 
         Args:
             frames: Number of frames.
@@ -108,7 +108,7 @@ def output_stem(
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
-    """Return a job's file name without suffix: the time and, depending on the options, seed and prompt."""
+    """Return a job's file name without suffix, from time, seed and prompt as the options determine."""
     if output.naming == "time":  # as in sd-scripts
         return f"{when:%Y%m%d_%H%M%S}"
     if output.naming == "released":  # as in HunyuanVideo's code, without characters that file systems reject
@@ -130,7 +130,7 @@ def words_of(prompt: str) -> str:
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
-    """Append underscores to a file stem until no file with one of the suffixes exists."""
+    """Append underscores to a file stem until no file with this stem and one of the suffixes exists."""
     suffixes = list(suffixes)
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
@@ -139,10 +139,10 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 @contextmanager
 def reserve_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
-    """Reserve a file stem during the block: append `_` until no output and no other run uses it.
+    """Reserve a file stem during the block: append `_` until no output file and no other run uses it.
 
-    Runs that start in the same second with the same seed have the same stem. The output must exist when the
-    block ends.
+    Runs that start in the same second with the same seed would get the same stem. The output must exist when
+    the block ends.
     """
     with ExitStack() as claims:
         while (
@@ -212,8 +212,8 @@ def save_pixels(
     saves_last_frame = options.save_last_frame and not is_image
     hides_content = post is not None and post.hides_content
     last_frame = deque[Frame](maxlen=1)  # filled while the frames are written
-    # the last frame is taken before the tools, so that another video can continue from it, or after a tool
-    # that hides something
+    # the last frame is saved unprocessed, so that another video can continue from it; but if a tool hides
+    # content, it is saved processed
     if saves_last_frame and not hides_content:
         frames = remember(frames, last_frame)
     if post is not None:
@@ -255,7 +255,7 @@ def save_pixels(
 def _save_image(
     options: OutputOptions, stem: str, frames: Iterator[Frame], metadata: Mapping[str, str] | None
 ) -> Path:
-    """Write a single frame as a PNG file."""
+    """Write a single frame as a PNG file; return its path."""
     ending = "_000.png" if options.numbers_single else ".png"
     name = options.file_name or free_stem(options.save_path, stem, [ending]) + ending
     path = options.save_path / name
@@ -271,7 +271,7 @@ def _save_layers(
     has_full: bool,
     metadata: Mapping[str, str] | None,
 ) -> Path:
-    """Write each layer of an image, and the composed image, as a PNG; return the last path."""
+    """Write the layers of a layered image and the composed image as PNG files; return the last path."""
     from modules.media.layers import COMPOSITE, write_layers  # few results have layers
 
     stem = Path(options.file_name).stem or free_stem(options.save_path, stem, [f"{COMPOSITE}.png"])
@@ -287,7 +287,7 @@ def _save_frames(
     metadata: Mapping[str, str] | None,
     side_suffixes: Sequence[str],
 ) -> Path:
-    """Write a folder of PNG files.
+    """Write the frames as a folder of PNG files; return its path.
 
     Args:
         options: Options of the run.
@@ -307,7 +307,7 @@ def _save_frames(
 def _save_audio(
     options: OutputOptions, stem: str, track: Track | None, metadata: Mapping[str, str] | None
 ) -> Path:
-    """Write an audio file without a video."""
+    """Write a clip's audio track to a file without a video; return its path."""
     if track is None:
         raise OptionError(
             f"{stem}: the latents contain only sound, which this run does not write. Request sound"
@@ -327,7 +327,7 @@ def _save_video(
     side_suffixes: Sequence[str],
     track: Track | None,
 ) -> Path:
-    """Write a video, and its frames as PNG files too with --keep_pngs.
+    """Write a video, with --keep_pngs also its frames as PNG files; return the video's path.
 
     Args:
         options: Options of the run.
@@ -361,7 +361,7 @@ def _save_video(
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
-    """Yield the frames, and store the last ones in `last` up to its maximum length."""
+    """Yield the frames, and keep the last ones in `last`, up to its maximum length."""
     for frame in frames:
         last.append(frame)
         yield frame
@@ -370,7 +370,7 @@ def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
 def write_frames(
     frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]
 ) -> Iterator[Frame]:
-    """Write each frame as a PNG and yield it; `name` is a format string that takes the frame number."""
+    """Write each frame as a PNG, then yield it; `name` is a format string for the frame number."""
     for index, frame in enumerate(frames):
         write_png(folder / name.format(index), frame, tags)
         yield frame

@@ -37,17 +37,17 @@ FLOAT_BYTES = 4  # latent files are float32
 
 
 def shorten_prompt(prompt: str, length: int = PROMPT_LENGTH) -> str:
-    """Return a prompt in a single line, cut to `length` characters."""
+    """Return a prompt as a single line, cut to `length` characters."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
-    """Describe the size of a request's result.
+    """Describe the size of a request's result for people.
 
     Args:
         prepared: The request with all values resolved.
-        has_layers: Whether the frames are an image and its layers.
+        has_layers: Whether the frames are an image and its layers instead of a clip.
     """
     unit = "pictures" if has_layers else "frames"
     frames = f"{prepared.frames} {unit}, " if prepared.frames > 1 else ""
@@ -64,7 +64,7 @@ def show_start(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Log the plan of a generation.
+    """Log a box that describes the generation: model, LoRAs, prompt, sizes and folder.
 
     Args:
         family: The model family.
@@ -109,7 +109,7 @@ def show_start(
 
 
 def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
-    """Return the log row with the kind of results, such as `clip`, and their size."""
+    """Return a log row with the kind of the results, such as `clip`, and their size."""
     first = requests[0]
     size = size_in_words(first, has_layers)
     if len(requests) == 1:
@@ -138,7 +138,7 @@ def experts_in_words(family: Family) -> list[str]:
 
 
 def turns_in_words(family: Family, prepared: Prepared) -> str:
-    """Describe a request's schedule: solver, shift, and the steps of each expert in order."""
+    """Describe how a request is denoised: solver, shift, and the steps of each expert in order."""
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]
@@ -149,7 +149,7 @@ def turns_in_words(family: Family, prepared: Prepared) -> str:
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:
-    """Log the results of a run, the time and the peak memory; a single result is logged with its path."""
+    """Log a run's results, time and peak memory; a single result is logged with its path."""
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
     size = format_size(sum(file.stat().st_size for file in files))
     rows: list[Row] = [
@@ -169,7 +169,7 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
         label: Label of the request.
         requests: Requests of the run.
         begun: Number of requests before this one.
-        seconds: Seconds that those requests took.
+        seconds: Duration of the earlier requests.
     """
     done = sum(map(measure_work, requests[:begun]))
     to_do = sum(map(measure_work, requests[begun:]))
@@ -180,7 +180,7 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
 
 
 def measure_work(prepared: Prepared) -> float:
-    """Estimate the work of a request for time estimates: steps times pixels."""
+    """Return a request's amount of work for time estimates: number of steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
 
@@ -219,7 +219,7 @@ def fade_in_clip(
 
 @dataclass
 class GrowingVideo:
-    """Preview of a video that grows while its sections are generated."""
+    """Preview of a video that grows with each generated section."""
 
     session: Session
     path: Path
@@ -259,7 +259,7 @@ class GrowingVideo:
                 self._write(final)
 
     def _decode_next_to_dit(self, piece: PreviewPiece) -> Tensor | None:
-        """Decode a piece with the DiT still on the device; return None if there is too little memory."""
+        """Decode a preview piece with the DiT still on the device; return None if memory is too small."""
         try:
             return self._decode(piece)
         except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
@@ -272,7 +272,7 @@ class GrowingVideo:
             return None
 
     def _decode_without_dit(self, piece: PreviewPiece) -> Tensor | None:
-        """Decode a piece after moving the DiT to host memory; return None if decoding fails."""
+        """Move the DiT to host memory and decode a piece of the preview; return None if that fails."""
         clip = None
         with ExitStack() as stack:
             with self._end_preview_on_error():  # if the DiT cannot be moved away, it stays where it was
@@ -296,12 +296,12 @@ class GrowingVideo:
             )
 
     def _decode(self, piece: PreviewPiece) -> Tensor:
-        """Decode a piece to pixels, 1 3 F H W, in host memory."""
+        """Decode a piece of latents to pixels, 1 3 F H W, in host memory."""
         with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _write(self, final: Tensor | None) -> None:
-        """Encode the final frames, then write them followed or preceded by the frames that still wait."""
+        """Encode a section's final frames, and write the preview with them and the frames not yet final."""
         self._segments = self._add_segment(final)
         is_first = not self.path.exists()
         try:
@@ -316,7 +316,7 @@ class GrowingVideo:
             logger.info("Preview: %s, updated after each section", self.path)
 
     def _add_segment(self, pixels: Tensor | None) -> list[bytes]:
-        """Encode pixels as a segment and add it at the growing end; return all segments."""
+        """Encode pixels as a video segment, add it to the growing preview, and return all segments."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)
@@ -325,7 +325,7 @@ class GrowingVideo:
 
 @contextmanager
 def name_preview_on_failure(preview: Path | None) -> Iterator[None]:
-    """Log the preview's path if the `with` block fails or is interrupted (Ctrl-C)."""
+    """Log the path of the preview video if the `with` block fails or is interrupted (Ctrl-C)."""
     try:
         yield
     except BaseException:

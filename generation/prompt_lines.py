@@ -49,7 +49,7 @@ MAX_FPS = 1000  # a higher value must be a typing error
 
 @dataclass(frozen=True)
 class LineOption:
-    """Key and parser of a prompt line option; the parser `read` raises ValueError."""
+    """Key of a prompt line option, and the function `read` that parses its value or raises ValueError."""
 
     key: str
     read: Callable[[str], Value]
@@ -60,7 +60,7 @@ class LineOption:
 
 
 def read_seed(text: str) -> int:
-    """Parse a seed, or hash a text that is not a number to a seed, which is logged.
+    """Return the seed in a text; a text that is not a number is hashed, and its seed is logged.
 
     Raises ValueError if the seed is out of range.
     """
@@ -103,7 +103,7 @@ def _read_rate(text: str) -> int:
 
 
 def read_size(text: str) -> dict[str, int]:
-    """Parse a height and a width such as `480 832`, in the order of --video_size.
+    """Parse `480 832` (height, width) into `video_size_height` and `video_size_width`.
 
     Raises:
         ValueError: If the text is not of this form.
@@ -133,7 +133,7 @@ def read_path(text: str) -> str:
 
 
 def read_name(text: str) -> str:
-    """Return the text unchanged, as the parser of options without a format."""
+    """Return the text unchanged; the parser of options that accept any text."""
     return text
 
 
@@ -225,7 +225,7 @@ OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
-    """Return the option of a prompt line with these letters or this full name; None if there is none."""
+    """Return the prompt line option with this letter or long name; None if there is none."""
     option = options.get(word)
     if option is not None:
         return option
@@ -270,7 +270,7 @@ def parse_generation_line(
 
 @dataclass(frozen=True)
 class SplitLine:
-    """Prompt and options of a prompt line; the options are without their dashes."""
+    """A prompt line split into its prompt and options; option names have no dashes."""
 
     prompt: str
     options: list[str]
@@ -290,7 +290,7 @@ def split_line(line: str) -> SplitLine:
     text, *parts = _cut_options(f" {line.lstrip()}" if starts_with_option else line)
     prompt_options = [part for part in parts if part.partition(" ")[0].lower() == PROMPT]
     if not prompt_options:
-        # a line that starts with dashes is taken as text, as in other programs, unless a space precedes them
+        # a line that starts with dashes is a prompt, as in other programs, unless a space precedes them
         if line.startswith("--"):
             return SplitLine(f"--{parts[0]}", parts[1:])
         return SplitLine(text, parts)
@@ -301,7 +301,7 @@ def split_line(line: str) -> SplitLine:
 
 
 def _cut_options(line: str) -> list[str]:
-    """Split a prompt line into the text before the first ` --` and each option with its value."""
+    """Split a prompt line into the prompt before the first ` --`, and each option with its value."""
     parts = []
     start = 0
     position = line.find(" --", _end_of_object(line, 0) or 0)
@@ -314,13 +314,13 @@ def _cut_options(line: str) -> list[str]:
 
 
 def _end_of_value(line: str, start: int) -> int | None:
-    """Return the end of the quoted text or JSON object at `start`; None if neither begins there."""
+    """Return the end index of the quoted text or JSON object at `start`; None if neither begins there."""
     quoted = _QUOTED.match(line, start)
     return _end_of_object(line, start) if quoted is None else quoted.end()
 
 
 def _end_of_object(line: str, start: int) -> int | None:
-    """Return the end of the JSON object that starts at `start`; None if there is none.
+    """Return the end index of the JSON object that starts at `start`; None if there is none.
 
     Dashes inside its strings do not begin options.
     """
@@ -334,14 +334,14 @@ def _end_of_object(line: str, start: int) -> int | None:
 
 
 def unquote(text: str) -> str:
-    """Remove quotation marks around a text."""
+    """Remove the quotation marks around a text, if it has any."""
     if _QUOTED.fullmatch(text) is None:
         return text
     return _ESCAPED.sub(r"\1", text[1:-1]) if text[0] == '"' else text[1:-1]
 
 
 def _check_count(options: int) -> None:
-    """Raise OptionError if a prompt line has too many options to be genuine."""
+    """Raise OptionError if a prompt line has implausibly many options."""
     if options > MAX_LINE_OPTIONS:
         raise OptionError(
             f"it has {options:,} options (words after --), and {MAX_LINE_OPTIONS} are the most. Remove "
@@ -420,14 +420,14 @@ def _warn_of_repetition(displayed_line: str, spellings: Sequence[str]) -> None:
 
 
 def _read_value(option: LineOption, text: str) -> Value:
-    """Parse an option's text; only text options have escapes, so that paths keep their backslashes."""
+    """Parse an option's value; only text options have backslash escapes, because paths use backslashes."""
     return option.read(unquote(text) if option.read is str else read_path(text))
 
 
 def _list_spellings(
     names_and_values: Sequence[str], find: Callable[[str], LineOption | None]
 ) -> dict[str, list[str]]:
-    """Return how each option was spelled in a line, in order, by its key."""
+    """Return the spellings of each option in a prompt line, in order, by the option's key."""
     spellings: dict[str, list[str]] = {}
     for name_and_value in names_and_values:
         name = name_and_value.partition(" ")[0]
@@ -438,7 +438,7 @@ def _list_spellings(
 
 
 def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
-    """Return an error message for each option of a line that does not start with two plain dashes."""
+    """Return an error message for each option of a line that begins with other dashes than two hyphens."""
     return [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
@@ -447,7 +447,7 @@ def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> li
 
 
 def is_blank(line: str) -> bool:
-    """Return whether a line has no prompt: it is empty or a comment."""
+    """Return whether a line contains no prompt: it is empty or a comment."""
     return not line.strip() or line.lstrip().startswith("#")
 
 
@@ -455,7 +455,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     """Read the prompt lines of a --from_file file with their line numbers, from 1.
 
     Raises:
-        OptionError: If there is no prompt line.
+        OptionError: If the file cannot be read or has no prompt line.
     """
     if path.suffix.lower() in {".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml"}:
         raise OptionError(
@@ -469,7 +469,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def lines_of(path: Path | None) -> dict[str, str | None]:
-    """Return the prompt lines of a --from_file file by label; without a file, one None, for --prompt."""
+    """Return the prompt lines of a --from_file file by label, such as "line 3"; without a file, one None."""
     if path is None:
         return {"the prompt": None}
     return {f"line {number}": line for number, line in read_generation_lines(path)}
@@ -485,7 +485,7 @@ _NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", r
 
 
 def read_prompt_file(path: Path, option: str) -> str:
-    """Read a file of prompts.
+    """Return the text of a prompt file.
 
     Args:
         path: The text file.

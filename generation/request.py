@@ -49,7 +49,7 @@ RIFLEX_PERIOD_FRACTION = 0.9  # fraction of a period that RIFLEx's slowed freque
 
 
 def draw_seed() -> int:
-    """Draw a seed from the system's entropy; with several processes, all use the seed of the first one."""
+    """Draw a seed from the system's entropy; several processes all use the seed of the first one."""
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
@@ -144,7 +144,7 @@ def make_request(
 
 
 def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
-    """Return texts with wildcards replaced, and with `@file` replaced by the JSON object in the file.
+    """Return the texts with wildcards drawn, and `@file` replaced by that file's JSON; None stays None.
 
     Raises:
         OptionError: If a wildcard cannot be drawn or a file cannot be read.
@@ -162,19 +162,19 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
 
 
 def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
-    """Return the path in a shared media option; None if it is empty or the family has its own option."""
+    """Return the path of a media option; None if it is empty or the family reads the option itself."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
 
 def _list_control_images(options: RequestOptions, line: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Return the paths of the control images; an empty path leaves an image out."""
+    """Return the paths of the control images; images with an empty path are left out."""
     paths = line.get("control_image_path", options.control_image_path) or ()
     return tuple(to_path("--control_image_path", str(path)) for path in paths if str(path))
 
 
 def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
-    """Return the family's own settings as text, by option name; lists become one line per item."""
+    """Return the values of the family's own options as text, by key; lists become one line per item."""
     extra = {}
     for name, (key, option_value) in options.extras.items():
         value = line.get(name, option_value)
@@ -218,14 +218,14 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
 def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """Yield the LoRA files whose metadata show that they were trained to edit images.
 
-    Each path comes with the training option in brackets, or "" if the metadata do not name it.
+    Each path comes with the training option in parentheses, or "" if the metadata do not name it.
     """
     for path, metadata in metadata_of_files(paths):
         if metadata.get("ss_edit") == "True":
             yield path, " (--edit)"
             continue
         if metadata.get("ss_edit") == "False" and metadata.get("ss_model_version", "None") == "None":
-            continue  # a LoRA of this model learned edits only with --edit
+            continue  # LoRAs of this model are trained for edits only with --edit
         try:
             tables = parse_json(metadata.get("ss_datasets", ""))
         except ValueError:
@@ -235,7 +235,7 @@ def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _has_control(table: object) -> bool:
-    """Return whether all items of a table in the `ss_datasets` metadata were trained with control media."""
+    """Return whether a table of the `ss_datasets` metadata says that all items had control media."""
     return isinstance(table, dict) and table.get("has_control") is True
 
 
@@ -248,7 +248,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     # complete the request, and check what does not depend on the family's values
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
-        from blissful_tuner.step_cache import select_step_cache  # only if a line may ask for one
+        from blissful_tuner.step_cache import select_step_cache  # only if a line may request one
 
         step_cache, settings = select_step_cache(options.step_cache, overrides)
         request = replace(request, step_cache=step_cache, settings={**request.settings, **settings})
@@ -287,7 +287,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
 
 def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
-    """Warn that LoRA tags such as <lora:style:0.8>, a syntax of other programs, have no effect."""
+    """Warn that LoRA tags such as <lora:style:0.8>, which other programs support, have no effect."""
     for tag in _LORA_TAG.findall(" ".join(filter(None, texts.values()))):
         logger.warning(
             "%s in a prompt loads nothing and is read as words: remove it, and give the file to "
@@ -297,7 +297,7 @@ def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
 
 
 def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
-    """Warn if a request without an image uses LoRAs that were trained for image editing."""
+    """Warn if a request without an input image uses LoRAs that were trained for image editing."""
     for path, option in find_edit_loras(paths):
         logger.warning(
             "%s was trained to edit images%s, but there is no image: the result is made from the text "
@@ -308,7 +308,7 @@ def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
 
 
 def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
-    """Slow down the frequency of --riflex_index if the video is long enough."""
+    """Return the request with the frequency of --riflex_index slowed down, if the video is long enough."""
     index = options.riflex_index
     if prepared.frames <= options.riflex_beyond:
         logger.warning(
@@ -327,7 +327,7 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Predicted peak device memory of a run's tensors, in bytes."""
+    """Predicted peaks of device memory in a run, in bytes."""
 
     maximum: int  # of all phases
     decoding: int  # while latents become pixels
@@ -335,7 +335,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request and, once denoised, its latents; `label` names it in messages, such as "line 3"."""
+    """One request and, once denoised, its latents; `label` identifies it in messages, such as "line 3"."""
 
     label: str
     prepared: Prepared
@@ -350,7 +350,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class GenerationRun:
-    """The family, options and session shared by all modes of generation."""
+    """The model family, options and loaded networks that all modes of generation share."""
 
     family: Family
     options: GenerationOptions
@@ -367,7 +367,7 @@ class GenerationRun:
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
-        """Return the run with latent previews if the options ask for them; may load a decoder of 20 MB."""
+        """Return the run with latent previews if they are enabled; may load a decoder of 20 MB."""
         from blissful_tuner.latent_preview import make_previews  # only with previews
 
         previews = make_previews(
@@ -400,7 +400,7 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """File name and strength of each LoRA, by expert; "" is the only or the low-noise expert."""
+        """File names and strengths of the LoRAs by expert; the key "" is the only or the low-noise expert."""
         loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
@@ -418,7 +418,7 @@ class GenerationRun:
 
 
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
-    """Make the job of a prompt line, or of the command line alone, without loading a network.
+    """Make the generation job of a prompt line, or of the command line alone, without loading a network.
 
     Raises UserError if the request is not possible, or if --post cannot process a single image.
     """

@@ -92,7 +92,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
 
 
 def _check_lengths(run: GenerationRun, files: "Mapping[Path, SavedLatents]") -> None:
-    """Raise OptionError if --post or the suffix of --save_path does not suit the number of frames."""
+    """Raise OptionError if the number of frames does not suit --post or the suffix of --save_path."""
     latent = run.family.latent
     frames = {path: latent.count_frames(saved.latents.shape[2]) for path, saved in files.items()}
     if run.post is not None:
@@ -153,7 +153,7 @@ def _read_visible_region(family: Family, path: Path, saved: "SavedLatents") -> B
 
 
 def check_latents(family: Family, path: Path) -> "SavedLatents":
-    """Load a latent file.
+    """Load a latent file, and check that the model family can decode it.
 
     Raises:
         CheckpointError: If the latents are not from this family's latent space.
@@ -221,7 +221,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
 
 @contextlib.contextmanager
 def explain_lack(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error in the `with` block into a UserError.
+    """Convert an out-of-memory error in the `with` block to a UserError.
 
     Args:
         advice: Sentence for the message: which results are kept, and how to continue.
@@ -367,7 +367,7 @@ def _check_loras(family: Family, loras_by_expert: LorasByExpert) -> None:
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
-    """Check the --post tools of the options and return them."""
+    """Return the --post tools of the options, after checking their model files."""
     from postprocessing.stages import PostTools  # only with --post
 
     post: FrameTools = PostTools(options.post.tools, device)
@@ -410,7 +410,7 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
 
 
 def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
-    """Make the session of a run.
+    """Make the session of a run, which loads and moves its networks.
 
     Args:
         family: The model family.
@@ -452,10 +452,10 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 
 
 def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLoras | None":
-    """Return the LoRAs of text encoders and of networks that are loaded with these; None if there are none.
+    """Return the LoRAs of text encoders and of networks that are loaded with them; None if there are none.
 
     Args:
-        loras_by_expert: LoRA files by expert; those of the first expert bring the text encoders.
+        loras_by_expert: LoRA files by expert; the text encoders use those of the first expert.
         rounding: Value of --lora_rounding.
     """
     if not loras_by_expert or not loras_by_expert[0]:
@@ -529,7 +529,7 @@ def save_merged_model(
 ) -> None:
     """Write the transformer with the LoRAs merged in, one file per expert.
 
-    With several experts, `_low_noise` and the like are appended to the file names, and an expert without
+    With several experts, the expert's name is appended to the file name (`_low_noise`), and an expert without
     LoRAs gets no file. All names and shapes are checked before the first file is written.
 
     Args:
@@ -545,7 +545,7 @@ def save_merged_model(
     targets = [path]
     if has_several_experts:
         targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in experts]
-    # an expert without LoRAs is left out; a model of one network is written even without LoRAs
+    # an expert without LoRAs is left out; a model with one expert is written even without LoRAs
     merged_indices = [
         index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts
     ]

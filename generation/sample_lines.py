@@ -24,7 +24,7 @@ def _read_leading_full(text: str) -> int:
 
 
 def _read_sample_seed(text: str) -> int:
-    """Return the seed of a sample: the number that a text starts with, otherwise a hash of the text."""
+    """Return a sample's seed: the number at the start of the text, or a hash of a text without one."""
     if not text.strip():
         raise ValueError("give a number or a text")
     return _read_leading_full(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)
@@ -35,7 +35,7 @@ def _read_leading_number(text: str) -> float:
 
 
 def _match_leading(pattern: str, text: str) -> str:
-    """Return the number at the start of an option's text; warn that the remaining text is ignored."""
+    """Return the number at the start of an option's value; warn if text after it is ignored."""
     match = re.match(pattern, text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} does not begin with a number")
@@ -119,9 +119,9 @@ _CHARACTERS = {
 
 
 def _read_size(text: str) -> Mapping[str, int]:
-    """Parse a height and a width such as `480 832`, in the order of --video_size.
+    """Parse `480 832` (height, width, as in --video_size) into `height` and `width`.
 
-    Raises ValueError if the text does not have this form.
+    Raises ValueError for any other text.
     """
     sides = prompt_lines.read_size(text)
     return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
@@ -131,12 +131,12 @@ _SIZE_OPTION = prompt_lines.LineOption("size", _read_size)
 
 
 def fit_side(pixels: int, step: int) -> int:
-    """Round the width or height of a sample down to a multiple of the model's step."""
+    """Round a sample's width or height down to a multiple of `step`, which the model requires."""
     return max(pixels // step, 1) * step
 
 
 def find_sample_option(word: str) -> prompt_lines.LineOption | None:
-    """Return the option of a sample prompt line by its letters or long name, as in other prompt lines."""
+    """Return the option of a sample prompt line with this letter or long name; None if there is none."""
     option = SAMPLE_OPTIONS.get(word.lower())
     if option is not None:
         return option
@@ -171,10 +171,10 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
 
 
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
-    """Read a training prompt file (.txt, .toml or .json): one dictionary per sample.
+    """Read a training prompt file (.txt, .toml or .json); return one dictionary per sample.
 
-    The keys are `prompt` and those of `SAMPLE_OPTIONS`. In TOML, `[prompt]` contains values that all
-    `[[prompt.subset]]` tables share; a subset takes precedence. JSON is a list of lines and objects.
+    The keys are `prompt` and the keys of `SAMPLE_OPTIONS`. In TOML, `[prompt]` contains values that all
+    `[[prompt.subset]]` tables share; a subset takes precedence. JSON is a list of prompt lines and objects.
 
     Raises:
         OptionError: If an entry cannot be parsed; the message names the file, the entry and the key.
@@ -192,13 +192,13 @@ def read_sample_file(path: Path) -> str:
 
 
 def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
-    """Return the prompts in the text of a .txt, .toml or .json file: one dictionary per sample image.
+    """Parse the text of a training prompt file (.txt, .toml or .json); return one dictionary per sample.
 
-    The keys are `prompt` and those of `SAMPLE_OPTIONS`.
+    The keys are `prompt` and the keys of `SAMPLE_OPTIONS`.
 
     Args:
         text: The text of the file.
-        path: Path of the file; its suffix gives the format.
+        path: Path of the file; its suffix determines the format.
 
     Raises:
         OptionError: If an entry cannot be parsed.
@@ -223,7 +223,7 @@ def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
-    """Return the entries of a prompt file with their numbers, from 1.
+    """Split a prompt file into its entries, numbered from 1.
 
     Raises ValueError if the file is malformed.
     """
@@ -240,7 +240,7 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
 
 
 def _read_toml_entries(text: str) -> list[dict[str, Any]]:
-    """Return the `[[prompt.subset]]` tables of a TOML prompt file, each merged with the shared values.
+    """Return the `[[prompt.subset]]` tables of a TOML prompt file, each with the shared values filled in.
 
     Raises ValueError if the file is malformed.
     """
@@ -253,7 +253,7 @@ def _read_toml_entries(text: str) -> list[dict[str, Any]]:
 
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
-    """Call `read` on each entry and return the results; one OptionError lists the errors of all entries."""
+    """Call `read` on each entry and return the results; one OptionError reports the errors of all entries."""
     results = []
     errors = []
     for entry in entries:
@@ -267,7 +267,7 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
 
 
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the values of a prompt's table by key, converted. Raises OptionError if a type is wrong."""
+    """Return the values of a prompt's table by key, converted; raise OptionError if a type is wrong."""
     types = _list_types()
     values: dict[str, Any] = {}
     for name, value in entry.items():
@@ -289,7 +289,7 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _list_types() -> dict[str, type]:
-    """Return the accepted type of each value in a prompt's TOML table, by key."""
+    """Return the type that each key of a prompt's TOML table accepts."""
     types: dict[str, type] = {}
     for option in SAMPLE_OPTIONS.values():
         types[option.key] = list if option.repeats else type(option.read("1"))
@@ -300,7 +300,7 @@ def _list_types() -> dict[str, type]:
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:
     """Convert a value of a prompt's table to the type of its key.
 
-    Raises OptionError if it has another type.
+    Raises OptionError if it has a different type.
     """
     if kind is list and isinstance(value, str):
         value = [value]
@@ -317,7 +317,7 @@ def _convert(key: str, value: Any, kind: type, where: str) -> Any:
 
 
 def _read_sides(size: Any, where: str) -> Mapping[str, int]:
-    """Parse a size such as [480, 832] or "480 832" into its sides; raise OptionError for anything else."""
+    """Parse a size such as [480, 832] or "480 832" into `height` and `width`; raise OptionError otherwise."""
     try:
         return _read_size(" ".join(map(str, size)) if isinstance(size, list) else str(size))
     except ValueError as error:

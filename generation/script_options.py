@@ -19,7 +19,7 @@ MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
 
 
 class RequestOptions(Options, title="what to make"):
-    """Command-line options of each video or image; a prompt line can override them.
+    """Command-line options of each video or image, which a prompt line can override.
 
     None means the task's default.
     """
@@ -138,7 +138,7 @@ class OutputOptions(Options, title="output"):
     file_name: str = option(default="", facts=NO_PIXELS)  # of the one result, if --save_path names a file
 
     def __post_init__(self) -> None:
-        """Raise OptionError if the output cannot be written, or does not have what other options need."""
+        """Raise OptionError if the output cannot be written, or if it lacks frames or audio to save."""
         if self.save_last_frame and self.output_type in UNDECODED:
             raise OptionError(
                 "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "
@@ -177,11 +177,11 @@ class OutputOptions(Options, title="output"):
 
     @property
     def names_file(self) -> bool:
-        """Whether --save_path names a file: it has the suffix of a result and is not a folder."""
+        """Whether --save_path is a file: it has the suffix of an output file and is not a folder."""
         return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
-        """Return the options with a --save_path to a file split into folder and file name."""
+        """Return the options with a --save_path that is a file split into its folder and its name."""
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_image(self, is_single: bool) -> bool:
@@ -225,7 +225,7 @@ class OutputOptions(Options, title="output"):
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a video in sections is written again after each section, to show progress."""
+        """Whether a video made in sections is written again after each section, to show progress."""
         return self.output_type not in UNDECODED and not self.no_progressive_save
 
     @property
@@ -237,7 +237,7 @@ class OutputOptions(Options, title="output"):
 
 
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
-    """Return an option of a preset as typed on the command line."""
+    """Return a preset's value of an option, as the user would type the option."""
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 
@@ -258,7 +258,7 @@ FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scal
 
 @dataclass(frozen=True)
 class ScriptDefaults:
-    """Defaults of the shared generation options in one family's script, and which options the script has.
+    """Defaults of the shared generation options for one model family's script, and which options it lacks.
 
     None means the task's default, unless the field says otherwise.
     """
@@ -313,7 +313,7 @@ class ScriptDefaults:
 
     @property
     def flags_by_option(self) -> Mapping[str, tuple[str, ...]]:
-        """Flags of options that this script, or all image scripts, spell differently; the usual one first."""
+        """Flags of options that this script (or all image scripts) names differently; the main flag first."""
         if not self.pictures:
             return dict(self.spellings)
         return {"video_size": ("--image_size",), "num_videos": ("--num_images",), **self.spellings}
@@ -391,7 +391,7 @@ class ScriptDefaults:
         }
 
     def _list_absent(self) -> list[str]:
-        """Return the shared options that this script does not have."""
+        """Return the names of shared options that this script lacks."""
         absent = {
             "prompt_2": not self.has_second_prompt,
             "video_length": self.in_sections,

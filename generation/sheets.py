@@ -54,7 +54,7 @@ MAX_OPEN_VIDEOS, MAX_VIDEO_HEIGHT = 100, 4096  # limits of a video: files open a
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its clips, one for each column of the sheet; None for a clip that failed."""
+    """A prompt and its clips, one for each column of the sheet; None where a clip failed."""
 
     prompt: str
     fps: float
@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ClipGrid:
-    """All clips of a comparison, in rows and columns."""
+    """All clips of a comparison as a grid."""
 
     columns: tuple[str, ...]  # their headings
     rows: tuple[Row, ...]
@@ -100,7 +100,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
-    """Write an HTML page with the clips of a grid; rows with the same prompt are adjacent."""
+    """Write an HTML page with a grid's clips; rows with the same prompt are adjacent."""
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.details)):
         rows_of_prompt = []
@@ -112,9 +112,9 @@ def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
 
 
 def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the HTML cells of a row.
+    """Yield the template values of a row's cells: clip, file name and command.
 
-    With `is_lower` the first cell is omitted, because the cell of the row above spans both rows.
+    With `is_lower`, the first cell is omitted, because the cell of the row above spans both rows.
     """
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:
@@ -124,19 +124,19 @@ def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[M
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a path has the suffix of an image file."""
+    """Return whether a path has an image suffix."""
     return path.suffix.lower() in image_suffixes()
 
 
 def frames_of(path: Path) -> Iterator[Frame]:
-    """Yield the frames of a clip or of an image, H W 3; transparency shows as a checkerboard."""
+    """Yield the frames of a clip or image, H W 3, with transparent parts over a checkerboard."""
     if is_image(path):
         return iter([_put_on_squares(read_image(path, alpha=True))])
     return islice(video_frames(path), MAX_FRAMES)
 
 
 def _put_on_squares(frame: Frame) -> Frame:
-    """Composite a frame with transparency, H W 4, onto a checkerboard; return H W 3."""
+    """Composite a frame with an alpha channel, H W 4, onto a checkerboard; return H W 3."""
     colors, alpha = split_alpha(frame)
     if alpha is None:
         return colors
@@ -160,7 +160,7 @@ def _read_middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
 
 
 def play_side_by_side(grid: ClipGrid) -> Iterator[Frame]:
-    """Yield frames of all clips side by side; a clip that has ended repeats its last frame."""
+    """Yield frames that show all clips side by side; a clip that has ended keeps showing its last frame."""
     readers = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
     current_frames = [[next(reader, None) for reader in row] for row in readers]
     has_more = True
@@ -176,7 +176,7 @@ def play_side_by_side(grid: ClipGrid) -> Iterator[Frame]:
 
 
 def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
-    """Compose one image of all frames (rows of columns), with labels above them.
+    """Compose an image from frames (rows of columns), with labels above them.
 
     Frames may differ in size. A missing frame is an empty cell of the size of the first existing frame.
     """
@@ -210,12 +210,12 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
 
 def _make_blank_sheet(width: int, height: int) -> Image.Image:
-    """Return a blank sheet of at least this size, rounded up to even sides as videos require."""
+    """Return a blank sheet of at least this size, with even sides as videos require."""
     return Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
 
 
 def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
-    """Return the width and height of each frame on the sheet, in pixels."""
+    """Return (width, height) of each frame as drawn on the sheet; a missing frame gets an empty cell."""
     side = max(NARROWEST_CELL, min(grid.max_cell_side, WIDEST // len(grid.columns)))
     first_frame = next((frame for row in frames for frame in row if frame is not None), None)
     empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
@@ -246,13 +246,13 @@ def _fit_side(frame: Frame, side: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Pen:
-    """Draw the labels of a comparison sheet, each on a single line."""
+    """Draws labels on a comparison sheet, each on a single line."""
 
     draw: ImageDraw.ImageDraw
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 
     def write(self, corner: tuple[int, int], text: str, width: int) -> None:
-        """Draw a text, cut to `width` pixels."""
+        """Draw a label, truncated to `width` pixels."""
         line = " ".join(escape_control_codes(text[:1000]).split())
         while line and self.draw.textlength(line, self.font) > width - 4:
             fitting = round(len(line) * width / self.draw.textlength(line, self.font))
@@ -271,7 +271,7 @@ JobByCell = Mapping[CellIndex, GenerationJob]  # of one sheet, without cells tha
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
-    """Generate and write a sheet for each prompt line; return the number of cells, failed ones included.
+    """Generate and write a sheet for each prompt line; return the number of cells, including failed ones.
 
     Args:
         run: The run.
@@ -294,8 +294,8 @@ def make_cell_jobs(
 ) -> JobByCell:
     """Make the jobs for the cells of a prompt line's sheet, by column and row.
 
-    No network is loaded. Without a seed in the line, all cells share a drawn one. Cells that are not possible
-    are recorded as failures.
+    No network is loaded. Without a seed, all cells share a random one. Impossible cells are recorded as
+    failures.
     """
     axes = run.options.axes
     jobs: dict[CellIndex, GenerationJob] = {}
@@ -338,7 +338,7 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
 
 
 def _make_grid(axes: Sequence[Axis], paths: Mapping[CellIndex, Path], prompt: str, fps: float) -> ClipGrid:
-    """Arrange clips in a grid: the first axis gives its columns, the second one its rows."""
+    """Arrange clips in a grid: the first axis varies across columns, the second one across rows."""
     horizontal = axes[0]
     vertical = axes[1] if len(axes) > 1 else None
     num_rows = 1 if vertical is None else len(vertical.texts)
@@ -353,7 +353,7 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[CellIndex, Path], prompt: st
         columns=tuple(horizontal.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
         title="" if has_prompts else shorten_prompt(prompt, MAX_TITLE_LENGTH),
-        # all rows, each with a line of text, fit
+        # small enough that all rows and their labels fit
         max_cell_side=min(MAX_CELL_SIDE_OF_SHEET, MAX_VIDEO_HEIGHT // num_rows - TEXT_HEIGHT),
     )
 

@@ -68,8 +68,8 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`; if the block succeeds, rename it to `path`.
 
-    An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
-    renames.
+    An existing folder is moved aside and deleted last; `recover_folder` restores it if the process is killed
+    between the two renames.
 
     Raises:
         OutputError: If the folder cannot be written.
@@ -179,11 +179,11 @@ def make_folder(folder: Path, option: str) -> None:
 def claim_name(path: Path) -> Iterator[bool]:
     """Claim the name `path` for the block; yields False if another block, in any process, has claimed it.
 
-    The claim is a hidden file named like a temporary file, with the mark of its writer as its text, so the
-    claim of a killed run is removed with other leftovers.
+    The claim is a hidden file that contains the id of its process, so that `remove_leftovers` also removes
+    the claim of a killed run.
 
     Raises:
-        OutputError: If the file cannot be made.
+        OutputError: If the file cannot be created.
     """
     # a name that no temporary file or folder of `path` has
     claim = path.with_name(f".{path.name}{_CLAIMED}")
@@ -204,7 +204,7 @@ def claim_name(path: Path) -> Iterator[bool]:
 
 
 def recover_folder(path: Path) -> None:
-    """Restore a folder after a kill between the two renames of `atomic_folder`; remove partial folders."""
+    """Restore a folder if `atomic_folder` was killed between its two renames; remove partial folders."""
     aside = path.with_name(f".{path.name}.old")
     if aside.exists():
         if path.exists():
@@ -220,10 +220,10 @@ def remove_leftovers(
     is_removable: Callable[[str], bool] = lambda name: True,
     older_seconds: float = LEFTOVER_SECONDS,
 ) -> None:
-    """Remove temporary files and folders of killed runs. Files of running processes are left alone.
+    """Remove temporary files and folders of killed runs, also old ones of processes that seem to run.
 
-    `is_removable` takes the final name of a temporary file and returns whether to remove the file. If the
-    name does not show whether the writing process runs, the file must have been unchanged for
+    `is_removable` takes the final name of a temporary file and returns whether it may be removed. If its name
+    does not show whether the process that wrote it still runs, the file must have been unchanged for
     `older_seconds`. Machines that share the folder need clocks that agree to within an hour.
     """
     now = time.time()
@@ -233,7 +233,7 @@ def remove_leftovers(
             if temporary is None or not is_removable(temporary["name"]):
                 continue
             with contextlib.suppress(OSError):  # another process removed it, or has it open on Windows
-                # the time of a folder is that at which its last file was added or removed
+                # the time of a folder changes when a file is added to it or removed from it
                 changed = entry.stat(follow_symlinks=False).st_mtime
                 owner = _read_claim(entry) or temporary  # both name the machine and the process
                 if changed > now - _find_min_age(owner, older_seconds):
@@ -245,7 +245,7 @@ def remove_leftovers(
 
 
 def _read_claim(entry: os.DirEntry[str]) -> re.Match[str] | None:
-    """Return the match of a process's id in a claim file; None for any other file, or if it is unreadable."""
+    """Match a claim file whose content is a process id; None for any other file, or if it is unreadable."""
     if not entry.name.endswith(_CLAIMED) or not entry.is_file(follow_symlinks=False):
         return None
     try:
@@ -263,7 +263,7 @@ def give_name(file: Path, path: Path) -> None:
     """Rename a finished file to `path` in the same folder, replacing an existing file.
 
     Raises:
-        OutputError: If that fails.
+        OutputError: If it cannot be renamed.
     """
     with explain_errors(path):
         replace_file(file, path)
@@ -271,7 +271,7 @@ def give_name(file: Path, path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, completely or not at all.
+    """Write `data` to `path` atomically.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -281,7 +281,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, completely or not at all.
+    """Write `text` as UTF-8 to `path` atomically.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -290,7 +290,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` as UTF-8; if the process is killed meanwhile, the last line may be incomplete.
+    """Append `text` as UTF-8; if the process is killed while writing, the last line may be incomplete.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -308,13 +308,13 @@ def replace_surrogates(text: str) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the volume of a folder, which need not exist yet."""
+    """Return the free bytes on a folder's volume; the folder may not exist yet."""
     resolved = real_path(folder)
     return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
 
 
 def check_space(path: Path, size_bytes: int) -> None:
-    """Raise OutputError if the volume of `path` has no room for `size_bytes`."""
+    """Raise OutputError if the volume of `path` lacks space for `size_bytes`."""
     free = free_bytes(path.parent)
     if size_bytes and free < size_bytes + SPARE_BYTES:
         raise OutputError(
@@ -324,7 +324,7 @@ def check_space(path: Path, size_bytes: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make sure that the names of new files in a folder survive a power cut."""
+    """Flush a folder to the disk, so that the names of new files in it survive a power cut."""
     if os.name == "nt":  # Windows cannot open a folder; NTFS orders the rename itself
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -360,7 +360,7 @@ _PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the path that this process writes to before it renames the file to `path`."""
+    """Return the path of the file that this process writes before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{_make_writer_id()}.tmp")
 
 
@@ -369,10 +369,10 @@ def _make_writer_id() -> str:
 
 
 def _find_min_age(owner: re.Match[str], older_seconds: float) -> float:
-    """Return the number of seconds for which a leftover must be unchanged before it may be removed.
+    """Return how many seconds a leftover must be unchanged before it may be removed.
 
     `owner` is the match of the writing process in the file's name. The result is -inf if that process has
-    ended, and `older_seconds` if it runs on another or an unknown machine.
+    ended, and `older_seconds` if it ran on another or an unknown machine.
     """
     is_of_this_machine = owner["machine"] is not None and int(owner["machine"], 16) == identify_machine()
     if not is_of_this_machine or os.name == "nt":  # on Windows, os.kill would end the process
@@ -389,7 +389,7 @@ def _find_min_age(owner: re.Match[str], older_seconds: float) -> float:
 
 @functools.cache
 def identify_machine() -> int:
-    """Return a number that identifies this boot of the machine and this container."""
+    """Return a number that differs between machines, reboots and containers."""
     words = [platform.node()]
     try:
         words.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii"))

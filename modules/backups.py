@@ -9,7 +9,7 @@ BACKUP = ".bak"
 
 
 def name_backup(path: Path) -> Path:
-    """Return the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ..."""
+    """Return the first unused name of NAME.bak, NAME.2.bak, NAME.3.bak, ..."""
     backup = path.with_name(path.name + BACKUP)
     number = 1
     while backup.exists():
@@ -19,9 +19,9 @@ def name_backup(path: Path) -> Path:
 
 
 def keep_backup(path: Path) -> None:
-    """Copy a file to the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ...
+    """Copy a file to the first unused name of NAME.bak, NAME.2.bak, NAME.3.bak, ...
 
-    No older backup is replaced.
+    Older backups are kept.
 
     Raises:
         OutputError: If the copy cannot be written.

@@ -31,7 +31,7 @@ LINE_INTERVAL = 30.0  # seconds between log lines if no bar can be shown
 
 
 class Bar(ExitStack):
-    """Progress of one loop. Use it as a context manager, or call `close`."""
+    """Progress bar of a loop. Use it as a context manager, or call `close`."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class Bar(ExitStack):
         now: Callable[[], float] = time.monotonic,
         is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty(),
     ) -> None:
-        """Start the progress of a loop.
+        """Start a progress bar.
 
         Args:
-            total: Amount of the whole work; None if it is not known.
+            total: Total amount of work; None if unknown.
             what: Description of the work.
             unit: Unit of the amounts.
             shown: Whether to show the progress at all.
@@ -71,7 +71,7 @@ class Bar(ExitStack):
             self._open_bar()
 
     def update(self, amount: float = 1) -> None:
-        """Count `amount` more units as done, and show the progress if its time has come."""
+        """Add `amount` units of finished work, and update the display if it is due."""
         self.done += amount
         if not self.shown:
             return
@@ -88,7 +88,7 @@ class Bar(ExitStack):
             self._open_bar()
 
     def _open_bar(self) -> None:
-        """Open tqdm's bar at the present state of the work."""
+        """Open a tqdm bar that starts with the work done so far."""
         self.enter_context(logging_redirect_tqdm())  # write log lines above the bar
         bar = tqdm(
             total=self.total,

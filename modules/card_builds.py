@@ -21,7 +21,7 @@ NO_TORCH = "there is no build of PyTorch for it. docs/install.md lists the machi
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """Disk space of a build with all other packages, measured or estimated from its files on Linux."""
+    """Disk space of a torch build with all other packages, measured or estimated from its files on Linux."""
 
     download_gb: float
     disk_gb: float
@@ -39,17 +39,17 @@ BUILDS = {
 
 @dataclass(frozen=True)
 class BuildChoice:
-    """A build and the reason why it was chosen."""
+    """The name of a build, and the reason for choosing it."""
 
     build: str
     reason: str
 
 
 def select_build() -> BuildChoice:
-    """Return the build for this machine.
+    """Return the torch build for this machine's GPU.
 
     Raises:
-        InstallationError: If none fits it.
+        InstallationError: If no build supports it.
     """
     return select_for(sys.platform, platform.machine(), find_nvidia_cards(), read_amd_cards(KFD))
 
@@ -60,8 +60,8 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
     Args:
         system: Value of `sys.platform`.
         machine: Value of `platform.machine()`.
-        nvidia: NVIDIA cards of the machine.
-        amd: Version numbers of the machine's AMD cards, on Linux.
+        nvidia: NVIDIA GPUs of the machine.
+        amd: Version numbers of the machine's AMD GPUs, on Linux.
 
     Raises:
         InstallationError: If no build fits; the message names the installed and the required driver.
@@ -78,9 +78,9 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
 
 
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
-    """Return the build that supports the newest of the machine's cards and that their driver can run.
+    """Return the build that supports the machine's newest GPU and runs with the installed driver.
 
-    Raises InstallationError if the driver is too old for any build that supports that card.
+    Raises InstallationError if the driver is too old for every such build.
     """
     first = cards[0]  # all cards share one driver
     card_text = f"{first.name}, driver {first.driver}"
@@ -99,7 +99,7 @@ def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
 
 
 def read_amd_cards(nodes: Path) -> list[int]:
-    """Read the version numbers of AMD cards that Linux lists in a folder; 0 stands for a CPU."""
+    """Return the version numbers of AMD GPUs that the Linux driver lists in a folder; 0 stands for a CPU."""
     versions = []
     for path in sorted(nodes.glob("*/properties")):
         try:

@@ -23,7 +23,7 @@ BOOTSTRAP_CODE = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"  # b
 
 
 class TemplateError(Exception):
-    """Raised if a chat template fails or does not end; the text gives the reason."""
+    """Raised if a chat template fails or does not end; the message is the reason."""
 
 
 def render_chat(
@@ -33,7 +33,7 @@ def render_chat(
     seconds: float = MAX_TEMPLATE_SECONDS,
     **more: Any,
 ) -> str:
-    """Render a conversation to the text that the model continues.
+    """Return a conversation as text that the model continues, rendered with its chat template.
 
     `tokenizer` is a tokenizer of transformers, whose special tokens the template may use. `template` is the
     template's text, or a mapping with an entry "default"; None takes the tokenizer's template. `turns` have a
@@ -59,7 +59,7 @@ def render_chat(
 
 @functools.lru_cache(maxsize=1024)  # most items of a dataset have the same prompt
 def _render(template: str, variables_json: str, seconds: float) -> str:
-    """Render a template in a separate process, with bounds on memory, time and length.
+    """Return a rendered template; a separate process with bounds on memory, time and length renders it.
 
     The variables are JSON, because the arguments of a cached function have to be hashable.
     """

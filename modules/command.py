@@ -55,7 +55,7 @@ def start_logging(level: int = logging.INFO) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # our own limit of pixels applies instead of Pillow's
+    # MAX_PIXELS is checked instead of Pillow's limit
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     if logging.getLogger().handlers:
         return
@@ -67,7 +67,7 @@ def start_logging(level: int = logging.INFO) -> None:
 
 
 def draws_boxes(stream: Any) -> bool:
-    """Return whether a stream is a terminal that can draw boxes and bars."""
+    """Return whether a stream is a terminal that can display boxes and bars."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -92,7 +92,7 @@ def wants_color(stream: Any) -> bool:
 
 @contextlib.contextmanager
 def drop_repeated_warnings() -> Iterator[None]:
-    """Log each warning only once in the block: every line of a prompt file repeats warnings about options."""
+    """Log each warning only once in the block, because each line of a prompt file would repeat it."""
     filters = [(handler, _RepeatedWarnings()) for handler in logging.getLogger().handlers]
     for handler, repeated_warnings in filters:
         handler.addFilter(repeated_warnings)
@@ -104,7 +104,7 @@ def drop_repeated_warnings() -> Iterator[None]:
 
 
 class _RepeatedWarnings(logging.Filter):
-    """Remove warnings whose message was logged before."""
+    """Removes warnings whose message was logged before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
     """Spell options in warnings and errors of the block as the user typed them: --nf4, not --nf4_base.
 
     Args:
-        names: Maps a flag, or a flag and its value, to the flag to show. Lines that hold a command are left
+        names: Maps a flag, or a flag and its value, to the flag to show. Lines with a command remain
             unchanged.
     """
     if not names:
@@ -149,7 +149,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     handlers = list(logging.getLogger().handlers)
     for handler in handlers:
-        handler.filters.insert(0, respell)  # first, so that of nested blocks the inner one respells first
+        handler.filters.insert(0, respell)  # first, so that the innermost of nested blocks respells first
     try:
         yield
     except UserError as error:
@@ -186,8 +186,8 @@ def command_line(
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
     `explain` gets the file of a CheckpointError and returns its real kind, which is printed as a hint, or
-    None. With `needs_packages`, end at once if a package of requirements.txt is missing, unless help is asked
-    for.
+    None. With `needs_packages`, end at once if a package of requirements.txt is missing, unless the user asks
+    for help.
     """
     start_logging()
     try:
@@ -227,7 +227,7 @@ def command_line(
 
 
 def _print_user_error(error: UserError, explain: Callable[[Path], str | None] | None) -> None:
-    """Print a short error; for a model file, also what the file is if the message does not say that."""
+    """Print a short error; for a model file, also say what the file is if the message does not."""
     _print_error(error, str(error), sys.argv)
     is_short = str(error).count("\n") + 1 < MAX_LINES
     if isinstance(error, CheckpointError) and error.path is not None and explain is not None and is_short:
@@ -240,14 +240,14 @@ def _print_user_error(error: UserError, explain: Callable[[Path], str | None] | 
 
 
 def _print_error(error: Exception, text: str, typed: Sequence[str] = ()) -> None:
-    """Print the kind of an error and a text, wrapped; of several processes usually the first alone prints."""
+    """Print the kind of an error and a text, wrapped; of several processes, usually only the first prints."""
     wait_for_first_process()
     message = plain_message(f"{type(error).__name__}: {text}", typed)
     print(wrap_text(message, terminal_width(sys.stderr)), file=sys.stderr)
 
 
 def _explain_os_error(error: OSError) -> str | None:
-    """Return the cause and the remedy of too many open files or a missing temporary folder; else None."""
+    """Explain too many open files or a missing temporary folder, with advice; None for other errors."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
     if "usable temporary directory" in str(error):  # message of Python's `tempfile`
@@ -276,13 +276,13 @@ def _check_launcher() -> None:
 
 
 def print_loading() -> None:
-    """Print on a terminal that torch is being loaded, once for all processes of a run."""
+    """Print on a terminal that torch is being loaded; of several processes, only the first prints it."""
     if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
         print("Loading torch ...", file=sys.stderr, flush=True)
 
 
 def wait_for_first_process() -> None:
-    """Wait a little unless this is the first process of a launcher on this machine.
+    """Wait a little, unless this is a launcher's first process on this machine.
 
     If the first process has the same error, the launcher ends this one meanwhile, so that the error is
     printed only once.
@@ -292,7 +292,7 @@ def wait_for_first_process() -> None:
 
 
 def plain_message(text: str, typed: Sequence[str] = ()) -> str:
-    """Make a message safe for a console: control codes are written out, long lines shortened.
+    """Make a message safe for a console: escape control codes and shorten long lines.
 
     `typed` are the command-line arguments. Where the message quotes them, line breaks are removed and long
     words are shortened.
@@ -305,18 +305,18 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
 
 
 def shorten_word(word: str) -> str:
-    r"""Format a typed word for a message: shortened, with line breaks written as \n."""
+    r"""Format a typed word for a message: shortened, with line breaks as \n."""
     return shorten(word, MAX_OF_WORD).replace("\n", "\\n")
 
 
 def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> str:
     """Return " Did you mean NAME?" with one of `names`; "" if none fits.
 
-    NAME is the first that is found of: the most similar name; a name with the letters of `word` in another
-    order; the longest name that `word` continues after an underscore; the only name that continues `word` so.
+    NAME is the first match among: the most similar name; a name with the letters of `word` in another order;
+    the longest name that `word` continues after an underscore; the only name that continues `word` so.
 
     Args:
-        word: Word that is not known.
+        word: Unknown word.
         names: Known names.
         min_similar: Minimum similarity of a name, from 0 to 1 (equal).
     """
@@ -336,7 +336,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
 
 
 def quote_command(argv: Sequence[str]) -> str:
-    """Return a command as a user types it, quoted for this system's shell.
+    """Return a command quoted for this system's shell, as a user would type it.
 
     In the installed package, scripts are its console commands.
     """
@@ -344,12 +344,12 @@ def quote_command(argv: Sequence[str]) -> str:
 
 
 def quote_for_shell(argv: Sequence[str]) -> str:
-    """Quote arguments as a command line for this system's shell."""
+    """Quote arguments as a command line for the shell of this system."""
     return shlex.join(argv) if os.name != "nt" else quote_for_windows(argv)
 
 
 def quote_for_windows(argv: Sequence[str]) -> str:
-    """Quote a command for cmd and PowerShell: in double quotes, except words that PowerShell would expand."""
+    """Quote a command for cmd and PowerShell, in double quotes, except words that PowerShell would expand."""
     quoted = []
     for word in argv:
         if PLAIN_IN_POWERSHELL.fullmatch(word):
@@ -363,7 +363,7 @@ def quote_for_windows(argv: Sequence[str]) -> str:
 
 
 def quote_for_powershell(argv: Sequence[str]) -> str:
-    """Return a command quoted for PowerShell: inside single quotes only the quote is special."""
+    """Quote a command for PowerShell: inside single quotes, only the single quote is special."""
     return " ".join(
         word
         if PLAIN_IN_POWERSHELL.fullmatch(word)

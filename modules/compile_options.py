@@ -23,7 +23,7 @@ SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 
 @dataclass(frozen=True)
 class Compilation:
-    """Settings for compiling blocks. This module imports nothing heavy, because options use it."""
+    """Settings for torch.compile of transformer blocks. Imports nothing heavy, because options use it."""
 
     backend: str = INDUCTOR  # name of a torch backend
     mode: str = DEFAULT_MODE
@@ -33,7 +33,7 @@ class Compilation:
     variants: int | None = None  # recompilation limit of a list of blocks; None: enough for all
 
     def __post_init__(self) -> None:
-        """Raise OptionError if the mode is unknown, or if the mode or the back end does not work here."""
+        """Raise OptionError if the mode is unknown, or if mode and backend cannot be used in this program."""
         if self.mode not in MODES:
             raise OptionError(
                 f"--compile_args: the mode {self.mode} is unknown: use one of {', '.join(MODES)}"
@@ -62,7 +62,7 @@ _ARGS = (
 
 
 def _args_option(default: tuple[str, ...]) -> Any:
-    """Declare --compile_args with its default words."""
+    """Return the field of --compile_args with its default words."""
     return option(
         _ARGS.format(" ".join(default)),
         default=default,
@@ -74,7 +74,7 @@ def _args_option(default: tuple[str, ...]) -> Any:
 
 
 class CompileOptions(Options):
-    """Options for compiling blocks: the four words of --compile_args, or one option for each word."""
+    """Options for torch.compile of blocks: the four words of --compile_args, or one option for each word."""
 
     compile: bool = option(_COMPILE, often=True, facts=HABIT)
     compile_args: tuple[str, ...] = _args_option(GENERATION_ARGS)
@@ -190,7 +190,7 @@ class TrainingCompileOptions(CompileOptions):
 
     @property
     def choice(self) -> Compilation | None:
-        """Return the settings for compiling the blocks; None if they are not compiled."""
+        """Return the settings for torch.compile; None if the blocks are not compiled."""
         if self.compile:
             return self.compilation(TRAINING_ARGS)
         backend = self.dynamo_backend.lower()
@@ -205,7 +205,7 @@ class TrainingCompileOptions(CompileOptions):
 
 
 class GenerationCompileOptions(CompileOptions):
-    """Options that compile the blocks for generation."""
+    """Options for compiling the blocks in generation."""
 
     optimized_compile = unsupported(
         "give --compile, which compiles whole blocks, attention and positions with them, once for all blocks "
@@ -218,7 +218,7 @@ class GenerationCompileOptions(CompileOptions):
 
     @property
     def choice(self) -> Compilation | None:
-        """How to compile; None if --compile is off."""
+        """Settings for compiling the blocks; None if --compile is off."""
         return self.compilation(GENERATION_ARGS) if self.compile else None
 
 

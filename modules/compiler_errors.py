@@ -13,7 +13,7 @@ MAX_OF_CAUSE = 240  # characters of the compiler's own message
 
 
 def explain_compilation(error: Exception) -> str | None:
-    """Return the cause and the remedy of an error of torch's or Triton's compiler; None for other errors."""
+    """Return cause and remedy of an error in torch's or Triton's compiler; None for other errors."""
     if not is_of_compiler(error):
         return None
     summary, _, output = str(error).partition("Output:\n")
@@ -33,9 +33,9 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def _find_folder_with_space(command: str) -> str | None:
-    """Find a folder of torch or its compiled code in a failed command whose path contains a space.
+    """Return a folder of torch or compiled code in a failed command whose path has a space; None otherwise.
 
-    torch does not quote paths in such commands, so the compiler reads the path as two.
+    torch does not quote paths in compiler commands, so the compiler reads the path as two.
     """
     torch_file = getattr(sys.modules.get("torch"), "__file__", None)
     folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]

@@ -27,7 +27,7 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
     """Log a box with one line per row: (label, text). Rows whose text is None or empty are left out.
 
     `commands` (what it does, command) are shown below the box and never wrapped, so that they can be copied.
-    All texts are shown verbatim: markup is not interpreted and control codes are written out. A terminal
+    All texts are shown verbatim: markup is not interpreted and control codes are escaped. A terminal
     draws the box; a log file gets aligned lines.
     """
     title = escape_control_codes(title)
@@ -101,7 +101,7 @@ def draw_box(
 
 
 def show_traceback() -> None:
-    """Print the current exception with its traceback, for an error in this program."""
+    """Print the current exception with its traceback, because it is an error of this program."""
     from rich.console import Console  # slow, and only needed for errors on a terminal
 
     Console(stderr=True).print_exception()
@@ -132,7 +132,7 @@ def format_size(size_bytes: float) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
+    """Format a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
     if number == 1:
         return f"1 {noun}"
     plural_ending = "es" if noun.endswith(("tch", "sh", "x")) else "s"
@@ -140,7 +140,7 @@ def format_count(number: int, noun: str) -> str:
 
 
 def list_some(names: Sequence[str], maximum: int = MAX_LISTED) -> str:
-    """List at most `maximum` names, and say how many more there are."""
+    """List up to `maximum` names, and how many more there are."""
     tail = f" and {len(names) - maximum} more" if len(names) > maximum else ""
     return ", ".join(names[:maximum]) + tail
 
@@ -166,7 +166,7 @@ def pluralize(number: int, words: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Turn off the log in the block, because the real run logs the same lines."""
+    """Disable logging in the block, because the real run logs the same lines."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

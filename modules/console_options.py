@@ -22,7 +22,7 @@ class ConsoleOptions(Options, title="log lines"):
     console_log_simple: bool = option("plain lines: no colors, no boxes")
 
     def apply(self) -> None:
-        """Change the handlers of the root logger.
+        """Set the level and the handler of the root logger.
 
         Raises:
             OptionError: If the file cannot be written.
@@ -48,7 +48,7 @@ class ConsoleOptions(Options, title="log lines"):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file. Lines that cannot be written, as on a full disk, go to the console."""
+    """A log file; lines that cannot be written (for example on a full disk) go to the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Replace this handler by one that writes to the console if the log file cannot be written."""

@@ -19,7 +19,7 @@ _SEQUENCES = re.compile(
 
 
 def drop_control_codes(text: str) -> str:
-    """Remove control codes and the sequences that they begin, so that a text can be stored in a file.
+    """Remove control codes and escape sequences, so that a text can be stored in a file.
 
     Unicode's line separators become spaces; newlines and tabs are kept.
     """
@@ -27,21 +27,21 @@ def drop_control_codes(text: str) -> str:
 
 
 def escape_control_codes(text: str) -> str:
-    r"""Return the text with control codes written out (`\x1b`, `\u202e`), so that they reach no terminal.
+    r"""Return the text with control codes escaped (`\x1b`, `\u202e`), so that they do not reach a terminal.
 
     Names, captions and metadata come from other people's files, and their codes could color, move, hide or
-    reorder what is shown. Newlines and tabs are kept, and letters of all languages.
+    reorder what is shown. Newlines, tabs and letters of all languages are kept.
     """
     return _CODES.sub(_compute_plainly, text)
 
 
 def replace_control_codes(name: str) -> str:
-    """Replace control codes, line breaks and tabs by _, to make a name that files can have."""
+    """Replace control codes, line breaks and tabs by _, so that the result can be a file name."""
     return re.sub(r"[\n\t]", "_", _CODES.sub("_", name))
 
 
 def shorten(text: str, maximum: int) -> str:
-    """Return the text, or its beginning and its end if it has more than `maximum` characters."""
+    """Return the text, or only its beginning and end if it is longer than `maximum` characters."""
     if len(text) <= maximum:
         return text
     left_out = len(text) - maximum
@@ -51,7 +51,7 @@ def shorten(text: str, maximum: int) -> str:
 
 
 def shorten_lines(text: str, maximum: int) -> str:
-    """Return a text whose lines have at most `maximum` characters each."""
+    """Return a text with each line shortened to at most `maximum` characters."""
     return "\n".join(shorten(line, maximum) for line in text.split("\n"))
 
 
@@ -82,7 +82,7 @@ def wrap_text(text: str, columns: int | None) -> str:
 
 
 def terminal_width(stream: Any) -> int | None:
-    """Return the width of a stream's terminal in characters; None if it is not a terminal."""
+    """Return the width of a stream's terminal in columns; None if it is not a terminal."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
     except (AttributeError, OSError, ValueError):  # the stream is closed or replaced
@@ -100,7 +100,7 @@ _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 
 
 def extract_caption(text: str, max_characters: int = MAX_ANSWER_CHARACTERS) -> str:
-    """Return a model's answer as a caption of one line, cut off after `max_characters`.
+    """Return a language model's answer as a one-line caption, cut off after `max_characters`.
 
     Thoughts before the answer, control codes, line breaks and enclosing quotation marks are removed.
     """

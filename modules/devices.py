@@ -55,7 +55,7 @@ NO_MEMORY = (
 
 
 def select_device(name: str | None) -> torch.device:
-    """Return the device with a name; without a name, CUDA if available, else MPS, else the CPU.
+    """Return the named device; without a name, CUDA if available, else MPS, else the CPU.
 
     CUDA is also set to compute float32 exactly. A GPU that is named with its index becomes the current one,
     because pinning and synchronizing act on the current GPU, and would otherwise also use memory of GPU 0.
@@ -85,7 +85,7 @@ def select_device(name: str | None) -> torch.device:
 
 
 def _check_cuda(name: str, device: torch.device) -> None:
-    """Raise OptionError if torch sees no CUDA device, or none with the index of `device`."""
+    """Raise OptionError if torch detects no CUDA device, or none with the index of `device`."""
     if not torch.cuda.is_available():
         from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
 
@@ -102,7 +102,7 @@ def _check_cuda(name: str, device: torch.device) -> None:
 
 @functools.cache
 def _warn_of_unseen_card() -> None:
-    """Warn once of an NVIDIA card that torch does not see, unless CUDA_VISIBLE_DEVICES chooses cards."""
+    """Warn once of an NVIDIA GPU that torch does not detect, unless CUDA_VISIBLE_DEVICES is set."""
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
         from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
 
@@ -112,10 +112,10 @@ def _warn_of_unseen_card() -> None:
 
 
 def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
-    """Send a tensor of a batch or of conditions to `device`; integer and bool tensors stay on the host.
+    """Send a tensor of a batch to `device`; integer and bool tensors stay on the host.
 
-    These contain positions and masks of tokens, whose values the host needs: reading them from a device would
-    make the host wait for all work that is queued on the device.
+    These contain positions and masks of tokens, which the host reads: reading them from the device would wait
+    for all work queued there.
     """
     is_content = tensor.is_floating_point()
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
@@ -127,7 +127,7 @@ IN_COMMAND = 64 << 10
 
 
 def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
-    """Send a host tensor without waiting for queued work; MPS waits, as it might read freed memory."""
+    """Send a host tensor without waiting for queued work; on MPS, wait, as it might read freed memory."""
     is_large = tensor.device.type == "cpu" and tensor.nbytes > IN_COMMAND
     if device.type == "cuda" and is_large and not tensor.is_pinned():
         tensor = pin(tensor)  # torch keeps this memory until the copy is done
@@ -137,7 +137,7 @@ def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 def pin(tensor: Tensor) -> Tensor:
     """Copy a host tensor to page-locked memory; return the tensor itself if the driver refuses.
 
-    In that case a copy to a CUDA device makes the host wait.
+    In that case, copying it to a CUDA device makes the host wait.
     """
     try:
         return tensor.pin_memory()
@@ -147,7 +147,7 @@ def pin(tensor: Tensor) -> Tensor:
 
 
 def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return uninitialized page-locked memory, or other host memory if the driver refuses."""
+    """Return an uninitialized host tensor, in page-locked memory if the driver permits."""
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
@@ -156,21 +156,21 @@ def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def tensor_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Make a tensor of numbers, or rows of numbers, on a device without the wait of `torch.tensor`."""
+    """Return a tensor of numbers (or rows of numbers) on a device without the wait of `torch.tensor`."""
     return send_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
 def make_deterministic() -> None:
-    """Make torch deterministic, and warn of other operations. Call before the first CUDA call."""
+    """Make torch deterministic; other operations only cause warnings. Call before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def leave_cudnn_out(device: torch.device) -> None:
-    """Turn off cuDNN in torch, because on some GPUs, mostly AMD's, its convolutions are slow or fail.
+    """Disable cuDNN in torch, because on some GPUs, mostly AMD's, its convolutions are slow or fail.
 
-    Warns if the device is not a CUDA device, as it then has no cuDNN.
+    Warns if the device is not a CUDA device, where this has no effect.
     """
     if acts_on_cuda("--disable_cudnn_backend", "convolutions", device):
         torch.backends.cudnn.enabled = False
@@ -179,7 +179,7 @@ def leave_cudnn_out(device: torch.device) -> None:
 def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
     """Return whether an option for CUDA devices has an effect on `device`, and warn if it has none.
 
-    `what` names the operations that the option changes, such as "matrix products".
+    `what` names the operations that the option speeds up or changes, such as "matrix products".
     """
     if device.type == "cuda":
         return True
@@ -191,7 +191,7 @@ def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
 
 
 def parse_dtype(name: str, option: str) -> torch.dtype:
-    """Return the torch dtype of an option's value. Raises OptionError, with a list, if it is unknown."""
+    """Return the torch dtype named by an option's value; an unknown name raises OptionError with a list."""
     try:
         return DTYPES[name.lower()]
     except KeyError:
@@ -200,7 +200,7 @@ def parse_dtype(name: str, option: str) -> torch.dtype:
 
 
 def select_compute_dtype(name: str | None, option: str, usual: Default) -> torch.dtype | Default:
-    """Return the compute dtype of a network; `usual` if the option is not given.
+    """Return the compute dtype that an option names; `usual` if the option is not given.
 
     Raises:
         OptionError: If the name is unknown or an fp8 dtype.
@@ -214,9 +214,9 @@ def select_compute_dtype(name: str | None, option: str, usual: Default) -> torch
 
 
 def replace_slow_float16(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
-    """Return float32 for float16 on a CPU, where it is slow; else `dtype`.
+    """Return float32 instead of float16 on a CPU, where float16 is slow; otherwise `dtype`.
 
-    `what` is the network, for the log.
+    `what` is the name of the network, for the log.
     """
     if device.type != "cpu" or dtype != torch.float16:
         return dtype
@@ -225,13 +225,13 @@ def replace_slow_float16(device: torch.device, dtype: torch.dtype, what: str) ->
 
 
 def compute_dtype_of(dit: nn.Module) -> torch.dtype:
-    """Return the compute dtype of a network: its `compute_dtype`, else the dtype of its first parameter."""
+    """Return a network's compute dtype: its `compute_dtype`, else the dtype of its first parameter."""
     dtype = getattr(dit, "compute_dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
 
 
 def emulates_bfloat16() -> bool:
-    """Return whether the CPU has no instructions for bfloat16.
+    """Return whether the CPU lacks instructions for bfloat16.
 
     On such a CPU, torch takes 7 to 90 times as long for matrix products as in float32, and 40 times as long
     for convolutions.
@@ -240,7 +240,7 @@ def emulates_bfloat16() -> bool:
 
 
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> None:
-    """Log a warning if a network computes in bfloat16 on a CPU without instructions for it.
+    """Warn if a network computes in bfloat16 on a CPU without bfloat16 instructions.
 
     `what` is the name of the network.
     """
@@ -258,7 +258,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(device: torch.device) -> None:
-    """Return unused memory of Python and of the device's allocator to the system."""
+    """Return unused memory of Python and the device's allocator to the system."""
     gc.collect()
     release_heap()
     if device.type == "cuda":
@@ -269,12 +269,12 @@ def free_memory(device: torch.device) -> None:
 
 @functools.cache
 def freeze_libraries() -> None:
-    """Leave all objects that exist now out of garbage collections, for the rest of this process.
+    """Exclude all existing objects from garbage collection, for the rest of this process.
 
-    torch and its companions have some 365,000 objects, which each collection would scan: 0.2 s on a laptop.
-    Call it after the libraries are imported and before a network is loaded: what is frozen is never
-    collected. Only the first call of a process acts, so a process that runs several commands freezes no
-    network of an earlier one. The cache saves later calls of `gc.get_freeze_count`, which is slow.
+    torch and its dependencies have some 365,000 objects, which each collection would scan: 0.2 s on a laptop.
+    Call it after the libraries are imported and before a network is loaded: a frozen object is never
+    collected. Only the first call has an effect, so a process that runs several commands does not freeze
+    networks of an earlier one. The cache saves later calls of `gc.get_freeze_count`, which is slow.
     """
     if gc.get_freeze_count() == 0:
         gc.freeze()
@@ -289,8 +289,8 @@ def release_heap() -> None:
 def keep_heap_small() -> None:
     """Make glibc return the memory of weights as soon as it is freed, for the rest of this process.
 
-    By default glibc maps blocks of MMAP_THRESHOLD and more separately, until larger blocks have been freed;
-    then blocks up to 32 MiB come from its heap, where weights that are still in use leave holes.
+    By default, glibc raises its mmap threshold to the size of freed blocks, up to 32 MiB. Smaller blocks then
+    come from its heap, where weights that are still in use leave holes.
     """
     if _GLIBC is not None:
         _GLIBC.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
@@ -303,24 +303,24 @@ _GLIBC = _LIBC if hasattr(_LIBC, "malloc_trim") else None  # other C libraries h
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the device or the host has run out of memory."""
+    """Return whether an error means that the device or the host ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def release_pinned_memory() -> None:
-    """Release pinned host memory that is no longer used.
+    """Release unused pinned host memory.
 
-    torch keeps it for the rest of the process, rounded up to a power of two: 2 GiB after a text encoder whose
-    embedding takes 1.1 GB.
+    torch would keep it for the rest of the process, rounded up to a power of two: 2 GiB after a text encoder
+    whose embedding takes 1.1 GB.
     """
     release_host_cache()
 
 
 @contextmanager
 def separate_stream(device: torch.device) -> Iterator[None]:
-    """Run the block in a separate CUDA stream, so that threads run in parallel; wait for it at the end."""
+    """Run the block in its own CUDA stream, so that threads run in parallel; wait for it at the end."""
     if device.type != "cuda":
         yield
         return
@@ -349,7 +349,7 @@ def allow_fp16_accumulation(device: torch.device) -> bool:
 
 @dataclass
 class Failures:
-    """Collects the jobs that failed, with their errors; with `strict`, the first failure ends the run."""
+    """Collects the errors of failed jobs; with `strict`, the first error ends the run."""
 
     strict: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
@@ -359,7 +359,7 @@ class Failures:
     def collect_errors(
         self, label: str, fatal: type[Exception] | tuple[type[Exception], ...] = ()
     ) -> Iterator[None]:
-        """Record an error of the block and continue, unless it is `fatal` or comes from the compiler."""
+        """Record an error in the block and continue, unless it is `fatal` or comes from torch's compiler."""
         try:
             yield
         except Exception as error:
@@ -371,7 +371,7 @@ class Failures:
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
     def raise_if_any(self, total: int, where: str = "") -> None:
-        """Raise UserError listing the failures. `where` begins the message, such as "prompts.txt: ".
+        """Raise UserError with a list of the failures; `where` begins the message, such as "prompts.txt: ".
 
         If all failures share an exit code other than 1 and 2, the error has that code.
         """
@@ -385,7 +385,7 @@ class Failures:
 
 
 def format_gib(size: int) -> str:
-    """Return a size in GiB with two decimals."""
+    """Format a size in bytes as GiB with two decimals."""
     return f"{size / GIB:.2f}"
 
 
@@ -402,6 +402,6 @@ def host_peak() -> int:
 
 
 def format_peak_memory(device: torch.device) -> str:
-    """Describe the peak memory use so far: of the device on CUDA, else of the host."""
+    """Describe the peak memory so far: of the CUDA device, else of the host."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
     return f"{format_gib(used)} GiB"

@@ -35,7 +35,7 @@ RETRY_STATUS_CODES = frozenset({408, 425, 429})  # HTTP statuses to retry, in ad
 
 
 class RetryableError(Exception):
-    """An attempt that failed but may succeed later. Its text is the reason, without the address."""
+    """Raised if an attempt failed that may succeed later; the message is the reason, without the URL."""
 
     def __init__(self, reason: str, wait_seconds: float = 0.0, from_start: bool = False) -> None:
         super().__init__(reason)
@@ -44,7 +44,7 @@ class RetryableError(Exception):
 
 
 class DownloadRejected(Exception):
-    """Raised if a site rejects a request, so that retrying is useless; the text gives the reason."""
+    """Raised if a server rejects a request, so that retrying is useless; the message is the reason."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
@@ -132,7 +132,7 @@ def receive(
 
 
 def _write_answer(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
-    """Write a server's answer to the file from the answer's start position on; return the end position.
+    """Write a server's response to the file, from the response's start position on; return the end position.
 
     Raises:
         RetryableError: If the data arrive too slowly.
@@ -165,7 +165,7 @@ def _write_answer(path: Path, answer: Answer, max_bytes: int, progress: Callable
 
 @lru_cache(maxsize=256)
 def _get_session(thread: int) -> "requests.Session":
-    """Return the session of the thread with this identifier; its connections stay open between files."""
+    """Return the HTTP session of a thread, whose connections stay open between files."""
     import requests
 
     return requests.Session()
@@ -175,9 +175,9 @@ def _get_session(thread: int) -> "requests.Session":
 def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
-    """Request a file by HTTP or HTTPS (a `RequestFile`). `headers` are additional headers, such as a token.
+    """Request a file by HTTP or HTTPS and yield the response; `headers` are added, such as a token.
 
-    `have` is the number of bytes that have arrived before, `version` the ETag or date that came with them.
+    `have` is the number of bytes already downloaded, `version` the ETag or date received with them.
     """
     import requests  # takes 0.1 s, which only downloads need
     import urllib3
@@ -212,14 +212,14 @@ def ask_http(
 
 
 def _read_version(response: "requests.Response") -> str | None:
-    """Return the strong ETag of a file, else the date of its last change; None if neither is stated."""
+    """Return a file's strong ETag, else its Last-Modified date; None if the response has neither."""
     etag = response.headers.get("etag", "")
     # a weak ETag does not guarantee equal bytes
     return etag if etag.startswith('"') else response.headers.get("last-modified")
 
 
 def _read_size(response: "requests.Response", start: int) -> int | None:
-    """Return the size of the whole file, whose bytes from `start` on the response has; None if unknown."""
+    """Return the size of the whole file, given a response with its bytes from `start` on; None if unknown."""
     if response.headers.get("content-encoding"):  # the stated length is the compressed one
         return None
     length = _read_number(response, "content-length")
@@ -227,7 +227,7 @@ def _read_size(response: "requests.Response", start: int) -> int | None:
 
 
 def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
-    """Yield the data of an answer as soon as they arrive.
+    """Yield the data of an HTTP response as soon as they arrive.
 
     `iter_content` waits for a full chunk, which takes hours if a byte arrives every five seconds.
     """
@@ -240,7 +240,7 @@ def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
 
 
 def _check_answer(address: str, answer: "requests.Response") -> None:
-    """Raise RetryableError if a new attempt may succeed, DownloadRejected if the answer is not the file."""
+    """Raise RetryableError if a new attempt may succeed, DownloadRejected if the response is not the file."""
     code = answer.status_code
     hops = [response.url.lower() for response in (*answer.history, answer)]
     if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
@@ -257,10 +257,10 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
 
 
 def _find_first_byte(answer: "requests.Response", have: int) -> int:
-    """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
+    """Return the offset in the file at which a response's data begin: `have` (bytes downloaded before) or 0.
 
     Raises:
-        DownloadRejected: If the answer begins elsewhere.
+        DownloadRejected: If they begin elsewhere.
     """
     if answer.status_code != 206:  # partial content; another answer is the whole file
         return 0

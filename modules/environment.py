@@ -39,7 +39,7 @@ NO_ANSWER = re.compile(
 
 @dataclass(frozen=True)
 class Build:
-    """A build of torch for one kind of card."""
+    """A build of torch for one kind of GPU."""
 
     name: str  # name of its extra in pyproject.toml
     torch: str  # requirement of torch
@@ -47,7 +47,7 @@ class Build:
 
 
 def read_builds() -> dict[str, Build]:
-    """Return the builds of pyproject.toml by name."""
+    """Return the torch builds that pyproject.toml declares, by name."""
     content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     uv = content["tool"]["uv"]
     addresses = {index["name"]: index["url"] for index in uv["index"]}
@@ -65,7 +65,7 @@ def prepare_environment(
 ) -> Path:
     """Install missing requirements into an environment, and return the environment's Python.
 
-    Requirements are those of the runtime, of one extra of pyproject.toml, and additional packages. The
+    It needs the requirements of the runtime, of one extra in pyproject.toml, and additional packages. The
     environment is the active one, else `.venv` in the repository. An installed torch is kept, whatever its
     version, unless `is_replacing`. An interrupted installation is resumed.
 
@@ -106,7 +106,7 @@ def prepare_environment(
 
 
 def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
-    """Return the requirements of the runtime, with the build's or the default torch, and of an extra."""
+    """Return the requirements of the runtime with a torch build (or the default) and of an optional extra."""
     torch = TORCH if build is None else build.torch
     requirements = [torch if requirement_name(line) == "torch" else line for line in read_requirements()]
     if extra is not None:
@@ -116,7 +116,7 @@ def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
 
 
 def _hash_installation(requirements: Sequence[str], build: Build | None) -> bytes:
-    """Return the hash of an environment's contents: the version of Python, requirements and build."""
+    """Return the hash of what an environment contains: Python's version, requirements and torch build."""
     lines = [sys.version, *requirements]
     if build is not None:
         lines.append(build.name)
@@ -124,7 +124,7 @@ def _hash_installation(requirements: Sequence[str], build: Build | None) -> byte
 
 
 def python_of(folder: Path) -> Path:
-    """Return the Python of a virtual environment, which need not exist."""
+    """Return the path of a virtual environment's Python, which may not exist."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -153,7 +153,7 @@ def create_environment(folder: Path, may_inherit: bool = True) -> None:
 
 
 def provide_pip(python: Path) -> None:
-    """Install pip into an environment without it: a new or incomplete one, or one made by uv.
+    """Install pip into a virtual environment that lacks it: new, incomplete, or made by uv.
 
     Raises:
         UserError: If pip cannot be installed.
@@ -233,7 +233,7 @@ def _install_lines(
 
 
 def _run_installer(command: Sequence[str]) -> str | None:
-    """Run an installer and show its messages; return them if it failed, else None."""
+    """Run an installer and show its output; return the output if it failed, else None."""
     environment = {**os.environ, "PYTHONUTF8": "1"}
     done = subprocess.run(
         command, env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
@@ -260,9 +260,9 @@ def find_cause(error_output: str, python: Path) -> str:
 
 
 def find_uv(python: Path) -> str | None:
-    """Return the program uv if it can install into an environment; None if pip is needed.
+    """Return the path of uv if it can install into an environment; None if pip is needed.
 
-    The uv that Reelsmith.command or Reelsmith.bat downloaded is preferred. No uv can be used if the
+    The uv that Reelsmith.command or Reelsmith.bat downloaded is preferred. uv cannot be used if the
     environment inherits packages of another Python, because uv does not see them.
     """
     settings = python.parent.parent / "pyvenv.cfg"

@@ -13,7 +13,7 @@ ERROR_LINE = re.compile(
 
 
 def extract_error_message(errors: str) -> str:
-    """Return the message of the error that ended one of our programs, without the error's class name.
+    """Return the message of the error that ended one of our programs, without the name of its class.
 
     Args:
         errors: The program's standard error output.

@@ -15,11 +15,11 @@ class UserError(Exception):
 
 
 class InstallationError(UserError):
-    """A package that is not installed in this Python."""
+    """Raised if a package is not installed in this Python."""
 
 
 class OptionError(UserError):
-    """An option, or a combination of options, that cannot be used."""
+    """Raised for an unusable option or combination of options."""
 
     exit_code = 2
 
@@ -29,15 +29,15 @@ class CaptionError(OptionError):
 
 
 class DatasetError(UserError):
-    """A dataset configuration, or a file named in it, that cannot be used."""
+    """Raised for an unusable dataset configuration or a file named in it."""
 
 
 class MediaError(UserError):
-    """An image or a video that cannot be read or written."""
+    """Raised if an image, video or audio file cannot be read or written."""
 
 
 class CacheError(UserError):
-    """A cache file that is missing, damaged, or made from other sources."""
+    """Raised for a cache file that is missing, damaged, or made from other sources."""
 
 
 class CheckpointError(UserError):
@@ -52,26 +52,26 @@ class CheckpointError(UserError):
 
 
 class OutputError(UserError):
-    """A file that cannot be written: a full disk, missing rights, a folder of that name."""
+    """Raised if a file cannot be written: full disk, missing rights, name of a folder."""
 
 
 class MemoryPlanError(UserError):
-    """Raised if a run does not fit into the device's memory."""
+    """Raised if a run does not fit into device memory."""
 
 
 class DownloadError(UserError):
-    """A file that cannot be downloaded: no connection, no rights, damaged data."""
+    """Raised if a download fails: no connection, no access rights, damaged data."""
 
 
 class NothingFoundError(UserError):
-    """Raised if nothing was found in a video, so that no file was written."""
+    """Raised if nothing was found in a video, and therefore no file was written."""
 
     exit_code = 3
 
 
 @contextlib.contextmanager
 def catch_panics() -> Iterator[None]:
-    """Raise ValueError for a panic of a library in Rust (tokenizers), which is not an `Exception`."""
+    """Convert a panic of a Rust library (tokenizers), which is not an `Exception`, to a ValueError."""
     try:
         yield
     except BaseException as error:
@@ -85,5 +85,5 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Return whether an error comes from torch's compiler or Triton, so that every further call fails."""
+    """Return whether an error comes from torch's compiler or Triton, so that further calls fail too."""
     return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

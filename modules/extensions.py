@@ -29,7 +29,7 @@ def list_named() -> list[str]:
 
 
 def check_named() -> None:
-    """Raise OptionError if no installed package provides a named extension, or if two of them do."""
+    """Raise OptionError if an extension that the user named is in no installed package, or in two of them."""
     for name in list_named():
         entries = [entry for group in GROUPS for entry in entry_points(group=group, name=name)]
         if not entries:
@@ -45,12 +45,12 @@ def check_named() -> None:
 
 
 def find_values(group: str) -> dict[str, str]:
-    """Return the named extensions of a group, name -> `module:attribute`, without importing them."""
+    """Return the extensions of a group that the user named, name -> `module:attribute`; imports nothing."""
     return {entry.name: entry.value for entry in _find_entries(group)}
 
 
 def load_extensions(group: str) -> dict[str, Any]:
-    """Import the named extensions of a group and return them by name.
+    """Import the extensions of a group that the user named, and return them by name.
 
     Raises:
         InstallationError: If one of them cannot be imported.
@@ -59,13 +59,13 @@ def load_extensions(group: str) -> dict[str, Any]:
 
 
 def _find_entries(group: str) -> Iterator[EntryPoint]:
-    """Yield the entry points of a group whose names `list_named` returns, in that order."""
+    """Yield a group's entry points that the user named, in the order of `list_named`."""
     for name in list_named():
         yield from entry_points(group=group, name=name)
 
 
 def _load(entry: EntryPoint) -> Any:
-    """Import the object of an entry point; InstallationError explains any error of its code."""
+    """Import the object of an entry point; any error in its code becomes an InstallationError."""
     try:
         found = importlib.import_module(entry.module)
         return getattr(found, entry.attr) if entry.attr else found

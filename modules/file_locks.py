@@ -44,7 +44,7 @@ _open: "weakref.WeakSet[BinaryIO]" = weakref.WeakSet()
 
 
 def _close_all() -> None:
-    """Close files that a forked process inherited: they would keep the locks of a killed parent."""
+    """Close lock files inherited by a forked process, which would keep the locks if the parent is killed."""
     for file in list(_open):
         file.close()
 
@@ -54,23 +54,23 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
 
 
 def _open_own(name: str, flags: int) -> int:
-    """Open a file; do not follow a link of that name, nor wait for a pipe."""
+    """Open a file, without following a symbolic link of that name or waiting for a pipe."""
     return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 @contextlib.contextmanager
 def only_one(path: Path, waits: bool = True) -> Iterator[None]:
-    """Let one process at a time run the block. Other processes wait until it has ended or was killed.
+    """Let only one process at a time run the block; others wait until it ends or is killed.
 
     The lock file is removed at the end. A process that has waited for a removed file locks the new one.
 
     Args:
         path: The lock file.
-        waits: If False, raise BlockingIOError instead of waiting. On a volume without locks, processes do not
-            wait.
+        waits: If False, raise BlockingIOError instead of waiting. On file systems without locks, no process
+            waits.
 
     Raises:
-        OSError: If the file cannot be made.
+        OSError: If the file cannot be created.
     """
     while True:
         with open(path, "ab", opener=_open_own) as file:  # noqa: PTH123

@@ -21,7 +21,7 @@ LONGEST_DEFAULT = 80
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to an option's help if it is a value and the text does not name it."""
+    """Appends the default to an option's help, if it is a value that the help does not name."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
@@ -35,7 +35,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def full_help(parser: argparse.ArgumentParser) -> str:
-    """Return the help of all options: frequently used groups first, unsupported options at the end."""
+    """Return the help of all options: groups that are often used first, unsupported options last."""
     formatter = HelpFormatter(parser.prog)
     formatter.add_usage(_format_usage(parser), [], [])
     formatter.add_text(parser.description)
@@ -74,7 +74,7 @@ def _add_rejected_options(formatter: HelpFormatter, actions: Iterable[argparse.A
 
 @dataclass(frozen=True)
 class DescribedOption:
-    """An option of a script, as its help describes it."""
+    """A script's option with the facts that its help shows."""
 
     name: str
     flags: Sequence[str]
@@ -89,7 +89,7 @@ class DescribedOption:
 
 
 def describe_options(parser: argparse.ArgumentParser) -> list[DescribedOption]:
-    """Return all options that have a flag, in the order of the full help."""
+    """Return the descriptions of all options that have a flag, in the order of the full help."""
     return [
         _describe_option(action, group.title or "")
         for group in sorted(parser._action_groups, key=_rank_group)
@@ -118,7 +118,7 @@ def _describe_option(action: argparse.Action, group: str) -> DescribedOption:
 
 
 def _list_by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
-    """Return lines with each reason, and below it the flags that are refused for it."""
+    """Return help lines: each reason for refusing options, followed by the flags of these options."""
     lines = []
     for reason, flags in flags_by_reason:
         lines += wrap(f"{reason.rstrip('.')}:", width)
@@ -187,7 +187,7 @@ def _shorten_clauses(text: str) -> str:
 
 
 def _describe_default(action: argparse.Action) -> str:
-    """Return an option's default as a user would type it; "" if there is none, or if it is long."""
+    """Return an option's default as a user would type it; "" if there is none or it is long."""
     default = action.default
     if isinstance(default, (list, tuple)):
         default = " ".join(map(str, default))
@@ -206,7 +206,7 @@ def _rank_group(group: argparse._ArgumentGroup) -> int:
 
 
 def _format_usage(parser: argparse.ArgumentParser) -> str:
-    """Return the usage line with the required options only."""
+    """Return the usage line, with required options only."""
     formatter = HelpFormatter(parser.prog)
     parts = []
     for action in parser._actions:

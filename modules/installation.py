@@ -103,7 +103,7 @@ def find_namesake() -> str | None:
 
 
 def import_own(name: str) -> ModuleType:
-    """Import a module of this program by its name in a checkout, also from the installed package.
+    """Import a module of this program by its name in a checkout, also when the package is installed.
 
     A module of an extension is imported by its own name.
     """
@@ -111,7 +111,7 @@ def import_own(name: str) -> ModuleType:
 
 
 def own_name(name: str) -> str:
-    """Return the name by which to import a module, ours or foreign: `tests.my_network`, `lycoris.kohya`."""
+    """Return the name to import: in the package, its prefix is added to modules of this program."""
     if not PREFIX or not re.fullmatch(r"\w+(\.\w+)*", name):
         return name
     file = ROOT.joinpath(*name.split("."))
@@ -119,7 +119,7 @@ def own_name(name: str) -> str:
 
 
 def command_words(argv: Sequence[str]) -> list[str]:
-    """Translate a command of ours into the form that the user types in this installation.
+    """Convert a command of this program to the form that the user types in this installation.
 
     `argv` is the command in a checkout: `python wan_train_network.py ...` or `accelerate launch ...
     wan_train_network.py ...`. In the package it becomes `wan_train_network ...` (for scripts without a model,
@@ -163,7 +163,7 @@ def _locate_script(argv: list[str]) -> list[str]:
 
 
 def find_front_words() -> list[str]:
-    """Return `reelsmith.py` and its subcommand, such as `train wan`, if these started this script."""
+    """Return `reelsmith.py` and its subcommand, such as `train wan`, if they started this script, else []."""
     if not any(Path(word).name == FRONT_SCRIPT for word in sys.orig_argv):
         return []
     index = len(sys.orig_argv) - len(sys.argv)  # index of the word after reelsmith.py, if that was started
@@ -175,7 +175,7 @@ def find_front_words() -> list[str]:
 
 
 def find_script(word: str) -> Path | None:
-    """Return the path in ROOT of the script that a word names, with or without folder and .py; else None."""
+    """Return the path, relative to ROOT, of the script that a word names; None if there is none."""
     shape = rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w{{1,{LONGEST_NAME}}}(\.py)?"
     if re.fullmatch(shape, word, re.ASCII) is None:
         return None
@@ -184,31 +184,31 @@ def find_script(word: str) -> Path | None:
 
 
 def program_words(script: Path) -> list[str]:
-    """Return the words after `python` that run a script: its path, or `-m` and its module in the package."""
+    """Return the arguments of `python` that run a script: its path, or `-m` and its module in the package."""
     return ["-m", PREFIX + ".".join(script.with_suffix("").parts)] if PREFIX else [str(ROOT / script)]
 
 
 def program_environment(**variables: str) -> dict[str, str]:
-    """Return the environment for a program of ours.
+    """Return the environment variables for starting one of our programs.
 
-    In the package it keeps `python -m` from importing from the working folder, which may be somebody else's.
+    In the package, they keep `python -m` from importing from the working folder, maybe somebody else's.
     """
     return {**os.environ, **variables, **({"PYTHONSAFEPATH": "1"} if PREFIX else {})}
 
 
 def read_requirements() -> list[str]:
-    """Return the lines of requirements.txt without comments."""
+    """Return the requirements in requirements.txt, without comments."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def requirement_name(requirement: str) -> str:
-    """Return the distribution's name in a requirement: `torch` for `torch>=2.7`."""
+    """Return the package name in a requirement: `torch` for `torch>=2.7`."""
     return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
 
 
 def check_requirements() -> None:
-    """Raise InstallationError if a package of requirements.txt is missing. Nothing is imported."""
+    """Raise InstallationError if a package of requirements.txt is missing; import none of them."""
     names = [requirement_name(line) for line in read_requirements() if ";" not in line]
     missing = [
         name
@@ -246,7 +246,7 @@ def _describe_remedy(missing: Sequence[str]) -> str:
 
 
 def describe_missing(error: ImportError) -> str:
-    """Return the module or package that an import lacks and, for a package, how to install it."""
+    """Return which module or package is missing and, for a package, how to install it."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return str(error)
     package, _, inner = error.name.removeprefix(PREFIX).partition(".")
@@ -261,9 +261,9 @@ def describe_missing(error: ImportError) -> str:
 
 
 def rejects_code() -> str | None:
-    """Return the reason why no code of the working folder may be run; None if the user types commands.
+    """Return why code from the working folder must not be run; None if the user types commands.
 
-    For `run` and the queue the names come from a file that may be somebody else's.
+    In `run` and the queue, names of modules come from a file that may be somebody else's.
     """
     if os.environ.get(RUN_GOES_ON):
         return "`run` takes no code from its folder: if it is yours, start the training itself"
@@ -273,15 +273,15 @@ def rejects_code() -> str | None:
 
 
 def is_started_by_file() -> bool:
-    """Return whether `run` with a folder, or a job in the browser's queue, started this process."""
+    """Return whether this process was started by `run` with a folder, or by the browser's queue."""
     return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 
 def reject_starting(option: str, effect: str = "starts a program") -> None:
-    """Raise OptionError if an option that starts another program comes from a file.
+    """Raise OptionError if a file instead of the user sets an option that starts another program.
 
     The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
-    `effect` is the effect of the option, for the message.
+    `effect` describes what the option does, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
         remedy = f"Leave it out of run.toml; or, if you want it, type --{option} after `run FOLDER`"
@@ -293,10 +293,10 @@ def reject_starting(option: str, effect: str = "starts a program") -> None:
 
 
 def reject_in_queue(option: str) -> None:
-    """Raise OptionError if the command of this program is a job of the browser's queue.
+    """Raise OptionError if the current command is a job of the browser's queue.
 
     Args:
-        option: Names a file that no page shows, and that can make another library send data elsewhere.
+        option: Name of an option whose file no page shows, and which can make a library send data away.
     """
     if os.environ.get(FROM_QUEUE):
         raise OptionError(
@@ -306,10 +306,10 @@ def reject_in_queue(option: str) -> None:
 
 
 def reject_standard_module(option: str, name: str, module: str) -> None:
-    """Raise OptionError if a module that an option names is of Python's standard library.
+    """Raise OptionError if a module that an option names is in Python's standard library.
 
-    Such a module is never meant, and some have effects when they are imported (antigravity opens a browser).
-    `name` is what the user gave to the option.
+    Such a module is never meant, and importing some has effects (antigravity opens a browser). `name` is
+    the text that the user typed for the option.
     """
     if module.split(".")[0] in sys.stdlib_module_names:
         raise OptionError(
@@ -352,10 +352,10 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
 
 @contextmanager
 def hide_packages(*names: str) -> Iterator[None]:
-    """Hide installed packages inside the block; packages that are loaded already stay loaded.
+    """Hide installed packages from imports in the block; packages that are already loaded stay loaded.
 
-    A package that is imported in the block and looks for a hidden one does without it from then on. After the
-    block, the hidden packages can be imported again. Python refuses to import a module whose entry in
+    A package that is imported in the block and looks for a hidden one continues without it. After the block,
+    hidden packages can be imported again. It works because Python refuses to import a module whose entry in
     `sys.modules` is None.
     """
     hidden: dict[str, ModuleType | None] = {name: None for name in names if name not in sys.modules}

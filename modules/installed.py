@@ -39,7 +39,7 @@ def require_installed(place: str, name: str, remedy: str) -> None:
 
 
 def find_installed(name: str) -> Path | None:
-    """Return the file of an installed package's module; None if no package has that module."""
+    """Return the path of an installed package's module; None if no installed package contains it."""
     parts = name.split(".")
     if any(not part.isidentifier() or part.startswith("_") for part in parts):
         return None
@@ -65,14 +65,14 @@ def _find_top(package: str) -> ModuleSpec | None:
 
 
 def _has_installed_file(spec: ModuleSpec) -> bool:
-    """Return whether a module's file is in an installed package. A folder without code has none to run."""
+    """Return whether a module has a source file in an installed package; False for a folder without code."""
     if spec.origin is None:
         return spec.submodule_search_locations is not None
     return spec.has_location and is_installed_file(Path(spec.origin))
 
 
 def is_installed_file(file: Path) -> bool:
-    """Return whether a file belongs to an installed package, including packages installed in place."""
+    """Return whether a file belongs to an installed package, including editable installations."""
     if _is_below(file, _list_package_folders()):
         return True
     here = real_path(Path.cwd())
@@ -86,7 +86,7 @@ def _is_below(file: Path, folders: Sequence[Path]) -> bool:
 
 @functools.cache
 def _list_package_folders() -> tuple[Path, ...]:
-    """Return the folders that pip installs into, of this Python and of its user."""
+    """Return the folders into which pip installs for this Python and this user."""
     texts = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
         texts.append(site.getusersitepackages())
@@ -96,7 +96,7 @@ def _list_package_folders() -> tuple[Path, ...]:
 
 @functools.cache
 def _list_editable_folders() -> tuple[Path, ...]:
-    """List the folders of packages that are installed in place (`pip install -e`)."""
+    """Return the source folders of packages that are installed with `pip install -e`."""
     # imported here to keep the start fast: options import this file
     import json
     from importlib.metadata import distributions
@@ -118,6 +118,6 @@ def _list_editable_folders() -> tuple[Path, ...]:
 
 @functools.cache
 def _list_required_packages() -> frozenset[str]:
-    """Return the names under which the packages of requirements.txt are imported."""
+    """Return the import names of the packages in requirements.txt."""
     names = [requirement_name(line) for line in read_requirements()]
     return frozenset(IMPORTED_AS.get(name, name.replace("-", "_")) for name in names)

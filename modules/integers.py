@@ -2,7 +2,7 @@
 
 
 def ceil_div(number: int, divisor: int) -> int:
-    """Return number / divisor, rounded up to a whole number."""
+    """Return number / divisor, rounded up to an integer."""
     return -(-number // divisor)
 
 

@@ -40,7 +40,7 @@ DEFAULT_ADVICE = "Start the same command again."
 
 
 class Pace(NamedTuple):
-    """Intervals and time limits for watching the other processes of a run."""
+    """Intervals and timeouts for watching the other processes of a run."""
 
     heartbeat_seconds: float = 5.0  # seconds between two heartbeats
     timeout_seconds: float = 60.0  # seconds without a heartbeat; long, as C code may hold the GIL
@@ -51,21 +51,21 @@ DEFAULT = Pace()
 
 
 class LostProcess(NamedTuple):
-    """A process of the run that was lost, so that the run cannot continue."""
+    """A process that was lost (killed or silent), so that the run cannot continue."""
 
     rank: int
     cause: str  # KILLED or SILENT
 
 
 class LostProcessError(UserError):
-    """Another process of the run was lost."""
+    """Raised if another process of the run was lost."""
 
 
 class OtherProcesses:
-    """The other processes of a run, watched until the block ends."""
+    """Watches the other processes of a run until the block ends."""
 
     def __init__(self, rank: int, count: int, pace: Pace = DEFAULT) -> None:
-        """Connect the processes; all of them must call it.
+        """Connect this process to the others; every process must do so.
 
         Raises:
             UserError: If a process cannot be reached.
@@ -126,7 +126,7 @@ class OtherProcesses:
                 link.sendall(f"{line}\n".encode())
 
     def _listen(self, rank: int, connection: socket.socket) -> None:
-        """Read what another process sends until it is done; if a process is lost, end this one."""
+        """Receive messages of another process until it is done; if a process was lost, end this one."""
         lost = self._wait_for_loss(rank, connection)
         if lost is not None:
             self._exit_after_loss(lost)
@@ -136,7 +136,7 @@ class OtherProcesses:
         num_missed_beats = 0
         unfinished_line = b""
         connection.settimeout(self._pace.heartbeat_seconds)
-        # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, continues later
+        # count waits instead of reading a clock: processes that Ctrl-Z stops together can continue later
         while num_missed_beats * self._pace.heartbeat_seconds < self._pace.timeout_seconds:
             try:
                 received = connection.recv(1024)
@@ -208,7 +208,7 @@ class OtherProcesses:
 
 
 def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have processes that torchrun may restart meet at a port that no earlier attempt has used.
+    """Let processes that torchrun may restart meet at a port that no earlier attempt has used.
 
     torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712), and
     machines may count attempts differently. So each process sends a random word to process 0, which
@@ -233,7 +233,7 @@ def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _answer_port_requests(store: Any, count: int) -> str:
-    """Choose a free port of this machine, tell it to all other processes, and return it."""
+    """Choose a free port of this machine, send it to all other processes, and return it."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
@@ -247,7 +247,7 @@ def _answer_port_requests(store: Any, count: int) -> str:
 
 
 def _request_port(store: Any, rank: int) -> str:
-    """Send a random word to process 0 until the port is stored under that word; return the port."""
+    """Send a random word to process 0 until it answers with a free port; return the port."""
     word = secrets.token_hex(8)
     answer_key = f"{PORT_ANSWER}/{word}"
     while not store.check([answer_key]):
@@ -257,7 +257,7 @@ def _request_port(store: Any, rank: int) -> str:
 
 
 def _is_communication_error(error: BaseException) -> bool:
-    """Return whether an error is one of torch's communication, by its class or its words."""
+    """Return whether an error comes from torch.distributed, by its class or its message."""
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and COMMUNICATION_ERRORS.search(str(error)) is not None
     )
@@ -282,7 +282,7 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
 
 
 def _reach_first(rank: int, host: str, store: Any, pace: Pace) -> socket.socket:
-    """Connect to process 0 and send it this process's rank."""
+    """Connect to process 0 (at `host`), and send it this process's rank."""
     port, password = store.get(ADDRESS_KEY).decode().split()
     try:
         link = socket.create_connection((host, int(port)), pace.timeout_seconds)

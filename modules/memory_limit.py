@@ -34,7 +34,7 @@ def limited_memory(more_bytes: int | None) -> Iterator[None]:
 
 
 def _read_held() -> int | None:
-    """Return the bytes of writable memory that this process has allocated; None if unknown."""
+    """Return how many bytes of writable memory this process has allocated; None if unknown."""
     if not sys.platform.startswith("linux"):
         return None
     try:

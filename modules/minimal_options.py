@@ -12,7 +12,7 @@ MAX_SIDE = 16384  # pixels
 
 
 class MinimalLoraOptions(Options):
-    """Options for LoRAs in the minimal scripts, and options that have no effect in these scripts."""
+    """LoRA options of the minimal scripts, and options that have no effect there."""
 
     lora_weights: tuple[str, ...] = option("LoRAs to add", default=(), metavar="PATH;STRENGTH")
     merge_lora_weights = not_needed(
@@ -27,7 +27,7 @@ class MinimalLoraOptions(Options):
 
     @property
     def loras(self) -> list[tuple[str, float]]:
-        """Return path and strength of each LoRA.
+        """Path and strength of each LoRA.
 
         Raises:
             OptionError: If a strength is not a number.
@@ -36,7 +36,7 @@ class MinimalLoraOptions(Options):
 
     @property
     def lora_options(self) -> dict[str, Any]:
-        """The LoRAs as options of our generation scripts."""
+        """The LoRAs as --lora_weight and --lora_multiplier of the generation scripts."""
         return {
             "--lora_weight": [path for path, _ in self.loras],
             "--lora_multiplier": [f"{strength:g}" for _, strength in self.loras],

@@ -185,7 +185,7 @@ _ROLES = (
 
 
 def find_our_option(foreign_name: str, has: Container[str]) -> str:
-    """Return the first of our names for another program's option that is in `has`; "" if there is none."""
+    """Return our first name for another program's option that is in `has`; "" if there is none."""
     names = [name for name in _list_our_names(foreign_name) if name in has]
     names += [name for line in _list_synonyms(foreign_name) for name in line if name in has]
     return names[0] if names else ""
@@ -198,16 +198,15 @@ def _list_our_names(foreign_name: str) -> list[str]:
 
 
 def _list_synonyms(name: str) -> list[list[str]]:
-    """Return the lines that describe options with the same meaning as `name` in our scripts."""
+    """Return the lines of `_SYNONYMS` that contain `name`, each as a list of option names."""
     lines = [line.split() for line in _SYNONYMS.splitlines()]
     return [names for names in lines if name in "+".join(names).split("+")]
 
 
 def guess_option(flags: Flags, name: str) -> str:
-    """Return the advice for an unknown option name: the option that was probably meant, or to leave it out.
+    """Return advice about an unknown option name: the option that was probably meant, or to leave it out.
 
-    An option of another program is never taken for a mistyped one: a name that only looks alike would
-    mislead.
+    A known option of another program is not treated as a typo: a name that only looks similar would mislead.
     """
     is_ours = f"--{name}" in flags  # typed with a single dash
     if not is_ours and name.replace("-", "_") in list_option_names():
@@ -217,9 +216,9 @@ def guess_option(flags: Flags, name: str) -> str:
 
 
 def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
-    """Return the advice for a name of other programs or a key of a file; "" if it is unknown.
+    """Return advice about an option of another program or a key of a settings file; "" if it is unknown.
 
-    `key_files` are the files whose keys may have been meant, the likeliest first.
+    `key_files` are the kinds of files whose keys may have been meant, the likeliest first.
     """
     name = name.replace("-", "_")
     options = {flag[2:].replace("-", "_"): flag[2:] for flag in flags if flag[:2] == "--"}
@@ -244,7 +243,7 @@ def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] =
 
 
 def _find_declared_synonym(flags: Flags, foreign_name: str) -> str:
-    """Return the option that declares `foreign_name` as its name in other programs; "" if there is none."""
+    """Return our option that declares `foreign_name` as its name in another program; "" if there is none."""
     for flag, action in flags.items():
         if flag[:2] == "--" and foreign_name in getattr(action, "known_as", ()):
             return flag[2:]
@@ -257,7 +256,7 @@ def _suggest_option(flags: Flags, name: str) -> str:
 
 
 def explain_role(flags: Flags, name: str) -> str:
-    """Advise to use this model's option for a file instead of another model's; "" if no option fits."""
+    """Advise to use this model's option for a file if another model's option is given; "" if none fits."""
     role = next((names.split() for names in _ROLES if _has_role(name, names.split())), [])
     takes_values = [flag for flag, action in flags.items() if action.nargs != 0]
     of_role = [flag for flag in takes_values if _has_role(flag.lstrip("-"), role)]
@@ -275,7 +274,7 @@ def _has_role(name: str, role: Collection[str]) -> bool:
 
 
 def explain_number(action: argparse.Action, word: str, expected: str) -> str:
-    """Return the message about a word that is not a number, for an option that takes numbers.
+    """Return the error message for a word that is not a number, for an option that takes numbers.
 
     `expected` describes the type of number, such as "a whole number".
     """
@@ -298,7 +297,7 @@ def explain_number(action: argparse.Action, word: str, expected: str) -> str:
 
 
 def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
-    """Return the message if the shell has replaced a pattern such as *.mp4 by several paths, else ""."""
+    """Return an error message if the shell has expanded a pattern such as *.mp4 to several paths, else ""."""
     for flag, path, next_path in zip(argv, argv[1:], argv[2:], strict=False):
         is_first_unused = next_path == unused[0] and _takes_one_value(flags, flag)
         if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):
@@ -310,7 +309,7 @@ def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequenc
 
 
 def _explain_extra_value(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:
-    """Return the message if a number has several values, or a switch has a value such as true; else ""."""
+    """Return an error message if a number has several values, or a switch a value such as true; else ""."""
     first = unused[0]
     index = argv.index(first)
     before_first = argv[index - 1] if index >= 1 else ""
@@ -326,10 +325,10 @@ def _explain_extra_value(flags: Flags, argv: Sequence[str], unused: Sequence[str
 def explain_unused_words(
     flags: Flags, argv: Sequence[str], unused: Sequence[str], without_flag: Sequence[argparse.Action] = ()
 ) -> str:
-    """Return the message about words of the command line that belong to no option.
+    """Return the error message for words of the command line that belong to no option.
 
-    `argv` are all command-line arguments, and `unused` those that belong to no option. `without_flag` are
-    the options that are recognized without a flag.
+    `argv` are all command-line arguments, and `unused` the words that belong to no option. `without_flag`
+    are the options that are recognized without a flag.
     """
     explanation = _explain_expanded_pattern(flags, argv, unused) or _explain_extra_value(flags, argv, unused)
     if explanation:
@@ -347,5 +346,5 @@ def explain_unused_words(
 
 
 def _takes_one_value(flags: Flags, flag: str) -> bool:
-    """Return whether a word is the flag of an option with exactly one value."""
+    """Return whether a word of the command line is the flag of an option with exactly one value."""
     return flag in flags and flags[flag].nargs is None

@@ -15,7 +15,7 @@ PATIENCE = 30.0  # seconds; the first query after a boot may initialize the card
 
 @dataclass(frozen=True)
 class NvidiaCard:
-    """An NVIDIA graphics card, as its driver describes it."""
+    """An NVIDIA GPU, as its driver describes it."""
 
     name: str
     driver: str  # version of the driver: 580.65.06
@@ -23,12 +23,12 @@ class NvidiaCard:
 
     @property
     def series(self) -> int:
-        """Series of the driver: 535 for 535.104.05."""
+        """Driver series: 535 for version 535.104.05."""
         return int(self.driver.partition(".")[0])
 
 
 def find_nvidia_cards() -> list[NvidiaCard]:
-    """Return the cards that the driver lists; none without a driver that answers."""
+    """Return the GPUs that the NVIDIA driver lists; none if no driver answers."""
     program = shutil.which("nvidia-smi")
     if program is None and os.name == "nt":  # older drivers install it outside of PATH
         folder = Path(os.environ.get("PROGRAMFILES", r"C:\Program Files"))
@@ -49,7 +49,7 @@ def find_nvidia_cards() -> list[NvidiaCard]:
 
 
 def read_nvidia_cards(text: str) -> list[NvidiaCard]:
-    """Return the cards of the driver's list; lines in a different format are left out."""
+    """Parse the driver's list of NVIDIA GPUs; skip lines in a different format."""
     cards = []
     for line in text.splitlines():
         name, *cells = [cell.strip() for cell in line.rsplit(",", 2)]
@@ -62,7 +62,7 @@ def read_nvidia_cards(text: str) -> list[NvidiaCard]:
 
 
 def explain_unseen_card(torch_version: str, cuda: str | None) -> str | None:
-    """Return why torch has no CUDA device although the driver lists a card; None if it lists none.
+    """Return why torch has no CUDA device although the driver lists a GPU; None if it lists none.
 
     Args:
         torch_version: `torch.__version__`.

@@ -25,7 +25,7 @@ _CUDA = "CUDAExecutionProvider"
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A loaded ONNX file with one input, the shapes of its tensors and its metadata."""
+    """A loaded ONNX model with a single input, the shapes of its tensors, and its metadata."""
 
     path: Path
     input_shape: Shape
@@ -55,7 +55,7 @@ class OnnxModel:
 
 
 def may_be_onnx(path: Path) -> bool:
-    """Return whether a file begins like ONNX, or has its suffix and does not begin like another model.
+    """Return whether a file begins like ONNX, or is named .onnx and does not begin like another model.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -78,7 +78,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
         may_use_cuda: Whether to use CUDA if this onnxruntime can; else the CPU runs it.
 
     Raises:
-        CheckpointError: If it is damaged, takes anything but images, or cannot be loaded within the memory.
+        CheckpointError: If it is damaged, has other inputs than images, or exceeds the memory limit.
         InstallationError: If onnxruntime is missing.
     """
     size = _require_file(path)
@@ -115,7 +115,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
 
 
 def _make_settings(onnxruntime: Any, memory_bytes: int) -> Any:
-    """Return settings that limit the memory for a session's tensors, on any system."""
+    """Return onnxruntime session options that limit the memory for tensors, on every system."""
     memory_info = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
@@ -128,7 +128,7 @@ def _make_settings(onnxruntime: Any, memory_bytes: int) -> Any:
 
 
 def _read_input(path: Path, session: Any) -> Shape:
-    """Return the shape of a model's only input; raise CheckpointError for anything but images."""
+    """Return the shape of a model's only input; raise CheckpointError unless that input is an image."""
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _DTYPES:
         inputs_text = (
@@ -149,7 +149,7 @@ def _read_shape(value: Any) -> Shape:
 
 @contextlib.contextmanager
 def _limited_time(options: Any, count: int) -> Iterator[None]:
-    """End a run that takes too long, because loops in an ONNX graph may be endless."""
+    """End the ONNX run in the `with` block if it takes too long, because loops in a graph may be endless."""
 
     def end() -> None:
         options.terminate = True
@@ -181,5 +181,5 @@ def _require_file(path: Path) -> int:
 
 
 def shapes_text(shapes: Mapping[str, Shape]) -> str:
-    """Return the first names and shapes of outputs, for messages."""
+    """Return the first names and shapes of a model's outputs, for messages."""
     return ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:4])

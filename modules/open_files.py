@@ -11,7 +11,7 @@ PAUSE = 0.02  # seconds
 
 
 def replace_file(file: Path, path: Path) -> None:
-    """Rename a file as `os.replace` does, and wait a little while another program has one of the two open.
+    """Rename a file like `os.replace`, but wait a little while another program has either file open.
 
     Raises:
         PermissionError: If a program has one of them open for longer; the error says what to do.

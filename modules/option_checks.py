@@ -38,7 +38,7 @@ def check_value(name: str, value: Any, facts: Info) -> None:
     """Check the value of an option, regardless of other options.
 
     Raises:
-        OptionError: If a number is not within the limits, or if the value is not in `one_of`.
+        OptionError: If a number is outside its limits, or the value is not in `one_of`.
     """
     for number in value if isinstance(value, (tuple, list)) else (value,):
         _check_limits(f"--{name}", number, facts)
@@ -67,7 +67,7 @@ def check_relations(name: str, facts: Info, list_set: ListSetOptions) -> None:
 
 
 def find_needed(facts: Info, list_set: ListSetOptions) -> str:
-    """Return the flags of `needs`, joined by "or", if none of these options is set; "" otherwise."""
+    """Return the flags that an option needs, joined by "or", if none of them is set; "" otherwise."""
     needed = facts.get("needs", ())
     if not needed or list_set(needed):
         return ""
@@ -78,13 +78,13 @@ def check_paths(flag: str, value: Any, facts: Info, find_paths: Callable[[str], 
     """Check the paths of an option.
 
     Args:
-        flag: How the option is typed.
+        flag: The option as it is typed.
         value: A path or several.
         facts: Facts of the option; `place` says what a path must be, as in `check_path`.
         find_paths: Returns the path or paths of another option by its public name.
 
     Raises:
-        OptionError: If a path is unusable, or if a file would replace one of the option's
+        OptionError: If a path is unusable, or if it would replace a file of an option in
             `must_not_replace`.
     """
     for path in list_paths(value):
@@ -94,7 +94,7 @@ def check_paths(flag: str, value: Any, facts: Info, find_paths: Callable[[str], 
 
 
 def list_paths(value: Any) -> list[Path]:
-    """Return the paths in the value of an option, which may be a tuple."""
+    """Return the paths in an option's value, which may be a single path or a tuple."""
     values = value if isinstance(value, tuple) else (value,)
     return [path for path in values if isinstance(path, Path)]
 
@@ -104,7 +104,7 @@ def _find_hint(facts: Info) -> str:
 
 
 def _find_relation_hint(facts: Info) -> str:
-    """Return the hint for messages about `needs` and `excludes`; "" if the hint is about value limits."""
+    """Return the hint for messages about `needs` and `excludes`; "" if the hint is about allowed values."""
     is_of_value = "one_of" in facts or any(fact in facts for fact in LIMITS)
     return "" if is_of_value else _find_hint(facts)
 

@@ -14,26 +14,26 @@ TABLES = Path(__file__).with_name("option_tables.txt")  # one entry per line: ki
 
 @cache
 def _read_lines() -> Mapping[str, str]:
-    """Return the JSON text of each entry by its kind and name; only the entries in use are parsed."""
+    """Return the JSON text of each table entry by kind and name; only entries in use are parsed."""
     lines = TABLES.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return dict(line.split("\t", 1) for line in lines)
 
 
 def read_entry(kind: str, name: str) -> Any:
-    """Return an entry of the compiled option tables; `kind` is option, section, keys or script."""
+    """Return an entry of the compiled option tables; `kind` is "option", "section", "keys" or "script"."""
     return json.loads(_read_lines()[f"{kind} {name}"])
 
 
 @cache
 def list_option_names() -> tuple[str, ...]:
-    """Return the names of the options of all scripts, sorted, with _ for -."""
+    """Return the option names of all scripts, sorted, with _ instead of -."""
     rows = [json.loads(text) for key, text in _read_lines().items() if key.startswith("option ")]
     flags = (flag for row in rows for flag in row["flags"])
     return tuple(sorted({flag[2:].replace("-", "_") for flag in flags if flag[:2] == "--"}))
 
 
 def find_table(script: Path | None) -> Mapping[str, Any] | None:
-    """Return the compiled description of a script's options; None if the script has none.
+    """Return the compiled option table of a script; None if there is none.
 
     Args:
         script: Its path in the checkout or the package.

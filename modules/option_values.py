@@ -37,14 +37,14 @@ MAX_OF_ARGUMENT = 10_000  # maximum characters of one KEY=VALUE
 
 
 class Placeholder(str):
-    """Placeholder in a printed command for a value that the user has to type, such as a path."""
+    """A word in a printed command that the user has to replace, such as a path."""
 
 
 def check_characters(option: str, value: Any) -> None:
-    """Check that the texts of an option's value have no characters that are invalid in texts and file names.
+    """Check that an option's value has no characters that are invalid in text or file names.
 
     Raises:
-        OptionError: If one does.
+        OptionError: If it has one.
     """
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
@@ -60,7 +60,7 @@ def check_characters(option: str, value: Any) -> None:
 
 
 def to_path(option: str, text: str) -> Path:
-    """Return the path with `~` resolved.
+    """Return the path with `~` expanded.
 
     Raises:
         OptionError: If no file can have the name, or if a missing path shows a common mistake.
@@ -76,7 +76,7 @@ def to_path(option: str, text: str) -> Path:
 
 
 def height_width(two_pairs: re.Match[str]) -> tuple[str, str]:
-    """Return height and width of a match of `JOINED`; sizes with an x have the width first."""
+    """Return (height, width) from a match of `JOINED`; "832x480" has the width first."""
     is_width_first = two_pairs[2].strip(", :") != ""
     return (two_pairs[3], two_pairs[1]) if is_width_first else (two_pairs[1], two_pairs[3])
 
@@ -106,7 +106,7 @@ def check_path(option: str, path: Path, required: str, hint: str) -> None:
 
 
 def check_numbers(option: str, value: Any) -> None:
-    """Check that the numbers of an option's value are finite and not absurdly large.
+    """Check that the numbers in an option's value are finite and not absurdly large.
 
     Raises:
         OptionError: If one is not.
@@ -121,19 +121,19 @@ def check_numbers(option: str, value: Any) -> None:
 
 
 def format_number(number: float) -> str:
-    """Format a number for messages; a very long number is described by its number of digits."""
+    """Format a number for messages; a very long number is described by how many digits it has."""
     if isinstance(number, int) and abs(number) >= 10**40:
         return f"of {len(str(abs(number)))} digits"
     return str(number) if isinstance(number, int) else f"{number:.12g}"
 
 
 def format_shape(sizes: Iterable[int]) -> str:
-    """Return sizes as people write them: `1024x768`."""
+    """Return sizes in the usual notation: `1024x768`."""
     return "x".join(map(str, sizes))
 
 
 def convert_value(value: Any, hint: Any, option: str) -> Any:
-    """Convert a typed or given value to the type of its option's field.
+    """Convert an option's value to the type of its field.
 
     Raises:
         OptionError: If the value cannot be converted.
@@ -159,14 +159,14 @@ def convert_value(value: Any, hint: Any, option: str) -> Any:
 
 
 def require(value: T | None, option: str, why: str) -> T:
-    """Return `value`. Raises OptionError, with the option's name, if it is None."""
+    """Return `value`; if it is None, raise OptionError with the option's name and the reason `why`."""
     if value is None:
         raise OptionError(f"{option} is missing: {why}")
     return value
 
 
 def check_seed(option: str, seed: int | None) -> None:
-    """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
+    """Raise OptionError if a seed does not fit into 64 bits, as torch's generators require."""
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise OptionError(f"{option} {format_number(seed)} does not fit in 64 bits: give a number below 2^64")
 
@@ -175,7 +175,7 @@ def gibibytes(text: str) -> float:
     """Parse an amount of memory in GiB: 12, 12GB, 12 gib.
 
     Raises:
-        ArgumentTypeError: For anything else.
+        ArgumentTypeError: For any other text.
     """
     match = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
     if match is None:
@@ -209,10 +209,10 @@ def int_or_float(text: str) -> int | float:
 
 
 def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
-    """Parse `key=value` texts to a dictionary; the value may contain further `=`.
+    """Parse `key=value` texts to a dictionary; a value may contain further `=`.
 
     Raises:
-        OptionError: If an item has no `=` or no key, or if it is too long to be meant.
+        OptionError: If an item has no `=` or no key, or is implausibly long.
     """
     pairs: dict[str, str] = {}
     for item in items:
@@ -262,7 +262,7 @@ def _check_single_pair(option: str, item: str, value: str) -> None:
 
 
 def read_literals(option: str, items: Sequence[str]) -> dict[str, Any]:
-    """Parse `key=value` texts with values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
+    """Parse `key=value` texts; values are Python literals (0.9,0.95 is a tuple), bare words stay text."""
     return {key: _parse_literal(value) for key, value in split_pairs(option, items).items()}
 
 
@@ -274,12 +274,12 @@ def _parse_literal(text: str) -> Any:
 
 
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
-    """Return the seed for a text: a whole number itself, other text hashed to `bits` bits.
+    """Return the seed for a text: an integer as it is, any other text hashed to `bits` bits.
 
-    The hash is that of other tools; values measured with them are in tests/golden/string_seeds.json.
+    The hash is the one that other tools use; tests/golden/string_seeds.json contains values from them.
 
     Raises:
-        ValueError: For a number of more digits than any seed has.
+        ValueError: For a number with more digits than any seed.
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         return parse_bounded_int(text.strip())
@@ -315,7 +315,7 @@ def _mix_characters(text: str) -> int:
 
 
 def parse_int(text: str) -> int:
-    """Parse an integer. Raises ValueError if the text is not one."""
+    """Parse an integer; raise ValueError for any other text."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is not a whole number")
     return parse_bounded_int(text)
@@ -325,8 +325,8 @@ def parse_bounded_int(text: str) -> int:
     """Parse an integer with a limited number of digits.
 
     Raises:
-        ValueError: If the text is not an integer, or has more digits than any option needs. Python would take
-            long to parse it.
+        ValueError: If the text is not an integer, or has more digits than any option needs, which Python
+            would parse slowly.
     """
     if len(text) > MAX_DIGITS:
         raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
@@ -334,7 +334,7 @@ def parse_bounded_int(text: str) -> int:
 
 
 def option_argv(values: Mapping[str, Any]) -> list[str]:
-    """Return options as arguments of a command line.
+    """Return options as command-line arguments.
 
     True stands for a switch; None, False and an empty sequence leave an option out. A single text that begins
     with - is joined to its flag by an equals sign.
@@ -350,7 +350,7 @@ def option_argv(values: Mapping[str, Any]) -> list[str]:
 
 
 def value_argv(value: Any) -> list[str]:
-    """Return an option's value as arguments of a command line: none for None, several for a sequence."""
+    """Return an option's value as command-line arguments: none for None, several for a sequence."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
@@ -361,5 +361,5 @@ def value_argv(value: Any) -> list[str]:
 
 
 def missing_words(words: Sequence[str]) -> list[str]:
-    """Return each distinct word of a command that the user has to replace."""
+    """Return the distinct words of a command that the user has to replace."""
     return list(dict.fromkeys(word for word in words if isinstance(word, Placeholder)))

@@ -67,7 +67,7 @@ MADE_PLACES = ("new file", "new folder", "safetensors")  # values of `place` for
 
 
 def of_request(name: str) -> dict[str, str]:
-    """Return the `facts` of an option that applies to a single request; the family reads its value as text.
+    """Return the `facts` of an option that belongs to a single request; the family gets its value as text.
 
     `name` is the option's key in `Request.extra`. A prompt line may set it too.
     """
@@ -111,7 +111,7 @@ def option(
 ) -> Any:
     """Return a field of an `Options` record, with all facts about its option.
 
-    For a field that is a record itself, `facts` apply to all of its options, and `settings` are those of
+    For a field that is a record itself, `facts` apply to all of its options, and `settings` are passed to
     `add_options`.
 
     Args:
@@ -121,8 +121,8 @@ def option(
         flags: Additional spellings.
         often: Whether the short help (-h) shows the option.
         positional: Whether the option is given by position, without a flag.
-        by_place: Whether words that belong to no option are taken as its value if its flag is not given.
-        title: Heading of the option in the help, if it differs from that of the record.
+        by_place: Whether words that belong to no option are its value if its flag is not given.
+        title: Heading of the option in the help, if it differs from the record's.
         minimum: Smallest allowed number; for a tuple, of each number.
         maximum: Largest allowed number.
         above: Exclusive lower limit.
@@ -173,7 +173,7 @@ def option(
 
 
 class Declared(NamedTuple):
-    """Facts about an option that only the parser needs."""
+    """Settings of an option that only the parser needs."""
 
     help: str
     default: Any
@@ -188,7 +188,7 @@ class Declared(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """An option of another program that the parser recognizes, although no record has it."""
+    """An option of another program that the parser recognizes: it is rejected, or accepted without effect."""
 
     help: str
     reason: str  # why it is rejected; "" if it is accepted
@@ -198,12 +198,12 @@ class Rejection(NamedTuple):
 
 
 def find_rejection(action: argparse.Action) -> Rejection | None:
-    """Return why an argument is not supported; None if it is."""
+    """Return why an argument is rejected or ignored; None for an ordinary argument."""
     return vars(action).get("rejection")
 
 
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
-    """Declare an option of other programs that --help lists but that is rejected when it is used.
+    """Declare an option of other programs that --help lists, but that is rejected if it is used.
 
     `reason` completes "--flag is refused: ...". The option is a switch unless `settings` describe its value.
     """
@@ -212,13 +212,13 @@ def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **
 
 
 def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
-    """Declare an option of other programs that is accepted but not needed; `instead` explains why."""
+    """Declare an option of other programs that is accepted, but not needed; `instead` explains why."""
     settings = settings or {"action": "store_true"}
     return Rejection(help=help, reason="", instead=instead, values=values, settings=settings)
 
 
 class KeyFile(NamedTuple):
-    """A kind of settings file, for the message about one of its keys that is typed as an option."""
+    """A type of settings file, for the error message if one of its keys is typed as an option."""
 
     read_keys: Callable[[], Collection[str]]  # a function, because only error messages need its imports
     hint: str  # advice with the placeholder {key}
@@ -231,12 +231,12 @@ R = TypeVar("R", bound="Options")
     kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
 )
 class Options:
-    """Base of option records: a frozen dataclass whose fields are options, or records of them.
+    """Base of option records: a frozen dataclass whose fields are options or nested records.
 
     The class argument `title` is the heading of the options in the help; records with the same title are
     listed together. With `dashed`, public names have - instead of _. When a record is created, declared
     limits and relations are checked first; then, if any of its options is given, `__post_init__` checks
-    everything else. With `must_give` it does so even if none is given, because the record needs one.
+    everything else. With `must_give`, it does so even if none is given, because the record requires one.
     """
 
     heading: ClassVar[str] = ""
@@ -270,7 +270,7 @@ class Options:
 
         Raises:
             OptionError: If a value is not allowed.
-            TypeError: If a name is not that of a field.
+            TypeError: If a name is not a field.
         """
         fields = dataclasses.fields(self)
         unknown = values.keys() - {field.name for field in fields}
@@ -294,12 +294,12 @@ class Options:
             self.__post_init__()
 
     def value_of(self, name: str) -> Any:
-        """Return the value of an option by its public name."""
+        """Return the value of the option with this public name."""
         return getattr(self, self.fields_by_name[name].name)
 
     @classmethod
     def from_defaults(cls, **values: Any) -> Self:
-        """Make the record with default values, except for the given ones."""
+        """Make the record from the given values, with defaults for all others."""
         return cls(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -317,13 +317,13 @@ class Options:
 
 
 def _list_values(record: Options) -> dict[str, Any]:
-    """Return a record's field values by name, without cached properties and `OF_TYPING`."""
+    """Return a record's field values by name, without cached properties and fields marked `OF_TYPING`."""
     of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
     return {field.name: getattr(record, field.name) for field in of_options}
 
 
 class NoOptions(Options):
-    """The option record of a family without options of its own."""
+    """The option record of a model family without options of its own."""
 
 
 NO_OPTIONS = NoOptions()
@@ -332,7 +332,7 @@ NO_OPTIONS = NoOptions()
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
     """Return the default of a record's field.
 
-    A field without a stated default has None, False or the default record, if its type allows that.
+    A field without a declared default has None, False or the default record, if its type allows that.
 
     Raises:
         TypeError: If the field has no default.
@@ -355,7 +355,7 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
 
 
 def is_set(record: Any, field: "dataclasses.Field[Any]") -> bool:
-    """Return whether a field of a record differs from its default value."""
+    """Return whether a record's field differs from its default value."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
     except TypeError:  # the field has no default
@@ -363,7 +363,7 @@ def is_set(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def _has_set_option(record: Any) -> bool:
-    """Return whether any option of a record, or of the records in it, differs from its default value."""
+    """Return whether any option of a record or its nested records differs from its default."""
     hints = hints_of(type(record))
     for field in dataclasses.fields(record):
         if field.metadata.get("by_script"):
@@ -376,7 +376,7 @@ def _has_set_option(record: Any) -> bool:
 
 
 def _check_field(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if the value of a field violates its facts."""
+    """Raise OptionError if a field's value violates its declared limits or relations."""
     info = field.metadata
     value = getattr(record, field.name)
     if value is None or info.get("declared") is None:
@@ -401,7 +401,7 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Warn of an option that is typed with its default value but has no effect without another option.
+    """Warn if an option typed with its default value has no effect, because another option is missing.
 
     Values other than the default are rejected or reported by `_check_field`. Default values are accepted,
     because commands written for other programs contain them.
@@ -414,9 +414,9 @@ def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> No
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
-    """Return the public names of options with default values that have no effect without another option.
+    """Return the public names of options that have their default value, and no effect without another option.
 
-    `written` are the names of the arguments that the user wrote.
+    `written` are the names of the arguments that the user typed.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -435,13 +435,13 @@ def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]:
-    """Return the reasons why an option has no effect with the values of its record, as its field declares."""
+    """Return why an option has no effect, given the other values of its record, as its field declares."""
     acts_if = field.metadata.get("acts_if") or {}
     return [reason for reason, acts in acts_if.items() if not acts(record)]
 
 
 def _list_set(record: Any, names: Collection[str]) -> list[str]:
-    """Return which of the options with these public names are given and not turned off."""
+    """Return which of these options (public names) are given and not turned off."""
     fields = record.fields_by_name
     given = [name for name in names if is_set(record, fields[name])]
     off = {name: fields[name].metadata.get("off", ()) for name in given}
@@ -449,12 +449,12 @@ def _list_set(record: Any, names: Collection[str]) -> list[str]:
 
 
 def find_reach(facts: Mapping[str, Any]) -> str:
-    """Return the effect of an option beyond this program, such as "writes" or "sends"; "" if it has none."""
+    """Return an option's effect outside of this program, such as "writes" or "sends"; "" if it has none."""
     return str(facts.get("reach", "writes" if facts.get("place") in MADE_PLACES else ""))
 
 
 def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if an option has an effect that a file must not request: only a user may type it."""
+    """Raise OptionError if a file sets an option with an effect that only a user may request."""
     value = getattr(record, field.name)
     reach = find_reach(field.metadata)
     name = option_name(field)
@@ -462,7 +462,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         for path in list_paths(value):
             reject_outside(name, path)
         return
-    # only options with such an effect are compared with their defaults: those of some records cannot be made
+    # only these options are compared with their defaults: some records have defaults that cannot be made
     if reach not in ("starts", "connects", "sends", "configures") or not is_set(record, field):
         return
     if reach == "starts":
@@ -488,7 +488,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     Raises:
         OptionError: If a text contains a forbidden character (`bad_character`), if a path is empty, or if a
             number is infinite or absurdly large.
-        TypeError: If a field has no argument, which is our mistake, not the user's.
+        TypeError: If a field has no argument, which is a bug.
     """
     hints = hints_of(cls)
     values: dict[str, Any] = {}
@@ -531,7 +531,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
 
 
 def option_values(options: Any) -> dict[str, Any]:
-    """Return the values of an option record, including nested records, by public name."""
+    """Return the values of an option record and its nested records, by public option name."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -557,10 +557,7 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
 
 
 def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
-    """Return the metadata of every option of a record by the option's public name.
-
-    Options of nested records are included.
-    """
+    """Return the settings of a record's options by public name, including options of nested records."""
     hints = hints_of(cls)
     info: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):
@@ -577,9 +574,9 @@ info_of: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_
 
 
 def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace synonyms among values, such as "va" by "av", so that values of equal meaning compare equal.
+    """Replace synonyms among values, such as "va" by "av", so that equivalent values compare equal.
 
-    `values` are keyed by public name. The fact `same_as` of an option maps each synonym to its replacement.
+    `values` are keyed by public name. An option's setting `same_as` maps each synonym to its replacement.
     """
     info = info_of(cls)
     plain = dict(values)
@@ -591,12 +588,12 @@ def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
-    """Return the names of a record's options for which a fact has a value."""
+    """Return the names of a record's options whose setting `fact` has this value."""
     return tuple(name for name, info in info_of(cls).items() if info.get(fact) == value)
 
 
 def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the public names of given options whose metadata contains `fact`, also in nested records."""
+    """Return the public names of given options whose declaration contains `fact`, also in nested records."""
     names: list[str] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -608,7 +605,7 @@ def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def find_record_type(hint: Any) -> Any:
-    """Return the option record in a field's type, `Record` or `Record | None`; None for any other type."""
+    """Return the option record class in a field's type (`Record` or `Record | None`); None otherwise."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
@@ -619,5 +616,5 @@ def option_name(field: "dataclasses.Field[Any]") -> str:
 
 
 def argument_of(field: "dataclasses.Field[Any]") -> str:
-    """Return the name of an option's value among parsed arguments."""
+    """Return the name of an option's value in the namespace of parsed arguments."""
     return option_name(field).replace("-", "_")

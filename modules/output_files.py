@@ -52,7 +52,7 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
 
 
 def find_error_on_windows(name: str) -> str:
-    """Return the reason why files and folders on Windows cannot have a name; empty if they can."""
+    """Return why Windows does not allow a name for files and folders; "" if it does."""
     signs = [sign for sign in name if sign in WINDOWS_SIGNS]
     if signs:
         return f"names on Windows cannot have the character {signs[0]}"
@@ -69,15 +69,15 @@ def is_windows_device(name: str) -> bool:
 
 
 def fold_name(name: str) -> str:
-    """Return a file name normalized so that names which some disks treat as the same are equal.
+    """Return a normalized file name, so that names which some disks consider the same are equal.
 
-    Disks of Windows and macOS distinguish neither case nor Unicode forms of a character.
+    Disks of Windows and macOS ignore case and Unicode forms of a character.
     """
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def check_output_file(option: str, path: Path) -> None:
-    """Raise OptionError if a safetensors file cannot be written under this name."""
+    """Raise OptionError if no safetensors file can be written at this path."""
     if path.suffix.lower() in OTHER_KINDS and not path.is_dir():
         raise OptionError(
             f"{option} {path}: a safetensors file is written. Give a name that ends in .safetensors"
@@ -88,7 +88,7 @@ def check_output_file(option: str, path: Path) -> None:
 
 
 def check_place(option: str, path: Path) -> None:
-    """Raise OptionError if no file can be written here: a folder has the name, or a parent is a file."""
+    """Raise OptionError if no file can be written at a path: it is a folder, or a parent is a file."""
     if path.is_dir():
         raise OptionError(f"{option} {path}: is a folder. Give the name of the file to write in it")
     above = next((folder for folder in path.parents if folder.exists()), None)
@@ -97,7 +97,7 @@ def check_place(option: str, path: Path) -> None:
 
 
 def reject_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
-    """Raise OptionError if the file to write is one of the files that are read, even by another path."""
+    """Raise OptionError if the output file is one of the input files, even by another path."""
     for path in inputs:
         is_same = real_path(output) == real_path(path)
         if is_same or (output.exists() and path.exists() and output.samefile(path)):
@@ -111,12 +111,12 @@ Answer = Literal["overwrite", "leave", "free"]
 
 
 def has_terminal() -> bool:
-    """Return whether a person at a terminal can be asked."""
+    """Return whether a person at a terminal can answer a question."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def ask_on_terminal(question: str) -> str:
-    """Write a question to standard error and return the line that is typed."""
+    """Print a question to standard error, and return the line that the user types."""
     sys.stderr.write(question)  # not standard output, which is for results
     sys.stderr.flush()
     return sys.stdin.readline()
@@ -128,11 +128,11 @@ def ask_at_console(
     is_terminal: Callable[[], bool] = has_terminal,
     offers_name: bool = True,
 ) -> Answer | None:
-    """Ask whether to overwrite; return None without a terminal.
+    """Ask whether to overwrite files; return "overwrite", "leave" or "free", or None without a terminal.
 
-    An empty answer leaves the files untouched.
+    An empty answer means "leave".
 
-    With `offers_name`, "free" can be answered, which asks for a free name.
+    "free" asks for an unused name, and is possible only with `offers_name`.
     """
     if not is_terminal():
         return None
@@ -144,7 +144,7 @@ def ask_at_console(
 
 
 def ask_to_overwrite(question: str) -> Answer | None:
-    """Ask a yes-or-no question about overwriting, without offering another name; None without a terminal."""
+    """Ask whether to overwrite, yes or no, without offering another name; None without a terminal."""
     return ask_at_console(question, offers_name=False)
 
 

@@ -57,21 +57,21 @@ _Group = argparse._ActionsContainer
 
 
 class _Word(str):
-    """A word of the command line that can be told apart from other words with the same text."""
+    """A word of the command line that differs (by identity) from other words with the same text."""
 
 
 class Parser(argparse.ArgumentParser):
     """Parser of a script's options.
 
     A mistake causes a single message, with the option or value that was probably meant, and exit code 2. The
-    help shows defaults, and is colored on a terminal.
+    help shows defaults and is colored on a terminal.
     """
 
     # option -> flag for messages if it was not typed, for scripts that rename options
     shown_flags: Mapping[str, str] = {}
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
-        """Make a parser without options; the arguments are those of `ArgumentParser`."""
+        """Make a parser without options; it takes the arguments of `ArgumentParser`."""
         self._command_words = find_front_words()  # "reelsmith.py", "train", "wan", if these were typed
         if self._command_words:
             # the help names that command instead of the script
@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         return full_help(self)
 
     def format_short_help(self) -> str:
-        """Return the help of -h: the options that are needed often."""
+        """Return the help of -h: options that are often needed."""
         from modules.help_text import short_help  # only -h needs it
 
         return short_help(self)
@@ -140,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _reject_line_continuation(self, argv: Sequence[str]) -> None:
-        """Reject a command that ends in the line-continuation character of another shell, such as ` or ^."""
+        """Reject a command that ends in a line-continuation character of another shell, such as ` or ^."""
         last_but_one, last = ["", "", *argv][-2:]
         if last not in _LINE_ENDS:
             return
@@ -154,10 +154,10 @@ class Parser(argparse.ArgumentParser):
             )
 
     def _record_typed_flags(self, argv: Sequence[str]) -> dict[str, str]:
-        """Record the flag with which each option is typed, an abbreviation in full.
+        """Record the flag with which each option is typed; abbreviations are completed.
 
         Returns:
-            Flag -> flag to show in messages instead, because the user has typed that one.
+            Flag -> flag to show in messages instead, because the user typed that one.
         """
         flags = self._option_string_actions
         self._typed_spellings.clear()
@@ -201,12 +201,12 @@ class Parser(argparse.ArgumentParser):
     def _insert_omitted_flags(
         self, argv: Sequence[str], without_flag: Sequence[argparse.Action]
     ) -> list[str]:
-        """Insert the flags of options that may be given without one in front of words that need them.
+        """Insert omitted flags before words that belong to options whose flag may be omitted.
 
-        `without_flag` are these options (`by_place`). The first word that belongs to no option goes to the
-        first of them that has no value, and so on; an option that takes several values gets all such words.
+        `without_flag` are these options (`by_place`). The first word without an option becomes the value of
+        the first of them that has none, and so on; an option with several values gets all these words.
         """
-        words = [_Word(word) for word in argv]  # argparse keeps the objects: equal words differ
+        words = [_Word(word) for word in argv]  # argparse keeps these objects: equal words differ
         required = [action for action in self._actions if action.required]
         for action in required:  # missing options are reported later
             action.required = False
@@ -233,13 +233,13 @@ class Parser(argparse.ArgumentParser):
         return [*used_words, *(f"{flag}={word}" for flag, word in zip(flags, free_words, strict=False))]
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse as argparse does, but print the help first if that is asked for."""
+        """Parse as argparse does, but first print the help if the user asks for it."""
         argv = sys.argv[1:] if args is None else list(args)
         self._show_help(argv)
         return super().parse_known_args(self._normalize(argv), namespace)
 
     def _normalize(self, argv: Sequence[str]) -> list[str]:
-        """Join `12`, `GB` to one word `12 GB`, and correct - and _ in names of options; return the words."""
+        """Join `12`, `GB` to one word `12 GB`, and correct - and _ in option names; return the words."""
         words = list(argv)
         # from the end, so that the indices of earlier words stay valid
         for index in range(len(words) - 1, 0, -1):
@@ -264,7 +264,7 @@ class Parser(argparse.ArgumentParser):
             self.exit()
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2, without the list of all options."""
+        """Exit with code 2 and the message, without listing all options."""
         if message.startswith(_MISSING):
             missing = message.removeprefix(_MISSING).split(", ")
             message = "\n  ".join(f"{name} is missing{self._append_help(name)}" for name in missing)
@@ -279,7 +279,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{shown}{LISTS_OPTIONS}\n")
 
     def _append_help(self, name: str) -> str:
-        """Return ": " and the help of an option, as argparse's message names it; "" if it has none."""
+        """Return ": " and the help of the option that an argparse message names; "" if it has none."""
         for action in self._actions:
             names = {"/".join(action.option_strings), action.metavar, action.dest}
             if name in names and action.help:
@@ -287,7 +287,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def _reject_unknown(self, argv: Sequence[str]) -> None:
-        """Exit with a message about all words that look like options but are not options of this script."""
+        """Exit with a message about all words that look like options, but are not options of this script."""
         messages: dict[str, None] = {}  # each once, in order
         end = argv.index("--") if "--" in argv else None
         for before, word in pairwise(["", *argv[:end]]):
@@ -301,7 +301,7 @@ class Parser(argparse.ArgumentParser):
             self.error(" ".join(messages))
 
     def _explain_dash(self, word: str) -> str:
-        """Explain a word that begins with a typographic dash instead of a hyphen; "" for any other word."""
+        """Explain a word that begins with a typographic dash instead of a hyphen; return "" for any other."""
         name = word.partition("=")[0]
         plain = _DASHES.sub("--", name)
         flags = self._option_string_actions
@@ -310,7 +310,7 @@ class Parser(argparse.ArgumentParser):
         return f"{name} begins with a typographic dash, not with --. Write {plain}"
 
     def _explain_unknown(self, before: str, word: str) -> str:
-        """Return the message about a word that looks like an option but is not one; "" for any other word.
+        """Return an error message for a word that looks like an option but is not one; "" for any other word.
 
         `before` is the preceding word.
         """
@@ -344,7 +344,7 @@ class Parser(argparse.ArgumentParser):
         return " " not in name and not is_text
 
     def _takes_value(self, word: str) -> bool:
-        """Return whether a word is the flag of an option that is not a switch."""
+        """Return whether a word is the flag of an option that takes a value."""
         flags = self._option_string_actions
         return word in flags and flags[word].nargs != 0
 
@@ -394,7 +394,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
-    """Return the flag that the user typed for each typed option, by the flag that messages would name."""
+    """Return the flags that the user typed, by the flags that messages would otherwise show."""
     names: Mapping[str, str] = getattr(args, "typed_names", {})
     return names
 
@@ -408,18 +408,18 @@ def add_options(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     refused: Mapping[str, str] | None = None,
 ) -> None:
-    """Declare the options of records, and of the records in them, to a parser.
+    """Add the options of records and of their nested records to a parser.
 
-    A nested record that is optional (`Record | None`) is declared only if it is in `records` too. All
+    A nested record that is optional (`Record | None`) is added only if it is in `records` too. All
     mappings are keyed by the public names of options.
 
     Args:
         parser: Parser of a script.
         *records: Option records.
         group: Gets the options of records without a heading.
-        without: Options that the script does not have; their records hold the default.
-        defaults: Defaults that replace those of the declarations.
-        settings: Arguments of `add_argument` that replace those of the declarations, such as `help`; also
+        without: Options that the script lacks; their records contain the default.
+        defaults: Defaults that replace the declared ones.
+        settings: Arguments of `add_argument` that replace the declared ones, such as `help`; also
             `flags` (additional spellings) and `refused` (rejected values with the reason).
         refused: Options that the script rejects, with the reason.
     """
@@ -434,7 +434,7 @@ def add_options(
 
 
 class _ScriptOverrides(NamedTuple):
-    """Changes that a script makes to the declared options of its records, by public name."""
+    """A script's changes to the options that its records declare, by public name."""
 
     without: Collection[str]
     defaults: Mapping[str, Any]
@@ -450,7 +450,7 @@ def _add_field(
     field: Field[Any],
     overrides: _ScriptOverrides,
 ) -> None:
-    """Declare the option of a field, or all options of the record that it contains."""
+    """Add the option of a field, or all options of the record that it contains, to a parser."""
     declared = field.metadata.get("declared")
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
@@ -494,10 +494,10 @@ def _add_field(
 
 
 def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
-    """Return the declared facts by which the value of a field is checked.
+    """Return the declared facts that are needed to check the value of a field.
 
-    `default` is the script's value if the option is not typed; if it differs from the record's default, that
-    is added as the fact `usual`.
+    `default` is the script's value if the option is not typed. A default that differs from the record's is
+    added as the fact `usual`.
     """
     facts = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
     hint = hints_of(cls)[field.name]
@@ -516,7 +516,7 @@ def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) 
 
 
 def _add_rejections(group: _Group, cls: type[Options], without: Collection[str]) -> None:
-    """Declare the options of other programs that a record or its bases reject, or accept and ignore."""
+    """Add the options of other programs that a record or its bases reject, or accept without effect."""
     attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
     for name, rejection in attributes:
         if not isinstance(rejection, Rejection) or name in without:
@@ -532,7 +532,7 @@ def _add_rejections(group: _Group, cls: type[Options], without: Collection[str])
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """Return the parser's group with a title; add the group if it does not exist."""
+    """Return the parser's argument group with this title; add it if necessary."""
     for group in parser._action_groups:
         if group.title == title:
             return group
@@ -542,7 +542,7 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
 def _add_option(
     group: _Group, name: str, hint: Any, *, default: Any, declared: Declared, settings: dict[str, Any]
 ) -> Any:
-    """Declare an option to a group of the parser, and return its argparse action.
+    """Add an option to an argument group, and return its argparse action.
 
     `settings` are the arguments of `add_argument`, including those that the script changes.
     """
@@ -583,7 +583,7 @@ def _add_option(
 def reject_unsupported(
     parser: argparse.ArgumentParser, args: argparse.Namespace, logs_unneeded: bool = True
 ) -> None:
-    """Raise OptionError if an option that is not supported is used.
+    """Raise OptionError if an unsupported option is used.
 
     With `logs_unneeded`, options that are not needed are logged.
     """

@@ -35,7 +35,7 @@ _VARIABLE = re.compile(r"(?<![^\\/])(?:\$\{\w+\}|\$(?:env:)?[A-Za-z_]\w*|%[A-Za-
 
 
 def expand_path(text: str, base: Path | None = None) -> Path:
-    """Return the path with `~` resolved; a relative path is taken to be in the folder `base`.
+    """Return the path with `~` expanded; a relative path is relative to the folder `base`.
 
     Quotation marks around the text are removed, because file managers copy paths with them, unless a file
     whose name includes them exists. Raises ValueError with the reason if no file can have the name.
@@ -57,7 +57,7 @@ def expand_path(text: str, base: Path | None = None) -> Path:
 
 
 def complete_home(text: str) -> str:
-    """Return a typed path whose `~` is completed as a shell does; unchanged if there is no such user."""
+    """Return a path with its `~` expanded as in a shell; unchanged if there is no such user."""
     if not text.startswith("~"):
         return text
     with contextlib.suppress(RuntimeError, ValueError):  # unknown or invalid user name
@@ -66,7 +66,7 @@ def complete_home(text: str) -> str:
 
 
 def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
-    r"""Return whether a path is on a share of another machine (\\machine\share) that a base is not on.
+    r"""Return whether a path is on a network share (\\machine\share) that `base` is not on.
 
     Windows logs in to such a machine as soon as it accesses the path, so paths in files that somebody else
     wrote must be checked before they are accessed.
@@ -75,14 +75,14 @@ def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
 
 
 def strip_quotes(text: str) -> str:
-    """Return a text without a pair of quotation marks around it, straight or typographic; else unchanged."""
+    """Remove a pair of straight or typographic quotation marks around a text, if it has one."""
     inner = text.strip()
     is_pair = len(inner) > 2 and any(inner[0] == first and inner[-1] in last for first, last in _PAIRS)
     return inner[1:-1] if is_pair else text
 
 
 def check_length(path: Path) -> None:
-    """Raise ValueError if a path is too long for any file."""
+    """Raise ValueError if a path is too long for any file system."""
     if len(os.fsencode(path)) > MAX_OF_NAME:  # otherwise no part of the path is too long
         longest = max(len(os.fsencode(part)) for part in path.parts)
         if longest > MAX_OF_NAME or len(str(path)) > MAX_OF_PATH:
@@ -90,7 +90,7 @@ def check_length(path: Path) -> None:
 
 
 def parse_path(folder: Path, path: Path) -> str:
-    """Return a path relative to a folder; absolute if they are on different drives of Windows."""
+    """Return a path relative to a folder, or absolute if they are on different Windows drives."""
     try:
         return os.path.relpath(path, folder)
     except ValueError:
@@ -98,20 +98,20 @@ def parse_path(folder: Path, path: Path) -> str:
 
 
 def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
-    """Return a sort key of a file's name that compares numbers as numbers and ignores case.
+    """Return a key that sorts file names with numbers in natural order, ignoring case.
 
     `2.png` comes before `10.png`, and `a.png` before `B.png`. Names whose numbers are zero-padded to the same
-    width keep their order as texts. The suffix is compared last.
+    width sort as plain text. The suffix is compared last.
     """
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
-    # text, number, text, number, ..., text: so that texts are compared with texts, numbers with numbers
+    # text, number, text, number, ..., text: so that text is compared with text, and numbers with numbers
     parts = _DIGITS.split(stem.casefold())
     compared = tuple(int(part) if index % 2 else part for index, part in enumerate(parts))
     return compared, suffix.casefold(), name
 
 
 def sort_by_numbers(paths: Iterable[Path]) -> list[Path]:
-    """Sort the files of a folder by their names, in which numbers compare as numbers."""
+    """Return the paths sorted by file name, with numbers in natural order: `a2` before `a10`."""
     return sorted(paths, key=lambda path: number_key(path.name))
 
 
@@ -151,7 +151,7 @@ def explain_path(text: str) -> str | None:
 
 
 def explain_missing(path: Path) -> str:
-    """Return a hint, beginning with a space, about a path that does not exist; "" if there is no hint.
+    """Return a hint, after a space, about a path that does not exist; "" if there is none.
 
     For example, `$MODELS/wan.safetensors` becomes `/wan.safetensors` if the variable is not set.
     """
@@ -208,19 +208,19 @@ _AZURE_SIGNATURE_PARTS = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text begins with a protocol, such as https://."""
+    """Return whether a text begins with a URL scheme, such as https://."""
     return _ADDRESS.match(text) is not None
 
 
 def protocol_of(address: str) -> str:
-    """Return the protocol of an address in lower case."""
+    """Return the scheme of a URL, such as https, in lower case."""
     match = _ADDRESS.match(address)
     assert match is not None
     return match[1].lower()
 
 
 def split_address(address: str) -> SplitResult:
-    """Split an address. An invalid one (`http://[::1`) counts as a path; requesting it fails."""
+    """Split a URL into its parts. An invalid one (`http://[::1`) becomes a path; requesting it fails."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -228,13 +228,13 @@ def split_address(address: str) -> SplitResult:
 
 
 def hide_secrets(text: str) -> str:
-    """Return a text with the passwords and queries of its addresses left out; `?...` stands for a query."""
+    """Return a text without the passwords and query strings of its URLs; `?...` replaces a query string."""
     return _SECRETS.sub(lambda match: f"{match[1]}{match[2]}{'?...' if match[3] else ''}", text)
 
 
 @lru_cache(maxsize=1024)  # called several times for each of a million addresses
 def address_identity(address: str) -> str:
-    """Return a file's identity: the address without password, signature and `#...`.
+    """Return a URL without password, signature and fragment, which identifies its file.
 
     Do not show it to users: the query may contain a secret of an unknown kind.
     """
@@ -254,7 +254,7 @@ def address_identity(address: str) -> str:
 
 
 def address_name(address: str) -> str:
-    """Return the last part of an address's path, decoded, without query and fragment."""
+    """Return the last part of a URL's path, percent-decoded, without query and fragment."""
     path = address.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2]
     return unquote(path.rstrip("/").rpartition("/")[2], errors="replace")
 

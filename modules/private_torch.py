@@ -44,7 +44,7 @@ READ_NUMBER = torch.ops.aten._local_scalar_dense.default  # what `Tensor.item` c
 
 
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **settings: Any) -> Tensor:
-    """Multiply 8-bit matrices with scales; `settings` are additional arguments of torch's `_scaled_mm`."""
+    """Multiply 8-bit matrices with scales; `settings` are further arguments of torch's `_scaled_mm`."""
     # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
     return torch._scaled_mm(a, b, scale_a, scale_b, **settings)
 
@@ -72,22 +72,22 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors into target tensors, whose dtypes may differ, with few kernels."""
+    """Copy tensors into target tensors, whose dtypes may differ, with few kernel launches."""
     torch._foreach_copy_(list(targets), list(sources))
 
 
 def scale_each(values: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Multiply each tensor by its factor in place, with few kernels."""
+    """Multiply each tensor by its factor in place, with few kernel launches."""
     torch._foreach_mul_(list(values), list(factors))
 
 
 def lerp_each(values: list[Tensor], ends: Sequence[Tensor], weight: float) -> None:
-    """Move each value towards its end by `weight`, in place."""
+    """Interpolate each tensor towards its end by the fraction `weight`, in place."""
     torch._foreach_lerp_(values, list(ends), weight)
 
 
 def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
-    """Send row i of each tensor, P ..., to process i of a group; return the rows that the P processes send.
+    """Send row i of each tensor, P ..., to process i of a group; return the rows that this process receives.
 
     `group` is the group's name. All rows are sent at the same time. Not differentiable. Unlike torch's public
     functions, it can be compiled.
@@ -101,7 +101,7 @@ def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
 
 
 def release_host_cache() -> None:
-    """Release the pinned host memory that torch's allocator keeps; without CUDA there is none."""
+    """Release unused pinned host memory of torch's allocator; without CUDA there is none."""
     # public only from torch 2.10 on, as torch.accelerator.empty_host_cache; missing in builds without CUDA
     release = getattr(torch._C, "_host_emptyCache", None)
     if release is not None:
@@ -109,21 +109,21 @@ def release_host_cache() -> None:
 
 
 def dynamo() -> Any:
-    """Return torch's module for tracing, which takes seconds to import."""
+    """Import and return torch._dynamo, which takes seconds."""
     import torch._dynamo
 
     return torch._dynamo
 
 
 def shape_config() -> Any:
-    """Return torch's settings of sizes that vary in compiled code."""
+    """Return torch's configuration module for dynamic shapes in compiled code."""
     from torch.fx.experimental import _config
 
     return _config
 
 
 def has_cpp_compiler() -> bool:
-    """Return whether inductor finds a C++ compiler."""
+    """Return whether torch's inductor finds a C++ compiler."""
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 

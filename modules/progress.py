@@ -21,7 +21,7 @@ MAX_BYTES = 1000
 
 
 class NotedProgress(NamedTuple):
-    """Progress of a loop."""
+    """Progress of a loop, as written to a file for other processes."""
 
     done: float
     total: float | None  # None if unknown
@@ -29,7 +29,7 @@ class NotedProgress(NamedTuple):
 
 
 class ProgressFile:
-    """Write the progress of successive loops into the file named by `PROGRESS`, if it is set."""
+    """Writes the progress of successive loops to the file named by the variable `PROGRESS`, if it is set."""
 
     def __init__(self) -> None:
         name = os.environ.get(PROGRESS)
@@ -47,7 +47,7 @@ class ProgressFile:
 
 
 def read_progress(path: Path) -> NotedProgress | None:
-    """Return the progress in a file of `ProgressFile`; None if there is none."""
+    """Return the progress that a `ProgressFile` has written; None if there is none."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         done, total, unit = parse_json(read_text(path, MAX_BYTES))
         return NotedProgress(float(done), None if total is None else float(total), str(unit))

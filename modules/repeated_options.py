@@ -27,7 +27,7 @@ T = TypeVar("T", bound=Options)
 
 
 class AcceptedOption(NamedTuple):
-    """An option of a record: how it can be typed, and which values it accepts."""
+    """An option of a record: its flags, and the values that it accepts."""
 
     flags: tuple[str, ...]  # the public name is the last one
     is_switch: bool
@@ -37,7 +37,7 @@ class AcceptedOption(NamedTuple):
 
 
 class RepeatedOption(NamedTuple):
-    """An option of an earlier command that the next one may need too."""
+    """An option of an earlier command that the following command may need too."""
 
     name: str
     flags: tuple[str, ...]  # all spellings
@@ -48,7 +48,7 @@ class RepeatedOption(NamedTuple):
 def accepted_options(
     record: type[Options], flags: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, AcceptedOption]:
-    """Return the options of a record, and of the records in it, by public name.
+    """Return the options of a record and its nested records, by public name.
 
     `flags` are additional spellings by public name, as the field that contains the record declares them.
     """
@@ -78,10 +78,10 @@ def accepted_options(
 
 
 def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
-    """Return the options of a record that differ from their defaults.
+    """Return a record's options that differ from their defaults, for a following command.
 
-    `typed` maps the public names of given options to their spelling; options that are not in it are left out,
-    because a script may have its own defaults. None means that all options were given.
+    `typed` maps the public names of given options to their spelling. Other options are left out, because a
+    script may have its own defaults. None means that all options were given.
     """
     accepted = accepted_options(type(options))
     return [
@@ -105,7 +105,7 @@ def join_options(
 ) -> dict[str, Any]:
     """Combine chosen options with the options of earlier commands; return the values by flag.
 
-    Options that the command does not have are left out. A chosen value replaces that of an earlier command,
+    Options that the command does not have are left out. A chosen value replaces an earlier command's value,
     unless it is a `Placeholder`. Options are spelled as the user typed them.
 
     Args:
@@ -135,7 +135,7 @@ def join_options(
 def find_names(
     option: RepeatedOption, accepted: Mapping[str, AcceptedOption], name_by_flag: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yield the public names that an earlier command's option has in a record, usually one or none.
+    """Yield the public names in a record that match an earlier command's option, usually one or none.
 
     The name that matches the typed spelling comes first.
     """
@@ -147,10 +147,10 @@ def find_names(
 
 
 def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
-    """Return a record in which values of earlier commands replace defaults.
+    """Return `options` with values of earlier commands in place of defaults.
 
-    A value is left out if its option is given in `options`, or excludes one that is. If the record still
-    rejects the values, only paths are taken, and none if it rejects these too.
+    A value is skipped if its option is given in `options`, or excludes a given option. If the record rejects
+    the combined values, only paths are used; if it rejects these too, none are.
     """
     accepted = accepted_options(type(options))
     name_by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}

@@ -47,7 +47,7 @@ def limit_variables(
 
 @contextlib.contextmanager
 def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str = "run") -> Iterator[None]:
-    """Let this process, and those that it starts, write only below `folders` until the block ends."""
+    """Let this process and its child processes write only below `folders` until the block ends."""
     variables = limit_variables(folders, typed, command)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -63,7 +63,7 @@ def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Make a temporary folder of the system, into which a limited run may write too."""
+    """Make a temporary folder outside the run's folders, to which even a limited run may write."""
     import json  # both imported here: all options import this file
     import tempfile
 
@@ -82,12 +82,12 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_limited() -> bool:
-    """Return whether this process runs somebody else's folder, which limits its options."""
+    """Return whether this process runs somebody else's folder, so that its options are limited."""
     return bool(os.environ.get(FOLDERS_VARIABLE))
 
 
 def describe_outside(path: Path, option: str = "") -> str | None:
-    """Explain that a run may not write below a path, with the remedy; None if it may."""
+    """Return why a run may not write below a path, with advice; None if it may."""
     text = os.environ.get(FOLDERS_VARIABLE)
     if not text:
         return None
@@ -112,19 +112,19 @@ def describe_outside(path: Path, option: str = "") -> str | None:
 
 
 def is_in_queue(path: Path) -> bool:
-    """Return whether a relative path leads into a folder of a queue, on disks that ignore capitals too."""
+    """Return whether a relative path leads into a folder of a queue; ignores case, as some disks do."""
     return any(part.casefold().rstrip(" .") == QUEUE_FOLDER for part in path.parts)
 
 
 def reject_outside(option: str, path: Path) -> None:
-    """Raise OptionError if a run may not write below the path of an option."""
+    """Raise OptionError if an option's path is outside the folders that the run may write to."""
     error = describe_outside(path, option)
     if error is not None:
         raise OptionError(f"--{option} {path}: {error}")
 
 
 def reject_writing(path: Path) -> None:
-    """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere."""
+    """Raise OutputError if a run may not write this file or folder, such as a link that leads elsewhere."""
     if not is_limited():
         return
     # a link of this name is replaced or followed by the caller, a folder of the queue's name is not made
@@ -154,7 +154,7 @@ def reject_sending(option: str, value: object, run_has_option: bool = False) -> 
 
 
 def _run_command(*words: str) -> str:
-    """Return the command of this run with additional arguments, as a user can type it."""
+    """Return this run's command with additional arguments, as a user would type it."""
     return f"{os.environ[COMMAND_VARIABLE]} {shlex.join(words)}"
 
 

@@ -5,7 +5,7 @@ import sys
 
 
 def has_screen() -> bool:
-    """Return whether a window opened here would be seen: not through SSH, and on Linux with a display."""
+    """Return whether a window would be visible: no SSH session, and on Linux a display."""
     if any(os.environ.get(name) for name in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")):
         return False
     if sys.platform in ("win32", "darwin"):
@@ -14,5 +14,5 @@ def has_screen() -> bool:
 
 
 def has_display() -> bool:
-    """Return whether the variables of this process name a display of X11 or Wayland."""
+    """Return whether the environment names a display of X11 or Wayland."""
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))

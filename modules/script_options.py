@@ -12,11 +12,11 @@ from modules.table_answers import CommandLine, take_parsed_line
 
 
 def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Parser]) -> CommandLine:
-    """Return the parsed arguments of the running script, and its parser.
+    """Return the running script's parser and its parsed arguments.
 
     Args:
-        argv: Arguments of the command line. None: those of the process, which the script's table has read.
-        build_parser: Makes the script's parser from its records, if no compiled table has parsed the words.
+        argv: Arguments of the command line. None: the process's own, which the script's table has parsed.
+        build_parser: Makes the parser from the script's records, if no compiled table has parsed the line.
     """
     parsed = take_parsed_line() if argv is None else None
     if parsed is not None:
@@ -26,7 +26,7 @@ def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Par
 
 
 class ParsedOptions(NamedTuple):
-    """The option records of a script, and the flag with which each given option was typed."""
+    """A script's option records, and the flag with which each given option was typed."""
 
     records: list[Any]
     typed_flags: Mapping[str, str]  # by public name
@@ -46,7 +46,7 @@ def parse_with_flags(
 
     Args:
         description: Description of the script in its help.
-        argv: Arguments of the command line. None: those of the process.
+        argv: Arguments of the command line. None: the process's own.
         *records: Records that declare the options.
         **changes: Arguments of `add_options`.
     """

@@ -22,7 +22,7 @@ OF_A_MODEL = re.compile(r"\w+_minimal_inference")
 
 
 def name_words(script: str) -> str:
-    """Return the words after `reelsmith` for a script: `train wan` for wan_train_network."""
+    """Return the words after `reelsmith` that run a script: `train wan` for wan_train_network."""
     for pattern, words in WORDS.items():
         match = re.fullmatch(pattern, script)
         if match:
@@ -32,10 +32,10 @@ def name_words(script: str) -> str:
 
 
 def has_own_command(script: str) -> bool:
-    """Return whether the package installs a console command of a script's name.
+    """Return whether the package installs a console command with the script's name.
 
-    Scripts of a model have one. Plain names such as `compare` and `download` would hide other programs on the
-    PATH, so these scripts are run as `reelsmith compare` only.
+    Scripts of a model have one. Generic names such as `compare` and `download` would hide other programs on
+    the PATH, so these scripts only run as `reelsmith compare`.
     """
     return " " in name_words(script) or OF_A_MODEL.fullmatch(script) is not None
 

@@ -22,7 +22,7 @@ AE: Mapping[str, Any] = {"vae": {"flags": ("--ae",)}}
 
 
 class VaeOptions(Options):
-    """File of the VAE, its compute dtype, and the size of tiles."""
+    """File of the VAE, the dtype it computes in, and the size of its tiles."""
 
     vae: Path | None = option("VAE checkpoint", often=True)
     vae_dtype: str | None = option("dtype of the VAE", often=True)
@@ -39,28 +39,28 @@ class VaeOptions(Options):
 
     @property
     def tile(self) -> int | None:
-        """Return the edge of a tile in pixels, None for no tiling. A size implies tiling."""
+        """Edge of a VAE tile in pixels; None for no tiling. A size implies tiling."""
         if self.vae_spatial_tile_sample_min_size is not None:
             return self.vae_spatial_tile_sample_min_size
         return VAE_TILE if self.vae_tiling else None
 
     def command_options(self) -> dict[str, Any]:
-        """Return the VAE's options for a command that is printed."""
+        """Return the VAE's options for a printed command."""
         return {"--vae": self.vae or Placeholder("VAE_FILE")}
 
 
 def fp8_text_option(name: str, what: str) -> Any:
-    """Return the field `in_fp8` for a family's text encoder options; its flag has the name `name`."""
+    """Return the field `in_fp8` of a family's options: a switch with flag `name` to keep `what` in fp8."""
     return option(f"keep {what}", name=name, excludes="text_encoder_form")
 
 
 def text_form(options: Any) -> str | None:
-    """Return how a text encoder's weights are stored: fp8 by the family's flag, else --text_encoder_form."""
+    """Return a text encoder's storage format: fp8 by the family's flag, else --text_encoder_form or None."""
     return "fp8" if options.in_fp8 else options.text_encoder_form
 
 
 def text_form_option() -> Any:
-    """Return the field `text_encoder_form` of a family's options, next to `fp8_text_option`."""
+    """Return the field `text_encoder_form` of a family's options; see `text_form`."""
     return option(
         "storage format of the text encoder's linear layers: fp8, int8 (rotated; same size, closer to "
         "16 bits) or nf4 (half the size, less exact)",
@@ -69,7 +69,7 @@ def text_form_option() -> Any:
 
 
 class TextEncoderOptions(Options):
-    """The language model that encodes prompts, and how it runs. Families define the model and its fp8."""
+    """The text encoder that reads prompts, and how it runs. Families declare its file and its fp8 option."""
 
     text_encoder: Path | None = option("text encoder: file or folder", often=True)
     text_encoder_tokenizer: Path | None = option(
@@ -86,9 +86,9 @@ class TextEncoderOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def command_options(self, stand_in: str) -> dict[str, Any]:
-        """Return the options that make a printed command encode prompts with the same model.
+        """Return options for a printed command that encodes prompts with the same text encoder.
 
-        `stand_in` takes the place of a file that is not given.
+        `stand_in` replaces a file that is not given.
         """
         fp8 = next(option_name(field) for field in dataclasses.fields(self) if field.name == "in_fp8")
         return {
@@ -100,7 +100,7 @@ class TextEncoderOptions(Options):
 
 
 def take_ae(args: argparse.Namespace) -> None:
-    """Put --ae into --vae.
+    """Use the value of --ae for --vae.
 
     Raises:
         OptionError: If both are given and differ.
@@ -111,12 +111,12 @@ def take_ae(args: argparse.Namespace) -> None:
 
 
 def dit_dtype_option() -> Any:
-    """Return the field of a family's options that `modules.devices.select_compute_dtype` reads."""
+    """Return the option field --dit_dtype, which `modules.devices.select_compute_dtype` reads."""
     return option("dtype that the transformer computes in; default: the file's", facts=HABIT, often=True)
 
 
 def reject_for_full(dit_dtype: str | None) -> None:
-    """Raise OptionError if --dit_dtype is given to the training of a whole transformer."""
+    """Raise OptionError if --dit_dtype is set while all weights of a transformer are trained."""
     if dit_dtype is not None:
         raise OptionError(
             "--dit_dtype: trained weights are kept in float32, or in bfloat16 with --full_bf16; leave it out"
@@ -143,7 +143,7 @@ GENERATION_VALUES = {  # value of --attn_mode -> mode
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The attention back end and how to use it: settings that models pass to `attend`."""
+    """The attention kernel and how to use it: settings that models pass to `attend`."""
 
     mode: str  # a key of `modules.attention.attend.BACKENDS`
     split: bool = False  # compute one sample at a time
@@ -156,7 +156,7 @@ _SPLIT = "compute attention one sample at a time"
 
 
 class TrainingAttentionOptions(Options, title="attention"):
-    """Options that select the attention back end for training."""
+    """Options that select the attention kernel for training."""
 
     sdpa: bool = option("attention by torch itself (the default)", often=True)
     flash_attn: bool = option("FlashAttention 2, from the package flash_attn")
@@ -167,13 +167,13 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
-        """The enabled back end; sdpa if none is enabled."""
+        """Settings of the attention kernel whose option is given; sdpa if none is."""
         modes = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
         return AttentionChoice(next(modes, "sdpa"), self.split_attn)
 
 
 class GenerationAttentionOptions(Options):
-    """Attention options of a generation script; some scripts leave out --split_attn."""
+    """Attention options of a generation script; some scripts omit --split_attn."""
 
     attn_mode: str = option(
         "attention back end; torch or sdpa: torch's own kernels; flash or flash2, flash3, sageattn, "
@@ -187,12 +187,12 @@ class GenerationAttentionOptions(Options):
 
     @property
     def choice(self) -> AttentionChoice:
-        """The back end of --attn_mode."""
+        """Settings for `attend` from --attn_mode and --split_attn."""
         return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
 
 
 def flag_of(mode: str, training: bool) -> str:
-    """Return the option, with its value, that chooses a back end in training or generation scripts."""
+    """Return the option (with its value) that selects an attention kernel in training or generation."""
     if training:
         return TRAINING_FLAGS[mode]
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
@@ -200,7 +200,7 @@ def flag_of(mode: str, training: bool) -> str:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Storage format of weights in 8 or 4 bits, and the arithmetic of the layers that use them."""
+    """Storage format of weights in 8 or 4 bits, and the arithmetic of the layers with these weights."""
 
     # scales of fp8. cast: none; tensor, rows: values are divided by one scale per weight or per row
     kind: str
@@ -238,7 +238,7 @@ _NF4 = "keep the linear layers of the model's blocks in 4 bits (nf4): a quarter 
 
 @dataclass(frozen=True)
 class BaseForm:
-    """A storage format for frozen weights; its arithmetic is in `checkpoints/stored/`."""
+    """A storage format for frozen weights, such as fp8; its arithmetic is in `checkpoints/stored/`."""
 
     name: str  # file name in checkpoints/stored
     switches: tuple[str, ...]  # training options that select it; generation has --fp8 for --fp8_base
@@ -260,7 +260,7 @@ SMALLER_WEIGHTS = "fp8 or nf4"  # for messages
 
 
 class TrainingFp8Options(Options):
-    """How training stores the weights of the frozen model: as in the file, or in 8 or 4 bits."""
+    """How training stores the frozen model's weights: as in the file, or in 8 or 4 bits."""
 
     fp8_base: bool = option(_BASE, often=True)
     fp8_scaled: bool = option(f"with --fp8_base: {_SCALED}", needs="fp8_base", often=True)
@@ -283,7 +283,7 @@ class TrainingFp8Options(Options):
 
     @property
     def quantization(self) -> Quantization | None:
-        """Form in which the frozen model's weights are stored; None for the file's own form."""
+        """How the frozen model's weights are stored; None to keep the format of the file."""
         if self.convrot_int8:
             narrow = self.convrot_int8_bwd == "int8"
             return Quantization("rows", form="int8", int8_backward=narrow, option_name="--convrot_int8")
@@ -307,7 +307,7 @@ class TrainingFp8Options(Options):
 
 
 class GenerationFp8Options(Options):
-    """How generation stores the weights of the model: as in the file, or in 8 or 4 bits."""
+    """How generation stores the model's weights: as in the file, or in 8 or 4 bits."""
 
     fp8: bool = option(_BASE, often=True)
     fp8_scaled: bool = option(f"the same, but {_SCALED}; replaces --fp8", often=True)
@@ -325,7 +325,7 @@ class GenerationFp8Options(Options):
 
     @property
     def quantization(self) -> Quantization | None:
-        """Return the quantization of the weights; None if there is none. --fp8_scaled replaces --fp8."""
+        """Return how the weights are quantized; None if they are not. --fp8_scaled replaces --fp8."""
         if self.convrot_int8:
             return Quantization("rows", form="int8", option_name="--convrot_int8")
         if self.nf4_base:

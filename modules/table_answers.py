@@ -26,7 +26,7 @@ CHECKOUT_SECONDS = 60  # time in which a checkout or an update writes all files
 
 
 class _OutdatedTablesError(Exception):
-    """The table lacks a typed option and may be older than the code, so the records must parse instead."""
+    """Raised if the option table lacks a typed option and may be outdated; the records parse instead."""
 
 
 class _TableParser(Parser):
@@ -47,9 +47,9 @@ _parsed_lines: dict[tuple[str, ...], CommandLine] = {}
 
 
 def answer_running_script() -> None:
-    """Parse the command line of the running script with its option table, if it is one of our scripts.
+    """Parse the command line of the running script with its compiled option table, if the script is ours.
 
-    Do nothing in a worker process, which has the same command line: files in it may be gone by then.
+    Do nothing in a worker process, which has the same command line: its files may be gone by then.
     """
     process = sys.modules.get("multiprocessing.process")  # worker processes import it before the script
     is_worker = process is not None and process.parent_process() is not None
@@ -96,9 +96,9 @@ def answer_script(script: Path, argv: Sequence[str], program: str | None = None)
 
 
 def take_parsed_line() -> CommandLine | None:
-    """Return this process's command line as parsed by its option table; None at each further call.
+    """Return this process's command line as its option table parsed it; None at each further call.
 
-    Also None if a source file of option records is newer than the tables: then the records parse it.
+    Also None if a source file of option records is newer than the tables; the records then parse the line.
     """
     parsed = _parsed_lines.pop(tuple(sys.argv), None)
     if parsed is None or (not PREFIX and _are_records_newer()):
@@ -111,7 +111,7 @@ def _raise(error: UserError) -> None:
 
 
 def _find_running_script(typed: str) -> Path | None:
-    """Return the path in ROOT of the script that a process was started with; None if it is none of ours.
+    """Return the running script's path relative to ROOT; None if it is not one of our scripts.
 
     Args:
         typed: The first word of the command line: a file, or in the package also a console command.
@@ -125,7 +125,7 @@ def _find_running_script(typed: str) -> Path | None:
 
 
 def _reject_outdated_tables() -> None:
-    """Raise _OutdatedTablesError if a file of a room was changed after the tables were compiled."""
+    """Raise _OutdatedTablesError if a source file of a package is newer than the compiled tables."""
     if PREFIX:
         return
     latest = _find_newest_allowed_time()
@@ -137,7 +137,7 @@ def _reject_outdated_tables() -> None:
 
 
 def _are_records_newer() -> bool:
-    """Return whether a file that declares options was changed after the tables were compiled."""
+    """Return whether a source file with option declarations is newer than the compiled tables."""
     latest = _find_newest_allowed_time()
     waiting: list[type] = [Options]
     modules = set()

@@ -57,7 +57,7 @@ _DEFAULT_SUFFIX = " (default: %(default)s)"  # BooleanOptionalAction adds it in 
 
 
 class _NamedType:
-    """A function that reads the words of an option; its module is imported when the first word is read."""
+    """A function that parses an option's value; its module is imported when it is first called."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -72,7 +72,7 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
 
     Args:
         table: Description of the parser, as `find_table` returns it.
-        prog: Name of the program in messages. None: that of the running one.
+        prog: Name of the program in messages. None: the running program's.
         kind: Class of the parser.
     """
     settings: dict[str, Any] = {} if prog is None else {"prog": prog}
@@ -91,7 +91,7 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
         section = read_entry("section", name)
         group = group_of(parser, section["title"])
         for option in section["options"]:
-            # without the checks of `add_argument`, which its compiling has passed
+            # skips the checks of `add_argument`, which passed at compile time
             action = _build_action(read_entry("option", option))
             action.container = group
             group._group_actions.append(action)
@@ -139,13 +139,13 @@ def _build_action(row: Mapping[str, Any]) -> Any:
 
 
 class _ParsedArguments(NamedTuple):
-    """The arguments of a command line, with the questions that `modules.option_checks` asks about them."""
+    """The arguments of a command line, with the methods that `modules.option_checks` calls."""
 
     actions: Mapping[str, argparse.Action]  # by `dest`
     values: argparse.Namespace
 
     def find_paths(self, name: str) -> Any:
-        """Return the value of a path option as its record has it: a path or several; None if unset."""
+        """Return a path option's value as its record stores it: one path or several; None if unset."""
         argument = name.replace("-", "_")
         action = self.actions.get(argument)
         value = getattr(self.values, argument, None)
@@ -168,10 +168,10 @@ class _ParsedArguments(NamedTuple):
 
 
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
-    """Check typed values by the facts of their options, as their records do.
+    """Check typed values against the declarations of their options, like the option records.
 
-    The records check needs that a file may still meet (`changes_values`), and log all warnings, which would
-    otherwise be logged twice.
+    The records check `needs` that a settings file may still meet (`changes_values`), and log all warnings,
+    which would otherwise be logged twice.
 
     Args:
         parser: A parser built from a compiled table.
@@ -205,7 +205,7 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
 
 
 def _check_option_paths(action: argparse.Action, parsed: _ParsedArguments) -> None:
-    """Raise OptionError if a path of an option is unusable; the record will log that it replaces a file."""
+    """Raise OptionError for an unusable path; the record will log that a file is replaced."""
     info: Mapping[str, Any] = getattr(action, "facts", {})
     name = _find_public_name(action)
     flag = f"--{name}" if action.option_strings else name
@@ -219,13 +219,13 @@ def _check_option_paths(action: argparse.Action, parsed: _ParsedArguments) -> No
 
 
 def _find_public_name(action: argparse.Action) -> str:
-    """Return the name of an option in its record: the flag under which its value is stored."""
+    """Return an option's public name in its record: the flag that corresponds to the action's `dest`."""
     names = (flag.removeprefix("--") for flag in action.option_strings)
     return next((name for name in names if name.replace("-", "_") == action.dest), action.dest)
 
 
 def _is_set(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> bool:
-    """Return whether an option's value differs from its record's default and does not turn it off."""
+    """Return whether an option's value differs from its record's default and is not an "off" value."""
     value = getattr(arguments, name.replace("-", "_"), None)
     if action is None:  # the script lacks the option; the record may have a value
         return bool(value)
@@ -237,12 +237,12 @@ def _is_set(action: argparse.Action | None, name: str, arguments: argparse.Names
 
 
 def _default_dest(flags: Sequence[str]) -> str:
-    """Return the default name of an option: the name of its last flag."""
+    """Return the argument name that belongs to the last flag; "" without flags."""
     return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
 
 
 def _default_help(rejection: Rejection) -> str:
-    """Return the default help of an option of other programs."""
+    """Return the default help of an option from another program."""
     return rejection.reason.replace("%", "%%") or f"not needed: {rejection.instead}"
 
 
@@ -310,13 +310,13 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
 
 
 def _describe_rejection(rejection: Rejection) -> dict[str, Any]:
-    """Return the facts of a rejection that are not empty; its help is in the option's row."""
+    """Return the fields of a rejected option that are not empty, without its help."""
     facts = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
     return {name: value for name, value in facts.items() if value}
 
 
 def _to_json_value(value: Any) -> Any:
-    """Convert a value of an argparse action to a value that JSON can store."""
+    """Convert a value of an argparse action, such as its choices, to JSON types."""
     if isinstance(value, (list, tuple)):
         return [_to_json_value(item) for item in value]
     if isinstance(value, Mapping):
@@ -325,7 +325,7 @@ def _to_json_value(value: Any) -> Any:
 
 
 def _name_type(kind: Callable[[str], Any]) -> str:
-    """Return the name that a table stores for the type function of an option."""
+    """Return the name that a table stores for the function that parses an option's value."""
     if isinstance(kind, _NamedType):
         return kind.name
     name = getattr(kind, "__qualname__", "")

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def render(job: dict[str, Any]) -> dict[str, str]:
-    """Render the template of a job, with its variables and limits.
+    """Render the template of a job with its variables, within the job's limits.
 
     Returns {"text": the rendered template}, or {"error": the reason why it failed}.
     """
@@ -27,7 +27,7 @@ def render(job: dict[str, Any]) -> dict[str, str]:
 
 
 def _limit_memory(size_bytes: int) -> None:
-    """Make allocations beyond a size fail, if the system supports it; otherwise only time is limited."""
+    """Limit the memory that this process can allocate, on systems that support it."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -58,7 +58,7 @@ def _make_environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """Parse the tag `generation`, which templates put around answers; it changes no text."""
+        """Accepts the tag `generation`, which chat templates put around answers, without any effect."""
 
         tags = {"generation"}
 
@@ -90,5 +90,5 @@ def _format_now(format: str) -> str:
 
 
 def main() -> None:
-    """Render the job on standard input and write the result to standard output, both as JSON."""
+    """Render the job (JSON on standard input) and write the result as JSON to standard output."""
     json.dump(render(json.load(sys.stdin)), sys.stdout)

@@ -65,7 +65,7 @@ _MIN_TOTAL_LEAD = 1.5  # or in the sum over all characters
 
 @dataclass(frozen=True)
 class EncodingGuess:
-    """The probable encoding of a file's bytes, and their text."""
+    """The probable encoding of a file's bytes, and the text decoded with it."""
 
     encoding: str  # Python's name
     text: str
@@ -73,7 +73,7 @@ class EncodingGuess:
 
     @property
     def name(self) -> str:
-        """Name of the encoding for people, such as "Windows-1252"."""
+        """Human-readable name of the encoding, such as "Windows-1252"."""
         return NAMES.get(self.encoding, self.encoding)
 
 
@@ -100,7 +100,7 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
 
 
 class _ScoredText(NamedTuple):
-    """A text as decoded with one encoding, and the score of its plausibility."""
+    """A text decoded with one encoding, and a score of how plausible the text is."""
 
     score: float
     encoding: str
@@ -108,7 +108,7 @@ class _ScoredText(NamedTuple):
 
 
 def _rank_encodings(content: bytes) -> list[_ScoredText]:
-    """Return the text decoded with each encoding that can decode the bytes, the most probable one first."""
+    """Return the text in every encoding that can decode the bytes, most plausible first."""
     scored = []
     for encoding in NAMES:
         text = None if encoding.startswith("utf") else _decode(content, encoding)
@@ -122,9 +122,9 @@ def _count_beyond_ascii(text: str) -> int:
 
 
 def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | None:
-    """Return the guess for two or four bytes a character.
+    """Decode the bytes as UTF-16 or UTF-32; return the guess, or None if the text is implausible.
 
-    `marked` is the encoding that a byte order mark names; None without a mark.
+    `marked` is the encoding that the byte order mark indicates; None without a mark.
     """
     half = len(content) // 2
     zeros = content[::2].count(0), content[1::2].count(0)
@@ -137,10 +137,10 @@ def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | No
 
 
 def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
-    """Return a guess for each of several files, probably written by one program in one encoding.
+    """Guess the encoding of each of several files, probably written in one encoding; None if not text.
 
-    A short text alone says little: a file whose encoding is uncertain gets the most probable one of all files
-    together, if that decodes it.
+    A short text alone says little, so a file with an uncertain encoding gets the most probable encoding of
+    all files together, if its bytes can be decoded with it.
     """
     guesses = [guess_encoding(content) for content in contents]
     not_unicode = [
@@ -179,7 +179,7 @@ def _measure_characters(text: str) -> float:
 
 
 def _score_text(text: str, encoding: str) -> float:
-    """Return the plausibility of the characters beyond ASCII: 1 and more for a text, below 0 for nonsense."""
+    """Return the plausibility of the non-ASCII characters: 1 and more for real text, below 0 for nonsense."""
     padded = f" {text[:MAX_SCORED]} "
     points = [
         _score_character(padded[index - 1], char, padded[index + 1], encoding)
@@ -212,7 +212,7 @@ def _score_character(before: str, char: str, after: str, encoding: str) -> float
 
 
 def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent: bool) -> float:
-    """Score a letter of an alphabet: above 0 if it and its neighbors belong to the encoding's script."""
+    """Score a letter: above 0 if it and its neighbors belong to the script of the encoding."""
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
     if any(script not in unicodedata.name(letter, "") for letter in (char, *neighbors)):

@@ -31,9 +31,9 @@ _KINDS = (
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with links resolved.
+    """Return the path with symbolic links resolved.
 
-    Circular links are not resolved, nor is a path that no file can have: `Path.resolve` would raise.
+    Circular links, and paths that no file can have, stay unresolved; `Path.resolve` would raise.
     """
     try:
         return Path(os.path.realpath(path))
@@ -52,7 +52,7 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
     """
     try:
         status = os.stat(path)  # noqa: PTH116  # takes half the time of `path.stat`
-    except ValueError:  # a NUL character, by which the system ends names
+    except ValueError:  # a NUL character, which ends a name
         raise OSError(errno.EINVAL, "its name contains a character that no file name can have") from None
     mode = status.st_mode
     if stat.S_ISDIR(mode):
@@ -72,9 +72,9 @@ def _too_large(path: Path, limit_bytes: int) -> OSError:
 
 
 def read_safetensors_texts(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, {} if it has none. Reads its header only, and no tensor.
+    """Return the metadata of a safetensors file, {} if it has none. Reads only its header.
 
-    Raises OSError if the file cannot be read, ValueError if its header is not valid.
+    Raises OSError if the file cannot be read, ValueError if its header is invalid.
     """
     size = require_regular_file(path)
     with path.open("rb") as file:
@@ -82,7 +82,7 @@ def read_safetensors_texts(path: Path) -> dict[str, str]:
 
 
 def metadata_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield the metadata of LoRA files; skip faulty files, which raise when their tensors are read."""
+    """Yield path and metadata of LoRA files; skip faulty files, which raise when their tensors are read."""
     for path in paths:
         try:
             texts = read_safetensors_texts(path)
@@ -92,7 +92,7 @@ def metadata_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, s
 
 
 class TensorHeader(NamedTuple):
-    """The header of a safetensors file."""
+    """The parsed header of a safetensors file."""
 
     metadata: dict[str, str]
     entries: dict[str, Any]  # entries of the tensors, by name
@@ -108,10 +108,10 @@ def read_tensor_header(
         read: Returns the next bytes of the file.
         size: Size of the file in bytes.
         first: Number of bytes of the first read; a larger number saves a second read of a short header.
-        no_repeats: Whether a key that occurs twice in a table is an error.
+        no_repeats: Whether a repeated key in a JSON object is an error.
 
     Raises:
-        ValueError: If the header is not valid. Its entries are not checked.
+        ValueError: If the header is invalid. Its tensor entries are not checked.
     """
     # the file: 8 bytes with the length of the header, the header as JSON, then the tensors' bytes
     start = read(min(size, first))
@@ -137,7 +137,7 @@ def read_tensor_header(
 
 
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the UTF-8 text of a regular file, without a byte order mark, with lines ended by a newline only.
+    """Return the UTF-8 text of a regular file, without byte order mark and with newlines as only line ends.
 
     Raises OSError if it cannot be read or is too large, UnicodeDecodeError if it is not UTF-8.
     """
@@ -151,7 +151,7 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     Raises:
         OSError: If the file cannot be read, is not regular or is larger than `limit_bytes`.
     """
-    maximum = limit_bytes + 1  # one more than allowed, not what a size claims: a file may grow
+    maximum = limit_bytes + 1  # one more than allowed, whatever the size: a file may grow
     size = require_regular_file(path, limit_bytes) + 1
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
@@ -167,7 +167,7 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
-    """Yield the lines of a regular file in UTF-8, without their ends; only one is in memory at a time.
+    """Yield the lines of a regular UTF-8 file without line ends; only one is in memory at a time.
 
     Raises:
         OSError: If the file cannot be read, is not regular or has a line of more than `limit` characters.
@@ -185,10 +185,10 @@ def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
 
 
 def parse_json(text: str, no_repeats: bool = False) -> Any:
-    """Return the value of a JSON text.
+    """Parse a JSON text.
 
-    Raises ValueError if the text is not JSON (usual mistakes are explained), is nested too deeply, has a
-    number too large for a float or, with `no_repeats`, an object with a key twice.
+    Raises ValueError if the text is not JSON (common mistakes are explained), is nested too deeply, has a
+    number too large for a float or, with `no_repeats`, an object with a repeated key.
     """
     import json  # imported here: all options import this file, but few commands read JSON
 
@@ -208,12 +208,12 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
 
 
 def looks_like_object(text: str) -> bool:
-    """Return whether a text begins as a JSON object does."""
+    """Return whether a text begins like a JSON object."""
     return text.lstrip().startswith("{")
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in a text, such as a caption. Raises ValueError if the text is not JSON."""
+    """Parse a text (such as a caption) as a JSON object. Raises ValueError if it is not JSON."""
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -224,7 +224,7 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def read_if_object(text: str) -> dict[str, Any] | None:
-    """Parse a text that is a JSON object; return None for other text, such as {a|b}."""
+    """Return the JSON object that a text contains; None for any other text, such as {a|b}."""
     try:
         return read_object(text) if looks_like_object(text) else None
     except ValueError:
@@ -241,10 +241,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return the value of a TOML text.
+    """Parse a TOML text.
 
-    Raises ValueError if the text is not TOML (with a second line about usual mistakes), is nested too deeply,
-    or has a number too large for a float.
+    Raises ValueError if the text is not TOML (with a second line about common mistakes), is nested too
+    deeply, or has a number too large for a float.
     """
     # each part of a dotted key (a.b.c) is a level of nesting; checked before parsing, because the parser
     # takes quadratic time for a key of very many parts
@@ -265,9 +265,9 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _explain_toml(text: str, error: str) -> str:
-    """Return a hint for the usual mistakes in TOML, beginning with a newline, or "".
+    """Return a hint for common mistakes in TOML, beginning with a newline, or "".
 
-    `error` is that of the parser; it names a line.
+    `error` is the parser's message, which names a line.
     """
     match = re.search(r"at line (\d+)", error)
     lines = text.splitlines()
@@ -294,7 +294,7 @@ def _explain_toml(text: str, error: str) -> str:
 
 
 def _explain_json(following: str, before: str) -> str:
-    """Return a hint about a usual mistake in JSON, beginning with a full stop; "" if none is recognized.
+    """Return a hint about a common mistake in JSON, beginning with a full stop; "" if none is recognized.
 
     Args:
         following: The part that the parser cannot read.
@@ -314,10 +314,9 @@ def _explain_json(following: str, before: str) -> str:
 
 
 def bad_character(text: str) -> str | None:
-    r"""Describe the first invalid character of a text: NUL, or half of a surrogate pair.
+    r"""Describe the first invalid character of a text: NUL or a lone surrogate. None if there is none.
 
-    Halves come from a JSON escape such as \ud800, or from a name that is not UTF-8. None if there is no such
-    character.
+    Surrogates come from a JSON escape such as \ud800, or from a file name that is not UTF-8.
     """
     if "\0" in text:
         return "the character NUL (\\u0000)"
@@ -329,7 +328,7 @@ def bad_character(text: str) -> str | None:
 
 
 def check_depth(content: Any) -> None:
-    """Raise ValueError if lists and tables are nested more than MAX_DEPTH deep."""
+    """Raise ValueError if lists and dictionaries are nested more than MAX_DEPTH deep."""
     level = [content]
     for _ in range(MAX_DEPTH + 1):
         inner = [

@@ -21,13 +21,13 @@ VARIABLES = ("$REELSMITH_", "${REELSMITH_", "%REELSMITH_")
 
 
 def read_command(option: str, text: str) -> list[str]:
-    """Return the arguments of a command, split as this system's command line is.
+    """Split a command into arguments like this system's command line, and check that it can be started.
 
     `option` is the flag of its option.
 
     Raises:
-        OptionError: If no program of this name can be started from the current folder, if its script is not
-            there, or if the command needs a shell.
+        OptionError: If no program of this name can be started from the current folder, if its script does
+            not exist, or if the command needs a shell.
     """
     argv = _split(option, text)
     if not argv or not argv[0]:
@@ -40,7 +40,7 @@ def read_command(option: str, text: str) -> list[str]:
         _reject_shell(option, argv)
     if shutil.which(program) is None:
         raise OptionError(f"{option}: {program} {_explain_missing(option, program)}")
-    script = argv[1] if len(argv) > 1 else "-"  # "-", as before an option: no script
+    script = argv[1] if len(argv) > 1 else "-"  # "-" stands for no script
     runs_script = name.rstrip("0123456789.") in INTERPRETERS and not script.startswith("-")
     if runs_script and not Path(script).is_file():
         raise OptionError(f"{option}: there is no script {script} in {Path.cwd()}. Fix the path")
@@ -48,7 +48,7 @@ def read_command(option: str, text: str) -> list[str]:
 
 
 def _split(option: str, text: str) -> list[str]:
-    """Split a command line into arguments as a POSIX shell or, on Windows, a Windows program does."""
+    """Split a command line into arguments, like a POSIX shell or, on Windows, like a Windows program."""
     if os.name == "nt":
         return _split_for_windows(text)
     try:
@@ -60,7 +60,7 @@ def _split(option: str, text: str) -> list[str]:
 
 
 def _split_for_windows(text: str) -> list[str]:
-    """Split a command line as programs of Windows do, with the system's own function."""
+    """Split a command line as Windows programs do, with the system's own function."""
     import ctypes  # exists only on Windows
 
     if not text.strip():
@@ -77,7 +77,7 @@ def _split_for_windows(text: str) -> list[str]:
 
 
 def _reject_shell(option: str, argv: Sequence[str]) -> None:
-    """Raise OptionError for shell syntax in a command, which is started without a shell."""
+    """Raise OptionError for shell syntax in a command, because commands are started without a shell."""
     as_shell = f"Put the line into a script, or give it to a shell: {option} \"bash -c '...'\""
     for word in argv:
         if word in OPERATORS or word.endswith(";"):
@@ -91,7 +91,7 @@ def _reject_shell(option: str, argv: Sequence[str]) -> None:
 
 
 def _explain_missing(option: str, program: str) -> str:
-    """Explain that a program cannot be started, with the remedy."""
+    """Return a message that a program cannot be started, with advice."""
     path = Path(program)
     if path.is_dir():
         return "is a folder. Give a program"

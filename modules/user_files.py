@@ -19,9 +19,9 @@ MAX_BYTES = 1 << 16
 
 
 def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path:
-    """Return the folder of the user's own files of this program, which need not exist.
+    """Return the folder of the user's own files of this program, which may not exist.
 
-    It is in the system's folder for state of programs: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
+    It is in the system's folder for application state: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
     Support.
 
     Raises:
@@ -43,7 +43,7 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
 
 
 def write_user_file(name: str, text: str) -> Path:
-    """Write a file that only this user can read, and return its path. `name` may have folders, with /.
+    """Write a file that only this user can read, and return its path; `name` may have folders (with /).
 
     Raises OSError if the file cannot be written.
     """
@@ -74,7 +74,7 @@ def read_user_file(name: str) -> str | None:
 
 
 def _is_own(status: os.stat_result) -> bool:
-    """Return whether only this user can access a file; on Windows, the folder itself ensures that."""
+    """Return whether only this user can access a file; on Windows, its folder ensures that."""
     if sys.platform == "win32":
         return True
     return status.st_uid == os.getuid() and not status.st_mode & 0o077

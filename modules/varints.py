@@ -2,7 +2,7 @@
 
 
 def read_varint(content: bytes | memoryview, position: int) -> tuple[int, int]:
-    """Return the varint that begins at `position`, seven bits a byte, and the position after it.
+    """Decode the varint at `position`, seven bits per byte; return it and the position after it.
 
     Raises:
         IndexError: If the content ends inside the number.

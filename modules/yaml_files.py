@@ -15,7 +15,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Loader that stops at the first event beyond the limits, before nodes are made."""
+    """YAML loader that stops at the first event beyond the limits, before nodes are made."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -37,11 +37,11 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text with one document.
+    """Parse a YAML text that contains one document.
 
     Raises:
-        ValueError: If it cannot be read, if it is too long, nested too deeply or in itself, if it has too
-            many nodes with its aliases written out, or if a number is too large for a float.
+        ValueError: If it is not YAML, too long, nested too deeply or in itself, if it has too many nodes with
+            its aliases expanded, or if a number is too large for a float.
     """
     if len(text) > MAX_YAML_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters, and at most {MAX_YAML_CHARACTERS:,} are read")
@@ -61,7 +61,7 @@ def parse_yaml(text: str) -> Any:
         # messages of our own checks begin with "it" and need no other reason
         if isinstance(error, ValueError) and str(error).startswith("it "):
             raise
-        raise ValueError(f"a value does not fit its tag or its place ({error})") from None  # as !!int ""
+        raise ValueError(f"a value does not fit its tag or its place ({error})") from None  # such as !!int ""
     check_numbers(content)
     return content
 

@@ -7,13 +7,13 @@ MAX_LISTED_BYTES = 1 << 26  # maximum size of the central directory: half a mill
 
 
 class BoundedFile(io.FileIO):
-    """A file that rejects reads larger than the maximum size of the central directory.
+    """A file that rejects reads larger than the maximum size of a zip file's central directory.
 
     `zipfile` reads that directory at once, with the length that the file states.
     """
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read up to `size` bytes, like any file object.
+        """Read up to `size` bytes.
 
         Raises:
             BadZipFile: If more than `MAX_LISTED_BYTES` are read at once.

@@ -28,7 +28,7 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and val
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """Number of real tokens of each sample, which padding follows; `make_lengths` makes it once per pass."""
+    """Number of real tokens of each sample in a padded batch; `make_lengths` makes it once per pass."""
 
     # B numbers on the host: reading them from the device in every layer would make the host wait
     counts: tuple[int, ...]
@@ -41,12 +41,12 @@ class SampleLengths:
         return max(self.counts)
 
     def shorten(self, count: int) -> "SampleLengths":
-        """Return the lengths of samples that have lost this many real tokens each."""
+        """Return the lengths after `count` real tokens of each sample were removed."""
         return make_lengths([real - count for real in self.counts], self.starts.device)
 
 
 def make_lengths(counts: Sequence[int], device: torch.device) -> SampleLengths:
-    """Make the `SampleLengths` of a batch.
+    """Return the `SampleLengths` of a padded batch.
 
     `counts` contains the number of real tokens of each sample, at least 1.
     """
@@ -55,20 +55,20 @@ def make_lengths(counts: Sequence[int], device: torch.device) -> SampleLengths:
 
 
 def pack(tokens: Tensor, lengths: SampleLengths) -> Tensor:
-    """Concatenate the real tokens of B L N D to T N D."""
+    """Concatenate the real tokens of a padded batch, B L N D, to T N D."""
     # unbind: the gradient of a slice of the batch would be a batch of zeros for each sample
     return torch.cat([sample[:count] for sample, count in zip(tokens.unbind(0), lengths.counts, strict=True)])
 
 
 def unpack(packed: Tensor, lengths: SampleLengths, length: int) -> Tensor:
-    """Turn packed tokens, T N D, back into a padded batch, B `length` N D, with zeros in the padding."""
+    """Convert packed tokens, T N D, back to a padded batch, B `length` N D, with zeros as padding."""
     return _pad_outputs(packed.split(lengths.counts), length)
 
 
 def _pad_outputs(samples: Sequence[Tensor], length: int) -> Tensor:
-    """Pad samples, each n N D, to a batch B `length` N D.
+    """Pad samples, each n N D, to `length` tokens, and stack them: B `length` N D.
 
-    One concatenation makes the batch, so that tokens are copied once.
+    A single concatenation makes the batch, so that tokens are copied once.
     """
     pieces = []
     for sample in samples:
@@ -78,14 +78,14 @@ def _pad_outputs(samples: Sequence[Tensor], length: int) -> Tensor:
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run FlashAttention 2 (Dao 2023, arXiv 2307.08691): B L N D."""
+    """Run FlashAttention 2 (Dao 2023, arXiv 2307.08691) on B L N D."""
     from flash_attn import flash_attn_func
 
     return flash_attn_func(query, key, value)
 
 
 def flash_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
-    """Run FlashAttention 2 on packed samples: T N D."""
+    """Run FlashAttention 2 on packed samples, T N D."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
@@ -94,14 +94,14 @@ def flash_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengt
 
 
 def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608): B L N D."""
+    """Run FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) on B L N D."""
     from flash_attn_interface import flash_attn_func
 
     return _drop_normalizer(flash_attn_func(query, key, value))
 
 
 def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
-    """Run FlashAttention 3 on packed samples: T N D."""
+    """Run FlashAttention 3 on packed samples, T N D."""
     from flash_attn_interface import flash_attn_varlen_func
 
     starts, longest = lengths.starts, lengths.max_length
@@ -109,9 +109,9 @@ def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLeng
 
 
 def sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run SageAttention (Zhang et al. 2024, arXiv 2410.02367): B L N D, without gradients.
+    """Run SageAttention (Zhang et al. 2024, arXiv 2410.02367) on B L N D; inference only.
 
-    Its function for packed tokens is an older, slower kernel, so padded batches run sample by sample.
+    Its function for packed sequences uses an older, slower kernel, so padded batches run sample by sample.
     """
     from sageattention import sageattn
 
@@ -119,14 +119,14 @@ def sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run xFormers' memory-efficient attention: B L N D."""
+    """Run xFormers' memory-efficient attention on B L N D."""
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(query, key, value)
 
 
 def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
-    """Run xFormers on packed samples, T N D, with a mask stored as a list of lengths, not a matrix."""
+    """Run xFormers on packed samples, T N D; the mask is a list of lengths instead of a matrix."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -135,7 +135,7 @@ def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLe
 
 
 def _drop_normalizer(result: Any) -> Tensor:
-    """Return only the attention output, because early builds also return the softmax's normalizer."""
+    """Return only the attention output; early builds also return the softmax normalizer."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -147,7 +147,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of attention: the package that it needs, and the runs that the package supports."""
+    """An attention kernel: the package that it needs, and the runs that the package supports."""
 
     dense: Dense
     packed: Packed | None = None  # None: computing sample by sample is as fast
@@ -219,7 +219,7 @@ def attend(
         query: Queries, B L N D.
         key: Keys, B S N D.
         value: Values, B S N D.
-        choice: The back end; with its `split`, one sample is computed at a time.
+        choice: The attention kernel; with its `split`, one sample is computed at a time.
         lengths: Number of real tokens among the L tokens of each sample, for self-attention. If S > L, the
             S - L additional keys come first and are all real.
         repeats: How many equal keys each key stands for, S float32; only with sdpa and without lengths.
@@ -255,7 +255,7 @@ def attend(
         query = query.to(dtype)
         key = key.to(dtype)
         value = value.to(dtype)
-    # for samples of equal length; `backend.packed`, which some back ends have, takes real tokens in a row
+    # for samples of equal length; `backend.packed` takes the concatenated real tokens of all samples
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None:
         if choice.split and len(query) > 1:
@@ -289,7 +289,7 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: Attention
 
 
 def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Compute attention sample by sample. Returns B L N D."""
+    """Compute attention one sample at a time. Returns B L N D."""
     samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)
     return torch.stack([dense(q[None], k[None], v[None])[0] for q, k, v in samples])
 
@@ -297,7 +297,7 @@ def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) 
 def _attend_without_padding(
     dense: Dense, query: Tensor, key: Tensor, value: Tensor, *, lengths: SampleLengths
 ) -> Tensor:
-    """Compute attention sample by sample, over its real tokens only. Returns B L N D, padded with zeros."""
+    """Compute attention one sample at a time over its real tokens. Returns B L N D, padded with zeros."""
     num_extra_keys = key.shape[1] - query.shape[1]
     outputs = []
     samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), lengths.counts, strict=True)
@@ -310,13 +310,13 @@ def _attend_without_padding(
 def check_backend(
     choice: AttentionChoice, device: torch.device, dtype: Callable[[], torch.dtype], training: bool
 ) -> None:
-    """Raise OptionError if a back end does not support a run, before anything is loaded.
+    """Raise OptionError if an attention kernel does not support a run, before anything is loaded.
 
-    The last check computes a small attention, in training with the backward pass, because a package may be
-    built for another GPU or version of torch.
+    The last check computes attention on small tensors, in training with the backward pass, because a package
+    may be built for another GPU or version of torch.
 
     Args:
-        choice: The back end.
+        choice: The attention kernel.
         device: Device of the run.
         dtype: Returns the model's compute dtype; called only if needed, because it may have to read a file.
         training: Whether a backward pass is needed; messages then name the flags of training.
@@ -355,7 +355,7 @@ def check_backend(
 def explain_unsupported(
     backend: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
-    """Return the reason why a back end cannot serve a run, worded to follow "--flag"; None if it can.
+    """Return why an attention kernel cannot be used in a run, worded to follow "--flag"; None if it can.
 
     The package of `backend` need not be installed. `capability` is None without a CUDA device. `dtype`
     returns the dtype of the model, which may read the checkpoint.
@@ -384,9 +384,9 @@ def explain_unsupported(
 
 
 def check_results(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, training: bool) -> None:
-    """Compute a small attention with and without padding, in training with its gradients.
+    """Compute attention on small tensors with and without padding, in training with its gradients.
 
-    Errors of the back end are passed on. Raises ArithmeticError if the results are not close to torch's.
+    Raises any error of the kernel, and ArithmeticError if the results are not close to torch's.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = []  # query, key and value: B 2, L 128, N 2, D 128
@@ -416,7 +416,7 @@ CombineAttention = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SecondText:
-    """The position of a second text among the tokens, B L+T+T' ..., and its use by attention."""
+    """Where the tokens of a second prompt are, B L+T+T' ..., and how attention uses them."""
 
     num_image_tokens: int  # tokens of the image, L
     num_text_tokens: int  # tokens of the second text, T'
@@ -432,7 +432,7 @@ class SecondText:
         return torch.cat([x[:, : self.num_image_tokens], x[:, -self.num_text_tokens :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        """Combine attentions computed with one text each into the attention with both texts, B L+T+T' N D."""
+        """Combine two attention outputs, each computed with one of two prompts, into one: B L+T+T' N D."""
         steered = self.combine_attention(
             first[:, : self.num_image_tokens], second[:, : self.num_image_tokens]
         )

@@ -17,8 +17,8 @@ FIRST_CUDNN = 91501
 def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = None) -> Tensor:
     """Compute attention with torch's own kernels.
 
-    `query` is B L N D. `key` and `value` are B S N D. `repeats` is S float32, how many equal keys each key
-    stands for. Returns B L N D.
+    `query` is B L N D. `key` and `value` are B S N D. `repeats`, S float32, is the number of equal keys that
+    each key stands for. Returns B L N D.
     """
     q = query.transpose(1, 2)  # B N L D
     k = key.transpose(1, 2)
@@ -34,7 +34,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
 
 
 def _attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: Tensor | None) -> Tensor:
-    """Compute attention with CUDA's fastest kernel: q is B N L D, k and v B N S D. Returns B L N D."""
+    """Compute attention with the fastest CUDA kernel: q is B N L D, k and v B N S D. Returns B L N D."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     # CUDA's kernel for a bias raises for one in a different dtype than the queries' ("invalid dtype for
     # bias")
@@ -74,23 +74,23 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
-    """Return whether a tensor is on a CUDA device, which has the kernels."""
+    """Return whether a tensor is on a CUDA device, where PyTorch's fused attention kernels exist."""
     return tensor.device.type == "cuda"
 
 
 def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
     """Compute attention for one sample of B N L D at a time. Returns B L N D.
 
-    On an H100 (torch 2.11) the gradients of two samples of 754 tokens in one call of cuDNN were NaN, those of
-    single samples never. A sample of thousands of tokens keeps a GPU busy, so little is lost.
+    On an H100 (torch 2.11), gradients of two samples of 754 tokens in one cuDNN call were NaN; gradients of
+    single samples never were. A sample of thousands of tokens keeps a GPU busy, so little is lost.
     """
     samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
     return torch.cat([attend_in_order(*sample, None, order).transpose(1, 2) for sample in samples])
 
 
 def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """Return the bias, 1 1 `queries` S, that counts keys n times (S float32): n exp(x) = exp(x + log n)."""
-    # the dtype before the shape: to change it afterwards would write out a row for each query
+    """Return an attention bias, 1 1 `queries` S, that acts as if key i were repeated repeats[i] times."""
+    # cast before expanding: a later cast would materialize a row for each query
     return repeats.log().to(dtype).expand(1, 1, queries, -1)
 
 
@@ -121,7 +121,7 @@ def list_kernels(
 
 
 def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
-    """Return a warning if the GPU's fastest kernel is excluded only because cuDNN is too old, else None."""
+    """Return a warning if the GPU's fastest kernel is excluded only because cuDNN is too old, or None."""
     if capability not in CUDNN_GPUS or (cudnn is not None and cudnn >= FIRST_CUDNN):
         return None
     return (
@@ -132,7 +132,7 @@ def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
 
 
 def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcast to it, in q's dtype.
+    """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcastable to it, in q's dtype.
 
     cuDNN's kernel, which torch prefers on Hopper, is excluded: its gradients may be NaN, and
     it is planned again for every length of a text.
@@ -165,7 +165,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _cudnn_version() -> int | None:
-    """Return the version of cuDNN; None if results must be deterministic, as its backward pass is not."""
+    """Return cuDNN's version; None if results must be deterministic, because cuDNN's backward pass is not."""
     return None if torch.are_deterministic_algorithms_enabled() else torch.backends.cudnn.version()
 
 
@@ -176,7 +176,7 @@ for _fact in (_capability, _cudnn_version):
 
 
 def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute attention, B N L D, with two matrix products and a softmax.
+    """Compute attention on B N L D with two matrix products and a softmax.
 
     For few tokens in 16 bits, this is 2 to 5 times as fast on a CPU as PyTorch's kernels.
     """

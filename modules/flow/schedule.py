@@ -25,7 +25,7 @@ _NOISIEST_TRAINED_SIGMA = float(np.float32(1.0 - 1.0 / TRAIN_TIMESTEPS))
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels of one run of a solver, from noise to data."""
+    """The noise levels of a solver's run, from noise to data."""
 
     sigmas: Tensor  # N + 1, float32, decreasing to 0
     timesteps: Tensor  # N, float32: what the network is fed at each step
@@ -34,7 +34,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps of the solver."""
+        """Number of denoising steps."""
         return len(self.timesteps)
 
 
@@ -59,7 +59,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | N
 
 
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Mix clean latents with noise, both B C F H W, as the schedule does at this step.
+    """Mix clean latents with noise, both B C F H W, at the noise level of a step.
 
     A noise level within rounding of 1 gives pure noise.
     """
@@ -75,18 +75,18 @@ def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -
 def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> float:
     """Return the flow shift e^mu for an image of `tokens` tokens.
 
-    `few` and `many` are two points (number of tokens, mu); mu lies on the line through them. Source: the
-    FLUX.1 reference code.
+    `few` and `many` are two points (number of tokens, mu); mu is interpolated linearly. Source: the FLUX.1
+    reference code.
     """
     slope = (many[1] - few[1]) / (many[0] - few[0])
     return math.exp(few[1] + slope * (tokens - few[0]))
 
 
 def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
-    """Move noise levels towards 1 if flow_shift is above 1; 0 and 1 do not change.
+    """Shift noise levels towards 1 if flow_shift is above 1; 0 and 1 do not change.
 
-    More steps are then spent at the levels that decide the composition of the image. `sigmas` have any shape
-    and dtype.
+    More steps are then spent at high noise, which decides the composition of the image. `sigmas` may have any
+    shape and dtype.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 5.3.2.
     """
@@ -135,11 +135,11 @@ def make_schedule(
 
 
 def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
-    """Return the schedule of a rectified flow, whose data weight at each level is 1 - sigma.
+    """Return the schedule of a rectified flow, where the clean latents have weight 1 - sigma.
 
     Args:
-        sigmas: N + 1, float32.
-        timesteps: N, float32.
+        sigmas: Noise levels, N + 1 float32.
+        timesteps: Timesteps given to the network, N float32.
     """
     return Schedule(sigmas, timesteps, 1 - sigmas.double())
 
@@ -159,10 +159,10 @@ def _make_terminal_grid(terminal: float, steps: int, flow_shift: float) -> Sched
 
 
 def stretch_levels(levels: Tensor, flow_shift: float, terminal: float) -> Tensor:
-    """Shift noise levels and stretch them so that the last level above 0 is `terminal`.
+    """Shift noise levels, then stretch them so that the last level is `terminal`.
 
-    `levels` are N decreasing numbers, the first one 1, float64, without the 0 at the end. A single level
-    stays 1.
+    `levels` are N decreasing values in float64 that begin with 1 and do not include the final 0. A single
+    level stays 1.
     Source: `shift_terminal` of diffusers' FlowMatchEulerDiscreteScheduler.
     """
     levels = shift_sigmas(levels, flow_shift)

@@ -21,16 +21,16 @@ Draw = Callable[[Sequence[int]], Tensor]  # shape -> standard normal numbers, fl
 
 
 class Solver(Protocol):
-    """Takes denoising steps in the order of their index; the first index may be above 0 (video-to-video)."""
+    """Takes denoising steps in order of their index; the first index may be above 0 (video-to-video)."""
 
     @property
     def schedule(self) -> Schedule:
-        """Noise levels and timesteps of the steps."""
+        """Noise levels and timesteps of all steps."""
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the sample at the next sigma.
+        """Return the sample at the next noise level.
 
-        `velocity` and `sample` are those at `schedule.sigmas[index]`. Both are float32, as is the result.
+        `velocity` and `sample` belong to `schedule.sigmas[index]`. Both are float32, as is the result.
         """
         ...
 
@@ -76,12 +76,12 @@ def solver_for(
 
 @dataclass(frozen=True)
 class Euler:
-    """Take straight steps along the velocity."""
+    """Euler's method: straight steps along the velocity."""
 
     schedule: Schedule
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Move the sample straight along the velocity, to the next noise level."""
+        """Move the sample along the velocity to the next noise level."""
         sigma = self.schedule.sigmas[index]
         sigma_next = self.schedule.sigmas[index + 1]
         return sample.float() + float(sigma_next - sigma) * velocity.float()
@@ -89,16 +89,16 @@ class Euler:
 
 @dataclass(frozen=True)
 class Lcm:
-    """Jump to the predicted clean sample, then add fresh noise: for models distilled to few steps.
+    """Jump to the predicted clean sample, then add fresh noise: for models distilled to a few steps.
 
-    Source: Song et al. 2023, arXiv 2303.01469, algorithm 1, on the path of a rectified flow.
+    Source: Song et al. 2023, arXiv 2303.01469, algorithm 1, applied to a rectified flow.
     """
 
     schedule: Schedule
     draw: Draw
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Predict the clean sample and add fresh noise of the next level; the last step adds none."""
+        """Predict the clean sample and add fresh noise at the next noise level; the last step adds none."""
         current = _Level.read(self.schedule, index)
         following = _Level.read(self.schedule, index + 1)
         x0 = sample.float() - current.sigma * velocity.float()
@@ -107,10 +107,10 @@ class Lcm:
 
 @dataclass
 class DpmPlusPlus:
-    """DPM-Solver++ 2M, midpoint form; the first and the last step are of order 1.
+    """DPM-Solver++ 2M in its midpoint form; the first and the last step are first-order.
 
-    With `draw`, each step replaces a part of the noise, which is the variant for the stochastic differential
-    equation, SDE-DPM-Solver++(2M) of the same paper. Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
+    With `draw`, which returns noise, each step replaces part of the noise: the stochastic variant
+    SDE-DPM-Solver++(2M) of the same paper. Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
     """
 
     schedule: Schedule
@@ -125,7 +125,7 @@ class DpmPlusPlus:
         x0 = prediction.x0
         if self._history and following.sigma > 0:  # the step to sigma 0 is infinitely long
             previous = self._history[-1]
-            # length of the last step divided by that of this one: infinite after pure noise
+            # length of the last step relative to this step: infinite after pure noise
             last_step = current.log_ratio - previous.level.log_ratio
             ratio = last_step / (following.log_ratio - current.log_ratio)
             x0 = x0 + (0.5 / ratio) * (x0 - previous.x0)
@@ -137,7 +137,7 @@ class DpmPlusPlus:
 
 @dataclass(frozen=True)
 class UniPCVariant:
-    """The choices in which the released implementations of UniPC differ.
+    """The details in which the released implementations of UniPC differ.
 
     B(h) cancels out of all weights that are solved for: only a single weight depends on it.
     """
@@ -158,8 +158,8 @@ BH1 = UniPCVariant(order=3, has_unit_alpha=True, single_weight=lambda step: 0.5 
 class UniPC:
     """UniPC on clean-sample predictions.
 
-    Each call first corrects the sample that the previous call predicted, with the velocity that is now known
-    at this sample, and then predicts the next one. Source: Zhao et al. 2023, arXiv 2302.04867.
+    Each call first corrects the sample that the previous call predicted, using the velocity at that sample,
+    and then predicts the next sample. Source: Zhao et al. 2023, arXiv 2302.04867.
     """
 
     schedule: Schedule
@@ -215,7 +215,7 @@ class UniPC:
 
 @dataclass(frozen=True)
 class _Level:
-    """A noise level: weights sigma of the noise and alpha of the data, and log(alpha / sigma)."""
+    """A noise level: the weights sigma of noise and alpha of data, and log(alpha / sigma)."""
 
     sigma: float
     alpha: float
@@ -234,7 +234,7 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """The network's prediction at one step: the noise level, and the predicted clean sample x0."""
+    """A step's prediction by the network: the noise level, and the predicted clean sample x0."""
 
     level: _Level
     x0: Tensor
@@ -268,13 +268,13 @@ def _solve_weights(step: float, distances: list[float]) -> list[float]:
 def _move(
     current: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
 ) -> Tensor:
-    """Step between two levels, exact for a constant prediction x0; `change` corrects for how it changes."""
+    """Return the sample at the next level, exact if x0 is constant; `change` corrects for a changing x0."""
     step = following.log_ratio - current.log_ratio
     return (following.sigma / current.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 
 
 def _move_with_noise(current: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
-    """Step twice as far in lambda as without noise, and compensate by adding fresh noise.
+    """Return the sample after a step twice as long in lambda as usual, with fresh noise to compensate.
 
     A step from pure noise replaces all noise; a step to sigma 0 adds none.
     """

@@ -14,14 +14,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 
 def memory_formats(device: torch.device) -> tuple[torch.memory_format, torch.memory_format]:
-    """Return the memory layouts of clips (B C T H W) and of single frames (B C H W) for a device."""
+    """Return the memory formats of clips (B C T H W) and of single frames (B C H W) for a device."""
     if device.type in {"cpu", "cuda"}:
         return torch.channels_last_3d, torch.channels_last
     return torch.contiguous_format, torch.contiguous_format
 
 
 def set_memory_format(module: nn.Module, device: torch.device) -> None:
-    """Convert the weights of a module's convolutions to the memory layouts for the device."""
+    """Convert a module's convolution weights to the device's memory format: channels last on CPU and CUDA."""
     clip_layout, frame_layout = memory_formats(device)
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):
@@ -30,7 +30,7 @@ def set_memory_format(module: nn.Module, device: torch.device) -> None:
 
 
 def empty_clip(x: Tensor, *size: int) -> Tensor:
-    """Return an uninitialized clip B C T H W of that size with the dtype, device and layout of the clip x."""
+    """Return an uninitialized clip B C T H W of this size, with dtype, device and memory format like x."""
     layout = (
         torch.channels_last_3d
         if x.is_contiguous(memory_format=torch.channels_last_3d)
@@ -45,7 +45,7 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 def repeat_pixels(x: Tensor, factor: int, maximum: int = MAX_ELEMENTS) -> Tensor:
-    """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory layout of x.
+    """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory format of x.
 
     Torch's own kernel is used for results of up to `maximum` values.
     """
@@ -95,7 +95,7 @@ Compute = Callable[[Tensor], Tensor]
 
 
 def compute_piece(compute: Compute, piece: Tensor) -> Tensor:
-    """Return `compute(piece)`, whose result and memory must be proportional to the last two axes."""
+    """Return `compute(piece)`; its result and memory must be proportional to the piece's last two axes."""
     if has_torch_function((piece,)):  # true while a mode such as `dry_run.OneOfManyPieces` is active
         result: Tensor = handle_torch_function(compute_piece, (piece,), compute, piece)
         return result

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs of channels of x, B L N D: one from the first half of a head, one from the second.
 
-    `table` is L N D/2 2 or L 1 D/2 2, of cosines and sines. Computed in its dtype, returned in the dtype of
-    x. Compiled code has plain operators, which the compiler merges.
+    `table` contains cosines and sines, L N D/2 2 or L 1 D/2 2. Computes in its dtype and returns the dtype of
+    x. Compiled code gets plain operators, which the compiler fuses.
     """
     cosine, sine = table.unbind(-1)
     if torch.compiler.is_compiling():
@@ -30,7 +30,7 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotate in three kernels that cast while reading and writing; backward rotates the other way."""
+    """Rotates in three kernels that cast while reading and writing; the backward pass rotates back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -45,12 +45,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate_by(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
-    """Rotate x, B L N D, forwards (1) or back (-1)."""
+    """Rotate the channels of x, B L N D, by angles given as cosine and sine; -1 rotates back."""
     halves = x.unflatten(-1, (2, -1))  # B L N 2 D/2
     first, second = halves.unbind(-2)
     first_products, second_products = (halves * cosine.unsqueeze(-2)).unbind(-2)
     rotated = torch.empty_like(halves)
-    # with `out` also because autocast casts what a plain addcmul gets
+    # with `out` also because autocast would cast the inputs of a plain addcmul
     torch.addcmul(first_products, second, sine, value=-direction, out=rotated[..., 0, :])
     torch.addcmul(second_products, first, sine, value=direction, out=rotated[..., 1, :])
     return rotated.flatten(-2)

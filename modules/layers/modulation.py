@@ -55,8 +55,8 @@ def modulate(
 def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) -> Tensor:
     """Return x + gate * branch, computed in the dtype of x, which must be the widest of the three.
 
-    `x` and `branch` are B L C. `gate` is B S C; None means 1. If the gate is not trained, autograd keeps
-    nothing of the branch, and recomputing a checkpointed block ends before the last branch is added.
+    `x` and `branch` are B L C. `gate` is B S C; None means 1. If the gate is not trained, autograd saves
+    nothing of the branch, and recomputing a checkpointed block stops before the last branch is added.
     """
     if gate is None:
         return x + branch.to(x.dtype)
@@ -96,7 +96,7 @@ def split_segments(split: Split, modulation: Sequence[Tensor], *tokens: Tensor) 
 
 
 def _expand_to_tokens(modulation: Tensor, tokens: Tensor, split: Split) -> Tensor:
-    """Repeat a modulation row for each token of its segment: B L C, or B 1 C if all tokens share one row."""
+    """Repeat each segment's modulation row for its tokens: B L C, or B 1 C if all tokens share one row."""
     parts = split_segments(split, [modulation], tokens)
     if len(parts) == 1:
         return parts[0][1]
@@ -109,7 +109,7 @@ def expand_indices(indices: Tensor, modulation: Tensor) -> Tensor:
 
 
 def _sum_segments(gradients: Tensor, modulation: Tensor, split: Split) -> Tensor:
-    """Sum the gradients of tokens, B L C, over each segment: the gradients of the rows."""
+    """Sum the gradients of all tokens, B L C, over the tokens of each segment: gradients of the rows."""
     if modulation.shape[1] == 1:
         return gradients.sum_to_size(modulation.shape)
     if isinstance(split, Tensor):
@@ -157,7 +157,7 @@ class _Modulate(torch.autograd.Function):
 
 
 class _AddGated(torch.autograd.Function):
-    """Add a gated branch; keep the gate as an attribute instead of saving it for the backward pass.
+    """Adds a gated branch; keeps the gate as an attribute instead of saving it for the backward pass.
 
     Activation checkpointing recomputes a block up to its last saved tensor. If the gate at the end of a block
     were saved, the last branch would be computed to its end, although no gradient depends on its result.
@@ -172,7 +172,7 @@ class _AddGated(torch.autograd.Function):
         ctx.split = split
         output = torch.empty_like(x)
         for segment, added, target, scale in split_segments(split, [gate], x, branch, output):
-            # with `out` also because autocast casts what a plain addcmul gets
+            # with `out` also because autocast would cast the inputs of a plain addcmul
             torch.addcmul(segment, scale, added, out=target)
         return output
 

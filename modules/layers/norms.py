@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """Return the compute dtype of a layer: autocast's dtype if autocast is enabled, else the weights'."""
+    """Return a layer's compute dtype: autocast's if autocast is enabled, else the dtype of the weights."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
 def run_in_weight_dtype(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x), with x cast to the weight's dtype; under autocast or in fp8 the layer casts x."""
+    """Return layer(x), with x cast to the weight's dtype, unless autocast or the fp8 layer casts it."""
     dtype: torch.dtype = layer.weight.dtype
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
         return layer(x)
@@ -25,14 +25,14 @@ def run_in_weight_dtype(layer: Any, x: Tensor) -> Tensor:
 
 
 def run_float32(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) as float32, computed without autocast in the weight's dtype (packed: in float32)."""
+    """Return layer(x) as float32, computed without autocast in the weight's dtype (8-bit: in float32)."""
     dtype: torch.dtype = layer.weight.dtype
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(torch.float32 if dtype.itemsize == 1 else dtype)).float()
 
 
 class TwoLayerMlp(nn.Module):
-    """second(activation(first(x))), ... C -> ... C', each layer in its own dtype or both in float32."""
+    """second(activation(first(x))), ... C -> ... C'; computes in the dtype of each layer, or in float32."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class TwoLayerMlp(nn.Module):
 
 
 class NamedFeedForward(nn.Module):
-    """`TwoLayerMlp` with the names of diffusers' files: net.0.proj and net.2."""
+    """`TwoLayerMlp` with the parameter names of diffusers: net.0.proj and net.2."""
 
     def __init__(
         self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor], bias: bool = True
@@ -83,7 +83,7 @@ class NamedFeedForward(nn.Module):
 
 
 class Float32LayerNorm(nn.Module):
-    """LayerNorm over the last axis. Returns float32, ready for modulation; the caller casts."""
+    """LayerNorm over the last axis that returns float32, for modulation in float32; the caller casts back."""
 
     def __init__(self, dim: int, eps: float, affine: bool = False) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Float32LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in float32."""
+        """Return the normalized values in float32."""
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return functional.layer_norm(x.float(), (self.dim,), weight, bias, self.eps)
@@ -108,24 +108,24 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         return rms_norm(x, self.weight, self.eps)
 
 
 class CenteredRMSNorm(RMSNorm):
-    """`RMSNorm` whose stored weight is the difference from 1."""
+    """`RMSNorm` whose files store weight - 1."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         return centered_norm(x, self.weight, self.eps)
 
 
 class ScaleNorm(nn.Module):
-    """`RMSNorm` whose weight is called `scale` in the files of some models."""
+    """`RMSNorm` whose weight is called `scale`, as in the files of some models."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class ScaleNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         return rms_norm(x, self.scale, self.eps)
 
 
@@ -147,11 +147,11 @@ class CenteredNorm(ScaleNorm):
         self._known: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         return self.in_float32(x).to(x.dtype)
 
     def in_float32(self, x: Tensor) -> Tensor:
-        """Return the normed values in float32, for float32 layers that follow."""
+        """Return the normalized values in float32, for float32 layers that follow."""
         return rms_norm(x.float(), self._weight(), self.eps)
 
     def _weight(self) -> Tensor:
@@ -169,7 +169,7 @@ class CenteredNorm(ScaleNorm):
 def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x.
 
-    `scale` is C.
+    `scale` has one value per channel, C.
     """
     return rms_norm(x.float(), 1 + scale.float(), eps).to(x.dtype)
 
@@ -177,7 +177,7 @@ def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
 
-    `weight` is C.
+    `weight` has one value per channel, C.
     """
     # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would pass it
     # a float32 copy of x, which autograd would keep

@@ -27,14 +27,14 @@ THETA = 10000.0  # base of the frequencies, as trained
 
 @dataclass(frozen=True)
 class SlowedFrequency:
-    """A frequency of one axis that is lowered so that a long video does not repeat itself (RIFLEx)."""
+    """A rotary frequency of one axis, lowered so that a long video does not repeat itself (RIFLEx)."""
 
     index: int  # index of the frequency, from 0, fastest first
     period: float  # positions per full rotation
 
 
 class TokenGrid(NamedTuple):
-    """The positions of a grid of tokens, as the key of its cached table."""
+    """A grid of tokens and its positions; also the key of its cached rotary table."""
 
     sizes: tuple[int, ...]  # frames, rows, columns
     slow: SlowedFrequency | None = None  # lowered frequency of the frame axis
@@ -57,12 +57,12 @@ def rotation_angles(
     if slow is not None:
         if not 0 <= slow.index < len(frequencies):
             raise ValueError(f"the axis has {len(frequencies)} frequencies, none of number {slow.index}")
-        frequencies[slow.index] = 2 * math.pi / slow.period  # one turn in a period
+        frequencies[slow.index] = 2 * math.pi / slow.period  # one rotation per period
     return torch.outer(positions, frequencies)
 
 
 def spread_over_grid(axes: Sequence[Tensor]) -> Tensor:
-    """Spread per-axis values over the tokens of a grid in row-major order, and concatenate the axes' pairs.
+    """Expand per-axis values to all tokens of a grid in row-major order, and concatenate the axes' channels.
 
     `axes` are each n W/2 ..., with n positions along the axis and W of its channels. Returns L D/2 ...
     """
@@ -85,8 +85,8 @@ def rotary_table(
 ) -> Tensor:
     """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 on `device`.
 
-    `widths` are the numbers of channels of each axis, D in total. `dtype` is the dtype of the angles; at
-    position 1000 a float32 angle is wrong in the fifth digit. `stored` is the dtype of the table.
+    `widths` are the channels per axis, D in total. `dtype` is the dtype of the angles; at position 1000 a
+    float32 angle is wrong in the fifth digit. `stored` is the dtype of the table.
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
@@ -103,15 +103,15 @@ def rotary_table(
 
 
 def cos_and_sin(angles: Tensor) -> Tensor:
-    """Return cosine and sine of angles, in a new last axis of 2."""
+    """Return (cosine, sine) of angles along a new last axis."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def axis_rotations(positions: Tensor, width: int, theta: float, device: torch.device) -> Tensor:
     """Return the (cosine, sine) pairs of positions on one axis, n width/2 2 float32 on `device`.
 
-    The angles are computed on the host in the dtype of `positions`. `width` and `theta` are those of
-    `rotation_angles`.
+    The angles are computed on the host in the dtype of `positions`. `width` is the axis's number of channels,
+    and `theta` the base of its frequencies.
     """
     pairs = cos_and_sin(rotation_angles(positions, width, theta))
     return send_ahead(pairs.float(), device)
@@ -123,7 +123,7 @@ TABLES: dict[str, Callable[..., Tensor]] = {"default": rotary_table, "comfy": fl
 
 
 class TableMaker(Protocol[Asked]):
-    """Makes the table of rotary embeddings for a layout of tokens: the counts of frames, rows and columns."""
+    """Makes a table of rotary embeddings for one grid of tokens (frames, rows, columns), or for several."""
 
     def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor:
         """Return the (cosine, sine) pairs of all tokens of a layout, on `device`."""
@@ -135,15 +135,15 @@ def bind_rotary_table(
     theta: float = THETA,
     dtype: torch.dtype = torch.float32,
 ) -> TableMaker[TokenGrid]:
-    """Return a function that makes the tables of one network.
+    """Return a function that makes one network's tables of rotary embeddings.
 
-    `make` is one of the functions in `TABLES`, and `dtype` is the dtype of the table.
+    `make` is a function in `TABLES`, `widths` are the channels per axis, and `dtype` is the table's dtype.
     """
     return functools.partial(make, widths=widths, theta=theta, stored=dtype)
 
 
 def joined_tables(make: TableMaker[TokenGrid]) -> TableMaker[tuple[TokenGrid, ...]]:
-    """Return a function that makes one table for several grids whose tokens are consecutive."""
+    """Return a function that makes one rotary table for several token grids that follow one another."""
 
     def make_joined(grids: tuple[TokenGrid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])
@@ -152,14 +152,14 @@ def joined_tables(make: TableMaker[TokenGrid]) -> TableMaker[tuple[TokenGrid, ..
 
 
 class GridTable(Generic[Layout]):
-    """Cache of the last grid's table: all steps of a generation use the same one."""
+    """Caches the table of the last grid, which all steps of a generation share."""
 
     def __init__(self, make: TableMaker[Layout]) -> None:
         self._make = make
         self._last: tuple[Layout, Tensor] | None = None
 
     def get_table(self, grid: Layout, device: torch.device) -> Tensor:
-        """Return the table of a grid on a device, made only if the last call was for another one."""
+        """Return a grid's table on a device; it is only computed if the last call was for another grid."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # also for the next training step
                 self._last = grid, self._make(grid, device=device)
@@ -173,7 +173,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     products, which compilers can fuse. The results differ only by rounding, 1e-6 of the largest number. For
     a 16-bit table the products are written out too, because torch has no complex dtype of that size.
     """
-    # type_as: where the dtype fits already, `to(dtype)` takes four times as long to find that out
+    # type_as: if the dtype is right already, `to(dtype)` takes four times as long to notice
     pairs = x.type_as(table).unflatten(-1, (-1, 2))  # B L N D/2 2
     if not torch.compiler.is_compiling() and table.dtype.itemsize >= 4:
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
@@ -185,10 +185,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def select_rotations(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
-    """Return the rotations of some tokens: B K' 1 D/2 2.
+    """Return the rotations of the tokens that are kept: B K' 1 D/2 2.
 
-    `table` has the rotations of the first L tokens: L 1 D/2 2 or B L 1 D/2 2. `kept` has the ascending
-    positions of the kept tokens, B K. `num_left_out` of the first L tokens are not kept.
+    `table` contains the rotations of the first L tokens: L 1 D/2 2 or B L 1 D/2 2. `kept` contains the
+    positions of the kept tokens in ascending order, B K. `num_left_out` of the first L tokens are not kept.
     """
     positions = kept[:, : table.shape[-4] - num_left_out]
     if table.ndim == 4:
@@ -211,8 +211,8 @@ def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) ->
     device = torch.device("cpu") if numbers.device.type == "mps" else numbers.device
     numbered = torch.arange(half, dtype=dtype, device=device)
     # Each dtype uses the formula of the models trained with it, as the two round differently: in float32, the
-    # results for 1000 differ by up to 6e-5. Both compute the power in float64, because in float32 its error
-    # of a few last digits depends on the processor and is multiplied by the number, such as 1000.
+    # results for 1000 differ by up to 6e-5. Both compute the power in float64, because in float32 its last
+    # digits depend on the processor, and their error is multiplied by the number, such as 1000.
     if dtype == torch.float64:
         frequencies = LONGEST ** -(numbered / half)
     else:

@@ -19,7 +19,7 @@ SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 
 
 def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
-    """Add an AAC stream to a file, at the nearest rate that the encoder takes."""
+    """Add an AAC stream to a file, at the nearest sampling rate that the encoder supports."""
     stream = target.add_stream("aac", rate=min(_AAC_RATES, key=lambda allowed: abs(allowed - rate)))
     stream.layout = name_layout(channels)
     stream.bit_rate = BITS_PER_CHANNEL * min(channels, 8)
@@ -27,15 +27,15 @@ def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
 
 
 def name_layout(channels: int) -> str:
-    """Return FFmpeg's name for a number of channels, or stereo if the number has no common name."""
+    """Return FFmpeg's layout name for a number of channels; stereo if there is no common name."""
     return _LAYOUTS.get(channels, "stereo")
 
 
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
     """Add an AAC stream for the audio of `source`, a stream of another file.
 
-    Returns the new stream, and a function that converts packets of `source`, up to the empty last one, to
-    packets to write.
+    Returns the new stream, and a function that converts packets of `source` to packets to write. It must also
+    get the empty last packet.
     """
     context = source.codec_context  # use the channel count, because raw audio in Matroska has no layout
     stream = add_aac_stream(target, context.channels, context.sample_rate)
@@ -43,7 +43,7 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
 
 
 def _convert_to_aac(stream: Any, gapless: "_Gapless", packet: Any) -> Iterator[Any]:
-    """Yield AAC packets for the audio of a packet; the empty last packet flushes the encoder."""
+    """Decode an audio packet and yield AAC packets; the empty last packet flushes the encoder."""
     for frame in packet.decode():
         for part in gapless.fill_gap(frame):
             yield from stream.encode(part)
@@ -52,14 +52,14 @@ def _convert_to_aac(stream: Any, gapless: "_Gapless", packet: Any) -> Iterator[A
 
 
 class _Gapless:
-    """Fills gaps between decoded audio frames with silence, because encoders count samples without gaps."""
+    """Fills gaps between decoded audio frames with silence, because encoders ignore gaps."""
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base
         self._next_index: int | None = None  # index of the next sample
 
     def fill_gap(self, frame: Any) -> Iterator[Any]:
-        """Yield a frame, timed to follow the previous one, after silence for any missing samples."""
+        """Yield silence for any gap before a frame, then the frame, timed to follow directly."""
         rate = frame.sample_rate
         if frame.pts is not None:
             expected = round(frame.pts * (frame.time_base or self._time_base) * rate)
@@ -148,7 +148,7 @@ def _track_info(context: Any, samples: int) -> bytes:
 
 
 def _encode_element(name: int, data: bytes) -> bytes:
-    """Return an element of Matroska: its ID, the length of its data in 4 bytes, and the data."""
+    """Encode a Matroska element: its ID, the length of its data in 4 bytes, and the data."""
     return (
         name.to_bytes((name.bit_length() + 7) // 8, "big")
         + (0x10000000 | len(data)).to_bytes(4, "big")
@@ -178,12 +178,12 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 def is_text(stream: Any) -> bool:
-    """Return whether a stream contains subtitles as text."""
+    """Return whether a stream contains text subtitles."""
     return stream.codec_context is not None and stream.codec_context.name in _TEXT
 
 
 def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
-    """Add a subtitle stream to the container `target`, to copy `source`, a subtitle stream of another file.
+    """Add a stream to the container `target` for copying `source`, a subtitle stream of another file.
 
     `suffix` is the suffix of the target file. Returns the new stream, and a function that converts packets of
     `source` to packets of the new stream.
@@ -196,7 +196,7 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
 
 
 def _convert_subtitle(codec: str, with_length: bool, packet: Any) -> Iterator[Any]:
-    """Yield a packet with the plain text of a subtitle packet, unless the text is empty."""
+    """Yield the subtitle packet converted to plain text, or nothing if its text is empty."""
     text = _read_subtitle(codec, bytes(packet) if packet.size else b"")
     if not text:
         return
@@ -213,7 +213,7 @@ def _convert_subtitle(codec: str, with_length: bool, packet: Any) -> Iterator[An
 
 
 def _read_subtitle(codec: str, content: bytes) -> str:
-    """Return the text of a packet of subtitles, without its markup."""
+    """Return the text of a subtitle packet without markup."""
     if codec == "mov_text":
         length = int.from_bytes(content[:2], "big")
         return content[2 : 2 + length].decode("utf-8", "replace").strip()
@@ -229,8 +229,8 @@ def _read_subtitle(codec: str, content: bytes) -> str:
 def _without_markup(pattern: str, text: str) -> str:
     """Return the text without the markup that a pattern matches.
 
-    The pattern's last character ends a tag. After its last occurrence in the text no tag is searched,
-    because each possible start would scan the whole rest.
+    The pattern's last character ends a tag. Only the text up to its last occurrence is searched, because each
+    possible start of a tag would scan all the text after it.
     """
     before, end, rest = text.rpartition(pattern[-1])
     return re.sub(pattern, "", before + end) + rest

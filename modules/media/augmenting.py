@@ -31,7 +31,7 @@ class Face:
 
 
 def change_colors(frame: Frame, rng: random.Random) -> Frame:
-    """Return the image; with probability COLOR_RATE, with its hue turned or its gamma changed a little."""
+    """Return the image; with probability COLOR_RATE, its hue or gamma is changed a little."""
     if rng.random() >= COLOR_RATE:
         return frame
     if rng.random() < 0.5:
@@ -47,7 +47,7 @@ def change_colors(frame: Frame, rng: random.Random) -> Frame:
 
 
 def crop_anywhere(fit: Fit, rng: random.Random) -> Fit:
-    """Return the fit with the crop at a random position; all positions are equally likely."""
+    """Return the fit with its crop at a uniformly random position."""
     left, top = (
         rng.randint(0, max(0, side - part)) for side, part in zip(fit.resized, fit.bucket, strict=True)
     )
@@ -55,7 +55,7 @@ def crop_anywhere(fit: Fit, rng: random.Random) -> Fit:
 
 
 def face_in_name(stem: str) -> Face | None:
-    """Read the face from a file name that ends in `_x_y_width_height`, where x and y are the center."""
+    """Read a face from a file name that ends in `_x_y_width_height` (x, y: its center); None without one."""
     match = _FACE.search(stem)
     return None if match is None else Face(*(int(part) for part in match.groups()))
 
@@ -87,9 +87,9 @@ def fit_face(
 
 
 def _choose_start(center: float, length: float, side: int, rng: random.Random | None) -> float:
-    """Return where a crop of `side` pixels starts on an axis, to center a face or, with `rng`, to contain it.
+    """Return where a crop of `side` pixels starts on an axis: centered on a face, or with `rng` around it.
 
-    `center` and `length` are those of the resized face.
+    `center` and `length` are the face's, in the resized image.
     """
     if rng is not None and length < side:
         return rng.uniform(center + length / 2 - side, center - length / 2)
@@ -97,5 +97,5 @@ def _choose_start(center: float, length: float, side: int, rng: random.Random | 
 
 
 def mirror(frame: Frame) -> Frame:
-    """Return a frame with left and right exchanged, as a copy in contiguous memory."""
+    """Return a copy of a frame with left and right exchanged, in contiguous memory."""
     return np.ascontiguousarray(frame[:, ::-1])

@@ -24,8 +24,8 @@ class Fit:
 def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
     """Return all sizes of about width x height pixels whose sides are multiples of `step`, ascending.
 
-    The short sides run from half the square root of the area to the first multiple of `step` above it. With
-    each (w, h) there is (h, w).
+    The short sides run from half the square root of the area to the first multiple of `step` above it. Each
+    size is included in both orientations.
 
     Raises:
         ValueError: If the area is too small for a single bucket.
@@ -63,7 +63,7 @@ def select_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_
 
 
 def fit_cover(size: Size, bucket: Size) -> Fit:
-    """Return the fit that scales `size` until it just covers `bucket`, and crops the center."""
+    """Return a resize until `size` just covers `bucket`, followed by a center crop."""
     if size == bucket:
         return Fit(size, (0, 0), bucket, "none")
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
@@ -73,9 +73,9 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 
 
 def fit_within(size: Size, area: int | None, step: int) -> Fit:
-    """Return the fit that reduces an image to at most `area` pixels, keeps its shape and crops its center.
+    """Return a resize to at most `area` pixels that keeps the aspect ratio, followed by a center crop.
 
-    With `area` None the size is kept. Sides become multiples of `step`.
+    With `area` None, only the crop is made. Its sides are multiples of `step`.
     """
     width, height = size
     interpolation = "none"
@@ -93,10 +93,10 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
-    """Return the buckets with at most the area of the resolution, ascending.
+    """Return all buckets whose area does not exceed the resolution's, in ascending order.
 
-    These are a square, and each width from `shortest` to `longest`, in steps of `step`, with the largest
-    height that the area allows, in both orientations. All sides are multiples of `step`.
+    These are a square and, for each width from `shortest` to `longest` in steps of `step`, the largest height
+    that the area allows, in both orientations. All sides are multiples of `step`.
 
     Raises:
         ValueError: If there is no such bucket.
@@ -114,7 +114,7 @@ def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int)
 
 
 def select_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
-    """Return the bucket of the same size, else the bucket with the nearest aspect ratio."""
+    """Return the bucket of exactly this size, otherwise the bucket with the nearest aspect ratio."""
     if size in sizes:
         return size
     aspect = size[0] / size[1]
@@ -142,7 +142,7 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
 
 
 def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
-    """Return the fit of an image that belongs to a main image with the size `like` and the fit `fit`.
+    """Return the fit of an image, such as a mask, to a main image of size `like` whose fit is `fit`.
 
     If the aspect ratios agree to within 2 %, the image is resized and cropped exactly like the main image;
     otherwise it covers the same bucket.
@@ -155,7 +155,7 @@ def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
 
 
 def select_interpolation(size: Size, resized: Size) -> str:
-    """Return the resizing filter: "area" if both sides shrink, else "lanczos"; "none" for equal sizes."""
+    """Return the resize filter: "area" if both sides shrink, "none" for equal sizes, otherwise "lanczos"."""
     if size == resized:
         return "none"
     return "area" if resized[0] < size[0] and resized[1] < size[1] else "lanczos"
@@ -164,7 +164,7 @@ def select_interpolation(size: Size, resized: Size) -> str:
 def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom, in bucket pixels, of an image scaled to fit inside the bucket.
 
-    This is `crop_ltrb` in npz caches of image trainers; left and top are rounded down.
+    This is `crop_ltrb` in the npz caches of image trainers; left and top are rounded down.
     """
     is_wider = size[0] * bucket[1] > size[1] * bucket[0]  # so it fills the bucket's width
     width = bucket[0] if is_wider else bucket[1] * size[0] / size[1]

@@ -59,7 +59,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 @dataclass(frozen=True)
 class Colors:
-    """What the file of an image or a clip states about its colors."""
+    """Facts about the colors of an image or video file, such as transparency, HDR and conversion to sRGB."""
 
     is_transparent: bool  # whether any pixel is transparent
     is_converted: bool  # its colors differ from sRGB and are converted
@@ -84,14 +84,14 @@ class _ProfileTransform(NamedTuple):
 
 
 def apply_orientation(file: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation to an opened image, and return the image."""
+    """Rotate and mirror an opened image in place, as its EXIF orientation says, and return it."""
     _correct_info(file)
     ImageOps.exif_transpose(file, in_place=True)  # in place, to save memory
     return file
 
 
 def _correct_info(file: Image.Image) -> None:
-    """Complete `file.info`, before the pixels are read, by what Pillow ignores or misreads.
+    """Add to `file.info`, before the pixels are read, what Pillow ignores or misreads.
 
     These are the transparent color of a PNG, inverted gray of a TIFF, and color codes of a PNG or AVIF.
     """
@@ -109,7 +109,7 @@ def _correct_info(file: Image.Image) -> None:
 
 
 def _scale_transparent_color(file: Image.Image, stored: Any) -> Any:
-    """Return the transparent color of a PNG as Pillow's 8-bit pixels have it; Pillow does not scale it."""
+    """Return a PNG's transparent color scaled to 8 bits like the pixels; Pillow leaves it unscaled."""
     tile = getattr(file, "tile", None)
     pixel_format = str(tile[0][3]) if tile else ""  # Pillow's name of the stored pixel format
     if pixel_format == "RGB;16B":  # Pillow reads only the high bytes
@@ -143,14 +143,14 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
 
 def row_blocks(height: int, width: int) -> Iterator[slice]:
-    """Yield the rows of an image, some 260,000 pixels at a time."""
+    """Yield slices of an image's rows that contain about 260,000 pixels each."""
     step = max(1, _BAND_PIXELS // max(width, 1))
     for top in range(0, height, step):
         yield slice(top, min(top + step, height))
 
 
 def split_bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """Yield bands of an image, each with its range of rows; the bands keep the image's metadata."""
+    """Yield bands of an image, each with its rows as a slice; the bands keep the image's metadata."""
     for rows in row_blocks(image.height, image.width):
         band = image.crop((0, rows.start, image.width, rows.stop))
         band.info = image.info
@@ -158,7 +158,7 @@ def split_bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
 
 
 def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
-    """Return the pixels of FFmpeg's frame, H W 3 or 4, as sRGB."""
+    """Convert the pixels of a decoded FFmpeg frame, H W 3 or 4, to sRGB."""
     transform = code_transform(frame)
     if transform is None:
         return pixels
@@ -167,10 +167,10 @@ def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
 
 
 def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform to sRGB of FFmpeg's frame, or of a stream's codec.
+    """Return the transform to sRGB for a decoded frame of FFmpeg or for a stream's codec.
 
     Returns:
-        None for HDR and unknown codes, and for the primaries of BT.709, which are those of sRGB.
+        None for HDR and unknown codes, and for the primaries of BT.709, which sRGB shares.
     """
     primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
     transfer = 1 if transfer == _UNSPECIFIED else transfer
@@ -181,7 +181,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 
 
 def inspect_colors(path: Path, file: Image.Image) -> Colors:
-    """Return information about an opened image's colors. Pixels are read only if it may be transparent."""
+    """Return facts about an opened image's colors; pixels are read only if it may be transparent."""
     _correct_info(file)
     profile = _find_profile(path, file)
     transform, rejection = _ProfileTransform(None) if profile is None else _build_transform(profile)
@@ -200,7 +200,7 @@ def _list_bands(image: Image.Image) -> Iterator[Image.Image]:
 
 
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
-    """Lay a frame with alpha, H W 4 in 8 or 16 bits, over white; return H W 3."""
+    """Composite a frame with alpha, H W 4 in 8 or 16 bits, on white; return H W 3."""
     blended = np.empty((*frame.shape[:2], 3), frame.dtype)
     for rows in row_blocks(frame.shape[0], frame.shape[1]):
         blended[rows] = _blend_rows(frame[rows])
@@ -227,7 +227,7 @@ def _has_clear_pixels(image: Image.Image) -> bool:
 
 
 def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
-    """Return the opacity of each pixel, H W from 0 to 255; None if nothing can be transparent."""
+    """Return the alpha value of each pixel, H W in 0..255; None if no pixel can be transparent."""
     key = image.info.get("transparency")
     if image.mode.startswith("I;16") and key is not None:
         return np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)
@@ -239,7 +239,7 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     """Return the colors of an image as sRGB, H W 3, ignoring alpha.
 
-    They are converted by the image's color profile, else by its gamma curve; without both they are sRGB.
+    Its color profile or else its gamma curve converts them; colors with neither count as sRGB.
     """
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it
         info = image.info
@@ -273,8 +273,8 @@ def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
 def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     """Return the color profile of an image; None if it has none.
 
-    The first that exists of: a profile made from the known codes of its chunk cICP; its ICC profile; one made
-    from its chunks cHRM and gAMA.
+    A profile made from known codes of the cICP chunk takes precedence, then the ICC profile, then a profile
+    made from the chunks cHRM and gAMA.
     """
     if image.mode == "LAB":  # Pillow converts LAB to sRGB
         return None
@@ -300,7 +300,7 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
 
 
 def _select_mode(mode: str, profile: bytes) -> str:
-    """Return the mode (L, RGB or CMYK) to which pixels are converted before their color profile applies."""
+    """Return the Pillow mode (L, RGB or CMYK) that the pixels need before their ICC profile is applied."""
     is_gray = mode in _GRAY_MODES or mode.startswith("I;16")
     if is_gray and profile[16:20] != b"RGB ":
         return "L"
@@ -309,7 +309,7 @@ def _select_mode(mode: str, profile: bytes) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _build_transform(profile: _Profile) -> _ProfileTransform:
-    """Return a profile's transform to sRGB; if it cannot be used, log the reason once for each profile."""
+    """Return the transform from an ICC profile to sRGB; log once per profile why it cannot be used."""
     space = profile.data[16:20].decode("latin-1").strip()  # the profile's header names its color space
     mode = profile.mode
     if space != {"L": "GRAY"}.get(mode, mode):
@@ -326,7 +326,7 @@ def _build_transform(profile: _Profile) -> _ProfileTransform:
 
 
 def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Return whether a color transform changes sampled colors by rounding alone."""
+    """Return whether a color transform changes sampled colors by no more than rounding."""
     if mode == "CMYK":
         return False
     if mode == "RGB":
@@ -344,13 +344,13 @@ def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def _read_gamma(info: dict[Any, Any]) -> float | None:
-    """Return the exponent of a PNG's gAMA chunk; None if there is none, or if another chunk overrides it."""
+    """Return the exponent of a PNG's gAMA chunk; None without the chunk, or if another chunk overrides it."""
     gamma = info.get("gamma")
     return None if not gamma or gamma <= 0 or "srgb" in info or _CICP in info else float(gamma)
 
 
 def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
-    """Return primaries and transfer function of a PNG's chunk cICP, which Pillow ignores; None without it."""
+    """Return (primaries, transfer function) of a PNG's cICP chunk, which Pillow ignores; None without it."""
     stream: Any = getattr(file, "fp", None)
     if stream is None:  # its pixels have been read
         return None
@@ -370,7 +370,7 @@ def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
 
 
 def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
-    """Return primaries and transfer function of an AVIF file without a profile, which Pillow leaves out."""
+    """Return (primaries, transfer function) of an AVIF file, ignored by Pillow; None with an ICC profile."""
     stream: Any = getattr(file, "fp", None)
     if stream is None or file.info.get("icc_profile"):
         return None
@@ -386,7 +386,7 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
 
 
 def _make_curve(info: dict[Any, Any]) -> list[int] | None:
-    """Return the sRGB level of each of the 256 values of a PNG with only gAMA; None if they are the same."""
+    """Return a table from a PNG's 256 levels to sRGB by its gAMA chunk; None if it changes nothing."""
     gamma = _read_gamma(info)
     if gamma is None or abs(_SRGB_LIKE_GAMMA * gamma - 1) <= _GAMMA_TOLERANCE:
         return None
@@ -422,7 +422,7 @@ def _make_profile(gamma: float | None, chromaticities: tuple[float, ...]) -> byt
 
 
 def _with_header(tags: dict[bytes, bytes]) -> bytes:
-    """Return a profile of a display with these tags. Source of the layout: ISO 15076-1 (ICC.1), version 4."""
+    """Return a display's ICC profile with these tags. Source: ISO 15076-1 (ICC.1), version 4."""
     start = 132 + 12 * len(tags)  # offset of the tags' contents, after the header and the tag table
     table, body = b"", b""
     for name, content in tags.items():
@@ -439,7 +439,7 @@ def _encode_number(number: int) -> bytes:
 
 
 def _encode_xyz(values: Any) -> bytes:
-    """Return the content of a tag of the type XYZ."""
+    """Encode the content of an ICC tag of type XYZ."""
     return b"XYZ " + bytes(4) + _encode_fixed(values)
 
 
@@ -466,5 +466,5 @@ def _make_colorants(chromaticities: tuple[float, ...]) -> Any:
 
 
 def _encode_fixed(values: Any) -> bytes:
-    """Encode numbers as ICC's s15Fixed16Number."""
+    """Encode numbers as s15Fixed16Number of the ICC format."""
     return bytes(np.rint(np.asarray(values) * 65536).astype(">i4").tobytes())

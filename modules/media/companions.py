@@ -40,7 +40,7 @@ Convert = Callable[[Any], Iterable[Any]]  # a packet (the last one is empty) -> 
 
 @dataclass
 class _Track:
-    """A stream that is copied or converted into the new file."""
+    """A source stream that is copied to the new file or converted for it."""
 
     name: str
     target: Any
@@ -49,7 +49,7 @@ class _Track:
 
 
 class OtherStreams:
-    """The streams of a source video except its images, copied to a new video as its images are written."""
+    """Copies all streams of a source video except its images to a new video, while that is written."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, with_images: bool) -> None:
         """Keep the source; the streams are selected later.
@@ -74,13 +74,13 @@ class OtherStreams:
 
     @property
     def tags(self) -> dict[str, str]:
-        """Tags of the video that the new file can have, without those that describe the encoding."""
+        """Metadata tags that the new file can have, without those that describe the source's encoding."""
         return self._clean_tags(self._source.metadata)
 
     def add_streams(self, target: Any, video: Any) -> None:
-        """Add a stream to the new file for each one of the source, and its chapters.
+        """Copy all other streams of the source and its chapters to the new file.
 
-        `video` is the stream of the new images, which gets the tags of the old ones.
+        `video` is the stream of the new images, which gets the tags of the source's images.
         """
         if self._main_video is not None:
             self._copy_stream_tags(video, self._main_video)
@@ -95,7 +95,7 @@ class OtherStreams:
             self._next_packet = next(self._packets, None)
 
     def _shift_chapters(self) -> list[dict[str, Any]]:
-        """Return the source's chapters with times that count from the new file's time 0."""
+        """Return the source's chapters, with their times relative to time 0 of the new file."""
         chapters = []
         for chapter in self._source.chapters():
             origin_ticks = round(self._origin / chapter["time_base"])
@@ -105,7 +105,7 @@ class OtherStreams:
         return chapters
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the packets of the copied streams up to a time of the new file; None: all that are left."""
+        """Write the packets of the copied streams up to a time of the new file; None writes all others."""
         while self._next_packet is not None:
             packet = self._next_packet
             time = packet.pts if packet.dts is None else packet.dts
@@ -125,7 +125,7 @@ class OtherStreams:
                 logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def mux(self, target: Any, packet: Any) -> None:
-        """Write a packet of the main stream, even if an earlier one that FFmpeg held back is damaged."""
+        """Write a packet of the image stream, even if an earlier packet that FFmpeg buffered is damaged."""
         try:
             target.mux(packet)
         except _list_damage_errors():
@@ -164,7 +164,7 @@ class OtherStreams:
                 track.num_damaged += 1
 
     def _shift_times(self, packet: Any) -> None:
-        """Make the times of a packet count from the new file's time 0."""
+        """Make the timestamps of a packet relative to time 0 of the new file."""
         if not self._origin:
             return
         ticks = round(self._origin / packet.time_base)
@@ -172,7 +172,7 @@ class OtherStreams:
         packet.pts = None if packet.pts is None else packet.pts - ticks
 
     def _add_stream(self, target: Any, stream: Any) -> None:
-        """Copy a stream into the new file; convert it, or else leave it out, if the format requires that."""
+        """Copy a stream to the new file; if the format does not support it, convert it or leave it out."""
         name = _label_stream(stream)
         if stream.type == "video":
             self._add_images(target, stream, name)
@@ -215,7 +215,7 @@ class OtherStreams:
             self._skip(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        """Add an attached file, if it is a font or may contain an image."""
+        """Add an attached file to .mkv; if files that may contain images are not kept, only a font."""
         file_name = stream.metadata.get("filename", "").lower()
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
@@ -228,7 +228,7 @@ class OtherStreams:
             self._skip(name)
 
     def _add_copy(self, target: Any, stream: Any, name: str) -> None:
-        """Add a track whose packets are copied; in .mkv, declare sound before time 0 as the codec's delay."""
+        """Add a track whose packets are copied; in .mkv, audio before time 0 is declared as codec delay."""
         delayed = None
         if self._suffix == ".mkv" and stream.type == "audio":
             delayed = self._open_delayed_copy(stream)
@@ -241,7 +241,7 @@ class OtherStreams:
         self._register(stream, added, name, _copy)
 
     def _open_delayed_copy(self, stream: Any) -> Any | None:
-        """Return a container whose copy of an audio stream declares samples before time 0, if it has any."""
+        """Return a container that declares an audio stream's samples before time 0; None if not possible."""
         with open_container(self._path) as reopened:
             first = _read_first_packet(reopened, stream.index)
         if first is None or first.pts is None:
@@ -278,7 +278,7 @@ class OtherStreams:
         self._tracks[stream.index] = _Track(name, added, convert)
 
     def _copy_stream_tags(self, target: Any, source: Any) -> None:
-        """Copy language, title and purpose of a stream to the new one."""
+        """Copy a stream's language, title and disposition to the new stream."""
         tags = self._clean_tags(source.metadata)
         title = tags.pop("name", None)  # FFmpeg's name of the title in MP4
         if title is not None:
@@ -305,7 +305,7 @@ class OtherStreams:
 
 
 def _is_generated(stream: Any) -> bool:
-    """Return whether a stream contains chapters or a time code, which FFmpeg generates for MP4 and MOV."""
+    """Return whether a data stream is chapters or a time code, which FFmpeg generates for MP4 and MOV."""
     return stream.type == "data" and (int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata)
 
 
@@ -314,7 +314,7 @@ def _copy(packet: Any) -> list[Any]:
 
 
 def _read_first_packet(container: Any, index: int) -> Any | None:
-    """Return the first packet of a stream, if it is at the beginning of a file that has just been opened."""
+    """Return a stream's first packet if it is near the beginning of a newly opened file; else None."""
     beginning = itertools.islice(container.demux(), _MAX_FIRST_PACKETS)
     return next((packet for packet in beginning if packet.stream.index == index and packet.size), None)
 
@@ -330,7 +330,7 @@ def _label_stream(stream: Any) -> str:
 
 
 def _list_damage_errors() -> tuple[type[Exception], ...]:
-    """Return FFmpeg's exceptions for packets that it cannot write, for example with times that do not rise.
+    """Return FFmpeg's exceptions for packets that it cannot write, such as packets out of order in time.
 
     The exception for a full disk is not among them.
     """

@@ -27,7 +27,7 @@ TAIL = 64  # bytes; download programs may fill a file with zeros first
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored frame is rotated and mirrored for display: transposed first, then mirrored."""
+    """How to turn a stored frame upright: transpose first, then mirror."""
 
     is_transposed: bool = False  # rows become columns
     flips_columns: bool = False  # mirror left and right
@@ -35,7 +35,7 @@ class Orientation:
 
     @property
     def is_mirrored(self) -> bool:
-        """Return whether the stored frame is mirrored, so that rotating it is not enough."""
+        """Whether displaying the stored frame mirrors it, so that rotation alone is not enough."""
         return self.is_transposed ^ self.flips_columns ^ self.flips_rows
 
 
@@ -56,7 +56,7 @@ _BY_EXIF = {
 
 
 def read_orientation(frame: Any) -> Orientation:
-    """Return the orientation in the display matrix of FFmpeg's frame.
+    """Return the orientation that a decoded frame's display matrix describes.
 
     An angle between quarter turns is rounded to the nearest of the eight orientations, and scaling is
     ignored. Source: FFmpeg's libavutil/display.h.
@@ -76,7 +76,7 @@ def read_orientation(frame: Any) -> Orientation:
 
 @dataclass(frozen=True, slots=True)
 class TimedFrame:
-    """A frame of FFmpeg with the second at which it is shown and its orientation."""
+    """A frame decoded by FFmpeg, the time in seconds at which it is shown, and its orientation."""
 
     frame: Any
     start: float
@@ -84,12 +84,12 @@ class TimedFrame:
 
 
 def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFrame]:
-    """Yield the frames of a video in playing order.
+    """Yield the frames of a video in playing order, each with its time and orientation.
 
     `container` and `stream` come from `open_video(path)`.
 
     Raises:
-        MediaError: If the file is damaged, ends before the length that it states, or has no frame.
+        MediaError: If the file is damaged, ends before its stated length, or has no frame.
     """
     stream.thread_type = select_thread_type(stream.codec_context)
     alpha_decoder: Any = None  # replaces the default decoder, if that drops the transparency
@@ -121,8 +121,8 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     if not num_frames:
         reject_cut(path)
         raise _no_frames(path)
-    # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
-    # length as a tag
+    # most demuxers report a truncated file themselves; Matroska's does not, but each stream has its duration
+    # as a tag
     end = declared_end(container, stream)
     tolerance = max(4 * (default_seconds or 0.1), 0.3)
     # a complete file may show its last frame for long
@@ -134,10 +134,10 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
 
 
 def _open_alpha_decoder(path: Path, codec: str) -> Any:
-    """Return a decoder that reads the transparency of this codec.
+    """Return a decoder that reads the alpha channel of this codec.
 
     Raises:
-        MediaError: If FFmpeg lacks it.
+        MediaError: If FFmpeg lacks such a decoder.
     """
     try:
         decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
@@ -146,19 +146,19 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
             f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
             "Convert it to ProRes 4444, or to a folder of PNG images."
         ) from None
-    decoder.options = {"max_pixels": str(MAX_PIXELS)}  # `open_video` has looked at the size of its frames
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}  # `open_video` has checked the size of its frames
     return decoder
 
 
 def _read_first_orientation(path: Path) -> Orientation:
-    """Return the orientation of a video's first frame, which frames of an alpha decoder do not have."""
+    """Return how a video's first frame is rotated and mirrored, which the alpha decoder does not report."""
     with open_video(path) as (container, stream):
         first, _, _ = first_image(path, container, stream)
         return read_orientation(first)
 
 
 def _has_all_bytes(path: Path) -> bool:
-    """Return whether a Matroska file has its stated size and no zeros of an unfinished download."""
+    """Return whether a Matroska file has its declared size and does not end in zeros (unfinished)."""
     declared = _read_matroska_size(path)
     if not 0 < declared <= path.stat().st_size:
         return False
@@ -168,7 +168,7 @@ def _has_all_bytes(path: Path) -> bool:
 
 
 def hides_alpha(stream: Any) -> bool:
-    """Return whether a stream has transparency that FFmpeg's default decoder does not read."""
+    """Return whether a stream has an alpha channel that FFmpeg's default decoder ignores."""
     return stream.codec_context.name in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
 
 
@@ -176,17 +176,17 @@ Turned = TypeVar("Turned", bound=NDArray[Any])
 
 
 def has_alpha(frame: Any) -> bool:
-    """Return whether the pixels of FFmpeg's frame have transparency."""
+    """Return whether a frame decoded by FFmpeg has an alpha channel."""
     return any(part.is_alpha for part in frame.format.components)
 
 
 def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = False) -> NDArray[Any]:
-    """Return FFmpeg's frame of a stream as H W 3 on white; with `alpha` H W 4 if it has transparency.
+    """Return the pixels of a decoded frame, H W 3 on white; with `alpha`, H W 4 if it has an alpha channel.
 
-    With `deep`, return 16 bits a channel, else 8.
+    With `deep`, they have 16 bits per channel, otherwise 8.
     """
     rgb_format, rgba_format = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
-    # in one thread, because swscale with several threads sometimes damages rows
+    # in one thread, because swscale with several threads sometimes corrupts rows
     if not has_alpha(frame):
         pixels: NDArray[Any] = frame.to_ndarray(format=rgb_format, threads=1)
         return pixels
@@ -221,7 +221,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
 
 
 def _read_matroska_size(path: Path) -> int:
-    """Return the size of a Matroska file in its header, 0 if there is none. Source: RFC 9559, EBML."""
+    """Return the file size that a Matroska header states, or 0. Source: RFC 9559, EBML."""
     with path.open("rb") as file:
         for _ in range(2):  # the header of EBML, and the segment
             name = file.read(4)
@@ -241,7 +241,7 @@ def _read_matroska_size(path: Path) -> int:
 
 
 def declared_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the second at which a stream of a Matroska file ends, as its tags state; None if they do not."""
+    """Return when a stream of a Matroska file ends, in seconds, according to its tags; None without them."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if "matroska" not in container.format.name or match is None:
         return None
@@ -249,7 +249,7 @@ def declared_end(container: Any, stream: Any) -> Fraction | None:
 
 
 def first_image(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]:
-    """Return FFmpeg's first frame, and the width and height of its upright image.
+    """Return the first frame decoded by FFmpeg, and the width and height of its upright image.
 
     Raises MediaError if there is no frame.
     """
@@ -261,12 +261,12 @@ def first_image(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]
 
 
 def is_sideways(frame: Any) -> bool:
-    """Return whether a frame is shown with width and height exchanged."""
+    """Return whether a frame is rotated by a quarter turn for display, which exchanges width and height."""
     return read_orientation(frame).is_transposed
 
 
 def square_width(frame: Any, stream: Any) -> int:
-    """Return the width that a stored frame has with square pixels; the height does not change."""
+    """Return the width of a stored frame after scaling it to square pixels; the height does not change."""
     ratio = stream.sample_aspect_ratio
     if not ratio or not 1 / MAX_RATIO <= ratio <= MAX_RATIO or abs(ratio - 1) < NEARLY_SQUARE:
         return int(frame.width)
@@ -278,7 +278,7 @@ def _no_frames(path: Path) -> MediaError:
 
 
 def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:
-    """Rotate and mirror the pixels of a frame, H W C, as a player shows it."""
+    """Rotate and mirror a frame's pixels, H W C, as a player shows them."""
     if orientation == AS_STORED:
         return pixels
     view: Any = pixels.swapaxes(0, 1) if orientation.is_transposed else pixels
@@ -291,9 +291,9 @@ def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:
 
 
 def time_origin(container: Any) -> Fraction:
-    """Return the second at which a file begins to play, which need not be 0 in the file's own times.
+    """Return the time in seconds at which a file begins to play, in its own timeline; not always 0.
 
-    Recordings of broadcasts begin anywhere, cut files where they were cut.
+    Recordings of broadcasts begin at any time, cut files where they were cut.
     """
     if not container.start_time:  # start time in rounded microseconds
         return Fraction(0)
@@ -317,9 +317,9 @@ _CUT = "is damaged or cut short: it ends before its last frame does"
 
 
 def is_animation(path: Path) -> bool:
-    """Return whether a file is a GIF or WebP, by its suffix, that has more than one frame.
+    """Return whether a file with the suffix of a GIF or WebP has more than one frame.
 
-    It reads block headers only, and no more of them than necessary.
+    Only block headers are read, and no more than necessary.
 
     Raises:
         MediaError: If the headers are damaged or end early.
@@ -332,7 +332,7 @@ def is_animation(path: Path) -> bool:
 
 
 def animation_durations(path: Path) -> tuple[float, ...]:
-    """Return the seconds that each frame is shown.
+    """Return how long each frame of an animation is shown, in seconds.
 
     Raises:
         MediaError: If the file is damaged or cut short.
@@ -341,7 +341,7 @@ def animation_durations(path: Path) -> tuple[float, ...]:
 
 
 def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
-    """Yield each frame, H W 4 RGBA, and the seconds that it is shown.
+    """Yield each frame of an animation, H W 4 RGBA, and its duration in seconds.
 
     Raises:
         MediaError: If the file is damaged or cut short.
@@ -379,11 +379,11 @@ def _read_durations(path: Path, maximum: int | None = None) -> list[float]:
 
 
 def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the seconds of each frame of a GIF, whose first 6 bytes have been read.
+    """Yield the duration in seconds of each frame of a GIF; the first 6 bytes have been read.
 
     Raises EOFError if the file is cut short.
     """
-    _skip_colors(file, _read_exactly(file, 7)[4])  # byte 4 states the size of the table of colors
+    _skip_colors(file, _read_exactly(file, 7)[4])  # byte 4 states the size of the color table
     hundredths = 0
     while (kind := _read_exactly(file, 1)) != b";":
         if kind == b"!":  # an extension
@@ -415,7 +415,7 @@ def _skip_blocks(file: BinaryIO) -> None:
 
 
 def _read_webp_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the seconds of each frame of an animated WebP, whose first 6 bytes have been read."""
+    """Yield the duration in seconds of each frame of an animated WebP; the first 6 bytes have been read."""
     _read_exactly(file, 6)  # the rest of the file's size, and WEBP
     while header := file.read(8):
         if len(header) < 8:

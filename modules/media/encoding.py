@@ -36,7 +36,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their
 
 @dataclass(frozen=True)
 class OutputFrame:
-    """A frame and the time at which it is shown, in exact seconds, so that rounding errors do not add up."""
+    """A frame, and when and how long it is shown, in exact seconds so that rounding errors do not add up."""
 
     pixels: Pixels
     start: Fraction
@@ -44,14 +44,14 @@ class OutputFrame:
 
 
 def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
-    """Return pixels in 8 bits; 16-bit values are divided by 257 and rounded."""
+    """Convert pixels to 8 bits; 16-bit values are divided by 257 and rounded."""
     if pixels.dtype == np.uint8:
         return np.asarray(pixels, dtype=np.uint8)
     return np.asarray(cv2.convertScaleAbs(pixels, alpha=1 / 257), dtype=np.uint8)
 
 
 def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
-    """Convert pixels to 16 bits; 8-bit pixels are multiplied by 257, so that white stays white."""
+    """Convert pixels to 16 bits; 8-bit values are multiplied by 257, so that white stays white."""
     if pixels.dtype == np.uint16:
         return np.asarray(pixels, dtype=np.uint16)
     return pixels.astype(np.uint16) * np.uint16(257)
@@ -59,7 +59,7 @@ def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class Codec:
-    """Settings for encoding one kind of video."""
+    """Settings for encoding videos with one codec."""
 
     encoder: str
     pixel_format: str
@@ -109,13 +109,13 @@ MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
 def select_encoder(codec: str, width: int, height: int) -> str:
-    """Return the codec, or h264 for images that are too small for an encoder of h265."""
+    """Return `codec`, or h264 if images are too small for an h265 encoder."""
     is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
 
 
 def resolve_codec(codec: str, width: int, height: int) -> str:
-    """Return the codec, or h264 with a warning for images that are too small for an encoder of h265."""
+    """Return `codec`, or h264 with a warning if images are too small for an h265 encoder."""
     settled = select_encoder(codec, width, height)
     if settled != codec:
         logger.warning(
@@ -145,7 +145,7 @@ def select_codec(path: Path, codec: str) -> Codec:
 
 
 def check_image(path: Path, codec: str, first: Pixels) -> None:
-    """Raise MediaError if images like the first one are too small for the codec."""
+    """Raise MediaError if images of the first one's size are too small for the codec."""
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 is the minimum")
@@ -159,9 +159,9 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
 def create_container(
     path: Path, suffix: str, tags: Mapping[str, str] | None, options: Mapping[str, str] | None = None
 ) -> Any:
-    """Open a file for writing, without random ids and with tags.
+    """Open a video file for writing, with tags and without random ids.
 
-    `options` are additional options of the container format.
+    `options` are further options of FFmpeg's muxer.
     """
     options = {"fflags": "+bitexact", **(options or {})}
     container = av.open(f"file:{path}", "w", format=MUXERS[suffix], options=options)
@@ -237,7 +237,7 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
             format=stream.pix_fmt,
             dst_colorspace=colors.Colorspace.ITU709,
             dst_color_range=colors.ColorRange.MPEG,
-            threads=1,  # swscale with several threads sometimes damages rows
+            threads=1,  # swscale with several threads sometimes corrupts rows
         )
         converted.pts = index
         converted.time_base = 1 / stream.codec_context.framerate
@@ -287,7 +287,7 @@ def _name_encoder(stream: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def name_write_errors() -> Iterator[None]:
-    """Convert FFmpeg's errors to OSError, for which `atomic_path` has an explanation."""
+    """Convert FFmpeg's errors to OSError, which `atomic_path` explains."""
     try:
         yield
     except av.FFmpegError as error:
@@ -298,7 +298,7 @@ def name_write_errors() -> Iterator[None]:
 def copy_pixel_aspect(path: Path, source: Any, video: Any) -> None:
     """Copy the pixel aspect ratio, which may not be 1 (as on DVDs), to a new video.
 
-    `source` is the video stream of the file at `path`, and `video` is the video stream of the new file.
+    `source` is the video stream of the file at `path`, and `video` is the new file's stream.
     """
     ratio = source.sample_aspect_ratio
     if not ratio or ratio == 1:
@@ -309,5 +309,5 @@ def copy_pixel_aspect(path: Path, source: Any, video: Any) -> None:
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
-    """Return whether any tag is not among MP4's standard tags."""
+    """Return whether any tag is not a standard MP4 tag."""
     return any(name.lower() not in _MP4_TAGS for name in tags)

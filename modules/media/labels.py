@@ -11,11 +11,11 @@ LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 
 def label_of(stem: str) -> str | None:
-    """Return the label at the end of a file's stem, such as a mask's; None for an ordinary image."""
+    """Return the label that a companion file's stem ends with, such as `-masklabel`; None for other files."""
     lower = stem.lower()
     return next((label for label in LABELS if lower.endswith(label) and len(lower) > len(label)), None)
 
 
 def owner_of(stem: str, label: str) -> str:
-    """Return the name of the image to which a companion file belongs: the file's name without `label`."""
+    """Return the stem of the image to which a companion file, such as a mask, belongs: without the label."""
     return stem[: -len(label)] if label_of(stem) == label else stem

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ClipLengths:
-    """Allowed frame counts: step * n + first for n = 0, 1, 2, ..., and 1 for an image."""
+    """Allowed frame counts of a model: step * n + first for n = 0, 1, 2, ..., and 1 for an image."""
 
     step: int
     first: int = 1
@@ -15,11 +15,11 @@ class ClipLengths:
 
     @property
     def shortest(self) -> int:
-        """Return the length of the shortest clip of more than one frame."""
+        """Length of the shortest clip with more than one frame."""
         return self.first if self.first > 1 else self.first + self.step
 
     def fit(self, frames: int) -> int:
-        """Return the largest length that is at most `frames`, which is at least 1."""
+        """Return the largest allowed length that is at most `frames`; `frames` must be at least 1."""
         if 0 < frames < self.first:
             return 1
         return (frames - self.first) // self.step * self.step + self.first

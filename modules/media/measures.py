@@ -46,12 +46,12 @@ CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
 def brightness(frame: Frame) -> float:
-    """Return the mean gray value of a frame, 0 to 255."""
+    """Return the mean gray value of a frame, 0..255."""
     return float(_reduce_to_gray(frame, BLACK_SIDE).mean())
 
 
 def is_black(frame: Frame, threshold: float = BLACK_PIXEL, fraction: float = BLACK_FRACTION) -> bool:
-    """Return whether `fraction` of the pixels have a luma below `threshold`, as FFmpeg's blackdetect."""
+    """Return whether `fraction` of the pixels have luma below `threshold`, like FFmpeg's blackdetect."""
     return bool((_reduce_to_gray(frame, BLACK_SIDE) < threshold).mean() >= fraction)
 
 
@@ -68,9 +68,9 @@ def motion(frames: Sequence[Frame]) -> float:
 def is_static(frames: Sequence[Frame], threshold: float = STATIC_CHANGE) -> bool:
     """Return whether nothing moves: no cell of a grid changes its luma by `threshold` between any two frames.
 
-    The grid has 32 cells along the shorter side. The largest change matters instead of the mean, because in a
-    portrait only a small part moves. All pairs of frames are compared, so that slow motion is noticed too. A
-    single frame is static.
+    The grid has 32 cells along the shorter side. The largest change of a cell counts instead of the mean,
+    because in a portrait only a small part moves. All pairs of frames are compared to detect slow motion too.
+    A single frame is static.
     """
     cells = (_average_cells(frame) for frame in frames)
     low = high = next(cells, None)
@@ -103,7 +103,7 @@ def sharpness(frame: Frame) -> float:
 
 
 def is_flat(frame: Frame) -> bool:
-    """Return whether a frame has one color, or nearly so: it can be neither sharp nor blurred."""
+    """Return whether a frame has (nearly) a single color, so that its sharpness cannot be measured."""
     return bool(_reduce_to_gray(frame, BLACK_SIDE).std() < FLAT)
 
 
@@ -128,15 +128,15 @@ def perceptual_hash(frame: Frame) -> int:
 
 
 def clip_hash(frames: Sequence[Frame]) -> tuple[int, ...]:
-    """Return the hashes of four frames, evenly from the first to the last; of a single frame its own."""
+    """Return the perceptual hashes of four frames, evenly from first to last; one hash for a single frame."""
     return tuple(map(perceptual_hash, hashed_frames(frames)))
 
 
 def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """Select the frames of a clip to hash, evenly from the first to the last.
+    """Select the frames of a clip whose hashes are compared, evenly from the first to the last.
 
     Raises:
-        ValueError: If there is no frame.
+        ValueError: If `frames` is empty.
     """
     if not len(frames):
         raise ValueError("no frame to measure")
@@ -149,7 +149,7 @@ def _reduce_to_gray(frame: Frame, longest: int) -> Gray:
 
 
 def _average_cells(frame: Frame) -> Gray:
-    """Return the luma 0..1 in a grid of CELLS along the shorter side; a smaller frame keeps its pixels."""
+    """Return the luma 0..1, averaged over a grid of CELLS along the shorter side if the frame is larger."""
     return _reduce(frame, CELLS / min(frame.shape[:2]))
 
 
@@ -176,7 +176,7 @@ WHITE = 245  # of 255; at least this counts as white
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A reduced image for comparisons: gray values, white cells and a histogram of colors."""
+    """A reduced image for comparisons: gray values, cells that are white, and a color histogram."""
 
     gray: NDArray[np.float32]  # h w, 0..1
     is_white: NDArray[np.bool_]  # h w: some color is at its maximum
@@ -233,7 +233,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) ->
 
 
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
-    """Correlate the first thumbnail, shifted, with the second one, over the cells that are white in neither.
+    """Return the correlation of the shifted first thumbnail with the second, over cells white in neither.
 
     The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
     """
@@ -254,11 +254,11 @@ def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | N
 
 
 def _center(values: Gray) -> Gray:
-    """Subtract the mean from values."""
+    """Subtract the mean from gray values."""
     return values - values.mean()
 
 
 def clock_time(time: Fraction) -> str:
-    """Return a time in seconds as 0:07.250."""
+    """Format a time in seconds as 0:07.250."""
     thousandths = round(time * 1000)
     return f"{thousandths // 60000}:{thousandths % 60000 / 1000:06.3f}"

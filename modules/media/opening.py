@@ -67,7 +67,7 @@ _DAMAGE: tuple[type[Exception], ...] = (
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image; only its header is read so far. Raises MediaError, also for errors inside the block."""
+    """Open an image and read only its header. Raises MediaError, also for errors inside the `with` block."""
     Image.init()
     with (
         reading(path),
@@ -99,7 +99,7 @@ def _check_memory(path: Path, image: Image.Image) -> None:
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a video: the container and its video stream.
+    """Open a video and yield (its container, its video stream).
 
     Raises:
         MediaError: If it cannot be read, also for errors inside the block.
@@ -131,7 +131,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _explain_missing_video(path: Path, container: Any, stream: Any | None) -> MediaError:
-    """Return why a file has no video stream that can be decoded; raise MediaError if it is cut short."""
+    """Return why a file has no decodable video stream. Raises MediaError if the file is cut short."""
     if stream is None or stream.codec_context is None:
         reject_cut(path)
     if stream is None:
@@ -143,12 +143,12 @@ def _explain_missing_video(path: Path, container: Any, stream: Any | None) -> Me
 
 
 def _pixel_bits(codec: Any) -> int:
-    """Return the bits of a pixel in memory; RGB is assumed if the file does not state its pixel format."""
+    """Return the bits per decoded pixel, as for RGB if the file does not state its pixel format."""
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 
 def select_thread_type(codec: Any) -> str:
-    """Select how decoder threads share work: with large frames, a frame per thread takes too much memory."""
+    """Return how decoder threads share work: a large frame per thread would take too much memory."""
     is_large = codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
     return "SLICE" if is_large else "AUTO"
 
@@ -199,7 +199,7 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
     """
     options = {"format_whitelist": ",".join(formats), **_NO_OTHER_FILES}
     try:
-        # without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol
+        # without `file:`, FFmpeg would read a name such as `take:2.mkv` as a protocol
         return av.open(f"file:{path}", metadata_errors="replace", options=options)
     except av.ArgumentError:  # FFmpeg's error for a format that is not in the list
         kind, examples = (
@@ -233,12 +233,12 @@ def require_media(path: Path) -> None:
 
 
 def is_cover(stream: Any) -> bool:
-    """Return whether a stream is the cover image of a song."""
+    """Return whether a stream is a cover image, as in music files."""
     return bool(int(stream.disposition) & ATTACHED_IMAGE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raise MediaError if an image is larger than MAX_PIXELS."""
+    """Raise MediaError if an image has more than MAX_PIXELS pixels."""
     if width * height > MAX_PIXELS:
         raise MediaError(
             f"{path} has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most "
@@ -249,7 +249,7 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors of Pillow and FFmpeg into MediaError; raise it also if `path` is not a file or folder."""
+    """Convert errors of Pillow and FFmpeg to MediaError; also raise it if `path` is not a file or folder."""
     if path.is_symlink() and not path.exists():
         raise MediaError(f"{path} is a link to {path.readlink()}, which does not exist")
     if not path.exists():
@@ -278,7 +278,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _is_video(path: Path) -> bool:
-    """Return whether FFmpeg finds a video stream in a file that Pillow cannot read."""
+    """Return whether FFmpeg finds a video stream in a file that Pillow cannot open."""
     try:
         with open_container(
             path, [name for name in VIDEO_FORMATS if not name.endswith("_pipe")]
@@ -295,7 +295,7 @@ if TYPE_CHECKING:
 else:
 
     class _WhenUsed:
-        """Stand-in for a module that is imported when one of its names is first used."""
+        """Stand-in for a module that is imported when one of its attributes is first used."""
 
         def __getattr__(self, name: str) -> Any:
             try:

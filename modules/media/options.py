@@ -6,7 +6,7 @@ EDGE_THRESHOLDS = (63, 191)  # of Canny's method, low and high, as gen_img.py ha
 
 
 class CodecOptions(Options, title="video format"):
-    """Codec and container of videos."""
+    """Options for the codec and container of videos."""
 
     codec: str = option(
         "h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
@@ -22,7 +22,7 @@ class CodecOptions(Options, title="video format"):
 
     @property
     def is_deep(self) -> bool:
-        """Whether the codec keeps more than 8 bits."""
+        """Whether the codec stores more than 8 bits per channel."""
         return self.codec == "prores"
 
 

@@ -25,7 +25,7 @@ logger = getLogger(__name__)
 
 
 def byte_clips(frames: Tensor) -> Tensor:
-    """View B F H W C uint8 as B 3 F H W uint8, without alpha: for encoders that convert a part at a time."""
+    """View B F H W C uint8 as B 3 F H W without alpha, for encoders that convert it to float in parts."""
     return rearrange(frames[..., :3], "b f h w c -> b c f h w")
 
 
@@ -40,13 +40,13 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 
 def frames_of(chunks: Iterable[Tensor]) -> Iterator[NDArray[numpy.uint8]]:
-    """Yield the single frames, H W C, of chunks of pixels (1 C F H W in -1..1)."""
+    """Yield the frames, H W C, of chunks of pixels (1 C F H W in -1..1)."""
     for chunk in chunks:
         yield from pixels_to_uint8(chunk)
 
 
 def pixels_to_uint8(pixels: Tensor) -> NDArray[numpy.uint8]:
-    """Return the first video of B C F H W (-1..1) as F H W C, 0..255, rounded. C: 3, or 4 with alpha."""
+    """Convert the first clip of B C F H W (-1..1) to F H W C, 0..255, rounded. C: 3, or 4 with alpha."""
     values = (pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255
     array: NDArray[numpy.uint8] = (
         rearrange(values.round().to(torch.uint8), "c f h w -> f h w c").cpu().numpy()
@@ -55,10 +55,9 @@ def pixels_to_uint8(pixels: Tensor) -> NDArray[numpy.uint8]:
 
 
 def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
-    """Raise ValueError if a VAE cannot encode pixels (B C F H W) of that size.
+    """Raise ValueError if a VAE cannot encode `pixels`, B C F H W, because of their size.
 
-    A VAE needs one frame and then whole groups of `frame_step` frames, and sides that are multiples of
-    `side_step`.
+    F must be 1 plus a multiple of `frame_step`, and H and W must be multiples of `side_step`.
     """
     frames, height, width = pixels.shape[2:]
     if (frames - 1) % frame_step or height % side_step or width % side_step:
@@ -69,7 +68,7 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
 
 
 def image_size(path: Path) -> "Size":
-    """Return width and height of an image, from its header."""
+    """Return (width, height) of an image, read from its header."""
     from modules.media.reading import frame_size
 
     return frame_size(path)
@@ -154,7 +153,7 @@ def video_pixels(
 
 
 def too_short(option: str, path: Path, frames: int, needed: int) -> MediaError:
-    """Return the error about a video with too few frames."""
+    """Return the error for a video with too few frames."""
     has = "1 frame" if frames == 1 else f"{frames} frames"
     return MediaError(
         f"{option} {path}: it has {has}, {needed} are needed. Lower the length or give a longer video."
@@ -162,7 +161,7 @@ def too_short(option: str, path: Path, frames: int, needed: int) -> MediaError:
 
 
 def cross_fade(earlier: Tensor, later: Tensor) -> Tensor:
-    """Blend B C F H W linearly from `earlier` to `later`, in float32; returns the dtype of `later`."""
+    """Blend clips B C F H W from `earlier` to `later`, linearly over F; return the dtype of `later`."""
     weights = torch.linspace(1, 0, later.shape[2], dtype=torch.float32, device=later.device).view(
         1, 1, -1, 1, 1
     )

@@ -25,7 +25,7 @@ MIN_RADIUS = 0.6  # minimum distance of a corner, as fraction of the maximum
 
 
 def draw_mask(height: int, width: int, rng: random.Random) -> BoolMask:
-    """Draw a random mask, neither empty nor full, H W."""
+    """Return a random mask, H W, that is neither empty nor full."""
     kind = rng.random()
     if kind < CLOUD:
         mask = draw_cloud(height, width, rng)
@@ -39,7 +39,7 @@ def draw_mask(height: int, width: int, rng: random.Random) -> BoolMask:
 
 
 def draw_cloud(height: int, width: int, rng: random.Random) -> BoolMask:
-    """Draw the highest parts of fractal noise, H W."""
+    """Return a random mask of clouds, H W: True where fractal noise is highest."""
     cloud_rng = np.random.default_rng(rng.getrandbits(64))
     noise = np.zeros((height, width), np.float32)
     for octave in range(OCTAVES):

@@ -71,7 +71,7 @@ TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # TIFF tags of the stored size
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Size of the upright frames; count, rate and duration if the header has them."""
+    """Size of a video's upright frames, and their count, rate and duration if its header states them."""
 
     width: int
     height: int
@@ -82,9 +82,9 @@ class VideoInfo:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of images that can be read, in lower case.
+    """Return the suffixes of readable images, in lower case.
 
-    They include .avif, .heic and .jxl if the installed Pillow can decode these.
+    They include .avif, .heic and .jxl if the installed Pillow can decode these formats.
     """
     for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
         with contextlib.suppress(ImportError):
@@ -98,14 +98,14 @@ def image_suffixes() -> frozenset[str]:
 
 
 def is_single_image(path: Path) -> bool:
-    """Return whether a path names a still image, not an animation or a folder of frames."""
+    """Return whether a path is a still image, not an animation or a folder of frames."""
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not decoding.is_animation(path)
 
 
 def read_image(path: Path, alpha: bool = False) -> Frame:
     """Read an image as a viewer shows it, upright, in sRGB and on white: H W 3 RGB.
 
-    With `alpha` it is H W 4 if the image has transparency, and transparent pixels keep their colors.
+    With `alpha`, an image with transparency is returned as H W 4; transparent pixels keep their colors.
 
     Raises:
         MediaError: If the image cannot be read.
@@ -115,20 +115,20 @@ def read_image(path: Path, alpha: bool = False) -> Frame:
 
 
 def add_alpha(frame: Frame) -> Frame:
-    """Return a frame with four channels, H W 4; a frame with three channels gets an opaque alpha."""
+    """Return a frame with an alpha channel, H W 4; a frame without one becomes opaque."""
     if frame.shape[2] == 4:
         return frame
     return np.dstack([frame, np.full(frame.shape[:2], 255, np.uint8)])
 
 
 def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
-    """Split a frame into its colors, H W 3, and its fourth channel, H W, or None."""
+    """Split a frame into its colors, H W 3, and its alpha channel, H W; None if it has no alpha."""
     alpha = frame[..., 3] if frame.shape[2] == 4 else None
     return np.ascontiguousarray(frame[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
 
 def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
-    """Join colors and alpha to H W 4, with alpha resized to the colors; without alpha, return the colors."""
+    """Join colors and alpha, resized to the colors, to H W 4; return the colors if alpha is None."""
     if alpha is None:
         return colors
     height, width = colors.shape[:2]
@@ -138,9 +138,9 @@ def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 
 
 def media_colors(path: Path) -> Colors:
-    """Return the information about the colors of an image, a clip (by its first frame) or a folder of images.
+    """Return facts about the colors of an image, of a clip (from its first frame) or of a folder of images.
 
-    Animated GIF and WebP files never count as transparent: they are laid on white.
+    Animated GIF and WebP files never count as transparent: they are composited on white.
 
     Raises:
         MediaError: If it cannot be read.
@@ -169,7 +169,7 @@ def media_colors(path: Path) -> Colors:
 
 
 def _combine_colors(of_images: Sequence[Colors]) -> Colors:
-    """Return what applies to any of several images, and the first reason why a profile is not used."""
+    """Return the colors of several images as one: what applies to any of them, and the first rejection."""
     return Colors(
         is_transparent=any(colors.is_transparent for colors in of_images),
         is_converted=any(colors.is_converted for colors in of_images),
@@ -179,7 +179,7 @@ def _combine_colors(of_images: Sequence[Colors]) -> Colors:
 
 
 def _is_first_frame_transparent(path: Path, container: Any, stream: Any) -> bool:
-    """Return whether white shows through the first frame of a clip whose codec has an alpha channel."""
+    """Return whether the first frame of a clip with an alpha channel has transparent parts."""
     first = next(decoding.decode_frames(path, container, stream)).frame
     on_white = decoding.frame_pixels(first, stream)
     without_alpha = first.to_ndarray(format="rgb24", threads=1)
@@ -187,7 +187,7 @@ def _is_first_frame_transparent(path: Path, container: Any, stream: Any) -> bool
 
 
 def read_mask(path: Path) -> Frame:
-    """Read a mask, H W 3, white where it is set. A mask drawn by transparency is set where it is opaque.
+    """Read a mask, H W 3, that is white where it is set. A mask drawn by alpha is set where it is opaque.
 
     Raises MediaError if it cannot be read.
     """
@@ -197,9 +197,9 @@ def read_mask(path: Path) -> Frame:
 
 
 class MaskChannelDetector:
-    """Finds out whether the frames of a mask clip draw the mask by transparency instead of brightness.
+    """Finds out whether a clip's frames draw a mask by alpha instead of brightness.
 
-    A mask is drawn by transparency if it has transparent parts and all visible parts have the same color.
+    A mask is drawn by alpha if it has transparent parts and all visible parts have the same color.
     """
 
     def __init__(self) -> None:
@@ -225,12 +225,12 @@ class MaskChannelDetector:
 
     @property
     def is_alpha(self) -> bool:
-        """Whether the frames read so far define the mask by their alpha instead of their brightness."""
+        """Whether, after the frames read so far, the mask is defined by alpha instead of brightness."""
         return self._is_transparent and int((self._max_color - self._min_color).max()) <= ONE_COLOR
 
 
 def image_size(path: Path) -> Size:
-    """Return (width, height) of the upright image, by its header.
+    """Return (width, height) of the upright image, read from its header.
 
     Raises:
         MediaError: If it cannot be read.
@@ -248,9 +248,9 @@ def resize_cover(
 ) -> Frame:
     """Resize a frame until it covers `bucket`, and crop the center.
 
-    Lanczos is used to enlarge and area averaging to shrink, as the cache format requires; with `shrink`
-    "lanczos", Lanczos is used for both. `place` replaces the center: fractions from left and top, from 0 to
-    below 1, which random numbers select uniformly.
+    Enlarging uses Lanczos, shrinking area averaging, as the cache format requires; with `shrink` "lanczos",
+    both use Lanczos. `place` replaces the center: offsets from left and top as fractions in [0, 1) of the
+    range of possible crops.
     """
     size = frame.shape[1], frame.shape[0]
     if size == bucket:
@@ -262,7 +262,7 @@ def resize_cover(
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
     """Resize and crop a frame according to `fit`.
 
-    `place` is the position of the crop, as fractions from the left and the top; None for the center.
+    `place` is the position of the crop: fractions of its range from left and top; None is the center.
     """
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
@@ -275,9 +275,9 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 
 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
-    """Resize a frame to exactly `size`, without keeping its proportions.
+    """Resize a frame to exactly `size`, even if its aspect ratio changes.
 
-    `interpolation` is "none" if the frame has that size already, "lanczos" or "box" for Pillow, or a key of
+    `interpolation` is "none" if the frame already has that size, "lanczos" or "box" for Pillow, or a key of
     OPENCV_METHODS.
     """
     if interpolation == "none":
@@ -365,13 +365,13 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 
 class FrameSizes:
-    """Notices when the frames of a clip change size, as in rotated recordings and mixed folders."""
+    """Records whether the frame size changes within a clip, as in rotated recordings and mixed folders."""
 
     def __init__(self) -> None:
         self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change
 
     def watch(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """Yield the frames (H W C) unchanged, and record the first change of their size."""
+        """Yield the frames (H W C) unchanged, and record the first change of size."""
         first: Size | None = None
         for number, frame in enumerate(frames, 1):
             size = frame.shape[1], frame.shape[0]
@@ -382,18 +382,18 @@ class FrameSizes:
 
 
 def frame_times(rate: float) -> Iterator[float]:
-    """Yield, without end, the time in seconds of each frame of a clip at `rate`."""
+    """Yield the time in seconds of each frame of a clip at `rate`, endlessly."""
     return ((count + PLACE_IN_FRAME) / rate for count in itertools.count())
 
 
 def frames_at(
     path: Path, seconds: Iterable[float], alpha: bool = False
 ) -> Iterator[tuple[Frame, int, float]]:
-    """Yield the frame that a video file shows at each of the given times, its index, and the time.
+    """Yield (frame, its index, time) for the frame that a video file shows at each of the given times.
 
-    `seconds` are ascending, counted from the first frame. Frames end where the file ends, but at least one is
-    yielded. Raises MediaError if the file cannot be decoded, or if a frame is shown longer than
-    MAX_SHOWN_SECONDS.
+    `seconds` are ascending, counted from the first frame. Times after the end of the file are skipped, but at
+    least one frame is yielded. Raises MediaError if the file cannot be decoded, or if a frame is shown longer
+    than MAX_SHOWN_SECONDS.
     """
     times = iter(seconds)
     time = next(times)
@@ -427,7 +427,7 @@ def frames_at(
 def video_info(path: Path) -> VideoInfo:
     """Return size, number of frames, rate and duration of a video; one frame is decoded.
 
-    The size of a folder is that of its first image.
+    A folder has the size of its first image.
 
     Raises:
         MediaError: If the video is missing, empty or cannot be decoded.
@@ -459,7 +459,7 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def had_other_orientation(path: Path) -> bool:
-    """Return whether earlier versions of this program oriented a clip differently.
+    """Return whether earlier versions of this program oriented a clip differently when they read it.
 
     They used only the angle of the display matrix, so mirrored clips differ. They read clips with
     transparency as stored. One frame is decoded.
@@ -476,7 +476,7 @@ def had_other_orientation(path: Path) -> bool:
 
 
 def count_frames(path: Path, threads: int = 0) -> int:
-    """Return the number of frames from the header, else by decoding all frames.
+    """Return the frame count from the header, else by decoding all frames.
 
     Raises MediaError if the file cannot be read.
     """
@@ -484,7 +484,7 @@ def count_frames(path: Path, threads: int = 0) -> int:
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """Return the images of a folder that is used as a video, sorted by the numbers in their names.
+    """Return the images of a folder that is read as a video, sorted by the numbers in their names.
 
     Raises:
         MediaError: If the folder has no images.
@@ -500,7 +500,7 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def reordered_images(folder: Path) -> tuple[Path, Path] | None:
-    """Return two neighboring images whose order differs if names are compared as plain text.
+    """Return two neighboring images of a folder whose order would change if names were sorted as plain text.
 
     The result is None if sorting by numbers and sorting as text give the same order.
 
@@ -557,7 +557,7 @@ def read_tags(path: Path) -> dict[str, str]:
 def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     """Drop tags that may contain an image, such as XMP with its thumbnails, and log their names.
 
-    `path` is the file that has the tags.
+    `path` is the file with the tags, for the log.
     """
     left_out = [
         name

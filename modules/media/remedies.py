@@ -17,5 +17,5 @@ REMEDIES = {
 
 
 def remedy_of(suffix: str) -> str | None:
-    """Return advice for files with a suffix that is not read; None if it is not a kind of media."""
+    """Return advice for converting media files with an unsupported suffix; None for any other suffix."""
     return next((text for ends, text in REMEDIES.items() if suffix in ends), None)

@@ -30,7 +30,7 @@ _UNTIMED_FORMATS = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr
 
 @dataclass(frozen=True)
 class TrackInfo:
-    """Facts about a file's audio from its header; times count from the first frame of the video."""
+    """Facts about a file's audio from its header; times are relative to the first frame of the video."""
 
     rate: int  # samples in a second
     channels: int
@@ -103,7 +103,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
 
 @dataclass(frozen=True)
 class TrackBeginning:
-    """The first samples of a file's audio, channels S float32, and their rate."""
+    """The first samples of a file's audio, channels S float32, and their sampling rate."""
 
     samples: Samples
     rate: int
@@ -115,8 +115,8 @@ def read_beginning(
     """Read at most `seconds` of a file's audio, without silence after its end.
 
     The audio is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept;
-    several channels are mixed to `channels`. It begins with the first frame of the file, or with the first
-    sample of a file without video. Returns None if there is no track. Raises MediaError if the file cannot be
+    several channels are mixed to `channels`. The result begins with the file's first frame, or with its first
+    sample if it has no video. Returns None if there is no track. Raises MediaError if the file cannot be
     read, or if its audio is damaged.
     """
     with reading(path):
@@ -155,7 +155,7 @@ def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samp
 
     Args:
         path: Path of the file.
-        seconds: Length of the clip that is made after it.
+        seconds: Length of the clip to generate with it.
         rate: Samples per second of the result.
         channels: Number of channels of the result.
 
@@ -179,7 +179,7 @@ def _find_audio_stream(container: Any) -> Any | None:
 
 
 def _find_origin(container: Any) -> Fraction:
-    """Return the second at which the first image is shown, or without images the first sound is heard."""
+    """Return the time in seconds of a file's first image, or of its first sound if it has no images."""
     main = container.streams.best("video")
     if main is None or is_cover(main) or main.start_time is None:
         return time_origin(container)
@@ -191,7 +191,7 @@ def read_filled(
 ) -> Iterator[Samples]:
     """Yield `seconds` of a stream's samples from `begin` on, in the file's own time.
 
-    Where there is no sound, the samples are silence.
+    Gaps are filled with silence.
 
     Args:
         path: The file.
@@ -199,7 +199,7 @@ def read_filled(
         begin: Time of the first sample in seconds.
         seconds: Duration.
         rate: Samples per second to resample to.
-        layout: FFmpeg's name of the channels.
+        layout: FFmpeg's name of the channel layout.
         lenient: Fill with silence after damage, and warn; else raise FFmpegError.
     """
     total = round(seconds * rate)
@@ -253,7 +253,7 @@ def _decode_resampled(
 ) -> Iterator[tuple[int, Samples]]:
     """Yield resampled blocks, each with the index of its first sample counted from `begin`.
 
-    A new resampler is made, and its samples are numbered from the frame's time, if times or the format jump.
+    If the time jumps or the format changes, a new resampler starts at the frame's time.
     """
     resampler = None
     input_format = None  # format of the samples that the resampler takes
@@ -298,7 +298,7 @@ def _decode_frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:
 
 
 def _number_samples(parts: Any, next_index: int) -> Iterator[tuple[int, Samples]]:
-    """Yield the samples of FFmpeg's frames, each with the index of its first sample."""
+    """Yield the samples of audio frames from FFmpeg, each with the index of its first sample."""
     for part in parts:
         samples = np.asarray(part.to_ndarray(), np.float32)
         yield next_index, samples

@@ -30,7 +30,7 @@ FALL_SECONDS = 1  # a larger drop of times means that two recordings were joined
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """Facts about a video before it is read; sizes are of the upright images."""
+    """Facts about a video from its header; sizes are those of upright images."""
 
     width: int
     height: int
@@ -59,7 +59,7 @@ def source_info(path: Path) -> SourceInfo:
 
 
 def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
-    """Return the number of frames from the header, else from the duration; None if neither is plausible."""
+    """Return the frame count from the header, else from the duration; None if neither is plausible."""
     maximum = path.stat().st_size  # headers may be wrong, but each frame takes at least a byte
     count = int(stream.frames)
     if 0 < count <= maximum:
@@ -126,7 +126,7 @@ def _turn_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray
 
 
 def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
-    """Yield the frames of a video, each with its corrected time and the seconds for which it is shown."""
+    """Yield the frames of a video, each with its corrected start time and its duration in seconds."""
     with open_video(path) as (container, stream):
         rate = _find_rate(stream)
         origin = decoding.time_origin(container)
@@ -151,9 +151,9 @@ def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
 
 
 def _find_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the time at which the last frame ends, on the file's clock; None if it is unknown.
+    """Return the time at which the last frame ends, in the file's timeline; None if it is unknown.
 
-    Files store no duration for the frame that is shown last, or one for the frame that is stored last.
+    Files may store a duration for the frame that is stored last, but not for the frame that is shown last.
     """
     end = decoding.declared_end(container, stream)
     if "mov" in container.format.name and stream.duration:
@@ -177,12 +177,12 @@ def _warn_of_hdr(path: Path, frame: Any) -> None:
 
 
 class Clock:
-    """Correct the times of a video's images: exact times of a constant rate, always increasing."""
+    """Corrects the times of a video's images: exact for a constant rate, and always increasing."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
-        """Start with no image.
+        """Start without images.
 
-        `rate` is in images per second; `tick` is the resolution of the file's times.
+        `rate` is in images per second; `tick` is the resolution of the file's timestamps, in seconds.
         """
         self._frame_seconds = 1 / rate
         # coarse ticks are the frame times themselves, so nothing is rounded
@@ -194,8 +194,8 @@ class Clock:
     def correct_start(self, time: Fraction | None) -> Fraction:
         """Return the corrected time at which the next image is shown.
 
-        A time near the grid of the constant rate is moved onto it. Times of the file that jump back, as in
-        joined files, continue after the last image. `time` is what the file states; None if it states none.
+        A time near the grid of the constant rate is moved onto it. If the file's times jump back, as in
+        joined files, they continue after the last image. `time` is the time in the file, or None.
         """
         expected = self._last_time + self._frame_seconds  # if frames come at the constant rate
         if time is None:
@@ -222,15 +222,15 @@ class Clock:
     def _find_grid_start(self, time: Fraction) -> Fraction:
         """Return where the grid of frame times starts; `time` is the first frame's time in the file.
 
-        It is the multiple of a frame's duration that is nearest to `time`, if that is close, else `time`.
+        This is the multiple of the frame duration nearest to `time` if it is close, else `time`.
         """
         nearest = round(time / self._frame_seconds) * self._frame_seconds
         return nearest if abs(nearest - time) <= max(self._tolerance, START_TOLERANCE) else time
 
     def correct_duration(self, seconds: Fraction | None) -> Fraction:
-        """Return the seconds for which an image is shown, if no other follows it.
+        """Return how long an image is shown, in seconds, if no other image follows.
 
-        `seconds` is what the file states.
+        `seconds` is the duration that the file states, or None.
         """
         if seconds is None or abs(seconds - self._frame_seconds) <= self._tolerance:
             return self._frame_seconds
@@ -238,7 +238,7 @@ class Clock:
 
 
 def _find_rate(stream: Any) -> Fraction:
-    """Return the average frame rate, rounded to a standard rate if it is very close to one."""
+    """Return the average frame rate, rounded to a standard rate if it is very close."""
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:
         return DEFAULT_RATE

@@ -20,10 +20,10 @@ LOUDEST = 32767  # maximum of 16 bits
 
 
 class TrackAudio:
-    """A generated audio track, encoded to AAC up to the time that the new video has reached."""
+    """Encodes a generated audio track to AAC, always up to the time that the new video has reached."""
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
-        """Prepare to write; `lasts` returns the duration of all frames once all are written."""
+        """Prepare to write; `lasts` returns the duration of all frames after the last one is written."""
         samples, self._rate = track
         self._samples = samples.clip(-1, 1)
         self._duration_seconds = lasts
@@ -31,13 +31,13 @@ class TrackAudio:
         self._stream: Any = None
 
     def add_streams(self, target: Any, _: Any) -> None:
-        """Add an AAC stream to the new file."""
+        """Add an AAC stream for the generated audio to the new file."""
         from modules.media.audio import add_aac_stream  # imported here, because few models generate audio
 
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Encode the audio up to a time of the new file, in seconds; with None all the rest, and flush."""
+        """Encode the audio up to a time of the new file in seconds; None encodes the rest and flushes."""
         end = round((self._duration_seconds() if seconds is None else seconds) * self._rate)
         if end > self._written:
             part = self._samples[:, self._written : end]
@@ -56,15 +56,15 @@ class TrackAudio:
 
 
 def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -> None:
-    """Write a track with 16 bits a sample, completely or not at all.
+    """Write a track as 16-bit WAV, completely or not at all.
 
-    `tags` are written as JSON in the file's comment, as a WAV has names for a few facts only.
+    `tags` are stored as JSON in the file's comment, because WAV has only a few named fields.
 
     Raises:
         OutputError: If the file cannot be written.
     """
     samples, rate = track
-    # samples: channels x time in -1..1; a WAV has all channels of a moment side by side
+    # samples: channels x time in -1..1; WAV interleaves the channels
     values = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
     with atomic_path(path, values.nbytes) as temporary, temporary.open("wb+") as opened:
         with wave.open(opened, "wb") as file:
@@ -77,7 +77,7 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
 
 
 def _append_comment(file: BinaryIO, text: bytes) -> None:
-    """Add a comment at the end of a WAV file, in RIFF's list INFO."""
+    """Append a comment to a WAV file, as a RIFF LIST chunk of type INFO."""
     text += bytes(len(text) % 2)
     file.seek(0, os.SEEK_END)
     file.write(struct.pack("<4sI4s4sI", b"LIST", len(text) + 12, b"INFO", b"ICMT", len(text)) + text)

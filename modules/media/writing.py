@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # imported below, only if another video's streams are copied
 
 @dataclass(frozen=True)
 class VideoSection:
-    """A part of a video; seconds count from the moment at which the file begins to play."""
+    """A part of a video; times in seconds start where the file begins to play."""
 
     path: Path
     start: Fraction
@@ -39,10 +39,10 @@ class VideoSection:
 
 
 class SectionAudio:
-    """The sound of a section of a video, encoded up to the time that the new video has reached."""
+    """Audio of a video section, encoded up to the time that the new video has reached."""
 
     def __init__(self, section: VideoSection, source: Any) -> None:
-        """Prepare to read the audio of a section; `source` is the opened file."""
+        """Prepare to read a section's audio; `source` is the opened source file."""
         self._section, self._source = section, source
         self._packets: Iterator[Any] = iter(())
         self._next_packet: Any = None
@@ -65,7 +65,7 @@ class SectionAudio:
         self._packets = self._encode_track(audio.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the audio up to a time in seconds, counted in the new file; None: all remaining audio."""
+        """Write the audio up to a time of the new file in seconds; None writes all that remains."""
         while True:
             if self._next_packet is None:
                 self._next_packet = next(self._packets, None)
@@ -77,7 +77,7 @@ class SectionAudio:
             self._next_packet = None
 
     def _encode_track(self, index: int, stream: Any) -> Iterator[Any]:
-        """Yield encoded packets of a track, cut to the section; missing sound becomes silence."""
+        """Yield the encoded packets of an audio track, cut to the section; gaps become silence."""
         from modules.media.samples import read_filled
 
         layout, rate = stream.layout.name, stream.rate
@@ -109,23 +109,23 @@ MIN_TICKS = 10_000
 
 
 def ticks_per_second(rate: Fraction) -> int:
-    """Return a number of ticks per second for which each time n / rate is an integer number of ticks."""
+    """Return a number of ticks per second at which every frame of the rate starts on a whole tick."""
     ticks = math.lcm(rate.numerator, DEFAULT_TICKS)
     return ticks if ticks <= MAX_TICKS else rate.numerator * math.ceil(MIN_TICKS / rate.numerator)
 
 
 class _ImageTime(NamedTuple):
-    """Time at which a frame is shown, in ticks."""
+    """Start and duration of a frame's display, in ticks."""
 
     start: int
     length: int
 
 
 class Timing:
-    """Records when each image is shown, and gives these times to the packets of the encoder."""
+    """Records when each image is shown, and sets these times on the packets that the encoder returns."""
 
     def __init__(self, rate: Fraction) -> None:
-        """Start with no image. `rate` is the encoder's frame rate in images per second."""
+        """Start without images; `rate` is the encoder's number of frames per second."""
         self.count = 0  # images so far
         self.seconds = Fraction(0)  # duration of the images so far
         self._rate = rate
@@ -135,7 +135,7 @@ class Timing:
         self._image_times: dict[int, _ImageTime] = {}  # by index of the image
 
     def record(self, frames: Iterable[encoding.OutputFrame]) -> Iterator[encoding.Pixels]:
-        """Yield the pixels of frames, and remember the times of the frames.
+        """Yield the pixels of the frames, and record their times.
 
         Raises:
             ValueError: If the times do not increase.
@@ -158,7 +158,7 @@ class Timing:
             yield frame.pixels
 
     def assign_times(self, packets: Iterable[Any]) -> Iterator[Any]:
-        """Yield the packets of an encoder, in decoding order, with times instead of image indices.
+        """Yield the packets of an encoder, in decoding order, with timestamps instead of image indices.
 
         Each packet is held back until the next one arrives, because the last packet is treated differently.
         """
@@ -189,7 +189,7 @@ class Timing:
             yield held_back
 
     def _extend_last(self, packet: Any, first_dts: int) -> None:
-        """Change the times of the last packet so that the file lasts as long as the images."""
+        """Change the timestamps of the last packet so that the file lasts as long as its images are shown."""
         # Store it late: MP4 measures from a stored packet to the next, and would lose the encoder's delay if
         # an image near the end is shown for long.
         end = first_dts + round(self.seconds * self._ticks)
@@ -227,7 +227,7 @@ STILL_FORMATS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def write_still(path: Path, frame: Frame) -> None:
     """Write one frame (H W 3, or H W 4 as PNG or WebP) in the format of its suffix, one of `STILL_FORMATS`.
 
-    The file is written completely or not at all.
+    The file is written atomically.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -251,9 +251,9 @@ def write_video(
     """Encode frames (H W 3, read one at a time) to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). `bit_rate` is bits per second instead of
-    crf. `tags` are the text to store by name; .mkv shows names in upper case. `track` is sound that begins
-    with the first frame; it is cut, or silent from its end on, to last as long as the images. The last row
-    or column of an odd size is cropped. Colors are BT.709 and tagged as such. No time and no random id is
+    crf. `tags` are texts to store by name; .mkv shows names in upper case. `track` is audio that begins with
+    the first frame; it is cut or padded with silence to last as long as the images. The last row or column of
+    an odd size is cropped. Colors are BT.709 and tagged as such. Neither a creation time nor random ids are
     written.
 
     Raises:
@@ -270,7 +270,7 @@ def write_video(
 
 @dataclass(frozen=True)
 class WrittenVideo:
-    """Information about a written video; the sizes are frame sizes."""
+    """Frame size, frame count and duration of a written video."""
 
     width: int
     height: int
@@ -297,25 +297,25 @@ def write_timed_video(
 
     Args:
         path: File to write.
-        frames: Images with rising times, read one at a time; 8 and 16 bits may be mixed.
-        rate: Number of images a second if they come evenly. Times n / rate are kept exactly, other times to a
+        frames: Images with increasing times, read one at a time; 8 and 16 bits may be mixed.
+        rate: Images per second if they are evenly spaced. Times n / rate are kept exactly, other times to a
             twentieth of a millisecond, in .mkv to half of one.
         codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit).
         crf: Quality.
         preset: Speed of x264 and x265.
         bit_rate: Bits per second instead of `crf`.
-        copied_video: Video whose sound, subtitles, attachments, chapters and tags are copied into this one
+        copied_video: Video whose audio, subtitles, attachments, chapters and tags are copied into this one
             without re-encoding; parts that the format does not support are logged.
-        audio_section: Part of a video from which only the sound is copied.
+        audio_section: Part of a video from which only the audio is copied.
         with_images: Whether cover images of `copied_video`, and other parts that may show the old images, are
             copied too.
         tags: Strings to store, by name; they replace the copied tags of these names.
-        track: Generated sound.
+        track: Generated audio.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix or the images, or their size
             changes.
-        ValueError: If their times do not rise.
+        ValueError: If their times do not increase.
         OutputError: If the file cannot be written.
     """
     selected = encoding.select_codec(path, codec)
@@ -353,7 +353,7 @@ def write_timed_video(
 
 
 def _write_packets(container: Any, stream: Any, packets: Iterable[Any], writers: "_StreamWriters") -> None:
-    """Write the packets of the images, each after the other streams' packets of earlier times."""
+    """Write the packets of the images, each after earlier packets of the other streams."""
     if writers.side_streams is not None:
         writers.side_streams.add_streams(container, stream)
     for packet in packets:
@@ -381,7 +381,7 @@ def _select_mux_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) ->
 
 
 class _StreamWriters(NamedTuple):
-    """Writers of the audio, subtitles and other streams next to the images of a new video."""
+    """The writers that add audio, subtitles and other streams to a new video next to its images."""
 
     side_streams: "TrackAudio | OtherStreams | SectionAudio | None"  # None: there are no other streams
     copied_video: "OtherStreams | None"  # the same object, if it copies the streams of a whole video
@@ -397,9 +397,9 @@ def _open_stream_writers(
     rate: Fraction,
     with_images: bool,
 ) -> Iterator[_StreamWriters]:
-    """Yield the writer of a generated track, of a section's audio, or of the streams of a whole video.
+    """Yield the writer of a generated track, of a section's audio, or of all streams of a video.
 
-    A GIF or WebP animation has no such streams.
+    The writers are None for a GIF or WebP animation, which has no such streams.
     """
     path = video if section is None else section.path
     if generated is not None:
@@ -443,11 +443,11 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
 def join_segments(
     path: Path, segments: Sequence[bytes], fps: float, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Join segments of `encode_segment` to one .mp4, completely or not at all.
+    """Join segments from `encode_segment` to one .mp4, completely or not at all.
 
     `tags` are the strings to store, by name.
 
-    Images are copied, not encoded again. A player that has an earlier file of that name open continues with
+    Images are copied, not encoded again. A player that has an earlier file of this name open keeps showing
     the earlier one.
 
     Raises:

@@ -28,7 +28,7 @@ Point = tuple[float, float]  # x y of the drawing
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve: values y over x. `smoothing` above 0 draws the average in front of faded values."""
+    """One curve of a chart: values y over x. With `smoothing` above 0, an average covers the faded values."""
 
     name: str
     x: Sequence[float]
@@ -43,7 +43,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One diagram: curves and the labels of its axes."""
+    """A chart: curves and the labels of its axes."""
 
     curves: Sequence[Curve]
     x_label: str
@@ -52,7 +52,7 @@ class Chart:
 
 
 def draw_chart(chart: Chart) -> Markup:
-    """Return an image tag with a diagram; as an image, it can neither run a script nor fetch.
+    """Return an image tag with a chart; an SVG image can neither run scripts nor load other files.
 
     NaN and infinite values leave a gap.
     """
@@ -78,7 +78,7 @@ def draw_chart(chart: Chart) -> Markup:
 
 
 def _draw_labels(chart: Chart) -> Iterator[str]:
-    """Yield the labels of both axes and the title."""
+    """Yield the SVG text of both axis labels and the title."""
     center = (LEFT + RIGHT) / 2
     middle = (TOP + BOTTOM) / 2
     yield _draw_text(center, HEIGHT - 8, chart.x_label)
@@ -98,7 +98,7 @@ def _draw_frame(x_scale: "_Scale", y_scale: "_Scale") -> Iterator[str]:
 
 
 class _Scale:
-    """The scale of an axis: maps values to pixels of the drawing."""
+    """Scale of a chart's axis: maps values to pixels."""
 
     def __init__(self, values: Iterable[float], start: float, end: float) -> None:
         finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
@@ -146,13 +146,13 @@ def _draw_curve(curve: Curve, x_scale: _Scale, y_scale: _Scale, colour: str) -> 
 
 
 def _locate_points(x: Sequence[float], values: Sequence[float], y_scale: _Scale) -> list[Point]:
-    """Return the positions of values in the drawing, given their x in pixels; NaN leaves a gap."""
+    """Return the pixel positions of a curve's points, given x in pixels; a NaN value leaves a gap."""
     y = [y_scale.to_pixels(value) if math.isfinite(value) else math.nan for value in values]
     return list(zip(x, y, strict=True))
 
 
 def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iterator[str]:
-    """Yield an area between two curves for each run of points where both are finite."""
+    """Yield an SVG area between two curves for each run of consecutive points that are finite in both."""
 
     def are_finite(edges: tuple[Point, Point]) -> bool:
         return all(math.isfinite(y) for _, y in edges)
@@ -165,7 +165,7 @@ def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iter
 
 
 def _draw_lines(points: Sequence[Point], colour: str, opacity: float = 1.0) -> Iterator[str]:
-    """Yield an SVG line for each unbroken run of finite points."""
+    """Yield an SVG line for each run of consecutive finite points."""
     look = f'fill="none" stroke="{colour}" stroke-opacity="{opacity}"'
     for is_finite, run in groupby(points, lambda point: math.isfinite(point[1])):
         if is_finite:

@@ -19,10 +19,10 @@ from modules.control_codes import escape_control_codes
 
 @dataclass(frozen=True)
 class Language:
-    """A language with its translations of English text, and the page that is shown in it.
+    """A language: its translations of English text, and the page that is shown in it.
 
-    `code` is the value of HTML's `lang`. `address` is the address of the page, which is shown again after the
-    language changes. `others` are the code and native name of every available language.
+    `code` is the value of HTML's `lang` attribute. `address` is the URL of the page, shown again after the
+    language changes. `others` contains the code and native name of every available language.
     """
 
     code: str = "en"
@@ -42,7 +42,7 @@ def language() -> Language:
 
 @contextlib.contextmanager
 def speaking(chosen: Language) -> Iterator[None]:
-    """Use a language for all text that this task, or a thread started for it, shows."""
+    """Use a language for all text of a page request, including threads that it starts."""
     before = _language.set(chosen)
     try:
         yield
@@ -51,14 +51,14 @@ def speaking(chosen: Language) -> Iterator[None]:
 
 
 class TranslatableText(str):
-    """An English text with the key of its translation, and the values to insert into the translation."""
+    """An English text (as a `str`) with the key of its translation and the values to insert there."""
 
     __slots__ = ("key", "values")
     key: str
     values: Mapping[str, Any]
 
     def __new__(cls, text: str, key: str, values: Mapping[str, Any]) -> "TranslatableText":
-        """Make a text whose English form is `text`."""
+        """Make a translatable text that is the English `text` as a `str`."""
         words = super().__new__(cls, text)
         words.key = key
         words.values = values
@@ -81,7 +81,7 @@ class TranslatableText(str):
         return str.__str__(self)
 
     def translated(self) -> str:
-        """Return the text in the language of the page."""
+        """Return the text in the page's language."""
         text = _language.get().translations.get(self.key)
         if text is None:
             return self.english()
@@ -91,7 +91,7 @@ class TranslatableText(str):
 
 
 class JoinedText(TranslatableText):
-    """Several texts with a separator between them; each text is translated."""
+    """Several texts joined by a separator; each is translated on its own."""
 
     __slots__ = ()
 
@@ -101,18 +101,18 @@ class JoinedText(TranslatableText):
 
 
 def join(separator: str, texts: Iterable[str]) -> TranslatableText:
-    """Join texts with a separator, so that each translatable text is still translated on its own."""
+    """Join texts with a separator; each translatable text is still translated on its own."""
     row = list(texts)
     return JoinedText(separator.join(row), separator, {"texts": row})
 
 
 def show(value: Any) -> Any:
-    """Return a value for a page; a translatable text is translated to the page's language."""
+    """Return a value for a page template; a translatable text is translated to the page's language."""
     return value.translated() if isinstance(value, TranslatableText) else value
 
 
 def show_all(value: Any) -> Any:
-    """Return a JSON value whose translatable text is in the language of the page."""
+    """Return a JSON value with its translatable text in the page's language."""
     if not _language.get().translations:
         return value
     if isinstance(value, dict):
@@ -128,9 +128,9 @@ def say(text: str, /, **values: Any) -> TranslatableText:
 
 
 def say_count(number: int, singular: str, plural: str, /, **values: Any) -> TranslatableText:
-    """Select the singular or plural text for a number; translations are found by the plural.
+    """Select the singular or plural text for a number; the plural is the key of the translation.
 
-    `%(n)s` in the texts stands for the number, with commas between thousands.
+    `%(n)s` in the texts is replaced by the number, with commas between thousands.
     """
     values = {"n": f"{number:,}", **values}
     return TranslatableText((singular if number == 1 else plural) % values, plural, values)
@@ -149,12 +149,12 @@ def say_duration(seconds: float) -> TranslatableText:
 
 
 def fill_template(text: str, /, **values: Any) -> Markup:
-    """Insert values into a template text, which may contain HTML; values that are not Markup are escaped."""
+    """Insert values into a template text, which may contain HTML; values other than Markup are escaped."""
     shown = Markup(_language.get().translations.get(text, text))
     return shown % values if values else shown
 
 
 def fill_counted(number: int, singular: str, plural: str, /, **values: Any) -> Markup:
-    """Select the singular or plural text of a template for a number, and fill the number in."""
+    """Select the singular or plural template for a number, and insert the number and the values."""
     english = singular if number == 1 else plural
     return Markup(_language.get().translations.get(plural, english)) % {"n": f"{number:,}", **values}

@@ -105,7 +105,7 @@ def encode_address(value: str | Mapping[str, object]) -> str:
 
 
 def _encode_name(name: str) -> bytes:
-    """Return the bytes of a name; escapes for halves of characters, which no file name contains."""
+    """Encode a file name; lone surrogates that do not stand for a byte of the name become escapes."""
     try:
         return name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -129,7 +129,7 @@ _UNSCRIPTED_IMAGE = Markup('<noscript><img src="{}" alt="" loading="lazy"></nosc
 
 
 def show_unscripted(address: str) -> Markup:
-    """Return what a browser without scripts shows in a box whose file the page's script would load."""
+    """Return a `noscript` element that shows an image, video or audio file without the page's script."""
     return _UNSCRIPTED.get(address.rpartition(".")[2], _UNSCRIPTED_IMAGE).format(address)
 
 
@@ -157,14 +157,14 @@ FILE_POLICY = (
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
-    """Render a template and write the page, completely or not at all. Raises OutputError if that fails."""
+    """Render a template and write the page atomically. Raises OutputError if it cannot be written."""
     write_text(path, render_page(template, title, values))
 
 
 def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str = FILE_POLICY) -> str:
-    """Return the page of `template` with these values, which are escaped.
+    """Return a page rendered from `template`; the values are escaped.
 
-    Raises jinja2.UndefinedError if the template names a value that is missing.
+    Raises jinja2.UndefinedError if the template uses a value that is missing.
     """
     values = {
         **values,
@@ -172,7 +172,7 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
         "sheet": SHEET,
         "script": SCRIPT,
     }
-    if not isinstance(title, TranslatableText):  # whose translation is escaped where it is shown
+    if not isinstance(title, TranslatableText):  # its translation is escaped where it is shown
         title = escape_control_codes(title)
     context = {**values, "title": title, "policy": policy}
     return _load_templates(template.parent).get_template(template.name).render(context)
@@ -182,7 +182,7 @@ CLIP_CRF = 24  # smaller than what is kept: a page contains many clips
 
 
 def embed_image(frame: Frame, text: str, largest_side: int = 512, quality: int = 85) -> Markup:
-    """Return an image tag with the frame (H W 3) as embedded JPEG; `text` is its alternative text.
+    """Return an HTML image tag with a frame (H W 3) embedded as JPEG; `text` is the alternative text.
 
     A frame whose longer side exceeds `largest_side` pixels is reduced.
     """
@@ -195,7 +195,7 @@ def embed_image(frame: Frame, text: str, largest_side: int = 512, quality: int =
 
 
 def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512) -> Markup:
-    """Return a tag that plays the frames (each H W 3) in a loop; a single frame becomes an image.
+    """Return an HTML tag that plays the frames (each H W 3) in a loop; a single frame becomes an image.
 
     Frames whose longer side exceeds `largest_side` pixels are reduced.
 
@@ -217,7 +217,7 @@ def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int
 
 
 def reduce_frame(frame: Frame, largest_side: int) -> Frame:
-    """Reduce a frame (H W 3) so that its longer side is at most `largest_side` pixels."""
+    """Downscale a frame (H W 3) until its longer side is at most `largest_side` pixels."""
     height, width = frame.shape[:2]
     scale = largest_side / max(height, width)
     if scale >= 1:
@@ -227,13 +227,13 @@ def reduce_frame(frame: Frame, largest_side: int) -> Frame:
 
 
 def link(*parts: str) -> str:
-    """Return the relative address of a file.
+    """Return the relative URL of a file.
 
-    `parts` is the folders and the file's name.
+    `parts` are its folders and its name.
     """
     return "./" + "/".join(quote(_encode_name(part), safe="") for part in parts)
 
 
 def as_url(kind: str, data: bytes) -> str:
-    """Return data as a data: URL of a media type."""
+    """Return data as a `data:` URL; `kind` is its media type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
