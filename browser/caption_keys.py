@@ -28,7 +28,7 @@ def find_format_of_folder(folder: Path | None) -> str:
 
 
 def describe_formats() -> str:
-    """Return the keys of all JSON caption formats as JSON, with their names in the language of the page."""
+    """Return the keys of all JSON caption formats as JSON, with labels in the page's language."""
     formats = {name: _describe(format) for name, format in caption_formats().items()}
     return json.dumps(show_all(formats), ensure_ascii=False)
 

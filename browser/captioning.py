@@ -27,13 +27,13 @@ class TriedCaption:
 
 @dataclass(frozen=True)
 class CaptionForm:
-    """Fields of the form that lets a model write captions.
+    """Fields of the form for captioning images and clips with a model.
 
     Attributes:
         engine: Repository or folder of a model, or the address of a server and the name of its model.
-        question: Request to the model; "" for the model's default.
-        format: Family whose JSON objects are written; "" for sentences.
-        converts_plain: Whether captions that are sentences are converted to objects, too.
+        question: Prompt for the model; "" for the model's default.
+        format: Family whose JSON caption format is written; "" for sentences.
+        converts_plain: Whether existing captions that are sentences are converted to JSON, too.
     """
 
     engine: str = ""

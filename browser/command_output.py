@@ -106,7 +106,7 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
 
 
 def _offer_each_file_once(lines: Sequence[OutputLine]) -> list[OutputLine]:
-    """Return the lines without those buttons for leaving out files that an earlier line already has."""
+    """Return the lines, without a "leave out" button if an earlier line offers the same files."""
     result = []
     offered: set[tuple[str, ...]] = set()
     for line in lines:

@@ -165,7 +165,7 @@ class ComparedFile:
 
     @property
     def title(self) -> str:
-        """Name of the file without its ending and without the suffix of the expert."""
+        """File name without its extension and without the expert's suffix."""
         return self.name.removesuffix(".safetensors").removesuffix(f"_{LOW_NOISE}")
 
     @property
@@ -230,7 +230,7 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
 
 
 class _TypedCommand(NamedTuple):
-    """A command in a run's history that starts a script of this program."""
+    """A command that a run's history suggests, split into this project's script and its arguments."""
 
     line: str
     script: str
@@ -382,7 +382,7 @@ def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> lis
 def _make_rows(
     sources: Sequence[ComparableRun], prompts: Sequence[str], prompt_lines: Sequence[str]
 ) -> list[ComparedPrompt]:
-    """Return a row for each prompt that has samples, and for each prompt line that the user has typed."""
+    """Return one row for each prompt with samples, and one for each prompt line that the user has typed."""
     seed = sources[0].options.get("--seed", [DEFAULT_SEED])[0] if sources else DEFAULT_SEED
     rows = [_make_sampled_row(sources, prompt, seed) for prompt in prompts]
     return rows + [_make_typed_row(line, seed) for line in prompt_lines]
@@ -477,7 +477,7 @@ class ClipKey(NamedTuple):
 
 
 class QueuedClip(NamedTuple):
-    """The last job of the queue that generates a clip."""
+    """The newest queued job that generates a clip of the comparison."""
 
     number: int
     state: str
@@ -589,7 +589,7 @@ def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
 
 
 class PlannedJob(NamedTuple):
-    """A job that generates missing clips."""
+    """A generation command for the comparison's missing clips, with the prompt file that it reads."""
 
     argv: list[str]
     prompt_file: Path

@@ -25,7 +25,7 @@ MAX_IN_BATCH = 1024
 
 @cache
 def _list_options() -> Mapping[str, str]:
-    """Return the key of dataset.toml that replaces each option of a training run, by the option's name."""
+    """Return, for each dataset option of a command line, the dataset.toml key that replaces it; or ""."""
     keys = {key.option or name: name for name, key in SUBSET_KEYS.items() if key.option != ""}
     return {
         option_name(field): keys.get(option_name(field), "") for field in dataclasses.fields(SubsetOptions)

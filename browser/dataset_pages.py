@@ -106,7 +106,7 @@ def answer_placeholder() -> Response:
 
 
 def _contains_terms(file: File, search_terms: Sequence[str]) -> bool:
-    """Return whether all words are in the name or caption of a file."""
+    """Return whether a file's name or caption contains every search term."""
     if not search_terms:
         return True
     name = Path(file["parts"][0]["path"]).name
@@ -234,7 +234,7 @@ class DatasetPages:
         }
 
     def _explain_hidden_folders(self, folders: Sequence[Path]) -> dict[str, str]:
-        """Return JSON values of a dataset with folders outside the page's: the command that includes them."""
+        """Return the command that shows folders the page may not read yet, as JSON values."""
         names = [str(folder) for folder in dict.fromkeys([*self.runs.root_folders, *folders])]
         return {"state": "outside", "command": format_command(["python", "tools/run_browser.py", *names])}
 

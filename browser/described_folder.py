@@ -135,8 +135,8 @@ def read_own_file(path: Path) -> bytes:
     """Return the bytes of a file of a described folder.
 
     Raises:
-        OSError: If the file cannot be read, or is a link that leads out of the folder. Through such a link, a
-            folder from somebody else could show and change any file.
+        OSError: If the file cannot be read, or is a link that leads out of the folder. With a link, a folder
+            from somebody else could make this program show and change any file.
     """
     if not real_path(path).is_relative_to(real_path(path.parent)):
         raise OSError(errno.EINVAL, say("it is a link that leads out of its folder"), str(path))
@@ -211,7 +211,7 @@ def read_described(folder: Path) -> DescribedFolder:
 
 
 def reject_share(text: str, folder: Path) -> None:
-    """Raise ValueError if a path from a file of the folder is on a network share of another machine."""
+    """Raise ValueError if a path that a file in the folder names is on another machine's network share."""
     if is_on_foreign_share(folder / text, folder):
         raise ValueError(f"{text} is on another machine, which pages do not look at")
 
@@ -227,7 +227,7 @@ def _read_trigger(content: bytes | OSError) -> str:
 
 
 def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str]:
-    """Return the files of a model by their options; `new` lists them in the order of the catalogue."""
+    """Return a model's files by option name, such as `vae`; `paths` are in the catalogue's order."""
     for model in find_models():
         if (model.family, model.task) == (family, task):
             parts = [part for part in model.components if part.option]
@@ -290,7 +290,7 @@ class TextForm:
         return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
 
     def with_text(self, text: str) -> bytes:
-        """Return the file's bytes with its text replaced, keeping the byte order mark and line endings."""
+        """Return the bytes of the file with `text` as its text, keeping byte order mark and line endings."""
         return self.start + tidy_lines(text).replace("\n", self.newline).encode()
 
 
@@ -318,7 +318,7 @@ class DraftFile:
 
     @property
     def form(self) -> TextForm:
-        """The text of the file with its byte order mark and line ends. Raises UnicodeDecodeError."""
+        """The decoded text with its byte order mark and line ends. Raises UnicodeDecodeError if not UTF-8."""
         return TextForm.of(self.content or b"")
 
     @property
@@ -399,7 +399,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
 
 
 def _list_tables_with(document: Any, name: str) -> list[Any]:
-    """Return the tables that have a key, in order, without the table that `run` itself writes."""
+    """Return the tables of a TOML document that contain the key `name`, except the project's own table."""
     holders = []
     tables = [document]
     while tables:

@@ -262,7 +262,7 @@ def _check_run(text: str, content: Mapping[str, Any], folder: Path) -> str:
 
 
 def _check_dataset(text: str, folder: Path, run_text: str) -> str:
-    """Check a dataset.toml by the caching script that run.toml names."""
+    """Check the text of a dataset.toml with the caching script of the model that run.toml names."""
     try:
         argv = find_caching_argv(run_text)
     except OptionError as error:
@@ -350,7 +350,7 @@ def find_described(runs: Runs, text: str) -> Path | None:
 
 
 def require_full(fields: Mapping[str, str]) -> None:
-    """Raise OptionError if the last field of a form is missing, because then the request was cut off."""
+    """Raise OptionError if a form's last field is missing, which means that the request was cut off."""
     if "complete" not in fields:
         raise OptionError(say("The form arrived incomplete. Load the page again."))
 

@@ -40,7 +40,7 @@ class DroppedSettings:
         return find_family(self.model)
 
     def fields(self, recipe: ModelRecipe) -> dict[str, str]:
-        """Return the settings that the model has, by the names of the form's fields."""
+        """Return the prompt and the settings that the model supports, by form field."""
         texts = {"prompt": self.options.get("prompt", "")}
         for name, key in recipe.option_keys.items():
             text = self.options.get(key, "")
@@ -87,7 +87,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_graph(text: str) -> dict[str, Any]:
-    """Return the nodes of ComfyUI's graph by their numbers; empty if the text is not a graph."""
+    """Return the nodes of a ComfyUI graph in JSON by id; {} if the text is not a graph."""
     if not text.lstrip().startswith("{") or len(text) > MAX_OF_GRAPH:
         return {}
     with contextlib.suppress(ValueError, RecursionError):

@@ -67,7 +67,7 @@ def _describe_time(steps: int, seconds: float, is_approximate: bool = False) -> 
 
 
 def _read_own_run(runs: Runs, described: DescribedFolder) -> RunSummary | None:
-    """Return the run of a described folder; None if it has not begun."""
+    """Return the training run of a folder with a run.toml; None if it has not begun."""
     path = history_path(described.output, described.name)
     if not runs.is_below(path):
         return None

@@ -132,7 +132,7 @@ class LeftOut:
             return []
 
     def leave_out(self, folder: Path, name: str) -> None:
-        """Move a file out of its folder. Raises UserError if that fails."""
+        """Move a file out of its folder into the bin. Raises UserError if that fails."""
         self._move(folder, self.find_storage(folder), name)
 
     def put_back(self, folder: Path, name: str) -> None:

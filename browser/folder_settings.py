@@ -118,7 +118,7 @@ class SettingRow:
 
     @property
     def has_no_effect(self) -> bool:
-        """Whether the dataset or the other settings leave the option without effect."""
+        """Whether the option has no effect with this dataset and the other settings."""
         return self.unused_reason != "" or self.idle_reason != ""
 
     @property
@@ -237,7 +237,7 @@ def _explain_unused(dataset: DatasetKeys | None, option: str) -> str:
 
 
 def _explain_idle(settings: Sequence[Setting], set_values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the reasons why options have no effect with the values that a run.toml sets."""
+    """Return, by option name, why an option has no effect with the values that a run.toml sets."""
     defaults = {setting.name: setting.convert(setting.default) for setting in settings if setting.default}
     return explain_idle(set_values, defaults=defaults)
 

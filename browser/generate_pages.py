@@ -112,7 +112,7 @@ SEED_BITS = 32
 
 @dataclass(frozen=True)
 class GenerateForm:
-    """Values of the fields of the page Generate."""
+    """Field values of the Generate page."""
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
     field_values: Mapping[str, str] = field(default_factory=dict)  # typed text of each other field
@@ -203,7 +203,7 @@ class GeneratePages:
         )
 
     def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
-        """Return the page after another source was selected, with the form adapted to that source."""
+        """Return the page after another run or model was selected, with the form adapted to it."""
         try:
             return self.answer(self.refill(form), draft=draft)
         except (UserError, OSError) as reason:
@@ -314,7 +314,7 @@ class GeneratePages:
         return answer_template("generate_work.html", say("Generate"), values, is_rejected=error != "")
 
     def show_preview(self, request: Request) -> Response:
-        """Respond with the newest preview; empty if it has just been removed, which the next poll reports."""
+        """Respond with the newest preview image, or without content if it has just been removed."""
         preview = self.render_worker.preview
         name = request.path_params["name"]
         if preview is None or Path(name).suffix != preview.suffix:
@@ -719,7 +719,7 @@ def _preview_address(preview: Path | None) -> str:
 
 
 def _select_loras(recipe: ModelRecipe, form: GenerateForm, rows: Sequence[LoraRow]) -> list[UsedLora]:
-    """Return the LoRAs that a form selects among `rows`, and the LoRA whose path the user typed."""
+    """Return the LoRAs that a form selects from `rows`, and the LoRA whose path the user typed."""
     loras: list[UsedLora] = []
     for row in rows:
         if row.path in form.lora_strengths:

@@ -35,7 +35,7 @@ def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def _list_idle(record: type[Options], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each option of a record that cannot act with these values, and the reason."""
+    """Yield the name of each option in `record` that has no effect with these values, and the reason."""
     names = {option_name(field): field.name for field in dataclasses.fields(record)}
     known = {names[name]: value for name, value in values.items() if name in names}
     try:

@@ -23,7 +23,7 @@ class KnownQueue:
 
 
 def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
-    """Store which jobs of a queue the user knows, so that a later server may start them.
+    """Store which waiting jobs the user has seen, so that a restarted server may run them.
 
     If the record cannot be written, a running queue is paused after a restart of the server.
 

@@ -24,7 +24,7 @@ MAX_FILES = 500
 
 @dataclass(frozen=True)
 class LoraRow:
-    """A LoRA in the form Generate: its file, or one file for each expert, with its step, loss and family."""
+    """A LoRA in the Generate form: its file, or one file for each expert, with its step, loss and family."""
 
     path: str
     title: str
@@ -67,7 +67,7 @@ class LoraRow:
         return replace(self, reason=reason)
 
     def _with_copy_first(self, copy: str) -> "LoraRow":
-        """Return the row with `copy`, a file with the same weights, as its file; its file becomes a copy."""
+        """Return the row with `copy`, a file with equal weights, as `path`; the old path joins `copies`."""
         high_path = ""
         if self.high_path:  # a pair: the copy has its own file for the high-noise expert
             high_path = copy.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
@@ -141,7 +141,7 @@ class RunLoras:
         return "" if loras is None else loras.family
 
     def find_run_file_names(self, run_id: str) -> set[str]:
-        """Return the names of a run's files."""
+        """Return the names of the weight files that a run has saved."""
         loras = self._loras_of_runs.get(run_id)
         return set() if loras is None else {name for row in loras.rows for name in row.names}
 
@@ -237,7 +237,7 @@ def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[s
 
 
 def choose_expert(row: LoraRow, folder: Path) -> str:
-    """Return the expert that a LoRA is for, according to its file."""
+    """Return the expert that a LoRA was trained for, as its file says: high noise, low noise or both."""
     if row.high_path:
         return BOTH
     name = row.name.lower().replace("-", "_")

@@ -236,7 +236,7 @@ def _is_running_here(run: RunSummary) -> bool:
 
 
 def _describe_render_job(render_job: RenderJob) -> RunningThing:
-    """Describe a running render job with its number of denoising steps, and a link to the page Generate."""
+    """Describe a running render job with its number of denoising steps, and a link to the Generate page."""
     parts = [say("making with %(title)s", title=render_job.shown_title)]
     if render_job.steps:
         parts.append(say("step %(done)s of %(steps)s", done=render_job.done, steps=render_job.steps))

@@ -92,7 +92,7 @@ class MaskPages:
     def make_item(
         self, folder: Path, media_files: list[MaskEntry], index: int, error: str = ""
     ) -> dict[str, Any]:
-        """Return the JSON values of an image or clip at an index, and the error of the last action."""
+        """Return the JSON values for the image or clip at `index`; `error` is the last action's error."""
         return {
             **self.review.describe(folder, media_files[index]),
             "at": index,
@@ -150,7 +150,7 @@ class MaskPages:
         return self._answer_change(texts, change_mask)
 
     def draw(self, request: Request, body: bytes) -> Response:
-        """Store a drawn mask. The body is a PNG; the query has `folder`, `id` and `have`."""
+        """Store a drawn mask. The body is a PNG; the query has `folder`, `id` and `have`, the old version."""
         query = request.query_params
 
         def replace_mask(folder: Path, media_file: MaskEntry) -> None:

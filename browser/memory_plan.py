@@ -255,7 +255,7 @@ class MemoryPages:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
-        """Return the HTML of the section about the training's memory."""
+        """Return the HTML of the section about the training run's memory."""
         return self.answer(folder)
 
     def answer(self, folder: Path, error: str = "", message: str = "") -> Response:

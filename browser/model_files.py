@@ -234,9 +234,9 @@ def _list_partial_paths(component: Component, models: Path) -> list[Path]:
 
 
 def list_parts_on_disk(models: Path, part_cache: PartCache) -> list[ModelPart]:
-    """Return all parts with files on disk, even unfinished ones, the largest first.
+    """Return all model parts with files on disk, even unfinished ones, the largest first.
 
-    `part_cache` has the parts that were read already; new parts are added to it.
+    `part_cache` holds the parts that were read earlier; new parts are added to it.
     """
     parts: PartCache = {}
     for in_fp8 in (False, True):

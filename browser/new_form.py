@@ -230,8 +230,8 @@ def _select_supported_recipe(name: str, family: str, task: str, train: str) -> s
 def list_shown_kinds(model: ModelSet) -> list[RunKind]:
     """Return the kinds of runs that the page offers.
 
-    These are the kinds that the model supports, and full training even if the model rejects it: the page then
-    shows the reason.
+    These are the kinds of training that the model supports, and full training even if the model does not
+    support it: the page then shows the reason.
     """
     return [kind for kind in KINDS if kind is FULL or kind.find_script(model) is not None]
 
@@ -248,7 +248,7 @@ def find_model(family: str, task: str) -> ModelSet | None:
 
 
 def _find_explicit_lora_option(form: NewForm) -> str | None:
-    """Return the value of --train that selects a LoRA; None if `new` trains a LoRA by default."""
+    """Return `lora` if --train must say it, because `new` trains a ControlNet by default; otherwise None."""
     model = find_model(form.family, form.task)
     return None if model is None or find_control_kind(model) is None else LORA.name
 
@@ -323,7 +323,7 @@ FIELD_CHECKS: Mapping[str, Callable[[NewForm], None]] = {
 
 
 def list_field_errors(form: NewForm) -> dict[str, str]:
-    """Return the reasons why `new` would reject values, by the names of the fields."""
+    """Return the error message that `new` would give for each invalid field, by field name."""
     errors = {}
     for name, check in FIELD_CHECKS.items():
         try:

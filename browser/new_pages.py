@@ -417,7 +417,7 @@ class NewPages:
         }
 
     def list_tiles(self, content: MediaFolder | None) -> dict[str, Any]:
-        """Return the values for the row of images: a folder's first files; none if `content` is None."""
+        """Return the template values of the thumbnails: a folder's first files; none if `content` is None."""
         names: list[str] = []
         if content is not None:
             with contextlib.suppress(OSError):
@@ -445,7 +445,7 @@ class NewPages:
         }
 
     def collect_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
-        """Return the values for the field `train`. `model` is the selected model; None if there is none."""
+        """Return the template values of the field `train`. `model` is the selected model, if any."""
         if model is None:
             return {"kinds": [], "recipes": []}
         chosen = BY_NAME[form.train or LORA.name]
@@ -571,7 +571,7 @@ class NewPages:
         }
 
     def collect_commands(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the displayed command lines of a folder: from run.toml, and for run, check and repair."""
+        """Return the command lines to display: those in run.toml, and the run, check and repair commands."""
         if folder is None:
             return {"repair_line": "", "commands": [], "run_command": "", "check_command": ""}
         # a folder that cannot be read as described may still list commands
@@ -788,7 +788,7 @@ class NewPages:
         return path if path is not None and self.site.runs.is_inside(path) else None
 
     def is_check_old(self, check_job: Job | None, folder: Path | None) -> bool:
-        """Return whether the files of a folder have changed since its check began."""
+        """Return whether a folder's files have changed since the job `check_job` began."""
         return check_job is not None and folder is not None and has_changed_since(check_job, folder, FILES)
 
     def find_folder_error(self, text: str, folder: Path | None, described: DescribedFolder | None) -> str:
@@ -898,7 +898,7 @@ class NewPages:
         return [*argv, "--without", *present_options] if present_options else argv
 
     def make_run_argv(self, described: DescribedFolder) -> list[str]:
-        """Return the command that trains on a described folder, with this page's models folder."""
+        """Return the command that starts the folder's training run, with this page's models folder."""
         return make_run_argv(described, self.site.models)
 
     def preview_prepare(
@@ -1170,7 +1170,7 @@ def _is_any_active(background: Sequence[Job | Download | None], queued: Sequence
 
 
 def explain_missing_media(folder: Path) -> str:
-    """Return the reason why a folder without media cannot be described; "" if it may have media."""
+    """Return the reason why `new` cannot use a folder, because it has no media; "" if it may have some."""
     if read_media_folder(folder) is not None or any(path.is_dir() for path in folder.iterdir()):
         return ""
     return say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
@@ -1209,7 +1209,7 @@ def _split_line(line: str) -> list[str]:
 
 
 def describe_failure(download: Download | None) -> str:
-    """Return the last lines of a failed download, with their remedy; "" for any other download."""
+    """Return the last lines that a failed download has printed, with advice; "" if it has not failed."""
     return (
         download.job.last_lines(LINES_OF_FAILURE) if download is not None and download.state == DIED else ""
     )

@@ -21,7 +21,7 @@ QUEUE_ADDRESS = "/queue"
 
 @dataclass(frozen=True)
 class NextStep:
-    """The next step towards a training: label and action of the page's main button."""
+    """The next step towards a training run: label and action of the page's main button."""
 
     name: str
     label: str
@@ -33,7 +33,7 @@ class NextStep:
 
     @property
     def change_key(self) -> str:
-        """Text that changes with the step."""
+        """String that changes with the step."""
         return short_digest(repr(self))
 
 
@@ -58,7 +58,7 @@ class FolderProgress:
 
     @property
     def change_key(self) -> str:
-        """Text that changes with the next step, as long as no field has been edited."""
+        """String that changes with the next step, assuming that the form is saved."""
         return select_step(NewForm(folder="as", family="in", task="files"), self, is_saved=True).change_key
 
     @property

@@ -68,12 +68,12 @@ def derive_access(token: str, port: int) -> PageAccess:
 
 
 def find_page_access(token: str, scope: Mapping[str, Any]) -> PageAccess:
-    """Return the path and cookie values of the server that received a request."""
+    """Return the secret path and cookie values of the server that received the request `scope` (ASGI)."""
     return derive_access(token, find_port(scope))
 
 
 def list_values(cookies: str, wanted: str) -> list[str]:
-    """Return the values of all cookies with a name: other servers on this host may have set it, too."""
+    """Return the values of all cookies named `wanted`: another server on this host may have set one, too."""
     values = []
     for part in cookies.split(";"):
         name, _, value = part.strip().partition("=")
@@ -91,6 +91,6 @@ def find_connection(scope: Mapping[str, Any]) -> Connection | None:
 
 
 def find_account(scope: Mapping[str, Any]) -> int | None:
-    """Return the account of this machine that sent a request; None if the system does not show it."""
+    """Return the id of the local user who sent a request; None if the system does not show it."""
     connection = find_connection(scope)
     return None if connection is None else find_owner(connection)

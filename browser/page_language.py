@@ -43,7 +43,7 @@ def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
 
 @functools.cache
 def read_texts(code: str) -> Mapping[str, str]:
-    """Return all translations of a language by their English strings."""
+    """Return all translations into a language, by their English strings."""
     return {key: text for section in read_table(code).values() for key, text in section.items() if text}
 
 

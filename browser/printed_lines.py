@@ -377,17 +377,17 @@ def is_for_terminal(line: str) -> bool:
 
 
 def translate_line(line: str) -> str:
-    """Return a printed line as text that pages translate; an unknown line unchanged."""
+    """Return a printed line as translatable text; an unknown line unchanged."""
     return _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *LINES_OF_CHECKS)) or _find_fault(line) or line
 
 
 def translate_file_kind(kind: str | None) -> str:
-    """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as text that pages translate."""
+    """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as translatable text."""
     return UNKNOWN_FILE if kind is None else _translate_by_pattern(kind, FILE_KINDS) or kind
 
 
 def translate_reason(text: str) -> str:
-    """Return the message of an error that ended a run, as text that pages translate if it is known."""
+    """Return the message of an error that ended a run, as translatable text if it is known."""
     first, end, rest = text.partition("\n")
     known = _translate_by_pattern(first, RUN_ERRORS)
     return text if known is None else join("", (known, end + rest))
@@ -403,7 +403,7 @@ def translate_command(command: PageCommand) -> PageCommand:
 
 
 def translate_memory(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the lines about the memory of a run, name and value, as text that pages translate."""
+    """Return the lines about the memory of a run, name and value, as translatable text."""
     return [(translate_line(name), translate_line(value)) for name, value in rows]
 
 

@@ -43,7 +43,7 @@ CHECK_SECONDS = 30.0  # time limit for checking the options of all added jobs
 
 
 def is_started_by(run: RunSummary, job: Job) -> bool:
-    """Return whether a job's process has started this running training."""
+    """Return whether a job's process is a parent of the process of this training run."""
     if (
         run.state != RUNNING
         or run.start is None

@@ -166,7 +166,7 @@ class ModelRecipe:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether `guidance` is an input of the network; then a value of 1 does not turn it off."""
+        """Whether the network takes `guidance` as an input, so that a value of 1 does not turn it off."""
         return self.option_keys.get("guidance") == "embedded_cfg_scale"
 
     def find_line_option(self, name: str) -> LineOption | None:
@@ -231,7 +231,7 @@ class ModelRecipe:
         return step
 
     def nearest(self, name: str, value: float) -> float:
-        """Return the value that the model can generate, within the field's limits, nearest to a value."""
+        """Return the nearest value to `value` that the model accepts in the field `name`."""
         if name in SIDES:
             return max(1, round(value / self.side_step)) * self.side_step
         if name != "frames" or self.counts_seconds:
@@ -258,7 +258,7 @@ class ModelRecipe:
 
 @cache
 def list_extras(family: str) -> dict[str, str]:
-    """Return the options of a family that a request passes as extras, with their names in the request."""
+    """Return a family's own generation options, by option key, with their names in `RenderRequest.extras`."""
     return request_extras(with_scripts()[family].options_record("Generation"))
 
 

@@ -75,7 +75,7 @@ class RenderJob:
 
     @property
     def shown_title(self) -> str:
-        """Title of the model, as text that pages translate."""
+        """Title of the model, as translatable text."""
         return say(self.title)
 
     @property
@@ -125,7 +125,7 @@ class RenderQueue:
         self._cached_jobs: dict[int, tuple[tuple[int, int, int], RenderJob]] = {}
 
     def list_all(self) -> list[RenderJob]:
-        """Return all render jobs, the oldest first. Jobs of a server that has ended count as failed."""
+        """Return all render jobs, the oldest first. A job counts as failed if its server has ended."""
         with self._lock:
             jobs = {}
             with contextlib.suppress(OSError), os.scandir(self.folder) as entries:

@@ -272,7 +272,7 @@ class RenderWorker:
         return ""
 
     def _is_loaded_elsewhere(self) -> bool:
-        """Return whether another server has a model loaded.
+        """Return whether another running server's process holds a loaded model in GPU memory.
 
         That server frees it once it sees the waiting job.
         """
@@ -393,7 +393,7 @@ class RenderWorker:
         return True
 
     def _free_if_unneeded(self, is_blocked: bool) -> None:
-        """End the process of the loaded model if it was idle for too long, or blocks a job of the queue."""
+        """End the process that holds the model if it was idle for too long, or blocks a job of the queue."""
         with self._lock:
             session = self.session
             if session is None:
@@ -638,7 +638,7 @@ class RenderWorker:
             self._remove_previews()
 
     def _read_session(self) -> dict[str, dict[str, Any]]:
-        """Return the process with a model and the server that owns it; empty if there is none."""
+        """Return the records of the process that holds a model and of its server; {} if there are none."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             row = parse_json(read_text(self.folder / SESSION, MAX_OF_SESSION))
             return {"server": dict(row["server"]), "process": dict(row["process"])}

@@ -38,7 +38,7 @@ def answer_template(
 
 
 def answer_message(text: str, is_rejected: bool = False) -> Response:
-    """Return a short message for the line next to a button. `is_rejected` marks a rejected request."""
+    """Return a response with a short message to show next to a button. `is_rejected` marks it as an error."""
     return answer_template("message.html", "", {"message": text, "is_bad": is_rejected}, is_rejected)
 
 

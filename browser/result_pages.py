@@ -186,7 +186,7 @@ class ResultTile:
 
     @property
     def title(self) -> str:
-        """Beginning of the prompt, or the name of the file."""
+        """The beginning of the prompt if it is known, otherwise the file name."""
         text = "" if self.settings is None else " ".join(self.settings.get("prompt").split())
         text = text or self.result.path.name
         return text if len(text) <= MAX_TITLE_CHARACTERS else f"{text[:MAX_TITLE_CHARACTERS].rstrip()} …"
@@ -379,7 +379,7 @@ class ResultRegenerator:
         )
 
     def find_render_job(self, result: Result) -> RenderJob | None:
-        """Return the page's render job that generated a result; None if it was generated elsewhere."""
+        """Return the Generate page's job that generated a result; None if it was generated elsewhere."""
         for render_job in reversed(self.site.render_worker.list_all()):
             if render_job.file == str(result.path):
                 return render_job
@@ -521,7 +521,7 @@ class ResultPages:
     # --- a result
 
     def find(self, request: Request) -> Result | None:
-        """Return the result that an address names; None if it does not exist."""
+        """Return the result that a request's URL names; None if it does not exist."""
         return self.folders.find(request.path_params["id"])
 
     def show_file(self, request: Request) -> Response:
@@ -548,7 +548,7 @@ class ResultPages:
         return show(result, "")
 
     def answer_dialog(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
-        """Return the content of a dialog. `what` names its part of the template; `error` is a message."""
+        """Return the HTML of a dialog. `what` names the template's section; `error` is shown in it."""
         shown = {
             "what": what,
             "result": result,
@@ -737,7 +737,7 @@ class ResultPages:
     # --- start from this
 
     def start_from(self, result: Result, _: Form) -> Response:
-        """Respond with the path of an image, or of a clip's last frame, which is written as an image."""
+        """Respond with the path of an image; for a clip, first write its last frame as an image."""
         if result.kind == "sound":
             raise OptionError(say("An audio file is not a picture to start from."))
         if result.kind == "clip":
@@ -779,7 +779,7 @@ class ResultPages:
         return prompt_files
 
     def show_sample(self, result: Result, error: str) -> Response:
-        """Return the dialog that offers to add a result's line to one of the prompt files."""
+        """Return the dialog that offers to add a result's prompt and settings to one of the prompts.txt."""
         line = ""
         files: list[tuple[Path, str, str]] = []
         problem = ""

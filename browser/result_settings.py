@@ -88,7 +88,7 @@ class NamedLora(NamedTuple):
 
     @property
     def description(self) -> str:
-        """Name, strength and expert, as text that pages translate."""
+        """Name, strength and expert, as translatable text."""
         return say(
             "%(name)s, strength %(strength)s%(expert)s",
             name=self.name,

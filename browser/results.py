@@ -126,7 +126,7 @@ def _order_result(result: Result) -> tuple[float, str, str]:
 
 
 class _ListedFile(NamedTuple):
-    """A file of a folder of results."""
+    """A generated image, clip or sound in a folder, as it was last listed."""
 
     changed: float
     name: str

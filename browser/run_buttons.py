@@ -187,7 +187,7 @@ class RunButtons:
     # ---- showing a run
 
     def show_page(self, tracked_run: TrackedRun) -> str:
-        """Return the page of a run that has no history yet."""
+        """Return the HTML page of a run that has not written a history file yet."""
         values = {
             "actions": Markup(self.render(tracked_run)),
             "further": Markup(self.render(tracked_run, "more_actions.html")),
@@ -307,12 +307,12 @@ class RunButtons:
         return actions
 
     def work_command(self) -> str:
-        """Return the command that starts a page which also runs the jobs of the queue."""
+        """Return the command that starts the browser server with --work, so that it runs queued jobs."""
         folders = [str(top) for top in self.site.runs.root_folders]
         return format_command(["python", "tools/run_browser.py", *folders, "--work"])
 
     def stop_command(self, tracked_run: TrackedRun) -> str:
-        """Return what the button Stop does, as a sentence or as the equivalent command."""
+        """Return the tooltip of the Stop button: a sentence, or the equivalent command."""
         state, run = tracked_run.state, tracked_run.summary
         if state.background_job is not None:
             return say("ends the check")
@@ -366,7 +366,7 @@ class RunButtons:
         return generation
 
     def make(self, tracked_run: TrackedRun, form: Form) -> str:
-        """Queue the generation command of the run's history, with the typed prompt and control image."""
+        """Queue the generation command from the run's history, with the typed prompt and control image."""
         run = tracked_run.summary
         generation = self.find_generation_command(run)
         if generation is None or not generation.is_trusted:
@@ -651,7 +651,7 @@ class RunButtons:
         return answer_message(message)
 
     def start(self, tracked_run: TrackedRun, form: Form) -> str:
-        """Start or continue a run. The form has the checksum of the run.toml that the user has read."""
+        """Start or continue a run. The form contains the checksum of the run.toml that the user has read."""
         if tracked_run.run_config is None:
             self.add_command(tracked_run.summary, steps=0)
         else:

@@ -85,7 +85,7 @@ def find_trained_model(tracked_run: TrackedRun) -> ModelSet | None:
 
 
 def find_folder(tracked_run: TrackedRun, path: Path) -> Path:
-    """Return the folder in which relative paths of a prompt file begin."""
+    """Return the folder to which a prompt file's relative paths refer."""
     if tracked_run.run_config is not None:
         return tracked_run.run_config.folder
     return tracked_run.summary.working_folder or path.parent

@@ -157,7 +157,7 @@ class RunConfig:
 
 
 def read_run_config(path: Path, changed: float) -> RunConfig | None:
-    """Read a run.toml. Returns None if it belongs to another program.
+    """Read a run.toml. Returns None if the file is not one of this project's.
 
     `changed` is its modification time. Raises OSError if it cannot be read.
     """
@@ -165,7 +165,7 @@ def read_run_config(path: Path, changed: float) -> RunConfig | None:
 
 
 def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | None:
-    """Parse the bytes of a run.toml. Returns None if it belongs to another program.
+    """Parse the bytes of a run.toml. Returns None if the file is not one of this project's.
 
     `changed` is its modification time.
     """
@@ -251,7 +251,7 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class WaitingJobs:
-    """Numbers of the waiting jobs in queue order, read once for all runs of a list."""
+    """Numbers of the waiting jobs in queue order, read once to describe a whole list of runs."""
 
     numbers: Sequence[int]
     is_paused: bool  # the queue is paused
@@ -295,7 +295,7 @@ class TrackedRuns:
         return version, read_run_config(path, status.st_mtime)
 
     def find_run_config(self, run: RunSummary) -> RunConfig | None:
-        """Return the described folder from which a run can be started again; None if there is none."""
+        """Return the run.toml whose training run writes this history; None if there is none."""
         for run_config in self.list_run_configs():
             if run.history in (run_config.history, run_config.preparation_history):
                 return run_config
@@ -549,12 +549,12 @@ def make_run_argv(described: DescribedFolder, models: Path) -> list[str]:
 
 
 def make_check_argv(folder: Path) -> list[str]:
-    """Return the command that checks a described folder."""
+    """Return the command that checks a folder's run.toml and dataset before a training run."""
     return ["reelsmith", "run", str(folder), "--check"]
 
 
 def find_start_argv(run_config: RunConfig, models: Path) -> list[str]:
-    """Return the command that trains on a described folder, even if `new` did not write its run.toml."""
+    """Return the command that starts the training run of a run.toml, even if `new` did not write the file."""
     try:
         return make_run_argv(read_described(run_config.folder), models)
     except (OSError, ValueError):

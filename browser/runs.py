@@ -76,7 +76,7 @@ def is_process_alive(process: Mapping[str, Any]) -> bool | None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Return whether this user owns a file, since a folder may be shared; on Windows, whether it exists."""
+    """Return whether this user owns a file, because others may share the folder; on Windows, if it exists."""
     try:
         status = path.lstat()
     except OSError:
@@ -248,7 +248,7 @@ def describe_left(steps: int, seconds: float | None) -> str:
 
 
 class PageStatus(NamedTuple):
-    """Values in the page that an older version wrote next to a run's history."""
+    """Values read from the HTML page that an older version wrote next to a run's history."""
 
     model: str
     ending: tuple[str, str] | None
@@ -357,7 +357,7 @@ def _read_last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
 
 
 def find_doing(tail: bytes) -> str:
-    """Return the work between two steps at the end of a history; "" if a step followed it."""
+    """Return the last `doing` text of a history file, such as caching; "" if the run has gone on since."""
     row = _read_last_row(tail, "doing", 0)
     position = tail.rfind(b', "doing": ')
     later = ("loss", "ended", "started", "samples", "saved", "validation")
@@ -377,7 +377,7 @@ def _read_last_row(content: bytes | mmap.mmap, key: str, minimum: int) -> Row | 
 
 @dataclass
 class OpenHistory:
-    """The history of the run that a page shows; `refresh` reads only the lines appended since."""
+    """The history of the run that a page shows; `refresh` reads only newly appended lines."""
 
     path: Path
     status: os.stat_result | None = None
@@ -421,7 +421,7 @@ class ListedFolder(NamedTuple):
 
 
 class ReadHistory(NamedTuple):
-    """Summary of a history, and the state of its file when it was read."""
+    """Summary of a history file, and the file's size and times when it was read."""
 
     version: tuple[int, int, int]  # modification time, size and inode
     run: RunSummary

@@ -191,7 +191,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[st
 
 @dataclass(frozen=True)
 class _RowEdit:
-    """Changes that a user made in a row of the form."""
+    """A user's changes to one row of the samples form."""
 
     number: int  # index of the row on the page
     row: PromptRow  # the row before the edit
@@ -300,7 +300,7 @@ def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
 
 
 class SamplePages:
-    """Shows the samples of a described folder, and saves them."""
+    """Shows and saves the sample prompts in a folder's prompts.txt."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -445,7 +445,7 @@ def find_recipe(model: ModelSet | None) -> ModelRecipe | None:
 
 
 def has_layers(recipe: ModelRecipe | None) -> bool:
-    """Return whether a sample's number of frames is its number of layers."""
+    """Return whether the model generates layered images, where the field `frames` is the number of layers."""
     return recipe is not None and "layers" in recipe.fields
 
 

@@ -298,7 +298,7 @@ class Gate:
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
 
     def _is_encrypted(self, request: Request) -> bool:
-        """Return whether a request names the server by its https address."""
+        """Return whether a request reached the server through its https address."""
         origin = self.public_origin or ""
         return origin.removeprefix("https://") == request.headers.get("host", "").lower()
 
@@ -446,7 +446,7 @@ class RunPages:
 
 
 def explain_error(request: Request, error: Exception) -> Response:
-    """Return the response, with a remedy, if a damaged or missing file has ended a request."""
+    """Return the response, with advice, to a request that failed on a damaged or missing file."""
     if not isinstance(error, UserError):
         return answer_not_found()
     return answer_text(str(error), 500 if request.method == "GET" else 422)

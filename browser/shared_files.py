@@ -38,14 +38,14 @@ WAV_TEXTS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"axml"}
 
 
 class Replacement(NamedTuple):
-    """Bytes that are sent instead of `size` bytes of the file; `data` is b"" for zeros."""
+    """Bytes sent in place of `size` bytes of the file, to hide metadata; zeros if `data` is b""."""
 
     start: int
     size: int
     data: bytes = b""
 
     def cut(self, begin: int, end: int) -> bytes:
-        """Return the replaced bytes between two offsets of the file."""
+        """Return the replacement for the file's bytes from offset `begin` to `end`."""
         if self.data:
             return self.data[begin - self.start : end - self.start]
         return bytes(end - begin)

@@ -166,7 +166,7 @@ def read_days(form: Form) -> int:
 
 
 def shared_clip(name: str, prompt: str, step: int) -> Markup:
-    """Return the HTML of a sample, which the browser loads by its link."""
+    """Return the HTML element that shows a sample image, clip or sound by its link."""
     label = mark_folders(say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
     return TAGS.get(Path(name).suffix, TAGS[".png"]).format(link(SAMPLES, name), label)
 

@@ -133,7 +133,7 @@ class TagPages:
         return find_task(self.site.models, FAMILY, TASK)
 
     def find_model_folder(self) -> str:
-        """Return the folder into which the catalogue's tagger is downloaded."""
+        """Return the folder to which the catalogue's tagger model is downloaded."""
         model = self.find_model()
         assert model is not None  # a test guarantees the catalogue entry
         return str((self.site.models / model.parts[0].path).absolute())

@@ -115,7 +115,8 @@ class Ticket:
 def is_own_connection(connection: Connection) -> bool:
     """Return whether this user opened a connection from a port of this machine.
 
-    Also True if the system does not show owners: such a system does not show command lines either.
+    Also returns True if the system hides who owns a connection: it hides command lines too, so no other
+    user can read the token from one.
     """
     return not _SHOWS_OWNERS or find_owner(connection) == os.getuid()
 

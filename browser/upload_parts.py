@@ -107,7 +107,7 @@ class PieceUploads:
         return await run_in_threadpool(answer_received, upload.folder)
 
     def show(self, request: Request) -> Response:
-        """Respond with the number of bytes of a file that have arrived."""
+        """Respond with the number of bytes that have arrived, where the browser resumes the upload."""
         try:
             upload = self.find(request)
             return answer_json({"at": upload.count_bytes(), "folder": str(upload.folder)})

@@ -49,7 +49,7 @@ FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """Limits on dropped files."""
+    """Limits on the files that a user drops on a page to upload them."""
 
     file_bytes: int = 8 << 30
     folder_bytes: int = 200 << 30  # maximum size of all files of a folder together
@@ -356,7 +356,7 @@ def reject_existing(name: str, names: set[str]) -> None:
 
 
 def _measure(folder: Path) -> tuple[set[str], int]:
-    """Return the case-folded names in a folder, and its files' total bytes; empty if it does not exist."""
+    """Return a folder's case-folded file names and total bytes; an empty set and 0 if it does not exist."""
     names = set()
     size_bytes = 0
     if folder.is_dir():

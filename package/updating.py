@@ -451,7 +451,7 @@ def _install_files(root: Path, unpacked: Path, digests: Mapping[str, str], chang
 
 
 def _report_update(change: FileChange, had_digests: bool) -> None:
-    """Print what an update has changed; without digests of the old version, edited files are unknown."""
+    """Print what an update has changed. Without digests of the old version, it cannot name edited files."""
     replaced, added = len(change.replaced), len(change.added)
     _say(f"Updated (files replaced: {replaced}, added: {added}). Start Reelsmith again.")
     _report_saved_copies(change.edited_copies)
@@ -651,7 +651,7 @@ def _is_blocked(root: Path, name: str) -> bool:
 
 
 def _read_files(root: Path) -> list[str]:
-    """Return the files of the version in the last zip file; [] if they are not known."""
+    """Return the relative paths of the files that the last update installed; [] if there is no record."""
     note = root / STATE_FOLDER / FILE_LIST
     if not note.is_file():
         return []

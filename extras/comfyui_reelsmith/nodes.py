@@ -87,7 +87,7 @@ class QueuedTraining:
                 log.write(str(error).encode())
 
     def stop(self) -> None:
-        """Stop the training as Ctrl-C does, so that it saves its state; a waiting training does not start."""
+        """Stop the training run as Ctrl-C does, so that it saves its state; a waiting run does not start."""
         self.is_stopped = True
         if self.process is None or self.process.poll() is not None:
             return
@@ -194,7 +194,7 @@ def find_samples(folder: Path) -> list[Path]:
 
 
 def read_frames(path: Path) -> Tensor:
-    """Return an image, or the frames of a clip, as B H W C in 0..1."""
+    """Return an image, or the frames of a clip, as a (B, H, W, C) tensor in 0..1."""
     if path.suffix.lower() in CLIP_SUFFIXES:
         import av  # ComfyUI brings it
 

@@ -85,14 +85,15 @@ def resume(run: CommandRun, **changes: Any) -> CommandRun:
 
 
 def plan(model: str, **options: Any) -> str:
-    """Return the table of the memory that a training run needs, as its option --plan prints it.
+    """Return the table of the memory that a training run needs, as the command prints it with --plan.
 
     Args:
         model: Name of the model.
-        **options: Options of the training. `plan="24"` plans for a 24 GB GPU that this machine need not have.
+        **options: Options of the training command. `plan="24"` plans for a 24 GB GPU, even on a machine
+            without one.
 
     Raises:
-        UserError: For what the user has to change.
+        UserError: If an option or file is wrong, with the message of the command.
     """
     run = train(model, **{"plan": True, **options}).wait()
     return "\n".join(run.lines)
@@ -156,7 +157,7 @@ def generate(model: str, *, callback: Callback | None = None, **options: Any) ->
 
 
 def merge(*, callback: Callback | None = None, **options: Any) -> Path:
-    """Merge LoRAs into a model file, as `reelsmith merge` does, and return the file.
+    """Merge LoRAs into a model file, as `reelsmith merge` does, and return the path of the new file.
 
     Args:
         callback: Called with each event.
@@ -217,7 +218,7 @@ def _check(
 
 
 def _find_entry(model: str) -> FamilyEntry:
-    """Return the family of a model by its name in the tree or in the commands: z_image, zimage, flux-2."""
+    """Return the family of a model by its folder or command name, such as z_image, zimage or flux-2."""
     entries = {}
     for name, entry in with_scripts().items():
         entries[name] = entries[entry.script] = entry

@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def _find_named(argv: Sequence[str]) -> ScriptCommand | None:
-    """Return the command with which a command line begins, reading only that command's script."""
+    """Return the command named by the first words of `argv`, reading only that command's script."""
     for command in _name_files(ROOT):
         if tuple(argv[: len(command.words)]) == command.words and _is_script(command.path):
             return command
