@@ -55,7 +55,7 @@ def has_changed_since(job: Job, folder: Path, names: Sequence[str]) -> bool:
 
 
 class BackgroundJobs:
-    """Start commands in processes of their own, and read their state and printed output."""
+    """Starts commands outside the queue as background processes, and reads their state and output."""
 
     def __init__(self, queue: JobQueue) -> None:
         """Store the files of background jobs in the folder of `queue`, next to the logs of its jobs."""

@@ -18,7 +18,7 @@ TYPED_OPTIONS = ("api_base",)  # options of the command that send data to the ad
 
 @dataclass(frozen=True)
 class TriedCaption:
-    """A caption that a trial run has written for a file, without saving it."""
+    """A caption that a model has written for a file on trial, without saving it."""
 
     name: str
     address: str | None  # address of its image
@@ -93,7 +93,7 @@ def _make_engine_options(engine: str) -> list[str]:
 
 
 def describe_engine(engine: str) -> str:
-    """Return "on disk" or the download size of the default caption model; "" for other models."""
+    """Return "ready" or the download size of the default caption model; "" for other models."""
     if engine != CAPTION_MODEL:
         return ""
     from huggingface_hub import constants  # imported here because only this page needs it

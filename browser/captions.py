@@ -241,7 +241,7 @@ class Captions:
             del self._undo_stacks[path], self._original_contents[path]
 
     def _push_undo(self, path: Path, content: bytes | None) -> None:
-        """Store the content that a file had before a save; None: there was no file."""
+        """Store a file's content from before a save, for undo; None means that there was no file."""
         self._original_contents.setdefault(path, content)
         self._undo_stacks.setdefault(path, deque(maxlen=MAX_SAVES)).append(content)
 
@@ -252,7 +252,7 @@ class Captions:
             del self._undo_stacks[path], self._original_contents[path]
 
     def _restore(self, path: Path, earlier_content: bytes | None, checksum: str) -> None:
-        """Write the earlier content of a file, or delete the file if there was none (None)."""
+        """Write the earlier content of a file, or delete the file if it is None."""
         content = self._require_unchanged(path, checksum)
         if earlier_content is None and content is not None:
             path.unlink()
@@ -310,7 +310,7 @@ def _lock_folders(folders: Iterable[Path]) -> Iterator[None]:
 
 
 def _lock_folder_of(path: Path) -> AbstractContextManager[None]:
-    """Let one server at a time compare and write captions of a folder, so that it sees every save."""
+    """Let one server at a time compare and write captions of a folder, so that no save is lost."""
     return only_one(path.with_name(LOCK))
 
 

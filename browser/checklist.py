@@ -136,7 +136,7 @@ def _make_caption_row(num_uncaptioned: int, trigger_word: str) -> CheckRow:
 
 
 def _group_details(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
-    """Group the printed lines: indented lines and commands are details of the line above them."""
+    """Group printed lines: an indented line or a command is a detail of the line above it."""
     groups: list[_PrintedGroup] = []
     for line in lines:
         if groups and (line.depth or line.is_command):

@@ -40,7 +40,7 @@ def format_move(paths: Sequence[Path], folder: Path) -> str:
 
 
 def _add_script_path(argv: Sequence[str]) -> list[str]:
-    """Replace the script's name in a command by its absolute path in the checkout."""
+    """Replace a command's script name with its absolute path in the checkout."""
     argv = list(argv)
     if argv[:1] == ["reelsmith"]:
         return ["python", str(ROOT / FRONT_SCRIPT), *argv[1:]]

@@ -239,7 +239,7 @@ class _TypedCommand(NamedTuple):
 
 
 def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) -> Iterator[_TypedCommand]:
-    """Yield the commands of a history that start one of the given scripts."""
+    """Yield the commands from a run's history that start one of the given scripts."""
     for command in commands:
         try:
             argv = shlex.split(command.bash)
@@ -398,7 +398,7 @@ def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
 
 
 def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
-    """Return the row of a typed prompt line. `seed` is used for a line without a seed of its own."""
+    """Return the row of a typed prompt line. `seed` applies if the line does not set one."""
     line = line.strip()
     split = split_line(line)
     prompt = split.prompt.strip()
@@ -456,7 +456,7 @@ def _read_tags(path: Path, changed: int, size: int) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """A cell of the comparison: the address of its clip, or the state of the job that generates it."""
+    """A cell of the comparison: the URL of its image or clip, or the state of the job that generates it."""
 
     href: str = ""
     note: str = ""
@@ -488,7 +488,7 @@ QueuedClips = Mapping[tuple[str, str], QueuedClip]  # keyed by LoRA file and pro
 
 @dataclass(frozen=True)
 class RowClips:
-    """The cells of a row: a clip without a LoRA, and a clip for the file of each column."""
+    """One row of the comparison: a clip without a LoRA, and one clip for each LoRA file (column)."""
 
     without_lora: ShownClip
     with_lora: Sequence[ShownClip]
@@ -574,7 +574,7 @@ def _address(source: ComparableRun, *parts: str) -> Markup:
 
 
 def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
-    """Return the last queued job for each pair of LoRA file and prompt line."""
+    """Return the newest queued job for each pair of LoRA file and prompt line."""
     clips: dict[tuple[str, str], QueuedClip] = {}
     for job in queue.jobs():
         with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # an invalid manual line

@@ -34,7 +34,7 @@ def _list_options() -> Mapping[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetKeys:
-    """The values of a dataset.toml that the table of all settings shows or checks."""
+    """The values of a dataset.toml that the page's table of all settings shows or checks."""
 
     content: Mapping[str, Any]
 
@@ -87,7 +87,7 @@ class DatasetKeys:
     def read_batch_size(self, values: Mapping[str, Any]) -> str:
         """Return the batch size as text; several numbers if the tables differ.
 
-        `values` are the options of the training; they apply where the file has no batch size.
+        `values` are the options of the training run; they apply where the file sets no batch size.
         """
         default = self._read_general().get(BATCH, values.get(BATCH_OPTION, 1) if self.has_subsets else 1)
         sizes = [table.get(BATCH, default) for table in self.tables] or [default]

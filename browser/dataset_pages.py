@@ -94,7 +94,7 @@ def read_page_slice(query: Mapping[str, str]) -> slice:
 
 
 def answer_cacheable_jpeg(jpeg: bytes) -> Response:
-    """Return a small image that browsers may cache forever: its address changes when its file does."""
+    """Return a thumbnail that browsers may cache forever, because its URL changes with its file."""
     headers = {"cache-control": "private, max-age=31536000, immutable"}
     return Response(jpeg, media_type="image/jpeg", headers=headers)
 
@@ -115,7 +115,7 @@ def _contains_terms(file: File, search_terms: Sequence[str]) -> bool:
 
 
 def _is_outdated(file: File) -> bool:
-    """Return whether a file has no valid caches."""
+    """Return whether a file's latent or text caches are missing or invalid."""
     if "edited" in file and file["caches"]:
         return True
     states = [state for parts in file["caches"].values() for state, _ in parts.values()]
@@ -257,7 +257,7 @@ class DatasetPages:
     def image_address(
         self, dataset: FoundDataset, id: str, part_index: int, part: Mapping[str, Any]
     ) -> str | None:
-        """Return the address of a thumbnail of one file of an item, such as its clip or control image.
+        """Return the URL of a thumbnail of one file of a dataset item, such as its clip or control image.
 
         Returns None if the file may not be shown, or if it is in an archive at an unknown offset.
         """
@@ -355,7 +355,7 @@ class DatasetPages:
         return list_table_folders(self.runs, dataset.path, dataset.base_folder)[:MAX_FOLDERS]
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
-        """Respond with a part of a dataset's files as JSON; 400 if the requested part is not valid."""
+        """Respond with a range of a dataset's files as JSON; 400 if the range is not valid."""
         try:
             return answer_json(self.list_files(dataset, request.query_params))
         except ValueError:

@@ -60,7 +60,7 @@ MODEL_OF_FAMILY = {
 
 @functools.cache
 def image_families() -> frozenset[str]:
-    """Return the families that generate images only, by the names that runs use."""
+    """Return the families that generate only images, by the names in run histories."""
     families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
     frames: dict[str, int] = {}
     for model in find_models():
@@ -76,7 +76,7 @@ File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 @dataclass(frozen=True)
 class FoundDataset:
-    """The configuration file of a dataset, and the runs that trained on it."""
+    """A dataset's TOML or JSON configuration file, and the runs that trained on it."""
 
     path: Path
     base_folder: Path  # folder that relative paths in the configuration refer to
@@ -147,7 +147,7 @@ def select_folder(config: Path, working_folder: Path) -> Path:
 
 
 def _list_texts(content: Any, with_companions: bool) -> Iterator[str]:
-    """Yield all strings in nested JSON; `with_companions` includes those for masks, caches and so on."""
+    """Yield the strings in nested JSON; `with_companions` includes paths of masks, caches and so on."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
@@ -549,7 +549,7 @@ def _describe_caches(files: Iterable[File]) -> str:
 
 
 def _report_options(dataset: FoundDataset, measurement: Measurement) -> list[str]:
-    """Return the options of tools/dataset_report.py that measure a dataset."""
+    """Return the options of tools/dataset_report.py to measure a dataset."""
     fps, pixel_step, frame_step = MODELS[measurement.model]
     options = ["--dataset_config", str(dataset.path), "--fps", fps, "--pixel_step", pixel_step]
     options += ["--frame_step", frame_step]

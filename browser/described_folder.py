@@ -65,7 +65,7 @@ class DescribedFolder:
 
     @property
     def output(self) -> Path:
-        """Folder that the training saves into."""
+        """Folder into which the training run saves its files."""
         return self.folder / str(self.values.get("output_dir", "output"))
 
 

@@ -49,7 +49,7 @@ MAX_TRAIN_STEPS = "max_train_steps"
 
 @dataclass(frozen=True)
 class DraftChange:
-    """The changes that saving a form would make to files, shown as a preview in one section of the page."""
+    """The changes that saving a form would make to files, shown as a preview on the page."""
 
     section: str  # section of the page: SETTINGS_TABLE, the name of a file edited as text, or `samples`
     diff_lines: Sequence[str] = ()  # removed and added lines
@@ -248,7 +248,7 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
 
 
 def _check_run(text: str, content: Mapping[str, Any], folder: Path) -> str:
-    """Check a run.toml by the training script that it names."""
+    """Check the text of a run.toml with the training script that it names."""
     if not isinstance(content.get(TRAINING_TABLE), dict):
         raise ValueError(
             say(

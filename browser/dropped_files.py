@@ -100,7 +100,7 @@ def clean_stem(name: str) -> str:
 
 
 def find_suffix(path: Path) -> str:
-    """Return the suffix that fits a file's content. Raises OptionError if no model can use such content."""
+    """Return the suffix that fits a file's content. Raises OptionError for content that no model can use."""
     suffix = _find_image_suffix(path) or _find_clip_suffix(path)
     if suffix is None:
         raise OptionError(say("It is not a readable picture or clip"))

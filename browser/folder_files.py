@@ -107,10 +107,10 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 class LeftOut:
-    """Leaves files of a folder out of the training: moves them and their captions into the bin, and back.
+    """Excludes files from training: moves them and their captions out of the dataset folder, and back.
 
     This is not a `BinFolder`, whose entries are named by the time of removal and are not restored by any
-    page. Files left out are stored under the name of their folder, whose page lists them.
+    page. Excluded files are stored under the name of their folder, whose page lists them.
     """
 
     def __init__(self, runs: Runs) -> None:
@@ -132,7 +132,7 @@ class LeftOut:
             return []
 
     def leave_out(self, folder: Path, name: str) -> None:
-        """Move a file out of its folder into the bin. Raises UserError if that fails."""
+        """Move a file out of its folder, so that no run trains on it. Raises UserError if that fails."""
         self._move(folder, self.find_storage(folder), name)
 
     def put_back(self, folder: Path, name: str) -> None:
@@ -188,7 +188,7 @@ class FolderFiles:
         self._headers: OrderedDict[tuple[str, int], MediaHeader] = OrderedDict()
 
     def address(self, folder: Path) -> str:
-        """Return the address from which `dataset.js` requests the files of a folder."""
+        """Return the URL from which the script `dataset.js` requests the list of a folder's files."""
         return f"/new/rows/{os.fsencode(folder).hex()}/"
 
     def find(self, request: Request) -> Path | None:
@@ -200,7 +200,7 @@ class FolderFiles:
         return find_folder(self.runs, text)
 
     def show_items(self, request: Request) -> Response:
-        """Respond with a part of a folder's files as JSON; the query has `text`, `only`, `from`, `count`."""
+        """Respond with a range of a folder's files as JSON; the query has `text`, `only`, `from`, `count`."""
         folder = self.find(request)
         if folder is None:
             return answer_json({"state": "gone", "error": NOT_FOUND})

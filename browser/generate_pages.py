@@ -145,7 +145,7 @@ class GenerateForm:
         )
 
     def as_fields(self) -> dict[str, list[str]]:
-        """Return the fields that a page with this form sends."""
+        """Return the form's fields as a browser would send them."""
         fields = {name: [text] for name, text in self.field_values.items()}
         fields |= {"source": [self.source], "count": [self.num_results], "lora": list(self.lora_strengths)}
         fields |= {f"strength {path}": [strength] for path, strength in self.lora_strengths.items()}

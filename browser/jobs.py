@@ -66,7 +66,7 @@ class UnknownJobsError(OutputError):
 
 @dataclass
 class Job:
-    """A command line of the queue, and the state of its process when it was last read."""
+    """A command line in the queue, and the state of its process when it was last read."""
 
     id: int
     line: str  # as in the text file
@@ -91,7 +91,7 @@ class Job:
             self.state = self._name_ending()
 
     def _is_running(self, process: dict[str, Any]) -> bool:
-        """Return whether the process runs; on another machine, whether its log is still growing."""
+        """Return whether the job's process runs; on another machine, whether its log is still growing."""
         is_alive = is_process_alive(process)
         if is_alive is not None:
             return is_alive
@@ -308,7 +308,7 @@ class JobQueue:
     def add_and_begin(
         self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command, and start the queue, unless it is paused and has other jobs.
+        """Append a command, and start the queue unless other jobs are waiting.
 
         Returns the number of the job. `within` is the folder that it may write to, `typed` are options that
         may still send data.
@@ -440,7 +440,7 @@ class JobQueue:
                 remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
 
     def _work(self, worker_lock: contextlib.ExitStack) -> None:
-        """Start one job after another until the queue is closed, holding the queue's lock."""
+        """Run the waiting jobs one after another until the queue is closed, holding the queue's lock."""
         with worker_lock:
             while not self._stop_requested.wait(EVERY_SECONDS):
                 try:
@@ -554,7 +554,7 @@ class JobQueue:
             )
 
     def _read_files(self) -> tuple[_QueueContent, str]:
-        """Return the content of both files, and the text of the state file."""
+        """Return the content of the command and state files, and the text of the state file."""
         stored_text = _read_or_empty(self.folder / STATE) or _QueueContent([], [], 0, None).as_text()
         try:
             stored = parse_json(stored_text)
@@ -621,7 +621,7 @@ class JobQueue:
 
 
 def _group_by_line(jobs: Iterable[Job]) -> dict[str, list[Job]]:
-    """Return the jobs with equal command lines, by the line."""
+    """Group jobs by command line."""
     groups: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
         groups[job.line].append(job)

@@ -187,7 +187,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
 
 def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
-    """Return the program of a job. Raises OptionError if it is not this project's, or never ends."""
+    """Return the program's argv. Raises OptionError if it is not this project's, or never ends."""
     command, program = find_program(argv, folder)
     reject_endless(command, argv)
     return program

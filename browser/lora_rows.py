@@ -146,7 +146,7 @@ class RunLoras:
         return set() if loras is None else {name for row in loras.rows for name in row.names}
 
     def list_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
-        """Return the LoRAs for a recipe: first the LoRAs of its command, then LoRAs of runs of its family."""
+        """Return the LoRAs for a recipe: first those of its command, then LoRAs of its family's runs."""
         rows: dict[str, LoraRow] = {}  # keyed by the complete path
         for lora in recipe.loras:
             row = LoraRow(path=lora.path, title=recipe.title)
@@ -174,7 +174,7 @@ class RunLoras:
         return foreign_rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
-        """Return the run with this id if it can generate, otherwise None.
+        """Return the run with this id, with its generation options; None if pages cannot generate with it.
 
         Raises OSError if its history cannot be read.
         """

@@ -120,7 +120,7 @@ class RunningThing:
 
 @dataclass(frozen=True)
 class MachineInfo:
-    """State of this machine, for the line on every page."""
+    """State of this machine's GPUs and processes, for the status line on every page."""
 
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()

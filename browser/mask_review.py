@@ -78,7 +78,7 @@ class _MaskChange(NamedTuple):
 
 @dataclass
 class MaskReview:
-    """The masks of folders below the roots. Changes can be undone until the server ends."""
+    """Reads and changes the masks of folders below the roots. Changes can be undone until the server ends."""
 
     runs: Runs
     _changes: dict[Path, list[_MaskChange]] = field(default_factory=dict)  # keyed by folder, the newest last
@@ -254,7 +254,7 @@ class MaskReview:
 
 
 def name_id(media_file: MaskEntry) -> str:
-    """Return the id of an image or clip in addresses."""
+    """Return the id of an image or clip in URLs."""
     return short_digest(media_file.media_path.name)
 
 
@@ -285,7 +285,7 @@ def list_shown_frames(media_file: MaskEntry) -> list[int]:
 
 
 def read_shown_frames(media_file: MaskEntry, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Return frames of an image or clip with their numbers, reduced in size.
+    """Return the frames with these indices, each with its index, reduced in size; an image has one frame.
 
     Raises MediaError if it cannot be read.
     """
@@ -363,7 +363,7 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
 
 
 def _describe_mask(media_file: MaskEntry, state: str, fault: str) -> dict[str, Any]:
-    """Return the JSON values of an image or clip without its frames; `fault` is why it cannot be shown."""
+    """Return the JSON values of an image or clip without its frames. `fault` is why it cannot be shown."""
     return {
         "id": name_id(media_file),
         "name": media_file.media_path.name,

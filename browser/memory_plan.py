@@ -66,7 +66,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Memory plan of a training script: its largest phase, divided into parts."""
+    """Memory plan printed by a training script: the phase that needs most memory, divided into parts."""
 
     phase: PlannedPart
     parts: Sequence[PlannedPart]
@@ -74,7 +74,7 @@ class ReadPlan:
 
     @property
     def cuda_gib(self) -> float:
-        """Memory in GiB that CUDA itself takes."""
+        """GPU memory in GiB that the CUDA context takes."""
         match = OF_CUDA.search(" ".join(self.remarks))
         return float(match[1]) if match else 0.0
 
@@ -98,7 +98,7 @@ class ReadPlan:
         return [(part, 100 * part.device_gib / bar_gib) for part in parts]
 
     def card_share(self, size: float) -> float:
-        """Return the position on the bar at which the card's memory ends, in percent."""
+        """Return where the card's memory ends on the bar, in percent of the bar's length."""
         needed_gib = sum(part.device_gib for part in self.parts) + self.cuda_gib
         return 100 * size / max(size, needed_gib)
 
@@ -327,7 +327,7 @@ class MemoryPages:
         return [path for path in paths if not (described.folder / path).exists()]
 
     def plan_argv(self, file: DraftFile, size: float) -> list[str]:
-        """Return the command that plans for a card of `size` GiB. `file` is the run.toml."""
+        """Return the command that plans the run for a GPU with `size` GiB. `file` is the run.toml."""
         script = find_training_script(file.text)
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 

@@ -74,7 +74,7 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """A task of the catalogue and its parts."""
+    """A model of the catalogue, named by family and task, and the parts that it consists of."""
 
     model: ModelSet
     parts: tuple[ModelPart, ...]
@@ -102,7 +102,7 @@ class TaskFiles:
 
     @property
     def state(self) -> str:
-        """Text about the task's state: on disk, or the amount to download."""
+        """Text that says whether the model's files are on disk, or how much is to be downloaded."""
         if self.is_there:
             return say("ready")
         if len(self.missing) == len(self.parts):
@@ -206,7 +206,7 @@ def read_model_part(component: Component, models: Path) -> ModelPart:
 
 
 def _is_cut_off(component: Component, sizes: Sequence[int | None]) -> bool:
-    """Return whether a component's only file is smaller than its tensors; `sizes` are in bytes on disk."""
+    """Return whether a component's only file is smaller than its tensors; `sizes` are its files' bytes."""
     if len(sizes) != 1 or sizes[0] is None or component.tensor_bytes is None:
         return False
     return sizes[0] < component.tensor_bytes
@@ -247,7 +247,7 @@ def list_parts_on_disk(models: Path, part_cache: PartCache) -> list[ModelPart]:
 
 @dataclass(frozen=True)
 class UnknownFile:
-    """A file of the models folder that belongs to no part of the catalogue."""
+    """A file in the models folder that no model of the catalogue uses."""
 
     path: Path  # relative to the models folder
     size_bytes: int
@@ -348,7 +348,7 @@ def _remove_empty(folder: Path, models: Path) -> None:
 
 @dataclass(frozen=True)
 class Download:
-    """The most recently started download of a task, with its progress."""
+    """The most recently started download of a model's files, with its progress."""
 
     files: TaskFiles
     job: Job
@@ -388,7 +388,7 @@ class Download:
 
 
 def name_download(models: Path, family: str, task: str) -> str:
-    """Return the name of the background job that downloads a task."""
+    """Return the name of the background job that downloads the model of a family's task."""
     return name_background_job(DOWNLOAD, models / family / task)
 
 

@@ -224,7 +224,7 @@ def _is_full(files: TaskFiles) -> bool:
 
 
 def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, list[str]]:
-    """Return the complete tasks on disk that also use each part of a task, by the part's path."""
+    """Return, by part path, the titles of other complete models on disk that use the same part."""
     complete = {task.name for task in tasks if task.is_there and task.name != files.name}
     return {
         part.path: [say(model.title) for model in part.models if name_task(model) in complete]
@@ -233,7 +233,7 @@ def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, lis
 
 
 def _has_smaller(files: TaskFiles) -> bool:
-    """Return whether a task can use 8-bit text encoders, or is shown with them."""
+    """Return whether the model can use 8-bit text encoders, or is shown with them."""
     return files.in_fp8 or any(part.component.in_fp8 for part in files.parts)
 
 

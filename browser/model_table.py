@@ -159,7 +159,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
 
 
 def list_licenses(parts: Sequence[Component]) -> list[Licence]:
-    """Return the distinct licenses of parts that are to be downloaded."""
+    """Return the distinct licenses of the model parts to download."""
     return list(dict.fromkeys(part.licence for part in parts))
 
 
@@ -169,7 +169,7 @@ def is_gated(licence: Licence) -> bool:
 
 
 def has_login() -> bool:
-    """Return whether this machine has a Hugging Face token. The token is neither shown nor tried."""
+    """Return whether this machine has a Hugging Face token. The token is neither shown nor verified."""
     from huggingface_hub import get_token  # only for models that need it
 
     return bool(os.environ.get("HF_TOKEN") or get_token())

@@ -237,7 +237,7 @@ def list_shown_kinds(model: ModelSet) -> list[RunKind]:
 
 
 def select_single_task(family: str, task: str) -> str:
-    """Return the only task of a family if it has one task; otherwise the selected task."""
+    """Return a family's only task if it has just one; otherwise the selected task."""
     tasks = [model.task for model in find_models() if model.family == family]
     return tasks[0] if len(tasks) == 1 else task
 
@@ -393,7 +393,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
 
 
 def list_changed_fields(form: NewForm, before: NewForm) -> list[str]:
-    """Return the labels of fields that differ in two forms, among those that affect all files of a folder."""
+    """Return the labels of the changed fields that apply to all files of a folder."""
     return [
         label for name, label in FIELDS_OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)
     ]

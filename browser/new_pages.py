@@ -233,7 +233,7 @@ class NewPages:
 
     @functools.cached_property
     def cards(self) -> list[str]:
-        """Names of the graphics cards, read once."""
+        """Names of this machine's GPUs, read once."""
         return [card.name for card in CardReader(shutil.which("nvidia-smi")).read()]
 
     def show(self, request: Request) -> Response:
@@ -360,7 +360,7 @@ class NewPages:
     def select_step(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None, progress: FolderProgress
     ) -> NextStep:
-        """Return the next step towards a training. A folder that does not exist counts as not chosen."""
+        """Return the next step towards a training run. A folder that does not exist counts as not chosen."""
         is_saved = False  # whether the folder's files have all values of the form
         if described is not None:
             saved_form = self.make_form(described)
@@ -513,7 +513,7 @@ class NewPages:
         return describe_duration(self.site.runs, described, steps, self.cards)
 
     def try_read(self, folder: Path | None) -> tuple[DescribedFolder | None, str]:
-        """Return the content of a folder's files, or None and the reason why they cannot be read."""
+        """Return the parsed run.toml and dataset.toml of a folder, or None and why they cannot be read."""
         if folder is None or not is_described(folder):
             return None, ""
         try:
@@ -841,7 +841,7 @@ class NewPages:
         return None if folder is None else self.site.background_jobs.find(name_background_job(kind, folder))
 
     def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
-        """Return the address of the page of a folder's training; "" if there is none yet.
+        """Return the URL of the page about a folder's training run; "" if there is no page yet.
 
         `job` is the queue's job that runs the folder.
         """
@@ -1032,7 +1032,7 @@ class NewPages:
         return ""
 
     def check(self, button: PressedButton) -> str:
-        """Start the check of the described folder."""
+        """Start the background job that checks the folder's run.toml and dataset."""
         self.reject_unsaved(button)
         name = name_background_job(CHECK, button.folder)
         self.site.background_jobs.start(name, make_check_argv(button.folder), Path.cwd())
@@ -1045,7 +1045,7 @@ class NewPages:
         return ""
 
     def try_captions(self, button: PressedButton) -> str:
-        """Start the command that prints captions of a few files."""
+        """Start the command that captions a few files as a trial and prints the captions."""
         folder = button.folder
         argv = make_caption_argv(CaptionForm.read(button.fields), TRIED)
         require_inside(self.site.runs, folder)  # the command writes into the folder
@@ -1063,7 +1063,7 @@ class NewPages:
         return ""
 
     def start_download(self, button: PressedButton) -> str:
-        """Start the download of the missing files of a described folder's model."""
+        """Start the download of the missing files of the model that the folder's run.toml names."""
         described = read_described(button.folder)
         files = self.find_files_to_download(described)
         if files is None:
@@ -1216,16 +1216,16 @@ def describe_failure(download: Download | None) -> str:
 
 
 def find_files_checksum(folder: Path | None, described: DescribedFolder | None) -> str:
-    """Return a checksum of the folder's files when they were read; "" if it is not described."""
+    """Return a checksum of run.toml and the other files as they were read; "" without a folder."""
     if described is not None:
         return described.checksum
     return "" if folder is None else mark_files(folder)
 
 
 def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
-    """Return the command that converts a described folder's captions to UTF-8; empty if there is none.
+    """Return the command that converts a folder's captions to UTF-8; [] if there is none.
 
-    `commands` are those of its run.toml.
+    `commands` are the commands in the folder's run.toml.
     """
     for argv in commands:
         with contextlib.suppress(OptionError):

@@ -26,7 +26,7 @@ def find_open_folder(runs: Runs, text: str) -> Path | None:
 
 
 def read_tables(config: Path) -> list[Mapping[str, Any]]:
-    """Return the tables of a dataset file, each with its subsets; empty if it cannot be read."""
+    """Return the dataset tables of a dataset.toml, each with its subsets; [] if it cannot be read."""
     try:
         text = read_own_file(config).decode()
         tables = (parse_json(text) if config.suffix == ".json" else parse_toml(text))["datasets"]

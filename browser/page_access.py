@@ -41,7 +41,7 @@ class PageAccess:
         return f"{end}.{self._sign(f'{end} {owner}')}"
 
     def has_valid_cookie(self, cookies: str, owner: int | None) -> bool:
-        """Return whether a request has a cookie whose value is valid for its account and has not expired."""
+        """Return whether a cookie's value is valid for the user id `owner` and has not expired."""
         return any(self._is_valid_value(value, owner) for value in list_values(cookies, COOKIE))
 
     def _is_valid_value(self, value: str, owner: int | None) -> bool:

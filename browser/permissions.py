@@ -29,7 +29,7 @@ MAX_SHOWN = 64 << 10  # bytes of a file
 
 @dataclass(frozen=True)
 class Permission:
-    """Something that a run may do, with a note for the user."""
+    """An action that a run.toml allows its run, such as sending data, with a note for the user."""
 
     text: str
     note: str = ""  # why it is rejected or unusual
@@ -157,7 +157,7 @@ def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
 
 
 def _list_typed_only(words: Sequence[str]) -> list[str]:
-    """Return the options in a command that start a program, including abbreviations that argparse accepts."""
+    """Return a command's options that start a program, including abbreviations that argparse accepts."""
     flags = [word.partition("=")[0] for word in words]
     typed = [flag for flag in flags if len(flag) > len("--x")]  # ignore one-letter names
     return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]

@@ -291,7 +291,7 @@ def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) 
 
 
 def _is_required_by_other_model(script: str, name: str) -> bool:
-    """Return whether the command of another released model of this script requires a field's image."""
+    """Return whether a released model with the same script has the field `name` in its command."""
     flags = {f"--{key}" for key in FIELDS[name]}
     for model in model_sets():
         words = model.commands.get("generate", "").split()

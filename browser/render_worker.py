@@ -663,7 +663,7 @@ class RenderWorker:
         return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MAX_OF_LINE)
 
     def read_last_error(self) -> str:
-        """Return the error message that the process has logged, or a sentence saying that there is none."""
+        """Return the error message that the model's process has logged, or a text that says there is none."""
         return extract_error_message(self._read_log()) or say(
             "the process has ended without an error message"
         )

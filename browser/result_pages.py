@@ -118,7 +118,7 @@ class SettingsCache:
         return read
 
     def read_some(self, results: Sequence[Result], seconds: float) -> int:
-        """Read files for at most `seconds`, and return how many are still to be read."""
+        """Read settings from files for at most `seconds`, and return how many files are still to be read."""
         end = time.monotonic() + seconds
         unread = [result for result in results if self.find_read(result) is None]
         for index, result in enumerate(unread):
@@ -204,7 +204,7 @@ class ResultTile:
 
     @property
     def job_text(self) -> str:
-        """State of the job that enlarges the result; "" without a job, or after it has finished."""
+        """State of the job that upscales the result; "" without a job, or after it has finished."""
         if self.job is None or self.job.state == FINISHED:
             return ""
         if self.job.state == DIED:
@@ -505,7 +505,7 @@ class ResultPages:
         return answer_template("result_tiles.html", say("Results"), values)
 
     def find_upscale_jobs(self) -> dict[str, Job]:
-        """Return the newest job of the queue that enlarges each file, by the file's path."""
+        """Return, by file path, the newest queued job that upscales the file."""
         jobs = {}
         with contextlib.suppress(UserError):
             for job in self.site.queue.jobs():

@@ -99,7 +99,7 @@ class NamedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultSettings:
-    """Settings that a file of this program was generated with, from its metadata."""
+    """Settings with which this program generated a file, read from the file's metadata."""
 
     values: Mapping[str, str]  # metadata name without prefix -> text
     loras: Sequence[NamedLora]
@@ -423,7 +423,7 @@ def _split_words(flag: str, text: str) -> list[str]:
 
 
 def _reject_options(flag: str, words: Sequence[str]) -> None:
-    """Raise OptionError if a value from a file looks like an option, not like the value of a flag."""
+    """Raise OptionError if a value for `flag` in a file's metadata looks like another option."""
     for word in words:
         if OPTION_PATTERN.match(word):
             raise OptionError(

@@ -100,7 +100,7 @@ class GenerationCommand:
         return next((index for index, flag in enumerate(self.argv[:-1], 1) if flag in flags), 0)
 
     def initial_text(self, index: int) -> str:
-        """Return the argument at an index as the text of its field; "" for a placeholder."""
+        """Return the argument at an index to fill its form field; "" for a placeholder."""
         word = self.argv[index]
         return "" if word in self.placeholders else word
 

@@ -23,7 +23,7 @@ def read_fields(form: Form) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunSamples:
-    """Shows the prompt file of a run, and writes it."""
+    """Shows and writes the sample prompt file of a run."""
 
     site: Site
     prompts: Captions = field(default_factory=Captions)

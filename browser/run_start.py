@@ -130,7 +130,7 @@ class RunConfig:
 
     @property
     def output(self) -> Path:
-        """Folder that the training saves into."""
+        """Folder into which the training run saves its files."""
         return self.history.parent
 
     @property
@@ -220,7 +220,7 @@ def _find_value(argv: Sequence[str], option: str) -> str:
 
 
 def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
-    """Return the family of a run's commands, as lists of runs name it; "" if they belong to no family.
+    """Return the model family of a run's commands, as lists of runs show it; "" if there is none.
 
     The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
     embedding or a full model, the family is taken from the caching commands, which are the same for all kinds
@@ -437,7 +437,7 @@ class TrackedRuns:
     # ---- starting
 
     def is_trusted(self, run_config: RunConfig) -> bool:
-        """Return whether the user has described or read a folder on this machine.
+        """Return whether the user has created or reviewed a run.toml on this machine.
 
         Otherwise it may come from somebody else. Files below the roots, such as histories and the queue,
         prove nothing, because they may have been copied.
@@ -445,12 +445,12 @@ class TrackedRuns:
         return recall_folder(run_config.folder) is not None
 
     def start(self, folder: Path, argv: Sequence[str], is_reviewed: bool = False) -> None:
-        """Add the run of a described folder to the queue, and start the queue unless other jobs wait.
+        """Add the run of a folder's run.toml to the queue, and start the queue unless other jobs wait.
 
         Args:
-            folder: The described folder.
+            folder: The folder.
             argv: Command of the run.
-            is_reviewed: The user has read its run.toml; this is remembered.
+            is_reviewed: Whether the user has just read the run.toml; this is remembered.
 
         Raises:
             OptionError: If the run is active, or its run.toml comes from elsewhere and was not read.
@@ -657,7 +657,7 @@ def _read_training_state(doing: str) -> RunState:
 
 
 def read_preparation_state(preparation: RunSummary) -> RunState:
-    """Return the state of a run that still downloads or caches, as `reelsmith run` does before training."""
+    """Return the state of a run that still downloads files or caches latents and texts before training."""
     step, _, progress = preparation.doing.partition(": ")
     if step not in PREPARATION_STEPS:
         return RunState(STARTING, details=preparation.doing)
@@ -701,7 +701,7 @@ def _find_latest_ended_state(
 
 
 def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState:
-    """Return the state of a run whose job is running but does not write a history yet."""
+    """Return the state of a run whose job is running but not writing a history: starting, or just ended."""
     for history in histories:
         if history is not None and history.changed > job.born + START_TIME_TOLERANCE:
             return _read_ended_run_state(history, job)  # the process is about to end

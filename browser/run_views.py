@@ -212,7 +212,7 @@ def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) ->
 
 
 def linked_clip(name: str, prompt: str, step: int) -> Markup:
-    """Return the HTML of a sample, which the page's script loads by its address."""
+    """Return the HTML of a sample, whose media the page's script loads later."""
     tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}">{2}</span>'
     address = link(SAMPLES, name)
     label = say("%(prompt)s, step %(step)s", prompt=prompt, step=step)
@@ -291,7 +291,7 @@ def _describe_live_run(
 
 
 def read_shape(runs: Runs, folder: Path, sample_names: Sequence[str]) -> str:
-    """Return the aspect ratio of the newest sample for the style sheet; "" if there is no sample.
+    """Return the newest sample's aspect ratio as a CSS value; "" if there is no sample.
 
     The page reserves space for samples that are loaded later.
     """
@@ -321,7 +321,7 @@ def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
 
 
 def mark_page(run_history: RunHistory, live_state: LiveRunState) -> str:
-    """Return a string that changes whenever the page of a run has to be loaded again."""
+    """Return a digest that changes whenever the browser has to reload the page of a run."""
     events = (
         run_history.samples,
         run_history.saved,
@@ -410,7 +410,7 @@ def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
 
 
 class FileNotes:
-    """Describes files by hash and metadata; each hash is computed once."""
+    """Describes weight files by hash and metadata, and caches the hashes."""
 
     def __init__(self) -> None:
         self._hashes: dict[tuple[str, int, int], str] = {}

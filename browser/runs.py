@@ -180,7 +180,7 @@ class RunSummary:
 
     @property
     def network(self) -> str:
-        """File name of the transformer that was trained."""
+        """File name of the base model's transformer (--dit)."""
         return Path(dict(self.start.changed).get("dit", "") if self.start else "").name
 
     @property
@@ -213,9 +213,10 @@ class RunSummary:
 
 
 def _is_same_folder(folder: Path, recorded: str) -> bool:
-    """Return whether a folder is the one that a history records, or may be it if the record is relative.
+    """Return whether `folder` is, or may be, the folder that a history records.
 
-    Histories of older versions have a relative path and no working folder: then the ends are compared.
+    Histories of older versions record a relative path and no working folder: then only the last parts of the
+    paths are compared.
     """
     actual = os.path.normcase(real_path(folder))
     if Path(recorded).is_absolute():
@@ -256,7 +257,7 @@ class PageStatus(NamedTuple):
 
 
 def read_page_status(history: Path) -> PageStatus | None:
-    """Return model, ending and total steps from the page next to an older version's history."""
+    """Read model, ending and total steps from the HTML page next to an older version's history."""
     with contextlib.suppress(OSError), page_path(history.parent, history_name(history)).open("rb") as file:
         match = STATUS.search(file.read(TAIL_BYTES).decode("utf-8", "replace"))
         if match:
@@ -343,7 +344,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
 
 
 def _find_newest_sample(run_history: RunHistory) -> str:
-    """Return the file of the first prompt among the newest samples; "" if there are none."""
+    """Return the file name of the newest step's sample of the first prompt; "" if there are none."""
     samples = [row.files for row in run_history.samples.values() if row.files]
     if not samples:
         return ""

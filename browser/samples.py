@@ -421,7 +421,7 @@ def check_image(site: Site, folder: Path, text: str) -> None:
 
 
 def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
-    """Return the field values of each row of a form, by the number of the row."""
+    """Return the field values of each row of the samples form, by row number."""
     rows: dict[int, dict[str, str]] = {}
     for number in range(1, MAX_ROWS + 1):
         if f"row {number}" in fields:
@@ -440,7 +440,7 @@ def read_typed_rows(text: str, fields: Mapping[str, str]) -> list[PromptRow]:
 
 
 def find_recipe(model: ModelSet | None) -> ModelRecipe | None:
-    """Return the recipe of a model; None if the page cannot generate with it."""
+    """Return a model's generation options as a recipe; None if pages cannot generate with the model."""
     return make_model_recipe(model, Path(), Path()) if model is not None and can_generate(model) else None
 
 

@@ -129,7 +129,7 @@ LARGEST_BODIES = {
 
 @dataclass
 class _BoundedBody:
-    """Counts the body of a request as it arrives, because a body in chunks has no Content-Length."""
+    """Counts a request body's bytes as they arrive, because a chunked body has no Content-Length."""
 
     receive: Receive
     max_bytes: int
@@ -352,7 +352,7 @@ class RunPages:
         return self.runs.find(request.path_params["id"])
 
     def find_file(self, request: Request) -> Path | None:
-        """Return the file of a run that an address names; None if the run's page does not link it."""
+        """Return the file of a run that a URL names; None if the run's page does not link to it."""
         run = self.find(request)
         return None if run is None else find_run_file(self.runs, run, request.path_params["name"])
 
@@ -453,7 +453,7 @@ def explain_error(request: Request, error: Exception) -> Response:
 
 
 def explain_address(request: Request, error: Exception) -> Response:
-    """Return the response to an address that no page has."""
+    """Return the 404 response to a URL that does not exist."""
     return answer_not_found_page(request)
 
 

@@ -20,10 +20,10 @@ INTERACTIVE = "--interactive"
 
 
 def find_session(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
-    """Return the command that starts a process for requests, and its program.
+    """Return the generation command of a process that loads a model and waits for requests, and its program.
 
-    `argv` is the command line, `folder` its working folder. Raises OptionError if it is not a command that
-    the page writes.
+    `argv` is the command line, `folder` its working folder. Raises OptionError if the page never writes such
+    a command.
     """
     texts = [word for word in argv if isinstance(word, str)]
     line = shorten(" ".join(texts), 80)

@@ -38,13 +38,13 @@ class ShownSetting(NamedTuple):
 
 
 class SettingsPages:
-    """Shows the page Settings, and handles its buttons."""
+    """Shows the Settings page, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, request: Request) -> Response:
-        """Return the page; with `ask=empty` in the query, it asks whether to empty the bin."""
+        """Return the Settings page; with `ask=empty` in the query, it asks whether to empty the bin."""
         return self.answer(asks_to_empty=request.query_params.get("ask") == "empty")
 
     def answer(self, error: str = "", asks_to_empty: bool = False) -> Response:

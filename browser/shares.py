@@ -67,7 +67,7 @@ SHARED_POLICY = FILE_POLICY.replace("-src data:", "-src 'self' data:")
 
 @dataclass(frozen=True)
 class ShareLink:
-    """A link by which others see the page of one run until a certain time."""
+    """A link that shows others the page of one run until it expires."""
 
     word: str
     run: str  # id of the run, which depends only on its path
@@ -81,7 +81,7 @@ class ShareLink:
 
     @property
     def last_day(self) -> str:
-        """Local date and time at which the link ends."""
+        """Local date and time at which the link expires."""
         return f"{datetime.fromtimestamp(self.end):%Y-%m-%d %H:%M}"
 
 
@@ -190,7 +190,7 @@ def remove_private_texts(live_state: LiveRunState) -> Standing:
 
 
 def _select_numbers(options: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the options whose values are numbers or switches."""
+    """Return the options that have only numbers as values, or no value (switches)."""
     return [(name, text) for name, text in options if all(map(_is_number, text.split()))]
 
 
@@ -255,7 +255,7 @@ class SharePages:
         return answer_page(_render_shared_page(run, run_history, live_state), headers=headers)
 
     def show_file(self, request: Request) -> Response:
-        """Respond with a file of a shared run, without its metadata; 401 if the link has ended."""
+        """Respond with a file of a shared run, without its metadata; 401 if the link has expired."""
         with self.site.runs.lock:
             run = self.find(request)
             if run is None:

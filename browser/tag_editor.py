@@ -21,7 +21,7 @@ MAX_CHARACTERS = 200  # maximum number of characters in a tag
 
 @dataclass(frozen=True)
 class TagChange:
-    """A renamed tag, and the captions that had it: each file with its checksum after the change."""
+    """A renamed tag, and the caption files that contained it, each with its checksum after the change."""
 
     old: str
     new: str  # "": it was removed
@@ -174,7 +174,7 @@ class TagEditor:
 
 
 def _check_new_tag(tag: str) -> None:
-    """Raise OptionError if a tag has a comma or the sign of `keep_tokens_separator`, or is too long."""
+    """Raise OptionError if a tag contains a comma or `keep_tokens_separator`, or is too long."""
     if bad_character(tag) or SEPARATOR in tag or len(tag) > MAX_CHARACTERS:
         raise OptionError(
             say(

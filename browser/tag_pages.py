@@ -69,7 +69,7 @@ FORM = ToolForm(
 
 
 class TagPages:
-    """Shows the section of a page about the tags of a folder, and handles its buttons."""
+    """Shows the page section about the tags in a folder's captions, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site

@@ -115,8 +115,8 @@ class Ticket:
 def is_own_connection(connection: Connection) -> bool:
     """Return whether this user opened a connection from a port of this machine.
 
-    Also returns True if the system hides who owns a connection: it hides command lines too, so no other
-    user can read the token from one.
+    Also returns True if the system hides who owns a connection, because it hides command lines too, where
+    other users could read a ticket.
     """
     return not _SHOWS_OWNERS or find_owner(connection) == os.getuid()
 
@@ -124,8 +124,8 @@ def is_own_connection(connection: Connection) -> bool:
 def find_owner(connection: Connection) -> int | None:
     """Return the id of the account that opened a connection on this machine.
 
-    Returns None if the system does not show the owner, or if another machine opened the connection; ENDED if
-    the connection is already closed, because the system then reports root as its owner.
+    Returns None if the system does not show the owner, or if another machine opened the connection;
+    CLOSED_CONNECTION if it is already closed, because the system then reports root as its owner.
     """
     if not _SHOWS_OWNERS:
         return None

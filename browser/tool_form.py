@@ -42,7 +42,7 @@ class ToolForm:
     fields: Sequence[ToolField]
 
     def id(self, field: ToolField) -> str:
-        """Return the id of a field in a page."""
+        """Return the HTML id of a field."""
         return f"{self.name}-{field.name}"
 
     def name_default(self, field: ToolField) -> str:

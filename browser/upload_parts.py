@@ -65,14 +65,14 @@ class PartialUpload:
 
 @dataclass(frozen=True)
 class LastWrite:
-    """Time of the last write to an upload, by a monotonic clock and by the disk's clock."""
+    """Time of the last write to an upload: of the monotonic clock, and the file's modification time."""
 
     monotonic: float
     modified_ns: int
 
 
 class PieceUploads:
-    """Receive files that a page uploads in pieces, one piece after another."""
+    """Receives files that a page uploads in pieces, one piece after another."""
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 
 def package_name(name: str) -> str:
-    """Return the name of a room or root module inside the installed package."""
+    """Return the import name, in the installed package, of a top-level package or module of the checkout."""
     return PACKAGE + name.removeprefix(FRONT_NAME) if name.startswith(FRONT_NAME) else f"{PACKAGE}.{name}"
 
 
@@ -62,7 +62,7 @@ def rewrite_imports(source: str, own_names: Collection[str]) -> str:
 
 
 class OwnImport(NamedTuple):
-    """An import of one of our modules."""
+    """An import of one of this project's modules."""
 
     line: int
     offset: int  # position of the name in its line, in bytes
@@ -110,11 +110,11 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
 
 
 def _rename_command(match: re.Match[str]) -> str:
-    """Return the console command for a script in a text.
+    """Return the console command that replaces a script's path in a string literal.
 
-    A literal that consists of a script's path alone stays, because it is not a text but a word of a command:
-    code finds the script by this path, and `command_words` translates it when the command is shown. Only a
-    script with a console command of its own loses its ending there, because either form names that script.
+    A literal that is only a script's path stays: code finds the script by this path, and `command_words`
+    translates it when the command is shown. A script with a console command of its own loses its suffix even
+    there, because either form names that script.
     """
     opening, closing = match["opening"] or "", match["closing"] or ""
     script = match["script"]
@@ -145,18 +145,18 @@ IGNORED_FILES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 def find_rooms(root: Path) -> list[str]:
-    """Return the sorted names of the folders at the root that are packages and get installed."""
+    """Return the sorted names of the top-level folders that are Python packages and get installed."""
     folders = {path.parent.name for path in root.glob("*/__init__.py")}
     return sorted(folders - NOT_INSTALLED)
 
 
 def find_own_names(root: Path) -> set[str]:
-    """Return the top-level names that imports of the product use: rooms, root scripts and `package`."""
+    """Return the top-level import names of this project: its packages, root scripts and `package`."""
     return {*find_rooms(root), *(path.stem for path in root.glob("*.py")), "package"} - {PACKAGE}
 
 
 def lay_out_sources(root: Path, folder: Path) -> None:
-    """Copy the files from which a wheel is built into `folder`: sources and documents, all unchanged."""
+    """Copy the files from which a wheel is built into `folder`: sources and documents, unchanged."""
     _copy_documents(root, folder)
     for name in [*find_rooms(root), "package", "docs"]:
         shutil.copytree(root / name, folder / name, ignore=IGNORED_FILES)

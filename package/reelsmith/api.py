@@ -53,11 +53,11 @@ def train(model: str, **options: Any) -> CommandRun:
 
     Args:
         model: Name of the model as in commands, such as wan, sdxl or flux_2.
-        **options: Options of the command by name. `dataset` is --dataset_config, `config` is --config_file; a
-            switch is True, several values are a list, KEY=VALUE words are a dict.
+        **options: Options of the command by name. `dataset` is --dataset_config, `config` is --config_file.
+            Pass True for a switch, a list for several values, and a dict for KEY=VALUE words.
 
     Raises:
-        UserError: For a wrong option, with the message of the command.
+        UserError: If an option is wrong, with the message of the command.
     """
     return _check_script(Path(f"{_find_entry(model).training_script}.py"), options).start()
 

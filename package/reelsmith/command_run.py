@@ -113,7 +113,7 @@ class CommandRun:
         self._raise_error()
 
     def _take_pending(self) -> Event:
-        """Remove and return the first pending event; record it, unless `stop` has recorded it already."""
+        """Remove and return the first pending event, and record it unless `stop` has already done so."""
         event = self._pending.popleft()
         if self._num_recorded:
             self._num_recorded -= 1

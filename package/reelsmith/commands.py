@@ -66,8 +66,8 @@ class ScriptCommand:
 def find_commands(folder: Path) -> list[ScriptCommand]:
     """Return the commands of all scripts in the folder of a checkout or the package, sorted by words.
 
-    A script is a file in that folder or in one of `SCRIPT_ROOMS` that runs `command_line` or a `Script`. Of
-    two files with one name, at the root and in a room, only the one in the room becomes a command.
+    A script is a file in that folder or in one of its folders `SCRIPT_ROOMS` that runs `command_line` or a
+    `Script`. If a file of the same name exists in both, only the one in `SCRIPT_ROOMS` becomes a command.
     """
     return [command for command in _name_files(folder) if _is_script(command.path)]
 
@@ -278,7 +278,7 @@ def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
 
 
 def _explain_script_names(commands: Sequence[ScriptCommand]) -> list[str]:
-    """Return a line that explains that the package installs each model's scripts as commands too."""
+    """Return help lines that say that the package installs each model's scripts as commands too."""
     shown = next((command for command in commands if has_own_command(command.script)), None)
     if shown is None:
         return []

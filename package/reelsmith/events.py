@@ -42,7 +42,7 @@ class ValidationEvent:
 
 @dataclass(frozen=True)
 class SampleEvent:
-    """A sample that the training has generated after a step."""
+    """A sample image or clip that a training run has generated after a step."""
 
     step: int
     prompt: str
@@ -68,7 +68,7 @@ class PrintedLines:
         self._position = 0
 
     def read(self, is_over: bool = False) -> Iterator[LineEvent]:
-        """Yield the lines since the last call; an unfinished last one only if the process has ended."""
+        """Yield the lines since the last call. An unfinished last line comes only if `is_over`."""
         with self.path.open("rb") as file:
             file.seek(self._position)
             content = file.read()

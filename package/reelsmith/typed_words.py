@@ -34,7 +34,7 @@ class ScriptArguments:
 
     Attributes:
         script: Path of the script in the checkout or the package.
-        known: Names of the keyword arguments that it takes.
+        known: Names of the keyword arguments that the script takes.
     """
 
     def __init__(self, script: Path) -> None:
@@ -135,6 +135,6 @@ def _format_option(name: str, value: Any, action: argparse.Action | None) -> lis
 
 
 def _find_flag(name: str, action: argparse.Action) -> str:
-    """Return the option's flag that a keyword argument names: `my_option` may be --my-option."""
+    """Return the flag of the option that a keyword argument names: `my_option` may be --my-option."""
     flags = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
     return flags[name]
