@@ -21,7 +21,7 @@ LONGEST_TITLE = 80  # characters of a title in the name of a folder
 
 @dataclass(frozen=True)
 class BinEntry:
-    """Files that were removed together, in one folder of the bin."""
+    """One folder in the bin, with files that were removed together."""
 
     path: Path
     size_bytes: int
@@ -34,8 +34,8 @@ class BinFolder:
     def __init__(self, *folders: Path) -> None:
         """Use a bin that has one of these folders on each disk.
 
-        The first folder on the same disk as a removed file takes that file, because renaming within a disk
-        takes no time and no space. Folders are created when something is removed.
+        A removed file goes to the first folder on its own disk, because renaming within a disk takes no time
+        and no space. Folders are created when something is removed.
         """
         self.folders = tuple(dict.fromkeys(folders))
 

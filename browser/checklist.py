@@ -106,7 +106,7 @@ def _list_content_rows(content: MediaFolder, unreadable: Sequence[str], trigger_
 
 
 def _make_unreadable_row(unreadable: Sequence[str]) -> CheckRow:
-    """Return the row with the number of unreadable files, the first names, and a button to leave them out."""
+    """Return the row with the number of unreadable files, the first names, and a button to exclude them."""
     names = join(", ", unreadable[:MAX_NAMED_FILES])
     if len(unreadable) > MAX_NAMED_FILES:
         names = say("%(names)s and others", names=names)
@@ -120,7 +120,7 @@ def _make_unreadable_row(unreadable: Sequence[str]) -> CheckRow:
 
 
 def _make_caption_row(num_uncaptioned: int, trigger_word: str) -> CheckRow:
-    """Return the row about files without a caption, which is good if a trigger word stands for it."""
+    """Return the row about files without a caption, which is good if a trigger word replaces captions."""
     if not num_uncaptioned:
         return CheckRow(GOOD, say("each has a caption"))
     if not trigger_word:

@@ -41,7 +41,7 @@ class LinePiece(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputLine:
-    """A line that a command has printed, with the action of its button."""
+    """A line that a command has printed, and the action of the button next to it."""
 
     text: str
     names: tuple[str, ...] = ()  # names of the folder's files in the line
@@ -54,7 +54,7 @@ class OutputLine:
 
     @property
     def is_command(self) -> bool:
-        """Whether the line is a command that the page can run, perhaps after the user has typed a word."""
+        """Whether the page can run the line as a command, perhaps after the user types a trigger word."""
         return self.remedy == RUN_COMMAND or self.needs_trigger_word
 
     @property
@@ -81,7 +81,7 @@ class OutputLine:
 
     @property
     def files_to_leave_out(self) -> tuple[str, ...]:
-        """Files that LEAVE_OUT_FILES removes from the training: all but the first of several equal files."""
+        """Files that LEAVE_OUT_FILES excludes from training: all but the first of several equal files."""
         return self.names[1:] if EQUAL_COPIES in self.text else self.names
 
 
@@ -120,7 +120,7 @@ def _offer_each_file_once(lines: Sequence[OutputLine]) -> list[OutputLine]:
 
 
 def _reports_missing_files(text: str, names: Collection[str]) -> bool:
-    """Return whether a line reports or lists only files that no longer exist."""
+    """Return whether a line is about unreadable files and names only files that no longer exist."""
     named = [match[0] for match in FILE_NAME.finditer(text)]
     is_about_files = (
         any(words in text for words in UNREADABLE_PHRASES) or LISTED_FILE.fullmatch(text) is not None
@@ -147,9 +147,9 @@ def _parse_line(line: str, names: Collection[str]) -> OutputLine:
 
 
 def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]) -> bool:
-    """Return whether a line names one unreadable file, or several equal ones, so that they can be left out.
+    """Return whether a line names one unreadable file, or several equal files, which can be excluded.
 
-    `found_names` are the files in the line, `names` all files of the folder.
+    `found_names` are the files that the line names, `names` are all files in the folder.
     """
     # a line that is only a name is an item of a list of unreadable files
     is_unreadable = any(phrase in text for phrase in UNREADABLE_PHRASES) or text in names
@@ -158,7 +158,7 @@ def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
-    """Return up to MAX_LINKS of the file names in `names` that a printed line contains, in its order."""
+    """Return the file names in `names` that a printed line contains, in its order, at most MAX_LINKS."""
     if len(names) <= MAX_SEARCHED:
         contained = [name for name in names if name in text]
         found_names = [name for name in contained if _find_whole_name(name, text) >= 0]

@@ -148,7 +148,7 @@ def _list_expert_files(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class ComparedFile:
-    """A column: a saved LoRA file. For models with two experts, the files of both."""
+    """A column of the comparison: a saved LoRA file, or two files for a model with two experts."""
 
     source: ComparableRun
     name: str
@@ -177,10 +177,10 @@ class ComparedFile:
         return self.title
 
     def samples(self) -> Iterator[SampleRow]:
-        """Yield the samples that the training generated with exactly these weights.
+        """Yield the samples that the training run generated with exactly these weights.
 
-        A file of averaged weights matches samples only if the training sampled with averaged weights
-        (`--sample_ema`), and a file of plain weights only if it did not.
+        Averaged (EMA) weights match only samples that were generated with `--sample_ema`, and plain weights
+        only samples that were generated without it.
         """
         run_history = self.source.run_history
         options = dict(run_history.start.changed) if run_history.start else {}
@@ -325,7 +325,7 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
 
 
 def find_runs_without_files(runs: Sequence[RunSummary]) -> set[str]:
-    """Return the ids of runs whose folder has no saved file of their name; no history is read for this."""
+    """Return the ids of runs without a saved file in their folder, without reading their histories."""
     names: dict[Path, list[str]] = {}
     bare = set()
     for run in runs:
@@ -370,7 +370,7 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
 
 
 def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:
-    """Return the files of a run with these keys; without keys, the best file and the file before it."""
+    """Return a run's files with these keys; without keys, the best file and the file saved before it."""
     files = [file for file in source.files if all(map(runs.is_inside, file.paths))]
     chosen = [file for file in files if file.key in keys]
     if chosen:
@@ -545,7 +545,7 @@ def _read_clip_key(tags: Mapping[str, str]) -> ClipKey:
 def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, queued_clips: QueuedClips) -> ShownClip:
     """Return the generated clip of a file and a prompt, or a sample, or the state of the queued job.
 
-    `address` is that of the generated clip; "" if there is none.
+    `address` is the URL of the generated clip; "" if there is none.
     """
     if not address:
         sample = _find_sample(file, row)

@@ -45,7 +45,7 @@ class DatasetKeys:
 
     @property
     def tables(self) -> list[Mapping[str, Any]]:
-        """Tables `[[datasets]]` of the file; entries that are not tables are left out."""
+        """The file's `[[datasets]]` tables, without array items that are not tables."""
         entries = self.content.get("datasets")
         return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 

@@ -308,7 +308,7 @@ class DatasetPages:
         return status, {"error": error, "file": self.describe_file(dataset, id, file)}
 
     def note_edited(self, dataset: FoundDataset, file: File) -> None:
-        """Mark a measured file's caption as edited, so that counts are right without measuring again."""
+        """Mark a measured file's caption as edited, so that counts stay right without a new measurement."""
         text = self.describe_caption(dataset, file)["text"]
         with self.datasets.lock:
             file.pop("edited", None)
@@ -343,12 +343,12 @@ class DatasetPages:
         return answer_template("dataset.html", dataset.name, values)
 
     def run_line(self, dataset: FoundDataset) -> str:
-        """Return the command that trains on a folder that `new` has described; "" for other datasets."""
+        """Return the `run` command of a dataset that `new` has written; "" for other datasets."""
         argv = ["reelsmith", "run", str(dataset.path.parent)]
         return shlex.join(argv) if _is_of_described(dataset) else ""
 
     def list_tool_folders(self, dataset: FoundDataset) -> list[Path]:
-        """Return the folders to tag or mask: the described folder, or each media folder of the dataset."""
+        """Return the folders to tag or mask: the folder of run.toml, or else the dataset's media folders."""
         if _is_of_described(dataset):
             folder = find_open_folder(self.runs, str(dataset.path.parent))
             return [] if folder is None else [folder]
@@ -409,7 +409,7 @@ class DatasetPages:
             return answer_text(f"This is not a request: {error}", 400)
 
     def change_caption(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
-        """Save or undo the caption of one file, as the JSON body says (`Captions.change`)."""
+        """Save one file's caption, or undo a save, as the JSON body says (`Captions.change`)."""
         try:
             query = _parse_object(body)
             if self.datasets.list_hidden_folders(dataset):
@@ -429,12 +429,12 @@ def _parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _is_of_described(dataset: FoundDataset) -> bool:
-    """Return whether a dataset belongs to a folder that `new` has described."""
+    """Return whether `new` has written the dataset's file, next to a run.toml."""
     return dataset.path.name == PROJECT_CONFIG and is_described(dataset.path.parent)
 
 
 def _with_stale_text(caches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the states of a file's caches after its caption was edited: valid text caches are stale."""
+    """Return the states of a file's caches after its caption was edited: valid text caches become stale."""
     stale = ("stale", say("the caption has changed since: cache the captions again"))
     result = {}
     for tag, states in caches.items():

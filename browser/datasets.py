@@ -92,7 +92,7 @@ class FoundDataset:
 
     @property
     def name(self) -> str:
-        """Name of the configuration file and its folder, in the language of the page."""
+        """Name of the configuration file and its folder, in the page's language."""
         return say("%(name)s in %(name2)s", name=self.path.name, name2=self.path.parent.name)
 
     def named_paths(self) -> list[Path]:
@@ -135,10 +135,10 @@ def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -
 
 
 def select_folder(config: Path, working_folder: Path) -> Path:
-    """Return the folder that a configuration's relative paths refer to if no run has used the configuration.
+    """Return the folder to which a dataset file's relative paths refer, if no run has used the file.
 
-    It is the configuration's own folder, as `new` writes it, if a path named in the configuration exists
-    there; otherwise it is `working_folder`, as for a command typed there.
+    It is the file's own folder, as in files that `new` writes, if a path named in the file exists there;
+    otherwise it is `working_folder`, as for a command typed there.
     """
     with contextlib.suppress(OSError, ValueError):
         if not list_named_paths(config, config.parent) and list_named_paths(config, working_folder):
@@ -317,7 +317,7 @@ class Datasets:
         }
 
     def _find_projects(self) -> set[Path]:
-        """Return the dataset files next to the given folders.
+        """Return the dataset.toml files next to the root folders.
 
         `new` writes FOLDER/dataset.toml, and a training run of that folder saves into FOLDER/output.
         """
@@ -388,7 +388,7 @@ class Datasets:
             return measurement
 
     def describe(self, dataset: FoundDataset) -> tuple[MediaCounts, str]:
-        """Return the number of media in a dataset's folders, and a description of its measurement's state."""
+        """Return the media counts of a dataset's folders, and the state of its measurement as text."""
         try:
             if self.list_hidden_folders(dataset):
                 return MediaCounts(), say("partly outside the folders that are shown")
@@ -401,7 +401,10 @@ class Datasets:
             return media, _describe_measurement(self._measurements.get(dataset.id))
 
     def compute_fingerprint(self, dataset: FoundDataset) -> object:
-        """Return a value that changes with the dataset's files. Raises OSError or ValueError."""
+        """Return the paths, times and sizes of the dataset's files, to detect changes by comparison.
+
+        Raises OSError or ValueError if the dataset file cannot be read.
+        """
         entries: list[object] = []
         for path in (dataset.path, *dataset.named_paths()):
             with contextlib.suppress(OSError):
@@ -471,7 +474,7 @@ class Datasets:
             measurement.is_running = False
 
     def _select_shown_files(self, dataset: FoundDataset, files: Sequence[File]) -> list[File]:
-        """Return the files of a report inside the shown folders, without captions that are outside."""
+        """Return the report's files that are inside the shown folders, without captions that are outside."""
         for file in files:
             _join_paths(file, dataset.base_folder)
         shown_files = [file for file in files if self._may_show_file(dataset, file)]
@@ -565,7 +568,7 @@ def _identify(file: File) -> str:
 
 
 def _leave_out_caption(file: File) -> None:
-    """Remove a file's caption, and the messages that may quote it, from the report."""
+    """Remove a file's caption, and messages that may quote it, from its row of the report."""
     file |= {"text": None, "captions": [], "faults": [], "remarks": []}
     for states in file["caches"].values():
         for part, (state, _) in states.items():

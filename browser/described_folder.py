@@ -44,7 +44,7 @@ class ChangedMeanwhileError(Exception):
 
 @dataclass(frozen=True)
 class DescribedFolder:
-    """Content of a described folder's files, as far as the form New shows it."""
+    """Values of a folder's run.toml and dataset.toml that the New page's form shows."""
 
     folder: Path
     family: str
@@ -239,10 +239,7 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
 
 
 def read_commands(folder: Path) -> list[list[str]]:
-    """Return the commands in the run.toml of a folder.
-
-    An empty list if `new` did not write it in this form.
-    """
+    """Return the commands in a folder's run.toml; [] if `new` did not write them there."""
     try:
         return list_commands(read_content(folder / RUN_FILE))
     except OSError:

@@ -328,7 +328,7 @@ def find_caching_argv(run_text: str) -> list[str]:
 
 
 def _check_by_script(argv: Sequence[str], name: str, text: str, folder: Path) -> str:
-    """Let a script read a text as its file of options, and return its warnings. `argv` names that file."""
+    """Let a script read `text` as its options file `name` in `argv`, and return the script's warnings."""
     with temporary_folder() as temporary:
         path = temporary / name
         path.write_text(text, encoding="utf-8")
@@ -356,16 +356,16 @@ def require_full(fields: Mapping[str, str]) -> None:
 
 
 class FolderPages(Protocol):
-    """A section of a page about one folder, such as the sample prompts on the page New.
+    """A section of a page about one folder, such as the sample prompts on the New page.
 
     Its methods raise OSError, ValueError or UserError if a file of the folder cannot be read.
     """
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the HTML of the section for a folder. `query` is the query of the address."""
+        """Return the HTML of the section for a folder. `query` holds the URL's query parameters."""
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Carry out a button of the section: `action` is its name, `fields` are the fields of its form."""
+        """Handle a pressed button of the section: `action` is its name, `fields` are its form's fields."""
 
 
 def folder_routes(

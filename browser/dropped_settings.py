@@ -36,7 +36,7 @@ class DroppedSettings:
 
     @property
     def family(self) -> str:
-        """Family as scripts name it; "" if it is not known."""
+        """Model family, by the name that scripts use; "" if it is not known."""
         return find_family(self.model)
 
     def fields(self, recipe: ModelRecipe) -> dict[str, str]:

@@ -105,9 +105,9 @@ def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collecti
 
 
 def _has_equal_work_per_step(values: Mapping[str, Any], run_options: Mapping[str, str]) -> bool:
-    """Return whether a run.toml's `values` and a run's options have equal tasks and accumulation steps.
+    """Return whether a run.toml and an earlier run have equal tasks and gradient accumulation steps.
 
-    A task that only one of them names counts as equal.
+    The task counts as equal if only one of them names it.
     """
     task, run_task = values.get(TASK), run_options.get(TASK)
     is_same_task = task is None or run_task is None or str(task) == run_task
@@ -124,7 +124,7 @@ def _find_run_sizes(runs: Runs, run: RunSummary, typed: Mapping[str, str]) -> se
 
 
 def _read_sizes(path: Path) -> set[str] | None:
-    """Return the sizes of the datasets in a dataset.toml; None if it cannot be read."""
+    """Return the resolutions that the datasets in a dataset.toml set; None if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, UserError):
         config = parse_toml(read_text(path, MAX_BYTES))
         shared = config.get("general", {})

@@ -46,7 +46,7 @@ MAX_COUNTED = 100  # maximum number of headers read to count damaged files
 
 @dataclass(frozen=True)
 class MediaHeader:
-    """Sizes and rates in a file's header."""
+    """Width, height, frame count and frame rate that a media file's header states."""
 
     size: tuple[int, int] | None
     frames: int | None
@@ -125,7 +125,7 @@ class LeftOut:
         return left_out_folder
 
     def list_names(self, folder: Path) -> list[str]:
-        """Return the names of a folder's left-out files; empty if they cannot be read."""
+        """Return the names of a folder's excluded files; [] if they cannot be listed."""
         try:
             return list_names(self.find_storage(folder))
         except (OSError, OutputError):
@@ -168,7 +168,7 @@ class LeftOut:
 
 
 def _list_exclusive_captions(path: Path) -> list[Path]:
-    """Return the caption files of a media file; none if another media file of the same stem shares them."""
+    """Return a media file's caption files; [] if another media file with the same stem shares them."""
     same_stem = [name for name in list_names(path.parent) if Path(name).stem == path.stem]
     if len(same_stem) != 1:
         return []
@@ -192,7 +192,7 @@ class FolderFiles:
         return f"/new/rows/{os.fsencode(folder).hex()}/"
 
     def find(self, request: Request) -> Path | None:
-        """Return the folder that an address names; None if it may not be shown."""
+        """Return the folder that a request's URL names; None if it may not be shown."""
         try:
             text = os.fsdecode(bytes.fromhex(request.path_params["place"]))
         except ValueError:
@@ -237,7 +237,7 @@ class FolderFiles:
         }
 
     def _contains_terms(self, folder: Path, name: str, search_terms: Sequence[str]) -> bool:
-        """Return whether all words are in a file's name or caption."""
+        """Return whether a file's name or caption contains every search term."""
         text = f"{name}\n{self.caption(folder, name)['text']}".lower()
         return all(word in text for word in search_terms)
 
@@ -296,7 +296,7 @@ class FolderFiles:
         return len(self.list_unreadable(folder))
 
     def list_unreadable(self, folder: Path) -> list[str]:
-        """Return the names of files that cannot be read; none if the folder has more than MAX_COUNTED."""
+        """Return the names of files that cannot be read; [] if the folder has more than MAX_COUNTED files."""
         try:
             names = list_names(folder)
         except OSError:
@@ -306,7 +306,7 @@ class FolderFiles:
         return [name for name in names if self.read_header(folder / name).error != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return the caption of a file, with the reason if this page cannot edit it."""
+        """Return the JSON values of a file's caption, with the reason if this page cannot edit it."""
         path = find_caption_file(folder, name)
         if path.is_symlink() and not self.runs.is_below(path):
             return caption_values(say("It cannot be read: it is a link to a place outside the folder"))
@@ -356,7 +356,7 @@ class FolderFiles:
         return answer_json({"error": "", "left_out": self.left_out.list_names(folder)})
 
     def show_image(self, request: Request) -> Response:
-        """Respond with a small image of an image or clip below the roots."""
+        """Respond with a thumbnail of an image or clip below the roots."""
         path = Path(request.query_params.get("path", ""))
         is_media = path.suffix.lower() in MEDIA_SUFFIXES and path.is_absolute()
         try:

@@ -75,7 +75,7 @@ class Setting(DescribedOption):
 
     @property
     def about(self) -> TranslatableText:
-        """First sentence of the help text, which has a translation."""
+        """First sentence of the option's help text, which is translated."""
         return say(re.split(r"(?<!e\.g)\. ", self.help)[0])
 
     def convert(self, text: str) -> Any:
@@ -249,7 +249,7 @@ def _show_proposed(values: Mapping[str, Any] | None, key: str) -> str | None:
 
 
 def name_field(key: str) -> str:
-    """Return the name of a row's form field."""
+    """Return the name of the form field for a key of run.toml."""
     return f"set {key}"
 
 
@@ -314,7 +314,7 @@ def parse_proposed_run(lines: str) -> str | None:
 
 @dataclass(frozen=True)
 class SettingsView:
-    """Values of the settings of a described folder, for the template: its files and the table of options."""
+    """Template values of a folder's settings: the texts of its files, and the table of options."""
 
     folder: Path
     files: Mapping[str, DraftFile]
@@ -328,7 +328,7 @@ class SettingsView:
 
 
 class FolderSettingsPages:
-    """Shows the settings of a folder, and saves them."""
+    """Shows and saves the settings in a folder's run.toml and dataset.toml."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -405,7 +405,7 @@ class FolderSettingsPages:
         return list_rows(text, read_settings(find_training_script(text)), proposed_run, dataset)
 
     def proposal_argv(self, folder: Path) -> list[str]:
-        """Return the command that prints, without writing it, the run.toml that `new` would write.
+        """Return the command that prints the run.toml that `new` would write, without writing it.
 
         It repeats the page's last `new` command for the folder. If `new` has run in a terminal since, the
         command is derived from the files.

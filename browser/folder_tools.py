@@ -64,7 +64,7 @@ class FolderTool:
         return True
 
     def start(self, folder: Path, argv: Sequence[str]) -> None:
-        """Add the tool to the queue. Raises UserError, also if it is already in the queue."""
+        """Add the tool's command to the queue. Raises UserError, for example if it is already queued."""
         job = self.find_job(folder)
         if job is not None and job.state in (WAITING, RUNNING):
             raise OptionError(

@@ -244,5 +244,5 @@ def is_closed(runs: Runs, folder: Path) -> bool:
 
 
 def is_written(name: str) -> bool:
-    """Return whether a folder has a name, in any case, that programs of this project create."""
+    """Return whether a folder name, in any case, is one that programs of this project create."""
     return NOT_MEDIA.fullmatch(fold_name(name)) is not None

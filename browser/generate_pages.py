@@ -337,7 +337,7 @@ class GeneratePages:
     # --- sources
 
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
-        """Return the runs and models to generate with: field value and name of each, grouped by a title."""
+        """Return the runs and models to generate with, as (field value, name) by group title."""
         runs: list[tuple[str, str]] = []
         for run, label in self.run_loras.refresh():
             runs.append((f"run {run.id}", say("%(label)s (run)", label=label)))
@@ -353,7 +353,7 @@ class GeneratePages:
 
     @staticmethod
     def first_source(sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-        """Return the field value of the first source in the first group; "" if there is none."""
+        """Return the field value of the first run or model in the first group; "" if there is none."""
         return next((rows[0][0] for rows in sources.values() if rows), "")
 
     def find_recipe(self, source: str) -> ModelRecipe:
@@ -570,7 +570,7 @@ class GeneratePages:
         return answer_json({"path": str(stored), "address": add_root(f"/generate/input/{stored.name}")})
 
     def read_dropped(self, path: Path, name: str) -> Response:
-        """Fill a form with the settings in a dropped file, store it, and respond with its page's address."""
+        """Store a form filled with the settings in a dropped file, and respond with the form's URL."""
         try:
             tags = read_file_tags(path, Path(name).suffix)
         finally:
@@ -792,7 +792,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
 
 
 def _make_render_job(render_request: RenderRequest, form: GenerateForm, seed: str) -> RenderJob:
-    """Return the job for one seed of a form; it stores a form that generates this single result again."""
+    """Return the job for one seed of a form. It stores a form that repeats just this result."""
     field_values = {**form.field_values, "seed": seed}
     form_of_result = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
     return replace(render_request.as_render_job(seed), form=form_of_result.as_fields())

@@ -61,7 +61,7 @@ STORED_FIELDS = ("id", "line", "folder", "process", "stops", "within", "typed") 
 
 
 class UnknownJobsError(OutputError):
-    """Raised if a queue contains waiting jobs that its user has neither typed nor started."""
+    """Raised if a queue contains waiting jobs that this user has neither typed nor started."""
 
 
 @dataclass
@@ -239,10 +239,10 @@ class QueueState:
 
 
 class JobQueue:
-    """Manages the job queue of a folder, whose text file users may edit too, and runs the jobs on request.
+    """Manages the job queue in a folder, whose text file users may edit too, and runs the jobs on request.
 
-    A line stays in the text file when its job begins, so that saving an older copy from an editor starts no
-    job again. Lines are matched with jobs by their text: to repeat a command, add a second line or retry.
+    A line stays in the text file when its job begins. Otherwise, saving an older copy from an editor would
+    start the job again. Lines are matched with jobs by text: to repeat a command, add a second line or retry.
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
@@ -268,7 +268,7 @@ class JobQueue:
 
     @property
     def worker(self) -> str:
-        """Where the jobs run: "here" in this process, "elsewhere" in another one, "" if nothing runs them."""
+        """Where jobs run: "here" in this process, "elsewhere" in another one, "" if no process runs them."""
         return "here" if self._worker_thread is not None else self._find_worker(self._read_content())
 
     def _find_worker(self, content: _QueueContent) -> str:
@@ -629,7 +629,7 @@ def _group_by_line(jobs: Iterable[Job]) -> dict[str, list[Job]]:
 
 
 def _list_lines(entries: Sequence[str]) -> dict[int, str]:
-    """Return the command lines of the text file, by their index among its entries."""
+    """Return the command lines among the text file's entries, by index, without comments and blank lines."""
     lines = {}
     for index, entry in enumerate(entries):
         line = entry.strip()

@@ -39,7 +39,7 @@ def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
 def recall_queue(folder: Path) -> KnownQueue | None:
     """Return the stored record of a queue.
 
-    Returns None if there is no record, or if the folder now contains another queue.
+    Returns None if there is no valid record, or if the folder now contains another queue.
     """
     try:
         info = recall_info(KIND, folder)

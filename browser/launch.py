@@ -522,7 +522,7 @@ def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
 
 
 def send_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
-    """Let a waiting process, which `prepare_process` started, run a program; `code` gets the exit code."""
+    """Let a waiting process, started by `prepare_process`, run `program`; `code` is its exit code's file."""
     assert waiting.stdin is not None
     with contextlib.suppress(BrokenPipeError), waiting.stdin:
         waiting.stdin.write(json.dumps([program, folder, str(code)]).encode())

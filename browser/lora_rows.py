@@ -105,7 +105,7 @@ class RunLoras:
         self._loras_of_runs: dict[str, _RunLoraFiles] = {}  # keyed by the id of the run
 
     def refresh(self) -> list[tuple[RunSummary, str]]:
-        """Read runs that have changed, and return the runs that generate with their labels, newest first."""
+        """Read changed runs, and return (run, label) for each run to generate with, newest first."""
         with self.runs.lock:
             labeled = label_runs(self.runs.list_all())
             loras_of_runs = {}
@@ -161,7 +161,7 @@ class RunLoras:
         return [row for path, row in rows.items() if path not in high_paths]
 
     def list_foreign_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
-        """Return the LoRAs of runs that were trained for another model family, each with that reason."""
+        """Return the LoRAs of other model families, each with a text that says why it does not fit."""
         foreign_rows: list[LoraRow] = []
         for loras in self._loras_of_runs.values():
             if loras.family != recipe.family:
@@ -225,7 +225,7 @@ def _complete_path(recipe: ModelRecipe, path: str) -> str:
 
 
 def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
-    """Return the strength and expert that the recipe's command gives to each LoRA, by the path of its row."""
+    """Return, by LoRA path, the strength and expert that the recipe's command sets."""
     chosen: dict[str, tuple[str, str]] = {}
     for lora in recipe.loras:
         for row in rows:

@@ -56,7 +56,7 @@ class GraphicsCard:
 
 
 class CardReader:
-    """Runs nvidia-smi, if it is installed, every few seconds to read the state of the cards."""
+    """Reads the state of the GPUs by running nvidia-smi, if it is installed, every few seconds."""
 
     def __init__(self, program: str | None) -> None:
         """Use nvidia-smi at the path `program`; None if it is not installed."""
@@ -141,14 +141,14 @@ class MachineLine:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, _: Request) -> Response:
-        """Respond with the HTML of the line about graphics cards and running processes."""
+        """Respond with the HTML of the status line about GPUs and running processes."""
         values = {"facts": self.read()}
         return answer_template("machine.html", "", values)
 
     def read(self) -> MachineInfo:
         """Return the state of the machine.
 
-        Values of the cards may be a few seconds old; runs are up to date.
+        GPU values may be a few seconds old; runs are up to date.
         """
         with self._lock:
             mark = [(run.id, run.state, run.doing) for run in self.site.runs.list_all()]

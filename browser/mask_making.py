@@ -114,7 +114,7 @@ class MaskMakingPages:
         return answer_template("mask_making.html", say("Masks"), values, is_rejected=error != "")
 
     def collect_form(self, described_folder: Path, folder: Path, fields: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values for the form's template: the model, and the commands of the form's buttons."""
+        """Return the template values of the form: the mask model, and the commands of the buttons."""
         try:
             dry_run = format_command(self.make_argv(folder, fields, is_dry_run=True), folder)
             lines = [dry_run, format_command(self.make_argv(folder, fields, is_dry_run=False), folder)]
@@ -164,7 +164,7 @@ class MaskMakingPages:
         return None
 
     def name_network(self, finder: str) -> str:
-        """Return the path to which a finder's network is downloaded; "" if the finder needs none."""
+        """Return the download path of the network that a mask finder uses; "" if it uses none."""
         network = DEFAULT_NETWORKS.get(finder)
         return "" if network is None else str((self.site.models / network.relative_to(MODELS)).absolute())
 

@@ -70,7 +70,7 @@ class MaskImage:
 
 
 class _MaskChange(NamedTuple):
-    """A change of a mask that can be undone while the mask has this version."""
+    """A mask change that can be undone as long as the mask still has this version."""
 
     path: Path  # image or clip
     mask_version: str
@@ -334,9 +334,9 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
-    """Return the folder with the masks of a media folder; None for the default, the subfolder `masks`.
+    """Return the folder that contains a media folder's masks; None for the default subfolder `masks`.
 
-    It is the folder that the dataset names, or the media folder itself if the masks are next to the images.
+    It is the folder that dataset.toml names, or the media folder itself if masks are next to the images.
     """
     named = find_named_masks(runs, folder)
     if named is not None:

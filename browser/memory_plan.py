@@ -56,7 +56,7 @@ SWAP_KEY = "blocks_to_swap"
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A row of a memory plan: a phase of the training, or a part of the memory that a phase takes."""
+    """A row of a memory plan: a phase of the training run, or a part of the memory that a phase takes."""
 
     name: str
     device_gib: float
@@ -80,7 +80,7 @@ class ReadPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the training fits the card; None if the plan was made without a card."""
+        """Whether the training run fits the card's memory; None if the plan was made without a card."""
         verdicts = {"Fits": True, "Does not fit": False}
         for remark in self.remarks:
             if remark.partition(":")[0] in verdicts:
@@ -296,7 +296,7 @@ class MemoryPages:
             return card or DEFAULT_SIZE
 
     def read_plan(self, job: Job | None) -> ReadPlan | None:
-        """Return the memory plan that a finished job has printed; None if it failed, runs or printed none."""
+        """Return the memory plan that a job has printed; None if it failed, is running or printed none."""
         if job is None or job.state == RUNNING or job.code != 0:
             return None
         try:
@@ -322,7 +322,7 @@ class MemoryPages:
         return lines
 
     def list_missing(self, described: DescribedFolder) -> list[str]:
-        """Return the paths of the model's files that do not exist, as run.toml writes them."""
+        """Return the model's missing files, with their paths as they are written in run.toml."""
         paths = described.model_files.values()
         return [path for path in paths if not (described.folder / path).exists()]
 
@@ -399,7 +399,7 @@ class MemoryPages:
 
 
 def read_size(text: str) -> float:
-    """Return the GiB of a card from its field. Raises OptionError if it is not a number."""
+    """Return a card's memory in GiB from its form field. Raises OptionError if it is not a number."""
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
         raise OptionError(
             say(

@@ -152,12 +152,12 @@ PartCache = dict[tuple[ReleasedFile, ...], ModelPart]
 
 
 def list_tasks(models: Path, in_fp8: bool = False, part_cache: PartCache | None = None) -> list[TaskFiles]:
-    """Return all tasks of the catalogue with their state in the models folder.
+    """Return all models of the catalogue, each for one task, with their state in the models folder.
 
     Args:
         models: The models folder.
-        in_fp8: Use the 8-bit text encoders where a task has them.
-        part_cache: Cache of the parts that were read already; new parts are added to it.
+        in_fp8: Whether to use the 8-bit text encoders where a model has them.
+        part_cache: Cache of the parts that were read earlier; new parts are added to it.
     """
     part_cache = {} if part_cache is None else part_cache  # many tasks share a part
     return [_read_task(model, models, in_fp8, part_cache) for model in model_sets(in_fp8)]
@@ -166,9 +166,9 @@ def list_tasks(models: Path, in_fp8: bool = False, part_cache: PartCache | None 
 def find_task(
     models: Path, family: str, task: str, in_fp8: bool = False, part_cache: PartCache | None = None
 ) -> TaskFiles | None:
-    """Return a task of the catalogue with the state of its files in `models`; None if it does not exist.
+    """Return the catalogue's model for a task with the state of its files in `models`; None if unknown.
 
-    `in_fp8` selects the smaller text encoders; `known` caches the parts that were read already.
+    `in_fp8` selects the 8-bit text encoders; `part_cache` holds the parts that were read earlier.
     """
     part_cache = {} if part_cache is None else part_cache
     for model in model_sets(in_fp8):
@@ -322,7 +322,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
 
 
 def _list_files_on_disk(components: Sequence[Component], models: Path) -> list[Path]:
-    """Return the existing files of some networks or tokenizers, with the files of unfinished downloads."""
+    """Return the components' files that exist, including files of unfinished downloads."""
     paths = []
     for component in components:
         paths += [models / file.name for file in component.files]
@@ -393,7 +393,7 @@ def name_download(models: Path, family: str, task: str) -> str:
 
 
 def find_download(background_jobs: BackgroundJobs, files: TaskFiles, models: Path) -> Download | None:
-    """Return the last download of a task; None if it was never started."""
+    """Return the last download of a model's files; None if none was started."""
     job = background_jobs.find(name_download(models, files.model.family, files.model.task))
     return None if job is None else Download(files, job)
 

@@ -37,7 +37,7 @@ from project.model_sizes import describe_fit, find_memory
 
 @dataclass(frozen=True)
 class SelectedTask:
-    """The task of a model that the page Models shows, with or without 8-bit text encoders."""
+    """The model and task that the Models page shows, with or without 8-bit text encoders."""
 
     family: str = ""
     task: str = ""
@@ -52,7 +52,7 @@ class SelectedTask:
 
     @property
     def address(self) -> str:
-        """Address of the page that shows the task."""
+        """URL of the page that shows the model."""
         query = {"family": self.family, "task": self.task}
         if self.in_fp8:
             query["fp8"] = "yes"
@@ -190,7 +190,7 @@ class ModelPages:
         return answer_move(f"{chosen.address}&{urlencode({'moved': moved})}" if moved else chosen.address)
 
     def load(self, files: TaskFiles, is_accepted: bool) -> None:
-        """Start the download of a task. Raises UserError if its licenses are not accepted."""
+        """Start the download of a model's files. Raises UserError if its licenses are not accepted."""
         if not is_accepted:
             raise OptionError(say("Read the licenses of its parts, and tick that you accept them."))
         if _is_full(files):
@@ -219,7 +219,7 @@ class ModelPages:
 
 
 def _is_full(files: TaskFiles) -> bool:
-    """Return whether all parts are on disk in their released size."""
+    """Return whether all parts are on disk with their released size."""
     return files.is_there and not any(part.has_other_size for part in files.parts)
 
 

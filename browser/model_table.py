@@ -70,9 +70,9 @@ def describe_kind(model: ModelSet) -> str:
 
 
 def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> list[Component]:
-    """Return the parts of a model that have to be downloaded.
+    """Return the parts of a model that are missing in the folder `models`.
 
-    `files` are the user's own files by option; they are not downloaded.
+    `files` are the user's own files by option; the parts that they replace are not downloaded.
     """
     missing = []
     for part in model.components:
@@ -113,7 +113,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
 
 
 def _make_row(model: ModelSet, models: Path, memory: float) -> ModelRow:
-    """Return a model as a row, with the size of its files that are missing in the folder `models`."""
+    """Return the table row of a model, with the size of its files that are missing in `models`."""
     missing = list_missing(model, models, {})
     size = say("ready")
     if missing:
@@ -281,7 +281,7 @@ def _check_file_in_process(family: str, task: str, option: str, path: str, chang
 
 
 def _find_data_end(entries: Mapping[str, Any]) -> int:
-    """Return the offset, from the first byte of the data, at which the last tensor of a header ends.
+    """Return where the last tensor in a safetensors header ends, as an offset from the first data byte.
 
     Raises ValueError if an entry does not describe a tensor.
     """

@@ -95,7 +95,7 @@ COMMON_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class NewForm:
-    """Values of the fields of the page New."""
+    """Field values of the New page."""
 
     folder: str = ""
     family: str = ""
@@ -134,7 +134,7 @@ class NewForm:
 
     @classmethod
     def from_address(cls, address: str) -> "NewForm":
-        """Read the form from an address that `NewForm.address` has returned."""
+        """Read the form from a URL that `NewForm.address` has returned."""
         return cls.from_fields(parse_qs(urlsplit(address).query))
 
     @classmethod
@@ -184,7 +184,7 @@ class NewForm:
 
     @property
     def address(self) -> str:
-        """Address of the page with these fields filled in."""
+        """URL of the page with these fields filled in."""
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
         fields |= {
             "train": self.train,
@@ -213,7 +213,7 @@ def _select_supported_kind(name: str, model: ModelSet | None) -> str:
 
 
 def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRecipe]:
-    """Return the recipes for a model and a kind of run, as the field `train` names it."""
+    """Return the training recipes for a model and a kind of training, the value `train`."""
     recipes = []
     for path in list_paths().values():
         with contextlib.suppress(OptionError):  # a file in the user's folder that is not a recipe
@@ -223,7 +223,7 @@ def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRec
 
 
 def _select_supported_recipe(name: str, family: str, task: str, train: str) -> str:
-    """Return the value of the field `recipe` if it is of this model and kind of run."""
+    """Return the training recipe `name` if it fits this model and kind of training; else ""."""
     return name if any(name == recipe.name for recipe in list_fitting_recipes(family, task, train)) else ""
 
 

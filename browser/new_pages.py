@@ -165,7 +165,7 @@ MAX_CHECK_PAGE_BYTES = 256 << 20  # maximum bytes of check.html
 
 @dataclass(frozen=True)
 class PreparePlan:
-    """What the button Prepare will do: run a `new` command, or change keys of run.toml."""
+    """What the Prepare button will do: run a `new` command, or change keys of run.toml."""
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     key_changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
@@ -194,7 +194,7 @@ class PressedButton:
 
     @property
     def displayed_address(self) -> str:
-        """Address with the form's values when the page was built; "" if the request has none."""
+        """URL of the page with the form's values as the browser loaded it; "" if the request has none."""
         return self.fields.get("shown", "")
 
     @property
@@ -204,7 +204,7 @@ class PressedButton:
 
 
 class NewPages:
-    """Shows the page New, and handles its buttons."""
+    """Shows the New page, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -228,7 +228,7 @@ class NewPages:
 
     @functools.cached_property
     def memory(self) -> float:
-        """Memory of the graphics card in GiB, read once."""
+        """GPU memory in GiB, read once."""
         return find_memory()
 
     @functools.cached_property
@@ -260,9 +260,9 @@ class NewPages:
         return self.answer(form, message=message, is_part=is_part)
 
     def _has_changed_since_displayed(self, folder_text: str, query: Form) -> bool:
-        """Return whether a folder's files have other values than when the page of a sent form was built.
+        """Return whether a folder's files have changed since the browser loaded the page of the form.
 
-        In the query, `mark` is the checksum that the files had then, `shown` the address with their values.
+        In the query, `mark` is the checksum that the files had then, `shown` the URL with their values.
         """
         folder = find_folder(self.site.runs, folder_text) if "mark" in query else None
         if folder is None:
@@ -303,8 +303,8 @@ class NewPages:
     def has_displayed_values(self, folder: Path, displayed_address: str) -> bool:
         """Return whether a folder's files still have the values that the page showed when it was loaded.
 
-        `displayed_address` is the address of that page with its form values; "" if the folder was not
-        described then.
+        `displayed_address` is the URL of that page with its form values; "" if the folder had no run.toml
+        then.
         """
         described, _ = self.try_read(folder)
         return described is not None and self.make_form(described).address == displayed_address
@@ -480,9 +480,9 @@ class NewPages:
     def _list_missing_components(
         self, form: NewForm, described: DescribedFolder | None
     ) -> list[Component] | None:
-        """Return the files of the form's model that have to be downloaded; None for an unknown model.
+        """Return the missing files of the model in the form; None for an unknown model.
 
-        If the described folder uses this model, its own files count.
+        If the folder's run.toml names this model, the files that it names are the ones to look for.
         """
         if described is not None and (described.family, described.task) == (form.family, form.task):
             return self.list_missing_parts(described)
@@ -499,11 +499,11 @@ class NewPages:
         return ""
 
     def make_form(self, described: DescribedFolder) -> NewForm:
-        """Return the form of a described folder."""
+        """Return the New form, filled with the values of a folder's run.toml and dataset.toml."""
         return NewForm.from_described(described, self.site.models)
 
     def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
-        """Describe how long the steps in the form take; "" if that is not known."""
+        """Describe how long the form's number of training steps takes; "" if that is not known."""
         if described is None or described.steps is None:
             return ""
         try:
@@ -736,13 +736,13 @@ class NewPages:
         return self.answer_progress(folder)
 
     def answer_progress(self, folder: Path, error: str = "") -> Response:
-        """Return the section of `show_progress`. `error` is the reason why a button changed nothing."""
+        """Return the section that `show_progress` shows. `error` says why a pressed button had no effect."""
         described, _ = self.try_read(folder)
         values = self.collect_progress(folder, described) | {"error": error, "is_part_of_page": True}
         return answer_template("new_progress.html", say("New"), values, is_rejected=error != "")
 
     def show_caption_line(self, request: Request) -> Response:
-        """Respond with the command that writes captions as the form requests, or with an error message."""
+        """Respond with the captioning command for the form's values, or with an error message."""
         query = request.query_params
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
@@ -794,7 +794,7 @@ class NewPages:
     def find_folder_error(self, text: str, folder: Path | None, described: DescribedFolder | None) -> str:
         """Return why the typed folder cannot be used; "" if it can, or if nothing is typed.
 
-        `folder` is the existing folder that `text` names, `described` the content of its files.
+        `folder` is the existing folder that `text` names, `described` the content of its run.toml.
         """
         if folder is None:
             return self.explain_folder(text) if text else ""
@@ -888,7 +888,7 @@ class NewPages:
         return None
 
     def make_download_argv(self, described: DescribedFolder, files: TaskFiles) -> list[str]:
-        """Return the command that downloads the missing files of a described folder's model."""
+        """Return the command that downloads the missing files of the model that a run.toml names."""
         missing_options = {
             name for name, path in described.model_files.items() if not (described.folder / path).exists()
         }
@@ -904,7 +904,7 @@ class NewPages:
     def preview_prepare(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
     ) -> PreparePlan:
-        """Return what Prepare would do; for an incomplete form, the command with the fields filled so far."""
+        """Return what the Prepare button would do; an incomplete form yields an incomplete command."""
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
                 return self.plan_prepare(form, folder, described)
@@ -1262,7 +1262,7 @@ def _suggest_free_name(form: NewForm, folder: Path | None, described: DescribedF
 
 
 def _file_options(row: ModelRow | None) -> list[str]:
-    """Return the options that name the files of a model."""
+    """Return the options that take the paths of a model's files."""
     if row is None:
         return []
     return list(dict.fromkeys(part.option.lstrip("-") for part in row.model.components if part.option))

@@ -20,7 +20,7 @@ MEDIA_KEYS = ("image_directory", "video_directory", "image_dir")
 
 
 def find_open_folder(runs: Runs, text: str) -> Path | None:
-    """Return a folder below the roots that no program of this project writes; None for any other text."""
+    """Return a folder below the roots, unless this project writes its files; None for any other text."""
     folder = find_folder(runs, text)
     return None if folder is None or is_closed(runs, folder) else folder
 

@@ -34,7 +34,7 @@ def serving_below(root: str) -> Iterator[None]:
 
 
 def find_port(scope: Mapping[str, Any]) -> int:
-    """Return the port at which this server received a request, not the one in its headers; 0 if unknown."""
+    """Return the port on which this server received a request, ignoring its headers; 0 if unknown."""
     _, port = scope.get("server") or ("", None)
     return port or 0
 
@@ -46,7 +46,7 @@ def add_root(address: str) -> str:
 
 
 def add_root_to_page(page: str) -> str:
-    """Insert the server's root path into all attributes of an HTML page that are addresses of this server."""
+    """Insert the server's root path into all attributes of an HTML page that are URLs of this server."""
     root = _ROOT.get()
     return _ADDRESS.sub(lambda match: match[0] + root, page) if root else page
 

@@ -394,7 +394,7 @@ def translate_reason(text: str) -> str:
 
 
 def translate_command(command: PageCommand) -> PageCommand:
-    """Return a command of a history with its title and the known sentences below it as translatable text."""
+    """Return a history's suggested command with its title and note, as far as known, as translatable text."""
     sentences = []
     for sentence in SENTENCE_END.split(command.note):
         sentences.append(_translate_by_pattern(sentence, COMMANDS) or sentence)

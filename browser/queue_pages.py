@@ -159,7 +159,7 @@ def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list
 
 
 class QueuePages:
-    """Shows the page of the queue, and handles its buttons."""
+    """Shows the Queue page, and handles its buttons."""
 
     def __init__(self, runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> None:
         self.runs = runs
@@ -178,7 +178,7 @@ class QueuePages:
         return self.answer("", request.query_params)
 
     def answer(self, error: str, query: Mapping[str, str]) -> Response:
-        """Return the page of the queue with an error; `query` may name a command to show for editing."""
+        """Return the Queue page with an error; `query` may name a command to show for editing."""
         try:
             return answer_page(self.page(error, query), 422 if error else 200)
         except UserError as problem:
@@ -225,7 +225,7 @@ class QueuePages:
         return trainings
 
     def change(self, request: Request, form: Form) -> Response:
-        """Carry out a button of the page Queue, and show the page again."""
+        """Handle a pressed button of the Queue page, and show the page again."""
         action = request.path_params["what"]
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))

@@ -75,7 +75,7 @@ SHAPE_STEP = 32  # pixels; all models accept multiples of it
 
 
 class UsedLora(NamedTuple):
-    """A LoRA file of a generation with its typed strength and the expert to which it is applied."""
+    """A LoRA file to generate with, its typed strength, and the expert to which it is applied."""
 
     path: str
     strength: str
@@ -84,7 +84,7 @@ class UsedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """A model or run to generate with: its fixed options, and the initial values of the other fields."""
+    """A model or run to generate with: its fixed options, and the initial values of the form's fields."""
 
     title: str
     family: str  # as scripts name it
@@ -150,7 +150,7 @@ class ModelRecipe:
 
     @property
     def _task_record(self) -> Any:
-        """Return the record of the command's task; None for a family without tasks."""
+        """Return the family's configuration of the command's --task; None for a family without tasks."""
         tasks = vars(with_scripts()[self.family].options).get("TASKS", {})
         return tasks.get("".join(self.fixed_options.get("--task", ())))
 
@@ -176,7 +176,7 @@ class ModelRecipe:
 
     @property
     def fields(self) -> list[str]:
-        """Names of the fields that the model has."""
+        """Names of the form fields that the model supports."""
         return list(self.option_keys)
 
     def find_default(self, name: str) -> str:
@@ -226,7 +226,7 @@ class ModelRecipe:
 
     @property
     def side_step(self) -> int:
-        """Number of pixels that widths and heights are multiples of."""
+        """Number of pixels of which every width and height is a multiple."""
         step: int = getattr(self._task_record, "side_step", self.defaults.side_step)
         return step
 
@@ -310,7 +310,7 @@ def find_flag(key: str, defaults: ScriptDefaults) -> str:
 
 
 def to_command_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[str, Any]:
-    """Convert options of a prompt line, by key, to options of the command line, by flag."""
+    """Convert options of a prompt line, by key, to command-line options, by flag."""
     options: dict[str, Any] = {}
     size = ["", ""]  # height, width
     for key, value in values.items():
@@ -384,7 +384,7 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
 
 
 def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
-    """Return the defaults of the released model that a command uses, recognized by its file names."""
+    """Return the usual options of the released model whose transformer is among `names`; {} if unknown."""
     script = f"{with_scripts()[family].generation_script}.py"
     for model in model_sets():
         transformers = {Path(part.path).name for part in model.components if part.role == "transformer"}
@@ -409,7 +409,7 @@ class _CommandOption:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether all commands of the page have the option unchanged, because no field shows it."""
+        """Whether the page's commands always use the option's value unchanged, because no field shows it."""
         is_shown = self.is_size or self.field is not None or self.key == "prompt"
         return not is_shown and self.key not in OPTIONS_OF_FORM
 
@@ -607,7 +607,7 @@ class RenderRequest:
             raise OptionError(say("%(path)s no longer exists. Choose another LoRA", path=lora.path))
 
     def _check_text(self, name: str, text: str) -> None:
-        """Raise OptionError if the text of a field is not a possible value of its option."""
+        """Raise OptionError if the text of a field is not a valid value of its option."""
         option = self.recipe.find_line_option(name)
         assert option is not None, f"the model has no field {name}"
         try:
@@ -651,7 +651,7 @@ class RenderRequest:
             )
 
     def _lora_options(self) -> dict[str, list[str]]:
-        """Return the options of the LoRAs, without their strengths."""
+        """Return the LoRA paths by option (one option for each expert), without strengths."""
         options: dict[str, list[str]] = {}
         for lora in self.loras:
             options.setdefault(_with_expert(LORA, lora.expert), []).append(lora.path)

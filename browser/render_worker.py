@@ -257,7 +257,7 @@ class RenderWorker:
         return self._explain_use_by_other_servers()
 
     def _explain_use_by_other_servers(self) -> str:
-        """Return why another server uses the graphics card; "" if none does."""
+        """Return a text saying why another server uses the GPU; "" if none does."""
         if any(render_job.state == RUNNING for render_job in self.list_all()):
             return say(
                 "%(generate)s of another server is generating a result: the job begins after it",
@@ -344,7 +344,7 @@ class RenderWorker:
     def _end_thread_if_idle(self) -> bool:
         """Return whether the worker thread has to end because nothing is left to do.
 
-        It is then no longer recorded in `_thread`, so that the next render job starts a new thread.
+        In that case, `_thread` is cleared, so that the next render job starts a new thread.
         """
         with self._changed:
             if self.session is not None or self._unsaved or self._has_waiting():
@@ -379,7 +379,7 @@ class RenderWorker:
         return True
 
     def _is_blocked_by_queue(self) -> bool:
-        """Return whether a job of the queue uses the GPU or is next to use it, and name it in `waits_for`."""
+        """Return whether a queued job uses the GPU or is next to use it, and name that job in `waits_for`."""
         try:
             queue_state = self.queue.now()
         except OutputError:  # the queue's page reports it
@@ -483,7 +483,7 @@ class RenderWorker:
                 self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
 
     def _wait_for_answer(self, session: ModelSession, render_job: RenderJob) -> dict[str, Any] | None:
-        """Return the next answer of a process; None if it has ended."""
+        """Return the next JSON answer of the model's process; None if the process has ended."""
         while True:
             if self.store.pop_cancel_request(render_job.id):  # first, as fast steps leave no idle time
                 self.cancel(render_job.id)
@@ -598,7 +598,7 @@ class RenderWorker:
             session.process.stdin.flush()
 
     def _detach_session(self) -> ModelSession | None:
-        """Detach and return the loaded process so that the caller can end it; None if no model is loaded."""
+        """Detach and return the model's process so that the caller can end it; None if no model is loaded."""
         with self._lock:
             session = self.session
             self.session = None
@@ -626,7 +626,7 @@ class RenderWorker:
                 (self.folder / SESSION).unlink()
 
     def _end_orphan(self) -> None:
-        """End a process that a killed server has left behind and that still occupies the graphics card."""
+        """End a process that a killed server has left behind and that still occupies GPU memory."""
         owner = self._read_session()
         if not owner:
             return
@@ -670,7 +670,7 @@ class RenderWorker:
 
 
 def _find_blocking_job(queue_state: QueueState) -> Job | None:
-    """Return the job of the queue that uses the GPU or is next to use it; None if there is none."""
+    """Return the queued job that uses the GPU or is next to use it; None if there is none."""
     # waiting jobs of a paused queue do not block
     blocking_states = (RUNNING, WAITING) if queue_state.worker else (RUNNING,)
     for state in blocking_states:

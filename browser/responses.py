@@ -30,7 +30,7 @@ def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None 
 def answer_template(
     name: str, title: str, values: Mapping[str, Any], is_rejected: bool = False, policy: str = POLICY
 ) -> Response:
-    """Return a page filled in from a template of this folder.
+    """Return a page rendered from a template in this folder.
 
     `is_rejected` marks the page as the explanation of a rejected request (status 422).
     """
@@ -65,7 +65,7 @@ def answer_file(path: Path) -> Response:
 def answer_move(address: str) -> Response:
     """Return the response to an htmx form that makes the browser open another page of this server.
 
-    Forms are sent by htmx, because a plain form without a referrer has the origin null, which is rejected.
+    htmx sends the forms, because a plain form without a referrer has the origin null, which is rejected.
     """
     return Response(headers={"hx-redirect": address})
 
@@ -76,7 +76,7 @@ def answer_not_found() -> Response:
 
 
 def answer_not_found_page(request: Request) -> Response:
-    """Return the page, with links, for an address that no longer exists; plain text for a part of a page."""
+    """Return a 404 page with links for a URL that does not exist; plain text for a part of a page."""
     if "hx-request" in request.headers:
         return answer_not_found()
     page = render_page(HERE / "not_found.html", say("Not there"), {"message": NOT_FOUND}, POLICY)
@@ -89,7 +89,7 @@ def answer_unknown() -> Response:
 
 
 def read_query(request: Request) -> Form:
-    """Return the fields in the address of a request."""
+    """Return the query parameters of a request's URL."""
     query = request.query_params
     return {name: query.getlist(name) for name in query}
 

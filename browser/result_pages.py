@@ -130,7 +130,7 @@ class SettingsCache:
 
 @dataclass(frozen=True)
 class ResultFilter:
-    """Values of the fields that filter the list of results."""
+    """Field values of the form that filters the list of results."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
     kind: str = ""
@@ -159,7 +159,7 @@ class ResultFilter:
 
 
 class FilteredResults(NamedTuple):
-    """Results of the page, and those that pass its filter."""
+    """All results, and the results that pass the page's filter."""
 
     all: Sequence[Result]
     accepted: Sequence[Result]
@@ -167,7 +167,7 @@ class FilteredResults(NamedTuple):
 
 
 def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
-    """Return whether a result lies in the folder of a run, or was generated with one of its files."""
+    """Return whether a result is in the run's folder, or was generated with one of the run's files."""
     if result.path.is_relative_to(run.history.parent):
         return True
     names = [] if settings is None else [lora.name for lora in settings.loras]
@@ -177,7 +177,7 @@ def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSum
 
 @dataclass(frozen=True)
 class ResultTile:
-    """A generated file as a tile of the page Results, with its settings and its enlarging job."""
+    """A generated file as a tile of the Results page, with its settings and its upscaling job."""
 
     result: Result
     settings: ResultSettings | None
@@ -477,7 +477,7 @@ class ResultPages:
         )
 
     def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
-        """Return the models of all results read so far, as values and titles of a drop-down list."""
+        """Return the models of all results read so far, as (value, title) for a drop-down list."""
         titles = set()
         for result in results:
             read = self.cache.find_read(result)
@@ -611,7 +611,7 @@ class ResultPages:
         return self.answer_dialog("layers", result, error, layers=layers)
 
     def show_layer(self, request: Request) -> Response:
-        """Respond with the file of a layer."""
+        """Respond with one image file of a layered result."""
         result = self.find(request)
         index = request.path_params["index"]
         layers = () if result is None else result.layers
@@ -864,7 +864,7 @@ def _free_path(path: Path, added: str) -> Path:
 
 
 def _list_catalog_families(family: str) -> set[str]:
-    """Return the catalogue's families that a family's script generates, such as `wan22` of `wan`."""
+    """Return the catalogue's family names for a script's family, such as `wan22` for `wan`."""
     script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
     return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}
 

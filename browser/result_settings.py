@@ -106,7 +106,7 @@ class ResultSettings:
     done: Sequence[str]  # later processing, such as `upscaler model=x.pth scale=2.0`
 
     def get(self, name: str) -> str:
-        """Return a value by its name in the metadata; "" if there is none."""
+        """Return the metadata value with this name; "" if there is none."""
         return self.values.get(name, "")
 
     @property
@@ -117,7 +117,7 @@ class ResultSettings:
 
     @property
     def model(self) -> str:
-        """Model type and task."""
+        """Model type and task in one string."""
         return " ".join(filter(None, (self.get("model_type"), self.get("task"))))
 
     @property
@@ -127,7 +127,7 @@ class ResultSettings:
 
     @property
     def family(self) -> str:
-        """Family as scripts name it; "" if it is unknown."""
+        """Model family, by the name that scripts use; "" if it is unknown."""
         return find_family(self.get("model_type"))
 
     @property
@@ -215,7 +215,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
 
 
 def find_family(model_type: str) -> str:
-    """Return the family of a model type in metadata; "" if it is unknown."""
+    """Return the family of a model type that a file's metadata names; "" if it is unknown."""
     model_type = OLD_NAMES.get(model_type, model_type)
     entries = with_scripts()
     plain = _plain_name(model_type)
@@ -265,7 +265,7 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
 
 
 def _is_recorded(option_info: Mapping[str, Any]) -> bool:
-    """Return whether metadata has an option, by the information in its declaration."""
+    """Return whether generated files record an option in their metadata, judging by its declaration."""
     reaches_out = "reach" in option_info  # it writes files or imports code
     return option_info.get("record") not in ("request", "nothing") and not reaches_out
 
@@ -451,7 +451,7 @@ def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
 
 
 def _is_equal(words: Sequence[str] | bool, text: str) -> bool:
-    """Return whether an option's values equal its metadata, which has file names without folders."""
+    """Return whether an option's values equal its text in metadata, which drops folders from paths."""
     if isinstance(words, bool):
         return text == str(words)
     if shlex.join(words) == text or " ".join(words) == text:
@@ -501,7 +501,7 @@ def _make_prompt_line_options(
 
 
 def _is_set_without_line(option: KnownOption, text: str, recipe: ModelRecipe) -> bool:
-    """Return whether a value is the default of its option, and the recipe sets no other value."""
+    """Return whether a value is the option's default and the recipe does not set the option."""
     is_set_by_recipe = any(flag in recipe.fixed_options for flag in option.flags)
     return not is_set_by_recipe and _is_equal([str(option.default)], text)
 

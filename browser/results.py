@@ -160,7 +160,7 @@ def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]
 
 
 def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _ListedFile | None:
-    """Return a file of results; None for other files. `previous` is this file in the last listing."""
+    """Return the entry as a generated file; None for other files. `previous` is its last listing."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
         return None
@@ -203,7 +203,7 @@ def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
 
 
 def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:
-    """Return the time of the file that an enlarged image or a last frame was made from; None without one.
+    """Return the time of the file from which an upscaled image or a last frame was made; None without one.
 
     `times` are the modification times of the folder's files, by name without suffix.
     """

@@ -341,7 +341,7 @@ class RunButtons:
         return False
 
     def find_generation_command(self, run: RunSummary) -> GenerationCommand | None:
-        """Return the history's command that generates with the trained file; None if the history has none."""
+        """Return the command in the run's history that generates with the trained file; None without one."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
             commands = current_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
@@ -394,7 +394,7 @@ class RunButtons:
         return say("It is in the queue.")
 
     def find_resume_command(self, run: RunSummary) -> ResumeCommand | None:
-        """Return the history's command that continues its run; None if there is none."""
+        """Return the command in the run's history that resumes the run; None if there is none."""
         is_preparation = run.name.endswith(BEFORE_TRAINING)  # `run` continues it, without --resume
         with contextlib.suppress(OSError), self.site.runs.lock:
             run_history = self.site.runs.open(run).run_history
@@ -523,7 +523,7 @@ class RunButtons:
         return path
 
     def look_at_samples(self, request: Request, form: Form) -> Response:
-        """Respond with the sample panel for the typed values, noting sizes that the model cannot generate."""
+        """Respond with the samples section for the typed values, noting sizes the model cannot generate."""
         tracked_run = self.find(request)
         if tracked_run is None:
             return answer_not_found()
@@ -585,7 +585,7 @@ class RunButtons:
         return sorted(path for path in dict.fromkeys(paths) if self.site.runs.is_below(path))
 
     def list_trained(self, run: RunSummary) -> list[Path]:
-        """Return the files written by a training run, found by their names and in the run's history."""
+        """Return the files that a training run has written, found by name and in the run's history."""
         folder = run.history.parent
         results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
         if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
@@ -783,7 +783,7 @@ def has_lora(run: RunSummary) -> bool:
 
 
 def list_results(folder: Path, name: str) -> list[Path]:
-    """Return the files that a training run has written under a name, and its request files such as .stop."""
+    """Return the files that the training run `name` has written, and its request files such as .stop."""
     results = find_results(Names(folder, name))
     asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop")]
     return [*results, *(path for path in asked if path.is_file())]
@@ -795,7 +795,7 @@ def suggest_steps(run: RunSummary, planned: int) -> int:
 
 
 def measure_size(path: Path) -> int:
-    """Return the size of a file, or of all files in a folder, in bytes; links count as nothing."""
+    """Return the size of a file, or of all files in a folder, in bytes; links count as 0."""
     if path.is_symlink():
         return 0
     if not path.is_dir():

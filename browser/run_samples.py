@@ -17,7 +17,7 @@ from downloads.catalogue import ModelSet
 
 
 def read_fields(form: Form) -> dict[str, str]:
-    """Return the fields of a form, with the line ends of a file."""
+    """Return the fields of a form with LF line ends; browsers send CRLF."""
     return {name: "".join(texts).replace("\r\n", "\n") for name, texts in form.items()}
 
 

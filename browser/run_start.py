@@ -71,7 +71,7 @@ START_TIME_TOLERANCE = 1.0  # start times of processes are rounded
 
 @dataclass(frozen=True)
 class RunState:
-    """State of a run, with the reason, the descriptions and the job that pages show for it."""
+    """State of a run, with the reason, details and job that pages show for it."""
 
     name: str  # one of STATES
     details: str = ""  # text after the name of the state: `40 of 120`
@@ -89,7 +89,7 @@ class RunState:
 
     @property
     def kind(self) -> str:
-        """The state that lists show: several states share a color and a symbol."""
+        """One of the few states that lists distinguish by color and symbol."""
         if self.name in ACTIVE_STATES:
             return RUNNING
         return {DRAFT: WAITING, FAILED_CHECK: DIED}.get(self.name, self.name)
@@ -108,7 +108,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run that the run.toml of a described folder defines: its model, history and number of steps."""
+    """The training run that a folder's run.toml defines: its model, history and number of steps."""
 
     folder: Path
     history: Path  # history that its training writes
@@ -135,7 +135,7 @@ class RunConfig:
 
     @property
     def preparation_history(self) -> Path:
-        """History file of the steps that `run` takes before the training."""
+        """History file of what `run` does before training: downloads and caching."""
         return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
 
     @property
@@ -258,7 +258,7 @@ class WaitingJobs:
 
 
 class TrackedRuns:
-    """Finds described folders, and determines the state of their runs and of all other runs."""
+    """Finds folders with a run.toml, and determines the state of their runs and of all other runs."""
 
     def __init__(self, runs: Runs, queue: JobQueue, background_jobs: BackgroundJobs) -> None:
         self.runs = runs
@@ -269,7 +269,7 @@ class TrackedRuns:
     # ---- which runs exist
 
     def list_run_configs(self) -> list[RunConfig]:
-        """Return the described folders below the roots. Call it after the runs were listed."""
+        """Return the run.toml files below the roots. Call it after the runs were listed."""
         with self.runs.lock:
             configs_by_history = {}
             known: dict[Path, tuple[tuple[int, int, int], RunConfig | None]] = {}
@@ -342,7 +342,7 @@ class TrackedRuns:
         return self._make_tracked_run(run_config, run, preparation, folder_jobs, self._list_waiting(jobs))
 
     def find_job_states(self, jobs: Sequence[Job]) -> dict[int, TrackedRun]:
-        """Return the run of each waiting or running job that runs a described folder, by job number."""
+        """Return, by job number, the training run that each waiting or running job belongs to."""
         runs_by_job = {}
         for tracked_run in self.list_all():
             job = tracked_run.state.job
@@ -584,7 +584,7 @@ def find_run_folder(job: Job) -> Path | None:
 
 
 def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
-    """Return the jobs that run a described folder (`reelsmith run`), by the real path of the folder."""
+    """Group the jobs that run `reelsmith run FOLDER` by the folder's real path."""
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
         folder = find_run_folder(job)
@@ -594,7 +594,7 @@ def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
 
 
 def is_run_of_folder(job: Job, folder: Path) -> bool:
-    """Return whether a job runs a described folder (`reelsmith run`), and does not only check it."""
+    """Return whether a job runs `reelsmith run FOLDER` to train, and not only to check the folder."""
     return find_run_folder(job) == folder
 
 
@@ -646,7 +646,7 @@ def read_run_state(run: RunSummary) -> RunState:
 
 
 def _read_training_state(doing: str) -> RunState:
-    """Return the state of a running training; `doing` names its work between two steps, such as sampling."""
+    """Return the state of an active training run; `doing` names its current work, such as sampling."""
     sample = SAMPLE_PATTERN.fullmatch(doing)
     if sample is not None:
         progress = say("%(step)s of %(total_steps)s", step=sample[1], total_steps=sample[2])
@@ -709,7 +709,7 @@ def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState
 
 
 def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
-    """Return the state of an ended run with a history; `job` is its folder's latest, None without one."""
+    """Return the state of an ended run with a history. `job` is the newest job of its folder, if any."""
     state = read_run_state(run)
     is_later_job = job is not None and job.born > run.changed + START_TIME_TOLERANCE
     if job is None or is_later_job:

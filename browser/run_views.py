@@ -167,7 +167,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
 
 @dataclass(frozen=True)
 class LiveRunState:
-    """State of a run as its page shows it, with the remaining time."""
+    """State and remaining time of a run, as its page shows them."""
 
     displayed: Standing  # start, step and ending of the run, as text
     state: str  # RUNNING, FINISHED, STOPPED or DIED
@@ -445,7 +445,7 @@ _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def drop_private(text: str) -> str:
-    """Return the HTML of a page without folders and without elements that are marked as private."""
+    """Return a page's HTML without folder paths and without elements that are marked as private."""
     count = 1
     while count:  # innermost elements first, because marked elements are nested
         text, count = _MARKED.subn("", text)

@@ -201,7 +201,7 @@ class RunSummary:
 
     @functools.cached_property
     def spark(self) -> str:
-        """Points of the loss sparkline in an area 100 wide and 24 high."""
+        """Points of the loss sparkline, an SVG polyline in an area 100 wide and 24 high."""
         if len(self.losses) < 2:
             return ""
         lowest = min(self.losses)
@@ -308,7 +308,7 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
 
 
 def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
-    """Return a history of the last start, samples, memory and end only. `tail` is the end of `content`."""
+    """Parse only a history's last start, samples, memory and end. `tail` is the end of `content`."""
     near_end = len(content) - LAST_SAMPLES_BYTES
     ending = _read_last_row(tail, "ended", 0)
     # a resumed run has several processes; the newest one counts, wherever its line is in the file

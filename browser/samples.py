@@ -76,7 +76,7 @@ COMMON_NUMBER_FIELDS = {"width", "height", "seed", "steps"}
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A line of prompts.txt as a row of the form; `more` has the options without a field."""
+    """A line of prompts.txt as a row of the form; `more` contains the options without a field."""
 
     line: int | None  # index of the line in the file; None: a new one
     prompt: str
@@ -220,7 +220,7 @@ def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
 
 
 def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the values of a row's fields that differ from its line, by the name of the field."""
+    """Return, by field name, the typed values that differ from the row's line in the prompt file."""
     changes = {}
     for name in FIELDS:
         typed = fields.get(f"{name} {number}", "").strip()
@@ -431,7 +431,7 @@ def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
 
 
 def read_typed_rows(text: str, fields: Mapping[str, str]) -> list[PromptRow]:
-    """Return the rows with the values typed into a form. `text` is the content of the prompt file."""
+    """Return the rows of the prompt file `text`, with the values that the user typed into the form."""
     rows = []
     typed = read_typed_texts(fields)
     for edit in _read_edits(text, fields):

@@ -243,7 +243,7 @@ class Gate:
         return self._check_browser(request, access, is_below_root)
 
     def _is_from_here(self, request: Request, is_read: bool) -> bool:
-        """Return whether a request comes from a page of this server, or opens a page."""
+        """Return whether a request comes from a page of this server, or opens a page in the browser."""
         headers = request.headers
         origin = headers.get("origin")
         if origin is None and not is_read:
@@ -292,7 +292,7 @@ class Gate:
         return page
 
     def _is_token_or_ticket(self, request: Request, word: str) -> bool:
-        """Return whether a word in the address is the token or a valid ticket, which admits the browser."""
+        """Return whether `word`, from the URL, is the token or a valid ticket, which admits the browser."""
         if self._is_token(word):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
@@ -324,7 +324,7 @@ class Gate:
 
 
 def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
-    """Return whether a request's address is below the root of the pages, and the request without it."""
+    """Return whether a request's path is below the secret root path, and the scope without that root."""
     if access is None:
         return True, scope
     root, path = access.root, scope["path"]
@@ -337,7 +337,7 @@ def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
 
 
 class RunPages:
-    """Shows the list of runs, and the page, updates and files of each; forwards requests to training runs."""
+    """Shows the list of runs, and each run's page, updates and files; forwards requests to training runs."""
 
     def __init__(self, site: Site, buttons: RunButtons, shares: SharePages) -> None:
         self.runs = site.runs
@@ -348,7 +348,7 @@ class RunPages:
         self.shares = shares
 
     def find(self, request: Request) -> RunSummary | None:
-        """Return the run that an address names; None if it does not exist."""
+        """Return the run that a request's URL names; None if it does not exist."""
         return self.runs.find(request.path_params["id"])
 
     def find_file(self, request: Request) -> Path | None:
@@ -408,7 +408,7 @@ class RunPages:
             return answer_text("from and to are numbers of steps.", 400)
 
     def show_about(self, request: Request) -> Response:
-        """Respond with the description of a file: hash and metadata."""
+        """Respond with the HTML about a weight file: hash and metadata."""
         with self.runs.lock:
             path = self.find_file(request)
         return answer_not_found() if path is None else answer_page(self.notes.describe(path))  # takes a while
@@ -419,7 +419,7 @@ class RunPages:
         return answer_not_found() if path is None else answer_file(path)
 
     def ask(self, request: Request, form: Form) -> Response:
-        """Pass a request (save, sample, stop) on to a running training, as a file next to its history."""
+        """Ask a running training process to save, sample or stop, by a file next to its history."""
         with self.runs.lock:
             run = self.find(request)
         kind = "".join(form.get("what", ()))
@@ -541,7 +541,7 @@ def _list_routes(site: Site, read_only: bool) -> list[Route]:
 
 
 def _list_host_names(host: str, public_origin: str | None) -> frozenset[str]:
-    """Return the names by which requests may call this server, in addition to IP addresses."""
+    """Return the values that a request's Host header may have, in addition to IP addresses."""
     machine = socket.gethostname().lower()
     names = {"localhost", host.lower(), machine, f"{machine}.local"}
     if public_origin is not None:

@@ -30,7 +30,7 @@ WORKERS = {
 
 
 class ShownSetting(NamedTuple):
-    """A setting of the server as a row of the page Settings."""
+    """A setting of the server as a row of the Settings page."""
 
     name: str
     value: str

@@ -89,12 +89,12 @@ class Shares:
     """The valid links of this user."""
 
     def list_all(self) -> list[ShareLink]:
-        """Return the links that have not ended. A damaged file counts as empty."""
+        """Return the links that have not expired. A damaged file counts as empty."""
         now = time.time()
         return [share for share in self._read() if now < share.end <= now + (MAX_DAYS + 1) * DAY]
 
     def find(self, word: str) -> ShareLink | None:
-        """Return the link whose address has this secret; None if there is none."""
+        """Return the link whose URL contains this secret; None if there is none."""
         shares = [share for share in self.list_all() if _is_same(share.word, word)]
         return shares[0] if shares else None
 
@@ -134,7 +134,7 @@ class Shares:
             write_user_file(FILE, json.dumps([asdict(share) for share in shares[-MAX_KEPT:]]))
 
     def _read(self) -> list[ShareLink]:
-        """Return the links of the file; none if one of its lines is not a link."""
+        """Return the links stored in the file; [] if one of its lines is not a link."""
         try:
             shares = [
                 ShareLink(str(row["word"]), str(row["run"]), float(row["end"]), _read_number(row["session"]))
@@ -228,7 +228,7 @@ class SharePages:
     # ---- for a friend
 
     def find(self, request: Request) -> RunSummary | None:
-        """Return the run that a share link names; None if the link has ended or another run took its path."""
+        """Return the run of a share link; None if the link has expired or another run took its path."""
         share = self.shares.find(request.path_params["word"])
         if share is None:
             return None
@@ -295,7 +295,7 @@ class SharePages:
         return render_page(HERE / "sharing.html", "", values, POLICY)
 
     def find_origin(self, request: Request) -> str:
-        """Return the origin under which other machines reach this server."""
+        """Return the origin, such as https://my-page.example.org, at which others reach this server."""
         public_origin = self.site.settings.public_origin
         return public_origin or f"http://{request.headers.get('host', '')}"
 

@@ -57,7 +57,7 @@ def split_section(section: str) -> list[str]:
 
 
 def rename_tag(text: str, old: str, new: str) -> str:
-    """Replace the tag `old` of a caption by `new`, and remove duplicates of `new`; "" removes the tag.
+    """Replace the tag `old` in a caption with `new`, and remove duplicates of `new`; "" removes the tag.
 
     Lines without the tag are unchanged.
     """
@@ -66,7 +66,7 @@ def rename_tag(text: str, old: str, new: str) -> str:
 
 
 def _rename_in_line(line: str, old: str, new: str) -> str:
-    """Replace the tag `old` of a caption line by `new`; tags of earlier sections are not repeated."""
+    """Replace the tag `old` in a caption line with `new`, and drop tags that an earlier section contains."""
     used_tags = {""}  # "" stands for the removed tag
     sections = []
     for section in line.split(KEEP_TOKENS_SEPARATOR):  # a training does not shuffle the tags before this sign
@@ -133,7 +133,7 @@ class TagEditor:
         return join(" ", [change.about, *_explain_unchanged(num_emptied, num_conflicts)])
 
     def last_change(self, folder: Path) -> TagChange | None:
-        """Return the last change of a folder's tags; None if there is none to undo."""
+        """Return the last tag change in a folder's captions; None if there is none to undo."""
         changes = self._changes.get(folder)
         return changes[-1] if changes else None
 

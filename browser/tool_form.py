@@ -88,7 +88,7 @@ class ToolForm:
 
 
 def find_default(record: type, name: str) -> Any:
-    """Return the default of an option of a record, or of a record in it.
+    """Return the default of the option `name` in an options dataclass or a dataclass nested in it.
 
     Raises KeyError if there is no such option.
     """

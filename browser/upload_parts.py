@@ -52,9 +52,9 @@ class PartialUpload:
         return self.folder / f".{self.name[:100]}.{digest}{SUFFIX}"
 
     def count_bytes(self) -> int:
-        """Return the bytes received so far.
+        """Return the number of bytes received so far.
 
-        Raises OptionError if its name belongs to another kind of file.
+        Raises OptionError if a link or folder has the name of the partial file.
         """
         if not self.partial_path.exists() and not self.partial_path.is_symlink():
             return 0

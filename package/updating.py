@@ -77,7 +77,7 @@ class FileChange:
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """The commits before and after the last update of a clone; `after` is None in older notes."""
+    """The commits before and after the last update of a git clone; `after` is None in older records."""
 
     before: str
     after: str | None
@@ -85,7 +85,7 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class CloneMove:
-    """A change of a clone's files from one commit to another."""
+    """A move of a git clone to another commit, by `update` or, if `is_return`, by `back`."""
 
     before: str
     after: str
@@ -269,7 +269,7 @@ def _move_clone(root: Path, move: CloneMove) -> None:
 
 
 def _complete_move(root: Path, move: CloneMove) -> None:
-    """Record the commits for `back`, or forget them after a return, and remove the mark of a running move."""
+    """Record the commits for `back`, or delete the record after a return; then mark the move as complete."""
     note = root / STATE_FOLDER / COMMITS_FILE
     if move.is_return:
         note.unlink(missing_ok=True)
@@ -306,7 +306,7 @@ def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
 
 
 def _list_differing(root: Path, commit: str) -> set[str]:
-    """Return the paths of files that differ from a commit."""
+    """Return the paths of files in the working tree that differ from a commit."""
     return set(_git(root, "diff", "--name-only", "--no-renames", "-z", commit).split("\0")) - {""}
 
 
@@ -351,7 +351,7 @@ def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
 
 
 def _list_own_commits(root: Path, record: UpdateRecord, branch: str) -> list[str]:
-    """Return "HASH SUBJECT" of commits of HEAD that neither the update nor another branch or a tag has."""
+    """Return "HASH SUBJECT" of HEAD's commits that are not in the update, another branch or a tag."""
     excluded = [record.before]
     if record.after is not None:
         excluded.append(record.after)
@@ -666,7 +666,7 @@ def _read_files(root: Path) -> list[str]:
 
 
 def _read_digests(root: Path) -> dict[str, str]:
-    """Return the digests of the current version's files by folded name; {} if they are not known."""
+    """Return the digests of the current version's files by case-folded name; {} if they are not known."""
     note = root / STATE_FOLDER / DIGESTS_FILE
     lines = read_text(note, MAX_OF_NOTE).split("\n") if note.is_file() else []
     return {fold_name(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -741,7 +741,7 @@ def _restore_backup(root: Path, is_repair: bool = False) -> None:
 
 
 def _save_user_edits(root: Path, names: Iterable[str]) -> None:
-    """Copy files that the user has changed to unused names, and report the names."""
+    """Copy files that the user has edited to unused names, and print these names."""
     copies = {name: _find_copy_name(root, name) for name in names if (root / name).is_file()}
     for name, copy_name in copies.items():
         _copy_atomically(root, root / name, copy_name)

@@ -59,7 +59,7 @@ def find_command() -> list[str]:
 
 @dataclass(eq=False)
 class QueuedTraining:
-    """A folder's training that waits in the queue, runs or has ended."""
+    """The training run of a folder, which waits in the queue, is active or has ended."""
 
     folder: Path
     log: Path
@@ -118,7 +118,7 @@ class QueuedTraining:
 
 
 class TrainingQueue:
-    """Run trainings one after the other, because they share the GPU."""
+    """Lets training runs start one after the other, because they share the GPU."""
 
     def __init__(self) -> None:
         self._trainings: dict[Path, QueuedTraining] = {}
@@ -133,7 +133,7 @@ class TrainingQueue:
         return self._trainings.get(folder)
 
     def add(self, folder: Path) -> QueuedTraining:
-        """Queue the training of a folder, unless it is already waiting or running."""
+        """Queue the training run of a folder, unless it is already waiting or active."""
         with self._lock:
             known = self._trainings.get(folder)
             if known is not None and not known.ended.is_set():
@@ -154,7 +154,7 @@ class TrainingQueue:
             training.ended.wait()
 
     def _work(self) -> None:
-        """Run the waiting trainings until none is left."""
+        """Run the waiting training runs until none is left."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -185,7 +185,7 @@ def find_folder(text: str) -> Path:
 
 
 def find_samples(folder: Path) -> list[Path]:
-    """Return the samples of a training folder, the newest first."""
+    """Return the samples in a training run's folder, the newest first."""
     description = tomllib.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     settings = {**description, **description.get("training", {})}
     samples = (folder / str(settings.get("output_dir", "output")) / "sample").glob("*")
@@ -227,7 +227,7 @@ class ReelsmithRun:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  # ComfyUI's names
-        """Return the inputs of this node in the form that ComfyUI expects."""
+        """Return the inputs of this node in ComfyUI's format."""
         return {"required": {"folder": ("STRING", {"default": ""}), "action": (["start", "stop"],)}}
 
     @classmethod
@@ -256,7 +256,7 @@ class ReelsmithRun:
 
 
 class ReelsmithSamples:
-    """Load the newest samples of a training run: images of one size, or the frames of the newest clip."""
+    """Node that loads a training run's newest samples: images of one size, or the newest clip's frames."""
 
     CATEGORY = "Reelsmith"
     FUNCTION = "load"

@@ -197,7 +197,7 @@ class CheckedCommand:
     values: Mapping[str, Any]  # of all options of the script
 
     def start(self) -> CommandRun:
-        """Start the command."""
+        """Start the command in a process of its own, and return it while it runs."""
         folder, name = self.values.get("output_dir"), self.values.get("output_name")
         history = None if folder is None or name is None else HistoryEvents(Path(folder), str(name))
         return CommandRun(self.script, self.argv, self.options, history)

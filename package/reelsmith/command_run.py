@@ -43,8 +43,8 @@ class CommandRun:
         script: File of the command's script.
         options: Keyword arguments of the command.
         losses: Loss of each step so far, by step.
-        samples: Samples of the training so far.
-        saved: Files with trained weights that the training has saved so far.
+        samples: Samples that the training run has generated so far.
+        saved: Files with trained weights that the training run has saved so far.
         lines: Lines that the command has printed so far.
     """
 

@@ -58,7 +58,7 @@ class ScriptCommand:
 
     @property
     def module(self) -> str:
-        """Name of the script's module: `wan_train_network`, `blissful_tuner.metaview`."""
+        """Import name of the script's module, such as `wan_train_network` or `blissful_tuner.metaview`."""
         room = self.path.parent.name
         return f"{room}.{self.script}" if room in SCRIPT_ROOMS else self.script
 
@@ -204,7 +204,7 @@ def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -
 
 
 def _list_similar_endings(typed_ending: str, names_by_ending: Mapping[str, str]) -> list[str]:
-    """Return the command whose words after the first are most similar; the first word is right."""
+    """Return the command whose words after the first are most similar to `typed_ending`; [] if none is."""
     similar = difflib.get_close_matches(typed_ending, names_by_ending, 1)
     if not similar:
         similar = difflib.get_close_matches(typed_ending.partition(" ")[0], names_by_ending, 1)

@@ -25,7 +25,7 @@ class _RaisingParser(Parser):
     """A parser that raises its error messages instead of ending the process."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Raise the message of a wrong option as OptionError instead of ending the process."""
+        """Raise OptionError with argparse's message about a wrong option, instead of ending the process."""
         raise OptionError(extract_error_message(message or "the options ask for the help alone"))
 
 
