@@ -15,7 +15,7 @@ from protocols.families import caption_formats
 
 
 def find_format_of_folder(folder: Path | None) -> str:
-    """Return the family whose JSON format a described folder's captions have.
+    """Return the family whose JSON format the captions of a folder with a run.toml have.
 
     Returns "" if they are plain sentences.
     """

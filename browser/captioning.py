@@ -53,11 +53,11 @@ class CaptionForm:
 
 
 def make_caption_argv(form: CaptionForm, try_on: int | None = None) -> list[str]:
-    """Return the command line that writes captions for the dataset of a described folder.
+    """Return the command line that captions the dataset of a folder with a dataset.toml.
 
     Args:
         form: The form of the page.
-        try_on: Number of files to print captions for, without saving them; None to write all captions.
+        try_on: Number of files whose captions are printed but not saved; None to save all captions.
 
     Raises:
         OptionError: If the form names a server without a model, or an unknown format.

@@ -33,7 +33,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class Checklist:
-    """The checklist of a folder, and the lines printed by `new` that did not become rows."""
+    """The checklist of a folder, and the printed lines of `new` that are not rows of it."""
 
     rows: Sequence[CheckRow]
     details: Sequence[OutputLine] = ()  # lines without a row, shown below the list
@@ -41,7 +41,7 @@ class Checklist:
 
 @dataclass
 class _PrintedGroup:
-    """A printed line, with the commands or files that are indented below it."""
+    """A printed line, with the commands or files that are printed indented below it."""
 
     head: OutputLine
     details: list[OutputLine] = field(default_factory=list)
@@ -62,10 +62,10 @@ def make_checklist(
     """Return the checklist of a training folder: findings about its files as graded rows, the worst first.
 
     Args:
-        content: Counts of the folder's files; None if it has none.
+        content: Counts of the folder's media files; None if there are none.
         lines: Lines that `new` has printed about the folder.
-        unreadable: Names of files that cannot be read at present.
-        trigger_word: Word that stands for missing captions; "" if there is none.
+        unreadable: Names of files that currently cannot be read.
+        trigger_word: Word that replaces missing captions; "" if there is none.
         applied_remedies: Command lines that have been run, and REPAIR_CAPTIONS if captions were repaired.
     """
     rows = [] if content is None else _list_content_rows(content, unreadable, trigger_word)
@@ -81,7 +81,7 @@ def make_checklist(
 
 
 def _without_repeated_names(group: _PrintedGroup, lines: Sequence[OutputLine]) -> _PrintedGroup:
-    """Drop detail lines that are only a file name, if another line has a button that leaves this file out."""
+    """Drop detail lines that are only a file name if another line has a button that excludes this file."""
     names_with_button: set[str] = set()
     for line in lines:
         if line.remedy == LEAVE_OUT_FILES:
@@ -91,7 +91,7 @@ def _without_repeated_names(group: _PrintedGroup, lines: Sequence[OutputLine]) -
 
 
 def _without_leave_out_button(line: OutputLine) -> OutputLine:
-    """Return a line without its button that leaves files out, because a row of the list has that button."""
+    """Return a line without its button that excludes files, because a row of the list has that button."""
     return replace(line, remedy="") if line.remedy == LEAVE_OUT_FILES else line
 
 
@@ -149,9 +149,9 @@ def _group_details(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
 def _make_row(
     group: _PrintedGroup, unreadable: Sequence[str], applied_remedies: Collection[str]
 ) -> CheckRow | None:
-    """Return the row of a printed line and its details; None if nothing is left to do or to read in it.
+    """Return the row of a printed line and its details; None if it needs no attention any more.
 
-    The row is BAD if the line is an error or offers to leave files out, and WARN if it is a warning or has
+    The row is BAD if the line is an error or offers to exclude files, and WARN if it is a warning or offers
     another remedy. `unreadable` are names of files that another row lists.
     """
     head = group.head
@@ -162,7 +162,7 @@ def _make_row(
     # details are commands to run or names of files
     settled_texts = {*applied_remedies, *unreadable}
     open_details = [detail for detail in group.details if detail.text not in settled_texts]
-    if head.text.endswith(":") and not open_details:  # nothing is left of what this line announces
+    if head.text.endswith(":") and not open_details:  # the line announces details, and none is left
         return None
     if head.is_error or any(detail.remedy == LEAVE_OUT_FILES for detail in open_details):
         return CheckRow(BAD, line=head, details=open_details)

@@ -59,7 +59,7 @@ class OutputLine:
 
     @property
     def translated_text(self) -> str:
-        """The text in the language of the page."""
+        """The text in the page's language."""
         return self.text if self.is_command else translate_line(self.text)
 
     @property
@@ -86,9 +86,9 @@ class OutputLine:
 
 
 def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[OutputLine]:
-    """Return the lines that a command has printed, with their remedies, up to the diff of a --dry_run.
+    """Return a command's printed lines, with the actions of their buttons, up to the diff of a --dry_run.
 
-    `names` are the names of the files of the command's folder.
+    `names` are the names of the files in the command's folder.
     """
     if job is None:
         return []
@@ -129,7 +129,7 @@ def _reports_missing_files(text: str, names: Collection[str]) -> bool:
 
 
 def _parse_line(line: str, names: Collection[str]) -> OutputLine:
-    """Return a printed line with its remedy: a command to run, files to repair, or files to leave out."""
+    """Return a printed line with its button's action: run a command, repair captions or exclude files."""
     text = line.strip()
     if line.startswith("  ") and text.startswith(("python ", "reelsmith ")):  # commands are printed indented
         if "--trigger_word WORD" in text:  # WORD is a placeholder: the user has to replace it

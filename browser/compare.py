@@ -86,7 +86,7 @@ class ComparableRun:
 
     @property
     def problem(self) -> str:
-        """Reason why no clip can be generated with the files of this run; "" if clips can be generated."""
+        """Reason why no clip can be generated with this run's LoRA files; "" if clips can be generated."""
         for name, values in self.options.items():
             if name in OPTIONS_OF_COMPARISON:  # the comparison replaces their values
                 continue
@@ -109,7 +109,7 @@ class ComparableRun:
 
     @property
     def files(self) -> list["ComparedFile"]:
-        """Saved LoRA files that still exist, by step. Of several with equal weights, one is listed."""
+        """Saved LoRA files that still exist, sorted by step. Only one of several equal files is listed."""
         folder = self.run.history.parent
         best = find_best_file(folder, self.run.name, self.run_history)  # by scores or losses
         best_name = None if best is None else best.name
@@ -211,7 +211,7 @@ class Comparison:
 
 
 def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
-    """Return a run for comparison, with the first generation command in its history; None if it has none.
+    """Return a run with the first generation command in its history; None if the history has none.
 
     Raises:
         OSError: If the history cannot be read.
@@ -257,8 +257,8 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
 def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Path:
     """Return the folder in which a run's command was typed.
 
-    It is recorded in the run's history. Histories of older versions do not have it: then it follows from the
-    command's output option, and failing that, the browser's own working folder is returned.
+    It is recorded in the run's history. For a history of an older version, it is derived from the command's
+    output option. If that fails, the browser's own working folder is returned.
     """
     with contextlib.suppress(OSError, ValueError):  # the history may come from another machine
         if run.working_folder is not None and run.working_folder.is_dir():
@@ -266,7 +266,7 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
     output_words = options.get("--output_dir")
     # training scripts have --output_dir; generation scripts write samples to --save_path below it
     typed_output = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
-    output_folder = run.history.parent.parts  # the history lies in the output folder
+    output_folder = run.history.parent.parts  # the history is in the output folder
     num_working_parts = len(output_folder) - len(typed_output.parts)
     ends_as_typed = output_folder[num_working_parts:] == typed_output.parts
     if typed_output.is_absolute() or not ends_as_typed:
@@ -290,8 +290,8 @@ def group_options(argv: Sequence[str]) -> dict[str, list[str]]:
 def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison:
     """Return the comparison that a form requests. Raises OptionError if the runs cannot be compared.
 
-    The rows are the selected prompts and the typed prompt lines; without both, the first prompts that have
-    samples.
+    The rows are the selected prompts and the typed prompt lines. If there are neither, they are the first
+    prompts with samples.
     """
     sources = _read_sources(runs, form)  # the selected runs
     columns: list[ComparedFile] = []
@@ -410,7 +410,7 @@ def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
 
 
 def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, default_seed: str) -> ComparedPrompt:
-    """Return the row of a prompt that has samples, with the settings of the first sample."""
+    """Return the row of a prompt with samples, with the settings of its first sample."""
     settings: dict[str, str] = {}
     for name, text in _first_tags(sources, prompt).items():  # metadata, such as bt_seeds
         if text != "N/A":
@@ -469,7 +469,7 @@ class ShownClip:
 
 
 class ClipKey(NamedTuple):
-    """Key of a generated clip: its prompt, its seed and the hashes of its LoRA files."""
+    """Key of a generated image or clip: its prompt, its seed and the hashes of its LoRA files."""
 
     prompt: str
     seed: str
@@ -497,8 +497,8 @@ class RowClips:
 def find_row_clips(comparison: Comparison, notes: FileNotes, queued_clips: QueuedClips) -> list[RowClips]:
     """Return the cells of each row of a comparison: generated clips, samples, and queued jobs.
 
-    `queued_clips` is the result of `find_queued_clips`. Files that were never hashed before are hashed now,
-    which takes a while.
+    `queued_clips` is the result of `find_queued_clips`. LoRA files without a cached hash are hashed, which
+    takes a while.
     """
     addresses = _find_generated_clips(comparison)
     digests: dict[str, frozenset[str]] = {}
@@ -518,9 +518,9 @@ def find_row_clips(comparison: Comparison, notes: FileNotes, queued_clips: Queue
 
 
 def _find_generated_clips(comparison: Comparison) -> dict[ClipKey, str]:
-    """Return the addresses of the clips that tools/compare.py generated without a LoRA or at strength 1.
+    """Return the URLs of the clips that tools/compare.py generated without a LoRA or at strength 1.
 
-    The metadata of a clip, whose names begin with `bt_`, has its prompt, seed, LoRAs and their SHA-256.
+    A clip's metadata, in keys that begin with `bt_`, contains its prompt, seed, LoRAs and their SHA-256.
     """
     addresses: dict[ClipKey, str] = {}
     for source in comparison.sources:
@@ -597,9 +597,9 @@ class PlannedJob(NamedTuple):
 
 
 def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[PlannedJob]:
-    """Return the jobs that generate the missing clips of a comparison, whose cells are `row_clips`.
+    """Return the jobs that generate a comparison's missing clips. `row_clips` are its cells.
 
-    Rows that lack clips of the same files share one job.
+    Rows that lack clips of the same LoRA files share one job.
     """
     if comparison.problem:
         return []
@@ -619,12 +619,12 @@ def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[Pla
 def _plan_job(
     source: ComparableRun, files: Sequence[ComparedFile], rows: Sequence[ComparedPrompt]
 ) -> PlannedJob:
-    """Return the job that generates a clip for each pair of file and prompt, with the options of a run."""
+    """Return the job that generates a clip for each pair of LoRA file and prompt, with a run's options."""
     prompts = "".join(f"{row.line}\n" for row in rows)
     digest = short_digest(prompts, 4)
     prompt_file = source.folder / f"prompts-{digest}.txt"
     argv = [*SCRIPT, "--family", source.family, "--lora", *(str(file.paths[0]) for file in files)]
-    if len(files[0].paths) > 1:  # each file is a pair: one for each expert of Wan 2.2
+    if len(files[0].paths) > 1:  # each column is a pair of files, one for each expert of Wan 2.2
         argv += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
         if name not in OPTIONS_OF_COMPARISON:  # this job sets these itself

@@ -100,7 +100,7 @@ def _list_subsets(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def read_batch_field(text: str) -> int:
-    """Return the number in the batch-size field. Raises OptionError if it is not a positive number."""
+    """Parse the batch-size field. Raises OptionError if it is not a positive integer."""
     if text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MAX_IN_BATCH:
         return int(text)
     raise OptionError(
@@ -113,7 +113,10 @@ def read_batch_field(text: str) -> int:
 
 
 def write_batch(text: str, size: int) -> str:
-    """Return a dataset.toml with a batch size for all its tables. Raises ValueError if it is not TOML."""
+    """Set the batch size of all tables in the text of a dataset.toml, and return the new text.
+
+    Raises ValueError if the text is not TOML.
+    """
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:

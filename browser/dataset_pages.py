@@ -138,11 +138,11 @@ class Thumbnails:
         self._lock = threading.Lock()
 
     def make(self, part: Mapping[str, Any], modified_ns: int) -> bytes:
-        """Return the first frame of a file as a small JPEG.
+        """Return a small JPEG of a file's first frame, from the cache if possible.
 
         Args:
             part: The file as the dataset report lists it, with its `path`.
-            modified_ns: Modification time of the file in nanoseconds: a changed file is decoded again.
+            modified_ns: Modification time of the file in nanoseconds; a changed file is decoded again.
 
         Raises:
             MediaError: If the file cannot be decoded.
@@ -164,10 +164,10 @@ class Thumbnails:
         return jpeg.getvalue()
 
     def _read_frame(self, part: Mapping[str, Any]) -> Any:
-        """Return the first frame of a file that the dataset report lists; it may be a member of a tar.
+        """Return the first frame of a file in the dataset report, which may be a member of a tar.
 
-        The keys of `part` are `path`, and for a file in an archive also `in`, the archive, with `offset` and
-        `bytes`, its position and size in a tar.
+        `part` contains the file's `path`. For a file in an archive, it also contains the archive `in`, and in
+        a tar the file's position and size, `offset` and `bytes`.
         """
         path = Path(part["path"])
         is_archived = "in" in part
@@ -203,7 +203,7 @@ class DatasetPages:
 
         Args:
             dataset: The dataset.
-            query: `text` and `only` filter the files; `from` and `count` select a part.
+            query: `text` and `only` filter the files; `from` and `count` select a range.
 
         Raises:
             ValueError: If `from` or `count` is not a number.
@@ -267,7 +267,7 @@ class DatasetPages:
         return add_root(f"/dataset/{dataset.id}/picture/{id}/{part_index}/{file_path.stat().st_mtime_ns}")
 
     def describe_caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
-        """Return the current caption of a file, with the reason if this page cannot edit it."""
+        """Return the JSON values of a file's current caption, with the reason if this page cannot edit it."""
         path = self.caption_path(dataset, file)
         if path is None:
             text = "\n".join(file["captions"])
@@ -292,9 +292,9 @@ class DatasetPages:
         return real_path(path) if self.datasets.may_show(dataset, inside) else None
 
     def write_caption(self, dataset: FoundDataset, id: str, query: Mapping[str, Any]) -> tuple[int, Any]:
-        """Save or undo a caption, and return the HTTP status and the answer.
+        """Save a caption or undo saves, and return the HTTP status and the JSON response.
 
-        `query` has `what` (save, undo or back), `have` (checksum of the caption file) and `text`.
+        `query` contains `what` (save, undo or back), `have` (checksum of the caption file) and `text`.
         """
         file = self.datasets.measure(dataset).files.get(id)
         path = None if file is None else self.caption_path(dataset, file)
@@ -328,7 +328,7 @@ class DatasetPages:
 
     # the page's script requests the files
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:
-        """Return the page of one dataset. Its files are requested by the page's script."""
+        """Return the page of one dataset. The page's script requests the list of its files."""
         values = {
             "dataset": dataset,
             "folder": dataset.path.parent,
@@ -376,7 +376,7 @@ class DatasetPages:
     def show_image(self, dataset: FoundDataset, request: Request) -> Response:
         """Respond with a thumbnail of one file of a training item, such as its clip or control image.
 
-        The status is 404 if the file is outside the roots, or has changed since the page was built.
+        The status is 404 if the file is outside the roots, or has changed since the page was loaded.
         """
         item_id = request.path_params["item"]
         part_index = request.path_params["number"]
@@ -455,7 +455,7 @@ def _count_training_items(files: Collection[File]) -> int:
 
 
 def _describe_status(measurement: Measurement) -> dict[str, Any]:
-    """Return the state of a measurement as the JSON values that the page shows."""
+    """Return the JSON values that show the state of a measurement."""
     state = "failed" if measurement.error else "ready"
     if measurement.is_running:
         state = "measuring"
@@ -474,14 +474,14 @@ def _describe_status(measurement: Measurement) -> dict[str, Any]:
 
 
 def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
-    """Return the routes of the pages for datasets.
+    """Return the routes of the dataset pages.
 
-    With `read_only`, nothing is written or measured on request.
+    With `read_only`, requests write and measure nothing.
     """
     pages = DatasetPages(runs, read_only)
 
     def with_dataset(handler: Callable[..., Response]) -> Callable[..., Response]:
-        """Return a request handler that calls `handler` with the dataset whose id is in the address."""
+        """Return a request handler that calls `handler` with the dataset whose id is in the URL."""
 
         def handle(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])

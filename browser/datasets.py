@@ -106,13 +106,13 @@ class FoundDataset:
 
 
 def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -> list[Path]:
-    """Return the existing files and folders that a dataset's configuration names.
+    """Return the existing files and folders that a dataset's TOML or JSON file names.
 
     Args:
-        config: Path of the configuration.
-        folder: Folder that relative paths refer to.
-        with_companions: Include folders of masks, control images, references and caches, which lie next to
-            the media.
+        config: Path of the file.
+        folder: Folder to which relative paths refer.
+        with_companions: Whether to include the folders of masks, control images, references and caches, which
+            are not media folders.
 
     Raises:
         OSError: If the configuration cannot be read.
@@ -207,9 +207,9 @@ class MediaCounts:
 
 
 def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> MediaCounts:
-    """Count the media in a dataset's folders by their names; no file is opened.
+    """Count the media in a dataset's folders by file name, without opening the files.
 
-    Control images, references and masks are not counted: they only accompany other media.
+    Control images, references and masks are not counted, because they belong to other media.
 
     Args:
         dataset: The dataset.
@@ -238,7 +238,7 @@ def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> Medi
 
 
 def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    """Yield the entries of a folder, without companions of a clip such as clip_mask.png."""
+    """Yield the entries of a folder, without files that belong to a clip, such as clip_mask.png."""
     with os.scandir(folder) as entries:
         for entry in itertools.islice(entries, MAX_ENTRIES):
             if label_of(Path(entry.name).stem) is None:
@@ -246,16 +246,16 @@ def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
 
 
 class _LocatedRun(NamedTuple):
-    """A run, and the folder that the relative path of its dataset configuration refers to."""
+    """A run, and the folder to which the relative path of its dataset file refers."""
 
     run: RunSummary
     folder: Path
 
 
 def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
-    """Return the dataset of a configuration that runs have trained on.
+    """Return the dataset of a TOML file that runs have trained on.
 
-    If the runs were started in several folders, the last folder counts, and only its runs are listed.
+    If the runs were started in several folders, only the runs of the last folder count.
     """
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     families = [located.run.model for located in located_runs]
@@ -287,7 +287,7 @@ class Datasets:
         atexit.register(self.close)
 
     def list_all(self) -> list[FoundDataset]:
-        """Return all datasets, of runs and of folders, sorted by path."""
+        """Return all datasets, found in runs and in folders, sorted by path."""
         projects = self._find_projects()
         datasets = self._find_run_datasets(projects)
         for config in (*self.runs.configs(), *projects):
@@ -300,9 +300,9 @@ class Datasets:
         return sorted(datasets.values(), key=lambda dataset: str(dataset.path))
 
     def _find_run_datasets(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
-        """Return the datasets that runs trained on, by the path of their configuration.
+        """Return the datasets that runs trained on, by the path of their TOML file.
 
-        `projects` are the configurations of described folders.
+        `projects` are the dataset.toml files that `new` wrote next to a run.toml.
         """
         runs_by_config: dict[Path, list[_LocatedRun]] = {}
         for run in self.runs.list_all():
@@ -371,7 +371,7 @@ class Datasets:
     def measure(self, dataset: FoundDataset) -> Measurement:
         """Return the last measurement of a dataset; start a new one if its files have changed since.
 
-        Raises OSError or ValueError if the configuration cannot be read.
+        Raises OSError or ValueError if the dataset's file cannot be read.
         """
         fingerprint = self.compute_fingerprint(dataset)
         with self.lock:
@@ -431,8 +431,8 @@ class Datasets:
 
         Args:
             dataset: The dataset.
-            reads_whole_files: Read whole files instead of headers; None: as in the last measurement.
-            model: Key of MODELS; None: as in the last measurement.
+            reads_whole_files: Whether to read whole files instead of headers; None: as last time.
+            model: Key of MODELS; None as in the last measurement.
 
         Raises:
             OSError: If the configuration does not exist.
@@ -452,7 +452,7 @@ class Datasets:
             threading.Thread(target=self._run_measurement, args=(dataset, measurement), daemon=True).start()
 
     def _run_measurement(self, dataset: FoundDataset, measurement: Measurement) -> None:
-        """Measure a dataset's files, and store the part of the report that may be shown in `measurement`."""
+        """Measure a dataset's files, and store in `measurement` what pages may show of the report."""
         options = _report_options(dataset, measurement)
         report: dict[str, Any] = {}
         error = ""
@@ -495,7 +495,7 @@ class Datasets:
     def _run_report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
         """Run tools/dataset_report.py in `folder`, and return its JSON report.
 
-        Raises ValueError with its message if it fails.
+        Raises ValueError, with the tool's error message, if the tool fails.
         """
         process = subprocess.Popen(
             [sys.executable, *program_words(Path("tools/dataset_report.py")), *options],
@@ -576,7 +576,7 @@ def _leave_out_caption(file: File) -> None:
 
 
 def _join_paths(file: File, folder: Path) -> None:
-    """Make the paths in a file's report absolute. `folder` is the working folder of the report."""
+    """Make the paths in a file's report row absolute. `folder` is the report's working folder."""
     for part in file["parts"]:
         for name in ("path", "in"):
             if name in part and "://" not in part[name]:
@@ -589,9 +589,9 @@ def _join_paths(file: File, folder: Path) -> None:
 def _locate_config(typed: str, run: RunSummary) -> tuple[Path, Path]:
     """Return the working folder of a run, and the path of its --dataset_config.
 
-    The history of an older version does not have the working folder: the run folder's parents are tried, the
-    nearest first. The browser's own working folder is not tried: its dataset would be attributed to every
-    run.
+    The history of an older version does not contain the working folder. Then the run folder's parents are
+    tried, the nearest first. The browser's own working folder is not tried, because a dataset there would be
+    attributed to every run.
     """
     bases = list(run.history.parent.parents)
     if run.working_folder is not None:

@@ -39,7 +39,7 @@ _WRITING = threading.Lock()  # held while a file's checksum is compared and the 
 
 
 class ChangedMeanwhileError(Exception):
-    """Raised if a file has changed since the page that edits it was made."""
+    """Raised if a file has changed since the browser loaded the page that edits it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class KeyChanges:
 
     @property
     def text(self) -> str:
-        """The changed lines, such as `run.toml: max_train_steps = 100`, and the lines that stay."""
+        """The changed lines, such as `run.toml: max_train_steps = 100`, and the lines that are kept."""
         lines = []
         for name, value in self.new_values.items():
             is_removed = value is None
@@ -99,10 +99,10 @@ class KeyChanges:
 
 
 def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
-    """Return the changes to a run.toml for another number of steps, including values derived from the steps.
+    """Return the changes to a run.toml for another number of steps, including values derived from it.
 
-    A value that differs from what `new` derives from the current steps was set by the user, and stays.
-    `values` are the options of the training.
+    A value that differs from what `new` derives from the current steps was set by the user, and is kept.
+    `values` are the training options in run.toml.
     """
     changes: dict[str, Any] = {"max_train_steps": steps}
     if "max_train_epochs" in values:
@@ -170,11 +170,11 @@ def _compute_checksum(contents: Mapping[str, bytes | OSError]) -> str:
 
 
 def read_described(folder: Path) -> DescribedFolder:
-    """Read the files of a described folder, each once.
+    """Read a folder's run.toml and dataset.toml, each once.
 
     Raises:
-        OSError: If a file cannot be read.
-        ValueError: If a file is not in the form that `new` writes.
+        OSError: If run.toml cannot be read.
+        ValueError: If a file is not in the format that `new` writes.
     """
     contents = _read_own_files(folder)
     run_content = contents[RUN_FILE]
@@ -247,10 +247,7 @@ def read_commands(folder: Path) -> list[list[str]]:
 
 
 def list_commands(run_content: bytes) -> list[list[str]]:
-    """Return the commands in the bytes of a run.toml.
-
-    An empty list if `new` did not write it in this form.
-    """
+    """Return the commands in the bytes of a run.toml; [] if `new` did not write them there."""
     try:
         return [list(words) for words in _parse_commands(run_content)]
     except (ValueError, KeyError, TypeError):
@@ -292,7 +289,7 @@ class TextForm:
 
 
 def tidy_lines(text: str) -> str:
-    """Return a text with its line ends converted to a plain newline, as in a form's text field."""
+    """Convert all line ends of a text to LF, as in a form's text field."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -329,15 +326,15 @@ class DraftFile:
 
 
 def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
-    """Set and remove options of the training in a run.toml, as `edit_toml` does.
+    """Set and remove training options in a run.toml, as `edit_toml` does.
 
     Args:
         path: The run.toml.
         changes: New value of each option; None removes the option.
-        checksum: Checksum (`compute_checksum`) of the content that the change was made for.
+        checksum: Checksum (`compute_checksum`) of the content to which the changes apply.
 
     Raises:
-        ChangedMeanwhileError: If the file has changed since.
+        ChangedMeanwhileError: If the file has other content now.
         ValueError: If the file is not TOML or has no table of training options.
         OSError: If the file cannot be read.
         OutputError: If the file cannot be written.
@@ -349,10 +346,10 @@ def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
 
 
 def replace_content(path: Path, content: bytes, checksum: str) -> None:
-    """Replace the content of a file if its present checksum is `checksum`; "" stands for a missing file.
+    """Replace the content of a file if its current checksum is `checksum`; "" stands for a missing file.
 
     Raises:
-        ChangedMeanwhileError: If the file has changed since.
+        ChangedMeanwhileError: If the file has another checksum.
         OSError: If the file cannot be read.
         OutputError: If the file cannot be written.
     """
@@ -368,11 +365,11 @@ def replace_content(path: Path, content: bytes, checksum: str) -> None:
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
-    """Return the text of a run.toml with changed options; all other text and comments stay.
+    """Return the text of a run.toml with changed options. All other text and comments are preserved.
 
-    `changes` has the new values; None removes an option. A key is changed in the table that has it, the last
-    one if several do, because tables only group keys. A new key is added at the end of TRAINING_TABLE.
-    Raises ValueError if the text is not TOML or has no table of training options.
+    `changes` are the new values; None removes an option. A key is changed in the last table that contains it,
+    because tables only group keys. A new key is added at the end of TRAINING_TABLE. Raises ValueError if the
+    text is not TOML or has no table of training options.
     """
     if not changes:
         return text

@@ -72,7 +72,7 @@ def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:
 def read_keys(text: str) -> dict[str, Any]:
     """Return the options of a run.toml by key, as `--config_file` reads them.
 
-    Raises ValueError if it is invalid.
+    Raises ValueError if the text is not valid TOML.
     """
     try:
         document = tomlkit.parse(text)
@@ -98,13 +98,13 @@ def plan_change(
     run: DraftFile,
     typed_text: str | None = None,
 ) -> DraftChange:
-    """Return the preview of a change to files of a described folder, with the messages of its scripts.
+    """Return the preview of a change to run.toml, dataset.toml or prompts.txt, with the scripts' warnings.
 
-    While the folder trains, only the prompts may change: the training has read the other files already.
+    While the folder trains, only the prompts may change, because the run has already read the other files.
 
     Args:
-        site: The pages' server.
-        section: The section of the page, as `DraftChange.section`.
+        site: The server's runs and settings.
+        section: The section of the page, as in `DraftChange.section`.
         new_texts: The new text of each file, by the file as it is on disk.
         run: The folder's current run.toml, which names the scripts.
         typed_text: Text of a file that the user typed in full; None if it was edited by fields.
@@ -136,8 +136,8 @@ def _check_new_text(site: Site, draft: DraftFile, new_text: str, run_text: str) 
 def save_change(change: DraftChange, new_texts: Mapping[DraftFile, str]) -> DraftChange:
     """Write a change unless it has an error, and return it with the message for the page.
 
-    `new_texts` has the new text of each file, by the file as it was read. Raises ChangedMeanwhileError if a
-    file has changed since it was read, OutputError if it cannot be written.
+    `new_texts` contains the new text of each file, by the file as it was read. Raises ChangedMeanwhileError
+    if a file has changed since it was read, OutputError if it cannot be written.
     """
     if change.error:
         return change
@@ -152,14 +152,16 @@ def save_change(change: DraftChange, new_texts: Mapping[DraftFile, str]) -> Draf
 
 
 def describe_underived_intervals(before: str, after: str) -> str:
-    """Describe the intervals that a changed run.toml keeps although `new` would derive others from its steps.
+    """Describe the intervals in a changed run.toml that do not fit its new number of steps.
+
+    `new` derives such intervals, for example `save_every_n_steps`, from the number of steps.
 
     Args:
         before: Text of the file before the change.
         after: Text of the file after the change.
 
     Returns:
-        The description; "" if there are no such values.
+        The description; "" if all intervals fit.
     """
     old_options = read_keys(before)
     new_options = read_keys(after)
@@ -191,7 +193,7 @@ def describe_difference(before: str, after: str) -> list[str]:
 
 
 def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
-    """Raise UserError or ValueError if a changed file has an error that it did not have before.
+    """Raise UserError or ValueError if a changed file has an error that it did not have before the change.
 
     Args:
         draft: The file before the change.
@@ -214,12 +216,12 @@ def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
 
 
 def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
-    """Check the new text of one of a folder's three files, as the scripts will read it, before it is written.
+    """Check the new text of run.toml, dataset.toml or prompts.txt, as scripts will read it, before saving.
 
     Args:
         name: Name of the file.
         text: Its new text.
-        folder: The described folder.
+        folder: The folder that contains these files.
         run_text: Text of the folder's run.toml.
 
     Returns:
@@ -271,11 +273,11 @@ def _check_dataset(text: str, folder: Path, run_text: str) -> str:
 
 
 def find_training_script(text: str) -> str:
-    """Return the script that trains a described folder. `text` is its run.toml.
+    """Return the training script that a run.toml names. `text` is its text.
 
     Raises:
         ValueError: If the file does not name a script.
-        OptionError: If it is not a training script of this program.
+        OptionError: If the script is not one of this project's training scripts.
     """
     try:
         # `new` writes the training, `python SCRIPT ...`, as the last command
@@ -295,13 +297,13 @@ def trains(command: ScriptCommand) -> bool:
 
 
 def find_caching_argv(run_text: str) -> list[str]:
-    """Return the command of a run.toml that caches the dataset.
+    """Return the command in a run.toml that caches the dataset.
 
-    The file may come from somebody else. Only this program's own caching scripts are accepted; these write
+    The file may come from somebody else, so only this project's caching scripts are accepted. They write
     nothing before they have read their options.
 
     Raises:
-        OptionError: With the reason, if there is no such command.
+        OptionError: If there is no such command, with the reason.
     """
     try:
         commands = parse_toml(run_text)[PROJECT_TABLE]["commands"]
@@ -342,7 +344,7 @@ def _check_by_script(argv: Sequence[str], name: str, text: str, folder: Path) ->
 
 
 def find_described(runs: Runs, text: str) -> Path | None:
-    """Return the described folder below the roots that a text names; None for any other text."""
+    """Return the folder with a run.toml below the roots that `text` names; None for any other text."""
     folder = find_folder(runs, text)
     if folder is None or not is_described(folder) or not runs.is_below(folder / RUN_FILE):
         return None
@@ -374,10 +376,10 @@ def folder_routes(
     pages: FolderPages,
     find: Callable[[Runs, str], Path | None] = find_described,
 ) -> list[Route]:
-    """Return two routes for a section of a folder's page: to show it, and to carry out its buttons.
+    """Return two routes for a section of a folder's page: to show it, and to handle its buttons.
 
-    `section` is the section's name in its addresses. `find` returns the folder that a text names, or None if
-    the section does not apply to that folder.
+    `section` is the section's name in URLs. `find` returns the folder that a text names, or None if the
+    section does not apply to that folder.
     """
 
     def show(request: Request) -> Response:

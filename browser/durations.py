@@ -23,11 +23,11 @@ ACCUMULATION = "gradient_accumulation_steps"
 def describe_duration(
     runs: Runs, described: DescribedFolder, steps: int | None, cards: Collection[str] = ()
 ) -> str:
-    """Describe the time that `steps` of a described folder take; "" if no run here has measured it.
+    """Describe how long `steps` of a folder's training run take; "" if no run here has measured it.
 
     The folder's own run takes precedence, then the latest finished run of the same model with images and
-    batches of the same size. Runs from another machine are ignored; `cards` are the names of this machine's
-    graphics cards.
+    batches of the same size. Runs from another machine are ignored. `cards` are the names of this machine's
+    GPUs.
     """
     if steps is None:
         return ""
@@ -88,7 +88,7 @@ def _is_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
 
 
 def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> RunSummary | None:
-    """Return the latest finished run with the same network, dataset sizes and work per step, or None."""
+    """Return the latest finished run with the same transformer, dataset sizes and work per step, or None."""
     network = Path(str(described.values.get("dit", ""))).name
     sizes = _read_sizes(described.folder / DATASET_FILE)
     if not network or sizes is None:

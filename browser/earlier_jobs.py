@@ -57,7 +57,7 @@ def _list_paths(job: EarlierJob) -> Iterator[Path]:
 
 
 def _list_named_paths(path: Path, folder: Path) -> Iterator[Path]:
-    """Yield the paths that are quoted in the settings file `path`, or in the TOML files of a folder `path`.
+    """Yield the paths quoted in the settings file `path` or, if `path` is a folder, in its TOML files.
 
     Relative paths are resolved against that folder, and paths in a file also against `folder`.
     """

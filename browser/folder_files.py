@@ -86,8 +86,8 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
     Raises OSError if the folder cannot be listed.
 
-    The folder is listed once instead of checking each file, because this runs at each scroll for thousands of
-    files.
+    The folder is listed once instead of checking each file, because this runs on each scroll for thousands
+    of files.
     """
     sizes: dict[str, int] = {}
     with os.scandir(folder) as entries:
@@ -117,7 +117,7 @@ class LeftOut:
         self.runs = runs
 
     def find_storage(self, folder: Path) -> Path:
-        """Return the folder of the bin that stores left-out files. Raises OutputError if it is a link."""
+        """Return the folder that stores a folder's excluded files. Raises OutputError if it is a link."""
         top = real_path(self.runs.find_top(folder))
         left_out_folder = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
         if os.path.normcase(real_path(left_out_folder)) != os.path.normcase(left_out_folder):
@@ -136,7 +136,7 @@ class LeftOut:
         self._move(folder, self.find_storage(folder), name)
 
     def put_back(self, folder: Path, name: str) -> None:
-        """Move a left-out file back into its folder. Raises UserError if that fails."""
+        """Move an excluded file back into its folder. Raises UserError if that fails."""
         left_out_folder = self.find_storage(folder)
         self._move(left_out_folder, folder, name)
         with contextlib.suppress(OSError):  # the folder is not empty
@@ -145,8 +145,8 @@ class LeftOut:
     def _move(self, source: Path, target: Path, name: str) -> None:
         """Move a media file and its caption files to another folder.
 
-        Raises OptionError if there is no such file, or a name is taken in the other folder; OutputError if
-        that folder is on another disk.
+        Raises OptionError if the file does not exist, or if a name is taken in the other folder; OutputError
+        if that folder is on another disk.
         """
         path = source / name
         if Path(name).name != name or not path.is_file():
@@ -212,9 +212,9 @@ class FolderFiles:
             return answer_text("from and count are numbers of files.", 400)
 
     def list_files(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
-        """Return the files of a folder that a page shows at once, as JSON values.
+        """Return the range of a folder's files that a page shows at once, as JSON values.
 
-        The query has `text` and `only`, which filter the files, and `from` and `count`.
+        In the query, `text` and `only` filter the files; `from` and `count` are the range.
 
         Raises:
             OSError: If the folder cannot be read.
@@ -242,9 +242,9 @@ class FolderFiles:
         return all(word in text for word in search_terms)
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return the JSON values of a file in a folder that no dataset report describes.
+        """Return the JSON values of a media file without a dataset report.
 
-        They have the keys of a report's items; values that only a report knows are empty.
+        The keys are the same as in a report's items; values that only a report knows are empty.
         """
         header = self.read_header(folder / name)
         suffix = Path(name).suffix.lower()
@@ -273,7 +273,7 @@ class FolderFiles:
         }
 
     def read_header(self, path: Path) -> MediaHeader:
-        """Return the data of a file's header. A header is read again only after the file has changed."""
+        """Return a media file's header, which is cached until the file changes."""
         if not self.runs.is_below(path):
             return MediaHeader(
                 None, None, None, error=say("it does not exist, or is outside the folders that are shown")
@@ -314,7 +314,7 @@ class FolderFiles:
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def write(self, request: Request, body: bytes) -> Response:
-        """Save or undo the caption of a file, as the JSON body of the request says (`Captions.change`)."""
+        """Save a file's caption, or undo a save, as the request's JSON body says (`Captions.change`)."""
         folder = self.find(request)
         try:
             query = parse_json(body.decode())
@@ -337,9 +337,9 @@ class FolderFiles:
         return self.captions.change(path, query)
 
     def move(self, request: Request, body: bytes) -> Response:
-        """Leave a media file out of a dataset, or put it back.
+        """Exclude a media file from a dataset, or put it back.
 
-        The JSON body has `name`, and `what`: "out" or "back".
+        The JSON body contains `name`, and `what`: "out" or "back".
         """
         folder = self.find(request)
         try:

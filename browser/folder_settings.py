@@ -166,10 +166,10 @@ def _is_simple(value: Any) -> bool:
 def list_rows(
     text: str, settings: Sequence[Setting], proposed_run: str | None, dataset: DatasetKeys | None = None
 ) -> list[SettingRow]:
-    """Return all rows: the keys of the file in its order, then all other options in the order of the help.
+    """Return all rows: the keys in run.toml in its order, then all other options in the order of the help.
 
-    Of the other options, those that `new` proposes come first. Options that have no effect with the folder's
-    dataset or with the other settings come last.
+    Among the other options, the ones that `new` proposes come first, and options that have no effect with the
+    folder's dataset or with the other settings come last.
 
     Args:
         text: Text of run.toml.
@@ -210,7 +210,7 @@ def _list_unset_rows(
 ) -> list[SettingRow]:
     """Return the rows of options that run.toml does not set; options that `new` proposes come first.
 
-    `set_values` are the values that run.toml sets, by the name of the option.
+    `set_values` are the values that run.toml sets, by option name.
     """
     unset_settings = [setting for setting in settings if setting.name not in set_values]
     unset_settings.sort(key=lambda setting: setting.name not in (proposed_values or {}))
@@ -274,10 +274,10 @@ def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
 def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]) -> str:
     """Apply the edits from the table to the text of run.toml. `rows` are the rows before the edits.
 
-    Only keys whose text differs are changed; a key whose field was emptied is removed.
+    Only keys whose text differs are changed. A key whose field is empty is removed.
 
     Raises:
-        OptionError: If a typed value cannot be read.
+        OptionError: If a typed value cannot be parsed.
         ValueError: If the text is not TOML.
     """
     changes: dict[str, Any] = {}
@@ -344,12 +344,12 @@ class FolderSettingsPages:
         is_rejected: bool = False,
         proposal_problem: str = "",
     ) -> Response:
-        """Return the HTML of a folder's settings: its files, and a table of the training's options.
+        """Return the HTML of a folder's settings: its files, and a table of the training options.
 
         Args:
-            folder: The described folder.
+            folder: The folder with the run.toml.
             change: The edit that was previewed or saved; None if only the files are shown.
-            is_rejected: Whether the answer explains a rejected request (status 422).
+            is_rejected: Whether the response explains a rejected request (status 422).
             proposal_problem: Why the values that `new` chose cannot be determined; "" if they can.
         """
         view = self.view(folder, change or DraftChange(section=""))
@@ -367,7 +367,7 @@ class FolderSettingsPages:
         return answer_template("folder_settings.html", RUN_FILE, values, is_rejected)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
-        """Return the values of the settings table; if a file is unreadable, its error is their `problem`."""
+        """Return the values of the settings section. If a file is unreadable, `problem` has the error."""
         proposed_run = self.read_proposed_run(folder)
         problem = ""
         rows: list[SettingRow] = []
@@ -465,11 +465,11 @@ class FolderSettingsPages:
 
         Args:
             run_draft: run.toml as it is on disk.
-            fields: Fields of the table. `have_dataset` is the checksum of dataset.toml on the page.
+            fields: Fields of the table. `have_dataset` is the checksum of the dataset.toml that it shows.
 
         Raises:
-            ChangedMeanwhileError: If dataset.toml has changed since the page was made.
-            OptionError: If a typed value cannot be read.
+            ChangedMeanwhileError: If dataset.toml has changed since the page was loaded.
+            OptionError: If a typed value cannot be parsed.
             ValueError: If a file is not TOML.
         """
         require_full(fields)
@@ -484,7 +484,7 @@ class FolderSettingsPages:
         dataset_draft = read_draft_file(self.site, folder, DATASET_FILE)
         if dataset_draft.checksum != fields.get("have_dataset", ""):
             raise ChangedMeanwhileError
-        # dataset.toml takes precedence: the training would ignore its own option
+        # dataset.toml takes precedence: the training run would ignore its own option
         return {
             run_draft: edit_toml(run_text, {BATCH_OPTION: None}),
             dataset_draft: write_batch(dataset_draft.text, size),
@@ -493,13 +493,13 @@ class FolderSettingsPages:
     def answer_conflict(
         self, folder: Path, section: str, draft: DraftFile, fields: Mapping[str, str]
     ) -> Response:
-        """Return the page with the error that a file changed while it was edited, and with the typed text.
+        """Return the settings with the error that a file has changed while it was edited, and the typed text.
 
         Args:
-            folder: The described folder.
+            folder: The folder with the run.toml.
             section: SETTINGS_TABLE, or the name of the file that was edited as text.
             draft: The file as it is now.
-            fields: Fields of the form; `base` is the text that the page was made from.
+            fields: Fields of the form; `base` is the text that the page showed before the edit.
         """
         typed_text = fields.get("text")
         base_text = fields.get("base", "")

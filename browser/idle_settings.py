@@ -17,13 +17,13 @@ SCHEDULE_WITHOUT_WARM_UP = "constant"  # schedule that rejects warm-up steps
 
 
 def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
-    """Return the reasons why options have no effect, by the names of the options.
+    """Return, by option name, the reason why an option that run.toml does not set would have no effect.
 
-    Options that run.toml sets are not included: the training itself logs what it ignores.
+    Options that run.toml sets are not included, because the training run itself logs what it ignores.
 
     Args:
-        values: Options that the run sets.
-        defaults: Default values of the options of its script.
+        values: Options that run.toml sets.
+        defaults: Default values of the training script's options.
     """
     all_values = {**defaults, **values}
     reasons = {name: reason for record in OPTION_RECORDS for name, reason in _list_idle(record, all_values)}

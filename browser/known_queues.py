@@ -16,7 +16,7 @@ KIND = "queues"
 
 @dataclass(frozen=True)
 class KnownQueue:
-    """The stored record of a queue: whether the user has started it, and the waiting jobs the user knows."""
+    """The stored record of a queue: whether it was started, and the waiting jobs known to the user."""
 
     is_open: bool  # the user has started it, and not paused it since
     jobs: Counter[str]  # digests of the waiting jobs that the user knows

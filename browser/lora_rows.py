@@ -51,8 +51,8 @@ class LoraRow:
     def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
         """Return the row as the form shows it for a recipe.
 
-        If the recipe's command has this LoRA, the row gets the path typed there. If the LoRA was trained for
-        another task, the row gets that as its `reason`.
+        If the recipe's command contains this LoRA, the row gets the path as typed there. If the LoRA was
+        trained for another task, `reason` says so.
         """
         task = "".join(recipe.fixed_options.get("--task", ()))
         reason = ""
@@ -118,7 +118,7 @@ class RunLoras:
         return [(run, label) for run, label in labeled if loras_of_runs[run.id].family]
 
     def _read(self, run: RunSummary, label: str) -> _RunLoraFiles:
-        """Return the family of a run and the rows of its LoRA files, titled `label`."""
+        """Return a run's family and the rows of its LoRA files, with the title `label`."""
         try:
             source = compare.read_source(self.runs, run)
         except OSError:
@@ -183,7 +183,7 @@ class RunLoras:
 
 
 def _make_row(source: ComparableRun, file: ComparedFile, label: str) -> LoraRow:
-    """Return the row of a saved LoRA of a run, titled `label`."""
+    """Return the row of a LoRA file that a run has saved, with the title `label`."""
     path, *high_noise_paths = file.paths
     return LoraRow(
         path=str(path),

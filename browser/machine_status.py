@@ -66,7 +66,7 @@ class CardReader:
         self._lock = threading.Lock()
 
     def read(self) -> list[GraphicsCard]:
-        """Return the cards as the driver last reported them. At most one query runs at a time."""
+        """Return the GPUs as nvidia-smi last reported them. At most one query runs at a time."""
         program = self.program
         if program is None or time.monotonic() < self._next or not self._lock.acquire(blocking=False):
             return self._cards
@@ -91,7 +91,7 @@ def ask_driver(program: str) -> list[GraphicsCard]:
 
 
 def read_cards(text: str) -> list[GraphicsCard]:
-    """Parse nvidia-smi's lines `name, used MiB, total MiB, temperature`; other lines are ignored."""
+    """Parse nvidia-smi's output lines `name, used MiB, total MiB, temperature`; ignore other lines."""
     cards = []
     for line in text.splitlines():
         # split from the right: the name of a card may contain commas
@@ -159,7 +159,7 @@ class MachineLine:
             return self._info
 
     def _gather(self) -> MachineInfo:
-        """Collect the content of the status line: processes, cards, free disk space and ended runs."""
+        """Collect the content of the status line: processes, GPUs, free disk space and ended runs."""
         try:
             free = gigabytes(free_bytes(self.site.runs.root_folders[0]))
         except OSError:
@@ -176,7 +176,7 @@ class MachineLine:
         )
 
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return this machine's processes: training runs, other queue jobs, render jobs and downloads."""
+        """Return this machine's active work: training runs, other queued jobs, render jobs and downloads."""
         runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
@@ -193,7 +193,7 @@ class MachineLine:
         return things
 
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return lines for running jobs that are not among `runs`, and for the jobs of a paused queue."""
+        """Describe the running jobs that are not among `runs`, and the waiting jobs of a paused queue."""
         try:
             queue_state = self.site.queue.now()
         except UserError:  # the queue's page reports it
@@ -217,7 +217,7 @@ class MachineLine:
 
 
 def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
-    """Return (key, text) of each run that ended in the last minutes; the text has its name and state.
+    """Return (key, text) for each run that ended in the last minutes; the text contains its name and state.
 
     `now` is the time in seconds since 1970.
     """
@@ -244,7 +244,7 @@ def _describe_render_job(render_job: RenderJob) -> RunningThing:
 
 
 def _describe_run(run: RunSummary) -> RunningThing:
-    """Describe a running training, or the downloads and caching before it, with a link to its page."""
+    """Describe an active training run, or the downloads and caching before it, with a link to its page."""
     title = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
         return RunningThing(

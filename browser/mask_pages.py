@@ -44,7 +44,7 @@ class MaskPages:
         return find_open_folder(self.site.runs, query.get("folder", ""))
 
     def show(self, request: Request) -> Response:
-        """Return the page. Its script shows one file at a time; without scripts it lists PAGE_SIZE files."""
+        """Return the Masks page. It shows one file at a time or, without JavaScript, PAGE_SIZE files."""
         query = request.query_params
         folder = self.find_folder(query)
         if folder is None:
@@ -130,7 +130,7 @@ class MaskPages:
     def change(self, request: Request, body: bytes) -> Response:
         """Accept, invert or remove a mask, or undo the last change.
 
-        The JSON body has `folder`, `id`, and `have`, the version of the mask that the page shows.
+        The JSON body contains `folder`, `id`, and `have`, the version of the mask that the page shows.
         """
         action = request.path_params["what"]
         try:
@@ -165,12 +165,12 @@ class MaskPages:
     ) -> Response:
         """Change the mask of the image or clip that `query` names, and respond with its new JSON values.
 
-        If nothing could be changed, the JSON also has the reason as `error`.
+        If nothing could be changed, the JSON also contains the reason as `error`.
 
         Args:
             query: `folder` and `id` name the image or clip.
-            change_mask: Called with the folder and the image or clip. It raises MaskConflictError if the mask
-                is not the one that the page shows.
+            change_mask: Called with the folder and the image or clip. It raises MaskConflictError if the
+                mask has changed since the page showed it.
         """
         folder = self.find_folder(query)
         id = query.get("id", "")

@@ -67,9 +67,9 @@ class MaskUse:
 
 
 def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
-    """Return whether the training uses the masks of a media folder, whose real path is `folder`.
+    """Return whether the dataset.toml of a media folder (a real path) uses the folder's masks.
 
-    Returns None if no dataset.toml of a described folder, in the media folder or the one above, names it.
+    Returns None if no dataset.toml next to a run.toml, in the folder or its parent, names the media folder.
     """
     for outer in (folder, folder.parent):
         path = outer / DATASET_FILE

@@ -104,7 +104,7 @@ class ReadPlan:
 
 
 def read_plan(text: str) -> ReadPlan | None:
-    """Parse the memory plan that a training script has printed for one card; None if there is none.
+    """Parse the memory plan that a training script has printed for one GPU; None if there is none.
 
     The plan is a table of phases, each with the indented parts of its memory below it.
     """
@@ -171,7 +171,7 @@ class MemoryOptions:
 def _find_used_choice(
     keys_by_choice: Mapping[str, Sequence[str]], values: Mapping[str, Any], option_names: Sequence[str]
 ) -> str:
-    """Return the last choice whose options are all set, without those the script lacks; "" if none is."""
+    """Return the last choice whose options, as far as the script has them, are all set; "" if none."""
     used_choice = ""
     for choice, keys in keys_by_choice.items():
         if all(values.get(key) for key in keys if key in option_names):
@@ -206,13 +206,13 @@ def edit_switches(
 ) -> str:
     """Return the text of run.toml with the memory options that the form has changed.
 
-    `current` are the options in `text`, `option_names` all options of the training script. Raises ValueError
-    if `text` is not TOML.
+    `current` are the memory options in `text`, `option_names` are all options of the training script. Raises
+    ValueError if `text` is not TOML.
     """
     changes: dict[str, Any] = {}
     swap = fields.get("swap", "").strip()
     if current.can_swap and swap != current.swap:
-        # a number of blocks or a word; an emptied field removes the option
+        # the value is a number of blocks or a word; an empty field removes the option
         changes[SWAP_KEY] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
     weights = fields.get("weights", "")
     if weights != current.weights:
@@ -226,9 +226,9 @@ def edit_switches(
 def _select_choice(
     keys_by_choice: Mapping[str, Sequence[str]], choice: str, option_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the changes of run.toml that set the keys of one choice, and remove (None) those of all others.
+    """Return the changes to run.toml that set the keys of one choice and remove (None) all other keys.
 
-    Only keys in `option_names`, the options of the training script, are set. The choice "" removes all keys;
+    Only keys in `option_names`, the training script's options, are set. The choice "" removes all keys, and
     an unknown choice changes nothing.
     """
     if choice not in ("", *keys_by_choice):
@@ -249,7 +249,7 @@ class PrintedLine:
 
 
 class MemoryPages:
-    """Shows the memory of a described folder, plans it, and changes its switches."""
+    """Shows and plans the memory of a folder's training run, and changes memory options in run.toml."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -259,7 +259,7 @@ class MemoryPages:
         return self.answer(folder)
 
     def answer(self, folder: Path, error: str = "", message: str = "") -> Response:
-        """Return the HTML of the section about memory, with an error or a message about what was done."""
+        """Return the HTML of the memory section, with an error or a message about a button's action."""
         described = read_described(folder)
         run_file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
@@ -332,7 +332,7 @@ class MemoryPages:
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Plan the training's memory for a graphics card, after writing changed switches if requested."""
+        """Plan the run's memory for a GPU, or stop planning; "switch" first writes changed memory options."""
         if action not in (PLAN, "switch", "stop"):
             return answer_unknown()
         message = ""
@@ -355,7 +355,10 @@ class MemoryPages:
         return self.answer(folder, message=message)
 
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
-        """Write a form's memory switches into run.toml, and return a message with the changed lines."""
+        """Write a form's memory options into run.toml, and return a message with the changed lines.
+
+        Raises ChangedMeanwhileError if run.toml has changed since the page was loaded.
+        """
         draft = read_draft_file(self.site, folder, RUN_FILE)
         if draft.checksum != fields.get("have", ""):  # the checksum that the page was built with
             raise ChangedMeanwhileError
@@ -379,7 +382,7 @@ class MemoryPages:
         ).rstrip(". ")
 
     def plan(self, folder: Path, size: float) -> None:
-        """Start planning a folder's run for a card of `size` GiB, and stop a plan that is still running."""
+        """Start planning a folder's run for a GPU with `size` GiB, and stop a plan that is still running."""
         missing = self.list_missing(read_described(folder))
         if missing:
             raise OptionError(

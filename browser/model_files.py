@@ -97,7 +97,7 @@ class TaskFiles:
 
     @property
     def size(self) -> str:
-        """Total size of the task's files in GB, as text."""
+        """Total size of the model's files in GB, as text."""
         return gigabytes(total_bytes(self.model.components))
 
     @property
@@ -114,7 +114,7 @@ class TaskFiles:
 
     @property
     def licences(self) -> list[Licence]:
-        """Distinct licenses of the task's parts."""
+        """Distinct licenses of the model's parts."""
         return list(dict.fromkeys(part.component.licence for part in self.parts))
 
     def download_words(self, models: Path) -> list[str]:
@@ -135,9 +135,9 @@ def name_task(model: ModelSet) -> str:
 
 @functools.cache
 def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
-    """Return the models that use each network or tokenizer, by its files.
+    """Return the models that use each network or tokenizer, by the component's files.
 
-    Variants with 8-bit text encoders count, too.
+    Variants with 8-bit text encoders are included.
     """
     uses: dict[tuple[ReleasedFile, ...], dict[str, ModelSet]] = {}
     for in_fp8 in (False, True):
@@ -254,7 +254,7 @@ class UnknownFile:
 
 
 def list_unknown_files(models: Path) -> list[UnknownFile]:
-    """Return at most MAX_FILES files in `models` that belong to no known model, the largest first."""
+    """Return at most MAX_FILES files in `models` that no known model uses, the largest first."""
     known_names = set()
     for model in (*model_sets(), *model_sets(fp8_encoders=True)):
         for component in model.components:
@@ -287,16 +287,16 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_folder: BinFolder) -> Path:
-    """Move parts of a task into the bin, and return the bin's folder that contains them now.
+    """Move parts of a model into the bin, and return the bin's folder that contains them now.
 
     Args:
         models: The models folder.
-        files: The task.
-        chosen: Paths of the parts, as `ModelPart.path`.
+        files: The model with its parts.
+        chosen: Paths of the parts to remove, as in `ModelPart.path`.
         bin_folder: The bin.
 
     Raises:
-        OptionError: If a path is not a part of the task, or is not on disk.
+        OptionError: If a path is not a part of the model, or is not on disk.
         OutputError: If a file cannot be moved.
     """
     parts = {part.path: part for part in files.parts if part.size_bytes}
@@ -331,7 +331,7 @@ def _list_files_on_disk(components: Sequence[Component], models: Path) -> list[P
 
 
 def _remove_empty(folder: Path, models: Path) -> None:
-    """Remove the folders that are empty after their files were moved."""
+    """Remove `folder` and its parents below `models`, as far as they are empty."""
     while folder != models:
         with contextlib.suppress(OSError):
             for lock in folder.glob(".*.lock"):  # lock files of downloads
@@ -355,12 +355,12 @@ class Download:
 
     @property
     def family(self) -> str:
-        """Family of the task."""
+        """Family of the model."""
         return self.files.model.family
 
     @property
     def task(self) -> str:
-        """Name of the task within its family."""
+        """Name of the model's task within its family."""
         return self.files.model.task
 
     @property

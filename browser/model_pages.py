@@ -68,7 +68,7 @@ def open_bin(site: Site) -> BinFolder:
 
 
 class ModelPages:
-    """Shows the page Models, and handles its buttons."""
+    """Shows the Models page, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -82,13 +82,13 @@ class ModelPages:
     def answer(
         self, chosen: SelectedTask, error: str = "", is_removing: bool = False, moved: str = ""
     ) -> Response:
-        """Return the page.
+        """Return the Models page.
 
         Args:
-            chosen: The task to show.
+            chosen: The model to show.
             error: Error message to show.
-            is_removing: Ask which parts are to be removed.
-            moved: Name of the bin's folder that contains the files just removed.
+            is_removing: Whether to ask which parts to remove.
+            moved: Name of the bin's folder that contains the files that were just removed.
         """
         site = self.site
         models = site.models
@@ -166,7 +166,7 @@ class ModelPages:
             return say("an unknown number of GB")
 
     def change(self, request: Request, form: Form) -> Response:
-        """Download a task's files, stop a download, or remove parts; then show the page again."""
+        """Download a model's files, stop a download, or remove parts; then show the page again."""
         chosen = SelectedTask.of_fields(form)
         action = request.path_params["what"]
         files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
@@ -200,7 +200,7 @@ class ModelPages:
         self.site.background_jobs.start(name, files.download_words(models), Path.cwd())
 
     def remove(self, files: TaskFiles, parts: Sequence[str]) -> str:
-        """Move parts into the bin, and return the name of the bin's folder that contains them."""
+        """Move model parts into the bin, and return the name of the bin's folder that contains them."""
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state != RUNNING:
                 continue

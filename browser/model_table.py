@@ -83,10 +83,10 @@ def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> lis
 
 
 def list_model_rows(models: Path, memory: float, content: MediaFolder | None = None) -> list[ModelRow]:
-    """Return all models that a folder can be described for.
+    """Return table rows of all models that a folder can train.
 
-    The best few for the folder come first, then other models that suit it, then the rest; each group is
-    sorted by title.
+    The models that suit the folder best come first, then other models that suit it, then the rest. The
+    second and third group are sorted by title.
 
     Args:
         models: The models folder.
@@ -128,7 +128,7 @@ def _make_row(model: ModelSet, models: Path, memory: float) -> ModelRow:
 
 
 class _RankedRow(NamedTuple):
-    """A model row with the properties by which the table is sorted."""
+    """A table row of a model, with its sort keys."""
 
     row: ModelRow
     suits_media: bool  # the model generates the kind of media that is in the folder
@@ -138,9 +138,9 @@ class _RankedRow(NamedTuple):
 
 
 def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _RankedRow:
-    """Return a row of the model table with the values by which the table is sorted.
+    """Return a row of the model table with its sort keys.
 
-    `memory` is the graphics card's GiB, 0 without a card; `content` is the selected folder's media.
+    `memory` is the GPU's memory in GiB, 0 without a GPU; `content` counts the selected folder's media.
     """
     model = row.model
     suits_media = True
@@ -164,7 +164,7 @@ def list_licenses(parts: Sequence[Component]) -> list[Licence]:
 
 
 def is_gated(licence: Licence) -> bool:
-    """Return whether the license has to be accepted at the repository, which requires a login there."""
+    """Return whether the license must be accepted on the repository's page, which requires a login."""
     return GATED in licence.terms
 
 
@@ -176,9 +176,9 @@ def has_login() -> bool:
 
 
 def describe_file(text: str) -> str:
-    """Describe a model file from its header: `the transformer of Wan2.1, 2.8 GB`.
+    """Describe the model file at a typed path from its header, such as `the transformer of Wan2.1, 2.8 GB`.
 
-    Returns the reason if it is not a model file, and "" if nothing is typed. `text` is its typed path.
+    Returns the reason if the path is not a model file, and "" if nothing is typed.
     """
     if not text.strip() or "\0" in text:
         return ""
@@ -238,10 +238,10 @@ def _describe_header(header: TensorHeader, size_bytes: int) -> str:
 
 
 def find_misfit(family: str, task: str, option: str, text: str) -> str:
-    """Return the reason, as `new` states it, why a file does not fit a model's option; "" if it fits.
+    """Return the error message of `new` if a file does not fit a model's option; "" if it fits.
 
-    It is also "" if `describe_file` rejects the file, or if the check takes too long. `text` is the typed
-    path.
+    Returns "" as well if `describe_file` rejects the file, or if the check takes too long. `text` is the
+    typed path.
     """
     try:
         path = expand_path(strip_quotes(text.strip()))
@@ -262,7 +262,7 @@ def _check_file_in_process(family: str, task: str, option: str, path: str, chang
     """Return why a model file does not fit an option of a task; "" if it fits or cannot be checked.
 
     It is checked in another process, because the families' code loads torch. `changed` (modification time)
-    and `size` only make the cache forget an answer when the file changes.
+    and `size` are only part of the cache key, so that a changed file is checked again.
     """
     process = subprocess.run(
         [sys.executable, "-m", f"{PREFIX}project.file_check", family, task, option, path],

@@ -162,7 +162,7 @@ class NewForm:
 
     @classmethod
     def from_described(cls, described: DescribedFolder, models: Path) -> "NewForm":
-        """Return the form of a described folder. Files in the folder `models` need no field."""
+        """Return the form with the values of a folder's run.toml. Files in `models` need no field."""
         return cls(
             folder=str(described.folder),
             family=described.family,
@@ -254,7 +254,7 @@ def _find_explicit_lora_option(form: NewForm) -> str | None:
 
 
 def check_form(form: NewForm) -> None:
-    """Raise OptionError, with the label of the field, for a field that `new` would reject."""
+    """Raise OptionError for the first field that `new` would reject. The message begins with its label."""
     models = find_models()
     families = list(dict.fromkeys(model.family for model in models))
     if not form.family:
@@ -285,7 +285,7 @@ def check_trigger_field(form: NewForm) -> None:
 
 
 def hint_at_word(word: str) -> str:
-    """Return a line about a trigger word that models know already; "" for any other word."""
+    """Return a warning if models already know the trigger word; "" for any other word."""
     if word.strip().lower() not in COMMON_WORDS:
         return ""
     return say(
@@ -366,15 +366,15 @@ def parse_integer(text: str, maximum: int) -> int | None:
 
 
 def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
-    """Return the `new` command that describes a folder with the values of the form.
+    """Return the `new` command that writes a folder's run.toml and dataset.toml from the form's values.
 
     Args:
         form: Values of the fields.
         models: The models folder.
-        overwrite: Replace the files of a folder that is already described.
-        dry_run: Only print how these files would change.
+        overwrite: Whether to replace existing files.
+        dry_run: Whether only to print how these files would change.
     """
-    options: dict[str, Any] = {  # None leaves an option out
+    options: dict[str, Any] = {  # None omits an option
         "--family": form.family or None,
         "--task": form.task or None,
         "--train": form.train or _find_explicit_lora_option(form),
@@ -400,13 +400,13 @@ def list_changed_fields(form: NewForm, before: NewForm) -> list[str]:
 
 
 def list_unsaved(sent: NewForm, initial: NewForm, saved: NewForm) -> list[str]:
-    """Return the labels of the fields that were changed on the page and are not yet in the files.
+    """Return the labels of the fields that the user has changed and that are not yet in the files.
 
-    An empty name or number of steps means the value in the files.
+    An empty name or number of steps stands for the value in the files.
 
     Args:
-        sent: Values that the page has sent.
-        initial: Values when the page was built.
+        sent: Values that the browser has sent.
+        initial: Values when the page was loaded.
         saved: Values in the folder's current files.
     """
     labels: list[str] = []
@@ -424,8 +424,8 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
 
     Args:
         form: Values of the fields.
-        before: Form of the current files.
-        values: Options of the training in run.toml.
+        before: Form with the values of the current files.
+        values: Training options in run.toml.
 
     Raises:
         OptionError: If the number of steps is not valid.

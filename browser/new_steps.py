@@ -78,9 +78,9 @@ class FolderProgress:
 
 
 def select_step(form: NewForm, progress: FolderProgress, is_saved: bool) -> NextStep:
-    """Return the next step towards a training: what to press, and what is missing for it.
+    """Return the next step towards a training run: the button to press, and what is still missing.
 
-    `is_saved` is true if the folder's files have the values of the form.
+    `is_saved` is True if the folder's files contain the values of the form.
     """
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
@@ -98,7 +98,7 @@ def select_step(form: NewForm, progress: FolderProgress, is_saved: bool) -> Next
 
 
 def _ask_for_captions(progress: FolderProgress) -> NextStep:
-    """Return the next step "write captions", with a trigger word as the other choice."""
+    """Return the next step "Write captions", with a trigger word as the alternative."""
     count = progress.uncaptioned
     if progress.only_pictures:
         missing = say_count(
@@ -124,7 +124,7 @@ def _ask_for_captions(progress: FolderProgress) -> NextStep:
 
 
 def _select_after_describing(progress: FolderProgress) -> NextStep:
-    """Return the next step of a folder whose files have the values of the form."""
+    """Return the next step for a folder whose files already have the values of the form."""
     training_step = _find_training_step(progress)
     if training_step is not None:
         return training_step
@@ -152,7 +152,7 @@ def _select_after_describing(progress: FolderProgress) -> NextStep:
 
 
 def _find_training_step(progress: FolderProgress) -> NextStep | None:
-    """Return the step that shows a waiting, running or finished training; None without one."""
+    """Return the step that links to the waiting, active or finished training run; None without one."""
     job = progress.training_job
     if job is None:
         return None

@@ -56,13 +56,13 @@ def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
 
 
 def list_media_folders_of(runs: Runs, folder: Path) -> list[Path]:
-    """Return the media folders that a folder's dataset.toml names, or only the folder without any."""
+    """Return the media folders that a folder's dataset.toml names; if it names none, the folder itself."""
     inner = list_table_folders(runs, folder / DATASET_FILE, folder) if is_described(folder) else []
     return inner or [folder]
 
 
 def require_inside(runs: Runs, folder: Path) -> None:
-    """Raise OptionError if the dataset of a described folder names files outside the roots."""
+    """Raise OptionError if the folder's dataset.toml names files outside the roots."""
     path = folder / DATASET_FILE
     if not path.is_file():
         raise OptionError(say("It is not prepared yet: press Prepare first."))

@@ -32,11 +32,11 @@ class PageAccess:
 
     @property
     def root(self) -> str:
-        """Path below which the pages lie."""
+        """Secret path that begins the URL path of every page."""
         return f"{MARK}{self._sign('path')}"
 
     def make_cookie_value(self, owner: int | None) -> str:
-        """Return the value of a cookie. `owner` is the account of its browser; None if that is not known."""
+        """Return a cookie value. `owner` is the browser's user id; None if it is not known."""
         end = int(self.now()) + COOKIE_SECONDS
         return f"{end}.{self._sign(f'{end} {owner}')}"
 

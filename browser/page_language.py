@@ -33,7 +33,7 @@ HELPS = "helps"  # section in a separate file
 
 @functools.cache
 def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the sections of a language's table; empty for English."""
+    """Return the sections of a language's translation table; empty for English."""
     if code == CODES[0]:
         return {}
     sections = json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def _read_weight(parameter: str) -> float:
 
 
 def change_language(request: Request) -> Response:
-    """Store another language in a cookie, and redirect to the page that had the link."""
+    """Store another language in a cookie, and redirect to the page that contained the link."""
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
@@ -131,7 +131,7 @@ def find_return_address(address: str) -> str:
 
 
 def show_scripts(request: Request) -> Response:
-    """Respond with a script that contains the strings of JavaScript and the functions that look them up."""
+    """Respond with a script: the translated strings of all scripts, and functions to look them up."""
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
@@ -178,7 +178,7 @@ def language_routes() -> list[Route]:
 
 
 def language_headers() -> list[tuple[bytes, bytes]]:
-    """Return the response headers of a page in the language of its request."""
+    """Return the language headers of a response to the current request."""
     return [
         (b"content-language", language().code.encode()),
         (b"vary", f"Accept-Language, Cookie, {HEADER}".encode()),

@@ -37,9 +37,9 @@ class Permission:
 
 
 def read_permissions(folder: Path) -> list[Permission]:
-    """List the actions that a described folder's files permit; actions that `new` never writes come first.
+    """List the actions that a folder's run.toml permits; actions that `new` never writes come first.
 
-    Actions beyond MAX_LINES are counted in a last line.
+    After MAX_PERMISSIONS actions, a last line counts the others.
 
     Raises:
         OSError: If run.toml cannot be read.
@@ -83,7 +83,7 @@ def _get_table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _describe_target(folder: Path, option: str, text: str) -> Permission:
-    """Return a line about the place that an option writes to, marked as unusual if it is outside `folder`."""
+    """Return a line that says where an option writes, marked as unusual if that is outside `folder`."""
     try:
         reject_share(text, folder)
         target = real_path(expand_path(text, folder))

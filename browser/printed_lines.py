@@ -387,7 +387,7 @@ def translate_file_kind(kind: str | None) -> str:
 
 
 def translate_reason(text: str) -> str:
-    """Return the message of an error that ended a run, as translatable text if it is known."""
+    """Return the error message that ended a run, as translatable text if the message is known."""
     first, end, rest = text.partition("\n")
     known = _translate_by_pattern(first, RUN_ERRORS)
     return text if known is None else join("", (known, end + rest))
@@ -420,7 +420,7 @@ def _translate_by_pattern(text: str, patterns: Sequence[TranslatableText]) -> Tr
 def _find_fault(line: str) -> TranslatableText | None:
     """Return a line such as `2 have no caption:` as translatable text; None for any other line.
 
-    The patterns in FAULTS are in the plural, such as `%(n)s have no caption`.
+    The patterns in FAULTS are plural, such as `%(n)s have no caption`.
     """
     text = line.removesuffix(":")
     number, _, _ = text.partition(" ")
@@ -438,7 +438,7 @@ def _find_fault(line: str) -> TranslatableText | None:
 
 
 def _translate_placeholder(name: str, value: str) -> str:
-    """Return the text of a placeholder, translatable if it matches a known pattern."""
+    """Return the value of a message's placeholder, as translatable text if it matches a known pattern."""
     if name in CATALOGUE_PLACEHOLDERS:
         return TranslatableText(value, value, {})
     if name == "kinds":  # suffixes of files that are not read
@@ -453,7 +453,7 @@ def _translate_placeholder(name: str, value: str) -> str:
 def _match_placeholders(key: str, text: str) -> dict[str, str] | None:
     """Return the values of a pattern's placeholders in a text; None if the text does not match.
 
-    A placeholder ends at the first occurrence of the words after it, so that no file name can make this slow.
+    A placeholder ends at the first occurrence of the text after it, so that no file name can make this slow.
     """
     # `fixed text, name, fixed text, name, ..., fixed text`
     beginning, *names_and_texts = PLACEHOLDER.split(key)

@@ -58,17 +58,17 @@ def is_started_by(run: RunSummary, job: Job) -> bool:
 
 
 class EditedCommand(NamedTuple):
-    """A command that the user edits, and the run whose command it is."""
+    """A command that the user edits, and the run from which it comes."""
 
     line: str = ""
     run: RunSummary | None = None
 
 
 def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
-    """Return the command line to show in the edit field of the page; "" if the query names none.
+    """Return the command line for the edit field of the Queue page; an empty one if the query names none.
 
-    The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
-    command.
+    The query contains `run`, and either `command`, the index of one of the run's commands, or `line`, an
+    edited command.
     """
     if "line" in query:
         return EditedCommand(query["line"], runs.find(query.get("run", "")))
@@ -89,16 +89,16 @@ def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
 def read_jobs(
     text: str, run: RunSummary | None, earlier: Sequence[EarlierJob] = ()
 ) -> list[tuple[list[str], Path]]:
-    """Return the arguments and the folder of each command in a text, after checking all of them.
+    """Return the (arguments, folder) of each command in a text, after checking all of them.
 
     Args:
         text: The commands, one per line.
-        run: Run that the commands come from; None if they were typed.
-        earlier: Jobs that are already in the queue; like earlier commands of the text, they may create files
+        run: Run from which the commands come; None if they were typed.
+        earlier: Jobs that are already in the queue. Like earlier commands in the text, they may create files
             that a command reads.
 
     Raises:
-        UserError: If a command is not valid. Then none is added.
+        UserError: If a command is not valid.
     """
     lines = _read_job_lines(text)
     jobs = [_parse_job(line, run) for line in lines]
@@ -118,7 +118,7 @@ def read_jobs(
 
 
 def _read_job_lines(text: str) -> list[str]:
-    """Return the command lines of a text. Raises OptionError without any, or for more than MAX_ADDED."""
+    """Return the command lines of a text. Raises OptionError if there are none or more than MAX_ADDED."""
     entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
     lines = [line for line in entries if line and not line.startswith("#")]
     if not lines:
@@ -185,7 +185,7 @@ class QueuePages:
             return answer_text(str(problem), 422 if error else 500)
 
     def page(self, error: str, query: Mapping[str, str]) -> str:
-        """Return the HTML of the queue. Raises UserError if the queue cannot be read."""
+        """Return the HTML of the Queue page. Raises UserError if the queue cannot be read."""
         queue_state = self.queue.now()
         jobs = queue_state.jobs
         worker = queue_state.worker  # the server that runs the jobs; "" if the queue is paused
@@ -251,14 +251,14 @@ class QueuePages:
             self.queue.add(argv, folder, within=writable_folder)
 
     def carry_out(self, action: str, number: str, line: str, run_id: str, within: str) -> bool:
-        """Carry out a button of the page Queue; return False for an unknown button or an invalid job number.
+        """Handle a pressed button of the Queue page; return False if button or job number is not valid.
 
         Args:
             action: Name of the button.
             number: Number of a job, as text.
             line: Command line to add or to edit.
-            run_id: Run that the line comes from; "" if it was typed.
-            within: Described folder from whose files the line was made; "" if it was typed.
+            run_id: Id of the run from which the line comes; "" if it was typed.
+            within: Folder of the run.toml from which the line was made; "" if it was typed.
 
         Raises:
             UserError: If the change is rejected.

@@ -116,7 +116,7 @@ class ModelRecipe:
 
     @cached_property
     def option_keys(self) -> dict[str, str]:
-        """Option that each field of the form sets, by the field's name; only fields that the model uses."""
+        """Option that each form field sets, by field name, for the fields that the model uses."""
         keys = find_field_keys(self.defaults, self.extra_options)
         unused_fields = []
         if not self.has_experts:
@@ -180,10 +180,10 @@ class ModelRecipe:
         return list(self.option_keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that is used if the field `name` is empty; "" if it is unknown.
+        """Return the value, as text, that applies if the field `name` is empty; "" if it is unknown.
 
-        `file_defaults` (of the model's files) takes precedence, then the default of the task, then the
-        default of the generation script.
+        `file_defaults` (from the model's files) take precedence, then the defaults of the task, then the
+        defaults of the generation script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {
@@ -209,7 +209,7 @@ class ModelRecipe:
 
     def find_limits(self, name: str) -> tuple[float, float]:
         """Return the minimum and maximum of a numeric field."""
-        # an input of the network is not negative, a CFG scale may be
+        # embedded guidance cannot be negative, a CFG scale can
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         seconds = MAX_MADE_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
@@ -263,10 +263,10 @@ def list_extras(family: str) -> dict[str, str]:
 
 
 def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) -> dict[str, str]:
-    """Return the option that each form field sets in a generation script, by the name of the field.
+    """Return the option that each form field sets in a generation script, by field name.
 
-    The option is the first one in `FIELDS` that the script has as an option of prompt lines. Fields without
-    such an option are missing.
+    The option is the first one in `FIELDS` that the script accepts in prompt lines. Fields without such an
+    option are missing.
 
     Args:
         defaults: The script's defaults; they also tell which shared options it lacks.
@@ -354,7 +354,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     for flag, words in group_options(argv).items():
         options[flag] = [model_files.get(word, word) for word in words]
         required_files += [model_files[word] for word in words if word in model_files]
-    options.pop("--seed", None)  # each result gets a seed of its own
+    options.pop("--seed", None)  # each result gets its own seed
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
         for flag in HALF_PRECISION_FLAGS:
             options.pop(flag, None)
@@ -370,7 +370,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
 
 
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
-    """Return the recipe of a run, from the command in its history."""
+    """Return the recipe to generate with a run's model, from the generation command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
     return _make_recipe_of_command(
         title=source.run.name,
@@ -395,7 +395,7 @@ def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class _CommandOption:
-    """An option of a generating command, and the field of the page Generate that shows it."""
+    """An option of a generation command, and the field of the Generate page that shows it."""
 
     flag: str
     key: str
@@ -423,15 +423,15 @@ def _make_recipe_of_command(
     is_placeholder: Callable[[str], bool],
     file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
-    """Return a recipe from a command: each option is either fixed, or the initial value of a form field.
+    """Return the recipe of a command, in which each option is fixed or the initial value of a form field.
 
     Args:
         title: Name of the model or run.
         family: Family of the script.
-        options: Words that follow each option of the command.
+        options: Arguments that follow each option of the command.
         folder: Working folder of the command.
         missing_files: Files of the model that do not exist.
-        is_placeholder: Returns whether a word is a placeholder for a file that the user has to name.
+        is_placeholder: Returns whether an argument is a placeholder for a file that the user has to name.
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
@@ -506,7 +506,7 @@ class RenderRequest:
     labels: Mapping[str, str] = field(default_factory=dict)  # labels of fields, for messages
 
     def check(self) -> None:
-        """Raise OptionError if a text, the model, a LoRA, a number or an image in it is not valid."""
+        """Raise OptionError if a text, the model, a LoRA, a number or an image is not valid."""
         if not self.prompt.strip():
             raise OptionError(say("Prompt: describe what to generate."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():
@@ -524,7 +524,7 @@ class RenderRequest:
             self._check_images(name)
 
     def _check_characters(self, name: str, text: str) -> None:
-        """Raise OptionError if a text is too long, or has a character that no command may have."""
+        """Raise OptionError if a text is too long, or contains a character that commands may not contain."""
         character = bad_character(text)
         if character is not None:
             raise OptionError(
@@ -589,7 +589,7 @@ class RenderRequest:
         return self.texts.get(name, "").strip()
 
     def _check_lora(self, lora: UsedLora) -> None:
-        """Raise OptionError if a LoRA's strength is not a number, or too large, or if its file is gone."""
+        """Raise OptionError if a LoRA's strength is not a number or too large, or if its file is missing."""
         name = Path(lora.path).name
         try:
             is_number = abs(float(lora.strength)) <= MAX_STRENGTH
@@ -661,9 +661,9 @@ class RenderRequest:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
     def _line_values(self, seed: str) -> dict[str, str]:
-        """Return the options of the prompt line, by key, from the form's filled fields and a seed.
+        """Return the prompt-line options, by key, from the form's filled fields and a seed.
 
-        The callers add the reference images, which are a list.
+        The callers add the reference images, because they are a list.
         """
         values: dict[str, str] = {}
         for name, key in self.recipe.option_keys.items():
@@ -679,9 +679,9 @@ class RenderRequest:
         return values
 
     def _make_redraw_options(self, path: str, image_key: str) -> dict[str, str]:
-        """Return the options that redraw an image or clip, with the denoising strength if it is filled in.
+        """Return the options to redraw an image or clip, with the denoising strength if it is filled in.
 
-        `image_key` is the key of the option for images.
+        `path` is the input image or clip, `image_key` the key of the option for images.
         """
         denoising_strength = self._field_text("share")
         options = {"denoise": denoising_strength} if denoising_strength else {}
@@ -708,7 +708,7 @@ class RenderRequest:
         return {"prompt": self.prompt.strip(), "options": options, "strengths": strengths}
 
     def command(self, seed: str) -> list[str]:
-        """Return the generation command line of this request with `seed`, as a user could type it."""
+        """Return the generation command for this request and `seed`, as a user could type it."""
         recipe = self.recipe
         defaults = recipe.defaults
         options: dict[str, Any] = {**recipe.fixed_options, **self._lora_options()}
@@ -738,7 +738,7 @@ class RenderRequest:
 
 
 def _as_argv(options: Mapping[str, Any]) -> list[str]:
-    """Return options as arguments. An option without values is a switch."""
+    """Convert options by flag to command-line arguments. An option without values is a switch."""
     return option_argv({flag: True if value == [] else value for flag, value in options.items()})
 
 

@@ -115,7 +115,7 @@ STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
 
 
 class RenderQueue:
-    """Reads and writes the render jobs of a folder. Each change is made with the lock of the folder."""
+    """Reads and writes the render jobs stored in a folder. A lock on the folder protects each change."""
 
     def __init__(self, folder: Path) -> None:
         """Use the files in `folder`, which is created when the first render job is added."""
@@ -238,7 +238,7 @@ class RenderQueue:
     def _read_job(self, number: int, path: Path) -> RenderJob | None:
         """Return the render job in a file; None if the file is damaged or missing.
 
-        It is a new object each time, so that changes by the caller stay out of the cache.
+        Each call returns a new object, so that the caller's changes do not affect the cache.
         """
         try:
             status = path.stat()

@@ -49,7 +49,7 @@ def answer_json(value: Any, status: int = 200) -> Response:
 
 
 def answer_text(text: str, status: int = 200) -> Response:
-    """Return plain text, in the language of the page if there is a translation."""
+    """Return a plain-text response, in the page's language if there is a translation."""
     return PlainTextResponse(show(text), status)
 
 
@@ -95,7 +95,7 @@ def read_query(request: Request) -> Form:
 
 
 def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """Return a handler that reads a body and calls `answer` in a thread. `server.Gate` limits the size."""
+    """Return a handler that reads a body, limited by `server.Gate`, and calls `answer` in a thread."""
 
     async def ask(request: Request) -> Response:
         return await run_in_threadpool(answer, request, await request.body())

@@ -44,7 +44,7 @@ class Result:
 
     @cached_property
     def id(self) -> str:
-        """Short digest of the path; identifies the result in addresses."""
+        """Short digest of the path; identifies the result in URLs."""
         return short_digest(self.path)
 
     @property
@@ -137,7 +137,7 @@ class _ListedFile(NamedTuple):
 def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]) -> _ListedFolder:
     """Return the subfolders and results of a folder. Raises OSError if it cannot be listed.
 
-    `changed` is its modification time (ns) before the listing; `previous` has the files of the last listing.
+    `changed` is its modification time (ns) before the listing; `previous` are the last listing's files.
     """
     subfolders = []
     files: dict[str, _ListedFile] = {}
@@ -174,7 +174,7 @@ def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _Lis
 
 
 def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
-    """Return the results of a folder, each derived file directly after the file it was made from.
+    """Return the results in a folder. A derived file gets the time of its source, to be listed next to it.
 
     The last frame written next to a clip is not a result, nor is a layer next to the image that shows all
     layers.

@@ -29,7 +29,7 @@ class RunSamples:
     prompts: Captions = field(default_factory=Captions)
 
     def describe(self, tracked_run: TrackedRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
-        """Return the template values for the panel of a run that edits the prompts of its samples.
+        """Return the template values of the panel for editing a run's sample prompts.
 
         Args:
             tracked_run: The run.

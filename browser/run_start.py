@@ -173,7 +173,7 @@ def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | 
     try:
         tables = parse_toml(content.decode())
     except ValueError as error:
-        if not (folder / DATASET_FILE).is_file():  # a described folder has a dataset.toml too
+        if not (folder / DATASET_FILE).is_file():  # `new` writes run.toml next to a dataset.toml
             return None
         return RunConfig(folder, _find_default_history(folder), changed, problem=f"{path}: {error}")
     if PROJECT_TABLE not in tables:
@@ -191,7 +191,7 @@ def _find_default_history(folder: Path) -> Path:
 
 
 def _parse_training_table(folder: Path, tables: Mapping[str, Any], changed: float) -> RunConfig:
-    """Parse the training that a described folder's run.toml defines; any invalid value raises an error."""
+    """Parse the training run that a run.toml defines; any invalid value raises an error."""
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
@@ -237,7 +237,7 @@ def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run, its state, and the described folder that defines it, if there is one."""
+    """A run, its state, and the run.toml that defines it, if there is one."""
 
     summary: RunSummary
     state: RunState
@@ -302,7 +302,7 @@ class TrackedRuns:
         return None
 
     def list_all(self) -> list[TrackedRun]:
-        """Return all runs, and described folders that have not run yet, with states, the newest first."""
+        """Return all runs, including a run.toml whose run has not begun, with states, the newest first."""
         with self.runs.lock:
             runs_by_history = {run.history: run for run in self.runs.list_all()}
             run_configs = self.list_run_configs()
@@ -318,18 +318,18 @@ class TrackedRuns:
                     run_config, run, preparation, by_folder.get(run_config.folder, ()), waiting
                 )
             )
-        # only runs without a described folder are left
+        # only runs without a run.toml are left
         tracked_runs += [TrackedRun(run, read_run_state(run)) for run in runs_by_history.values()]
         return sorted(tracked_runs, key=lambda tracked_run: -tracked_run.summary.changed)
 
     def find(self, id: str) -> TrackedRun | None:
-        """Return the run with this id, or the described folder that has not run yet; None without one."""
+        """Return the run with this id, which may be a run.toml whose run has not begun; None without one."""
         with self.runs.lock:
             listed_runs = self.runs.list_all()
             run = next((listed for listed in listed_runs if listed.id == id), None)
             if run is None:  # its history may be new, or no longer listed
                 run = self.runs.find(id)
-            # a run.toml has the id of the training that it defines, even before it has begun
+            # a run.toml has the id of the run that it defines, even before the run has begun
             run_config = next((config for config in self.list_run_configs() if config.id == id), None)
         if run_config is None:
             return None if run is None else TrackedRun(run, read_run_state(run))
@@ -371,14 +371,14 @@ class TrackedRuns:
         folder_jobs: Sequence[Job],
         waiting: WaitingJobs,
     ) -> TrackedRun:
-        """Return a described folder's run with its state.
+        """Return the training run of a folder's run.toml, with its state.
 
         Args:
             run_config: Content of the folder's run.toml.
-            run: Summary of the training's history; None if it does not exist.
-            preparation: Summary of the history in which `run` notes downloads and caching; None if it does
+            run: Summary of the run's history; None if it does not exist.
+            preparation: Summary of the history in which `run` records downloads and caching; None if it does
                 not exist.
-            folder_jobs: Jobs that run the folder.
+            folder_jobs: Jobs that run `reelsmith run` on the folder.
             waiting: Waiting jobs of all folders.
         """
         job = _select_job(folder_jobs, run)
@@ -413,9 +413,9 @@ class TrackedRuns:
     def _find_state(
         self, run_config: RunConfig, run: RunSummary | None, preparation: RunSummary | None, job: Job | None
     ) -> RunState:
-        """Return the state of a described folder's run: its active process, or else its latest ending.
+        """Return the state of a folder's run: what its process does now, or else how it last ended.
 
-        `preparation` is the history of the downloads and caching before the training.
+        `preparation` is the history of the downloads and caching before the training run.
         """
         # a stop was requested
         is_stop_requested = job is not None and job.state == RUNNING and job.stops > 0
@@ -508,7 +508,7 @@ class TrackedRuns:
             )
 
     def _check_and_queue(self, folder: Path, argv: Sequence[str], is_reviewed: bool) -> None:
-        """Add the run of a described folder to the queue, unless it is not reviewed, waits or runs.
+        """Add the run of a folder to the queue, unless it needs a review, or is already waiting or running.
 
         The caller holds the lock that keeps two requests from starting runs at the same time.
         """
@@ -534,7 +534,7 @@ class TrackedRuns:
 
 
 def make_run_argv(described: DescribedFolder, models: Path) -> list[str]:
-    """Return the command that trains on a described folder and downloads missing files."""
+    """Return the command that downloads missing files and starts the folder's training run."""
     argv = ["reelsmith", "run", str(described.folder)]
     paths = [described.folder / path for path in described.model_files.values()]
     if not all(path.exists() for path in paths):
@@ -562,7 +562,7 @@ def find_start_argv(run_config: RunConfig, models: Path) -> list[str]:
 
 
 def find_run_folder(job: Job) -> Path | None:
-    """Return the folder that a job's `reelsmith run FOLDER` trains in, as a real path.
+    """Return the real path of FOLDER in a job's `reelsmith run FOLDER`.
 
     Returns None for other jobs, and for commands that only check or print.
     """
@@ -608,9 +608,9 @@ def newest_job(jobs: Sequence[Job]) -> Job | None:
 
 
 def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | None:
-    """Return the job whose state is shown for a folder: the newest, or a waiting one if that has just ended.
+    """Return the job to show for a folder: the newest one, or a waiting one if the newest has just ended.
 
-    `run` is the folder's training; None if it has no history.
+    `run` is the folder's training run; None if it has no history.
     """
     job = newest_job(folder_jobs)
     if job is None or job.state != RUNNING or run is None or run.state == RUNNING:
@@ -622,7 +622,7 @@ def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | Non
 
 
 def read_run_state(run: RunSummary) -> RunState:
-    """Return the state of a run, as its history describes it.
+    """Return the state of a run according to its history.
 
     A name that ends with BEFORE_TRAINING belongs to the history of the downloads and caching before training.
     """
@@ -640,7 +640,7 @@ def read_run_state(run: RunSummary) -> RunState:
     else:
         text, _ = run.ending
         reason = translate_line(text)
-    # errors found by the check before the training are not a crash
+    # errors that the check before the training run has found are not a crash
     has_failed_check = is_preparation and "while checking" in reason
     return RunState(FAILED_CHECK if has_failed_check else DIED, reason=reason)
 
@@ -679,9 +679,9 @@ def _find_latest_ended_state(
     job: Job | None,
     check: Job | None,
 ) -> RunState:
-    """Return the state of an inactive run: the state of its job, histories or check, whichever ended last.
+    """Return the state of an inactive run from its job, histories or check, whichever ended last.
 
-    `preparation` is the history of the downloads and caching before the training.
+    `preparation` is the history of the downloads and caching before the training run.
     """
     # pairs (time of its end, state); time 0 makes "draft" the state if nothing has ended
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=run_config.problem))]
@@ -768,7 +768,7 @@ def _read_job_state(job: Job) -> RunState:
 
 
 def _explain_failure(job: Job, otherwise: str) -> str:
-    """Return why a command has ended: its last error, or how it was killed; else `otherwise`."""
+    """Return why a command has failed: its last error, or how it was killed; otherwise `otherwise`."""
     lines = job.last_lines(READ_LINES)
     if job.code in KILLED_EXIT_CODES:
         return say("It was killed: memory ran out, or somebody ended it.")
@@ -797,7 +797,7 @@ def _is_disk_full(folder: Path) -> bool:
 
 
 def mark_state(tracked_run: TrackedRun) -> str:
-    """Return a key that changes when anything that a page shows of a run's state has changed."""
+    """Return a key that changes with everything that a page shows about a run's state."""
     state = tracked_run.state
     lines = state.last_lines if state.name in STATES_BEFORE_TRAINING else ""
     changed = 0.0 if tracked_run.run_config is None else tracked_run.run_config.changed

@@ -88,7 +88,7 @@ def select_runs(
     Args:
         runs: All runs.
         query: Fields `text`, `family`, `state` and `sort`.
-        states: State of each run by its id; None to use the histories alone.
+        states: State of each run by its id; None to use only the histories.
     """
     search_terms = query.get("text", "").lower().split()
     wanted_state = query.get("state") or ""
@@ -123,7 +123,7 @@ def list_page(
     query: Mapping[str, str],
     can_write: bool = True,
 ) -> str:
-    """Return the page of all runs. `roots` are the folders in which they were found."""
+    """Return the HTML page that lists the runs. `roots` are the folders in which they were found."""
     runs = [tracked_run.summary for tracked_run in tracked_runs]
     states = {tracked_run.summary.id: tracked_run.state for tracked_run in tracked_runs}
     chosen = select_runs(runs, query, states)
@@ -175,9 +175,9 @@ class LiveRunState:
 
     @classmethod
     def of(cls, run: RunSummary, run_history: RunHistory, kill_message: str = "") -> "LiveRunState":
-        """Return the state of the run of a history.
+        """Return the state of a run according to its history.
 
-        `kill_message` is the reason to show for a run that the page has killed; "" for all other runs.
+        `kill_message` is the text to show for a run that the page has killed; "" for all other runs.
         """
         start, ending = run_history.start, run_history.ending
         if start is None:  # written by an older version: the summary has the values from the run's page
@@ -201,7 +201,7 @@ class LiveRunState:
 
 
 def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) -> str:
-    """Describe the work of a training between two steps, or its remaining time."""
+    """Describe what a training run does between two steps, such as sampling, or its remaining time."""
     if run_history.doing:
         return join(" ", ("·", read_run_state(run).text))
     if run_history.left:
@@ -233,8 +233,8 @@ def run_page(
     Args:
         runs: Runs below the roots.
         run: The run.
-        can_write: Show the buttons.
-        is_paused: No job of the queue begins.
+        can_write: Whether to show the buttons.
+        is_paused: Whether the queue is paused, so that no job starts.
         actions: HTML of the buttons above the samples.
         lower_buttons: HTML of the buttons below the samples.
         kill_message: State to show for a run that the page has killed; "" for all other runs.
@@ -272,7 +272,7 @@ def run_page(
 def _describe_live_run(
     runs: Runs, run: RunSummary, run_history: RunHistory, live_state: LiveRunState
 ) -> dict[str, Any]:
-    """Return the values of a run's page that a page written by the training itself does not have."""
+    """Return the template values that only the server knows, for the page of a run."""
     sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
     return {
         "id": run.id,
@@ -341,7 +341,7 @@ def collect_news(
     Args:
         runs: Runs below the roots.
         run: The run.
-        query: `have`, the key of an earlier answer; `from` and `to`, the range of shown steps.
+        query: `have`, the key of an earlier response; `from` and `to`, the range of shown steps.
         kill_message: State to show for a run that the page has killed; "" for all other runs.
 
     Raises:
@@ -378,7 +378,7 @@ def collect_news(
 
 
 def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory:
-    """Return a history whose curves are limited to a range of steps."""
+    """Return a history with its curves limited to the steps from `low` to `high`."""
 
     def cut(points: Points) -> Points:
         return {step: value for step, value in points.items() if low <= step <= high}
@@ -453,7 +453,7 @@ def drop_private(text: str) -> str:
 
 
 def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without private data and links. Raises UserError if it is not a run's page."""
+    """Write a copy of a run's page without private data and links. Raises UserError for any other page."""
     try:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")
@@ -468,7 +468,7 @@ def share_page(page: Path, copy: Path) -> None:
 
 
 def export_run(runs: Runs, path: Path) -> None:
-    """Write the only run as a page that needs no server. Raises OptionError unless there is exactly one."""
+    """Write the only run as a page that needs no server. Raises OptionError if there is not exactly one."""
     listed = runs.list_all()
     # the preparation by `run` has a separate history, which is rarely meant to be shared
     candidates = [run for run in listed if not run.name.endswith(BEFORE_TRAINING)] or listed

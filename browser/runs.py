@@ -139,9 +139,9 @@ class RunSummary:
 
     @property
     def is_trusted(self) -> bool:
-        """Whether this user wrote the history at its present path, on this machine, since its last boot.
+        """Whether this user wrote the history at its current path, on this machine, since its last boot.
 
-        Commands of other machines may be somebody else's, or name files that do not exist here.
+        Commands from another machine may be somebody else's, or name files that do not exist here.
         """
         if self.start is None:
             return False
@@ -158,9 +158,9 @@ class RunSummary:
 
     @property
     def working_folder(self) -> Path | None:
-        """Folder in which the command was typed; None if it is not known.
+        """Folder in which the run's command was typed; None if it is not known.
 
-        A folder that was moved or copied together with the run's folder is found at its new path.
+        If this folder was moved or copied together with the run's folder, its new path is returned.
         """
         if self.start is None or not self.start.working_folder or not self.start.written_in:
             return None
@@ -323,10 +323,10 @@ def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
 
 
 def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
-    """Return losses for a sparkline, evenly spread over a history; fewer than 2 * NUM_LOSS_SAMPLES.
+    """Return fewer than 2 * NUM_LOSS_SAMPLES losses for a sparkline, evenly spread over a history.
 
-    A short history is read in full, and neighboring losses are averaged. Of a long history, only one loss is
-    read at each of about NUM_LOSS_SAMPLES positions.
+    A short history is read in full, and neighboring losses are averaged. A long history is read only at
+    about NUM_LOSS_SAMPLES positions, one loss at each.
     """
     size = len(content)
     if size <= FULL_READ_BYTES:
@@ -406,7 +406,7 @@ class OpenHistory:
                 row = parse_row(line)
                 if row is None:
                     continue
-                if "session" in row:  # a new training session wrote over the history
+                if "session" in row:  # a new training session has overwritten the history
                     self.run_history = RunHistory()
                 else:
                     self.run_history.add(row)
@@ -429,7 +429,7 @@ class ReadHistory(NamedTuple):
 
 
 class Runs:
-    """Finds the runs below some folders. Links are resolved; files outside the folders are ignored."""
+    """Finds the runs below the root folders. Links are resolved; files outside the roots are ignored."""
 
     def __init__(self, folders: Collection[Path]) -> None:
         """Search for runs below `folders`, which may also be history files."""
@@ -453,7 +453,7 @@ class Runs:
             return sorted(runs, key=lambda run: -run.changed)
 
     def _is_superseded(self, run: RunSummary) -> bool:
-        """Return whether a run only prepared a training run that now writes its own history."""
+        """Return whether a history covers only preparation, and its training run now has its own history."""
         if not run.name.endswith(BEFORE_TRAINING):
             return False
         training_path = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))

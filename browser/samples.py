@@ -85,7 +85,7 @@ class PromptRow:
 
 
 def _split(line: str) -> SplitLine:
-    """Split a line. A line with two prompts, which a training rejects, is shown as one text."""
+    """Split a prompt line. A line with two prompts, which training runs reject, is shown as one text."""
     try:
         return split_line(line)
     except OptionError:
@@ -93,19 +93,19 @@ def _split(line: str) -> SplitLine:
 
 
 def _find_key(part: str) -> str:
-    """Return the key of an option in a line; "" if it is unknown."""
+    """Return the key of an option in a prompt line; "" if it is unknown."""
     option = find_sample_option(part.partition(" ")[0])
     return "" if option is None else option.key
 
 
 def _repeats(part: str) -> bool:
-    """Return whether each use of an option adds to a list, such as `--ci` for several pictures."""
+    """Return whether a prompt-line option may be repeated, such as `--ci` for several pictures."""
     option = find_sample_option(part.partition(" ")[0])
     return option is not None and option.repeats
 
 
 def read_row(number: int, line: str) -> PromptRow:
-    """Return the row of a prompt line; its `more` has the options without a field, and earlier list items."""
+    """Return the row of a prompt line. `more` gets the options without a field, and earlier list items."""
     split = _split(line)
     field_of_key = {key: name for name, (key, _) in FIELDS.items()}
     field_names = [field_of_key.get(_find_key(option)) for option in split.options]
@@ -132,9 +132,9 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     """Return a prompt line such as `A cat --w 768` with another prompt and other options.
 
     Args:
-        line: The present line.
-        prompt: New prompt; None to keep it.
-        changes: New values by the names of the fields; an empty value removes the option.
+        line: The current line.
+        prompt: New prompt; None to keep the old one.
+        changes: New values by field name; an empty value removes the option.
     """
     split = _split(line)
     options = split.options  # with values, such as `w 768`
@@ -159,7 +159,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
 def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[str], None]) -> str:
     """Return the text of prompts.txt with the edits from its rows applied.
 
-    An emptied prompt removes its line; a new row is added at the end.
+    A row whose prompt is empty is removed; a new row is added at the end.
 
     Args:
         text: Current content of prompts.txt.
@@ -167,7 +167,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[st
         check_image: Raises OptionError for a path that is not an image.
 
     Raises:
-        OptionError: If a row is not a valid line.
+        OptionError: If a row cannot be written as a valid line.
     """
     lines: list[str | None] = [*text.split("\n")]  # None: the line is removed
     new_lines = []
@@ -208,7 +208,7 @@ class _RowEdit:
 
 
 def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
-    """Return what the user has changed in each row of the form. `text` is the content of prompts.txt."""
+    """Return the user's changes to each row of the form. `text` is the content of prompts.txt."""
     rows = {str(row.line): row for row in read_rows(text)}
     edits = []
     for number in range(1, MAX_ROWS + 1):
@@ -230,7 +230,7 @@ def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dic
 
 
 def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
-    """Raise OptionError if a row does not make a valid line.
+    """Raise OptionError if an edited row cannot be written as a valid prompt line.
 
     `check_image` raises OptionError for a path that is not an image.
     """
@@ -254,7 +254,7 @@ def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
 
 
 def _check_number(title: str, name: str, text: str) -> None:
-    """Raise OptionError if the text of a numeric field is not a valid number. `title` names the row."""
+    """Raise OptionError if the text of a numeric field is not a valid number. `title` names its row."""
     if name in INTEGER_FIELDS and parse_integer(text, MAX_NUMBER) is None:
         raise OptionError(
             say(
@@ -277,7 +277,10 @@ def _check_number(title: str, name: str, text: str) -> None:
 
 
 def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
-    """Return run.toml with the sampling intervals of a form. Raises OptionError, ValueError."""
+    """Return the text of run.toml with a form's sampling intervals.
+
+    Raises OptionError if an interval is not valid, ValueError if `text` is not valid TOML.
+    """
     keys = read_keys(text)
     changes: dict[str, Any] = {}
     typed_interval = fields.get("every", "").strip()
@@ -306,12 +309,12 @@ class SamplePages:
         self.site = site
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the HTML of the sample section; `rows` of the query is the minimum number of rows."""
+        """Return the HTML of the samples section; `rows` in the query is the minimum number of rows."""
         number = query.get("rows", "0")
         return self.answer(folder, num_rows=int(number) if re.fullmatch(r"[0-9]{1,3}", number) else 0)
 
     def read_drafts(self, folder: Path) -> tuple[DraftFile, DraftFile]:
-        """Read prompts.txt and run.toml. Raises OptionError if the run's prompts are in another file."""
+        """Read prompts.txt and run.toml. Raises OptionError if run.toml names another prompt file."""
         run = read_draft_file(self.site, folder, RUN_FILE)
         name = str(read_keys(run.text).get(SAMPLE_PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
@@ -335,14 +338,14 @@ class SamplePages:
         is_rejected: bool = False,
         typed: Mapping[str, str] | None = None,
     ) -> Response:
-        """Return the HTML of the sample section.
+        """Return the HTML of the samples section.
 
         Args:
-            folder: The described folder.
+            folder: The folder that contains run.toml and prompts.txt.
             change: What a form would save; None without a form.
             num_rows: Minimum number of rows to show.
-            is_rejected: Whether the page reports an error.
-            typed: Fields of the form that are not saved; None if the form shows the files.
+            is_rejected: Whether the response explains a rejected request (status 422).
+            typed: Typed fields that are not saved; None if the form shows the files.
         """
         values: dict[str, Any] = {
             "folder": folder,
@@ -360,7 +363,10 @@ class SamplePages:
         return answer_template("sample_rows.html", say("Samples"), values, is_rejected)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
-        """Return the template values. Raises OSError, ValueError or OptionError if a file is invalid."""
+        """Return the template values of the samples section.
+
+        Raises OSError, ValueError or OptionError if one of the folder's files is not valid.
+        """
         prompts, run = self.read_drafts(folder)
         described = read_described(folder)
         keys = read_keys(run.text)
@@ -376,7 +382,7 @@ class SamplePages:
         }
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Preview or save the changes of the sample form."""
+        """Preview or save the changes in the samples form."""
         if action not in ("look", "save"):
             return answer_unknown()
         try:
@@ -393,13 +399,13 @@ class SamplePages:
         return self.answer(folder, change, num_rows, is_rejected, fields)
 
     def _plan_or_save(self, folder: Path, fields: Mapping[str, str], saves: bool) -> DraftChange:
-        """Return the change of prompts.txt and run.toml that a form makes; with `saves`, write it.
+        """Return the change to prompts.txt and run.toml that a form makes; with `saves`, write it.
 
-        Raises ChangedMeanwhileError if the files have changed since the form was built.
+        Raises ChangedMeanwhileError if the files have changed since the browser loaded the form.
         """
         require_full(fields)
         prompts, run = self.read_drafts(folder)
-        # the form sends the checksums that both files had when the form was built
+        # the form sends the checksums that both files had when the browser loaded it
         if prompts.checksum != fields.get("have", "") or run.checksum != fields.get("have run", ""):
             raise ChangedMeanwhileError
         edited_prompts = edit_prompts(prompts.text, fields, lambda path: check_image(self.site, folder, path))
@@ -458,12 +464,12 @@ def select_text_fields(recipe: ModelRecipe | None, rows: Sequence[PromptRow]) ->
 def describe_rows(
     rows: Sequence[PromptRow], model: ModelSet | None, folder: Path, num_rows: int
 ) -> dict[str, Any]:
-    """Return the values for the template of the rows of samples, and of their fields.
+    """Return the template values of the samples form: its rows and fields.
 
     Args:
         rows: Rows of the prompt file; at most `MAX_ROWS` are shown.
-        model: The model that makes the samples; None if the catalogue does not have it.
-        folder: Folder in which relative paths begin.
+        model: The model that generates the samples; None if the catalogue does not contain it.
+        folder: Folder to which relative paths refer.
         num_rows: Minimum number of rows to show.
     """
     num_shown = min(max(MIN_ROWS, len(rows), num_rows), MAX_ROWS)
@@ -524,7 +530,7 @@ def select_image_fields(
 
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
-    """Return the message that files changed while the form was open, with the typed changes."""
+    """Return the message that files have changed while the form was open, with the user's changes."""
     base = fields.get("base", "")  # text of the prompts that the form was built from
     try:
         edited = edit_prompts(base, fields, lambda text: None)  # only to compare: accepts every image path
@@ -542,9 +548,9 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the images of a folder and its subfolders as relative paths; at most MAX_IMAGES."""
+    """Return the images in a folder and its subfolders as relative paths, at most MAX_IMAGES."""
     images: list[str] = []
-    unlisted = [(folder, 0)]  # folders with their depth; breadth first
+    unlisted = [(folder, 0)]  # folders with their depth, for a breadth-first search
     while unlisted and len(images) < MAX_IMAGES:
         subfolder, depth = unlisted.pop(0)
         try:

@@ -165,9 +165,9 @@ class _SentResponse:
 class Gate:
     """Passes only requests that come from this server's pages, have the token, and are small.
 
-    A page of another site can make a browser send requests to this server; their origin reveals that. Host
-    names that are not this server's are rejected too (DNS rebinding), because pages under them would share
-    its origin. With `read_only`, requests that could write are rejected, so that routes need not check it.
+    A page of another site can make a browser send requests to this server; the Origin header reveals that.
+    Host names that are not this server's are rejected too (DNS rebinding), because pages under them would
+    share its origin. With `read_only`, requests that could write are rejected, so routes need not check it.
     """
 
     app: ASGIApp
@@ -181,11 +181,11 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, and pass it on or reject it.
 
-        1. With a token, the secret root of the addresses is removed from the request.
-        2. A request with a wrong host, origin or cookie is rejected; all others are passed on.
-        3. The body is limited while it is read, and the response gets common headers.
+        1. With a token, remove the secret root path from the request's URL path.
+        2. Reject a request with a wrong host, origin or cookie; pass on all others.
+        3. Limit the body while it is read, and add common headers to the response.
 
-        An error in a route is answered with status 500, unless the response has already begun.
+        If a route raises an error, answer with status 500, unless the response has already begun.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -225,7 +225,7 @@ class Gate:
         Args:
             request: The request.
             access: Cookie and root path of admitted browsers; None without a token.
-            is_below_root: Whether the address is below the root of the pages.
+            is_below_root: Whether the URL's path is below the secret root path.
         """
         hosts = request.headers.getlist("host")
         # pages of other sites may reach this server under their own host names (DNS rebinding)
@@ -255,9 +255,9 @@ class Gate:
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
     def _check_browser(self, request: Request, access: PageAccess, is_below_root: bool) -> Response | None:
-        """Return None if a request has the cookie or the token; otherwise the response that stops it.
+        """Return None if a request has the cookie or the token; otherwise the response that rejects it.
 
-        Opening the address with `?token=` sets the cookie, which admits the browser from then on.
+        Opening the URL with `?token=` sets the cookie, which admits the browser from then on.
         """
         typed_token = request.query_params.get("token")
         opens_first_page = request.url.path == "/" and typed_token is not None
@@ -277,7 +277,7 @@ class Gate:
     def _admit_browser(self, request: Request, access: PageAccess) -> Response:
         """Return the page that sets the cookie and then opens the list of runs.
 
-        It does not redirect: after a link from another site, browsers would not send the cookie along.
+        It does not redirect, because after a link from another site, browsers would not send the cookie.
         """
         page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
         page.set_cookie(
@@ -306,7 +306,10 @@ class Gate:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
 
     def _is_own_host(self, host: str) -> bool:
-        """Return whether a Host header names this server or an address; other names may be DNS rebinding."""
+        """Return whether a Host header is one of this server's names, or an IP address.
+
+        Other names may be an attack by DNS rebinding.
+        """
         match = HOST.fullmatch(host)
         if match is None:
             return False
@@ -367,7 +370,7 @@ class RunPages:
         return answer_page(page, headers={"etag": etag})
 
     def show_run(self, request: Request) -> Response:
-        """Respond with the page of a run, or, for a folder that has not trained yet, with its buttons."""
+        """Respond with the page of a run or, if the run has not begun, with a page of its buttons."""
         tracked_run = self.tracked_runs.find(request.path_params["id"])
         if tracked_run is None:
             return answer_not_found_page(request)
@@ -375,7 +378,7 @@ class RunPages:
         if not run.history.exists():
             return answer_page(self.buttons.show_page(tracked_run))
         run_config = self.tracked_runs.find_run_config(run)
-        # the history is of the downloads and caching before a training: show the training's page
+        # this history is about the downloads and caching before a training run: show the run's page
         if run_config is not None and run_config.id != run.id:
             return RedirectResponse(f"/run/{run_config.id}/", 303)
         is_paused = False
@@ -473,13 +476,13 @@ def make_app(
     Args:
         runs: Runs below the roots.
         host: Name of the server in requests, in addition to IP addresses and this machine's name.
-        token: Secret token; None to let everybody in.
-        read_only: Reject requests that could write.
-        queue: The queue; None to open it with `open_queue`.
+        token: Secret token; None to admit everybody.
+        read_only: Whether to reject requests that could write.
+        queue: The job queue; None to open it with `open_queue`.
         models: The models folder.
         settings: Options of the server, for the page that shows them.
-        render_worker: Worker of the page Generate; None to make one for the queue.
-        ticket: Word that opens the page once.
+        render_worker: Worker of the Generate page; None to create one for the queue.
+        ticket: Secret that opens the page once.
     """
     queue = queue or open_queue(runs, read_only)
     site = Site(

@@ -36,15 +36,15 @@ def find_session(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
 
 def limit_session(result_folder: Path, render_folder: Path, top: Path) -> dict[str, str]:
-    """Return environment variables for a process that may write only below two folders, and send nothing.
+    """Return environment variables for a process that may write only below two folders, and send no data.
 
     Args:
         result_folder: Folder of its results.
-        render_folder: Folder of the render jobs, which also holds previews.
-        top: The shown folder that the results must lie in.
+        render_folder: Folder of the render jobs, which also contains previews.
+        top: The root folder that must contain the results.
 
     Raises:
-        OptionError: If the results would lie outside `top`, or in the folder of the queue.
+        OptionError: If the results would be outside `top`, or in the folder of the queue.
     """
     try:
         inside = real_path(result_folder).relative_to(real_path(top))

@@ -121,7 +121,7 @@ class Shares:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[list[ShareLink]]:
-        """Yield all links to be changed, then write them; other pages of this user wait meanwhile.
+        """Yield the list of all links to be changed, then write it, locked against this user's other servers.
 
         Expired links are kept while there is room, in case the clock was set wrong.
         """
@@ -180,7 +180,7 @@ def _is_of_run(path: Path, run: RunSummary) -> bool:
 def remove_private_texts(live_state: LiveRunState) -> Standing:
     """Return the displayed state of a run without text that may name a folder, a file or another run.
 
-    This is the reason of an error, and all option values except numbers and switches.
+    It removes error messages, and all option values except numbers and switches.
     """
     start = live_state.displayed.start
     shared_start = replace(
@@ -236,7 +236,7 @@ class SharePages:
         return run if run is not None and read_session(run.history) == share.session else None
 
     def show_page(self, request: Request) -> Response:
-        """Respond with the page of a shared run, without private data; 401 if the link has ended."""
+        """Respond with the page of a shared run, without private data; 401 if the link has expired."""
         with self.site.runs.lock:
             run = self.find(request)
             if run is None or not run.history.exists():
@@ -270,18 +270,18 @@ class SharePages:
     # ---- for the user
 
     def render(self, run_id: str, origin: str, is_open: bool = False, error: str = "") -> str:
-        """Return the section of a run's page with the links to the run.
+        """Return the HTML of the section of a run's page with its share links.
 
         Args:
             run_id: Id of the run.
-            origin: Origin by which others reach the page.
-            is_open: Show the section unfolded.
+            origin: Origin, such as https://my-page.example.org, at which others reach the page.
+            is_open: Whether to show the section unfolded.
             error: Reason why no link was created.
         """
         settings = self.site.settings
         with self.site.runs.lock:
             run = self.site.runs.find(run_id)
-        # a link belongs to one training session: it ends when another begins
+        # a link belongs to one run: it expires when another run begins at the same path
         links = [] if run is None else self.shares.of_run(run_id, read_session(run.history))
         values: Mapping[str, Any] = {
             "id": run_id,
@@ -300,7 +300,7 @@ class SharePages:
         return public_origin or f"http://{request.headers.get('host', '')}"
 
     def change(self, request: Request, form: Form) -> Response:
-        """Make a link to a run, or withdraw all of its links."""
+        """Create a link to a run, or withdraw all of its links."""
         run_id = request.path_params["id"]
         with self.site.runs.lock:
             run = self.site.runs.find(run_id)

@@ -29,7 +29,7 @@ class TagChange:
 
     @property
     def about(self) -> str:
-        """Message about the change and its number of captions."""
+        """Message that names the change and the number of changed captions."""
         if self.new:
             return say_count(
                 len(self.checksums),
@@ -79,7 +79,7 @@ def _rename_in_line(line: str, old: str, new: str) -> str:
 
 @dataclass
 class TagEditor:
-    """Tags of folders below the roots. Changes can be undone until the server ends."""
+    """Reads and changes tags in the captions of folders. Changes can be undone until the server ends."""
 
     runs: Runs
     captions: Captions = field(default_factory=Captions)
@@ -94,9 +94,9 @@ class TagEditor:
         return counts
 
     def rename(self, folder: Path, old: str, new: str) -> str:
-        """Replace a tag in all captions of a folder, and return a message about the changed captions.
+        """Replace a tag in all captions in a folder, and return a message about the changed captions.
 
-        The earlier captions are kept as .bak. A caption that would become empty stays unchanged.
+        The old captions are kept as .bak. A caption that would become empty is not changed.
 
         Args:
             folder: The folder.
@@ -104,7 +104,7 @@ class TagEditor:
             new: The new tag; "" removes the old one.
 
         Raises:
-            OptionError: If a tag cannot be written, or no caption has the old one.
+            OptionError: If the new tag is not valid, or if no caption contains the old tag.
             OutputError: If a caption cannot be written.
             OSError: If a caption cannot be read.
         """
@@ -138,9 +138,10 @@ class TagEditor:
         return changes[-1] if changes else None
 
     def undo(self, folder: Path) -> str:
-        """Undo the last change of a folder's tags, and return a message about the restored captions.
+        """Undo the last tag change in a folder, and return a message about the restored captions.
 
-        A caption that has changed since stays. Raises OptionError without a change, OutputError, OSError.
+        A caption that has changed since is not restored. Raises OptionError if there is no change to undo,
+        OutputError or OSError if a caption cannot be restored.
         """
         with self._lock:
             changes = self._changes.get(folder)
@@ -156,8 +157,8 @@ class TagEditor:
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
         """Yield each caption file of a folder that is below the roots, with its text and checksum.
 
-        Files that are not UTF-8 or cannot be read are skipped: the page reports them one by one. Captions
-        that are JSON objects have no tags. Raises OSError.
+        Skips files that are not UTF-8 or cannot be read, which the page reports one by one, and captions that
+        are JSON objects, which have no tags. Raises OSError if a folder cannot be listed.
         """
         for media_folder in list_media_folders_of(self.runs, folder):
             paths = dict.fromkeys(find_caption_file(media_folder, name) for name in list_names(media_folder))
@@ -189,7 +190,7 @@ def _check_new_tag(tag: str) -> None:
 
 
 def _explain_unchanged(num_emptied: int, num_conflicts: int) -> list[str]:
-    """Return sentences about captions that a change of tags left unchanged: how many, and why."""
+    """Return sentences on how many captions a tag change has left unchanged, and why."""
     lines: list[str] = []
     if num_emptied:
         lines.append(

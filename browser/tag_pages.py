@@ -89,8 +89,8 @@ class TagPages:
             folder: The folder.
             texts: Values of the form's fields.
             part: "form", "progress" or "editor"; "" for all three.
-            message: Message about what was done.
-            error: Reason why a button did nothing.
+            message: Message about the result of a button's action.
+            error: Reason why a button had no effect.
         """
         values: dict[str, Any] = {
             "folder": folder,
@@ -129,7 +129,7 @@ class TagPages:
         }
 
     def find_model(self) -> TaskFiles | None:
-        """Return the catalogue's tagger, with its state on disk."""
+        """Return the catalogue's tagger model, with the state of its files."""
         return find_task(self.site.models, FAMILY, TASK)
 
     def find_model_folder(self) -> str:
@@ -146,7 +146,7 @@ class TagPages:
         Args:
             folder: The folder with media.
             texts: Values of the form's fields.
-            num_trial_files: Number of files to print tags for, without saving them; None to write all tags.
+            num_trial_files: Number of files whose tags are printed but not saved; None to save all tags.
 
         Raises:
             OptionError: If a field has a value that its option does not accept.

@@ -79,10 +79,10 @@ class PieceUploads:
         self._last_writes: dict[Path, LastWrite] = {}  # keyed by the file that collects the pieces
 
     async def take(self, request: Request) -> Response:
-        """Add the piece in the body, and answer with the bytes received so far.
+        """Add the piece of a file in the body, and respond with the number of bytes received so far.
 
-        After the last piece, the answer has the folder's files instead. The query has the file's name,
-        folder, size and modification time, and the offset of the piece.
+        After the last piece, the response lists the folder's files instead. The query contains the file's
+        name, folder, size and modification time, and the offset of the piece.
         """
         upload = None
         try:
@@ -129,7 +129,7 @@ class PieceUploads:
         return upload
 
     async def add(self, request: Request, upload: PartialUpload) -> int:
-        """Append the body of a request, and return the bytes received so far.
+        """Append the body of a request, and return the number of bytes received so far.
 
         If the body is cut off, the bytes received until then stay in the file.
         """

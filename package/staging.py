@@ -38,13 +38,13 @@ def package_name(name: str) -> str:
 
 
 def rewrite_imports(source: str, own_names: Collection[str]) -> str:
-    """Rewrite all absolute imports of our modules as imports below `reelsmith`, keeping line numbers.
+    """Rewrite all absolute imports of this project's modules as imports from `reelsmith`, line by line.
 
-    `own_names` are top-level names of the checkout.
+    `own_names` are the top-level modules of the checkout.
 
     Raises:
-        ValueError: If the text has `import modules.errors` and uses the name `modules`: in the package, this
-            import would bind `reelsmith` instead.
+        ValueError: If the source contains, for example, `import modules.errors` and uses the name `modules`.
+            In the package, this import would bind `reelsmith` instead.
     """
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -71,10 +71,10 @@ class OwnImport(NamedTuple):
 
 
 def _find_imports(tree: ast.AST, lines: list[bytes], own_names: Collection[str]) -> Iterator[OwnImport]:
-    """Yield the position and name of each import of a module of this project in a source file.
+    """Yield the position and name of each import of this project's modules in a source file.
 
-    `tree` and `lines` are the parsed source and its lines; `own_names` the top-level names of our modules.
-    Relative imports are left out: they stay as they are in the package.
+    `tree` and `lines` are the parsed source and its lines, `own_names` are the project's top-level modules.
+    Relative imports are skipped, because they work in the package without a change.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -90,7 +90,7 @@ def _find_imports(tree: ast.AST, lines: list[bytes], own_names: Collection[str])
 
 
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
-    """Replace commands in a source file's strings by the installed console commands.
+    """Replace commands in a source file's strings with the installed console commands.
 
     `python wan_cache_latents.py` becomes `wan_cache_latents`, and `python tools/compare.py` becomes
     `reelsmith compare`. A launcher's command names the module: `accelerate launch ... -m
@@ -125,7 +125,7 @@ def _rename_command(match: re.Match[str]) -> str:
 
 
 def add_entry_point(source: str, script: str) -> str:
-    """Add a function `run` to a script, for its console command, with the content of its `__main__` block.
+    """Move a script's `__main__` block into a new function `run`, which its console command calls.
 
     Raises:
         ValueError: If the script does not end with a `__main__` block.
@@ -168,7 +168,7 @@ def lay_out_sources(root: Path, folder: Path) -> None:
 def lay_out_package(root: Path, folder: Path) -> None:
     """Copy the files to install into `folder`/reelsmith, with their imports and strings rewritten.
 
-    Raises ValueError, with the name of the file, if one of them cannot be rewritten.
+    Raises ValueError, which names the file, if a file cannot be rewritten.
     """
     _copy_documents(root, folder)
     package = folder / "reelsmith"
@@ -184,7 +184,10 @@ def lay_out_package(root: Path, folder: Path) -> None:
 
 
 def _rewrite_modules(root: Path, package: Path) -> None:
-    """Rewrite the imports and strings of all modules in the package. Raises ValueError, naming a module."""
+    """Rewrite the imports and strings of all modules in the package.
+
+    Raises ValueError, which names the module that could not be rewritten.
+    """
     commands = find_commands(root)
     own_names = find_own_names(root)
     scripts = {command.script for command in commands}

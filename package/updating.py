@@ -66,7 +66,7 @@ OFFLINE = re.compile(
 
 @dataclass(frozen=True)
 class FileChange:
-    """Changes that an update from a zip file makes in a folder; paths are relative to it, with /."""
+    """Changes that an update from a zip file makes in a folder, as relative paths with /."""
 
     replaced: list[str]  # also those that the new version lacks
     added: list[str]
@@ -93,10 +93,10 @@ class CloneMove:
 
 
 def update(root: Path, file: Path | None) -> None:
-    """Update the checkout in `root`, from a zip file or, without one, from where git cloned it.
+    """Update the checkout in `root` from the zip file `file` or, if it is None, with git.
 
     Raises:
-        UserError: If the update fails; then nothing has changed, or `go_back` undoes the change.
+        UserError: If the update fails. Then nothing has changed, or `go_back` can undo the change.
     """
     is_clone = (root / ".git").exists()
     if is_clone and file is not None:
@@ -120,8 +120,8 @@ def go_back(root: Path) -> None:
     """Return to the version before the last update.
 
     Raises:
-        UserError: If there was no update, if the user's own changes would be lost, or if git fails. Nothing
-            has changed then.
+        UserError: If there was no update, if the user's own changes would be lost, or if git fails. Then no
+            file has changed.
     """
     with _exclusive_access(root):
         was_unfinished = (root / STATE_FOLDER / BACKUP / UNFINISHED).exists()
@@ -138,9 +138,9 @@ def go_back(root: Path) -> None:
 
 
 def repair(root: Path) -> None:
-    """Repair the state after an update or a `go_back` that was killed; do nothing otherwise.
+    """Repair the folder after a killed update or `go_back`; otherwise do nothing.
 
-    An update from a zip file is undone; an update of a clone is finished.
+    An update from a zip file is undone; an update of a git clone is completed.
 
     Raises:
         UserError: If the repair fails, or if an update is running.
@@ -154,7 +154,7 @@ def repair(root: Path) -> None:
 
 
 def note_version(root: Path) -> None:
-    """Record digests of the installed files, so that an update can detect files that the user has changed."""
+    """Record digests of the installed files, so that an update can detect files that the user has edited."""
     digests_file = root / STATE_FOLDER / DIGESTS_FILE
     # an update has recorded them; in a clone, git detects changes
     if digests_file.exists() or (root / ".git").exists():
@@ -192,7 +192,7 @@ def _exclusive_access(root: Path) -> Iterator[None]:
 
 
 def _repair(root: Path) -> None:
-    """Undo an interrupted update from a zip file, or finish one in a git clone, and remove its leftovers."""
+    """Undo an interrupted update from a zip file, or complete one in a git clone, and remove leftovers."""
     state_folder = root / STATE_FOLDER
     backup = state_folder / BACKUP
     partial_backup = state_folder / f"{BACKUP}.part"
@@ -241,9 +241,9 @@ def _update_clone(root: Path) -> None:
 
 
 def _move_clone(root: Path, move: CloneMove) -> None:
-    """Let git change the files of a clone to the files of another commit.
+    """Let git change a clone's files to another commit.
 
-    If the process is killed meanwhile, the next start reads the two commits from UNFINISHED and finishes.
+    If the process is killed meanwhile, the next start reads both commits from UNFINISHED and completes it.
 
     Raises:
         UserError: If git fails.
@@ -279,9 +279,9 @@ def _complete_move(root: Path, move: CloneMove) -> None:
 
 
 def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
-    """Finish an update or a return of a clone that was killed while git changed files.
+    """Complete an update or a `back` of a git clone that was killed while git changed files.
 
-    `lines` come from UNFINISHED: the commits before and after, and "back" for a return.
+    `lines` are the lines of UNFINISHED: the commits before and after, then "back" if it was a `back`.
 
     Raises:
         UserError: If git may still be running, or fails.
@@ -329,7 +329,7 @@ def _read_commits(root: Path) -> UpdateRecord:
 
 
 def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
-    """Raise UserError if the branch has commits that are nowhere else, or is not the updated branch."""
+    """Raise UserError if the branch has commits that exist only there, or is not the updated branch."""
     if _git(root, "rev-parse", "HEAD") == record.after:
         return
     branch = _git(root, "branch", "--show-current")
@@ -379,7 +379,7 @@ def _git(root: Path, *arguments: str) -> str:
     """Run git in `root`, and return its output without trailing white space.
 
     Raises:
-        UserError: If git is missing, or fails; the message then ends with its last line of output.
+        UserError: If git is missing, or fails; the message then contains git's error output.
     """
     program = shutil.which("git")
     if program is None:
@@ -405,7 +405,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _update_from_zip(root: Path, file: Path) -> None:
-    """Replace the program's files in `root` by those of a zip file, after a backup for `back`."""
+    """Replace the program's files in `root` with the files in a zip file, after a backup for `back`."""
     unfinished = root / STATE_FOLDER / BACKUP / UNFINISHED
     unpacked = root / STATE_FOLDER / UNPACKED
     had_digests = (root / STATE_FOLDER / DIGESTS_FILE).is_file()
@@ -434,9 +434,9 @@ def _update_from_zip(root: Path, file: Path) -> None:
 
 
 def _install_files(root: Path, unpacked: Path, digests: Mapping[str, str], change: FileChange) -> None:
-    """Move a new version's files from `unpacked` into `root`; the user's edited files are copied first.
+    """Move a new version's files from `unpacked` into `root`, after copying files that the user has edited.
 
-    `digests` has a digest for each file of the new version.
+    `digests` contains the digest of each file of the new version, by relative path.
     """
     for name, copy_name in change.edited_copies.items():
         _copy_atomically(root, root / name, copy_name)
@@ -473,7 +473,7 @@ def _copy_atomically(root: Path, source: Path, name: str) -> None:
 
 
 def _find_copy_name(root: Path, name: str) -> str:
-    """Return an unused name for the user's own version of a file."""
+    """Return an unused name for the copy of a file that the user has edited."""
     names = [f"{name}.yours", *(f"{name}.yours{count}" for count in range(2, MAX_FILES))]
     return next(free for free in names if not os.path.lexists(root / free))
 
@@ -563,7 +563,7 @@ def _find_program_folder(path: Path, archive: zipfile.ZipFile, members: Iterable
 
 
 def _reject_names(file: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
-    """Raise UserError for a zip file that is too large, or has paths that cannot belong to the program.
+    """Raise UserError for a zip file that is too large, or contains paths that no version can have.
 
     `entries` are keyed by their paths below the program's folder.
     """
@@ -614,7 +614,7 @@ def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
     `files` are the paths of the new version's files, relative to its folder.
 
     Raises:
-        UserError: If a folder has the path of a new file, or a file that of a new folder.
+        UserError: If a folder has the path of a new file, or a file has the path of a new folder.
     """
     blocked = next((name for name in files if _is_blocked(root, name)), None)
     if blocked is not None:
@@ -637,7 +637,7 @@ def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
 
 
 def _list_edited(root: Path, names: Iterable[str]) -> list[str]:
-    """Return the files that the user has changed; [] if the digests of this version are not known."""
+    """Return the files that the user has edited; [] if this version's digests are not known."""
     digests = _read_digests(root)
     if not digests:
         return []
@@ -645,7 +645,7 @@ def _list_edited(root: Path, names: Iterable[str]) -> list[str]:
 
 
 def _is_blocked(root: Path, name: str) -> bool:
-    """Return whether a path is blocked: a folder has its name, or a file has the name of its folder."""
+    """Return whether a file cannot be written: a folder has its path, or a file has its folder's path."""
     folders = [parent for parent in PurePosixPath(name).parents if parent.parts]
     return (root / name).is_dir() or any((root / parent).is_file() for parent in folders)
 
@@ -686,9 +686,9 @@ def _digest(path: Path) -> str:
 
 
 def _make_backup(root: Path, change: FileChange) -> None:
-    """Copy the files that an update will replace into a backup, with the list of its changes.
+    """Copy the files that an update will replace into a backup, with a list of the update's changes.
 
-    The new backup is complete before it takes the place of the last one.
+    The new backup is complete before it replaces the old one.
     """
     state_folder = root / STATE_FOLDER
     backup = state_folder / BACKUP
@@ -714,10 +714,10 @@ def _make_backup(root: Path, change: FileChange) -> None:
 
 
 def _restore_backup(root: Path, is_repair: bool = False) -> None:
-    """Undo the last update from a zip file, even an incomplete one. If interrupted, it can run again.
+    """Undo the last update from a zip file, even an incomplete one. If interrupted, it can be repeated.
 
-    With `is_repair`, files that the user has changed since are kept under another name; otherwise they are an
-    error.
+    With `is_repair`, files that the user has edited since are kept under another name. Otherwise, such files
+    are an error.
     """
     backup = root / STATE_FOLDER / BACKUP
     if not (backup / PLAN_FILE).is_file():
@@ -749,7 +749,7 @@ def _save_user_edits(root: Path, names: Iterable[str]) -> None:
 
 
 def _restore_files(root: Path, backup: Path, change: FileChange) -> None:
-    """Remove the files that an update added, and copy those that it replaced from the backup."""
+    """Remove the files that an update added, and restore the files that it replaced from the backup."""
     # added files first: on a case-insensitive disk, one may have the name of a replaced file
     for name in change.added:
         (root / name).unlink(missing_ok=True)
@@ -794,10 +794,10 @@ def _read_plan(path: Path) -> FileChange:
 
 
 def _list_user_edits(root: Path, backup: Path, change: FileChange) -> list[str]:
-    """Return the files that the user has changed since the update put them there.
+    """Return the files that the user has edited since the update wrote them.
 
-    A file that equals its copy in the backup does not count: it is back already, or the update was stopped
-    before it. Without digests (plans of an earlier version have none), the result is empty.
+    A file that equals its backup copy is not listed: it is restored already, or the update was stopped
+    before it. Without digests (earlier versions did not record them), the result is empty.
     """
     digests = {fold_name(name): digest for name, digest in change.digests.items()}
     if not digests:
@@ -823,7 +823,7 @@ def _reject_user_edits(names: Sequence[str]) -> None:
 
 
 def _report_unknown_files(root: Path, files: Iterable[str]) -> None:
-    """Print the Python files in this version's folders that do not belong to it: old ones or the user's."""
+    """Print the Python files in this version's folders that do not belong to this version."""
     rooms = {PurePosixPath(name).parts[0] for name in files if name.endswith("/__init__.py")}
     ours = set(map(fold_name, files))
     found = sorted(

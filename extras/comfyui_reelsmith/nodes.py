@@ -33,10 +33,10 @@ MAX_OF_LOG = 1500  # characters of a failed command's output in its state
 
 
 def find_command() -> list[str]:
-    """Return the words that start Reelsmith.
+    """Return the program, and with a checkout its script, that starts Reelsmith.
 
     Raises:
-        RuntimeError: If it is not found.
+        RuntimeError: If Reelsmith is not found.
     """
     chosen = os.environ.get(PROGRAM)
     if not chosen:
@@ -68,7 +68,7 @@ class QueuedTraining:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Run `reelsmith run` to its end; it continues a training run that was stopped."""
+        """Run `reelsmith run` to its end, which resumes a training run that was stopped."""
         with self.log.open("wb") as log:
             try:
                 self.process = subprocess.Popen(
@@ -100,7 +100,7 @@ class QueuedTraining:
                 os.killpg(self.process.pid, signal.SIGINT)
 
     def describe(self) -> str:
-        """Return the state of the training and the last line of its log; if it failed, the end of the log."""
+        """Return the run's state and the last line of its log; if it failed, the end of the log."""
         lines = (
             self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.exists() else []
         )
@@ -129,7 +129,7 @@ class TrainingQueue:
         atexit.register(self.end)
 
     def find(self, folder: Path) -> QueuedTraining | None:
-        """Return the last training that was queued for a folder; None if there is none."""
+        """Return the last training run that was queued for a folder; None if there is none."""
         return self._trainings.get(folder)
 
     def add(self, folder: Path) -> QueuedTraining:
@@ -170,10 +170,10 @@ QUEUE = TrainingQueue()
 
 
 def find_folder(text: str) -> Path:
-    """Return the folder that a node names.
+    """Return the training folder that a node's text field names.
 
     Raises:
-        ValueError: If `reelsmith new` has not described it.
+        ValueError: If `reelsmith new` has not written a run.toml into it.
     """
     folder = Path(text.strip().strip('"')).expanduser()
     if not folder.is_absolute() or not (folder / DESCRIPTION).is_file():
@@ -217,7 +217,7 @@ def free_models() -> None:
 
 
 class ReelsmithRun:
-    """Queue `reelsmith run FOLDER`, or stop it."""
+    """Node that queues `reelsmith run FOLDER`, or stops it."""
 
     CATEGORY = "Reelsmith"
     FUNCTION = "queue"
@@ -236,11 +236,11 @@ class ReelsmithRun:
         return float("nan")
 
     def queue(self, folder: str, action: str) -> tuple[str, str]:
-        """Queue or stop the training of a folder. Returns the folder and the state of its training.
+        """Queue or stop the training run of a folder. Returns the folder and the state of its run.
 
         Raises:
-            ValueError: If the folder is not described.
-            RuntimeError: If the command is not found.
+            ValueError: If the folder has no run.toml.
+            RuntimeError: If Reelsmith's command is not found.
         """
         path = find_folder(folder)
         if action == "start":
@@ -275,14 +275,14 @@ class ReelsmithSamples:
         return float("nan")
 
     def load(self, folder: str, count: int) -> tuple[Tensor, str]:
-        """Return the newest samples first, B H W C in 0..1, and the state of the training.
+        """Return the newest samples first, as a (B, H, W, C) tensor in 0..1, and the state of the run.
 
         Args:
-            folder: Path of a described folder.
-            count: Maximum number of images. A clip has all of its frames.
+            folder: Path of a folder with a run.toml.
+            count: Maximum number of images. If the newest sample is a clip, all of its frames are returned.
 
         Raises:
-            ValueError: If the folder is not described.
+            ValueError: If the folder has no run.toml.
             RuntimeError: If there are no samples yet.
         """
         path = find_folder(folder)

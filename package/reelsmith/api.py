@@ -63,14 +63,14 @@ def train(model: str, **options: Any) -> CommandRun:
 
 
 def resume(run: CommandRun, **changes: Any) -> CommandRun:
-    """Continue a training run that was stopped, or has ended with a saved state, and return it while it runs.
+    """Resume a training run that was stopped or has ended with a saved state, and return it while it runs.
 
     Args:
-        run: The training.
-        **changes: Options that are different from now on, such as `learning_rate` or `max_train_steps`.
+        run: The training run.
+        **changes: Options that change from now on, such as `learning_rate` or `max_train_steps`.
 
     Raises:
-        UserError: If the training still runs, or for a wrong option.
+        UserError: If the run has not ended, or if an option is wrong.
     """
     if not isinstance(run, CommandRun):
         raise UserError(
@@ -105,7 +105,7 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
     Args:
         model: Name of the model.
         callback: Called with each event.
-        **options: Options of both commands; each gets those that it has.
+        **options: Options of both commands; each command gets the options that it has.
 
     Raises:
         UserError: If an option is wrong or a command fails; both are checked before the first one starts.
@@ -130,7 +130,7 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
 
 
 def _find_most_similar(scripts: Sequence[ScriptArguments], name: str) -> ScriptArguments:
-    """Return the first script with an option similar to an unknown name; else the first script."""
+    """Return the first script with an option similar to the unknown `name`; else the first script."""
     for script in scripts:
         if difflib.get_close_matches(name, script.known, 1):
             return script
@@ -146,7 +146,7 @@ def generate(model: str, *, callback: Callback | None = None, **options: Any) ->
         **options: Options of the command.
 
     Raises:
-        UserError: For what the user has to change.
+        UserError: If an option or file is wrong, with the message of the command.
     """
     checked = _check_script(Path(f"{_find_entry(model).generation_script}.py"), options)
     folder = Path(checked.values["save_path"])
@@ -171,15 +171,15 @@ def merge(*, callback: Callback | None = None, **options: Any) -> Path:
 
 
 def command(words: str, *operands: object, **options: Any) -> CommandRun:
-    """Start any command of this program, and return it while it runs.
+    """Start any `reelsmith` command, and return it while it runs.
 
     Args:
-        words: Words of the command, such as "finetune wan", "new" or "download".
-        *operands: Its words without an option, such as the folder of `new`.
-        **options: Its options.
+        words: Name of the command, such as "finetune wan", "new" or "download".
+        *operands: Positional arguments, such as the folder of `new`.
+        **options: Options of the command.
 
     Raises:
-        UserError: If there is no such command, or for a wrong option.
+        UserError: If the command does not exist, or if an option is wrong.
     """
     scripts = {each.name: each.path.relative_to(ROOT) for each in find_commands(ROOT)}
     if words not in scripts:
@@ -189,7 +189,7 @@ def command(words: str, *operands: object, **options: Any) -> CommandRun:
 
 @dataclass(frozen=True)
 class CheckedCommand:
-    """A command whose options were checked."""
+    """A command whose options were checked, ready to `start`."""
 
     script: Path
     argv: Sequence[str]  # arguments that follow the script

@@ -91,7 +91,7 @@ def _is_script(path: Path) -> bool:
 
 
 def main() -> None:
-    """Run the command on the command line; without one, list the commands."""
+    """Run the command that the user has typed; without a command, list the commands."""
     argv = sys.argv[1:]
     namesake = find_namesake() if PREFIX else None  # PREFIX is "" in a checkout
     if namesake is not None:
@@ -133,9 +133,9 @@ def _run_command(command: ScriptCommand, options: Sequence[str]) -> None:
 
 
 def _list_or_reject(commands: Sequence[ScriptCommand], argv: Sequence[str]) -> None:
-    """Print the commands that begin with the typed words if help is asked for; otherwise exit with code 2.
+    """Print the commands that begin with the typed words if the user asks for help; otherwise exit with 2.
 
-    Without any words, the commands that a beginner needs are printed.
+    Without any words, print the commands that a beginner needs.
     """
     asks_for_help = not argv or argv[-1] in {"-h", "--help", "help", "--all"}
     beginning = tuple(argv[:-1] if asks_for_help else argv)
@@ -170,7 +170,7 @@ _SYNONYMS = {
 
 
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
-    """Return the message about words that begin no command, with the command that was probably meant."""
+    """Return the error message for an unknown command, with the command that was probably meant."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
     names_by_ending = {}  # commands whose first word is right, such as `train`, by their other words
     for command in commands:
@@ -194,7 +194,7 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
 
 
 def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -> list[str]:
-    """Return the names of commands that have all typed words in any order, or whose script was typed."""
+    """Return the names of commands that contain all typed words in any order, or whose script was typed."""
     typed_words = {*typed.split()}
     return [
         command.name
@@ -230,7 +230,7 @@ USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists t
 
 
 def _format_first_steps(commands: Sequence[ScriptCommand]) -> str:
-    """Return the help for beginners: the commands in `BEGINNER_SCRIPTS`; all commands if none exists."""
+    """Return the help for beginners with the commands in `BEGINNER_SCRIPTS`; all commands if none exists."""
     by_script = {command.script: command for command in commands}
     first = [by_script[script] for script in BEGINNER_SCRIPTS if script in by_script]
     if not first:
