@@ -42,7 +42,7 @@ model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licenses, removing
 model_table: models by what they make, load and fit
 short_names: digests as names, names that nothing has
-new_form: fields of the page New, and their command
+new_form: fields of the New page, and their command
 new_pages: describe, check and start a folder by buttons
 new_steps: how far a folder is, and its next step
 offered_folders: folders with media that tools are offered for

@@ -1,6 +1,6 @@
-"""Run this program's own commands for a page, outside the queue: describe a folder, check it, try captions.
+"""Run this project's commands for a page, outside the queue: `new`, `run --check`, trial captions.
 
-These commands need a graphics card only briefly, so they do not wait for a training. Each has a name such as
+These commands need a GPU only briefly, so they do not wait for a training run. Each has a name such as
 `check-0123456789abcdef`. Its record and output are files, so another server, or this one after a restart,
 finds them.
 """

@@ -1,4 +1,4 @@
-"""The checklist of a folder: what is ready, needs attention or would end a run, each with its remedy.
+"""The checklist of a folder: what is ready, needs attention or would end a run, each with a way to fix it.
 
 The folder itself is read each time, so that the row of a fixed problem disappears. Problems that only `new`
 finds are read from its output; lines without a row are shown below the list.
@@ -27,7 +27,7 @@ class CheckRow:
     text: str = ""
     line: OutputLine | None = None  # line printed by `new`, instead of the text
     details: Sequence[OutputLine] = ()  # lines printed below that line: commands or files
-    files_to_leave_out: Sequence[str] = ()  # files that its button leaves out
+    files_to_leave_out: Sequence[str] = ()  # files that its button excludes
     asks_for_captions: bool = False
 
 

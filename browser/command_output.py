@@ -1,4 +1,4 @@
-"""Read what `new` and `run --check` have printed: lines, the files named in them, and remedies."""
+"""Parse the output of `new` and `run --check`: lines, the files that they name, and ways to fix problems."""
 
 import re
 import shlex

@@ -31,7 +31,7 @@ class ComparePages:
         self.queue = queue
 
     def show(self, request: Request) -> Response:
-        """Return the page of the comparison in the query of the address."""
+        """Return the page of the comparison that the URL's query names."""
         return self.answer(read_query(request))
 
     def make(self, _: Request, form: Form) -> Response:
@@ -112,7 +112,7 @@ def _has_players(row_clips: Sequence[compare.RowClips]) -> bool:
 
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
-    """Return the routes of the page Compare."""
+    """Return the routes of the Compare page."""
     pages = ComparePages(runs, notes, queue)
     return [
         Route("/compare", pages.show),

@@ -87,7 +87,7 @@ class FoundDataset:
 
     @property
     def id(self) -> str:
-        """Short digest of the configuration's path; identifies the dataset in addresses."""
+        """Short digest of the configuration's path; identifies the dataset in URLs."""
         return short_digest(self.path)
 
     @property
@@ -488,7 +488,7 @@ class Datasets:
         return self.may_show(dataset, Path(first_part.get("in", first_part["path"])))
 
     def _may_show_caption(self, dataset: FoundDataset, file: File) -> bool:
-        """Return whether a caption may be shown: it lies inside the shown folders, or does not exist."""
+        """Return whether a caption may be shown: it is inside the shown folders, or does not exist."""
         path = Path(file["caption_file"] or file["caption_list"])
         return self.may_show(dataset, path) or not (path.exists() or path.is_symlink())
 

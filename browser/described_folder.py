@@ -1,7 +1,7 @@
-"""Read a folder that `new` has described, and change keys of its files; comments and unknown keys are kept.
+"""Read and edit the files that `new` writes into a folder; comments and unknown keys are preserved.
 
-The folder's three files are the draft of a training. Pages store no part of it elsewhere, so a terminal and
-several pages may change it in turn.
+run.toml, dataset.toml and prompts.txt define a training run; such a folder is called described. Pages store
+nothing elsewhere, so a terminal and several pages may edit the files in turn.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ class DescribedFolder:
     task: str
     train: str  # name of the kind of run
     name: str
-    steps: int | None  # None: epochs say how long the training is
+    steps: int | None  # None: run.toml sets epochs instead
     trigger: str
     model_files: Mapping[str, str]  # path of each file of the model by its option
-    values: Mapping[str, Any]  # all options of the training
+    values: Mapping[str, Any]  # all training options in run.toml
     checksum: str  # checksum of the folder's files
     run_content: bytes  # content of run.toml
 
@@ -132,7 +132,7 @@ def is_described(folder: Path) -> bool:
 
 
 def read_own_file(path: Path) -> bytes:
-    """Return the bytes of a file of a described folder.
+    """Return the bytes of a folder's run.toml, dataset.toml or prompts.txt.
 
     Raises:
         OSError: If the file cannot be read, or is a link that leads out of the folder. With a link, a folder
@@ -295,7 +295,7 @@ def tidy_lines(text: str) -> str:
 
 @dataclass(frozen=True)
 class DraftFile:
-    """A file of a described folder as it was read, to be edited and saved."""
+    """A run.toml, dataset.toml or prompts.txt as it was read, to be edited and saved."""
 
     path: Path
     content: bytes | None  # None: there is no such file

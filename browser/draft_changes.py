@@ -1,7 +1,7 @@
-"""Change the three files of a described folder: show the difference, let the scripts check it, and save it.
+"""Edit run.toml, dataset.toml and prompts.txt: show the difference, let the scripts check it, and save it.
 
-The server stores nothing between requests. A form contains the text that it was made from, so that its
-edits are known, and the file's checksum, so that a file that changed meanwhile is never overwritten.
+The server stores nothing between requests. A form contains the text that it showed before the edits, to find
+the edits, and the file's checksum, so that a file that has changed meanwhile is never overwritten.
 """
 
 import difflib
@@ -280,7 +280,7 @@ def find_training_script(text: str) -> str:
         OptionError: If the script is not one of this project's training scripts.
     """
     try:
-        # `new` writes the training, `python SCRIPT ...`, as the last command
+        # `new` writes the training command, `python SCRIPT ...`, as the last one
         argv = parse_toml(text)[PROJECT_TABLE]["commands"][-1]
         script = str(argv[1])
     except (KeyError, IndexError, TypeError):

@@ -1,7 +1,7 @@
-"""Read how a dropped file was made, to fill in the form Generate.
+"""Read how a dropped file was generated, to fill in the Generate form.
 
-Files that this program wrote are read like its results (`result_settings.py`). Images from ComfyUI contain
-their graph, those from AUTOMATIC1111's web UI a text; prompts and plain numbers are read from both.
+Files that this program wrote are read like its results (`result_settings.py`). Images from ComfyUI contain a
+graph, images from AUTOMATIC1111's web UI contain text; prompts and plain numbers are read from both.
 """
 
 import contextlib

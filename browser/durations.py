@@ -1,4 +1,4 @@
-"""Estimate how long a training takes, from the steps that earlier runs on this machine have measured."""
+"""Estimate how long a training run takes, from the steps that earlier runs on this machine have measured."""
 
 import contextlib
 from collections.abc import Collection, Mapping

@@ -1,7 +1,7 @@
-"""Show the files of a folder, described or not: rows with images, captions to edit, files left out.
+"""Show the media files of a folder: rows with thumbnails, captions to edit, and excluded files.
 
-The answers have the form that `static/dataset.js` knows from the page of a dataset. Nothing is measured: only
-the headers of files in view are read.
+The responses have the format that `static/dataset.js` expects for a dataset. Only the headers of files in
+view are read.
 """
 
 import contextlib
@@ -384,7 +384,7 @@ def _read_media_header(path: Path) -> MediaHeader:
 
 
 def picture_address(path: Path) -> str | None:
-    """Return the address of a small image of a file; None if the file has been removed."""
+    """Return the URL of a file's thumbnail; None if the file has been removed."""
     try:
         stamp = path.stat().st_mtime_ns
     except OSError:

@@ -1,4 +1,4 @@
-"""All settings of a described folder, on the page New: a table of options in run.toml, and three text boxes.
+"""All settings of a training run, on the New page: a table of options in run.toml, and three text boxes.
 
 The options and their help come from the training script's own --help, printed as JSON by a process.
 """

@@ -24,7 +24,7 @@ from training.reports.sections import SAMPLES
 DEEPEST = 6  # maximum depth below a root
 MAX_FOLDERS = 500
 MAX_ENTRIES = 20_000  # maximum number of entries that are read in a folder
-CHECK_PAGE = "check.html"  # written by `run --check` into a described folder
+CHECK_PAGE = "check.html"  # written by `run --check` into the folder of run.toml
 # folder names of image trainers, with the number of repeats and the caption: 10_ohwx man
 TRAINER_FOLDER_NAME = re.compile(r"[1-9]\d{0,2}_.*\S.*")
 IMG_FOLDER = "img"  # subfolder of a project that contains such folders

@@ -1,4 +1,4 @@
-"""The page Generate: a form for an image or clip, the state of render jobs, and the results of all days."""
+"""The Generate page: a form for an image or clip, the state of render jobs, and the results of all days."""
 
 import functools
 import secrets
@@ -708,7 +708,7 @@ def _make_labels(recipe: ModelRecipe | None) -> dict[str, str]:
 
 
 def _preview_address(preview: Path | None) -> str:
-    """Return the address of the newest preview image or clip; "" if there is none."""
+    """Return the URL of the newest preview image or clip; "" if there is none."""
     if preview is None:
         return ""
     try:
@@ -822,7 +822,7 @@ def select_seeds(form: GenerateForm) -> list[str]:
 
 
 def generate_routes(site: Site) -> list[Route]:
-    """Return the routes of the page Generate."""
+    """Return the routes of the Generate page."""
     pages = GeneratePages(site)
     return [
         Route("/generate", pages.show),

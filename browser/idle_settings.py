@@ -44,4 +44,4 @@ def _list_idle(record: type[Options], values: Mapping[str, Any]) -> Iterator[tup
             if list_idle_reasons(made, field):
                 yield option_name(field), say("No effect in this run, with its other settings.")
     except (UserError, TypeError, ValueError):
-        return  # the table shows these values, and the training says what is wrong with them
+        return  # the table shows these values, and the training run reports what is wrong with them

@@ -35,7 +35,7 @@ FOLDER = QUEUE_FOLDER
 QUEUE = "queue.txt"
 STATE = "jobs.json"
 LOGS = "logs"
-RENDER_FOLDER = "making"  # folder of the page Generate
+RENDER_FOLDER = "making"  # folder of the Generate page
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
 MAX_OF_CODE = 100  # maximum bytes read from the exit code file
@@ -74,7 +74,7 @@ class Job:
     log: Path
     process: dict[str, Any] | None = None  # process of the job; None: not started
     stops: int = 0  # number of stop requests
-    within: str = ""  # described folder whose limits apply; "": no limits
+    within: str = ""  # the only folder to which the job may write; "": no limits
     typed: str = ""  # typed options that may send data despite limits
     entry_index: int = -1  # index among the entries of the text file; -1: its line has been removed
     code: int | None = field(init=False)
@@ -481,7 +481,7 @@ class JobQueue:
                 write_text(job.code_path, str(error.exit_code))
                 job.process = {}  # not None: it counts as started and ended
                 return
-            # environment variables: a job of a described folder may write only below that folder
+            # environment variables: a job from a folder's run.toml may write only below that folder
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
             self._child_process = launch.prepare_process(job.log, **limits)
             job.process = describe_process(self._child_process.pid)

@@ -408,7 +408,7 @@ def _file_options() -> frozenset[str]:
 def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
     input_options = {POSITIONAL, *_file_options()}
-    if "--output_config" in argv:  # then a training writes the file that --config_file names
+    if "--output_config" in argv:  # then a training run writes the file that --config_file names
         input_options.discard("--config_file")
     option = POSITIONAL  # the option to which the current word belongs
     for word in argv:

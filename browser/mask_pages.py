@@ -40,7 +40,7 @@ class MaskPages:
         self.review = MaskReview(site.runs)
 
     def find_folder(self, query: Mapping[str, str]) -> Path | None:
-        """Return the folder in a query; None if it lies outside the roots or must not be changed."""
+        """Return the folder in a query; None if it is outside the roots or must not be changed."""
         return find_open_folder(self.site.runs, query.get("folder", ""))
 
     def show(self, request: Request) -> Response:

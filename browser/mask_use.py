@@ -1,4 +1,4 @@
-"""Whether a training uses the masks of a folder: the key mask_directory of its dataset.toml."""
+"""Whether training runs use the masks of a folder: the key mask_directory in its dataset.toml."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

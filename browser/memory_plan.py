@@ -1,7 +1,7 @@
-"""The memory of a training on the page New: the training script's plan as a bar, and settings that change it.
+"""The memory of a training run on the New page: the script's plan as a bar, and options that change it.
 
-A plan is a background job in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It rehearses a
-batch from the caches with the headers of the model's files, and needs no graphics card.
+A plan is a background job in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It simulates a
+batch from the caches with the headers of the model's files, and needs no GPU.
 """
 
 import re

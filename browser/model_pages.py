@@ -1,4 +1,4 @@
-"""The page Models: released files on disk, what each task needs, downloading and removing."""
+"""The Models page: released files on disk, what each task needs, downloading and removing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class SelectedTask:
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "SelectedTask":
-        """Read the task from the fields of a form or an address."""
+        """Read the model's family and task from the fields of a form or a query."""
         family = "".join(fields.get("family", ()))
         task = "".join(fields.get("task", ()))
         return cls(family, task, in_fp8="fp8" in fields)
@@ -238,7 +238,7 @@ def _has_smaller(files: TaskFiles) -> bool:
 
 
 def model_routes(site: Site) -> list[Route]:
-    """Return the routes of the page Models."""
+    """Return the routes of the Models page."""
     pages = ModelPages(site)
     return [
         Route("/models", pages.show),

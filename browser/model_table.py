@@ -1,4 +1,4 @@
-"""The table of models on the page New, with outputs, downloads, memory and licenses; file descriptions."""
+"""The table of models on the New page (outputs, downloads, memory, licenses), and descriptions of files."""
 
 import functools
 import logging

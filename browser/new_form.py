@@ -1,4 +1,4 @@
-"""Convert the fields of the page New to a `new` command, and check them."""
+"""Convert the fields of the New page to a `new` command, and check them."""
 
 import contextlib
 import re

@@ -1,7 +1,7 @@
-"""The page New: select a folder and a model, let `new` describe it, check it, and start the training.
+"""The New page: select a folder and a model, let `new` write run.toml, check it, and start the training run.
 
-The state of the form is stored only in the folder's own files, in the command that last described the folder,
-and in the address of the page. So a reload, a restarted server and a terminal see the same state.
+The state of the form is stored only in the folder's own files, in the last `new` command for the folder, and
+in the URL of the page. So a reload, a restarted server and a terminal see the same state.
 """
 
 import contextlib
@@ -144,7 +144,7 @@ from project.options import CAPTION_MODEL, RUN_FILE, find_models
 from protocols.families import caption_formats
 
 LINES_OF_FAILURE = 3
-DRY_RUN = "compare"  # kind of background job: shows how the files of a described folder would change
+DRY_RUN = "compare"  # kind of background job: shows how `new` would change existing files
 TRY_CAPTIONS = "try"  # kind of background job: captions a few files as a trial
 BACKGROUND_KINDS = (DESCRIBE, DRY_RUN, CHECK, TRY_CAPTIONS, REPAIR_CAPTIONS)
 FULL_PAGE_ACTIONS = ("describe", "replace", "keep")  # buttons that change more than the progress part
@@ -169,7 +169,7 @@ class PreparePlan:
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     key_changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
-    is_comparison: bool = False  # the command shows the changes of a described folder
+    is_comparison: bool = False  # the command only shows how it would change existing files
 
     @property
     def text(self) -> str:
@@ -271,7 +271,7 @@ class NewPages:
         return has_changed and not self.has_displayed_values(folder, "".join(query.get("shown", ())))
 
     def suggest_kind(self, form: NewForm) -> str:
-        """Return the value of `train` that `new` selects by default for a folder not yet described."""
+        """Return the value of `train` that `new` selects by default for a folder without a run.toml."""
         folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
         kind = None if model is None else find_control_kind(model)
         if folder is None or kind is None or is_described(folder):
@@ -574,7 +574,7 @@ class NewPages:
         """Return the command lines to display: those in run.toml, and the run, check and repair commands."""
         if folder is None:
             return {"repair_line": "", "commands": [], "run_command": "", "check_command": ""}
-        # a folder that cannot be read as described may still list commands
+        # a run.toml that cannot be read in full may still list commands
         commands = read_commands(folder) if described is None else described.commands
         repair_argv = make_repair_argv(commands, folder)
         return {
@@ -783,7 +783,7 @@ class NewPages:
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
     def find_check_page(self, folder: Path | None) -> Path | None:
-        """Return the page of a folder's last check; None if it does not exist or lies outside the roots."""
+        """Return the page of a folder's last check; None if it does not exist or is outside the roots."""
         path = None if folder is None else folder / CHECK_PAGE
         return path if path is not None and self.site.runs.is_inside(path) else None
 
@@ -1283,6 +1283,6 @@ def new_routes(site: Site) -> list[Route]:
         Route(PIECE, pages.pieces.take, methods=["POST"]),
         Route(PIECE, pages.pieces.show),
         *file_routes(pages.files),
-        # last, because it also matches the addresses above
+        # last, because it also matches the paths above
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

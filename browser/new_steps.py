@@ -1,4 +1,4 @@
-"""The next step on the page New: the progress of a folder, and the button for that step."""
+"""The next step on the New page: the progress of a folder, and the button for that step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,10 +47,10 @@ class FolderProgress:
     download: Download | None = None  # download of the folder's model
     missing_gigabytes: str = ""  # missing GB of the model that this page can download
     download_failure: str = ""  # last lines of a failed download
-    uncaptioned: int = 0  # files without the caption that the training needs
+    uncaptioned: int = 0  # files without the caption that the training run needs
     only_pictures: bool = True  # whether all of these files are images
     has_listed_errors: bool = False  # `new` has listed files that prevent a training run
-    downloads_at_start: bool = False  # the training downloads missing files
+    downloads_at_start: bool = False  # the training run downloads missing files
     check_job: Job | None = None
     is_check_old: bool = False
     training_job: Job | None = None  # job of the queue that trains on the folder

@@ -1,6 +1,6 @@
 """Find the folders with images and clips for which a page offers tools.
 
-These are the folders of a dataset, or a described folder.
+These are a dataset's media folders, or the folder of a run.toml.
 """
 
 from collections.abc import Mapping

@@ -120,7 +120,7 @@ def change_language(request: Request) -> Response:
 
 
 def find_return_address(address: str) -> str:
-    """Return an address of this server's pages; the list of runs for any other address."""
+    """Return `address` if it is a URL of this server's pages; otherwise the URL of the list of runs."""
     is_ours = address.startswith("/") and not address.startswith(("//", "/\\", "/language/"))
     is_plain = address.isprintable() and "\\" not in address
     try:

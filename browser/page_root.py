@@ -1,9 +1,9 @@
 """Put the pages of a server below a path that only admitted browsers know.
 
-A browser sends a cookie to all ports of a host, and so to servers of other accounts, but not to another path.
-So the cookie that admits a browser belongs to a path that cannot be guessed, and the pages lie below it.
-Routes and templates do not know that path: it is removed from requests, and added to the addresses of this
-server in responses.
+A browser sends a cookie to all ports of a host, and so to other users' servers, but not to another path.
+So the cookie that admits a browser belongs to a path that cannot be guessed, and all pages are below it.
+Routes and templates do not know that path: it is removed from requests, and added to this server's URLs in
+responses.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-MARK = "/~"  # prefix of that path; no page's address starts with it
+MARK = "/~"  # prefix of that path; no page's own path starts with it
 _ROOT: ContextVar[str] = ContextVar("root of pages", default="")
 # attributes in our templates that contain addresses; all values are escaped, so none contains a quote
 _ATTRIBUTES = (

@@ -239,7 +239,7 @@ class QueuePages:
         return RedirectResponse("/queue", 303)
 
     def add_jobs(self, lines: str, run_id: str, within: str) -> None:
-        """Add command lines to the queue. The arguments are those of `carry_out`."""
+        """Add command lines to the queue. The arguments are the same as for `carry_out`."""
         with self.runs.lock:
             run = self.runs.find(run_id)
         writable_folder = find_folder(self.runs, within)  # the jobs may write only below this folder

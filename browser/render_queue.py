@@ -1,4 +1,4 @@
-"""Keep the render jobs of the page Generate in files, one for each result, shared by all servers of a folder.
+"""Keep the render jobs of the Generate page in files, one for each result, shared by all servers of a folder.
 
 A render job records how to generate a result, and its progress. The files are the only state: the page,
 the server and the machine may restart, and two servers may serve one folder.

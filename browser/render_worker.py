@@ -1,9 +1,8 @@
-"""Generate the results that the page Generate requests, one after another, with a model that stays loaded.
+"""Generate the results that the Generate page requests, one after another, with a model that stays loaded.
 
-One process of a generation script with --interactive does the work (`generation/json_requests.py`). It ends
-when another model is requested, after some idle time, and when a job of the queue waits for the card.
-Several servers of one folder take turns at the render jobs (`browser/render_queue.py`): one of them at a
-time works on all of them.
+A process of a generation script with --interactive does the work (`generation/json_requests.py`). It ends
+when another model is requested, after some idle time, and when a queued job waits for the GPU. If several
+servers show one folder, only one of them at a time works on the render jobs (`browser/render_queue.py`).
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""Show the results of all days on the page Generate, part by part, and handle their buttons."""
+"""Show all generated results on the Generate page, part by part, and handle their buttons."""
 
 import contextlib
 import os
@@ -182,7 +182,7 @@ class ResultTile:
     result: Result
     settings: ResultSettings | None
     problem: str  # why the settings cannot be read
-    job: Job | None  # job that enlarges it
+    job: Job | None  # job that upscales it
 
     @property
     def title(self) -> str:

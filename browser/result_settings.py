@@ -165,7 +165,7 @@ class ResultSettings:
         return rows
 
     def shortened(self) -> "ResultSettings":
-        """Return the settings with long text shortened, because pages cache those of thousands of files."""
+        """Return the settings with long text shortened, because pages cache thousands of them."""
         values = {name: shorten(text, MAX_KEPT) for name, text in [*self.values.items()][:MAX_TAGS]}
         return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
 

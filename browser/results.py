@@ -25,7 +25,7 @@ MAX_FOLDERS = 50_000  # maximum number of folders searched
 MAX_RESULTS = 20_000  # only the newest ones are kept
 # folders that are not searched
 SKIPPED_FOLDERS = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
-UPSCALED_SUFFIX = "_larger"  # suffix of the name of an enlarged file
+UPSCALED_SUFFIX = "_larger"  # suffix of an upscaled file's name
 LAST_FRAME_SUFFIX = "_last"  # suffix used by --save_last_frame
 LAYER_NAME = re.compile(rf"(.+){LAYER.format('([0-9]{1,3})')}")
 DERIVED_NAME = re.compile(rf"(.+?)(?:{UPSCALED_SUFFIX}|{LAST_FRAME_SUFFIX})(?:-\d+)?")
@@ -49,7 +49,7 @@ class Result:
 
     @property
     def address(self) -> str:
-        """Address of the file."""
+        """URL of the file."""
         return f"/result/{self.id}{self.path.suffix.lower()}"
 
     @property

@@ -159,8 +159,8 @@ class RunActions:
     folder: str = ""  # folder for the button Again with changes
     prompt_file: str = ""
     has_lora: bool = False  # images can be generated with it
-    can_generate: bool = False  # whether the page Generate can fill its form from a command in the history
-    generation: "GenerationCommand | None" = None  # generation command, if the page Generate cannot be used
+    can_generate: bool = False  # whether the Generate page can fill its form from a command in the history
+    generation: "GenerationCommand | None" = None  # generation command, if the Generate page cannot be used
     score: str = ""
     remove: str = ""
     review_address: str = ""  # address of the queue's page for reviewing a foreign command

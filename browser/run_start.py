@@ -1,7 +1,7 @@
-"""Determine the state of a run from its draft, its job, its check and its histories.
+"""Determine the state of a run from its run.toml, its job, its check and its histories.
 
-A folder that `new` has described is the draft of a run. Its run has the address of the history that its
-training will write, so that one address leads to it from the draft to the finished LoRA.
+A run.toml is the draft of a run. Even before the run begins, its id is derived from the path of the history
+that it will write, so that its page has one URL from the draft to the finished LoRA.
 """
 
 import contextlib
@@ -140,7 +140,7 @@ class RunConfig:
 
     @property
     def summary(self) -> RunSummary:
-        """Summary of a described folder's run for the list of runs, while it has no history."""
+        """Summary of the run for the list of runs, while the run has no history."""
         return RunSummary(
             history=self.history,
             changed=self.changed,
@@ -333,7 +333,7 @@ class TrackedRuns:
             run_config = next((config for config in self.list_run_configs() if config.id == id), None)
         if run_config is None:
             return None if run is None else TrackedRun(run, read_run_state(run))
-        # the downloads and caching before the training have a history of their own
+        # the downloads and caching before the training run have their own history
         preparation = next(
             (listed for listed in listed_runs if listed.history == run_config.preparation_history), None
         )
@@ -616,7 +616,7 @@ def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | Non
     if job is None or job.state != RUNNING or run is None or run.state == RUNNING:
         return job
     waiting_jobs = [folder_job for folder_job in folder_jobs if folder_job.state == WAITING]
-    # the training ended after the job began, so the job is about to end
+    # the training run ended after the job began, so the job is about to end
     is_about_to_end = run.changed > job.born + START_TIME_TOLERANCE
     return waiting_jobs[0] if waiting_jobs and is_about_to_end else job
 

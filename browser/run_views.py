@@ -158,7 +158,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
         label = run.shown_name
         if counts[run.shown_name] > 1:
             folder = run.history.parent
-            if folder.name == "output":  # the same folder name in each described folder
+            if folder.name == "output":  # `new` gives all output folders this name
                 folder = folder.parent
             label = say("%(name)s in %(name2)s", name=run.shown_name, name2=folder.name)
         labeled_runs.append((run, label))
@@ -258,7 +258,7 @@ def run_page(
     values["memory"] = translate_memory(run_history.memory)
     values["live"] = {
         **_describe_live_run(runs, run, run_history, live_state),
-        # whether the training watches for request files, such as NAME.stop
+        # whether the training run watches for request files, such as NAME.stop
         "can_ask": can_write and start.listens and live_state.state == RUNNING,
         "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,

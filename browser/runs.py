@@ -110,7 +110,7 @@ class RunSummary:
 
     @functools.cached_property
     def id(self) -> str:
-        """Short digest of the history's path; identifies the run in addresses."""
+        """Short digest of the history's path; identifies the run in URLs."""
         return short_digest(self.history)
 
     @property
@@ -120,7 +120,7 @@ class RunSummary:
 
     @property
     def shown_name(self) -> str:
-        """Name of the training, also while `run` is still preparing it."""
+        """Name of the training run, even while `run` is still preparing it."""
         return self.name.removesuffix(BEFORE_TRAINING)
 
     @property

@@ -1,4 +1,4 @@
-"""Find sizes of a training's samples that its model cannot generate, before the training changes them."""
+"""Find sample sizes that a model cannot generate, before the training run changes them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The samples of a training on the page New: prompt lines of prompts.txt as rows, and how often to sample.
+"""The samples of a training run on the New page: lines of prompts.txt as rows, and how often to sample.
 
-A row shows some options of its line. Only fields changed in a row are changed in its line; other options,
-other lines and comments stay as they are written.
+A row shows some options of its line. Only options whose field was changed are changed in the line. Other
+options, other lines and comments are preserved.
 """
 
 import os
@@ -297,7 +297,7 @@ def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
     samples_at_first = "first" in fields
     if samples_at_first != bool(keys.get(SAMPLE_AT_FIRST)):
         changes[SAMPLE_AT_FIRST] = samples_at_first or None
-    if any(changes.values()) and SAMPLE_PROMPTS not in keys:  # a training samples only with a prompt file
+    if any(changes.values()) and SAMPLE_PROMPTS not in keys:  # a training run samples only with a prompt file
         changes[SAMPLE_PROMPTS] = PROMPTS_FILE
     return edit_toml(text, changes)
 

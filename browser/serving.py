@@ -1,4 +1,4 @@
-"""Start the server and show its address, or write one run as a page."""
+"""Start the server and print its URL, or write one run as a page."""
 
 import asyncio
 import contextlib

@@ -1,8 +1,7 @@
-"""Limit the process that the page Generate drives, because anybody may have written its command's file.
+"""Limit the process that the Generate page controls, because anybody may have written its command's file.
 
-The files of render jobs lie below a root. Somebody who gives a folder away can put such a file into it, and
-waiting render jobs are started with the server. So their commands can do no more than those that the page
-itself writes.
+The files of render jobs are below a root. A folder from somebody else may contain such a file, and waiting
+render jobs start together with the server. So only commands that the page itself could write are accepted.
 """
 
 from collections.abc import Sequence

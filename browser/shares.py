@@ -1,8 +1,8 @@
 """Share a run with a friend: a link to its page, samples and saved files, but to nothing else.
 
-Anyone with the link may view these, without the page's token. A link ends after some days, when it is
-withdrawn, or when another run with its name begins in the folder. Links are stored for this user alone, next
-to the page's own token.
+Anyone with the link may view these, without the page's token. A link expires after some days, when it is
+withdrawn, or when another run with the same name begins in the folder. Links are stored for this user alone,
+next to the page's own token.
 """
 
 import contextlib

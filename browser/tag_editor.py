@@ -69,7 +69,7 @@ def _rename_in_line(line: str, old: str, new: str) -> str:
     """Replace the tag `old` in a caption line with `new`, and drop tags that an earlier section contains."""
     used_tags = {""}  # "" stands for the removed tag
     sections = []
-    for section in line.split(KEEP_TOKENS_SEPARATOR):  # a training does not shuffle the tags before this sign
+    for section in line.split(KEEP_TOKENS_SEPARATOR):  # tags before this sign are not shuffled
         renamed = [new if tag == old else tag for tag in split_section(section)]
         distinct = list(dict.fromkeys(renamed))  # in the original order
         sections.append(f"{SEPARATOR} ".join(tag for tag in distinct if tag not in used_tags))

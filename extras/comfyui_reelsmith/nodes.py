@@ -1,8 +1,8 @@
-"""Two nodes: queue the training of a described folder, and load its newest samples.
+"""Two nodes: queue the training run of a folder with a run.toml, and load its newest samples.
 
-ComfyUI's Python needs no Reelsmith, because the nodes start its command. Which one is not a setting of a
-node: a workflow may be a stranger's. The environment variable REELSMITH names the command, or the folder of a
-checkout; without it, the command `reelsmith` is looked for on the PATH.
+Reelsmith need not be installed in ComfyUI's Python, because the nodes start its command. The command is not a
+setting of a node, because a workflow may come from somebody else. The environment variable REELSMITH names
+the command or the folder of a checkout; without it, `reelsmith` is searched on the PATH.
 """
 # Letters: B images, H height, W width, C = 3 channels
 

@@ -1,7 +1,7 @@
-"""The functions of `import reelsmith`: each runs a command of this program, with its options by name.
+"""The functions of `import reelsmith`: each runs a `reelsmith` command, with its options by name.
 
-A command runs in a separate process, so its results are those of the command line to the byte, and its
-memory is free when it has ended.
+A command runs in a separate process, so its results are identical to the command line's, and its memory is
+free when it has ended.
 """
 
 import difflib

@@ -183,7 +183,7 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
         suggestions = _list_similar(commands, typed, words[0])
     synonym = _SYNONYMS.get(words[0].lower())
     hint = ""
-    # a synonym is a better hint than similar words, unless the first word is that of a command
+    # a synonym is a better hint than similar words, unless a command begins with the first word
     if synonym is not None and not (names_by_ending and suggestions):
         hint = f" Did you mean {PROGRAM} {synonym}?"
     elif suggestions:
