@@ -72,7 +72,7 @@ class BinFolder:
         return used_folder / entry_name
 
     def _find_free_name(self, name: str) -> str:
-        """Return a name that no folder of the bin has: several may be created in one second."""
+        """Return `name` or, if a folder in the bin has this name, another name derived from it."""
         return next(
             free_name
             for free_name in number_names(name)
@@ -103,7 +103,7 @@ class BinFolder:
         )
 
     def find_folder(self, path: Path) -> Path:
-        """Return the bin's folder on the same disk as a file; the first folder if all are on other disks."""
+        """Return the bin's folder on the same disk as a file, or the first folder if there is none."""
         with contextlib.suppress(OSError):
             disk = path.lstat().st_dev
             for bin_folder in self.folders:

@@ -18,7 +18,7 @@ TYPED_OPTIONS = ("api_base",)  # options of the command that send data to the ad
 
 @dataclass(frozen=True)
 class TriedCaption:
-    """A caption that a model has written for a file on trial, without saving it."""
+    """A trial caption that a model has generated for a file, and that was not saved."""
 
     name: str
     address: str | None  # address of its image

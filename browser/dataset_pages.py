@@ -362,7 +362,7 @@ class DatasetPages:
             return answer_text("from and count are numbers of files.", 400)
 
     def show_first(self, dataset: FoundDataset, _: Request) -> Response:
-        """Respond with a small image of a dataset's first file, for the list of datasets."""
+        """Respond with a thumbnail of a dataset's first file, for the list of datasets."""
         media, _words = self.datasets.describe(dataset)
         try:
             if media.shown_file is None or not self.datasets.may_show(dataset, media.shown_file):

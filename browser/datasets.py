@@ -272,7 +272,7 @@ def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_proj
 
 
 class Datasets:
-    """Finds the datasets below the roots of some runs, and caches the measurements of each dataset."""
+    """Finds the datasets below the root folders, and caches the measurement of each dataset."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs

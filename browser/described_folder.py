@@ -270,7 +270,7 @@ def keep_copies(folder: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class TextForm:
-    """The text of a file as a page edits it, with the byte order mark and line ends to write it with."""
+    """The text of a file as a page edits it, and the byte order mark and line ends of the file."""
 
     text: str
     start: bytes = b""

@@ -33,7 +33,7 @@ class FolderTool:
         return find_tool_job(self.site.queue.jobs(), folder, self.script)
 
     def collect_progress(self, folder: Path) -> dict[str, Any]:
-        """Return the template values for the last dry run and the queued job of a tool in a folder."""
+        """Return the template values about the tool's last dry run and queued job in a folder."""
         try_job = self.site.background_jobs.find(name_background_job(self.kind, folder))
         return {
             "try_job": try_job,

@@ -701,7 +701,7 @@ def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow])
 
 
 def _make_labels(recipe: ModelRecipe | None) -> dict[str, str]:
-    """Return the labels of the form's fields; models that count seconds have seconds instead of frames."""
+    """Return the labels of the form's fields. The length is in frames or, for some models, in seconds."""
     if recipe is not None and recipe.counts_seconds:
         return {**LABELS, "frames": say("Seconds")}
     return {**LABELS, "frames": say("Frames")}

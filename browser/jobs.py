@@ -214,7 +214,7 @@ class _QueueContent:
         )
 
     def wait_again(self, job: Job, line: str) -> None:
-        """Queue a job that is not running again, with this command line."""
+        """Queue an ended or waiting job again, with this command line."""
         if job.entry_index < 0:
             self.entries.append("")  # entry -1
         self.entries[job.entry_index] = f"{line}\n"
@@ -224,7 +224,7 @@ class _QueueContent:
         job.code_path.unlink(missing_ok=True)
 
     def find_next(self) -> Job | None:
-        """Return the first waiting job; None if a job is running or none waits."""
+        """Return the first waiting job; None if a job is running or if none is waiting."""
         if any(job.state == RUNNING for job in self.jobs):
             return None
         return next((job for job in self.jobs if job.state == WAITING), None)
@@ -310,8 +310,8 @@ class JobQueue:
     ) -> int:
         """Append a command, and start the queue unless other jobs are waiting.
 
-        Returns the number of the job. `within` is the folder that it may write to, `typed` are options that
-        may still send data.
+        Returns the number of the job. `within` is the only folder to which it may write, `typed` are options
+        that may send data anyway.
         """
         others_wait = any(job.state == WAITING for job in self.jobs())
         number = self.add(argv, folder, within=within, typed=typed)

@@ -202,7 +202,7 @@ def _make_row(source: ComparableRun, file: ComparedFile, label: str) -> LoraRow:
 def _find_other_networks(source: ComparableRun) -> set[str] | None:
     """Return the names of a run's files that its generation command does not load as LoRAs.
 
-    Returns None if it loads none as LoRA: the run has trained a ControlNet, an embedding or a full model.
+    Returns None if it loads none as a LoRA, because the run trained a ControlNet, an embedding or a model.
     """
     loras: set[str] = set()
     others: set[str] = set()
@@ -237,7 +237,7 @@ def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[s
 
 
 def choose_expert(row: LoraRow, folder: Path) -> str:
-    """Return the expert that a LoRA was trained for, as its file says: high noise, low noise or both."""
+    """Return the expert for a LoRA, by its file name or metadata: HIGH_NOISE, LOW_NOISE or BOTH."""
     if row.high_path:
         return BOTH
     name = row.name.lower().replace("-", "_")

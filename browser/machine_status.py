@@ -39,7 +39,7 @@ QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
 
 @dataclass(frozen=True)
 class GraphicsCard:
-    """A graphics card, as its driver describes it."""
+    """A GPU, as nvidia-smi describes it."""
 
     name: str
     used_gib: float | None  # None: it shares the machine's memory
@@ -131,7 +131,7 @@ class MachineInfo:
 
 @dataclass
 class MachineLine:
-    """Collects the graphics cards and running processes for the status line of each page."""
+    """Collects the GPUs and running processes for the status line of each page."""
 
     site: Site
     cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))

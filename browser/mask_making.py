@@ -225,7 +225,7 @@ class MaskMakingPages:
         return self.answer(folder, fields, "progress")
 
     def require_ready(self, fields: Mapping[str, str], is_dry_run: bool) -> None:
-        """Raise OptionError if the form names nothing to find, or if the model is not downloaded."""
+        """Raise OptionError if the form names no object to mask, or if the mask model is not downloaded."""
         finder = fields.get("finder", BY_DESCRIPTION)
         if finder == BY_DESCRIPTION and not fields.get("what", "").replace(DESCRIPTION_SEPARATOR, "").strip():
             raise OptionError(say("Type what to find, such as: the person."))
@@ -241,5 +241,5 @@ class MaskMakingPages:
 
 
 def mask_making_routes(site: Site) -> list[Route]:
-    """Return the routes of the form for masks."""
+    """Return the routes of the mask tool's form."""
     return folder_routes(site, "masks", MaskMakingPages(site), find_open_folder)

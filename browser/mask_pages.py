@@ -218,7 +218,7 @@ def read_number(query: Mapping[str, str], name: str, count: int | None = None) -
 
 
 def mask_routes(site: Site) -> list[Route]:
-    """Return the routes of the page of masks."""
+    """Return the routes of the Masks page."""
     pages = MaskPages(site)
     return [
         Route(ADDRESS, pages.show),

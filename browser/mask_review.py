@@ -166,7 +166,7 @@ class MaskReview:
             self._record_change(folder, media_file)
 
     def draw(self, folder: Path, media_file: MaskEntry, png: bytes, version: str) -> None:
-        """Replace an image's mask by a drawn one. Raises MaskConflictError if the mask has changed."""
+        """Replace an image's mask with a drawn one. Raises MaskConflictError if the mask has changed."""
         with self._lock, only_one(folder / LOCK):
             media_file = self._require_unchanged(media_file, version)
             if media_file.kind != "image":

@@ -242,7 +242,7 @@ def _select_choice(
 
 @dataclass(frozen=True)
 class PrintedLine:
-    """A line that a plan has printed; `command` is a command in it that can be added to the queue."""
+    """A line that a plan has printed. `command` is a command in it, which can be added to the queue."""
 
     text: str
     command: str = ""
@@ -289,7 +289,7 @@ class MemoryPages:
         return answer_template("memory_bar.html", say("Memory"), values, is_rejected=error != "")
 
     def planned_size(self, job: Job | None, card: float) -> float:
-        """Return the card size in GiB of the last plan; without a plan, the size of this machine's card."""
+        """Return the GPU memory in GiB for which the last plan was made; without a plan, this machine's."""
         try:
             return float(job.argv[-1]) if job is not None else card or DEFAULT_SIZE
         except (UserError, ValueError, IndexError):

@@ -74,7 +74,7 @@ class ModelPages:
         self.site = site
 
     def show(self, request: Request) -> Response:
-        """Return the page of the task in the query."""
+        """Return the Models page, with the model that the query selects."""
         query = request.query_params
         chosen = SelectedTask.of_fields(read_query(request))
         return self.answer(chosen, is_removing=query.get("ask") == "remove", moved=query.get("moved", ""))

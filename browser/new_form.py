@@ -206,7 +206,7 @@ def _read_kind(name: str) -> str:
 
 
 def _select_supported_kind(name: str, model: ModelSet | None) -> str:
-    """Return the value `name` of the field `train` if the model supports this kind of run; else ""."""
+    """Return the value `name` of the field `train` if the model supports this kind of training; else ""."""
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""

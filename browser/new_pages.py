@@ -189,7 +189,7 @@ class PressedButton:
 
     @property
     def files_checksum(self) -> str:
-        """Checksum of the folder's files when the page was built; "" if the request has none."""
+        """Checksum of the folder's files when the page was loaded; "" if the request has none."""
         return self.fields.get("mark", "")
 
     @property
@@ -1163,7 +1163,7 @@ class NewPages:
 
 
 def _is_any_active(background: Sequence[Job | Download | None], queued: Sequence[Job | None]) -> bool:
-    """Return whether a background command or download runs, or a job of the queue runs or waits."""
+    """Return whether a background command or download is running, or a queued job is running or waiting."""
     if any(process is not None and process.state == RUNNING for process in background):
         return True
     return any(job is not None and job.state in (WAITING, RUNNING) for job in queued)

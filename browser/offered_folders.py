@@ -44,7 +44,7 @@ def read_tables(config: Path) -> list[Mapping[str, Any]]:
 def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
     """Return the distinct real paths of the media folders below the roots that a dataset file names.
 
-    `base` is the folder that its relative paths refer to.
+    `base` is the folder to which its relative paths refer.
     """
     folders = []
     for table in read_tables(config):

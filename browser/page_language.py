@@ -170,7 +170,7 @@ function translateCount(number, singular, plural, values = {}) {
 
 
 def language_routes() -> list[Route]:
-    """Return the routes that change the language and deliver the strings of JavaScript."""
+    """Return the routes that change the language and deliver the translated strings of JavaScript files."""
     return [
         Route("/language/{code}.js", show_scripts),
         Route("/language/{code}", change_language),

@@ -25,7 +25,7 @@ _MOVES = (b"location", b"hx-redirect")  # headers that lead to another page
 
 @contextlib.contextmanager
 def serving_below(root: str) -> Iterator[None]:
-    """Let `add_root` and `add_root_to_page` prefix this server's addresses with a path; "" adds none."""
+    """Let `add_root` and `add_root_to_page` prefix this server's URLs with a path; "" adds none."""
     token = _ROOT.set(root)
     try:
         yield
@@ -40,7 +40,7 @@ def find_port(scope: Mapping[str, Any]) -> int:
 
 
 def add_root(address: str) -> str:
-    """Prefix the address of a page with the server's root path; return any other address unchanged."""
+    """Prefix the URL path of a page with the server's root path; return any other URL unchanged."""
     is_ours = address.startswith("/") and not address.startswith(("//", MARK))
     return f"{_ROOT.get()}{address}" if is_ours else address
 
@@ -52,5 +52,5 @@ def add_root_to_page(page: str) -> str:
 
 
 def add_root_to_header(name: bytes, value: bytes) -> bytes:
-    """Insert the server's root path into a response header whose value is the address of a page."""
+    """Insert the server's root path into a response header whose value is the URL of a page."""
     return add_root(value.decode("latin-1")).encode("latin-1") if name in _MOVES else value

@@ -139,7 +139,7 @@ def _read_job_lines(text: str) -> list[str]:
 def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
     """Return a command's arguments, and its folder: from a `cd` in the line, or where it was typed.
 
-    `run` is the run that the command comes from; None if it was typed into the page.
+    `run` is the run from which the command comes; None if it was typed into the page.
     """
     argv = split_arguments(command_part(line))
     typed_in = Path.cwd()
@@ -174,7 +174,7 @@ class QueuePages:
         }
 
     def show(self, request: Request) -> Response:
-        """Return the page of the queue, with the command in the query for editing."""
+        """Return the Queue page, with the command in the query for editing."""
         return self.answer("", request.query_params)
 
     def answer(self, error: str, query: Mapping[str, str]) -> Response:
@@ -216,7 +216,7 @@ class QueuePages:
         return render_page(HERE / "queue.html", say("Queue"), values, POLICY)
 
     def find_trainings(self, jobs: Sequence[Job]) -> dict[int, RunSummary]:
-        """Return the running training of each job that has started one, by the job's number."""
+        """Return, by job number, the active training run that each job has started."""
         trainings = {}
         for run in self.runs.list_all():
             for job in jobs:

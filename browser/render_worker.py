@@ -148,7 +148,7 @@ class RenderWorker:
 
     @property
     def current(self) -> RenderJob | None:
-        """Render job that is being worked on; None if there is none."""
+        """The running render job; None if there is none."""
         return next((render_job for render_job in self.list_all() if render_job.state == RUNNING), None)
 
     @property
@@ -193,7 +193,7 @@ class RenderWorker:
                 self.store.change(number, [WAITING], state=STOPPED)
 
     def _cancel_current(self, current: RenderJob) -> None:
-        """Interrupt the process of the running job; on the second call, kill it."""
+        """Interrupt the process of the running job; a second call kills it."""
         self._num_cancel_requests += 1
         session = self.session
         if session is None:  # no process yet: `_open_session` sees the count and ends the job

@@ -271,7 +271,7 @@ class Candidate(NamedTuple):
 
 
 class ResultRegenerator:
-    """Finds the models and files that a result was generated with, and generates it again."""
+    """Finds the models and files with which a result was generated, to generate it again."""
 
     def __init__(self, site: Site, folders: ResultFolders) -> None:
         self.site = site

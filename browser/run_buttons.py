@@ -324,7 +324,7 @@ class RunButtons:
         return quote_command(["touch", str(run.history.parent / f"{run.name}.stop")])
 
     def find_running_job(self, tracked_run: TrackedRun) -> Job | None:
-        """Return the running job of the queue that trains a run; None if it was started elsewhere."""
+        """Return the running job that trains a run; None if the queue did not start the run."""
         job = tracked_run.state.job
         if job is not None and job.state == RUNNING:
             return job
@@ -775,7 +775,7 @@ class RunButtons:
 
 
 def has_lora(run: RunSummary) -> bool:
-    """Return whether a run has a trained file that images can be generated with."""
+    """Return whether a run has saved a trained file with which images can be generated."""
     with contextlib.suppress(OSError):
         results = list_results(run.history.parent, run.name)
         return any(path.suffix == ".safetensors" for path in results)

@@ -342,7 +342,7 @@ class TrackedRuns:
         return self._make_tracked_run(run_config, run, preparation, folder_jobs, self._list_waiting(jobs))
 
     def find_job_states(self, jobs: Sequence[Job]) -> dict[int, TrackedRun]:
-        """Return, by job number, the training run that each waiting or running job belongs to."""
+        """Return, by job number, the training run to which each waiting or running job belongs."""
         runs_by_job = {}
         for tracked_run in self.list_all():
             job = tracked_run.state.job
@@ -478,7 +478,7 @@ class TrackedRuns:
     def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
         """Add commands, each with its working folder, to the queue.
 
-        Raises OptionError if one of them already waits or runs, OutputError if the queue cannot be written.
+        Raises OptionError if one of them is already queued or running, OutputError if writing fails.
         """
         with self._start_lock():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]

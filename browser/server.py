@@ -208,7 +208,7 @@ class Gate:
                 await answer_text(say("This cannot be shown."), 500)(scope, receive, response.send_part)
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Return the headers of a response, including the default headers that it does not set itself."""
+        """Return the headers of a response, with default headers for those that it does not set."""
         default_headers = [(b"cache-control", b"no-cache")]
         default_headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):

@@ -87,7 +87,7 @@ class TagEditor:
     _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at the same time
 
     def count(self, folder: Path) -> "Counter[str]":
-        """Return the number of captions that have each tag. Raises OSError if the folder cannot be read."""
+        """Count, by tag, the captions that contain it. Raises OSError if the folder cannot be read."""
         counts: Counter[str] = Counter()
         for caption in self._read_captions(folder):
             counts.update({tag for line in caption.text.split("\n") for tag in split_line(line)})

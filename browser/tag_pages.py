@@ -158,7 +158,7 @@ class TagPages:
         return argv if num_trial_files is None else [*argv, "--try_on", str(num_trial_files)]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Handle a pressed tag button, and return the HTML of the part that it belongs to."""
+        """Handle a pressed tag button, and return the HTML of the section's part that contains the button."""
         part = "editor" if action in EDITOR_ACTIONS else "progress"
         try:
             message = self.carry_out(folder, action, fields)

@@ -122,7 +122,7 @@ def is_own_connection(connection: Connection) -> bool:
 
 
 def find_owner(connection: Connection) -> int | None:
-    """Return the id of the account that opened a connection on this machine.
+    """Return the id of the user who opened a connection on this machine.
 
     Returns None if the system does not show the owner, or if another machine opened the connection;
     CLOSED_CONNECTION if it is already closed, because the system then reports root as its owner.

@@ -486,11 +486,11 @@ def _report_saved_copies(edited_copies: Mapping[str, str]) -> None:
 
 
 def _list_obsolete(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
-    """Yield the files that the new version lacks, except those that it has in another spelling.
+    """Yield the files that the new version does not contain, not even in another spelling.
 
-    On a disk of Windows or macOS, `Docs/a.md` and `docs/a.md` are one file, and so are names with either
-    Unicode form of an accent: removing the old one would remove the new file. If the disk distinguishes them,
-    both are listed.
+    On Windows and macOS, `Docs/a.md` and `docs/a.md` are one file, and so are names with either Unicode form
+    of an accent: removing the old name would remove the new file. If the disk distinguishes such names, the
+    old one is yielded.
     """
     new_names = {fold_name(name): name for name in files}
     for name in gone:

@@ -265,7 +265,7 @@ class ReelsmithSamples:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        """Return the inputs of this node in the form that ComfyUI expects."""
+        """Return the inputs of this node in ComfyUI's format."""
         count = ("INT", {"default": 4, "min": 1, "max": MAX_SAMPLES})
         return {"required": {"folder": ("STRING", {"default": ""}), "count": count}}
 

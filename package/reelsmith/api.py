@@ -164,7 +164,7 @@ def merge(*, callback: Callback | None = None, **options: Any) -> Path:
         **options: Options of the command, such as `dit`, `lora_weight` and `save_merged_model`.
 
     Raises:
-        UserError: For what the user has to change.
+        UserError: If an option or file is wrong, with the message of the command.
     """
     _check_script(Path("merge_lora.py"), options).start().wait(callback)
     return Path(options["save_merged_model"])
