@@ -66,8 +66,8 @@ class ScriptCommand:
 def find_commands(folder: Path) -> list[ScriptCommand]:
     """Return the commands of all scripts in the folder of a checkout or the package, sorted by words.
 
-    A script is a file in that folder or in one of its folders `SCRIPT_ROOMS` that runs `command_line` or a
-    `Script`. If a file of the same name exists in both, only the one in `SCRIPT_ROOMS` becomes a command.
+    A script is a file in that folder or its subfolders `SCRIPT_ROOMS` that runs `command_line` or a `Script`.
+    If a file name exists in both, only the script in `SCRIPT_ROOMS` becomes a command.
     """
     return [command for command in _name_files(folder) if _is_script(command.path)]
 
