@@ -170,7 +170,7 @@ _SYNONYMS = {
 
 
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
-    """Return the error message for an unknown command, with the command that was probably meant."""
+    """Return the error message for an unknown command, with a likely suggestion."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
     names_by_ending = {}  # commands whose first word is right, such as `train`, by their other words
     for command in commands:
@@ -278,7 +278,7 @@ def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
 
 
 def _explain_script_names(commands: Sequence[ScriptCommand]) -> list[str]:
-    """Return help lines that say that the package installs each model's scripts as commands too."""
+    """Return the help about the commands that the package installs for each model's scripts."""
     shown = next((command for command in commands if has_own_command(command.script)), None)
     if shown is None:
         return []
