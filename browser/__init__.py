@@ -6,7 +6,7 @@ caption_keys: labels of the keys in JSON captions
 captioning: captioning with a model, and trials on a few files
 captions: write caption files, undo saves, never overwrite changes of others
 check_lines: forms of lines of checks and of model files
-checklist: findings about a folder, each with a way to fix it
+checklist: findings about a folder, each with a fix
 command_lines: a command as it can be typed in any folder
 command_output: printed lines, the files that they name, and fixes
 compare: find samples and clips of selected files, plan missing ones
