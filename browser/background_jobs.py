@@ -1,6 +1,6 @@
-"""Run this program's own commands for a page, outside the queue: describe a folder, check it, try captions.
+"""Run this project's commands for a page, outside the queue: `new`, `run --check`, trial captions.
 
-These commands need a graphics card only briefly, so they do not wait for a training. Each has a name such as
+These commands need a GPU only briefly, so they do not wait for a training run. Each has a name such as
 `check-0123456789abcdef`. Its record and output are files, so another server, or this one after a restart,
 finds them.
 """
@@ -42,7 +42,7 @@ def name_background_job(kind: str, folder: Path) -> str:
 
 
 def has_changed_since(job: Job, folder: Path, names: Sequence[str]) -> bool:
-    """Return whether any of the named files of a folder has changed since a background job was started."""
+    """Return whether any of the files `names` in a folder has changed since a background job was started."""
     try:
         began = job.log.with_suffix(".json").stat().st_mtime_ns
     except OSError:
@@ -55,7 +55,7 @@ def has_changed_since(job: Job, folder: Path, names: Sequence[str]) -> bool:
 
 
 class BackgroundJobs:
-    """Start commands in processes of their own, and read their state and printed output."""
+    """Starts commands outside the queue as background processes, and reads their state and output."""
 
     def __init__(self, queue: JobQueue) -> None:
         """Store the files of background jobs in the folder of `queue`, next to the logs of its jobs."""
@@ -72,20 +72,20 @@ class BackgroundJobs:
         within: Path | None = None,
         typed: Sequence[str] = (),
     ) -> None:
-        """Start a command under a job's name; it replaces the earlier job of that name.
+        """Start a command as the job `name`, which replaces the earlier job with this name.
 
         Args:
             name: Name of the job, as `name_background_job` returns it.
-            argv: Command line of one of this program's own commands.
+            argv: Command line of one of this project's commands.
             folder: Working folder of the command.
-            within: Described folder that the command is about. Its files may come from somebody else, so the
-                command gets the limits that `run` sets. None if no word of the command comes from a folder's
+            within: Folder of the run.toml that the command uses. Its files may come from somebody else, so
+                the command gets the limits that `run` sets. None if no argument comes from a folder's
                 files.
             typed: Names of options that may send data despite the limits, because the user typed their
                 values.
 
         Raises:
-            OptionError: If the command is not one of this program's, or the job is still running.
+            OptionError: If the command is not one of this project's, or if the job is still running.
             OutputError: If the job's files cannot be written.
         """
         if self.read_only:
@@ -116,7 +116,7 @@ class BackgroundJobs:
     ) -> "subprocess.Popen[bytes]":
         """Remove the output of the earlier job, and start a process that waits for its command.
 
-        The process has environment variables with the limits of the described folder `within`.
+        Environment variables limit the process to writing below the folder `within`.
         """
         log = self._log(name)
         progress = log.with_suffix(".progress")  # progress of loops, which pages show
@@ -129,7 +129,7 @@ class BackgroundJobs:
         return process
 
     def find(self, name: str) -> Job | None:
-        """Return a background job with its current state; None if there is none, or its record is damaged."""
+        """Return a background job with its current state; None if it does not exist or is damaged."""
         child = self._children.get(name)
         if child is not None and child.poll() is not None:  # reap a process that has ended
             del self._children[name]
@@ -138,7 +138,7 @@ class BackgroundJobs:
             for key in STORED_FIELDS:
                 if not isinstance(record[key], STORED_TYPES[key]):
                     return None
-            # `start` writes every line in this form: a line in another form was written by another program
+            # `start` writes every line in this format; another program wrote a line in another format
             is_canonical = as_line(shlex.split(record["line"])) == record["line"]
             if not is_canonical or record["process"] is None:
                 return None

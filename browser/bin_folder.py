@@ -21,7 +21,7 @@ LONGEST_TITLE = 80  # characters of a title in the name of a folder
 
 @dataclass(frozen=True)
 class BinEntry:
-    """Files that were removed together, in one folder of the bin."""
+    """One folder in the bin, with files that were removed together."""
 
     path: Path
     size_bytes: int
@@ -29,13 +29,13 @@ class BinEntry:
 
 
 class BinFolder:
-    """A bin for removed files: moves files into the bin, lists its entries, and deletes them permanently."""
+    """A bin for removed files: moves files into it, lists its content, and deletes it permanently."""
 
     def __init__(self, *folders: Path) -> None:
         """Use a bin that has one of these folders on each disk.
 
-        The first folder on the same disk as a removed file takes that file, because renaming within a disk
-        takes no time and no space. Folders are created when something is removed.
+        A removed file goes to the first folder on its own disk, because renaming within a disk takes no time
+        and no space. Folders are created when something is removed.
         """
         self.folders = tuple(dict.fromkeys(folders))
 
@@ -57,12 +57,12 @@ class BinFolder:
         """Move files or folders into a new folder of the bin, and return that folder.
 
         Args:
-            title: What the files are; becomes part of the new folder's name.
-            base: Folder of the files. Below the new folder they keep their paths relative to it.
+            title: Description of the files, which becomes part of the new folder's name.
+            base: Folder of the files. In the new folder, they keep their paths relative to it.
             paths: Files and folders to move.
 
         Raises:
-            OutputError: If a path cannot be moved. The paths before it have been moved.
+            OutputError: If a path cannot be moved. The paths before it have already been moved.
         """
         safe_title = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
         entry_name = self._find_free_name(f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{safe_title}")
@@ -72,7 +72,7 @@ class BinFolder:
         return used_folder / entry_name
 
     def _find_free_name(self, name: str) -> str:
-        """Return a name that no folder of the bin has: several may be created in one second."""
+        """Return `name` or, if a folder in the bin has this name, another name derived from it."""
         return next(
             free_name
             for free_name in number_names(name)
@@ -80,9 +80,9 @@ class BinFolder:
         )
 
     def _move_to_own_disk(self, path: Path, relative_target: Path) -> Path:
-        """Move a file or folder into the bin's folder on the same disk, and return that folder of the bin.
+        """Move a file or folder into the bin's folder on the same disk, and return this folder.
 
-        `relative_target` is the new path below the folder of the bin.
+        `relative_target` is the new path below the bin's folder.
         """
         for bin_folder in self.folders:
             target = _free_name(bin_folder / relative_target)
@@ -103,7 +103,7 @@ class BinFolder:
         )
 
     def find_folder(self, path: Path) -> Path:
-        """Return the bin's folder on the same disk as a file; the first folder if all are on other disks."""
+        """Return the bin's folder on the same disk as a file, or the first folder if there is none."""
         with contextlib.suppress(OSError):
             disk = path.lstat().st_dev
             for bin_folder in self.folders:
@@ -146,7 +146,7 @@ def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
     Args:
         path: File or folder to move.
         target: New path below `bin_folder`.
-        bin_folder: Folder of a bin. Missing folders on the way to `target` are created; those that stay empty
+        bin_folder: Folder of a bin. Missing parent folders of `target` are created; if they stay empty, they
             are removed again.
 
     Raises:
@@ -168,7 +168,7 @@ def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
 
 
 def _measure(path: Path) -> BinEntry:
-    """Return the size of a file or folder and its number of files; a link counts as a file of 0 bytes."""
+    """Return a file or folder with its size and number of files; a link counts as a file of 0 bytes."""
     size_bytes = num_files = 0
     unvisited = [path]
     while unvisited:

@@ -15,7 +15,7 @@ from protocols.families import caption_formats
 
 
 def find_format_of_folder(folder: Path | None) -> str:
-    """Return the family whose JSON format a described folder's captions have.
+    """Return the family whose JSON format the captions of a folder with a run.toml have.
 
     Returns "" if they are plain sentences.
     """
@@ -28,7 +28,7 @@ def find_format_of_folder(folder: Path | None) -> str:
 
 
 def describe_formats() -> str:
-    """Return the keys of all JSON caption formats as JSON, with their names in the language of the page."""
+    """Return the keys of all JSON caption formats as JSON, with labels in the page's language."""
     formats = {name: _describe(format) for name, format in caption_formats().items()}
     return json.dumps(show_all(formats), ensure_ascii=False)
 

@@ -18,7 +18,7 @@ TYPED_OPTIONS = ("api_base",)  # options of the command that send data to the ad
 
 @dataclass(frozen=True)
 class TriedCaption:
-    """A caption that a trial run has written for a file, without saving it."""
+    """A trial caption that a model has generated for a file, and that was not saved."""
 
     name: str
     address: str | None  # address of its image
@@ -27,13 +27,13 @@ class TriedCaption:
 
 @dataclass(frozen=True)
 class CaptionForm:
-    """Fields of the form that lets a model write captions.
+    """Fields of the form for captioning images and clips with a model.
 
     Attributes:
         engine: Repository or folder of a model, or the address of a server and the name of its model.
-        question: Request to the model; "" for the model's default.
-        format: Family whose JSON objects are written; "" for sentences.
-        converts_plain: Whether captions that are sentences are converted to objects, too.
+        question: Prompt for the model; "" for the model's default.
+        format: Family whose JSON caption format is written; "" for sentences.
+        converts_plain: Whether existing captions that are sentences are converted to JSON, too.
     """
 
     engine: str = ""
@@ -53,11 +53,11 @@ class CaptionForm:
 
 
 def make_caption_argv(form: CaptionForm, try_on: int | None = None) -> list[str]:
-    """Return the command line that writes captions for the dataset of a described folder.
+    """Return the command line that captions the dataset of a folder with a dataset.toml.
 
     Args:
         form: The form of the page.
-        try_on: Number of files to print captions for, without saving them; None to write all captions.
+        try_on: Number of files whose captions are printed but not saved; None to save all captions.
 
     Raises:
         OptionError: If the form names a server without a model, or an unknown format.
@@ -93,7 +93,7 @@ def _make_engine_options(engine: str) -> list[str]:
 
 
 def describe_engine(engine: str) -> str:
-    """Return "on disk" or the download size of the default caption model; "" for other models."""
+    """Return "ready" or the download size of the default caption model; "" for other models."""
     if engine != CAPTION_MODEL:
         return ""
     from huggingface_hub import constants  # imported here because only this page needs it

@@ -41,7 +41,7 @@ class CaptionText:
     def parse(cls, content: bytes) -> "CaptionText":
         """Split the bytes of a caption file into its text and the bytes around it.
 
-        Raises UnicodeDecodeError if they are not UTF-8.
+        Raises UnicodeDecodeError if the bytes are not UTF-8.
         """
         byte_order_mark = BOM if content.startswith(BOM) else b""
         decoded = content[len(byte_order_mark) :].decode()
@@ -122,7 +122,7 @@ class Captions:
         return caption_values(read_only_reason, caption.text, checksum, num_saves)
 
     def change(self, path: Path, query: Mapping[str, Any]) -> tuple[int, str]:
-        """Save or undo a caption, and return the HTTP status and the reason if nothing was done.
+        """Save a caption or undo saves, and return the HTTP status and, if that failed, the reason.
 
         Args:
             path: Caption file.
@@ -158,7 +158,7 @@ class Captions:
             checksum: Checksum that `read` returned for the file.
 
         Raises:
-            CaptionConflictError: If the file has changed since.
+            CaptionConflictError: If the file has another checksum now.
             ValueError: If the text cannot be stored.
             OSError: If the file cannot be read.
             OutputError: If the file cannot be written.
@@ -175,8 +175,8 @@ class Captions:
 
         Args:
             edits: Captions to write, each with the checksum that its file had when it was read.
-            on_saved: Called after each written file with its path and new checksum. An error, for example of
-                a full disk, may end the writing between two files.
+            on_saved: Called after each written file with its path and new checksum, because an error, such as
+                a full disk, may occur between two files.
 
         Raises:
             ValueError: If a text cannot be stored. Then no file is written.
@@ -201,7 +201,7 @@ class Captions:
             write_files(new_contents, record_written)
 
     def undo_all(self, checksums: Mapping[Path, str]) -> int:
-        """Undo the last save of many captions; return the number of files skipped because they have changed.
+        """Undo the last save of many captions, and return how many were skipped as changed since.
 
         Args:
             checksums: Checksum that each file had after `save_all` wrote it.
@@ -241,18 +241,18 @@ class Captions:
             del self._undo_stacks[path], self._original_contents[path]
 
     def _push_undo(self, path: Path, content: bytes | None) -> None:
-        """Store the content that a file had before a save; None: there was no file."""
+        """Store a file's content from before a save, for undo; None means that there was no file."""
         self._original_contents.setdefault(path, content)
         self._undo_stacks.setdefault(path, deque(maxlen=MAX_SAVES)).append(content)
 
     def _pop_undo(self, path: Path) -> None:
-        """Forget the last save of a file."""
+        """Remove the last save of a file from its undo history."""
         self._undo_stacks[path].pop()
         if not self._undo_stacks[path]:
             del self._undo_stacks[path], self._original_contents[path]
 
     def _restore(self, path: Path, earlier_content: bytes | None, checksum: str) -> None:
-        """Write the earlier content of a file, or delete the file if there was none (None)."""
+        """Write the earlier content of a file, or delete the file if it is None."""
         content = self._require_unchanged(path, checksum)
         if earlier_content is None and content is not None:
             path.unlink()
@@ -310,7 +310,7 @@ def _lock_folders(folders: Iterable[Path]) -> Iterator[None]:
 
 
 def _lock_folder_of(path: Path) -> AbstractContextManager[None]:
-    """Let one server at a time compare and write captions of a folder, so that it sees every save."""
+    """Let one server at a time compare and write captions of a folder, so that no save is lost."""
     return only_one(path.with_name(LOCK))
 
 

@@ -1,4 +1,4 @@
-"""The checklist of a folder: what is ready, needs attention or would end a run, each with its remedy.
+"""The checklist of a folder: what is ready, needs attention or would end a run, each with a way to fix it.
 
 The folder itself is read each time, so that the row of a fixed problem disappears. Problems that only `new`
 finds are read from its output; lines without a row are shown below the list.
@@ -27,13 +27,13 @@ class CheckRow:
     text: str = ""
     line: OutputLine | None = None  # line printed by `new`, instead of the text
     details: Sequence[OutputLine] = ()  # lines printed below that line: commands or files
-    files_to_leave_out: Sequence[str] = ()  # files that its button leaves out
+    files_to_leave_out: Sequence[str] = ()  # files that its button excludes
     asks_for_captions: bool = False
 
 
 @dataclass(frozen=True)
 class Checklist:
-    """The checklist of a folder, and the lines printed by `new` that did not become rows."""
+    """The checklist of a folder, and the printed lines of `new` that are not rows of it."""
 
     rows: Sequence[CheckRow]
     details: Sequence[OutputLine] = ()  # lines without a row, shown below the list
@@ -41,7 +41,7 @@ class Checklist:
 
 @dataclass
 class _PrintedGroup:
-    """A printed line, with the commands or files that are indented below it."""
+    """A printed line, with the commands or files that are printed indented below it."""
 
     head: OutputLine
     details: list[OutputLine] = field(default_factory=list)
@@ -62,10 +62,10 @@ def make_checklist(
     """Return the checklist of a training folder: findings about its files as graded rows, the worst first.
 
     Args:
-        content: Counts of the folder's files; None if it has none.
+        content: Counts of the folder's media files; None if there are none.
         lines: Lines that `new` has printed about the folder.
-        unreadable: Names of files that cannot be read at present.
-        trigger_word: Word that stands for missing captions; "" if there is none.
+        unreadable: Names of files that currently cannot be read.
+        trigger_word: Word that replaces missing captions; "" if there is none.
         applied_remedies: Command lines that have been run, and REPAIR_CAPTIONS if captions were repaired.
     """
     rows = [] if content is None else _list_content_rows(content, unreadable, trigger_word)
@@ -81,7 +81,7 @@ def make_checklist(
 
 
 def _without_repeated_names(group: _PrintedGroup, lines: Sequence[OutputLine]) -> _PrintedGroup:
-    """Drop detail lines that are only a file name, if another line has a button that leaves this file out."""
+    """Drop detail lines that are only a file name if another line has a button that excludes this file."""
     names_with_button: set[str] = set()
     for line in lines:
         if line.remedy == LEAVE_OUT_FILES:
@@ -91,7 +91,7 @@ def _without_repeated_names(group: _PrintedGroup, lines: Sequence[OutputLine]) -
 
 
 def _without_leave_out_button(line: OutputLine) -> OutputLine:
-    """Return a line without its button that leaves files out, because a row of the list has that button."""
+    """Return a line without its button that excludes files, because a row of the list has that button."""
     return replace(line, remedy="") if line.remedy == LEAVE_OUT_FILES else line
 
 
@@ -106,7 +106,7 @@ def _list_content_rows(content: MediaFolder, unreadable: Sequence[str], trigger_
 
 
 def _make_unreadable_row(unreadable: Sequence[str]) -> CheckRow:
-    """Return the row with the number of unreadable files, the first names, and a button to leave them out."""
+    """Return the row with the number of unreadable files, the first names, and a button to exclude them."""
     names = join(", ", unreadable[:MAX_NAMED_FILES])
     if len(unreadable) > MAX_NAMED_FILES:
         names = say("%(names)s and others", names=names)
@@ -120,7 +120,7 @@ def _make_unreadable_row(unreadable: Sequence[str]) -> CheckRow:
 
 
 def _make_caption_row(num_uncaptioned: int, trigger_word: str) -> CheckRow:
-    """Return the row about files without a caption, which is good if a trigger word stands for it."""
+    """Return the row about files without a caption, which is good if a trigger word replaces captions."""
     if not num_uncaptioned:
         return CheckRow(GOOD, say("each has a caption"))
     if not trigger_word:
@@ -136,7 +136,7 @@ def _make_caption_row(num_uncaptioned: int, trigger_word: str) -> CheckRow:
 
 
 def _group_details(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
-    """Group the printed lines: indented lines and commands are details of the line above them."""
+    """Group printed lines: an indented line or a command is a detail of the line above it."""
     groups: list[_PrintedGroup] = []
     for line in lines:
         if groups and (line.depth or line.is_command):
@@ -149,9 +149,9 @@ def _group_details(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
 def _make_row(
     group: _PrintedGroup, unreadable: Sequence[str], applied_remedies: Collection[str]
 ) -> CheckRow | None:
-    """Return the row of a printed line and its details; None if nothing is left to do or to read in it.
+    """Return the row of a printed line and its details; None if it needs no attention any more.
 
-    The row is BAD if the line is an error or offers to leave files out, and WARN if it is a warning or has
+    The row is BAD if the line is an error or offers to exclude files, and WARN if it is a warning or offers
     another remedy. `unreadable` are names of files that another row lists.
     """
     head = group.head
@@ -162,7 +162,7 @@ def _make_row(
     # details are commands to run or names of files
     settled_texts = {*applied_remedies, *unreadable}
     open_details = [detail for detail in group.details if detail.text not in settled_texts]
-    if head.text.endswith(":") and not open_details:  # nothing is left of what this line announces
+    if head.text.endswith(":") and not open_details:  # the line announces details, and none is left
         return None
     if head.is_error or any(detail.remedy == LEAVE_OUT_FILES for detail in open_details):
         return CheckRow(BAD, line=head, details=open_details)

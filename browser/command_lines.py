@@ -12,9 +12,9 @@ def format_command(argv: Sequence[str], folder: Path | None = None) -> str:
     """Return a command line that works in a terminal in any folder.
 
     Args:
-        argv: Command of this program. In a checkout, which installs no program `reelsmith`, the full path of
-            the script is inserted.
-        folder: Folder that relative paths in the command refer to; None if the command has none.
+        argv: Command of this project. In a checkout, which installs no `reelsmith` program, the script's full
+            path is inserted.
+        folder: Folder to which relative paths in the command refer; None if the command has none.
     """
     line = quote_for_shell(command_words(argv) if PREFIX else _add_script_path(argv))
     return f"{format_cd(folder)}{line}"
@@ -40,7 +40,7 @@ def format_move(paths: Sequence[Path], folder: Path) -> str:
 
 
 def _add_script_path(argv: Sequence[str]) -> list[str]:
-    """Replace the script's name in a command by its absolute path in the checkout."""
+    """Replace a command's script name with its absolute path in the checkout."""
     argv = list(argv)
     if argv[:1] == ["reelsmith"]:
         return ["python", str(ROOT / FRONT_SCRIPT), *argv[1:]]

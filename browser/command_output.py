@@ -1,4 +1,4 @@
-"""Read what `new` and `run --check` have printed: lines, the files named in them, and remedies."""
+"""Parse the output of `new` and `run --check`: lines, the files that they name, and ways to fix problems."""
 
 import re
 import shlex
@@ -41,7 +41,7 @@ class LinePiece(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputLine:
-    """A line that a command has printed, with the action of its button."""
+    """A line that a command has printed, and the action of the button next to it."""
 
     text: str
     names: tuple[str, ...] = ()  # names of the folder's files in the line
@@ -54,12 +54,12 @@ class OutputLine:
 
     @property
     def is_command(self) -> bool:
-        """Whether the line is a command that the page can run, perhaps after the user has typed a word."""
+        """Whether the page can run the line as a command, perhaps after the user types a trigger word."""
         return self.remedy == RUN_COMMAND or self.needs_trigger_word
 
     @property
     def translated_text(self) -> str:
-        """The text in the language of the page."""
+        """The text in the page's language."""
         return self.text if self.is_command else translate_line(self.text)
 
     @property
@@ -81,14 +81,14 @@ class OutputLine:
 
     @property
     def files_to_leave_out(self) -> tuple[str, ...]:
-        """Files that LEAVE_OUT_FILES removes from the training: all but the first of several equal files."""
+        """Files that LEAVE_OUT_FILES excludes from training: all but the first of several equal files."""
         return self.names[1:] if EQUAL_COPIES in self.text else self.names
 
 
 def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[OutputLine]:
-    """Return the lines that a command has printed, with their remedies, up to the diff of a --dry_run.
+    """Return a command's printed lines, with the actions of their buttons, up to the diff of a --dry_run.
 
-    `names` are the names of the files of the command's folder.
+    `names` are the names of the files in the command's folder.
     """
     if job is None:
         return []
@@ -106,7 +106,7 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
 
 
 def _offer_each_file_once(lines: Sequence[OutputLine]) -> list[OutputLine]:
-    """Return the lines without those buttons for leaving out files that an earlier line already has."""
+    """Return the lines, without a "leave out" button if an earlier line offers the same files."""
     result = []
     offered: set[tuple[str, ...]] = set()
     for line in lines:
@@ -120,7 +120,7 @@ def _offer_each_file_once(lines: Sequence[OutputLine]) -> list[OutputLine]:
 
 
 def _reports_missing_files(text: str, names: Collection[str]) -> bool:
-    """Return whether a line reports or lists only files that no longer exist."""
+    """Return whether a line is about unreadable files and names only files that no longer exist."""
     named = [match[0] for match in FILE_NAME.finditer(text)]
     is_about_files = (
         any(words in text for words in UNREADABLE_PHRASES) or LISTED_FILE.fullmatch(text) is not None
@@ -129,7 +129,7 @@ def _reports_missing_files(text: str, names: Collection[str]) -> bool:
 
 
 def _parse_line(line: str, names: Collection[str]) -> OutputLine:
-    """Return a printed line with its remedy: a command to run, files to repair, or files to leave out."""
+    """Return a printed line with its button's action: run a command, repair captions or exclude files."""
     text = line.strip()
     if line.startswith("  ") and text.startswith(("python ", "reelsmith ")):  # commands are printed indented
         if "--trigger_word WORD" in text:  # WORD is a placeholder: the user has to replace it
@@ -147,9 +147,9 @@ def _parse_line(line: str, names: Collection[str]) -> OutputLine:
 
 
 def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]) -> bool:
-    """Return whether a line names one unreadable file, or several equal ones, so that they can be left out.
+    """Return whether a line names one unreadable file, or several equal files, which can be excluded.
 
-    `found_names` are the files in the line, `names` all files of the folder.
+    `found_names` are the files that the line names, `names` are all files in the folder.
     """
     # a line that is only a name is an item of a list of unreadable files
     is_unreadable = any(phrase in text for phrase in UNREADABLE_PHRASES) or text in names
@@ -158,7 +158,7 @@ def _may_leave_out(text: str, found_names: Sequence[str], names: Collection[str]
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
-    """Return up to MAX_LINKS of the file names in `names` that a printed line contains, in its order."""
+    """Return the file names in `names` that a printed line contains, in its order, at most MAX_LINKS."""
     if len(names) <= MAX_SEARCHED:
         contained = [name for name in names if name in text]
         found_names = [name for name in contained if _find_whole_name(name, text) >= 0]

@@ -86,7 +86,7 @@ class ComparableRun:
 
     @property
     def problem(self) -> str:
-        """Reason why no clip can be generated with the files of this run; "" if clips can be generated."""
+        """Reason why no clip can be generated with this run's LoRA files; "" if clips can be generated."""
         for name, values in self.options.items():
             if name in OPTIONS_OF_COMPARISON:  # the comparison replaces their values
                 continue
@@ -109,7 +109,7 @@ class ComparableRun:
 
     @property
     def files(self) -> list["ComparedFile"]:
-        """Saved LoRA files that still exist, by step. Of several with equal weights, one is listed."""
+        """Saved LoRA files that still exist, sorted by step. Only one of several equal files is listed."""
         folder = self.run.history.parent
         best = find_best_file(folder, self.run.name, self.run_history)  # by scores or losses
         best_name = None if best is None else best.name
@@ -148,7 +148,7 @@ def _list_expert_files(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class ComparedFile:
-    """A column: a saved LoRA file. For models with two experts, the files of both."""
+    """A column of the comparison: a saved LoRA file, or two files for a model with two experts."""
 
     source: ComparableRun
     name: str
@@ -165,7 +165,7 @@ class ComparedFile:
 
     @property
     def title(self) -> str:
-        """Name of the file without its ending and without the suffix of the expert."""
+        """File name without its extension and without the expert's suffix."""
         return self.name.removesuffix(".safetensors").removesuffix(f"_{LOW_NOISE}")
 
     @property
@@ -177,10 +177,10 @@ class ComparedFile:
         return self.title
 
     def samples(self) -> Iterator[SampleRow]:
-        """Yield the samples that the training generated with exactly these weights.
+        """Yield the samples that the training run generated with exactly these weights.
 
-        A file of averaged weights matches samples only if the training sampled with averaged weights
-        (`--sample_ema`), and a file of plain weights only if it did not.
+        Averaged (EMA) weights match only samples that were generated with `--sample_ema`, and plain weights
+        only samples that were generated without it.
         """
         run_history = self.source.run_history
         options = dict(run_history.start.changed) if run_history.start else {}
@@ -211,7 +211,7 @@ class Comparison:
 
 
 def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
-    """Return a run for comparison, with the first generation command in its history; None if it has none.
+    """Return a run with the first generation command in its history; None if the history has none.
 
     Raises:
         OSError: If the history cannot be read.
@@ -230,7 +230,7 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
 
 
 class _TypedCommand(NamedTuple):
-    """A command in a run's history that starts a script of this program."""
+    """A command that a run's history suggests, split into this project's script and its arguments."""
 
     line: str
     script: str
@@ -239,7 +239,7 @@ class _TypedCommand(NamedTuple):
 
 
 def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) -> Iterator[_TypedCommand]:
-    """Yield the commands of a history that start one of the given scripts."""
+    """Yield the commands from a run's history that start one of the given scripts."""
     for command in commands:
         try:
             argv = shlex.split(command.bash)
@@ -257,8 +257,8 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
 def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Path:
     """Return the folder in which a run's command was typed.
 
-    It is recorded in the run's history. Histories of older versions do not have it: then it follows from the
-    command's output option, and failing that, the browser's own working folder is returned.
+    It is recorded in the run's history. For a history of an older version, it is derived from the command's
+    output option. If that fails, the browser's own working folder is returned.
     """
     with contextlib.suppress(OSError, ValueError):  # the history may come from another machine
         if run.working_folder is not None and run.working_folder.is_dir():
@@ -266,7 +266,7 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
     output_words = options.get("--output_dir")
     # training scripts have --output_dir; generation scripts write samples to --save_path below it
     typed_output = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
-    output_folder = run.history.parent.parts  # the history lies in the output folder
+    output_folder = run.history.parent.parts  # the history is in the output folder
     num_working_parts = len(output_folder) - len(typed_output.parts)
     ends_as_typed = output_folder[num_working_parts:] == typed_output.parts
     if typed_output.is_absolute() or not ends_as_typed:
@@ -290,8 +290,8 @@ def group_options(argv: Sequence[str]) -> dict[str, list[str]]:
 def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison:
     """Return the comparison that a form requests. Raises OptionError if the runs cannot be compared.
 
-    The rows are the selected prompts and the typed prompt lines; without both, the first prompts that have
-    samples.
+    The rows are the selected prompts and the typed prompt lines. If there are neither, they are the first
+    prompts with samples.
     """
     sources = _read_sources(runs, form)  # the selected runs
     columns: list[ComparedFile] = []
@@ -325,7 +325,7 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
 
 
 def find_runs_without_files(runs: Sequence[RunSummary]) -> set[str]:
-    """Return the ids of runs whose folder has no saved file of their name; no history is read for this."""
+    """Return the ids of runs without a saved file in their folder, without reading their histories."""
     names: dict[Path, list[str]] = {}
     bare = set()
     for run in runs:
@@ -370,7 +370,7 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
 
 
 def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:
-    """Return the files of a run with these keys; without keys, the best file and the file before it."""
+    """Return a run's files with these keys; without keys, the best file and the file saved before it."""
     files = [file for file in source.files if all(map(runs.is_inside, file.paths))]
     chosen = [file for file in files if file.key in keys]
     if chosen:
@@ -382,7 +382,7 @@ def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> lis
 def _make_rows(
     sources: Sequence[ComparableRun], prompts: Sequence[str], prompt_lines: Sequence[str]
 ) -> list[ComparedPrompt]:
-    """Return a row for each prompt that has samples, and for each prompt line that the user has typed."""
+    """Return one row for each prompt with samples, and one for each prompt line that the user has typed."""
     seed = sources[0].options.get("--seed", [DEFAULT_SEED])[0] if sources else DEFAULT_SEED
     rows = [_make_sampled_row(sources, prompt, seed) for prompt in prompts]
     return rows + [_make_typed_row(line, seed) for line in prompt_lines]
@@ -398,7 +398,7 @@ def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
 
 
 def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
-    """Return the row of a typed prompt line. `seed` is used for a line without a seed of its own."""
+    """Return the row of a typed prompt line. `seed` applies if the line does not set one."""
     line = line.strip()
     split = split_line(line)
     prompt = split.prompt.strip()
@@ -410,7 +410,7 @@ def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
 
 
 def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, default_seed: str) -> ComparedPrompt:
-    """Return the row of a prompt that has samples, with the settings of the first sample."""
+    """Return the row of a prompt with samples, with the settings of its first sample."""
     settings: dict[str, str] = {}
     for name, text in _first_tags(sources, prompt).items():  # metadata, such as bt_seeds
         if text != "N/A":
@@ -456,7 +456,7 @@ def _read_tags(path: Path, changed: int, size: int) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """A cell of the comparison: the address of its clip, or the state of the job that generates it."""
+    """A cell of the comparison: the URL of its image or clip, or the state of the job that generates it."""
 
     href: str = ""
     note: str = ""
@@ -469,7 +469,7 @@ class ShownClip:
 
 
 class ClipKey(NamedTuple):
-    """Key of a generated clip: its prompt, its seed and the hashes of its LoRA files."""
+    """Key of a generated image or clip: its prompt, its seed and the hashes of its LoRA files."""
 
     prompt: str
     seed: str
@@ -477,7 +477,7 @@ class ClipKey(NamedTuple):
 
 
 class QueuedClip(NamedTuple):
-    """The last job of the queue that generates a clip."""
+    """The newest queued job that generates a clip of the comparison."""
 
     number: int
     state: str
@@ -488,7 +488,7 @@ QueuedClips = Mapping[tuple[str, str], QueuedClip]  # keyed by LoRA file and pro
 
 @dataclass(frozen=True)
 class RowClips:
-    """The cells of a row: a clip without a LoRA, and a clip for the file of each column."""
+    """One row of the comparison: a clip without a LoRA, and one clip for each LoRA file (column)."""
 
     without_lora: ShownClip
     with_lora: Sequence[ShownClip]
@@ -497,8 +497,8 @@ class RowClips:
 def find_row_clips(comparison: Comparison, notes: FileNotes, queued_clips: QueuedClips) -> list[RowClips]:
     """Return the cells of each row of a comparison: generated clips, samples, and queued jobs.
 
-    `queued_clips` is the result of `find_queued_clips`. Files that were never hashed before are hashed now,
-    which takes a while.
+    `queued_clips` is the result of `find_queued_clips`. LoRA files without a cached hash are hashed, which
+    takes a while.
     """
     addresses = _find_generated_clips(comparison)
     digests: dict[str, frozenset[str]] = {}
@@ -518,9 +518,9 @@ def find_row_clips(comparison: Comparison, notes: FileNotes, queued_clips: Queue
 
 
 def _find_generated_clips(comparison: Comparison) -> dict[ClipKey, str]:
-    """Return the addresses of the clips that tools/compare.py generated without a LoRA or at strength 1.
+    """Return the URLs of the clips that tools/compare.py generated without a LoRA or at strength 1.
 
-    The metadata of a clip, whose names begin with `bt_`, has its prompt, seed, LoRAs and their SHA-256.
+    A clip's metadata, in keys that begin with `bt_`, contains its prompt, seed, LoRAs and their SHA-256.
     """
     addresses: dict[ClipKey, str] = {}
     for source in comparison.sources:
@@ -545,7 +545,7 @@ def _read_clip_key(tags: Mapping[str, str]) -> ClipKey:
 def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, queued_clips: QueuedClips) -> ShownClip:
     """Return the generated clip of a file and a prompt, or a sample, or the state of the queued job.
 
-    `address` is that of the generated clip; "" if there is none.
+    `address` is the URL of the generated clip; "" if there is none.
     """
     if not address:
         sample = _find_sample(file, row)
@@ -574,7 +574,7 @@ def _address(source: ComparableRun, *parts: str) -> Markup:
 
 
 def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
-    """Return the last queued job for each pair of LoRA file and prompt line."""
+    """Return the newest queued job for each pair of LoRA file and prompt line."""
     clips: dict[tuple[str, str], QueuedClip] = {}
     for job in queue.jobs():
         with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # an invalid manual line
@@ -589,7 +589,7 @@ def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
 
 
 class PlannedJob(NamedTuple):
-    """A job that generates missing clips."""
+    """A generation command for the comparison's missing clips, with the prompt file that it reads."""
 
     argv: list[str]
     prompt_file: Path
@@ -597,9 +597,9 @@ class PlannedJob(NamedTuple):
 
 
 def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[PlannedJob]:
-    """Return the jobs that generate the missing clips of a comparison, whose cells are `row_clips`.
+    """Return the jobs that generate a comparison's missing clips. `row_clips` are its cells.
 
-    Rows that lack clips of the same files share one job.
+    Rows that lack clips of the same LoRA files share one job.
     """
     if comparison.problem:
         return []
@@ -619,12 +619,12 @@ def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[Pla
 def _plan_job(
     source: ComparableRun, files: Sequence[ComparedFile], rows: Sequence[ComparedPrompt]
 ) -> PlannedJob:
-    """Return the job that generates a clip for each pair of file and prompt, with the options of a run."""
+    """Return the job that generates a clip for each pair of LoRA file and prompt, with a run's options."""
     prompts = "".join(f"{row.line}\n" for row in rows)
     digest = short_digest(prompts, 4)
     prompt_file = source.folder / f"prompts-{digest}.txt"
     argv = [*SCRIPT, "--family", source.family, "--lora", *(str(file.paths[0]) for file in files)]
-    if len(files[0].paths) > 1:  # each file is a pair: one for each expert of Wan 2.2
+    if len(files[0].paths) > 1:  # each column is a pair of files, one for each expert of Wan 2.2
         argv += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
         if name not in OPTIONS_OF_COMPARISON:  # this job sets these itself

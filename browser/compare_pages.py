@@ -31,11 +31,11 @@ class ComparePages:
         self.queue = queue
 
     def show(self, request: Request) -> Response:
-        """Return the page of the comparison in the query of the address."""
+        """Return the page of the comparison that the URL's query names."""
         return self.answer(read_query(request))
 
     def make(self, _: Request, form: Form) -> Response:
-        """Queue jobs that generate the missing clips of a comparison, and show its page again."""
+        """Queue jobs that generate the comparison's missing clips, and show its page again."""
         try:
             with self.runs.lock:
                 comparison = compare.read_comparison(self.runs, form)
@@ -71,11 +71,11 @@ class ComparePages:
         return compare.find_row_clips(comparison, self.notes, compare.find_queued_clips(self.queue))
 
     def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
-        """Return the HTML of a comparison. `runs` are all runs that can be selected.
+        """Return the HTML of a comparison. `runs` are all runs that the user can select.
 
         Raises:
             UserError: If the queue cannot be read.
-            OSError: If a file is removed while the page is built.
+            OSError: If a file is removed while the page is rendered.
         """
         row_clips = self.find_row_clips(comparison)
         compared_ids = {source.run.id for source in comparison.sources}
@@ -104,7 +104,7 @@ class ComparePages:
 
 
 def _has_players(row_clips: Sequence[compare.RowClips]) -> bool:
-    """Return whether one of the clips of a comparison is shown with a player, not as an image."""
+    """Return whether any cell of the comparison shows a clip with a player instead of an image."""
     for clips in row_clips:
         if any(clip.href.endswith(PLAYED) for clip in (clips.without_lora, *clips.with_lora)):
             return True
@@ -112,7 +112,7 @@ def _has_players(row_clips: Sequence[compare.RowClips]) -> bool:
 
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
-    """Return the routes of the page Compare."""
+    """Return the routes of the Compare page."""
     pages = ComparePages(runs, notes, queue)
     return [
         Route("/compare", pages.show),

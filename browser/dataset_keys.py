@@ -25,7 +25,7 @@ MAX_IN_BATCH = 1024
 
 @cache
 def _list_options() -> Mapping[str, str]:
-    """Return the key of dataset.toml that replaces each option of a training run, by the option's name."""
+    """Return, for each dataset option of a command line, the dataset.toml key that replaces it; or ""."""
     keys = {key.option or name: name for name, key in SUBSET_KEYS.items() if key.option != ""}
     return {
         option_name(field): keys.get(option_name(field), "") for field in dataclasses.fields(SubsetOptions)
@@ -34,7 +34,7 @@ def _list_options() -> Mapping[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetKeys:
-    """The values of a dataset.toml that the table of all settings shows or checks."""
+    """The values of a dataset.toml that the page's table of all settings shows or checks."""
 
     content: Mapping[str, Any]
 
@@ -45,7 +45,7 @@ class DatasetKeys:
 
     @property
     def tables(self) -> list[Mapping[str, Any]]:
-        """Tables `[[datasets]]` of the file; entries that are not tables are left out."""
+        """The file's `[[datasets]]` tables, without array items that are not tables."""
         entries = self.content.get("datasets")
         return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
@@ -87,7 +87,7 @@ class DatasetKeys:
     def read_batch_size(self, values: Mapping[str, Any]) -> str:
         """Return the batch size as text; several numbers if the tables differ.
 
-        `values` are the options of the training; they apply where the file has no batch size.
+        `values` are the options of the training run; they apply where the file sets no batch size.
         """
         default = self._read_general().get(BATCH, values.get(BATCH_OPTION, 1) if self.has_subsets else 1)
         sizes = [table.get(BATCH, default) for table in self.tables] or [default]
@@ -100,7 +100,7 @@ def _list_subsets(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def read_batch_field(text: str) -> int:
-    """Return the number in the batch-size field. Raises OptionError if it is not a positive number."""
+    """Parse the batch-size field. Raises OptionError if it is not a positive integer."""
     if text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MAX_IN_BATCH:
         return int(text)
     raise OptionError(
@@ -113,7 +113,10 @@ def read_batch_field(text: str) -> int:
 
 
 def write_batch(text: str, size: int) -> str:
-    """Return a dataset.toml with a batch size for all its tables. Raises ValueError if it is not TOML."""
+    """Set the batch size of all tables in the text of a dataset.toml, and return the new text.
+
+    Raises ValueError if the text is not TOML.
+    """
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:

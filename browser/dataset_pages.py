@@ -94,7 +94,7 @@ def read_page_slice(query: Mapping[str, str]) -> slice:
 
 
 def answer_cacheable_jpeg(jpeg: bytes) -> Response:
-    """Return a small image that browsers may cache forever: its address changes when its file does."""
+    """Return a thumbnail that browsers may cache forever, because its URL changes with its file."""
     headers = {"cache-control": "private, max-age=31536000, immutable"}
     return Response(jpeg, media_type="image/jpeg", headers=headers)
 
@@ -106,7 +106,7 @@ def answer_placeholder() -> Response:
 
 
 def _contains_terms(file: File, search_terms: Sequence[str]) -> bool:
-    """Return whether all words are in the name or caption of a file."""
+    """Return whether a file's name or caption contains every search term."""
     if not search_terms:
         return True
     name = Path(file["parts"][0]["path"]).name
@@ -115,7 +115,7 @@ def _contains_terms(file: File, search_terms: Sequence[str]) -> bool:
 
 
 def _is_outdated(file: File) -> bool:
-    """Return whether a file has no valid caches."""
+    """Return whether a file's latent or text caches are missing or invalid."""
     if "edited" in file and file["caches"]:
         return True
     states = [state for parts in file["caches"].values() for state, _ in parts.values()]
@@ -138,11 +138,11 @@ class Thumbnails:
         self._lock = threading.Lock()
 
     def make(self, part: Mapping[str, Any], modified_ns: int) -> bytes:
-        """Return the first frame of a file as a small JPEG.
+        """Return a small JPEG of a file's first frame, from the cache if possible.
 
         Args:
             part: The file as the dataset report lists it, with its `path`.
-            modified_ns: Modification time of the file in nanoseconds: a changed file is decoded again.
+            modified_ns: Modification time of the file in nanoseconds; a changed file is decoded again.
 
         Raises:
             MediaError: If the file cannot be decoded.
@@ -164,10 +164,10 @@ class Thumbnails:
         return jpeg.getvalue()
 
     def _read_frame(self, part: Mapping[str, Any]) -> Any:
-        """Return the first frame of a file that the dataset report lists; it may be a member of a tar.
+        """Return the first frame of a file in the dataset report, which may be a member of a tar.
 
-        The keys of `part` are `path`, and for a file in an archive also `in`, the archive, with `offset` and
-        `bytes`, its position and size in a tar.
+        `part` contains the file's `path`. For a file in an archive, it also contains the archive `in`, and in
+        a tar the file's position and size, `offset` and `bytes`.
         """
         path = Path(part["path"])
         is_archived = "in" in part
@@ -203,7 +203,7 @@ class DatasetPages:
 
         Args:
             dataset: The dataset.
-            query: `text` and `only` filter the files; `from` and `count` select a part.
+            query: `text` and `only` filter the files; `from` and `count` select a range.
 
         Raises:
             ValueError: If `from` or `count` is not a number.
@@ -234,7 +234,7 @@ class DatasetPages:
         }
 
     def _explain_hidden_folders(self, folders: Sequence[Path]) -> dict[str, str]:
-        """Return JSON values of a dataset with folders outside the page's: the command that includes them."""
+        """Return the command that shows folders the page may not read yet, as JSON values."""
         names = [str(folder) for folder in dict.fromkeys([*self.runs.root_folders, *folders])]
         return {"state": "outside", "command": format_command(["python", "tools/run_browser.py", *names])}
 
@@ -257,7 +257,7 @@ class DatasetPages:
     def image_address(
         self, dataset: FoundDataset, id: str, part_index: int, part: Mapping[str, Any]
     ) -> str | None:
-        """Return the address of a thumbnail of one file of an item, such as its clip or control image.
+        """Return the URL of a thumbnail of one file of a dataset item, such as its clip or control image.
 
         Returns None if the file may not be shown, or if it is in an archive at an unknown offset.
         """
@@ -267,7 +267,7 @@ class DatasetPages:
         return add_root(f"/dataset/{dataset.id}/picture/{id}/{part_index}/{file_path.stat().st_mtime_ns}")
 
     def describe_caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
-        """Return the current caption of a file, with the reason if this page cannot edit it."""
+        """Return the JSON values of a file's current caption, with the reason if this page cannot edit it."""
         path = self.caption_path(dataset, file)
         if path is None:
             text = "\n".join(file["captions"])
@@ -292,9 +292,9 @@ class DatasetPages:
         return real_path(path) if self.datasets.may_show(dataset, inside) else None
 
     def write_caption(self, dataset: FoundDataset, id: str, query: Mapping[str, Any]) -> tuple[int, Any]:
-        """Save or undo a caption, and return the HTTP status and the answer.
+        """Save a caption or undo saves, and return the HTTP status and the JSON response.
 
-        `query` has `what` (save, undo or back), `have` (checksum of the caption file) and `text`.
+        `query` contains `what` (save, undo or back), `have` (checksum of the caption file) and `text`.
         """
         file = self.datasets.measure(dataset).files.get(id)
         path = None if file is None else self.caption_path(dataset, file)
@@ -308,7 +308,7 @@ class DatasetPages:
         return status, {"error": error, "file": self.describe_file(dataset, id, file)}
 
     def note_edited(self, dataset: FoundDataset, file: File) -> None:
-        """Mark a measured file's caption as edited, so that counts are right without measuring again."""
+        """Mark a measured file's caption as edited, so that counts stay right without a new measurement."""
         text = self.describe_caption(dataset, file)["text"]
         with self.datasets.lock:
             file.pop("edited", None)
@@ -328,7 +328,7 @@ class DatasetPages:
 
     # the page's script requests the files
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:
-        """Return the page of one dataset. Its files are requested by the page's script."""
+        """Return the page of one dataset. The page's script requests the list of its files."""
         values = {
             "dataset": dataset,
             "folder": dataset.path.parent,
@@ -343,26 +343,26 @@ class DatasetPages:
         return answer_template("dataset.html", dataset.name, values)
 
     def run_line(self, dataset: FoundDataset) -> str:
-        """Return the command that trains on a folder that `new` has described; "" for other datasets."""
+        """Return the `run` command of a dataset that `new` has written; "" for other datasets."""
         argv = ["reelsmith", "run", str(dataset.path.parent)]
         return shlex.join(argv) if _is_of_described(dataset) else ""
 
     def list_tool_folders(self, dataset: FoundDataset) -> list[Path]:
-        """Return the folders to tag or mask: the described folder, or each media folder of the dataset."""
+        """Return the folders to tag or mask: the folder of run.toml, or else the dataset's media folders."""
         if _is_of_described(dataset):
             folder = find_open_folder(self.runs, str(dataset.path.parent))
             return [] if folder is None else [folder]
         return list_table_folders(self.runs, dataset.path, dataset.base_folder)[:MAX_FOLDERS]
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
-        """Respond with a part of a dataset's files as JSON; 400 if the requested part is not valid."""
+        """Respond with a range of a dataset's files as JSON; 400 if the range is not valid."""
         try:
             return answer_json(self.list_files(dataset, request.query_params))
         except ValueError:
             return answer_text("from and count are numbers of files.", 400)
 
     def show_first(self, dataset: FoundDataset, _: Request) -> Response:
-        """Respond with a small image of a dataset's first file, for the list of datasets."""
+        """Respond with a thumbnail of a dataset's first file, for the list of datasets."""
         media, _words = self.datasets.describe(dataset)
         try:
             if media.shown_file is None or not self.datasets.may_show(dataset, media.shown_file):
@@ -376,7 +376,7 @@ class DatasetPages:
     def show_image(self, dataset: FoundDataset, request: Request) -> Response:
         """Respond with a thumbnail of one file of a training item, such as its clip or control image.
 
-        The status is 404 if the file is outside the roots, or has changed since the page was built.
+        The status is 404 if the file is outside the roots, or has changed since the page was loaded.
         """
         item_id = request.path_params["item"]
         part_index = request.path_params["number"]
@@ -409,7 +409,7 @@ class DatasetPages:
             return answer_text(f"This is not a request: {error}", 400)
 
     def change_caption(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
-        """Save or undo the caption of one file, as the JSON body says (`Captions.change`)."""
+        """Save one file's caption, or undo a save, as the JSON body says (`Captions.change`)."""
         try:
             query = _parse_object(body)
             if self.datasets.list_hidden_folders(dataset):
@@ -429,12 +429,12 @@ def _parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _is_of_described(dataset: FoundDataset) -> bool:
-    """Return whether a dataset belongs to a folder that `new` has described."""
+    """Return whether `new` has written the dataset's file, next to a run.toml."""
     return dataset.path.name == PROJECT_CONFIG and is_described(dataset.path.parent)
 
 
 def _with_stale_text(caches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the states of a file's caches after its caption was edited: valid text caches are stale."""
+    """Return the states of a file's caches after its caption was edited: valid text caches become stale."""
     stale = ("stale", say("the caption has changed since: cache the captions again"))
     result = {}
     for tag, states in caches.items():
@@ -455,7 +455,7 @@ def _count_training_items(files: Collection[File]) -> int:
 
 
 def _describe_status(measurement: Measurement) -> dict[str, Any]:
-    """Return the state of a measurement as the JSON values that the page shows."""
+    """Return the JSON values that show the state of a measurement."""
     state = "failed" if measurement.error else "ready"
     if measurement.is_running:
         state = "measuring"
@@ -474,14 +474,14 @@ def _describe_status(measurement: Measurement) -> dict[str, Any]:
 
 
 def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
-    """Return the routes of the pages for datasets.
+    """Return the routes of the dataset pages.
 
-    With `read_only`, nothing is written or measured on request.
+    With `read_only`, requests write and measure nothing.
     """
     pages = DatasetPages(runs, read_only)
 
     def with_dataset(handler: Callable[..., Response]) -> Callable[..., Response]:
-        """Return a request handler that calls `handler` with the dataset whose id is in the address."""
+        """Return a request handler that calls `handler` with the dataset whose id is in the URL."""
 
         def handle(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])

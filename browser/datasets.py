@@ -60,7 +60,7 @@ MODEL_OF_FAMILY = {
 
 @functools.cache
 def image_families() -> frozenset[str]:
-    """Return the families that generate images only, by the names that runs use."""
+    """Return the families that generate only images, by the names in run histories."""
     families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
     frames: dict[str, int] = {}
     for model in find_models():
@@ -76,7 +76,7 @@ File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 @dataclass(frozen=True)
 class FoundDataset:
-    """The configuration file of a dataset, and the runs that trained on it."""
+    """A dataset's TOML or JSON configuration file, and the runs that trained on it."""
 
     path: Path
     base_folder: Path  # folder that relative paths in the configuration refer to
@@ -87,12 +87,12 @@ class FoundDataset:
 
     @property
     def id(self) -> str:
-        """Short digest of the configuration's path; identifies the dataset in addresses."""
+        """Short digest of the configuration's path; identifies the dataset in URLs."""
         return short_digest(self.path)
 
     @property
     def name(self) -> str:
-        """Name of the configuration file and its folder, in the language of the page."""
+        """Name of the configuration file and its folder, in the page's language."""
         return say("%(name)s in %(name2)s", name=self.path.name, name2=self.path.parent.name)
 
     def named_paths(self) -> list[Path]:
@@ -106,13 +106,13 @@ class FoundDataset:
 
 
 def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -> list[Path]:
-    """Return the existing files and folders that a dataset's configuration names.
+    """Return the existing files and folders that a dataset's TOML or JSON file names.
 
     Args:
-        config: Path of the configuration.
-        folder: Folder that relative paths refer to.
-        with_companions: Include folders of masks, control images, references and caches, which lie next to
-            the media.
+        config: Path of the file.
+        folder: Folder to which relative paths refer.
+        with_companions: Whether to include the folders of masks, control images, references and caches, which
+            are not media folders.
 
     Raises:
         OSError: If the configuration cannot be read.
@@ -135,10 +135,10 @@ def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -
 
 
 def select_folder(config: Path, working_folder: Path) -> Path:
-    """Return the folder that a configuration's relative paths refer to if no run has used the configuration.
+    """Return the folder to which a dataset file's relative paths refer, if no run has used the file.
 
-    It is the configuration's own folder, as `new` writes it, if a path named in the configuration exists
-    there; otherwise it is `working_folder`, as for a command typed there.
+    It is the file's own folder, as in files that `new` writes, if a path named in the file exists there;
+    otherwise it is `working_folder`, as for a command typed there.
     """
     with contextlib.suppress(OSError, ValueError):
         if not list_named_paths(config, config.parent) and list_named_paths(config, working_folder):
@@ -147,7 +147,7 @@ def select_folder(config: Path, working_folder: Path) -> Path:
 
 
 def _list_texts(content: Any, with_companions: bool) -> Iterator[str]:
-    """Yield all strings in nested JSON; `with_companions` includes those for masks, caches and so on."""
+    """Yield the strings in nested JSON; `with_companions` includes paths of masks, caches and so on."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
@@ -207,9 +207,9 @@ class MediaCounts:
 
 
 def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> MediaCounts:
-    """Count the media in a dataset's folders by their names; no file is opened.
+    """Count the media in a dataset's folders by file name, without opening the files.
 
-    Control images, references and masks are not counted: they only accompany other media.
+    Control images, references and masks are not counted, because they belong to other media.
 
     Args:
         dataset: The dataset.
@@ -238,7 +238,7 @@ def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> Medi
 
 
 def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    """Yield the entries of a folder, without companions of a clip such as clip_mask.png."""
+    """Yield the entries of a folder, without files that belong to a clip, such as clip_mask.png."""
     with os.scandir(folder) as entries:
         for entry in itertools.islice(entries, MAX_ENTRIES):
             if label_of(Path(entry.name).stem) is None:
@@ -246,16 +246,16 @@ def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
 
 
 class _LocatedRun(NamedTuple):
-    """A run, and the folder that the relative path of its dataset configuration refers to."""
+    """A run, and the folder to which the relative path of its dataset file refers."""
 
     run: RunSummary
     folder: Path
 
 
 def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
-    """Return the dataset of a configuration that runs have trained on.
+    """Return the dataset of a TOML file that runs have trained on.
 
-    If the runs were started in several folders, the last folder counts, and only its runs are listed.
+    If the runs were started in several folders, only the runs of the last folder count.
     """
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     families = [located.run.model for located in located_runs]
@@ -272,7 +272,7 @@ def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_proj
 
 
 class Datasets:
-    """Finds the datasets below the roots of some runs, and caches the measurements of each dataset."""
+    """Finds the datasets below the root folders, and caches the measurement of each dataset."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
@@ -287,7 +287,7 @@ class Datasets:
         atexit.register(self.close)
 
     def list_all(self) -> list[FoundDataset]:
-        """Return all datasets, of runs and of folders, sorted by path."""
+        """Return all datasets, found in runs and in folders, sorted by path."""
         projects = self._find_projects()
         datasets = self._find_run_datasets(projects)
         for config in (*self.runs.configs(), *projects):
@@ -300,9 +300,9 @@ class Datasets:
         return sorted(datasets.values(), key=lambda dataset: str(dataset.path))
 
     def _find_run_datasets(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
-        """Return the datasets that runs trained on, by the path of their configuration.
+        """Return the datasets that runs trained on, by the path of their TOML file.
 
-        `projects` are the configurations of described folders.
+        `projects` are the dataset.toml files that `new` wrote next to a run.toml.
         """
         runs_by_config: dict[Path, list[_LocatedRun]] = {}
         for run in self.runs.list_all():
@@ -317,7 +317,7 @@ class Datasets:
         }
 
     def _find_projects(self) -> set[Path]:
-        """Return the dataset files next to the given folders.
+        """Return the dataset.toml files next to the root folders.
 
         `new` writes FOLDER/dataset.toml, and a training run of that folder saves into FOLDER/output.
         """
@@ -371,7 +371,7 @@ class Datasets:
     def measure(self, dataset: FoundDataset) -> Measurement:
         """Return the last measurement of a dataset; start a new one if its files have changed since.
 
-        Raises OSError or ValueError if the configuration cannot be read.
+        Raises OSError or ValueError if the dataset's file cannot be read.
         """
         fingerprint = self.compute_fingerprint(dataset)
         with self.lock:
@@ -388,7 +388,7 @@ class Datasets:
             return measurement
 
     def describe(self, dataset: FoundDataset) -> tuple[MediaCounts, str]:
-        """Return the number of media in a dataset's folders, and a description of its measurement's state."""
+        """Return the media counts of a dataset's folders, and the state of its measurement as text."""
         try:
             if self.list_hidden_folders(dataset):
                 return MediaCounts(), say("partly outside the folders that are shown")
@@ -401,7 +401,10 @@ class Datasets:
             return media, _describe_measurement(self._measurements.get(dataset.id))
 
     def compute_fingerprint(self, dataset: FoundDataset) -> object:
-        """Return a value that changes with the dataset's files. Raises OSError or ValueError."""
+        """Return the paths, times and sizes of the dataset's files, to detect changes by comparison.
+
+        Raises OSError or ValueError if the dataset file cannot be read.
+        """
         entries: list[object] = []
         for path in (dataset.path, *dataset.named_paths()):
             with contextlib.suppress(OSError):
@@ -428,8 +431,8 @@ class Datasets:
 
         Args:
             dataset: The dataset.
-            reads_whole_files: Read whole files instead of headers; None: as in the last measurement.
-            model: Key of MODELS; None: as in the last measurement.
+            reads_whole_files: Whether to read whole files instead of headers; None: as last time.
+            model: Key of MODELS; None as in the last measurement.
 
         Raises:
             OSError: If the configuration does not exist.
@@ -449,7 +452,7 @@ class Datasets:
             threading.Thread(target=self._run_measurement, args=(dataset, measurement), daemon=True).start()
 
     def _run_measurement(self, dataset: FoundDataset, measurement: Measurement) -> None:
-        """Measure a dataset's files, and store the part of the report that may be shown in `measurement`."""
+        """Measure a dataset's files, and store in `measurement` what pages may show of the report."""
         options = _report_options(dataset, measurement)
         report: dict[str, Any] = {}
         error = ""
@@ -471,7 +474,7 @@ class Datasets:
             measurement.is_running = False
 
     def _select_shown_files(self, dataset: FoundDataset, files: Sequence[File]) -> list[File]:
-        """Return the files of a report inside the shown folders, without captions that are outside."""
+        """Return the report's files that are inside the shown folders, without captions that are outside."""
         for file in files:
             _join_paths(file, dataset.base_folder)
         shown_files = [file for file in files if self._may_show_file(dataset, file)]
@@ -485,14 +488,14 @@ class Datasets:
         return self.may_show(dataset, Path(first_part.get("in", first_part["path"])))
 
     def _may_show_caption(self, dataset: FoundDataset, file: File) -> bool:
-        """Return whether a caption may be shown: it lies inside the shown folders, or does not exist."""
+        """Return whether a caption may be shown: it is inside the shown folders, or does not exist."""
         path = Path(file["caption_file"] or file["caption_list"])
         return self.may_show(dataset, path) or not (path.exists() or path.is_symlink())
 
     def _run_report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
         """Run tools/dataset_report.py in `folder`, and return its JSON report.
 
-        Raises ValueError with its message if it fails.
+        Raises ValueError, with the tool's error message, if the tool fails.
         """
         process = subprocess.Popen(
             [sys.executable, *program_words(Path("tools/dataset_report.py")), *options],
@@ -549,7 +552,7 @@ def _describe_caches(files: Iterable[File]) -> str:
 
 
 def _report_options(dataset: FoundDataset, measurement: Measurement) -> list[str]:
-    """Return the options of tools/dataset_report.py that measure a dataset."""
+    """Return the options of tools/dataset_report.py to measure a dataset."""
     fps, pixel_step, frame_step = MODELS[measurement.model]
     options = ["--dataset_config", str(dataset.path), "--fps", fps, "--pixel_step", pixel_step]
     options += ["--frame_step", frame_step]
@@ -565,7 +568,7 @@ def _identify(file: File) -> str:
 
 
 def _leave_out_caption(file: File) -> None:
-    """Remove a file's caption, and the messages that may quote it, from the report."""
+    """Remove a file's caption, and messages that may quote it, from its row of the report."""
     file |= {"text": None, "captions": [], "faults": [], "remarks": []}
     for states in file["caches"].values():
         for part, (state, _) in states.items():
@@ -573,7 +576,7 @@ def _leave_out_caption(file: File) -> None:
 
 
 def _join_paths(file: File, folder: Path) -> None:
-    """Make the paths in a file's report absolute. `folder` is the working folder of the report."""
+    """Make the paths in a file's report row absolute. `folder` is the report's working folder."""
     for part in file["parts"]:
         for name in ("path", "in"):
             if name in part and "://" not in part[name]:
@@ -586,9 +589,9 @@ def _join_paths(file: File, folder: Path) -> None:
 def _locate_config(typed: str, run: RunSummary) -> tuple[Path, Path]:
     """Return the working folder of a run, and the path of its --dataset_config.
 
-    The history of an older version does not have the working folder: the run folder's parents are tried, the
-    nearest first. The browser's own working folder is not tried: its dataset would be attributed to every
-    run.
+    The history of an older version does not contain the working folder. Then the run folder's parents are
+    tried, the nearest first. The browser's own working folder is not tried, because a dataset there would be
+    attributed to every run.
     """
     bases = list(run.history.parent.parents)
     if run.working_folder is not None:

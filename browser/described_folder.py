@@ -1,7 +1,7 @@
-"""Read a folder that `new` has described, and change keys of its files; comments and unknown keys are kept.
+"""Read and edit the files that `new` writes into a folder; comments and unknown keys are preserved.
 
-The folder's three files are the draft of a training. Pages store no part of it elsewhere, so a terminal and
-several pages may change it in turn.
+run.toml, dataset.toml and prompts.txt define a training run; such a folder is called described. Pages store
+nothing elsewhere, so a terminal and several pages may edit the files in turn.
 """
 
 import contextlib
@@ -39,22 +39,22 @@ _WRITING = threading.Lock()  # held while a file's checksum is compared and the 
 
 
 class ChangedMeanwhileError(Exception):
-    """Raised if a file has changed since the page that edits it was made."""
+    """Raised if a file has changed since the browser loaded the page that edits it."""
 
 
 @dataclass(frozen=True)
 class DescribedFolder:
-    """Content of a described folder's files, as far as the form New shows it."""
+    """Values of a folder's run.toml and dataset.toml that the New page's form shows."""
 
     folder: Path
     family: str
     task: str
     train: str  # name of the kind of run
     name: str
-    steps: int | None  # None: epochs say how long the training is
+    steps: int | None  # None: run.toml sets epochs instead
     trigger: str
     model_files: Mapping[str, str]  # path of each file of the model by its option
-    values: Mapping[str, Any]  # all options of the training
+    values: Mapping[str, Any]  # all training options in run.toml
     checksum: str  # checksum of the folder's files
     run_content: bytes  # content of run.toml
 
@@ -65,7 +65,7 @@ class DescribedFolder:
 
     @property
     def output(self) -> Path:
-        """Folder that the training saves into."""
+        """Folder into which the training run saves its files."""
         return self.folder / str(self.values.get("output_dir", "output"))
 
 
@@ -78,7 +78,7 @@ class KeyChanges:
 
     @property
     def text(self) -> str:
-        """The changed lines, such as `run.toml: max_train_steps = 100`, and the lines that stay."""
+        """The changed lines, such as `run.toml: max_train_steps = 100`, and the lines that are kept."""
         lines = []
         for name, value in self.new_values.items():
             is_removed = value is None
@@ -99,10 +99,10 @@ class KeyChanges:
 
 
 def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
-    """Return the changes to a run.toml for another number of steps, including values derived from the steps.
+    """Return the changes to a run.toml for another number of steps, including values derived from it.
 
-    A value that differs from what `new` derives from the current steps was set by the user, and stays.
-    `values` are the options of the training.
+    A value that differs from what `new` derives from the current steps was set by the user, and is kept.
+    `values` are the training options in run.toml.
     """
     changes: dict[str, Any] = {"max_train_steps": steps}
     if "max_train_epochs" in values:
@@ -132,11 +132,11 @@ def is_described(folder: Path) -> bool:
 
 
 def read_own_file(path: Path) -> bytes:
-    """Return the bytes of a file of a described folder.
+    """Return the bytes of a folder's run.toml, dataset.toml or prompts.txt.
 
     Raises:
-        OSError: If the file cannot be read, or is a link that leads out of the folder. Through such a link, a
-            folder from somebody else could show and change any file.
+        OSError: If the file cannot be read, or is a link that leads out of the folder. With a link, a folder
+            from somebody else could make this program show and change any file.
     """
     if not real_path(path).is_relative_to(real_path(path.parent)):
         raise OSError(errno.EINVAL, say("it is a link that leads out of its folder"), str(path))
@@ -170,11 +170,11 @@ def _compute_checksum(contents: Mapping[str, bytes | OSError]) -> str:
 
 
 def read_described(folder: Path) -> DescribedFolder:
-    """Read the files of a described folder, each once.
+    """Read a folder's run.toml and dataset.toml, each once.
 
     Raises:
-        OSError: If a file cannot be read.
-        ValueError: If a file is not in the form that `new` writes.
+        OSError: If run.toml cannot be read.
+        ValueError: If a file is not in the format that `new` writes.
     """
     contents = _read_own_files(folder)
     run_content = contents[RUN_FILE]
@@ -211,7 +211,7 @@ def read_described(folder: Path) -> DescribedFolder:
 
 
 def reject_share(text: str, folder: Path) -> None:
-    """Raise ValueError if a path from a file of the folder is on a network share of another machine."""
+    """Raise ValueError if a path that a file in the folder names is on another machine's network share."""
     if is_on_foreign_share(folder / text, folder):
         raise ValueError(f"{text} is on another machine, which pages do not look at")
 
@@ -227,7 +227,7 @@ def _read_trigger(content: bytes | OSError) -> str:
 
 
 def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str]:
-    """Return the files of a model by their options; `new` lists them in the order of the catalogue."""
+    """Return a model's files by option name, such as `vae`; `paths` are in the catalogue's order."""
     for model in find_models():
         if (model.family, model.task) == (family, task):
             parts = [part for part in model.components if part.option]
@@ -239,10 +239,7 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
 
 
 def read_commands(folder: Path) -> list[list[str]]:
-    """Return the commands in the run.toml of a folder.
-
-    An empty list if `new` did not write it in this form.
-    """
+    """Return the commands in a folder's run.toml; [] if `new` did not write them there."""
     try:
         return list_commands(read_content(folder / RUN_FILE))
     except OSError:
@@ -250,10 +247,7 @@ def read_commands(folder: Path) -> list[list[str]]:
 
 
 def list_commands(run_content: bytes) -> list[list[str]]:
-    """Return the commands in the bytes of a run.toml.
-
-    An empty list if `new` did not write it in this form.
-    """
+    """Return the commands in the bytes of a run.toml; [] if `new` did not write them there."""
     try:
         return [list(words) for words in _parse_commands(run_content)]
     except (ValueError, KeyError, TypeError):
@@ -276,7 +270,7 @@ def keep_copies(folder: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class TextForm:
-    """The text of a file as a page edits it, with the byte order mark and line ends to write it with."""
+    """The text of a file as a page edits it, and the byte order mark and line ends of the file."""
 
     text: str
     start: bytes = b""
@@ -290,18 +284,18 @@ class TextForm:
         return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
 
     def with_text(self, text: str) -> bytes:
-        """Return the file's bytes with its text replaced, keeping the byte order mark and line endings."""
+        """Return the bytes of the file with `text` as its text, keeping byte order mark and line endings."""
         return self.start + tidy_lines(text).replace("\n", self.newline).encode()
 
 
 def tidy_lines(text: str) -> str:
-    """Return a text with its line ends converted to a plain newline, as in a form's text field."""
+    """Convert all line ends of a text to LF, as in a form's text field."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @dataclass(frozen=True)
 class DraftFile:
-    """A file of a described folder as it was read, to be edited and saved."""
+    """A run.toml, dataset.toml or prompts.txt as it was read, to be edited and saved."""
 
     path: Path
     content: bytes | None  # None: there is no such file
@@ -318,7 +312,7 @@ class DraftFile:
 
     @property
     def form(self) -> TextForm:
-        """The text of the file with its byte order mark and line ends. Raises UnicodeDecodeError."""
+        """The decoded text with its byte order mark and line ends. Raises UnicodeDecodeError if not UTF-8."""
         return TextForm.of(self.content or b"")
 
     @property
@@ -332,15 +326,15 @@ class DraftFile:
 
 
 def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
-    """Set and remove options of the training in a run.toml, as `edit_toml` does.
+    """Set and remove training options in a run.toml, as `edit_toml` does.
 
     Args:
         path: The run.toml.
         changes: New value of each option; None removes the option.
-        checksum: Checksum (`compute_checksum`) of the content that the change was made for.
+        checksum: Checksum (`compute_checksum`) of the content to which the changes apply.
 
     Raises:
-        ChangedMeanwhileError: If the file has changed since.
+        ChangedMeanwhileError: If the file has other content now.
         ValueError: If the file is not TOML or has no table of training options.
         OSError: If the file cannot be read.
         OutputError: If the file cannot be written.
@@ -352,10 +346,10 @@ def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
 
 
 def replace_content(path: Path, content: bytes, checksum: str) -> None:
-    """Replace the content of a file if its present checksum is `checksum`; "" stands for a missing file.
+    """Replace the content of a file if its current checksum is `checksum`; "" stands for a missing file.
 
     Raises:
-        ChangedMeanwhileError: If the file has changed since.
+        ChangedMeanwhileError: If the file has another checksum.
         OSError: If the file cannot be read.
         OutputError: If the file cannot be written.
     """
@@ -371,11 +365,11 @@ def replace_content(path: Path, content: bytes, checksum: str) -> None:
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
-    """Return the text of a run.toml with changed options; all other text and comments stay.
+    """Return the text of a run.toml with changed options. All other text and comments are preserved.
 
-    `changes` has the new values; None removes an option. A key is changed in the table that has it, the last
-    one if several do, because tables only group keys. A new key is added at the end of TRAINING_TABLE.
-    Raises ValueError if the text is not TOML or has no table of training options.
+    `changes` are the new values; None removes an option. A key is changed in the last table that contains it,
+    because tables only group keys. A new key is added at the end of TRAINING_TABLE. Raises ValueError if the
+    text is not TOML or has no table of training options.
     """
     if not changes:
         return text
@@ -399,7 +393,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
 
 
 def _list_tables_with(document: Any, name: str) -> list[Any]:
-    """Return the tables that have a key, in order, without the table that `run` itself writes."""
+    """Return the tables of a TOML document that contain the key `name`, except the project's own table."""
     holders = []
     tables = [document]
     while tables:

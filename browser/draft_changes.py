@@ -1,7 +1,7 @@
-"""Change the three files of a described folder: show the difference, let the scripts check it, and save it.
+"""Edit run.toml, dataset.toml and prompts.txt: show the difference, let the scripts check it, and save it.
 
-The server stores nothing between requests. A form contains the text that it was made from, so that its
-edits are known, and the file's checksum, so that a file that changed meanwhile is never overwritten.
+The server stores nothing between requests. A form contains the text that it showed before the edits, to find
+the edits, and the file's checksum, so that a file that has changed meanwhile is never overwritten.
 """
 
 import difflib
@@ -49,7 +49,7 @@ MAX_TRAIN_STEPS = "max_train_steps"
 
 @dataclass(frozen=True)
 class DraftChange:
-    """The changes that saving a form would make to files, shown as a preview in one section of the page."""
+    """The changes that saving a form would make to files, shown as a preview on the page."""
 
     section: str  # section of the page: SETTINGS_TABLE, the name of a file edited as text, or `samples`
     diff_lines: Sequence[str] = ()  # removed and added lines
@@ -72,7 +72,7 @@ def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:
 def read_keys(text: str) -> dict[str, Any]:
     """Return the options of a run.toml by key, as `--config_file` reads them.
 
-    Raises ValueError if it is invalid.
+    Raises ValueError if the text is not valid TOML.
     """
     try:
         document = tomlkit.parse(text)
@@ -98,13 +98,13 @@ def plan_change(
     run: DraftFile,
     typed_text: str | None = None,
 ) -> DraftChange:
-    """Return the preview of a change to files of a described folder, with the messages of its scripts.
+    """Return the preview of a change to run.toml, dataset.toml or prompts.txt, with the scripts' warnings.
 
-    While the folder trains, only the prompts may change: the training has read the other files already.
+    While the folder trains, only the prompts may change, because the run has already read the other files.
 
     Args:
-        site: The pages' server.
-        section: The section of the page, as `DraftChange.section`.
+        site: The server's runs and settings.
+        section: The section of the page, as in `DraftChange.section`.
         new_texts: The new text of each file, by the file as it is on disk.
         run: The folder's current run.toml, which names the scripts.
         typed_text: Text of a file that the user typed in full; None if it was edited by fields.
@@ -136,8 +136,8 @@ def _check_new_text(site: Site, draft: DraftFile, new_text: str, run_text: str) 
 def save_change(change: DraftChange, new_texts: Mapping[DraftFile, str]) -> DraftChange:
     """Write a change unless it has an error, and return it with the message for the page.
 
-    `new_texts` has the new text of each file, by the file as it was read. Raises ChangedMeanwhileError if a
-    file has changed since it was read, OutputError if it cannot be written.
+    `new_texts` contains the new text of each file, by the file as it was read. Raises ChangedMeanwhileError
+    if a file has changed since it was read, OutputError if it cannot be written.
     """
     if change.error:
         return change
@@ -152,14 +152,16 @@ def save_change(change: DraftChange, new_texts: Mapping[DraftFile, str]) -> Draf
 
 
 def describe_underived_intervals(before: str, after: str) -> str:
-    """Describe the intervals that a changed run.toml keeps although `new` would derive others from its steps.
+    """Describe the intervals in a changed run.toml that do not fit its new number of steps.
+
+    `new` derives such intervals, for example `save_every_n_steps`, from the number of steps.
 
     Args:
         before: Text of the file before the change.
         after: Text of the file after the change.
 
     Returns:
-        The description; "" if there are no such values.
+        The description; "" if all intervals fit.
     """
     old_options = read_keys(before)
     new_options = read_keys(after)
@@ -191,7 +193,7 @@ def describe_difference(before: str, after: str) -> list[str]:
 
 
 def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
-    """Raise UserError or ValueError if a changed file has an error that it did not have before.
+    """Raise UserError or ValueError if a changed file has an error that it did not have before the change.
 
     Args:
         draft: The file before the change.
@@ -214,12 +216,12 @@ def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
 
 
 def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
-    """Check the new text of one of a folder's three files, as the scripts will read it, before it is written.
+    """Check the new text of run.toml, dataset.toml or prompts.txt, as scripts will read it, before saving.
 
     Args:
         name: Name of the file.
         text: Its new text.
-        folder: The described folder.
+        folder: The folder that contains these files.
         run_text: Text of the folder's run.toml.
 
     Returns:
@@ -248,7 +250,7 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
 
 
 def _check_run(text: str, content: Mapping[str, Any], folder: Path) -> str:
-    """Check a run.toml by the training script that it names."""
+    """Check the text of a run.toml with the training script that it names."""
     if not isinstance(content.get(TRAINING_TABLE), dict):
         raise ValueError(
             say(
@@ -262,7 +264,7 @@ def _check_run(text: str, content: Mapping[str, Any], folder: Path) -> str:
 
 
 def _check_dataset(text: str, folder: Path, run_text: str) -> str:
-    """Check a dataset.toml by the caching script that run.toml names."""
+    """Check the text of a dataset.toml with the caching script of the model that run.toml names."""
     try:
         argv = find_caching_argv(run_text)
     except OptionError as error:
@@ -271,14 +273,14 @@ def _check_dataset(text: str, folder: Path, run_text: str) -> str:
 
 
 def find_training_script(text: str) -> str:
-    """Return the script that trains a described folder. `text` is its run.toml.
+    """Return the training script that a run.toml names. `text` is its text.
 
     Raises:
         ValueError: If the file does not name a script.
-        OptionError: If it is not a training script of this program.
+        OptionError: If the script is not one of this project's training scripts.
     """
     try:
-        # `new` writes the training, `python SCRIPT ...`, as the last command
+        # `new` writes the training command, `python SCRIPT ...`, as the last one
         argv = parse_toml(text)[PROJECT_TABLE]["commands"][-1]
         script = str(argv[1])
     except (KeyError, IndexError, TypeError):
@@ -295,13 +297,13 @@ def trains(command: ScriptCommand) -> bool:
 
 
 def find_caching_argv(run_text: str) -> list[str]:
-    """Return the command of a run.toml that caches the dataset.
+    """Return the command in a run.toml that caches the dataset.
 
-    The file may come from somebody else. Only this program's own caching scripts are accepted; these write
+    The file may come from somebody else, so only this project's caching scripts are accepted. They write
     nothing before they have read their options.
 
     Raises:
-        OptionError: With the reason, if there is no such command.
+        OptionError: If there is no such command, with the reason.
     """
     try:
         commands = parse_toml(run_text)[PROJECT_TABLE]["commands"]
@@ -328,7 +330,7 @@ def find_caching_argv(run_text: str) -> list[str]:
 
 
 def _check_by_script(argv: Sequence[str], name: str, text: str, folder: Path) -> str:
-    """Let a script read a text as its file of options, and return its warnings. `argv` names that file."""
+    """Let a script read `text` as its options file `name` in `argv`, and return the script's warnings."""
     with temporary_folder() as temporary:
         path = temporary / name
         path.write_text(text, encoding="utf-8")
@@ -342,7 +344,7 @@ def _check_by_script(argv: Sequence[str], name: str, text: str, folder: Path) ->
 
 
 def find_described(runs: Runs, text: str) -> Path | None:
-    """Return the described folder below the roots that a text names; None for any other text."""
+    """Return the folder with a run.toml below the roots that `text` names; None for any other text."""
     folder = find_folder(runs, text)
     if folder is None or not is_described(folder) or not runs.is_below(folder / RUN_FILE):
         return None
@@ -350,22 +352,22 @@ def find_described(runs: Runs, text: str) -> Path | None:
 
 
 def require_full(fields: Mapping[str, str]) -> None:
-    """Raise OptionError if the last field of a form is missing, because then the request was cut off."""
+    """Raise OptionError if a form's last field is missing, which means that the request was cut off."""
     if "complete" not in fields:
         raise OptionError(say("The form arrived incomplete. Load the page again."))
 
 
 class FolderPages(Protocol):
-    """A section of a page about one folder, such as the sample prompts on the page New.
+    """A section of a page about one folder, such as the sample prompts on the New page.
 
     Its methods raise OSError, ValueError or UserError if a file of the folder cannot be read.
     """
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the HTML of the section for a folder. `query` is the query of the address."""
+        """Return the HTML of the section for a folder. `query` holds the URL's query parameters."""
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Carry out a button of the section: `action` is its name, `fields` are the fields of its form."""
+        """Handle a pressed button of the section: `action` is its name, `fields` are its form's fields."""
 
 
 def folder_routes(
@@ -374,10 +376,10 @@ def folder_routes(
     pages: FolderPages,
     find: Callable[[Runs, str], Path | None] = find_described,
 ) -> list[Route]:
-    """Return two routes for a section of a folder's page: to show it, and to carry out its buttons.
+    """Return two routes for a section of a folder's page: to show it, and to handle its buttons.
 
-    `section` is the section's name in its addresses. `find` returns the folder that a text names, or None if
-    the section does not apply to that folder.
+    `section` is the section's name in URLs. `find` returns the folder that a text names, or None if the
+    section does not apply to that folder.
     """
 
     def show(request: Request) -> Response:

@@ -30,7 +30,7 @@ CLIP_SUFFIXES = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # FFmpeg's f
 
 
 class InputFolder:
-    """Folder of the files that were dropped on the page Generate."""
+    """The folder that stores files dropped on the Generate page."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,14 +93,14 @@ def clean_name(name: str) -> str:
 
 
 def clean_stem(name: str) -> str:
-    """Return the name of a file without folders, suffix, and characters special to shells or disks."""
+    """Return a file name without folders, suffix, and characters special to shells or file systems."""
     stem = clean_name(name).rpartition(".")[0]
     words = re.sub(r"[\W-]+", "-", stem).strip("-")[:LONGEST_NAME]
     return words or "input"
 
 
 def find_suffix(path: Path) -> str:
-    """Return the suffix that fits a file's content. Raises OptionError if no model can use such content."""
+    """Return the suffix that fits a file's content. Raises OptionError for content that no model can use."""
     suffix = _find_image_suffix(path) or _find_clip_suffix(path)
     if suffix is None:
         raise OptionError(say("It is not a readable picture or clip"))

@@ -1,7 +1,7 @@
-"""Read how a dropped file was made, to fill in the form Generate.
+"""Read how a dropped file was generated, to fill in the Generate form.
 
-Files that this program wrote are read like its results (`result_settings.py`). Images from ComfyUI contain
-their graph, those from AUTOMATIC1111's web UI a text; prompts and plain numbers are read from both.
+Files that this program wrote are read like its results (`result_settings.py`). Images from ComfyUI contain a
+graph, images from AUTOMATIC1111's web UI contain text; prompts and plain numbers are read from both.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ class DroppedSettings:
 
     @property
     def family(self) -> str:
-        """Family as scripts name it; "" if it is not known."""
+        """Model family, by the name that scripts use; "" if it is not known."""
         return find_family(self.model)
 
     def fields(self, recipe: ModelRecipe) -> dict[str, str]:
-        """Return the settings that the model has, by the names of the form's fields."""
+        """Return the prompt and the settings that the model supports, by form field."""
         texts = {"prompt": self.options.get("prompt", "")}
         for name, key in recipe.option_keys.items():
             text = self.options.get(key, "")
@@ -87,7 +87,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_graph(text: str) -> dict[str, Any]:
-    """Return the nodes of ComfyUI's graph by their numbers; empty if the text is not a graph."""
+    """Return the nodes of a ComfyUI graph in JSON by id; {} if the text is not a graph."""
     if not text.lstrip().startswith("{") or len(text) > MAX_OF_GRAPH:
         return {}
     with contextlib.suppress(ValueError, RecursionError):
@@ -107,7 +107,7 @@ _COMFYUI_SIZES = {"width": "video_size_width", "height": "video_size_height"}
 def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
     """Return the prompts, numbers and size of the first sampler in a ComfyUI graph.
 
-    `graph` maps the ids of nodes to nodes. Raises OptionError if no sampler has a prompt.
+    `graph` contains the nodes by id. Raises OptionError if no sampler has a prompt.
     """
     for node in graph.values():
         inputs = node.get("inputs")
@@ -124,7 +124,7 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
 
 
 def _read_sampler_inputs(graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Return the negative prompt, numbers and size of a sampler in a ComfyUI graph, by option keys."""
+    """Return the negative prompt, numbers and size of a sampler in a ComfyUI graph, by option key."""
     options = {"negative_prompt": _follow(graph, inputs.get("negative"))}
     for name, key in _COMFYUI_NUMBERS.items():
         if isinstance(inputs.get(name), (int, float)):
@@ -141,7 +141,7 @@ def _read_sampler_inputs(graph: Mapping[str, Any], inputs: Mapping[str, Any]) ->
 
 
 def _follow(graph: Mapping[str, Any], link: Any) -> str:
-    """Return the text that a node's input link leads to; "" if it does not lead to a plain text."""
+    """Return the text to which a node's input link leads in a ComfyUI graph; "" if there is no plain text."""
     for _ in range(MAX_HOPS):
         if isinstance(link, str):
             return link
@@ -164,7 +164,7 @@ SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?
 
 
 def _read_parameters(text: str) -> DroppedSettings:
-    """Return the settings in AUTOMATIC1111's metadata: prompt, `Negative prompt:`, a line of settings."""
+    """Parse AUTOMATIC1111's metadata: the prompt, `Negative prompt:`, and a last line of settings."""
     # the settings are the last line, such as `Steps: 20, Seed: 1, Size: 512x768`
     prompts, _, settings_line = text.rpartition("\n")
     prompt, _, negative = prompts.partition("\nNegative prompt:")

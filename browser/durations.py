@@ -1,4 +1,4 @@
-"""Estimate how long a training takes, from the steps that earlier runs on this machine have measured."""
+"""Estimate how long a training run takes, from the steps that earlier runs on this machine have measured."""
 
 import contextlib
 from collections.abc import Collection, Mapping
@@ -23,11 +23,11 @@ ACCUMULATION = "gradient_accumulation_steps"
 def describe_duration(
     runs: Runs, described: DescribedFolder, steps: int | None, cards: Collection[str] = ()
 ) -> str:
-    """Describe the time that `steps` of a described folder take; "" if no run here has measured it.
+    """Describe how long `steps` of a folder's training run take; "" if no run here has measured it.
 
     The folder's own run takes precedence, then the latest finished run of the same model with images and
-    batches of the same size. Runs from another machine are ignored; `cards` are the names of this machine's
-    graphics cards.
+    batches of the same size. Runs from another machine are ignored. `cards` are the names of this machine's
+    GPUs.
     """
     if steps is None:
         return ""
@@ -67,7 +67,7 @@ def _describe_time(steps: int, seconds: float, is_approximate: bool = False) -> 
 
 
 def _read_own_run(runs: Runs, described: DescribedFolder) -> RunSummary | None:
-    """Return the run of a described folder; None if it has not begun."""
+    """Return the training run of a folder with a run.toml; None if it has not begun."""
     path = history_path(described.output, described.name)
     if not runs.is_below(path):
         return None
@@ -88,7 +88,7 @@ def _is_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
 
 
 def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> RunSummary | None:
-    """Return the latest finished run with the same network, dataset sizes and work per step, or None."""
+    """Return the latest finished run with the same transformer, dataset sizes and work per step, or None."""
     network = Path(str(described.values.get("dit", ""))).name
     sizes = _read_sizes(described.folder / DATASET_FILE)
     if not network or sizes is None:
@@ -105,9 +105,9 @@ def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collecti
 
 
 def _has_equal_work_per_step(values: Mapping[str, Any], run_options: Mapping[str, str]) -> bool:
-    """Return whether a run.toml's `values` and a run's options have equal tasks and accumulation steps.
+    """Return whether a run.toml and an earlier run have equal tasks and gradient accumulation steps.
 
-    A task that only one of them names counts as equal.
+    The task counts as equal if only one of them names it.
     """
     task, run_task = values.get(TASK), run_options.get(TASK)
     is_same_task = task is None or run_task is None or str(task) == run_task
@@ -124,7 +124,7 @@ def _find_run_sizes(runs: Runs, run: RunSummary, typed: Mapping[str, str]) -> se
 
 
 def _read_sizes(path: Path) -> set[str] | None:
-    """Return the sizes of the datasets in a dataset.toml; None if it cannot be read."""
+    """Return the resolutions that the datasets in a dataset.toml set; None if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, UserError):
         config = parse_toml(read_text(path, MAX_BYTES))
         shared = config.get("general", {})

@@ -21,7 +21,7 @@ QUOTED = re.compile(r""""((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
 
 
 class EarlierJob(NamedTuple):
-    """A command that runs before another one, which may need the files that it creates."""
+    """A command that runs before another job, and may create files that the other job reads."""
 
     script: Path  # in the checkout or the package
     argv: Sequence[str]
@@ -31,8 +31,8 @@ class EarlierJob(NamedTuple):
 def may_be_created(path: Path, jobs: Iterable[EarlierJob]) -> bool:
     """Return whether one of the earlier jobs may create a path.
 
-    A job may create the paths that its command line or its settings name, anything inside or around those,
-    and neighbors whose name begins with theirs, such as `clips-pack.zip` next to `clips`.
+    A job may create the paths that its command line or settings name, anything inside or around these paths,
+    and neighbors whose names begin with one of them, such as `clips-pack.zip` next to `clips`.
     """
     missing = real_path(path)
     return any(_is_related(real_path(written), missing) for job in jobs for written in _list_paths(job))
@@ -57,7 +57,7 @@ def _list_paths(job: EarlierJob) -> Iterator[Path]:
 
 
 def _list_named_paths(path: Path, folder: Path) -> Iterator[Path]:
-    """Yield the paths that are quoted in the settings file `path`, or in the TOML files of a folder `path`.
+    """Yield the paths quoted in the settings file `path` or, if `path` is a folder, in its TOML files.
 
     Relative paths are resolved against that folder, and paths in a file also against `folder`.
     """

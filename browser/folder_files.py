@@ -1,7 +1,7 @@
-"""Show the files of a folder, described or not: rows with images, captions to edit, files left out.
+"""Show the media files of a folder: rows with thumbnails, captions to edit, and excluded files.
 
-The answers have the form that `static/dataset.js` knows from the page of a dataset. Nothing is measured: only
-the headers of files in view are read.
+The responses have the format that `static/dataset.js` expects for a dataset. Only the headers of files in
+view are read.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ MAX_COUNTED = 100  # maximum number of headers read to count damaged files
 
 @dataclass(frozen=True)
 class MediaHeader:
-    """Sizes and rates in a file's header."""
+    """Width, height, frame count and frame rate that a media file's header states."""
 
     size: tuple[int, int] | None
     frames: int | None
@@ -86,8 +86,8 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
     Raises OSError if the folder cannot be listed.
 
-    The folder is listed once instead of checking each file, because this runs at each scroll for thousands of
-    files.
+    The folder is listed once instead of checking each file, because this runs on each scroll for thousands
+    of files.
     """
     sizes: dict[str, int] = {}
     with os.scandir(folder) as entries:
@@ -107,17 +107,17 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 class LeftOut:
-    """Leaves files of a folder out of the training: moves them and their captions into the bin, and back.
+    """Excludes files from training: moves them and their captions out of the dataset folder, and back.
 
     This is not a `BinFolder`, whose entries are named by the time of removal and are not restored by any
-    page. Files left out are stored under the name of their folder, whose page lists them.
+    page. Excluded files are stored under the name of their folder, whose page lists them.
     """
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
 
     def find_storage(self, folder: Path) -> Path:
-        """Return the folder of the bin that stores left-out files. Raises OutputError if it is a link."""
+        """Return the folder that stores a folder's excluded files. Raises OutputError if it is a link."""
         top = real_path(self.runs.find_top(folder))
         left_out_folder = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
         if os.path.normcase(real_path(left_out_folder)) != os.path.normcase(left_out_folder):
@@ -125,18 +125,18 @@ class LeftOut:
         return left_out_folder
 
     def list_names(self, folder: Path) -> list[str]:
-        """Return the names of a folder's left-out files; empty if they cannot be read."""
+        """Return the names of a folder's excluded files; [] if they cannot be listed."""
         try:
             return list_names(self.find_storage(folder))
         except (OSError, OutputError):
             return []
 
     def leave_out(self, folder: Path, name: str) -> None:
-        """Move a file out of its folder. Raises UserError if that fails."""
+        """Move a file out of its folder, so that no run trains on it. Raises UserError if that fails."""
         self._move(folder, self.find_storage(folder), name)
 
     def put_back(self, folder: Path, name: str) -> None:
-        """Move a left-out file back into its folder. Raises UserError if that fails."""
+        """Move an excluded file back into its folder. Raises UserError if that fails."""
         left_out_folder = self.find_storage(folder)
         self._move(left_out_folder, folder, name)
         with contextlib.suppress(OSError):  # the folder is not empty
@@ -145,8 +145,8 @@ class LeftOut:
     def _move(self, source: Path, target: Path, name: str) -> None:
         """Move a media file and its caption files to another folder.
 
-        Raises OptionError if there is no such file, or a name is taken in the other folder; OutputError if
-        that folder is on another disk.
+        Raises OptionError if the file does not exist, or if a name is taken in the other folder; OutputError
+        if that folder is on another disk.
         """
         path = source / name
         if Path(name).name != name or not path.is_file():
@@ -168,7 +168,7 @@ class LeftOut:
 
 
 def _list_exclusive_captions(path: Path) -> list[Path]:
-    """Return the caption files of a media file; none if another media file of the same stem shares them."""
+    """Return a media file's caption files; [] if another media file with the same stem shares them."""
     same_stem = [name for name in list_names(path.parent) if Path(name).stem == path.stem]
     if len(same_stem) != 1:
         return []
@@ -188,11 +188,11 @@ class FolderFiles:
         self._headers: OrderedDict[tuple[str, int], MediaHeader] = OrderedDict()
 
     def address(self, folder: Path) -> str:
-        """Return the address from which `dataset.js` requests the files of a folder."""
+        """Return the URL from which the script `dataset.js` requests the list of a folder's files."""
         return f"/new/rows/{os.fsencode(folder).hex()}/"
 
     def find(self, request: Request) -> Path | None:
-        """Return the folder that an address names; None if it may not be shown."""
+        """Return the folder that a request's URL names; None if it may not be shown."""
         try:
             text = os.fsdecode(bytes.fromhex(request.path_params["place"]))
         except ValueError:
@@ -200,7 +200,7 @@ class FolderFiles:
         return find_folder(self.runs, text)
 
     def show_items(self, request: Request) -> Response:
-        """Respond with a part of a folder's files as JSON; the query has `text`, `only`, `from`, `count`."""
+        """Respond with a range of a folder's files as JSON; the query has `text`, `only`, `from`, `count`."""
         folder = self.find(request)
         if folder is None:
             return answer_json({"state": "gone", "error": NOT_FOUND})
@@ -212,9 +212,9 @@ class FolderFiles:
             return answer_text("from and count are numbers of files.", 400)
 
     def list_files(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
-        """Return the files of a folder that a page shows at once, as JSON values.
+        """Return the range of a folder's files that a page shows at once, as JSON values.
 
-        The query has `text` and `only`, which filter the files, and `from` and `count`.
+        In the query, `text` and `only` filter the files; `from` and `count` are the range.
 
         Raises:
             OSError: If the folder cannot be read.
@@ -237,14 +237,14 @@ class FolderFiles:
         }
 
     def _contains_terms(self, folder: Path, name: str, search_terms: Sequence[str]) -> bool:
-        """Return whether all words are in a file's name or caption."""
+        """Return whether a file's name or caption contains every search term."""
         text = f"{name}\n{self.caption(folder, name)['text']}".lower()
         return all(word in text for word in search_terms)
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return the JSON values of a file in a folder that no dataset report describes.
+        """Return the JSON values of a media file without a dataset report.
 
-        They have the keys of a report's items; values that only a report knows are empty.
+        The keys are the same as in a report's items; values that only a report knows are empty.
         """
         header = self.read_header(folder / name)
         suffix = Path(name).suffix.lower()
@@ -273,7 +273,7 @@ class FolderFiles:
         }
 
     def read_header(self, path: Path) -> MediaHeader:
-        """Return the data of a file's header. A header is read again only after the file has changed."""
+        """Return a media file's header, which is cached until the file changes."""
         if not self.runs.is_below(path):
             return MediaHeader(
                 None, None, None, error=say("it does not exist, or is outside the folders that are shown")
@@ -296,7 +296,7 @@ class FolderFiles:
         return len(self.list_unreadable(folder))
 
     def list_unreadable(self, folder: Path) -> list[str]:
-        """Return the names of files that cannot be read; none if the folder has more than MAX_COUNTED."""
+        """Return the names of files that cannot be read; [] if the folder has more than MAX_COUNTED files."""
         try:
             names = list_names(folder)
         except OSError:
@@ -306,7 +306,7 @@ class FolderFiles:
         return [name for name in names if self.read_header(folder / name).error != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return the caption of a file, with the reason if this page cannot edit it."""
+        """Return the JSON values of a file's caption, with the reason if this page cannot edit it."""
         path = find_caption_file(folder, name)
         if path.is_symlink() and not self.runs.is_below(path):
             return caption_values(say("It cannot be read: it is a link to a place outside the folder"))
@@ -314,7 +314,7 @@ class FolderFiles:
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def write(self, request: Request, body: bytes) -> Response:
-        """Save or undo the caption of a file, as the JSON body of the request says (`Captions.change`)."""
+        """Save a file's caption, or undo a save, as the request's JSON body says (`Captions.change`)."""
         folder = self.find(request)
         try:
             query = parse_json(body.decode())
@@ -337,9 +337,9 @@ class FolderFiles:
         return self.captions.change(path, query)
 
     def move(self, request: Request, body: bytes) -> Response:
-        """Leave a media file out of a dataset, or put it back.
+        """Exclude a media file from a dataset, or put it back.
 
-        The JSON body has `name`, and `what`: "out" or "back".
+        The JSON body contains `name`, and `what`: "out" or "back".
         """
         folder = self.find(request)
         try:
@@ -356,7 +356,7 @@ class FolderFiles:
         return answer_json({"error": "", "left_out": self.left_out.list_names(folder)})
 
     def show_image(self, request: Request) -> Response:
-        """Respond with a small image of an image or clip below the roots."""
+        """Respond with a thumbnail of an image or clip below the roots."""
         path = Path(request.query_params.get("path", ""))
         is_media = path.suffix.lower() in MEDIA_SUFFIXES and path.is_absolute()
         try:
@@ -384,7 +384,7 @@ def _read_media_header(path: Path) -> MediaHeader:
 
 
 def picture_address(path: Path) -> str | None:
-    """Return the address of a small image of a file; None if the file has been removed."""
+    """Return the URL of a file's thumbnail; None if the file has been removed."""
     try:
         stamp = path.stat().st_mtime_ns
     except OSError:

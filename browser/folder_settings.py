@@ -1,4 +1,4 @@
-"""All settings of a described folder, on the page New: a table of options in run.toml, and three text boxes.
+"""All settings of a training run, on the New page: a table of options in run.toml, and three text boxes.
 
 The options and their help come from the training script's own --help, printed as JSON by a process.
 """
@@ -75,7 +75,7 @@ class Setting(DescribedOption):
 
     @property
     def about(self) -> TranslatableText:
-        """First sentence of the help text, which has a translation."""
+        """First sentence of the option's help text, which is translated."""
         return say(re.split(r"(?<!e\.g)\. ", self.help)[0])
 
     def convert(self, text: str) -> Any:
@@ -118,7 +118,7 @@ class SettingRow:
 
     @property
     def has_no_effect(self) -> bool:
-        """Whether the dataset or the other settings leave the option without effect."""
+        """Whether the option has no effect with this dataset and the other settings."""
         return self.unused_reason != "" or self.idle_reason != ""
 
     @property
@@ -166,10 +166,10 @@ def _is_simple(value: Any) -> bool:
 def list_rows(
     text: str, settings: Sequence[Setting], proposed_run: str | None, dataset: DatasetKeys | None = None
 ) -> list[SettingRow]:
-    """Return all rows: the keys of the file in its order, then all other options in the order of the help.
+    """Return all rows: the keys in run.toml in its order, then all other options in the order of the help.
 
-    Of the other options, those that `new` proposes come first. Options that have no effect with the folder's
-    dataset or with the other settings come last.
+    Among the other options, the ones that `new` proposes come first, and options that have no effect with the
+    folder's dataset or with the other settings come last.
 
     Args:
         text: Text of run.toml.
@@ -210,7 +210,7 @@ def _list_unset_rows(
 ) -> list[SettingRow]:
     """Return the rows of options that run.toml does not set; options that `new` proposes come first.
 
-    `set_values` are the values that run.toml sets, by the name of the option.
+    `set_values` are the values that run.toml sets, by option name.
     """
     unset_settings = [setting for setting in settings if setting.name not in set_values]
     unset_settings.sort(key=lambda setting: setting.name not in (proposed_values or {}))
@@ -237,7 +237,7 @@ def _explain_unused(dataset: DatasetKeys | None, option: str) -> str:
 
 
 def _explain_idle(settings: Sequence[Setting], set_values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the reasons why options have no effect with the values that a run.toml sets."""
+    """Return, by option name, why an option has no effect with the values that a run.toml sets."""
     defaults = {setting.name: setting.convert(setting.default) for setting in settings if setting.default}
     return explain_idle(set_values, defaults=defaults)
 
@@ -249,7 +249,7 @@ def _show_proposed(values: Mapping[str, Any] | None, key: str) -> str | None:
 
 
 def name_field(key: str) -> str:
-    """Return the name of a row's form field."""
+    """Return the name of the form field for a key of run.toml."""
     return f"set {key}"
 
 
@@ -274,10 +274,10 @@ def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
 def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]) -> str:
     """Apply the edits from the table to the text of run.toml. `rows` are the rows before the edits.
 
-    Only keys whose text differs are changed; a key whose field was emptied is removed.
+    Only keys whose text differs are changed. A key whose field is empty is removed.
 
     Raises:
-        OptionError: If a typed value cannot be read.
+        OptionError: If a typed value cannot be parsed.
         ValueError: If the text is not TOML.
     """
     changes: dict[str, Any] = {}
@@ -314,7 +314,7 @@ def parse_proposed_run(lines: str) -> str | None:
 
 @dataclass(frozen=True)
 class SettingsView:
-    """Values of the settings of a described folder, for the template: its files and the table of options."""
+    """Template values of a folder's settings: the texts of its files, and the table of options."""
 
     folder: Path
     files: Mapping[str, DraftFile]
@@ -328,7 +328,7 @@ class SettingsView:
 
 
 class FolderSettingsPages:
-    """Shows the settings of a folder, and saves them."""
+    """Shows and saves the settings in a folder's run.toml and dataset.toml."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -344,12 +344,12 @@ class FolderSettingsPages:
         is_rejected: bool = False,
         proposal_problem: str = "",
     ) -> Response:
-        """Return the HTML of a folder's settings: its files, and a table of the training's options.
+        """Return the HTML of a folder's settings: its files, and a table of the training options.
 
         Args:
-            folder: The described folder.
+            folder: The folder with the run.toml.
             change: The edit that was previewed or saved; None if only the files are shown.
-            is_rejected: Whether the answer explains a rejected request (status 422).
+            is_rejected: Whether the response explains a rejected request (status 422).
             proposal_problem: Why the values that `new` chose cannot be determined; "" if they can.
         """
         view = self.view(folder, change or DraftChange(section=""))
@@ -367,7 +367,7 @@ class FolderSettingsPages:
         return answer_template("folder_settings.html", RUN_FILE, values, is_rejected)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
-        """Return the values of the settings table; if a file is unreadable, its error is their `problem`."""
+        """Return the values of the settings section. If a file is unreadable, `problem` has the error."""
         proposed_run = self.read_proposed_run(folder)
         problem = ""
         rows: list[SettingRow] = []
@@ -405,7 +405,7 @@ class FolderSettingsPages:
         return list_rows(text, read_settings(find_training_script(text)), proposed_run, dataset)
 
     def proposal_argv(self, folder: Path) -> list[str]:
-        """Return the command that prints, without writing it, the run.toml that `new` would write.
+        """Return the command that prints the run.toml that `new` would write, without writing it.
 
         It repeats the page's last `new` command for the folder. If `new` has run in a terminal since, the
         command is derived from the files.
@@ -465,11 +465,11 @@ class FolderSettingsPages:
 
         Args:
             run_draft: run.toml as it is on disk.
-            fields: Fields of the table. `have_dataset` is the checksum of dataset.toml on the page.
+            fields: Fields of the table. `have_dataset` is the checksum of the dataset.toml that it shows.
 
         Raises:
-            ChangedMeanwhileError: If dataset.toml has changed since the page was made.
-            OptionError: If a typed value cannot be read.
+            ChangedMeanwhileError: If dataset.toml has changed since the page was loaded.
+            OptionError: If a typed value cannot be parsed.
             ValueError: If a file is not TOML.
         """
         require_full(fields)
@@ -484,7 +484,7 @@ class FolderSettingsPages:
         dataset_draft = read_draft_file(self.site, folder, DATASET_FILE)
         if dataset_draft.checksum != fields.get("have_dataset", ""):
             raise ChangedMeanwhileError
-        # dataset.toml takes precedence: the training would ignore its own option
+        # dataset.toml takes precedence: the training run would ignore its own option
         return {
             run_draft: edit_toml(run_text, {BATCH_OPTION: None}),
             dataset_draft: write_batch(dataset_draft.text, size),
@@ -493,13 +493,13 @@ class FolderSettingsPages:
     def answer_conflict(
         self, folder: Path, section: str, draft: DraftFile, fields: Mapping[str, str]
     ) -> Response:
-        """Return the page with the error that a file changed while it was edited, and with the typed text.
+        """Return the settings with the error that a file has changed while it was edited, and the typed text.
 
         Args:
-            folder: The described folder.
+            folder: The folder with the run.toml.
             section: SETTINGS_TABLE, or the name of the file that was edited as text.
             draft: The file as it is now.
-            fields: Fields of the form; `base` is the text that the page was made from.
+            fields: Fields of the form; `base` is the text that the page showed before the edit.
         """
         typed_text = fields.get("text")
         base_text = fields.get("base", "")

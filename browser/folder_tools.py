@@ -22,7 +22,7 @@ def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
 
 @dataclass(frozen=True)
 class FolderTool:
-    """A tool and its jobs in folders. `kind` is the kind of the background jobs for its dry runs."""
+    """A command-line tool, such as the tagger, and its jobs in folders. `kind` names its dry-run jobs."""
 
     site: Site
     script: str
@@ -33,7 +33,7 @@ class FolderTool:
         return find_tool_job(self.site.queue.jobs(), folder, self.script)
 
     def collect_progress(self, folder: Path) -> dict[str, Any]:
-        """Return the template values for the last dry run and the queued job of a tool in a folder."""
+        """Return the template values about the tool's last dry run and queued job in a folder."""
         try_job = self.site.background_jobs.find(name_background_job(self.kind, folder))
         return {
             "try_job": try_job,
@@ -44,9 +44,9 @@ class FolderTool:
         }
 
     def handle_button(self, folder: Path, action: str, make_argv: Callable[[bool], Sequence[str]]) -> bool:
-        """Start, try, stop or resume a tool on a folder; return False if `action` names no such button.
+        """Start, try, stop or resume a tool on a folder; return False if `action` is none of these.
 
-        `make_argv` returns the command line; its argument is true for a dry run. Raises UserError if the
+        `make_argv` returns the command line; its argument is True for a dry run. Raises UserError if the
         command cannot be started.
         """
         match action:
@@ -64,7 +64,7 @@ class FolderTool:
         return True
 
     def start(self, folder: Path, argv: Sequence[str]) -> None:
-        """Add the tool to the queue. Raises UserError, also if it is already in the queue."""
+        """Add the tool's command to the queue. Raises UserError, for example if it is already queued."""
         job = self.find_job(folder)
         if job is not None and job.state in (WAITING, RUNNING):
             raise OptionError(
@@ -76,7 +76,7 @@ class FolderTool:
         self.site.queue.add_and_begin(argv, folder, within=folder)
 
     def stop(self, folder: Path) -> None:
-        """Stop the tool's dry run and its job in a folder; a waiting job is removed from the queue.
+        """Stop the tool's dry run and its queued job in a folder; a waiting job is removed from the queue.
 
         Raises UserError if the queue cannot be changed.
         """

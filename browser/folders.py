@@ -24,7 +24,7 @@ from training.reports.sections import SAMPLES
 DEEPEST = 6  # maximum depth below a root
 MAX_FOLDERS = 500
 MAX_ENTRIES = 20_000  # maximum number of entries that are read in a folder
-CHECK_PAGE = "check.html"  # written by `run --check` into a described folder
+CHECK_PAGE = "check.html"  # written by `run --check` into the folder of run.toml
 # folder names of image trainers, with the number of repeats and the caption: 10_ohwx man
 TRAINER_FOLDER_NAME = re.compile(r"[1-9]\d{0,2}_.*\S.*")
 IMG_FOLDER = "img"  # subfolder of a project that contains such folders
@@ -108,13 +108,13 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def read_media_folder(folder: Path) -> MediaFolder | None:
-    """Count the images, clips, audio files and missing captions of a folder; None if it has no media."""
+    """Count a folder's images, clips, audio files and missing captions; return None if it has no media."""
     try:
         with os.scandir(folder) as scanned:
             entries = [*itertools.islice(scanned, MAX_ENTRIES)]
     except OSError:
         return None
-    # without hidden files, and without companions of a clip such as clip_mask.png
+    # without hidden files, and without files that belong to a clip, such as clip_mask.png
     entries = [entry for entry in entries if entry.name[0] != "." and label_of(Path(entry.name).stem) is None]
     images = _list_names(entries, IMAGE_SUFFIXES)
     clips = _list_names(entries, VIDEO_SUFFIXES)
@@ -159,10 +159,10 @@ def _has_text(entry: "os.DirEntry[str]") -> bool:
 
 
 def read_outer_folder(folder: Path) -> MediaFolder | None:
-    """Count the media in the subfolders of a folder that `new` describes as one dataset.
+    """Count the media in the subfolders of a folder that `new` treats as one dataset.
 
-    Returns None unless the folder is described, or has subfolders with the names that image trainers use
-    (`10_name`), directly or in a subfolder `img`.
+    Returns None unless the folder has a run.toml, or subfolders with names as image trainers use (`10_name`),
+    directly or in a subfolder `img`.
     """
     direct = _read_subfolders(folder)
     in_img = _read_subfolders(folder / IMG_FOLDER)
@@ -189,7 +189,7 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
 
 
 def _read_subfolders(folder: Path) -> list[MediaFolder]:
-    """Return the subfolders of a folder that contain media."""
+    """Return the direct subfolders of a folder that contain media, with their counts."""
     return [
         media_folder
         for path in itertools.islice(_walk(folder, 1), 1, None)
@@ -223,10 +223,10 @@ def find_file(runs: Runs, text: str) -> Path | None:
 def find_typed(runs: Runs, text: str) -> Path | None:
     """Return the path of an existing folder anywhere on the machine; None for any other text.
 
-    A relative `text` begins in the first folder that the server shows.
+    A relative `text` refers to the first root folder.
 
     Raises:
-        ValueError: With the reason, if no folder can have this name.
+        ValueError: If no folder can have this name, with the reason.
         OSError: If the path cannot be resolved.
     """
     if not text.strip():
@@ -244,5 +244,5 @@ def is_closed(runs: Runs, folder: Path) -> bool:
 
 
 def is_written(name: str) -> bool:
-    """Return whether a folder has a name, in any case, that programs of this project create."""
+    """Return whether a folder name, in any case, is one that programs of this project create."""
     return NOT_MEDIA.fullmatch(fold_name(name)) is not None

@@ -1,4 +1,4 @@
-"""The page Generate: a form for an image or clip, the state of render jobs, and the results of all days."""
+"""The Generate page: a form for an image or clip, the state of render jobs, and the results of all days."""
 
 import functools
 import secrets
@@ -112,7 +112,7 @@ SEED_BITS = 32
 
 @dataclass(frozen=True)
 class GenerateForm:
-    """Values of the fields of the page Generate."""
+    """Field values of the Generate page."""
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
     field_values: Mapping[str, str] = field(default_factory=dict)  # typed text of each other field
@@ -145,7 +145,7 @@ class GenerateForm:
         )
 
     def as_fields(self) -> dict[str, list[str]]:
-        """Return the fields that a page with this form sends."""
+        """Return the form's fields as a browser would send them."""
         fields = {name: [text] for name, text in self.field_values.items()}
         fields |= {"source": [self.source], "count": [self.num_results], "lora": list(self.lora_strengths)}
         fields |= {f"strength {path}": [strength] for path, strength in self.lora_strengths.items()}
@@ -156,7 +156,7 @@ class GenerateForm:
 
 
 class GeneratePages:
-    """Shows the page Generate, and handles its buttons."""
+    """Shows the Generate page, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -178,10 +178,10 @@ class GeneratePages:
     # --- the page
 
     def show(self, request: Request) -> Response:
-        """Return the page with a filled form.
+        """Return the Generate page with a filled form.
 
-        The form comes from the query if it has fields; otherwise from the draft named in the query or,
-        failing that, from the newest draft.
+        The form is read from the query if it has fields, otherwise from the draft that the query names. If
+        there is none, the newest draft is used.
         """
         fields = read_query(request)
         draft = "".join(fields.pop("draft", ()))
@@ -203,7 +203,7 @@ class GeneratePages:
         )
 
     def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
-        """Return the page after another source was selected, with the form adapted to that source."""
+        """Return the page after another run or model was selected, with the form adapted to it."""
         try:
             return self.answer(self.refill(form), draft=draft)
         except (UserError, OSError) as reason:
@@ -212,12 +212,12 @@ class GeneratePages:
     def answer(
         self, form: GenerateForm, error: str = "", is_new: bool = False, draft: str = "", message: str = ""
     ) -> Response:
-        """Return the page with a filled form.
+        """Return the Generate page with a filled form.
 
         Args:
             form: Values of the fields.
             error: Error message to show.
-            is_new: Fill the empty fields with the defaults of the recipe.
+            is_new: Whether to replace the form with the defaults of its run or model.
             draft: Name of the draft that holds the form.
             message: Message to show that is not an error.
         """
@@ -258,9 +258,9 @@ class GeneratePages:
     def lora_values(
         self, form: GenerateForm, recipe: ModelRecipe | None, loras: Sequence[LoraRow]
     ) -> dict[str, object]:
-        """Return the template values for the list of LoRAs: those that fit the recipe, and others apart.
+        """Return the template values of the list of LoRAs: those that fit the recipe, and others separately.
 
-        LoRAs that do not fit but are selected are listed with those that fit.
+        A selected LoRA is listed among the first, even if it does not fit.
         """
         fitting_rows: list[LoraRow] = []
         other_rows: list[LoraRow] = []
@@ -276,7 +276,7 @@ class GeneratePages:
         }
 
     def work_values(self) -> dict[str, object]:
-        """Return the template values for the page's list of render jobs."""
+        """Return the template values of the page's list of render jobs."""
         render_jobs = self.render_worker.list_all()
         mentioned = [render_job for render_job in render_jobs if needs_mention(render_job)]
         ended = mentioned[-MAX_ENDED_JOBS:][::-1]  # the newest first
@@ -301,7 +301,7 @@ class GeneratePages:
         """Return the HTML of the page's list of render jobs.
 
         Args:
-            error: Reason why the request was not carried out.
+            error: Reason why the request was rejected.
             queued_message: Message about the queued render jobs; "" if none was queued.
         """
         values = {
@@ -314,7 +314,7 @@ class GeneratePages:
         return answer_template("generate_work.html", say("Generate"), values, is_rejected=error != "")
 
     def show_preview(self, request: Request) -> Response:
-        """Respond with the newest preview; empty if it has just been removed, which the next poll reports."""
+        """Respond with the newest preview image, or without content if it has just been removed."""
         preview = self.render_worker.preview
         name = request.path_params["name"]
         if preview is None or Path(name).suffix != preview.suffix:
@@ -326,7 +326,7 @@ class GeneratePages:
             return Response(status_code=204)
 
     def show_input(self, request: Request) -> Response:
-        """Respond with a dropped image, by its name."""
+        """Respond with the dropped image whose name is in the URL."""
         path = self.inputs.folder / request.path_params["name"]
         kinds = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
         kind = kinds.get(path.suffix)
@@ -337,7 +337,7 @@ class GeneratePages:
     # --- sources
 
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
-        """Return the runs and models to generate with: field value and name of each, grouped by a title."""
+        """Return the runs and models to generate with, as (field value, name) by group title."""
         runs: list[tuple[str, str]] = []
         for run, label in self.run_loras.refresh():
             runs.append((f"run {run.id}", say("%(label)s (run)", label=label)))
@@ -353,13 +353,13 @@ class GeneratePages:
 
     @staticmethod
     def first_source(sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-        """Return the field value of the first source in the first group; "" if there is none."""
+        """Return the field value of the first run or model in the first group; "" if there is none."""
         return next((rows[0][0] for rows in sources.values() if rows), "")
 
     def find_recipe(self, source: str) -> ModelRecipe:
-        """Return the recipe of a source, which is "run ID" or "model FAMILY TASK".
+        """Return the recipe for a source, which is "run ID" or "model FAMILY TASK".
 
-        Raises OptionError if there is no such source, OSError if the history of its run is gone.
+        Raises OptionError if the source does not exist, OSError if its run's history is missing.
         """
         if not source:
             raise OptionError(say("Model: choose one."))
@@ -400,7 +400,7 @@ class GeneratePages:
     def make_render_request(
         self, recipe: ModelRecipe, form: GenerateForm, rows: Sequence[LoraRow]
     ) -> RenderRequest:
-        """Return the render request that a form describes, with the selected LoRAs among `rows`."""
+        """Return the render request that a form describes, with the LoRAs that it selects from `rows`."""
         texts = {}
         for name in FIELDS:
             if name not in ("seed", "references"):
@@ -432,10 +432,10 @@ class GeneratePages:
         return format_command(argv, recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
-        """Carry out a button of the page, and return the HTML of the form or of the render jobs.
+        """Handle a pressed button, and return the HTML of the form or of the list of render jobs.
 
         The action is "form" (save the form, or fill it for another model), "make" (generate), "four"
-        (generate with SEVERAL_SEEDS seeds) or a button of the render jobs.
+        (generate with SEVERAL_SEEDS seeds) or an action of `change_jobs`.
         """
         action = request.path_params["what"]
         # each field of a form is a list of strings; these two fields are not values of GenerateForm
@@ -461,7 +461,7 @@ class GeneratePages:
         return self.answer_pressed(queued_message=queued_message)
 
     def change_jobs(self, action: str, job_number: str) -> bool:
-        """Carry out a button of the list of render jobs; return False if `action` names no such button."""
+        """Apply a button's action to the list of render jobs; return False if `action` is unknown."""
         actions_of_one_job = {
             "cancel": self.render_worker.cancel,
             "again": self.render_worker.again,
@@ -485,7 +485,7 @@ class GeneratePages:
         return response
 
     def queue_results(self, form: GenerateForm) -> str:
-        """Queue the render jobs of a form, one for each seed, and return a message about the results to come.
+        """Queue a form's render jobs, one for each seed, and return a message about the queued results.
 
         Raises OptionError if the form is not valid.
         """
@@ -514,8 +514,8 @@ class GeneratePages:
         )
 
     def _check_paths(self, render_request: RenderRequest) -> None:
-        """Raise OptionError if an image is outside the roots and not in the model's own command."""
-        named = {*render_request.recipe.paths}  # files of the model's own command may lie anywhere
+        """Raise OptionError if an input image is outside the roots and not in the model's own command."""
+        named = {*render_request.recipe.paths}  # files in the model's own command may be anywhere
         paths = [
             *render_request.references,
             *(render_request.texts.get(name, "").strip() for name in IMAGES),
@@ -531,7 +531,7 @@ class GeneratePages:
                 )
 
     def _check_lora_file(self, recipe: ModelRecipe, form: GenerateForm) -> None:
-        """Raise OptionError if a typed LoRA lies outside the folders of this page or is not a LoRA file."""
+        """Raise OptionError if a typed LoRA path is outside the shown folders or not a .safetensors file."""
         text = strip_quotes(form.field_values.get("lora_file", "").strip())
         if not text:
             return
@@ -570,7 +570,7 @@ class GeneratePages:
         return answer_json({"path": str(stored), "address": add_root(f"/generate/input/{stored.name}")})
 
     def read_dropped(self, path: Path, name: str) -> Response:
-        """Fill a form with the settings in a dropped file, store it, and respond with its page's address."""
+        """Store a form filled with the settings in a dropped file, and respond with the form's URL."""
         try:
             tags = read_file_tags(path, Path(name).suffix)
         finally:
@@ -583,7 +583,7 @@ class GeneratePages:
         return answer_json({"address": add_root(f"/generate?draft={draft}")})
 
     def fill_form(self, settings: DroppedSettings) -> GenerateForm:
-        """Return the form for the settings of a file. Raises OptionError if no source has their model."""
+        """Return the form filled with the settings of a file, for the model or run that fits them best."""
         sources = self.list_sources()
         source = self._select_source(settings, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
@@ -604,7 +604,7 @@ class GeneratePages:
         )
 
     def describe_filling(self, settings: DroppedSettings, form: GenerateForm) -> str:
-        """Say which program's settings have filled the form, and which of them are missing here.
+        """Describe which program's settings have filled the form, and which models and files are missing.
 
         `settings` come from a dropped file; `form` is already filled with them.
         """
@@ -635,8 +635,8 @@ class GeneratePages:
     ) -> str:
         """Return the run or released model that fits a dropped file's settings best; "" if none fits.
 
-        `sources` are lists of (field value, title). One with the file's LoRAs is preferred, then a run, then
-        a model on disk.
+        `sources` are lists of (field value, title). A run or model with the file's LoRAs is preferred, then
+        other runs and models on disk.
         """
         best_source = ""
         best_score = -1
@@ -649,7 +649,7 @@ class GeneratePages:
         return best_source
 
     def _score_source(self, settings: DroppedSettings, source: str) -> int:
-        """Return how well a model or run fits the settings of a dropped file; -1 if it does not fit.
+        """Return a score of how well a model or run fits the settings of a dropped file; -1 if not at all.
 
         `source` is "model FAMILY TASK" or "run ID".
         """
@@ -701,14 +701,14 @@ def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow])
 
 
 def _make_labels(recipe: ModelRecipe | None) -> dict[str, str]:
-    """Return the labels of the form's fields; models that count seconds have seconds instead of frames."""
+    """Return the labels of the form's fields. The length is in frames or, for some models, in seconds."""
     if recipe is not None and recipe.counts_seconds:
         return {**LABELS, "frames": say("Seconds")}
     return {**LABELS, "frames": say("Frames")}
 
 
 def _preview_address(preview: Path | None) -> str:
-    """Return the address of the newest preview image or clip; "" if there is none."""
+    """Return the URL of the newest preview image or clip; "" if there is none."""
     if preview is None:
         return ""
     try:
@@ -719,7 +719,7 @@ def _preview_address(preview: Path | None) -> str:
 
 
 def _select_loras(recipe: ModelRecipe, form: GenerateForm, rows: Sequence[LoraRow]) -> list[UsedLora]:
-    """Return the LoRAs that a form selects among `rows`, and the LoRA whose path the user typed."""
+    """Return the LoRAs that a form selects from `rows`, and the LoRA whose path the user typed."""
     loras: list[UsedLora] = []
     for row in rows:
         if row.path in form.lora_strengths:
@@ -751,7 +751,7 @@ def describe_ended(ended: Sequence[RenderJob]) -> str:
 
 
 def describe_loading(recipe: ModelRecipe | None) -> str:
-    """Return a note about files or options that a recipe lacks; "" if it can be used."""
+    """Return a note about the files or options that a recipe lacks; "" if nothing is missing."""
     if recipe is None:
         return ""
     num_missing = len(recipe.missing_files) + len(recipe.unfilled_options)
@@ -792,16 +792,16 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
 
 
 def _make_render_job(render_request: RenderRequest, form: GenerateForm, seed: str) -> RenderJob:
-    """Return the job for one seed of a form; it stores a form that generates this single result again."""
+    """Return the job for one seed of a form. It stores a form that repeats just this result."""
     field_values = {**form.field_values, "seed": seed}
     form_of_result = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
     return replace(render_request.as_render_job(seed), form=form_of_result.as_fields())
 
 
 def select_seeds(form: GenerateForm) -> list[str]:
-    """Return the seed of each result that a form requests: the typed or a random one, then counted up.
+    """Return the seeds of the results that a form requests: consecutive, from the typed or a random seed.
 
-    Raises OptionError if seed or count is not valid.
+    Raises OptionError if the seed or the number of results is not valid.
     """
     seed = form.field_values.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
@@ -822,7 +822,7 @@ def select_seeds(form: GenerateForm) -> list[str]:
 
 
 def generate_routes(site: Site) -> list[Route]:
-    """Return the routes of the page Generate."""
+    """Return the routes of the Generate page."""
     pages = GeneratePages(site)
     return [
         Route("/generate", pages.show),

@@ -10,7 +10,7 @@ TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def describe_login() -> str:
-    """Return one sentence that says whether a login for the Hugging Face Hub was found."""
+    """Return a sentence that says whether a token for the Hugging Face Hub was found."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return say("HF_HUB_OFFLINE is set: nothing is downloaded. Start the server without it.")
     for name in VARIABLES:

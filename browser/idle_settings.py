@@ -17,13 +17,13 @@ SCHEDULE_WITHOUT_WARM_UP = "constant"  # schedule that rejects warm-up steps
 
 
 def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
-    """Return the reasons why options have no effect, by the names of the options.
+    """Return, by option name, the reason why an option that run.toml does not set would have no effect.
 
-    Options that run.toml sets are not included: the training itself logs what it ignores.
+    Options that run.toml sets are not included, because the training run itself logs what it ignores.
 
     Args:
-        values: Options that the run sets.
-        defaults: Default values of the options of its script.
+        values: Options that run.toml sets.
+        defaults: Default values of the training script's options.
     """
     all_values = {**defaults, **values}
     reasons = {name: reason for record in OPTION_RECORDS for name, reason in _list_idle(record, all_values)}
@@ -35,7 +35,7 @@ def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def _list_idle(record: type[Options], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each option of a record that cannot act with these values, and the reason."""
+    """Yield the name of each option in `record` that has no effect with these values, and the reason."""
     names = {option_name(field): field.name for field in dataclasses.fields(record)}
     known = {names[name]: value for name, value in values.items() if name in names}
     try:
@@ -44,4 +44,4 @@ def _list_idle(record: type[Options], values: Mapping[str, Any]) -> Iterator[tup
             if list_idle_reasons(made, field):
                 yield option_name(field), say("No effect in this run, with its other settings.")
     except (UserError, TypeError, ValueError):
-        return  # the table shows these values, and the training says what is wrong with them
+        return  # the table shows these values, and the training run reports what is wrong with them

@@ -35,7 +35,7 @@ FOLDER = QUEUE_FOLDER
 QUEUE = "queue.txt"
 STATE = "jobs.json"
 LOGS = "logs"
-RENDER_FOLDER = "making"  # folder of the page Generate
+RENDER_FOLDER = "making"  # folder of the Generate page
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
 MAX_OF_CODE = 100  # maximum bytes read from the exit code file
@@ -61,12 +61,12 @@ STORED_FIELDS = ("id", "line", "folder", "process", "stops", "within", "typed") 
 
 
 class UnknownJobsError(OutputError):
-    """Raised if a queue contains waiting jobs that its user has neither typed nor started."""
+    """Raised if a queue contains waiting jobs that this user has neither typed nor started."""
 
 
 @dataclass
 class Job:
-    """A command line of the queue, and the state of its process when it was last read."""
+    """A command line in the queue, and the state of its process when it was last read."""
 
     id: int
     line: str  # as in the text file
@@ -74,7 +74,7 @@ class Job:
     log: Path
     process: dict[str, Any] | None = None  # process of the job; None: not started
     stops: int = 0  # number of stop requests
-    within: str = ""  # described folder whose limits apply; "": no limits
+    within: str = ""  # the only folder to which the job may write; "": no limits
     typed: str = ""  # typed options that may send data despite limits
     entry_index: int = -1  # index among the entries of the text file; -1: its line has been removed
     code: int | None = field(init=False)
@@ -91,7 +91,7 @@ class Job:
             self.state = self._name_ending()
 
     def _is_running(self, process: dict[str, Any]) -> bool:
-        """Return whether the process runs; on another machine, whether its log is still growing."""
+        """Return whether the job's process runs; on another machine, whether its log is still growing."""
         is_alive = is_process_alive(process)
         if is_alive is not None:
             return is_alive
@@ -111,7 +111,7 @@ class Job:
         return None
 
     def as_row(self) -> dict[str, Any]:
-        """Return the values of the job as they are stored."""
+        """Return the job's values as they are stored in the JSON state file."""
         row = {name: getattr(self, name) for name in STORED_FIELDS}
         for name in ("within", "typed"):
             if not row[name]:
@@ -142,7 +142,7 @@ class Job:
         return "" if is_there else say("%(folder)s: there is no such folder", folder=self.folder)
 
     def reject_moved_limits(self) -> None:
-        """Raise OptionError if a link has replaced the folder that the job may write into."""
+        """Raise OptionError if a link has replaced the only folder that the job may write to."""
         if self.within and str(real_path(Path(self.within))) != self.within:
             raise OptionError(f"{self.within} is a link to another place by now. Remove the link, then retry")
 
@@ -162,7 +162,7 @@ class Job:
         return float(born) if isinstance(born, (int, float)) and abs(born) < MAX_BORN else 0.0
 
     def last_lines(self, count: int = LAST_LINES) -> str:
-        """Return the last lines of the job's log; of each progress bar, only its last state."""
+        """Return the last lines of the job's log, with only the last state of each progress bar."""
         if self.log.is_symlink():  # a link may lead to another user's file
             return ""
         try:
@@ -190,7 +190,7 @@ class _QueueContent:
         return json.dumps(info, indent=1)
 
     def count_waiting(self) -> "Counter[str]":
-        """Return the number of waiting jobs with each line, by the digest of the line."""
+        """Count the waiting jobs by the digest of their command line."""
         return Counter(
             short_digest(json.dumps([job.line, job.folder, job.within, job.typed]), 16)
             for job in self.jobs
@@ -198,7 +198,7 @@ class _QueueContent:
         )
 
     def find(self, number: int, *states: str) -> Job:
-        """Return a job by its number.
+        """Return the job with this number.
 
         Raises OptionError if it does not exist, or is not in one of the `states`.
         """
@@ -214,7 +214,7 @@ class _QueueContent:
         )
 
     def wait_again(self, job: Job, line: str) -> None:
-        """Queue a job that is not running again, with this command line."""
+        """Queue an ended or waiting job again, with this command line."""
         if job.entry_index < 0:
             self.entries.append("")  # entry -1
         self.entries[job.entry_index] = f"{line}\n"
@@ -224,7 +224,7 @@ class _QueueContent:
         job.code_path.unlink(missing_ok=True)
 
     def find_next(self) -> Job | None:
-        """Return the first waiting job; None if a job is running or none waits."""
+        """Return the first waiting job; None if a job is running or if none is waiting."""
         if any(job.state == RUNNING for job in self.jobs):
             return None
         return next((job for job in self.jobs if job.state == WAITING), None)
@@ -239,10 +239,10 @@ class QueueState:
 
 
 class JobQueue:
-    """Manages the job queue of a folder, whose text file users may edit too, and runs the jobs on request.
+    """Manages the job queue in a folder, whose text file users may edit too, and runs the jobs on request.
 
-    A line stays in the text file when its job begins, so that saving an older copy from an editor starts no
-    job again. Lines are matched with jobs by their text: to repeat a command, add a second line or retry.
+    A line stays in the text file when its job begins. Otherwise, saving an older copy from an editor would
+    start the job again. Lines are matched with jobs by text: to repeat a command, add a second line or retry.
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
@@ -268,7 +268,7 @@ class JobQueue:
 
     @property
     def worker(self) -> str:
-        """Where the jobs run: "here" in this process, "elsewhere" in another one, "" if nothing runs them."""
+        """Where jobs run: "here" in this process, "elsewhere" in another one, "" if no process runs them."""
         return "here" if self._worker_thread is not None else self._find_worker(self._read_content())
 
     def _find_worker(self, content: _QueueContent) -> str:
@@ -283,16 +283,16 @@ class JobQueue:
     def add(
         self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command of this program, and return the number of its job.
+        """Append one of this project's commands, and return the number of its job.
 
         Args:
             argv: The command line.
             folder: Working folder of the command.
-            within: Described folder to which all writes of the command are limited; None without limits.
+            within: The only folder to which the command may write; None without limits.
             typed: Options that may send data despite the limits, because the user has typed them.
 
         Raises:
-            OptionError: If it is not a command of this program, or a command that never ends.
+            OptionError: If it is not one of this project's commands, or if it never ends.
             OutputError: If the queue cannot be written.
         """
         launch.find_job_program(argv, folder)
@@ -308,10 +308,10 @@ class JobQueue:
     def add_and_begin(
         self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command, and start the queue, unless it is paused and has other jobs.
+        """Append a command, and start the queue unless other jobs are waiting.
 
-        Returns the number of the job. `within` is the folder that it may write to, `typed` are options that
-        may still send data.
+        Returns the number of the job. `within` is the only folder to which it may write, `typed` are options
+        that may send data anyway.
         """
         others_wait = any(job.state == WAITING for job in self.jobs())
         number = self.add(argv, folder, within=within, typed=typed)
@@ -342,7 +342,7 @@ class JobQueue:
                 path.unlink(missing_ok=True)
 
     def stop(self, number: int) -> None:
-        """Interrupt a running job as Ctrl-C does, so that it saves and ends; kill it on the second call.
+        """Interrupt a running job as Ctrl-C does, so that it saves and ends; a second call kills it.
 
         Raises OutputError if it runs on another machine.
         """
@@ -373,7 +373,10 @@ class JobQueue:
             content.wait_again(job, line)
 
     def edit(self, number: int, line: str) -> None:
-        """Replace the line of a job that is not running, and queue it again. Raises OptionError."""
+        """Replace the command line of a job that is not running, and queue it again.
+
+        Raises OptionError if the line is not valid, or if the job is running.
+        """
         with self._edit_files() as content:
             job = content.find(number, WAITING, *ENDED)
             command, folder = launch.split_folder(line, Path(job.folder))
@@ -387,7 +390,7 @@ class JobQueue:
 
     @property
     def is_open(self) -> bool:
-        """Return whether the user has started the queue here, with any server, and not paused it since."""
+        """Return whether this user has started the queue, with any server here, and not paused it since."""
         known = recall_queue(self.folder)
         return known is not None and known.is_open
 
@@ -395,12 +398,12 @@ class JobQueue:
         """Run the jobs one after another in a thread.
 
         Args:
-            stays_open: The next server of these folders continues the queue.
-            only_known: Refuse to start if a job waits that the user has neither typed nor started on a page.
+            stays_open: Whether the next server of these folders continues the queue.
+            only_known: Whether to refuse to start if this user has neither typed nor started a waiting job.
 
         Raises:
             OutputError: If another process runs the jobs.
-            UnknownJobsError: If `only_known` is set and there is a job that the user does not know.
+            UnknownJobsError: If `only_known` is set and the user does not know a waiting job.
         """
         if self._worker_thread is not None:
             return
@@ -440,7 +443,7 @@ class JobQueue:
                 remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
 
     def _work(self, worker_lock: contextlib.ExitStack) -> None:
-        """Start one job after another until the queue is closed, holding the queue's lock."""
+        """Run the waiting jobs one after another until the queue is closed, holding the queue's lock."""
         with worker_lock:
             while not self._stop_requested.wait(EVERY_SECONDS):
                 try:
@@ -478,7 +481,7 @@ class JobQueue:
                 write_text(job.code_path, str(error.exit_code))
                 job.process = {}  # not None: it counts as started and ended
                 return
-            # environment variables: a job of a described folder may write only below that folder
+            # environment variables: a job from a folder's run.toml may write only below that folder
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
             self._child_process = launch.prepare_process(job.log, **limits)
             job.process = describe_process(self._child_process.pid)
@@ -495,7 +498,7 @@ class JobQueue:
 
     @contextlib.contextmanager
     def _edit_files(self) -> Iterator[_QueueContent]:
-        """Yield the jobs in the queue's text file and state file, and write the changes of the block."""
+        """Yield the jobs in the queue's text file and state file, then write the changes made to them."""
         if self.read_only:
             raise OutputError(say("the browser was started with --read_only"))
         with explain_errors(self.folder / QUEUE):
@@ -521,7 +524,7 @@ class JobQueue:
         file while the queue ran on the user's request. Other lines must be confirmed before the queue starts.
 
         Args:
-            waiting: Number of waiting jobs of each line after a change.
+            waiting: Number of waiting jobs with each command line after a change.
             waiting_before: The same counts before the change.
         """
         known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
@@ -537,7 +540,7 @@ class JobQueue:
             remember_queue(self.folder, updated.is_open, updated.jobs.elements())
 
     def _reject_unknown_jobs(self, content: _QueueContent) -> None:
-        """Raise UnknownJobsError if a job waits that the user has neither typed nor started."""
+        """Raise UnknownJobsError if a waiting job was neither typed nor started by the user."""
         known = recall_queue(self.folder)
         # a line may wait several times, so lines are counted: jobs beyond the known number are unknown
         unknown = content.count_waiting() - (Counter() if known is None else known.jobs)
@@ -554,7 +557,7 @@ class JobQueue:
             )
 
     def _read_files(self) -> tuple[_QueueContent, str]:
-        """Return the content of both files, and the text of the state file."""
+        """Return the content of the command and state files, and the text of the state file."""
         stored_text = _read_or_empty(self.folder / STATE) or _QueueContent([], [], 0, None).as_text()
         try:
             stored = parse_json(stored_text)
@@ -569,7 +572,7 @@ class JobQueue:
         return content, stored_text
 
     def _read_entries(self) -> list[str]:
-        """Return the entries of the text file. Raises OutputError if it is too large."""
+        """Return the lines of the queue's text file. Raises OutputError if there are too many or too long."""
         entries = [entry for entry in ENTRY.findall(_read_or_empty(self.folder / QUEUE)) if entry]
         if len(entries) > MAX_LINES or any(len(entry) > MAX_OF_JOB for entry in entries):
             raise OutputError(
@@ -581,17 +584,17 @@ class JobQueue:
                     most_of_job=f"{MAX_OF_JOB:,}",
                 )
             )
-        if entries and not entries[-1].endswith("\n"):  # else an added entry would continue the last line
+        if entries and not entries[-1].endswith("\n"):  # an added entry must begin a new line
             entries[-1] += "\n"
         return entries
 
     def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> list[Job]:
-        """Match the jobs of the state file with the lines of the text file, and return the sorted jobs.
+        """Match the jobs in the state file with the lines in the text file, and return the sorted jobs.
 
-        1. For each line, the newest jobs are matched with its occurrences in the text file.
-        2. A line without a job gets a new one.
-        3. The order is: running jobs without a line, ended jobs without a line, jobs of the lines. Waiting
-           jobs without a line are dropped: the user has removed the line.
+        1. For each command line, match the newest jobs with its occurrences in the text file.
+        2. Create a new job for each line without a job.
+        3. Sort: running jobs without a line, ended jobs without a line, jobs in the order of their lines.
+           Drop waiting jobs without a line, because the user has removed the line.
         """
         lines = _list_lines(content.entries)
         num_lines = Counter(lines.values())
@@ -621,7 +624,7 @@ class JobQueue:
 
 
 def _group_by_line(jobs: Iterable[Job]) -> dict[str, list[Job]]:
-    """Return the jobs with equal command lines, by the line."""
+    """Group jobs by command line."""
     groups: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
         groups[job.line].append(job)
@@ -629,7 +632,7 @@ def _group_by_line(jobs: Iterable[Job]) -> dict[str, list[Job]]:
 
 
 def _list_lines(entries: Sequence[str]) -> dict[int, str]:
-    """Return the command lines of the text file, by their index among its entries."""
+    """Return the command lines among the text file's entries, by index, without comments and blank lines."""
     lines = {}
     for index, entry in enumerate(entries):
         line = entry.strip()
@@ -651,12 +654,12 @@ def _check_stored(stored: Any) -> None:
 
 
 def may_still_write(job: Job) -> bool:
-    """Return whether a job may still write files."""
+    """Return whether a job may still write files, because it is waiting or running."""
     return job.state in (WAITING, RUNNING)
 
 
 def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
-    """Return the jobs that may still write files, for the check of a job that runs after them."""
+    """Return the jobs that may still write files, to check a job that runs after them."""
     earlier = []
     for job in filter(may_still_write, jobs):
         with contextlib.suppress(OptionError):  # an invalid line will be rejected and writes nothing

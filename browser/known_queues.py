@@ -16,14 +16,14 @@ KIND = "queues"
 
 @dataclass(frozen=True)
 class KnownQueue:
-    """The stored record of a queue: whether the user has started it, and the waiting jobs the user knows."""
+    """The stored record of a queue: whether it was started, and the waiting jobs known to the user."""
 
     is_open: bool  # the user has started it, and not paused it since
     jobs: Counter[str]  # digests of the waiting jobs that the user knows
 
 
 def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
-    """Store which jobs of a queue the user knows, so that a later server may start them.
+    """Store which waiting jobs the user has seen, so that a restarted server may run them.
 
     If the record cannot be written, a running queue is paused after a restart of the server.
 
@@ -39,7 +39,7 @@ def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
 def recall_queue(folder: Path) -> KnownQueue | None:
     """Return the stored record of a queue.
 
-    Returns None if there is no record, or if the folder now contains another queue.
+    Returns None if there is no valid record, or if the folder now contains another queue.
     """
     try:
         info = recall_info(KIND, folder)

@@ -78,7 +78,7 @@ _find_commands = functools.cache(find_commands)
 
 
 def split_arguments(line: str) -> list[str]:
-    """Return the arguments of a command line; quotes group words, and a backslash escapes (not on Windows).
+    """Split a command line into arguments. Quotes and (except on Windows) backslashes work as in a shell.
 
     A `~/` at the beginning of a word is expanded.
 
@@ -130,7 +130,7 @@ def command_part(line: str) -> str:
 
 
 def split_folder(line: str, folder: Path) -> tuple[str, Path]:
-    """Return a line without a `cd FOLDER &&` at its start, and the folder that its command runs in.
+    """Return a line without a `cd FOLDER &&` at its start, and the folder in which its command runs.
 
     `folder` is the working folder of a line without `cd`. Raises OptionError if the named folder does not
     exist.
@@ -158,7 +158,7 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
 
 
 def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
-    """Return the command of this project that a line names, and the program to start without a shell.
+    """Return this project's command that a command line names, and the program to start without a shell.
 
     Args:
         argv: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...`, or `accelerate launch [options]
@@ -187,16 +187,16 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
 
 def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
-    """Return the program of a job. Raises OptionError if it is not this project's, or never ends."""
+    """Return the program's argv. Raises OptionError if it is not this project's, or never ends."""
     command, program = find_program(argv, folder)
     reject_endless(command, argv)
     return program
 
 
 def _count_launcher_arguments(argv: Sequence[str]) -> int:
-    """Return how many words at the start of `argv` belong to `accelerate launch` and its options.
+    """Return how many arguments at the start of `argv` belong to `accelerate launch` and its options.
 
-    Raises OptionError for unknown options, and for options and values that reach beyond this machine.
+    Raises OptionError for unknown options, and for options and values that involve other machines.
     """
     position = 2  # after `accelerate launch`
     while position < len(argv) and argv[position].startswith("-") and argv[position] != "-m":
@@ -284,12 +284,12 @@ def check_options(
     Args:
         argv: Command line of one of this project's scripts.
         folder: Working folder of the command.
-        earlier: Jobs that run before it. Files that these may create need not exist yet.
+        earlier: Jobs that run before the command. Files that they may create need not exist yet.
         seconds: Time limit for the check; a script that takes longer counts as accepted.
-        checks_files: Also require files that the script opens only later.
+        checks_files: Whether to require files, too, that the script opens only later.
 
     Raises:
-        OptionError: With the script's own message, if it rejects its options.
+        OptionError: If the script rejects its options, with the script's message.
     """
     command, program = find_program(argv, folder)
     if any(word in HELP for word in argv):  # the script prints its help and ends
@@ -314,10 +314,10 @@ def check_options(
 def _run_until_options_are_read(
     command: ScriptCommand, program: Sequence[str], folder: Path, seconds: float
 ) -> "subprocess.CompletedProcess[str] | None":
-    """Run a script only until it has read and checked its options; None if it would not end there.
+    """Run a script only until it has read and checked its options; return None if it would not end there.
 
     Args:
-        command: The command that the script belongs to.
+        command: The command to which the script belongs.
         program: The Python program, an optional launcher, the script and its options (`find_program`).
         folder: Working folder of the script.
         seconds: Time limit.
@@ -368,7 +368,7 @@ def _may_be_created_later(
 
 
 def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
-    """Raise OptionError for a command that never ends or waits for user input: it would block the queue."""
+    """Raise OptionError for a command that never ends or waits for input, and so would block the queue."""
     if any(word in HELP for word in argv):  # the command prints its help and ends
         return
     options = [word.partition("=")[0] for word in argv if word.startswith("--")]
@@ -408,9 +408,9 @@ def _file_options() -> frozenset[str]:
 def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
     input_options = {POSITIONAL, *_file_options()}
-    if "--output_config" in argv:  # then a training writes the file that --config_file names
+    if "--output_config" in argv:  # then a training run writes the file that --config_file names
         input_options.discard("--config_file")
-    option = POSITIONAL  # the option that the current word belongs to
+    option = POSITIONAL  # the option to which the current word belongs
     for word in argv:
         if word.startswith("-"):  # --option or --option=word
             option, _, word = word.partition("=")
@@ -431,7 +431,7 @@ def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob
 def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError if the folder of `run` neither exists nor may be created by an earlier job.
 
-    Whether it is described is checked when the job starts, because a job before it may describe it.
+    The job itself checks for a run.toml when it starts, because an earlier job may still write it.
     """
     is_script = [word.endswith(("run_project.py", "run_project")) for word in program]
     described = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
@@ -448,7 +448,7 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
 
 
 def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
-    """Return the command of this project that a line begins with, and the number of words in its name."""
+    """Return this project's command with which a command line begins, and the number of words in its name."""
     num_words = 2 if argv[:1] == ["-m"] else 1
     name = " ".join(argv[:num_words])
     # the installed package is run as `python -m reelsmith.tools.mask`
@@ -522,7 +522,7 @@ def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
 
 
 def send_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
-    """Let a waiting process, which `prepare_process` started, run a program; `code` gets the exit code."""
+    """Let a waiting process, started by `prepare_process`, run `program`; `code` is its exit code's file."""
     assert waiting.stdin is not None
     with contextlib.suppress(BrokenPipeError), waiting.stdin:
         waiting.stdin.write(json.dumps([program, folder, str(code)]).encode())
@@ -550,7 +550,7 @@ def kill_processes(number: int) -> None:
 
 
 def main() -> None:
-    """Read a job from standard input, run it, and write its exit code."""
+    """Read a job from stdin, run it, and write its exit code to a file."""
     job = sys.stdin.buffer.read()  # JSON: program, folder, file for the exit code
     if not job:  # the server was killed before it stored this process
         return

@@ -24,7 +24,7 @@ MAX_FILES = 500
 
 @dataclass(frozen=True)
 class LoraRow:
-    """A LoRA in the form Generate: its file, or one file for each expert, with its step, loss and family."""
+    """A LoRA in the Generate form: its file, or one file for each expert, with its step, loss and family."""
 
     path: str
     title: str
@@ -51,8 +51,8 @@ class LoraRow:
     def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
         """Return the row as the form shows it for a recipe.
 
-        If the recipe's command has this LoRA, the row gets the path typed there. If the LoRA was trained for
-        another task, the row gets that as its `reason`.
+        If the recipe's command contains this LoRA, the row gets the path as typed there. If the LoRA was
+        trained for another task, `reason` says so.
         """
         task = "".join(recipe.fixed_options.get("--task", ()))
         reason = ""
@@ -67,7 +67,7 @@ class LoraRow:
         return replace(self, reason=reason)
 
     def _with_copy_first(self, copy: str) -> "LoraRow":
-        """Return the row with `copy`, a file with the same weights, as its file; its file becomes a copy."""
+        """Return the row with `copy`, a file with equal weights, as `path`; the old path joins `copies`."""
         high_path = ""
         if self.high_path:  # a pair: the copy has its own file for the high-noise expert
             high_path = copy.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
@@ -105,7 +105,7 @@ class RunLoras:
         self._loras_of_runs: dict[str, _RunLoraFiles] = {}  # keyed by the id of the run
 
     def refresh(self) -> list[tuple[RunSummary, str]]:
-        """Read runs that have changed, and return the runs that generate with their labels, newest first."""
+        """Read changed runs, and return (run, label) for each run to generate with, newest first."""
         with self.runs.lock:
             labeled = label_runs(self.runs.list_all())
             loras_of_runs = {}
@@ -118,7 +118,7 @@ class RunLoras:
         return [(run, label) for run, label in labeled if loras_of_runs[run.id].family]
 
     def _read(self, run: RunSummary, label: str) -> _RunLoraFiles:
-        """Return the family of a run and the rows of its LoRA files, titled `label`."""
+        """Return a run's family and the rows of its LoRA files, with the title `label`."""
         try:
             source = compare.read_source(self.runs, run)
         except OSError:
@@ -141,12 +141,12 @@ class RunLoras:
         return "" if loras is None else loras.family
 
     def find_run_file_names(self, run_id: str) -> set[str]:
-        """Return the names of a run's files."""
+        """Return the names of the weight files that a run has saved."""
         loras = self._loras_of_runs.get(run_id)
         return set() if loras is None else {name for row in loras.rows for name in row.names}
 
     def list_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
-        """Return the LoRAs for a recipe: first the LoRAs of its command, then LoRAs of runs of its family."""
+        """Return the LoRAs for a recipe: first those of its command, then LoRAs of its family's runs."""
         rows: dict[str, LoraRow] = {}  # keyed by the complete path
         for lora in recipe.loras:
             row = LoraRow(path=lora.path, title=recipe.title)
@@ -161,7 +161,7 @@ class RunLoras:
         return [row for path, row in rows.items() if path not in high_paths]
 
     def list_foreign_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
-        """Return the LoRAs of runs that were trained for another model family, each with that reason."""
+        """Return the LoRAs of other model families, each with a text that says why it does not fit."""
         foreign_rows: list[LoraRow] = []
         for loras in self._loras_of_runs.values():
             if loras.family != recipe.family:
@@ -174,7 +174,7 @@ class RunLoras:
         return foreign_rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
-        """Return the run with this id if it can generate, otherwise None.
+        """Return the run with this id, with its generation options; None if pages cannot generate with it.
 
         Raises OSError if its history cannot be read.
         """
@@ -183,7 +183,7 @@ class RunLoras:
 
 
 def _make_row(source: ComparableRun, file: ComparedFile, label: str) -> LoraRow:
-    """Return the row of a saved LoRA of a run, titled `label`."""
+    """Return the row of a LoRA file that a run has saved, with the title `label`."""
     path, *high_noise_paths = file.paths
     return LoraRow(
         path=str(path),
@@ -202,7 +202,7 @@ def _make_row(source: ComparableRun, file: ComparedFile, label: str) -> LoraRow:
 def _find_other_networks(source: ComparableRun) -> set[str] | None:
     """Return the names of a run's files that its generation command does not load as LoRAs.
 
-    Returns None if it loads none as LoRA: the run has trained a ControlNet, an embedding or a full model.
+    Returns None if it loads none as a LoRA, because the run trained a ControlNet, an embedding or a model.
     """
     loras: set[str] = set()
     others: set[str] = set()
@@ -225,7 +225,7 @@ def _complete_path(recipe: ModelRecipe, path: str) -> str:
 
 
 def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
-    """Return the strength and expert that the recipe's command gives to each LoRA, by the path of its row."""
+    """Return, by LoRA path, the strength and expert that the recipe's command sets."""
     chosen: dict[str, tuple[str, str]] = {}
     for lora in recipe.loras:
         for row in rows:
@@ -237,7 +237,7 @@ def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[s
 
 
 def choose_expert(row: LoraRow, folder: Path) -> str:
-    """Return the expert that a LoRA is for, according to its file."""
+    """Return the expert for a LoRA, by its file name or metadata: HIGH_NOISE, LOW_NOISE or BOTH."""
     if row.high_path:
         return BOTH
     name = row.name.lower().replace("-", "_")

@@ -39,7 +39,7 @@ QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
 
 @dataclass(frozen=True)
 class GraphicsCard:
-    """A graphics card, as its driver describes it."""
+    """A GPU, as nvidia-smi describes it."""
 
     name: str
     used_gib: float | None  # None: it shares the machine's memory
@@ -56,7 +56,7 @@ class GraphicsCard:
 
 
 class CardReader:
-    """Runs nvidia-smi, if it is installed, every few seconds to read the state of the cards."""
+    """Reads the state of the GPUs by running nvidia-smi, if it is installed, every few seconds."""
 
     def __init__(self, program: str | None) -> None:
         """Use nvidia-smi at the path `program`; None if it is not installed."""
@@ -66,7 +66,7 @@ class CardReader:
         self._lock = threading.Lock()
 
     def read(self) -> list[GraphicsCard]:
-        """Return the cards as the driver last reported them. At most one query runs at a time."""
+        """Return the GPUs as nvidia-smi last reported them. At most one query runs at a time."""
         program = self.program
         if program is None or time.monotonic() < self._next or not self._lock.acquire(blocking=False):
             return self._cards
@@ -91,7 +91,7 @@ def ask_driver(program: str) -> list[GraphicsCard]:
 
 
 def read_cards(text: str) -> list[GraphicsCard]:
-    """Parse nvidia-smi's lines `name, used MiB, total MiB, temperature`; other lines are ignored."""
+    """Parse nvidia-smi's output lines `name, used MiB, total MiB, temperature`; ignore other lines."""
     cards = []
     for line in text.splitlines():
         # split from the right: the name of a card may contain commas
@@ -120,7 +120,7 @@ class RunningThing:
 
 @dataclass(frozen=True)
 class MachineInfo:
-    """State of this machine, for the line on every page."""
+    """State of this machine's GPUs and processes, for the status line on every page."""
 
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
@@ -131,7 +131,7 @@ class MachineInfo:
 
 @dataclass
 class MachineLine:
-    """Collects the graphics cards and running processes for the status line of each page."""
+    """Collects the GPUs and running processes for the status line of each page."""
 
     site: Site
     cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))
@@ -141,14 +141,14 @@ class MachineLine:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, _: Request) -> Response:
-        """Respond with the HTML of the line about graphics cards and running processes."""
+        """Respond with the HTML of the status line about GPUs and running processes."""
         values = {"facts": self.read()}
         return answer_template("machine.html", "", values)
 
     def read(self) -> MachineInfo:
         """Return the state of the machine.
 
-        Values of the cards may be a few seconds old; runs are up to date.
+        GPU values may be a few seconds old; runs are up to date.
         """
         with self._lock:
             mark = [(run.id, run.state, run.doing) for run in self.site.runs.list_all()]
@@ -159,7 +159,7 @@ class MachineLine:
             return self._info
 
     def _gather(self) -> MachineInfo:
-        """Collect the content of the status line: processes, cards, free disk space and ended runs."""
+        """Collect the content of the status line: processes, GPUs, free disk space and ended runs."""
         try:
             free = gigabytes(free_bytes(self.site.runs.root_folders[0]))
         except OSError:
@@ -176,7 +176,7 @@ class MachineLine:
         )
 
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return this machine's processes: training runs, other queue jobs, render jobs and downloads."""
+        """Return this machine's active work: training runs, other queued jobs, render jobs and downloads."""
         runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
@@ -193,7 +193,7 @@ class MachineLine:
         return things
 
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return lines for running jobs that are not among `runs`, and for the jobs of a paused queue."""
+        """Describe the running jobs that are not among `runs`, and the waiting jobs of a paused queue."""
         try:
             queue_state = self.site.queue.now()
         except UserError:  # the queue's page reports it
@@ -217,7 +217,7 @@ class MachineLine:
 
 
 def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
-    """Return (key, text) of each run that ended in the last minutes; the text has its name and state.
+    """Return (key, text) for each run that ended in the last minutes; the text contains its name and state.
 
     `now` is the time in seconds since 1970.
     """
@@ -236,7 +236,7 @@ def _is_running_here(run: RunSummary) -> bool:
 
 
 def _describe_render_job(render_job: RenderJob) -> RunningThing:
-    """Describe a running render job with its number of denoising steps, and a link to the page Generate."""
+    """Describe a running render job with its number of denoising steps, and a link to the Generate page."""
     parts = [say("making with %(title)s", title=render_job.shown_title)]
     if render_job.steps:
         parts.append(say("step %(done)s of %(steps)s", done=render_job.done, steps=render_job.steps))
@@ -244,7 +244,7 @@ def _describe_render_job(render_job: RenderJob) -> RunningThing:
 
 
 def _describe_run(run: RunSummary) -> RunningThing:
-    """Describe a running training, or the downloads and caching before it, with a link to its page."""
+    """Describe an active training run, or the downloads and caching before it, with a link to its page."""
     title = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
         return RunningThing(

@@ -85,12 +85,12 @@ class MaskMakingPages:
         """Return the HTML of the form for masks and its progress.
 
         Args:
-            folder: The folder. If it is a described folder with several media folders, the form selects one.
+            folder: The folder. If its dataset.toml names several media folders, the form selects one.
             fields: Values of the form's fields.
             section: "form" or "progress"; "" for both.
-            error: Reason why a button did nothing.
+            error: Reason why a button had no effect.
         """
-        # once one of several media folders is selected, the form sends the described folder as `outer`
+        # once one of several media folders is selected, the form sends the folder of run.toml as `outer`
         described_folder = find_open_folder(self.site.runs, fields.get("outer", "")) or folder
         folders = list_media_folders_of(self.site.runs, described_folder)
         folder = folder if folder in folders else folders[0]
@@ -114,7 +114,7 @@ class MaskMakingPages:
         return answer_template("mask_making.html", say("Masks"), values, is_rejected=error != "")
 
     def collect_form(self, described_folder: Path, folder: Path, fields: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values for the form's template: the model, and the commands of the form's buttons."""
+        """Return the template values of the form: the mask model, and the commands of the buttons."""
         try:
             dry_run = format_command(self.make_argv(folder, fields, is_dry_run=True), folder)
             lines = [dry_run, format_command(self.make_argv(folder, fields, is_dry_run=False), folder)]
@@ -129,7 +129,7 @@ class MaskMakingPages:
         }
 
     def find_use(self, folder: Path) -> MaskUse | None:
-        """Return how the training uses the masks of a folder; None if it cannot use any."""
+        """Return how dataset.toml uses the masks of a folder; None if it cannot use any."""
         use = read_mask_use(self.site.runs, folder)
         return use if use is not None and use.num_masks else None
 
@@ -145,7 +145,7 @@ class MaskMakingPages:
         return False
 
     def set_mask_use(self, folder: Path, fields: Mapping[str, str]) -> None:
-        """Write into dataset.toml whether the training uses the masks of a folder."""
+        """Set or remove `mask_directory` of a folder in dataset.toml, as the form's checkbox says."""
         use = read_mask_use(self.site.runs, folder)
         if use is None:
             raise OptionError(say("It is not prepared yet: press Prepare first."))
@@ -156,7 +156,7 @@ class MaskMakingPages:
             use.disable()
 
     def find_model(self, finder: str) -> TaskFiles | None:
-        """Return the catalogue's network for a way of finding masks, with the state of its files on disk."""
+        """Return the catalogue's network for a mask finder, with the state of its files; None if none."""
         network = DEFAULT_NETWORKS.get(finder)
         for model in model_sets() if network is not None else ():
             if any(MODELS / section.path == PurePath(network or "") for section in model.components):
@@ -164,7 +164,7 @@ class MaskMakingPages:
         return None
 
     def name_network(self, finder: str) -> str:
-        """Return the path to which a finder's network is downloaded; "" if the finder needs none."""
+        """Return the download path of the network that a mask finder uses; "" if it uses none."""
         network = DEFAULT_NETWORKS.get(finder)
         return "" if network is None else str((self.site.models / network.relative_to(MODELS)).absolute())
 
@@ -174,7 +174,7 @@ class MaskMakingPages:
         Args:
             folder: The folder with media.
             fields: Values of the form's fields.
-            is_dry_run: Only print what the tool would do.
+            is_dry_run: Whether only to print what the tool would do.
 
         Raises:
             OptionError: If a field has a value that its option does not accept.
@@ -206,14 +206,14 @@ class MaskMakingPages:
         return [*argv, "--dry_run"] if is_dry_run else argv
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Carry out a button of the mask tool's form, and return the HTML of its progress."""
+        """Handle a pressed button of the mask tool's form, and return the HTML of the tool's progress."""
 
         def make_argv(is_dry_run: bool) -> list[str]:
             self.require_ready(fields, is_dry_run)
             return self.make_argv(folder, fields, is_dry_run)
 
         try:
-            if action == "learn":  # write whether the training uses the masks
+            if action == "learn":  # write whether training runs use the masks
                 self.set_mask_use(folder, fields)
             elif not self.tool.handle_button(folder, action, make_argv):
                 return answer_unknown()
@@ -225,7 +225,7 @@ class MaskMakingPages:
         return self.answer(folder, fields, "progress")
 
     def require_ready(self, fields: Mapping[str, str], is_dry_run: bool) -> None:
-        """Raise OptionError if the form names nothing to find, or if the model is not downloaded."""
+        """Raise OptionError if the form names no object to mask, or if the mask model is not downloaded."""
         finder = fields.get("finder", BY_DESCRIPTION)
         if finder == BY_DESCRIPTION and not fields.get("what", "").replace(DESCRIPTION_SEPARATOR, "").strip():
             raise OptionError(say("Type what to find, such as: the person."))
@@ -241,5 +241,5 @@ class MaskMakingPages:
 
 
 def mask_making_routes(site: Site) -> list[Route]:
-    """Return the routes of the form for masks."""
+    """Return the routes of the mask tool's form."""
     return folder_routes(site, "masks", MaskMakingPages(site), find_open_folder)

@@ -40,11 +40,11 @@ class MaskPages:
         self.review = MaskReview(site.runs)
 
     def find_folder(self, query: Mapping[str, str]) -> Path | None:
-        """Return the folder in a query; None if it lies outside the roots or must not be changed."""
+        """Return the folder in a query; None if it is outside the roots or must not be changed."""
         return find_open_folder(self.site.runs, query.get("folder", ""))
 
     def show(self, request: Request) -> Response:
-        """Return the page. Its script shows one file at a time; without scripts it lists PAGE_SIZE files."""
+        """Return the Masks page. It shows one file at a time or, without JavaScript, PAGE_SIZE files."""
         query = request.query_params
         folder = self.find_folder(query)
         if folder is None:
@@ -92,7 +92,7 @@ class MaskPages:
     def make_item(
         self, folder: Path, media_files: list[MaskEntry], index: int, error: str = ""
     ) -> dict[str, Any]:
-        """Return the JSON values of an image or clip at an index, and the error of the last action."""
+        """Return the JSON values for the image or clip at `index`; `error` is the last action's error."""
         return {
             **self.review.describe(folder, media_files[index]),
             "at": index,
@@ -130,7 +130,7 @@ class MaskPages:
     def change(self, request: Request, body: bytes) -> Response:
         """Accept, invert or remove a mask, or undo the last change.
 
-        The JSON body has `folder`, `id`, and `have`, the version of the mask that the page shows.
+        The JSON body contains `folder`, `id`, and `have`, the version of the mask that the page shows.
         """
         action = request.path_params["what"]
         try:
@@ -150,7 +150,7 @@ class MaskPages:
         return self._answer_change(texts, change_mask)
 
     def draw(self, request: Request, body: bytes) -> Response:
-        """Store a drawn mask. The body is a PNG; the query has `folder`, `id` and `have`."""
+        """Store a drawn mask. The body is a PNG; the query has `folder`, `id` and `have`, the old version."""
         query = request.query_params
 
         def replace_mask(folder: Path, media_file: MaskEntry) -> None:
@@ -165,12 +165,12 @@ class MaskPages:
     ) -> Response:
         """Change the mask of the image or clip that `query` names, and respond with its new JSON values.
 
-        If nothing could be changed, the JSON also has the reason as `error`.
+        If nothing could be changed, the JSON also contains the reason as `error`.
 
         Args:
             query: `folder` and `id` name the image or clip.
-            change_mask: Called with the folder and the image or clip. It raises MaskConflictError if the mask
-                is not the one that the page shows.
+            change_mask: Called with the folder and the image or clip. It raises MaskConflictError if the
+                mask has changed since the page showed it.
         """
         folder = self.find_folder(query)
         id = query.get("id", "")
@@ -218,7 +218,7 @@ def read_number(query: Mapping[str, str], name: str, count: int | None = None) -
 
 
 def mask_routes(site: Site) -> list[Route]:
-    """Return the routes of the page of masks."""
+    """Return the routes of the Masks page."""
     pages = MaskPages(site)
     return [
         Route(ADDRESS, pages.show),

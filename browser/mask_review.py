@@ -70,7 +70,7 @@ class MaskImage:
 
 
 class _MaskChange(NamedTuple):
-    """A change of a mask that can be undone while the mask has this version."""
+    """A mask change that can be undone as long as the mask still has this version."""
 
     path: Path  # image or clip
     mask_version: str
@@ -78,7 +78,7 @@ class _MaskChange(NamedTuple):
 
 @dataclass
 class MaskReview:
-    """The masks of folders below the roots. Changes can be undone until the server ends."""
+    """Reads and changes the masks of folders below the roots. Changes can be undone until the server ends."""
 
     runs: Runs
     _changes: dict[Path, list[_MaskChange]] = field(default_factory=dict)  # keyed by folder, the newest last
@@ -148,7 +148,7 @@ class MaskReview:
         return bool(self._changes.get(folder))
 
     def change(self, folder: Path, media_file: MaskEntry, action: str, version: str) -> None:
-        """Accept, invert or remove a mask, and note the change so that it can be undone.
+        """Accept, invert or remove a mask, and record the change for undo.
 
         Args:
             folder: The folder with media.
@@ -157,8 +157,8 @@ class MaskReview:
             version: Checksum of the mask that the page shows, as `read_mask_version` returns it.
 
         Raises:
-            MaskConflictError: If the mask has changed since.
-            UserError: If it cannot be changed.
+            MaskConflictError: If the mask has changed since the page showed it.
+            UserError: If the mask cannot be changed.
         """
         with self._lock, only_one(folder / LOCK):
             media_file = self._require_unchanged(media_file, version)
@@ -166,7 +166,7 @@ class MaskReview:
             self._record_change(folder, media_file)
 
     def draw(self, folder: Path, media_file: MaskEntry, png: bytes, version: str) -> None:
-        """Replace an image's mask by a drawn one. Raises MaskConflictError if the mask has changed."""
+        """Replace an image's mask with a drawn one. Raises MaskConflictError if the mask has changed."""
         with self._lock, only_one(folder / LOCK):
             media_file = self._require_unchanged(media_file, version)
             if media_file.kind != "image":
@@ -176,9 +176,9 @@ class MaskReview:
             self._record_change(folder, media_file)
 
     def undo(self, folder: Path) -> MaskEntry:
-        """Undo the last change in a folder, and return its image or clip.
+        """Undo the last mask change in a folder, and return the image or clip of this mask.
 
-        Raises OptionError if that fails.
+        Raises OptionError if the change cannot be undone.
         """
         with self._lock, only_one(folder / LOCK):
             changes = self._changes.get(folder)
@@ -199,7 +199,7 @@ class MaskReview:
             return media_file.refresh()
 
     def read_picture(self, media_file: MaskEntry, frame_index: int) -> MaskImage | None:
-        """Return a frame as JPEG; None if `list_shown_frames` does not list it.
+        """Return the frame at an index as JPEG; None if `list_shown_frames` does not list the index.
 
         Raises MediaError if the file cannot be read.
         """
@@ -218,9 +218,9 @@ class MaskReview:
         return None if jpeg is None else MaskImage(jpeg, "image/jpeg")
 
     def read_mask(self, media_file: MaskEntry, frame_index: int, is_full_size: bool) -> MaskImage | None:
-        """Return a mask as a PNG of white pixels whose opacity is the brightness of the mask.
+        """Return a mask as a PNG of white pixels with the mask's brightness as alpha channel.
 
-        Returns None without a mask. Raises MediaError if it cannot be read.
+        Returns None if there is no mask. Raises MediaError if the mask cannot be read.
         """
         if media_file.mask is None:
             return None
@@ -246,7 +246,7 @@ class MaskReview:
         return None
 
     def _require_unchanged(self, media_file: MaskEntry, version: str) -> MaskEntry:
-        """Return a file with its present mask; raise MaskConflictError if its checksum is not `version`."""
+        """Return a file with its current mask; raise MaskConflictError if its version is not `version`."""
         now = media_file.refresh()
         if read_mask_version(now) != version:
             raise MaskConflictError
@@ -254,7 +254,7 @@ class MaskReview:
 
 
 def name_id(media_file: MaskEntry) -> str:
-    """Return the id of an image or clip in addresses."""
+    """Return the id of an image or clip in URLs."""
     return short_digest(media_file.media_path.name)
 
 
@@ -285,7 +285,7 @@ def list_shown_frames(media_file: MaskEntry) -> list[int]:
 
 
 def read_shown_frames(media_file: MaskEntry, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Return frames of an image or clip with their numbers, reduced in size.
+    """Return the frames with these indices, each with its index, reduced in size; an image has one frame.
 
     Raises MediaError if it cannot be read.
     """
@@ -301,16 +301,16 @@ def read_shown_frames(media_file: MaskEntry, numbers: list[int]) -> list[tuple[i
 
 
 def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Decode the PNG of a drawn mask into gray levels H W, 0 where nothing was drawn.
+    """Decode the PNG of a drawn mask into an (H, W) array of gray levels, 0 where nothing was drawn.
 
-    Its pixels are decoded only if the header has the right size.
+    The pixels are decoded only if the header states the right size.
 
     Args:
         png: Body of the request.
         size: Required width and height in pixels.
 
     Raises:
-        OptionError: If it is not a PNG of this size.
+        OptionError: If the body is not a PNG of this size.
     """
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
@@ -334,9 +334,9 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
-    """Return the folder with the masks of a media folder; None for the default, the subfolder `masks`.
+    """Return the folder that contains a media folder's masks; None for the default subfolder `masks`.
 
-    It is the folder that the dataset names, or the media folder itself if the masks are next to the images.
+    It is the folder that dataset.toml names, or the media folder itself if masks are next to the images.
     """
     named = find_named_masks(runs, folder)
     if named is not None:
@@ -346,9 +346,9 @@ def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
 
 
 def find_named_masks(runs: Runs, folder: Path) -> Path | None:
-    """Return the mask_directory that a dataset.toml sets for a folder with media; None if none does.
+    """Return the mask_directory that a dataset.toml sets for a media folder; None if none does.
 
-    The dataset.toml is the one in the folder, or the one in the folder above.
+    It looks for dataset.toml in the folder, and then in the parent folder.
     """
     for config in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
         for table in read_tables(config) if runs.is_inside(config) else ():
@@ -363,7 +363,7 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
 
 
 def _describe_mask(media_file: MaskEntry, state: str, fault: str) -> dict[str, Any]:
-    """Return the JSON values of an image or clip without its frames; `fault` is why it cannot be shown."""
+    """Return the JSON values of an image or clip without its frames. `fault` is why it cannot be shown."""
     return {
         "id": name_id(media_file),
         "name": media_file.media_path.name,

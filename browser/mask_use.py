@@ -1,4 +1,4 @@
-"""Whether a training uses the masks of a folder: the key mask_directory of its dataset.toml."""
+"""Whether training runs use the masks of a folder: the key mask_directory in its dataset.toml."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ MASKS = "mask_directory"  # key of a table
 
 @dataclass(frozen=True)
 class MaskUse:
-    """Number of files of a folder that have a mask, and whether the training uses the masks."""
+    """Number of files in a folder that have a mask, and whether dataset.toml uses the masks."""
 
     config: DraftFile  # dataset.toml that uses the folder
     folder: Path
@@ -35,8 +35,8 @@ class MaskUse:
     def enable(self) -> bool:
         """Set `mask_directory` in dataset.toml, and return whether that changed the file.
 
-        Raises OptionError or ValueError if dataset.toml cannot be edited or there are no masks yet,
-        ChangedMeanwhileError if it has changed.
+        Raises OptionError or ValueError if dataset.toml cannot be edited or there are no masks yet, or
+        ChangedMeanwhileError if dataset.toml has changed since it was read.
         """
         if not self.num_masks:
             raise OptionError(say("There are no masks yet: generate or draw one first."))
@@ -50,8 +50,8 @@ class MaskUse:
     def disable(self) -> bool:
         """Remove `mask_directory` from dataset.toml, and return whether that changed the file.
 
-        Raises OptionError or ValueError if dataset.toml cannot be edited,
-        ChangedMeanwhileError if it has changed.
+        Raises OptionError or ValueError if dataset.toml cannot be edited, or ChangedMeanwhileError if it has
+        changed since it was read.
         """
         document = _parse(self.config.text)
         for table in _list_tables_of(document, self.config.path.parent, self.folder):
@@ -67,9 +67,9 @@ class MaskUse:
 
 
 def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
-    """Return whether the training uses the masks of a media folder, whose real path is `folder`.
+    """Return whether the dataset.toml of a media folder (a real path) uses the folder's masks.
 
-    Returns None if no dataset.toml of a described folder, in the media folder or the one above, names it.
+    Returns None if no dataset.toml next to a run.toml, in the folder or its parent, names the media folder.
     """
     for outer in (folder, folder.parent):
         path = outer / DATASET_FILE
@@ -95,7 +95,7 @@ def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
 
 
 def use_first_mask(runs: Runs, folder: Path) -> bool:
-    """Let a training use the masks of a folder if the first mask was just written; return whether it does.
+    """Enable a folder's masks in dataset.toml if its first mask was just written; return whether it did.
 
     Raises OptionError or ValueError if dataset.toml cannot be edited.
     """
@@ -111,7 +111,7 @@ def _parse(text: str) -> Any:
 
 
 def _list_tables_of(document: Any, base: Path, folder: Path) -> Iterator[Any]:
-    """Yield the tables and subsets of a dataset for a folder. `base` is where its relative paths begin."""
+    """Yield the dataset tables and subsets for a media folder. Relative paths refer to `base`."""
     entries = document.get("datasets")
     tables = list(entries) if isinstance(entries, list) else []
     for table in tables:

@@ -1,7 +1,7 @@
-"""The memory of a training on the page New: the training script's plan as a bar, and settings that change it.
+"""The memory of a training run on the New page: the script's plan as a bar, and options that change it.
 
-A plan is a background job in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It rehearses a
-batch from the caches with the headers of the model's files, and needs no graphics card.
+A plan is a background job in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It simulates a
+batch from the caches with the headers of the model's files, and needs no GPU.
 """
 
 import re
@@ -56,7 +56,7 @@ SWAP_KEY = "blocks_to_swap"
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A row of a memory plan: a phase of the training, or a part of the memory that a phase takes."""
+    """A row of a memory plan: a phase of the training run, or a part of the memory that a phase takes."""
 
     name: str
     device_gib: float
@@ -66,7 +66,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Memory plan of a training script: its largest phase, divided into parts."""
+    """Memory plan printed by a training script: the phase that needs most memory, divided into parts."""
 
     phase: PlannedPart
     parts: Sequence[PlannedPart]
@@ -74,13 +74,13 @@ class ReadPlan:
 
     @property
     def cuda_gib(self) -> float:
-        """Memory in GiB that CUDA itself takes."""
+        """GPU memory in GiB that the CUDA context takes."""
         match = OF_CUDA.search(" ".join(self.remarks))
         return float(match[1]) if match else 0.0
 
     @property
     def fits(self) -> bool | None:
-        """Whether the training fits the card; None if the plan was made without a card."""
+        """Whether the training run fits the card's memory; None if the plan was made without a card."""
         verdicts = {"Fits": True, "Does not fit": False}
         for remark in self.remarks:
             if remark.partition(":")[0] in verdicts:
@@ -98,13 +98,13 @@ class ReadPlan:
         return [(part, 100 * part.device_gib / bar_gib) for part in parts]
 
     def card_share(self, size: float) -> float:
-        """Return the position on the bar at which the card's memory ends, in percent."""
+        """Return where the card's memory ends on the bar, in percent of the bar's length."""
         needed_gib = sum(part.device_gib for part in self.parts) + self.cuda_gib
         return 100 * size / max(size, needed_gib)
 
 
 def read_plan(text: str) -> ReadPlan | None:
-    """Parse the memory plan that a training script has printed for one card; None if there is none.
+    """Parse the memory plan that a training script has printed for one GPU; None if there is none.
 
     The plan is a table of phases, each with the indented parts of its memory below it.
     """
@@ -171,7 +171,7 @@ class MemoryOptions:
 def _find_used_choice(
     keys_by_choice: Mapping[str, Sequence[str]], values: Mapping[str, Any], option_names: Sequence[str]
 ) -> str:
-    """Return the last choice whose options are all set, without those the script lacks; "" if none is."""
+    """Return the last choice whose options, as far as the script has them, are all set; "" if none."""
     used_choice = ""
     for choice, keys in keys_by_choice.items():
         if all(values.get(key) for key in keys if key in option_names):
@@ -206,13 +206,13 @@ def edit_switches(
 ) -> str:
     """Return the text of run.toml with the memory options that the form has changed.
 
-    `current` are the options in `text`, `option_names` all options of the training script. Raises ValueError
-    if `text` is not TOML.
+    `current` are the memory options in `text`, `option_names` are all options of the training script. Raises
+    ValueError if `text` is not TOML.
     """
     changes: dict[str, Any] = {}
     swap = fields.get("swap", "").strip()
     if current.can_swap and swap != current.swap:
-        # a number of blocks or a word; an emptied field removes the option
+        # the value is a number of blocks or a word; an empty field removes the option
         changes[SWAP_KEY] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
     weights = fields.get("weights", "")
     if weights != current.weights:
@@ -226,9 +226,9 @@ def edit_switches(
 def _select_choice(
     keys_by_choice: Mapping[str, Sequence[str]], choice: str, option_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the changes of run.toml that set the keys of one choice, and remove (None) those of all others.
+    """Return the changes to run.toml that set the keys of one choice and remove (None) all other keys.
 
-    Only keys in `option_names`, the options of the training script, are set. The choice "" removes all keys;
+    Only keys in `option_names`, the training script's options, are set. The choice "" removes all keys, and
     an unknown choice changes nothing.
     """
     if choice not in ("", *keys_by_choice):
@@ -242,24 +242,24 @@ def _select_choice(
 
 @dataclass(frozen=True)
 class PrintedLine:
-    """A line that a plan has printed; `command` is a command in it that can be added to the queue."""
+    """A line that a plan has printed. `command` is a command in it, which can be added to the queue."""
 
     text: str
     command: str = ""
 
 
 class MemoryPages:
-    """Shows the memory of a described folder, plans it, and changes its switches."""
+    """Shows and plans the memory of a folder's training run, and changes memory options in run.toml."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
-        """Return the HTML of the section about the training's memory."""
+        """Return the HTML of the section about the training run's memory."""
         return self.answer(folder)
 
     def answer(self, folder: Path, error: str = "", message: str = "") -> Response:
-        """Return the HTML of the section about memory, with an error or a message about what was done."""
+        """Return the HTML of the memory section, with an error or a message about a button's action."""
         described = read_described(folder)
         run_file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
@@ -289,14 +289,14 @@ class MemoryPages:
         return answer_template("memory_bar.html", say("Memory"), values, is_rejected=error != "")
 
     def planned_size(self, job: Job | None, card: float) -> float:
-        """Return the card size in GiB of the last plan; without a plan, the size of this machine's card."""
+        """Return the GPU memory in GiB for which the last plan was made; without a plan, this machine's."""
         try:
             return float(job.argv[-1]) if job is not None else card or DEFAULT_SIZE
         except (UserError, ValueError, IndexError):
             return card or DEFAULT_SIZE
 
     def read_plan(self, job: Job | None) -> ReadPlan | None:
-        """Return the memory plan that a finished job has printed; None if it failed, runs or printed none."""
+        """Return the memory plan that a job has printed; None if it failed, is running or printed none."""
         if job is None or job.state == RUNNING or job.code != 0:
             return None
         try:
@@ -322,17 +322,17 @@ class MemoryPages:
         return lines
 
     def list_missing(self, described: DescribedFolder) -> list[str]:
-        """Return the paths of the model's files that do not exist, as run.toml writes them."""
+        """Return the model's missing files, with their paths as they are written in run.toml."""
         paths = described.model_files.values()
         return [path for path in paths if not (described.folder / path).exists()]
 
     def plan_argv(self, file: DraftFile, size: float) -> list[str]:
-        """Return the command that plans for a card of `size` GiB. `file` is the run.toml."""
+        """Return the command that plans the run for a GPU with `size` GiB. `file` is the run.toml."""
         script = find_training_script(file.text)
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Plan the training's memory for a graphics card, after writing changed switches if requested."""
+        """Plan the run's memory for a GPU, or stop planning; "switch" first writes changed memory options."""
         if action not in (PLAN, "switch", "stop"):
             return answer_unknown()
         message = ""
@@ -355,7 +355,10 @@ class MemoryPages:
         return self.answer(folder, message=message)
 
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
-        """Write a form's memory switches into run.toml, and return a message with the changed lines."""
+        """Write a form's memory options into run.toml, and return a message with the changed lines.
+
+        Raises ChangedMeanwhileError if run.toml has changed since the page was loaded.
+        """
         draft = read_draft_file(self.site, folder, RUN_FILE)
         if draft.checksum != fields.get("have", ""):  # the checksum that the page was built with
             raise ChangedMeanwhileError
@@ -379,7 +382,7 @@ class MemoryPages:
         ).rstrip(". ")
 
     def plan(self, folder: Path, size: float) -> None:
-        """Start planning a folder's run for a card of `size` GiB, and stop a plan that is still running."""
+        """Start planning a folder's run for a GPU with `size` GiB, and stop a plan that is still running."""
         missing = self.list_missing(read_described(folder))
         if missing:
             raise OptionError(
@@ -399,7 +402,7 @@ class MemoryPages:
 
 
 def read_size(text: str) -> float:
-    """Return the GiB of a card from its field. Raises OptionError if it is not a number."""
+    """Return a card's memory in GiB from its form field. Raises OptionError if it is not a number."""
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
         raise OptionError(
             say(

@@ -74,7 +74,7 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """A task of the catalogue and its parts."""
+    """A model of the catalogue, named by family and task, and the parts that it consists of."""
 
     model: ModelSet
     parts: tuple[ModelPart, ...]
@@ -97,12 +97,12 @@ class TaskFiles:
 
     @property
     def size(self) -> str:
-        """Total size of the task's files in GB, as text."""
+        """Total size of the model's files in GB, as text."""
         return gigabytes(total_bytes(self.model.components))
 
     @property
     def state(self) -> str:
-        """Text about the task's state: on disk, or the amount to download."""
+        """Text that says whether the model's files are on disk, or how much is to be downloaded."""
         if self.is_there:
             return say("ready")
         if len(self.missing) == len(self.parts):
@@ -114,7 +114,7 @@ class TaskFiles:
 
     @property
     def licences(self) -> list[Licence]:
-        """Distinct licenses of the task's parts."""
+        """Distinct licenses of the model's parts."""
         return list(dict.fromkeys(part.component.licence for part in self.parts))
 
     def download_words(self, models: Path) -> list[str]:
@@ -135,9 +135,9 @@ def name_task(model: ModelSet) -> str:
 
 @functools.cache
 def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
-    """Return the models that use each network or tokenizer, by its files.
+    """Return the models that use each network or tokenizer, by the component's files.
 
-    Variants with 8-bit text encoders count, too.
+    Variants with 8-bit text encoders are included.
     """
     uses: dict[tuple[ReleasedFile, ...], dict[str, ModelSet]] = {}
     for in_fp8 in (False, True):
@@ -152,12 +152,12 @@ PartCache = dict[tuple[ReleasedFile, ...], ModelPart]
 
 
 def list_tasks(models: Path, in_fp8: bool = False, part_cache: PartCache | None = None) -> list[TaskFiles]:
-    """Return all tasks of the catalogue with their state in the models folder.
+    """Return all models of the catalogue, each for one task, with their state in the models folder.
 
     Args:
         models: The models folder.
-        in_fp8: Use the 8-bit text encoders where a task has them.
-        part_cache: Cache of the parts that were read already; new parts are added to it.
+        in_fp8: Whether to use the 8-bit text encoders where a model has them.
+        part_cache: Cache of the parts that were read earlier; new parts are added to it.
     """
     part_cache = {} if part_cache is None else part_cache  # many tasks share a part
     return [_read_task(model, models, in_fp8, part_cache) for model in model_sets(in_fp8)]
@@ -166,9 +166,9 @@ def list_tasks(models: Path, in_fp8: bool = False, part_cache: PartCache | None 
 def find_task(
     models: Path, family: str, task: str, in_fp8: bool = False, part_cache: PartCache | None = None
 ) -> TaskFiles | None:
-    """Return a task of the catalogue with the state of its files in `models`; None if it does not exist.
+    """Return the catalogue's model for a task with the state of its files in `models`; None if unknown.
 
-    `in_fp8` selects the smaller text encoders; `known` caches the parts that were read already.
+    `in_fp8` selects the 8-bit text encoders; `part_cache` holds the parts that were read earlier.
     """
     part_cache = {} if part_cache is None else part_cache
     for model in model_sets(in_fp8):
@@ -206,7 +206,7 @@ def read_model_part(component: Component, models: Path) -> ModelPart:
 
 
 def _is_cut_off(component: Component, sizes: Sequence[int | None]) -> bool:
-    """Return whether a component's only file is smaller than its tensors; `sizes` are in bytes on disk."""
+    """Return whether a component's only file is smaller than its tensors; `sizes` are its files' bytes."""
     if len(sizes) != 1 or sizes[0] is None or component.tensor_bytes is None:
         return False
     return sizes[0] < component.tensor_bytes
@@ -234,9 +234,9 @@ def _list_partial_paths(component: Component, models: Path) -> list[Path]:
 
 
 def list_parts_on_disk(models: Path, part_cache: PartCache) -> list[ModelPart]:
-    """Return all parts with files on disk, even unfinished ones, the largest first.
+    """Return all model parts with files on disk, even unfinished ones, the largest first.
 
-    `part_cache` has the parts that were read already; new parts are added to it.
+    `part_cache` holds the parts that were read earlier; new parts are added to it.
     """
     parts: PartCache = {}
     for in_fp8 in (False, True):
@@ -247,14 +247,14 @@ def list_parts_on_disk(models: Path, part_cache: PartCache) -> list[ModelPart]:
 
 @dataclass(frozen=True)
 class UnknownFile:
-    """A file of the models folder that belongs to no part of the catalogue."""
+    """A file in the models folder that no model of the catalogue uses."""
 
     path: Path  # relative to the models folder
     size_bytes: int
 
 
 def list_unknown_files(models: Path) -> list[UnknownFile]:
-    """Return at most MAX_FILES files in `models` that belong to no known model, the largest first."""
+    """Return at most MAX_FILES files in `models` that no known model uses, the largest first."""
     known_names = set()
     for model in (*model_sets(), *model_sets(fp8_encoders=True)):
         for component in model.components:
@@ -287,16 +287,16 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_folder: BinFolder) -> Path:
-    """Move parts of a task into the bin, and return the bin's folder that contains them now.
+    """Move parts of a model into the bin, and return the bin's folder that contains them now.
 
     Args:
         models: The models folder.
-        files: The task.
-        chosen: Paths of the parts, as `ModelPart.path`.
+        files: The model with its parts.
+        chosen: Paths of the parts to remove, as in `ModelPart.path`.
         bin_folder: The bin.
 
     Raises:
-        OptionError: If a path is not a part of the task, or is not on disk.
+        OptionError: If a path is not a part of the model, or is not on disk.
         OutputError: If a file cannot be moved.
     """
     parts = {part.path: part for part in files.parts if part.size_bytes}
@@ -322,7 +322,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
 
 
 def _list_files_on_disk(components: Sequence[Component], models: Path) -> list[Path]:
-    """Return the existing files of some networks or tokenizers, with the files of unfinished downloads."""
+    """Return the components' files that exist, including files of unfinished downloads."""
     paths = []
     for component in components:
         paths += [models / file.name for file in component.files]
@@ -331,7 +331,7 @@ def _list_files_on_disk(components: Sequence[Component], models: Path) -> list[P
 
 
 def _remove_empty(folder: Path, models: Path) -> None:
-    """Remove the folders that are empty after their files were moved."""
+    """Remove `folder` and its parents below `models`, as far as they are empty."""
     while folder != models:
         with contextlib.suppress(OSError):
             for lock in folder.glob(".*.lock"):  # lock files of downloads
@@ -348,19 +348,19 @@ def _remove_empty(folder: Path, models: Path) -> None:
 
 @dataclass(frozen=True)
 class Download:
-    """The most recently started download of a task, with its progress."""
+    """The most recently started download of a model's files, with its progress."""
 
     files: TaskFiles
     job: Job
 
     @property
     def family(self) -> str:
-        """Family of the task."""
+        """Family of the model."""
         return self.files.model.family
 
     @property
     def task(self) -> str:
-        """Name of the task within its family."""
+        """Name of the model's task within its family."""
         return self.files.model.task
 
     @property
@@ -388,12 +388,12 @@ class Download:
 
 
 def name_download(models: Path, family: str, task: str) -> str:
-    """Return the name of the background job that downloads a task."""
+    """Return the name of the background job that downloads the model of a family's task."""
     return name_background_job(DOWNLOAD, models / family / task)
 
 
 def find_download(background_jobs: BackgroundJobs, files: TaskFiles, models: Path) -> Download | None:
-    """Return the last download of a task; None if it was never started."""
+    """Return the last download of a model's files; None if none was started."""
     job = background_jobs.find(name_download(models, files.model.family, files.model.task))
     return None if job is None else Download(files, job)
 

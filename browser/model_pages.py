@@ -1,4 +1,4 @@
-"""The page Models: released files on disk, what each task needs, downloading and removing."""
+"""The Models page: released files on disk, what each task needs, downloading and removing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from project.model_sizes import describe_fit, find_memory
 
 @dataclass(frozen=True)
 class SelectedTask:
-    """The task of a model that the page Models shows, with or without 8-bit text encoders."""
+    """The model and task that the Models page shows, with or without 8-bit text encoders."""
 
     family: str = ""
     task: str = ""
@@ -45,14 +45,14 @@ class SelectedTask:
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "SelectedTask":
-        """Read the task from the fields of a form or an address."""
+        """Read the model's family and task from the fields of a form or a query."""
         family = "".join(fields.get("family", ()))
         task = "".join(fields.get("task", ()))
         return cls(family, task, in_fp8="fp8" in fields)
 
     @property
     def address(self) -> str:
-        """Address of the page that shows the task."""
+        """URL of the page that shows the model."""
         query = {"family": self.family, "task": self.task}
         if self.in_fp8:
             query["fp8"] = "yes"
@@ -68,13 +68,13 @@ def open_bin(site: Site) -> BinFolder:
 
 
 class ModelPages:
-    """Shows the page Models, and handles its buttons."""
+    """Shows the Models page, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, request: Request) -> Response:
-        """Return the page of the task in the query."""
+        """Return the Models page, with the model that the query selects."""
         query = request.query_params
         chosen = SelectedTask.of_fields(read_query(request))
         return self.answer(chosen, is_removing=query.get("ask") == "remove", moved=query.get("moved", ""))
@@ -82,13 +82,13 @@ class ModelPages:
     def answer(
         self, chosen: SelectedTask, error: str = "", is_removing: bool = False, moved: str = ""
     ) -> Response:
-        """Return the page.
+        """Return the Models page.
 
         Args:
-            chosen: The task to show.
+            chosen: The model to show.
             error: Error message to show.
-            is_removing: Ask which parts are to be removed.
-            moved: Name of the bin's folder that contains the files just removed.
+            is_removing: Whether to ask which parts to remove.
+            moved: Name of the bin's folder that contains the files that were just removed.
         """
         site = self.site
         models = site.models
@@ -166,7 +166,7 @@ class ModelPages:
             return say("an unknown number of GB")
 
     def change(self, request: Request, form: Form) -> Response:
-        """Download a task's files, stop a download, or remove parts; then show the page again."""
+        """Download a model's files, stop a download, or remove parts; then show the page again."""
         chosen = SelectedTask.of_fields(form)
         action = request.path_params["what"]
         files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
@@ -190,7 +190,7 @@ class ModelPages:
         return answer_move(f"{chosen.address}&{urlencode({'moved': moved})}" if moved else chosen.address)
 
     def load(self, files: TaskFiles, is_accepted: bool) -> None:
-        """Start the download of a task. Raises UserError if its licenses are not accepted."""
+        """Start the download of a model's files. Raises UserError if its licenses are not accepted."""
         if not is_accepted:
             raise OptionError(say("Read the licenses of its parts, and tick that you accept them."))
         if _is_full(files):
@@ -200,7 +200,7 @@ class ModelPages:
         self.site.background_jobs.start(name, files.download_words(models), Path.cwd())
 
     def remove(self, files: TaskFiles, parts: Sequence[str]) -> str:
-        """Move parts into the bin, and return the name of the bin's folder that contains them."""
+        """Move model parts into the bin, and return the name of the bin's folder that contains them."""
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state != RUNNING:
                 continue
@@ -219,12 +219,12 @@ class ModelPages:
 
 
 def _is_full(files: TaskFiles) -> bool:
-    """Return whether all parts are on disk in their released size."""
+    """Return whether all parts are on disk with their released size."""
     return files.is_there and not any(part.has_other_size for part in files.parts)
 
 
 def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, list[str]]:
-    """Return the complete tasks on disk that also use each part of a task, by the part's path."""
+    """Return, by part path, the titles of other complete models on disk that use the same part."""
     complete = {task.name for task in tasks if task.is_there and task.name != files.name}
     return {
         part.path: [say(model.title) for model in part.models if name_task(model) in complete]
@@ -233,12 +233,12 @@ def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, lis
 
 
 def _has_smaller(files: TaskFiles) -> bool:
-    """Return whether a task can use 8-bit text encoders, or is shown with them."""
+    """Return whether the model can use 8-bit text encoders, or is shown with them."""
     return files.in_fp8 or any(part.component.in_fp8 for part in files.parts)
 
 
 def model_routes(site: Site) -> list[Route]:
-    """Return the routes of the page Models."""
+    """Return the routes of the Models page."""
     pages = ModelPages(site)
     return [
         Route("/models", pages.show),

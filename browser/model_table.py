@@ -1,4 +1,4 @@
-"""The table of models on the page New, with outputs, downloads, memory and licenses; file descriptions."""
+"""The table of models on the New page (outputs, downloads, memory, licenses), and descriptions of files."""
 
 import functools
 import logging
@@ -70,9 +70,9 @@ def describe_kind(model: ModelSet) -> str:
 
 
 def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> list[Component]:
-    """Return the parts of a model that have to be downloaded.
+    """Return the parts of a model that are missing in the folder `models`.
 
-    `files` are the user's own files by option; they are not downloaded.
+    `files` are the user's own files by option; the parts that they replace are not downloaded.
     """
     missing = []
     for part in model.components:
@@ -83,10 +83,10 @@ def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> lis
 
 
 def list_model_rows(models: Path, memory: float, content: MediaFolder | None = None) -> list[ModelRow]:
-    """Return all models that a folder can be described for.
+    """Return table rows of all models that a folder can train.
 
-    The best few for the folder come first, then other models that suit it, then the rest; each group is
-    sorted by title.
+    The models that suit the folder best come first, then other models that suit it, then the rest. The
+    second and third group are sorted by title.
 
     Args:
         models: The models folder.
@@ -113,7 +113,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
 
 
 def _make_row(model: ModelSet, models: Path, memory: float) -> ModelRow:
-    """Return a model as a row, with the size of its files that are missing in the folder `models`."""
+    """Return the table row of a model, with the size of its files that are missing in `models`."""
     missing = list_missing(model, models, {})
     size = say("ready")
     if missing:
@@ -128,7 +128,7 @@ def _make_row(model: ModelSet, models: Path, memory: float) -> ModelRow:
 
 
 class _RankedRow(NamedTuple):
-    """A model row with the properties by which the table is sorted."""
+    """A table row of a model, with its sort keys."""
 
     row: ModelRow
     suits_media: bool  # the model generates the kind of media that is in the folder
@@ -138,9 +138,9 @@ class _RankedRow(NamedTuple):
 
 
 def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _RankedRow:
-    """Return a row of the model table with the values by which the table is sorted.
+    """Return a row of the model table with its sort keys.
 
-    `memory` is the graphics card's GiB, 0 without a card; `content` is the selected folder's media.
+    `memory` is the GPU's memory in GiB, 0 without a GPU; `content` counts the selected folder's media.
     """
     model = row.model
     suits_media = True
@@ -159,26 +159,26 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
 
 
 def list_licenses(parts: Sequence[Component]) -> list[Licence]:
-    """Return the distinct licenses of parts that are to be downloaded."""
+    """Return the distinct licenses of the model parts to download."""
     return list(dict.fromkeys(part.licence for part in parts))
 
 
 def is_gated(licence: Licence) -> bool:
-    """Return whether the license has to be accepted at the repository, which requires a login there."""
+    """Return whether the license must be accepted on the repository's page, which requires a login."""
     return GATED in licence.terms
 
 
 def has_login() -> bool:
-    """Return whether this machine has a Hugging Face token. The token is neither shown nor tried."""
+    """Return whether this machine has a Hugging Face token. The token is neither shown nor verified."""
     from huggingface_hub import get_token  # only for models that need it
 
     return bool(os.environ.get("HF_TOKEN") or get_token())
 
 
 def describe_file(text: str) -> str:
-    """Describe a model file from its header: `the transformer of Wan2.1, 2.8 GB`.
+    """Describe the model file at a typed path from its header, such as `the transformer of Wan2.1, 2.8 GB`.
 
-    Returns the reason if it is not a model file, and "" if nothing is typed. `text` is its typed path.
+    Returns the reason if the path is not a model file, and "" if nothing is typed.
     """
     if not text.strip() or "\0" in text:
         return ""
@@ -238,10 +238,10 @@ def _describe_header(header: TensorHeader, size_bytes: int) -> str:
 
 
 def find_misfit(family: str, task: str, option: str, text: str) -> str:
-    """Return the reason, as `new` states it, why a file does not fit a model's option; "" if it fits.
+    """Return the error message of `new` if a file does not fit a model's option; "" if it fits.
 
-    It is also "" if `describe_file` rejects the file, or if the check takes too long. `text` is the typed
-    path.
+    Returns "" as well if `describe_file` rejects the file, or if the check takes too long. `text` is the
+    typed path.
     """
     try:
         path = expand_path(strip_quotes(text.strip()))
@@ -262,7 +262,7 @@ def _check_file_in_process(family: str, task: str, option: str, path: str, chang
     """Return why a model file does not fit an option of a task; "" if it fits or cannot be checked.
 
     It is checked in another process, because the families' code loads torch. `changed` (modification time)
-    and `size` only make the cache forget an answer when the file changes.
+    and `size` are only part of the cache key, so that a changed file is checked again.
     """
     process = subprocess.run(
         [sys.executable, "-m", f"{PREFIX}project.file_check", family, task, option, path],
@@ -281,7 +281,7 @@ def _check_file_in_process(family: str, task: str, option: str, path: str, chang
 
 
 def _find_data_end(entries: Mapping[str, Any]) -> int:
-    """Return the offset, from the first byte of the data, at which the last tensor of a header ends.
+    """Return where the last tensor in a safetensors header ends, as an offset from the first data byte.
 
     Raises ValueError if an entry does not describe a tensor.
     """

@@ -1,4 +1,4 @@
-"""Convert the fields of the page New to a `new` command, and check them."""
+"""Convert the fields of the New page to a `new` command, and check them."""
 
 import contextlib
 import re
@@ -95,7 +95,7 @@ COMMON_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class NewForm:
-    """Values of the fields of the page New."""
+    """Field values of the New page."""
 
     folder: str = ""
     family: str = ""
@@ -134,7 +134,7 @@ class NewForm:
 
     @classmethod
     def from_address(cls, address: str) -> "NewForm":
-        """Read the form from an address that `NewForm.address` has returned."""
+        """Read the form from a URL that `NewForm.address` has returned."""
         return cls.from_fields(parse_qs(urlsplit(address).query))
 
     @classmethod
@@ -162,7 +162,7 @@ class NewForm:
 
     @classmethod
     def from_described(cls, described: DescribedFolder, models: Path) -> "NewForm":
-        """Return the form of a described folder. Files in the folder `models` need no field."""
+        """Return the form with the values of a folder's run.toml. Files in `models` need no field."""
         return cls(
             folder=str(described.folder),
             family=described.family,
@@ -184,7 +184,7 @@ class NewForm:
 
     @property
     def address(self) -> str:
-        """Address of the page with these fields filled in."""
+        """URL of the page with these fields filled in."""
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
         fields |= {
             "train": self.train,
@@ -206,14 +206,14 @@ def _read_kind(name: str) -> str:
 
 
 def _select_supported_kind(name: str, model: ModelSet | None) -> str:
-    """Return the value `name` of the field `train` if the model supports this kind of run; else ""."""
+    """Return the value `name` of the field `train` if the model supports this kind of training; else ""."""
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""
 
 
 def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRecipe]:
-    """Return the recipes for a model and a kind of run, as the field `train` names it."""
+    """Return the training recipes for a model and a kind of training, the value `train`."""
     recipes = []
     for path in list_paths().values():
         with contextlib.suppress(OptionError):  # a file in the user's folder that is not a recipe
@@ -223,21 +223,21 @@ def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRec
 
 
 def _select_supported_recipe(name: str, family: str, task: str, train: str) -> str:
-    """Return the value of the field `recipe` if it is of this model and kind of run."""
+    """Return the training recipe `name` if it fits this model and kind of training; else ""."""
     return name if any(name == recipe.name for recipe in list_fitting_recipes(family, task, train)) else ""
 
 
 def list_shown_kinds(model: ModelSet) -> list[RunKind]:
     """Return the kinds of runs that the page offers.
 
-    These are the kinds that the model supports, and full training even if the model rejects it: the page then
-    shows the reason.
+    These are the kinds of training that the model supports, and full training even if the model does not
+    support it: the page then shows the reason.
     """
     return [kind for kind in KINDS if kind is FULL or kind.find_script(model) is not None]
 
 
 def select_single_task(family: str, task: str) -> str:
-    """Return the only task of a family if it has one task; otherwise the selected task."""
+    """Return a family's only task if it has just one; otherwise the selected task."""
     tasks = [model.task for model in find_models() if model.family == family]
     return tasks[0] if len(tasks) == 1 else task
 
@@ -248,13 +248,13 @@ def find_model(family: str, task: str) -> ModelSet | None:
 
 
 def _find_explicit_lora_option(form: NewForm) -> str | None:
-    """Return the value of --train that selects a LoRA; None if `new` trains a LoRA by default."""
+    """Return `lora` if --train must say it, because `new` trains a ControlNet by default; otherwise None."""
     model = find_model(form.family, form.task)
     return None if model is None or find_control_kind(model) is None else LORA.name
 
 
 def check_form(form: NewForm) -> None:
-    """Raise OptionError, with the label of the field, for a field that `new` would reject."""
+    """Raise OptionError for the first field that `new` would reject. The message begins with its label."""
     models = find_models()
     families = list(dict.fromkeys(model.family for model in models))
     if not form.family:
@@ -285,7 +285,7 @@ def check_trigger_field(form: NewForm) -> None:
 
 
 def hint_at_word(word: str) -> str:
-    """Return a line about a trigger word that models know already; "" for any other word."""
+    """Return a warning if models already know the trigger word; "" for any other word."""
     if word.strip().lower() not in COMMON_WORDS:
         return ""
     return say(
@@ -323,7 +323,7 @@ FIELD_CHECKS: Mapping[str, Callable[[NewForm], None]] = {
 
 
 def list_field_errors(form: NewForm) -> dict[str, str]:
-    """Return the reasons why `new` would reject values, by the names of the fields."""
+    """Return the error message that `new` would give for each invalid field, by field name."""
     errors = {}
     for name, check in FIELD_CHECKS.items():
         try:
@@ -366,15 +366,15 @@ def parse_integer(text: str, maximum: int) -> int | None:
 
 
 def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
-    """Return the `new` command that describes a folder with the values of the form.
+    """Return the `new` command that writes a folder's run.toml and dataset.toml from the form's values.
 
     Args:
         form: Values of the fields.
         models: The models folder.
-        overwrite: Replace the files of a folder that is already described.
-        dry_run: Only print how these files would change.
+        overwrite: Whether to replace existing files.
+        dry_run: Whether only to print how these files would change.
     """
-    options: dict[str, Any] = {  # None leaves an option out
+    options: dict[str, Any] = {  # None omits an option
         "--family": form.family or None,
         "--task": form.task or None,
         "--train": form.train or _find_explicit_lora_option(form),
@@ -393,20 +393,20 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
 
 
 def list_changed_fields(form: NewForm, before: NewForm) -> list[str]:
-    """Return the labels of fields that differ in two forms, among those that affect all files of a folder."""
+    """Return the labels of the changed fields that apply to all files of a folder."""
     return [
         label for name, label in FIELDS_OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)
     ]
 
 
 def list_unsaved(sent: NewForm, initial: NewForm, saved: NewForm) -> list[str]:
-    """Return the labels of the fields that were changed on the page and are not yet in the files.
+    """Return the labels of the fields that the user has changed and that are not yet in the files.
 
-    An empty name or number of steps means the value in the files.
+    An empty name or number of steps stands for the value in the files.
 
     Args:
-        sent: Values that the page has sent.
-        initial: Values when the page was built.
+        sent: Values that the browser has sent.
+        initial: Values when the page was loaded.
         saved: Values in the folder's current files.
     """
     labels: list[str] = []
@@ -424,8 +424,8 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
 
     Args:
         form: Values of the fields.
-        before: Form of the current files.
-        values: Options of the training in run.toml.
+        before: Form with the values of the current files.
+        values: Training options in run.toml.
 
     Raises:
         OptionError: If the number of steps is not valid.

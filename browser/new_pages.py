@@ -1,7 +1,7 @@
-"""The page New: select a folder and a model, let `new` describe it, check it, and start the training.
+"""The New page: select a folder and a model, let `new` write run.toml, check it, and start the training run.
 
-The state of the form is stored only in the folder's own files, in the command that last described the folder,
-and in the address of the page. So a reload, a restarted server and a terminal see the same state.
+The state of the form is stored only in the folder's own files, in the last `new` command for the folder, and
+in the URL of the page. So a reload, a restarted server and a terminal see the same state.
 """
 
 import contextlib
@@ -144,7 +144,7 @@ from project.options import CAPTION_MODEL, RUN_FILE, find_models
 from protocols.families import caption_formats
 
 LINES_OF_FAILURE = 3
-DRY_RUN = "compare"  # kind of background job: shows how the files of a described folder would change
+DRY_RUN = "compare"  # kind of background job: shows how `new` would change existing files
 TRY_CAPTIONS = "try"  # kind of background job: captions a few files as a trial
 BACKGROUND_KINDS = (DESCRIBE, DRY_RUN, CHECK, TRY_CAPTIONS, REPAIR_CAPTIONS)
 FULL_PAGE_ACTIONS = ("describe", "replace", "keep")  # buttons that change more than the progress part
@@ -165,11 +165,11 @@ MAX_CHECK_PAGE_BYTES = 256 << 20  # maximum bytes of check.html
 
 @dataclass(frozen=True)
 class PreparePlan:
-    """What the button Prepare will do: run a `new` command, or change keys of run.toml."""
+    """What the Prepare button will do: run a `new` command, or change keys of run.toml."""
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     key_changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
-    is_comparison: bool = False  # the command shows the changes of a described folder
+    is_comparison: bool = False  # the command only shows how it would change existing files
 
     @property
     def text(self) -> str:
@@ -181,7 +181,7 @@ class PreparePlan:
 
 @dataclass(frozen=True)
 class PressedButton:
-    """A request of a button: the selected folder, the form, and all fields of the request as strings."""
+    """A button's request: the selected folder, the form, and all fields of the request as strings."""
 
     folder: Path
     form: NewForm
@@ -189,12 +189,12 @@ class PressedButton:
 
     @property
     def files_checksum(self) -> str:
-        """Checksum of the folder's files when the page was built; "" if the request has none."""
+        """Checksum of the folder's files when the page was loaded; "" if the request has none."""
         return self.fields.get("mark", "")
 
     @property
     def displayed_address(self) -> str:
-        """Address with the form's values when the page was built; "" if the request has none."""
+        """URL of the page with the form's values as the browser loaded it; "" if the request has none."""
         return self.fields.get("shown", "")
 
     @property
@@ -204,7 +204,7 @@ class PressedButton:
 
 
 class NewPages:
-    """Shows the page New, and handles its buttons."""
+    """Shows the New page, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -228,19 +228,19 @@ class NewPages:
 
     @functools.cached_property
     def memory(self) -> float:
-        """Memory of the graphics card in GiB, read once."""
+        """GPU memory in GiB, read once."""
         return find_memory()
 
     @functools.cached_property
     def cards(self) -> list[str]:
-        """Names of the graphics cards, read once."""
+        """Names of this machine's GPUs, read once."""
         return [card.name for card in CardReader(shutil.which("nvidia-smi")).read()]
 
     def show(self, request: Request) -> Response:
-        """Return the page for the form in the query.
+        """Return the New page for the form in the query.
 
-        If the query has only a folder, the form is filled from the folder's files. If the files have changed
-        since the page was built, the form shows the files, with a message.
+        If the query names only a folder, the form is filled from the folder's files. If the files have
+        changed since the page was loaded, the form shows their values, with a message.
         """
         query = read_query(request)
         form = NewForm.from_fields(query)
@@ -260,9 +260,9 @@ class NewPages:
         return self.answer(form, message=message, is_part=is_part)
 
     def _has_changed_since_displayed(self, folder_text: str, query: Form) -> bool:
-        """Return whether a folder's files have other values than when the page of a sent form was built.
+        """Return whether a folder's files have changed since the browser loaded the page of the form.
 
-        In the query, `mark` is the checksum that the files had then, `shown` the address with their values.
+        In the query, `mark` is the checksum that the files had then, `shown` the URL with their values.
         """
         folder = find_folder(self.site.runs, folder_text) if "mark" in query else None
         if folder is None:
@@ -271,7 +271,7 @@ class NewPages:
         return has_changed and not self.has_displayed_values(folder, "".join(query.get("shown", ())))
 
     def suggest_kind(self, form: NewForm) -> str:
-        """Return the value of `train` that `new` selects by default for a folder not yet described."""
+        """Return the value of `train` that `new` selects by default for a folder without a run.toml."""
         folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
         kind = None if model is None else find_control_kind(model)
         if folder is None or kind is None or is_described(folder):
@@ -281,13 +281,13 @@ class NewPages:
         return name_field(kind)
 
     def read_form(self, folder_text: str) -> NewForm:
-        """Return the form of a folder, from its files or else from the command that last described it."""
+        """Return a folder's form, read from its files or else from the last `new` command for the folder."""
         folder = find_folder(self.site.runs, folder_text)
         if folder is None:
             return NewForm(folder=folder_text)
         dry_run_job = self.find_background_job(DRY_RUN, folder)
         if dry_run_job is not None and self.is_dry_run_current(dry_run_job, folder):
-            # until the user accepts the changes that `new --dry_run` has shown, only its command has them
+            # until the user accepts the changes that `new --dry_run` shows, only its command has them
             return NewForm.from_argv(shlex.split(dry_run_job.line))
         describe_job = self.find_background_job(DESCRIBE, folder)
         has_failed = describe_job is not None and describe_job.state != RUNNING and describe_job.code != 0
@@ -303,8 +303,8 @@ class NewPages:
     def has_displayed_values(self, folder: Path, displayed_address: str) -> bool:
         """Return whether a folder's files still have the values that the page showed when it was loaded.
 
-        `displayed_address` is the address of that page with its form values; "" if the folder was not
-        described then.
+        `displayed_address` is the URL of that page with its form values; "" if the folder had no run.toml
+        then.
         """
         described, _ = self.try_read(folder)
         return described is not None and self.make_form(described).address == displayed_address
@@ -314,13 +314,13 @@ class NewPages:
         return dry_run_job.state == RUNNING or not has_changed_since(dry_run_job, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
-        """Return the page with a filled form.
+        """Return the New page with a filled form.
 
         Args:
             form: Values of the fields.
             error: Reason why a request was rejected.
             message: Message to show that is not an error.
-            is_part: Leave out the list of folders, because the browser uses only other parts of the page.
+            is_part: Omit the list of folders, because the browser uses only other parts of the page.
         """
         folder = find_folder(self.site.runs, form.folder)
         described, reading_error = self.try_read(folder)
@@ -360,7 +360,7 @@ class NewPages:
     def select_step(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None, progress: FolderProgress
     ) -> NextStep:
-        """Return the next step towards a training. A folder that does not exist counts as not chosen."""
+        """Return the next step towards a training run. A folder that does not exist counts as not chosen."""
         is_saved = False  # whether the folder's files have all values of the form
         if described is not None:
             saved_form = self.make_form(described)
@@ -369,7 +369,7 @@ class NewPages:
         return select_step(existing_form, progress, is_saved)
 
     def collect_caption_values(self, folder: Path | None) -> dict[str, Any]:
-        """Return the template values of the section that writes captions with a model."""
+        """Return the template values of the section for captioning with a model."""
         caption_form = CaptionForm(format=find_format_of_folder(folder))  # initial values of its fields
         return {
             "engine": CAPTION_MODEL,
@@ -390,7 +390,7 @@ class NewPages:
         Args:
             folder: The selected folder; None if no folder is selected.
             content: Images and clips of the selected folder; None if no folder is selected.
-            is_part: Leave out the list of folders, because the browser uses only other parts of the page.
+            is_part: Omit the list of folders, because the browser uses only other parts of the page.
         """
         tops = self.site.runs.root_folders
         has_files = folder is not None and (content is not None or is_described(folder))
@@ -417,7 +417,7 @@ class NewPages:
         }
 
     def list_tiles(self, content: MediaFolder | None) -> dict[str, Any]:
-        """Return the values for the row of images: a folder's first files; none if `content` is None."""
+        """Return the template values of the thumbnails: a folder's first files; none if `content` is None."""
         names: list[str] = []
         if content is not None:
             with contextlib.suppress(OSError):
@@ -429,7 +429,7 @@ class NewPages:
         }
 
     def collect_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
-        """Return the values for the page's part about models and the selected model.
+        """Return the template values of the page's section about the models and the selected model.
 
         `content` is the media of the selected folder; models that suit them come first.
         """
@@ -445,7 +445,7 @@ class NewPages:
         }
 
     def collect_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
-        """Return the values for the field `train`. `model` is the selected model; None if there is none."""
+        """Return the template values of the field `train`. `model` is the selected model, if any."""
         if model is None:
             return {"kinds": [], "recipes": []}
         chosen = BY_NAME[form.train or LORA.name]
@@ -459,9 +459,9 @@ class NewPages:
         }
 
     def list_info(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
-        """Return the notes next to the button: steps or their duration, and GB to download.
+        """Return the notes next to the button: the steps or their duration, and the GB to download.
 
-        `duration` is the estimated duration of the training, in words.
+        `duration` is the estimated duration of the training run, as text.
         """
         if duration:
             notes = [duration]
@@ -480,9 +480,9 @@ class NewPages:
     def _list_missing_components(
         self, form: NewForm, described: DescribedFolder | None
     ) -> list[Component] | None:
-        """Return the files of the form's model that have to be downloaded; None for an unknown model.
+        """Return the missing files of the model in the form; None for an unknown model.
 
-        If the described folder uses this model, its own files count.
+        If the folder's run.toml names this model, the files that it names are the ones to look for.
         """
         if described is not None and (described.family, described.task) == (form.family, form.task):
             return self.list_missing_parts(described)
@@ -499,11 +499,11 @@ class NewPages:
         return ""
 
     def make_form(self, described: DescribedFolder) -> NewForm:
-        """Return the form of a described folder."""
+        """Return the New form, filled with the values of a folder's run.toml and dataset.toml."""
         return NewForm.from_described(described, self.site.models)
 
     def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
-        """Describe how long the steps in the form take; "" if that is not known."""
+        """Describe how long the form's number of training steps takes; "" if that is not known."""
         if described is None or described.steps is None:
             return ""
         try:
@@ -513,7 +513,7 @@ class NewPages:
         return describe_duration(self.site.runs, described, steps, self.cards)
 
     def try_read(self, folder: Path | None) -> tuple[DescribedFolder | None, str]:
-        """Return the content of a folder's files, or None and the reason why they cannot be read."""
+        """Return the parsed run.toml and dataset.toml of a folder, or None and why they cannot be read."""
         if folder is None or not is_described(folder):
             return None, ""
         try:
@@ -522,7 +522,7 @@ class NewPages:
             return None, str(reason)
 
     def collect_progress(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the template values for the part of the page that is reloaded while commands run."""
+        """Return the template values of the part of the page that is reloaded while commands run."""
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         queue = site.queue.now()
@@ -571,10 +571,10 @@ class NewPages:
         }
 
     def collect_commands(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the displayed command lines of a folder: from run.toml, and for run, check and repair."""
+        """Return the command lines to display: those in run.toml, and the run, check and repair commands."""
         if folder is None:
             return {"repair_line": "", "commands": [], "run_command": "", "check_command": ""}
-        # a folder that cannot be read as described may still list commands
+        # a run.toml that cannot be read in full may still list commands
         commands = read_commands(folder) if described is None else described.commands
         repair_argv = make_repair_argv(commands, folder)
         return {
@@ -593,17 +593,17 @@ class NewPages:
         command_output: Mapping[str, Any],
         download_values: Mapping[str, Any],
     ) -> FolderProgress:
-        """Return how far the preparation of a folder for a training has come, without its training job.
+        """Return how far the preparation of a folder for training has progressed, without its training job.
 
         Args:
             folder: The folder; None if none is selected.
-            described: Content of its files; None if it is not described.
+            described: Content of its run.toml and dataset.toml; None if it has none.
             check_job: Background job of the check.
-            command_output: Page values of the commands that describe and check the folder.
-            download_values: Page values of the model files that are missing or loading.
+            command_output: Template values from `collect_command_output`.
+            download_values: Template values from `collect_download_values`.
         """
         download = download_values["download"]
-        # if this page cannot download the missing files, `run` does when the training starts
+        # if this page cannot download the missing files, `run` downloads them before training
         can_download = download_values["download_command"] != ""
         return replace(
             self.find_missing_inputs(folder, described, check_job, command_output["new_lines"]),
@@ -625,9 +625,9 @@ class NewPages:
         check_job: Job | None,
         lines: Sequence[OutputLine],
     ) -> FolderProgress:
-        """Return a progress that has only the missing captions and the errors that `new` has reported.
+        """Return a FolderProgress with only the missing captions and the errors that `new` has reported.
 
-        `lines` were printed by `new` about files that still exist.
+        `lines` are lines that `new` has printed about files that still exist.
         """
         progress = FolderProgress()
         description_job = self.find_background_job(DESCRIBE, folder)
@@ -638,7 +638,7 @@ class NewPages:
         if CAPTIONS in line_kinds and not described.trigger and content is not None:
             only_pictures = not content.num_clips and not content.num_audios
             progress = replace(progress, uncaptioned=content.num_uncaptioned, only_pictures=only_pictures)
-        # a later check reports the errors that are left
+        # a later check reports the remaining errors itself
         was_checked = (
             check_job is not None and check_job.log.stat().st_mtime > description_job.log.stat().st_mtime
         )
@@ -650,9 +650,9 @@ class NewPages:
     def collect_command_output(
         self, folder: Path | None, background_jobs: Mapping[str, Job | None]
     ) -> dict[str, Any]:
-        """Return the template values of the commands that describe, check and repair a folder.
+        """Return the template values about the output of the `new`, check and repair commands of a folder.
 
-        `new_job` is the `new` command whose lines are shown: a current dry run, or the last that wrote.
+        `new_job` is the `new` command whose lines are shown: a current dry run, or the last that wrote files.
         """
         file_names: list[str] = []
         if folder is not None:
@@ -690,9 +690,9 @@ class NewPages:
         jobs: Sequence[Job],
         lines: Sequence[OutputLine],
     ) -> Checklist:
-        """Return the checklist of a folder: what is ready, needs attention or would end a training.
+        """Return the checklist of a folder: what is ready, needs attention or would end a training run.
 
-        `jobs` are the jobs of the queue. `lines` are the output of `new`; the checklist has its warnings only
+        `jobs` are the queued jobs. `lines` are the output of `new`; the checklist includes its warnings only
         if `new` has succeeded.
         """
         if folder is None:
@@ -710,7 +710,7 @@ class NewPages:
         )
 
     def collect_download_values(self, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the template values about model files to download: size, licenses, command and login."""
+        """Return the template values about the download of model files: size, licenses, command and login."""
         missing_parts = self.list_missing_parts(described)
         licenses = list_licenses(missing_parts)
         files = None if described is None else self.find_files_to_download(described)
@@ -736,13 +736,13 @@ class NewPages:
         return self.answer_progress(folder)
 
     def answer_progress(self, folder: Path, error: str = "") -> Response:
-        """Return the section of `show_progress`. `error` is the reason why a button changed nothing."""
+        """Return the section that `show_progress` shows. `error` says why a pressed button had no effect."""
         described, _ = self.try_read(folder)
         values = self.collect_progress(folder, described) | {"error": error, "is_part_of_page": True}
         return answer_template("new_progress.html", say("New"), values, is_rejected=error != "")
 
     def show_caption_line(self, request: Request) -> Response:
-        """Respond with the command that writes captions as the form requests, or with an error message."""
+        """Respond with the captioning command for the form's values, or with an error message."""
         query = request.query_params
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
@@ -754,7 +754,7 @@ class NewPages:
         return answer_page(str(escape(text)))
 
     def show_folders(self, request: Request) -> Response:
-        """Respond with the next part of the list of folders."""
+        """Respond with the HTML of the next part of the list of media folders."""
         first_text = request.query_params.get("from", "")
         first = int(first_text[:6]) if first_text.isascii() and first_text.isdecimal() else 0
         folders = list_media_folders(self.site.runs)
@@ -767,9 +767,9 @@ class NewPages:
         return answer_template("new_folders.html", say("New"), values)
 
     def show_check(self, request: Request) -> Response:
-        """Respond with a folder's check.html.
+        """Respond with the check.html that the check has written into a folder.
 
-        The folder may come from somebody else, so the page runs no scripts and loads no other files.
+        The folder may come from somebody else, so the page may not run scripts or load other files.
         """
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         path = self.find_check_page(folder)
@@ -783,25 +783,25 @@ class NewPages:
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
     def find_check_page(self, folder: Path | None) -> Path | None:
-        """Return the page of a folder's last check; None if it does not exist or lies outside the roots."""
+        """Return the page of a folder's last check; None if it does not exist or is outside the roots."""
         path = None if folder is None else folder / CHECK_PAGE
         return path if path is not None and self.site.runs.is_inside(path) else None
 
     def is_check_old(self, check_job: Job | None, folder: Path | None) -> bool:
-        """Return whether the files of a folder have changed since its check began."""
+        """Return whether a folder's files have changed since the job `check_job` began."""
         return check_job is not None and folder is not None and has_changed_since(check_job, folder, FILES)
 
     def find_folder_error(self, text: str, folder: Path | None, described: DescribedFolder | None) -> str:
         """Return why the typed folder cannot be used; "" if it can, or if nothing is typed.
 
-        `folder` is the existing folder that `text` names, `described` the content of its files.
+        `folder` is the existing folder that `text` names, `described` the content of its run.toml.
         """
         if folder is None:
             return self.explain_folder(text) if text else ""
         return explain_missing_media(folder) if described is None else ""
 
     def explain_folder(self, text: str) -> str:
-        """Return the reason why `text`, a typed path, names no folder that this page can describe."""
+        """Return the reason why the page cannot use the typed path `text` as a folder."""
         roots = ", ".join(str(top) for top in self.site.runs.root_folders)
         text = complete_home(text)
         if WINDOWS_PATH.match(text) and os.name != "nt":
@@ -841,7 +841,7 @@ class NewPages:
         return None if folder is None else self.site.background_jobs.find(name_background_job(kind, folder))
 
     def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
-        """Return the address of the page of a folder's training; "" if there is none yet.
+        """Return the URL of the page about a folder's training run; "" if there is no page yet.
 
         `job` is the queue's job that runs the folder.
         """
@@ -856,7 +856,7 @@ class NewPages:
         return "" if plan is None else f"/run/{plan.id}/"
 
     def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
-        """Return the parts of a described folder's model that are to be downloaded before the training."""
+        """Return the missing parts of the model that a run.toml names, to download before training."""
         if described is None:
             return []
         is_there = {
@@ -869,10 +869,10 @@ class NewPages:
         return []
 
     def find_files_to_download(self, described: DescribedFolder) -> TaskFiles | None:
-        """Return the model files of a described folder if some are missing and a download can provide them.
+        """Return the files of the model in run.toml if some are missing and a download can provide them.
 
-        Returns None if no file is missing, or if run.toml names a file that is not a released file in this
-        page's models folder: only `run` knows where to download that.
+        Returns None if no file is missing, or if run.toml names a missing file that is not a released file
+        in this page's models folder, because only `run` can find the source of such a file.
         """
         paths = [described.folder / path for path in described.model_files.values()]
         missing = {real_path(path) for path in paths if not path.exists()}
@@ -888,7 +888,7 @@ class NewPages:
         return None
 
     def make_download_argv(self, described: DescribedFolder, files: TaskFiles) -> list[str]:
-        """Return the command that downloads the missing files of a described folder's model."""
+        """Return the command that downloads the missing files of the model that a run.toml names."""
         missing_options = {
             name for name, path in described.model_files.items() if not (described.folder / path).exists()
         }
@@ -898,13 +898,13 @@ class NewPages:
         return [*argv, "--without", *present_options] if present_options else argv
 
     def make_run_argv(self, described: DescribedFolder) -> list[str]:
-        """Return the command that trains on a described folder, with this page's models folder."""
+        """Return the command that starts the folder's training run, with this page's models folder."""
         return make_run_argv(described, self.site.models)
 
     def preview_prepare(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
     ) -> PreparePlan:
-        """Return what Prepare would do; for an incomplete form, the command with the fields filled so far."""
+        """Return what the Prepare button would do; an incomplete form yields an incomplete command."""
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
                 return self.plan_prepare(form, folder, described)
@@ -912,11 +912,11 @@ class NewPages:
         return PreparePlan(make_new_argv(form, self.site.models))
 
     def plan_prepare(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> PreparePlan:
-        """Return what the button Prepare does with a folder: a `new` command, or changed keys of run.toml.
+        """Return what the Prepare button does with a folder: a `new` command, or changed keys of run.toml.
 
-        A folder that is not described yet is described by `new`. In a described folder, a changed name or
-        number of steps is written into run.toml; for all other changes, `new` first shows how the files would
-        change. Raises OptionError if the number of steps is not valid.
+        In a folder without these files, `new` writes them. Otherwise, a changed name or number of steps is
+        written into run.toml; for all other changes, `new` first shows how the files would change. Raises
+        OptionError if the number of steps is not valid.
         """
         form = form.with_folder(folder)
         models = self.site.models
@@ -930,7 +930,7 @@ class NewPages:
         return PreparePlan(make_new_argv(form, models, dry_run=True), is_comparison=True)
 
     def change(self, request: Request, form: Form) -> Response:
-        """Carry out a button's action on the selected folder, and show the folder's page again."""
+        """Apply a button's action to the selected folder, and show the folder's page again."""
         sent_form = NewForm.from_fields(form)
         action = request.path_params["what"]
         folder = find_folder(self.site.runs, sent_form.folder)
@@ -960,7 +960,7 @@ class NewPages:
         return _reopen_page(folder, message)
 
     def reject_unsaved(self, button: PressedButton) -> None:
-        """Raise OptionError if fields of a page have values that are not in the folder's files."""
+        """Raise OptionError if the user has changed fields whose values are not in the folder's files yet."""
         if not button.displayed_address:  # no fields were sent
             return
         displayed_form = NewForm.from_address(button.displayed_address)
@@ -976,9 +976,9 @@ class NewPages:
             )
 
     def prepare(self, button: PressedButton) -> str:
-        """Describe a folder with the form's values, or change its files, and return a message.
+        """Write a folder's run.toml and dataset.toml from the form's values, and return a message.
 
-        Small changes are written directly; otherwise a `new` command starts, and the message is "".
+        Small changes are written directly. Otherwise, a `new` command is started, and the message is "".
         """
         folder, form = button.folder, button.form
         check_form(form)
@@ -1003,7 +1003,7 @@ class NewPages:
         return ""
 
     def replace(self, button: PressedButton) -> str:
-        """Copy the folder's files, then let `new` write them again with the changes that were shown."""
+        """Copy the folder's files into the bin, then let `new` rewrite them with the changes shown before."""
         folder = button.folder
         dry_run_job = self.find_background_job(DRY_RUN, folder)
         if (
@@ -1027,12 +1027,12 @@ class NewPages:
         return ""
 
     def keep_files(self, button: PressedButton) -> str:
-        """Reject the changes that `new --dry_run` has shown: the files stay as they are."""
+        """Reject the changes that `new --dry_run` has shown, leaving the files as they are."""
         self.site.background_jobs.forget(name_background_job(DRY_RUN, button.folder))
         return ""
 
     def check(self, button: PressedButton) -> str:
-        """Start the check of the described folder."""
+        """Start the background job that checks the folder's run.toml and dataset."""
         self.reject_unsaved(button)
         name = name_background_job(CHECK, button.folder)
         self.site.background_jobs.start(name, make_check_argv(button.folder), Path.cwd())
@@ -1045,7 +1045,7 @@ class NewPages:
         return ""
 
     def try_captions(self, button: PressedButton) -> str:
-        """Start the command that prints captions of a few files."""
+        """Start the command that captions a few files as a trial and prints the captions."""
         folder = button.folder
         argv = make_caption_argv(CaptionForm.read(button.fields), TRIED)
         require_inside(self.site.runs, folder)  # the command writes into the folder
@@ -1063,7 +1063,7 @@ class NewPages:
         return ""
 
     def start_download(self, button: PressedButton) -> str:
-        """Start the download of the missing files of a described folder's model."""
+        """Start the download of the missing files of the model that the folder's run.toml names."""
         described = read_described(button.folder)
         files = self.find_files_to_download(described)
         if files is None:
@@ -1075,7 +1075,7 @@ class NewPages:
         return ""
 
     def start(self, button: PressedButton) -> str:
-        """Add the run of a folder to the queue, and start the queue unless other jobs wait in it."""
+        """Add the run of a folder to the queue, and start the queue unless other jobs are waiting."""
         self.reject_unsaved(button)
         folder = button.folder
         if not is_described(folder):
@@ -1089,9 +1089,9 @@ class NewPages:
         return ""
 
     def run_remedy(self, button: PressedButton) -> str:
-        """Run a command that `new` or `run --check` has printed for this folder.
+        """Run the pressed button's command, which `new` or `run --check` has printed for this folder.
 
-        Raises OptionError if the folder's jobs have not printed the command of the pressed button.
+        Raises OptionError if the folder's jobs have not printed this command.
         """
         folder = button.folder
         printed_lines: list[OutputLine] = []
@@ -1126,10 +1126,10 @@ class NewPages:
         return ""
 
     def show_file_description(self, request: Request, form: Form) -> Response:
-        """Respond with a description of the file typed for a model option.
+        """Respond with a description of the file whose path is typed for a model option.
 
-        The page then also requests whether the file fits the model (`show_misfit`), unless the described
-        folder already uses this file.
+        The page then also asks whether the file fits the model (`show_misfit`), unless the folder's run.toml
+        already names this file.
         """
         option = request.query_params.get("option", "")
         path = "".join(form.get(f"file_{option}", ()))
@@ -1137,7 +1137,7 @@ class NewPages:
         has_model = find_model(sent_form.family, sent_form.task) is not None
         described, _ = self.try_read(find_folder(self.site.runs, sent_form.folder))
         saved_form = NewForm() if described is None else self.make_form(described)
-        # `new` has already checked the file that the described folder uses
+        # `new` has already checked the file that run.toml names
         uses_saved_model = (saved_form.family, saved_form.task) == (sent_form.family, sent_form.task)
         uses_saved_file = saved_form.model_files.get(option) == sent_form.model_files.get(option)
         is_checked = uses_saved_model and uses_saved_file
@@ -1149,7 +1149,7 @@ class NewPages:
         return answer_template("new_file.html", say("New"), values)
 
     def show_misfit(self, request: Request, form: Form) -> Response:
-        """Respond with the reason, as `new` states it, why a model file does not fit the selected model."""
+        """Respond with the error message of `new` if a file does not fit the selected model."""
         option = request.query_params.get("option", "")
         sent_form = NewForm.from_fields(form)
         path = "".join(form.get(f"file_{option}", ()))
@@ -1163,14 +1163,14 @@ class NewPages:
 
 
 def _is_any_active(background: Sequence[Job | Download | None], queued: Sequence[Job | None]) -> bool:
-    """Return whether a background command or download runs, or a job of the queue runs or waits."""
+    """Return whether a background command or download is running, or a queued job is running or waiting."""
     if any(process is not None and process.state == RUNNING for process in background):
         return True
     return any(job is not None and job.state in (WAITING, RUNNING) for job in queued)
 
 
 def explain_missing_media(folder: Path) -> str:
-    """Return the reason why a folder without media cannot be described; "" if it may have media."""
+    """Return the reason why `new` cannot use a folder, because it has no media; "" if it may have some."""
     if read_media_folder(folder) is not None or any(path.is_dir() for path in folder.iterdir()):
         return ""
     return say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
@@ -1179,13 +1179,13 @@ def explain_missing_media(folder: Path) -> str:
 def list_applied_remedies(
     lines: Sequence[OutputLine], description_job: Job | None, jobs: Sequence[Job | None]
 ) -> set[str]:
-    """Return the remedies that succeeded after `new` last described the folder.
+    """Return which of the remedies that `new` has printed have succeeded since.
 
-    These are command lines that `new` has printed, and REPAIR_CAPTIONS if the captions were repaired.
+    These are command lines, and REPAIR_CAPTIONS if the captions were repaired.
 
     Args:
         lines: Lines that `new` has printed.
-        description_job: Background job of the `new` that described the folder; None if there is none.
+        description_job: Background job of the last `new` command for the folder; None if there is none.
         jobs: Jobs that may have applied a remedy.
     """
     if description_job is None or not description_job.log.exists():
@@ -1201,7 +1201,7 @@ def list_applied_remedies(
 
 
 def _split_line(line: str) -> list[str]:
-    """Return the arguments of a command without its `cd`, or the line itself if it cannot be split."""
+    """Return a command line's arguments without its `cd`, or [line] if it cannot be split."""
     try:
         return split_arguments(command_part(line))
     except OptionError:  # a manually written line, which `new` never prints
@@ -1209,23 +1209,23 @@ def _split_line(line: str) -> list[str]:
 
 
 def describe_failure(download: Download | None) -> str:
-    """Return the last lines of a failed download, with their remedy; "" for any other download."""
+    """Return the last lines that a failed download has printed, with advice; "" if it has not failed."""
     return (
         download.job.last_lines(LINES_OF_FAILURE) if download is not None and download.state == DIED else ""
     )
 
 
 def find_files_checksum(folder: Path | None, described: DescribedFolder | None) -> str:
-    """Return a checksum of the folder's files when they were read; "" if it is not described."""
+    """Return a checksum of run.toml and the other files as they were read; "" without a folder."""
     if described is not None:
         return described.checksum
     return "" if folder is None else mark_files(folder)
 
 
 def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
-    """Return the command that converts a described folder's captions to UTF-8; empty if there is none.
+    """Return the command that converts a folder's captions to UTF-8; [] if there is none.
 
-    `commands` are those of its run.toml.
+    `commands` are the commands in the folder's run.toml.
     """
     for argv in commands:
         with contextlib.suppress(OptionError):
@@ -1236,7 +1236,7 @@ def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
 
 
 def find_free_name(output: Path, name: str) -> str:
-    """Return another name for a LoRA if the folder has one with this name; otherwise ""."""
+    """Return another name for a LoRA if the output folder has one with this name; otherwise ""."""
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
 
 
@@ -1262,14 +1262,14 @@ def _suggest_free_name(form: NewForm, folder: Path | None, described: DescribedF
 
 
 def _file_options(row: ModelRow | None) -> list[str]:
-    """Return the options that name the files of a model."""
+    """Return the options that take the paths of a model's files."""
     if row is None:
         return []
     return list(dict.fromkeys(part.option.lstrip("-") for part in row.model.components if part.option))
 
 
 def new_routes(site: Site) -> list[Route]:
-    """Return the routes of the page New."""
+    """Return the routes of the New page."""
     pages = NewPages(site)
     return [
         Route("/new", pages.show),
@@ -1283,6 +1283,6 @@ def new_routes(site: Site) -> list[Route]:
         Route(PIECE, pages.pieces.take, methods=["POST"]),
         Route(PIECE, pages.pieces.show),
         *file_routes(pages.files),
-        # last, because it also matches the addresses above
+        # last, because it also matches the paths above
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

@@ -1,4 +1,4 @@
-"""The next step on the page New: the progress of a folder, and the button for that step."""
+"""The next step on the New page: the progress of a folder, and the button for that step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ QUEUE_ADDRESS = "/queue"
 
 @dataclass(frozen=True)
 class NextStep:
-    """The next step towards a training: label and action of the page's main button."""
+    """The next step towards a training run: label and action of the page's main button."""
 
     name: str
     label: str
@@ -33,7 +33,7 @@ class NextStep:
 
     @property
     def change_key(self) -> str:
-        """Text that changes with the step."""
+        """String that changes with the step."""
         return short_digest(repr(self))
 
 
@@ -47,10 +47,10 @@ class FolderProgress:
     download: Download | None = None  # download of the folder's model
     missing_gigabytes: str = ""  # missing GB of the model that this page can download
     download_failure: str = ""  # last lines of a failed download
-    uncaptioned: int = 0  # files without the caption that the training needs
+    uncaptioned: int = 0  # files without the caption that the training run needs
     only_pictures: bool = True  # whether all of these files are images
     has_listed_errors: bool = False  # `new` has listed files that prevent a training run
-    downloads_at_start: bool = False  # the training downloads missing files
+    downloads_at_start: bool = False  # the training run downloads missing files
     check_job: Job | None = None
     is_check_old: bool = False
     training_job: Job | None = None  # job of the queue that trains on the folder
@@ -58,7 +58,7 @@ class FolderProgress:
 
     @property
     def change_key(self) -> str:
-        """Text that changes with the next step, as long as no field has been edited."""
+        """String that changes with the next step, assuming that the form is saved."""
         return select_step(NewForm(folder="as", family="in", task="files"), self, is_saved=True).change_key
 
     @property
@@ -78,9 +78,9 @@ class FolderProgress:
 
 
 def select_step(form: NewForm, progress: FolderProgress, is_saved: bool) -> NextStep:
-    """Return the next step towards a training: what to press, and what is missing for it.
+    """Return the next step towards a training run: the button to press, and what is still missing.
 
-    `is_saved` is true if the folder's files have the values of the form.
+    `is_saved` is True if the folder's files contain the values of the form.
     """
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
@@ -98,7 +98,7 @@ def select_step(form: NewForm, progress: FolderProgress, is_saved: bool) -> Next
 
 
 def _ask_for_captions(progress: FolderProgress) -> NextStep:
-    """Return the next step "write captions", with a trigger word as the other choice."""
+    """Return the next step "Write captions", with a trigger word as the alternative."""
     count = progress.uncaptioned
     if progress.only_pictures:
         missing = say_count(
@@ -124,7 +124,7 @@ def _ask_for_captions(progress: FolderProgress) -> NextStep:
 
 
 def _select_after_describing(progress: FolderProgress) -> NextStep:
-    """Return the next step of a folder whose files have the values of the form."""
+    """Return the next step for a folder whose files already have the values of the form."""
     training_step = _find_training_step(progress)
     if training_step is not None:
         return training_step
@@ -152,7 +152,7 @@ def _select_after_describing(progress: FolderProgress) -> NextStep:
 
 
 def _find_training_step(progress: FolderProgress) -> NextStep | None:
-    """Return the step that shows a waiting, running or finished training; None without one."""
+    """Return the step that links to the waiting, active or finished training run; None without one."""
     job = progress.training_job
     if job is None:
         return None

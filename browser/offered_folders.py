@@ -1,6 +1,6 @@
 """Find the folders with images and clips for which a page offers tools.
 
-These are the folders of a dataset, or a described folder.
+These are a dataset's media folders, or the folder of a run.toml.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ MEDIA_KEYS = ("image_directory", "video_directory", "image_dir")
 
 
 def find_open_folder(runs: Runs, text: str) -> Path | None:
-    """Return a folder below the roots that no program of this project writes; None for any other text."""
+    """Return a folder below the roots, unless this project writes its files; None for any other text."""
     folder = find_folder(runs, text)
     return None if folder is None or is_closed(runs, folder) else folder
 
 
 def read_tables(config: Path) -> list[Mapping[str, Any]]:
-    """Return the tables of a dataset file, each with its subsets; empty if it cannot be read."""
+    """Return the dataset tables of a dataset.toml, each with its subsets; [] if it cannot be read."""
     try:
         text = read_own_file(config).decode()
         tables = (parse_json(text) if config.suffix == ".json" else parse_toml(text))["datasets"]
@@ -44,7 +44,7 @@ def read_tables(config: Path) -> list[Mapping[str, Any]]:
 def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
     """Return the distinct real paths of the media folders below the roots that a dataset file names.
 
-    `base` is the folder that its relative paths refer to.
+    `base` is the folder to which its relative paths refer.
     """
     folders = []
     for table in read_tables(config):
@@ -56,13 +56,13 @@ def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
 
 
 def list_media_folders_of(runs: Runs, folder: Path) -> list[Path]:
-    """Return the media folders that a folder's dataset.toml names, or only the folder without any."""
+    """Return the media folders that a folder's dataset.toml names; if it names none, the folder itself."""
     inner = list_table_folders(runs, folder / DATASET_FILE, folder) if is_described(folder) else []
     return inner or [folder]
 
 
 def require_inside(runs: Runs, folder: Path) -> None:
-    """Raise OptionError if the dataset of a described folder names files outside the roots."""
+    """Raise OptionError if the folder's dataset.toml names files outside the roots."""
     path = folder / DATASET_FILE
     if not path.is_file():
         raise OptionError(say("It is not prepared yet: press Prepare first."))

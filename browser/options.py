@@ -76,7 +76,7 @@ class BrowserOptions(Options, title="browser"):
     )
 
     def __post_init__(self) -> None:
-        """Raise OptionError if options contradict each other, or let others in without a token."""
+        """Raise OptionError if options contradict each other, or admit other machines without a token."""
         for folder in self.folders:
             self._check_folder(folder)
         if self.no_token and not self.is_local:
@@ -102,7 +102,7 @@ class BrowserOptions(Options, title="browser"):
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
 
     def _check_public_url(self, url: str) -> None:
-        """Raise OptionError if --public_url is not the address of a host, or if there is no token."""
+        """Raise OptionError if --public_url is not the URL of a host, or if --no_token is set."""
         if self.no_token:
             raise OptionError(f"--public_url {url} lets others in: leave --no_token out")
         try:

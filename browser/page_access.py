@@ -32,16 +32,16 @@ class PageAccess:
 
     @property
     def root(self) -> str:
-        """Path below which the pages lie."""
+        """Secret path that begins the URL path of every page."""
         return f"{MARK}{self._sign('path')}"
 
     def make_cookie_value(self, owner: int | None) -> str:
-        """Return the value of a cookie. `owner` is the account of its browser; None if that is not known."""
+        """Return a cookie value. `owner` is the browser's user id; None if it is not known."""
         end = int(self.now()) + COOKIE_SECONDS
         return f"{end}.{self._sign(f'{end} {owner}')}"
 
     def has_valid_cookie(self, cookies: str, owner: int | None) -> bool:
-        """Return whether a request has a cookie whose value is valid for its account and has not expired."""
+        """Return whether a cookie's value is valid for the user id `owner` and has not expired."""
         return any(self._is_valid_value(value, owner) for value in list_values(cookies, COOKIE))
 
     def _is_valid_value(self, value: str, owner: int | None) -> bool:
@@ -68,12 +68,12 @@ def derive_access(token: str, port: int) -> PageAccess:
 
 
 def find_page_access(token: str, scope: Mapping[str, Any]) -> PageAccess:
-    """Return the path and cookie values of the server that received a request."""
+    """Return the secret path and cookie values of the server that received the request `scope` (ASGI)."""
     return derive_access(token, find_port(scope))
 
 
 def list_values(cookies: str, wanted: str) -> list[str]:
-    """Return the values of all cookies with a name: other servers on this host may have set it, too."""
+    """Return the values of all cookies named `wanted`: another server on this host may have set one, too."""
     values = []
     for part in cookies.split(";"):
         name, _, value = part.strip().partition("=")
@@ -91,6 +91,6 @@ def find_connection(scope: Mapping[str, Any]) -> Connection | None:
 
 
 def find_account(scope: Mapping[str, Any]) -> int | None:
-    """Return the account of this machine that sent a request; None if the system does not show it."""
+    """Return the id of the local user who sent a request; None if the system does not show it."""
     connection = find_connection(scope)
     return None if connection is None else find_owner(connection)

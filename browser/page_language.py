@@ -33,7 +33,7 @@ HELPS = "helps"  # section in a separate file
 
 @functools.cache
 def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the sections of a language's table; empty for English."""
+    """Return the sections of a language's translation table; empty for English."""
     if code == CODES[0]:
         return {}
     sections = json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
 
 @functools.cache
 def read_texts(code: str) -> Mapping[str, str]:
-    """Return all translations of a language by their English strings."""
+    """Return all translations into a language, by their English strings."""
     return {key: text for section in read_table(code).values() for key, text in section.items() if text}
 
 
@@ -103,7 +103,7 @@ def _read_weight(parameter: str) -> float:
 
 
 def change_language(request: Request) -> Response:
-    """Store another language in a cookie, and redirect to the page that had the link."""
+    """Store another language in a cookie, and redirect to the page that contained the link."""
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
@@ -120,7 +120,7 @@ def change_language(request: Request) -> Response:
 
 
 def find_return_address(address: str) -> str:
-    """Return an address of this server's pages; the list of runs for any other address."""
+    """Return `address` if it is a URL of this server's pages; otherwise the URL of the list of runs."""
     is_ours = address.startswith("/") and not address.startswith(("//", "/\\", "/language/"))
     is_plain = address.isprintable() and "\\" not in address
     try:
@@ -131,7 +131,7 @@ def find_return_address(address: str) -> str:
 
 
 def show_scripts(request: Request) -> Response:
-    """Respond with a script that contains the strings of JavaScript and the functions that look them up."""
+    """Respond with a script: the translated strings of all scripts, and functions to look them up."""
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
@@ -170,7 +170,7 @@ function translateCount(number, singular, plural, values = {}) {
 
 
 def language_routes() -> list[Route]:
-    """Return the routes that change the language and deliver the strings of JavaScript."""
+    """Return the routes that change the language and deliver the translated strings of JavaScript files."""
     return [
         Route("/language/{code}.js", show_scripts),
         Route("/language/{code}", change_language),
@@ -178,7 +178,7 @@ def language_routes() -> list[Route]:
 
 
 def language_headers() -> list[tuple[bytes, bytes]]:
-    """Return the response headers of a page in the language of its request."""
+    """Return the language headers of a response to the current request."""
     return [
         (b"content-language", language().code.encode()),
         (b"vary", f"Accept-Language, Cookie, {HEADER}".encode()),

@@ -29,7 +29,7 @@ MAX_SHOWN = 64 << 10  # bytes of a file
 
 @dataclass(frozen=True)
 class Permission:
-    """Something that a run may do, with a note for the user."""
+    """An action that a run.toml allows its run, such as sending data, with a note for the user."""
 
     text: str
     note: str = ""  # why it is rejected or unusual
@@ -37,9 +37,9 @@ class Permission:
 
 
 def read_permissions(folder: Path) -> list[Permission]:
-    """List the actions that a described folder's files permit; actions that `new` never writes come first.
+    """List the actions that a folder's run.toml permits; actions that `new` never writes come first.
 
-    Actions beyond MAX_LINES are counted in a last line.
+    After MAX_PERMISSIONS actions, a last line counts the others.
 
     Raises:
         OSError: If run.toml cannot be read.
@@ -83,7 +83,7 @@ def _get_table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _describe_target(folder: Path, option: str, text: str) -> Permission:
-    """Return a line about the place that an option writes to, marked as unusual if it is outside `folder`."""
+    """Return a line that says where an option writes, marked as unusual if that is outside `folder`."""
     try:
         reject_share(text, folder)
         target = real_path(expand_path(text, folder))
@@ -157,7 +157,7 @@ def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
 
 
 def _list_typed_only(words: Sequence[str]) -> list[str]:
-    """Return the options in a command that start a program, including abbreviations that argparse accepts."""
+    """Return a command's options that start a program, including abbreviations that argparse accepts."""
     flags = [word.partition("=")[0] for word in words]
     typed = [flag for flag in flags if len(flag) > len("--x")]  # ignore one-letter names
     return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]

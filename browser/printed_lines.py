@@ -377,24 +377,24 @@ def is_for_terminal(line: str) -> bool:
 
 
 def translate_line(line: str) -> str:
-    """Return a printed line as text that pages translate; an unknown line unchanged."""
+    """Return a printed line as translatable text; an unknown line unchanged."""
     return _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *LINES_OF_CHECKS)) or _find_fault(line) or line
 
 
 def translate_file_kind(kind: str | None) -> str:
-    """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as text that pages translate."""
+    """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as translatable text."""
     return UNKNOWN_FILE if kind is None else _translate_by_pattern(kind, FILE_KINDS) or kind
 
 
 def translate_reason(text: str) -> str:
-    """Return the message of an error that ended a run, as text that pages translate if it is known."""
+    """Return the error message that ended a run, as translatable text if the message is known."""
     first, end, rest = text.partition("\n")
     known = _translate_by_pattern(first, RUN_ERRORS)
     return text if known is None else join("", (known, end + rest))
 
 
 def translate_command(command: PageCommand) -> PageCommand:
-    """Return a command of a history with its title and the known sentences below it as translatable text."""
+    """Return a history's suggested command with its title and note, as far as known, as translatable text."""
     sentences = []
     for sentence in SENTENCE_END.split(command.note):
         sentences.append(_translate_by_pattern(sentence, COMMANDS) or sentence)
@@ -403,7 +403,7 @@ def translate_command(command: PageCommand) -> PageCommand:
 
 
 def translate_memory(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the lines about the memory of a run, name and value, as text that pages translate."""
+    """Return the lines about the memory of a run, name and value, as translatable text."""
     return [(translate_line(name), translate_line(value)) for name, value in rows]
 
 
@@ -420,7 +420,7 @@ def _translate_by_pattern(text: str, patterns: Sequence[TranslatableText]) -> Tr
 def _find_fault(line: str) -> TranslatableText | None:
     """Return a line such as `2 have no caption:` as translatable text; None for any other line.
 
-    The patterns in FAULTS are in the plural, such as `%(n)s have no caption`.
+    The patterns in FAULTS are plural, such as `%(n)s have no caption`.
     """
     text = line.removesuffix(":")
     number, _, _ = text.partition(" ")
@@ -438,7 +438,7 @@ def _find_fault(line: str) -> TranslatableText | None:
 
 
 def _translate_placeholder(name: str, value: str) -> str:
-    """Return the text of a placeholder, translatable if it matches a known pattern."""
+    """Return the value of a message's placeholder, as translatable text if it matches a known pattern."""
     if name in CATALOGUE_PLACEHOLDERS:
         return TranslatableText(value, value, {})
     if name == "kinds":  # suffixes of files that are not read
@@ -453,7 +453,7 @@ def _translate_placeholder(name: str, value: str) -> str:
 def _match_placeholders(key: str, text: str) -> dict[str, str] | None:
     """Return the values of a pattern's placeholders in a text; None if the text does not match.
 
-    A placeholder ends at the first occurrence of the words after it, so that no file name can make this slow.
+    A placeholder ends at the first occurrence of the text after it, so that no file name can make this slow.
     """
     # `fixed text, name, fixed text, name, ..., fixed text`
     beginning, *names_and_texts = PLACEHOLDER.split(key)

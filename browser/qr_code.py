@@ -9,7 +9,7 @@ QUIET = 2  # light cells around the code
 
 
 def compute_cells(text: str) -> NDArray[np.bool_]:
-    """Return the cells of a QR code, H W, with a light margin. True is light."""
+    """Return the cells of a QR code as an (H, W) array, with a light margin. True is light."""
     cells = cv2.QRCodeEncoder.create().encode(text) > 0
     return np.pad(cells, QUIET, constant_values=True)
 

@@ -43,7 +43,7 @@ CHECK_SECONDS = 30.0  # time limit for checking the options of all added jobs
 
 
 def is_started_by(run: RunSummary, job: Job) -> bool:
-    """Return whether a job's process has started this running training."""
+    """Return whether a job's process is a parent of the process of this training run."""
     if (
         run.state != RUNNING
         or run.start is None
@@ -58,17 +58,17 @@ def is_started_by(run: RunSummary, job: Job) -> bool:
 
 
 class EditedCommand(NamedTuple):
-    """A command that the user edits, and the run whose command it is."""
+    """A command that the user edits, and the run from which it comes."""
 
     line: str = ""
     run: RunSummary | None = None
 
 
 def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
-    """Return the command line to show in the edit field of the page; "" if the query names none.
+    """Return the command line for the edit field of the Queue page; an empty one if the query names none.
 
-    The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
-    command.
+    The query contains `run`, and either `command`, the index of one of the run's commands, or `line`, an
+    edited command.
     """
     if "line" in query:
         return EditedCommand(query["line"], runs.find(query.get("run", "")))
@@ -89,16 +89,16 @@ def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
 def read_jobs(
     text: str, run: RunSummary | None, earlier: Sequence[EarlierJob] = ()
 ) -> list[tuple[list[str], Path]]:
-    """Return the arguments and the folder of each command in a text, after checking all of them.
+    """Return the (arguments, folder) of each command in a text, after checking all of them.
 
     Args:
         text: The commands, one per line.
-        run: Run that the commands come from; None if they were typed.
-        earlier: Jobs that are already in the queue; like earlier commands of the text, they may create files
+        run: Run from which the commands come; None if they were typed.
+        earlier: Jobs that are already in the queue. Like earlier commands in the text, they may create files
             that a command reads.
 
     Raises:
-        UserError: If a command is not valid. Then none is added.
+        UserError: If a command is not valid.
     """
     lines = _read_job_lines(text)
     jobs = [_parse_job(line, run) for line in lines]
@@ -118,7 +118,7 @@ def read_jobs(
 
 
 def _read_job_lines(text: str) -> list[str]:
-    """Return the command lines of a text. Raises OptionError without any, or for more than MAX_ADDED."""
+    """Return the command lines of a text. Raises OptionError if there are none or more than MAX_ADDED."""
     entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
     lines = [line for line in entries if line and not line.startswith("#")]
     if not lines:
@@ -139,7 +139,7 @@ def _read_job_lines(text: str) -> list[str]:
 def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
     """Return a command's arguments, and its folder: from a `cd` in the line, or where it was typed.
 
-    `run` is the run that the command comes from; None if it was typed into the page.
+    `run` is the run from which the command comes; None if it was typed into the page.
     """
     argv = split_arguments(command_part(line))
     typed_in = Path.cwd()
@@ -159,7 +159,7 @@ def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list
 
 
 class QueuePages:
-    """Shows the page of the queue, and handles its buttons."""
+    """Shows the Queue page, and handles its buttons."""
 
     def __init__(self, runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> None:
         self.runs = runs
@@ -174,18 +174,18 @@ class QueuePages:
         }
 
     def show(self, request: Request) -> Response:
-        """Return the page of the queue, with the command in the query for editing."""
+        """Return the Queue page, with the command in the query for editing."""
         return self.answer("", request.query_params)
 
     def answer(self, error: str, query: Mapping[str, str]) -> Response:
-        """Return the page of the queue with an error; `query` may name a command to show for editing."""
+        """Return the Queue page with an error; `query` may name a command to show for editing."""
         try:
             return answer_page(self.page(error, query), 422 if error else 200)
         except UserError as problem:
             return answer_text(str(problem), 422 if error else 500)
 
     def page(self, error: str, query: Mapping[str, str]) -> str:
-        """Return the HTML of the queue. Raises UserError if the queue cannot be read."""
+        """Return the HTML of the Queue page. Raises UserError if the queue cannot be read."""
         queue_state = self.queue.now()
         jobs = queue_state.jobs
         worker = queue_state.worker  # the server that runs the jobs; "" if the queue is paused
@@ -216,7 +216,7 @@ class QueuePages:
         return render_page(HERE / "queue.html", say("Queue"), values, POLICY)
 
     def find_trainings(self, jobs: Sequence[Job]) -> dict[int, RunSummary]:
-        """Return the running training of each job that has started one, by the job's number."""
+        """Return, by job number, the active training run that each job has started."""
         trainings = {}
         for run in self.runs.list_all():
             for job in jobs:
@@ -225,7 +225,7 @@ class QueuePages:
         return trainings
 
     def change(self, request: Request, form: Form) -> Response:
-        """Carry out a button of the page Queue, and show the page again."""
+        """Handle a pressed button of the Queue page, and show the page again."""
         action = request.path_params["what"]
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))
@@ -239,7 +239,7 @@ class QueuePages:
         return RedirectResponse("/queue", 303)
 
     def add_jobs(self, lines: str, run_id: str, within: str) -> None:
-        """Add command lines to the queue. The arguments are those of `carry_out`."""
+        """Add command lines to the queue. The arguments are the same as for `carry_out`."""
         with self.runs.lock:
             run = self.runs.find(run_id)
         writable_folder = find_folder(self.runs, within)  # the jobs may write only below this folder
@@ -251,14 +251,14 @@ class QueuePages:
             self.queue.add(argv, folder, within=writable_folder)
 
     def carry_out(self, action: str, number: str, line: str, run_id: str, within: str) -> bool:
-        """Carry out a button of the page Queue; return False for an unknown button or an invalid job number.
+        """Handle a pressed button of the Queue page; return False if button or job number is not valid.
 
         Args:
             action: Name of the button.
             number: Number of a job, as text.
             line: Command line to add or to edit.
-            run_id: Run that the line comes from; "" if it was typed.
-            within: Described folder from whose files the line was made; "" if it was typed.
+            run_id: Id of the run from which the line comes; "" if it was typed.
+            within: Folder of the run.toml from which the line was made; "" if it was typed.
 
         Raises:
             UserError: If the change is rejected.

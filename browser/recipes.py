@@ -75,7 +75,7 @@ SHAPE_STEP = 32  # pixels; all models accept multiples of it
 
 
 class UsedLora(NamedTuple):
-    """A LoRA file of a generation with its typed strength and the expert to which it is applied."""
+    """A LoRA file to generate with, its typed strength, and the expert to which it is applied."""
 
     path: str
     strength: str
@@ -84,7 +84,7 @@ class UsedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """A model or run to generate with: its fixed options, and the initial values of the other fields."""
+    """A model or run to generate with: its fixed options, and the initial values of the form's fields."""
 
     title: str
     family: str  # as scripts name it
@@ -116,7 +116,7 @@ class ModelRecipe:
 
     @cached_property
     def option_keys(self) -> dict[str, str]:
-        """Option that each field of the form sets, by the field's name; only fields that the model uses."""
+        """Option that each form field sets, by field name, for the fields that the model uses."""
         keys = find_field_keys(self.defaults, self.extra_options)
         unused_fields = []
         if not self.has_experts:
@@ -150,7 +150,7 @@ class ModelRecipe:
 
     @property
     def _task_record(self) -> Any:
-        """Return the record of the command's task; None for a family without tasks."""
+        """Return the family's configuration of the command's --task; None for a family without tasks."""
         tasks = vars(with_scripts()[self.family].options).get("TASKS", {})
         return tasks.get("".join(self.fixed_options.get("--task", ())))
 
@@ -166,7 +166,7 @@ class ModelRecipe:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether `guidance` is an input of the network; then a value of 1 does not turn it off."""
+        """Whether the network takes `guidance` as an input, so that a value of 1 does not turn it off."""
         return self.option_keys.get("guidance") == "embedded_cfg_scale"
 
     def find_line_option(self, name: str) -> LineOption | None:
@@ -176,14 +176,14 @@ class ModelRecipe:
 
     @property
     def fields(self) -> list[str]:
-        """Names of the fields that the model has."""
+        """Names of the form fields that the model supports."""
         return list(self.option_keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that is used if the field `name` is empty; "" if it is unknown.
+        """Return the value, as text, that applies if the field `name` is empty; "" if it is unknown.
 
-        `file_defaults` (of the model's files) takes precedence, then the default of the task, then the
-        default of the generation script.
+        `file_defaults` (from the model's files) take precedence, then the defaults of the task, then the
+        defaults of the generation script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {
@@ -209,7 +209,7 @@ class ModelRecipe:
 
     def find_limits(self, name: str) -> tuple[float, float]:
         """Return the minimum and maximum of a numeric field."""
-        # an input of the network is not negative, a CFG scale may be
+        # embedded guidance cannot be negative, a CFG scale can
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         seconds = MAX_MADE_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
@@ -226,12 +226,12 @@ class ModelRecipe:
 
     @property
     def side_step(self) -> int:
-        """Number of pixels that widths and heights are multiples of."""
+        """Number of pixels of which every width and height is a multiple."""
         step: int = getattr(self._task_record, "side_step", self.defaults.side_step)
         return step
 
     def nearest(self, name: str, value: float) -> float:
-        """Return the value that the model can generate, within the field's limits, nearest to a value."""
+        """Return the nearest value to `value` that the model accepts in the field `name`."""
         if name in SIDES:
             return max(1, round(value / self.side_step)) * self.side_step
         if name != "frames" or self.counts_seconds:
@@ -258,15 +258,15 @@ class ModelRecipe:
 
 @cache
 def list_extras(family: str) -> dict[str, str]:
-    """Return the options of a family that a request passes as extras, with their names in the request."""
+    """Return a family's own generation options, by option key, with their names in `RenderRequest.extras`."""
     return request_extras(with_scripts()[family].options_record("Generation"))
 
 
 def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) -> dict[str, str]:
-    """Return the option that each form field sets in a generation script, by the name of the field.
+    """Return the option that each form field sets in a generation script, by field name.
 
-    The option is the first one in `FIELDS` that the script has as an option of prompt lines. Fields without
-    such an option are missing.
+    The option is the first one in `FIELDS` that the script accepts in prompt lines. Fields without such an
+    option are missing.
 
     Args:
         defaults: The script's defaults; they also tell which shared options it lacks.
@@ -291,7 +291,7 @@ def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) 
 
 
 def _is_required_by_other_model(script: str, name: str) -> bool:
-    """Return whether the command of another released model of this script requires a field's image."""
+    """Return whether a released model with the same script has the field `name` in its command."""
     flags = {f"--{key}" for key in FIELDS[name]}
     for model in model_sets():
         words = model.commands.get("generate", "").split()
@@ -310,7 +310,7 @@ def find_flag(key: str, defaults: ScriptDefaults) -> str:
 
 
 def to_command_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[str, Any]:
-    """Convert options of a prompt line, by key, to options of the command line, by flag."""
+    """Convert options of a prompt line, by key, to command-line options, by flag."""
     options: dict[str, Any] = {}
     size = ["", ""]  # height, width
     for key, value in values.items():
@@ -354,7 +354,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     for flag, words in group_options(argv).items():
         options[flag] = [model_files.get(word, word) for word in words]
         required_files += [model_files[word] for word in words if word in model_files]
-    options.pop("--seed", None)  # each result gets a seed of its own
+    options.pop("--seed", None)  # each result gets its own seed
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
         for flag in HALF_PRECISION_FLAGS:
             options.pop(flag, None)
@@ -370,7 +370,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
 
 
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
-    """Return the recipe of a run, from the command in its history."""
+    """Return the recipe to generate with a run's model, from the generation command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
     return _make_recipe_of_command(
         title=source.run.name,
@@ -384,7 +384,7 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
 
 
 def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
-    """Return the defaults of the released model that a command uses, recognized by its file names."""
+    """Return the usual options of the released model whose transformer is among `names`; {} if unknown."""
     script = f"{with_scripts()[family].generation_script}.py"
     for model in model_sets():
         transformers = {Path(part.path).name for part in model.components if part.role == "transformer"}
@@ -395,7 +395,7 @@ def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class _CommandOption:
-    """An option of a generating command, and the field of the page Generate that shows it."""
+    """An option of a generation command, and the field of the Generate page that shows it."""
 
     flag: str
     key: str
@@ -409,7 +409,7 @@ class _CommandOption:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether all commands of the page have the option unchanged, because no field shows it."""
+        """Whether the page's commands always use the option's value unchanged, because no field shows it."""
         is_shown = self.is_size or self.field is not None or self.key == "prompt"
         return not is_shown and self.key not in OPTIONS_OF_FORM
 
@@ -423,15 +423,15 @@ def _make_recipe_of_command(
     is_placeholder: Callable[[str], bool],
     file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
-    """Return a recipe from a command: each option is either fixed, or the initial value of a form field.
+    """Return the recipe of a command, in which each option is fixed or the initial value of a form field.
 
     Args:
         title: Name of the model or run.
         family: Family of the script.
-        options: Words that follow each option of the command.
+        options: Arguments that follow each option of the command.
         folder: Working folder of the command.
         missing_files: Files of the model that do not exist.
-        is_placeholder: Returns whether a word is a placeholder for a file that the user has to name.
+        is_placeholder: Returns whether an argument is a placeholder for a file that the user has to name.
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
@@ -506,7 +506,7 @@ class RenderRequest:
     labels: Mapping[str, str] = field(default_factory=dict)  # labels of fields, for messages
 
     def check(self) -> None:
-        """Raise OptionError if a text, the model, a LoRA, a number or an image in it is not valid."""
+        """Raise OptionError if a text, the model, a LoRA, a number or an image is not valid."""
         if not self.prompt.strip():
             raise OptionError(say("Prompt: describe what to generate."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():
@@ -524,7 +524,7 @@ class RenderRequest:
             self._check_images(name)
 
     def _check_characters(self, name: str, text: str) -> None:
-        """Raise OptionError if a text is too long, or has a character that no command may have."""
+        """Raise OptionError if a text is too long, or contains a character that commands may not contain."""
         character = bad_character(text)
         if character is not None:
             raise OptionError(
@@ -589,7 +589,7 @@ class RenderRequest:
         return self.texts.get(name, "").strip()
 
     def _check_lora(self, lora: UsedLora) -> None:
-        """Raise OptionError if a LoRA's strength is not a number, or too large, or if its file is gone."""
+        """Raise OptionError if a LoRA's strength is not a number or too large, or if its file is missing."""
         name = Path(lora.path).name
         try:
             is_number = abs(float(lora.strength)) <= MAX_STRENGTH
@@ -607,7 +607,7 @@ class RenderRequest:
             raise OptionError(say("%(path)s no longer exists. Choose another LoRA", path=lora.path))
 
     def _check_text(self, name: str, text: str) -> None:
-        """Raise OptionError if the text of a field is not a possible value of its option."""
+        """Raise OptionError if the text of a field is not a valid value of its option."""
         option = self.recipe.find_line_option(name)
         assert option is not None, f"the model has no field {name}"
         try:
@@ -651,7 +651,7 @@ class RenderRequest:
             )
 
     def _lora_options(self) -> dict[str, list[str]]:
-        """Return the options of the LoRAs, without their strengths."""
+        """Return the LoRA paths by option (one option for each expert), without strengths."""
         options: dict[str, list[str]] = {}
         for lora in self.loras:
             options.setdefault(_with_expert(LORA, lora.expert), []).append(lora.path)
@@ -661,9 +661,9 @@ class RenderRequest:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
     def _line_values(self, seed: str) -> dict[str, str]:
-        """Return the options of the prompt line, by key, from the form's filled fields and a seed.
+        """Return the prompt-line options, by key, from the form's filled fields and a seed.
 
-        The callers add the reference images, which are a list.
+        The callers add the reference images, because they are a list.
         """
         values: dict[str, str] = {}
         for name, key in self.recipe.option_keys.items():
@@ -679,9 +679,9 @@ class RenderRequest:
         return values
 
     def _make_redraw_options(self, path: str, image_key: str) -> dict[str, str]:
-        """Return the options that redraw an image or clip, with the denoising strength if it is filled in.
+        """Return the options to redraw an image or clip, with the denoising strength if it is filled in.
 
-        `image_key` is the key of the option for images.
+        `path` is the input image or clip, `image_key` the key of the option for images.
         """
         denoising_strength = self._field_text("share")
         options = {"denoise": denoising_strength} if denoising_strength else {}
@@ -708,7 +708,7 @@ class RenderRequest:
         return {"prompt": self.prompt.strip(), "options": options, "strengths": strengths}
 
     def command(self, seed: str) -> list[str]:
-        """Return the generation command line of this request with `seed`, as a user could type it."""
+        """Return the generation command for this request and `seed`, as a user could type it."""
         recipe = self.recipe
         defaults = recipe.defaults
         options: dict[str, Any] = {**recipe.fixed_options, **self._lora_options()}
@@ -738,7 +738,7 @@ class RenderRequest:
 
 
 def _as_argv(options: Mapping[str, Any]) -> list[str]:
-    """Return options as arguments. An option without values is a switch."""
+    """Convert options by flag to command-line arguments. An option without values is a switch."""
     return option_argv({flag: True if value == [] else value for flag, value in options.items()})
 
 

@@ -1,4 +1,4 @@
-"""Keep the render jobs of the page Generate in files, one for each result, shared by all servers of a folder.
+"""Keep the render jobs of the Generate page in files, one for each result, shared by all servers of a folder.
 
 A render job records how to generate a result, and its progress. The files are the only state: the page,
 the server and the machine may restart, and two servers may serve one folder.
@@ -75,7 +75,7 @@ class RenderJob:
 
     @property
     def shown_title(self) -> str:
-        """Title of the model, as text that pages translate."""
+        """Title of the model, as translatable text."""
         return say(self.title)
 
     @property
@@ -115,7 +115,7 @@ STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
 
 
 class RenderQueue:
-    """Reads and writes the render jobs of a folder. Each change is made with the lock of the folder."""
+    """Reads and writes the render jobs stored in a folder. A lock on the folder protects each change."""
 
     def __init__(self, folder: Path) -> None:
         """Use the files in `folder`, which is created when the first render job is added."""
@@ -125,7 +125,7 @@ class RenderQueue:
         self._cached_jobs: dict[int, tuple[tuple[int, int, int], RenderJob]] = {}
 
     def list_all(self) -> list[RenderJob]:
-        """Return all render jobs, the oldest first. Jobs of a server that has ended count as failed."""
+        """Return all render jobs, the oldest first. A job counts as failed if its server has ended."""
         with self._lock:
             jobs = {}
             with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
@@ -238,7 +238,7 @@ class RenderQueue:
     def _read_job(self, number: int, path: Path) -> RenderJob | None:
         """Return the render job in a file; None if the file is damaged or missing.
 
-        It is a new object each time, so that changes by the caller stay out of the cache.
+        Each call returns a new object, so that the caller's changes do not affect the cache.
         """
         try:
             status = path.stat()

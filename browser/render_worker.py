@@ -1,9 +1,8 @@
-"""Generate the results that the page Generate requests, one after another, with a model that stays loaded.
+"""Generate the results that the Generate page requests, one after another, with a model that stays loaded.
 
-One process of a generation script with --interactive does the work (`generation/json_requests.py`). It ends
-when another model is requested, after some idle time, and when a job of the queue waits for the card.
-Several servers of one folder take turns at the render jobs (`browser/render_queue.py`): one of them at a
-time works on all of them.
+A process of a generation script with --interactive does the work (`generation/json_requests.py`). It ends
+when another model is requested, after some idle time, and when a queued job waits for the GPU. If several
+servers show one folder, only one of them at a time works on the render jobs (`browser/render_queue.py`).
 """
 
 import atexit
@@ -67,7 +66,7 @@ KILLED = say(
 
 @dataclass
 class ModelSession:
-    """A running process with a loaded model, and the answers that it has sent."""
+    """A running process that holds a loaded model, and the answers that it has sent."""
 
     argv: list[str]
     title: str
@@ -95,20 +94,20 @@ class ModelSession:
                         self.answers.put(answer)
 
     def next_answer(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next answer; None if none arrives within `seconds`."""
+        """Return the next answer of the model's process; None if none arrives within `seconds`."""
         with contextlib.suppress(queue.Empty):
             return self.answers.get(timeout=seconds)
         return None
 
 
 class RenderWorker:
-    """Accepts the render jobs of a server's page Generate, and works on them in a thread."""
+    """Accepts render jobs from a server's Generate page, and works on them in a thread."""
 
     def __init__(self, queue: JobQueue, find_program: FindProgram = find_session) -> None:
-        """Open the render jobs stored next to `queue`; its training jobs share the graphics card with them.
+        """Open the render jobs stored next to `queue`, whose training jobs use the same GPU.
 
-        `find_program` gets the command that loads a model, and its folder, and returns the command of this
-        program and the arguments of the process to start, as `find_session` does.
+        `find_program` is called with the command line that loads a model, and its folder. It returns the
+        project's command and the program to start, as `find_session` does.
         """
         self.queue = queue
         self.find_program = find_program
@@ -118,7 +117,7 @@ class RenderWorker:
         self.store = RenderQueue(self.folder)
         self.session: ModelSession | None = None
         self.problem = ""  # error that keeps render jobs waiting
-        self.waits_for = ""  # ordinary reason why they wait, such as a training run that uses the card
+        self.waits_for = ""  # ordinary reason why they wait, such as a training run that uses the GPU
         self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -149,7 +148,7 @@ class RenderWorker:
 
     @property
     def current(self) -> RenderJob | None:
-        """Render job that is being worked on; None if there is none."""
+        """The running render job; None if there is none."""
         return next((render_job for render_job in self.list_all() if render_job.state == RUNNING), None)
 
     @property
@@ -177,9 +176,9 @@ class RenderWorker:
         return numbers
 
     def cancel(self, number: int) -> None:
-        """Remove a waiting job, or stop the running one; on the second call, end its process.
+        """Cancel a waiting job, or stop the running one; a second call ends the running job's process.
 
-        Raises OptionError if the job neither waits nor runs.
+        Raises OptionError if the job is neither waiting nor running.
         """
         with self._lock:
             current = self._current
@@ -194,7 +193,7 @@ class RenderWorker:
                 self.store.change(number, [WAITING], state=STOPPED)
 
     def _cancel_current(self, current: RenderJob) -> None:
-        """Interrupt the process of the running job; on the second call, kill it."""
+        """Interrupt the process of the running job; a second call kills it."""
         self._num_cancel_requests += 1
         session = self.session
         if session is None:  # no process yet: `_open_session` sees the count and ends the job
@@ -238,9 +237,9 @@ class RenderWorker:
         self._end_process(session)
 
     def free_gpu(self) -> str:
-        """Unload the model to free the graphics card for a job of the queue.
+        """Unload the model to free the GPU for a queued job.
 
-        Returns why the card is still not free; "" if it is.
+        Returns the reason why the GPU is still in use; "" if it is free.
         """
         with self._lock:
             if self._current is not None:
@@ -257,7 +256,7 @@ class RenderWorker:
         return self._explain_use_by_other_servers()
 
     def _explain_use_by_other_servers(self) -> str:
-        """Return why another server uses the graphics card; "" if none does."""
+        """Return a text saying why another server uses the GPU; "" if none does."""
         if any(render_job.state == RUNNING for render_job in self.list_all()):
             return say(
                 "%(generate)s of another server is generating a result: the job begins after it",
@@ -272,7 +271,7 @@ class RenderWorker:
         return ""
 
     def _is_loaded_elsewhere(self) -> bool:
-        """Return whether another server has a model loaded.
+        """Return whether another running server's process holds a loaded model in GPU memory.
 
         That server frees it once it sees the waiting job.
         """
@@ -307,10 +306,10 @@ class RenderWorker:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        """Generate waiting render jobs one after another, until none waits and no model is loaded.
+        """Run the waiting render jobs one after another, until none is left and no model is loaded.
 
-        Only one server of these folders generates at a time: it holds a lock file. After an error, or while
-        another server has the lock, this thread tries again after some seconds.
+        Only the server that holds a lock file in the folder runs jobs. After an error, or while another
+        server holds the lock, this thread tries again after some seconds.
         """
         with contextlib.ExitStack() as lock_of_server:
             has_lock = False
@@ -344,7 +343,7 @@ class RenderWorker:
     def _end_thread_if_idle(self) -> bool:
         """Return whether the worker thread has to end because nothing is left to do.
 
-        It is then no longer recorded in `_thread`, so that the next render job starts a new thread.
+        In that case, `_thread` is cleared, so that the next render job starts a new thread.
         """
         with self._changed:
             if self.session is not None or self._unsaved or self._has_waiting():
@@ -356,7 +355,7 @@ class RenderWorker:
         return any(render_job.state == WAITING for render_job in self.store.list_all())
 
     def _generate_next(self) -> bool:
-        """Generate the next render job, and return whether there was one; free a model that is not needed."""
+        """Run the next render job, and return whether there was one. Free a model that is not needed."""
         self._save_finished()
         is_blocked = self._is_blocked_by_queue()
         self._free_if_unneeded(is_blocked)
@@ -379,7 +378,7 @@ class RenderWorker:
         return True
 
     def _is_blocked_by_queue(self) -> bool:
-        """Return whether a job of the queue uses the GPU or is next to use it, and name it in `waits_for`."""
+        """Return whether a queued job uses the GPU or is next to use it, and name that job in `waits_for`."""
         try:
             queue_state = self.queue.now()
         except OutputError:  # the queue's page reports it
@@ -393,7 +392,7 @@ class RenderWorker:
         return True
 
     def _free_if_unneeded(self, is_blocked: bool) -> None:
-        """End the process of the loaded model if it was idle for too long, or blocks a job of the queue."""
+        """End the process that holds the model if it was idle for too long, or blocks a job of the queue."""
         with self._lock:
             session = self.session
             if session is None:
@@ -405,7 +404,7 @@ class RenderWorker:
         self._end_process(session)
 
     def _claim_next(self) -> RenderJob | None:
-        """Mark the oldest waiting render job as running, and return it; None if none waits."""
+        """Mark the oldest waiting render job as running, and return it; None if there is none."""
         with self._lock:
             for render_job in self.store.list_all():
                 if render_job.state != WAITING:
@@ -425,7 +424,7 @@ class RenderWorker:
         return None
 
     def _generate(self, render_job: RenderJob) -> None:
-        """Generate one render job with a process that has its model loaded, and record how it ends."""
+        """Run a render job in a process that has loaded its model, and record how the job ends."""
         session = self._open_session(render_job)
         if session is None:  # it could not be started, or the job was canceled: already recorded
             return
@@ -441,7 +440,7 @@ class RenderWorker:
             self._end_render_job(render_job, DIED, self.read_last_error())
 
     def _record_events(self, session: ModelSession, render_job: RenderJob) -> bool:
-        """Record the messages of the process in a render job until it is ready for the next job.
+        """Record the messages of the model's process in a render job until it is ready for the next job.
 
         The progress is stored about once a second. Returns False if the process ends before it is ready.
         """
@@ -460,7 +459,7 @@ class RenderWorker:
                     self.store.change(render_job.id, [RUNNING], **progress)
 
     def _record_event(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
-        """Record a message of the generation process (generation/json_requests.py) in its render job."""
+        """Record a JSON message of the generation process (generation/json_requests.py) in a render job."""
         is_canceled = self._num_cancel_requests > 0
         match answer.get("event"):
             case "begun":
@@ -483,7 +482,7 @@ class RenderWorker:
                 self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
 
     def _wait_for_answer(self, session: ModelSession, render_job: RenderJob) -> dict[str, Any] | None:
-        """Return the next answer of a process; None if it has ended."""
+        """Return the next JSON answer of the model's process; None if the process has ended."""
         while True:
             if self.store.pop_cancel_request(render_job.id):  # first, as fast steps leave no idle time
                 self.cancel(render_job.id)
@@ -520,7 +519,7 @@ class RenderWorker:
             self._save_finished()
 
     def _save_finished(self) -> None:
-        """Write how render jobs have ended. Raises OutputError if that fails; the caller tries again."""
+        """Write the final states of render jobs. Raises OutputError if that fails; the caller tries again."""
         with self._lock:
             for number, render_job in list(self._unsaved.items()):
                 values = {name: getattr(render_job, name) for name in FINAL_FIELDS}
@@ -529,9 +528,9 @@ class RenderWorker:
                 del self._unsaved[number]
 
     def _open_session(self, render_job: RenderJob) -> ModelSession | None:
-        """Return a ready process with the model of a render job, loading it if necessary.
+        """Return a ready process with a render job's model, loading the model if necessary.
 
-        Returns None if loading fails or the job was canceled; the render job then records that end.
+        Returns None if loading fails or the job was canceled; the render job then records this.
         """
         with self._lock:
             session = self.session
@@ -539,7 +538,7 @@ class RenderWorker:
             if session is not None and has_same_model and session.is_alive and session.is_ready:
                 return session
             session = self._detach_session()
-        self._end_process(session)  # it has another model: unload this before the next one is loaded
+        self._end_process(session)  # it holds another model: unload that before the next one is loaded
         with self._lock:
             if self._num_cancel_requests or self._is_ended:
                 self._end_render_job(render_job, STOPPED)
@@ -556,7 +555,7 @@ class RenderWorker:
         return session
 
     def _start_session(self, render_job: RenderJob) -> ModelSession:
-        """Start a generation process that loads the model of a render job and then takes jobs on its stdin.
+        """Start a generation process that loads a render job's model and then reads jobs from its stdin.
 
         Raises OptionError if the command's folder no longer exists.
         """
@@ -598,17 +597,17 @@ class RenderWorker:
             session.process.stdin.flush()
 
     def _detach_session(self) -> ModelSession | None:
-        """Detach and return the loaded process so that the caller can end it; None if no model is loaded."""
+        """Detach and return the model's process so that the caller can end it; None if no model is loaded."""
         with self._lock:
             session = self.session
             self.session = None
             return session
 
     def _end_process(self, session: ModelSession | None, patience: float = SHUTDOWN_SECONDS) -> None:
-        """End a process by closing its input; kill it if it is still alive after `patience` seconds.
+        """End a model's process by closing its input; kill it if it is alive after `patience` seconds.
 
-        It also waits for the processes that other threads are ending, because two models may not fit on the
-        GPU; with None, it only waits. Call it without the lock, which those threads need.
+        It also waits for processes that other threads are ending, because two models may not fit on the GPU.
+        If `session` is None, it only waits. Call it without holding the lock, which these threads need.
         """
         with self._process_end_lock:
             if session is None:
@@ -626,7 +625,7 @@ class RenderWorker:
                 (self.folder / SESSION).unlink()
 
     def _end_orphan(self) -> None:
-        """End a process that a killed server has left behind and that still occupies the graphics card."""
+        """End a process that a killed server has left behind and that still occupies GPU memory."""
         owner = self._read_session()
         if not owner:
             return
@@ -638,7 +637,7 @@ class RenderWorker:
             self._remove_previews()
 
     def _read_session(self) -> dict[str, dict[str, Any]]:
-        """Return the process with a model and the server that owns it; empty if there is none."""
+        """Return the records of the process that holds a model and of its server; {} if there are none."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             row = parse_json(read_text(self.folder / SESSION, MAX_OF_SESSION))
             return {"server": dict(row["server"]), "process": dict(row["process"])}
@@ -663,14 +662,14 @@ class RenderWorker:
         return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MAX_OF_LINE)
 
     def read_last_error(self) -> str:
-        """Return the error message that the process has logged, or a sentence saying that there is none."""
+        """Return the error message that the model's process has logged, or a text that says there is none."""
         return extract_error_message(self._read_log()) or say(
             "the process has ended without an error message"
         )
 
 
 def _find_blocking_job(queue_state: QueueState) -> Job | None:
-    """Return the job of the queue that uses the GPU or is next to use it; None if there is none."""
+    """Return the queued job that uses the GPU or is next to use it; None if there is none."""
     # waiting jobs of a paused queue do not block
     blocking_states = (RUNNING, WAITING) if queue_state.worker else (RUNNING,)
     for state in blocking_states:

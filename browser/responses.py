@@ -30,7 +30,7 @@ def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None 
 def answer_template(
     name: str, title: str, values: Mapping[str, Any], is_rejected: bool = False, policy: str = POLICY
 ) -> Response:
-    """Return a page filled in from a template of this folder.
+    """Return a page rendered from a template in this folder.
 
     `is_rejected` marks the page as the explanation of a rejected request (status 422).
     """
@@ -38,7 +38,7 @@ def answer_template(
 
 
 def answer_message(text: str, is_rejected: bool = False) -> Response:
-    """Return a short message for the line next to a button. `is_rejected` marks a rejected request."""
+    """Return a response with a short message to show next to a button. `is_rejected` marks it as an error."""
     return answer_template("message.html", "", {"message": text, "is_bad": is_rejected}, is_rejected)
 
 
@@ -49,7 +49,7 @@ def answer_json(value: Any, status: int = 200) -> Response:
 
 
 def answer_text(text: str, status: int = 200) -> Response:
-    """Return plain text, in the language of the page if there is a translation."""
+    """Return a plain-text response, in the page's language if there is a translation."""
     return PlainTextResponse(show(text), status)
 
 
@@ -65,7 +65,7 @@ def answer_file(path: Path) -> Response:
 def answer_move(address: str) -> Response:
     """Return the response to an htmx form that makes the browser open another page of this server.
 
-    Forms are sent by htmx, because a plain form without a referrer has the origin null, which is rejected.
+    htmx sends the forms, because a plain form without a referrer has the origin null, which is rejected.
     """
     return Response(headers={"hx-redirect": address})
 
@@ -76,7 +76,7 @@ def answer_not_found() -> Response:
 
 
 def answer_not_found_page(request: Request) -> Response:
-    """Return the page, with links, for an address that no longer exists; plain text for a part of a page."""
+    """Return a 404 page with links for a URL that does not exist; plain text for a part of a page."""
     if "hx-request" in request.headers:
         return answer_not_found()
     page = render_page(HERE / "not_found.html", say("Not there"), {"message": NOT_FOUND}, POLICY)
@@ -89,13 +89,13 @@ def answer_unknown() -> Response:
 
 
 def read_query(request: Request) -> Form:
-    """Return the fields in the address of a request."""
+    """Return the query parameters of a request's URL."""
     query = request.query_params
     return {name: query.getlist(name) for name in query}
 
 
 def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """Return a handler that reads a body and calls `answer` in a thread. `server.Gate` limits the size."""
+    """Return a handler that reads a body, limited by `server.Gate`, and calls `answer` in a thread."""
 
     async def ask(request: Request) -> Response:
         return await run_in_threadpool(answer, request, await request.body())

@@ -1,4 +1,4 @@
-"""Show the results of all days on the page Generate, part by part, and handle their buttons."""
+"""Show all generated results on the Generate page, part by part, and handle their buttons."""
 
 import contextlib
 import os
@@ -101,7 +101,7 @@ class SettingsCache:
         return settings if version == (result.changed, result.size_bytes) else None
 
     def get(self, result: Result) -> ReadSettings:
-        """Return the settings of a file, from the cache or else read now."""
+        """Return the settings of a file, from the cache if possible."""
         cached = self.find_read(result)
         if cached is not None:
             return cached
@@ -118,7 +118,7 @@ class SettingsCache:
         return read
 
     def read_some(self, results: Sequence[Result], seconds: float) -> int:
-        """Read files for at most `seconds`, and return how many are still to be read."""
+        """Read settings from files for at most `seconds`, and return how many files are still to be read."""
         end = time.monotonic() + seconds
         unread = [result for result in results if self.find_read(result) is None]
         for index, result in enumerate(unread):
@@ -130,7 +130,7 @@ class SettingsCache:
 
 @dataclass(frozen=True)
 class ResultFilter:
-    """Values of the fields that filter the list of results."""
+    """Field values of the form that filters the list of results."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
     kind: str = ""
@@ -159,7 +159,7 @@ class ResultFilter:
 
 
 class FilteredResults(NamedTuple):
-    """Results of the page, and those that pass its filter."""
+    """All results, and the results that pass the page's filter."""
 
     all: Sequence[Result]
     accepted: Sequence[Result]
@@ -167,7 +167,7 @@ class FilteredResults(NamedTuple):
 
 
 def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
-    """Return whether a result lies in the folder of a run, or was generated with one of its files."""
+    """Return whether a result is in the run's folder, or was generated with one of the run's files."""
     if result.path.is_relative_to(run.history.parent):
         return True
     names = [] if settings is None else [lora.name for lora in settings.loras]
@@ -177,16 +177,16 @@ def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSum
 
 @dataclass(frozen=True)
 class ResultTile:
-    """A generated file as a tile of the page Results, with its settings and its enlarging job."""
+    """A generated file as a tile of the Results page, with its settings and its upscaling job."""
 
     result: Result
     settings: ResultSettings | None
     problem: str  # why the settings cannot be read
-    job: Job | None  # job that enlarges it
+    job: Job | None  # job that upscales it
 
     @property
     def title(self) -> str:
-        """Beginning of the prompt, or the name of the file."""
+        """The beginning of the prompt if it is known, otherwise the file name."""
         text = "" if self.settings is None else " ".join(self.settings.get("prompt").split())
         text = text or self.result.path.name
         return text if len(text) <= MAX_TITLE_CHARACTERS else f"{text[:MAX_TITLE_CHARACTERS].rstrip()} …"
@@ -204,7 +204,7 @@ class ResultTile:
 
     @property
     def job_text(self) -> str:
-        """State of the job that enlarges the result; "" without a job, or after it has finished."""
+        """State of the job that upscales the result; "" without a job, or after it has finished."""
         if self.job is None or self.job.state == FINISHED:
             return ""
         if self.job.state == DIED:
@@ -271,16 +271,16 @@ class Candidate(NamedTuple):
 
 
 class ResultRegenerator:
-    """Finds the models and files that a result was generated with, and generates it again."""
+    """Finds the models and files with which a result was generated, to generate it again."""
 
     def __init__(self, site: Site, folders: ResultFolders) -> None:
         self.site = site
         self.folders = folders
 
     def regenerate(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
-        """Return the render job that generates a result again with a seed, from the first recipe that can.
+        """Return the render job that generates a result again with `seed`, from the first fitting recipe.
 
-        Raises OptionError if no recipe can.
+        Raises OptionError if no recipe fits.
         """
         reasons = []
         save_path = str(self.site.runs.root_folders[0] / RESULTS)
@@ -313,7 +313,7 @@ class ResultRegenerator:
                     yield Candidate(recipe, None)
 
     def _list_comparable_runs(self, result: Result, settings: ResultSettings) -> list[compare.ComparableRun]:
-        """Return the runs of the result's family: its own run, then runs with its files, then newer ones."""
+        """Return the family's runs: the result's own run first, then runs with its LoRAs, then by age."""
         names = {*(lora.name for lora in settings.loras), *settings.embeddings}
 
         def rank(run: RunSummary) -> tuple[bool, bool, float]:
@@ -334,8 +334,8 @@ class ResultRegenerator:
     def find_weights(self, name: str, recipe: ModelRecipe, result: Result) -> str:
         """Return the path of a LoRA or an embedding by its file name.
 
-        The recipe, the render job of the result and the folders of runs are searched, the result's own run
-        first. Raises OptionError if none has it.
+        Searches the recipe, the result's render job and the folders of runs, the result's own run first.
+        Raises OptionError if the file is not found.
         """
         embeddings = recipe.fixed_options.get(f"--{EMBEDDINGS}", ())
         for path in (*(lora.path for lora in recipe.loras), *embeddings):
@@ -356,9 +356,9 @@ class ResultRegenerator:
         raise OptionError(say("%(name)s: no run here has this file.", name=name))
 
     def find_media(self, name: str, result: Result) -> str:
-        """Return the path of the image or clip that a result started from.
+        """Return the path of the image or clip from which a result was generated.
 
-        Raises OptionError if it is not among the results.
+        Raises OptionError if neither its render job nor the list of results has the file.
         """
         render_job = self.find_render_job(result)
         # the render job names the file's path; without one, any result with this name is used
@@ -379,7 +379,7 @@ class ResultRegenerator:
         )
 
     def find_render_job(self, result: Result) -> RenderJob | None:
-        """Return the page's render job that generated a result; None if it was generated elsewhere."""
+        """Return the Generate page's job that generated a result; None if it was generated elsewhere."""
         for render_job in reversed(self.site.render_worker.list_all()):
             if render_job.file == str(result.path):
                 return render_job
@@ -390,7 +390,7 @@ class ResultPages:
     """Handles the requests for generated results."""
 
     def __init__(self, site: Site) -> None:
-        """Serve the results below the roots of `site`; buttons and dialogs are found by their names."""
+        """Serve the results below the roots of `site`."""
         self.site = site
         self.folders = ResultFolders(site.runs)
         self.cache = SettingsCache()
@@ -428,7 +428,7 @@ class ResultPages:
     def filter_results(self, query: Mapping[str, str]) -> FilteredResults:
         """Return the results that pass the filter in a query.
 
-        If the filter needs settings, files whose settings are not read yet are left out.
+        If the filter needs settings, files whose settings are not read yet are omitted.
         """
         results = self.folders.list_all()
         result_filter = self.read_filter(query)
@@ -443,10 +443,10 @@ class ResultPages:
         return FilteredResults(results, accepted, num_unread)
 
     def show_layout(self, request: Request) -> Response:
-        """Respond with the days and the number of their results as JSON; 204 if nothing has changed.
+        """Respond with the days and the number of results on each as JSON; 204 if nothing has changed.
 
-        The query has the fields of `read_filter`; `have`, the digest in the page's last answer (`mark`); and
-        `compared`, the ids of results that the user compares: those that no longer exist are returned.
+        The query contains the fields of `read_filter`; `have`, the digest `mark` in the page's last response;
+        and `compared`, the ids of results that the user compares. Ids that no longer exist are returned.
         """
         query = request.query_params
         filtered = self.filter_results(query)
@@ -477,7 +477,7 @@ class ResultPages:
         )
 
     def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
-        """Return the models of all results read so far, as values and titles of a drop-down list."""
+        """Return the models of all results read so far, as (value, title) for a drop-down list."""
         titles = set()
         for result in results:
             read = self.cache.find_read(result)
@@ -486,7 +486,7 @@ class ResultPages:
         return [(title, title) for title in sorted(titles, key=str.lower)]
 
     def show_part(self, request: Request) -> Response:
-        """Respond with the tiles of `count` filtered results, beginning at the index `from` of the query."""
+        """Respond with the tiles of filtered results; the query has `count`, and `from`, the first index."""
         query = request.query_params
         first_text, count_text = query.get("from", ""), query.get("count", "")
         for text in (first_text, count_text):
@@ -505,7 +505,7 @@ class ResultPages:
         return answer_template("result_tiles.html", say("Results"), values)
 
     def find_upscale_jobs(self) -> dict[str, Job]:
-        """Return the newest job of the queue that enlarges each file, by the file's path."""
+        """Return, by file path, the newest queued job that upscales the file."""
         jobs = {}
         with contextlib.suppress(UserError):
             for job in self.site.queue.jobs():
@@ -521,7 +521,7 @@ class ResultPages:
     # --- a result
 
     def find(self, request: Request) -> Result | None:
-        """Return the result that an address names; None if it does not exist."""
+        """Return the result that a request's URL names; None if it does not exist."""
         return self.folders.find(request.path_params["id"])
 
     def show_file(self, request: Request) -> Response:
@@ -540,7 +540,7 @@ class ResultPages:
         return settings
 
     def show_dialog(self, request: Request) -> Response:
-        """Respond with the dialog that a button opens before its action is carried out."""
+        """Respond with the dialog that a button opens before its action starts."""
         result = self.find(request)
         show = self.dialogs.get(request.path_params["what"])
         if result is None or show is None:
@@ -548,7 +548,7 @@ class ResultPages:
         return show(result, "")
 
     def answer_dialog(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
-        """Return the content of a dialog. `what` names its part of the template; `error` is a message."""
+        """Return the HTML of a dialog. `what` names the template's section; `error` is shown in it."""
         shown = {
             "what": what,
             "result": result,
@@ -584,7 +584,7 @@ class ResultPages:
         command = ""
         problem = error
         is_ours = False  # whether the file has settings that this program wrote
-        done: Sequence[str] = ()  # later processing of the file, such as enlarging
+        done: Sequence[str] = ()  # later processing of the file, such as upscaling
         try:
             settings = read_settings(result.path)
             if settings is not None:
@@ -611,7 +611,7 @@ class ResultPages:
         return self.answer_dialog("layers", result, error, layers=layers)
 
     def show_layer(self, request: Request) -> Response:
-        """Respond with the file of a layer."""
+        """Respond with one image file of a layered result."""
         result = self.find(request)
         index = request.path_params["index"]
         layers = () if result is None else result.layers
@@ -663,7 +663,7 @@ class ResultPages:
         return upscalers
 
     def make_upscale_argv(self, result: Result, network: Path) -> list[str]:
-        """Return the command that enlarges a result with an upscaler file."""
+        """Return the command that upscales a result with the upscaler file `network`."""
         argv = ["python", UPSCALER_SCRIPT, "--input", str(result.path), "--model", str(network.absolute())]
         argv += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
         argv += ["--scale", str(UPSCALE_FACTOR), "--output", str(_free_path(result.path, UPSCALED_SUFFIX))]
@@ -672,7 +672,7 @@ class ResultPages:
         return argv
 
     def show_upscale_dialog(self, result: Result, error: str) -> Response:
-        """Return the dialog that enlarges a result, with the installed and downloadable upscalers."""
+        """Return the dialog for upscaling a result, with the installed and downloadable upscalers."""
         downloadable = [
             (model, gigabytes(total_bytes(model.components)), format_command(self.make_download_argv(model)))
             for model in model_sets()
@@ -710,7 +710,7 @@ class ResultPages:
         return self.show_upscale_dialog(result, say("Choose a file to load."))
 
     def upscale(self, result: Result, form: Form) -> Response:
-        """Queue the job that enlarges a result, and start the queue unless other jobs wait in it."""
+        """Queue the job that upscales a result, and start the queue unless other jobs are waiting."""
         queue = self.site.queue
         selected_name = "".join(form.get("network", ()))
         upscaler = next((path for path in self.list_upscalers() if path.name == selected_name), None)
@@ -737,7 +737,7 @@ class ResultPages:
     # --- start from this
 
     def start_from(self, result: Result, _: Form) -> Response:
-        """Respond with the path of an image, or of a clip's last frame, which is written as an image."""
+        """Respond with the path of an image; for a clip, first write its last frame as an image."""
         if result.kind == "sound":
             raise OptionError(say("An audio file is not a picture to start from."))
         if result.kind == "clip":
@@ -745,7 +745,7 @@ class ResultPages:
         return answer_json({"path": str(result.path), "name": result.path.name})
 
     def write_last_frame(self, result: Result) -> Result:
-        """Return the last frame of a clip as an image next to it, written unless it exists and is newer.
+        """Write a clip's last frame as an image next to it, unless a newer one exists, and return the image.
 
         Raises:
             MediaError: If the clip has no frame.
@@ -766,7 +766,7 @@ class ResultPages:
     # --- use as sample prompt
 
     def list_prompt_files(self, family: str) -> list[Path]:
-        """Return the prompt files of described folders that train a family."""
+        """Return the prompts.txt files of the folders whose run.toml trains a model of this family."""
         prompt_files = []
         families = {family, *_list_catalog_families(family)}
         for folder in list_media_folders(self.site.runs):
@@ -779,7 +779,7 @@ class ResultPages:
         return prompt_files
 
     def show_sample(self, result: Result, error: str) -> Response:
-        """Return the dialog that offers to add a result's line to one of the prompt files."""
+        """Return the dialog that offers to add a result's prompt and settings to one of the prompts.txt."""
         line = ""
         files: list[tuple[Path, str, str]] = []
         problem = ""
@@ -794,10 +794,10 @@ class ResultPages:
         return self.answer_dialog("sample", result, error, problem=problem, line=line, files=files)
 
     def add_sample(self, result: Result, form: Form) -> Response:
-        """Add the prompt line of a result to a prompt file, unless the file has changed or has the line."""
+        """Add a result's prompt line to a prompt file, unless the file has changed or contains the line."""
         settings = self.require_settings(result)
         line = format_sample_line(settings)
-        # path and checksum of the file when the dialog was shown; the path may have spaces
+        # path and checksum of the file when the dialog was shown; the path may contain spaces
         selected_path, _, checksum = "".join(form.get("file", ())).rpartition(" ")
         prompt_files = {str(path): path for path in self.list_prompt_files(settings.family)}
         path = prompt_files.get(selected_path)
@@ -833,7 +833,7 @@ class ResultPages:
         return self.answer_dialog("done", result, text=say("It is in %(folder)s now.", folder=folder))
 
     def change(self, request: Request, form: Form) -> Response:
-        """Handle the button of a result that the address names."""
+        """Handle a pressed button of the result that the URL names."""
         result = self.find(request)
         change = self.changes.get(request.path_params["what"])
         if change is None:
@@ -857,14 +857,14 @@ def _read_last_frame(path: Path) -> Frame:
 
 
 def _free_path(path: Path, added: str) -> Path:
-    """Return a free name for a file derived from another file."""
+    """Return an unused path for a file derived from `path`: its stem with `added` appended."""
     suffix = ".png" if path.suffix.lower() == ".png" else ".mp4"
     paths = (path.with_name(f"{name}{suffix}") for name in number_names(f"{path.stem}{added}"))
     return next(free for free in paths if not os.path.lexists(free))
 
 
 def _list_catalog_families(family: str) -> set[str]:
-    """Return the catalogue's families that a family's script generates, such as `wan22` of `wan`."""
+    """Return the catalogue's family names for a script's family, such as `wan22` for `wan`."""
     script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
     return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}
 
@@ -877,9 +877,9 @@ def _read_or_nothing(path: Path) -> bytes | None:
 
 
 def add_line(path: Path, line: str, checksum: str) -> bool:
-    """Add a line at the end of a prompt file; return False if the file already has it.
+    """Add a line at the end of a prompt file; return False if the file already contains it.
 
-    All other bytes stay unchanged.
+    All other bytes are preserved.
 
     Args:
         path: The prompt file.
@@ -887,10 +887,10 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
         checksum: Checksum (`compute_checksum`) of the content that was shown.
 
     Raises:
-        ChangedMeanwhileError: If the file has changed since.
-        ValueError: If it is not UTF-8.
-        OSError: If it cannot be read.
-        OutputError: If it cannot be written.
+        ChangedMeanwhileError: If the file has other content now.
+        ValueError: If the file is not UTF-8.
+        OSError: If the file cannot be read.
+        OutputError: If the file cannot be written.
     """
     content = _read_or_nothing(path)
     if compute_checksum(content) != checksum:
@@ -912,7 +912,7 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
 
 
 def describe_upscaled_size(result: Result) -> str:
-    """Describe the size of an enlarged image or clip; "" if the file cannot be read."""
+    """Describe the size that an image or clip gets by upscaling; "" if the file cannot be read."""
     if result.kind == "sound":
         return ""
     try:

@@ -80,7 +80,7 @@ OLD_NAMES = {"hunyuan": "hunyuan_video"}  # old names of families in metadata
 
 
 class NamedLora(NamedTuple):
-    """A LoRA as named in the metadata."""
+    """A LoRA that a generated file's metadata names."""
 
     name: str  # name in its file
     strength: str
@@ -88,7 +88,7 @@ class NamedLora(NamedTuple):
 
     @property
     def description(self) -> str:
-        """Name, strength and expert, as text that pages translate."""
+        """Name, strength and expert, as translatable text."""
         return say(
             "%(name)s, strength %(strength)s%(expert)s",
             name=self.name,
@@ -99,14 +99,14 @@ class NamedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultSettings:
-    """Settings that a file of this program was generated with, from its metadata."""
+    """Settings with which this program generated a file, read from the file's metadata."""
 
     values: Mapping[str, str]  # metadata name without prefix -> text
     loras: Sequence[NamedLora]
     done: Sequence[str]  # later processing, such as `upscaler model=x.pth scale=2.0`
 
     def get(self, name: str) -> str:
-        """Return a value by its name in the metadata; "" if there is none."""
+        """Return the metadata value with this name; "" if there is none."""
         return self.values.get(name, "")
 
     @property
@@ -117,7 +117,7 @@ class ResultSettings:
 
     @property
     def model(self) -> str:
-        """Model type and task."""
+        """Model type and task in one string."""
         return " ".join(filter(None, (self.get("model_type"), self.get("task"))))
 
     @property
@@ -127,7 +127,7 @@ class ResultSettings:
 
     @property
     def family(self) -> str:
-        """Family as scripts name it; "" if it is unknown."""
+        """Model family, by the name that scripts use; "" if it is unknown."""
         return find_family(self.get("model_type"))
 
     @property
@@ -145,7 +145,7 @@ class ResultSettings:
         return join(" · ", filter(None, parts))
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return all settings with their names, the most important ones first."""
+        """Return (name, text) for each setting, the most important ones first."""
         size = f"{self.get('width')} x {self.get('height')}" if self.get("width") else ""
         main_values: dict[str, str] = {
             say("prompt"): self.get("prompt"),
@@ -160,12 +160,12 @@ class ResultSettings:
         }
         rows = [(name, text) for name, text in main_values.items() if text]
         rows += [("LoRA", lora.description) for lora in self.loras]
-        rows += [("afterwards", text) for text in self.done]  # later processing, such as enlarging
+        rows += [("afterwards", text) for text in self.done]  # later processing, such as upscaling
         rows += [(name, text) for name, text in self.values.items() if name not in NAMES_OF_MAIN_ROWS]
         return rows
 
     def shortened(self) -> "ResultSettings":
-        """Return the settings with long text shortened, because pages cache those of thousands of files."""
+        """Return the settings with long text shortened, because pages cache thousands of them."""
         values = {name: shorten(text, MAX_KEPT) for name, text in [*self.values.items()][:MAX_TAGS]}
         return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
 
@@ -186,9 +186,9 @@ def parse_settings(tags: Mapping[str, str]) -> ResultSettings | None:
 
 
 def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
-    """Return the generation settings in the metadata that `blissful_tuner/metadata.py` writes.
+    """Return the generation settings in metadata that `blissful_tuner/metadata.py` has written.
 
-    `tags` maps the names of metadata entries to their text.
+    `tags` contains the texts by metadata key.
     """
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
@@ -215,7 +215,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
 
 
 def find_family(model_type: str) -> str:
-    """Return the family of a model type in metadata; "" if it is unknown."""
+    """Return the family of a model type that a file's metadata names; "" if it is unknown."""
     model_type = OLD_NAMES.get(model_type, model_type)
     entries = with_scripts()
     plain = _plain_name(model_type)
@@ -243,7 +243,7 @@ class KnownOption(NamedTuple):
 
 @functools.cache
 def read_script_options(family: str) -> Mapping[str, KnownOption]:
-    """Return the options of a family's generation script by their names, without those it refuses."""
+    """Return the options of a family's generation script by name, except the ones that it rejects."""
     entry = with_scripts()[family]
     defaults = import_own(entry.generation_script).DEFAULTS
     record = entry.options_record("Generation")
@@ -265,7 +265,7 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
 
 
 def _is_recorded(option_info: Mapping[str, Any]) -> bool:
-    """Return whether metadata has an option, by the information in its declaration."""
+    """Return whether generated files record an option in their metadata, judging by its declaration."""
     reaches_out = "reach" in option_info  # it writes files or imports code
     return option_info.get("record") not in ("request", "nothing") and not reaches_out
 
@@ -281,7 +281,7 @@ def regenerate(
     find_weights: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
 ) -> RenderJob:
-    """Return the render job that generates a result again from its settings, with a recipe's model.
+    """Return the render job that generates a result again from its settings with a recipe's model.
 
     Args:
         settings: Settings of the result.
@@ -292,7 +292,7 @@ def regenerate(
         find_media: Returns the path of an image or clip by its name.
 
     Raises:
-        OptionError: If the recipe has another model, or a file is not found.
+        OptionError: If the recipe is for another model, or if a file is not found.
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
         raise OptionError(say("Its texts are too long for the form."))
@@ -324,7 +324,7 @@ def regenerate(
 
 
 def _make_command(render_request: RenderRequest, line_options: Mapping[str, str | list[str]]) -> list[str]:
-    """Return the command line of a request with the options of its prompt line as options of the command.
+    """Return the command line of a request, with its prompt-line options as command-line options.
 
     It generates one result, even if the recipe's command generates several.
     """
@@ -336,7 +336,7 @@ def _make_command(render_request: RenderRequest, line_options: Mapping[str, str 
 
 
 def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
-    """Return a recipe's fixed options with the values that a result was generated with.
+    """Return a recipe's fixed options with the values with which a result was generated.
 
     Raises OptionError if a setting does not fit the model.
     """
@@ -368,7 +368,7 @@ def _is_separate_metadata(name: str) -> bool:
 def _select_recipe_options(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
-    """Return the fixed options of a recipe, without those that the file's metadata lacks but would record."""
+    """Return a recipe's fixed options that the file was generated with, judging by its metadata."""
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
     fixed: dict[str, Any] = {}
     for flag, words in recipe.fixed_options.items():
@@ -388,7 +388,7 @@ def _select_recipe_options(
 def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
     """Set an option in `fixed` to its recorded value, or remove a switch that was not used.
 
-    Raises OptionError for files, because their folders are unknown.
+    Raises OptionError if the value is a file, because metadata does not contain its folder.
     """
     recipe_words = fixed.pop(flag, None)
     is_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
@@ -423,7 +423,7 @@ def _split_words(flag: str, text: str) -> list[str]:
 
 
 def _reject_options(flag: str, words: Sequence[str]) -> None:
-    """Raise OptionError if a value from a file looks like an option, not like the value of a flag."""
+    """Raise OptionError if a value for `flag` in a file's metadata looks like another option."""
     for word in words:
         if OPTION_PATTERN.match(word):
             raise OptionError(
@@ -451,7 +451,7 @@ def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
 
 
 def _is_equal(words: Sequence[str] | bool, text: str) -> bool:
-    """Return whether an option's values equal its metadata, which has file names without folders."""
+    """Return whether an option's values equal its text in metadata, which drops folders from paths."""
     if isinstance(words, bool):
         return text == str(words)
     if shlex.join(words) == text or " ".join(words) == text:
@@ -473,9 +473,9 @@ def _has_folder(words: Sequence[str]) -> bool:
 def _make_prompt_line_options(
     settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
-    """Return the options of the prompt line that generates a result again with `seed`.
+    """Return the prompt-line options that generate a result again with `seed`.
 
-    Raises OptionError if a value is invalid.
+    Raises OptionError if a value is not valid.
     """
     options = read_script_options(recipe.family)
     line: dict[str, str | list[str]] = {}
@@ -501,7 +501,7 @@ def _make_prompt_line_options(
 
 
 def _is_set_without_line(option: KnownOption, text: str, recipe: ModelRecipe) -> bool:
-    """Return whether a value is the default of its option, and the recipe sets no other value."""
+    """Return whether a value is the option's default and the recipe does not set the option."""
     is_set_by_recipe = any(flag in recipe.fixed_options for flag in option.flags)
     return not is_set_by_recipe and _is_equal([str(option.default)], text)
 
@@ -521,7 +521,7 @@ SAMPLE_OPTIONS = {
 
 
 def format_sample_line(settings: ResultSettings) -> str:
-    """Return the prompt-file line that samples these settings. Raises OptionError if no line can."""
+    """Return the prompts.txt line that generates these settings. Raises OptionError if no line can."""
     prompt = " ".join(settings.get("prompt").split())
     values = {letters: " ".join(settings.get(name).split()) for letters, name in SAMPLE_OPTIONS.items()}
     guidance = settings.get("guidance_scale")
@@ -537,7 +537,7 @@ def format_sample_line(settings: ResultSettings) -> str:
 
 
 def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: str) -> None:
-    """Raise OptionError if a prompt line with these values would be read differently, or lacks an image."""
+    """Raise OptionError if a prompt line cannot express these values, such as a start image."""
     if " --" in f" {prompt}" or " --" in f" {negative_prompt}":
         raise OptionError(
             say("Its text has two dashes after a space, which in a prompt line begin an option.")

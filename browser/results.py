@@ -25,7 +25,7 @@ MAX_FOLDERS = 50_000  # maximum number of folders searched
 MAX_RESULTS = 20_000  # only the newest ones are kept
 # folders that are not searched
 SKIPPED_FOLDERS = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
-UPSCALED_SUFFIX = "_larger"  # suffix of the name of an enlarged file
+UPSCALED_SUFFIX = "_larger"  # suffix of an upscaled file's name
 LAST_FRAME_SUFFIX = "_last"  # suffix used by --save_last_frame
 LAYER_NAME = re.compile(rf"(.+){LAYER.format('([0-9]{1,3})')}")
 DERIVED_NAME = re.compile(rf"(.+?)(?:{UPSCALED_SUFFIX}|{LAST_FRAME_SUFFIX})(?:-\d+)?")
@@ -44,12 +44,12 @@ class Result:
 
     @cached_property
     def id(self) -> str:
-        """Short digest of the path; identifies the result in addresses."""
+        """Short digest of the path; identifies the result in URLs."""
         return short_digest(self.path)
 
     @property
     def address(self) -> str:
-        """Address of the file."""
+        """URL of the file."""
         return f"/result/{self.id}{self.path.suffix.lower()}"
 
     @property
@@ -126,7 +126,7 @@ def _order_result(result: Result) -> tuple[float, str, str]:
 
 
 class _ListedFile(NamedTuple):
-    """A file of a folder of results."""
+    """A generated image, clip or sound in a folder, as it was last listed."""
 
     changed: float
     name: str
@@ -137,7 +137,7 @@ class _ListedFile(NamedTuple):
 def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]) -> _ListedFolder:
     """Return the subfolders and results of a folder. Raises OSError if it cannot be listed.
 
-    `changed` is its modification time (ns) before the listing; `previous` has the files of the last listing.
+    `changed` is its modification time (ns) before the listing; `previous` are the last listing's files.
     """
     subfolders = []
     files: dict[str, _ListedFile] = {}
@@ -160,7 +160,7 @@ def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]
 
 
 def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _ListedFile | None:
-    """Return a file of results; None for other files. `previous` is this file in the last listing."""
+    """Return the entry as a generated file; None for other files. `previous` is its last listing."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
         return None
@@ -174,7 +174,7 @@ def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _Lis
 
 
 def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
-    """Return the results of a folder, each derived file directly after the file it was made from.
+    """Return the results in a folder. A derived file gets the time of its source, to be listed next to it.
 
     The last frame written next to a clip is not a result, nor is a layer next to the image that shows all
     layers.
@@ -203,7 +203,7 @@ def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
 
 
 def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:
-    """Return the time of the file that an enlarged image or a last frame was made from; None without one.
+    """Return the time of the file from which an upscaled image or a last frame was made; None without one.
 
     `times` are the modification times of the folder's files, by name without suffix.
     """

@@ -100,7 +100,7 @@ class GenerationCommand:
         return next((index for index, flag in enumerate(self.argv[:-1], 1) if flag in flags), 0)
 
     def initial_text(self, index: int) -> str:
-        """Return the argument at an index as the text of its field; "" for a placeholder."""
+        """Return the argument at an index to fill its form field; "" for a placeholder."""
         word = self.argv[index]
         return "" if word in self.placeholders else word
 
@@ -122,7 +122,7 @@ class GenerationCommand:
 
     @property
     def control_index(self) -> int:
-        """Index of the path of the control image or clip; 0 if the command has none."""
+        """Index of the argument with the control image or clip; 0 if the command has none."""
         return self.find_value_index(CONTROL_FLAGS)
 
     def fill(self, form: Form) -> list[str]:
@@ -137,7 +137,7 @@ class GenerationCommand:
 
 
 class ResumeCommand(NamedTuple):
-    """The command in a run's history that continues the run."""
+    """The command in a run's history that resumes the run."""
 
     index_in_history: int
     command: PageCommand
@@ -159,8 +159,8 @@ class RunActions:
     folder: str = ""  # folder for the button Again with changes
     prompt_file: str = ""
     has_lora: bool = False  # images can be generated with it
-    can_generate: bool = False  # whether the page Generate can fill its form from a command in the history
-    generation: "GenerationCommand | None" = None  # generation command, if the page Generate cannot be used
+    can_generate: bool = False  # whether the Generate page can fill its form from a command in the history
+    generation: "GenerationCommand | None" = None  # generation command, if the Generate page cannot be used
     score: str = ""
     remove: str = ""
     review_address: str = ""  # address of the queue's page for reviewing a foreign command
@@ -187,7 +187,7 @@ class RunButtons:
     # ---- showing a run
 
     def show_page(self, tracked_run: TrackedRun) -> str:
-        """Return the page of a run that has no history yet."""
+        """Return the HTML page of a run that has not written a history file yet."""
         values = {
             "actions": Markup(self.render(tracked_run)),
             "further": Markup(self.render(tracked_run, "more_actions.html")),
@@ -207,7 +207,7 @@ class RunButtons:
         return render_page(HERE / template, tracked_run.summary.name, self.values(tracked_run))
 
     def values(self, tracked_run: TrackedRun) -> dict[str, Any]:
-        """Return the values for the template of a run's buttons."""
+        """Return the template values of a run's buttons."""
         run = tracked_run.summary
         state = tracked_run.state
         return {
@@ -238,7 +238,7 @@ class RunButtons:
         return ""
 
     def list_actions(self, tracked_run: TrackedRun) -> RunActions:
-        """Return the buttons that a run's page offers in its present state, with their commands."""
+        """Return the buttons that a run's page offers in its current state, with their commands."""
         prompts = self.find_prompts(tracked_run)
         actions = RunActions(
             remove=say("moves its files into %(bin)s", bin=BIN),
@@ -246,7 +246,7 @@ class RunButtons:
         )
         if has_lora(tracked_run.summary):
             can_generate = self.can_generate(tracked_run.summary)
-            # without the page Generate, the command in the history can still generate with the file
+            # without the Generate page, the command in the history can still generate with the file
             generation = None if can_generate else self.find_generation_command(tracked_run.summary)
             actions = replace(actions, can_generate=can_generate, has_lora=True, generation=generation)
         if tracked_run.state.is_active:  # no other button makes sense while the run is active
@@ -260,7 +260,7 @@ class RunButtons:
     def add_config_actions(
         self, actions: RunActions, tracked_run: TrackedRun, run_config: RunConfig
     ) -> RunActions:
-        """Return `actions` with the buttons that start, check, extend or repeat a run by its run.toml."""
+        """Return `actions` with the buttons that start, check, extend or repeat the run of a run.toml."""
         run = tracked_run.summary
         has_run = run.history.exists()
         is_draft = tracked_run.state.name == DRAFT  # run.toml was written, but never run
@@ -289,7 +289,7 @@ class RunButtons:
         """Return `actions` with the buttons Continue and Train on for a run without a run.toml.
 
         Both use the resume command in the run's history. A history from another machine or user gets only a
-        link to the page of the queue, where the command is reviewed first.
+        link to the Queue page, where the user reviews the command first.
         """
         run = tracked_run.summary
         resume = self.find_resume_command(run)
@@ -307,12 +307,12 @@ class RunButtons:
         return actions
 
     def work_command(self) -> str:
-        """Return the command that starts a page which also runs the jobs of the queue."""
+        """Return the command that starts the browser server with --work, so that it runs queued jobs."""
         folders = [str(top) for top in self.site.runs.root_folders]
         return format_command(["python", "tools/run_browser.py", *folders, "--work"])
 
     def stop_command(self, tracked_run: TrackedRun) -> str:
-        """Return what the button Stop does, as a sentence or as the equivalent command."""
+        """Return the tooltip of the Stop button: a sentence, or the equivalent command."""
         state, run = tracked_run.state, tracked_run.summary
         if state.background_job is not None:
             return say("ends the check")
@@ -324,7 +324,7 @@ class RunButtons:
         return quote_command(["touch", str(run.history.parent / f"{run.name}.stop")])
 
     def find_running_job(self, tracked_run: TrackedRun) -> Job | None:
-        """Return the running job of the queue that trains a run; None if it was started elsewhere."""
+        """Return the running job that trains a run; None if the queue did not start the run."""
         job = tracked_run.state.job
         if job is not None and job.state == RUNNING:
             return job
@@ -335,13 +335,13 @@ class RunButtons:
         return None
 
     def can_generate(self, run: RunSummary) -> bool:
-        """Return whether the page Generate can generate with the files of a run."""
+        """Return whether the Generate page can generate with a run's saved files."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             return read_source(self.site.runs, run) is not None
         return False
 
     def find_generation_command(self, run: RunSummary) -> GenerationCommand | None:
-        """Return the history's command that generates with the trained file; None if the history has none."""
+        """Return the command in the run's history that generates with the trained file; None without one."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
             commands = current_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
@@ -352,9 +352,9 @@ class RunButtons:
     def _parse_generation_command(
         self, run: RunSummary, index: int, command: PageCommand
     ) -> GenerationCommand:
-        """Split a command of a run's history into arguments, and list the control images that it can use.
+        """Split a command in a run's history into arguments, and list the control images that it can use.
 
-        Raises OptionError if it runs another program.
+        Raises OptionError if the command starts another program.
         """
         argv = split_arguments(command_part(command.bash))
         find_program(argv, Path.cwd())  # only for its error
@@ -366,7 +366,7 @@ class RunButtons:
         return generation
 
     def make(self, tracked_run: TrackedRun, form: Form) -> str:
-        """Queue the generation command of the run's history, with the typed prompt and control image."""
+        """Queue the generation command from the run's history, with the typed prompt and control image."""
         run = tracked_run.summary
         generation = self.find_generation_command(run)
         if generation is None or not generation.is_trusted:
@@ -394,7 +394,7 @@ class RunButtons:
         return say("It is in the queue.")
 
     def find_resume_command(self, run: RunSummary) -> ResumeCommand | None:
-        """Return the history's command that continues its run; None if there is none."""
+        """Return the command in the run's history that resumes the run; None if there is none."""
         is_preparation = run.name.endswith(BEFORE_TRAINING)  # `run` continues it, without --resume
         with contextlib.suppress(OSError), self.site.runs.lock:
             run_history = self.site.runs.open(run).run_history
@@ -405,9 +405,9 @@ class RunButtons:
         return None
 
     def find_prompts(self, tracked_run: TrackedRun) -> Path | None:
-        """Return the prompt file of a run if it lies below the roots and can be edited as text.
+        """Return the prompt file of a run if it is below the roots and can be edited as text.
 
-        Its path comes from run.toml, or, without one, from the options recorded in the run's history.
+        Its path comes from run.toml or, without a run.toml, from the options in the run's history.
         """
         run = tracked_run.summary
         path = None
@@ -426,7 +426,7 @@ class RunButtons:
     # ---- parts of the page
 
     def find(self, request: Request) -> TrackedRun | None:
-        """Return the run that an address names; None if it does not exist."""
+        """Return the run that a request's URL names; None if it does not exist."""
         return self.tracked_runs.find(request.path_params["id"])
 
     def show_actions(self, request: Request) -> Response:
@@ -467,7 +467,7 @@ class RunButtons:
         extra_values: Mapping[str, Any] | None = None,
         fields: Form | None = None,
     ) -> Response:
-        """Return the panel of a button.
+        """Return the HTML of the panel that a button opens.
 
         Args:
             tracked_run: The run.
@@ -523,7 +523,7 @@ class RunButtons:
         return path
 
     def look_at_samples(self, request: Request, form: Form) -> Response:
-        """Respond with the sample panel for the typed values, noting sizes that the model cannot generate."""
+        """Respond with the samples section for the typed values, noting sizes the model cannot generate."""
         tracked_run = self.find(request)
         if tracked_run is None:
             return answer_not_found()
@@ -531,7 +531,7 @@ class RunButtons:
         return self.answer_panel(tracked_run, "prompts", fields=fields)
 
     def describe_removal(self, tracked_run: TrackedRun) -> dict[str, Any]:
-        """Return the values for the panel that asks before the run's files are moved into the bin.
+        """Return the template values of the panel that asks before the run's files are moved into the bin.
 
         Raises OptionError if the run is active or has no files.
         """
@@ -562,9 +562,9 @@ class RunButtons:
         return BinFolder(*(top / BIN for top in self.site.runs.root_folders))
 
     def list_removed(self, tracked_run: TrackedRun) -> list[Path]:
-        """Return the files and folders of a run, or, if it has not begun, the files that `new` wrote.
+        """Return the files and folders to remove with a run; if it has not begun, the files of `new`.
 
-        Media, captions and caches are not listed: they belong to the dataset.
+        Media, captions and caches are not listed, because they belong to the dataset.
         """
         run, run_config = tracked_run.summary, tracked_run.run_config
         output = run.history.parent
@@ -585,7 +585,7 @@ class RunButtons:
         return sorted(path for path in dict.fromkeys(paths) if self.site.runs.is_below(path))
 
     def list_trained(self, run: RunSummary) -> list[Path]:
-        """Return the files written by a training run, found by their names and in the run's history."""
+        """Return the files that a training run has written, found by name and in the run's history."""
         folder = run.history.parent
         results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
         if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
@@ -596,7 +596,7 @@ class RunButtons:
         return results
 
     def remove(self, tracked_run: TrackedRun, form: Form) -> Response:
-        """Move the files of a run into the bin, if they are still those that the page listed."""
+        """Move the files of a run into the bin, if they are still the files that the page listed."""
         try:
             self.describe_removal(tracked_run)  # raises OptionError if the run cannot be removed now
             paths = self.list_removed(tracked_run)
@@ -613,7 +613,7 @@ class RunButtons:
         return answer_move("/")
 
     def forget_jobs(self, tracked_run: TrackedRun) -> None:
-        """Remove the ended jobs of a described folder from the queue."""
+        """Remove the ended jobs of the run's folder from the queue."""
         if tracked_run.run_config is None:
             return
         for job in self.site.queue.jobs():
@@ -623,7 +623,7 @@ class RunButtons:
     # ---- handling the buttons
 
     def act(self, request: Request, form: Form) -> Response:
-        """Carry out a button of a run, and respond with its message."""
+        """Handle a pressed button of a run, and respond with its message."""
         action = request.path_params["what"]
         tracked_run = self.find(request)
         if tracked_run is None:
@@ -651,7 +651,7 @@ class RunButtons:
         return answer_message(message)
 
     def start(self, tracked_run: TrackedRun, form: Form) -> str:
-        """Start or continue a run. The form has the checksum of the run.toml that the user has read."""
+        """Start or continue a run. The form contains the checksum of the run.toml that the user has read."""
         if tracked_run.run_config is None:
             self.add_command(tracked_run.summary, steps=0)
         else:
@@ -666,7 +666,7 @@ class RunButtons:
         return say("It is in the queue.")
 
     def add_command(self, run: RunSummary, steps: int) -> None:
-        """Queue the command that continues a run up to `steps`; with 0, the command's own number stays."""
+        """Queue the command that resumes a run up to `steps`; 0 keeps the command's own number of steps."""
         resume = self.find_resume_command(run)
         if resume is None:
             raise OptionError(say("Its history has no command that continues it: no state was saved."))
@@ -684,7 +684,7 @@ class RunButtons:
         self.tracked_runs.add_jobs(jobs)
 
     def train_on(self, tracked_run: TrackedRun, form: Form) -> str:
-        """Raise a run's number of steps in its run.toml, or else in its command, and queue it again."""
+        """Increase a run's number of steps, in its run.toml or else in its command, and queue it again."""
         steps = read_steps("".join(form.get("steps", ())).strip())
         run = tracked_run.summary
         if steps <= run.step:
@@ -704,8 +704,8 @@ class RunButtons:
     def _extend_by_run_config(self, run_config: RunConfig, steps: int, checksum: str) -> str:
         """Write a number of steps into run.toml, queue its run, and return a message.
 
-        Raises OptionError if run.toml is not trusted or counts in epochs, and ChangedMeanwhileError if its
-        content has another checksum.
+        Raises OptionError if run.toml is not trusted or sets epochs instead of steps, and
+        ChangedMeanwhileError if its content has another checksum.
         """
         path = run_config.folder / RUN_FILE
         if not self.tracked_runs.is_trusted(run_config):
@@ -724,7 +724,7 @@ class RunButtons:
         )
 
     def check(self, tracked_run: TrackedRun, _: Form) -> str:
-        """Start the check of a run's described folder. Raises OptionError if there is none."""
+        """Start the check of the run's folder. Raises OptionError if no run.toml defines the run."""
         if tracked_run.run_config is None:
             raise OptionError(say("There is no prepared folder to check."))
         folder = tracked_run.run_config.folder
@@ -738,7 +738,7 @@ class RunButtons:
         state, run = tracked_run.state, tracked_run.summary
         if not state.is_active:
             raise OptionError(say("It is not running: it is %(text)s.", text=state.text))
-        # before a training: its folder is being checked, or its command still waits
+        # before a training run: its folder is being checked, or its command is still waiting
         if state.name == CHECKING and state.background_job is not None and tracked_run.run_config is not None:
             self.site.background_jobs.stop(name_background_job(CHECK, tracked_run.run_config.folder))
             return say("Its check was ended.")
@@ -751,7 +751,7 @@ class RunButtons:
             if job.stops:  # a stop was requested before: this second request kills the process
                 return say("Ended immediately.")
             return say("Requested: it saves and ends after its current step.")
-        # the queue did not start this training, but it watches for request files
+        # the queue did not start this training run, but the run watches for request files
         if run.state == RUNNING and run.start is not None and run.start.listens:
             (run.history.parent / f"{run.name}.stop").touch()
             return say("Requested: it saves and ends after its current step.")
@@ -775,7 +775,7 @@ class RunButtons:
 
 
 def has_lora(run: RunSummary) -> bool:
-    """Return whether a run has a trained file that images can be generated with."""
+    """Return whether a run has saved a trained file with which images can be generated."""
     with contextlib.suppress(OSError):
         results = list_results(run.history.parent, run.name)
         return any(path.suffix == ".safetensors" for path in results)
@@ -783,7 +783,7 @@ def has_lora(run: RunSummary) -> bool:
 
 
 def list_results(folder: Path, name: str) -> list[Path]:
-    """Return the files that a training run has written under a name, and its request files such as .stop."""
+    """Return the files that the training run `name` has written, and its request files such as .stop."""
     results = find_results(Names(folder, name))
     asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop")]
     return [*results, *(path for path in asked if path.is_file())]
@@ -795,7 +795,7 @@ def suggest_steps(run: RunSummary, planned: int) -> int:
 
 
 def measure_size(path: Path) -> int:
-    """Return the size of a file, or of all files in a folder, in bytes; links count as nothing."""
+    """Return the size of a file, or of all files in a folder, in bytes; links count as 0."""
     if path.is_symlink():
         return 0
     if not path.is_dir():

@@ -17,19 +17,19 @@ from downloads.catalogue import ModelSet
 
 
 def read_fields(form: Form) -> dict[str, str]:
-    """Return the fields of a form, with the line ends of a file."""
+    """Return the fields of a form with LF line ends; browsers send CRLF."""
     return {name: "".join(texts).replace("\r\n", "\n") for name, texts in form.items()}
 
 
 @dataclass(frozen=True)
 class RunSamples:
-    """Shows the prompt file of a run, and writes it."""
+    """Shows and writes the sample prompt file of a run."""
 
     site: Site
     prompts: Captions = field(default_factory=Captions)
 
     def describe(self, tracked_run: TrackedRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
-        """Return the template values for the panel of a run that edits the prompts of its samples.
+        """Return the template values of the panel for editing a run's sample prompts.
 
         Args:
             tracked_run: The run.
@@ -85,7 +85,7 @@ def find_trained_model(tracked_run: TrackedRun) -> ModelSet | None:
 
 
 def find_folder(tracked_run: TrackedRun, path: Path) -> Path:
-    """Return the folder in which relative paths of a prompt file begin."""
+    """Return the folder to which a prompt file's relative paths refer."""
     if tracked_run.run_config is not None:
         return tracked_run.run_config.folder
     return tracked_run.summary.working_folder or path.parent

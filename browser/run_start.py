@@ -1,7 +1,7 @@
-"""Determine the state of a run from its draft, its job, its check and its histories.
+"""Determine the state of a run from its run.toml, its job, its check and its histories.
 
-A folder that `new` has described is the draft of a run. Its run has the address of the history that its
-training will write, so that one address leads to it from the draft to the finished LoRA.
+A run.toml is the draft of a run. Even before the run begins, its id is derived from the path of the history
+that it will write, so that its page has one URL from the draft to the finished LoRA.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ START_TIME_TOLERANCE = 1.0  # start times of processes are rounded
 
 @dataclass(frozen=True)
 class RunState:
-    """State of a run, with the reason, the descriptions and the job that pages show for it."""
+    """State of a run, with the reason, details and job that pages show for it."""
 
     name: str  # one of STATES
     details: str = ""  # text after the name of the state: `40 of 120`
@@ -89,7 +89,7 @@ class RunState:
 
     @property
     def kind(self) -> str:
-        """The state that lists show: several states share a color and a symbol."""
+        """One of the few states that lists distinguish by color and symbol."""
         if self.name in ACTIVE_STATES:
             return RUNNING
         return {DRAFT: WAITING, FAILED_CHECK: DIED}.get(self.name, self.name)
@@ -108,7 +108,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run that the run.toml of a described folder defines: its model, history and number of steps."""
+    """The training run that a folder's run.toml defines: its model, history and number of steps."""
 
     folder: Path
     history: Path  # history that its training writes
@@ -130,17 +130,17 @@ class RunConfig:
 
     @property
     def output(self) -> Path:
-        """Folder that the training saves into."""
+        """Folder into which the training run saves its files."""
         return self.history.parent
 
     @property
     def preparation_history(self) -> Path:
-        """History file of the steps that `run` takes before the training."""
+        """History file of what `run` does before training: downloads and caching."""
         return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
 
     @property
     def summary(self) -> RunSummary:
-        """Summary of a described folder's run for the list of runs, while it has no history."""
+        """Summary of the run for the list of runs, while the run has no history."""
         return RunSummary(
             history=self.history,
             changed=self.changed,
@@ -157,7 +157,7 @@ class RunConfig:
 
 
 def read_run_config(path: Path, changed: float) -> RunConfig | None:
-    """Read a run.toml. Returns None if it belongs to another program.
+    """Read a run.toml. Returns None if the file is not one of this project's.
 
     `changed` is its modification time. Raises OSError if it cannot be read.
     """
@@ -165,7 +165,7 @@ def read_run_config(path: Path, changed: float) -> RunConfig | None:
 
 
 def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | None:
-    """Parse the bytes of a run.toml. Returns None if it belongs to another program.
+    """Parse the bytes of a run.toml. Returns None if the file is not one of this project's.
 
     `changed` is its modification time.
     """
@@ -173,7 +173,7 @@ def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | 
     try:
         tables = parse_toml(content.decode())
     except ValueError as error:
-        if not (folder / DATASET_FILE).is_file():  # a described folder has a dataset.toml too
+        if not (folder / DATASET_FILE).is_file():  # `new` writes run.toml next to a dataset.toml
             return None
         return RunConfig(folder, _find_default_history(folder), changed, problem=f"{path}: {error}")
     if PROJECT_TABLE not in tables:
@@ -191,7 +191,7 @@ def _find_default_history(folder: Path) -> Path:
 
 
 def _parse_training_table(folder: Path, tables: Mapping[str, Any], changed: float) -> RunConfig:
-    """Parse the training that a described folder's run.toml defines; any invalid value raises an error."""
+    """Parse the training run that a run.toml defines; any invalid value raises an error."""
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
@@ -220,7 +220,7 @@ def _find_value(argv: Sequence[str], option: str) -> str:
 
 
 def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
-    """Return the family of a run's commands, as lists of runs name it; "" if they belong to no family.
+    """Return the model family of a run's commands, as lists of runs show it; "" if there is none.
 
     The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
     embedding or a full model, the family is taken from the caching commands, which are the same for all kinds
@@ -237,7 +237,7 @@ def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run, its state, and the described folder that defines it, if there is one."""
+    """A run, its state, and the run.toml that defines it, if there is one."""
 
     summary: RunSummary
     state: RunState
@@ -251,14 +251,14 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class WaitingJobs:
-    """Numbers of the waiting jobs in queue order, read once for all runs of a list."""
+    """Numbers of the waiting jobs in queue order, read once to describe a whole list of runs."""
 
     numbers: Sequence[int]
     is_paused: bool  # the queue is paused
 
 
 class TrackedRuns:
-    """Finds described folders, and determines the state of their runs and of all other runs."""
+    """Finds folders with a run.toml, and determines the state of their runs and of all other runs."""
 
     def __init__(self, runs: Runs, queue: JobQueue, background_jobs: BackgroundJobs) -> None:
         self.runs = runs
@@ -269,7 +269,7 @@ class TrackedRuns:
     # ---- which runs exist
 
     def list_run_configs(self) -> list[RunConfig]:
-        """Return the described folders below the roots. Call it after the runs were listed."""
+        """Return the run.toml files below the roots. Call it after the runs were listed."""
         with self.runs.lock:
             configs_by_history = {}
             known: dict[Path, tuple[tuple[int, int, int], RunConfig | None]] = {}
@@ -295,14 +295,14 @@ class TrackedRuns:
         return version, read_run_config(path, status.st_mtime)
 
     def find_run_config(self, run: RunSummary) -> RunConfig | None:
-        """Return the described folder from which a run can be started again; None if there is none."""
+        """Return the run.toml whose training run writes this history; None if there is none."""
         for run_config in self.list_run_configs():
             if run.history in (run_config.history, run_config.preparation_history):
                 return run_config
         return None
 
     def list_all(self) -> list[TrackedRun]:
-        """Return all runs, and described folders that have not run yet, with states, the newest first."""
+        """Return all runs, including a run.toml whose run has not begun, with states, the newest first."""
         with self.runs.lock:
             runs_by_history = {run.history: run for run in self.runs.list_all()}
             run_configs = self.list_run_configs()
@@ -318,22 +318,22 @@ class TrackedRuns:
                     run_config, run, preparation, by_folder.get(run_config.folder, ()), waiting
                 )
             )
-        # only runs without a described folder are left
+        # only runs without a run.toml are left
         tracked_runs += [TrackedRun(run, read_run_state(run)) for run in runs_by_history.values()]
         return sorted(tracked_runs, key=lambda tracked_run: -tracked_run.summary.changed)
 
     def find(self, id: str) -> TrackedRun | None:
-        """Return the run with this id, or the described folder that has not run yet; None without one."""
+        """Return the run with this id, which may be a run.toml whose run has not begun; None without one."""
         with self.runs.lock:
             listed_runs = self.runs.list_all()
             run = next((listed for listed in listed_runs if listed.id == id), None)
             if run is None:  # its history may be new, or no longer listed
                 run = self.runs.find(id)
-            # a run.toml has the id of the training that it defines, even before it has begun
+            # a run.toml has the id of the run that it defines, even before the run has begun
             run_config = next((config for config in self.list_run_configs() if config.id == id), None)
         if run_config is None:
             return None if run is None else TrackedRun(run, read_run_state(run))
-        # the downloads and caching before the training have a history of their own
+        # the downloads and caching before the training run have their own history
         preparation = next(
             (listed for listed in listed_runs if listed.history == run_config.preparation_history), None
         )
@@ -342,7 +342,7 @@ class TrackedRuns:
         return self._make_tracked_run(run_config, run, preparation, folder_jobs, self._list_waiting(jobs))
 
     def find_job_states(self, jobs: Sequence[Job]) -> dict[int, TrackedRun]:
-        """Return the run of each waiting or running job that runs a described folder, by job number."""
+        """Return, by job number, the training run to which each waiting or running job belongs."""
         runs_by_job = {}
         for tracked_run in self.list_all():
             job = tracked_run.state.job
@@ -371,14 +371,14 @@ class TrackedRuns:
         folder_jobs: Sequence[Job],
         waiting: WaitingJobs,
     ) -> TrackedRun:
-        """Return a described folder's run with its state.
+        """Return the training run of a folder's run.toml, with its state.
 
         Args:
             run_config: Content of the folder's run.toml.
-            run: Summary of the training's history; None if it does not exist.
-            preparation: Summary of the history in which `run` notes downloads and caching; None if it does
+            run: Summary of the run's history; None if it does not exist.
+            preparation: Summary of the history in which `run` records downloads and caching; None if it does
                 not exist.
-            folder_jobs: Jobs that run the folder.
+            folder_jobs: Jobs that run `reelsmith run` on the folder.
             waiting: Waiting jobs of all folders.
         """
         job = _select_job(folder_jobs, run)
@@ -413,9 +413,9 @@ class TrackedRuns:
     def _find_state(
         self, run_config: RunConfig, run: RunSummary | None, preparation: RunSummary | None, job: Job | None
     ) -> RunState:
-        """Return the state of a described folder's run: its active process, or else its latest ending.
+        """Return the state of a folder's run: what its process does now, or else how it last ended.
 
-        `preparation` is the history of the downloads and caching before the training.
+        `preparation` is the history of the downloads and caching before the training run.
         """
         # a stop was requested
         is_stop_requested = job is not None and job.state == RUNNING and job.stops > 0
@@ -437,7 +437,7 @@ class TrackedRuns:
     # ---- starting
 
     def is_trusted(self, run_config: RunConfig) -> bool:
-        """Return whether the user has described or read a folder on this machine.
+        """Return whether the user has created or reviewed a run.toml on this machine.
 
         Otherwise it may come from somebody else. Files below the roots, such as histories and the queue,
         prove nothing, because they may have been copied.
@@ -445,12 +445,12 @@ class TrackedRuns:
         return recall_folder(run_config.folder) is not None
 
     def start(self, folder: Path, argv: Sequence[str], is_reviewed: bool = False) -> None:
-        """Add the run of a described folder to the queue, and start the queue unless other jobs wait.
+        """Add the run of a folder's run.toml to the queue, and start the queue unless other jobs wait.
 
         Args:
-            folder: The described folder.
+            folder: The folder.
             argv: Command of the run.
-            is_reviewed: The user has read its run.toml; this is remembered.
+            is_reviewed: Whether the user has just read the run.toml; this is remembered.
 
         Raises:
             OptionError: If the run is active, or its run.toml comes from elsewhere and was not read.
@@ -478,7 +478,7 @@ class TrackedRuns:
     def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
         """Add commands, each with its working folder, to the queue.
 
-        Raises OptionError if one of them already waits or runs, OutputError if the queue cannot be written.
+        Raises OptionError if one of them is already queued or running, OutputError if writing fails.
         """
         with self._start_lock():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
@@ -508,7 +508,7 @@ class TrackedRuns:
             )
 
     def _check_and_queue(self, folder: Path, argv: Sequence[str], is_reviewed: bool) -> None:
-        """Add the run of a described folder to the queue, unless it is not reviewed, waits or runs.
+        """Add the run of a folder to the queue, unless it needs a review, or is already waiting or running.
 
         The caller holds the lock that keeps two requests from starting runs at the same time.
         """
@@ -534,7 +534,7 @@ class TrackedRuns:
 
 
 def make_run_argv(described: DescribedFolder, models: Path) -> list[str]:
-    """Return the command that trains on a described folder and downloads missing files."""
+    """Return the command that downloads missing files and starts the folder's training run."""
     argv = ["reelsmith", "run", str(described.folder)]
     paths = [described.folder / path for path in described.model_files.values()]
     if not all(path.exists() for path in paths):
@@ -549,12 +549,12 @@ def make_run_argv(described: DescribedFolder, models: Path) -> list[str]:
 
 
 def make_check_argv(folder: Path) -> list[str]:
-    """Return the command that checks a described folder."""
+    """Return the command that checks a folder's run.toml and dataset before a training run."""
     return ["reelsmith", "run", str(folder), "--check"]
 
 
 def find_start_argv(run_config: RunConfig, models: Path) -> list[str]:
-    """Return the command that trains on a described folder, even if `new` did not write its run.toml."""
+    """Return the command that starts the training run of a run.toml, even if `new` did not write the file."""
     try:
         return make_run_argv(read_described(run_config.folder), models)
     except (OSError, ValueError):
@@ -562,7 +562,7 @@ def find_start_argv(run_config: RunConfig, models: Path) -> list[str]:
 
 
 def find_run_folder(job: Job) -> Path | None:
-    """Return the folder that a job's `reelsmith run FOLDER` trains in, as a real path.
+    """Return the real path of FOLDER in a job's `reelsmith run FOLDER`.
 
     Returns None for other jobs, and for commands that only check or print.
     """
@@ -584,7 +584,7 @@ def find_run_folder(job: Job) -> Path | None:
 
 
 def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
-    """Return the jobs that run a described folder (`reelsmith run`), by the real path of the folder."""
+    """Group the jobs that run `reelsmith run FOLDER` by the folder's real path."""
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
         folder = find_run_folder(job)
@@ -594,7 +594,7 @@ def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
 
 
 def is_run_of_folder(job: Job, folder: Path) -> bool:
-    """Return whether a job runs a described folder (`reelsmith run`), and does not only check it."""
+    """Return whether a job runs `reelsmith run FOLDER` to train, and not only to check the folder."""
     return find_run_folder(job) == folder
 
 
@@ -608,21 +608,21 @@ def newest_job(jobs: Sequence[Job]) -> Job | None:
 
 
 def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | None:
-    """Return the job whose state is shown for a folder: the newest, or a waiting one if that has just ended.
+    """Return the job to show for a folder: the newest one, or a waiting one if the newest has just ended.
 
-    `run` is the folder's training; None if it has no history.
+    `run` is the folder's training run; None if it has no history.
     """
     job = newest_job(folder_jobs)
     if job is None or job.state != RUNNING or run is None or run.state == RUNNING:
         return job
     waiting_jobs = [folder_job for folder_job in folder_jobs if folder_job.state == WAITING]
-    # the training ended after the job began, so the job is about to end
+    # the training run ended after the job began, so the job is about to end
     is_about_to_end = run.changed > job.born + START_TIME_TOLERANCE
     return waiting_jobs[0] if waiting_jobs and is_about_to_end else job
 
 
 def read_run_state(run: RunSummary) -> RunState:
-    """Return the state of a run, as its history describes it.
+    """Return the state of a run according to its history.
 
     A name that ends with BEFORE_TRAINING belongs to the history of the downloads and caching before training.
     """
@@ -640,13 +640,13 @@ def read_run_state(run: RunSummary) -> RunState:
     else:
         text, _ = run.ending
         reason = translate_line(text)
-    # errors found by the check before the training are not a crash
+    # errors that the check before the training run has found are not a crash
     has_failed_check = is_preparation and "while checking" in reason
     return RunState(FAILED_CHECK if has_failed_check else DIED, reason=reason)
 
 
 def _read_training_state(doing: str) -> RunState:
-    """Return the state of a running training; `doing` names its work between two steps, such as sampling."""
+    """Return the state of an active training run; `doing` names its current work, such as sampling."""
     sample = SAMPLE_PATTERN.fullmatch(doing)
     if sample is not None:
         progress = say("%(step)s of %(total_steps)s", step=sample[1], total_steps=sample[2])
@@ -657,7 +657,7 @@ def _read_training_state(doing: str) -> RunState:
 
 
 def read_preparation_state(preparation: RunSummary) -> RunState:
-    """Return the state of a run that still downloads or caches, as `reelsmith run` does before training."""
+    """Return the state of a run that still downloads files or caches latents and texts before training."""
     step, _, progress = preparation.doing.partition(": ")
     if step not in PREPARATION_STEPS:
         return RunState(STARTING, details=preparation.doing)
@@ -679,9 +679,9 @@ def _find_latest_ended_state(
     job: Job | None,
     check: Job | None,
 ) -> RunState:
-    """Return the state of an inactive run: the state of its job, histories or check, whichever ended last.
+    """Return the state of an inactive run from its job, histories or check, whichever ended last.
 
-    `preparation` is the history of the downloads and caching before the training.
+    `preparation` is the history of the downloads and caching before the training run.
     """
     # pairs (time of its end, state); time 0 makes "draft" the state if nothing has ended
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=run_config.problem))]
@@ -701,7 +701,7 @@ def _find_latest_ended_state(
 
 
 def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState:
-    """Return the state of a run whose job is running but does not write a history yet."""
+    """Return the state of a run whose job is running but not writing a history: starting, or just ended."""
     for history in histories:
         if history is not None and history.changed > job.born + START_TIME_TOLERANCE:
             return _read_ended_run_state(history, job)  # the process is about to end
@@ -709,7 +709,7 @@ def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState
 
 
 def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
-    """Return the state of an ended run with a history; `job` is its folder's latest, None without one."""
+    """Return the state of an ended run with a history. `job` is the newest job of its folder, if any."""
     state = read_run_state(run)
     is_later_job = job is not None and job.born > run.changed + START_TIME_TOLERANCE
     if job is None or is_later_job:
@@ -768,7 +768,7 @@ def _read_job_state(job: Job) -> RunState:
 
 
 def _explain_failure(job: Job, otherwise: str) -> str:
-    """Return why a command has ended: its last error, or how it was killed; else `otherwise`."""
+    """Return why a command has failed: its last error, or how it was killed; otherwise `otherwise`."""
     lines = job.last_lines(READ_LINES)
     if job.code in KILLED_EXIT_CODES:
         return say("It was killed: memory ran out, or somebody ended it.")
@@ -797,7 +797,7 @@ def _is_disk_full(folder: Path) -> bool:
 
 
 def mark_state(tracked_run: TrackedRun) -> str:
-    """Return a key that changes when anything that a page shows of a run's state has changed."""
+    """Return a key that changes with everything that a page shows about a run's state."""
     state = tracked_run.state
     lines = state.last_lines if state.name in STATES_BEFORE_TRAINING else ""
     changed = 0.0 if tracked_run.run_config is None else tracked_run.run_config.changed

@@ -88,7 +88,7 @@ def select_runs(
     Args:
         runs: All runs.
         query: Fields `text`, `family`, `state` and `sort`.
-        states: State of each run by its id; None to use the histories alone.
+        states: State of each run by its id; None to use only the histories.
     """
     search_terms = query.get("text", "").lower().split()
     wanted_state = query.get("state") or ""
@@ -123,7 +123,7 @@ def list_page(
     query: Mapping[str, str],
     can_write: bool = True,
 ) -> str:
-    """Return the page of all runs. `roots` are the folders in which they were found."""
+    """Return the HTML page that lists the runs. `roots` are the folders in which they were found."""
     runs = [tracked_run.summary for tracked_run in tracked_runs]
     states = {tracked_run.summary.id: tracked_run.state for tracked_run in tracked_runs}
     chosen = select_runs(runs, query, states)
@@ -158,7 +158,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
         label = run.shown_name
         if counts[run.shown_name] > 1:
             folder = run.history.parent
-            if folder.name == "output":  # the same folder name in each described folder
+            if folder.name == "output":  # `new` gives all output folders this name
                 folder = folder.parent
             label = say("%(name)s in %(name2)s", name=run.shown_name, name2=folder.name)
         labeled_runs.append((run, label))
@@ -167,7 +167,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
 
 @dataclass(frozen=True)
 class LiveRunState:
-    """State of a run as its page shows it, with the remaining time."""
+    """State and remaining time of a run, as its page shows them."""
 
     displayed: Standing  # start, step and ending of the run, as text
     state: str  # RUNNING, FINISHED, STOPPED or DIED
@@ -175,9 +175,9 @@ class LiveRunState:
 
     @classmethod
     def of(cls, run: RunSummary, run_history: RunHistory, kill_message: str = "") -> "LiveRunState":
-        """Return the state of the run of a history.
+        """Return the state of a run according to its history.
 
-        `kill_message` is the reason to show for a run that the page has killed; "" for all other runs.
+        `kill_message` is the text to show for a run that the page has killed; "" for all other runs.
         """
         start, ending = run_history.start, run_history.ending
         if start is None:  # written by an older version: the summary has the values from the run's page
@@ -201,7 +201,7 @@ class LiveRunState:
 
 
 def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) -> str:
-    """Describe the work of a training between two steps, or its remaining time."""
+    """Describe what a training run does between two steps, such as sampling, or its remaining time."""
     if run_history.doing:
         return join(" ", ("·", read_run_state(run).text))
     if run_history.left:
@@ -212,7 +212,7 @@ def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) ->
 
 
 def linked_clip(name: str, prompt: str, step: int) -> Markup:
-    """Return the HTML of a sample, which the page's script loads by its address."""
+    """Return the HTML of a sample, whose media the page's script loads later."""
     tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}">{2}</span>'
     address = link(SAMPLES, name)
     label = say("%(prompt)s, step %(step)s", prompt=prompt, step=step)
@@ -233,8 +233,8 @@ def run_page(
     Args:
         runs: Runs below the roots.
         run: The run.
-        can_write: Show the buttons.
-        is_paused: No job of the queue begins.
+        can_write: Whether to show the buttons.
+        is_paused: Whether the queue is paused, so that no job starts.
         actions: HTML of the buttons above the samples.
         lower_buttons: HTML of the buttons below the samples.
         kill_message: State to show for a run that the page has killed; "" for all other runs.
@@ -258,7 +258,7 @@ def run_page(
     values["memory"] = translate_memory(run_history.memory)
     values["live"] = {
         **_describe_live_run(runs, run, run_history, live_state),
-        # whether the training watches for request files, such as NAME.stop
+        # whether the training run watches for request files, such as NAME.stop
         "can_ask": can_write and start.listens and live_state.state == RUNNING,
         "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,
@@ -272,7 +272,7 @@ def run_page(
 def _describe_live_run(
     runs: Runs, run: RunSummary, run_history: RunHistory, live_state: LiveRunState
 ) -> dict[str, Any]:
-    """Return the values of a run's page that a page written by the training itself does not have."""
+    """Return the template values that only the server knows, for the page of a run."""
     sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
     return {
         "id": run.id,
@@ -291,7 +291,7 @@ def _describe_live_run(
 
 
 def read_shape(runs: Runs, folder: Path, sample_names: Sequence[str]) -> str:
-    """Return the aspect ratio of the newest sample for the style sheet; "" if there is no sample.
+    """Return the newest sample's aspect ratio as a CSS value; "" if there is no sample.
 
     The page reserves space for samples that are loaded later.
     """
@@ -321,7 +321,7 @@ def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
 
 
 def mark_page(run_history: RunHistory, live_state: LiveRunState) -> str:
-    """Return a string that changes whenever the page of a run has to be loaded again."""
+    """Return a digest that changes whenever the browser has to reload the page of a run."""
     events = (
         run_history.samples,
         run_history.saved,
@@ -341,7 +341,7 @@ def collect_news(
     Args:
         runs: Runs below the roots.
         run: The run.
-        query: `have`, the key of an earlier answer; `from` and `to`, the range of shown steps.
+        query: `have`, the key of an earlier response; `from` and `to`, the range of shown steps.
         kill_message: State to show for a run that the page has killed; "" for all other runs.
 
     Raises:
@@ -378,7 +378,7 @@ def collect_news(
 
 
 def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory:
-    """Return a history whose curves are limited to a range of steps."""
+    """Return a history with its curves limited to the steps from `low` to `high`."""
 
     def cut(points: Points) -> Points:
         return {step: value for step, value in points.items() if low <= step <= high}
@@ -410,7 +410,7 @@ def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
 
 
 class FileNotes:
-    """Describes files by hash and metadata; each hash is computed once."""
+    """Describes weight files by hash and metadata, and caches the hashes."""
 
     def __init__(self) -> None:
         self._hashes: dict[tuple[str, int, int], str] = {}
@@ -445,7 +445,7 @@ _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def drop_private(text: str) -> str:
-    """Return the HTML of a page without folders and without elements that are marked as private."""
+    """Return a page's HTML without folder paths and without elements that are marked as private."""
     count = 1
     while count:  # innermost elements first, because marked elements are nested
         text, count = _MARKED.subn("", text)
@@ -453,7 +453,7 @@ def drop_private(text: str) -> str:
 
 
 def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without private data and links. Raises UserError if it is not a run's page."""
+    """Write a copy of a run's page without private data and links. Raises UserError for any other page."""
     try:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")
@@ -468,7 +468,7 @@ def share_page(page: Path, copy: Path) -> None:
 
 
 def export_run(runs: Runs, path: Path) -> None:
-    """Write the only run as a page that needs no server. Raises OptionError unless there is exactly one."""
+    """Write the only run as a page that needs no server. Raises OptionError if there is not exactly one."""
     listed = runs.list_all()
     # the preparation by `run` has a separate history, which is rarely meant to be shared
     candidates = [run for run in listed if not run.name.endswith(BEFORE_TRAINING)] or listed

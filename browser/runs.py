@@ -76,7 +76,7 @@ def is_process_alive(process: Mapping[str, Any]) -> bool | None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Return whether this user owns a file, since a folder may be shared; on Windows, whether it exists."""
+    """Return whether this user owns a file, because others may share the folder; on Windows, if it exists."""
     try:
         status = path.lstat()
     except OSError:
@@ -110,7 +110,7 @@ class RunSummary:
 
     @functools.cached_property
     def id(self) -> str:
-        """Short digest of the history's path; identifies the run in addresses."""
+        """Short digest of the history's path; identifies the run in URLs."""
         return short_digest(self.history)
 
     @property
@@ -120,7 +120,7 @@ class RunSummary:
 
     @property
     def shown_name(self) -> str:
-        """Name of the training, also while `run` is still preparing it."""
+        """Name of the training run, even while `run` is still preparing it."""
         return self.name.removesuffix(BEFORE_TRAINING)
 
     @property
@@ -139,9 +139,9 @@ class RunSummary:
 
     @property
     def is_trusted(self) -> bool:
-        """Whether this user wrote the history at its present path, on this machine, since its last boot.
+        """Whether this user wrote the history at its current path, on this machine, since its last boot.
 
-        Commands of other machines may be somebody else's, or name files that do not exist here.
+        Commands from another machine may be somebody else's, or name files that do not exist here.
         """
         if self.start is None:
             return False
@@ -158,9 +158,9 @@ class RunSummary:
 
     @property
     def working_folder(self) -> Path | None:
-        """Folder in which the command was typed; None if it is not known.
+        """Folder in which the run's command was typed; None if it is not known.
 
-        A folder that was moved or copied together with the run's folder is found at its new path.
+        If this folder was moved or copied together with the run's folder, its new path is returned.
         """
         if self.start is None or not self.start.working_folder or not self.start.written_in:
             return None
@@ -180,7 +180,7 @@ class RunSummary:
 
     @property
     def network(self) -> str:
-        """File name of the transformer that was trained."""
+        """File name of the base model's transformer (--dit)."""
         return Path(dict(self.start.changed).get("dit", "") if self.start else "").name
 
     @property
@@ -201,7 +201,7 @@ class RunSummary:
 
     @functools.cached_property
     def spark(self) -> str:
-        """Points of the loss sparkline in an area 100 wide and 24 high."""
+        """Points of the loss sparkline, an SVG polyline in an area 100 wide and 24 high."""
         if len(self.losses) < 2:
             return ""
         lowest = min(self.losses)
@@ -213,9 +213,10 @@ class RunSummary:
 
 
 def _is_same_folder(folder: Path, recorded: str) -> bool:
-    """Return whether a folder is the one that a history records, or may be it if the record is relative.
+    """Return whether `folder` is, or may be, the folder that a history records.
 
-    Histories of older versions have a relative path and no working folder: then the ends are compared.
+    Histories of older versions record a relative path and no working folder: then only the last parts of the
+    paths are compared.
     """
     actual = os.path.normcase(real_path(folder))
     if Path(recorded).is_absolute():
@@ -248,7 +249,7 @@ def describe_left(steps: int, seconds: float | None) -> str:
 
 
 class PageStatus(NamedTuple):
-    """Values in the page that an older version wrote next to a run's history."""
+    """Values read from the HTML page that an older version wrote next to a run's history."""
 
     model: str
     ending: tuple[str, str] | None
@@ -256,7 +257,7 @@ class PageStatus(NamedTuple):
 
 
 def read_page_status(history: Path) -> PageStatus | None:
-    """Return model, ending and total steps from the page next to an older version's history."""
+    """Read model, ending and total steps from the HTML page next to an older version's history."""
     with contextlib.suppress(OSError), page_path(history.parent, history_name(history)).open("rb") as file:
         match = STATUS.search(file.read(TAIL_BYTES).decode("utf-8", "replace"))
         if match:
@@ -307,7 +308,7 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
 
 
 def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
-    """Return a history of the last start, samples, memory and end only. `tail` is the end of `content`."""
+    """Parse only a history's last start, samples, memory and end. `tail` is the end of `content`."""
     near_end = len(content) - LAST_SAMPLES_BYTES
     ending = _read_last_row(tail, "ended", 0)
     # a resumed run has several processes; the newest one counts, wherever its line is in the file
@@ -322,10 +323,10 @@ def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
 
 
 def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
-    """Return losses for a sparkline, evenly spread over a history; fewer than 2 * NUM_LOSS_SAMPLES.
+    """Return fewer than 2 * NUM_LOSS_SAMPLES losses for a sparkline, evenly spread over a history.
 
-    A short history is read in full, and neighboring losses are averaged. Of a long history, only one loss is
-    read at each of about NUM_LOSS_SAMPLES positions.
+    A short history is read in full, and neighboring losses are averaged. A long history is read only at
+    about NUM_LOSS_SAMPLES positions, one loss at each.
     """
     size = len(content)
     if size <= FULL_READ_BYTES:
@@ -343,7 +344,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
 
 
 def _find_newest_sample(run_history: RunHistory) -> str:
-    """Return the file of the first prompt among the newest samples; "" if there are none."""
+    """Return the file name of the newest step's sample of the first prompt; "" if there are none."""
     samples = [row.files for row in run_history.samples.values() if row.files]
     if not samples:
         return ""
@@ -357,7 +358,7 @@ def _read_last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
 
 
 def find_doing(tail: bytes) -> str:
-    """Return the work between two steps at the end of a history; "" if a step followed it."""
+    """Return the last `doing` text of a history file, such as caching; "" if the run has gone on since."""
     row = _read_last_row(tail, "doing", 0)
     position = tail.rfind(b', "doing": ')
     later = ("loss", "ended", "started", "samples", "saved", "validation")
@@ -377,7 +378,7 @@ def _read_last_row(content: bytes | mmap.mmap, key: str, minimum: int) -> Row | 
 
 @dataclass
 class OpenHistory:
-    """The history of the run that a page shows; `refresh` reads only the lines appended since."""
+    """The history of the run that a page shows; `refresh` reads only newly appended lines."""
 
     path: Path
     status: os.stat_result | None = None
@@ -405,7 +406,7 @@ class OpenHistory:
                 row = parse_row(line)
                 if row is None:
                     continue
-                if "session" in row:  # a new training session wrote over the history
+                if "session" in row:  # a new training session has overwritten the history
                     self.run_history = RunHistory()
                 else:
                     self.run_history.add(row)
@@ -421,14 +422,14 @@ class ListedFolder(NamedTuple):
 
 
 class ReadHistory(NamedTuple):
-    """Summary of a history, and the state of its file when it was read."""
+    """Summary of a history file, and the file's size and times when it was read."""
 
     version: tuple[int, int, int]  # modification time, size and inode
     run: RunSummary
 
 
 class Runs:
-    """Finds the runs below some folders. Links are resolved; files outside the folders are ignored."""
+    """Finds the runs below the root folders. Links are resolved; files outside the roots are ignored."""
 
     def __init__(self, folders: Collection[Path]) -> None:
         """Search for runs below `folders`, which may also be history files."""
@@ -452,7 +453,7 @@ class Runs:
             return sorted(runs, key=lambda run: -run.changed)
 
     def _is_superseded(self, run: RunSummary) -> bool:
-        """Return whether a run only prepared a training run that now writes its own history."""
+        """Return whether a history covers only preparation, and its training run now has its own history."""
         if not run.name.endswith(BEFORE_TRAINING):
             return False
         training_path = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))

@@ -1,4 +1,4 @@
-"""Find sizes of a training's samples that its model cannot generate, before the training changes them."""
+"""Find sample sizes that a model cannot generate, before the training run changes them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,10 +31,10 @@ def describe_changed_sizes(text: str, folder: Path) -> str:
 
 
 def note_sizes(rows: Mapping[int, Mapping[str, str]], recipe: ModelRecipe | None) -> dict[int, str]:
-    """Return a note for each row of samples whose size the model cannot generate.
+    """Return, by row number, a note on each sample whose size the model cannot generate.
 
     Args:
-        rows: The field values of each row, by its number.
+        rows: The field values of each row, by row number.
         recipe: The model; None if the page does not know its sizes.
     """
     notes: dict[int, str] = {}
@@ -52,9 +52,9 @@ def is_number(text: str) -> bool:
 
 
 def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable[str]:
-    """Yield a sentence for each size in a row of the form that the model cannot generate.
+    """Yield a sentence for each size in a row of the samples form that the model cannot generate.
 
-    `values` are the row's sizes by the names of the fields.
+    `values` are the row's sizes by field name.
     """
     for name in SIDES:
         pixels = values.get(name)
@@ -82,9 +82,9 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
 
 
 def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) -> Iterable[str]:
-    """Yield a sentence for each size in a line of prompts.txt that the model cannot generate.
+    """Yield a sentence for each size in a prompts.txt line that the model cannot generate.
 
-    `values` are the line's options by name; `number` is its line number.
+    `values` are the line's options by name, `number` is the line number.
     """
     for name in SIDES:
         pixels = values.get(name)

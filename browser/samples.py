@@ -1,7 +1,7 @@
-"""The samples of a training on the page New: prompt lines of prompts.txt as rows, and how often to sample.
+"""The samples of a training run on the New page: lines of prompts.txt as rows, and how often to sample.
 
-A row shows some options of its line. Only fields changed in a row are changed in its line; other options,
-other lines and comments stay as they are written.
+A row shows some options of its line. Only options whose field was changed are changed in the line. Other
+options, other lines and comments are preserved.
 """
 
 import os
@@ -76,7 +76,7 @@ COMMON_NUMBER_FIELDS = {"width", "height", "seed", "steps"}
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A line of prompts.txt as a row of the form; `more` has the options without a field."""
+    """A line of prompts.txt as a row of the form; `more` contains the options without a field."""
 
     line: int | None  # index of the line in the file; None: a new one
     prompt: str
@@ -85,7 +85,7 @@ class PromptRow:
 
 
 def _split(line: str) -> SplitLine:
-    """Split a line. A line with two prompts, which a training rejects, is shown as one text."""
+    """Split a prompt line. A line with two prompts, which training runs reject, is shown as one text."""
     try:
         return split_line(line)
     except OptionError:
@@ -93,19 +93,19 @@ def _split(line: str) -> SplitLine:
 
 
 def _find_key(part: str) -> str:
-    """Return the key of an option in a line; "" if it is unknown."""
+    """Return the key of an option in a prompt line; "" if it is unknown."""
     option = find_sample_option(part.partition(" ")[0])
     return "" if option is None else option.key
 
 
 def _repeats(part: str) -> bool:
-    """Return whether each use of an option adds to a list, such as `--ci` for several pictures."""
+    """Return whether a prompt-line option may be repeated, such as `--ci` for several pictures."""
     option = find_sample_option(part.partition(" ")[0])
     return option is not None and option.repeats
 
 
 def read_row(number: int, line: str) -> PromptRow:
-    """Return the row of a prompt line; its `more` has the options without a field, and earlier list items."""
+    """Return the row of a prompt line. `more` gets the options without a field, and earlier list items."""
     split = _split(line)
     field_of_key = {key: name for name, (key, _) in FIELDS.items()}
     field_names = [field_of_key.get(_find_key(option)) for option in split.options]
@@ -132,9 +132,9 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     """Return a prompt line such as `A cat --w 768` with another prompt and other options.
 
     Args:
-        line: The present line.
-        prompt: New prompt; None to keep it.
-        changes: New values by the names of the fields; an empty value removes the option.
+        line: The current line.
+        prompt: New prompt; None to keep the old one.
+        changes: New values by field name; an empty value removes the option.
     """
     split = _split(line)
     options = split.options  # with values, such as `w 768`
@@ -159,7 +159,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
 def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[str], None]) -> str:
     """Return the text of prompts.txt with the edits from its rows applied.
 
-    An emptied prompt removes its line; a new row is added at the end.
+    A row whose prompt is empty is removed; a new row is added at the end.
 
     Args:
         text: Current content of prompts.txt.
@@ -167,7 +167,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[st
         check_image: Raises OptionError for a path that is not an image.
 
     Raises:
-        OptionError: If a row is not a valid line.
+        OptionError: If a row cannot be written as a valid line.
     """
     lines: list[str | None] = [*text.split("\n")]  # None: the line is removed
     new_lines = []
@@ -191,7 +191,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[st
 
 @dataclass(frozen=True)
 class _RowEdit:
-    """Changes that a user made in a row of the form."""
+    """A user's changes to one row of the samples form."""
 
     number: int  # index of the row on the page
     row: PromptRow  # the row before the edit
@@ -208,7 +208,7 @@ class _RowEdit:
 
 
 def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
-    """Return what the user has changed in each row of the form. `text` is the content of prompts.txt."""
+    """Return the user's changes to each row of the form. `text` is the content of prompts.txt."""
     rows = {str(row.line): row for row in read_rows(text)}
     edits = []
     for number in range(1, MAX_ROWS + 1):
@@ -220,7 +220,7 @@ def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
 
 
 def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the values of a row's fields that differ from its line, by the name of the field."""
+    """Return, by field name, the typed values that differ from the row's line in the prompt file."""
     changes = {}
     for name in FIELDS:
         typed = fields.get(f"{name} {number}", "").strip()
@@ -230,7 +230,7 @@ def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dic
 
 
 def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
-    """Raise OptionError if a row does not make a valid line.
+    """Raise OptionError if an edited row cannot be written as a valid prompt line.
 
     `check_image` raises OptionError for a path that is not an image.
     """
@@ -254,7 +254,7 @@ def _check_edit(edit: _RowEdit, check_image: Callable[[str], None]) -> None:
 
 
 def _check_number(title: str, name: str, text: str) -> None:
-    """Raise OptionError if the text of a numeric field is not a valid number. `title` names the row."""
+    """Raise OptionError if the text of a numeric field is not a valid number. `title` names its row."""
     if name in INTEGER_FIELDS and parse_integer(text, MAX_NUMBER) is None:
         raise OptionError(
             say(
@@ -277,7 +277,10 @@ def _check_number(title: str, name: str, text: str) -> None:
 
 
 def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
-    """Return run.toml with the sampling intervals of a form. Raises OptionError, ValueError."""
+    """Return the text of run.toml with a form's sampling intervals.
+
+    Raises OptionError if an interval is not valid, ValueError if `text` is not valid TOML.
+    """
     keys = read_keys(text)
     changes: dict[str, Any] = {}
     typed_interval = fields.get("every", "").strip()
@@ -294,24 +297,24 @@ def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
     samples_at_first = "first" in fields
     if samples_at_first != bool(keys.get(SAMPLE_AT_FIRST)):
         changes[SAMPLE_AT_FIRST] = samples_at_first or None
-    if any(changes.values()) and SAMPLE_PROMPTS not in keys:  # a training samples only with a prompt file
+    if any(changes.values()) and SAMPLE_PROMPTS not in keys:  # a training run samples only with a prompt file
         changes[SAMPLE_PROMPTS] = PROMPTS_FILE
     return edit_toml(text, changes)
 
 
 class SamplePages:
-    """Shows the samples of a described folder, and saves them."""
+    """Shows and saves the sample prompts in a folder's prompts.txt."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the HTML of the sample section; `rows` of the query is the minimum number of rows."""
+        """Return the HTML of the samples section; `rows` in the query is the minimum number of rows."""
         number = query.get("rows", "0")
         return self.answer(folder, num_rows=int(number) if re.fullmatch(r"[0-9]{1,3}", number) else 0)
 
     def read_drafts(self, folder: Path) -> tuple[DraftFile, DraftFile]:
-        """Read prompts.txt and run.toml. Raises OptionError if the run's prompts are in another file."""
+        """Read prompts.txt and run.toml. Raises OptionError if run.toml names another prompt file."""
         run = read_draft_file(self.site, folder, RUN_FILE)
         name = str(read_keys(run.text).get(SAMPLE_PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
@@ -335,14 +338,14 @@ class SamplePages:
         is_rejected: bool = False,
         typed: Mapping[str, str] | None = None,
     ) -> Response:
-        """Return the HTML of the sample section.
+        """Return the HTML of the samples section.
 
         Args:
-            folder: The described folder.
+            folder: The folder that contains run.toml and prompts.txt.
             change: What a form would save; None without a form.
             num_rows: Minimum number of rows to show.
-            is_rejected: Whether the page reports an error.
-            typed: Fields of the form that are not saved; None if the form shows the files.
+            is_rejected: Whether the response explains a rejected request (status 422).
+            typed: Typed fields that are not saved; None if the form shows the files.
         """
         values: dict[str, Any] = {
             "folder": folder,
@@ -360,7 +363,10 @@ class SamplePages:
         return answer_template("sample_rows.html", say("Samples"), values, is_rejected)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
-        """Return the template values. Raises OSError, ValueError or OptionError if a file is invalid."""
+        """Return the template values of the samples section.
+
+        Raises OSError, ValueError or OptionError if one of the folder's files is not valid.
+        """
         prompts, run = self.read_drafts(folder)
         described = read_described(folder)
         keys = read_keys(run.text)
@@ -376,7 +382,7 @@ class SamplePages:
         }
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Preview or save the changes of the sample form."""
+        """Preview or save the changes in the samples form."""
         if action not in ("look", "save"):
             return answer_unknown()
         try:
@@ -393,13 +399,13 @@ class SamplePages:
         return self.answer(folder, change, num_rows, is_rejected, fields)
 
     def _plan_or_save(self, folder: Path, fields: Mapping[str, str], saves: bool) -> DraftChange:
-        """Return the change of prompts.txt and run.toml that a form makes; with `saves`, write it.
+        """Return the change to prompts.txt and run.toml that a form makes; with `saves`, write it.
 
-        Raises ChangedMeanwhileError if the files have changed since the form was built.
+        Raises ChangedMeanwhileError if the files have changed since the browser loaded the form.
         """
         require_full(fields)
         prompts, run = self.read_drafts(folder)
-        # the form sends the checksums that both files had when the form was built
+        # the form sends the checksums that both files had when the browser loaded it
         if prompts.checksum != fields.get("have", "") or run.checksum != fields.get("have run", ""):
             raise ChangedMeanwhileError
         edited_prompts = edit_prompts(prompts.text, fields, lambda path: check_image(self.site, folder, path))
@@ -421,7 +427,7 @@ def check_image(site: Site, folder: Path, text: str) -> None:
 
 
 def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
-    """Return the field values of each row of a form, by the number of the row."""
+    """Return the field values of each row of the samples form, by row number."""
     rows: dict[int, dict[str, str]] = {}
     for number in range(1, MAX_ROWS + 1):
         if f"row {number}" in fields:
@@ -431,7 +437,7 @@ def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
 
 
 def read_typed_rows(text: str, fields: Mapping[str, str]) -> list[PromptRow]:
-    """Return the rows with the values typed into a form. `text` is the content of the prompt file."""
+    """Return the rows of the prompt file `text`, with the values that the user typed into the form."""
     rows = []
     typed = read_typed_texts(fields)
     for edit in _read_edits(text, fields):
@@ -440,12 +446,12 @@ def read_typed_rows(text: str, fields: Mapping[str, str]) -> list[PromptRow]:
 
 
 def find_recipe(model: ModelSet | None) -> ModelRecipe | None:
-    """Return the recipe of a model; None if the page cannot generate with it."""
+    """Return a model's generation options as a recipe; None if pages cannot generate with the model."""
     return make_model_recipe(model, Path(), Path()) if model is not None and can_generate(model) else None
 
 
 def has_layers(recipe: ModelRecipe | None) -> bool:
-    """Return whether a sample's number of frames is its number of layers."""
+    """Return whether the model generates layered images, where the field `frames` is the number of layers."""
     return recipe is not None and "layers" in recipe.fields
 
 
@@ -458,12 +464,12 @@ def select_text_fields(recipe: ModelRecipe | None, rows: Sequence[PromptRow]) ->
 def describe_rows(
     rows: Sequence[PromptRow], model: ModelSet | None, folder: Path, num_rows: int
 ) -> dict[str, Any]:
-    """Return the values for the template of the rows of samples, and of their fields.
+    """Return the template values of the samples form: its rows and fields.
 
     Args:
         rows: Rows of the prompt file; at most `MAX_ROWS` are shown.
-        model: The model that makes the samples; None if the catalogue does not have it.
-        folder: Folder in which relative paths begin.
+        model: The model that generates the samples; None if the catalogue does not contain it.
+        folder: Folder to which relative paths refer.
         num_rows: Minimum number of rows to show.
     """
     num_shown = min(max(MIN_ROWS, len(rows), num_rows), MAX_ROWS)
@@ -524,7 +530,7 @@ def select_image_fields(
 
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
-    """Return the message that files changed while the form was open, with the typed changes."""
+    """Return the message that files have changed while the form was open, with the user's changes."""
     base = fields.get("base", "")  # text of the prompts that the form was built from
     try:
         edited = edit_prompts(base, fields, lambda text: None)  # only to compare: accepts every image path
@@ -542,9 +548,9 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the images of a folder and its subfolders as relative paths; at most MAX_IMAGES."""
+    """Return the images in a folder and its subfolders as relative paths, at most MAX_IMAGES."""
     images: list[str] = []
-    unlisted = [(folder, 0)]  # folders with their depth; breadth first
+    unlisted = [(folder, 0)]  # folders with their depth, for a breadth-first search
     while unlisted and len(images) < MAX_IMAGES:
         subfolder, depth = unlisted.pop(0)
         try:

@@ -13,8 +13,8 @@ def make_score_argv(run: RunSummary, models: Path = MODELS) -> list[str]:
     """Return the command that scores a run's samples; [] without samples or without a scoring model.
 
     Args:
-        run: The run.
-        models: Folder of the models.
+        run: The training run.
+        models: Folder with the scoring models.
     """
     model = models / SCORE_MODEL
     if not (run.sample and run.is_trusted and model.is_dir()):

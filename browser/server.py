@@ -129,7 +129,7 @@ LARGEST_BODIES = {
 
 @dataclass
 class _BoundedBody:
-    """Counts the body of a request as it arrives, because a body in chunks has no Content-Length."""
+    """Counts a request body's bytes as they arrive, because a chunked body has no Content-Length."""
 
     receive: Receive
     max_bytes: int
@@ -165,9 +165,9 @@ class _SentResponse:
 class Gate:
     """Passes only requests that come from this server's pages, have the token, and are small.
 
-    A page of another site can make a browser send requests to this server; their origin reveals that. Host
-    names that are not this server's are rejected too (DNS rebinding), because pages under them would share
-    its origin. With `read_only`, requests that could write are rejected, so that routes need not check it.
+    A page of another site can make a browser send requests to this server; the Origin header reveals that.
+    Host names that are not this server's are rejected too (DNS rebinding), because pages under them would
+    share its origin. With `read_only`, requests that could write are rejected, so routes need not check it.
     """
 
     app: ASGIApp
@@ -181,11 +181,11 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, and pass it on or reject it.
 
-        1. With a token, the secret root of the addresses is removed from the request.
-        2. A request with a wrong host, origin or cookie is rejected; all others are passed on.
-        3. The body is limited while it is read, and the response gets common headers.
+        1. With a token, remove the secret root path from the request's URL path.
+        2. Reject a request with a wrong host, origin or cookie; pass on all others.
+        3. Limit the body while it is read, and add common headers to the response.
 
-        An error in a route is answered with status 500, unless the response has already begun.
+        If a route raises an error, answer with status 500, unless the response has already begun.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -208,7 +208,7 @@ class Gate:
                 await answer_text(say("This cannot be shown."), 500)(scope, receive, response.send_part)
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Return the headers of a response, including the default headers that it does not set itself."""
+        """Return the headers of a response, with default headers for those that it does not set."""
         default_headers = [(b"cache-control", b"no-cache")]
         default_headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):
@@ -225,7 +225,7 @@ class Gate:
         Args:
             request: The request.
             access: Cookie and root path of admitted browsers; None without a token.
-            is_below_root: Whether the address is below the root of the pages.
+            is_below_root: Whether the URL's path is below the secret root path.
         """
         hosts = request.headers.getlist("host")
         # pages of other sites may reach this server under their own host names (DNS rebinding)
@@ -243,7 +243,7 @@ class Gate:
         return self._check_browser(request, access, is_below_root)
 
     def _is_from_here(self, request: Request, is_read: bool) -> bool:
-        """Return whether a request comes from a page of this server, or opens a page."""
+        """Return whether a request comes from a page of this server, or opens a page in the browser."""
         headers = request.headers
         origin = headers.get("origin")
         if origin is None and not is_read:
@@ -255,9 +255,9 @@ class Gate:
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
     def _check_browser(self, request: Request, access: PageAccess, is_below_root: bool) -> Response | None:
-        """Return None if a request has the cookie or the token; otherwise the response that stops it.
+        """Return None if a request has the cookie or the token; otherwise the response that rejects it.
 
-        Opening the address with `?token=` sets the cookie, which admits the browser from then on.
+        Opening the URL with `?token=` sets the cookie, which admits the browser from then on.
         """
         typed_token = request.query_params.get("token")
         opens_first_page = request.url.path == "/" and typed_token is not None
@@ -277,7 +277,7 @@ class Gate:
     def _admit_browser(self, request: Request, access: PageAccess) -> Response:
         """Return the page that sets the cookie and then opens the list of runs.
 
-        It does not redirect: after a link from another site, browsers would not send the cookie along.
+        It does not redirect, because after a link from another site, browsers would not send the cookie.
         """
         page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
         page.set_cookie(
@@ -292,13 +292,13 @@ class Gate:
         return page
 
     def _is_token_or_ticket(self, request: Request, word: str) -> bool:
-        """Return whether a word in the address is the token or a valid ticket, which admits the browser."""
+        """Return whether `word`, from the URL, is the token or a valid ticket, which admits the browser."""
         if self._is_token(word):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
 
     def _is_encrypted(self, request: Request) -> bool:
-        """Return whether a request names the server by its https address."""
+        """Return whether a request reached the server through its https address."""
         origin = self.public_origin or ""
         return origin.removeprefix("https://") == request.headers.get("host", "").lower()
 
@@ -306,7 +306,10 @@ class Gate:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
 
     def _is_own_host(self, host: str) -> bool:
-        """Return whether a Host header names this server or an address; other names may be DNS rebinding."""
+        """Return whether a Host header is one of this server's names, or an IP address.
+
+        Other names may be an attack by DNS rebinding.
+        """
         match = HOST.fullmatch(host)
         if match is None:
             return False
@@ -324,7 +327,7 @@ class Gate:
 
 
 def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
-    """Return whether a request's address is below the root of the pages, and the request without it."""
+    """Return whether a request's path is below the secret root path, and the scope without that root."""
     if access is None:
         return True, scope
     root, path = access.root, scope["path"]
@@ -337,7 +340,7 @@ def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
 
 
 class RunPages:
-    """Shows the list of runs, and the page, updates and files of each; forwards requests to training runs."""
+    """Shows the list of runs, and each run's page, updates and files; forwards requests to training runs."""
 
     def __init__(self, site: Site, buttons: RunButtons, shares: SharePages) -> None:
         self.runs = site.runs
@@ -348,11 +351,11 @@ class RunPages:
         self.shares = shares
 
     def find(self, request: Request) -> RunSummary | None:
-        """Return the run that an address names; None if it does not exist."""
+        """Return the run that a request's URL names; None if it does not exist."""
         return self.runs.find(request.path_params["id"])
 
     def find_file(self, request: Request) -> Path | None:
-        """Return the file of a run that an address names; None if the run's page does not link it."""
+        """Return the file of a run that a URL names; None if the run's page does not link to it."""
         run = self.find(request)
         return None if run is None else find_run_file(self.runs, run, request.path_params["name"])
 
@@ -367,7 +370,7 @@ class RunPages:
         return answer_page(page, headers={"etag": etag})
 
     def show_run(self, request: Request) -> Response:
-        """Respond with the page of a run, or, for a folder that has not trained yet, with its buttons."""
+        """Respond with the page of a run or, if the run has not begun, with a page of its buttons."""
         tracked_run = self.tracked_runs.find(request.path_params["id"])
         if tracked_run is None:
             return answer_not_found_page(request)
@@ -375,7 +378,7 @@ class RunPages:
         if not run.history.exists():
             return answer_page(self.buttons.show_page(tracked_run))
         run_config = self.tracked_runs.find_run_config(run)
-        # the history is of the downloads and caching before a training: show the training's page
+        # this history is about the downloads and caching before a training run: show the run's page
         if run_config is not None and run_config.id != run.id:
             return RedirectResponse(f"/run/{run_config.id}/", 303)
         is_paused = False
@@ -408,7 +411,7 @@ class RunPages:
             return answer_text("from and to are numbers of steps.", 400)
 
     def show_about(self, request: Request) -> Response:
-        """Respond with the description of a file: hash and metadata."""
+        """Respond with the HTML about a weight file: hash and metadata."""
         with self.runs.lock:
             path = self.find_file(request)
         return answer_not_found() if path is None else answer_page(self.notes.describe(path))  # takes a while
@@ -419,7 +422,7 @@ class RunPages:
         return answer_not_found() if path is None else answer_file(path)
 
     def ask(self, request: Request, form: Form) -> Response:
-        """Pass a request (save, sample, stop) on to a running training, as a file next to its history."""
+        """Ask a running training process to save, sample or stop, by a file next to its history."""
         with self.runs.lock:
             run = self.find(request)
         kind = "".join(form.get("what", ()))
@@ -446,14 +449,14 @@ class RunPages:
 
 
 def explain_error(request: Request, error: Exception) -> Response:
-    """Return the response, with a remedy, if a damaged or missing file has ended a request."""
+    """Return the response, with advice, to a request that failed on a damaged or missing file."""
     if not isinstance(error, UserError):
         return answer_not_found()
     return answer_text(str(error), 500 if request.method == "GET" else 422)
 
 
 def explain_address(request: Request, error: Exception) -> Response:
-    """Return the response to an address that no page has."""
+    """Return the 404 response to a URL that does not exist."""
     return answer_not_found_page(request)
 
 
@@ -473,13 +476,13 @@ def make_app(
     Args:
         runs: Runs below the roots.
         host: Name of the server in requests, in addition to IP addresses and this machine's name.
-        token: Secret token; None to let everybody in.
-        read_only: Reject requests that could write.
-        queue: The queue; None to open it with `open_queue`.
+        token: Secret token; None to admit everybody.
+        read_only: Whether to reject requests that could write.
+        queue: The job queue; None to open it with `open_queue`.
         models: The models folder.
         settings: Options of the server, for the page that shows them.
-        render_worker: Worker of the page Generate; None to make one for the queue.
-        ticket: Word that opens the page once.
+        render_worker: Worker of the Generate page; None to create one for the queue.
+        ticket: Secret that opens the page once.
     """
     queue = queue or open_queue(runs, read_only)
     site = Site(
@@ -541,7 +544,7 @@ def _list_routes(site: Site, read_only: bool) -> list[Route]:
 
 
 def _list_host_names(host: str, public_origin: str | None) -> frozenset[str]:
-    """Return the names by which requests may call this server, in addition to IP addresses."""
+    """Return the values that a request's Host header may have, in addition to IP addresses."""
     machine = socket.gethostname().lower()
     names = {"localhost", host.lower(), machine, f"{machine}.local"}
     if public_origin is not None:

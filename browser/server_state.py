@@ -16,7 +16,7 @@ from project.options import MODELS
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Options of a running server. Of these, only the address contains the token."""
+    """Options of a running server. Only `address` contains the token."""
 
     host: str = "127.0.0.1"
     port: int | None = None  # None: it is not known
@@ -30,7 +30,7 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class Site:
-    """Runs, queue and settings of a server; all groups of pages share them."""
+    """Runs, queue and settings of a server, shared by all of its pages."""
 
     runs: Runs
     queue: JobQueue

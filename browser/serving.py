@@ -1,4 +1,4 @@
-"""Start the server and show its address, or write one run as a page."""
+"""Start the server and print its URL, or write one run as a page."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ class ServedFolders(NamedTuple):
 
 
 def run_browser(options: BrowserOptions) -> None:
-    """Serve pages until Ctrl-C, or write the page that --export requests. Raises UserError on failure."""
+    """Serve the pages until Ctrl-C, or only write one page with --export. Raises UserError on failure."""
     served = select_folders(options, Path.cwd(), ROOT)
     runs = Runs(served.folders)
     if options.export is not None:
@@ -104,9 +104,9 @@ def start_queue(runs: Runs, options: BrowserOptions) -> JobQueue:
 
 
 def reopen_queue(queue: JobQueue) -> bool:
-    """Start a queue that was running when its last server ended; return whether it was.
+    """Start a queue that was running when its last server ended, and return whether it was started.
 
-    If other jobs were added to its files meanwhile, the queue stays paused, with a log message.
+    If somebody has added other jobs to its files meanwhile, the queue stays paused, with a log message.
     """
     try:
         if queue.is_open:
@@ -121,15 +121,15 @@ def reopen_queue(queue: JobQueue) -> bool:
 
 
 def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path) -> ServedFolders:
-    """Return the folders to serve.
+    """Return the root folders to serve, and the models folder.
 
-    The working folder, if it is the home folder or the checkout, is replaced by HOME/Reelsmith: the files of
-    these two folders are not runs.
+    If the working folder is the home folder or the checkout, it is replaced by HOME/Reelsmith, because these
+    two folders contain other files than runs.
 
     Args:
         options: Options of the command.
         working_folder: The working folder.
-        checkout: Folder of the program.
+        checkout: The program's own folder.
     """
     home = Path.home()
     is_home = real_path(working_folder) == real_path(home)
@@ -195,7 +195,7 @@ def _is_port_taken(error: BaseException | None) -> bool:
 
 
 def make_address(options: BrowserOptions, port: int, token: str | None) -> str:
-    """Return the page's URL, with the token, as other machines that can reach this server open it."""
+    """Return the URL, with the token, at which other machines that can reach this server open the page."""
     if options.public_origin is not None:
         url = f"{options.public_origin}/"
         return f"{url}?token={token}" if token else url
@@ -214,9 +214,9 @@ def make_address(options: BrowserOptions, port: int, token: str | None) -> str:
 
 
 def show_address(options: BrowserOptions, port: int, token: PageToken) -> None:
-    """Print the address, with a QR code for phones if other machines can reach the server.
+    """Print the URL, with a QR code for phones if other machines can reach the server.
 
-    In a job of the queue, the output is a log that pages show, so it is printed without the token.
+    In a queued job, pages show the output as a log, so the URL is printed without the token.
     """
     if FROM_QUEUE in os.environ:
         hint = "" if token.path is None else f" followed by ?token= and the word in {token.path}"

@@ -1,8 +1,7 @@
-"""Limit the process that the page Generate drives, because anybody may have written its command's file.
+"""Limit the process that the Generate page controls, because anybody may have written its command's file.
 
-The files of render jobs lie below a root. Somebody who gives a folder away can put such a file into it, and
-waiting render jobs are started with the server. So their commands can do no more than those that the page
-itself writes.
+The files of render jobs are below a root. A folder from somebody else may contain such a file, and waiting
+render jobs start together with the server. So only commands that the page itself could write are accepted.
 """
 
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ INTERACTIVE = "--interactive"
 
 
 def find_session(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
-    """Return the command that starts a process for requests, and its program.
+    """Return the generation command of a process that loads a model and waits for requests, and its program.
 
-    `argv` is the command line, `folder` its working folder. Raises OptionError if it is not a command that
-    the page writes.
+    `argv` is the command line, `folder` its working folder. Raises OptionError if the page never writes such
+    a command.
     """
     texts = [word for word in argv if isinstance(word, str)]
     line = shorten(" ".join(texts), 80)
@@ -36,15 +35,15 @@ def find_session(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
 
 def limit_session(result_folder: Path, render_folder: Path, top: Path) -> dict[str, str]:
-    """Return environment variables for a process that may write only below two folders, and send nothing.
+    """Return environment variables for a process that may write only below two folders, and send no data.
 
     Args:
         result_folder: Folder of its results.
-        render_folder: Folder of the render jobs, which also holds previews.
-        top: The shown folder that the results must lie in.
+        render_folder: Folder of the render jobs, which also contains previews.
+        top: The root folder that must contain the results.
 
     Raises:
-        OptionError: If the results would lie outside `top`, or in the folder of the queue.
+        OptionError: If the results would be outside `top`, or in the folder of the queue.
     """
     try:
         inside = real_path(result_folder).relative_to(real_path(top))

@@ -117,10 +117,9 @@ DATASET_KEYS: Mapping[str, TranslatableText] = {
 
 
 def rank_words(name: str) -> dict[str, int]:
-    """Return the names that other programs use for an option or key, in English and the page's language.
+    """Return what other programs call an option or key, in English and the page's language, with ranks.
 
-    Each name has a rank, because it may stand for several options: 0 for the option with the largest
-    effect.
+    One such name may stand for several options: rank 0 marks the option with the largest effect.
     """
     ranks: dict[str, int] = {}
     for word, names in WORDS.items():

@@ -30,7 +30,7 @@ WORKERS = {
 
 
 class ShownSetting(NamedTuple):
-    """A setting of the server as a row of the page Settings."""
+    """A setting of the server as a row of the Settings page."""
 
     name: str
     value: str
@@ -38,17 +38,17 @@ class ShownSetting(NamedTuple):
 
 
 class SettingsPages:
-    """Shows the page Settings, and handles its buttons."""
+    """Shows the Settings page, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, request: Request) -> Response:
-        """Return the page; with `ask=empty` in the query, it asks whether to empty the bin."""
+        """Return the Settings page; with `ask=empty` in the query, it asks whether to empty the bin."""
         return self.answer(asks_to_empty=request.query_params.get("ask") == "empty")
 
     def answer(self, error: str = "", asks_to_empty: bool = False) -> Response:
-        """Return the page with an error message. With `asks_to_empty`, it asks whether to empty the bin."""
+        """Return the Settings page with an error; with `asks_to_empty`, it asks whether to empty the bin."""
         site = self.site
         worker = self.find_worker()
         settings = site.settings
@@ -94,7 +94,7 @@ class SettingsPages:
             return str(error)
 
     def list_settings(self) -> list[ShownSetting]:
-        """Return the rows of the settings table: name, present value, and the option that sets it."""
+        """Return the rows of the settings table: name, current value, and the option that sets it."""
         site = self.site
         settings = site.settings
         roots = [ShownSetting(say("folder with runs"), str(root), "FOLDER") for root in site.runs.roots]
@@ -146,7 +146,7 @@ class SettingsPages:
     ) -> list[str]:
         """Return the command that starts a server like this one, with the given address and token.
 
-        Options whose value is None are left out. With `worker` "here", the server runs the queue's jobs.
+        Options whose value is None are omitted. With `worker` "here", the server runs the queue's jobs.
         """
         options: dict[str, Any] = {
             "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),

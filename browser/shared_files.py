@@ -38,24 +38,24 @@ WAV_TEXTS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"axml"}
 
 
 class Replacement(NamedTuple):
-    """Bytes that are sent instead of `size` bytes of the file; `data` is b"" for zeros."""
+    """Bytes sent in place of `size` bytes of the file, to hide metadata; zeros if `data` is b""."""
 
     start: int
     size: int
     data: bytes = b""
 
     def cut(self, begin: int, end: int) -> bytes:
-        """Return the replaced bytes between two offsets of the file."""
+        """Return the replacement for the file's bytes from offset `begin` to `end`."""
         if self.data:
             return self.data[begin - self.start : end - self.start]
         return bytes(end - begin)
 
 
 def answer_shared_file(path: Path, request: Request) -> Response:
-    """Return a response with a file, or the byte range of it that is requested, without its metadata.
+    """Return a response with a file, or the requested byte range of it, without its metadata.
 
-    The metadata is overwritten while it is sent, so the size stays the same. Raises OSError if the file
-    cannot be read.
+    The metadata is overwritten while the file is sent, so that its size does not change. Raises OSError if
+    the file cannot be read.
     """
     size = path.stat().st_size
     replacements = find_replacements(path)
@@ -84,7 +84,7 @@ def _read_range(header: str, size: int) -> range | None:
 
 
 def _read_pieces(path: Path, replacements: list[Replacement], begin: int, end: int) -> Iterator[bytes]:
-    """Yield bytes `begin` to `end` of a file, with its metadata overwritten by the replacements."""
+    """Yield bytes `begin` to `end` of a file, with its metadata replaced."""
     with path.open("rb") as file:
         file.seek(begin)
         while begin < end and (piece := file.read(min(PIECE_BYTES, end - begin))):
@@ -111,7 +111,7 @@ def find_replacements(path: Path) -> list[Replacement]:
 
 
 def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:
-    """Yield the change that rewrites a safetensors header without the metadata that must not be sent."""
+    """Yield the replacement of a safetensors header by one without metadata that must not be sent."""
     try:
         header = read_tensor_header(file.read, size)
     except ValueError:  # another kind of file has this name
@@ -120,8 +120,8 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:
     if public_texts == header.metadata:
         return
     header_length = header.start - 8  # the first 8 bytes of the file are this length
-    # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
-    # the metadata that may be sent, all of it is removed.
+    # The new header must fit into the old one, because the tensors cannot move. If it does not fit with the
+    # metadata that may be sent, all metadata is removed.
     for sent_texts in (public_texts, {}):
         metadata: Mapping[str, object] = {"__metadata__": sent_texts} if sent_texts else {}
         content = json.dumps({**metadata, **header.entries}, separators=(",", ":"), ensure_ascii=False)
@@ -139,7 +139,7 @@ def _may_be_sent(name: str, text: str) -> bool:
 def _find_in_png(file: BinaryIO, size: int) -> Iterator[Replacement]:
     """Yield the changes that turn text chunks of a PNG file into chunks of zeros that no program reads.
 
-    A chunk is length (4 bytes), kind (4 bytes), content and checksum (4 bytes).
+    A chunk consists of length (4 bytes), type (4 bytes), content and checksum (4 bytes).
     """
     if file.read(8) != PNG_START:
         return
@@ -164,7 +164,7 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Replacement]:
 def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Replacement]:
     """Yield the changes that turn text boxes of an MP4 file into `free` boxes of zeros.
 
-    A box is length (4 bytes), kind (4 bytes) and content (ISO 14496-12); outer boxes contain boxes.
+    A box consists of length (4 bytes), type (4 bytes) and content (ISO 14496-12), which may be boxes again.
     """
     unread = [(0, size)]  # start and end of sequences of boxes
     for _ in range(MAX_CHUNKS):
@@ -196,7 +196,7 @@ def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Replacement]:
 def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Replacement]:
     """Yield the changes that turn text chunks of a WAV file into `JUNK` chunks of zeros.
 
-    A chunk is kind (4 bytes), length (4 bytes) and content.
+    A chunk consists of type (4 bytes), length (4 bytes) and content.
     """
     if file.read(4) not in (b"RIFF", b"RF64"):
         return

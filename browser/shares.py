@@ -1,8 +1,8 @@
 """Share a run with a friend: a link to its page, samples and saved files, but to nothing else.
 
-Anyone with the link may view these, without the page's token. A link ends after some days, when it is
-withdrawn, or when another run with its name begins in the folder. Links are stored for this user alone, next
-to the page's own token.
+Anyone with the link may view these, without the page's token. A link expires after some days, when it is
+withdrawn, or when another run with the same name begins in the folder. Links are stored for this user alone,
+next to the page's own token.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ SHARED_POLICY = FILE_POLICY.replace("-src data:", "-src 'self' data:")
 
 @dataclass(frozen=True)
 class ShareLink:
-    """A link by which others see the page of one run until a certain time."""
+    """A link that shows others the page of one run until it expires."""
 
     word: str
     run: str  # id of the run, which depends only on its path
@@ -81,7 +81,7 @@ class ShareLink:
 
     @property
     def last_day(self) -> str:
-        """Local date and time at which the link ends."""
+        """Local date and time at which the link expires."""
         return f"{datetime.fromtimestamp(self.end):%Y-%m-%d %H:%M}"
 
 
@@ -89,12 +89,12 @@ class Shares:
     """The valid links of this user."""
 
     def list_all(self) -> list[ShareLink]:
-        """Return the links that have not ended. A damaged file counts as empty."""
+        """Return the links that have not expired. A damaged file counts as empty."""
         now = time.time()
         return [share for share in self._read() if now < share.end <= now + (MAX_DAYS + 1) * DAY]
 
     def find(self, word: str) -> ShareLink | None:
-        """Return the link whose address has this secret; None if there is none."""
+        """Return the link whose URL contains this secret; None if there is none."""
         shares = [share for share in self.list_all() if _is_same(share.word, word)]
         return shares[0] if shares else None
 
@@ -121,7 +121,7 @@ class Shares:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[list[ShareLink]]:
-        """Yield all links to be changed, then write them; other pages of this user wait meanwhile.
+        """Yield the list of all links to be changed, then write it, locked against this user's other servers.
 
         Expired links are kept while there is room, in case the clock was set wrong.
         """
@@ -134,7 +134,7 @@ class Shares:
             write_user_file(FILE, json.dumps([asdict(share) for share in shares[-MAX_KEPT:]]))
 
     def _read(self) -> list[ShareLink]:
-        """Return the links of the file; none if one of its lines is not a link."""
+        """Return the links stored in the file; [] if one of its lines is not a link."""
         try:
             shares = [
                 ShareLink(str(row["word"]), str(row["run"]), float(row["end"]), _read_number(row["session"]))
@@ -166,7 +166,7 @@ def read_days(form: Form) -> int:
 
 
 def shared_clip(name: str, prompt: str, step: int) -> Markup:
-    """Return the HTML of a sample, which the browser loads by its link."""
+    """Return the HTML element that shows a sample image, clip or sound by its link."""
     label = mark_folders(say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
     return TAGS.get(Path(name).suffix, TAGS[".png"]).format(link(SAMPLES, name), label)
 
@@ -180,7 +180,7 @@ def _is_of_run(path: Path, run: RunSummary) -> bool:
 def remove_private_texts(live_state: LiveRunState) -> Standing:
     """Return the displayed state of a run without text that may name a folder, a file or another run.
 
-    This is the reason of an error, and all option values except numbers and switches.
+    It removes error messages, and all option values except numbers and switches.
     """
     start = live_state.displayed.start
     shared_start = replace(
@@ -190,7 +190,7 @@ def remove_private_texts(live_state: LiveRunState) -> Standing:
 
 
 def _select_numbers(options: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the options whose values are numbers or switches."""
+    """Return the options that have only numbers as values, or no value (switches)."""
     return [(name, text) for name, text in options if all(map(_is_number, text.split()))]
 
 
@@ -228,7 +228,7 @@ class SharePages:
     # ---- for a friend
 
     def find(self, request: Request) -> RunSummary | None:
-        """Return the run that a share link names; None if the link has ended or another run took its path."""
+        """Return the run of a share link; None if the link has expired or another run took its path."""
         share = self.shares.find(request.path_params["word"])
         if share is None:
             return None
@@ -236,7 +236,7 @@ class SharePages:
         return run if run is not None and read_session(run.history) == share.session else None
 
     def show_page(self, request: Request) -> Response:
-        """Respond with the page of a shared run, without private data; 401 if the link has ended."""
+        """Respond with the page of a shared run, without private data; 401 if the link has expired."""
         with self.site.runs.lock:
             run = self.find(request)
             if run is None or not run.history.exists():
@@ -255,7 +255,7 @@ class SharePages:
         return answer_page(_render_shared_page(run, run_history, live_state), headers=headers)
 
     def show_file(self, request: Request) -> Response:
-        """Respond with a file of a shared run, without its metadata; 401 if the link has ended."""
+        """Respond with a file of a shared run, without its metadata; 401 if the link has expired."""
         with self.site.runs.lock:
             run = self.find(request)
             if run is None:
@@ -270,18 +270,18 @@ class SharePages:
     # ---- for the user
 
     def render(self, run_id: str, origin: str, is_open: bool = False, error: str = "") -> str:
-        """Return the section of a run's page with the links to the run.
+        """Return the HTML of the section of a run's page with its share links.
 
         Args:
             run_id: Id of the run.
-            origin: Origin by which others reach the page.
-            is_open: Show the section unfolded.
+            origin: Origin, such as https://my-page.example.org, at which others reach the page.
+            is_open: Whether to show the section unfolded.
             error: Reason why no link was created.
         """
         settings = self.site.settings
         with self.site.runs.lock:
             run = self.site.runs.find(run_id)
-        # a link belongs to one training session: it ends when another begins
+        # a link belongs to one run: it expires when another run begins at the same path
         links = [] if run is None else self.shares.of_run(run_id, read_session(run.history))
         values: Mapping[str, Any] = {
             "id": run_id,
@@ -295,12 +295,12 @@ class SharePages:
         return render_page(HERE / "sharing.html", "", values, POLICY)
 
     def find_origin(self, request: Request) -> str:
-        """Return the origin under which other machines reach this server."""
+        """Return the origin, such as https://my-page.example.org, at which others reach this server."""
         public_origin = self.site.settings.public_origin
         return public_origin or f"http://{request.headers.get('host', '')}"
 
     def change(self, request: Request, form: Form) -> Response:
-        """Make a link to a run, or withdraw all of its links."""
+        """Create a link to a run, or withdraw all of its links."""
         run_id = request.path_params["id"]
         with self.site.runs.lock:
             run = self.site.runs.find(run_id)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def short_digest(text: str | Path, num_bytes: int = 8) -> str:
-    """Return a digest of a string or path, in hexadecimal."""
+    """Return a digest of a string or path with `num_bytes` bytes, in hexadecimal."""
     return hashlib.blake2s(os.fsencode(text), digest_size=num_bytes).hexdigest()
 
 

@@ -24,5 +24,5 @@ _BY_STATE = {name.english(): name for name in NAMES}
 
 
 def name_state(state: str) -> TranslatableText:
-    """Return a state as text that pages translate."""
+    """Return a state as translatable text."""
     return _BY_STATE.get(state) or say(state)

@@ -21,7 +21,7 @@ MAX_CHARACTERS = 200  # maximum number of characters in a tag
 
 @dataclass(frozen=True)
 class TagChange:
-    """A renamed tag, and the captions that had it: each file with its checksum after the change."""
+    """A renamed tag, and the caption files that contained it, each with its checksum after the change."""
 
     old: str
     new: str  # "": it was removed
@@ -29,7 +29,7 @@ class TagChange:
 
     @property
     def about(self) -> str:
-        """Message about the change and its number of captions."""
+        """Message that names the change and the number of changed captions."""
         if self.new:
             return say_count(
                 len(self.checksums),
@@ -57,7 +57,7 @@ def split_section(section: str) -> list[str]:
 
 
 def rename_tag(text: str, old: str, new: str) -> str:
-    """Replace the tag `old` of a caption by `new`, and remove duplicates of `new`; "" removes the tag.
+    """Replace the tag `old` in a caption with `new`, and remove duplicates of `new`; "" removes the tag.
 
     Lines without the tag are unchanged.
     """
@@ -66,10 +66,10 @@ def rename_tag(text: str, old: str, new: str) -> str:
 
 
 def _rename_in_line(line: str, old: str, new: str) -> str:
-    """Replace the tag `old` of a caption line by `new`; tags of earlier sections are not repeated."""
+    """Replace the tag `old` in a caption line with `new`, and drop tags that an earlier section contains."""
     used_tags = {""}  # "" stands for the removed tag
     sections = []
-    for section in line.split(KEEP_TOKENS_SEPARATOR):  # a training does not shuffle the tags before this sign
+    for section in line.split(KEEP_TOKENS_SEPARATOR):  # tags before this sign are not shuffled
         renamed = [new if tag == old else tag for tag in split_section(section)]
         distinct = list(dict.fromkeys(renamed))  # in the original order
         sections.append(f"{SEPARATOR} ".join(tag for tag in distinct if tag not in used_tags))
@@ -79,7 +79,7 @@ def _rename_in_line(line: str, old: str, new: str) -> str:
 
 @dataclass
 class TagEditor:
-    """Tags of folders below the roots. Changes can be undone until the server ends."""
+    """Reads and changes tags in the captions of folders. Changes can be undone until the server ends."""
 
     runs: Runs
     captions: Captions = field(default_factory=Captions)
@@ -87,16 +87,16 @@ class TagEditor:
     _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at the same time
 
     def count(self, folder: Path) -> "Counter[str]":
-        """Return the number of captions that have each tag. Raises OSError if the folder cannot be read."""
+        """Count, by tag, the captions that contain it. Raises OSError if the folder cannot be read."""
         counts: Counter[str] = Counter()
         for caption in self._read_captions(folder):
             counts.update({tag for line in caption.text.split("\n") for tag in split_line(line)})
         return counts
 
     def rename(self, folder: Path, old: str, new: str) -> str:
-        """Replace a tag in all captions of a folder, and return a message about the changed captions.
+        """Replace a tag in all captions in a folder, and return a message about the changed captions.
 
-        The earlier captions are kept as .bak. A caption that would become empty stays unchanged.
+        The old captions are kept as .bak. A caption that would become empty is not changed.
 
         Args:
             folder: The folder.
@@ -104,7 +104,7 @@ class TagEditor:
             new: The new tag; "" removes the old one.
 
         Raises:
-            OptionError: If a tag cannot be written, or no caption has the old one.
+            OptionError: If the new tag is not valid, or if no caption contains the old tag.
             OutputError: If a caption cannot be written.
             OSError: If a caption cannot be read.
         """
@@ -133,14 +133,15 @@ class TagEditor:
         return join(" ", [change.about, *_explain_unchanged(num_emptied, num_conflicts)])
 
     def last_change(self, folder: Path) -> TagChange | None:
-        """Return the last change of a folder's tags; None if there is none to undo."""
+        """Return the last tag change in a folder's captions; None if there is none to undo."""
         changes = self._changes.get(folder)
         return changes[-1] if changes else None
 
     def undo(self, folder: Path) -> str:
-        """Undo the last change of a folder's tags, and return a message about the restored captions.
+        """Undo the last tag change in a folder, and return a message about the restored captions.
 
-        A caption that has changed since stays. Raises OptionError without a change, OutputError, OSError.
+        A caption that has changed since is not restored. Raises OptionError if there is no change to undo,
+        OutputError or OSError if a caption cannot be restored.
         """
         with self._lock:
             changes = self._changes.get(folder)
@@ -156,8 +157,8 @@ class TagEditor:
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
         """Yield each caption file of a folder that is below the roots, with its text and checksum.
 
-        Files that are not UTF-8 or cannot be read are skipped: the page reports them one by one. Captions
-        that are JSON objects have no tags. Raises OSError.
+        Skips files that are not UTF-8 or cannot be read, which the page reports one by one, and captions that
+        are JSON objects, which have no tags. Raises OSError if a folder cannot be listed.
         """
         for media_folder in list_media_folders_of(self.runs, folder):
             paths = dict.fromkeys(find_caption_file(media_folder, name) for name in list_names(media_folder))
@@ -174,7 +175,7 @@ class TagEditor:
 
 
 def _check_new_tag(tag: str) -> None:
-    """Raise OptionError if a tag has a comma or the sign of `keep_tokens_separator`, or is too long."""
+    """Raise OptionError if a tag contains a comma or `keep_tokens_separator`, or is too long."""
     if bad_character(tag) or SEPARATOR in tag or len(tag) > MAX_CHARACTERS:
         raise OptionError(
             say(
@@ -189,7 +190,7 @@ def _check_new_tag(tag: str) -> None:
 
 
 def _explain_unchanged(num_emptied: int, num_conflicts: int) -> list[str]:
-    """Return sentences about captions that a change of tags left unchanged: how many, and why."""
+    """Return sentences on how many captions a tag change has left unchanged, and why."""
     lines: list[str] = []
     if num_emptied:
         lines.append(

@@ -69,7 +69,7 @@ FORM = ToolForm(
 
 
 class TagPages:
-    """Shows the section of a page about the tags of a folder, and handles its buttons."""
+    """Shows the page section about the tags in a folder's captions, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -89,8 +89,8 @@ class TagPages:
             folder: The folder.
             texts: Values of the form's fields.
             part: "form", "progress" or "editor"; "" for all three.
-            message: Message about what was done.
-            error: Reason why a button did nothing.
+            message: Message about the result of a button's action.
+            error: Reason why a button had no effect.
         """
         values: dict[str, Any] = {
             "folder": folder,
@@ -116,7 +116,7 @@ class TagPages:
         return answer_template("tags.html", say("Tags"), values, is_rejected=error != "")
 
     def collect_form(self, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values for the form's template: the model, and the commands of the form's buttons."""
+        """Return the template values of the form: the tagger model, and the commands of the buttons."""
         try:
             trial_line = format_command(self.make_argv(folder, texts, NUM_TRIAL_FILES), folder)
             line = format_command(self.make_argv(folder, texts), folder)
@@ -129,11 +129,11 @@ class TagPages:
         }
 
     def find_model(self) -> TaskFiles | None:
-        """Return the catalogue's tagger, with its state on disk."""
+        """Return the catalogue's tagger model, with the state of its files."""
         return find_task(self.site.models, FAMILY, TASK)
 
     def find_model_folder(self) -> str:
-        """Return the folder into which the catalogue's tagger is downloaded."""
+        """Return the folder to which the catalogue's tagger model is downloaded."""
         model = self.find_model()
         assert model is not None  # a test guarantees the catalogue entry
         return str((self.site.models / model.parts[0].path).absolute())
@@ -146,7 +146,7 @@ class TagPages:
         Args:
             folder: The folder with media.
             texts: Values of the form's fields.
-            num_trial_files: Number of files to print tags for, without saving them; None to write all tags.
+            num_trial_files: Number of files whose tags are printed but not saved; None to save all tags.
 
         Raises:
             OptionError: If a field has a value that its option does not accept.
@@ -158,7 +158,7 @@ class TagPages:
         return argv if num_trial_files is None else [*argv, "--try_on", str(num_trial_files)]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Carry out a button about tags, and return the HTML of the part that it belongs to."""
+        """Handle a pressed tag button, and return the HTML of the section's part that contains the button."""
         part = "editor" if action in EDITOR_ACTIONS else "progress"
         try:
             message = self.carry_out(folder, action, fields)
@@ -167,7 +167,7 @@ class TagPages:
         return answer_unknown() if message is None else self.answer(folder, fields, part, message)
 
     def carry_out(self, folder: Path, action: str, fields: Mapping[str, str]) -> str | None:
-        """Carry out a button of the tag section, and return a message about it; None if it is unknown.
+        """Handle a pressed button of the tag section, and return a message; None if `action` is unknown.
 
         Raises UserError, OSError or ValueError.
         """
@@ -194,7 +194,7 @@ class TagPages:
         return self.editor.rename(folder, tag, new_tag)
 
     def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
-        """Raise OptionError if the model is not downloaded, or files of the dataset are outside the roots."""
+        """Raise OptionError if the tagger is not downloaded, or dataset files are outside the roots."""
         if is_described(folder):
             require_inside(self.site.runs, folder)
         model = self.find_model()

@@ -100,9 +100,9 @@ class Ticket:
     is_used: bool = False
 
     def take(self, text: str, connection: Connection | None) -> bool:
-        """Return whether a text is the secret of this ticket and still valid, and invalidate the ticket.
+        """Return whether `text` is this ticket's secret and still valid, and invalidate the ticket.
 
-        `connection` is the one that sent it. If the system shows its owner, this must be the user.
+        `connection` is the connection that sent it. If the system shows its owner, it must be this user.
         """
         if self.is_used or time.monotonic() > self.end:
             return False
@@ -115,16 +115,17 @@ class Ticket:
 def is_own_connection(connection: Connection) -> bool:
     """Return whether this user opened a connection from a port of this machine.
 
-    Also True if the system does not show owners: such a system does not show command lines either.
+    Also returns True if the system hides who owns a connection, because it hides command lines too, where
+    other users could read a ticket.
     """
     return not _SHOWS_OWNERS or find_owner(connection) == os.getuid()
 
 
 def find_owner(connection: Connection) -> int | None:
-    """Return the id of the account that opened a connection on this machine.
+    """Return the id of the user who opened a connection on this machine.
 
-    Returns None if the system does not show the owner, or if another machine opened the connection; ENDED if
-    the connection is already closed, because the system then reports root as its owner.
+    Returns None if the system does not show the owner, or if another machine opened the connection;
+    CLOSED_CONNECTION if it is already closed, because the system then reports root as its owner.
     """
     if not _SHOWS_OWNERS:
         return None
@@ -151,9 +152,9 @@ def _look_up_owner(connection: Connection) -> int | None:
 
 
 def _list_endpoints(connection: Connection) -> list[tuple[str, str]]:
-    """Return the (client, server) pairs of `ADDRESS:PORT`, in hexadecimal, that the kernel may list.
+    """Return the hexadecimal (client, server) pairs, each `ADDRESS:PORT`, under which /proc/net may list it.
 
-    An IPv4 connection may be listed as IPv4, or as IPv4 inside IPv6.
+    The kernel may list an IPv4 connection as IPv4, or as IPv4 inside IPv6.
     """
     try:
         hosts = [ipaddress.ip_address(host) for host in (connection.client, connection.server)]
@@ -172,7 +173,7 @@ def _list_endpoints(connection: Connection) -> list[tuple[str, str]]:
 
 
 def _hexadecimal(host: Address) -> str:
-    """Return an IP address in the hexadecimal form of /proc/net: 32-bit words in the machine's byte order."""
+    """Return an IP address in hexadecimal as /proc/net shows it: 32-bit words in native byte order."""
     packed = host.packed
     words = [packed[start : start + 4] for start in range(0, len(packed), 4)]
     return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)

@@ -42,7 +42,7 @@ class ToolForm:
     fields: Sequence[ToolField]
 
     def id(self, field: ToolField) -> str:
-        """Return the id of a field in a page."""
+        """Return the HTML id of a field."""
         return f"{self.name}-{field.name}"
 
     def name_default(self, field: ToolField) -> str:
@@ -53,11 +53,11 @@ class ToolForm:
         return "" if value is None else str(value)
 
     def make_argv(self, target: str, texts: Mapping[str, str]) -> list[str]:
-        """Return the command line.
+        """Return the tool's command line.
 
         Args:
             target: File or folder that the tool processes.
-            texts: Typed values by the names of the fields.
+            texts: Typed values by field name.
 
         Raises:
             OptionError: If a text is not valid for its field.
@@ -88,7 +88,7 @@ class ToolForm:
 
 
 def find_default(record: type, name: str) -> Any:
-    """Return the default of an option of a record, or of a record in it.
+    """Return the default of the option `name` in an options dataclass or a dataclass nested in it.
 
     Raises KeyError if there is no such option.
     """
@@ -102,12 +102,12 @@ def find_default(record: type, name: str) -> Any:
 
 
 def format_option(option: str, text: str) -> list[str]:
-    """Return an option with its value; as one argument `--option=value` if the value looks like an option."""
+    """Return [option, value]; or [`--option=value`] if the value itself looks like an option."""
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
 def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_integer: bool) -> None:
-    """Raise OptionError if a text is not a number that an option with these limits accepts.
+    """Raise OptionError if a text is not a number within an option's limits.
 
     `limits` is the option's metadata: "minimum" or "above", and "maximum" or "below".
     """

@@ -52,9 +52,9 @@ class PartialUpload:
         return self.folder / f".{self.name[:100]}.{digest}{SUFFIX}"
 
     def count_bytes(self) -> int:
-        """Return the bytes received so far.
+        """Return the number of bytes received so far.
 
-        Raises OptionError if its name belongs to another kind of file.
+        Raises OptionError if a link or folder has the name of the partial file.
         """
         if not self.partial_path.exists() and not self.partial_path.is_symlink():
             return 0
@@ -65,24 +65,24 @@ class PartialUpload:
 
 @dataclass(frozen=True)
 class LastWrite:
-    """Time of the last write to an upload, by a monotonic clock and by the disk's clock."""
+    """Time of the last write to an upload: of the monotonic clock, and the file's modification time."""
 
     monotonic: float
     modified_ns: int
 
 
 class PieceUploads:
-    """Receive files that a page uploads in pieces, one piece after another."""
+    """Receives files that a page uploads in pieces, one piece after another."""
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads
         self._last_writes: dict[Path, LastWrite] = {}  # keyed by the file that collects the pieces
 
     async def take(self, request: Request) -> Response:
-        """Add the piece in the body, and answer with the bytes received so far.
+        """Add the piece of a file in the body, and respond with the number of bytes received so far.
 
-        After the last piece, the answer has the folder's files instead. The query has the file's name,
-        folder, size and modification time, and the offset of the piece.
+        After the last piece, the response lists the folder's files instead. The query contains the file's
+        name, folder, size and modification time, and the offset of the piece.
         """
         upload = None
         try:
@@ -107,7 +107,7 @@ class PieceUploads:
         return await run_in_threadpool(answer_received, upload.folder)
 
     def show(self, request: Request) -> Response:
-        """Respond with the number of bytes of a file that have arrived."""
+        """Respond with the number of bytes that have arrived, where the browser resumes the upload."""
         try:
             upload = self.find(request)
             return answer_json({"at": upload.count_bytes(), "folder": str(upload.folder)})
@@ -129,7 +129,7 @@ class PieceUploads:
         return upload
 
     async def add(self, request: Request, upload: PartialUpload) -> int:
-        """Append the body of a request, and return the bytes received so far.
+        """Append the body of a request, and return the number of bytes received so far.
 
         If the body is cut off, the bytes received until then stay in the file.
         """

@@ -49,7 +49,7 @@ FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """Limits on dropped files."""
+    """Limits on the files that a user drops on a page to upload them."""
 
     file_bytes: int = 8 << 30
     folder_bytes: int = 200 << 30  # maximum size of all files of a folder together
@@ -66,10 +66,10 @@ class FileBusyError(OptionError):
 
 @contextlib.contextmanager
 def claim_file(folder: Path, name: str) -> Iterator[None]:
-    """Reserve a file name in a folder while the block runs, so that no other page or server writes this file.
+    """Reserve a file name in a folder while the `with` block runs, so that nothing else writes this file.
 
-    A file with a digest of the case-folded name serves as the lock. Raises FileBusyError if another request
-    has reserved the name, OutputError if the folder cannot be written.
+    A file whose name is a digest of the case-folded name serves as the lock. Raises FileBusyError if another
+    request has reserved the name, OutputError if the folder cannot be written.
     """
     path = folder / short_digest(fold_name(name))
     with contextlib.ExitStack() as claims:
@@ -118,7 +118,7 @@ def check_file_name(name: str) -> None:
 def find_kind(name: str) -> str:
     """Return the kind of media or caption file that a file name's suffix indicates.
 
-    Raises OptionError, with a remedy where one is known, if the page accepts no such files.
+    Raises OptionError, with advice where possible, if the page does not accept such files.
     """
     suffix = Path(name).suffix.lower()
     if suffix in VIDEO_SUFFIXES:
@@ -127,7 +127,7 @@ def find_kind(name: str) -> str:
         return IMAGE
     if suffix in AUDIO_SUFFIXES:
         return SOUND
-    # prompts.txt of a described folder also ends in .txt, but is not a caption
+    # prompts.txt, which `new` writes, ends in .txt too, but is not a caption
     if suffix in CAPTION_SUFFIXES and fold_name(name) not in FILES:
         return CAPTION
     remedy = remedy_of(suffix)
@@ -183,12 +183,12 @@ def _check_caption(path: Path) -> None:
 
 
 def name_upload_folder(top: Path, day: date) -> str:
-    """Return a free name for a new folder, made from the date: `2026-11-26`, `2026-11-26-2`."""
+    """Return an unused name for a new folder, made from the date: `2026-11-26`, `2026-11-26-2`."""
     return next(name for name in number_names(f"{day:%Y-%m-%d}") if not _has_files(top / name))
 
 
 def answer_received(folder: Path) -> Response:
-    """Return the folder and its current content as the response to a complete upload."""
+    """Return the response to a complete upload: the folder and its current content."""
     media_folder = read_media_folder(folder)
     words = "" if media_folder is None else media_folder.summary
     return answer_json({"folder": str(folder), "words": words})
@@ -228,9 +228,9 @@ class FileUploads:
         return await run_in_threadpool(answer_received, folder)
 
     def find_target(self, into: str) -> Path:
-        """Return the folder that files are uploaded to; a new one may be named directly in a root.
+        """Return the folder to which files are uploaded. `into` may name a new folder directly in a root.
 
-        Raises OptionError if files may not be added to it.
+        Raises OptionError if files may not be added to the folder.
         """
         folder = find_folder(self.runs, into)
         if folder is not None:
@@ -261,7 +261,7 @@ class FileUploads:
     def check_upload(self, folder: Path, name: str, size: int, arrived: int = 0) -> None:
         """Raise UserError if a file with this name and size is not accepted.
 
-        `size` and `arrived`, the part of it that is already in the folder, are in bytes.
+        `size` is in bytes; `arrived` is the number of bytes that are already in the folder.
         """
         check_file_name(name)
         find_kind(name)
@@ -280,7 +280,7 @@ class FileUploads:
         self._check_free_space(folder, name, size - arrived)
 
     def _check_folder_limits(self, folder: Path, name: str, missing_bytes: int) -> None:
-        """Raise OptionError if a folder has a file with this name, or would have too many files or bytes."""
+        """Raise OptionError if a folder contains a file with this name, or would exceed a limit."""
         limits = self.limits
         names, size_bytes = _measure(folder)
         reject_existing(name, names)
@@ -302,7 +302,7 @@ class FileUploads:
             )
 
     def _check_free_space(self, folder: Path, name: str, missing_bytes: int) -> None:
-        """Raise OutputError if the disk has no room for the bytes of a file that are still to arrive."""
+        """Raise OutputError if the disk has no room for the rest of an upload, `missing_bytes`."""
         spare_bytes = self.limits.spare_bytes
         with explain_errors(folder / name):
             free = free_bytes(folder)
@@ -322,7 +322,7 @@ class FileUploads:
     async def receive(self, request: Request, target: Path, size: int) -> None:
         """Write the body of a request to a path. `size` is the announced size in bytes.
 
-        Raises UserError if the file is not accepted; then no part of it and no new folder stays.
+        Raises UserError if the file is not accepted; then the file and a new folder are removed.
         """
         folder = target.parent
         is_new = not folder.exists()
@@ -356,7 +356,7 @@ def reject_existing(name: str, names: set[str]) -> None:
 
 
 def _measure(folder: Path) -> tuple[set[str], int]:
-    """Return the case-folded names in a folder, and its files' total bytes; empty if it does not exist."""
+    """Return a folder's case-folded file names and total bytes; an empty set and 0 if it does not exist."""
     names = set()
     size_bytes = 0
     if folder.is_dir():

@@ -18,7 +18,7 @@ Settings = dict[str, Any] | None
 def build_wheel(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
-    """Build the wheel, with all code below `reelsmith`, and return its file name."""
+    """Build the wheel, which contains all code in the package `reelsmith`, and return its file name."""
     return _build(lay_out_package, build_meta.build_wheel, wheel_directory, config_settings)
 
 

@@ -54,12 +54,12 @@ def check_tag(tag: str) -> None:
 
 
 def cut_notes(tag: str, changes: str, pages: str = "") -> str:
-    """Return the section about a version in a list of changes.
+    """Return the section about a version in the changelog.
 
     Args:
-        tag: The version with a `v` in front.
+        tag: The git tag: the version with a `v` in front.
         changes: The text of CHANGELOG.md. A version begins with a heading such as `## 0.1.0 (2026-12-24)`.
-        pages: Address put before relative links, which the page of a release cannot resolve.
+        pages: Base URL put before relative links, which a release's page cannot resolve.
 
     Raises:
         UserError: If the version has no section, an empty one, or more text than a release can have.
@@ -103,10 +103,10 @@ def check_files(folder: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write SHA256SUMS of a folder's files, which `sha256sum --check` reads.
+    """Write a folder's file SHA256SUMS, which `sha256sum --check` reads.
 
     Raises:
-        UserError: If there is no such folder, or no file in it.
+        UserError: If the folder does not exist or is empty.
     """
     files = [path for path in _files_of(folder) if path.name != CHECKSUMS]
     if not files:

@@ -33,18 +33,18 @@ if __name__ == "__main__":
 
 
 def package_name(name: str) -> str:
-    """Return the name of a room or root module inside the installed package."""
+    """Return the import name, in the installed package, of a top-level package or module of the checkout."""
     return PACKAGE + name.removeprefix(FRONT_NAME) if name.startswith(FRONT_NAME) else f"{PACKAGE}.{name}"
 
 
 def rewrite_imports(source: str, own_names: Collection[str]) -> str:
-    """Rewrite all absolute imports of our modules as imports below `reelsmith`, keeping line numbers.
+    """Rewrite all absolute imports of this project's modules as imports from `reelsmith`, line by line.
 
-    `own_names` are top-level names of the checkout.
+    `own_names` are the top-level modules of the checkout.
 
     Raises:
-        ValueError: If the text has `import modules.errors` and uses the name `modules`: in the package, this
-            import would bind `reelsmith` instead.
+        ValueError: If the source contains, for example, `import modules.errors` and uses the name `modules`.
+            In the package, this import would bind `reelsmith` instead.
     """
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -62,7 +62,7 @@ def rewrite_imports(source: str, own_names: Collection[str]) -> str:
 
 
 class OwnImport(NamedTuple):
-    """An import of one of our modules."""
+    """An import of one of this project's modules."""
 
     line: int
     offset: int  # position of the name in its line, in bytes
@@ -71,10 +71,10 @@ class OwnImport(NamedTuple):
 
 
 def _find_imports(tree: ast.AST, lines: list[bytes], own_names: Collection[str]) -> Iterator[OwnImport]:
-    """Yield the position and name of each import of a module of this project in a source file.
+    """Yield the position and name of each import of this project's modules in a source file.
 
-    `tree` and `lines` are the parsed source and its lines; `own_names` the top-level names of our modules.
-    Relative imports are left out: they stay as they are in the package.
+    `tree` and `lines` are the parsed source and its lines, `own_names` are the project's top-level modules.
+    Relative imports are skipped, because they work in the package without a change.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -90,7 +90,7 @@ def _find_imports(tree: ast.AST, lines: list[bytes], own_names: Collection[str])
 
 
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
-    """Replace commands in a source file's strings by the installed console commands.
+    """Replace commands in a source file's strings with the installed console commands.
 
     `python wan_cache_latents.py` becomes `wan_cache_latents`, and `python tools/compare.py` becomes
     `reelsmith compare`. A launcher's command names the module: `accelerate launch ... -m
@@ -110,11 +110,11 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
 
 
 def _rename_command(match: re.Match[str]) -> str:
-    """Return the console command for a script in a text.
+    """Return the console command that replaces a script's path in a string literal.
 
-    A literal that consists of a script's path alone stays, because it is not a text but a word of a command:
-    code finds the script by this path, and `command_words` translates it when the command is shown. Only a
-    script with a console command of its own loses its ending there, because either form names that script.
+    A literal that is only a script's path stays: code finds the script by this path, and `command_words`
+    translates it when the command is shown. A script with a console command of its own loses its suffix even
+    there, because either form names that script.
     """
     opening, closing = match["opening"] or "", match["closing"] or ""
     script = match["script"]
@@ -125,7 +125,7 @@ def _rename_command(match: re.Match[str]) -> str:
 
 
 def add_entry_point(source: str, script: str) -> str:
-    """Add a function `run` to a script, for its console command, with the content of its `__main__` block.
+    """Move a script's `__main__` block into a new function `run`, which its console command calls.
 
     Raises:
         ValueError: If the script does not end with a `__main__` block.
@@ -145,18 +145,18 @@ IGNORED_FILES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 def find_rooms(root: Path) -> list[str]:
-    """Return the sorted names of the folders at the root that are packages and get installed."""
+    """Return the sorted names of the top-level folders that are Python packages and get installed."""
     folders = {path.parent.name for path in root.glob("*/__init__.py")}
     return sorted(folders - NOT_INSTALLED)
 
 
 def find_own_names(root: Path) -> set[str]:
-    """Return the top-level names that imports of the product use: rooms, root scripts and `package`."""
+    """Return the top-level import names of this project: its packages, root scripts and `package`."""
     return {*find_rooms(root), *(path.stem for path in root.glob("*.py")), "package"} - {PACKAGE}
 
 
 def lay_out_sources(root: Path, folder: Path) -> None:
-    """Copy the files from which a wheel is built into `folder`: sources and documents, all unchanged."""
+    """Copy the files from which a wheel is built into `folder`: sources and documents, unchanged."""
     _copy_documents(root, folder)
     for name in [*find_rooms(root), "package", "docs"]:
         shutil.copytree(root / name, folder / name, ignore=IGNORED_FILES)
@@ -168,7 +168,7 @@ def lay_out_sources(root: Path, folder: Path) -> None:
 def lay_out_package(root: Path, folder: Path) -> None:
     """Copy the files to install into `folder`/reelsmith, with their imports and strings rewritten.
 
-    Raises ValueError, with the name of the file, if one of them cannot be rewritten.
+    Raises ValueError, which names the file, if a file cannot be rewritten.
     """
     _copy_documents(root, folder)
     package = folder / "reelsmith"
@@ -184,7 +184,10 @@ def lay_out_package(root: Path, folder: Path) -> None:
 
 
 def _rewrite_modules(root: Path, package: Path) -> None:
-    """Rewrite the imports and strings of all modules in the package. Raises ValueError, naming a module."""
+    """Rewrite the imports and strings of all modules in the package.
+
+    Raises ValueError, which names the module that could not be rewritten.
+    """
     commands = find_commands(root)
     own_names = find_own_names(root)
     scripts = {command.script for command in commands}

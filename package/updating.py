@@ -66,7 +66,7 @@ OFFLINE = re.compile(
 
 @dataclass(frozen=True)
 class FileChange:
-    """Changes that an update from a zip file makes in a folder; paths are relative to it, with /."""
+    """Changes that an update from a zip file makes in a folder, as relative paths with /."""
 
     replaced: list[str]  # also those that the new version lacks
     added: list[str]
@@ -77,7 +77,7 @@ class FileChange:
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """The commits before and after the last update of a clone; `after` is None in older notes."""
+    """The commits before and after the last update of a git clone; `after` is None in older records."""
 
     before: str
     after: str | None
@@ -85,7 +85,7 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class CloneMove:
-    """A change of a clone's files from one commit to another."""
+    """A move of a git clone to another commit, by `update` or, if `is_return`, by `back`."""
 
     before: str
     after: str
@@ -93,10 +93,10 @@ class CloneMove:
 
 
 def update(root: Path, file: Path | None) -> None:
-    """Update the checkout in `root`, from a zip file or, without one, from where git cloned it.
+    """Update the checkout in `root` from the zip file `file` or, if it is None, with git.
 
     Raises:
-        UserError: If the update fails; then nothing has changed, or `go_back` undoes the change.
+        UserError: If the update fails. Then nothing has changed, or `go_back` can undo the change.
     """
     is_clone = (root / ".git").exists()
     if is_clone and file is not None:
@@ -120,8 +120,8 @@ def go_back(root: Path) -> None:
     """Return to the version before the last update.
 
     Raises:
-        UserError: If there was no update, if the user's own changes would be lost, or if git fails. Nothing
-            has changed then.
+        UserError: If there was no update, if the user's own changes would be lost, or if git fails. Then no
+            file has changed.
     """
     with _exclusive_access(root):
         was_unfinished = (root / STATE_FOLDER / BACKUP / UNFINISHED).exists()
@@ -138,9 +138,9 @@ def go_back(root: Path) -> None:
 
 
 def repair(root: Path) -> None:
-    """Repair the state after an update or a `go_back` that was killed; do nothing otherwise.
+    """Repair the folder after a killed update or `go_back`; otherwise do nothing.
 
-    An update from a zip file is undone; an update of a clone is finished.
+    An update from a zip file is undone; an update of a git clone is completed.
 
     Raises:
         UserError: If the repair fails, or if an update is running.
@@ -154,7 +154,7 @@ def repair(root: Path) -> None:
 
 
 def note_version(root: Path) -> None:
-    """Record digests of the installed files, so that an update can detect files that the user has changed."""
+    """Record digests of the installed files, so that an update can detect files that the user has edited."""
     digests_file = root / STATE_FOLDER / DIGESTS_FILE
     # an update has recorded them; in a clone, git detects changes
     if digests_file.exists() or (root / ".git").exists():
@@ -192,7 +192,7 @@ def _exclusive_access(root: Path) -> Iterator[None]:
 
 
 def _repair(root: Path) -> None:
-    """Undo an interrupted update from a zip file, or finish one in a git clone, and remove its leftovers."""
+    """Undo an interrupted update from a zip file, or complete one in a git clone, and remove leftovers."""
     state_folder = root / STATE_FOLDER
     backup = state_folder / BACKUP
     partial_backup = state_folder / f"{BACKUP}.part"
@@ -241,9 +241,9 @@ def _update_clone(root: Path) -> None:
 
 
 def _move_clone(root: Path, move: CloneMove) -> None:
-    """Let git change the files of a clone to the files of another commit.
+    """Let git change a clone's files to another commit.
 
-    If the process is killed meanwhile, the next start reads the two commits from UNFINISHED and finishes.
+    If the process is killed meanwhile, the next start reads both commits from UNFINISHED and completes it.
 
     Raises:
         UserError: If git fails.
@@ -269,7 +269,7 @@ def _move_clone(root: Path, move: CloneMove) -> None:
 
 
 def _complete_move(root: Path, move: CloneMove) -> None:
-    """Record the commits for `back`, or forget them after a return, and remove the mark of a running move."""
+    """Record the commits for `back`, or delete the record after a return; then mark the move as complete."""
     note = root / STATE_FOLDER / COMMITS_FILE
     if move.is_return:
         note.unlink(missing_ok=True)
@@ -279,9 +279,9 @@ def _complete_move(root: Path, move: CloneMove) -> None:
 
 
 def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
-    """Finish an update or a return of a clone that was killed while git changed files.
+    """Complete an update or a `back` of a git clone that was killed while git changed files.
 
-    `lines` come from UNFINISHED: the commits before and after, and "back" for a return.
+    `lines` are the lines of UNFINISHED: the commits before and after, then "back" if it was a `back`.
 
     Raises:
         UserError: If git may still be running, or fails.
@@ -306,7 +306,7 @@ def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
 
 
 def _list_differing(root: Path, commit: str) -> set[str]:
-    """Return the paths of files that differ from a commit."""
+    """Return the paths of files in the working tree that differ from a commit."""
     return set(_git(root, "diff", "--name-only", "--no-renames", "-z", commit).split("\0")) - {""}
 
 
@@ -329,7 +329,7 @@ def _read_commits(root: Path) -> UpdateRecord:
 
 
 def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
-    """Raise UserError if the branch has commits that are nowhere else, or is not the updated branch."""
+    """Raise UserError if the branch has commits that exist only there, or is not the updated branch."""
     if _git(root, "rev-parse", "HEAD") == record.after:
         return
     branch = _git(root, "branch", "--show-current")
@@ -351,7 +351,7 @@ def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
 
 
 def _list_own_commits(root: Path, record: UpdateRecord, branch: str) -> list[str]:
-    """Return "HASH SUBJECT" of commits of HEAD that neither the update nor another branch or a tag has."""
+    """Return "HASH SUBJECT" of HEAD's commits that are not in the update, another branch or a tag."""
     excluded = [record.before]
     if record.after is not None:
         excluded.append(record.after)
@@ -379,7 +379,7 @@ def _git(root: Path, *arguments: str) -> str:
     """Run git in `root`, and return its output without trailing white space.
 
     Raises:
-        UserError: If git is missing, or fails; the message then ends with its last line of output.
+        UserError: If git is missing, or fails; the message then contains git's error output.
     """
     program = shutil.which("git")
     if program is None:
@@ -405,7 +405,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _update_from_zip(root: Path, file: Path) -> None:
-    """Replace the program's files in `root` by those of a zip file, after a backup for `back`."""
+    """Replace the program's files in `root` with the files in a zip file, after a backup for `back`."""
     unfinished = root / STATE_FOLDER / BACKUP / UNFINISHED
     unpacked = root / STATE_FOLDER / UNPACKED
     had_digests = (root / STATE_FOLDER / DIGESTS_FILE).is_file()
@@ -434,9 +434,9 @@ def _update_from_zip(root: Path, file: Path) -> None:
 
 
 def _install_files(root: Path, unpacked: Path, digests: Mapping[str, str], change: FileChange) -> None:
-    """Move a new version's files from `unpacked` into `root`; the user's edited files are copied first.
+    """Move a new version's files from `unpacked` into `root`, after copying files that the user has edited.
 
-    `digests` has a digest for each file of the new version.
+    `digests` contains the digest of each file of the new version, by relative path.
     """
     for name, copy_name in change.edited_copies.items():
         _copy_atomically(root, root / name, copy_name)
@@ -451,7 +451,7 @@ def _install_files(root: Path, unpacked: Path, digests: Mapping[str, str], chang
 
 
 def _report_update(change: FileChange, had_digests: bool) -> None:
-    """Print what an update has changed; without digests of the old version, edited files are unknown."""
+    """Print what an update has changed. Without digests of the old version, it cannot name edited files."""
     replaced, added = len(change.replaced), len(change.added)
     _say(f"Updated (files replaced: {replaced}, added: {added}). Start Reelsmith again.")
     _report_saved_copies(change.edited_copies)
@@ -473,7 +473,7 @@ def _copy_atomically(root: Path, source: Path, name: str) -> None:
 
 
 def _find_copy_name(root: Path, name: str) -> str:
-    """Return an unused name for the user's own version of a file."""
+    """Return an unused name for the copy of a file that the user has edited."""
     names = [f"{name}.yours", *(f"{name}.yours{count}" for count in range(2, MAX_FILES))]
     return next(free for free in names if not os.path.lexists(root / free))
 
@@ -486,11 +486,11 @@ def _report_saved_copies(edited_copies: Mapping[str, str]) -> None:
 
 
 def _list_obsolete(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
-    """Yield the files that the new version lacks, except those that it has in another spelling.
+    """Yield the files that the new version does not contain, not even in another spelling.
 
-    On a disk of Windows or macOS, `Docs/a.md` and `docs/a.md` are one file, and so are names with either
-    Unicode form of an accent: removing the old one would remove the new file. If the disk distinguishes them,
-    both are listed.
+    On Windows and macOS, `Docs/a.md` and `docs/a.md` are one file, and so are names with either Unicode form
+    of an accent: removing the old name would remove the new file. If the disk distinguishes such names, the
+    old one is yielded.
     """
     new_names = {fold_name(name): name for name in files}
     for name in gone:
@@ -563,7 +563,7 @@ def _find_program_folder(path: Path, archive: zipfile.ZipFile, members: Iterable
 
 
 def _reject_names(file: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
-    """Raise UserError for a zip file that is too large, or has paths that cannot belong to the program.
+    """Raise UserError for a zip file that is too large, or contains paths that no version can have.
 
     `entries` are keyed by their paths below the program's folder.
     """
@@ -614,7 +614,7 @@ def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
     `files` are the paths of the new version's files, relative to its folder.
 
     Raises:
-        UserError: If a folder has the path of a new file, or a file that of a new folder.
+        UserError: If a folder has the path of a new file, or a file has the path of a new folder.
     """
     blocked = next((name for name in files if _is_blocked(root, name)), None)
     if blocked is not None:
@@ -637,7 +637,7 @@ def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
 
 
 def _list_edited(root: Path, names: Iterable[str]) -> list[str]:
-    """Return the files that the user has changed; [] if the digests of this version are not known."""
+    """Return the files that the user has edited; [] if this version's digests are not known."""
     digests = _read_digests(root)
     if not digests:
         return []
@@ -645,13 +645,13 @@ def _list_edited(root: Path, names: Iterable[str]) -> list[str]:
 
 
 def _is_blocked(root: Path, name: str) -> bool:
-    """Return whether a path is blocked: a folder has its name, or a file has the name of its folder."""
+    """Return whether a file cannot be written: a folder has its path, or a file has its folder's path."""
     folders = [parent for parent in PurePosixPath(name).parents if parent.parts]
     return (root / name).is_dir() or any((root / parent).is_file() for parent in folders)
 
 
 def _read_files(root: Path) -> list[str]:
-    """Return the files of the version in the last zip file; [] if they are not known."""
+    """Return the relative paths of the files that the last update installed; [] if there is no record."""
     note = root / STATE_FOLDER / FILE_LIST
     if not note.is_file():
         return []
@@ -666,7 +666,7 @@ def _read_files(root: Path) -> list[str]:
 
 
 def _read_digests(root: Path) -> dict[str, str]:
-    """Return the digests of the current version's files by folded name; {} if they are not known."""
+    """Return the digests of the current version's files by case-folded name; {} if they are not known."""
     note = root / STATE_FOLDER / DIGESTS_FILE
     lines = read_text(note, MAX_OF_NOTE).split("\n") if note.is_file() else []
     return {fold_name(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -686,9 +686,9 @@ def _digest(path: Path) -> str:
 
 
 def _make_backup(root: Path, change: FileChange) -> None:
-    """Copy the files that an update will replace into a backup, with the list of its changes.
+    """Copy the files that an update will replace into a backup, with a list of the update's changes.
 
-    The new backup is complete before it takes the place of the last one.
+    The new backup is complete before it replaces the old one.
     """
     state_folder = root / STATE_FOLDER
     backup = state_folder / BACKUP
@@ -714,10 +714,10 @@ def _make_backup(root: Path, change: FileChange) -> None:
 
 
 def _restore_backup(root: Path, is_repair: bool = False) -> None:
-    """Undo the last update from a zip file, even an incomplete one. If interrupted, it can run again.
+    """Undo the last update from a zip file, even an incomplete one. If interrupted, it can be repeated.
 
-    With `is_repair`, files that the user has changed since are kept under another name; otherwise they are an
-    error.
+    With `is_repair`, files that the user has edited since are kept under another name. Otherwise, such files
+    are an error.
     """
     backup = root / STATE_FOLDER / BACKUP
     if not (backup / PLAN_FILE).is_file():
@@ -741,7 +741,7 @@ def _restore_backup(root: Path, is_repair: bool = False) -> None:
 
 
 def _save_user_edits(root: Path, names: Iterable[str]) -> None:
-    """Copy files that the user has changed to unused names, and report the names."""
+    """Copy files that the user has edited to unused names, and print these names."""
     copies = {name: _find_copy_name(root, name) for name in names if (root / name).is_file()}
     for name, copy_name in copies.items():
         _copy_atomically(root, root / name, copy_name)
@@ -749,7 +749,7 @@ def _save_user_edits(root: Path, names: Iterable[str]) -> None:
 
 
 def _restore_files(root: Path, backup: Path, change: FileChange) -> None:
-    """Remove the files that an update added, and copy those that it replaced from the backup."""
+    """Remove the files that an update added, and restore the files that it replaced from the backup."""
     # added files first: on a case-insensitive disk, one may have the name of a replaced file
     for name in change.added:
         (root / name).unlink(missing_ok=True)
@@ -794,10 +794,10 @@ def _read_plan(path: Path) -> FileChange:
 
 
 def _list_user_edits(root: Path, backup: Path, change: FileChange) -> list[str]:
-    """Return the files that the user has changed since the update put them there.
+    """Return the files that the user has edited since the update wrote them.
 
-    A file that equals its copy in the backup does not count: it is back already, or the update was stopped
-    before it. Without digests (plans of an earlier version have none), the result is empty.
+    A file that equals its backup copy is not listed: it is restored already, or the update was stopped
+    before it. Without digests (earlier versions did not record them), the result is empty.
     """
     digests = {fold_name(name): digest for name, digest in change.digests.items()}
     if not digests:
@@ -823,7 +823,7 @@ def _reject_user_edits(names: Sequence[str]) -> None:
 
 
 def _report_unknown_files(root: Path, files: Iterable[str]) -> None:
-    """Print the Python files in this version's folders that do not belong to it: old ones or the user's."""
+    """Print the Python files in this version's folders that do not belong to this version."""
     rooms = {PurePosixPath(name).parts[0] for name in files if name.endswith("/__init__.py")}
     ours = set(map(fold_name, files))
     found = sorted(

@@ -1,8 +1,8 @@
-"""Two nodes: queue the training of a described folder, and load its newest samples.
+"""Two nodes: queue the training run of a folder with a run.toml, and load its newest samples.
 
-ComfyUI's Python needs no Reelsmith, because the nodes start its command. Which one is not a setting of a
-node: a workflow may be a stranger's. The environment variable REELSMITH names the command, or the folder of a
-checkout; without it, the command `reelsmith` is looked for on the PATH.
+Reelsmith need not be installed in ComfyUI's Python, because the nodes start its command. The command is not a
+setting of a node, because a workflow may come from somebody else. The environment variable REELSMITH names
+the command or the folder of a checkout; without it, `reelsmith` is searched on the PATH.
 """
 # Letters: B images, H height, W width, C = 3 channels
 
@@ -33,10 +33,10 @@ MAX_OF_LOG = 1500  # characters of a failed command's output in its state
 
 
 def find_command() -> list[str]:
-    """Return the words that start Reelsmith.
+    """Return the program, and with a checkout its script, that starts Reelsmith.
 
     Raises:
-        RuntimeError: If it is not found.
+        RuntimeError: If Reelsmith is not found.
     """
     chosen = os.environ.get(PROGRAM)
     if not chosen:
@@ -59,7 +59,7 @@ def find_command() -> list[str]:
 
 @dataclass(eq=False)
 class QueuedTraining:
-    """A folder's training that waits in the queue, runs or has ended."""
+    """The training run of a folder, which waits in the queue, is active or has ended."""
 
     folder: Path
     log: Path
@@ -68,7 +68,7 @@ class QueuedTraining:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Run `reelsmith run` to its end; it continues a training run that was stopped."""
+        """Run `reelsmith run` to its end, which resumes a training run that was stopped."""
         with self.log.open("wb") as log:
             try:
                 self.process = subprocess.Popen(
@@ -87,7 +87,7 @@ class QueuedTraining:
                 log.write(str(error).encode())
 
     def stop(self) -> None:
-        """Stop the training as Ctrl-C does, so that it saves its state; a waiting training does not start."""
+        """Stop the training run as Ctrl-C does, so that it saves its state; a waiting run does not start."""
         self.is_stopped = True
         if self.process is None or self.process.poll() is not None:
             return
@@ -100,7 +100,7 @@ class QueuedTraining:
                 os.killpg(self.process.pid, signal.SIGINT)
 
     def describe(self) -> str:
-        """Return the state of the training and the last line of its log; if it failed, the end of the log."""
+        """Return the run's state and the last line of its log; if it failed, the end of the log."""
         lines = (
             self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.exists() else []
         )
@@ -118,7 +118,7 @@ class QueuedTraining:
 
 
 class TrainingQueue:
-    """Run trainings one after the other, because they share the GPU."""
+    """Lets training runs start one after the other, because they share the GPU."""
 
     def __init__(self) -> None:
         self._trainings: dict[Path, QueuedTraining] = {}
@@ -129,11 +129,11 @@ class TrainingQueue:
         atexit.register(self.end)
 
     def find(self, folder: Path) -> QueuedTraining | None:
-        """Return the last training that was queued for a folder; None if there is none."""
+        """Return the last training run that was queued for a folder; None if there is none."""
         return self._trainings.get(folder)
 
     def add(self, folder: Path) -> QueuedTraining:
-        """Queue the training of a folder, unless it is already waiting or running."""
+        """Queue the training run of a folder, unless it is already waiting or active."""
         with self._lock:
             known = self._trainings.get(folder)
             if known is not None and not known.ended.is_set():
@@ -154,7 +154,7 @@ class TrainingQueue:
             training.ended.wait()
 
     def _work(self) -> None:
-        """Run the waiting trainings until none is left."""
+        """Run the waiting training runs until none is left."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -170,10 +170,10 @@ QUEUE = TrainingQueue()
 
 
 def find_folder(text: str) -> Path:
-    """Return the folder that a node names.
+    """Return the training folder that a node's text field names.
 
     Raises:
-        ValueError: If `reelsmith new` has not described it.
+        ValueError: If `reelsmith new` has not written a run.toml into it.
     """
     folder = Path(text.strip().strip('"')).expanduser()
     if not folder.is_absolute() or not (folder / DESCRIPTION).is_file():
@@ -185,7 +185,7 @@ def find_folder(text: str) -> Path:
 
 
 def find_samples(folder: Path) -> list[Path]:
-    """Return the samples of a training folder, the newest first."""
+    """Return the samples in a training run's folder, the newest first."""
     description = tomllib.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     settings = {**description, **description.get("training", {})}
     samples = (folder / str(settings.get("output_dir", "output")) / "sample").glob("*")
@@ -194,7 +194,7 @@ def find_samples(folder: Path) -> list[Path]:
 
 
 def read_frames(path: Path) -> Tensor:
-    """Return an image, or the frames of a clip, as B H W C in 0..1."""
+    """Return an image, or the frames of a clip, as a (B, H, W, C) tensor in 0..1."""
     if path.suffix.lower() in CLIP_SUFFIXES:
         import av  # ComfyUI brings it
 
@@ -217,7 +217,7 @@ def free_models() -> None:
 
 
 class ReelsmithRun:
-    """Queue `reelsmith run FOLDER`, or stop it."""
+    """Node that queues `reelsmith run FOLDER`, or stops it."""
 
     CATEGORY = "Reelsmith"
     FUNCTION = "queue"
@@ -227,7 +227,7 @@ class ReelsmithRun:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  # ComfyUI's names
-        """Return the inputs of this node in the form that ComfyUI expects."""
+        """Return the inputs of this node in ComfyUI's format."""
         return {"required": {"folder": ("STRING", {"default": ""}), "action": (["start", "stop"],)}}
 
     @classmethod
@@ -236,11 +236,11 @@ class ReelsmithRun:
         return float("nan")
 
     def queue(self, folder: str, action: str) -> tuple[str, str]:
-        """Queue or stop the training of a folder. Returns the folder and the state of its training.
+        """Queue or stop the training run of a folder. Returns the folder and the state of its run.
 
         Raises:
-            ValueError: If the folder is not described.
-            RuntimeError: If the command is not found.
+            ValueError: If the folder has no run.toml.
+            RuntimeError: If Reelsmith's command is not found.
         """
         path = find_folder(folder)
         if action == "start":
@@ -256,7 +256,7 @@ class ReelsmithRun:
 
 
 class ReelsmithSamples:
-    """Load the newest samples of a training run: images of one size, or the frames of the newest clip."""
+    """Node that loads a training run's newest samples: images of one size, or the newest clip's frames."""
 
     CATEGORY = "Reelsmith"
     FUNCTION = "load"
@@ -265,7 +265,7 @@ class ReelsmithSamples:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        """Return the inputs of this node in the form that ComfyUI expects."""
+        """Return the inputs of this node in ComfyUI's format."""
         count = ("INT", {"default": 4, "min": 1, "max": MAX_SAMPLES})
         return {"required": {"folder": ("STRING", {"default": ""}), "count": count}}
 
@@ -275,14 +275,14 @@ class ReelsmithSamples:
         return float("nan")
 
     def load(self, folder: str, count: int) -> tuple[Tensor, str]:
-        """Return the newest samples first, B H W C in 0..1, and the state of the training.
+        """Return the newest samples first, as a (B, H, W, C) tensor in 0..1, and the state of the run.
 
         Args:
-            folder: Path of a described folder.
-            count: Maximum number of images. A clip has all of its frames.
+            folder: Path of a folder with a run.toml.
+            count: Maximum number of images. If the newest sample is a clip, all of its frames are returned.
 
         Raises:
-            ValueError: If the folder is not described.
+            ValueError: If the folder has no run.toml.
             RuntimeError: If there are no samples yet.
         """
         path = find_folder(folder)

@@ -1,7 +1,7 @@
-"""The functions of `import reelsmith`: each runs a command of this program, with its options by name.
+"""The functions of `import reelsmith`: each runs a `reelsmith` command, with its options by name.
 
-A command runs in a separate process, so its results are those of the command line to the byte, and its
-memory is free when it has ended.
+A command runs in a separate process, so its results are identical to the command line's, and its memory is
+free when it has ended.
 """
 
 import difflib
@@ -53,24 +53,24 @@ def train(model: str, **options: Any) -> CommandRun:
 
     Args:
         model: Name of the model as in commands, such as wan, sdxl or flux_2.
-        **options: Options of the command by name. `dataset` is --dataset_config, `config` is --config_file; a
-            switch is True, several values are a list, KEY=VALUE words are a dict.
+        **options: Options of the command by name. `dataset` is --dataset_config, `config` is --config_file.
+            Pass True for a switch, a list for several values, and a dict for KEY=VALUE words.
 
     Raises:
-        UserError: For a wrong option, with the message of the command.
+        UserError: If an option is wrong, with the message of the command.
     """
     return _check_script(Path(f"{_find_entry(model).training_script}.py"), options).start()
 
 
 def resume(run: CommandRun, **changes: Any) -> CommandRun:
-    """Continue a training run that was stopped, or has ended with a saved state, and return it while it runs.
+    """Resume a training run that was stopped or has ended with a saved state, and return it while it runs.
 
     Args:
-        run: The training.
-        **changes: Options that are different from now on, such as `learning_rate` or `max_train_steps`.
+        run: The training run.
+        **changes: Options that change from now on, such as `learning_rate` or `max_train_steps`.
 
     Raises:
-        UserError: If the training still runs, or for a wrong option.
+        UserError: If the run has not ended, or if an option is wrong.
     """
     if not isinstance(run, CommandRun):
         raise UserError(
@@ -85,14 +85,15 @@ def resume(run: CommandRun, **changes: Any) -> CommandRun:
 
 
 def plan(model: str, **options: Any) -> str:
-    """Return the table of the memory that a training run needs, as its option --plan prints it.
+    """Return the table of the memory that a training run needs, as the command prints it with --plan.
 
     Args:
         model: Name of the model.
-        **options: Options of the training. `plan="24"` plans for a 24 GB GPU that this machine need not have.
+        **options: Options of the training command. `plan="24"` plans for a 24 GB GPU, even on a machine
+            without one.
 
     Raises:
-        UserError: For what the user has to change.
+        UserError: If an option or file is wrong, with the message of the command.
     """
     run = train(model, **{"plan": True, **options}).wait()
     return "\n".join(run.lines)
@@ -104,7 +105,7 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
     Args:
         model: Name of the model.
         callback: Called with each event.
-        **options: Options of both commands; each gets those that it has.
+        **options: Options of both commands; each command gets the options that it has.
 
     Raises:
         UserError: If an option is wrong or a command fails; both are checked before the first one starts.
@@ -129,7 +130,7 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
 
 
 def _find_most_similar(scripts: Sequence[ScriptArguments], name: str) -> ScriptArguments:
-    """Return the first script with an option similar to an unknown name; else the first script."""
+    """Return the first script with an option similar to the unknown `name`; else the first script."""
     for script in scripts:
         if difflib.get_close_matches(name, script.known, 1):
             return script
@@ -145,7 +146,7 @@ def generate(model: str, *, callback: Callback | None = None, **options: Any) ->
         **options: Options of the command.
 
     Raises:
-        UserError: For what the user has to change.
+        UserError: If an option or file is wrong, with the message of the command.
     """
     checked = _check_script(Path(f"{_find_entry(model).generation_script}.py"), options)
     folder = Path(checked.values["save_path"])
@@ -156,29 +157,29 @@ def generate(model: str, *, callback: Callback | None = None, **options: Any) ->
 
 
 def merge(*, callback: Callback | None = None, **options: Any) -> Path:
-    """Merge LoRAs into a model file, as `reelsmith merge` does, and return the file.
+    """Merge LoRAs into a model file, as `reelsmith merge` does, and return the path of the new file.
 
     Args:
         callback: Called with each event.
         **options: Options of the command, such as `dit`, `lora_weight` and `save_merged_model`.
 
     Raises:
-        UserError: For what the user has to change.
+        UserError: If an option or file is wrong, with the message of the command.
     """
     _check_script(Path("merge_lora.py"), options).start().wait(callback)
     return Path(options["save_merged_model"])
 
 
 def command(words: str, *operands: object, **options: Any) -> CommandRun:
-    """Start any command of this program, and return it while it runs.
+    """Start any `reelsmith` command, and return it while it runs.
 
     Args:
-        words: Words of the command, such as "finetune wan", "new" or "download".
-        *operands: Its words without an option, such as the folder of `new`.
-        **options: Its options.
+        words: Name of the command, such as "finetune wan", "new" or "download".
+        *operands: Positional arguments, such as the folder of `new`.
+        **options: Options of the command.
 
     Raises:
-        UserError: If there is no such command, or for a wrong option.
+        UserError: If the command does not exist, or if an option is wrong.
     """
     scripts = {each.name: each.path.relative_to(ROOT) for each in find_commands(ROOT)}
     if words not in scripts:
@@ -188,7 +189,7 @@ def command(words: str, *operands: object, **options: Any) -> CommandRun:
 
 @dataclass(frozen=True)
 class CheckedCommand:
-    """A command whose options were checked."""
+    """A command whose options were checked, ready to `start`."""
 
     script: Path
     argv: Sequence[str]  # arguments that follow the script
@@ -196,7 +197,7 @@ class CheckedCommand:
     values: Mapping[str, Any]  # of all options of the script
 
     def start(self) -> CommandRun:
-        """Start the command."""
+        """Start the command in a process of its own, and return it while it runs."""
         folder, name = self.values.get("output_dir"), self.values.get("output_name")
         history = None if folder is None or name is None else HistoryEvents(Path(folder), str(name))
         return CommandRun(self.script, self.argv, self.options, history)
@@ -217,7 +218,7 @@ def _check(
 
 
 def _find_entry(model: str) -> FamilyEntry:
-    """Return the family of a model by its name in the tree or in the commands: z_image, zimage, flux-2."""
+    """Return the family of a model by its folder or command name, such as z_image, zimage or flux-2."""
     entries = {}
     for name, entry in with_scripts().items():
         entries[name] = entries[entry.script] = entry

@@ -43,21 +43,21 @@ class CommandRun:
         script: File of the command's script.
         options: Keyword arguments of the command.
         losses: Loss of each step so far, by step.
-        samples: Samples of the training so far.
-        saved: Files with trained weights that the training has saved so far.
+        samples: Samples that the training run has generated so far.
+        saved: Files with trained weights that the training run has saved so far.
         lines: Lines that the command has printed so far.
     """
 
     def __init__(
         self, script: Path, argv: Sequence[str], options: Mapping[str, Any], history: HistoryEvents | None
     ) -> None:
-        """Start a command whose options were checked; its output goes to a file, from which events are read.
+        """Start a command whose options were checked. Events are read from a file with its output.
 
         Args:
             script: Path of the script in the checkout or the package.
             argv: Arguments of the script.
             options: Keyword arguments from which `argv` was made.
-            history: Reader of the training's history; None for other commands.
+            history: Reader of the training run's history; None for other commands.
         """
         self.script, self.options = script, dict(options)
         self.losses: dict[int, float | None] = {}
@@ -93,7 +93,7 @@ class CommandRun:
         """Yield each event once, until the command has ended. Ctrl-C stops the command.
 
         Raises:
-            UserError: If the command ends with a message for the user, which the error has.
+            UserError: If the command ends with a message for the user, which is the error's message.
             RuntimeError: If it ends with any other error.
         """
         try:
@@ -113,7 +113,7 @@ class CommandRun:
         self._raise_error()
 
     def _take_pending(self) -> Event:
-        """Remove and return the first pending event; record it, unless `stop` has recorded it already."""
+        """Remove and return the first pending event, and record it unless `stop` has already done so."""
         event = self._pending.popleft()
         if self._num_recorded:
             self._num_recorded -= 1
@@ -122,13 +122,13 @@ class CommandRun:
         return event
 
     def wait(self, callback: Callable[[Event], None] | None = None) -> "CommandRun":
-        """Wait for the end of the command, and return it. An error of the callback stops it.
+        """Wait until the command has ended, and return it. An error in the callback stops the command.
 
         Args:
             callback: Called with each event.
 
         Raises:
-            UserError: If the command ends with a message for the user, which the error has.
+            UserError: If the command ends with a message for the user, which is the error's message.
             RuntimeError: If it ends with any other error.
         """
         try:
@@ -143,7 +143,7 @@ class CommandRun:
     def stop(self) -> None:
         """Interrupt the command as Ctrl-C does, and wait for its end. A training run saves its state first.
 
-        Events that were not iterated over are then recorded in the attributes, too.
+        Events that the caller has not iterated over are recorded in the attributes, too.
         """
         if self.is_running:
             self._was_stopped = True

@@ -58,7 +58,7 @@ class ScriptCommand:
 
     @property
     def module(self) -> str:
-        """Name of the script's module: `wan_train_network`, `blissful_tuner.metaview`."""
+        """Import name of the script's module, such as `wan_train_network` or `blissful_tuner.metaview`."""
         room = self.path.parent.name
         return f"{room}.{self.script}" if room in SCRIPT_ROOMS else self.script
 
@@ -66,8 +66,8 @@ class ScriptCommand:
 def find_commands(folder: Path) -> list[ScriptCommand]:
     """Return the commands of all scripts in the folder of a checkout or the package, sorted by words.
 
-    A script is a file in that folder or in one of `SCRIPT_ROOMS` that runs `command_line` or a `Script`. Of
-    two files with one name, at the root and in a room, only the one in the room becomes a command.
+    A script is a file in that folder or its subfolders `SCRIPT_ROOMS` that runs `command_line` or a `Script`.
+    If a file name exists in both, only the script in `SCRIPT_ROOMS` becomes a command.
     """
     return [command for command in _name_files(folder) if _is_script(command.path)]
 
@@ -91,7 +91,7 @@ def _is_script(path: Path) -> bool:
 
 
 def main() -> None:
-    """Run the command on the command line; without one, list the commands."""
+    """Run the command that the user has typed; without a command, list the commands."""
     argv = sys.argv[1:]
     namesake = find_namesake() if PREFIX else None  # PREFIX is "" in a checkout
     if namesake is not None:
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def _find_named(argv: Sequence[str]) -> ScriptCommand | None:
-    """Return the command with which a command line begins, reading only that command's script."""
+    """Return the command named by the first words of `argv`, reading only that command's script."""
     for command in _name_files(ROOT):
         if tuple(argv[: len(command.words)]) == command.words and _is_script(command.path):
             return command
@@ -133,9 +133,9 @@ def _run_command(command: ScriptCommand, options: Sequence[str]) -> None:
 
 
 def _list_or_reject(commands: Sequence[ScriptCommand], argv: Sequence[str]) -> None:
-    """Print the commands that begin with the typed words if help is asked for; otherwise exit with code 2.
+    """Print the commands that begin with the typed words if the user asks for help; otherwise exit with 2.
 
-    Without any words, the commands that a beginner needs are printed.
+    Without any words, print the commands that a beginner needs.
     """
     asks_for_help = not argv or argv[-1] in {"-h", "--help", "help", "--all"}
     beginning = tuple(argv[:-1] if asks_for_help else argv)
@@ -170,7 +170,7 @@ _SYNONYMS = {
 
 
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
-    """Return the message about words that begin no command, with the command that was probably meant."""
+    """Return the error message for an unknown command, with a likely suggestion."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
     names_by_ending = {}  # commands whose first word is right, such as `train`, by their other words
     for command in commands:
@@ -183,7 +183,7 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
         suggestions = _list_similar(commands, typed, words[0])
     synonym = _SYNONYMS.get(words[0].lower())
     hint = ""
-    # a synonym is a better hint than similar words, unless the first word is that of a command
+    # a synonym is a better hint than similar words, unless a command begins with the first word
     if synonym is not None and not (names_by_ending and suggestions):
         hint = f" Did you mean {PROGRAM} {synonym}?"
     elif suggestions:
@@ -194,7 +194,7 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
 
 
 def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -> list[str]:
-    """Return the names of commands that have all typed words in any order, or whose script was typed."""
+    """Return the names of commands that contain all typed words in any order, or whose script was typed."""
     typed_words = {*typed.split()}
     return [
         command.name
@@ -204,7 +204,7 @@ def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -
 
 
 def _list_similar_endings(typed_ending: str, names_by_ending: Mapping[str, str]) -> list[str]:
-    """Return the command whose words after the first are most similar; the first word is right."""
+    """Return the command whose words after the first are most similar to `typed_ending`; [] if none is."""
     similar = difflib.get_close_matches(typed_ending, names_by_ending, 1)
     if not similar:
         similar = difflib.get_close_matches(typed_ending.partition(" ")[0], names_by_ending, 1)
@@ -230,7 +230,7 @@ USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists t
 
 
 def _format_first_steps(commands: Sequence[ScriptCommand]) -> str:
-    """Return the help for beginners: the commands in `BEGINNER_SCRIPTS`; all commands if none exists."""
+    """Return the help for beginners with the commands in `BEGINNER_SCRIPTS`; all commands if none exists."""
     by_script = {command.script: command for command in commands}
     first = [by_script[script] for script in BEGINNER_SCRIPTS if script in by_script]
     if not first:
@@ -278,7 +278,7 @@ def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
 
 
 def _explain_script_names(commands: Sequence[ScriptCommand]) -> list[str]:
-    """Return a line that explains that the package installs each model's scripts as commands too."""
+    """Return the help about the commands that the package installs for each model's scripts."""
     shown = next((command for command in commands if has_own_command(command.script)), None)
     if shown is None:
         return []

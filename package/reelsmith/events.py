@@ -42,7 +42,7 @@ class ValidationEvent:
 
 @dataclass(frozen=True)
 class SampleEvent:
-    """A sample that the training has generated after a step."""
+    """A sample image or clip that a training run has generated after a step."""
 
     step: int
     prompt: str
@@ -61,14 +61,14 @@ Event = LineEvent | StepEvent | ValidationEvent | SampleEvent | SavedEvent
 
 
 class PrintedLines:
-    """Read the lines that a process appends to a file."""
+    """Reads the lines that a process appends to a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._position = 0
 
     def read(self, is_over: bool = False) -> Iterator[LineEvent]:
-        """Yield the lines since the last call; an unfinished last one only if the process has ended."""
+        """Yield the lines since the last call. An unfinished last line comes only if `is_over`."""
         with self.path.open("rb") as file:
             file.seek(self._position)
             content = file.read()
@@ -81,8 +81,8 @@ class PrintedLines:
 class HistoryEvents:
     """Reads the events of one training run from the history file that it writes.
 
-    Create this reader before the training starts. The file may contain rows of earlier runs, and the new
-    training rewrites it, so its rows are those after a start entry that the file did not have before.
+    Create this reader before the training run starts. The file may contain rows of earlier runs, and the new
+    run rewrites it, so its rows are the ones after a start entry that the file did not contain before.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -94,7 +94,7 @@ class HistoryEvents:
         """
         self.folder = folder
         self.path = history_path(folder, name)
-        self._inode = 0  # inode number of the file that was read last: the training replaces the file once
+        self._inode = 0  # inode number of the file that was read last: the run replaces the file once
         self._position = 0  # number of its bytes that were read
         self._old_start_lines = {line for line in self._read_lines() if _parse_start_entry(line) is not None}
         # `read` begins with the first line again: the replaced file also contains the old rows
@@ -129,7 +129,7 @@ class HistoryEvents:
         return content[:end].splitlines(keepends=True)
 
     def _read_row(self, row: Mapping[str, Any]) -> Iterator[Event]:
-        """Yield the events in a row of the training's history: step, validation, samples or saved file."""
+        """Yield the events in a row of the run's history: a step, a validation, samples or a saved file."""
         step = row["step"]
         if "loss" in row:
             yield StepEvent(
@@ -153,7 +153,7 @@ class HistoryEvents:
 
 
 def _parse_start_entry(line: bytes) -> dict[str, Any] | None:
-    """Return the `start` entry of a history line; None for other lines."""
+    """Return the `start` entry of a history line (JSON); None for other lines."""
     if b'"started"' not in line:
         return None
     try:

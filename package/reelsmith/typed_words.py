@@ -22,10 +22,10 @@ SHORT_NAMES = {"config": "config_file", "dataset": "dataset_config"}
 
 
 class _RaisingParser(Parser):
-    """A parser that raises its error messages instead of ending the process."""
+    """A parser that raises OptionError with argparse's messages instead of ending the process."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Raise the message of a wrong option as OptionError instead of ending the process."""
+        """Raise OptionError with argparse's message about a wrong option, instead of ending the process."""
         raise OptionError(extract_error_message(message or "the options ask for the help alone"))
 
 
@@ -34,7 +34,7 @@ class ScriptArguments:
 
     Attributes:
         script: Path of the script in the checkout or the package.
-        known: Names of the keyword arguments that it takes.
+        known: Names of the keyword arguments that the script takes.
     """
 
     def __init__(self, script: Path) -> None:
@@ -61,13 +61,13 @@ class ScriptArguments:
         }
 
     def make_argv(self, operands: Sequence[object], options: Mapping[str, Any]) -> list[str]:
-        """Return the command-line words that follow the script's name, made from Python arguments.
+        """Convert Python arguments to the command-line arguments that follow the script's name.
 
-        Values that are None or False produce no words. A mapping becomes words KEY=VALUE.
+        Values that are None or False are omitted. A mapping becomes KEY=VALUE arguments.
 
         Args:
-            operands: Values without an option, such as the folder of `new`.
-            options: Values by name of the option.
+            operands: Positional arguments, such as the folder of `new`.
+            options: Values by option name.
 
         Raises:
             OptionError: If a switch is given a value that is not a bool, or if another option is True.
@@ -79,12 +79,12 @@ class ScriptArguments:
         return argv
 
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return the values of the options, checked as the command does before it loads anything.
+        """Parse the options and check them as the command does before it loads a model; return their values.
 
-        Options set in the file of --config_file have its values, unless they are typed too. Call it once.
+        Options in the file of --config_file apply unless they are typed, too. Call this method only once.
 
         Raises:
-            UserError: For what the command itself would reject, with its message.
+            UserError: If the command itself would reject the options, with its message.
         """
         if self._passes_options_on:  # to another script, whose options this parser does not know
             return {}
@@ -108,9 +108,9 @@ class ScriptArguments:
 
 
 def _format_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
-    """Return the command-line words of one keyword argument.
+    """Convert one keyword argument to command-line arguments.
 
-    `action` is the parser's option of this name; None if it has none, which the parser will report.
+    `action` is the parser's option with this name; None if there is none, which the parser will report.
     """
     flag = f"--{name}" if action is None else _find_flag(name, action)
     if action is not None:
@@ -135,6 +135,6 @@ def _format_option(name: str, value: Any, action: argparse.Action | None) -> lis
 
 
 def _find_flag(name: str, action: argparse.Action) -> str:
-    """Return the option's flag that a keyword argument names: `my_option` may be --my-option."""
+    """Return the flag of the option that a keyword argument names: `my_option` may be --my-option."""
     flags = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
     return flags[name]
