@@ -65,7 +65,7 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 
 @dataclass(frozen=True)
 class LatentName:
-    """Fields of a latent cache's file name."""
+    """The parts of a latent cache file's name."""
 
     stem: str
     size: tuple[int, int]  # width, height: of the original for images, after bucketing for videos
@@ -179,7 +179,7 @@ def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
 
 
 def is_text_name(file_name: str, tag: str) -> bool:
-    """Return whether a file name belongs to any text cache of the family."""
+    """Return whether a file name is that of any text cache of the family."""
     if "_te." not in file_name:  # fast path: half of a million names are latents
         return False
     return (
@@ -240,7 +240,7 @@ def tensor_name(
 
 
 def tensor_key(name: str) -> str:
-    """Return the key in batches for a tensor name in a file, the inverse of `tensor_name`.
+    """Return the key in batches for a tensor name in a cache file; the inverse of `tensor_name`.
 
     `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`; masks are unchanged.
     """
@@ -293,7 +293,7 @@ class Entry:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors by key in batches; latents get an axis of frames if the file lacks it."""
+        """Tensors by their key in batches; latents get a frame axis if the file lacks it."""
         tensors = {}
         for name, tensor in self.named.items():
             key = tensor_key(name)
@@ -304,7 +304,7 @@ class Entry:
 
     @property
     def variable(self) -> frozenset[str]:
-        """Keys of the tensors with variable length."""
+        """Keys of the tensors whose length differs between items."""
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
@@ -435,10 +435,10 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> bool:
-    """Return whether the tensor names are those of a latent cache of a family, not of a LoRA.
+    """Return whether a file's tensor names are those of the family's latent caches (a LoRA has others).
 
     Args:
-        entry: Entry or its header.
+        entry: Cache file or its header.
         architecture: The family's name.
         audio: Whether to check for an audio cache instead.
     """

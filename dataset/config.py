@@ -102,7 +102,7 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
 
 
 def _warn_unused_options(typed: SubsetOptions, path: Path) -> None:
-    """Warn about typed options for subsets, which a dataset file without subsets does not use."""
+    """Warn about subset options on the command line, because this dataset file has no subsets."""
     unused = sorted(set(typed_options(typed).values()))
     if unused:
         logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
@@ -544,7 +544,7 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
 
 
 def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Convert the entry of an audio table to the entry of a table of clips with black frames."""
+    """Convert the keys of an audio table to those of a table of clips with black frames."""
     for key in forms.LENGTHS:
         if key in entry:
             logger.info("%s: not needed: audio is never padded, its last few frames are cut off", key)

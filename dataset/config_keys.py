@@ -45,7 +45,7 @@ class InvalidValue(Exception):
 
 
 class ValueType(NamedTuple):
-    """Type of a key's value: a function that reads the value, and a description of allowed values."""
+    """Type of a key's value: a function that parses the value, and a text about the allowed values."""
 
     read: Callable[[Any], Any]  # converts a value of the file, or raises InvalidValue
     allowed: str  # describes valid values, for messages
@@ -67,7 +67,7 @@ def make_value_type(
     """
 
     def read(value: Any) -> Any:
-        """Return the value in the type that tables store. Raises InvalidValue."""
+        """Return the value in the type that tables store. Raises InvalidValue if it is not allowed."""
         is_wrong_bool = isinstance(value, bool) and kinds is not bool  # bool is a subclass of int
         if is_wrong_bool or not isinstance(value, kinds) or not fits(value):
             raise InvalidValue
@@ -138,7 +138,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _is_text(value: str) -> bool:
-    """Return whether a text has visible characters and none that could not be shown."""
+    """Return whether a text has visible characters and no unprintable ones."""
     return bool(value.strip()) and not bad_character(value)
 
 
@@ -297,7 +297,7 @@ def key(value_type: ValueType, default: Any = None, *, stale: Stale, **settings:
 
 
 def of_kind(value_type: ValueType) -> Any:
-    """Declare a dataclass field that the key `image_<name>` or `video_<name>` sets."""
+    """Declare a dataclass field that is set by the table key `image_<field>` or `video_<field>`."""
     return dataclasses.field(default=None, metadata={"source": value_type})
 
 
@@ -520,7 +520,7 @@ def read_keys(
 
 
 def _explain(name: str, value: Any, allowed: str, reason: str) -> str:
-    """Return the message for an invalid value: its type, the allowed values, and a hint."""
+    """Return the error message for an invalid value: its type, the allowed values, and a hint."""
     hint = f"; but {reason}" if reason else ""
     if not reason and name == "frame_extraction" and isinstance(value, str):
         similar = difflib.get_close_matches(value, MODES, 1)

@@ -49,7 +49,7 @@ def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTa
 
 
 def _levels_of(content: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield all tables of a file that may contain keys of subsets: [general], [[datasets]] and subsets."""
+    """Yield all tables of a dataset file that may have subset keys: [general], [[datasets]] and subsets."""
     general, entries = content.get("general"), content.get("datasets")
     levels = [general, *(entries if isinstance(entries, list) else [])]
     for level in levels:

@@ -166,7 +166,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
-    """Log the faults that do not end the run, the first LISTED of them in full."""
+    """Log a warning about the faults that do not stop the run; the first LISTED ones are shown in full."""
     lines = list_errors([error for error in faults if not error.is_fatal], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))

@@ -59,7 +59,7 @@ class CheckPageOptions(Options):
 
 
 class ShardOptions(Options):
-    """Which part of the dataset this run caches, if several machines share the work."""
+    """Options for the part of the dataset that this run caches, if several machines share the work."""
 
     num_shards: int | None = option(
         "share the work with other machines: each runs the same command with its own --shard_index, in "
@@ -229,7 +229,7 @@ class ConvertCacheOptions(Options):
 
 
 class DebugOptions(Options, title="looking at the dataset"):
-    """How to show the model's inputs, instead of caching them."""
+    """Options that show what the model would be given, instead of caching it."""
 
     debug_mode: str | None = option(
         "show what the model will see and cache nothing: in a window (or PNG files), as colored text, "
@@ -329,12 +329,12 @@ class RayOptions(Options, title="cluster"):
 
     @property
     def script(self) -> str:
-        """Name of the command's script without `.py`."""
+        """File name of the command's script without `.py`."""
         return Path(self.command[0]).name.removesuffix(".py")
 
     @property
     def is_latents(self) -> bool:
-        """Whether the command caches latents, not texts."""
+        """Whether the command caches latents; False for text embeddings."""
         return self.script.endswith("_latents")
 
 

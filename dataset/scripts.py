@@ -189,7 +189,7 @@ def _text_caching_command(
 
 
 def _recall(config: "DatasetConfig", family: str, kind: str) -> "list[RepeatedOption]":
-    """Return the options of the earlier caching command of this kind that the cache folders remember."""
+    """Return the options of the last caching command of this kind, as stored in the cache folders."""
     from dataset.cache.commands import recall_options  # not needed for --help
 
     folders = (table.cache_directory for table in config.datasets)

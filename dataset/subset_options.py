@@ -37,7 +37,7 @@ SAME = "same"  # the table's field has the name of the key
 
 
 class SubsetKey(NamedTuple):
-    """One key of the layout of sd-scripts."""
+    """A key of the sd-scripts dataset layout with subsets."""
 
     value_type: forms.ValueType  # type of its value
     default: Any
@@ -239,7 +239,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Return width and height of --resolution; None if it is not given."""
+        """Width and height from --resolution; None if it is not given."""
         if self.resolution is None:
             return None
         sides = [text.strip() for text in self.resolution.split(",")]

@@ -32,7 +32,7 @@ _TABLE_ITSELF = ""  # in `_fields_by_record`, next to the names of the table's r
 
 @dataclasses.dataclass(frozen=True)
 class FolderName:
-    """Parts of the name of an image folder, as sd-scripts reads them: `10_ohwx man`."""
+    """The parts of an image folder's name, as in sd-scripts: repeats and class words, `10_ohwx man`."""
 
     repeats: int
     class_tokens: str  # caption of images without a caption file; "": none
@@ -102,7 +102,7 @@ def read_subsets(
 
 
 def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequence[Table], path: Path) -> None:
-    """Warn about each option on the command line whose value every subset of the file overrides."""
+    """Warn about each subset option on the command line that every subset of the file overrides."""
     for name, option in typed_options(typed).items():
         if all(values[name] != defaults[name] for values in all_values):
             logger.warning("%s is ignored because %s sets another value everywhere", option, path)
@@ -136,7 +136,7 @@ def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> I
 
 
 def typed_options(typed: SubsetOptions) -> dict[str, str]:
-    """Return the options that do not have their default value, by key, spelled like `--flip_aug`."""
+    """Return the options that were changed from their defaults: key to option name, such as `--flip_aug`."""
     defaults = _read_option_values(SubsetOptions.from_defaults())
     options = {}
     for name, value in _read_option_values(typed).items():

@@ -43,14 +43,14 @@ class CaptionChanges:
 
     @property
     def moves_tags(self) -> bool:
-        """Return whether parts of a caption are shuffled or dropped."""
+        """Return whether the table shuffles or drops parts of captions."""
         return self.shuffle or self.part_dropout_rate > 0 or self.warmup_step > 0
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the used keys that change captions at random and thus prevent caching of embeddings.
+        """Return the used keys that change captions at random, so that embeddings cannot be cached.
 
-        caption_dropout_every_n_epochs is not among them, because the empty prompt is cached.
+        caption_dropout_every_n_epochs is not among them, because the embedding of the empty prompt is cached.
         """
         keys = {
             "shuffle_caption": self.shuffle,
@@ -100,7 +100,7 @@ NO_AUGMENTATION = Augmentation()
 
 @dataclass(frozen=True)
 class Guide:
-    """A folder of guide images, one for each clip of a table."""
+    """A folder with one guide image for each clip of a table."""
 
     directory: Path
     index: int  # index of a frame (-1: right before the first), or of the latent frame that is replaced
@@ -128,9 +128,9 @@ KeysT = TypeVar("KeysT", bound=FormatKeys)
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """One `[[datasets]]` entry with all defaults filled in, also of keys for the other kind of table.
+    """One `[[datasets]]` table of a dataset file, with defaults for all missing keys.
 
-    A field made by `key` also declares which values its key in a file may have.
+    Keys for the other kind of table have defaults, too. A field made by `key` also declares allowed values.
     """
 
     config_path: Path
@@ -384,9 +384,9 @@ class DatasetTable:
         return self.kind == "image" and self.references is not None and self.references.edits_images
 
     def visible_reference_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
-        """Return the table's settings that change the reference images that text encoders see, by name.
+        """Return, by name, the table's settings that change the reference images seen by text encoders.
 
-        Returns {} unless text encoders see them in the size in which the VAE encodes them. `bucket` is the
+        Returns {} unless text encoders see reference images at the size that the VAE encodes. `bucket` is the
         item's width and height.
         """
         if self.references is None or not self.references.text_sees_vae_input:
@@ -506,7 +506,7 @@ CLIP, MEDIA = "clip", "media"
 
 
 class FurtherText(NamedTuple):
-    """A text that a row may have next to `references`; only one network reads it, instead of the caption."""
+    """An additional text of a row with `references`; one network reads it instead of the caption."""
 
     key: str  # key in rows, and in the settings of a text record
     reader: str  # name of the network, for messages
@@ -522,7 +522,7 @@ def declared_keys(record: Any) -> dict[str, forms.TableKey]:
 
 @functools.cache
 def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
-    """Return the defaults of the keys with one of these `stale` flags in a record class, by name."""
+    """Return the default values, by name, of the keys whose changes make these caches (`stale`) invalid."""
     keys = {name: key for name, key in declared_keys(record).items() if key.stale & stale}
     # `rank` keeps the order of keys in metadata
     return {name: keys[name].default for name in sorted(keys, key=lambda name: keys[name].rank)}

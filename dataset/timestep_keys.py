@@ -32,9 +32,9 @@ def find_window_error(values: Mapping[str, Any]) -> str | None:
 
 
 def find_unused(declared: Mapping[str, Any]) -> str | None:
-    """Return an error about timestep keys in a table that is only for validation; None if there are none.
+    """Return an error about timestep keys in a validation table, which is never trained on.
 
-    `declared` has the keys of the table.
+    `declared` contains the keys of the table. Returns None if there is no conflict.
     """
     unused = [name for name in TIMESTEP_KEYS if name in declared]
     if not declared.get("validation") or not unused:

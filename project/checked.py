@@ -96,6 +96,6 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _describe_file(path: Path) -> str:
-    """Return name, size and modification time of a file as text."""
+    """Return the path, size and modification time of a file as one string, to detect changes."""
     status = path.stat()
     return f"{path} {status.st_size} {status.st_mtime_ns}"

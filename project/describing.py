@@ -96,7 +96,7 @@ class RunSetup:
 
     @property
     def media(self) -> list[Media]:
-        """Clips, images or audio files of the folder."""
+        """All clips, images and audio files of the folder."""
         return self.content.media
 
     @property
@@ -119,7 +119,7 @@ class RunSetup:
 
     @property
     def encodes_captions_each_step(self) -> bool:
-        """Return whether captions are encoded at each step: they vary, or a text encoder is trained."""
+        """Return whether captions are encoded in every step: they vary, or a text encoder is trained."""
         varied = VARYING_TEXTS & self.general_keys.keys() or any(
             VARYING_TEXTS & keys.keys() for keys in self.table_keys_by_folder.values()
         )
@@ -131,7 +131,7 @@ class RunSetup:
 
     @property
     def uses_8bit_text_encoders(self) -> bool:
-        """Whether the text encoders are loaded in 8 bits."""
+        """Whether the text encoders are loaded in 8 bit."""
         return 0 < self.memory < SMALL_CARD_GIB
 
     @property
@@ -208,7 +208,7 @@ def _find_media_of_median_area(model: ModelSet, media: list[Media]) -> Media | N
 
 
 def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Reduce a size to an area if it is larger, with its aspect ratio, in steps of 32 pixels."""
+    """Shrink a size to at most `area` pixels, keeping its aspect ratio, in steps of 32 pixels."""
     factor = sqrt(area / _area(size))
     near = round if factor < 1 else int
     width, height = (max(32, near(side * min(factor, 1) / 32) * 32) for side in size)
@@ -241,7 +241,7 @@ def min_clip_frames(model: ModelSet) -> int:
 
 
 def trains_on_frames_of_clips(model: ModelSet) -> bool:
-    """Return whether the model is trained on single frames of clips as images."""
+    """Return whether the model can be trained on single frames of clips, as images."""
     return not model.properties.get("from_image", False) and "least_frames" not in model.properties
 
 
@@ -495,7 +495,7 @@ def _select_first_middle_last(items: Sequence[Media]) -> list[Media]:
 
 
 def _describe_layer_samples(setup: RunSetup, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last layered image."""
+    """Return sample prompts that use the first, a middle and the last layered image."""
     images = [item for item in setup.media if item.path in setup.content.layers_by_image]
     lines = ""
     for seed, item in enumerate(_select_first_middle_last(images), start=1):
@@ -514,9 +514,9 @@ def _select_situations(captions: Sequence[str]) -> list[str]:
 
 
 def _sample_size(setup: RunSetup) -> str:
-    """Return the size options of a sample prompt: --w, --h and --f.
+    """Return the size flags of a sample prompt: --w, --h and --f (frames).
 
-    Audio only has a length (--f); image models have no --f.
+    Audio models have only --f, image models have no --f.
     """
     if setup.has_only_audio:
         return f"--f {AUDIO_FRAMES}"

@@ -542,7 +542,7 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
 
 
 def _describe_precision(setup: describing.RunSetup) -> list[str]:
-    """Return a line about float32 or float16, if this machine trains in it instead of bfloat16."""
+    """Return lines about training in float32 or float16 on this machine; [] if it trains in bfloat16."""
     lines = []
     if setup.needs_float32:
         lines.append(
@@ -648,7 +648,7 @@ def _describe_lengths(setup: describing.RunSetup) -> list[str]:
 
 
 def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
-    """Return the media that `run` would refuse: no caption, trigger word or class in the folder name."""
+    """Return the media that `run` would refuse, because they have no caption and nothing can replace it."""
     if setup.trigger_word:
         return []
     content = setup.content
@@ -726,7 +726,7 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
 
 
 def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
-    """Return which tags are not shuffled, and whether alternatives are drawn, with the keys that say it."""
+    """Return a text about the tags that stay in place and about {a|b} choices, with the keys for both."""
     keys = tags.make_keys(setup.trigger_word)
     text = ""
     if "keep_tokens_separator" in keys:

@@ -28,10 +28,10 @@ class KnownFolder:
 
 
 def remember_folder(folder: Path, models: Path | None = None) -> None:
-    """Remember that the user trusts the run.toml of a folder, so that its run starts without asking.
+    """Store that the user trusts a folder's run.toml, so that `run` starts without asking.
 
-    Called once the user has written that file with `new`, or has confirmed what its run does. `models` is the
-    download folder that it names. If nothing can be stored on this machine, the user is asked again.
+    Called when `new` has written that file, or when the user has confirmed what the run does. `models` is the
+    download folder that run.toml names. If nothing can be stored on this machine, `run` asks again.
     """
     info = {"models": None if models is None else str(real_path(models))}
     remember_info(KIND, folder, info)
@@ -59,9 +59,9 @@ def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
-    """Return the stored information about a folder; {} if the path now leads to another folder.
+    """Return the stored facts about a folder; {} if the path now leads to another folder.
 
-    Raises OSError, ValueError, TypeError or LookupError for a folder or a file that cannot be read.
+    Raises OSError, ValueError, TypeError or LookupError if the folder or the stored file cannot be read.
     """
     text = read_user_file(user_file_of(kind, folder))
     if text is None:
@@ -81,9 +81,9 @@ def user_file_of(kind: str, folder: Path) -> str:
 
 
 def identify_folder(folder: Path) -> dict[str, str | int]:
-    """Return the file-system ids of a folder, to notice that it was replaced.
+    """Return numbers that identify a folder in its file system, to notice when another folder replaced it.
 
-    Raises OSError if it is gone.
+    Raises OSError if the folder is gone.
     """
     status = folder.stat()
     return {

@@ -92,7 +92,7 @@ def _explain(path: Path, error: Exception) -> str:
 
 
 def _index_media_by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
-    """Return the media files by path, and also by path without suffix."""
+    """Return the media files by path and by path without suffix, to look up names in a list of captions."""
     by_stem: dict[Path, list[Path]] = {}
     for path in media:
         by_stem.setdefault(path.parent / path.stem, []).append(path)

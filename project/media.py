@@ -209,7 +209,7 @@ def _require_media(
 
 
 def _make_control_error(folder: Path, content: FolderContent, kind: RunKind) -> DatasetError:
-    """Return an error about a folder without control images, with a command that makes some."""
+    """Return the error for a folder without control images, with a command that draws edge images."""
     control_folder = folder / CONTROL_FOLDER
     return DatasetError(
         f"{folder}: {kind.title} learns from pairs of a picture and its control picture, and no picture "
@@ -466,7 +466,7 @@ def _has_captioned_media(folder: Path) -> bool:
 
 
 def _parse_folder_name(folder: Path) -> FolderName | None:
-    """Parse a folder name such as `10_ohwx man` into repeats and words; None for other names."""
+    """Parse a folder name such as `10_ohwx man` into repeats and class words; None for other names."""
     name = read_folder_name(real_path(folder).name)
     return name if name is not None and name.repeats < MAX_REPEATS and name.class_tokens.strip() else None
 
@@ -541,7 +541,7 @@ def _find_caption_suffix(folders_by_use: Sequence[Path]) -> str:
 
 
 def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
-    """Return lines about folders whose names image trainers read as repeats and a class."""
+    """Return a line for each folder whose name sets repeats and a class, as in sd-scripts (`10_ohwx man`)."""
     lines = []
     for folder in folders_by_use:
         if folder in names:
@@ -715,7 +715,7 @@ def _is_user_file(path: Path) -> bool:
 
 
 def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "ModelInfo") -> None:
-    """Add clips and images to `content`, and lines about unreadable files and captions that are not UTF-8."""
+    """Add clips and images to `content`, and messages about unreadable files and non-UTF-8 captions."""
     encodings: list[str] = []
     for path in paths:
         try:
@@ -726,7 +726,7 @@ def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "Model
 
 
 def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None:
-    """Add a line about caption files that are not UTF-8, if there are any."""
+    """Add a message about caption files that are not UTF-8, if there are any."""
     if encodings:
         more = f" and {len(encodings) - 1} more" if len(encodings) > 1 else ""
         content.report_lines.append(warning(f"captions that are not UTF-8: {encodings[0]}{more}"))
@@ -794,7 +794,7 @@ def _describe_captions_without_media(paths: Sequence[Path], suffix: str, owners:
 
 
 def _explain_unread_files(paths: Sequence[Path], stems: set[str], captions: str) -> str:
-    """Return why files with one suffix, which is not a media suffix, are not used."""
+    """Return why files with this suffix, which no image, clip or audio file has, are not used."""
     if paths[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in paths}:
         return (
             f"captions are read from {captions} files. Rename them, or in a folder of their own "
@@ -1005,10 +1005,7 @@ def _select_control_folders(
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
-    """Remove clips, which cannot have control images, and report them.
-
-    `kind` is the kind of run.
-    """
+    """Remove clips from `content`, with a warning: runs of this kind use only images."""
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
         text = f"{name_some(clips)}: left out, as {kind.title} uses only pictures"
@@ -1089,7 +1086,7 @@ def why_unused(path: Path) -> str:
 def _describe_unreadable_references(
     subfolder: Path, reference_folder: Path, media: Sequence[Media]
 ) -> list[str]:
-    """Return lines about unreadable reference images in a folder, for the images in `subfolder`."""
+    """Return a line for each image of `subfolder` whose image in `reference_folder` is unreadable."""
     lines = []
     for item in media:
         if item.path.parent != subfolder or item.kind != "image":
@@ -1113,7 +1110,7 @@ def _find_images_named_as_references(media: Sequence[Media]) -> list[Path]:
 
 
 def _describe_reference_layout(folder: Path, name: str, media: Sequence[Media]) -> str:
-    """Return a message that shows where images and their references should be stored."""
+    """Return a message that shows in which folders images and their references belong."""
     numbered = _find_images_named_as_references(media)
     advice = ""
     if numbered:
@@ -1157,7 +1154,7 @@ def _describe_transparent_images(images: Iterable[Path], model_info: "ModelInfo"
 
 
 def _describe_silent_clips(clips: Iterable[Path], model_info: "ModelInfo") -> list[str]:
-    """Return a line about clips without audio, if the model is trained on audio."""
+    """Return a line about clips without audio if the model is trained on audio, else []."""
     if not model_info.trains_on_audio:
         return []
     silent = [path for path in clips if _is_silent(path)]

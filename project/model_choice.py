@@ -115,7 +115,7 @@ class _AudioSupport(NamedTuple):
 
 
 def _read_audio_support(family: Any) -> _AudioSupport:
-    """Return how a family trains on audio; if its missing checkpoint decides that, assume audio of clips."""
+    """Return how a family trains on audio; assume audio in clips if this depends on a missing checkpoint."""
     try:
         audio = audio_of(family)
     except UserError:
@@ -361,7 +361,7 @@ def _describe_selection(typed_task: str | None, model: ModelSet, candidates: Seq
 
 
 def _describe_smaller_models(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[str]:
-    """Return a line about smaller models, if this one does not fit a card of `memory` GiB."""
+    """Return a line about smaller models if this one does not fit into `memory` GiB on the GPU, else []."""
     smaller = find_smaller(model, models, memory)
     if not smaller:
         return []
@@ -405,7 +405,7 @@ def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float
 
 
 def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
-    """Return the models that match the named family and --task; the user has to choose among several."""
+    """Return the models that match the named family and --task; if several do, the user has to choose."""
     of_family = [model for model in models if model.family == named.family]
     if typed_task is not None:
         tasks = _read_tasks(typed_task, of_family)
@@ -519,7 +519,7 @@ def _make_task_error(
 
 
 def _find_families_with_task(text: str, script: str) -> list[str]:
-    """Return the families that share a training script, and so are easily confused, and have this task."""
+    """Return the families of a training script (they are easily confused) that have a task of this name."""
     models = [model for model in find_models() if _training_script(model) == script]
     return list(dict.fromkeys(model.family for model in models if is_task_spelling(text, model.task)))
 
@@ -534,7 +534,7 @@ def _training_script(model: ModelSet) -> str:
 
 
 def _training_task(model: ModelSet) -> str:
-    """Return the --task of a model's training script, which several models may share; "" without one."""
+    """Return the --task value of a model's training script, which several models share; "" if it has none."""
     words = shlex.split(model.commands["train"])
     return words[words.index("--task") + 1] if "--task" in words else ""
 

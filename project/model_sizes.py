@@ -83,7 +83,7 @@ def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> 
 
 
 def describe_fit(model: ModelSet, memory: float) -> str:
-    """Return a text about whether a model can be trained on a card of `memory` GiB, by its size."""
+    """Return a text on whether a model can be trained in `memory` GiB of GPU memory, judged by its size."""
     if not memory:
         return SLOW
     if is_small(model, memory):

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class EndCommand:
-    """Start a command when the `with` block ends, if `arm` was called in the block.
+    """Context manager that starts the --on_end command at its end, if `arm` was called in the block.
 
     An error raised in the block is passed on.
     """
@@ -26,9 +26,9 @@ class EndCommand:
         self._describe_ended_run: Callable[[], EndedRun] | None = None  # None: the run has not begun
 
     def arm(self, describe_ended_run: Callable[[], EndedRun]) -> None:
-        """Have the command started when the `with` block ends; call this when the run begins.
+        """Start the command when the `with` block ends; call this when the run begins.
 
-        `describe_ended_run` is called then; the command gets its result.
+        `describe_ended_run` is called at the end of the block, and its result is passed to the command.
         """
         self._describe_ended_run = describe_ended_run
 

@@ -28,7 +28,7 @@ def list_distinct_captions(setup: RunSetup) -> list[str]:
 
 
 def write_prompts(captions: Sequence[str]) -> str:
-    """Return a line for each caption as a prompt, each with its own seed."""
+    """Return the captions as lines of a prompt file, each with a seed of its own."""
     return "".join(f"{caption} --d {seed}\n" for seed, caption in enumerate(captions, start=1))
 
 

@@ -46,7 +46,7 @@ LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may contain path
 
 @dataclass(frozen=True)
 class PackSource:
-    """What packing reads from a folder's run.toml."""
+    """The settings in a folder's run.toml that packing needs."""
 
     folder: Path
     output: Path
@@ -191,7 +191,7 @@ def _map_model_paths(
 
 
 class FolderMembers(NamedTuple):
-    """Files of a folder that go into its archive, and those that do not: hidden ones and special files."""
+    """The files of a folder to pack, and the paths left out (hidden and special files)."""
 
     members: list[PackMember]
     skipped_paths: list[str]
@@ -307,7 +307,7 @@ def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[st
 def _relocate_file(
     relocate: Callable[..., RelocatedText], machine_paths: MachinePaths, path: Path, *without: set[str]
 ) -> RelocatedText:
-    """Read a text file, and return its text with relocated paths.
+    """Read a text file and return its text with relocated paths.
 
     Raises:
         OptionError: If the file cannot be read.

@@ -60,7 +60,7 @@ class MachinePaths:
 
     @functools.cached_property
     def folder_pattern(self) -> re.Pattern[str]:
-        """Regular expression that finds folders of this machine anywhere in a text."""
+        """Regular expression that matches paths of this machine's folders anywhere in a text."""
         folders = [Path(os.path.abspath(self.folder)), real_path(self.folder), Path.home()]  # noqa: PTH100
         names = {name for folder in folders for name in (str(folder), folder.as_posix()) if len(name) > 1}
         return re.compile(rf"(?:{'|'.join(re.escape(name) for name in sorted(names))})(?![\w-])")
@@ -74,7 +74,7 @@ class MachinePaths:
 
 
 class RelocatedText(NamedTuple):
-    """A text whose paths were made relative, with the paths that could not be."""
+    """A text whose paths were made relative, and the paths for which this was impossible."""
 
     text: str
     outside_paths: list[str]  # paths that are not in the packed folder
@@ -138,9 +138,10 @@ def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
 
 
 def relocate_history(text: str, machine_paths: MachinePaths) -> str:
-    """Return a run's history in which paths of this machine are replaced.
+    """Return a run's history with this machine's paths replaced.
 
-    Lines that cannot be read, such as the last one of a killed run, are dropped, as a resumed run does.
+    Lines that cannot be parsed are dropped, such as the last line of a killed run; a resumed run drops them,
+    too.
     """
     lines = []
     for line in text.splitlines():
@@ -154,7 +155,7 @@ def relocate_history(text: str, machine_paths: MachinePaths) -> str:
 
 
 def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
-    """Return a message for each line of a list that contains a path of this machine."""
+    """Return a message for each line of a text file that contains a path of this machine."""
     names = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -76,7 +76,7 @@ class RunOptions(Options):
 
     @property
     def as_arguments(self) -> list[str]:
-        """Return the arguments that repeat this run, without options that may not be stored."""
+        """Return the command-line arguments that repeat this run, without options that may not be stored."""
         unsaid = {"folder": None, "dry_run": None, "check": None, **dict.fromkeys(STARTING)}
         if self.models == MODELS:
             unsaid["models"] = None

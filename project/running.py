@@ -63,7 +63,7 @@ UNREADABLE = "cannot be read"  # kind of error that does not end a run: these fi
 
 @dataclass(frozen=True)
 class Project:
-    """A training described by run.toml: its commands, model files and output."""
+    """A training run described by run.toml: its commands, model files and output."""
 
     folder: Path  # working folder of the commands
     download_command: list[str]
@@ -79,7 +79,7 @@ class Project:
 
     @property
     def missing_model_files(self) -> list[str]:
-        """Model files that the run needs and that are missing."""
+        """Return the model files that the run needs and that do not exist."""
         return [name for name in self.model_files if not (self.folder / name).exists()]
 
 
@@ -184,7 +184,7 @@ def _print_result(project: Project, unreadable_files: Sequence[str]) -> None:
 def _explain_missing(project: Project, models: Path) -> str:
     """Return the error message about missing model files, with the options that download them.
 
-    `models` is the default folder of --download.
+    `models` is the default download folder.
     """
     size = _download_size(project.download_command)
     options = _describe_download_options(project, models)
@@ -351,7 +351,7 @@ def _check_paths_and_scripts(project: Project, name_option: str) -> None:
 
 
 def _extend_training(project: Project, argv: Sequence[str]) -> Project:
-    """Append arguments to the training command, which is the project's last command."""
+    """Append arguments to the training command, which is the last command of the project."""
     *first_commands, training = project.commands
     return replace(project, commands=[*first_commands, [*training, *argv]])
 
@@ -494,7 +494,7 @@ def _download_size(argv: Sequence[str]) -> str:
 
 
 def _list_typed_values(argv: Sequence[str]) -> dict[str, str]:
-    """Map each argument of a command to the argument after it."""
+    """Return each argument of a command with the argument after it, to look up the values of options."""
     return dict(itertools.pairwise(argv))
 
 

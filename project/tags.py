@@ -32,7 +32,7 @@ class TagLists:
 
     @property
     def num_leading_shared(self) -> int:
-        """Return the number of leading tags that all captions share; 1 if there is a single caption."""
+        """Return the number of leading tags that all captions share; 1 if there is only one caption."""
         return 1 if len(self.lists) == 1 else len(os.path.commonprefix(self.lists))
 
     @property

@@ -45,16 +45,16 @@ def describe_step(argv: Sequence[str]) -> str:
 
 
 def describe_progress(progress: NotedProgress) -> str:
-    """Describe how much is done, such as `11.2 GB of 34.8 GB` or `40 of 120`."""
+    """Return the progress as text, such as `11.2 GB of 34.8 GB` or `40 of 120`."""
     show = gigabytes if progress.unit == BYTES else "{:,}".format
     done = show(int(progress.done))
     return done if progress.total is None else f"{done} of {show(int(progress.total))}"
 
 
 class RunTrace:
-    """History of one `run`, which the browser shows until the training writes its own.
+    """Log of one `run` command, which the browser page shows until the training script writes its own.
 
-    The run continues even if the history cannot be written.
+    The run continues even if the log cannot be written.
     """
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ def check_channels(
 
 
 def explain_wrong_channels(channels: int, latent: data.LatentSpec) -> str:
-    """Explain that latents have a different number of channels than the model's latents."""
+    """Return an error text: cached latents do not have as many channels as the model's latents."""
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
         "the VAE of another model"
@@ -539,7 +539,7 @@ def shorten_fingerprint(text: str) -> str:
 
 
 def describe_identity(identity: Mapping[str, str]) -> list[str]:
-    """Return a line for each part of an encoder's identity, with short fingerprints."""
+    """Return a line for each entry of an encoder's identity, with shortened fingerprints."""
     return [
         f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
         for key, value in identity.items()

@@ -87,7 +87,7 @@ def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
 
 
 def _is_large(folder: Path | None) -> bool:
-    """Return whether a folder has more than MAX_LISTED files; the rest is not counted."""
+    """Return whether a folder has more than MAX_LISTED files; counting stops there."""
     if folder is None:
         return False
     with os.scandir(folder) as entries:

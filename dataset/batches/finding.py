@@ -280,7 +280,7 @@ def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[st
 
 
 class _AudioCaches:
-    """Names of a table's audio caches, which are added to the table's training items."""
+    """Names of a table's audio cache files, to be added to the table's training items."""
 
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
@@ -554,7 +554,7 @@ def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
 
 
 def _explain_empty(table: DatasetTable) -> str:
-    """Explain why a table may have no latent cache."""
+    """Return an explanation why a table may have no latent cache."""
     # shared caches are npz files, whose names the pattern below does not match
     names = [] if table.cache_format in SHARED_CACHES else sorted(open_store(table).names())
     of_other_model = next(filter(_LATENTS_OF_ANY.search, names), None)
@@ -578,7 +578,7 @@ def _explain_others(folder: Path, name: str) -> str:
 
 
 def _audio_errors(listing: FoundItems) -> list[str]:
-    """Return an error line for each folder with clips that lack audio."""
+    """Return an error line for each folder with clips without audio, if the model needs audio."""
     errors = []
     counts = Counter(path.parent for path in listing.missing_audio)
     for folder, count in counts.items():

@@ -13,7 +13,7 @@ from modules.media.buckets import Size
 
 @dataclass(frozen=True)
 class TableCacheInfo:
-    """Properties that all items of a table share: names of their caches, and sources read during training."""
+    """Facts that all items of a table share: the names of their caches, and what is read during training."""
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # names of the tensors that a complete text cache has
@@ -87,7 +87,7 @@ class TrainingItem:
 
     @property
     def latent_path(self) -> Path:
-        """Path of the latent cache."""
+        """Path of the item's latent cache file."""
         return self.table.cache_directory / self.file_name
 
     @property
@@ -110,7 +110,7 @@ class OfSource(Protocol):
 
     @property
     def table(self) -> DatasetTable:
-        """Table of the dataset file that the item belongs to."""
+        """Table of the dataset file that contains the item."""
 
     @property
     def source_stem(self) -> str:
@@ -138,7 +138,7 @@ class CachingCommands:
     """
 
     def __init__(self, build: Callable[[], tuple[str, str]]) -> None:
-        """Store the function that returns the commands for latents and for texts; it must be picklable."""
+        """Store a picklable function that returns the caching commands for latents and for texts."""
         self._build = build
 
     @property

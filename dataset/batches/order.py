@@ -69,7 +69,7 @@ class BatchOrder:
 
     @property
     def learning_keys(self) -> list[str]:
-        """Describe the settings of tables that change the run but not its items."""
+        """Return texts for the tables' settings that change training but not the items, for messages."""
         return [
             f"{name} = {value} in {table.label}"
             for table in tables_of(self._items)
@@ -154,7 +154,7 @@ class Grouped(Protocol):
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Key that is equal for items that can share a batch."""
+        """Key that is equal for items that can share a batch (same table group and bucket)."""
 
 
 G = TypeVar("G", bound=Grouped)
@@ -401,7 +401,7 @@ def _split_parts(text: str, changes: CaptionChanges) -> _CaptionParts:
 
 
 def _split_section(section: str, changes: CaptionChanges) -> list[str]:
-    """Split a section of a caption at each separator."""
+    """Split a part of a caption into tags at each separator."""
     return [part.strip() for part in section.split(changes.separator)]
 
 

@@ -159,7 +159,7 @@ def _unpack_inner_audio(
 
 
 def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) -> None:
-    """Raise CacheError if an item has no latents of a rejected clip."""
+    """Raise CacheError if an item has no latents of the rejected clip, which preference training needs."""
     for item in media:
         if data.REJECTED_LATENTS not in item.tensors:
             raise CacheError(explain_no_rejected(item.path, commands))
@@ -199,7 +199,7 @@ def _join_media_and_texts(
 
 
 def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
-    """Return the number of windows (spans) in an item's clip, from its record; 0 if unknown."""
+    """Return how many spans of a clip are training items, from the record of its latents; 0 if unknown."""
     table, clip = item.table, record.clip
     if table.has_precomputed_latents or clip is None or record.parts > 1:
         return 0
@@ -426,7 +426,7 @@ class _Reader:
 
 
 def _is_unchanged_since_indexing(item: TrainingItem, entry: Entry, name: str) -> bool:
-    """Return whether an entry is the one that was compared with its source for the index of the caches."""
+    """Return whether a cache file is still the one that was verified when the index of caches was built."""
     return name in item.cache_info.indexed_checksums and item.cache_info.indexed_checksums[
         name
     ] == entry.metadata.get(CHECK_KEY)
@@ -453,12 +453,12 @@ def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrore
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
-    """Return stores for the caches of an item's family."""
+    """Return the stores that read the cache files of the item's model family."""
     return Stores(NpzNames(item.cache_info.tag, latent, item.cache_info.text_keys))
 
 
 def _fill_gaps(media: Sequence[_ItemTensors]) -> None:
-    """Add tensors that only some items have to the others: audio as zeros (not learned), masks as white."""
+    """Add tensors that only some items have to the others: silent audio (not learned) and white masks."""
     fillings = {data.AUDIO_LATENTS: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
     for name, filling in fillings.items():
         template = next((item.tensors[name] for item in media if name in item.tensors), None)
@@ -520,7 +520,10 @@ def _check_shapes(items: Sequence[_ItemTensors], name: str, commands: CachingCom
 
 
 def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
-    """Prepend reference latents, each B C 1 H W, to clips' latents in place; the loss covers them, too."""
+    """Prepend reference latents, each B C 1 H W, to the clip latents along the frame axis, in place.
+
+    The loss mask, if any, is padded with ones: reference frames count in the loss, too.
+    """
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
     if not names:
         return

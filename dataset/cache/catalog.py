@@ -86,9 +86,9 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
 
 
 def _limit_steps(connection: sqlite3.Connection, size: int) -> None:
-    """Stop statements that take far more steps than a file of `size` bytes can need.
+    """Abort SQL statements that take far more steps than a file of `size` bytes can need.
 
-    In a malicious file pages can refer to each other in a circle.
+    In a malicious file, pages can refer to each other in a cycle, so that a query never ends.
     """
     calls = itertools.count()
     max_calls = 2 + (size >> 18)
@@ -107,7 +107,7 @@ def _require_table(connection: sqlite3.Connection) -> None:
 
 
 def open_shard(path: Path) -> sqlite3.Connection:
-    """Open a finished shard for reading; SQLite needs no locks, because finished shards never change."""
+    """Open a finished shard for reading, without locks: finished shards never change."""
     return connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1")
 
 
@@ -150,7 +150,7 @@ class Catalog:
         ]
 
     def names(self) -> list[str]:
-        """Return the names of all entries that have not been removed."""
+        """Return the names of all entries in the shards that have not been removed."""
         return [name for name, row in self.entries.items() if row.size is not None]
 
     def count_live_bytes(self) -> dict[str, int]:
@@ -161,7 +161,7 @@ class Catalog:
         return sizes
 
     def _add(self, shard: str, rows: Sequence[ShardRow]) -> None:
-        """Add the rows of a shard; of several rows for a name, the latest is used."""
+        """Add a shard's rows to the index; if a name has several rows, the latest one counts."""
         self.stored_bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
         for encoded_name, position, generation, size, crc32 in rows:
             row = EntryRow(shard, position, generation, size=size, crc32=crc32)
@@ -232,7 +232,7 @@ def _is_within(number: object, limit: int) -> bool:
 
 @contextlib.contextmanager
 def explain_sqlite(path: Path) -> Iterator[None]:
-    """Convert errors of SQLite or the system while writing a shard to OutputError."""
+    """Convert SQLite and OS errors raised while a shard is written to OutputError."""
     try:
         with explain_errors(path):
             yield

@@ -26,7 +26,7 @@ def require_declared_format(tables: Iterable[DatasetTable], tag: str) -> None:
 
 
 def list_shard_errors(table: DatasetTable) -> list[str]:
-    """Return the errors of a table's shards, if it has any."""
+    """Return a line for each unreadable cache shard of a table; [] for other cache formats."""
     if table.cache_format != "shards":
         return []
     from dataset.cache.shards import shard_errors  # only with shards
@@ -69,9 +69,10 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    """Return whether an entry name is that of a family's latents, audio or (unfinished) text embeddings.
+    """Return whether a file name is that of the family's latents, audio latents or text embeddings.
 
-    `tag` is the family's cache_tag; `kind` is the table's kind, "image" or "video".
+    Unfinished text embeddings count, too. `tag` is the family's cache_tag; `kind` is that of the table,
+    "image" or "video".
     """
     for latent_tag in (tag, cache_files.audio_tag(tag)):
         if cache_files.parse_latent_name(name, latent_tag, kind) is not None:

@@ -226,7 +226,7 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 class IndexPart(NamedTuple):
-    """The part of an index about the latents of a family, or about its text caches: a line for each file."""
+    """One part of an index file: a family's latents or its text caches, with a line for each cache file."""
 
     table_fingerprint: str  # from `fingerprint_table`
     latent_fingerprint: str  # from `fingerprint_latents`; "" for texts

@@ -227,7 +227,7 @@ def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
 
 
 def require_finite(tensor: Tensor, item: str, key: str) -> None:
-    """Raise CacheError if a value is NaN or infinite, because it would ruin the training."""
+    """Raise CacheError if a tensor contains NaN or infinity, which would ruin the training run."""
     if is_finite(tensor):
         return
     num_wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
@@ -370,10 +370,10 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
 
 @dataclass
 class CacheChecks:
-    """Checks for sources that have changed since they were cached, during one run.
+    """Checks whether media files have changed since they were cached, during one run.
 
-    Files newer than `started_ns` pass, so that an edit does not end the run. Missing sources are not an
-    error, because training needs only the caches.
+    Files that were modified after `started_ns` pass, so that an edit does not stop the run. Missing files are
+    not an error, because training only needs the caches.
     """
 
     started_ns: int = field(default_factory=time.time_ns)

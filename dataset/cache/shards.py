@@ -68,7 +68,7 @@ class ShardStore:
         return ShardStore, (self.folder, self._shard_bytes)
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, after looking for new shards."""
+        """Return the names of all entries, after a look for new shards."""
         with self._lock:
             return self._read_catalog(is_new=True).names()
 
@@ -99,10 +99,10 @@ class ShardStore:
         return self._read_with_retry(name, read_header)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read the bytes of an entry, which are those of a safetensors file.
+        """Read the bytes of a cache file, which are those of a safetensors file.
 
         Raises:
-            CacheError: If the entry is missing or damaged.
+            CacheError: If the file is missing from the shards or damaged.
         """
         return self._read_with_retry(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
@@ -230,7 +230,7 @@ class ShardStore:
 
 
 def _finished(shards: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes of shards that are not being written."""
+    """Return the shards that are not being written, with their sizes in bytes."""
     return {name: size for name, size in shards.items() if not name.endswith(".writing")}
 
 
@@ -263,7 +263,7 @@ def _read_row(connection: sqlite3.Connection | None, folder: Path, row: EntryRow
 
 
 def shard_errors(folder: Path) -> list[str]:
-    """Return a line for each shard of a folder that cannot be read."""
+    """Return a line for each unreadable shard in a folder."""
     return Catalog(folder).problems
 
 

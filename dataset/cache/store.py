@@ -72,7 +72,7 @@ class SingleFiles:
             raise CacheError(f"{self.folder / name}: cannot be read ({error.strerror})") from error
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write these bytes as a file. Raises OutputError if the file cannot be written."""
+        """Write these bytes to the file `name`. Raises OutputError if it cannot be written."""
         write_bytes(self.folder / name, data)
 
     def remove(self, name: str) -> None:
@@ -80,16 +80,16 @@ class SingleFiles:
         (self.folder / name).unlink(missing_ok=True)
 
     def close(self, is_last: bool = False) -> None:
-        """Remove leftovers of killed writers; each file is flushed when it is written."""
+        """Remove unfinished files of killed processes; complete files were flushed when written."""
         if is_last and self.folder.is_dir():
             remove_leftovers(self.folder, is_cache_name)
 
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """Store with its entries in memory. Reading copies nothing, so tensors must not be changed.
+    """Cache store that keeps its entries in memory. Reading copies nothing: do not change returned tensors.
 
-    Only the training process reads from it; it is not sent to other processes.
+    Only the training process reads from it; it is not sent to worker processes.
     """
 
     folder: Path  # for messages
@@ -111,7 +111,7 @@ class MemoryStore:
         return self.entries[name]
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Copy tensors to host memory."""
+        """Keep copies of the tensors in host memory under this name."""
         # copies, because the output of an encoder may be a view of a larger tensor
         named = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         self.entries[name] = Entry.of(self.folder / name, dict(metadata), named)
@@ -254,14 +254,14 @@ Names = Mapping[str, LatentName]
 
 
 class LatentNames:
-    """The latent cache files of one table, by the stem of the source that they were made from.
+    """Latent cache files of one table, by the stem of the image or clip that they were made from.
 
-    A table may have millions of files, so each distinct ending (the part of a name after the stem) is stored
-    only once.
+    A table may have millions of files, so each distinct name ending (what follows the stem) is stored only
+    once.
     """
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
-        """List the latent caches without opening any.
+        """Collect the names of the latent caches without opening any.
 
         `kind` is that of the table, "image" or "video".
         """
@@ -276,7 +276,7 @@ class LatentNames:
         return {file: self._endings[file[len(stem) :]] for file in self._files.get(stem, ())}
 
     def list_stale(self, valid: Container[str], failed: Container[str]) -> list[str]:
-        """Return the files that are not in `valid`, sorted by stem; files of the stems in `failed` stay."""
+        """Return the cache files to remove, sorted by stem: not in `valid`, and not of a stem in `failed`."""
         stale = []
         for stem, files in self._files.items():
             if stem not in failed:

@@ -42,7 +42,7 @@ class AudioCachingFamily(Caches, HearsAudio, Protocol):
 
 @dataclass(frozen=True)
 class AudioPlan:
-    """Audio entries of one clip that are valid or missing, with the decoded audio of the missing ones."""
+    """Valid and missing audio cache files of one clip, with the decoded audio of the missing ones."""
 
     source: MediaSource
     valid_files: tuple[str, ...]  # names of valid files
@@ -145,9 +145,9 @@ class AudioWork:
         return replace(report, valid=frozenset(valid))
 
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
-        """Remove a table's audio entries that are not in `valid`; return their number.
+        """Remove a table's audio cache files that are not in `valid`; return their number.
 
-        `failed` are the stems of sources that failed, whose entries are kept.
+        `failed` contains the stems of clips that could not be read; their files are kept.
         """
         if table.index not in self._existing:
             return 0
@@ -195,7 +195,7 @@ class AudioWork:
         return len(self.plan(source, items, self._stores.verify).valid_files)
 
     def _group_by_clip(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
-        """Return the cached latents of each item, by index of the table and stem of the clip."""
+        """Return the cached latents of each clip, by table index and stem of the clip."""
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
             if index in self._existing:
@@ -236,7 +236,7 @@ class AudioWork:
         return True
 
     def _options(self, source: MediaSource, name: cache_files.LatentName) -> dict[str, Any]:
-        """Return the options on which an item's audio depends, as its record has them."""
+        """Return the settings that an item's cached audio depends on; its record stores them."""
         source_fps = source.table.source_fps
         # without source_fps, no frames are dropped to reach the family's rate
         fps = None if source_fps is None else self._family.defaults.fps
@@ -326,7 +326,7 @@ class AudioWork:
 
 
 def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
-    """Return the report with the numbers of a clip's files, and with the clip if it has no audio."""
+    """Return the report with a clip's audio cache files counted, and the clip listed if it has no audio."""
     silent = () if plan.silence_reason is None else (Failure.of(plan.source, plan.silence_reason),)
     return replace(
         report,
@@ -338,9 +338,9 @@ def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
 
 
 def _source_files(source: MediaSource) -> list[tuple[Path, Origin | None]]:
-    """Return the files that cached audio depends on.
+    """Return the files that cached audio depends on, each with its `Origin` if it is packed or downloaded.
 
-    These are the clip (for its rate), and separate files of its audio and of the reference for its audio.
+    These are the clip (for its frame rate), its separate audio file, and the reference audio, if any.
     """
     parts: list[tuple[Path, Origin | None]] = [source.latent_inputs[0]]
     if source.audio is not None:

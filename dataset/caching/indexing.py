@@ -30,7 +30,7 @@ from protocols.data import LatentSpec
 
 
 class _IndexedFile(NamedTuple):
-    """Origin of a cache file in the previous index, which saves opening the file again."""
+    """Facts about a cache file from the previous index, so that the file need not be opened again."""
 
     stamp: list[int]  # size and time of the cache file
     record: str  # checksum of its record
@@ -125,7 +125,7 @@ def _list_latents(
 
 
 def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
-    """Yield a line of the index for each text cache, without its origin."""
+    """Yield an index line for each text cache file; the file's origin is added later."""
     for file in files:
         stem = cache_files.parse_text_name(file, tag)
         if stem is not None:

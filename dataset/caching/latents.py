@@ -110,7 +110,7 @@ def decode(
 
 
 def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
-    """Yield the items of a clip with their audio added."""
+    """Yield the decoded items of a clip with the audio of their spans added."""
     for item, samples in zip(items, audios.samples, strict=True):
         yield dataclasses.replace(item, audio=samples, is_heard=audios.silence_reason is None)
 
@@ -213,7 +213,7 @@ def _latents_from_moments(
 def _encode_pair(
     media: data.MediaBatch, rejected: Tensor | None, family: Caches, encoders: data.MediaEncoders
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Encode a batch and, if there are any, its rejected clips, whose latents are added to the entries."""
+    """Encode a batch; latents of its rejected clips, if there are any, are added to the same entries."""
     encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
     if rejected is None:
         return encoded
@@ -232,7 +232,7 @@ def _with_frames(media: data.MediaBatch, rejected: Tensor) -> data.MediaBatch:
 def _add_all_rejected(
     encoded: Sequence[Sequence[data.CacheEntry]], encoded_rejected: Sequence[Sequence[data.CacheEntry]]
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Return the entries of each item with the latents of its rejected clip added."""
+    """Return each item's cache entries with the latents of its rejected (worse) clip added."""
     joined = []
     for entries, rejected_entries in zip(encoded, encoded_rejected, strict=True):
         pairs = zip(entries, rejected_entries, strict=True)
@@ -247,7 +247,7 @@ def _add_rejected(entry: data.CacheEntry, rejected: data.CacheEntry) -> data.Cac
 
 
 def _mirror(media: data.MediaBatch) -> data.MediaBatch:
-    """Return the batch mirrored from left to right, for flip_aug; its keys get a suffix."""
+    """Return the batch mirrored from left to right, for flip_aug; its item keys get a suffix."""
     return dataclasses.replace(
         media,
         frames=media.frames.flip(3),
@@ -260,7 +260,7 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
 
 
 def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
-    """Return a cache entry that also has the tensors of the mirrored item."""
+    """Return a cache entry with the tensors of the original and of the mirrored item."""
     tensors = dict(entry.tensors)
     for key, tensor in mirrored.tensors.items():
         is_mirrored = key.startswith("latents") or key == data.CONTROL_PIXELS

@@ -52,7 +52,7 @@ class NextCommand:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's rank among `num_processes`, and its device."""
+    """This process's share of the work: its rank among `num_processes`, and its device."""
 
     rank: int
     num_processes: int

@@ -36,7 +36,7 @@ Main = Callable[[Sequence[str], Callable[..., None]], None]
 
 
 class CachingActor:
-    """A callable class for `map_batches`: caches the shards of each batch, and returns their results.
+    """Callable class for Ray's `map_batches`: caches the shards of each batch and returns their results.
 
     A call takes the column `shard_index`. It returns the columns `shard_index`, the counts `written`, `kept`
     and `sources`, `failures` (a JSON list of messages) and `error` ("" if the shard was completed).
@@ -98,7 +98,7 @@ class CachingActor:
     def _create_work(
         self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object
     ) -> None:
-        """Set `_work` and `_tables` from the options that the caching script has parsed."""
+        """Set up this actor's caching work from the options that the caching script has parsed."""
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:

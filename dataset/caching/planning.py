@@ -122,11 +122,11 @@ class LatentCacheSettings:
 
     @property
     def stores_audio(self) -> bool:
-        """Whether caches of latents contain the audio of their clip."""
+        """Whether the latent caches of this model include the audio of the clips."""
         return self.audio is not None and self.audio.is_in_latent_cache
 
     def source_files(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return all files that the caches of a source are made from."""
+        """Return the files that a source's latent caches depend on, with the `Origin` of packed ones."""
         parts = list(source.latent_inputs)
         if source.audio is not None and self.stores_audio and source.table.audio != IGNORE:
             parts.append(source.audio)
@@ -493,7 +493,7 @@ class SourcePlanner:
         return have_records.count(False)
 
     def _check_sections(self, files: Names, num_sections: int | None) -> None:
-        """Raise CacheError unless the files of an item are exactly its sections, in order."""
+        """Raise CacheError unless the latent files of an item are exactly its sections 0, 1, ... in order."""
         expected = [None] if num_sections is None else list(range(num_sections))
         sections = [name.section for name in files.values()]
         if sections == expected:
@@ -641,7 +641,7 @@ class SourcePlanner:
         return True
 
     def _record_of(self, file: str) -> records.LatentRecord | None:
-        """Return the record of a file; None if it has none or is damaged."""
+        """Return the record stored in a cache file; None if it has none or is damaged."""
         with contextlib.suppress(CacheError):
             return self._record(file)
         return None

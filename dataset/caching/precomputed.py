@@ -142,7 +142,7 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
 
 
 def embeds_note(path: Path) -> Path:
-    """Return the path of the note that describes stored embeddings: NAME.json next to NAME.pt."""
+    """Return the path of the JSON file that describes stored embeddings: NAME.json next to NAME.pt."""
     return path.with_suffix(".json")
 
 

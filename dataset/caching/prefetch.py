@@ -42,7 +42,7 @@ class Failure:
 
     @staticmethod
     def of(source: MediaSource, reason: object) -> "Failure":
-        """Make the report that a source could not be used; `reason` is a text or an exception."""
+        """Create the report about a source that could not be used; `reason` is a text or an exception."""
         return Failure(source.path, str(reason), source.table.index, source.stem)
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class CacheReport:
 
 
 class SourceListing(NamedTuple):
-    """Sources of a dataset, with a report of failures and the tables that were listed completely."""
+    """Media files of a dataset, a report of unreadable ones, and the tables that were listed completely."""
 
     sources: list[MediaSource]
     report: CacheReport  # failures: unreadable parts, such as the end of a tar
@@ -165,7 +165,7 @@ def first_lines(things: Sequence[object], maximum: int) -> list[str]:
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
-    """Return the error for the failures of a run, to be raised at its end.
+    """Return the error for all failures of a caching run, to be raised when it ends.
 
     `things` is a plural noun, such as "sources".
     """
@@ -408,7 +408,7 @@ def _estimate_frames(source: MediaSource) -> float:
 
 
 def check_memory(source: MediaSource) -> None:
-    """Raise MediaError if a clip's frames do not fit into memory, before the system kills the program."""
+    """Raise MediaError if a clip's frames do not fit into memory, where the system would kill the program."""
     needed = estimate_decoded_bytes(source)
     limit = psutil.virtual_memory().total
     if needed > 0.6 * limit:

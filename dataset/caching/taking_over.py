@@ -23,7 +23,7 @@ _SIZES_OF_REFERENCES = "its reference images were cached in the sizes that the o
 
 
 class OtherCaches:
-    """The latent caches of other models in a run's folders, to copy if they have the same autoencoder."""
+    """Latent caches of other models in this run's folders, to copy if the autoencoder is the same."""
 
     def __init__(self, family: Caches, cache_settings: LatentCacheSettings) -> None:
         self._family, self._cache_settings = family, cache_settings
@@ -104,7 +104,7 @@ class OtherCaches:
         return self._by_table[table.index]
 
     def _has_our_channels(self, store: CacheStore, file: str) -> bool:
-        """Return whether the latents of an entry have as many channels as this model's."""
+        """Return whether the latents in a cache file have as many channels as this model's latents."""
         try:
             header = store.read(file, is_full=False)
         except CacheError:

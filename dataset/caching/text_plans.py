@@ -42,7 +42,7 @@ CAPTIONS_ONLY = VisibleMedia()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionFile:
-    """One text, the cache file of its embeddings, and the work left to do. There may be a million."""
+    """A caption, the cache file of its embeddings, and the encoders that still have to run."""
 
     table: DatasetTable
     file_name: str  # name of the cache file
@@ -161,7 +161,7 @@ def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -
 
 
 def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
-    """Return the empty prompt of all sources of a table."""
+    """Return the text cache of the empty prompt, which all sources of a table share."""
     return CaptionFile(
         table=table,
         file_name=empty_text_name(tag),
@@ -316,7 +316,7 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
 def plan_texts(
     files: Sequence[CaptionFile], encoders: Encoders, stores: Stores, workers: int = 1
 ) -> list[CaptionFile]:
-    """Compare all texts with their caches; return them with the encoders that still have to run."""
+    """Compare all captions with their cache files; return them with the encoders that still have to run."""
     verifies_tensors = stores.verify or len(files) < MANY
     plan = partial(_plan, encoders=encoders, stores=stores, verifies_tensors=verifies_tensors)
     bar = Bar(len(files), "Comparing", "caption", shown=False)

@@ -538,7 +538,7 @@ def _make_report(
 
 
 def _warn_of_outdated(reasons: Sequence[str]) -> None:
-    """Warn before caches of another kind are replaced, because they may be meant for another model."""
+    """Warn that caches made for other settings will be replaced, because another model may need them."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",

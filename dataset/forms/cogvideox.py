@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class CogVideoX(SourceFormat):
-    """Clips and prompts, from two text files or from a table."""
+    """Format of clips and prompts that are listed in two text files or in a table, for CogVideoX trainers."""
 
     name = "CogVideoX"
     source = "cogvideox_root"

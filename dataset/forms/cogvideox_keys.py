@@ -21,7 +21,7 @@ class CogVideoXKeys:
 
     @property
     def source(self) -> Path:
-        """Folder of the data."""
+        """The table's source: its cogvideox_root folder."""
         return self.cogvideox_root
 
     @property

@@ -192,7 +192,7 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
 
 
 def _find_default(defaults: Sequence[str], names: Sequence[str]) -> str:
-    """Return the first default name that is among `names`; if none is, the first default name."""
+    """Return the first default column that the file has; if it has none of them, the first default."""
     return next((name for name in defaults if name in names), defaults[0])
 
 
@@ -202,7 +202,7 @@ def _find_default(defaults: Sequence[str], names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CogVideoXTensors:
-    """Precomputed tensor files of a clip, in folders next to the folder of the clips."""
+    """Precomputed tensor files of a clip, in folders next to the clips' folder."""
 
     folder: Path  # folder that contains these folders; clips share the object
     name: str  # name of the files, without suffix
@@ -211,7 +211,7 @@ class CogVideoXTensors:
 
     @property
     def moments(self) -> Path:
-        """File of the moments of the clip."""
+        """File with the VAE moments of the clip."""
         return self.folder / MOMENTS / f"{self.name}.pt"
 
     @property
@@ -225,12 +225,12 @@ class CogVideoXTensors:
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
     def without_image(self) -> "CogVideoXTensors":
-        """Return the tensors without the moments of the first frame."""
+        """Return a copy without the first frame's moments."""
         return replace(self, uses_image=False)
 
 
 class _TensorFolder(NamedTuple):
-    """A folder that contains one folder for each kind of precomputed tensors."""
+    """A folder with a subfolder for each kind of precomputed tensors."""
 
     path: Path
     moment_files: frozenset[str] | None  # names in `video_latents`; None if that folder is missing

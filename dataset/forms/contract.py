@@ -40,7 +40,7 @@ FindCell = Callable[[TableRow], "PackedFile | None"]  # returns the file in a ce
 
 
 class InspectedColumns(NamedTuple):
-    """The columns of a list or table, for warnings about columns that nothing reads."""
+    """The columns of a list or table that were looked at, to warn about columns that nothing reads."""
 
     media_column: str
     columns_read: set[str]  # except numbered ones such as `control_path_1`
@@ -97,14 +97,14 @@ class SourceFormat:
 
 
 class RowFormat:
-    """File format of the rows of a list or table, such as JSONL or CSV; subclasses define the details."""
+    """File format for the rows of a list or table, such as JSONL or CSV; subclasses implement the reading."""
 
     suffixes: ClassVar[tuple[str, ...]]  # suffixes of its files
     is_text: ClassVar[bool] = True  # whether its files are text, which can be corrected in an editor
     has_header: ClassVar[bool] = False  # whether the first line names the columns
 
     def reads(self, path: Path) -> bool:
-        """Return whether a file or folder is in this format, judged by its name."""
+        """Return whether a path is in this format, judged by its suffix; always False for folders."""
         return path.suffix.lower() in self.suffixes and not path.is_dir()
 
     def list_names(self) -> list[str]:
@@ -137,7 +137,7 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class SharedCaches:
-    """Caches that other programs share: next to the images, with entries for several resolutions."""
+    """Cache format shared with other trainers: files next to the images, in one or more resolutions."""
 
     cache_format: str  # value of the table key `cache_format`
     # opens the caches of a table. Arguments: the table, names in npz files, the folder of the caches, and a

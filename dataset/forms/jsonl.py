@@ -50,7 +50,7 @@ class JsonLists(SourceFormat):
             fields["control_directory"] = None
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the list, line by line."""
+        """Return the media files that the lines of the JSONL list name."""
         from dataset.forms.jsonl_rows import list_lines  # it loads decoders
 
         return list_lines(table, faults)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class MetadataKeys:
-    """The key `metadata_file` of a subset, which names a file of images and captions."""
+    """The key `metadata_file` of a subset: the path of a JSON file that lists images and captions."""
 
     metadata_file: Path
     folder = None  # `dataset.subsets` sets the cache directory
@@ -29,7 +29,7 @@ class MetadataKeys:
 
 
 class Metadata(SourceFormat):
-    """Images that are listed in a metadata file for image trainers."""
+    """Format of images that are listed in a metadata JSON file, as image trainers write it."""
 
     name = "metadata files"
     keys = MetadataKeys
@@ -44,7 +44,7 @@ class Metadata(SourceFormat):
         return list_metadata(table, table.source, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Return where a missing caption would be: in the entry of its image."""
+        """Return where a missing caption is expected: in the image's entry of the metadata file."""
         return 'neither "caption" nor "tags" in its entry'
 
 

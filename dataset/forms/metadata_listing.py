@@ -137,7 +137,11 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
 
 
 def _read_entry_text(entry: dict[str, Any], name: str) -> str:
-    """Return the string under a key of an entry; "" if it is missing. Raises ValueError for other types."""
+    """Return the string under a key of a metadata entry; "" if the key is missing.
+
+    Raises:
+        ValueError: If the value is not a string.
+    """
     text = entry.get(name)
     if text is None:
         return ""

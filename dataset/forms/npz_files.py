@@ -58,7 +58,7 @@ Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
 class NpzArray(NamedTuple):
-    """An array of an npz file, with the checksum of its archive member."""
+    """An array of an npz file, and the checksum of its member in the zip archive."""
 
     tensor: Tensor
     crc32: int  # checksum of the archive's member, which was verified by reading it
@@ -98,7 +98,7 @@ def list_arrays(path: Path) -> list[str]:
 
 
 def read_members(path: Path) -> dict[str, bytes]:
-    """Return the bytes of all members of an npz file by the names of their arrays.
+    """Return the raw bytes of all members of an npz file, by array name.
 
     Raises:
         CacheError: If the file is missing or damaged.

@@ -107,7 +107,7 @@ class NpzStore:
             self._write_latents(name, tensors, metadata)
 
     def remove(self, name: str) -> None:
-        """Remove a text's file, or the members of one resolution; a file without members is removed."""
+        """Remove a text's file, or one resolution from a latents file; an empty file is deleted."""
         path = self._path(name)
         if self._is_text(name):
             path.unlink(missing_ok=True)
@@ -133,7 +133,7 @@ class NpzStore:
     # --- names ---
 
     def _is_text(self, name: str) -> bool:
-        """Return whether a file is a text cache."""
+        """Return whether a file name is that of a text cache."""
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
@@ -233,7 +233,7 @@ class NpzStore:
     # --- latents ---
 
     def _sizes(self, name: str) -> tuple[Size, Size]:
-        """Return the size of an image, from the entry name, and the size of its bucket."""
+        """Return two sizes of an image: its own, from the name of its cache file, and that of its bucket."""
         parsed = cache_files.parse_latent_name(name, self.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
@@ -254,7 +254,7 @@ class NpzStore:
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        """Read the latents of one bucket from a file, which may contain several buckets."""
+        """Read an item's latents from an npz file, which may also contain latents of other resolutions."""
         path, suffix = self._file_of(name), self._suffix(name)
         members = read_arrays(path, lambda array_name: array_name.endswith(suffix))
         arrays = {array_name.removesuffix(suffix): array for array_name, array in members.items()}
@@ -371,9 +371,9 @@ class NpzStore:
         return f"{OURS}_{key}", as_array(tensor, keep_half=False)  # a name that other programs ignore
 
     def _read_other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
-        """Return the members of other resolutions in a file; {} if the file is damaged.
+        """Return the members of an npz file that belong to other resolutions; {} if the file is damaged.
 
-        `suffix` is the suffix of members of this resolution.
+        `suffix` is the suffix of the members of this resolution.
         """
         if not path.is_file():
             return {}
@@ -423,7 +423,7 @@ class NpzStore:
                 raise CacheError(f"{path}: it was made with {name} {shown}, this training has {expected}")
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write the outputs of text encoders, and the constant arrays that other programs expect."""
+        """Write the outputs of text encoders, and the constant arrays that other trainers expect."""
         tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
         arrays: dict[str, Array] = {}
         for key, tensor_name in tensor_names.items():

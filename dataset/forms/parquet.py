@@ -13,7 +13,7 @@ class Parquet(RowFormat):
     is_text = False
 
     def reads(self, path: Path) -> bool:
-        """Return whether the path is a folder of parts or has the suffix of a part."""
+        """Return whether the path is a folder (of .parquet parts) or has the suffix of a Parquet file."""
         return path.is_dir() or super().reads(path)
 
     def list_names(self) -> list[str]:
@@ -21,13 +21,13 @@ class Parquet(RowFormat):
         return [*self.suffixes, "a folder of .parquet parts"]
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the names of the columns, from the schema of the parts."""
+        """Return the column names from the schema of the Parquet parts."""
         from dataset.forms.parquet_rows import columns_of_parts  # pyarrow is an extra
 
         return columns_of_parts(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the rows of all parts, sorted by the names of the parts."""
+        """Yield the rows of all parts, in the order of the parts' names."""
         from dataset.forms.parquet_rows import read_parts
 
         return read_parts(path, names)

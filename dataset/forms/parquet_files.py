@@ -89,7 +89,7 @@ def open_parquet(path: Path, dictionary_columns: Sequence[str] = ()) -> Iterator
 
 @dataclass
 class UnpackedBytesLimit:
-    """Counter of the bytes unpacked from a file."""
+    """Counter of the bytes that were unpacked from a file, to stop decompression bombs."""
 
     path: Path
     max_bytes: int
@@ -267,7 +267,7 @@ class ParquetCell:
     has_suffix = False
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes of the file, in one piece.
+        """Yield the bytes of the file as one chunk.
 
         Raises:
             MediaError: If the cell is empty or cannot be read.
@@ -350,7 +350,7 @@ class CellFinder:
         self._are_filled: dict[int, Sequence[bool]] = {}  # results of `_read_filled`, by row group
 
     def find(self, number: int) -> ParquetCell | None:
-        """Return the cell of a row, numbered from 1; None if it has no value."""
+        """Return the cell in this row, counted from 1; None if it is null."""
         # the last group that starts at or before the row
         group = bisect.bisect_right(self._group_starts, number - 1) - 1
         row = number - 1 - self._group_starts[group]
@@ -362,7 +362,7 @@ class CellFinder:
         return ParquetCell(self._path, group, row, self._column)
 
     def _read_filled(self, group: int) -> Sequence[bool]:
-        """Return for each row of a group whether its cell is not null."""
+        """Return for each row of a Parquet row group whether its cell is not null."""
         try:
             are_valid = [
                 _column(self._path, group, name).is_valid().to_pylist() for name in self._value_columns
@@ -373,7 +373,7 @@ class CellFinder:
 
 
 def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
-    """Raise DatasetError if the cells of a row group are too large to be read at once."""
+    """Raise DatasetError if the cells of a Parquet row group are too large to be read at once."""
     if size_bytes > MAX_GROUP_BYTES:
         raise DatasetError(
             f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "

@@ -67,7 +67,7 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
 def _read_batches(
     file: Any, path: Path, names: Sequence[str], limit: parquet_files.UnpackedBytesLimit
 ) -> Iterator[list[list[Any]]]:
-    """Yield the values of some rows at a time, as a list for each column.
+    """Yield the values of several rows at a time, as one list for each column.
 
     `limit` counts the memory that the values take.
     """

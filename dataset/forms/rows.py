@@ -338,7 +338,7 @@ class RowReader:
         return value
 
     def _further_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
-        """Return the list `captions` of a row, which only tables with multi_caption have."""
+        """Return the further captions of a row, its list `captions`; only used with multi_caption."""
         texts = values.get("captions") if self.table.multi_caption else None
         if texts is None:
             return []
@@ -532,7 +532,7 @@ def require_file(table: DatasetTable) -> Path:
 
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
-    """Return the names of the columns that are read, without numbered ones (see `is_companion`)."""
+    """Return the names of the columns that are read, except numbered ones (see `is_companion`)."""
     names = {path_column, caption_column, table.control_column or ""}
     names |= {"mask_path", "control_mask_path", "worse_path"}
     if table.multi_caption:

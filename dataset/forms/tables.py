@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class TableKeys:
-    """Keys that only tables with a table file have, such as Parquet or CSV."""
+    """Keys of dataset tables that read their rows from a table file, such as Parquet or CSV."""
 
     table_file: Path = of_kind(forms.LIST_PATH)
     path_column: str | None = key(forms.COLUMN, stale=NOTHING)  # None: the default names

@@ -47,11 +47,11 @@ class Tars(SourceFormat):
         return list_tars(table, table.require_format_keys(TarKeys).tars, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Describe where a missing caption is expected: in a member with the same name as the media."""
+        """Return where a missing caption is expected: a tar member with the same name as the media file."""
         return "no text file and no caption in a .json of the same name in the tar"
 
     def list_addresses(self, table: DatasetTable) -> list[str]:
-        """Return the tars that are at addresses."""
+        """Return the tars that have to be downloaded: URLs instead of paths."""
         return [tar for tar in table.require_format_keys(TarKeys).tars if is_address(tar)]
 
 

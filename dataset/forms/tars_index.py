@@ -131,7 +131,7 @@ def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
 
 
 def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> TarSample:
-    """Restore a sample from a cached index; `media` and `extras` are JSON values."""
+    """Restore a tar sample from a stored index; `media` and `extras` are JSON values."""
     members = tuple((role, number, Member(*member)) for role, number, member in extras)
     return TarSample(key, Member(*media), caption, members)
 

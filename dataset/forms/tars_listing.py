@@ -339,14 +339,14 @@ def expand_braces(pattern: str, table_name: str) -> list[str]:
 
 
 class _BraceOptions(NamedTuple):
-    """The alternatives that a pair of braces stands for."""
+    """The alternatives of a brace expression in tar names: a number range or a list."""
 
     values: Sequence[Any]  # texts, or numbers
     num_digits: int  # digits of numbers that are padded with zeros; 0: no padding
 
     @staticmethod
     def parse(content: str) -> "_BraceOptions":
-        """Parse the content of braces: `000..012`, up or down, or `a,b`."""
+        """Parse the text between braces: an ascending or descending range (`000..012`) or a list (`a,b`)."""
         limits = _RANGE.fullmatch(content)
         if limits is None:
             return _BraceOptions(content.split(","), 0)

@@ -169,7 +169,7 @@ def _texts_in(value: Any) -> list[Any]:
 
 
 def _exists(text: str, path: Path) -> bool:
-    """Return whether a relative path exists in the working folder or next to the list or table `path`."""
+    """Return whether a relative path exists in the working folder or in the folder of the list `path`."""
     try:
         return any(path_exists(expand_path(text, base)) for base in (None, path.parent))
     except ValueError:  # a name that no file can have

@@ -26,7 +26,7 @@ SAME_RATE = 0.01  # relative difference of a clip's rate from source_fps at whic
 
 
 class NoAudio(MediaError):
-    """Raised if a clip has no audio that fits its frames; the message gives the reason."""
+    """Raised if a clip has no usable audio; the message gives the reason."""
 
 
 def find_audio(source: MediaSource) -> Path:
@@ -62,7 +62,7 @@ def find_audio(source: MediaSource) -> Path:
 
 @dataclass(frozen=True)
 class SpanAudios:
-    """The audio of each span of a clip, C S; silence with its reason if there is none."""
+    """The audio samples of each span of a clip, C S; silence, with its reason, if the clip has no audio."""
 
     samples: tuple[Tensor, ...]  # audio of each span, C S
     silence_reason: str | None = None  # why the samples are zeros; None: the clip has audio

@@ -41,7 +41,7 @@ class CaptionContent:
 
 
 def read_caption(path: Path) -> str | None:
-    """Return the text of a caption file, stripped of white space; None if there is no file.
+    """Return a caption file's text, stripped of white space; None if the file does not exist.
 
     Raises:
         DatasetError: If the file cannot be read.
@@ -89,7 +89,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
 
 
 def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
-    """Return the text of a file that Windows Notepad may have saved; None if it is in another encoding."""
+    """Guess the encoding of a file that Windows Notepad may have saved, and decode it; None if unsure."""
     from modules.text_encodings import EncodingGuess, guess_encoding
 
     guess = guess_encoding(content)
@@ -131,7 +131,7 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 def split_first_caption(
     captions: tuple[str, ...] | None, position: Path | str | None
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Split captions into the first and the remaining ones.
+    """Return the first caption and the remaining ones.
 
     Raises:
         DatasetError: If there are more than MAX_CAPTIONS.
@@ -156,7 +156,7 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> str:
     """Return "prefix trigger, caption suffix"; the trigger is left out if the caption contains it.
 
-    If the caption is a JSON object in a model's format, they are put around its main text.
+    In a model's JSON caption format, these are put around its main text.
     """
     if trigger or prefix or suffix:
         full = _complete_object(caption, trigger, prefix, suffix)
@@ -185,9 +185,9 @@ def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def find_text(caption: str) -> str:
-    """Return the text of a caption; for a JSON object, its instruction, or else its main text.
+    """Return the text of a caption; for a JSON caption, its instruction, or else its main text.
 
-    Returns "" for an object that has neither.
+    Returns "" for a JSON object that has neither.
     """
     content = read_if_object(caption)
     if content is None:
@@ -225,9 +225,9 @@ def add_trigger(caption: str, trigger: str) -> str:
 
 
 def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
-    """Guess the encoding of caption files that are not UTF-8, from all of them together.
+    """Guess the encoding of caption files that are not UTF-8, from all of their bytes together.
 
-    The guess is None for a file that is probably not text, or cannot be read.
+    The guess is None for a file that is unreadable or probably not text.
     """
     from modules.text_encodings import guess_encodings
 
@@ -241,7 +241,7 @@ def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
 
 
 def not_utf8(path: Path, number: int) -> DatasetError:
-    """Return the error for a list or table that is not UTF-8 after line `number`, with a guess."""
+    """Return the error for a list that is not UTF-8 after line `number`, with a guess at its encoding."""
     guess = guess_captions([path])[0]
     seems = "" if guess is None else f"; it looks like {guess.name}"
     return DatasetError(f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8.")

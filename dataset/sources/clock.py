@@ -160,7 +160,7 @@ def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> I
 
 
 def _is_timed(path: Path, table: DatasetTable) -> bool:
-    """Return whether the frames of a clip are sampled by their times in the file."""
+    """Return whether a clip's frames are picked by timestamp: animations, and source_fps "auto"."""
     return is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
 
 
@@ -198,7 +198,7 @@ class _TimingComparison:
         self.companion = self._measure(path)
 
     def _measure(self, path: Path) -> _Timing:
-        """Read the frames, rate and duration of a clip."""
+        """Read a clip's frame count, frame rate and duration."""
         info = reading.video_info(path)
         rate = info.fps or self._default_rate
         seconds = (info.frames or 0) / rate if info.seconds is None else info.seconds
@@ -210,7 +210,7 @@ class _TimingComparison:
 
     @property
     def is_matched_by_index(self) -> bool:
-        """Return whether frames of the companion and its clip correspond by index instead of by time."""
+        """Whether frames of the companion (mask or control) match the clip's by index instead of by time."""
         # the rate of a folder is only declared, so it need not be exact
         tolerance = TOLERANCE if self._clip_path.is_dir() else SAME_RATE
         if self._is_frame_folder or abs(self.companion.rate / self.clip.rate - 1) < tolerance:
@@ -220,7 +220,7 @@ class _TimingComparison:
 
     @property
     def matched_earlier_versions(self) -> bool:
-        """Return whether earlier versions, which timed each clip separately, selected the same frames."""
+        """Return whether earlier versions, which timed each clip separately, picked the same frames."""
         companion_rate = self.companion.rate if self._is_timed else self._default_rate
         clip_rate = self.clip.rate if self._clip_is_timed else self._default_rate
         former_ratio = companion_rate / clip_rate

@@ -141,7 +141,10 @@ def pair_by_name(
 
 
 def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
-    """Return the stem that a name belongs to, and its number (-1 if it has none); None if it fits no stem."""
+    """Return the stem of the media file that a companion's name belongs to, and its number.
+
+    The number is -1 without a suffix `_N`; only references can have one. None if the name fits no stem.
+    """
     if name in stems:
         return name, -1
     stem, _, number = name.rpartition("_")
@@ -178,7 +181,7 @@ FIRST_ONLY = "files are references of several pictures, of which the model takes
 
 
 def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
-    """Warn of each clip or animation that is used as a single reference image.
+    """Return a warning for each clip or animation that is used as a single reference image.
 
     Only local files are checked. Unreadable files are reported elsewhere.
     """

@@ -59,7 +59,7 @@ SMALL_IMAGE = 1 << 26  # bytes; images below this size do not count against the 
 
 
 class ByteBudget:
-    """Memory budget of all decoding threads, because small files may contain images of a gigabyte.
+    """Memory budget that all decoding threads share: even a small file may contain an image of a gigabyte.
 
     A thread that needs more than the entire budget waits until no other thread has reserved memory.
     """
@@ -71,7 +71,10 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[None]:
-        """Wait until `size_bytes` are free, and reserve them in the `with` block; blocks cannot be nested."""
+        """Wait until `size_bytes` of the budget are free, and reserve them during the `with` block.
+
+        Blocks cannot be nested.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
             self._used += size_bytes
@@ -122,7 +125,7 @@ class DecodedMedia:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Return the key of items that can share a batch: the table and the shapes of their arrays."""
+        """Key that is equal for items that can share a batch: the table and the shapes of their arrays."""
         # the counts tell which of the arrays are which
         counts = len(self.control), len(self.references), self.rejected is not None
         audio_shapes = () if self.audio is None else (self.audio.shape,)
@@ -226,7 +229,7 @@ def _decode_clip(
     frame_times: list[tuple[int, float]] = []  # index and second of each kept frame
 
     def read_frames() -> Iterator[Frame]:
-        """Yield the kept frames; `frame_times` is complete when all of them have been taken."""
+        """Yield the kept frames, and append the index and time of each one to `frame_times`."""
         for frame, index, second in kept_frames(local.path, table, fps, table.alpha_mask):
             frame_times.append((index, second))
             yield frame
@@ -606,7 +609,7 @@ def plan_source(
 
 
 def _count_kept_frames(source: MediaSource, fps: float) -> int:
-    """Decode a fetched clip to count its kept frames."""
+    """Decode a downloaded clip and return the number of frames kept at `fps`."""
     return sum(1 for _ in kept_frames(source.path, source.table, fps))
 
 

@@ -123,7 +123,7 @@ def _reject_if_disk_is_full(path: Path, answer: Answer) -> None:
 
 
 def _check_downloaded(check: Callable[[Path], None], path: Path, address: str) -> None:
-    """Check a downloaded file under its temporary name; errors name its address instead."""
+    """Run `check` on a downloaded file with a temporary name; error messages show its URL instead."""
     try:
         check(path)
     except MediaError as error:
@@ -172,7 +172,7 @@ def _open_with_fsspec(address: str, num_received: int, version: str | None) -> I
 
 
 def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the rest of a file in pieces."""
+    """Yield the rest of an open file in chunks."""
     while True:
         with _convert_fsspec_errors():
             piece = file.read(PIECE)
@@ -183,7 +183,7 @@ def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _convert_fsspec_errors() -> Iterator[None]:
-    """Convert errors of fsspec to DownloadRejected, or to RetryableError if another attempt may help."""
+    """Convert fsspec errors to DownloadRejected, or to RetryableError if another attempt may succeed."""
     try:
         yield
     except DownloadRejected:

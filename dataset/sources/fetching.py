@@ -83,7 +83,7 @@ def _remove_leftovers(folder: str) -> None:
 
 
 def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
-    """Make a temporary folder that is removed when the stack is closed."""
+    """Make a temporary folder that is deleted when the exit stack is closed."""
     _remove_leftovers(tempfile.gettempdir())
     # Windows cannot remove a file that is still open; a later run removes it as a leftover
     temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)

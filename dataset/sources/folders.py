@@ -134,7 +134,7 @@ def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fa
 
 
 class _Captions(NamedTuple):
-    """The captions of one image or clip."""
+    """The captions of one image or clip, or why its caption file cannot be used."""
 
     first: str | None = None  # None: there is no caption
     further: tuple[str, ...] = ()
@@ -199,7 +199,7 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
 
 
 def _make_example(table: DatasetTable, what: str) -> str:
-    """Return example names of a mask or audio file and its item, for an error message."""
+    """Return example names of a mask or audio file and of its media file, for an error message."""
     if table.kind == "image":
         return "cat.png for cat.jpg"
     return "cat.png or cat.mp4 for cat.mp4" if what == "mask" else "cat.wav for cat.mp4"
@@ -521,7 +521,7 @@ def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Seque
 
 
 def _warn_of_unused_frames(table: DatasetTable, paths: Sequence[Path]) -> None:
-    """Log the animations and TIFF files of several pages in an image table, which uses their first image."""
+    """Log the animations and multi-page TIFFs of an image table, of which only the first image is used."""
     with_several = [path for path in paths if _has_several_images(path, table)]
     animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
     _warn_of_files(
@@ -542,7 +542,7 @@ def _has_several_images(path: Path, table: DatasetTable) -> bool:
 
 
 def _warn_of_files(table: DatasetTable, paths: Sequence[Path], problem: str) -> None:
-    """Log how many files have a problem, and the first of them; nothing if there are none."""
+    """Log how many files have a problem, and the first few; nothing if there are none."""
     if paths:
         logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], problem)
 
@@ -554,7 +554,7 @@ def _has_pages(path: Path) -> bool:
 
 
 def _explain(path: Path) -> str:
-    """Explain why an entry named like an image or clip is not a regular file."""
+    """Explain why a path that has the name of an image or clip is not a regular file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:

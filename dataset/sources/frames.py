@@ -136,7 +136,7 @@ def media_table(
 
 
 def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
-    """Return the tensor names of a table's guides in caches."""
+    """Return the name of each guide's latents in cache files."""
     return tuple(
         f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE
         for number, guide in enumerate(guides)
@@ -172,7 +172,7 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
 
 
 def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
-    """Return the indices of the frames that are kept to go from `source_fps` to `target_fps`."""
+    """Return the indices of the frames to keep when `source_fps` is reduced to `target_fps`."""
     return tuple(itertools.compress(range(num_frames), keep_pattern(source_fps, target_fps)))
 
 

@@ -124,7 +124,7 @@ class TableFolders:
 
 
 def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
-    """Format the counts of `_count_unused` as text, largest first."""
+    """Return counts of unused files as text, largest first."""
     num_files = sum(by_suffix.total() for by_suffix in counts.values())
     verb = "file is" if num_files == 1 else "files are"
     parts = []
@@ -188,7 +188,7 @@ def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rul
 
 
 class CaptionOwners:
-    """Index of a folder's media files, for finding the file that a misnamed caption belongs to."""
+    """Index of a folder's media files that finds the file to which a misnamed caption belongs."""
 
     def __init__(self, names: Iterable[str]) -> None:
         """Index the names of media files, which include suffixes."""
@@ -285,7 +285,7 @@ def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class _FolderRules:
-    """Rules for which files of a folder are read, or are expected next to media."""
+    """Rules about which files of a folder a table reads, or expects next to its media files."""
 
     kinds: set[str]  # kinds of media of the tables with this folder
     media_suffixes: frozenset[str]  # suffixes of media that are read, in lower case
@@ -332,7 +332,10 @@ def _explain_label(label: str, folder: Path) -> str:
 
 
 def _explain_suffix(ending: str, kinds: set[str]) -> str:
-    """Return the hint for unread files with a suffix, or "". `kinds` are those of the tables."""
+    """Return a hint why files with this suffix are not read; "" if there is none.
+
+    `kinds` are the kinds ("image", "video", "audio") of the tables that read the folder.
+    """
     for kind in _KINDS:
         if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
             return f"{kind}s, for which a table with {kind}_directory is needed"

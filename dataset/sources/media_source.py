@@ -36,7 +36,7 @@ NO_REFERENCE = (
 
 
 class PackedFile(Protocol):
-    """A file inside another file, such as a tar or a Parquet table. It can be compared and hashed."""
+    """A file inside an archive or table, such as a tar or a Parquet file. It can be compared and hashed."""
 
     def __hash__(self) -> int: ...
 
@@ -50,7 +50,7 @@ class PackedFile(Protocol):
 
     @property
     def has_suffix(self) -> bool:
-        """Whether the path in `MediaSource` has the suffix of the file's format."""
+        """Whether `MediaSource.path` already has the suffix of this file's format."""
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the bytes of the file in pieces.
@@ -75,11 +75,11 @@ Origin = PackedFile | Remote
 
 
 class PrecomputedTensors(Protocol):
-    """Files of precomputed tensors of a clip. There may be millions, so they are not opened here."""
+    """Precomputed VAE and text tensors of a clip. There may be millions, so the files are not opened here."""
 
     @property
     def folder(self) -> Path:
-        """Folder of the data."""
+        """Folder that contains the tensor files."""
 
     @property
     def moments(self) -> Path:
@@ -87,7 +87,7 @@ class PrecomputedTensors(Protocol):
 
     @property
     def image(self) -> Path | None:
-        """File of the moments of the first frame, which may be missing; None if they are not used."""
+        """File with the VAE moments of the first frame, which may be missing; None if they are not used."""
 
     @property
     def embeds(self) -> Path | None:
@@ -151,7 +151,7 @@ class MediaSource:
 
     @property
     def num_images(self) -> int:
-        """Number of images to encode for an image: the image itself and its layers."""
+        """Number of images to encode for an image item: the image itself and its layers."""
         return 1 + len(self.layers)
 
     @property
@@ -297,9 +297,9 @@ DOWNLOADED_SUFFIXES = frozenset(
 
 
 def local_name(address: str) -> str:
-    """Return a name for a downloaded file: the last part of the address, with a hash of the address.
+    """Return a file name for a download: the last part of its URL, with a hash of the URL.
 
-    The suffix is left out unless it is one of DOWNLOADED_SUFFIXES.
+    The suffix is kept only if it is one of DOWNLOADED_SUFFIXES.
     """
     stem, suffix = split_name(address)
     if suffix.lower() not in DOWNLOADED_SUFFIXES:

@@ -9,7 +9,10 @@ GAPS = "have numbered files of which one is missing: the others are used in thei
 
 
 def find_gap(numbers: Collection[int]) -> int | None:
-    """Return the lowest missing number up to the largest one, counted from 0 or 1; None if there is none."""
+    """Return the lowest number that is missing below the largest one; None if there is no gap.
+
+    Counting starts at 0 if 0 is among `numbers`, otherwise at 1.
+    """
     first = 0 if 0 in numbers else 1
     expected = range(first, max(numbers, default=0) + 1)
     return next((number for number in expected if number not in numbers), None)

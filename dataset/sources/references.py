@@ -25,7 +25,7 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
-    """Return whether an editing model is trained on images without any references.
+    """Return whether a model that learns image edits has images without any reference image.
 
     Only tables with `learns_edits` count: other models are often trained on captions alone.
     """
@@ -35,7 +35,7 @@ def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSourc
 
 
 def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return warnings about images whose reference image is the image itself, or a copy of it."""
+    """Return a warning for each image whose reference image is the image itself or a copy of it."""
     kind = "have a reference picture that is equal to the image: an edit that changes nothing is learned"
     return [
         Fault(kind, str(source.path), source.stem)
@@ -45,7 +45,7 @@ def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _is_equal(source: MediaSource) -> bool:
-    """Return whether a reference image has the same bytes as the image."""
+    """Return whether one of an image's reference images has the same bytes as the image."""
     with contextlib.suppress(OSError):  # errors are reported when the file is read
         size_bytes = source.path.stat().st_size
         for path in source.control:

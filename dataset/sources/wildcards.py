@@ -12,7 +12,7 @@ _BAR = "\0"  # stands for a literal bar; no caption contains this character
 
 @dataclass
 class _OpenChoice:
-    """Opening braces at one position, and the text that follows them."""
+    """An opening run of braces, and the text that follows it so far."""
 
     num_braces: int  # number of braces that have not been closed
     pieces: list[str] = field(default_factory=list)  # the text so far, in which inner choices are drawn
@@ -89,5 +89,5 @@ def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator:
 
 
 def _count_literal(num_braces: int) -> int:
-    """Return the number of literal braces in a run: two stand for one, and a single one for itself."""
+    """Return how many literal braces a run of braces means: `{{` means one, and a single `{` as well."""
     return (num_braces + 1) // 2

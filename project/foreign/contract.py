@@ -33,7 +33,7 @@ MAX_STEPS = 10_000_000
 
 
 class KeyRule(NamedTuple):
-    """How a key of a foreign file is handled; `read` converts its value or raises ValueError."""
+    """How a key of another trainer's file is handled; `read` converts its value or raises ValueError."""
 
     target: str
     name: str = ""  # name of the option or key; for OMITTED, the reason
@@ -57,7 +57,7 @@ class UnsupportedRun(Exception):
 
 @dataclass(frozen=True)
 class TrainedNetworks:
-    """Which networks of a model a foreign project trains, and at which learning rates."""
+    """Which networks of a model another trainer's project trains, and at which learning rates."""
 
     file_keys: tuple[str, ...] = ()  # keys that select the networks
     trains_dit: bool = True  # the transformer or U-Net
@@ -184,7 +184,7 @@ def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
 
 
 def read_repeats(value: Any) -> int:
-    """Return how often each file is repeated in an epoch: an integer of at least 1."""
+    """Return how often an epoch repeats each file: an integer of at least 1."""
     return max(round(number(0, 100_000)(value)), 1)
 
 

@@ -32,7 +32,7 @@ class CountedFile:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Values that all files of a batch have in common."""
+        """Key that is equal for items that can share a batch: the table's batch group and the bucket."""
         return (self.table.batch_group, *self.bucket)
 
 
@@ -78,7 +78,7 @@ def count_steps_of_epoch(setup: describing.RunSetup) -> int:
 
 
 def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) -> list[int]:
-    """Return the frame counts of the items that a clip yields."""
+    """Return the frame count of each training item of a clip; [1] if the clip is too short for any target."""
     frames = describing.count_frames(item, setup.model)
     reached = [target for target in table.target_frames if target <= frames]
     return reached or [1]

@@ -60,7 +60,7 @@ def _has_typed_steps(options: NewOptions) -> bool:
 
 
 def _read_file_steps(project: ForeignProject) -> int | None:
-    """Return the number of steps that a project sets; None if the number is missing or 0."""
+    """Return the number of steps that a project file sets; None if it sets none or 0 (no effect)."""
     steps: int | None = project.new_options.get("max_train_steps") or None
     if steps is None and "max_train_steps" in project.new_options:
         key = project.file_key_of("max_train_steps")
@@ -72,7 +72,7 @@ def _read_file_steps(project: ForeignProject) -> int | None:
 def _report_unused_length(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, typed: int
 ) -> None:
-    """Report that the project's training length is not used, because another one was typed."""
+    """Report that the project's epochs or steps are not used, because the command line sets the length."""
     for file_epochs in epochs:
         project.report_omitted_value(file_epochs.key, file_epochs.number, _OVERRIDDEN)
     if file_steps is not None and file_steps != typed:

@@ -45,7 +45,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str]:
-    """Guess the model from its file name and from the presence of an audio stream."""
+    """Guess the model family and task from the checkpoint's name and the presence of an audio stream."""
     family = "ltx_25" if "2.5" in str(values.get("model.model_path", "")) else "ltx_2"
     has_audio = any(key.startswith(f"{_STRATEGY_TABLE}.audio.") for key in values)
     return family, "av" if has_audio else "v"
@@ -56,9 +56,9 @@ def _read_on(_: Any) -> bool:
 
 
 def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
-    """Return the rules for conditioning on the start or end of clips.
+    """Return the rules for keys that condition a model on the first or last frames (or audio) of clips.
 
-    `stream`, video or audio, is part of the file's keys; `kind` is part of the names of our options.
+    `stream` ("video" or "audio") is part of the file's keys; `kind` is part of the names of our options.
     """
     found = {}
     for end in ("prefix", "suffix"):

@@ -16,7 +16,7 @@ _MODEL_VARIANT, _MODEL_FILE, _MODEL_KIND = range(3)
 
 
 class FileModel(NamedTuple):
-    """The model that a key of a foreign file names."""
+    """The model that a key of another trainer's config file names."""
 
     specificity: int  # _VARIANT, _FILE or _KIND
     family: str

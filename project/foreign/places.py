@@ -155,7 +155,10 @@ def _report_omitted_keys(
 
 
 def _find_dataset(project: ForeignProject, folder: Path, media_folder: Path) -> ForeignDataset | None:
-    """Return the dataset of a folder: by its path, otherwise the only one with its name."""
+    """Return the project's dataset with this folder's path, otherwise the only one whose folder has its name.
+
+    None if there is no such dataset.
+    """
     with_keys = [known for known in project.datasets.values() if known.path is not None and known.table_keys]
     for known in with_keys:
         found = find_beside(project.path, str(known.path))

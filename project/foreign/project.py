@@ -88,7 +88,7 @@ class ForeignProject:
         return self.source_keys.get(name, name)
 
     def report_omitted_key(self, key: str, reason: str) -> None:
-        """Record why a key is omitted. Keys with the same reason share a line."""
+        """Record why a key is omitted from the new project. Keys with the same reason share a line."""
         self.omitted_keys_by_reason.setdefault(reason, []).append(show(key))
 
     def report_omitted_value(self, key: str, value: Any, reason: str) -> None:
@@ -179,7 +179,7 @@ class ForeignProject:
         return lines
 
     def _find_similar_key(self, key: str) -> str:
-        """Return a known key, unused in the file, that differs by a letter or two; "" if there is none."""
+        """Return a known key that is spelled almost like `key` and not in the file; "" if there is none."""
         table, _, name = key.rpartition(".")
         table_pattern = without_numbers(table)
         rules = [rule.rpartition(".") for rule in self.program.rules]
@@ -193,7 +193,7 @@ class ForeignProject:
 
 
 def without_numbers(key: str) -> str:
-    """Return a key with [] for its list indices, as the rules spell it."""
+    """Return a key with [] instead of its list indices, as keys are written in the rules."""
     return re.sub(r"\[\d+\]", "[]", key)
 
 
@@ -210,7 +210,7 @@ def find_beside(file: Path, name: str) -> Path | None:
 
 
 def is_same_folder(file: Path, project_folder: Path, folder: Path) -> bool:
-    """Return whether a project's folder is the dataset folder, or one is inside the other."""
+    """Return whether a project's folder and the dataset folder are the same, or one contains the other."""
     found = find_beside(file, str(project_folder))
     first = real_path(file.parent / project_folder if found is None else found)
     second = real_path(folder)

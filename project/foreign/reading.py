@@ -126,7 +126,7 @@ def is_empty(value: Any) -> bool:
 
 
 def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> None:
-    """Record a key that no rule covers; whether it is one of our options is decided later."""
+    """Record a key of another trainer's file that no rule covers, as empty, ineffective or unknown."""
     if project.program.shares_option_names:
         project.keys_without_rule[key] = value
     elif is_empty(value):

@@ -52,7 +52,7 @@ def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions
 
 
 def _list_project_options(project: ForeignProject, options: NewOptions) -> dict[str, Any]:
-    """Return the options of `new` that a foreign project sets, without those of another model family."""
+    """Return the options of `new` that the project sets; not its task if --family names another family."""
     project_options = dict(project.new_options)
     if project.run.kind not in {LORA.name, ""} and options.trains is None:
         project_options["train"] = project.run.kind
@@ -108,7 +108,7 @@ def _list_options_set_by_new(model: ModelSet) -> set[str]:
 
 
 def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
-    """Write rank, alpha and arguments of a LoRA; for other kinds of runs, remove them with the reason."""
+    """Set rank, alpha and network arguments of a LoRA; for other kinds, omit them and report the reason."""
     if kind is LORA:
         _omit_lora_only_settings(project)
         _write_network_arguments(project)

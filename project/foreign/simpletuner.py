@@ -23,7 +23,13 @@ from project.foreign.contract import (
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of run a SimpleTuner file describes, with the key that shows it."""
+    """Return the kind of run ("lora", "whole" or "controlnet") that a SimpleTuner config describes.
+
+    The result also has the key that determines the kind, for messages.
+
+    Raises:
+        UnsupportedRun: If `new` cannot set up this kind of training.
+    """
     kind = str(values.get("model_type", "lora"))
     if is_on(values.get("controlnet")):
         return ForeignRun("controlnet", "controlnet = true")
@@ -45,7 +51,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys without effect: rank and alpha of a LyCORIS, which its own file sets."""
+    """Return the keys that have no effect: a LyCORIS config file of its own sets rank and alpha."""
     if values.get("lora_type") == "lycoris" and "lycoris_config:algo" in values:
         return {"lora_rank", "lora_alpha", "lora_type"}
     return set()

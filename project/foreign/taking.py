@@ -14,7 +14,7 @@ from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, 
 
 @dataclass(frozen=True)
 class FileValue:
-    """A value in a foreign file, with its key and the rule that applies to it."""
+    """A value from another trainer's config file, with its key and the rule that applies to it."""
 
     rule: KeyRule
     key: str  # key as shown in messages
@@ -62,7 +62,7 @@ def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDatas
 
 
 def _find_table(program: Program, key: str) -> str | None:
-    """Return the list element that a key belongs to: `concepts[0]` for `concepts[0].path`."""
+    """Return the list element that contains a key: `concepts[0]` for `concepts[0].path`; None for others."""
     for generic, rule in program.rules.items():
         prefix = generic.rpartition(".")[0]
         if rule.target == contract.FOLDER and prefix.endswith("[]"):

@@ -39,7 +39,7 @@ BY_NAME = {kind.name: kind for kind in KINDS}
 
 
 def list_kinds(model: ModelSet) -> list[RunKind]:
-    """Return the kinds of runs for which a model has a script."""
+    """Return the kinds of training runs for which a model has a script."""
     return [kind for kind in KINDS if kind.find_script(model) is not None]
 
 

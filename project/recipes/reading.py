@@ -123,7 +123,7 @@ def list_paths() -> dict[str, Path]:
 
 
 def describe_recipe(recipe: TrainingRecipe) -> list[str]:
-    """Return lines about a recipe: what it is for and was tried on, its options and measured figures."""
+    """Return lines about a recipe: its purpose, where it was tried, its options and measured figures."""
     return [
         f"recipe {recipe.name}: {recipe.title}",
         f"  for {recipe.family} {recipe.task}, {recipe.train}; tried on {recipe.tried_on}",
@@ -134,7 +134,7 @@ def describe_recipe(recipe: TrainingRecipe) -> list[str]:
 
 @cache
 def list_shipped() -> tuple[TrainingRecipe, ...]:
-    """Return the recipes that come with this program, sorted by name."""
+    """Return the recipes that ship with this program, sorted by name."""
     return tuple(read_recipe(path) for path in sorted(SHIPPED.glob("*.toml")))
 
 
@@ -183,10 +183,10 @@ def _show(key: str) -> str:
 
 
 def _read_text(key: str, value: Any) -> str:
-    """Return a single line of text that pages and tables can show.
+    """Return a string that is short enough for pages and tables, on a single line.
 
     Raises:
-        ValueError: If the value is not one line of text, or is an address.
+        ValueError: If the value is not one line of text, or is a URL.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{_show(key)} is missing, or no text")

@@ -193,7 +193,7 @@ def _select_recipe_options(
 
 
 def _parse_history_value(action: argparse.Action, text: str) -> Any:
-    """Parse the text of an option's value, as histories store it: a flag, one value, or several."""
+    """Parse an option's value from a run's history: a flag, one value, or several values."""
     if action.nargs == 0:
         return True
     if action.nargs in (None, "?"):
