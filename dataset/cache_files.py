@@ -39,7 +39,7 @@ Grid = tuple[int, int, int]  # F, H, W of latents
 
 
 class NpzNames(NamedTuple):
-    """Tag, latent space and text keys of a family, from which names in npz caches are derived."""
+    """Facts about a model family that determine the names of npz cache files and of their arrays."""
 
     tag: str  # cache_tag of the family
     latent: LatentSpec
@@ -73,7 +73,7 @@ class LatentName:
     section: int | None = None  # FramePack videos: index of the section
 
     def file_name(self, tag: str) -> str:
-        """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`.
+        """Return the file name of these latents, such as `clip_00000-017_0112x0080_wan.safetensors`.
 
         Args:
             tag: The family's cache_tag.
@@ -94,7 +94,7 @@ def audio_tag(tag: str) -> str:
 
 
 def audio_file_name(latent_file: str, tag: str) -> str:
-    """Return the name of a clip's audio cache, which is next to the cache of its latents."""
+    """Return the name of the audio cache file that belongs to a clip's latent cache file."""
     return latent_file.removesuffix(f"{tag}{SUFFIX}") + audio_tag(tag) + SUFFIX
 
 
@@ -171,7 +171,7 @@ def empty_text_name(tag: str) -> str:
 
 
 def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
-    """Return stem and index (1 or more) from the file name of a further caption; None for other names."""
+    """Return stem and index (at least 1) from the file name of a further caption; None for other names."""
     match = _MORE_TEXT.fullmatch(file_name)
     if match is None or match[2] != tag or file_name.startswith("."):
         return None
@@ -263,7 +263,7 @@ def grid_in_name(name: str) -> Grid | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """The contents of a cache file, or only the information in its header."""
+    """The contents of a cache file, or only its header."""
 
     place: Path | str  # path of the file; a str for speed, which `path` converts
     metadata: Mapping[str, str]
@@ -288,7 +288,7 @@ class Entry:
 
     @property
     def grids(self) -> frozenset[Grid]:
-        """Sizes that the tensor names of latents end in: frames, height and width."""
+        """The latent sizes F, H, W at the end of the tensor names."""
         return frozenset(grid for grid in map(grid_in_name, self.shapes) if grid is not None)
 
     @property
@@ -317,7 +317,7 @@ class CacheStore(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Return the cache folder, which need not exist."""
+        """The cache folder, which need not exist."""
 
     @property
     def holds_only_caches(self) -> bool:
@@ -334,10 +334,10 @@ class CacheStore(Protocol):
         """Return whether an entry of that name exists, valid or damaged."""
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Read an entry to the CPU, or only its header if `is_full` is False.
+        """Read a cache file into CPU memory, or only its header if `is_full` is False.
 
         Raises:
-            CacheError: If the entry is missing or damaged.
+            CacheError: If the file is missing or damaged.
         """
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

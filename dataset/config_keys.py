@@ -152,7 +152,7 @@ PROGRAMS = frozenset(
 
 
 def _is_unsafe_extension(extension: str) -> bool:
-    """Return whether an extension would name another folder, or a file that may be executed."""
+    """Return whether a file extension contains a path, or belongs to files that can be executed."""
     has_separators = bool(set(extension) & set("/\\\0"))
     return has_separators or extension.rpartition(".")[2].strip().lower() in PROGRAMS
 
@@ -288,7 +288,7 @@ class TableKey:
 
 
 def key(value_type: ValueType, default: Any = None, *, stale: Stale, **settings: Any) -> Any:
-    """Declare a dataclass field that is also a key of the same name in dataset files.
+    """Declare a dataclass field that is also a dataset file key of the same name.
 
     `settings` are further fields of `TableKey`.
     """
@@ -368,7 +368,7 @@ def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_keys(table: Any, names: Container[str]) -> Any:
-    """Return a table without some keys; a value that is not a table is an error, which is reported later."""
+    """Return a table without some keys; other values than tables are returned unchanged."""
     if not isinstance(table, dict):
         return table
     return {name: value for name, value in table.items() if name not in names}
@@ -436,7 +436,7 @@ def parse_config(path: Path) -> dict[str, Any]:
 
 
 def _advise_file(folder: Path) -> str:
-    """Say which file to give instead of a folder."""
+    """Return a hint about the file to name instead of this folder."""
     default = folder / "dataset.toml"
     if default.is_file():
         return f"Give {default}"

@@ -21,7 +21,7 @@ SHOWN = 3  # maximum number of file names in a message
 
 
 def _log_warning(warning: str) -> None:
-    """Log a warning; control codes in file names are made visible."""
+    """Log a warning with control codes (from file names) made visible."""
     logger.warning("%s", escape_control_codes(warning))
 
 

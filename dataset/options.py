@@ -53,7 +53,7 @@ class CheckPageOptions(Options):
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
 
     def require_check(self, check: bool) -> None:
-        """Raise OptionError if --html is set without --check, whose results the page shows."""
+        """Raise OptionError if --html is set without --check: the page shows the results of the check."""
         if not check:
             raise OptionError("--html writes what --check finds: add --check")
 
@@ -96,7 +96,7 @@ class ShardOptions(Options):
 
 
 class CachingOptions(Options, title="caching"):
-    """What to cache, on which device, and which existing files to keep."""
+    """Options for caching: what to encode, on which device, and which existing files to keep."""
 
     key_files = (DATASET_FILE,)
 
@@ -255,9 +255,9 @@ class DebugOptions(Options, title="looking at the dataset"):
 def read_latent_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, R]:
-    """Read the options of a script that caches latents.
+    """Parse the options of a script that caches latents.
 
-    `record` is the record of the family's options.
+    `record` is the class of the family's options.
     """
     caching, family_options, debug = parse_options(description, argv, CachingOptions, record, DebugOptions)
     return caching, debug, family_options
@@ -272,7 +272,7 @@ def caching_scripts() -> tuple[str, ...]:
 
 
 class RayOptions(Options, title="cluster"):
-    """The cluster, the number of shards, and the caching command."""
+    """Options for caching on a Ray cluster: its address, the number of shards, and the caching command."""
 
     address: str | None = option(
         "the Ray cluster to use: auto for the one that this machine belongs to, or ray://HOST:10001; "

@@ -39,7 +39,7 @@ class FolderName:
 
 
 def read_folder_name(name: str) -> FolderName | None:
-    """Return the repeats and class tokens in the name of a folder; None if it does not begin with repeats."""
+    """Return the repeats and class words in a folder name; None if it does not begin with repeats."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) == 0:
         return None
@@ -306,7 +306,7 @@ def _size_errors(values: Table) -> list[str]:
 def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
     """Raise DatasetError if keys of a table change items at random, because such items cannot be cached.
 
-    `keys` are these keys of the table. `what` names what they change, "latents" or "texts".
+    `keys` are the keys that do so. `what` is what they change, "latents" or "texts".
     """
     if keys:
         raise DatasetError(
@@ -446,7 +446,7 @@ def _warn_left_out(folder: Path, option: str) -> None:
 
 
 def _has_repeats(folder: Path) -> bool:
-    """Return whether a folder has a subfolder whose name begins with a number of repeats, as `10_cat`."""
+    """Return whether any subfolder's name begins with a number of repeats, such as `10_cat`."""
     try:
         return any(entry.is_dir() and read_folder_name(entry.name) is not None for entry in folder.iterdir())
     except OSError:  # for example, a folder of another user

@@ -86,7 +86,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class BucketRule:
-    """Bucket settings of sd-scripts; all sizes in pixels."""
+    """Bucket settings in the layout of sd-scripts; all sizes are in pixels."""
 
     minimum: int = 256
     maximum: int = 1024
@@ -347,7 +347,7 @@ class DatasetTable:
         return source
 
     def require_format_keys(self, kind: type[KeysT]) -> KeysT:
-        """Return the values that only tables of this data form have; they must be of the class `kind`."""
+        """Return the values of the keys that only this table's data format has; `kind` is their class."""
         assert isinstance(self.format_keys, kind)
         return self.format_keys
 
@@ -380,7 +380,7 @@ class DatasetTable:
 
     @property
     def learns_edits(self) -> bool:
-        """Return whether these are images for a model that was trained to edit reference images."""
+        """Return whether this is an image table for a model trained to edit reference images."""
         return self.kind == "image" and self.references is not None and self.references.edits_images
 
     def visible_reference_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
@@ -516,7 +516,7 @@ FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
 
 
 def declared_keys(record: Any) -> dict[str, forms.TableKey]:
-    """Return the keys that a record class, `DatasetTable` or a `FormatKeys`, declares, by name."""
+    """Return the dataset keys that a class declares, `DatasetTable` or a `FormatKeys`, by name."""
     return {each.name: each.metadata["key"] for each in fields(record) if "key" in each.metadata}
 
 

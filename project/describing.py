@@ -106,7 +106,7 @@ class RunSetup:
 
     @property
     def has_only_audio(self) -> bool:
-        """Whether the folder contains audio files to learn from, without images or clips."""
+        """Whether the folder contains only audio files, without images or clips."""
         return self.media[0].kind == "audio"
 
     @property
@@ -151,7 +151,7 @@ class RunSetup:
 
 @dataclass(frozen=True)
 class Edit:
-    """An image edit from the dataset that serves as a sample prompt."""
+    """An image edit from the dataset that is used as a sample prompt."""
 
     instruction: str  # the caption; "" if there is none
     images: str  # prompt options for its input images
@@ -231,7 +231,7 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
 
 
 def clip_lengths_of(model: ModelSet) -> ClipLengths:
-    """Return the frame counts that a model accepts for a clip."""
+    """Return the frame counts that a model accepts for a training clip."""
     return ClipLengths(model.properties.get("frame_step", 4), model.properties.get("first_frames", 1))
 
 
@@ -251,7 +251,7 @@ def is_too_short(item: Media, model: ModelSet) -> bool:
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
-    """Return how many frames a clip has at the model's frame rate, rounded down."""
+    """Return a clip's duration as a number of frames at the model's frame rate, rounded down."""
     return int((clip.seconds or 0) * model.properties["fps"])
 
 
@@ -397,7 +397,7 @@ def _make_condition_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, 
 
 
 def _lacks_captions(setup: RunSetup, folder: Path, kind: str) -> bool:
-    """Return whether any file of a kind in a folder lacks a caption."""
+    """Return whether any image, clip or audio file (`kind`) in a folder has no caption."""
     # unreadable files count too: the run requires captions for all files
     if any(path.parent == folder for path in setup.content.unreadable_media):
         return True
@@ -443,7 +443,7 @@ def _make_sample_prompts(setup: RunSetup) -> list[str]:
 
 
 def _find_sample_subject(setup: RunSetup, captions: Sequence[str]) -> str:
-    """Return the subject of sample prompts: the trigger word, else of the captions or the folder names."""
+    """Return the subject of sample prompts, from the trigger word, the captions or the folder names."""
     training_folders = {item.path.parent for item in setup.media}
     class_names = []
     for folder, name in setup.content.parsed_folder_names.items():
@@ -456,7 +456,7 @@ def _find_sample_subject(setup: RunSetup, captions: Sequence[str]) -> str:
 
 
 def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_values: str) -> str:
-    """Return prompt lines for the first and a middle edit of the dataset, and for a new edit."""
+    """Return sample prompts for the first and a middle edit of the dataset, and for a new one."""
     shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
     samples = [edit for edit in shown if edit.instruction]
     if not samples or not setup.kind.trains_embedding:
@@ -645,9 +645,9 @@ def _make_download_command(setup: RunSetup) -> list[str]:
 
 
 def _list_arguments(setup: RunSetup, step: str) -> list[str]:
-    """Return the arguments of a model's command, such as "latents" or "train", for the media of the folder.
+    """Return the arguments of a model's script for a step, such as "latents" or "train".
 
-    For a folder of audio only, the option with which the model trains on audio alone is set.
+    For a folder with only audio files, this includes the option that trains the model on audio alone.
     """
     argv = shlex.split(setup.model.commands[step])
     if setup.has_only_audio:
@@ -725,7 +725,7 @@ def _model_values(setup: RunSetup) -> dict[str, Any]:
 
 
 def _list_training_arguments(setup: RunSetup) -> list[str]:
-    """Return the arguments of the training script, adapted to the graphics card."""
+    """Return the training script's arguments, adapted to the GPU."""
     data = setup.model.properties
     words = _list_arguments(setup, "train")
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -789,7 +789,7 @@ def _run_values(setup: RunSetup) -> dict[str, Any]:
 
 
 def _make_output_name(setup: RunSetup) -> str | None:
-    """Return the name of the trained files: the folder's name, or the trigger word for an embedding."""
+    """Return the name of the trained files: the folder's name; for an embedding, the trigger word."""
     if setup.kind.trains_embedding:
         return setup.trigger_word  # prompts use an embedding by its file name
     name = re.sub(r"[^\w.-]+", "_", setup.folder.name).strip("._")[:MAX_OF_SUBJECT]

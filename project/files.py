@@ -475,7 +475,7 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
 
 
 def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
-    """Return the errors of a table of dataset.toml that end a run; a caption-less unreadable file is one."""
+    """Return a dataset.toml table's errors that stop a run, including unreadable media without caption."""
     faults: list[Fault] = []
     sources: list[MediaSource] = []
     try:
@@ -595,7 +595,7 @@ def _summarize(setup: describing.RunSetup) -> str:
 
 
 def _count_media(media: Sequence[Media]) -> str:
-    """Return the number of files of each kind as a text, such as `3 clips and 1 picture`."""
+    """Return the number of files of each kind as text, such as `3 clips and 1 picture`."""
     counts = Counter[str](item.kind for item in media)
     texts = [format_count(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
     return " and ".join(texts)

@@ -35,7 +35,7 @@ TABLE_KEY = "use it as image_table_file or video_table_file in dataset.toml"
 
 @dataclass
 class ListedCaptions:
-    """Captions of media files that were found in lists, such as CSV or JSON."""
+    """Captions found in list files, such as CSV or JSON, for media files in the same folder."""
 
     # captions by the path of their clip, image or audio file
     by_path: dict[Path, str] = field(default_factory=dict)
@@ -140,7 +140,7 @@ def _add_captions_of_list(
 
 
 def _is_text(caption: Any, place: str) -> bool:
-    """Return whether a caption is text that can be written to a caption file."""
+    """Return whether a caption can be written to a caption file: a string without invalid characters."""
     if not isinstance(caption, str) or not caption.strip():
         return False
     try:

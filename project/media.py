@@ -386,7 +386,7 @@ def _describe_mask_or_run_folder(folder: Path, subfolder: Path, content: FolderC
 def _split_candidates(
     folder: Path, candidates: Sequence[Path], folders_by_use: SortedFolders, content: FolderContent
 ) -> None:
-    """Sort folders of media into training and regularization folders, by their names and the others'."""
+    """Sort media folders into training and regularization folders, judged by all of their names."""
     for subfolder in candidates:
         name = _parse_folder_name(subfolder)
         if name is not None:
@@ -675,7 +675,7 @@ def _read_mask_folders_of_tables(folder: Path) -> dict[Path, Path]:
 
 
 def _has_made_masks(folder: Path) -> bool:
-    """Return whether a folder contains masks made by this program, by a run or in the browser."""
+    """Return whether a folder contains masks that this program made, in a run or in the browser."""
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError:
@@ -1037,7 +1037,7 @@ def _select_references_of_folder(
 
 
 def _find_stems_without_reference(reference_folder: Path, stems: Sequence[str]) -> list[str]:
-    """Return the stems of images that have no reference in a folder."""
+    """Return the stems of images for which `reference_folder` has no reference image."""
     with_reference = set[str]()
     with contextlib.suppress(DatasetError):  # the folder cannot be listed
         folder = ControlFolder(reference_folder, {*stems})

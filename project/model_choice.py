@@ -215,7 +215,7 @@ def _option_names(parser: argparse.ArgumentParser) -> set[str]:
 def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
     """Return those options of a command whose names are in `names`, with their values.
 
-    `files` maps placeholders such as {vae} to paths; options with an unknown placeholder are omitted.
+    `files` maps placeholders such as {vae} to paths. Options with an unknown placeholder are omitted.
     """
     selected: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
@@ -228,7 +228,7 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
 
 
 def _find_few_step_advice(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
-    """Return what a family knows about few-step models if this model is one; otherwise None."""
+    """Return the family's few-step settings if this model is distilled to few steps, otherwise None."""
     if not knows_few_steps(family):
         return None
     reason = None
@@ -459,7 +459,7 @@ def _ask(question: str, read: Callable[[str], T], table: str) -> T:
 
 
 def _read_table_row(text: str, names: Sequence[str]) -> str:
-    """Replace a row number of the printed table by the row's name; return other text unchanged."""
+    """If the text is a row number of the printed table, return that row's name, otherwise the text."""
     if text in names or not re.fullmatch(r"[1-9]\d?", text):
         return text
     number = int(text)
@@ -493,7 +493,7 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
 
 
 def _is_part_of_task_name(text: str, task: str) -> bool:
-    """Return whether a text is a part of a task's name that has no other number, such as 14b for 5b."""
+    """Return whether a text is part of a task's name; False if their numbers differ (14b, 5b)."""
     normalized = plain_name(text)
     return len(normalized) > 1 and normalized in plain_name(task) and not has_other_number(text, task)
 
@@ -548,9 +548,9 @@ def _point_to_page_of_unsupported_task(plain: str, family: str) -> str:
 
 
 def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
-    """Return a table of model families: output, download size, and whether they fit the graphics card.
+    """Return a text table of model families: output, download size, and whether they fit the GPU.
 
-    `is_typed` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     """
     rows = []
     for family in families_of(models):

@@ -68,9 +68,9 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
 
 
 def find_embedded_files(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
-    """Find the networks without a separate file that are part of another typed model file.
+    """Find networks that are part of another model file on the command line instead of a file of their own.
 
-    `typed` contains the typed paths by option. Returns the containing file by the network's option.
+    `typed` contains the paths by option. Returns the path of the containing file by the network's option.
     """
     holders = {}
     for part in model.components:

@@ -126,7 +126,7 @@ def download_options(models: Path) -> list[str]:
 
 
 def check_trigger(word: str) -> None:
-    """Raise OptionError if a trigger word cannot be written in one line of prompts.txt."""
+    """Raise OptionError if a trigger word does not fit into one line of prompts.txt."""
     reason = bad_character(word)
     if reason is None and (escape_control_codes(word) != word or len(f"{word}.".splitlines()) > 1):
         reason = "a control code or a line break"

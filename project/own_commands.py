@@ -76,7 +76,7 @@ def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Ma
 
 
 def _without_single(argv: Sequence[str]) -> list[str]:
-    """Return a command without the options for a single result (OF_ONE) and their values."""
+    """Return a command without the options (and values) that make it write a single result."""
     remaining: list[str] = []
     is_dropped = False
     for word in argv:

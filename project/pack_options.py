@@ -35,7 +35,7 @@ class PackOptions(Options):
 
 
 class UnpackOptions(Options):
-    """Which archive is unpacked, and into which folder."""
+    """Options of `unpack`: the archive, and the folder to unpack it into."""
 
     file: Path = option("file that `pack` wrote", positional=True, place="file")
     folder: Path | None = option(

@@ -166,7 +166,7 @@ def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
 
 
 def relocate_prompts(text: str, machine_paths: MachinePaths) -> RelocatedText:
-    """Make the paths in prompt lines relative."""
+    """Make the paths in the lines of a prompt file relative."""
     outside: list[str] = []
 
     def relocate(match: re.Match[str]) -> str:

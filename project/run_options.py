@@ -38,7 +38,7 @@ else:
 
 
 class RunOptions(Options):
-    """Which dataset folder is trained, and what `run` may download or start."""
+    """Options of `run`: the dataset folder to train on, and what may be downloaded or started."""
 
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, OF_NEW)
 

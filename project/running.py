@@ -161,7 +161,7 @@ def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: E
 
 
 def _has_saved_state(project: Project) -> bool:
-    """Return whether a complete saved state exists from which the training can resume."""
+    """Return whether training can resume from a complete saved state."""
     recover_states(project.output_folder, project.output_name)
     pattern = state_pattern(project.output_name)
     names = [path.name for path in project.output_folder.iterdir()] if project.output_folder.is_dir() else []
@@ -173,7 +173,7 @@ def _has_saved_state(project: Project) -> bool:
 
 
 def _print_result(project: Project, unreadable_files: Sequence[str]) -> None:
-    """Print the files that a run has left out, and the path of its page."""
+    """Print the files that could not be trained on, and the path of the run's HTML page."""
     if unreadable_files:
         lines = ["", f"Trained without {len(unreadable_files)} that cannot be read:"]
         lines += [f"  {text}" for text in unreadable_files]
@@ -357,7 +357,7 @@ def _extend_training(project: Project, argv: Sequence[str]) -> Project:
 
 
 def _find_described_folder(path_or_folder: Path) -> Path:
-    """Return the folder that a path means: itself, or the folder of a run.toml.
+    """Return the folder of a path, which may also be the folder's run.toml.
 
     Raises:
         OptionError: If the path is another file.
@@ -452,7 +452,7 @@ def _describe_finished_training(project: Project, options: RunOptions) -> list[s
 
 
 def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str | None:
-    """Return the model named in a trained file's metadata if it is not the project's model."""
+    """Return the model in a trained file's metadata if it differs from the project's model, else None."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
     transformers = released & {Path(name).name for name in project.model_files}
     trained_name = metadata.get("ss_sd_model_name", "")
@@ -609,7 +609,7 @@ def _require_script(argv: Sequence[str]) -> Path:
 
 
 def _scripts_of_runs() -> set[Path | None]:
-    """Return the scripts of all families that a run may start."""
+    """Return all scripts that a run may start: download, caching, training and generation."""
     scripts = {installation.find_script("download")}
     for entry in with_scripts().values():
         names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs"]

@@ -79,7 +79,7 @@ def find_tags(captions: Iterable[str]) -> TagLists | None:
 
 
 def make_argv_to_write_blanks(tags: TagLists) -> list[str]:
-    """Return the command that rewrites tags with spaces for underscores, and commas between them."""
+    """Return the command that rewrites the captions: spaces instead of underscores, commas between tags."""
     commas = [] if tags.separator == "," else WRITE_COMMAS
     return [*EDIT, *commas, *WRITE_BLANKS, "--edit_only"]
 
@@ -90,7 +90,7 @@ def as_words(tag: str) -> str:
 
 
 def _read_list(text: str, separator: str) -> tuple[str, ...]:
-    """Split a caption into tags; empty if it does not look like a list of tags."""
+    """Split a caption into tags; () if it does not look like a list of tags."""
     tags = [
         tag.strip() for tag in text.replace(KEEP_TOKENS_SEPARATOR, separator).split(separator) if tag.strip()
     ]

@@ -170,7 +170,7 @@ def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, A
 
 
 def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
-    """Yield an error if a text encoder saw fewer reference images than the item has."""
+    """Yield an error if captions were encoded together with fewer reference images than the item has."""
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
         return
@@ -311,7 +311,7 @@ def _find_changed_keys(
 
 
 def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield an error if size factor, time factor or largest number of frames of references have changed.
+    """Yield an error if size factor, time factor or frame limit of references differ from the recorded ones.
 
     `recorded` is the number of references, followed by these factors; see `ReferenceRules.factors`.
     """
@@ -469,12 +469,11 @@ _OPTIONAL_CONDITIONS = frozenset({"image", "sections"})
 
 @dataclass
 class SameEncoders:
-    """Comparison of the encoders of cached batches, with one warning for each part of the caches.
+    """Comparison of the encoders that made each batch's caches with those of the first batch.
 
-    The parts are latents and each encoder's texts.
-
-    A difference is never an error: files with different fingerprints may contain the same network, and
-    a different dtype makes only a small difference. Files of other programs do not record their encoders.
+    There is one warning for the latents and one for each text encoder. A difference is never an error: files
+    with different fingerprints may contain the same network, and a different dtype makes only a small
+    difference. Files of other programs do not record their encoders.
     """
 
     commands: CachingCommands = NO_COMMANDS
@@ -534,7 +533,7 @@ class SameEncoders:
 
 
 def shorten_fingerprint(text: str) -> str:
-    """Shorten each fingerprint in a text to its first eight characters."""
+    """Shorten each fingerprint in a text to eight characters."""
     return _FINGERPRINT.sub(SHORTENED, text)
 
 

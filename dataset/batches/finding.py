@@ -264,7 +264,7 @@ def _leave_out_unlisted(
 
 
 def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    """Add error lines about caches whose format differs from the table's."""
+    """Add error lines about caches in another cache_format than the table's, and about broken shards."""
     # imported here, because few folders have caches in two formats
     from dataset.cache.form import list_format_errors, list_shard_errors
 
@@ -341,7 +341,7 @@ def _reference_length(store: CacheStore, name: str) -> int:
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
-    """Return the items with the sizes of their references, read from headers.
+    """Return the items with the sizes of their reference images, read from cache file headers.
 
     `find_items` reads these sizes only if batches depend on them.
     """

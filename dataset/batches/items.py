@@ -34,7 +34,7 @@ class TableCacheInfo:
         ]
 
     def on_the_fly_caption(self, stem: str, number: int) -> str:
-        """Return the unchanged caption of a source that is encoded during training.
+        """Return the unchanged caption of an item whose captions are encoded during training.
 
         `number` is the caption's index; EMPTY stands for the empty caption.
         """
@@ -49,7 +49,7 @@ OnTheFlyTables = Mapping[int, TableCacheInfo]  # by table index: tables with a p
 
 @dataclass(frozen=True, slots=True)
 class TrainingItem:
-    """A pair of cache files, latents and text. A run may have millions of items, so they are small."""
+    """A latent cache file and its text cache file. A run may have millions of items, so they are small."""
 
     file_name: str  # of the latent cache; the same object as in the folder's listing, to save memory
     stem_length: int  # number of characters of `file_name` that are the stem of the source
@@ -74,7 +74,7 @@ class TrainingItem:
 
     @property
     def source_stem(self) -> str:
-        """Beginning of the cache's name, which is the stem of the source."""
+        """First part of the cache file's name: the stem of the media file."""
         return self.file_name[: self.stem_length]
 
     @property
@@ -96,7 +96,7 @@ class TrainingItem:
         return self.table.cache_directory / audio_file_name(self.file_name, self.cache_info.tag)
 
     def caption_path(self, number: int) -> Path:
-        """Return the text cache of a caption, or of the empty prompt if `number` is EMPTY."""
+        """Return the path of a caption's text cache file; `number` EMPTY stands for the empty prompt."""
         name = text_file_name(self.source_stem, self.cache_info.tag, number)
         if number == EMPTY and not self.table.texts_see_references:
             name = empty_text_name(self.cache_info.tag)

@@ -97,7 +97,7 @@ class BatchOrder:
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
-        """Return the number of items trained before batch `index` of an epoch, including earlier epochs."""
+        """Return the number of items trained before batch `index` of an epoch, earlier epochs included."""
         self.epoch(epoch)
         return epoch * self.num_items + self._starts[index]
 
@@ -304,7 +304,7 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
 
 
 def _without_randomness(table: DatasetTable) -> DatasetTable:
-    """Return a table without repeats, loss weight and random changes, as validation uses it."""
+    """Return the table as validation uses it, without repeats, loss weight and random changes."""
     changes = dataclasses.replace(
         table.caption_changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
     )
@@ -379,7 +379,7 @@ def _vary_parts(
 
 
 class _CaptionParts(NamedTuple):
-    """Parts of a caption, such as tags between commas."""
+    """Parts of a caption, such as tags between commas: fixed ones at both ends, movable ones between."""
 
     fixed_beginning: list[str]
     movable: list[str]  # parts that may be shuffled or dropped
@@ -446,9 +446,9 @@ def select_captions(
 
 
 def should_drop_references(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> bool:
-    """Return whether a batch is trained without its references.
+    """Return whether reference dropout removes the references of a batch.
 
-    `micro_batch` is the index of the micro-batch in the run.
+    `micro_batch` is the index of the micro-batch in the training run, from which the random number is drawn.
     """
     rate = items[0].table.reference_dropout_rate  # all items of a batch have the same rate
     generator = random.Random(derive_seed(seed, "references", micro_batch))

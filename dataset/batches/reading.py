@@ -124,7 +124,7 @@ def read_batch(
 def _list_makers(
     media: Sequence["_ItemTensors"], texts: Sequence["_ItemTensors"], further_texts: Sequence["_ItemTensors"]
 ) -> tuple[data.CacheOrigin, ...]:
-    """List the encoders of a batch: for media and text of each item, then for additional texts."""
+    """Return the encoders that made a batch's caches: for media and text of each item, then further texts."""
     makers: list[data.CacheOrigin] = []
     for item_media, text in zip(media, texts, strict=True):
         makers += (*item_media.origins, *text.origins)

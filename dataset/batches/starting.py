@@ -233,14 +233,14 @@ def _compare_decoding(
 
 
 def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
-    """Return the sources of a table; none if they cannot be listed."""
+    """Return a table's media files; () if they cannot be listed."""
     with contextlib.suppress(DatasetError, OSError):
         return find_sources(table, captions=False, faults=[])
     return ()
 
 
 class _SourceDifferences(NamedTuple):
-    """Files that are not cached, and stems of caches whose file no longer exists, of one table."""
+    """A table's media files that are not cached, and stems of caches whose media file is gone."""
 
     without_latents: list[str]
     without_source: list[str]  # stems with latents, but without a file
@@ -334,7 +334,7 @@ def _find_differences(
 
 
 def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
-    """Return the sources of a folder by stem; None if the folder is large or cannot be listed.
+    """Return a table's media files by stem; None if `folder` is large or cannot be listed.
 
     The folder may be missing because only the caches were copied to this machine.
     """

@@ -48,7 +48,7 @@ _UNAVAILABLE = (
 
 
 class EntryRow(NamedTuple):
-    """Shard and position at which the current entry of a name is stored."""
+    """Where the current bytes of a cache entry are stored: shard and position."""
 
     shard: str
     position: int  # key of the row in SQLite; offset of the bytes in a tar of earlier versions
@@ -154,7 +154,7 @@ class Catalog:
         return [name for name, row in self.entries.items() if row.size is not None]
 
     def count_live_bytes(self) -> dict[str, int]:
-        """Return the bytes of the current entries of each shard, by the shard's name."""
+        """Return the bytes that each shard's current entries occupy, by the shard's file name."""
         sizes = dict.fromkeys(self.shard_sizes, 0)
         for row in self.entries.values():
             sizes[row.shard] += row.size or 0
@@ -249,7 +249,7 @@ def machine() -> str:
 
 
 class ShardWriter:
-    """The shard that a process writes, locked until it is finished, so that no other process adopts it.
+    """The shard file that this process writes, locked until it is finished so that no other takes it over.
 
     SQLite writes it with a write-ahead log: all entries survive if the process is killed, and all but the
     last megabytes survive a power failure.
@@ -328,7 +328,7 @@ def _begin(uri: str) -> sqlite3.Connection:
 
 
 def _rename_finished(path: Path) -> None:
-    """Rename a finished shard, so that all processes may read it without locks."""
+    """Rename a finished shard, so that all processes can read it without locks."""
     final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")  # the last 16 of its random characters
     try:
         path.rename(final)

@@ -129,7 +129,7 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Return whether a value of the file has the type that an option takes."""
+    """Return whether a stored value has the type that the option accepts."""
     if typing.get_origin(kind) is tuple:
         item_type = typing.get_args(kind)[0]
         return isinstance(value, list) and all(_is_list_item(item, item_type) for item in value)
@@ -146,7 +146,7 @@ def _is_list_item(value: Any, kind: Any) -> bool:
 
 
 def _can_be_shown(value: Any) -> bool:
-    """Return whether a value may be shown in a command: short, on one line, without control codes."""
+    """Return whether a value fits into a command in a message: short, on one line, no control codes."""
     values = value if isinstance(value, list) else [value]
     arguments = value_argv(value)
     if not all(isinstance(item, (str, int, float)) for item in values):
@@ -166,7 +166,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _read_families(folder: Path) -> dict[str, Any]:
-    """Return the remembered commands of a cache folder by family; {} if its file is unreadable."""
+    """Return a cache folder's stored caching commands by model family; {} if the file is unreadable."""
     try:
         content = parse_json(read_text(folder / NAME, MAX_BYTES))
     except (OSError, ValueError):

@@ -196,7 +196,7 @@ def _copy(
 
 
 def _require_equal(names: Sequence[str], folder: Path) -> None:
-    """Raise CacheError if entries of the shards, opened again, differ from those of the files."""
+    """Reopen the shards, and raise CacheError if an entry differs from the cache file of the same name."""
     files, shards = SingleFiles(folder), ShardStore(folder)
     for name in names:
         if files.read_bytes(name) != shards.read_bytes(name):

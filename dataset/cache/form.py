@@ -44,7 +44,7 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
     from dataset.cache.shards import ShardStore
 
     def is_of_table(name: str) -> bool:
-        """Return whether a file is a cache of this table's kind (image or video) and model."""
+        """Return whether a file is a cache for this table's kind (image or video) and model family."""
         return _is_of(name, tag, table.kind)
 
     folder = table.cache_directory

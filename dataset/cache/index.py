@@ -89,7 +89,7 @@ def fingerprint_table(table: DatasetTable) -> str | None:
 
 
 def fingerprint_latents(table: DatasetTable, latent: LatentSpec) -> str:
-    """Return a fingerprint of the latent space and of how the family interprets the table's keys."""
+    """Return a hash of the latent space and of the table keys that the family fills in."""
     set_by_family = [getattr(table, name) for name in _SET_BY_FAMILY]
     # without `npz`, which contains sets, whose order in a text varies
     return _hash(repr((dataclasses.replace(latent, npz=None), set_by_family)))
@@ -123,7 +123,7 @@ def _list_path(path: Path, only_files: bool) -> list[str]:
 
 
 class Index(NamedTuple):
-    """Content of the index for a table that has not changed since its caches were made."""
+    """Content of a table's index file; it is used if no file has changed since the caches were made."""
 
     items: list[tuple[LatentFile, int]]  # sorted by file name, each with the number of its captions
     compared: Mapping[str, str]  # checksum of the record, by name of a cache file

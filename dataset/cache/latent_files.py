@@ -23,7 +23,7 @@ from protocols.data import (
 
 
 class LatentFile(NamedTuple):
-    """A latent cache, described by its name; its header is read only for sizes of reference images."""
+    """A latent cache file, as its name describes it; only reference sizes are read from the header."""
 
     file: str
     stem: str  # stem of the source
@@ -74,12 +74,12 @@ def list_latent_files(
 
 
 def depends_on_references(table: DatasetTable) -> bool:
-    """Return whether items in one batch must have reference images of equal sizes."""
+    """Return whether items can share a batch only if their reference images have equal sizes."""
     return bool(table.references or table.clip_references) and table.batch_size > 1
 
 
 def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, LatentName]]:
-    """Count the sections of each clip: files whose names differ only in the section."""
+    """Return the number of latent files (sections) per clip; their names differ only in the section."""
     num_sections: Counter[tuple[str, LatentName]] = Counter()
     for _, stem, ending in cache_files.latent_names(files, tag, "video"):
         if ending.section is not None:

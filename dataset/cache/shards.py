@@ -88,7 +88,7 @@ class ShardStore:
             return unpack(path, self.read_bytes(name))
 
         def read_header(row: EntryRow) -> Entry:
-            """Read the beginning of the entry's blob; from a tar, all bytes of the entry."""
+            """Read only the beginning of an entry; from a tar, all of its bytes."""
             connection = self._open(row.shard)
             if connection is None:  # a tar
                 data = _read_row(connection, self.folder, row)

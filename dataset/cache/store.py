@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SingleFiles:
-    """Store with a file for each entry, the format that other trainers read and write."""
+    """Cache store with one safetensors file per entry, the format that other trainers read and write."""
 
     folder: Path
     holds_only_caches: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class SingleFiles:
         return read_entry(path, is_full)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a file, completely or not at all, even if the process is killed."""
+        """Write a file atomically: it is complete or missing, even if the process is killed."""
         write_tensors(self.folder / name, tensors, metadata)
 
     def read_bytes(self, name: str) -> bytes:
@@ -105,7 +105,7 @@ class MemoryStore:
         return name in self.entries
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Return an entry in memory; it is always complete."""
+        """Return an entry from memory, always with its tensors."""
         if name not in self.entries:
             raise CacheError(f"{self.folder / name}: it is not in memory")
         return self.entries[name]
@@ -147,13 +147,13 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 
 
 def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, folder: Path) -> CacheStore:
-    """Open the store of caches that are shared with other programs, in one of the formats `SHARED_CACHES`.
+    """Open a store of caches that are shared with other trainers, in one of the formats `SHARED_CACHES`.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         names: The family's names in npz files.
         cache_format: A key of SHARED_CACHES.
-        folder: Folder of the caches. The caches of images that a list names are next to these images instead.
+        folder: Folder of the caches. If a list names the images, their caches are next to them instead.
 
     Raises:
         DatasetError: If the family has no caches in this format.
@@ -175,7 +175,7 @@ def _list_images(table: DatasetTable) -> dict[str, Path]:
 
 
 def may_have_both_formats(table: DatasetTable, names: Collection[str] | None = None) -> bool:
-    """Return whether a table may have both single files and shards, although `cache_format` names one format.
+    """Return whether a table may have both single cache files and shards; `cache_format` names only one.
 
     `names` are the names in the table's cache folder, if they have been listed.
     """
@@ -190,7 +190,7 @@ def may_have_both_formats(table: DatasetTable, names: Collection[str] | None = N
 
 
 def npz_names(family: Caches) -> NpzNames:
-    """Return the properties of a family that determine the names of npz files and of their arrays."""
+    """Return the facts about a family that determine the names of npz files and their arrays."""
     has_npz = family.latent.npz is not None
     # text_keys is not read without need, because for some families it requires options for all encoders
     return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
@@ -205,9 +205,9 @@ class StorePair(NamedTuple):
 
 @dataclass
 class Stores:
-    """The stores of a run's tables, each opened when it is first asked for.
+    """The cache stores of a run's tables, each opened when it is first needed.
 
-    It is copied into the processes that read batches, so stores can be pickled.
+    Stores are sent to the worker processes that read batches, so they can be pickled.
     """
 
     names: NpzNames | None = None  # the family's names in npz files; None: no table has npz files
@@ -232,7 +232,7 @@ class Stores:
         return self._opened[key]
 
     def text_store(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's text embeddings, usually the store of its latents, too."""
+        """Return the store for a table's text embeddings; it is usually the one for its latents, too."""
         if table.index in self.custom_stores:
             return self.custom_stores[table.index].texts
         return self.latent_store(table)
@@ -272,7 +272,7 @@ class LatentNames:
             self._files[stem] = (*self._files.get(stem, ()), file)
 
     def of(self, stem: str) -> Names:
-        """Return the latent caches of a source: the parsed name of each file."""
+        """Return the latent cache files of a stem, with their parsed names."""
         return {file: self._endings[file[len(stem) :]] for file in self._files.get(stem, ())}
 
     def list_stale(self, valid: Container[str], failed: Container[str]) -> list[str]:

@@ -37,7 +37,7 @@ Entries = frozenset[tuple[int, str]]  # pairs of a table index and the name of a
 
 
 class AudioCachingFamily(Caches, HearsAudio, Protocol):
-    """Protocol of the families whose clips have audio caches of their own."""
+    """Protocol of model families that cache the audio of clips in separate files."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class AudioWork:
         return remove_caches(self._stores.latent_store(table), stale, is_of_family)
 
     def free(self) -> None:
-        """Release the networks, if they are loaded."""
+        """Free the audio encoder's memory if it is loaded."""
         if self._networks is not None:
             self._networks = None
             free_memory(self._device)
@@ -273,9 +273,9 @@ class AudioWork:
         return replace(plan, files=files, rate=fps, samples=tuple(samples), references=tuple(references))
 
     def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
-        """Return each item's reference audio, as long as the item; [] if the clip has no reference.
+        """Return each item's reference audio, cut to the item's length; [] if the clip has no reference.
 
-        `seconds` are the lengths of the items. Raises MediaError if it cannot be read.
+        `seconds` are the lengths of the items. Raises MediaError if the audio cannot be read.
         """
         if source.reference_audio is None:
             return []

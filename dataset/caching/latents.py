@@ -221,7 +221,7 @@ def _encode_pair(
 
 
 def _with_frames(media: data.MediaBatch, rejected: Tensor) -> data.MediaBatch:
-    """Return the batch with the rejected clips in place of the chosen ones, for the same control media.
+    """Return the batch with the rejected clips instead of the chosen ones, and the same control media.
 
     `rejected` are the rejected clips, B F H W C uint8. The alpha channel of the chosen clips does not apply
     to them and is dropped.

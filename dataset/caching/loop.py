@@ -260,7 +260,7 @@ def run_caching(
 
 
 def _conclude_shard(kind: str, report: CacheReport, costs: Sequence[Row]) -> None:
-    """Show the report of one shard (--num_shards), and the command that completes all of them."""
+    """Show the report of one shard (--num_shards), and the command to run when all shards are done."""
     noun = "captions" if kind == TEXTS else "sources"
     shard_rows: list[Row] = [
         ("this shard", f"{report.num_assigned} of {report.num_total} {noun}"),

@@ -74,7 +74,7 @@ class CachingActor:
         return {column: [row[column] for row in rows] for column in rows[0]}
 
     def _cache_shard(self, index: int) -> dict[str, Any]:
-        """Cache one shard; return its results as a row of a Ray dataset."""
+        """Cache one shard of the dataset; return its results as a row of a Ray dataset."""
         error = ""
         report = CacheReport()
         try:

@@ -65,7 +65,7 @@ class IncompatibleCache(CacheError):
 
 @dataclass(frozen=True)
 class LatentCacheSettings:
-    """Settings of a run, other than sources and tables, on which cached latents depend."""
+    """Settings of a caching run that cached latents depend on, except the media files and table keys."""
 
     tag: str  # the family's cache_tag
     encoder_identity: Mapping[str, str]  # Family.media_identity
@@ -165,7 +165,7 @@ def _describe_shown(medium: ReferenceMedium) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """What has to be encoded for one source, which of its cache files are valid, and messages about it."""
+    """What remains to be encoded for one media file, its valid cache files, and messages about it."""
 
     source: MediaSource
     valid_files: frozenset[str]  # names of valid files
@@ -198,7 +198,7 @@ def plan_all(
     verifies_tensors = cache_settings.stores.verify or len(sources) < MANY  # reading many would take long
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
-        """Plan a source, or return why it cannot be read."""
+        """Return the plan for a media file: what to encode; or why the file cannot be read."""
         try:
             planner = SourcePlanner(
                 source, existing[source.table.index].of(source.stem), cache_settings, verifies_tensors
@@ -609,7 +609,7 @@ class SourcePlanner:
         return self._records[file]
 
     def _find_reading_change(self, record: records.LatentRecord) -> str | None:
-        """Describe how the version that wrote a record read the source differently; None if it did not."""
+        """Return what the version that wrote a record decoded differently; None if there is no difference."""
         version = record.decoding_version
         if version not in self._decoding_changes:
             self._decoding_changes[version] = reading_difference(

@@ -83,7 +83,7 @@ class SourceListing(NamedTuple):
 
 
 def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
-    """List all sources; `captions` says whether to read captions."""
+    """List the media files of all tables; `captions` says whether to read captions, too."""
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
     failures = [Failure(table.source, error.text, table.index, error.stem or "") for table, error in skipped]
@@ -157,7 +157,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def first_lines(things: Sequence[object], maximum: int) -> list[str]:
-    """Return the first `maximum` items of a list as indented lines, and a line with the number of others."""
+    """Return the first `maximum` items as indented lines, and a line with the number of the others."""
     lines = [f"  {line}" for line in things[:maximum]]
     if len(things) > maximum:
         lines.append(f"  ... and {len(things) - maximum} more")
@@ -188,7 +188,7 @@ AT_ONCE = 64  # maximum number of values that a thread of `map_ahead` takes at a
 
 
 def workers_of(options: CachingOptions) -> int:
-    """Return the number of decoding threads: the option's value, else one less than the number of CPUs."""
+    """Return the number of decoding threads: --num_workers, or one less than the number of CPUs."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
@@ -277,7 +277,7 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
 
         def write(work: Callable[[], object]) -> None:
-            """Run a write in another thread; wait if too many writes are pending."""
+            """Run a write in another thread; wait first if too many writes are pending."""
             # the oldest writes are taken if there are too many, or if they are done, to raise their errors
             while len(waiting) > WRITES_BEHIND * threads or (waiting and waiting[0].done()):
                 waiting.popleft().result()  # waits, and raises the error of that write

@@ -173,7 +173,7 @@ def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
 
 
 class _SeenMedia(NamedTuple):
-    """The media of a source that text encoders see with its captions."""
+    """The media of an item that text encoders see together with its captions (vision-language models)."""
 
     source: MediaSource | None  # None: they see no media
     files: tuple[tuple[Path, Origin | None], ...]  # recorded, so that changed files make text caches stale
@@ -351,7 +351,7 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensor
 
 
 class ValidOutputs(NamedTuple):
-    """The valid outputs of text encoders in the cache of one text."""
+    """The valid text encoder outputs in the cache file of one caption."""
 
     entry: Entry | None  # None if the file is missing or damaged
     has_record: Mapping[str, bool]  # for each encoder with valid outputs: whether these have a record
@@ -414,7 +414,7 @@ def find_outputs(
 
 
 def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFile, path: Path) -> bool:
-    """Return whether an entry of another program has an encoder's outputs for the caption of a text.
+    """Return whether another program's text cache has this encoder's outputs for the caption.
 
     Raises CacheError if its metadata shows that another encoder made them.
     """

@@ -185,10 +185,10 @@ class TextWork:
         )
 
     def _complete_from_part(self, file: CaptionFile) -> None:
-        """Finish the cache of a text for which all encoders have run.
+        """Finish the text cache file of a caption for which all encoders have run.
 
-        If some outputs are only in the `.part`, the file is written from it; a `.part` that is not needed is
-        removed.
+        If some outputs are only in the unfinished `.part` file, the complete file is written from it. An
+        unneeded `.part` file is removed.
         """
         part = file.file_name + PART
         if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
@@ -345,7 +345,7 @@ class TextWork:
         )
 
     def _decode_references(self, source: MediaSource) -> tuple[Tensor, ...]:
-        """Return a source's reference images as the VAE encodes them, each H W C.
+        """Return an item's reference images at the size that the VAE encodes, each H W C.
 
         Raises:
             MediaError: If an image cannot be used.

@@ -280,7 +280,7 @@ class MediaWork:
         return prefetch.join_reports([report, audio_report])
 
     def _warn_about_media(self, sources: Sequence[MediaSource]) -> None:
-        """Warn of sources whose frame rate, order of frames or colors may be wrong."""
+        """Log warnings about media files whose frame rate, frame order or colors may be wrong."""
         cache_settings = self._cache_settings
         warnings: list[Fault] = []
         # with a number as source_fps, the rate is not taken from the files and may differ from theirs
@@ -488,7 +488,7 @@ MASKS_HINT = (
 
 
 def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path, object]]) -> str:
-    """Return size and modification time of an item's files by path, as JSON that other programs read."""
+    """Return sizes and modification times of an item's files by path, as JSON for other programs."""
     stamps = {}
     for identity, (path, _) in zip(files, parts, strict=True):
         stamps[str(path.absolute())] = f"{identity.size_bytes}-{identity.mtime_ns}"

@@ -34,7 +34,7 @@ class CogVideoX(SourceFormat):
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
-        """Set whether latents are precomputed; if so, warn of keys about frames, which have no effect."""
+        """Set whether latents are precomputed; if so, warn about frame keys, which then have no effect."""
         fields["has_precomputed_latents"] = fields["format_keys"].load_tensors
         if not fields["has_precomputed_latents"]:
             return

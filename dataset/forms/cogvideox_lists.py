@@ -95,10 +95,10 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
 
 
 def _text_in(row: TableRow, column: str) -> str:
-    """Return the text in a column, stripped of white space.
+    """Return the text in a row's column, stripped of white space.
 
     Raises:
-        DatasetError: If the row has a fault, or has no text in the column.
+        DatasetError: If the row could not be read, or the column contains no text.
     """
     if row.fault is not None:
         raise DatasetError(f"{row.position}: {row.fault}")
@@ -118,7 +118,7 @@ def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
 
 
 class _Clips(NamedTuple):
-    """The clips of a dataset, one in each row."""
+    """The clips of a CogVideoX dataset, one in each row."""
 
     rows: Iterable[TableRow]
     caption_column: str

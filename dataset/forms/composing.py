@@ -71,7 +71,7 @@ KEYS: Mapping[str, TableKey] = _compose_keys()
 
 
 def _list_keys_of(source: str, source_format: SourceFormat) -> frozenset[str]:
-    """Return the additional keys that a table may have if its source key is `source`."""
+    """Return the keys of a source format that a table may have if `source` names its data."""
     own = {} if source_format.keys is None else declared_keys(source_format.keys)
     common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in FORMAT_KEYS)}
     keys_of_format = (common | {*source_format.shared_keys, *own}) - {*SOURCES}
@@ -90,7 +90,7 @@ SOURCES_WITH_ADDRESSES = [source_format.source for source_format in _ADDRESSING]
 
 
 def source_format_of(table: DatasetTable) -> SourceFormat:
-    """Return the source format of a table, which follows from the table's keys."""
+    """Return a table's source format (folder, list, tars ...), which its keys determine."""
     if table.format_keys is None:
         return FOLDER if table.directory is not None else JSONL
     return next(source_format for source_format in FORMS if source_format.keys is type(table.format_keys))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One row of a list or a table."""
+    """One row of a list or table file."""
 
     file: Path  # if there are several parts, the part with this row
     unit: str  # what `number` counts: "line", or "row" in Parquet
@@ -69,7 +69,7 @@ class SourceFormat:
     has_dependent_keys: ClassVar[bool] = False  # whether `find_conflict` or `complete` is defined
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
-        """Describe a conflict between the fields of a table; None if there is none."""
+        """Return an error about a table whose keys contradict each other; None if there is none."""
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
@@ -112,7 +112,7 @@ class RowFormat:
         return [*self.suffixes]
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the names of the columns.
+        """Return the column names of a list or table file.
 
         Raises:
             DatasetError: If the file cannot be read or has no columns.

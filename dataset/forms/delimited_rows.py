@@ -21,7 +21,7 @@ def _kind_of(path: Path) -> str:
 
 
 def header_of(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns.
+    """Return the column names from the header line.
 
     Raises:
         DatasetError: If the file has no header.

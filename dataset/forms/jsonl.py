@@ -56,7 +56,7 @@ class JsonLists(SourceFormat):
         return list_lines(table, faults)
 
     def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
-        """Return the rows of the list and the names that are read from them."""
+        """Return the rows of the list and the names of the keys that are read from them."""
         from dataset.forms.jsonl_rows import inspect_lines
 
         return inspect_lines(table)
@@ -67,7 +67,7 @@ class JsonLists(SourceFormat):
 
 
 class JsonLines(RowFormat):
-    """JSON Lines: one JSON object in each line."""
+    """JSON Lines format: one JSON object in each line."""
 
     suffixes = (".jsonl", ".ndjson")
 

@@ -38,7 +38,7 @@ class Metadata(SourceFormat):
     names_images_anywhere = True
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the file and find the images that it names."""
+        """Return the images that the metadata file lists."""
         from dataset.forms.metadata_listing import list_metadata  # it loads decoders
 
         return list_metadata(table, table.source, faults)

@@ -88,7 +88,7 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
 
 
 def list_arrays(path: Path) -> list[str]:
-    """Return the names of the arrays of a file.
+    """Return the names of the arrays in an npz file.
 
     Raises:
         CacheError: If the file is missing or damaged.
@@ -112,7 +112,7 @@ def read_members(path: Path) -> dict[str, bytes]:
 
 
 def write_members(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write a file, replacing an existing one.
+    """Write an npz file, replacing an existing one.
 
     Equal contents give equal bytes. Raises OutputError if the file cannot be written.
     """
@@ -130,7 +130,7 @@ def format_array(array: Array) -> bytes:
 
 
 def _list_names(file: zipfile.ZipFile) -> list[str]:
-    """Return the names of the arrays. Raises ValueError if there are too many or they are too large."""
+    """Return the array names in an npz file. Raises ValueError if they are too many or too large."""
     infos = [info for info in file.infolist() if info.filename.endswith(_MEMBER)]
     if len(infos) > MAX_ARRAYS:
         raise ValueError(f"it has {len(infos)} arrays")

@@ -100,7 +100,7 @@ class NpzStore:
         return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a text to its file, or add latents of one resolution to the file of their image."""
+        """Write a text to its file, or add latents of one resolution to the image's file."""
         if self._is_text(name):
             self._write_text(name, tensors, metadata)
         else:
@@ -247,7 +247,7 @@ class NpzStore:
         return latent_height, latent_width
 
     def _suffix(self, name: str) -> str:
-        """Return the suffix of array names of an entry's resolution; "" if files have one resolution."""
+        """Return the suffix of array names for a file's resolution (`_64x48`); "" if the format has none."""
         if not self.format.has_resolutions:
             return ""
         height, width = self._grid(name)
@@ -268,7 +268,7 @@ class NpzStore:
         return self._read_foreign_latents(path, arrays, self._grid(name))
 
     def _reshape_latents(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor of an npz file in the shape that Reelsmith's record states."""
+        """Return a tensor of an npz file in the shape that this program's metadata in the file states."""
         # masks for other programs have the size of the image, but training needs the size of the latents
         if key == LOSS_MASK and tensor.numel() != math.prod(shape):
             # shrink_mask takes frames with values 0..255
@@ -436,7 +436,7 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return arrays that other programs expect in addition to encoder outputs: settings, zeros."""
+        """Return constant arrays that other trainers expect besides encoder outputs, such as zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.table_settings.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)

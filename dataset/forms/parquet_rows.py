@@ -22,7 +22,7 @@ def columns_of_parts(path: Path) -> tuple[str, ...]:
 
 
 def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows of a file, or of the parts in a folder.
+    """Yield the rows of a Parquet file, or of all Parquet files in a folder.
 
     Raises:
         DatasetError: If a file cannot be read.

@@ -52,7 +52,7 @@ class _Media(NamedTuple):
 
 
 class RejectedAddress(DatasetError):
-    """Raised for an address that the table does not allow or whose protocol is not supported."""
+    """Raised for a URL that the table does not allow, or whose protocol is not supported."""
 
     def __init__(self, reason: str, shown: str) -> None:
         super().__init__(f"{shown}: {reason}")
@@ -61,7 +61,7 @@ class RejectedAddress(DatasetError):
 
 @dataclass
 class RowReader:
-    """Reader that turns the rows of one list or table into sources."""
+    """Reads the rows of one list or table as media files with captions and companion files."""
 
     table: DatasetTable
     file: Path  # the list or table, for messages
@@ -519,7 +519,7 @@ def _show(value: Any) -> str:
 
 
 def require_file(table: DatasetTable) -> Path:
-    """Return the file of a list or table.
+    """Return the path of a list or table file.
 
     Raises:
         DatasetError: If the file does not exist.
@@ -553,7 +553,7 @@ def is_layer(table: DatasetTable, name: str) -> bool:
 
 
 def is_control(table: DatasetTable, name: str) -> bool:
-    """Return whether a column contains control media."""
+    """Return whether a column contains control images or clips."""
     return name == table.control_column or control_number(name) is not None
 
 

@@ -55,7 +55,7 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
 
 
 class _ReadColumns(NamedTuple):
-    """The columns of a table's media and captions."""
+    """The columns from which a table's media and captions are read."""
 
     media: str
     caption: str | None  # None: the table has no captions

@@ -72,7 +72,7 @@ class TarRules:
 
 @dataclass(frozen=True, slots=True)
 class TarSample:
-    """An image or clip in a tar, and its companions."""
+    """An image or clip in a tar, with its caption and companion files."""
 
     key: str  # name up to the first dot, with its folder
     media: Member

@@ -206,7 +206,7 @@ def name_parts(path: Path, name: str) -> Path:
 
 
 def readable_path(name: str) -> str:
-    """Make each part of a member's name readable (`readable_stem`); the suffix does not change."""
+    """Make each part of a tar member's path a valid file name (`readable_stem`); its suffix stays."""
     folder, slash, base = name.rpartition("/")
     if slash:
         folder = "/".join(map(media_source.readable_stem, folder.split("/")))
@@ -239,7 +239,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
 
 
 def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of a path, glob or address, whose braces have been expanded.
+    """Yield the tars of a path, glob pattern or URL whose braces have been expanded.
 
     Raises:
         DatasetError: If there is no such file.
@@ -251,7 +251,7 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 
 
 def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of an address, each as soon as it is downloaded."""
+    """Yield the tars of a URL pattern, each as soon as it is downloaded."""
     # servers of http and https cannot list files, so "?" begins a query
     has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
     addresses = _find_remote(name) if has_pattern else [name]

@@ -111,7 +111,7 @@ def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: 
 
 
 def _as_faults(path: Path, explanations: Mapping[str, str]) -> list[Fault]:
-    """Return the warnings about a file; `explanations` contains the end of each warning, by column."""
+    """Return warnings about unread columns of a file; `explanations` is the end of each text, by column."""
     is_one = len(explanations) == 1
     kind = f"column of {path} is not read" if is_one else f"columns of {path} are not read"
     lines = [f"{name!r}{explanation}" for name, explanation in explanations.items()]
@@ -119,7 +119,7 @@ def _as_faults(path: Path, explanations: Mapping[str, str]) -> list[Fault]:
 
 
 def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
-    """Return the columns of a row that contain more control media than the model takes."""
+    """Return the control columns of a row that exceed the number of control images the model takes."""
     numbered = []  # number and column of each file
     for name, value in values.items():
         if not is_control(table, name) or not value:

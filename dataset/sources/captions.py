@@ -212,7 +212,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def join_parts(text: str, changes: CaptionChanges) -> str:
-    """Replace each secondary separator, which binds parts during shuffling, with the separator."""
+    """Replace the secondary separator, which keeps tags together during shuffling, with the separator."""
     secondary = changes.secondary_separator
     return text.replace(secondary, changes.separator) if secondary else text
 
@@ -259,9 +259,9 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(position: Path | str, encoder: str, count: TokenCount) -> str:
-    """Return the message about a caption that an encoder cuts, with the text that is lost.
+    """Return the message about a caption that is too long for a text encoder, with the text that is lost.
 
-    `position` is the caption file, or the name of the source.
+    `position` is the caption file, or the name of the media file.
     """
     cut_text = " ".join(count.cut_text.split())
     lost = cut_text if len(cut_text) <= SHOWN else f"{cut_text[:SHOWN]}... ({len(cut_text)} characters)"

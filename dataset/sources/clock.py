@@ -68,7 +68,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
 
 
 def _all_frames(path: Path, alpha: bool) -> Iterator[SampledFrame]:
-    """Yield all frames of a clip; times count from the first frame."""
+    """Yield all frames of a clip with their times, counted from the first frame."""
     first_start = None
     for index, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
         if first_start is None:
@@ -185,7 +185,7 @@ class _Timing:
 
 
 class _TimingComparison:
-    """Comparison of a clip's frame times with those of its control clip or mask, from file headers."""
+    """Compares the frame times of a clip with those of its control clip or mask, using file headers only."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
@@ -231,7 +231,7 @@ class _TimingComparison:
 
     @property
     def differs_in_length(self) -> bool:
-        """Return whether both the numbers of frames and the durations in the headers differ."""
+        """Return whether both the frame counts and the durations in the two file headers differ."""
         companion_frames = self.companion.estimated_frames
         clip_frames = self.clip.estimated_frames
         is_unknown = not companion_frames or not clip_frames
@@ -261,9 +261,9 @@ def has_companions(source: MediaSource) -> bool:
 
 
 def selects_frames_as_before(source: MediaSource, fps: float) -> bool:
-    """Return whether earlier versions, which timed companions separately, selected the same companion frames.
+    """Return whether earlier versions, which timed companions separately, picked the same companion frames.
 
-    Only headers are read, including those of files at addresses and in tars.
+    Only headers are read, also those of remote files and tar members.
 
     Raises:
         MediaError: If a header cannot be read.

@@ -160,7 +160,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
 
 def _find_problems(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return the problems with a file's colors: kind of the warning -> detail after the path, or ""."""
+    """Return the problems with a file's colors: warning text to details, which may be ""."""
     warnings = {}
     if colors.is_transparent and not keeps_transparency:
         warnings["are transparent and filled with white"] = ""

@@ -74,7 +74,10 @@ def _with_companion(source: MediaSource, key: str, paths: tuple[Path, ...]) -> M
 def pair_or_report(
     table: DatasetTable, folder: Path, key: str, stems: Collection[str], faults: list[Fault]
 ) -> tuple[dict[str, tuple[Path, ...]], list[Path]] | None:
-    """Return the result of `pair_by_name`; None, with an error in `faults`, if it fails or no file fits."""
+    """Return the result of `pair_by_name`, which pairs files in `folder` with the media of these stems.
+
+    Returns None, with an error added to `faults`, if it fails or if no file matches.
+    """
     try:
         companions, unmatched = pair_by_name(table, folder, key, stems)
         if not companions:

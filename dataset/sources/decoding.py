@@ -133,7 +133,7 @@ class DecodedMedia:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the item's arrays in bytes."""
+        """Size of the item's arrays in bytes."""
         mask_bytes = 0 if self.mask is None else self.mask.nbytes
         return mask_bytes + sum(array.nbytes for array in self.arrays)
 
@@ -156,7 +156,7 @@ class DecodedMedia:
             references.append(reference.copy())
 
         def cut_copy(array: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
-            """Return a copy of the frames, so that the whole clip can be freed."""
+            """Return a copy of these frames, so that the memory of the whole clip can be freed."""
             return None if array is None else array[start:end].copy()
 
         return dataclasses.replace(
@@ -529,7 +529,10 @@ def _read_rejected(
 
 
 def _fit_like(frame: Frame, size: Size, fit: Fit, table: DatasetTable, is_mirrored: bool) -> Frame:
-    """Resize, crop and mirror a frame like an image of the original size `size`, whose fit is `fit`."""
+    """Resize, crop and mirror a frame in the same way as its image.
+
+    `size` is the image's original size; `fit` says how the image was resized and cropped.
+    """
     frame_size = (frame.shape[1], frame.shape[0])
     if table.buckets is None:
         frame_fit = fit_cover(frame_size, fit.bucket)
@@ -707,7 +710,7 @@ def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask:
 def spans_or_reason(
     table: DatasetTable, num_kept: int, lengths: ClipLengths
 ) -> tuple[tuple[Span, ...], str | None]:
-    """Return the spans of a clip of `num_kept` frames, and the reason if there are none."""
+    """Return the spans of a clip of which `num_kept` frames are kept, and the reason if there are none."""
     found_spans = spans(table, num_kept, lengths)
     if found_spans:
         return found_spans, None

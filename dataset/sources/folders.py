@@ -124,7 +124,7 @@ def find_audio_beside(clip: Path) -> tuple[Path, None] | None:
 
 
 def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:
-    """Return the paths whose names are valid UTF-8; add a fault for every other path."""
+    """Return the paths whose names are valid UTF-8; add a fault for each of the others."""
     bad_names = {path for path in paths if not path.name.isascii() and bad_character(path.name)}
     if not bad_names:
         return paths
@@ -256,9 +256,9 @@ def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
 
 
 def _is_animated(path: Path) -> bool:
-    """Return whether a file is an animation.
+    """Return whether a file is an animated image.
 
-    A damaged file counts as an animation, so that decoding it with the clips reports the error.
+    Damaged files count as animated, so that decoding them as clips reports the error.
     """
     try:
         return is_animation(path)
@@ -267,7 +267,7 @@ def _is_animated(path: Path) -> bool:
 
 
 def is_file(entry: "os.DirEntry[str]") -> bool:
-    """Return whether a directory entry is a file; False for a link that cannot be followed."""
+    """Return whether a directory entry is a file; False for a broken link."""
     try:
         return entry.is_file()
     except OSError:
@@ -476,7 +476,7 @@ def list_entries(folder: Path, key: str, config_path: Path | None = None) -> Seq
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a file name into stem and suffix, like `Path` but faster."""
+    """Split a file name into stem and suffix as `pathlib.Path` does, but faster."""
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
     return (name, "") if suffix == "." else (stem, suffix)  # a name that ends in a dot has no suffix
 

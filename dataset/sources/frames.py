@@ -88,7 +88,7 @@ def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frame
 
 
 def max_decoded_frames(table: DatasetTable) -> int | None:
-    """Return the number of kept frames after which decoding can stop; None if all frames are needed."""
+    """Return after how many kept frames decoding can stop; None if all frames are needed."""
     if table.frame_extraction == "head":
         return max(table.target_frames)
     if table.frame_extraction == "full":

@@ -209,7 +209,7 @@ class CaptionOwners:
 
 
 def _normalize(name: str) -> str:
-    """Return a form of a name that ignores case and Unicode normalization."""
+    """Return a name's normal form, which ignores case and Unicode normalization."""
     # normalized again, because `casefold` may decompose characters
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
@@ -304,12 +304,12 @@ class _FolderRules:
         return ending not in self.lower_caption_suffixes and ending in _EXPECTED
 
     def may_be_still(self, ending: str) -> bool:
-        """Return whether files with this suffix may be still images, which no table of the folder reads."""
+        """Return whether files with this suffix may be still images, in a folder read only by clip tables."""
         return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
 
 
 def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
-    """Return all suffixes of media of some kinds."""
+    """Return all file suffixes of these kinds of media ("image", "video", "audio")."""
     suffixes: frozenset[str] = frozenset()
     for kind in kinds:
         suffixes = suffixes.union(*media_suffixes(kind))

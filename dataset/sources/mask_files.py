@@ -19,7 +19,7 @@ def is_of_shape(mask: Size, size: Size) -> bool:
 
 
 def mask_suffixes(kind: str) -> frozenset[str]:
-    """Return the suffixes of masks: the mask of a clip may also be an image, or a folder of images."""
+    """Return the suffixes of mask files: masks of clips may also be images or folders of images."""
     images = image_suffixes() | {".gif"}
     return images if kind == "image" else images | VIDEO_SUFFIXES | ANIMATION_SUFFIXES
 

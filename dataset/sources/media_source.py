@@ -61,12 +61,12 @@ class PackedFile(Protocol):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Return where the file is, as JSON values for the record of a cache."""
+        """Return where the file is, as JSON values for the record of a cache file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A file at an address, which is downloaded to the source's path."""
+    """A file at a URL, which is downloaded to the path of its `MediaSource`."""
 
     address: str = field(repr=False)  # includes its password and signature
 
@@ -186,7 +186,7 @@ class ClipInfo:
 
 @contextlib.contextmanager
 def pause_garbage_collection() -> Iterator[None]:
-    """Pause Python's cycle collection during the block, unless it was off before.
+    """Pause Python's garbage collector for reference cycles during the block, unless it was off before.
 
     While a list of a million objects grows, the collector would visit all of them repeatedly, which
     takes a third of the time. Objects outside cycles are freed as usual.
@@ -207,7 +207,7 @@ MAX_BYTES = 120  # bytes of a stem; with span, size and the family's name, a fil
 
 
 def readable_stem(name: str) -> str:
-    """Convert any name to a valid stem of a file: `a/b` becomes `a_b`; the stem never begins with a dot."""
+    """Convert any name to a valid file stem: `a/b` becomes `a_b`. The stem never begins with a dot."""
     stem = _INVALID.sub("_", name).strip(" ") or "_"
     if stem.startswith("."):
         stem = f"_{stem[1:]}"

@@ -27,7 +27,7 @@ VERSION = 1
 
 
 def full_span(clip: ClipInfo, lengths: ClipLengths) -> Span:
-    """Return the span of the item of precomputed moments: all frames, cut to a length of the family."""
+    """Return the span of a clip with precomputed moments: all frames, cut to a length the family accepts."""
     return (0, lengths.fit(clip.kept_frames))
 
 
@@ -73,7 +73,7 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
 
 
 def explain_channels(channels: int, latent: LatentSpec) -> str:
-    """Describe the channels that the model needs; `channels` is the number of channels in the file."""
+    """Return how many channels the moments need; `channels` is how many the file has."""
     guess = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
         f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."

@@ -34,7 +34,7 @@ def find_number_gaps(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _read_numbers(stem: str, files: Sequence[Path]) -> set[int]:
-    """Return the numbers that follow the stem in the names of files; files with other names are ignored."""
+    """Return the numbers that follow the stem in file names; other file names are ignored."""
     numbers = set()
     for file in files:
         start, _, number = file.stem.rpartition("_")

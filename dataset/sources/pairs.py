@@ -51,7 +51,7 @@ def add_rejected(
 
 
 def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
-    """Return the files of worse_directory by stem; in a table of clips, a folder of frames is a clip."""
+    """Return the files of worse_directory by stem; for clips, a folder of frames counts as one file."""
     suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
     by_stem: dict[str, list[Path]] = {}
     for entry in list_entries(folder, "worse_directory", table.config_path):

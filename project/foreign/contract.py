@@ -82,12 +82,12 @@ def train_default_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 
 def find_no_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return an empty set, for a program in which every key has an effect."""
+    """Return an empty set, for trainers in whose files every key has an effect."""
     return set()
 
 
 def guess_no_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return None: this trainer's files cannot reveal the model by other keys."""
+    """Return None: in this trainer's files, only the model keys themselves reveal the model."""
     return None
 
 
@@ -262,7 +262,7 @@ read_scheduler = text_of(_SCHEDULERS, "choose one from docs/training.md: lr_sche
 
 
 def read_name(value: Any) -> str:
-    """Return the name of a LoRA: the file name without folder and suffix."""
+    """Return a LoRA's name: its file name without folder and suffix."""
     name = re.split(r"[/\\]", str(value).strip())[-1].removesuffix(".safetensors")
     if not name:
         raise ValueError("it is empty")

@@ -37,7 +37,7 @@ class CountedFile:
 
 
 def find_pixel_step(family: Any) -> int:
-    """Return the number that image sides must be divisible by; works before the model is downloaded."""
+    """Return the number that image sides must be divisible by; a default before the model is downloaded."""
     with contextlib.suppress(UserError):
         return int(family.latent.pixel_step)
     return DEFAULT_STEP

@@ -156,7 +156,7 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
 
 
 def _find_keys_of_other_models(values: Mapping[str, Any]) -> set[str]:
-    """Return keys that only other models have: of SDXL, of models with one text encoder, or of FLUX."""
+    """Return the keys that only other models use: SDXL, models with one text encoder, or FLUX."""
     keys: set[str] = set()
     if is_on(values.get("sdxl")):
         keys |= {*_ONE_ENCODER_RATE_KEYS}

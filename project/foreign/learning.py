@@ -45,7 +45,7 @@ def _remove_all_rates(project: ForeignProject, reason: str) -> None:
 
 
 def _use_common_rate(rates: Sequence[float | None]) -> tuple[float | None, ...]:
-    """Return None, the common learning rate, for each text encoder; 0 stays for frozen ones."""
+    """Replace each text encoder's learning rate with None (the common rate); 0 (frozen) stays."""
     return tuple(0 if rate == 0 else None for rate in rates)
 
 

@@ -65,7 +65,7 @@ def _report_missing_package(project: ForeignProject, optimizer: str) -> None:
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
-    """Return the optimizer arguments, with the values of betas (Adam) or eps (Adafactor) combined."""
+    """Return the optimizer arguments, with the two betas (Adam) or eps values (Adafactor) in one."""
     arguments = {name: value for name, value in project.optimizer_arguments.items() if value is not None}
     for name in project.optimizer_arguments.keys() - arguments.keys():
         project.empty_keys.append(project.file_key_of(name))

@@ -27,7 +27,7 @@ class FileEpochs(NamedTuple):
 
 @dataclass
 class ForeignDataset:
-    """A dataset folder in another trainer's project file, with the settings of its table."""
+    """A dataset folder in another trainer's project file, with the dataset.toml keys for its table."""
 
     path: Path | None = None
     folder_key: str = ""
@@ -92,7 +92,7 @@ class ForeignProject:
         self.omitted_keys_by_reason.setdefault(reason, []).append(show(key))
 
     def report_omitted_value(self, key: str, value: Any, reason: str) -> None:
-        """Record a key that is omitted, on a line with its value."""
+        """Record a key that is omitted, on a report line of its own that shows its value."""
         self.omission_lines.append(f"{show(key)} = {show(value)}: {reason}")
 
     def report_change(self, key: str, value: Any, result: str) -> None:
@@ -133,7 +133,7 @@ class ForeignProject:
         ]
 
     def _describe_adopted(self, folder: Path) -> list[str]:
-        """Return lines about the keys whose values are used unchanged, and about the program's defaults."""
+        """Return lines about the keys whose values are adopted, and about the other trainer's defaults."""
         adopted_keys = [*self.adopted_keys]
         for key, other_folder in self.folder_by_key.items():
             if is_same_folder(self.path, other_folder, folder):
@@ -147,7 +147,7 @@ class ForeignProject:
         return lines
 
     def _describe_omitted(self, folder: Path) -> list[str]:
-        """Return lines about known keys that are not used, beginning with those of other folders."""
+        """Return lines about known keys that are not used; keys of other dataset folders come first."""
         lines = []
         for key, other_folder in self.folder_by_key.items():
             if not is_same_folder(self.path, other_folder, folder):
@@ -198,7 +198,10 @@ def without_numbers(key: str) -> str:
 
 
 def find_beside(file: Path, name: str) -> Path | None:
-    """Find a file that a project names: next to it, in a folder above it, or in the working folder."""
+    """Return the file that a project names: next to the project, in a parent folder or in the working folder.
+
+    Returns None if it is in none of them.
+    """
     if "\0" in name:
         return None
     around = [file.parent, *list(real_path(file).parents)[1:MAX_AROUND], Path()]

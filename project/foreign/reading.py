@@ -77,10 +77,10 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
 
 
 def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: str | None) -> None:
-    """Set the kind of run that a foreign project describes.
+    """Set the kind of training run that another trainer's project file describes.
 
     Raises:
-        OptionError: If `new` cannot set up such a training run, and no other kind was typed.
+        OptionError: If `new` cannot set up that kind of run, and the command line names no other.
     """
     try:
         project.run = project.program.find_run(values)
@@ -140,7 +140,7 @@ def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> N
 
 
 def _join_numbers_with_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
-    """Join numbers with their unit keys into values such as `10 MINUTE`; epochs get a key of their own."""
+    """Join numbers with the keys of their units to values such as `10 MINUTE`; epochs get their own key."""
     for key, unit_key in program.unit_keys.items():
         if key not in values or unit_key not in values:
             continue
@@ -192,7 +192,7 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
 
 
 def _parse(suffix: str, text: str) -> Any:
-    """Parse TOML, JSON or YAML, depending on a file's suffix.
+    """Parse text as TOML, JSON or YAML, depending on the file suffix.
 
     Raises:
         ValueError: If the text cannot be parsed.

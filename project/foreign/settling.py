@@ -166,7 +166,7 @@ def _as_text(value: Any) -> str:
 
 
 def _set_default_alpha(project: ForeignProject) -> None:
-    """Use the other trainer's default alpha if its file sets none."""
+    """Use the other trainer's default alpha if its project file sets none."""
     rank = project.training_options.get("network_dim")
     if rank is None or "network_alpha" in project.training_options:
         return
@@ -202,7 +202,7 @@ def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) ->
 
 
 def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
-    """Remove [general] keys that the new dataset.toml cannot have, and keys without effect."""
+    """Drop [general] keys that the new dataset.toml cannot have or that have no effect, and report them."""
     _omit_unsuitable_bucket_step(project, dataset_layout.side_multiple)
     _omit_keys_of_subsets(project, dataset_layout)
     ineffective_names: list[str] = []

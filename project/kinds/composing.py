@@ -59,7 +59,7 @@ def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
 
 @cache
 def kinds_by_script() -> dict[str, RunKind]:
-    """Return the kind of run for each training script; LORA for scripts that several kinds share."""
+    """Return the kind of training run for each training script; LORA if several kinds share the script."""
     kinds: dict[str, RunKind] = {}
     for model in find_models():
         for kind in list_kinds(model):

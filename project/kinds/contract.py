@@ -22,9 +22,9 @@ def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any
 
 
 def find_catalog_command(key: str, model: ModelSet) -> list[str]:
-    """Return the script and options for a kind of run from the catalogue; [] without an entry.
+    """Return the script and options of a model for a kind of run; [] if the model catalog has none.
 
-    `key` is the name of the entry.
+    `key` is the catalog key of the kind of run.
     """
     return shlex.split(model.properties.get(key, ""))
 
@@ -37,7 +37,7 @@ def find_lora_script(model: ModelSet) -> list[str]:
 def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | None:
     """Return why a model does not support this kind of run; None if it does.
 
-    `key` is the entry of the kind in the catalogue of models, and `title` its name in messages.
+    `key` is the model catalog's key for this kind, and `title` its name in messages.
     """
     return None if find_catalog_command(key, model) else f"new does not set up {title} for {model.title}"
 

@@ -64,9 +64,9 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
 
 
 def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Convert the options of a LoRA training into those of a full training.
+    """Convert the options of a LoRA training run to those of full fine-tuning.
 
-    `memory` is the card's memory in GiB; 0 means a CPU, on which the weights stay in float32.
+    `memory` is the GPU's memory in GiB; 0 means a CPU, on which the weights stay in float32.
     """
     changed = drop_lora_options(values, memory)
     changed = {name: value for name, value in changed.items() if name not in FORMS and name != "dit_dtype"}
@@ -77,14 +77,14 @@ def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 
 
 def saves_models(values: Mapping[str, Any]) -> bool:
-    """Return whether a run with these options saves whole models, instead of small files such as LoRAs."""
+    """Return whether a run with these options saves full models, not small files such as LoRAs."""
     return "fused_backward_pass" in values and "network_module" not in values
 
 
 def derive_intervals(steps: int, saves_models: bool) -> dict[str, int]:
-    """Return the intervals of saves, states and samples that suit a number of steps.
+    """Return how often to save weights and states and draw samples in a run of this many steps.
 
-    `saves_models` says that the run saves whole models, which are large.
+    `saves_models` says whether the run saves full models, which are large.
     """
     times = times_of_steps(steps)
     if saves_models:

@@ -74,7 +74,7 @@ class TrainingRecipe:
 
 
 def find_recipe(name: str) -> TrainingRecipe:
-    """Return a recipe by name, preferring the user's own, or by file path.
+    """Return a recipe by its name (the user's recipes come first) or file path.
 
     Raises:
         OptionError: If there is no such recipe, or if it contains something that a recipe must not set.
@@ -117,7 +117,7 @@ def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) ->
 
 
 def list_paths() -> dict[str, Path]:
-    """Return the recipe files by name; the user's own have precedence over shipped ones."""
+    """Return the paths of all recipes by name; the user's recipes override shipped ones."""
     files = [path for folder in (OWN, SHIPPED) for path in sorted(folder.glob("*.toml"))]
     return {path.stem: path for path in reversed(files)}
 

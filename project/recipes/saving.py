@@ -162,7 +162,7 @@ def _read_commands(history: Path) -> list[list[str]]:
 
 
 def _name_model_file(changed_options: Mapping[str, str], family: str, task: str) -> str:
-    """Return the file name of the first model file that was typed, without its folder."""
+    """Return the file name, without folder, of the first model file on the command line."""
     for part in find_recipe_model(family, task).components:
         name = (part.option or "").lstrip("-")
         if name in changed_options:
