@@ -153,11 +153,11 @@ def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[st
 
 
 def text_file_name(stem: str, tag: str, number: int = 0) -> str:
-    """Return the name of a text cache, such as `clip_wan_te.safetensors`, which all items of a source share.
+    """Return the name of a text cache, such as `clip_wan_te.safetensors`, for all items of a media file.
 
     `number` is the index of the caption. Additional captions are in `clip_wan_te.caption2.safetensors` and so
-    on; other programs ignore these names. With EMPTY, the cache is that of the empty prompt, encoded with
-    the source's reference images: `clip_wan_te.empty.safetensors`.
+    on; other programs ignore these names. EMPTY stands for the empty prompt, encoded with the file's
+    reference images: `clip_wan_te.empty.safetensors`.
     """
     if number == EMPTY:
         return f"{stem}_{empty_text_name(tag)}"
@@ -190,7 +190,7 @@ def is_text_name(file_name: str, tag: str) -> bool:
 
 
 def is_empty_text_name(file_name: str, tag: str) -> bool:
-    """Return whether a file is a cache of the empty prompt, of a folder or of a single source."""
+    """Return whether a file name is that of an empty prompt's cache, for a folder or a single item."""
     name = empty_text_name(tag)
     return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
 
@@ -341,19 +341,19 @@ class CacheStore(Protocol):
         """
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an entry, replacing one of the same name; `tensors` are keyed by their names in the file.
+        """Write a cache file, replacing one of the same name; `tensors` are keyed by their names in the file.
 
-        Equal contents give equal bytes. Raises OutputError if the entry cannot be written.
+        Equal contents give equal bytes. Raises OutputError if the file cannot be written.
         """
 
     def remove(self, name: str) -> None:
         """Remove an entry if it exists."""
 
     def close(self, is_last: bool = False) -> None:
-        """Flush all written entries; a writer calls this at the end, but may write again.
+        """Flush all written entries; called when a writer is done, which may write again later.
 
         Args:
-            is_last: Whether all writers of a run have finished and this process may tidy the store.
+            is_last: Whether all writers of a run have finished, so that this process may tidy the store.
 
         Raises:
             OutputError: If there is not enough disk space; no entry is lost then.
@@ -454,10 +454,10 @@ def is_text_cache(entry: Entry, architecture: str) -> bool:
 
 
 def _all_cache_names(entry: Entry) -> bool:
-    """Return whether all tensors of a file are named like those of a cache."""
+    """Return whether all tensor names in a file have the form of cache tensor names."""
     return bool(entry.shapes) and all(map(_TENSOR_NAME.fullmatch, entry.shapes))
 
 
 def _damage_error(path: Path | str, error: Exception) -> CacheError:
-    """Return the exception for a damaged cache file."""
+    """Return the exception that reports a damaged cache file."""
     return CacheError(f"{path}: damaged, cannot be read as safetensors ({error})")

@@ -77,7 +77,7 @@ def make_value_type(
 
 
 def whole(minimum: int, maximum: int, allowed: str = "") -> ValueType:
-    """Make the type of whole numbers from `minimum` to `maximum`."""
+    """Return the type of integers from `minimum` to `maximum`."""
     limit = f"{minimum} or more"
     if maximum < MAX_COUNT:
         limit += f", at most {maximum}"
@@ -98,9 +98,9 @@ def one_of(values: tuple[str, ...]) -> ValueType:
 
 
 def _list_of(item_type: ValueType, allowed: str, or_one: bool = False) -> ValueType:
-    """Make the type of lists of at least one value.
+    """Return the type of lists with at least one value.
 
-    `or_one` allows a single value without a list.
+    `or_one` also allows a single value without a list.
     """
 
     def read(value: Any) -> tuple[Any, ...]:
@@ -445,7 +445,7 @@ def _advise_file(folder: Path) -> str:
 
 
 def other_trainers() -> ModuleType:
-    """Import the module about files of other trainers, which only error messages need."""
+    """Import and return the module about other trainers' files, which only error messages need."""
     from dataset import other_trainers as module  # only for mistakes
 
     return module
@@ -532,7 +532,7 @@ def _explain(name: str, value: Any, allowed: str, reason: str) -> str:
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """Return the message for an unknown or unsupported key, with a similar known key."""
+    """Return the error message for an unknown key, with a known key of similar spelling if there is one."""
     if name in NO_KEYS:
         return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
     allowed = list(allowed)

@@ -232,7 +232,7 @@ def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Warn about unused columns, and about an editing model that gets no reference images at all."""
+    """Log warnings about unread columns, and about an image-edit model without any reference images."""
     unread: list[Fault] = []
     for table in config.datasets:
         if source_format_of(table).has_columns:
@@ -246,14 +246,14 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
 
 
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
-    """Return one line for each source without a caption: the file, and where a caption was looked for."""
+    """Return a line for each media file without a caption, with the place where it was looked for."""
     return [
         f"{source.path}: {_describe_missing_caption(source)}" for source in sources if source.caption is None
     ]
 
 
 def _describe_missing_caption(source: MediaSource) -> str:
-    """Say where the caption of a source was looked for."""
+    """Return a line that says where a media file's caption was looked for."""
     table = source.table
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""
@@ -262,7 +262,7 @@ def _describe_missing_caption(source: MediaSource) -> str:
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
-    """Raise a DatasetError that lists the sources without a caption; at least one has to lack its caption."""
+    """Raise a DatasetError that lists the media files without a caption; call this only if there are any."""
     kind = f"of {len(sources)} captions are missing; write them, then run again"
     raise_if_fatal([Fault(kind, line) for line in missing_captions(sources)])
 

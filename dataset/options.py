@@ -21,7 +21,7 @@ COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white"
 
 
 def _dataset_keys() -> Collection[str]:
-    """Return the known keys of a dataset configuration."""
+    """Return the names of all dataset file keys."""
     from dataset.config import KNOWN_KEYS  # only error messages need them
 
     return KNOWN_KEYS
@@ -33,7 +33,7 @@ DATASET_FILE = KeyFile(
 
 
 class CheckPageOptions(Options):
-    """The HTML page of dataset items that --check writes on request."""
+    """Options for the HTML page of dataset items that --check can write."""
 
     html: Path | None = option(
         "with --check: also write an HTML page of all items: frames with the crop, caption "
@@ -153,7 +153,7 @@ class CachingOptions(Options, title="caching"):
 
 
 def _is_text_encoding(name: str) -> bool:
-    """Return whether Python knows an encoding of this name that decodes bytes to text."""
+    """Return whether Python has a text encoding of this name."""
     try:
         return isinstance(b"a".decode(name), str)
     except LookupError:
@@ -264,7 +264,7 @@ def read_latent_caching(
 
 
 def caching_scripts() -> tuple[str, ...]:
-    """Return the caching scripts of all families: those for latents, then those for texts."""
+    """Return the file names of all families' caching scripts: those for latents, then those for texts."""
     scripts = []
     for ending in ("latents", "text_encoder_outputs"):
         scripts += [f"{entry.cache}_{ending}" for entry in FAMILIES.values() if entry.script]
@@ -339,7 +339,7 @@ class RayOptions(Options, title="cluster"):
 
 
 def read_ray_options(description: str | None, argv: Sequence[str] | None) -> RayOptions:
-    """Read the options of the Ray script, followed by a caching command with its own options."""
+    """Parse the options of the Ray script, which are followed by a caching command."""
     parser = Parser(description=description)
     add_options(parser, RayOptions)
     words = sys.argv[1:] if argv is None else list(argv)

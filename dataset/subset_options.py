@@ -138,7 +138,7 @@ OTHER_NAMES: Mapping[str, str] = {
 
 
 class SubsetOptions(Options, title="data sets without a TOML file"):
-    """Datasets from folders or a JSON file, and values for keys that a dataset file lacks."""
+    """Options that replace a dataset file (folders or a JSON file), or set keys that it lacks."""
 
     train_data_dir: Path | None = option(
         "folder with folders REPEATS_CLASS of images, or the images of --in_json",
@@ -234,7 +234,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
 
     @property
     def replaces_toml(self) -> bool:
-        """Whether the options describe the dataset, so that there is no dataset file."""
+        """Whether the options replace the dataset file: they name the folders or the JSON file themselves."""
         return self.train_data_dir is not None
 
     @property

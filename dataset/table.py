@@ -24,7 +24,7 @@ VIDEO, IMAGE = ("video",), ("image",)
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """Changes to captions that vary between training steps; separators divide captions into parts."""
+    """Random changes to captions during training: shuffling and dropping of parts between separators."""
 
     shuffle: bool = False
     separator: str = ","
@@ -339,7 +339,7 @@ class DatasetTable:
 
     @property
     def source(self) -> Path:
-        """Return the folder or list that the items come from; the first one if there are several."""
+        """Return the folder or list from which the table reads its items; the first of several."""
         source = self.directory or self.jsonl_file
         if source is None:
             assert self.format_keys is not None

@@ -24,7 +24,7 @@ TIMESTEP_KEYS = (*WINDOW_KEYS, SHIFT_KEY)
 
 
 def find_window_error(values: Mapping[str, Any]) -> str | None:
-    """Return an error message unless a table's min_timestep is below its max_timestep; None if it is."""
+    """Return an error message if a table's min_timestep is not below its max_timestep; otherwise None."""
     low, high = (values[name] for name in WINDOW_KEYS)
     if low is None or high is None or low < high:
         return None

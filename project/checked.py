@@ -86,7 +86,7 @@ def _is_outside(key: str, value: object) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Yield the files of a folder, except hidden files and those written by runs."""
+    """Yield a line for each file in a folder, except hidden files and output of runs."""
     for folder_text, folders, names in os.walk(folder):
         is_top = Path(folder_text) == folder
         folders[:] = [name for name in folders if name[0] != "." and not (is_top and name in WRITTEN_BY_RUNS)]

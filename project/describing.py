@@ -141,11 +141,11 @@ class RunSetup:
 
     @property
     def needs_float16(self) -> bool:
-        """Return whether the run uses a GPU of this machine that does not support bfloat16."""
+        """Whether the run uses a GPU of this machine without bfloat16 support."""
         return bool(self.memory) and not self.kind.needs_bfloat16 and lacks_bfloat16()
 
     def relative_path(self, path: Path) -> str:
-        """Return a path relative to the dataset folder, with forward slashes."""
+        """Return a path relative to the dataset folder, with forward slashes on all systems."""
         return Path(parse_path(self.folder, real_path(path))).as_posix()
 
 
@@ -190,7 +190,7 @@ def _area(size: Sequence[int]) -> int:
 
 
 def _list_trained_media(model: ModelSet, media: list[Media]) -> list[Media]:
-    """Return those clips and images of a folder that a model is trained on."""
+    """Return the clips and images of a folder that the model can be trained on."""
     visible = [item for item in media if item.kind != "audio"]
     if not trains_on_frames_of_clips(model):
         visible = [item for item in visible if not is_too_short(item, model)] or visible
@@ -246,7 +246,7 @@ def trains_on_frames_of_clips(model: ModelSet) -> bool:
 
 
 def is_too_short(item: Media, model: ModelSet) -> bool:
-    """Return whether an item is a clip with fewer frames than the model needs."""
+    """Return whether a clip has fewer frames than the model needs; False for other files."""
     return item.seconds is not None and count_frames(item, model) < min_clip_frames(model)
 
 
@@ -303,7 +303,7 @@ def _describe_subsets(setup: RunSetup) -> list[str]:
 
 
 def _select_bucket_sides(target_size: tuple[int, int]) -> dict[str, int]:
-    """Return the minimum and maximum side of buckets, which are multiples of SIDE_STEP."""
+    """Return the keys min_bucket_reso and max_bucket_reso for a target size, in steps of SIDE_STEP."""
     shortest = min(target_size)
     if shortest >= SIDE_STEP:
         shortest = shortest // SIDE_STEP * SIDE_STEP
@@ -346,7 +346,7 @@ def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
 
 
 def _make_clip_keys(setup: RunSetup) -> dict[str, Any]:
-    """Return the dataset.toml keys that select frames of clips."""
+    """Return the dataset.toml keys that select which frames of clips are trained."""
     frames = setup.frames
     single_length = frames == 1 or not trains_on_frames_of_clips(setup.model)
     keys: dict[str, Any] = {
@@ -430,7 +430,7 @@ def describe_samples(setup: RunSetup) -> str:
 
 
 def _make_sample_prompts(setup: RunSetup) -> list[str]:
-    """Return prompts that show the subject in two situations, and one without the subject."""
+    """Return sample prompts: two with the subject in different situations, and one without it."""
     captions = [find_text(item.caption) for item in setup.media if item.caption]
     subject = _find_sample_subject(setup, captions)
     prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
@@ -507,7 +507,7 @@ def _describe_layer_samples(setup: RunSetup, released_values: str) -> str:
 
 
 def _select_situations(captions: Sequence[str]) -> list[str]:
-    """Return two situations that no caption mentions, or the first two if fewer are left."""
+    """Return two situations for sample prompts, if possible ones that no caption mentions."""
     lower = [caption.lower() for caption in captions]
     new = [text for word, text in SITUATIONS.items() if not any(word in caption for caption in lower)]
     return (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
@@ -528,7 +528,10 @@ def _sample_size(setup: RunSetup) -> str:
 
 
 def _find_subject(captions: Sequence[str]) -> str:
-    """Return the words that all captions start with; otherwise the start of the shortest caption."""
+    """Return the words that all captions start with, without what follows a comma.
+
+    If these are only articles, or none, the shortest caption is used; without captions, "a person".
+    """
     words = [text.split() for text in captions if text]
     common = os.path.commonprefix(words) if len(words) > 1 else []
     subject = " ".join(common)
@@ -549,7 +552,7 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a prompt in one line and without characters that prompts.txt reads as options or a comment."""
+    """Return a prompt on one line, without characters that would start options or comments in prompts.txt."""
     on_one_line = " ".join(drop_control_codes(text).split())
     return re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#").strip()
 
@@ -572,7 +575,7 @@ def _released_values(model: ModelSet) -> str:
 
 
 def _list_edits(setup: RunSetup) -> list[Edit]:
-    """Return the edits in the dataset whose reference images can all be read."""
+    """Return the image edits of the dataset whose reference images are all readable."""
     references = setup.content.reference_folders
     edits = []
     for item in setup.media:

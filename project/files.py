@@ -220,7 +220,7 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
 
 
 def _make_project_texts(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
-    """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
+    """Return the contents of run.toml, dataset.toml and prompts.txt by file name."""
     dataset = describing.describe_dataset(setup)
     samples = describing.describe_samples(setup)
     return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(setup, commands)), strict=True))
@@ -297,7 +297,7 @@ def _make_setup(
 
 
 def _find_with_8bit_text_encoders(model: ModelSet) -> ModelSet:
-    """Return the same model with text encoders in 8 bits, which small cards need."""
+    """Return the same model with 8-bit text encoders, for small GPUs."""
     return next(
         candidate
         for candidate in find_models(fp8_encoders=True)
@@ -336,7 +336,7 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
 
 
 def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
-    """Return the setup without those options of a foreign project that the training script rejects."""
+    """Return the setup without the adopted options that the training script rejects."""
 
     def make_run_files(training_options: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(setup, training_options=training_options)
@@ -739,7 +739,7 @@ def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
 
 
 def _find_replaced_by_trigger(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[Path]:
-    """Return the media for which the trigger word replaces a missing caption.
+    """Return the media for which the trigger word serves as the missing caption.
 
     `uncaptioned` are the media that have neither a caption nor a replacement.
     """

@@ -22,7 +22,7 @@ KIND = "folders"
 
 @dataclass(frozen=True)
 class KnownFolder:
-    """What is stored about a dataset folder in the user's files."""
+    """Facts about a dataset folder that are stored among the user's own files."""
 
     models: Path | None = None  # download folder in its description; None if only read
 
@@ -48,9 +48,9 @@ def recall_folder(folder: Path) -> KnownFolder | None:
 
 
 def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Store information about a folder in the user's files, if these can be written.
+    """Store facts about a folder among the user's files; write errors are ignored.
 
-    `kind` is the kind of information; the file name begins with it.
+    `kind` is the kind of facts; the file name begins with it.
     """
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
@@ -72,9 +72,9 @@ def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
 
 
 def user_file_of(kind: str, folder: Path) -> str:
-    """Return the name of the file in which information about a folder is stored.
+    """Return the name of the user file that stores facts about a folder.
 
-    `kind` is the kind of information; the name begins with it.
+    `kind` is the kind of facts; the name begins with it.
     """
     text = os.path.normcase(real_path(folder))
     return f"{kind}/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"

@@ -659,7 +659,7 @@ def read_mask_folders(folder: Path) -> dict[Path, Path]:
 
 
 def _read_mask_folders_of_tables(folder: Path) -> dict[Path, Path]:
-    """Map folders of media to folders of masks, as the tables and subsets of dataset.toml name them."""
+    """Return the mask folder of each media folder, from the tables and subsets of dataset.toml."""
     tables: list[Mapping[str, Any]] = []
     for table in parse_toml(read_text(folder / DATASET_FILE))["datasets"]:
         tables += [table, *table.get("subsets", ())]
@@ -684,7 +684,7 @@ def _has_made_masks(folder: Path) -> bool:
 
 
 def _explain_masks(folder: Path, subfolder: Path) -> str:
-    """Return the line for dataset.toml that makes a training use the masks in a folder.
+    """Return the line for dataset.toml that makes training use the masks in a folder.
 
     `folder` contains dataset.toml.
     """
@@ -708,7 +708,7 @@ def _describe_labels(
 
 
 def _is_user_file(path: Path) -> bool:
-    """Return whether a path is a file of the user: not hidden, and not written by Reelsmith or the system."""
+    """Return whether a file belongs to the user: not hidden, not written by this program or the system."""
     is_written = path.name in (*WRITTEN, CHECK_PAGE)
     is_of_system = path.name.lower() in NO_MEDIA or path.name[0] == "."
     return not is_written and not is_of_system and not path.is_dir()
@@ -733,7 +733,7 @@ def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None
 
 
 def _select_layered_images(paths: Sequence[Path], content: FolderContent) -> list[Path]:
-    """Return the images that have layers; add a line about images without layers."""
+    """Return the images that have layers; report images without layers."""
     layers = group_layers(paths, content.caption_suffix)
     alone = [path for path, of_path in layers.items() if not of_path]
     if alone:
@@ -780,7 +780,7 @@ def _describe_other_files(
 
 
 def _describe_captions_without_media(paths: Sequence[Path], suffix: str, owners: CaptionOwners) -> str:
-    """Return a line about caption files without a media file."""
+    """Return a line about caption files without a media file of the same name."""
     for path in paths:
         owner = owners.find(path.stem)
         if owner is not None:
@@ -1067,7 +1067,7 @@ def group_identical_files(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, reference_folder: Path) -> tuple[Path, ...]:
-    """Return the reference images of a file in a folder; () if none has a matching name."""
+    """Return the images in `reference_folder` that belong to a media file; () if no name matches."""
     try:
         return ControlFolder(reference_folder, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:

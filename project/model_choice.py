@@ -140,14 +140,14 @@ def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
 
 
 def _read_latent_flag(family: Any, name: str) -> bool:
-    """Return a flag of the latents, such as has_alpha; False if the flag depends on the VAE file."""
+    """Return a flag of the latent space, such as has_alpha; False if it depends on a missing VAE file."""
     with contextlib.suppress(UserError):
         return bool(getattr(family.latent, name))
     return False
 
 
 def _make_family_for_caching(model: ModelSet) -> Any:
-    """Return the family's record as the command that caches latents uses it, without loading encoders."""
+    """Return the family object that caching latents would use, without loading its encoders."""
     words = shlex.split(model.commands["latents"])
     entry = with_scripts()[script_family(words)]
     for _, option, _ in entry.encoders:  # the properties read here need no encoder
@@ -351,7 +351,7 @@ def select_model(
 
 
 def _describe_selection(typed_task: str | None, model: ModelSet, candidates: Sequence[ModelSet]) -> list[str]:
-    """Return a line about a model that was selected automatically; none if its task was typed exactly."""
+    """Return a line about a model that was selected automatically; [] if the user typed its exact task."""
     if len(candidates) > 1:
         not_taken = ", ".join(candidate.task for candidate in candidates if candidate is not model)
         return [f"--task {model.task} is taken: {model.about}. Others: {not_taken}"]
@@ -390,9 +390,9 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
 
 
 def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
-    """Ask the user on a terminal for the task, which selects one of a family's models.
+    """Ask the user in a terminal for the task, and return its model.
 
-    `memory` is the graphics card's GiB, for the table of tasks.
+    `memory` is the GPU memory in GiB, for the table of tasks.
     """
     tasks = [model.task for model in models]
 
@@ -525,7 +525,7 @@ def _find_families_with_task(text: str, script: str) -> list[str]:
 
 
 def _list_plain_task_names(model: ModelSet) -> set[str]:
-    """Return the normalized names of a task: its own name, and the name in its training script."""
+    """Return the normalized names of a task: in the model catalog and in the training script."""
     return {plain_name(model.task), plain_name(_training_task(model))}
 
 
@@ -564,9 +564,9 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool
 
 
 def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
-    """Return a table of tasks: description, download size, and whether they fit the graphics card.
+    """Return a text table of tasks: description, download size, and whether they fit the GPU.
 
-    `is_typed` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     """
     rows = []
     for model in tasks:

@@ -18,7 +18,7 @@ from project.options import (
 
 
 class NewOptions(Options):
-    """Options of `new`, which writes the project files of a folder."""
+    """Options of `new`, which writes the project files for a dataset folder."""
 
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE)
 

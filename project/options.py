@@ -104,7 +104,7 @@ def find_own_script(words: Sequence[str]) -> Path | None:
 
 
 def typed_in(words: Sequence[str], folder: Path) -> str:
-    """Return a command line as a user in `folder` would type it."""
+    """Return a command as a user in `folder` would type it."""
     script = find_own_script(words)
     if script is None or installation.PREFIX:
         return quote_command(words)

@@ -59,7 +59,7 @@ class PackSource:
 
 @dataclass(frozen=True)
 class PackMember:
-    """A file to pack, and its name in the archive; `content` replaces what the file contains."""
+    """A file to pack, with its name in the archive; `content`, if set, is packed instead of the file's."""
 
     name: str
     path: Path
@@ -67,7 +67,7 @@ class PackMember:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file in bytes, or of the content that replaces it in the archive."""
+        """Size in bytes of what is packed: `content` if it is set, otherwise the file."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 
@@ -147,7 +147,7 @@ def read_pack_source(folder: Path) -> PackSource:
 
 
 def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
-    """Return the download folder in the commands, exactly as written in run.toml."""
+    """Return the download folder in the commands, as written in run.toml; None if they download nothing."""
     for words in commands:
         if "--to" in words[:-1]:
             return words[words.index("--to") + 1]

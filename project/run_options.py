@@ -70,7 +70,7 @@ class RunOptions(Options):
 
     @property
     def typed_for_training(self) -> dict[str, Any]:
-        """Return the typed options that are passed to the training, by name."""
+        """Command-line options that are passed on to the training script, by name."""
         values = {"output_dir": self.output_dir, **option_values(self.of_features)}
         return {name: value for name, value in values.items() if value is not None}
 

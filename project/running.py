@@ -91,7 +91,7 @@ class MediaCheck(NamedTuple):
 
 
 def run_project(options: RunOptions) -> None:
-    """Run a described folder and record its progress for the browser. Exits if a command fails."""
+    """Run the commands of a project folder and record their progress. Exits if a command fails."""
     with EndCommand(options.end_words) as end, trace_run() as trace:
         run_commands(options, trace, end)
 
@@ -335,9 +335,9 @@ def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Pro
 
 
 def _check_paths_and_scripts(project: Project, name_option: str) -> None:
-    """Raise OptionError if a run would write outside of its folders, or run what is not one of our scripts.
+    """Raise OptionError if a run would write outside of its folders or start a script of another program.
 
-    `name_option` names the option of the output name, for messages.
+    `name_option` is the option that sets the output name, for messages.
     """
     # before history_path, which makes a path of the name; checked again below if the run is new
     check_output_name(name_option, project.output_name, is_new=False)
@@ -409,7 +409,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mappi
 
 
 def _make_model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
-    """Return the metadata entries by which trained files name their model."""
+    """Return the metadata that trained files use to name their model: `ss_` keys such as `ss_task`."""
     names = ("network_module", "task", "model_version", "ltx_mode")
     chosen = {name: str(values[name]) for name in names if name in values}
     for argv in commands:

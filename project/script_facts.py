@@ -50,7 +50,7 @@ class AdoptableOption:
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """Names of a training script's options: those it takes, and those it refuses with a reason."""
+    """A training script's options: the accepted ones, and those that it rejects with a reason."""
 
     name: str
     accepted: Mapping[str, AdoptableOption]

@@ -33,7 +33,7 @@ STEPS = {
 
 
 def describe_step(argv: Sequence[str]) -> str:
-    """Describe a command of a run, for example as `caching latents`."""
+    """Return what a command of a run does, such as `caching latents`."""
     name = "".join(argv[1:2])
     if name in kinds_by_script():
         return TRAINING
@@ -123,7 +123,7 @@ class RunTrace:
                 path.unlink(missing_ok=True)
 
     def _show_progress(self, path: Path, step: str, is_over: threading.Event) -> None:
-        """Every few seconds, add a line to the history if the progress in a file has changed."""
+        """Log the progress stored in a file every few seconds if it has changed, until `is_over` is set."""
         shown = ""
         while not is_over.wait(SHOWN_EVERY):
             progress = read_progress(path)
@@ -155,7 +155,7 @@ class RunTrace:
             self._history.flush()
 
     def _has_training(self) -> bool:
-        """Return whether the training has started to write its own history."""
+        """Return whether the training script has started to write its own history file."""
         try:
             return (
                 self._step == TRAINING

@@ -324,7 +324,7 @@ def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> 
 
 
 def _describe_factors(factors: Sequence[int]) -> str:
-    """Name the factors of a low-resolution control."""
+    """Return the downscaling factors of reference clips as text."""
     return "size factor {}, time factor {} and {} frames (0: all)".format(*factors)
 
 
@@ -416,7 +416,7 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
 
 
 def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield an error if a clip of a folder has more or fewer references than its cache."""
+    """Yield an error if a clip has more or fewer reference images in its folder than in its cache file."""
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
     if not num_cached and table.reference_directory is None:
@@ -445,9 +445,9 @@ def _count_references(item: TrainingItem) -> int | None:
 
 
 def _current_companions(item: TrainingItem) -> "CompanionCounts | None":
-    """Count the files that currently accompany an item, such as its mask and its references.
+    """Return how many companion files (masks, references ...) an item has on disk now.
 
-    Returns None if the item is not in a listing, or if listing its table could download files.
+    Returns None if the item is not listed, or if listing its table could download files.
     """
     table = item.table
     if not source_format_of(table).is_listed_in_training:

@@ -44,7 +44,7 @@ _TEXTS_OF_ANY = re.compile(r"_[a-z0-9]+_te\.safetensors$")
 
 @dataclass
 class FoundItems:
-    """Result of listing the cache folders; paths are in the order in which they were found."""
+    """Training items found in the cache folders, and what is missing; paths are in the order of discovery."""
 
     items: list[TrainingItem] = field(default_factory=list)  # sorted by table and file name
     # missing text caches; their items are left out
@@ -388,7 +388,7 @@ def _is_edited(table: DatasetTable) -> bool:
 
 
 class _TextCaches:
-    """Names of a table's text caches, which tell how many captions of each source are cached."""
+    """Names of a table's text cache files, to find out how many captions of each item are cached."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
         """Find the text caches among `names`; unfinished ones are added to `listing`."""
@@ -524,7 +524,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
 
 
 def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> list[str]:
-    """Return the caching commands that make the missing caches."""
+    """Return the caching commands that create the missing caches."""
     needed_commands = []
     lacks_all_audio = listing.trained_but_absent_audio is not None
     if listing.empty_tables or lacks_all_audio or listing.missing_audio:

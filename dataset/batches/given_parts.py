@@ -93,7 +93,7 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
 
 
 def _find_start_second(item: TrainingItem, fps: float | None) -> float:
-    """Return where the item begins in its source, in seconds; 0.0 if that is unknown."""
+    """Return the time in the source clip at which the item begins, in seconds; 0.0 if unknown."""
     name = parse_latent_name(item.file_name, item.cache_info.tag, "video")
     if name is None or name.span is None or fps is None:
         return 0.0

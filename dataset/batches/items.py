@@ -92,7 +92,7 @@ class TrainingItem:
 
     @property
     def audio_path(self) -> Path:
-        """Path of the clip's audio cache."""
+        """Path of the clip's audio cache file."""
         return self.table.cache_directory / audio_file_name(self.file_name, self.cache_info.tag)
 
     def caption_path(self, number: int) -> Path:
@@ -157,7 +157,7 @@ class CachingCommands:
 
 
 def _name_scripts() -> tuple[str, str]:
-    """Return generic names of the two caching scripts, for messages without a family."""
+    """Return placeholder names of the two caching scripts, for messages when the family is unknown."""
     return "the latent caching script", "the text caching script"
 
 

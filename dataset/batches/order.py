@@ -387,7 +387,7 @@ class _CaptionParts(NamedTuple):
 
 
 def _split_parts(text: str, changes: CaptionChanges) -> _CaptionParts:
-    """Split a caption at `separator` into parts: those that keep_tokens keeps in place, and movable ones."""
+    """Split a caption at `separator` into parts: fixed ones (see keep_tokens) and movable ones."""
     fix_separator = changes.keep_tokens_separator
     if fix_separator and fix_separator in text:
         # a second separator marks where the fixed end begins
@@ -407,7 +407,7 @@ def _split_section(section: str, changes: CaptionChanges) -> list[str]:
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Position of a micro-batch in a run."""
+    """Position of a micro-batch in a training run."""
 
     seed: int  # seed of the run
     micro_batch: int  # index of the micro-batch in the run
@@ -486,7 +486,7 @@ def change_captions(
 
 
 def select_mirrored(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> tuple[bool, ...]:
-    """Return whether each item is mirrored: with probability 0.5 if its table has flip_aug."""
+    """Return which items of a batch are mirrored: each with probability 0.5 if its table has flip_aug."""
     are_mirrored = []
     for position, item in enumerate(items):
         generator = random.Random(derive_seed(seed, "flip", micro_batch, position))

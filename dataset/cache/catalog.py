@@ -222,7 +222,7 @@ def _rows_in(connection: sqlite3.Connection) -> list[ShardRow]:
 
 
 def _is_within(number: object, limit: int) -> bool:
-    """Return whether a value is an integer from -1 (REMOVED_CRC32) to `limit`, and not a boolean."""
+    """Return whether a value is an integer (not bool) from -1 (REMOVED_CRC32) to `limit`."""
     return type(number) is int and -1 <= number <= limit
 
 
@@ -298,7 +298,7 @@ class ShardWriter:
         )
 
     def finish(self) -> None:
-        """Make sure that all rows survive, and give the shard its final name."""
+        """Flush all rows to disk, and give the shard its final name."""
         with explain_sqlite(self.path):
             try:
                 self.connection.execute(

@@ -141,7 +141,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 def _is_list_item(value: Any, kind: Any) -> bool:
-    """Return whether a value has the type of a list's items and does not look like a command-line option."""
+    """Return whether a list item has the right type and does not look like a command-line option."""
     return _has_type(value, kind) and not (isinstance(value, str) and value.startswith("-"))
 
 

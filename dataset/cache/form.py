@@ -11,14 +11,14 @@ from modules.errors import CacheError, DatasetError
 
 
 def require_declared_format(tables: Iterable[DatasetTable], tag: str) -> None:
-    """Check that the caches of tables are in the format that their `cache_format` names.
+    """Check that tables' caches are in the format that their `cache_format` names.
 
     Args:
         tables: Tables for which `may_have_both_formats` is true.
         tag: The family's cache_tag.
 
     Raises:
-        DatasetError: If caches are in another format; the message has the command that converts them.
+        DatasetError: If caches are in another format; the message contains the command that converts them.
     """
     errors = [line for table in tables for line in list_format_errors(table, tag)]
     if errors:

@@ -96,7 +96,7 @@ def fingerprint_latents(table: DatasetTable, latent: LatentSpec) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return a short digest of a text, which may contain file names with bytes that are not UTF-8."""
+    """Return a short hash of a text, which may contain file names that are not UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -175,7 +175,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
 
 
 def split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
-    """Return the names of a family's latent caches, and of its text caches (also unfinished ones), sorted."""
+    """Return the sorted names of a family's latent caches, and of its text caches (also unfinished ones)."""
     latents = [name for name in names if name.endswith(f"_{tag}{cache_files.SUFFIX}")]
     texts = [name for name in names if f"{tag}_te." in name]
     return sorted(latents), sorted(texts)

@@ -66,7 +66,7 @@ def read_old_shard(path: Path) -> list[ShardRow]:
 
 
 def _read_comment(content: bytes) -> re.Match[bytes] | None:
-    """Parse the comment in the content of a pax header; None if it has no comment in our format.
+    """Parse the comment of a tar's pax header; None if it has no comment in this program's format.
 
     Raises:
         tarfile.HeaderError: If the comment does not match its checksum.

@@ -218,7 +218,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
-    """Raise CacheError if a tensor of the record is missing or its bytes have changed."""
+    """Raise CacheError if a tensor is missing or has another checksum than `crc32` records."""
     for name, expected in crc32.items():
         if name not in entry.named:
             raise CacheError(f"{entry.path}: damaged, it has no tensor {name}, which its record lists")
@@ -238,7 +238,7 @@ def require_finite(tensor: Tensor, item: str, key: str) -> None:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Describe how two mappings of JSON values differ; None if they are equal."""
+    """Return how two mappings of JSON values differ, as text; None if they are equal."""
     if then == now:
         return None
     # through JSON, which turns tuples into lists: then a value from a file equals the same value in memory

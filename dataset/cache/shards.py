@@ -49,7 +49,7 @@ LOCK = ".cache-index.lock"  # exists while shards are merged
 
 
 class ShardStore:
-    """Store whose entries are in shards, SQLite files with many cache entries each."""
+    """Cache store that keeps its entries in shards: SQLite files with many entries each."""
 
     holds_only_caches, is_shared = True, False
 
@@ -154,7 +154,7 @@ class ShardStore:
                 merge_shards(self.folder, self._shard_bytes)
 
     def _finish(self) -> None:
-        """Finish the shard that is being written."""
+        """Finish the shard that this process is writing, if any."""
         writer = self._writer
         if writer is not None:
             self._writer = None
@@ -187,7 +187,7 @@ class ShardStore:
         return self._catalog
 
     def _discard_catalog(self) -> None:
-        """Discard the catalog and the opened shards, because shards have changed."""
+        """Drop the cached index and the opened shards, because the shards have changed."""
         self._catalog = None
         self._opened = {}
 

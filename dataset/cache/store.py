@@ -43,7 +43,7 @@ class SingleFiles:
     is_shared: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
-        """List the names in the cache folder; [] if the folder does not exist."""
+        """Return the file names in the cache folder; [] if the folder does not exist."""
         # not `iterdir`, because creating a Path for each name takes longer than listing; not a set, because
         # building it takes as long as listing
         return os.listdir(self.folder) if self.folder.is_dir() else []
@@ -117,7 +117,7 @@ class MemoryStore:
         self.entries[name] = Entry.of(self.folder / name, dict(metadata), named)
 
     def remove(self, name: str) -> None:
-        """Remove an entry if it exists."""
+        """Remove an entry from memory, if it exists."""
         self.entries.pop(name, None)
 
     def close(self, is_last: bool = False) -> None:
@@ -162,7 +162,7 @@ def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, 
 
 
 def _list_images(table: DatasetTable) -> dict[str, Path]:
-    """Return the paths, without suffix, of the images that a list names, by stem.
+    """Return the paths without suffix, by stem, of the images that a list names.
 
     Returns {} if the table's images are all in its folder.
     """

@@ -57,16 +57,16 @@ class AudioPlan:
 
 
 class _AudioJob(NamedTuple):
-    """A clip with its cached items."""
+    """A clip and its cached training items, for which audio is to be encoded."""
 
     source: MediaSource
     items: Sequence[cache_files.LatentName]
 
 
 class AudioWork:
-    """Encode the audio of a dataset.
+    """Encodes and caches the audio of a dataset.
 
-    Networks are loaded when they are first needed and stay loaded until `free` is called, or until the video
+    The networks are loaded when they are first needed. They stay loaded until `free` is called or the video
     encoders replace them.
     """
 

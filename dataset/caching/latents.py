@@ -130,7 +130,7 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
 
 
 def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
-    """Load the networks that a family uses to encode images and clips.
+    """Load the networks that encode images and clips for a model family.
 
     Raises:
         CheckpointError: If an encoder cannot be loaded.

@@ -69,7 +69,7 @@ class CachingActor:
         self._tables: Sequence[DatasetTable] = ()
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        """Cache some shards. A UserError becomes the `error` of its shard; other errors are raised."""
+        """Cache the shards of a batch. A UserError becomes its shard's `error`; other errors propagate."""
         rows = [self._cache_shard(int(index)) for index in batch["shard_index"]]
         return {column: [row[column] for row in rows] for column in rows[0]}
 

@@ -60,7 +60,7 @@ FLIP = "flip"
 
 
 class IncompatibleCache(CacheError):
-    """Raised if a cache was made with another encoder, with other options or by another program."""
+    """Raised if another encoder, other options or another program made a cache file."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class _Comparison:
     is_incompatible: bool = False  # an existing file raised IncompatibleCache
 
     def add_outdated(self, error: CacheError) -> None:
-        """Remember why a file is replaced: the first reason, unless a later one is an IncompatibleCache."""
+        """Store why a cache file is replaced: the first reason, unless one is an IncompatibleCache."""
         is_incompatible = isinstance(error, IncompatibleCache)
         if self.outdated_reason is None or is_incompatible:
             self.outdated_reason = str(error)
@@ -283,7 +283,7 @@ class SourcePlanner:
         return plan
 
     def _make_valid_plan(self, item_sizes: tuple[tuple[int, ...], ...]) -> SourcePlan:
-        """Return the plan of a source whose caches are all valid and have records."""
+        """Return the plan for a media file whose caches are all valid and have records."""
         return SourcePlan(
             source=self.source,
             valid_files=frozenset(self.existing_files),
@@ -467,7 +467,7 @@ class SourcePlanner:
         )
 
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
-        """Return the sizes of the training items: one for the full item, or one for each section."""
+        """Return the width, height and frame count of the full item, or one for each of its sections."""
         _, num_frames = span
         if self.table.kind == "image":
             # with multiple_target, the number of frames is that of the image's layers
@@ -587,7 +587,7 @@ class SourcePlanner:
                 raise IncompatibleCache(f"{path}: it has no {key}, which this model needs with every clip")
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
-        """Return F, H, W of the latents of an item, or of its section."""
+        """Return F, H, W of an item's latents, or of one section of them."""
         _, num_frames = span
         width, height = bucket
         if self.table.multiple_target:

@@ -64,7 +64,7 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
 
 
 def _require_image_moments(sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError if moments of first frames are missing."""
+    """Raise DatasetError if the VAE moments of a clip's first frame are missing."""
     kind = "moments of first frames are missing, which this model's image-to-video caches contain"
     errors = []
     for source in sources:
@@ -200,7 +200,7 @@ def submit_embeds(
 
 
 class _UnfitEmbeds(Exception):
-    """Raised if precomputed embeddings do not fit the caption or the encoder."""
+    """Raised if precomputed embeddings do not belong to the caption or the encoder."""
 
 
 def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]) -> Conditions | None:
@@ -254,5 +254,5 @@ def _read_declared_shapes(
 
 
 def _shape_of(tensor: Tensor) -> dict[str, Any]:
-    """Describe a tensor for a record."""
+    """Return a tensor's shape and dtype as JSON values for a record."""
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}

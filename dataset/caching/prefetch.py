@@ -193,7 +193,7 @@ def workers_of(options: CachingOptions) -> int:
 
 
 def _log_clips(clips: Sequence[Failure], text: str, level: int) -> None:
-    """Log the number of clips to which `text` applies, and the first of these clips."""
+    """Log how many clips `text` applies to, and the first few of them."""
     first = "; ".join(map(str, clips[:NAMED]))
     logger.log(level, "%s. The first: %s", pluralize(len(clips), text), first)
 

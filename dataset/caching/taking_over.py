@@ -113,11 +113,11 @@ class OtherCaches:
         return channels == {self._cache_settings.latent.channels}
 
     def _read_maker(self, store: CacheStore, file: str) -> str:
-        """Return the name of the program that made a cache file."""
+        """Return the name of the program or model that made a cache file."""
         return store.read(file, is_full=False).metadata.get("architecture", "another program")
 
     def _copy(self, store: CacheStore, file: str, tag: str) -> str:
-        """Copy an entry of another model; return its new name, with this model's tag."""
+        """Copy a cache file of another model; return the copy's name, which contains this model's tag."""
         name = parse_latent_name(file, tag, "image")
         assert name is not None  # `LatentNames` lists only names that can be parsed
         entry = store.read(file)

@@ -31,7 +31,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class VisibleMedia(NamedTuple):
-    """Whether text encoders see the clip, or media of a list's row, in addition to caption and references."""
+    """Which media text encoders see besides caption and references: the clip, or media of a list's row."""
 
     frames: bool = False  # whether they see the frames of the item
     reference_media: bool = False  # whether they see the reference media in the item's row
@@ -241,7 +241,7 @@ def _list_captions(
 def _list_seen_files(
     source: MediaSource, visible_media: VisibleMedia
 ) -> tuple[tuple[Path, Origin | None], ...]:
-    """Return the files that an encoder sees: clip or image, control images, reference media of the row."""
+    """Return the media files that an encoder sees: clip or image, control images, references of the row."""
     files: list[tuple[Path, Origin | None]] = []
     if visible_media.frames:
         files += source.latent_inputs[: 1 + len(source.control)]
@@ -252,10 +252,10 @@ def _list_seen_files(
 
 
 def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
-    """Return the settings that change how text encoders see a source's reference images, by name.
+    """Return, by name, the settings that change how text encoders see an item's reference images.
 
-    Its bucket, which they depend on, is read from its header: () if the source has to be downloaded, and
-    (0, 0) if it cannot be read.
+    These depend on the item's bucket. Its place is () if the file has to be downloaded first, and (0, 0) if
+    the file's header is unreadable.
     """
     table = source.table
     if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:

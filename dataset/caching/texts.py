@@ -216,7 +216,7 @@ class TextWork:
         return remove_caches(store, stale, is_of_family) if stale else 0
 
     def _further_captions(self, table: DatasetTable, names: Sequence[str]) -> list[str]:
-        """Return those of `names` that are entries of second or further captions of current sources."""
+        """Return the names of text cache files that belong to second or further captions of current media."""
         stems = {source.stem for source in self._sources if source.table.index == table.index}
         further = []
         for name in names:
@@ -228,7 +228,7 @@ class TextWork:
         return further
 
     def free(self) -> None:
-        """Release the encoder if one is loaded."""
+        """Free the memory of the loaded text encoder, if any."""
         if self._loaded_encoder is not None:
             self._loaded_encoder.free()
             self._loaded_encoder = None
@@ -512,7 +512,7 @@ def _describe_failure(file: CaptionFile, error: MediaError | CaptionError) -> Fa
 
 
 def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
-    """Group consecutive texts of one table and kind into batches.
+    """Group consecutive captions of one table and one kind (first, further, empty) into batches.
 
     `size` is the batch size; None means the batch_size of the table.
     """

@@ -28,7 +28,7 @@ class CogVideoX(SourceFormat):
     has_dependent_keys = True
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
-        """Return why `alpha_mask` cannot be used with `load_tensors`, if both are set."""
+        """Return why alpha_mask and load_tensors cannot be combined; None unless both are set."""
         if fields["format_keys"].load_tensors and fields["alpha_mask"]:
             return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
         return None
@@ -47,7 +47,7 @@ class CogVideoX(SourceFormat):
             )
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Return a source for each clip of the lists, or of the table."""
+        """Return the clips that the lists or the table name."""
         from dataset.forms.cogvideox_lists import list_cogvideox  # it loads torch
 
         return list_cogvideox(table, faults)

@@ -30,5 +30,5 @@ class CogVideoXKeys:
         return self.cogvideox_root
 
     def source_key(self, kind: str) -> str:
-        """Return "cogvideox_root", for tables of images and of clips."""
+        """Return "cogvideox_root", the table key of the source for all kinds of tables."""
         return "cogvideox_root"

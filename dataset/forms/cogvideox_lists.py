@@ -28,7 +28,7 @@ CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 
 @dataclass(frozen=True)
 class CogRow:
-    """A clip and its caption, from one line of the lists."""
+    """A clip and its caption, from one line of the CogVideoX lists."""
 
     position: str  # position for messages: "videos.txt, line 3"
     caption: str  # with the id_token
@@ -146,7 +146,7 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
 
 
 def _require_list(path: Path, key: str, name: str) -> None:
-    """Raise DatasetError if a list is missing; `key` is the table key that sets another list."""
+    """Raise DatasetError if a list file is missing; `key` is the table key that names another file."""
     if not path.exists():
         raise DatasetError(
             f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "

@@ -116,10 +116,10 @@ FORMAT_OF_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for s
 
 
 def row_format(path: Path) -> RowFormat:
-    """Return the format of a table's rows, judged by the table's file name.
+    """Return the format that reads a table file, judged by the file's name.
 
     Raises:
-        DatasetError: If no format reads files of this name.
+        DatasetError: If no format reads files with this name.
     """
     for rows in ROWS:
         if rows.reads(path):
@@ -152,10 +152,10 @@ def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[T
 
 
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function that locates the file in the cell of a row in column `name`.
+    """Return a function that maps a row number to the file in column `name`.
 
-    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a cell
-    that is null.
+    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a null
+    cell.
     """
     return row_format(path).find_cells(path, name, finds_nulls)
 

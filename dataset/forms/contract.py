@@ -84,15 +84,15 @@ class SourceFormat:
         raise NotImplementedError(self.name)  # not called for folders, see dataset/listing.py
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Say where a missing caption was looked for, in an error message."""
+        """Return where a missing caption was looked for, as text for an error message."""
         return "no caption_extension in its table, such as .txt"
 
     def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
-        """Open a list or table for warnings about its columns."""
+        """Return the columns of a list or table, for warnings about unread ones."""
         raise NotImplementedError(self.name)
 
     def list_addresses(self, table: DatasetTable) -> list[str]:
-        """Return the addresses that are downloaded before the sources of a table can be listed."""
+        """Return the URLs that must be downloaded before a table's media files can be listed."""
         return []
 
 
@@ -124,9 +124,9 @@ class RowFormat:
         raise NotImplementedError
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-        """Return a function that locates the file in the cell of a row; None if the column contains no files.
+        """Return a function that maps a row number to the file in this column; None if it contains no files.
 
-        With `finds_nulls`, the function returns None for a cell that is null.
+        With `finds_nulls`, the function returns None for a null cell.
         """
         return None
 

@@ -7,13 +7,13 @@ from dataset.forms.contract import RowFormat, TableRow
 
 
 class Delimited(RowFormat):
-    """CSV and TSV."""
+    """CSV and TSV format."""
 
     suffixes = (".csv", ".tsv", ".tab")
     has_header = True
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the names in the first line."""
+        """Return the column names from the first line."""
         from dataset.forms.delimited_rows import header_of  # it loads decoders
 
         return header_of(path)

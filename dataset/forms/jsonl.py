@@ -35,13 +35,13 @@ class JsonLists(SourceFormat):
     has_dependent_keys = True
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
-        """Return why a folder of masks cannot be used: lines of the list name masks themselves."""
+        """Return why mask_directory is not allowed (list lines name masks themselves); None if unset."""
         if fields["mask_directory"]:
             return "mask_directory cannot be used here; give mask_path in the lines of the list"
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
-        """Remove `control_directory` with a warning: lines of the list name control files themselves."""
+        """Drop `control_directory` with a warning: the lines of a list name control files themselves."""
         if fields["control_directory"]:
             logger.warning(
                 "%s: control_directory is ignored because a list itself names control files (control_path)",

@@ -126,7 +126,7 @@ class NpzStore:
 
     @property
     def format(self) -> NpzFormat:
-        """Layout of the family's npz files."""
+        """Layout of the npz files that this model family uses."""
         assert self.latent.npz is not None  # checked by `open_store` in dataset/forms/npz.py
         return self.latent.npz
 
@@ -137,7 +137,7 @@ class NpzStore:
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
-        """Return the path of the npz file of an entry."""
+        """Return the path of the npz file that contains an entry."""
         finished_name = name.removesuffix(cache_files.PART)
         unfinished_suffix = name[len(finished_name) :]  # PART or ""
         npz_stem = _replace_ending(finished_name.removesuffix(cache_files.SUFFIX), self._endings())
@@ -227,7 +227,7 @@ class NpzStore:
         return name + unfinished_suffix
 
     def _endings(self) -> tuple[tuple[str, str], ...]:
-        """Return pairs of an entry name's ending (without suffix) and its file name's ending."""
+        """Return pairs of name endings: of a cache entry (without suffix), and of its npz file."""
         return (f"_{self.tag}_te", self.format.text_suffix), (f"_{self.tag}", self.format.latent_suffix)
 
     # --- latents ---
@@ -241,7 +241,7 @@ class NpzStore:
         return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
-        """Return height and width of latents in an entry, computed from the size in its name."""
+        """Return the height and width of an entry's latents, computed from the image size in its name."""
         _, (width, height) = self._sizes(name)
         *_, latent_height, latent_width = self.latent.shape(1, height, width)
         return latent_height, latent_width

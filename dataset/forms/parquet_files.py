@@ -97,7 +97,7 @@ class UnpackedBytesLimit:
 
     @staticmethod
     def of(path: Path) -> "UnpackedBytesLimit":
-        """Return a counter for a file, whose limit depends on the size of the file.
+        """Return a counter for a file; its limit is proportional to the file size, with a minimum.
 
         Raises:
             OSError: If the file does not exist.
@@ -105,7 +105,7 @@ class UnpackedBytesLimit:
         return UnpackedBytesLimit(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
-        """Count bytes that are about to be unpacked.
+        """Count bytes before they are unpacked.
 
         Raises:
             DatasetError: If the limit is exceeded.
@@ -383,7 +383,7 @@ def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
 
 
 def _may_have_nulls(chunks: Sequence[Any]) -> bool:
-    """Return whether a column may have null values; True if its chunks do not record their number."""
+    """Return whether a column may have nulls; True if the file does not record how many there are."""
     counts = []
     for chunk in chunks:
         if chunk.is_stats_set and chunk.statistics.has_null_count:

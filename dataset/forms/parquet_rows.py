@@ -13,7 +13,7 @@ BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # maximum number of rows, and of bytes,
 
 
 def columns_of_parts(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns.
+    """Return the column names of a Parquet file, or of the first one in a folder.
 
     Raises:
         DatasetError: If the file cannot be read.

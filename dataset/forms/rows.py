@@ -126,7 +126,7 @@ class RowReader:
     def _add_audio(
         self, source: media_source.MediaSource, values: Mapping[str, Any], position: str
     ) -> media_source.MediaSource:
-        """Return a source with its audio file: the one named in its row, else one next to the clip."""
+        """Return a source with its audio file: the one that its row names, else one next to the clip."""
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
         audio = self._read_file_cell("audio_path", audio_path, position)
         if audio is None and self.table.finds_audio_by_name and not source.remote_or_packed:
@@ -188,7 +188,7 @@ class RowReader:
         return [layers[number] for number in sorted(layers)]
 
     def _note_gap(self, files: Mapping[int, FileLocation], column: str, position: str) -> None:
-        """Remember, for a later warning, a row whose numbered columns skip a number."""
+        """Store a message about a row whose numbered columns skip a number, for a later warning."""
         gap = find_gap(files)
         if gap is not None:
             self._gaps.append(f"{position}: there is no {column}_{gap}, but {column}_{max(files)}")
@@ -273,11 +273,11 @@ class RowReader:
 
     @property
     def unit(self) -> str:
-        """Word for a row in messages."""
+        """Word for a row in messages ("line" or "row")."""
         return "line" if self.is_list else "row"
 
     def _locate(self, text: str, position: str) -> tuple[Path, media_source.Remote | None]:
-        """Return the local path of a file, and its address; None for a local file."""
+        """Return the local path of a file named in a row, and its URL (None for local files)."""
         if not is_address(text):
             return locate(text, self.base, position), None
         protocol = protocol_of(text)
@@ -328,7 +328,7 @@ class RowReader:
         return [*first_lines, *stripped[1:]]
 
     def _read_further_text(self, value: Any, position: str) -> str:
-        """Return the `FURTHER_TEXT` of a row. Raises DatasetError if it is not a string."""
+        """Return a row's `FURTHER_TEXT` value. Raises DatasetError if it is empty or not a string."""
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
                 f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
@@ -482,7 +482,7 @@ def locate(text: str, base: Path | None, position: str) -> Path:
 
 
 def check_text(text: str, position: str) -> None:
-    """Raise DatasetError if a text has invalid characters or is too long for a path or caption."""
+    """Raise DatasetError if a path or caption has invalid characters or is too long."""
     bad = bad_character(text)
     if bad is not None:
         raise DatasetError(f"{position} holds {bad}. Correct the line.")
@@ -543,7 +543,7 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a column contains numbered control media or references, such as `control_path_1`."""
+    """Return whether a column has numbered control media or references, such as `control_path_1`."""
     return control_number(name) is not None or control_number(name, "reference_path") is not None
 
 

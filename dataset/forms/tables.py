@@ -23,7 +23,7 @@ class TableKeys:
 
     @property
     def source(self) -> Path:
-        """The table's file, or its folder of parts."""
+        """The table's file, or a folder with several of them."""
         return self.table_file
 
     def source_key(self, kind: str) -> str:
@@ -42,7 +42,7 @@ class Tables(SourceFormat):
     is_listed_in_training = True
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the table, row by row."""
+        """Return the media files that the rows of the table name or contain."""
         from dataset.forms.tables_listing import list_table  # it loads decoders
 
         return list_table(table, table.require_format_keys(TableKeys).path_column, faults)

@@ -23,7 +23,7 @@ class TarKeys:
 
     @property
     def source(self) -> Path:
-        """Return the first path, glob or address, without passwords."""
+        """The first tar path, glob pattern or URL (without passwords)."""
         return Path(hide_secrets(self.tars[0]))
 
     def source_key(self, kind: str) -> str:
@@ -32,7 +32,7 @@ class TarKeys:
 
 
 class Tars(SourceFormat):
-    """Samples in tars, on disk or at addresses."""
+    """Source format of media and captions in tar files, on disk or at URLs."""
 
     name = "tars"
     source = "tars"

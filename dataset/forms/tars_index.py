@@ -59,7 +59,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarRules:
-    """Rules for which files of a sample are its media, its caption and its companions."""
+    """Rules that tell which files of a tar sample are media, caption and companions."""
 
     media: tuple[str, ...]  # suffixes of images or clips
     spare: tuple[str, ...]  # suffixes that count as media only if no file has one of `media`
@@ -82,7 +82,7 @@ class TarSample:
 
 @dataclass
 class TarIndex:
-    """Samples and errors that were found in a tar."""
+    """Media samples and errors found in one tar."""
 
     samples: list[TarSample] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)  # key of a sample, and its error
@@ -272,7 +272,7 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
 
 
 def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:
-    """Return the role, MASK or CONTROL, and the number of a companion file; None for other names."""
+    """Return a companion file's role, MASK or CONTROL, and its number; None for other extensions."""
     match = _ROLE.fullmatch(extension)
     if match is None:
         return None
@@ -285,7 +285,7 @@ def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:
 
 
 def _select_media(extensions: Sequence[str], suffixes: Container[str]) -> list[str]:
-    """Return the extensions of media to train on: plain ones such as `png`, else ones such as `crop.png`."""
+    """Return the media extensions to train on: plain ones such as `png`, otherwise those like `crop.png`."""
     exact = [extension for extension in extensions if f".{extension}" in suffixes]
     if exact:
         return sorted(exact)
@@ -347,7 +347,7 @@ def _read_json_captions(text: str, rules: TarRules) -> list[str]:
 
 
 class _HeaderFile:
-    """A file from which `tarfile` reads headers and long names; it refuses larger reads than these need."""
+    """File object from which `tarfile` reads headers and long names; it refuses larger reads."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

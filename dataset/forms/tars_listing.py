@@ -71,7 +71,7 @@ class TarMember:
                 yield piece
 
     def describe(self) -> dict[str, Any]:
-        """Return the tar and the position of the member in it, in the form in which caches record them."""
+        """Return the tar and the member's position in it, as cache records store them."""
         return {"in": str(self.container), "offset": self.offset, "bytes": self.size_bytes}
 
 
@@ -195,7 +195,7 @@ def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -
 
 
 def _locate_member(tar: Path, member: Member) -> FileLocation:
-    """Return the location of a tar's member: a path that names it in messages, and where its bytes are."""
+    """Return a tar member's location: a path for messages, and where its bytes are in the tar."""
     origin = TarMember(tar, member.offset, member.size_bytes)
     return name_parts(tar, readable_path(member.name)), origin
 

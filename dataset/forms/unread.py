@@ -82,7 +82,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
 def _explain_unused(
     name: str, value: Any, row: TableRow, table: DatasetTable, columns: InspectedColumns
 ) -> str | None:
-    """Return the end of the warning about an unused column with this value; None if no warning is needed."""
+    """Return the end of a warning about an unread column with this value; None if it needs no warning."""
     lacks_caption = columns.is_list and not row.values.get("caption")
     explanation = _explain_by_name(name, value, table, lacks_caption)
     if explanation is None:
@@ -159,7 +159,7 @@ def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, me
 
 
 def _texts_in(value: Any) -> list[Any]:
-    """Return the strings in a value: the value itself, or the items of a list or an object."""
+    """Return the values to check for file names: the value itself, or the items of a list or object."""
     if isinstance(value, str):
         # a cell of a CSV table may contain a list as text
         return _QUOTED.findall(value) if value.lstrip().startswith("[") else [value]
@@ -185,7 +185,7 @@ def _find_similar(name: str, table: DatasetTable) -> str | None:
 
 
 def _make_hint(name: str, table: DatasetTable) -> str | None:
-    """Return advice for a column whose name is similar to a used column's, or a synonym; None for others."""
+    """Return a hint for an unread column whose name resembles that of a read column; None for others."""
     name_parts = set(re.split(r"[^a-z]+", name.lower()))
     similar = _find_similar(name, table)
     for column, (contents, synonyms) in COLUMN_SYNONYMS.items():

@@ -115,7 +115,7 @@ def count_frames(path: Path, fps: float) -> int:
 
 
 def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
-    """Yield the black frames that stand for an audio file, each with its index and time in seconds."""
+    """Yield black frames for an audio file, each with its index and its time in seconds."""
     black = np.zeros((64, 64, 3), np.uint8)
     return ((black, index, index / fps) for index in range(count_frames(path, fps)))
 

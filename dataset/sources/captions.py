@@ -104,7 +104,7 @@ def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
 
 
 def describe_encoding(path: Path, text: str, encoding: str) -> str:
-    """Return `cat.txt: read as Windows-1252 (...): 'ein Mädchen'`."""
+    """Return a message with a file's encoding: `cat.txt: read as Windows-1252 (...): 'ein Mädchen'`."""
     one_line = " ".join(text.split())
     shown = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
     return f"{path}: read as {encoding}: {shown!r}"
@@ -248,7 +248,7 @@ def not_utf8(path: Path, number: int) -> DatasetError:
 
 
 def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
-    """Add the probable encoding and first words of each file to the errors of `read_caption`."""
+    """Return the errors of `read_caption` with each file's probable encoding and first words added."""
     explained = []
     for error, guess in zip(errors, guess_captions(paths), strict=True):
         if guess is not None and "UTF-8" in error:

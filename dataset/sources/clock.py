@@ -174,13 +174,13 @@ class _Timing:
 
     @property
     def estimated_frames(self) -> int:
-        """Number of frames, computed from the duration if the header does not have it; 0 if unknown."""
+        """Number of frames: from the header, else from the duration; 0 if unknown."""
         if self.frames:
             return self.frames
         return round(self.seconds * self.rate) if self.rate > 0 else 0  # False for NaN
 
     def describe(self) -> str:
-        """Return the length for a message: `48 frames, 2.00 s`."""
+        """Return the length as text for a message: `48 frames, 2.00 s`."""
         return f"{self.estimated_frames} frames, {self.seconds:.2f} s"
 
 
@@ -246,7 +246,7 @@ class _TimingComparison:
 
 
 def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
-    """Yield the control clips, masks and references of a clip that are not still images."""
+    """Yield a clip's control clips, masks and references, without still images."""
     if source.table.kind == "video" and source.precomputed is None:
         yield from source.control
         for path in (source.mask, source.control_mask, *source.references):

@@ -23,7 +23,7 @@ TORN = "are interlaced, which is not undone: what moves is torn into lines. Dein
 
 
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
-    """Return whether a source, and whether its control media, keep the colors of transparent pixels.
+    """Return whether an image's transparent pixels keep their colors, and whether its control images' do.
 
     `keeps_alpha` says whether the family uses the transparency of images (`LatentSpec.keeps_alpha`).
     """
@@ -71,7 +71,7 @@ def find_changed_reading(
 
 
 def has_codes(path: Path) -> bool:
-    """Return whether the header of a file has to be read to know how the file is shown.
+    """Return whether a file's header must be read to know how the file is displayed.
 
     Clips, AVIFs and folders (by their names) may declare color codes, non-square pixels, or the order or
     orientation of their frames.

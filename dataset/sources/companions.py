@@ -200,7 +200,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return a source's references, including clips, if the model takes only one image of each."""
+    """Return an item's references, including clips, if the model accepts only still images."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references

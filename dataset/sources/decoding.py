@@ -91,7 +91,7 @@ IMAGES = ByteBudget(1 << 30)  # shared by all threads of this process
 
 @dataclass(frozen=True)
 class DecodedMedia:
-    """The kept frames of one source, or of one of its items, resized to its bucket. Images have one frame."""
+    """The kept frames of one media file or training item, resized to its bucket. Images have one frame."""
 
     source: MediaSource
     size: Size  # width, height of the original
@@ -118,7 +118,7 @@ class DecodedMedia:
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """All arrays that encoders take: frames, control media, masks, references, rejected clip, moments."""
+        """All arrays that encoders take: frames, control, masks, references, rejected clip, VAE moments."""
         masks = [mask for mask in (self.alpha, self.control_mask) if mask is not None]
         rejected = [] if self.rejected is None else [self.rejected]
         return (self.frames, *self.control, *masks, *self.references, *rejected, *self.moments)
@@ -617,7 +617,7 @@ def _count_kept_frames(source: MediaSource, fps: float) -> int:
 
 
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
-    """Yield the used frames of a source, H W 3, at their original size; an image has one frame.
+    """Yield the frames of a media file that training uses, H W 3, at original size; one for an image.
 
     Raises:
         MediaError: If the file cannot be read.
@@ -668,7 +668,7 @@ def check_resolution(table: DatasetTable, step: int) -> None:
 
 
 def _broadcast_black_frame(frames: Iterator[Frame]) -> Clip:
-    """Return identical frames of bucket size as a clip that takes the memory of one frame (stride 0)."""
+    """Return a clip that repeats one black frame without using memory for each (stride 0)."""
     black = next(frames)
     count = 1 + sum(1 for _ in frames)
     return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides))

@@ -247,7 +247,7 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
 
 
 def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
-    """Return the animations among the files of an image table; log their number."""
+    """Return the animated images among an image table's files, and log how many there are."""
     animations = {path for path in paths if _is_animated(path)}
     if animations:
         text = "%s: %d files, such as %s, are animated: the video table with the same folder uses them"
@@ -412,7 +412,7 @@ class ControlFolder:
         return [path for path in surplus if path.stem not in self._stems]
 
     def _list_numbered_images(self, stem: str) -> list[Path]:
-        """Return the control images of an item: NAME.png, then NAME_0.png, NAME_1.png, ..."""
+        """Return an item's control images in order: NAME.png, then NAME_0.png, NAME_1.png, ..."""
         ranked = []
         for path in self._images.get(stem, ()):
             number = path.stem.rsplit("_", 1)[-1]
@@ -486,7 +486,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the suffixes of images, clips or audio, and a second set of suffixes with lower precedence.
+    """Return two sets of suffixes for images, clips or audio: normal ones, and ones of lower precedence.
 
     Files with a suffix of the second set may be previews or originals: they are left out if a file with a
     suffix of the first set has the same stem.

@@ -77,7 +77,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Describe which target_frames a clip is too short for; None if it fits all of them, or none."""
+    """Return which target_frames a clip is too short for; None if it is long enough for all, or for none."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
@@ -144,7 +144,7 @@ def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
 
 
 def one_frame_settings(table: DatasetTable) -> str:
-    """Return the value of --one_frame_inference that matches a table with fp_1f keys; "" for others."""
+    """Return the --one_frame_inference value that matches a table's fp_1f keys; "" for other tables."""
     settings = []
     if table.fp_1f_target_index is not None:
         settings.append(f"target_index={table.fp_1f_target_index}")
@@ -291,7 +291,7 @@ Mask = NDArray[np.uint8]  # F H W
 
 
 class ClipCompanions(NamedTuple):
-    """Files that belong to a source, decoded and resized to their buckets."""
+    """A clip's or image's companion files (control, masks, references), decoded and resized."""
 
     references: tuple[NDArray[np.uint8], ...] = ()  # each f h w 3; guides follow
     control_mask: Mask | None = None
@@ -305,13 +305,13 @@ FitImage = Callable[[Frame], Frame]  # resizes and crops an image
 
 
 def read_mask_image(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: int) -> Mask:
-    """Read an image as the mask of `num_frames` frames.
+    """Read an image as the loss mask of `num_frames` frames.
 
     Args:
-        path: The mask.
+        path: The mask image.
         fit_image: Resizes and crops the mask like the image or clip.
         size: Size of the image or clip; the mask must have the same aspect ratio.
-        num_frames: Number of frames, which all have this mask.
+        num_frames: Number of frames, which all get this mask.
     """
     mask = _gray(path, read_mask(path), fit_image, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))

@@ -74,7 +74,7 @@ def _has_caption(path: Path, extension: str | None) -> bool:
 
 
 def _number_of(layer: Path) -> int:
-    """Return the number at the end of a layer's name."""
+    """Return the number that ends a layer's file name."""
     return int(layer.stem.rpartition("_")[2])
 
 

@@ -31,7 +31,7 @@ _SplitEntry = tuple["os.DirEntry[str]", str, str]  # entry of a folder, and its 
 
 
 class TableFolders:
-    """The folders of all tables of a configuration; the real path of each is resolved once."""
+    """The folders of a dataset file's tables, with each real path resolved only once."""
 
     def __init__(self, config: DatasetConfig) -> None:
         """Find which tables share a folder, and which other folders tables read or write."""
@@ -179,7 +179,7 @@ def _count_unused(
 
 
 def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_FolderRules") -> bool:
-    """Return whether an entry is never reported as unread: used media, a folder, or part of a cache shard."""
+    """Return whether a path need not be reported as unread: media in use, folders, cache shard files."""
     if ending in rules.media_suffixes:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
@@ -294,9 +294,9 @@ class _FolderRules:
     labels_read: frozenset[str]  # labels in file names, such as that of masks, that are read
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file, such as a caption, is expected next to media and not worth reporting.
+        """Return whether a file, such as a caption, is expected next to media and need not be reported.
 
-        `has_media` says that the folder has media with the same stem.
+        `has_media` says whether the folder has a media file with the same stem.
         """
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:
             return True

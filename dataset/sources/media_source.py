@@ -53,7 +53,7 @@ class PackedFile(Protocol):
         """Whether `MediaSource.path` already has the suffix of this file's format."""
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes of the file in pieces.
+        """Yield the bytes of the file in chunks.
 
         Raises:
             MediaError: If the content cannot be used.
@@ -83,7 +83,7 @@ class PrecomputedTensors(Protocol):
 
     @property
     def moments(self) -> Path:
-        """File of the moments of all frames."""
+        """File with the VAE moments of all frames."""
 
     @property
     def image(self) -> Path | None:
@@ -99,7 +99,7 @@ class PrecomputedTensors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """An image or clip of a table, listed without opening its file."""
+    """An image or clip of a dataset table with its companion files, listed without opening any."""
 
     # a file, or for a clip also a folder of images. In a tar: only a name for messages. At an address: the
     # path of the download, which need not exist yet. `fetch` provides files that can be opened
@@ -156,7 +156,7 @@ class MediaSource:
 
     @property
     def mask_from(self) -> str | None:
-        """Origin of the mask, FROM_ALPHA or FROM_FILE; None without a mask."""
+        """Where the mask comes from, FROM_ALPHA or FROM_FILE; None if there is no mask."""
         if self.table.alpha_mask:
             return FROM_ALPHA
         return None if self.mask is None else FROM_FILE
@@ -164,7 +164,7 @@ class MediaSource:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Name, size, time and hash of a file or folder of images, by which changes are detected."""
+    """Name, size, modification time and hash of a file or frame folder, to detect changes."""
 
     name: str
     size_bytes: int
@@ -174,7 +174,7 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """Size and frame count of a decoded clip, from which later runs derive its items without decoding."""
+    """Size and frame count of a decoded clip; later runs derive its items from them, without decoding."""
 
     # width, height of the original; of precomputed moments, the size of the clip that was encoded
     size: tuple[int, int]
@@ -309,9 +309,9 @@ def local_name(address: str) -> str:
 
 @lru_cache(maxsize=1024)  # called twice for each address
 def split_name(address: str) -> tuple[str, str]:
-    """Split the last part of an address into a valid stem and a suffix, such as `.png` or "".
+    """Split the last part of a URL into a valid file stem and a suffix, such as `.png` or "".
 
-    The stem of an address without a path is the host.
+    A URL without a path gives its host as the stem.
     """
     name = address_name(address)
     stem, dot, end = name.rpartition(".")
@@ -337,7 +337,7 @@ class Fault:
 
 
 def raise_if_fatal(faults: Sequence[Fault]) -> None:
-    """Raise DatasetError with all faults that end a run, by kind; do nothing if there are none."""
+    """Raise DatasetError with all faults that stop the run, grouped by kind; do nothing if there are none."""
     errors = [fault for fault in faults if fault.is_fatal]
     if len(errors) == 1 and errors[0].text.endswith("."):  # a sentence needs no heading
         raise DatasetError(errors[0].text)

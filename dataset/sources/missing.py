@@ -24,7 +24,7 @@ def explain_lookup(path: Path, config_path: Path | None) -> str:
 
 
 def hint_of_start(path: Path, config_path: Path) -> str:
-    """Return a hint if a relative path exists in the folder of the dataset file; else ""."""
+    """Return a hint if a relative path exists in the dataset file's folder; otherwise ""."""
     folder = real_path(config_path.parent)
     if path.is_absolute() or folder == Path.cwd() or not path_exists(folder / path):
         return ""

@@ -107,10 +107,10 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
 
 
 def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
-    """Return size and number of frames of a source with precomputed moments, from the shape of its tensor.
+    """Return the size and frame count of a clip with precomputed moments, from its tensor's shape.
 
     Raises:
-        MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
+        MediaError: If the file cannot be read, or if its tensor cannot contain moments of this model's VAE.
     """
     assert source.precomputed is not None
     path = source.precomputed.moments
@@ -127,7 +127,7 @@ class PreparedFolder:
 
 
 def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
-    """Write the file that describes a prepared folder.
+    """Write the metadata file of a folder with prepared tensors.
 
     Raises:
         OutputError: If the file cannot be written.

@@ -20,7 +20,7 @@ class _OpenChoice:
 
 @dataclass(frozen=True)
 class FilledText:
-    """A caption with its choices drawn; `has_lone_brace` says that a brace belongs to no choice."""
+    """A caption with its {a|b} choices drawn; `has_lone_brace`: a brace belongs to no choice."""
 
     text: str
     has_lone_brace: bool
@@ -56,7 +56,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
 
 
 def has_choice(text: str) -> bool:
-    """Return whether a caption has a choice to draw."""
+    """Return whether a caption contains a {a|b} choice."""
     return _CHOICE.search(text) is not None
 
 

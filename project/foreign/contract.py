@@ -52,7 +52,7 @@ class UnsetValue(ValueError):
 
 
 class UnsupportedRun(Exception):
-    """A project's kind of training cannot be set up by `new`; the message gives the reason."""
+    """Raised if `new` cannot set up a project's kind of training; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def omitted(reason: str) -> KeyRule:
 
 
 def is_on(value: Any) -> bool:
-    """Return whether a value means yes; some programs write yes as a string or as a number."""
+    """Return whether a value means true; some trainers write true as a string or a number."""
     return value is True or value == 1 or str(value).strip().lower() in {"true", "yes", "1"}
 
 
@@ -171,7 +171,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
 
 
 def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
-    """Return a function that reads an integer between `minimum` and `maximum`."""
+    """Return a function that parses an integer between `minimum` and `maximum`."""
     of_number = number(minimum, maximum)
 
     def read(value: Any) -> int:
@@ -189,7 +189,7 @@ def read_repeats(value: Any) -> int:
 
 
 def read_warmup(value: Any) -> float:
-    """Return the warm-up: steps, or a fraction of the run if it is below 1."""
+    """Return the warm-up as a number of steps or, below 1, as a fraction of the run."""
     found = number(0, MAX_STEPS)(value)
     return found if found < 1 else int(found)
 
@@ -208,7 +208,7 @@ def read_switch(value: Any) -> bool:
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
     """Return a function that looks up a name in `table`, ignoring case and separators.
 
-    Other names raise an error, whose message ends with the remedy `instead`.
+    It raises an error for other names; `instead`, at the end of the message, says what to do.
     """
 
     def read(value: Any) -> str:

@@ -25,7 +25,7 @@ DEFAULT_STEP = 8  # pixels; used until the autoencoder's file is available
 
 @dataclass(frozen=True)
 class CountedFile:
-    """A media file in an epoch, with the values that decide which batch it joins."""
+    """A media file in an epoch, with what determines which batch it belongs to."""
 
     table: DatasetTable
     bucket: tuple[int, ...]
@@ -87,7 +87,7 @@ def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) 
 def _find_bucket(
     setup: describing.RunSetup, table: DatasetTable, path: Path, size: tuple[int, int] | None
 ) -> tuple[int, ...]:
-    """Return the bucket size in which a file is trained; () if it is unknown."""
+    """Return the size of the bucket for a file; () if it is unknown."""
     if size is None:
         return ()
     try:

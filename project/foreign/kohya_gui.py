@@ -50,7 +50,7 @@ def _is_lllite(values: Mapping[str, Any]) -> bool:
 
 
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Guess the model if no key names it: Anima for its LLLite, SD 1.5 if `v2` is a key; otherwise None."""
+    """Guess the model if no key names it: Anima from its LLLite, SD 1.5 from the key `v2`; otherwise None."""
     if _is_lllite(values) and any(key.startswith("anima_") for key in values):
         return "anima", "base"
     return ("stable_diffusion", "1.5") if "v2" in values else None

@@ -109,7 +109,7 @@ def _select_steps(
 def _select_epochs(
     epochs: Sequence[FileEpochs], file_steps: int | None, steps_per_epoch: int
 ) -> FileEpochs | None:
-    """Return the number of epochs that decides the length; None if a number of steps does."""
+    """Return the number of epochs that sets the training length; None if a number of steps sets it."""
     for file_epochs in epochs:
         if file_epochs.precedence == contract.FIRST:
             return file_epochs

@@ -63,7 +63,7 @@ def adopt_by_name(
 
 
 def _adopt_dataset_key(project: ForeignProject, key: str, value: Any) -> None:
-    """Adopt a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not possible."""
+    """Use a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not allowed."""
     fact = SUBSET_KEYS[key]
     project.general_keys[key] = fact.value_type.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)
@@ -113,7 +113,7 @@ def _report_rejected(project: ForeignProject, key: str, value: Any, reason: str)
 
 
 def _report_unknown(project: ForeignProject, key: str, value: Any, our_names: Collection[str]) -> None:
-    """Report a key without a rule, with our name for it if there is one."""
+    """Report a key that no rule covers, with this program's name for it if there is one."""
     our_name = _find_our_name(key, our_names)
     if is_off(value):
         project.ineffective_keys.append(show(key))

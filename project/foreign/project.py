@@ -96,7 +96,7 @@ class ForeignProject:
         self.omission_lines.append(f"{show(key)} = {show(value)}: {reason}")
 
     def report_change(self, key: str, value: Any, result: str) -> None:
-        """Record a key of the foreign file whose value is changed for this program.
+        """Record a key of another trainer's file whose value is converted for this program.
 
         `result` describes the new setting.
         """
@@ -120,7 +120,7 @@ class ForeignProject:
             self.report_omitted_value(key, value, reason)
 
     def format_report(self, folder: Path) -> list[str]:
-        """Return the report about a foreign project file, in which every key occurs once.
+        """Return the lines of the report about another trainer's project file; each key occurs once.
 
         `folder` is the dataset folder.
         """

@@ -121,7 +121,7 @@ def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value is equivalent to a missing key."""
+    """Return whether a value means the same as a missing key."""
     return value is None or value in ("", [])
 
 

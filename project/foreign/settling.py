@@ -129,7 +129,7 @@ def _remove_options(project: ForeignProject, names: Iterable[str], reason: str) 
 
 
 def _omit_lora_only_settings(project: ForeignProject) -> None:
-    """Remove settings that only a LoRA has from a project that trains another network type."""
+    """Remove settings that only a LoRA has from a project that trains something else."""
     module = project.training_options.get("network_module")
     if module is None:
         return
@@ -218,7 +218,7 @@ def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout
 
 
 def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) -> None:
-    """Remove bucket_reso_steps unless it is a multiple of the step that the model's sides need."""
+    """Drop bucket_reso_steps unless it is a multiple of `side_multiple`, which the model needs."""
     general_keys = project.general_keys
     steps = general_keys.get("bucket_reso_steps", side_multiple)
     if steps % side_multiple:

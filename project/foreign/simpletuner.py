@@ -58,7 +58,7 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
 
 
 def _read_size(value: Any) -> tuple[int, int]:
-    """Return width and height for a number: up to 16 an area in megapixels, otherwise a side in pixels."""
+    """Return width and height for one number: an area in megapixels up to 16, otherwise a side in pixels."""
     if number()(value) <= 16:
         side = int((number()(value) * 1024 * 1024) ** 0.5)
         return read_side(side)
@@ -74,7 +74,7 @@ def _read_limit(value: Any) -> float:
 
 
 def _read_repeats(value: Any) -> int:
-    """Return how often a file is used; SimpleTuner counts only the repetitions after the first use."""
+    """Return how often a file is used in an epoch; SimpleTuner does not count the first use."""
     return integer(0, 100_000)(value) + 1
 
 

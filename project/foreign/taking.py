@@ -48,7 +48,7 @@ def find_rule(program: Program, key: str) -> KeyRule | None:
 
 
 def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDataset | None:
-    """Return the dataset whose table contains a key, and record the key in it."""
+    """Return the dataset that contains a key of another trainer's file, after recording the key in it."""
     table = _find_table(project.program, key)
     if table is None:
         return None

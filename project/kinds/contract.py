@@ -14,9 +14,9 @@ OF_LORA = ("network_", "lora_format")
 
 
 def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Return training options without those that only a LoRA has.
+    """Return the training options without those that only a LoRA has.
 
-    `memory`, the card's memory in GiB, has no effect.
+    `memory`, the GPU memory in GiB, has no effect.
     """
     return {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
 
@@ -30,7 +30,7 @@ def find_catalog_command(key: str, model: ModelSet) -> list[str]:
 
 
 def find_lora_script(model: ModelSet) -> list[str]:
-    """Return the script that trains a LoRA for a model, as the first argument of a command."""
+    """Return the script that trains a LoRA for a model, as the first word of a command."""
     return [next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))]
 
 

@@ -277,7 +277,7 @@ def list_allowed(script: str) -> frozenset[str]:
 
 
 def _list_own_modules(model: ModelSet) -> list[str]:
-    """Return the network modules that the training command of a model names."""
+    """Return the --network_module values in a model's training command."""
     argv = model.commands["train"].split()
     return [after for word, after in zip(argv, argv[1:], strict=False) if word == "--network_module"]
 
@@ -339,7 +339,7 @@ def _read_pair(name: str, text: Any) -> str:
 
 
 def _read_number(name: str, value: Any, kind: Any) -> float | int:
-    """Convert a recipe's value to a number; warm-up steps may be a fraction."""
+    """Return a recipe's value if it is a number, and an integer if `kind` is int; else raise ValueError."""
     if type(value) not in (int, float):
         raise ValueError(f"{name} = {_show(str(value))}: a recipe gives a number here")
     if kind is int and type(value) is not int:

@@ -211,7 +211,7 @@ def _read_number(text: str) -> int | float | str:
 
 
 def _list_figures(run_history: RunHistory, start: Start) -> dict[str, str]:
-    """Return the measured figures of a run: losses and seconds."""
+    """Return the measured figures of a training run, such as losses and seconds, by name."""
     figures = {}
     if run_history.average is not None:
         figures["average loss at the end"] = f"{run_history.average:.{DIGITS}g}"
