@@ -166,7 +166,7 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
 
 
 def empty_text_name(tag: str) -> str:
-    """Return the name of the cache of the empty prompt, which all items of a folder share."""
+    """Return the name of the empty prompt's cache, which all items of a folder share."""
     return f"{tag}_te.empty{SUFFIX}"
 
 
@@ -196,7 +196,7 @@ def is_empty_text_name(file_name: str, tag: str) -> bool:
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
-    """Return the stem of a source from the name of its first text cache; None for other names."""
+    """Return the stem in the name of a first caption's text cache; None for other names."""
     ending = f"_{tag}_te{SUFFIX}"
     if not file_name.endswith(ending) or file_name.startswith("."):
         return None
@@ -204,12 +204,12 @@ def parse_text_name(file_name: str, tag: str) -> str | None:
 
 
 def is_cache_name(name: str) -> bool:
-    """Return whether a name belongs to a cache of any family."""
+    """Return whether a file name is that of a cache of any model family."""
     return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
 
 
 def is_safe_name(name: str) -> bool:
-    """Return whether a name can be used as a file name on every system."""
+    """Return whether a file name is valid on all operating systems."""
     return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
 
 
@@ -273,7 +273,7 @@ class Entry:
 
     @staticmethod
     def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
-        """Make an entry from tensors by their names in the file; `place` is its path, for messages."""
+        """Create an entry from tensors by their names in the file; `place` is its path, for messages."""
         return Entry(place, metadata, {name: tuple(tensor.shape) for name, tensor in named.items()}, named)
 
     @property
@@ -309,7 +309,7 @@ class Entry:
 
 
 class CacheStore(Protocol):
-    """The entries of one cache folder.
+    """The entries (cache files) of one folder, whether stored singly, in shards or as npz files.
 
     An entry exists completely or not at all. Several threads may use a store at the same time, and other
     processes may write other entries of the same folder.
@@ -325,13 +325,13 @@ class CacheStore(Protocol):
 
     @property
     def is_shared(self) -> bool:
-        """Whether other programs may have entries in the folder; these are used if they fit, never stale."""
+        """Whether other trainers may have cache files in the folder; valid ones are used, none is removed."""
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, and of other files in the folder."""
+        """Return the names of all entries, and of any other files in the folder."""
 
     def __contains__(self, name: str) -> bool:
-        """Return whether an entry of that name exists, valid or damaged."""
+        """Return whether an entry of this name exists, valid or damaged."""
 
     def read(self, name: str, is_full: bool = True) -> Entry:
         """Read a cache file into CPU memory, or only its header if `is_full` is False.
@@ -347,7 +347,7 @@ class CacheStore(Protocol):
         """
 
     def remove(self, name: str) -> None:
-        """Remove an entry if it exists."""
+        """Remove a cache file if it exists."""
 
     def close(self, is_last: bool = False) -> None:
         """Flush all written entries; called when a writer is done, which may write again later.
@@ -419,7 +419,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a cache file, completely or not at all; `tensors` are keyed by their names in the file.
+    """Write a cache file atomically; `tensors` are keyed by their names in the file.
 
     Equal contents give equal bytes; the safetensors library would write metadata in varying order.
     """
@@ -449,7 +449,7 @@ def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> boo
 
 
 def is_text_cache(entry: Entry, architecture: str) -> bool:
-    """Return whether the tensor names are those of a text cache of the family `architecture`."""
+    """Return whether a file's tensor names are those of the family's text caches."""
     return not entry.grids and _all_cache_names(entry) and entry.metadata.get("architecture") == architecture
 
 

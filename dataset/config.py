@@ -188,7 +188,7 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
 
 
 def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
-    """Return a configuration whose tables all store downloads in `folder`."""
+    """Return a copy of the configuration in which all tables store downloads in `folder`."""
     if not any(source_format_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
         logger.warning(
             "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
@@ -201,7 +201,7 @@ def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
 
 
 def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
-    """Leave the animations of a folder to the video table if an image table and a video table share it."""
+    """If an image and a video table share a folder, assign its animations to the video table only."""
     clip_folders = {
         folder_id(table.directory) for table in tables if table.kind == "video" and table.directory
     }
@@ -318,7 +318,7 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
 
 
 def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
-    """Return a configuration whose text caches include the empty prompt."""
+    """Return a copy of the configuration in which the empty prompt is cached, too."""
     tables = [replace(table, uses_empty_prompt=True) for table in config.datasets]
     return replace(config, datasets=tuple(tables))
 
@@ -433,7 +433,7 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
 
 
 def _find_entries(content: Table, errors: list[str]) -> list[Any]:
-    """Return the entries of [[datasets]]; an error is added to `errors` if there are none."""
+    """Return the [[datasets]] tables; if there are none, an error is added to `errors`."""
     entries = content.get("datasets")
     if isinstance(entries, dict):
         errors.append("[datasets] needs double brackets: write [[datasets]], once for each folder or list")

@@ -87,12 +87,12 @@ def whole(minimum: int, maximum: int, allowed: str = "") -> ValueType:
 
 
 def number(fits: Callable[[float], bool], allowed: str) -> ValueType:
-    """Make the type of numbers that `fits` accepts; they are read as float."""
+    """Return the type of numbers that `fits` accepts; they are parsed as float."""
     return make_value_type((int, float), fits, allowed, float)
 
 
 def one_of(values: tuple[str, ...]) -> ValueType:
-    """Make the type whose values are these words."""
+    """Return the type whose values are these words."""
     quoted = ", ".join(f'"{value}"' for value in values)
     return make_value_type(str, lambda value: value in values, f"one of {quoted}")
 
@@ -114,7 +114,7 @@ def _list_of(item_type: ValueType, allowed: str, or_one: bool = False) -> ValueT
 
 
 def _path(value: str) -> Path:
-    """Return the path in a value. Raises InvalidValue, with the reason, if the path cannot be used."""
+    """Return the value as a path. Raises InvalidValue, with the reason, if it cannot be used."""
     try:
         path = paths.expand_path(value)
     except ValueError as error:
@@ -127,7 +127,7 @@ def _path(value: str) -> Path:
 
 
 def _size(value: Any) -> tuple[int, int]:
-    """Read a resolution: a side, or width and height. Raises InvalidValue."""
+    """Parse a resolution: one side, or width and height. Raises InvalidValue."""
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
         raise InvalidValue
@@ -245,7 +245,7 @@ BOTH = ("image", "video")
 
 
 class Stale(enum.Flag):
-    """What becomes stale if a key's value changes.
+    """Which caches (or other results) become stale if a key's value changes.
 
     Each key has to declare it; there is no default, so that no key is forgotten. Changes of captions and
     images themselves are detected by comparing their contents.
@@ -266,7 +266,7 @@ REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
 
 @dataclasses.dataclass(frozen=True)
 class TableKey:
-    """One key of a table.
+    """One key of a [[datasets]] table.
 
     Attributes:
         value_type: Type of its value in the file.
@@ -274,7 +274,7 @@ class TableKey:
         kinds: Kinds of tables that may have the key.
         in_general: Whether [general] may have the key, too.
         of_some_forms: Whether only tables of some source formats, which list the key, may have it.
-        stale: What becomes stale if the value changes.
+        stale: Which caches become stale if the value changes.
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
 
@@ -388,7 +388,7 @@ KINDS = {
 
 
 class HasValueType(Protocol):
-    """Protocol of a key in dataset files, of this program or of another one: its value has a `ValueType`."""
+    """Protocol of a dataset key, of this program or another trainer, whose values have a `ValueType`."""
 
     @property
     def value_type(self) -> ValueType:
@@ -452,7 +452,7 @@ def other_trainers() -> ModuleType:
 
 
 def without_nulls(table: Any, name: str, errors: list[str]) -> dict[str, Any]:
-    """Return a table without the keys whose value is null (in JSON).
+    """Return a table without the keys that are null (in JSON).
 
     If `table` is neither a table nor None, an error is added to `errors`, and {} is returned.
     """
@@ -540,7 +540,7 @@ def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """Format a value as JSON for messages, without passwords, in at most 80 characters."""
+    """Format a value as JSON for messages, in at most 80 characters and without passwords."""
     import json  # only for errors: all training scripts import this module
 
     text = paths.hide_secrets(json.dumps(value, ensure_ascii=False, default=str))

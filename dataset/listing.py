@@ -130,7 +130,7 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
 
 
 class CompanionCounts(NamedTuple):
-    """What belongs to an image or clip in addition to its caption."""
+    """Companion files of an image or clip: how many there are, besides the caption."""
 
     num_controls: int
     num_references: int
@@ -221,7 +221,7 @@ def find_all_sources(
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a warning for each caption that was read in a different encoding than UTF-8."""
+    """Return a warning for each caption file in an encoding other than UTF-8."""
     warnings = []
     for source in sources:
         if source.caption_encoding is not None:

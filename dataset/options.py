@@ -87,7 +87,7 @@ class ShardOptions(Options):
             )
 
     def reject_beside(self, option: str) -> None:
-        """Raise OptionError if a shard is selected together with `option`, which needs the whole dataset."""
+        """Raise OptionError if --num_shards is set, because `option` needs the whole dataset."""
         if self.num_shards is not None:
             raise OptionError(
                 f"{option} looks at the whole dataset: leave out --num_shards and --shard_index, which share "
@@ -163,7 +163,7 @@ def _is_text_encoding(name: str) -> bool:
 
 
 class EmptyPromptOptions(Options, title="caching"):
-    """Whether the empty prompt is cached even if no table drops captions."""
+    """Whether to cache the empty prompt even if no table drops captions."""
 
     empty_prompt: bool = option(
         "also cache the empty prompt, as trainings with --guided_target or --blank_prior_weight need it"
@@ -171,7 +171,7 @@ class EmptyPromptOptions(Options, title="caching"):
 
 
 class CachingInRunOptions(Options, title="caches made by this command"):
-    """Caches to make before training. Without these options, the caches of the caching commands are read."""
+    """Which caches training makes itself. Without these options, it reads those of the caching commands."""
 
     cache_latents: bool = option("encode all images once and keep their latents", often=True)
     cache_latents_to_disk: bool = option("the same, in files next to the images")
@@ -194,12 +194,12 @@ class CachingInRunOptions(Options, title="caches made by this command"):
 
     @property
     def caches_texts(self) -> bool:
-        """Whether the run caches the outputs of text encoders, in memory or on disk."""
+        """Whether the run caches text encoder outputs, in memory or on disk."""
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
 
 class ConvertCacheOptions(Options):
-    """Cache folders to convert, and their new format: options of `tools/convert_cache.py`."""
+    """Options of `tools/convert_cache.py`: the cache folders to convert, and their new format."""
 
     key_files = (DATASET_FILE,)
 

@@ -110,7 +110,7 @@ def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequenc
 
 @dataclasses.dataclass(frozen=True)
 class _Subset:
-    """The values of all keys of one subset."""
+    """The values of all keys of one dataset subset."""
 
     number: int  # index in its [[datasets]], from 0
     label: str  # [[datasets]] and subset, for messages
@@ -236,7 +236,7 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
 
 
 def _round_buckets(rule: BucketRule, table_label: str, warns: bool) -> BucketRule:
-    """Round the limits of a rule to multiples of its step; `warns` logs a warning if they change."""
+    """Round a rule's size limits to multiples of its step; `warns`: log a warning if they change."""
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
     maximum = round_up(rule.maximum, step)

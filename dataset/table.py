@@ -63,7 +63,7 @@ class CaptionChanges:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes to images at each training step."""
+    """Image augmentations of a table."""
 
     flip: bool = False  # the latents of the mirrored image are cached too
     color: bool = False  # hue and gamma
@@ -72,9 +72,9 @@ class Augmentation:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the used keys that change images at random and thus prevent caching of latents.
+        """Return the used keys that change images at random, so that latents cannot be cached.
 
-        flip_aug is not among them, because the mirrored latents are cached too.
+        flip_aug is not among them, because the latents of mirrored images are cached, too.
         """
         keys = {
             "color_aug": self.color,
@@ -109,18 +109,18 @@ class Guide:
 
 
 class FormatKeys(Protocol):
-    """Keys that only tables of one data form have, such as tars or a table file, as a frozen dataclass."""
+    """The keys that only one source format has, such as tars or table files, as a frozen dataclass."""
 
     @property
     def source(self) -> Path:
-        """The folder or file of the items, without passwords."""
+        """The folder or file that contains the items, without passwords."""
 
     @property
     def folder(self) -> Path | None:
-        """Default of cache_directory; None if there is no default."""
+        """Default for cache_directory; None if there is none."""
 
     def source_key(self, kind: str) -> str:
-        """Return the key that names the source of a table of this kind, such as `video_tars`."""
+        """Return the key that names the source in a table of this kind, such as `video_tars`."""
 
 
 KeysT = TypeVar("KeysT", bound=FormatKeys)
@@ -306,7 +306,7 @@ class DatasetTable:
 
     @property
     def name(self) -> str:
-        """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
+        """The table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
         return f"{self.config_path}, {self.label} ({self.source})"
 
     @property
@@ -353,12 +353,12 @@ class DatasetTable:
 
     @property
     def base_folder(self) -> Path:
-        """Folder that relative paths of images refer to."""
+        """Folder to which the paths of a table's images are relative."""
         return self.directory or self.image_folder or self.source.parent
 
     @property
     def source_key(self) -> str:
-        """Key that names the source of the items."""
+        """The table key that names the items' source, such as `image_directory`."""
         if self.format_keys is not None:
             return self.format_keys.source_key(self.kind)
         name = "directory" if self.directory is not None else "jsonl_file"
@@ -371,7 +371,7 @@ class DatasetTable:
 
     @property
     def control_count(self) -> int | None:
-        """Return the number of control images of an image that has any; None if the number varies."""
+        """Number of control images that each image has; None if it differs between images."""
         if not self.reads_listed_controls:
             return 0
         if self.references is not None:
@@ -441,7 +441,7 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        """Values that affect training and differ from their defaults, by key, for states and metadata."""
+        """Keys that affect training, if not at their defaults, for states and metadata."""
         values = self.non_default_values(LEARNING)
         if self.is_reg:
             values["is_reg"] = True
@@ -529,7 +529,7 @@ def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """Convert a value to JSON types; a path becomes its last part."""
+    """Convert a value to JSON types; a path is reduced to its last part."""
     if isinstance(value, Path):
         return value.name
     if isinstance(value, tuple):
@@ -538,5 +538,5 @@ def _as_json(value: Any) -> Any:
 
 
 def folder_id(folder: str | os.PathLike[str]) -> str:
-    """Return a text that is equal for all paths of the same folder."""
+    """Return a string that is equal for all paths that lead to the same folder."""
     return os.path.normcase(os.path.realpath(folder))

@@ -41,9 +41,9 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
 
 
 def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> bool:
-    """Return whether earlier checks found no errors, and nothing that they read has changed since.
+    """Return whether an earlier check found no errors, and none of the files it read has changed since.
 
-    `folder` is the described folder, `commands` are those of its run, `model_files` the model's paths.
+    `folder` is the project folder, `commands` are those of its run, `model_files` the model's paths.
     """
     try:
         content = parse_json(read_text(folder / CHECK_RECORD, MAX_BYTES))
@@ -72,7 +72,7 @@ def _hash_checked_files(
 
 
 def _reads_elsewhere(value: object) -> bool:
-    """Return whether a dataset refers to a folder or list outside its own folder."""
+    """Return whether a dataset file's content refers to a folder or list outside its own folder."""
     if isinstance(value, dict):
         return any(_is_outside(key, inner) or _reads_elsewhere(inner) for key, inner in value.items())
     return isinstance(value, list) and any(map(_reads_elsewhere, value))

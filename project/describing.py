@@ -69,7 +69,7 @@ AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 @dataclass(frozen=True)
 class RunSetup:
-    """All choices on which run.toml, dataset.toml and prompts.txt depend."""
+    """All choices that determine run.toml, dataset.toml and prompts.txt."""
 
     options: NewOptions
     model: ModelSet
@@ -91,7 +91,7 @@ class RunSetup:
 
     @property
     def folder(self) -> Path:
-        """Path of the dataset folder, with links resolved."""
+        """Path of the dataset folder, with symbolic links resolved."""
         return real_path(self.options.folder)
 
     @property
@@ -111,7 +111,7 @@ class RunSetup:
 
     @property
     def has_subsets(self) -> bool:
-        """Return whether dataset.toml uses [[datasets.subsets]], as image trainers do."""
+        """Return whether dataset.toml has [[datasets.subsets]], as for sd-scripts."""
         asked = needs_subsets(self.general_keys) or any(
             map(needs_subsets, self.table_keys_by_folder.values())
         )
@@ -136,7 +136,7 @@ class RunSetup:
 
     @property
     def needs_float32(self) -> bool:
-        """Return whether the run uses a CPU on which bfloat16 is many times slower than float32."""
+        """Whether the run uses a CPU on which bfloat16 is many times slower than float32."""
         return not self.memory and emulates_bfloat16()
 
     @property
@@ -158,7 +158,10 @@ class Edit:
 
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
-    """Return the width and height of the file with the median area, reduced to the model's default area."""
+    """Return the training size: that of the file with the median area, at most the model's default area.
+
+    The default size is returned if no file has a size.
+    """
     default_width, default_height = model.properties["resolution"]
     middle = _find_media_of_median_area(model, media)
     if middle is None:
@@ -216,7 +219,10 @@ def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
-    """Return the number of frames per clip: the default, or fewer if over a quarter of clips are shorter."""
+    """Return the number of frames per clip: at most the default, or nearly twice that on a large GPU.
+
+    It is reduced to a length that three quarters of the clips have. Returns 1 if all clips are too short.
+    """
     default = model.properties["frames"]
     lengths = clip_lengths_of(model)
     timed = [item for item in media if item.seconds is not None and default > 1]
@@ -236,7 +242,7 @@ def clip_lengths_of(model: ModelSet) -> ClipLengths:
 
 
 def min_clip_frames(model: ModelSet) -> int:
-    """Return the smallest number of frames of a clip that a model can be trained on."""
+    """Return the smallest frame count of clips that a model can be trained on."""
     return int(model.properties.get("least_frames", clip_lengths_of(model).shortest))
 
 
@@ -541,7 +547,7 @@ def _find_subject(captions: Sequence[str]) -> str:
 
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
-    """Return the trigger word and the tags that all captions share, in prompt form."""
+    """Return the trigger word and the tags that all captions share, as a prompt."""
     words = [] if trigger is None or trigger in tags.shared_tags else [trigger]
     length = 0
     for tag in map(as_words, tags.shared_tags):
@@ -744,7 +750,7 @@ def _list_training_arguments(setup: RunSetup) -> list[str]:
 
 
 def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of a command's options by option name.
+    """Return the values in a command, by option name.
 
     `files` maps placeholders such as {vae} to paths. A flag without a value is True.
     """

@@ -191,7 +191,7 @@ def _print_report(
 
 
 def _reject_existing(options: NewOptions) -> None:
-    """Raise OutputError if a file to write already exists and may not be overwritten."""
+    """Raise OutputError if a project file already exists, unless --overwrite or a dry run is requested."""
     existing = [path for path in (options.folder / name for name in WRITTEN) if path.exists()]
     if existing and not (options.overwrite or options.dry_run or options.print_run):
         raise OutputError(f"{existing[0]} already exists. Edit it, or give --overwrite to replace all three.")
@@ -432,7 +432,7 @@ def _write_captions_and_first_frames(content: FolderContent) -> None:
 
 
 class DatasetProblems(NamedTuple):
-    """Lines about what is wrong with the files of a dataset."""
+    """Messages about a dataset: errors, and warnings about control images."""
 
     errors: list[str]  # would end a training run
     control_pair_warnings: list[str]

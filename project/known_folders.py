@@ -38,7 +38,7 @@ def remember_folder(folder: Path, models: Path | None = None) -> None:
 
 
 def recall_folder(folder: Path) -> KnownFolder | None:
-    """Return what is stored about a folder; None if nothing is, or if the folder was replaced."""
+    """Return what is stored about a folder; None if there is nothing, or if the folder was replaced."""
     try:
         info = recall_info(KIND, folder)
         models = info["models"]

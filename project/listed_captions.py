@@ -151,7 +151,7 @@ def _is_text(caption: Any, place: str) -> bool:
 
 
 def _find_media(folder: Path, name: str, media_by_name: Mapping[Path, Sequence[Path]]) -> Path | None:
-    """Return the media file that a list names by path, by file name or without suffix; None if none."""
+    """Return the media file that a list entry names, with or without folder and suffix; None if unclear."""
     inside = Path(os.path.normpath(folder / name.replace("\\", "/")))
     for path in (inside, folder / inside.name):
         candidates = media_by_name.get(path, ())
@@ -270,7 +270,7 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
-    """Add a first line with column names to a table's text, if the line is missing.
+    """Add a header line with column names to the text of a table that has none.
 
     `names` are the media files in the table's folder.
     """

@@ -120,7 +120,7 @@ class SortedFolders:
 
 
 class SuggestedModels(NamedTuple):
-    """Models that messages suggest for folders which the chosen model cannot use; "" for none."""
+    """Models to suggest for a folder that the chosen model cannot use; "" for none."""
 
     editing_task: str = ""  # of the same family, for reference images
     audio_options: str = ""  # options that select a model for audio without clips
@@ -222,7 +222,7 @@ def _make_control_error(folder: Path, content: FolderContent, kind: RunKind) -> 
 def _make_audio_error(
     folder: Path, content: FolderContent, model_name: str, suggested_models: SuggestedModels
 ) -> DatasetError:
-    """Return an error about clips without audio, for a model that trains on both."""
+    """Return the error for clips without audio, if the model trains on both."""
     remedy = ""
     if suggested_models.silent_task:
         remedy = (
@@ -264,7 +264,7 @@ def _collect_media(
 
 
 def _list_unsorted_folders(subfolder: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return subfolders that are not used for training, regularization or references."""
+    """Return subfolders that are used neither for training or regularization nor as references."""
     sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization_reasons}
     inner_folders = [inner for inner in _list_subfolders(subfolder) if inner not in sorted_folders]
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
@@ -336,7 +336,7 @@ def _describe_unused_reference_folders(
 
 
 def _describe_images_named_as_references(media: Sequence[Media]) -> list[str]:
-    """Return a line about images named like references of other images; [] if there are none."""
+    """Return a line about images that are named like references of other images; [] if there are none."""
     numbered = _find_images_named_as_references(media)
     if not numbered:
         return []
@@ -372,7 +372,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
 
 
 def _describe_mask_or_run_folder(folder: Path, subfolder: Path, content: FolderContent) -> list[str]:
-    """Return a line about a folder named like those of masks, or like one that runs write into."""
+    """Return a line about a folder with the name of a mask folder or of a run's output folder."""
     if subfolder.name.lower() in MASK_FOLDERS:
         if real_path(subfolder) in content.mask_folders.values():
             return [f"{subfolder}: learned by its masks"]
@@ -508,7 +508,7 @@ def _list_reference_folders(folder: Path) -> list[Path]:
 
 
 def _list_neighboring_reference_folders(folder: Path) -> list[Path]:
-    """Return the folders next to a folder that are named like folders of references or control images."""
+    """Return the folders next to `folder` that have names of reference or control image folders."""
     absolute = folder.absolute()
     return [neighbor for neighbor in _list_reference_folders(absolute.parent) if neighbor != absolute]
 
@@ -529,7 +529,7 @@ def _list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _find_caption_suffix(folders_by_use: Sequence[Path]) -> str:
-    """Return the most frequent suffix of caption files in the folders."""
+    """Return the most frequent caption file suffix in these folders."""
     suffixes = (CAPTIONS, *OTHER_CAPTIONS)
     counts = Counter[str]()
     for folder in folders_by_use:
@@ -695,7 +695,7 @@ def _explain_masks(folder: Path, subfolder: Path) -> str:
 def _describe_labels(
     folder: Path, subfolder: Path, paths: Sequence[Path], content: FolderContent
 ) -> list[str]:
-    """Return lines about masks and conditioning images that OneTrainer stores next to images."""
+    """Return lines about masks and conditioning images next to images, as OneTrainer stores them."""
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
     if masks and content.mask_folders.get(real_path(subfolder)) != real_path(subfolder):
@@ -747,7 +747,7 @@ def _select_layered_images(paths: Sequence[Path], content: FolderContent) -> lis
 
 
 def _record_unreadable(path: Path, error: MediaError, content: FolderContent) -> None:
-    """Record a media file that cannot be read."""
+    """Record an unreadable media file and the reason."""
     content.report_lines.append(fault(f"left out: {error}"))
     if path.is_file():  # runs ignore broken links
         content.unreadable_media.append(path)
@@ -918,13 +918,13 @@ def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
 
 
 def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:
-    """Assign a clip's caption to its first frame, which replaces the clip."""
+    """Assign a clip's caption to the image of its first frame, which replaces the clip."""
     content.new_captions.pop(caption_path(clip, content.caption_suffix), None)
     content.new_captions[caption_path(picture, content.caption_suffix)] = caption
 
 
 def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, content: FolderContent) -> None:
-    """Find the folder of references for each training folder: inside it, or next to it."""
+    """Find each training folder's folder of references: inside it, or next to it."""
     for training_folder in folders_by_use.training_folders:
         _select_references_of_folder(
             training_folder, _list_reference_candidates(training_folder, folder, folders_by_use), content
@@ -936,7 +936,7 @@ def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, conte
 
 
 def _list_reference_candidates(subfolder: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return folders that may contain a training folder's references: inside it, next to it or its parent."""
+    """Return folders that may hold a training folder's references: in it, or in or next to `folder`."""
     neighbors = [] if folders_by_use.reference_folders else _list_neighboring_reference_folders(folder)
     inner_folders = [] if subfolder == folder else _list_reference_folders(subfolder)
     return [*inner_folders, *folders_by_use.reference_folders, *neighbors]
@@ -968,7 +968,7 @@ def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:
 
 
 def _list_other_media(folder: Path, reference_folder: Path) -> list[Path]:
-    """Return other media next to a folder, to which a control folder there may belong."""
+    """Return media outside `folder` to which a control folder next to it may belong."""
     parent = reference_folder.parent
     others = [
         neighbor
@@ -1075,7 +1075,7 @@ def reference_of(media: Media, reference_folder: Path) -> tuple[Path, ...]:
 
 
 def why_unused(path: Path) -> str:
-    """Return why a reference image cannot be used; "" if it can."""
+    """Return why a reference image cannot be used; "" if it is usable."""
     try:
         image_size(path)
     except MediaError as error:
@@ -1099,7 +1099,7 @@ def _describe_unreadable_references(
 
 
 def _find_images_named_as_references(media: Sequence[Media]) -> list[Path]:
-    """Return uncaptioned images that are named like references of another image: cat_0, cat_input."""
+    """Return uncaptioned images whose names mark them as references of another: cat_0, cat_input."""
     stems = {item.path.stem for item in media if item.kind == "image"}
     numbered = []
     for item in media:
@@ -1169,7 +1169,7 @@ def is_narrow(item: Media) -> bool:
 
 
 def _describe_sizes(media: Sequence[Media]) -> list[str]:
-    """Return lines about clips and images that are too small or too narrow for training."""
+    """Return lines about clips and images that are too small or too narrow to train on."""
     tiny = [item.path for item in media if min(item.size) < FEW_PIXELS]
     narrow = [item.path for item in media if is_narrow(item)]
     lines = []
@@ -1183,7 +1183,7 @@ def _describe_sizes(media: Sequence[Media]) -> list[str]:
 
 
 def _describe_identical_files(media: Sequence[Media]) -> list[str]:
-    """Return lines about the first groups of identical files, and the number of further groups."""
+    """Return lines about the first groups of identical files, and how many more groups there are."""
     groups = group_identical_files(media)
     lines = []
     for paths in groups[:MAX_LISTED]:
@@ -1198,7 +1198,7 @@ def _describe_identical_files(media: Sequence[Media]) -> list[str]:
 
 
 def _label_paths(paths: Sequence[Path]) -> list[str]:
-    """Return file names, with their folders unless all files share one folder."""
+    """Return file names for a message, with their folders unless all files share one."""
     if len({path.parent for path in paths}) == 1:
         return [path.name for path in paths[:MAX_LISTED]]
     return [f"{path.parent.name}/{path.name}" for path in paths[:MAX_LISTED]]

@@ -49,7 +49,7 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `new` has to know about a model, from the record of its family."""
+    """What `new` needs to know about a model, from its family."""
 
     max_references: int  # maximum number of reference images; 0: it does not edit
     needs_reference: bool  # it requires a reference image
@@ -71,7 +71,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The selected model and trigger word, with lines about how they were selected."""
+    """The selected model and trigger word, with messages about how they were selected."""
 
     model: ModelSet
     trigger: str | None
@@ -131,7 +131,7 @@ def trains_on_audio_alone(model: ModelSet) -> bool:
 
 
 def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
-    """Return the dtype options that a model's scripts accept, by kind of script."""
+    """Return the dtype options that a model's scripts accept, by kind of options ("Training", ...)."""
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     return {
         kind: [name for name in DTYPE_OPTIONS if name in info_of(entry.options_record(kind))]
@@ -160,7 +160,7 @@ def _make_family_for_caching(model: ModelSet) -> Any:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Log only warnings within the block, because building a family logs its missing files."""
+    """Log only warnings during the block: the model family's constructor logs missing files."""
     logging.disable(logging.INFO)
     try:
         yield
@@ -198,7 +198,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
 
 
 def check_word(kind: RunKind, word: str | None) -> None:
-    """Raise OptionError if a run that learns a trigger word has none, or an unusable one."""
+    """Raise OptionError if the trigger word that this kind of run learns is missing or unusable."""
     if word is None:
         raise OptionError(
             f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
@@ -246,7 +246,7 @@ def _list_released_dits(model: ModelSet) -> list[Path]:
 
 
 def _judge_distillation(family: Any, dit: Path) -> Verdict | None:
-    """Judge by a file's name and metadata whether it was distilled to few steps; None if they do not say."""
+    """Return whether a model file is distilled to few steps, by its name and metadata; None if unknown."""
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
@@ -447,7 +447,7 @@ def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet
 
 
 def _ask(question: str, read: Callable[[str], T], table: str) -> T:
-    """Show a table and ask until the answer is valid. Raises OptionError at the end of the input."""
+    """Show a table, and ask until the answer is valid. Raises OptionError at the end of standard input."""
     while True:
         answer = ask_on_terminal(f"{table}{question}? ")
         if not answer:
@@ -540,7 +540,7 @@ def _training_task(model: ModelSet) -> str:
 
 
 def _point_to_page_of_unsupported_task(plain: str, family: str) -> str:
-    """Return a hint to the documentation of a task that `new` does not support; "" for other text."""
+    """Return a hint to the documentation if `new` does not support the task of this name; otherwise ""."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
             return f" {model.task} is not described by `new`: see docs/{family_page(family)}."

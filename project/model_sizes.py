@@ -17,25 +17,25 @@ FP8 = {"--fp8_base", "--fp8_scaled"}
 
 
 def needs_image(model: ModelSet) -> bool:
-    """Return whether the model's generation command needs an image to edit."""
+    """Return whether generation with the model needs an image to edit."""
     return "--control_image_path" in model.commands["generate"].split()
 
 
 def transformer_bytes(model: ModelSet) -> int:
-    """Return the size in bytes of the transformers that a training loads; 0 if it is unknown."""
+    """Return the total size in bytes of the transformers that a training run loads; 0 if unknown."""
     return sum(part.trained_bytes or part.size_bytes or 0 for part in transformers_of(model))
 
 
 def transformers_of(model: ModelSet) -> list[Component]:
-    """Return the components with the trained network, or the one checkpoint that contains all networks."""
+    """Return the model files with the trained network, or the checkpoint with all networks."""
     return [part for part in model.components if part.role.startswith("transformer") or part.trained_bytes]
 
 
 def is_small(model: ModelSet, memory: float) -> bool:
-    """Return whether the released transformer leaves half of a card of `memory` GiB free.
+    """Return whether the released transformer leaves half of `memory` GiB of GPU memory free.
 
     A training step needs less; samples need that much, because the VAE decodes them while the network stays
-    on the card. For SDXL at 1024x1024, --plan shows 6.2 GiB for a step at rank 16. A sample needs 5.3 GiB for
+    on the GPU. For SDXL at 1024x1024, --plan shows 6.2 GiB for a step at rank 16. A sample needs 5.3 GiB for
     the network, its LoRA and the optimizer, and 3.3 GiB for the VAE: too much for 8 GiB, unless weights are
     in 8 bits (2.1 GiB less).
     """
@@ -97,14 +97,14 @@ def describe_fit(model: ModelSet, memory: float) -> str:
 
 
 def _estimate_missing_memory(model: ModelSet, memory: float) -> float:
-    """Return by how many GiB the network in 8 bits exceeds a card of `memory` GiB; below 0 if it fits."""
+    """Return by how many GiB the 8-bit network exceeds `memory` GiB of GPU memory; negative if it fits."""
     is_in_8_bits = not model.properties["fp8"]  # the released file itself has 8 bits
     size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
     return size / 2**30 - max(memory - IN_USE, 0)
 
 
 def find_memory() -> float:
-    """Return the memory of this machine's smallest NVIDIA card in GiB, from the driver; 0 without a card."""
+    """Return the memory of this machine's smallest NVIDIA GPU in GiB, from the driver; 0 without a GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0.0

@@ -21,7 +21,7 @@ class EndCommand:
     """
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """Store the arguments of the command; without arguments, nothing is started."""
+        """Store the command's arguments; with no arguments, nothing is started."""
         self._argv = argv
         self._describe_ended_run: Callable[[], EndedRun] | None = None  # None: the run has not begun
 
@@ -75,7 +75,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
 
 
 def _read_run_history(output: Path, name: str, began: float) -> RunHistory:
-    """Read the recorded history of a training run; empty if none was written since `began`."""
+    """Read the history of a training run; it is empty if none was written since `began`."""
     path = history_path(output, name)
     session = read_session(path)
     if session is None or not _is_new(path, began):

@@ -114,7 +114,7 @@ def typed_in(words: Sequence[str], folder: Path) -> str:
 
 
 def as_operand(folder: Path) -> str:
-    """Return a folder as a command-line argument; `./` is put before a name that looks like an option."""
+    """Return a folder as a command-line argument, with `./` in front if it looks like an option."""
     return f".{os.sep}{folder}" if str(folder).startswith("-") else str(folder)
 
 

@@ -18,7 +18,7 @@ OF_ONE = {"--prompt", "--seed", "--save_path"}  # options for a single result
 
 
 def lacks_media(folder: Path) -> bool:
-    """Return whether a folder is empty, apart from prompts that an earlier `new` has written."""
+    """Return whether a folder is empty, apart from prompts written by an earlier `new`."""
     return all(path.name == OWN_PROMPTS for path in folder.iterdir())
 
 

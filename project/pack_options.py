@@ -18,7 +18,7 @@ MAX_OF_NAME = 1000  # maximum bytes of a file name
 
 
 class PackOptions(Options):
-    """Which folder is packed, and where the archive is written."""
+    """Options of `pack`: the folder, and where to write the archive."""
 
     folder: Path = option(
         "folder that `new` described", positional=True, place="folder", hint="the folder that `new` described"

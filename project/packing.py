@@ -147,7 +147,7 @@ def read_pack_source(folder: Path) -> PackSource:
 
 
 def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
-    """Return the download folder in the commands, as written in run.toml; None if they download nothing."""
+    """Return the download folder in the commands (--to), as written in run.toml; None if they have none."""
     for words in commands:
         if "--to" in words[:-1]:
             return words[words.index("--to") + 1]
@@ -155,7 +155,7 @@ def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
 
 
 def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
-    """Return the paths of model files outside the folder in the training options."""
+    """Return the model file paths in the training options that are outside the project folder."""
     values = [value for value in training.values() if isinstance(value, str)]
     values += [text for value in training.values() if isinstance(value, list) for text in map(str, value)]
     no_folder = MachinePaths(Path())

@@ -66,7 +66,7 @@ class MachinePaths:
         return re.compile(rf"(?:{'|'.join(re.escape(name) for name in sorted(names))})(?![\w-])")
 
     def erase(self, text: str) -> str:
-        """Replace the paths of this machine in a text, such as a command."""
+        """Replace this machine's paths in a text, such as a command."""
         short = {f"{ROOT}{os.sep}": "", f"{ROOT.as_posix()}/": "", **self.models}
         for path in sorted(short, key=len, reverse=True):
             text = text.replace(path, short[path])
@@ -124,7 +124,7 @@ def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") 
 
 
 def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
-    """Remove keys from a table and its nested tables; return the removed keys."""
+    """Remove keys from a table and its nested tables; return the names of the removed keys."""
     removed = []
     if isinstance(values, dict):
         removed = [name for name in names if name in values]

@@ -85,7 +85,7 @@ class RunOptions(Options):
 
     @property
     def going_on(self) -> str:
-        """Return a sentence with the command that continues an interrupted run."""
+        """Return a sentence with the command that resumes an interrupted run."""
         return f"The same command continues: {own_command(*self.as_arguments)}"
 
 

@@ -84,7 +84,7 @@ class Project:
 
 
 class MediaCheck(NamedTuple):
-    """Outcome of checking the media files."""
+    """Results of checking the media files."""
 
     fatal_error_kinds: list[str]  # kinds of errors that end the run; empty if it can start
     unreadable_files: list[str]  # files that the run leaves out
@@ -120,7 +120,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
 
 
 def _list_typed_options(options: RunOptions) -> dict[str, Any]:
-    """Return the training options that were typed after `run`, with absolute paths."""
+    """Return the training options on the command line of `run`, with absolute paths."""
     return {
         name: real_path(value) if isinstance(value, Path) else value
         for name, value in options.typed_for_training.items()
@@ -270,9 +270,9 @@ def check_project(project: Project) -> None:
 
 
 def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
-    """Check training options and media files; return lines about files that the run leaves out.
+    """Check the training options and media files; return lines about files that the run leaves out.
 
-    Exits with code 1 if an error would end the run. `argv` is the command that checks media.
+    Exits with code 1 if an error would stop the run. `argv` is the command that checks media.
     """
     _check_training(project)
     outcome = _check_media(argv, project.folder, project.validation_split)
@@ -468,9 +468,9 @@ def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str
 
 
 def _describe_download_options(project: Project, models: Path) -> str:
-    """Return the options with which the user lets `run` download missing files.
+    """Return the options that let `run` download missing files.
 
-    `models` is the default folder of --download; another folder has to be named.
+    `models` is the default folder of --download; any other folder has to be named.
     """
     target = project.folder / _list_typed_values(project.download_command).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
@@ -478,7 +478,7 @@ def _describe_download_options(project: Project, models: Path) -> str:
 
 
 def _download_size(argv: Sequence[str]) -> str:
-    """Return the download size of a command's model in brackets, or "" if the model is unknown."""
+    """Return the download size of a command's model in brackets; "" if unknown."""
     typed_options = _list_typed_values(argv)
     for model in find_models("--fp8_encoders" in argv):
         if (model.family, model.task) == (typed_options.get("--family"), typed_options.get("--task")):
@@ -594,7 +594,7 @@ def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()
 
 
 def _require_script(argv: Sequence[str]) -> Path:
-    """Return the path of a command's script.
+    """Return the path of the script that a command starts.
 
     Raises:
         OptionError: If no run uses this script; run.toml may come from a stranger.

@@ -22,7 +22,7 @@ NUMBERS = {"whole": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 @dataclass(frozen=True)
 class AdoptableOption:
-    """Kind, choices and default of one training option."""
+    """Type, choices and default of a training option."""
 
     kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
@@ -95,9 +95,9 @@ def _read_default(option: DescribedOption) -> Any:
 
 
 def check_options(name: str, argv: Sequence[str], folder: Path) -> str | None:
-    """Return the message with which a script rejects its arguments; None if it accepts them.
+    """Return the error with which a script rejects its arguments; None if it accepts them.
 
-    The script runs in `folder`, and ends after reading its options, before torch loads.
+    The script runs in `folder`, and ends after parsing its options, before torch is imported.
     """
     process = _run_script(name, argv, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"})
     return extract_error_message(process.stderr) if process.returncode else None

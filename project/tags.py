@@ -23,7 +23,7 @@ WRITE_BLANKS = ["--replace_regex", UNDERSCORE.pattern, " "]
 
 @dataclass(frozen=True)
 class TagLists:
-    """The captions of a folder, split into tags."""
+    """The captions of a folder, each split into tags."""
 
     lists: tuple[tuple[str, ...], ...]  # in the order of the files
     separator: str  # "," or " "
@@ -68,7 +68,7 @@ class TagLists:
 
 
 def find_tags(captions: Iterable[str]) -> TagLists | None:
-    """Split captions into tags; None if too few of the captions are lists of tags."""
+    """Split captions into tags; None if too few of them look like lists of tags."""
     texts = [text for text in captions if text.strip()]
     for separator in (",", " "):
         lists = [tags for text in texts if (tags := _read_list(text, separator))]
@@ -104,6 +104,6 @@ def _read_list(text: str, separator: str) -> tuple[str, ...]:
 
 
 def _have_underscores(words: Sequence[str]) -> bool:
-    """Return whether space-separated words are tags (`red_hair`) and not a sentence."""
+    """Return whether space-separated words are tags (`red_hair`) rather than a sentence."""
     joined = [word for word in words if UNDERSCORE.search(word)]
     return len(joined) * 4 >= len(words) and "," not in "".join(words)

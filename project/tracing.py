@@ -91,7 +91,7 @@ class RunTrace:
             self._history.add(0, commands=[command])
 
     def note(self, argv: Sequence[str]) -> None:
-        """Record which command begins."""
+        """Log the start of a command."""
         self._step, self._step_start_time = describe_step(argv), time.time()
         if self._history is not None:
             with self._ignore_write_errors():

@@ -143,7 +143,7 @@ def _find_text_setting_changes(
 def _find_caption_change(
     table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield a line if a caption file now has a different caption than the encoded one at index `number`."""
+    """Yield a line if the caption at index `number` in a file is no longer the encoded one."""
     text = read_caption(path)
     # a slice, because the file may have fewer captions than when it was cached
     if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
@@ -329,7 +329,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
 
 
 def _select_recorded_keys(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
-    """Return the recorded options that are table keys; `stale` names what becomes outdated if they change."""
+    """Return the recorded options that are keys with one of these `stale` flags."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
 
@@ -432,7 +432,7 @@ def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> I
 
 
 def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
-    """Count the tensors whose names begin with `start`, without the mirrored ones."""
+    """Return the number of tensors whose names begin with `start`, without mirrored ones."""
     return sum(key.startswith(start) and not key.endswith(FLIPPED) for key in tensors)
 
 

@@ -19,7 +19,7 @@ MAX_OF_PROMPT = 1000  # characters
 
 @dataclass(frozen=True)
 class ExampleItem:
-    """Files of a training item that can be passed to generation as an example."""
+    """A training item's files, to use as an example in a generation command."""
 
     caption: str = ""
     image: Path | None = None  # the item itself, if it is an image on disk
@@ -79,7 +79,7 @@ def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
 
 
 def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
-    """Return the image in a table's folder that an item's latents were made from, by their record."""
+    """Return the image that an item's latents were made from, according to their record; None if unknown."""
     if item.cache_info.on_the_fly_buckets is not None or item.table.directory is None:
         return None
     record = latent_record(stores.latent_store(item.table).read(item.file_name, is_full=False))

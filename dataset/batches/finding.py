@@ -233,7 +233,7 @@ def _item(
 
 
 def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFile) -> int:
-    """Return the number of images in a cache with layers; 1 for a damaged cache, which is reported later."""
+    """Return the number of images in a layered cache; 1 if it is damaged, which is reported later."""
     if cache_info.on_the_fly_buckets is not None:
         return cache_info.on_the_fly_sources[file.stem].num_images
     with contextlib.suppress(CacheError):
@@ -273,7 +273,7 @@ def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> No
 
 
 def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[str]:
-    """Return the sorted names of a table's latent caches, or those that caches would have if it has none."""
+    """Return the sorted names of a table's latent caches, or those they would have if encoded on the fly."""
     ending = f"_{cache_info.tag}{cache_files.SUFFIX}"
     candidates = names if cache_info.on_the_fly_buckets is None else cache_info.latent_names()
     return sorted([name for name in candidates if name.endswith(ending)])
@@ -285,7 +285,7 @@ class _AudioCaches:
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
     ) -> None:
-        """Find the audio caches in `names`; `add_audio` reports missing ones in `listing`."""
+        """Find the audio caches among `names`; `add_audio` adds missing ones to `listing`."""
         self.spec = spec
         self._tag, self._folder, self._listing = tag, table.cache_directory, listing
         self._is_needed = table.audio == REQUIRED or spec.audio_only
@@ -332,7 +332,7 @@ def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int)
 
 
 def _reference_length(store: CacheStore, name: str) -> int:
-    """Return the length of the reference in a cache of audio; 0 without one, or if the cache is damaged."""
+    """Return the length of the reference in an audio cache; 0 if there is none or the file is damaged."""
     with contextlib.suppress(CacheError):
         for tensor, shape in store.read(name, is_full=False).shapes.items():
             if cache_files.tensor_key(tensor) == REFERENCE_AUDIO:
@@ -356,7 +356,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
 
 def _may_have_references(table: DatasetTable) -> bool:
-    """Return whether items of a table could have references; only then are records read."""
+    """Return whether items of a table could have references; only then must their records be read."""
     if table.references or table.fp_1f_clean_indices:
         return True
     has_source = table.reference_directory or table.control_directory or table.directory is None
@@ -381,7 +381,7 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
 
 
 def _is_edited(table: DatasetTable) -> bool:
-    """Return whether the model edits the reference images or clips of a table."""
+    """Return whether the model is trained to edit the table's reference images or clips."""
     if table.learns_edits:
         return True
     return table.clip_references is not None and table.clip_references.edits_images
@@ -416,7 +416,7 @@ class _TextCaches:
             self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
-        """Return whether the table uses this cache of an additional caption or of the empty prompt."""
+        """Return whether the table uses this text cache of a further caption or of the empty prompt."""
         if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
             return True
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
@@ -538,7 +538,7 @@ def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> lis
 
 
 def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
-    """Raise CacheError if caches may be missing, or if text caching has not finished."""
+    """Raise CacheError if caches may be incomplete or some text encoders have not run yet."""
     if listing.incomplete_tables:
         lines = [line for _, line in listing.incomplete_tables]
         if any("convert_cache" not in line for line in lines):
@@ -570,7 +570,7 @@ def _explain_empty(table: DatasetTable) -> str:
 
 
 def _explain_others(folder: Path, name: str) -> str:
-    """Explain why the text cache `name` of another model cannot be used."""
+    """Return why a folder's text cache `name`, made for another model, cannot be used."""
     return (
         f"no text cache in {folder} for this model: {name} contains what the text encoder of another model "
         "made of the caption, which this model cannot read"

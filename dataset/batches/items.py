@@ -27,7 +27,7 @@ class TableCacheInfo:
     indexed_checksums: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def latent_names(self) -> list[str]:
-        """Return the names that the latent caches of the images in `on_the_fly_buckets` would have."""
+        """Return the names that latent cache files of the images in `on_the_fly_buckets` would have."""
         return [
             LatentName(stem, size).file_name(self.tag)
             for stem, size in (self.on_the_fly_buckets or {}).items()
@@ -69,7 +69,7 @@ class TrainingItem:
 
     @property
     def key(self) -> str:
-        """Name of the latent cache without its suffix, for messages and the order of batches."""
+        """Name of the latent cache file without its suffix, for messages and the order of batches."""
         return self.file_name.removesuffix(SUFFIX)
 
     @property
@@ -79,7 +79,7 @@ class TrainingItem:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Values that the items of one batch have in common: table or group of tables, and all sizes."""
+        """Key that is equal for items that can share a batch: table or group of tables, and all sizes."""
         sizes = (*self.bucket, *self.reference_latent_sizes, *self.audio_latent_shape)
         if self.audio_reference_length:
             sizes = (*sizes, self.audio_reference_length)
@@ -104,7 +104,7 @@ class TrainingItem:
 
 
 class OfSource(Protocol):
-    """Protocol of objects that can be held out for validation: dataclasses with a table and a source."""
+    """Protocol of dataclasses that can be held out for validation: they have a table and a source stem."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -114,17 +114,17 @@ class OfSource(Protocol):
 
     @property
     def source_stem(self) -> str:
-        """Stem of the source; all items from a source are held out together."""
+        """Stem of the media file; all items of one file are held out for validation together."""
 
 
 def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:
-    """Return the tables of items, each once, in the order of the dataset file."""
+    """Return the tables of these items, each once, in the order of the dataset file."""
     by_index = {item.table.index: item.table for item in items}
     return [by_index[index] for index in sorted(by_index)]
 
 
 def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:
-    """Return the items by the values that a batch must have in common."""
+    """Return the items by group key: only items of one group can share a batch."""
     groups: dict[tuple[int, ...], list[TrainingItem]] = {}
     for item in items:
         groups.setdefault(item.group, []).append(item)
@@ -132,9 +132,9 @@ def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[Tra
 
 
 class CachingCommands:
-    """The two caching commands of a configuration, as a user types them.
+    """The two caching commands for a dataset file, as a user would type them.
 
-    They are built only when a message shows them.
+    They are only built when a message shows them.
     """
 
     def __init__(self, build: Callable[[], tuple[str, str]]) -> None:
@@ -152,7 +152,7 @@ class CachingCommands:
         return self._build()[1]
 
     def get(self, is_text: bool) -> str:
-        """Return the command that caches texts, or the one that caches latents."""
+        """Return the command that caches texts (`is_text`) or latents."""
         return self.text if is_text else self.latents
 
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class BatchOrder:
-    """Order of batches of every epoch, which depends only on the items' names and the seed.
+    """Order of the batches in every epoch, which depends only on the items' names and the seed.
 
     Each epoch is shuffled separately: first the items within each bucket, then the batches. A bucket contains
     the items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization
@@ -57,7 +57,7 @@ class BatchOrder:
         self._group_starts = array("q")
 
     def _warn_of_unused(self) -> None:
-        """Warn about regularization images that no epoch contains."""
+        """Log a warning about regularization images that no epoch contains."""
         used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
         unused = len(self._items) - len(used)
         if unused:
@@ -146,11 +146,11 @@ def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]
 
 
 class Grouped(Protocol):
-    """Protocol of an item that `repeat_items` can group: its table, and the key of its group."""
+    """Protocol of items for `repeat_items`: each has a table and a group key."""
 
     @property
     def table(self) -> DatasetTable:
-        """Table of the item, with `num_repeats`."""
+        """The item's table, which has `num_repeats`."""
 
     @property
     def group(self) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ G = TypeVar("G", bound=Grouped)
 
 
 def count_batches(items: Sequence[Grouped]) -> int:
-    """Return the number of batches in an epoch: each group fills batches with its repeated items."""
+    """Return the number of batches in an epoch; each batch contains repeated items of one group."""
     pools = repeat_items(items).values()
     return sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in pools)
 
@@ -215,10 +215,10 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
 
 
 def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
-    """Return a shuffled list, in the same order as `random.shuffle`.
+    """Return a shuffled list, in the order that `random.shuffle` would give.
 
-    `draw_bits` is `getrandbits` of the generator. The algorithm is written out so that all versions of Python
-    give the same batches; this is also a fifth faster.
+    `draw_bits` is `getrandbits` of the generator. The algorithm is written out so that all Python versions
+    give the same batches; it is also a fifth faster.
     """
     shuffled = list(values)
     for index in range(len(shuffled) - 1, 0, -1):  # Fisher-Yates
@@ -268,7 +268,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
 
 def _digest(stem: str) -> bytes:
-    """Return a hash of a stem, which sorts stems in an arbitrary order that never changes."""
+    """Return a hash of a stem; sorting by it gives an arbitrary but permanent order."""
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 

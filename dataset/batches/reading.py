@@ -211,7 +211,7 @@ def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLength
 
 @dataclass
 class _ItemTensors:
-    """The tensors of one item's media, or of one of its captions."""
+    """Tensors that were read for one item: its media, or one of its captions."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -224,7 +224,7 @@ class _ItemTensors:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of the cached media and captions of a batch, with the stores, checks and family that it uses."""
+    """Reads the cached media and captions of batches, and checks them."""
 
     stores: Stores
     latent: data.LatentSpec

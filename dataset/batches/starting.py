@@ -137,7 +137,7 @@ def _require_trained_encoder(
 
 
 def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
-    """Yield at most MAX_READ random items with the index of a caption; additional captions come last."""
+    """Yield up to MAX_READ random items, each with a caption index; further captions come last."""
     # a fixed seed, so that all processes draw the same sample and each can take its part
     sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
     first = ((item, 0) for item in sample)

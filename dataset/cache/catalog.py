@@ -58,12 +58,12 @@ class EntryRow(NamedTuple):
 
 
 def encode_name(name: str) -> bytes:
-    """Return the bytes of a name; file names that are not UTF-8 keep their original bytes."""
+    """Return a file name as bytes; names that are not UTF-8 keep their original bytes."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def list_shards(folder: Path) -> dict[str, int]:
-    """Return the sizes of a folder's shards by their names, sorted."""
+    """Return the shard files of a folder, sorted by name, with their sizes in bytes."""
     sizes = {}
     if folder.is_dir():
         with os.scandir(folder) as entries:
@@ -97,7 +97,7 @@ def _limit_steps(connection: sqlite3.Connection, size: int) -> None:
 
 
 def _require_table(connection: sqlite3.Connection) -> None:
-    """Raise sqlite3.DatabaseError unless a database has the table of a shard and nothing else.
+    """Raise sqlite3.DatabaseError unless a database contains only the table of a shard.
 
     A view, a trigger or a computed column would run SQL that somebody else wrote.
     """
@@ -112,7 +112,7 @@ def open_shard(path: Path) -> sqlite3.Connection:
 
 
 class Catalog:
-    """The entries of a folder at the time when its shards were read."""
+    """Index of the entries in a folder's shards, as of the time when they were read."""
 
     def __init__(self, folder: Path, writer: "ShardWriter | None" = None) -> None:
         """Read which entries the shards of a folder have; `writer` writes the shard of this process.
@@ -244,7 +244,7 @@ def explain_sqlite(path: Path) -> Iterator[None]:
 
 
 def machine() -> str:
-    """Return eight characters that identify this machine in the names of shards."""
+    """Return eight characters that identify this machine in shard names."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 

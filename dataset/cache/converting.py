@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Converted(NamedTuple):
-    """Numbers of entries that a conversion has copied or left as they were, and their size."""
+    """Results of a cache conversion: numbers of copied and unchanged entries, and their size."""
 
     copied: int  # number of entries
     unchanged: int  # number of entries that were in the new format already

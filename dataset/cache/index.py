@@ -54,14 +54,15 @@ _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder"
 
 
 def has_audio_caches(table: DatasetTable, audio: AudioSpec) -> bool:
-    """Return whether the audio of a table's clips is in separate cache files."""
+    """Return whether the audio of a table's clips is cached in separate files."""
     return not audio.is_in_latent_cache and table.kind == "video" and table.audio != IGNORE
 
 
 def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
-    """Return whether a table can have an index.
+    """Return whether a table's caches can be indexed.
 
-    The table must be a folder or a JSONL list, cached in single files, whose texts are captions only.
+    The table must be a folder or a JSONL list, cached in single files, without separate audio caches. Its
+    text caches must not depend on reference images.
     """
     has_audio_files = audio is not None and has_audio_caches(table, audio)
     has_other_parts = has_audio_files or table.texts_see_references

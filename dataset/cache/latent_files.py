@@ -88,9 +88,9 @@ def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, Late
 
 
 def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
-    """Return the bucket of a cache file from its name.
+    """Return the bucket of a latent cache file, derived from its name.
 
-    The name of an image has the original size, that of a clip the size after bucketing.
+    Names of images contain the original size, names of clips the size after bucketing.
     """
     if table.kind == "image":
         return bucket_of(table, name.size, latent.pixel_step, path)

@@ -62,7 +62,7 @@ HAS_REFERENCE = "reference_audio"
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """How a latent cache was made: encoder, table keys, source files; stored in the cache's metadata."""
+    """How latents were made: encoder, table keys and source files; stored in the cache file's metadata."""
 
     encoder: Mapping[str, str]  # Family.media_identity
     options: Mapping[str, Any]  # other options that latents depend on: span, sizes, frame rate; JSON values
@@ -75,7 +75,7 @@ class LatentRecord:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """How one encoder's tensors in a text cache were made; stored in the cache's metadata."""
+    """How one encoder's outputs in a text cache were made; stored in the cache file's metadata."""
 
     encoder: Mapping[str, str]  # TextEncoder.identity
     caption: str
@@ -134,7 +134,7 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
 
 def _clip_info(content: Any) -> ClipInfo:
-    """Return the `ClipInfo` in a record.
+    """Return the clip's size and frame count from a record.
 
     Raises ValueError, TypeError or KeyError if the record is damaged.
     """
@@ -249,9 +249,9 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
 
 def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
-    """Return size, time and content hash of a file, or of the images in a folder.
+    """Return size, modification time and content hash of a file or of a folder of images.
 
-    `origin` is where the file was read from if it is not a file on disk; a file at an address is downloaded.
+    `origin` says where the file is read from if it is not on disk; a remote file is downloaded.
     """
     size_bytes, mtime_ns = size_and_mtime(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
@@ -350,15 +350,15 @@ def _crc(text: str) -> str:
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
-    """Return the number of pixel frames in a section whose window has `window` latent frames."""
+    """Return how many pixel frames a section of `window` latent frames has."""
     return latent.count_frames(window)
 
 
 def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
-    """Describe how the options of two records differ; None if they agree.
+    """Return how the options of two cache records differ, as text; None if they agree.
 
-    Records leave out the keys of sections that have their default values. For models without sections, these
-    keys are ignored, because one dataset may serve several models.
+    Records omit section keys that have their defaults. For models without sections, these keys are ignored,
+    because one dataset may serve several models.
     """
     section_defaults = defaults_of(SECTIONS)
     if latent.in_sections:
@@ -382,9 +382,10 @@ class CacheChecks:
     checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Mark the cache `key` of the table with index `table` as checked: its sources have not changed.
+        """Record that the source files of a cache are unchanged.
 
-        After `max_checked` items, all earlier ones are forgotten and will be checked again.
+        `table` is the index of the table, `key` the name of the cache. After `max_checked` items, all earlier
+        ones are forgotten and will be checked again.
         """
         if len(self.checked) >= self.max_checked:
             self.checked.clear()

@@ -107,7 +107,7 @@ class ShardStore:
         return self._read_with_retry(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write tensors as the bytes of a safetensors file, into this process's shard."""
+        """Append tensors to this process's shard, as the bytes of a safetensors file."""
         self.write_bytes(name, safetensors_bytes(tensors, dict(sorted(metadata.items()))))
 
     def write_bytes(self, name: str, data: bytes | None) -> None:
@@ -139,11 +139,11 @@ class ShardStore:
                 self.write_bytes(name, None)
 
     def close(self, is_last: bool = False) -> None:
-        """Finish this process's shard, so that all written entries survive; later writes begin another shard.
+        """Finish this process's shard, so that all written entries survive; later writes start a new shard.
 
         Args:
-            is_last: Whether all writers of a run have finished. Then small shards are merged, and the bytes
-                of removed and damaged entries are freed.
+            is_last: Whether all writers of a run have finished. Then small shards are merged, and removed and
+                damaged entries are deleted.
 
         Raises:
             OutputError: If the disk is full; no entry is lost.
@@ -204,7 +204,7 @@ class ShardStore:
         return self._read_entry(name, read)
 
     def _read_entry(self, name: str, read: Callable[[EntryRow], T]) -> T:
-        """Return `read` of an entry's row; raise CacheError if the entry is missing or cannot be read."""
+        """Call `read` with an entry's row and return its result; raise CacheError if this fails."""
         with self._lock:
             row = self._read_catalog().entries.get(name)
         if row is None or row.size is None:
@@ -215,7 +215,7 @@ class ShardStore:
             raise CacheError(f"{self.folder / name}: cannot be read from {row.shard} ({error})") from None
 
     def _open(self, shard: str) -> sqlite3.Connection | None:
-        """Open a shard; None for a tar. A shard stays open while another thread reads from it."""
+        """Open a shard for reading; None if it is a tar. It stays open while another thread reads from it."""
         with self._lock:
             if shard.endswith(".tar"):
                 return None

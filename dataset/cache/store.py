@@ -197,7 +197,7 @@ def npz_names(family: Caches) -> NpzNames:
 
 
 class StorePair(NamedTuple):
-    """The store of a table's latents and the store of its text embeddings."""
+    """A table's store for latents and its store for text embeddings."""
 
     latents: CacheStore
     texts: CacheStore
@@ -219,7 +219,7 @@ class Stores:
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)  # by table index and folder
 
     def latent_store(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's latents.
+        """Return the store for a table's latents.
 
         Raises:
             DatasetError: If the table's format is npz but the family has no npz names.
@@ -238,7 +238,7 @@ class Stores:
         return self.latent_store(table)
 
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
-        """Close the stores of these tables, so that all written entries survive."""
+        """Close these tables' stores, so that no written entry can be lost."""
         for table in tables:
             latents, texts = self.latent_store(table), self.text_store(table)
             latents.close(is_last)

@@ -186,7 +186,7 @@ class AudioWork:
         return AudioPlan(source, tuple(valid_files), num_without_record, tuple(missing_items))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
-        """Return how many of a clip's latent caches have a valid audio entry.
+        """Return how many of a clip's latent caches have a valid audio cache.
 
         `files` are the names of the latent caches.
         """

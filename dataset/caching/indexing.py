@@ -171,7 +171,7 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
 
 
 def _as_lines(parts: Mapping[tuple[str, str], IndexPart]) -> Iterator[str]:
-    """Yield the lines of an index; `parts` are by cache_tag and by LATENTS or TEXTS."""
+    """Yield the lines of an index file; `parts` are keyed by cache_tag and LATENTS or TEXTS."""
     for (tag, name), part in sorted(parts.items(), key=lambda pair: pair[0]):
         head = {
             "version": VERSION,

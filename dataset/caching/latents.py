@@ -202,7 +202,7 @@ def encode(
 def _latents_from_moments(
     items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches
 ) -> list[list[data.CacheEntry]]:
-    """Return the entry of each item of a batch with precomputed moments; no encoder runs."""
+    """Return a cache entry for each item of a batch with precomputed VAE moments; no encoder runs."""
     moments_by_part = zip(*(item.moments for item in items), strict=True)
     # moments of the clips and, for image-to-video models, of their first frames
     moments, *first_frame_moments = [torch.stack(tensors) for tensors in moments_by_part]

@@ -44,7 +44,7 @@ TIMEOUT = datetime.timedelta(days=7)  # one process may take far longer than ano
 
 @dataclass(frozen=True)
 class NextCommand:
-    """The command to run after a caching command, and a function that remembers this command's options."""
+    """The command to run after a caching command, and a function that stores this command's options."""
 
     argv: Sequence[str]  # the command line
     remember: Callable[[], None]  # writes the options of this command into the cache folders
@@ -60,7 +60,7 @@ class Share:
     group: Any = None  # process group of torch.distributed; None for a single process
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank. All processes must call it."""
+        """Return the values of all processes, by rank. All processes must call this."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.num_processes
@@ -108,7 +108,7 @@ def join_processes(device: str | None) -> Iterator[Share]:
 
 
 def _read_first(names: Sequence[str]) -> int | None:
-    """Return the integer in the first of some environment variables that is set; None if none is set."""
+    """Return the integer in the first of these environment variables that is set; None if none is."""
     for name in names:
         if name in os.environ:
             return int(os.environ[name])

@@ -88,7 +88,7 @@ class CachingActor:
         return {"shard_index": index, **counts, "failures": failures, "error": error}
 
     def _load_work(self) -> MediaWork | TextWork | None:
-        """Return the caching work; the first call reads the arguments and the dataset."""
+        """Return the caching work; the first call parses the arguments and reads the dataset file."""
         if self._work is None:
             if self._folder is not None and Path(self._folder).is_dir():
                 os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
@@ -230,7 +230,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
 
 
 def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines about failed shards, or, if all shards succeeded, about unusable sources."""
+    """Return error lines about failed shards; if there are none, about unusable media files."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     if errors:
         return [f"{len(errors)} of {len(rows)} shards could not be done; all others are:", *errors]
@@ -245,7 +245,7 @@ def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _reject_unsuitable(
     family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any
 ) -> None:
-    """Raise OptionError if the command only shows the dataset, or caches a single shard."""
+    """Raise OptionError if the caching command has --check, --debug_mode or a single shard."""
     options.shard.reject_beside(quote_command(["python", "tools/cache_on_ray.py"]))
     debug = arguments[0] if arguments else None
     if options.check or getattr(debug, "debug_mode", None) is not None:

@@ -157,7 +157,7 @@ class LatentCacheSettings:
 
 
 def _describe_shown(medium: ReferenceMedium) -> str:
-    """Describe a reference medium for a record; the text must not change, as it is compared."""
+    """Return a reference medium as text for a record; records compare it, so it must never change."""
     if medium.kind != "video" or medium.audio_path is None:
         return f"{medium.kind}, silent" if medium.is_silent else medium.kind
     return f"{medium.kind}, sound of a file"
@@ -220,7 +220,7 @@ def plan_all(
 
 @dataclass
 class _Comparison:
-    """Intermediate results of comparing a source with its cache files."""
+    """What comparing a media file with its cache files has found so far."""
 
     valid_files: set[str] = field(default_factory=set)  # names of files
     num_without_record: int = 0  # number of valid files without a record
@@ -237,7 +237,7 @@ class _Comparison:
 
 
 class SourcePlanner:
-    """Comparison of one source with its existing cache files."""
+    """Compares one media file with its existing cache files, to plan what to encode."""
 
     def __init__(
         self,
@@ -329,9 +329,9 @@ class SourcePlanner:
         return tuple(shape)
 
     def _would_decode_alike(self, record_texts: Sequence[str]) -> bool:
-        """Return whether the source would be decoded to the same pixels now as when its cache was made.
+        """Return whether decoding the files now gives the same pixels as when they were cached.
 
-        `record_texts` are pieces of the record's JSON.
+        `record_texts` are pieces of the cache record's JSON.
         """
         joined = "".join(text or "" for text in record_texts)
         # early records have `true` for version 1, or no version at all
@@ -401,7 +401,7 @@ class SourcePlanner:
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
-        """Compare a clip's caches with the spans that follow from its recorded size and number of frames."""
+        """Compare a clip's cache files with the spans that its recorded size and frame count give."""
         table = self.table
         clip_spans = spans(table, clip.kept_frames, self.cache_settings.latent.lengths)
         why_no_items = None
@@ -480,7 +480,7 @@ class SourcePlanner:
     def _check_item(
         self, files: Names, num_sections: int | None, size: Size, bucket: Size, span: Span
     ) -> int:
-        """Check all files of an item; return how many have no record.
+        """Check all cache files of an item; return how many have no record.
 
         Raises CacheError if the item has to be encoded again.
         """
@@ -597,13 +597,13 @@ class SourcePlanner:
         return self.cache_settings.latent.shape(num_frames, height, width)[2:]
 
     def _read_header(self, file: str) -> Entry:
-        """Read the header of a cache file once."""
+        """Return the header of a cache file, which is read only once."""
         if file not in self._headers:
             self._headers[file] = self.store.read(file, is_full=False)
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:
-        """Return the record in a cache file, which is read only once."""
+        """Return the record in a cache file; each file is read only once."""
         if file not in self._records:
             self._records[file] = records.latent_record(self._read_header(file))
         return self._records[file]
@@ -618,7 +618,7 @@ class SourcePlanner:
         return self._decoding_changes[version]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
-        """Describe which source files have changed since a cache was made; None if all are unchanged."""
+        """Return which source files have changed since a cache was made, as text; None if none has."""
         parts = self.cache_settings.source_files(self.source)
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, but there are now {len(parts)}"
@@ -629,9 +629,9 @@ class SourcePlanner:
         return f"{', '.join(changed)} changed since" if changed else None
 
     def _is_unchanged(self, index: int, identity: FileIdentity) -> bool:
-        """Return whether a file of the source, by its index in `source_files`, is as it was recorded.
+        """Return whether a source file still matches its recorded size, time and hash.
 
-        A file that was found unchanged is not checked again.
+        `index` is its index in `source_files`. A file that was found unchanged is not checked again.
         """
         if self._unchanged.get(index) != identity:
             path, origin = self.cache_settings.source_files(self.source)[index]

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def reject_moments(family: Caches, table: DatasetTable) -> None:
-    """Raise DatasetError for a table with load_tensors if the family cannot use moments."""
+    """Raise DatasetError if a table has load_tensors and the family cannot use precomputed VAE moments."""
     if family.moments.rejection is not None:
         raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.rejection}.")
 

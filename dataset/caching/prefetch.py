@@ -33,7 +33,7 @@ NAMED = 3  # maximum number of clips that a warning names
 
 @dataclass(frozen=True)
 class Failure:
-    """A source that has a problem, and a description of the problem."""
+    """A media file with a problem, and a description of the problem."""
 
     path: Path
     reason: str
@@ -93,7 +93,7 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
-    """Merge reports about parts of the sources; failures are sorted by path."""
+    """Merge reports about parts of the dataset; failures are sorted by path."""
     fields: dict[str, Any] = {"num_total": max((report.num_total for report in reports), default=0)}
     for name in ("written", "reused", "num_without_record", "num_assigned"):
         fields[name] = sum(getattr(report, name) for report in reports)

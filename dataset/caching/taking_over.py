@@ -94,7 +94,7 @@ class OtherCaches:
             )
 
     def _list_others(self, plan: SourcePlan, stores: Stores) -> dict[str, LatentNames]:
-        """Return the latent caches of other models in the table's folder, by the tag in their file names."""
+        """Return the latent caches of other models in the table's folder, by the cache tag in their names."""
         table = plan.source.table
         if table.index not in self._by_table:
             store = stores.latent_store(table)

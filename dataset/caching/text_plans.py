@@ -69,7 +69,7 @@ FITTED = "fitted"  # key in a record's settings, set if positions in the caption
 
 
 def caption_fitter(family: Caches) -> FitText | None:
-    """Return the function that converts positions in a source's caption to those in the resized image.
+    """Return a function that converts pixel positions in a caption to those in the resized image.
 
     Returns None if the family's captions contain no positions.
     """
@@ -78,7 +78,7 @@ def caption_fitter(family: Caches) -> FitText | None:
 
 
 def _fit_caption(family: FitsCaptions, step: int, source: MediaSource, caption: str) -> str:
-    """Return a caption with its positions converted to those in the resized image, if it has any."""
+    """Return a caption whose pixel positions, if any, are converted to those in the resized image."""
     if not family.has_coordinates(caption):
         return caption
     try:
@@ -146,7 +146,7 @@ def _files_of_table(
 
 
 def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
-    """Return the empty prompt that text encoders see with the reference images of a source."""
+    """Return the text cache of the empty prompt as encoded together with an item's reference images."""
     return CaptionFile(
         table=source.table,
         file_name=text_file_name(source.stem, tag, EMPTY),

@@ -70,9 +70,9 @@ TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 
 class TextWork:
-    """Encode the texts of a dataset, in batches (`work_items`).
+    """Encodes and caches the captions of a dataset in batches (`work_items`).
 
-    An encoder is released when the next encoder is loaded, and the last one by `free`.
+    Each encoder is freed when the next one is loaded, and the last one by `free`.
     """
 
     def __init__(
@@ -500,7 +500,7 @@ class TextWork:
 
 
 def _describe_failure(file: CaptionFile, error: MediaError | CaptionError) -> Failure | None:
-    """Return the failure of a text that cannot be encoded; None if no file of the dataset is at fault."""
+    """Return the report about a caption that cannot be encoded; None if no dataset file causes this."""
     if isinstance(error, CaptionError):
         path = file.caption_path or Path(file.name)
         return Failure(path, str(error), file.table.index, file.name)

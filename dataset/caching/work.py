@@ -149,7 +149,7 @@ def _check_sources(
 
 
 class MediaWork:
-    """Encode the latents of a dataset.
+    """Encodes and caches the latents of a dataset.
 
     Encoders are loaded when they are first needed and stay loaded until `free` is called. Video and
     audio encoders are never on the device at the same time.
@@ -320,7 +320,7 @@ class MediaWork:
         return count
 
     def free(self) -> None:
-        """Release the video and audio encoders, if they are loaded."""
+        """Free the memory of the loaded video and audio encoders."""
         if self._encoders is not None:
             self._encoders = None
             free_memory(self._device)
@@ -341,7 +341,7 @@ class MediaWork:
         """
 
         def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
-            """Decode the media of a plan."""
+            """Decode the images or clips that a plan says to encode."""
             return latents.decode(plan, self._existing[plan.source.table.index], self._cache_settings)
 
         ahead = prefetch.read_ahead(
@@ -450,7 +450,7 @@ class MediaWork:
             write(partial(remove_caches, store, surplus, is_of_family))
 
     def _show_start(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
-        """Show what is to be encoded, in the share of the work that `label` names."""
+        """Show how many media files will be encoded; `label` names this run's share of the work."""
         sources = format_count(num_sources, "source")
         rows: list[Row] = [
             ("data", str(self._config.path)),

@@ -110,7 +110,7 @@ def _text_in(row: TableRow, column: str) -> str:
 
 
 def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
-    """Return an error for each clip that does not exist; `name` is the dataset's name."""
+    """Return an error for each row whose clip does not exist; `name` is the dataset's name."""
     kind = f"clips of {name} do not exist"
     return [
         Fault(kind, f"{row.video} ({row.position})", row.video.stem) for row in rows if not row.video.exists()
@@ -155,7 +155,7 @@ def _require_list(path: Path, key: str, name: str) -> None:
 
 
 def _find_prompts(root: Path, name: str) -> str:
-    """Return the name of the list of captions in a folder; if there is none, the first default name.
+    """Return the name of the caption list in a folder; if there is none, the first default name.
 
     Raises:
         DatasetError: If the folder has both default names.
@@ -216,12 +216,12 @@ class CogVideoXTensors:
 
     @property
     def image(self) -> Path | None:
-        """File of the VAE's mean and deviation for the first frame; None if the family uses no such file."""
+        """File with the VAE's mean and log variance for the first frame; None if the family uses none."""
         return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
 
     @property
     def embeds(self) -> Path | None:
-        """File of the precomputed prompt embedding; None if the prompt still has to be encoded."""
+        """File with the precomputed prompt embedding; None if the prompt still has to be encoded."""
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
     def without_image(self) -> "CogVideoXTensors":

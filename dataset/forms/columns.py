@@ -27,7 +27,7 @@ def table_lines(path: Path) -> Iterator[str]:
 
 
 def check_names(path: Path, names: Sequence[str]) -> None:
-    """Check the names of a table's columns.
+    """Check the column names of a table.
 
     Raises:
         DatasetError: If there are too many columns, or if a name occurs twice.

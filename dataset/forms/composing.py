@@ -56,7 +56,7 @@ FORMAT_KEYS: Mapping[str, TableKey] = {
 
 
 def _compose_keys() -> dict[str, TableKey]:
-    """Return all keys of a [[datasets]] table, in the order in which messages list them."""
+    """Return all keys that a [[datasets]] table may have, in the order in which messages list them."""
     keys = {name: key for name, (key, _) in _SOURCES.items()}
     shared = declared_keys(DatasetTable)
     for field in fields(DatasetTable):
@@ -97,7 +97,7 @@ def source_format_of(table: DatasetTable) -> SourceFormat:
 
 
 def read_format_keys(source_format: SourceFormat, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the record of the keys that only this format has.
+    """Return the values of the keys that only this source format has, as its dataclass.
 
     Args:
         source_format: Source format with keys of its own.
@@ -131,7 +131,7 @@ def row_format(path: Path) -> RowFormat:
 
 
 def column_names(path: Path) -> tuple[str, ...]:
-    """Return the names of a table's columns; of JSONL the keys of its first lines.
+    """Return a table file's column names; for JSONL, the keys of its first lines.
 
     Raises:
         DatasetError: If the file cannot be read or has no columns.
@@ -140,13 +140,13 @@ def column_names(path: Path) -> tuple[str, ...]:
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the columns `names`, or with all columns if `names` is None.
+    """Yield the rows of a table file with the columns `names`; None means all columns.
 
     Names that are not columns are ignored. A row that cannot be read has a `fault` and no values; reading
     continues with the next row.
 
     Raises:
-        DatasetError: If the file is missing, does not fit its suffix, or is not UTF-8.
+        DatasetError: If the file is missing, does not match its suffix, or is not UTF-8.
     """
     yield from row_format(path).read_rows(path, names)
 

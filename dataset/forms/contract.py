@@ -31,7 +31,7 @@ class TableRow:
 
     @property
     def position(self) -> str:
-        """Return `data.csv, line 3` for messages."""
+        """The row's position for messages: `data.csv, line 3`."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
@@ -50,7 +50,7 @@ class InspectedColumns(NamedTuple):
 
 
 class SourceFormat:
-    """Form in which items are stored: a folder, a list, a table or tars; subclasses define the details."""
+    """Where a table's items come from: a folder, a list, a table file or tars."""
 
     name: ClassVar[str]  # name for messages
     # the key that says where the items are: in full, or without the `image_` or `video_` before it
@@ -73,13 +73,13 @@ class SourceFormat:
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
-        """Adapt fields that depend on others, with a warning; `position` is the table's place in the file."""
+        """Set fields that depend on others, with warnings; `position` names the table in messages."""
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Return the sources of a table; errors of single items are added to `faults`.
+        """Return a table's media files; errors about single items are added to `faults`.
 
         Raises:
-            DatasetError: If the source of the table cannot be read.
+            DatasetError: If the folder, list or table cannot be read.
         """
         raise NotImplementedError(self.name)  # not called for folders, see dataset/listing.py
 
@@ -120,7 +120,7 @@ class RowFormat:
         raise NotImplementedError
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the rows with the columns `names`; None means all. Rows that cannot be read have a fault."""
+        """Yield the rows with the columns `names` (None: all). Unreadable rows have a fault."""
         raise NotImplementedError
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
@@ -131,7 +131,7 @@ class RowFormat:
         return None
 
     def plain_columns(self, path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-        """Return the columns among `names` that contain small values, and those that contain files."""
+        """Return the columns among `names` that contain plain values, and those that contain files."""
         return [*names], []
 
 

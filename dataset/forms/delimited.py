@@ -19,7 +19,7 @@ class Delimited(RowFormat):
         return header_of(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the rows below the first line."""
+        """Yield the rows below the header line."""
         from dataset.forms.delimited_rows import read_delimited
 
         return read_delimited(path, names)

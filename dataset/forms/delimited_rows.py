@@ -16,7 +16,7 @@ CSV, TSV = "CSV", "TSV"
 
 
 def _kind_of(path: Path) -> str:
-    """Return whether a file's values are separated by commas or by tabs."""
+    """Return whether a file contains comma-separated (CSV) or tab-separated (TSV) values."""
     return CSV if path.suffix.lower() == ".csv" else TSV
 
 
@@ -97,7 +97,7 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
 
 
 def _find_delimiter(header: str, kind: str) -> str:
-    """Return the delimiter of a table's cells, from the line that names its columns."""
+    """Return the delimiter of a table's cells, judged by its header line."""
     if kind == TSV or ("," not in header and ";" not in header and "\t" in header):
         return "\t"
     # spreadsheets write semicolons in languages with decimal commas

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLists(SourceFormat):
-    """Lists that are written for this program."""
+    """Source format of JSONL lists in this program's own layout."""
 
     name = "JSONL"
     source = "jsonl_file"
@@ -72,13 +72,13 @@ class JsonLines(RowFormat):
     suffixes = (".jsonl", ".ndjson")
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the keys of the first lines."""
+        """Return the keys of the JSON objects in the first lines."""
         from dataset.forms.jsonl_rows import first_keys
 
         return first_keys(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the object of each line."""
+        """Yield the JSON object in each line."""
         from dataset.forms.jsonl_rows import read_jsonl
 
         return read_jsonl(path, names)

@@ -42,7 +42,7 @@ def inspect_lines(table: DatasetTable) -> InspectedColumns:
 
 
 def first_keys(path: Path) -> tuple[str, ...]:
-    """Return the keys of the first lines of a file.
+    """Return the keys of the JSON objects in the first lines of a file.
 
     Raises:
         DatasetError: If the file cannot be read.

@@ -20,11 +20,11 @@ class MetadataKeys:
 
     @property
     def source(self) -> Path:
-        """The JSON file."""
+        """The metadata JSON file."""
         return self.metadata_file
 
     def source_key(self, kind: str) -> str:
-        """Return "metadata_file"; only tables of images have it."""
+        """Return "metadata_file", the table key of the source; only image tables have it."""
         return "metadata_file"
 
 

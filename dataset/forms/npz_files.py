@@ -143,7 +143,7 @@ def _list_names(file: zipfile.ZipFile) -> list[str]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a cache file.
+    """Open an npz cache file.
 
     Raises:
         CacheError: If it is missing or damaged.
@@ -158,7 +158,7 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
-    """Convert a tensor to an array that other programs can read: floats below 32 bits become float32.
+    """Convert a tensor to an array that other trainers can read: bfloat16 and float16 become float32.
 
     With `keep_half`, float16 stays float16.
     """

@@ -60,7 +60,7 @@ _STATED_CONTENT = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 
 @dataclass(frozen=True)
 class NpzStore:
-    """Store entries in the npz files of a table.
+    """Cache store that keeps a table's entries in npz files.
 
     Messages outside this class refer to an entry as a single cache file; those of this class name the npz
     file.
@@ -78,7 +78,7 @@ class NpzStore:
     is_shared: ClassVar[bool] = True
 
     def names(self) -> Collection[str]:
-        """Return the names of the entries in all npz files in the folders of the table."""
+        """Return the names of all entries in the npz files of the table's folders."""
         stems = {path: stem for stem, path in self.image_paths.items()}
         names = []
         for folder in {self.folder, *(path.parent for path in stems)}:
@@ -96,7 +96,7 @@ class NpzStore:
         return self._file_of(name).is_file()
 
     def read(self, name: str, is_full: bool = True) -> cache_files.Entry:
-        """Read an entry; `is_full` is ignored, because opening the file takes most of the time."""
+        """Read an entry, always with its tensors: opening an npz file takes most of the time anyway."""
         return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -122,7 +122,7 @@ class NpzStore:
                 path.unlink(missing_ok=True)
 
     def close(self, is_last: bool = False) -> None:
-        """Do nothing: each file is flushed when it is written, and a later write removes leftovers."""
+        """Do nothing: each file is flushed when it is written, and a later write removes unfinished ones."""
 
     @property
     def format(self) -> NpzFormat:
@@ -195,7 +195,7 @@ class NpzStore:
         return cache_files.LatentName(source_stem, (width, height)).file_name(self.tag)
 
     def _source_stem(self, name: str) -> str:
-        """Return the stem of an entry's source, from the entry's name; "" for the empty prompt."""
+        """Return the stem of the media file that a cache name belongs to; "" for the empty prompt."""
         finished = name.removesuffix(cache_files.PART)
         latents = cache_files.parse_latent_name(finished, self.tag, "image")
         if latents is not None:
@@ -320,7 +320,7 @@ class NpzStore:
         return tensor[:, None]
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Convert a mask that another program wrote to 1 H W in latent pixels.
+        """Convert a mask from another trainer's cache to 1 H W in latent pixels.
 
         `mask` is H W, in latent pixels or in pixels. `grid` is the height and width of the latents.
         """
@@ -352,7 +352,7 @@ class NpzStore:
             write_members(path, all_members)
 
     def _add_foreign_arrays(self, name: str, arrays: dict[str, Array]) -> None:
-        """Add the arrays that only other programs need."""
+        """Add the arrays that only other trainers need: image size, crop box and an opaque mask."""
         size, bucket = self._sizes(name)
         if self.table.alpha_mask and ALPHA not in arrays:  # opaque
             width, height = bucket
@@ -361,7 +361,7 @@ class NpzStore:
         arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
 
     def _latent_array(self, key: str, tensor: Tensor) -> tuple[str, Array]:
-        """Return name and values of the array that stores a tensor of a latent entry."""
+        """Return the name and the array under which an npz file stores a tensor of latents."""
         if key in _KNOWN and tensor.shape[1] == 1:
             return key, as_array(tensor, keep_half=False)[:, 0]  # C H W
         if key == LOSS_MASK and self.table.alpha_mask:  # other programs read it in pixels
@@ -412,7 +412,7 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
-        """Raise CacheError if text outputs were made with different settings than this training uses."""
+        """Raise CacheError if text encoder outputs were made with other settings than this run's."""
         for name, expected in self.format.constants.items():
             array = arrays.get(name)
             stored = None
@@ -449,10 +449,10 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return width, height and crop box of an image (`FOREIGN_SIZES`), as another program stored them.
+    """Return an image's size and crop box (`FOREIGN_SIZES`), as another trainer stored them.
 
     Raises:
-        CacheError: If the file lacks a size.
+        CacheError: If one of them is missing.
     """
     numbers: list[float] = []
     for name, count in (("original_size", 2), ("crop_ltrb", 4)):

@@ -7,7 +7,7 @@ from dataset.forms.contract import FindCell, RowFormat, TableRow
 
 
 class Parquet(RowFormat):
-    """Parquet: one file, or a folder of files that are parts of one table."""
+    """Parquet format: one file, or a folder of files that together form one table."""
 
     suffixes = (".parquet", ".pq")
     is_text = False
@@ -17,7 +17,7 @@ class Parquet(RowFormat):
         return path.is_dir() or super().reads(path)
 
     def list_names(self) -> list[str]:
-        """List the suffixes of the format and describe a folder of parts, for messages."""
+        """Return what the format reads, for messages: its suffixes and folders of .parquet parts."""
         return [*self.suffixes, "a folder of .parquet parts"]
 
     def column_names(self, path: Path) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ class Parquet(RowFormat):
         return read_parts(path, names)
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-        """Return a function that locates the files in a column, to read them without other columns."""
+        """Return a function that finds a column's files by row, without reading other columns."""
         from dataset.forms.parquet_files import cells_of_parts
 
         return cells_of_parts(path, name, finds_nulls)

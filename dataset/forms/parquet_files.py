@@ -257,7 +257,7 @@ def _read_signed(data: memoryview, position: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class ParquetCell:
-    """A file in a row of a Parquet file."""
+    """A file that a cell of a Parquet table contains."""
 
     container: Path
     group: int  # index of the row group
@@ -275,15 +275,15 @@ class ParquetCell:
         yield read_cell(self)
 
     def describe(self) -> dict[str, Any]:
-        """Return the file that the cell is in, as a cache records it."""
+        """Return the path of the file that contains the cell, as cache records store it."""
         return {"in": str(self.container)}
 
 
 def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function that locates the file in the cell of a row in column `name`.
+    """Return a function that maps a row number to the file in column `name`.
 
-    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a cell
-    that is null.
+    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a null
+    cell.
     """
     parts = parquet_parts(path)
     column = cell_column(parts[0], name)
@@ -410,7 +410,7 @@ def read_cell(origin: ParquetCell) -> bytes:
 
 
 def _column(path: Path, group: int, column: str) -> Any:
-    """Return a column of a row group. Raises DatasetError, OSError or ValueError if it cannot be read."""
+    """Return a column of a row group. Raises DatasetError, OSError or ValueError if it is unreadable."""
     mtime_ns = path.stat().st_mtime_ns
     with _ONE_AT_A_TIME:
         return _read_column(path, group, column, mtime_ns)

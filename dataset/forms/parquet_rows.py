@@ -81,7 +81,7 @@ def _read_batches(
 
 
 class _ParquetColumns(NamedTuple):
-    """Columns to read from a Parquet file, with the types of nested ones."""
+    """The columns to read from a Parquet file, and the types of nested ones."""
 
     names: tuple[str, ...]
     nested_types: dict[str, Any]  # Arrow types of columns with nested values, by name

@@ -44,7 +44,7 @@ FileLocation = tuple[Path, media_source.Origin | None]
 
 
 class _Media(NamedTuple):
-    """The image or clip of a row."""
+    """The image or clip that a row names or contains."""
 
     location: FileLocation
     stem: str
@@ -291,7 +291,7 @@ class RowReader:
         return download, media_source.Remote(text)
 
     def _find_address_error(self, address: str, protocol: str) -> str | None:
-        """Return the reason why an address is rejected; None if it is allowed."""
+        """Return why a URL is rejected; None if it is allowed."""
         if not self.table.allow_urls:
             return "addresses are read only with allow_urls = true in the table"
         if "::" in address.split("/", 1)[0]:
@@ -468,9 +468,9 @@ def download_folder(table: DatasetTable) -> Path:
 
 
 def locate(text: str, base: Path | None, position: str) -> Path:
-    """Return the path written in a field of a row.
+    """Return the path in a field of a row.
 
-    `base` is the base folder of relative paths; None means the working folder.
+    `base` is the folder that relative paths refer to; None means the working folder.
 
     Raises:
         DatasetError: If the text cannot be a path.

@@ -27,12 +27,12 @@ class TableKeys:
         return self.table_file
 
     def source_key(self, kind: str) -> str:
-        """Return the key that names the table: "image_table_file" or "video_table_file"."""
+        """Return the table key of the source: "image_table_file" or "video_table_file"."""
         return f"{kind}_table_file"
 
 
 class Tables(SourceFormat):
-    """Rows of a table that names files or addresses, or contains files."""
+    """Source format of table files whose rows name paths or URLs, or contain the files themselves."""
 
     name = "tables"
     source = "table_file"
@@ -48,11 +48,11 @@ class Tables(SourceFormat):
         return list_table(table, table.require_format_keys(TableKeys).path_column, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Return where a missing caption would be: in the row's column of captions."""
+        """Return where a missing caption is expected: in the caption column of the row."""
         return f'no "{table.caption_column or "caption"}" in its row'
 
     def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
-        """Return the rows of the table and the columns that are read."""
+        """Return the rows of the table, and which columns are read."""
         from dataset.forms.tables_listing import inspect_table
 
         return inspect_table(table, table.require_format_keys(TableKeys).path_column)

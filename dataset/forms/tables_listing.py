@@ -89,7 +89,7 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
 
 
 def _shown(columns: Sequence[str]) -> str:
-    """List columns for a message, at most MAX_SHOWN."""
+    """Return column names as text for a message, at most MAX_SHOWN."""
     if not columns:
         return "no columns"
     shown = ", ".join(map(repr, columns[:MAX_SHOWN]))

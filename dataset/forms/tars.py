@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class TarKeys:
-    """The keys that only tables of tars have."""
+    """The keys that only dataset tables of tar files have."""
 
     tars: tuple[str, ...] = of_kind(forms.TARS)  # paths, globs or addresses
     folder = None  # there is no default: the dataset file has to name a cache_directory
@@ -41,7 +41,7 @@ class Tars(SourceFormat):
     empty = "holds no {kind}s"
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """List the samples of the tars; tars at addresses are downloaded first."""
+        """Return the samples in the tars; remote tars are downloaded first."""
         from dataset.forms.tars_listing import list_tars  # it loads decoders
 
         return list_tars(table, table.require_format_keys(TarKeys).tars, faults)

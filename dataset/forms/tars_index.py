@@ -42,7 +42,7 @@ COMPRESSED = {
 
 
 class TarDamage(Exception):
-    """Raised if a tar cannot be read beyond a position; the message gives the reason."""
+    """Raised if the rest of a tar is unreadable; the message gives position and reason."""
 
     def __init__(self, reason: str, is_no_tar: bool = False) -> None:
         super().__init__(reason)
@@ -122,7 +122,7 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
 
 
 def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
-    """Store an index for the next run, which is valid only while `validity_key` stays the same."""
+    """Store a tar's index for the next run; it is valid only while `validity_key` stays the same."""
     rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
     try:
         write_text(path, json.dumps([validity_key, index.keys_without_media, index.num_without_media, rows]))
@@ -170,7 +170,7 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
 
 
 class _MemberText(NamedTuple):
-    """The text of a caption or JSON file in a tar."""
+    """The text of a caption file or JSON file in a tar."""
 
     text: str
     error: str = ""  # end of a message if the member is not text; then `text` is empty
@@ -180,7 +180,7 @@ _SampleFiles = dict[str, Member | _MemberText]  # files of a sample, by the name
 
 
 def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rules: TarRules) -> None:
-    """Make a sample of the files with each key, and add it, or its error, to the index."""
+    """Add a sample for the files of each key to the index, or the sample's error."""
     for key, sample_files in files_by_key.items():
         try:
             sample = _make_sample(key, sample_files, rules)
@@ -196,7 +196,7 @@ def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rule
 
 
 def _reject_compressed(file: BinaryIO, tar: Path) -> None:
-    """Raise DatasetError if the first bytes of a file show that it is compressed."""
+    """Raise DatasetError if the first bytes of a tar show that it is compressed."""
     first_bytes = file.read(8)
     file.seek(0)
     for magic, (compression, command) in COMPRESSED.items():
@@ -208,7 +208,7 @@ def _reject_compressed(file: BinaryIO, tar: Path) -> None:
 
 
 def _describe_damage(damage: TarDamage, files_by_key: dict[str, _SampleFiles], last_key: str) -> str:
-    """Describe the usable part of a damaged tar. The last sample is removed unless it seems complete."""
+    """Return which part of a damaged tar is usable; the last sample is dropped unless it seems complete."""
     last_files = files_by_key.pop(last_key, {})
     lost = f"{last_key} and what follows"
     # it is complete if it has the same kinds of files as another sample
@@ -219,7 +219,7 @@ def _describe_damage(damage: TarDamage, files_by_key: dict[str, _SampleFiles], l
 
 
 def _read_text(file: BinaryIO, member: Member) -> _MemberText:
-    """Return the text of a member, or the reason why it has none."""
+    """Return the text of a tar member, or the reason why it cannot be used."""
     if member.size_bytes > MAX_CAPTION_BYTES:
         return _MemberText("", f"has {member.size_bytes:,} bytes, at most {MAX_CAPTION_BYTES:,} are read")
     file.seek(member.offset)
@@ -357,7 +357,7 @@ class _HeaderFile:
         """Read at most `size` bytes.
 
         Raises:
-            TarDamage: If `size` is more than any header needs.
+            TarDamage: If `size` is larger than any header.
         """
         if not 0 <= size <= MAX_TAR_HEADER_BYTES:
             raise TarDamage(f"a header at byte {self.tell():,} states {size:,} bytes of names")

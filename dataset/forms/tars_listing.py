@@ -40,7 +40,7 @@ PIECE = 1 << 20  # bytes that are read at once
 
 
 def check_tar(path: Path) -> None:
-    """Raise MediaError if a downloaded file is not a tar, as its first header shows."""
+    """Raise MediaError if the first header of a downloaded file is not that of a tar."""
     if not tarfile.is_tarfile(path):
         raise MediaError(f"{path} is not a tar.")
 
@@ -99,7 +99,7 @@ def list_tars(
 
 
 def _make_rules(table: DatasetTable) -> TarRules:
-    """Return which files of a sample are its media, caption and companions, by the keys of a table."""
+    """Return the rules that tell a tar sample's media, caption and companions, from the table's keys."""
     suffixes, spare_suffixes = media_suffixes(table.kind)
     return TarRules(
         media=tuple(sorted(suffixes)),
@@ -201,7 +201,7 @@ def _locate_member(tar: Path, member: Member) -> FileLocation:
 
 
 def name_parts(path: Path, name: str) -> Path:
-    """Join a member's name to `path`, without "..", so that the result is inside `path`."""
+    """Join a member's name to `path` without its "..", so that the result is inside `path`."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
@@ -310,7 +310,7 @@ def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
 
 
 def has_wildcard(name: str) -> bool:
-    """Return whether a name is a glob."""
+    """Return whether a path contains glob wildcards."""
     return any(wildcard in name for wildcard in "*?[")
 
 

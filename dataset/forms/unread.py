@@ -95,7 +95,7 @@ def _explain_unused(
 
 
 def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: bool) -> str | None:
-    """Return the end of a warning about an unused column if its name has another meaning; else None.
+    """Return the end of a warning about an unread column if its name suggests another use; otherwise None.
 
     `lacks_caption` says that the row of a list has no string in the column `caption`.
     """
@@ -177,7 +177,7 @@ def _exists(text: str, path: Path) -> bool:
 
 
 def _find_similar(name: str, table: DatasetTable) -> str | None:
-    """Return the used column with the most similar name; None if no name is similar."""
+    """Return the column in use with the most similar name; None if none is similar."""
     without_number = re.sub(r"_?\d+$", "", name.lower())
     used = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
     used += ["reference_path", "control_mask_path", "worse_path"]

@@ -145,7 +145,7 @@ def split_first_caption(
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
-    """Add trigger word, prefix and suffix of a table to captions; return each distinct caption once."""
+    """Add a table's trigger word, prefix and suffix to captions; return them without duplicates."""
     prefix, suffix = table.caption_prefix, table.caption_suffix
     if not (table.trigger_word or prefix or suffix):
         return tuple(dict.fromkeys(captions))
@@ -170,7 +170,7 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> str | None:
-    """Return a JSON caption with its main text completed; None if it is not an object in a known format."""
+    """Return a JSON caption with the main text completed; None if the caption is not in a known format."""
     content = read_if_object(caption)
     if content is None:
         return None
@@ -197,17 +197,17 @@ def find_text(caption: str) -> str:
 
 
 def _list_text_keys() -> list[str]:
-    """Return the main key of each JSON format, followed by the key of its instruction."""
+    """Return the main key of each JSON caption format, followed by the key of its instruction."""
     return [key for format in caption_formats().values() for key in (format.main, format.instruction)]
 
 
 def _find_key(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
-    """Return the first key whose value is a string."""
+    """Return the first of these keys whose value is a string; None if there is none."""
     return next((key for key in keys if isinstance(content.get(key), str)), None)
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the non-blank lines of a text, stripped of blanks."""
+    """Return the non-blank lines of a text, stripped of white space."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 

@@ -166,7 +166,7 @@ def _is_timed(path: Path, table: DatasetTable) -> bool:
 
 @dataclass(frozen=True)
 class _Timing:
-    """Number of frames, frame rate and duration in a clip's header."""
+    """Frame count, frame rate and duration from a clip's header."""
 
     frames: int | None  # number of frames, if the header has it
     rate: float  # frames per second; NaN if the frames have different durations
@@ -255,7 +255,7 @@ def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
 
 
 def has_companions(source: MediaSource) -> bool:
-    """Return whether a clip has control clips, masks or references."""
+    """Return whether a clip has control clips, masks or references, and no precomputed latents."""
     has_any = any((source.control, source.mask, source.control_mask, source.references))
     return source.table.kind == "video" and source.precomputed is None and has_any
 

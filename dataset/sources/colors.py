@@ -59,13 +59,13 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: 
 def find_changed_reading(
     references: Sequence[tuple[Path, Origin | None]], decoder_version: int
 ) -> str | None:
-    """Describe the first reference image that is decoded differently now than when it was cached.
+    """Return a text about the first reference image that is decoded differently now than when it was cached.
 
     Only files on disk are checked. Returns None if there is no such image.
 
     Args:
         references: Path of each image, and its origin if it is not a file on disk.
-        decoder_version: Version of the decoding that the cache records; 0 in caches without one.
+        decoder_version: Version of the decoder that the cache records; 0 in caches without one.
     """
     return _find_changed([(path, False) for path, origin in references if origin is None], decoder_version)
 
@@ -81,7 +81,7 @@ def has_codes(path: Path) -> bool:
 
 
 def _may_differ(path: Path, decoder_version: int) -> bool:
-    """Return whether a decoder version may have read a file differently, without opening the file."""
+    """Return whether another decoder version may have decoded a file differently, without opening it."""
     return decoder_version == 0 or (decoder_version < AS_SHOWN and has_codes(path))
 
 

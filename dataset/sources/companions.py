@@ -65,7 +65,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 
 def _with_companion(source: MediaSource, key: str, paths: tuple[Path, ...]) -> MediaSource:
-    """Return a source with its files from the folder that a table's `key` names."""
+    """Return a source with its companion files, which come from the folder that the table's `key` names."""
     if key == REFERENCE:
         return replace(source, references=paths)
     return replace(source, control_mask=paths[0] if paths else None)
@@ -89,7 +89,7 @@ def pair_or_report(
 
 
 def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Explain how to name the files of a folder if none of them belongs to an item."""
+    """Return how to name the files of a companion folder, as none of them belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
@@ -99,7 +99,7 @@ def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collec
 
 
 def warn_of_paths(table: DatasetTable, problem: str, paths: Sequence[Path]) -> None:
-    """Log how many paths of a table have a problem, and the first of them; nothing if there are none."""
+    """Log how many of a table's paths have a problem, and the first few; nothing if there are none."""
     if paths:
         logger.warning("%s: %d %s, such as %s", table.name, len(paths), problem, paths[0])
 
@@ -299,7 +299,7 @@ def _read_references(
 
 
 def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
-    """Read a reference image, 1 H W 3: cropped to a size, or padded with white to it."""
+    """Read a reference image, 1 H W 3, and crop it to `size` or pad it with white."""
     if not on_white:
         return resize_cover(read_image(path), size)[None]
     from modules.media.canvas import composite_on_white  # only few models need white canvases
@@ -308,7 +308,7 @@ def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
 
 
 def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:
-    """Return the first `count` frames at a size, without alpha; a shorter clip repeats its last frame."""
+    """Resize frames to `size`, without alpha, and return the first `count`; the last one fills gaps."""
     clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), size) for frame in frames][:count]
     missing = count - len(clip)
     return np.stack(clip + clip[-1:] * missing)

@@ -171,7 +171,7 @@ class DecodedMedia:
         )
 
     def key(self, span: Span) -> str:
-        """Return the name of an item for messages: `pic`, or `clip_00000-017`."""
+        """Return a training item's name for messages: `pic`, or `clip_00000-017`."""
         if self.source.table.kind == "image":
             return self.source.stem
         first_frame, num_frames = span
@@ -353,13 +353,13 @@ def _read_control_clips(
 
 
 def _lengthen(clip: Clip, count: int) -> Clip:
-    """Return a clip whose last frame is repeated until it has `count` frames."""
+    """Repeat a clip's last frame until it has `count` frames."""
     missing = count - len(clip)
     return np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip
 
 
 def planned_bytes(source: MediaSource) -> int:
-    """Estimate from headers the memory for decoding a fetched image and its control images.
+    """Estimate the memory needed to decode an image and its control images, using their headers only.
 
     Returns 0 if it is at most SMALL_IMAGE. Unreadable files count as 0, because decoding reports them.
     """
@@ -661,7 +661,7 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
-    """Raise DatasetError if a table's resolutions are not multiples of the family's `step`."""
+    """Raise DatasetError if a table's resolutions are not multiples of `step`, as the family requires."""
     bucket_of(table, (LARGE, LARGE), step)
     if table.references is not None:
         fit_reference(table, (LARGE, LARGE), table.source)

@@ -112,7 +112,7 @@ def _download_to(path: Path, address: str, wait: Callable[[float], None]) -> Non
 
 
 def _reject_if_disk_is_full(path: Path, answer: Answer) -> None:
-    """Raise DownloadRejected before a file is downloaded to `path` if the disk has no room for it."""
+    """Raise DownloadRejected if the disk has too little room for the file to be downloaded to `path`."""
     if answer.size_bytes is None:
         return
     try:

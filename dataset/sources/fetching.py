@@ -75,7 +75,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
 
 @lru_cache(maxsize=4)  # once for each folder
 def _remove_leftovers(folder: str) -> None:
-    """Remove temporary folders of runs that were killed."""
+    """Remove temporary folders that killed runs left behind."""
     for leftover in Path(folder).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if leftover.stat().st_mtime < time.time() - LEFTOVER_SECONDS:

@@ -146,7 +146,7 @@ _NO_CAPTION = _Captions()
 
 
 def _read_captions(path: Path, table: DatasetTable) -> _Captions:
-    """Return the captions in a file; without a file, the table's class_tokens, if set."""
+    """Return the captions in a file; if it does not exist, the table's class_tokens, if set."""
     encoding = None
     try:
         file = read_caption_file(path)
@@ -342,7 +342,7 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
 
 
 class ControlFolder:
-    """Index of the files in a `control_directory`, which is listed only once."""
+    """The files in a `control_directory` by stem; the folder is listed only once."""
 
     def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
         """List the folder, and index its images by the stem of the image that they belong to.
@@ -407,7 +407,7 @@ class ControlFolder:
         return tuple(images[:count])
 
     def list_surplus(self, stem: str, count: int) -> list[Path]:
-        """Return the control images after the first `count`, except files with the stem of another image."""
+        """Return an image's control images after the first `count`, except those named like another image."""
         surplus = self._list_numbered_images(stem)[count:]
         return [path for path in surplus if path.stem not in self._stems]
 
@@ -448,7 +448,7 @@ class ControlFolder:
 
 
 def _ends_in(path: Path, suffixes: Container[str]) -> bool:
-    """Return whether a file has one of the suffixes."""
+    """Return whether a file has one of these suffixes."""
     return path.suffix.lower() in suffixes
 
 
@@ -548,7 +548,7 @@ def _warn_of_files(table: DatasetTable, paths: Sequence[Path], problem: str) -> 
 
 
 def _has_pages(path: Path) -> bool:
-    """Return whether an image file has several frames."""
+    """Return whether an image file contains several images (animation frames or TIFF pages)."""
     with open_image(path) as image:
         return int(getattr(image, "n_frames", 1)) > 1
 

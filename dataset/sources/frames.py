@@ -363,7 +363,7 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
 
 
 def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> NDArray[np.uint8]:
-    """Convert a frame of a mask, H W 3, to gray, and fit it; raise MediaError if its aspect ratio differs."""
+    """Convert a mask frame, H W 3, to gray and resize it; raise MediaError if its aspect ratio differs."""
     height, width = frame.shape[:2]
     if not is_of_shape((width, height), size):
         raise MediaError(

@@ -69,7 +69,7 @@ def _is_numbered(path: Path, stems: Collection[str]) -> bool:
 
 
 def _has_caption(path: Path, extension: str | None) -> bool:
-    """Return whether an image has a caption of its own: then it is not a layer."""
+    """Return whether an image has a caption of its own, so that it is not a layer."""
     return extension is not None and path.with_name(f"{path.stem}{extension}").is_file()
 
 

@@ -191,7 +191,7 @@ class CaptionOwners:
     """Index of a folder's media files that finds the file to which a misnamed caption belongs."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """Index the names of media files, which include suffixes."""
+        """Index these names of media files, which include suffixes."""
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
         for name in names:
@@ -277,7 +277,7 @@ def _describe_captions(
 
 
 def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
-    """Return the option or table key that selects captions with a suffix."""
+    """Return the option or table key, with its value, that makes captions with this suffix be read."""
     if table.config_path.is_dir():  # the dataset is given as a folder
         return f"--caption_extension {suffix}"
     return f'caption_extension = "{suffix}"'
@@ -317,7 +317,7 @@ def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
 
 
 def _is_still(path: Path) -> bool:
-    """Return whether a file with the suffix of an animation is a still image."""
+    """Return whether a file with an animation's suffix (such as .gif) is a still image."""
     try:
         return not is_animation(path)
     except MediaError:  # decoding reports the error
@@ -325,7 +325,7 @@ def _is_still(path: Path) -> bool:
 
 
 def _explain_label(label: str, folder: Path) -> str:
-    """Return the hint for files of OneTrainer with a label in their names."""
+    """Return the hint for files with a label in their names, as OneTrainer writes them."""
     if label == MASK_LABEL:
         return f'masks of OneTrainer, which mask_directory = "{folder.as_posix()}" uses'
     return "conditioning images of OneTrainer; models with control read them from a folder of their own"
@@ -343,7 +343,7 @@ def _explain_suffix(ending: str, kinds: set[str]) -> str:
 
 
 def describe_entries(table: DatasetTable) -> str:
-    """Describe the contents of a table's folder without usable files, for an error message."""
+    """Return what a table's folder contains instead of usable files, for an error message."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
     kind = table.media_kind
@@ -358,7 +358,7 @@ def describe_entries(table: DatasetTable) -> str:
 
 
 def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
-    """Describe the contents of a folder; `suffixes` contains the suffix of each file."""
+    """Return the contents of a folder as text; `suffixes` contains the suffix of each file."""
     folders = [path.name for path in folder.iterdir() if path.is_dir()]
     if suffixes:
         most_common = Counter(suffixes).most_common(3)

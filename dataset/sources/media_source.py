@@ -46,7 +46,7 @@ class PackedFile(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file in bytes; 0 if it is known only after reading the file."""
+        """Size of the file in bytes; 0 if unknown before reading it."""
 
     @property
     def has_suffix(self) -> bool:
@@ -91,10 +91,10 @@ class PrecomputedTensors(Protocol):
 
     @property
     def embeds(self) -> Path | None:
-        """File of the precomputed embedding of the caption; None if there is none."""
+        """File with the precomputed embedding of the caption; None if there is none."""
 
     def without_image(self) -> "PrecomputedTensors":
-        """Return the tensors without moments of the first frame."""
+        """Return a copy without the first frame's VAE moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +328,7 @@ LISTED = 20  # maximum number of faults of one kind in a message
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem in a dataset; its text ends with a full stop only if it is a complete sentence."""
+    """A problem in a dataset; its text ends with a period only if it is a complete sentence."""
 
     kind: str  # heading of faults of the same kind, which follows their number: "captions cannot be read"
     text: str  # one line that says where the problem is, and what it is
@@ -346,7 +346,7 @@ def raise_if_fatal(faults: Sequence[Fault]) -> None:
 
 
 def list_errors(faults: Iterable[Fault], maximum: int) -> list[str]:
-    """Return the lines of a message: for each kind, its number of faults and the first `maximum` of them."""
+    """Return message lines: for each kind of fault, how many there are and the first `maximum` of them."""
     by_kind: dict[str, list[str]] = {}
     for fault in faults:
         by_kind.setdefault(fault.kind, []).append(fault.text)

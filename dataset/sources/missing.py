@@ -10,7 +10,7 @@ from modules.text_files import real_path
 def explain_lookup(path: Path, config_path: Path | None) -> str:
     """Return the end of a message about a missing path: where it was looked for, and a hint.
 
-    It begins with " (looked for at ...)" for a relative path, else with the full stop of the sentence.
+    It begins with " (looked for at ...)" for a relative path, otherwise with the period of the sentence.
 
     Args:
         path: The path, as written in the dataset file.

@@ -119,7 +119,7 @@ def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """Settings, as JSON values, that prepare_dataset.py used for all items of a folder."""
+    """Settings, as JSON values, with which prepare_dataset.py computed a folder's tensors."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
     vae: Mapping[str, str]  # identity of that VAE

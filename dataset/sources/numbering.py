@@ -19,7 +19,7 @@ def find_gap(numbers: Collection[int]) -> int | None:
 
 
 def find_number_gaps(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a warning for each image of a folder whose numbered files skip a number."""
+    """Return a warning for each image whose numbered companion files skip a number."""
     warnings = []
     for source in sources:
         if source.table.directory is None:  # files that a list names need not be numbered

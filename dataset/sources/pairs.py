@@ -65,7 +65,7 @@ def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]
 
 
 def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> None:
-    """Raise MediaError if the rejected item of a source has a different width or height in pixels."""
+    """Raise MediaError if an item's rejected image or clip differs from it in width or height."""
     if size != rejected_size:
         raise MediaError(
             f"{source.path} has {format_shape(size)} pixels, but its worse one, {source.rejected}, has "

@@ -137,7 +137,7 @@ def read_reference(
 
 @contextlib.contextmanager
 def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
-    """Yield local files of a source's reference images, which exist until the block ends.
+    """Yield local files of an item's reference images, which exist until the block ends.
 
     Raises:
         MediaError: If a reference is missing, or too small according to its header.

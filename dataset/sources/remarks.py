@@ -174,6 +174,6 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 
 
 def log_warnings(warnings: Sequence[Fault], maximum: int) -> None:
-    """Log all warnings as one message, which lists at most `maximum` of each kind."""
+    """Log all warnings as one message, with at most `maximum` of each kind."""
     if warnings:
         logger.warning("%s", escape_control_codes("\n".join(list_errors(warnings, maximum))))

@@ -82,5 +82,5 @@ def _locate(text: Any, file: Path, position: str) -> Path:
 
 
 def _show(value: Any) -> str:
-    """Return the beginning of a value for a message."""
+    """Return a value as text for a message, shortened if it is long."""
     return json.dumps(value, default=repr)[:MAX_SHOWN]

@@ -69,6 +69,6 @@ def _find_rejection_message(script: str, folder: Path, texts: Mapping[str, str])
 
 
 def _find_option_in_message(project: ForeignProject, message: str) -> str | None:
-    """Return the first option in an error message that the foreign project has set."""
+    """Return the first option in an error message that comes from the other trainer's project file."""
     names = re.findall(r"(?:--|\b)([a-z][a-z0-9_]+)", message)
     return next((name for name in names if name in project.training_options), None)

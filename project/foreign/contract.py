@@ -41,14 +41,14 @@ class KeyRule(NamedTuple):
 
 
 class ForeignRun(NamedTuple):
-    """Kind of training that a project describes, and the key that shows it."""
+    """The kind of training that another trainer's project sets up, and the key that determines it."""
 
     kind: str  # a value of `new --train`
     setting: str  # key and value that select it, for messages
 
 
 class UnsetValue(ValueError):
-    """A value that means "not set" in the other program's interface."""
+    """A value that means "not set" in the other trainer's interface."""
 
 
 class UnsupportedRun(Exception):
@@ -72,12 +72,12 @@ class TrainedNetworks:
 
 
 def train_lora(values: Mapping[str, Any]) -> ForeignRun:
-    """Return a LoRA run; used for programs whose project files only train LoRAs."""
+    """Return a LoRA run, for trainers whose project files train nothing else."""
     return ForeignRun("lora", "")
 
 
 def train_default_networks(values: Mapping[str, Any]) -> TrainedNetworks:
-    """Return the defaults, for a program whose files cannot select which networks are trained."""
+    """Return the default networks, for trainers whose files cannot select which ones are trained."""
     return TrainedNetworks()
 
 
@@ -93,7 +93,7 @@ def guess_no_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Program:
-    """A trainer, with the rules for reading its project files.
+    """Another trainer, with the rules for reading its project files.
 
     Keys are dotted, with [] for list elements. A rule for `table.*` applies to the table's keys without a
     rule of their own. Keys without any rule are reported.
@@ -130,7 +130,7 @@ class Program:
 
 
 def omitted(reason: str) -> KeyRule:
-    """Return a rule that omits a key, with the reason for the user."""
+    """Return a rule that omits a key and gives the user this reason."""
     return KeyRule(OMITTED, reason)
 
 
@@ -140,7 +140,7 @@ def is_on(value: Any) -> bool:
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a value means "not set": empty text, empty list, false or none."""
+    """Return whether a value means "not set": empty string, empty list, false or none."""
     return (
         value is None or value is False or value == [] or str(value).strip().lower() in {"", "false", "none"}
     )
@@ -155,7 +155,7 @@ def read_rate(value: Any) -> float | None:
 
 
 def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
-    """Return a function that reads a number between `minimum` and `maximum`."""
+    """Return a function that parses a number between `minimum` and `maximum`."""
 
     def read(value: Any) -> float:
         if isinstance(value, str):  # YAML reads 1e-4 as a string, and web forms send strings
@@ -195,10 +195,10 @@ def read_warmup(value: Any) -> float:
 
 
 def read_switch(value: Any) -> bool:
-    """Convert a value to True or False.
+    """Convert a value to a bool.
 
     Raises:
-        ValueError: If the value means neither.
+        ValueError: If the value means neither true nor false.
     """
     if not (isinstance(value, bool | int) or str(value).lower() in {"true", "false"}):
         raise ValueError("it is neither true nor false")
@@ -330,7 +330,7 @@ _NETWORKS: Mapping[str, str | None] = {  # spelling of a network -> module; None
 
 
 def read_network(value: Any) -> str | None:
-    """Return the network module that a name stands for; None for the default LoRA."""
+    """Return the network module for a network type name; None for the default LoRA."""
     kind = plain_name(str(value))
     if kind not in _NETWORKS:
         raise ValueError("a LoRA is trained. docs/networks.md has other networks")
@@ -354,11 +354,11 @@ read_loss = text_of(_LOSSES, "loss_type below [training] has l2, l1, huber and s
 
 
 def read_text(value: Any) -> str:
-    """Return a text without surrounding spaces.
+    """Return a string without surrounding spaces.
 
     Raises:
-        ValueError: If the value is not a text.
-        UnsetValue: If the text is empty.
+        ValueError: If the value is not a string.
+        UnsetValue: If the string is empty.
     """
     if not isinstance(value, str):
         raise ValueError("it is not text")

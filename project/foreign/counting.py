@@ -46,7 +46,7 @@ def find_pixel_step(family: Any) -> int:
 def _list_items(
     setup: describing.RunSetup, table: DatasetTable, path: Path, media: Media | None
 ) -> list[CountedFile]:
-    """Return the items of a file: one of one frame for an image, one for each length for a clip."""
+    """Return a file's training items: one for an image, one for each frame count for a clip."""
     bucket = _find_bucket(setup, table, path, None if media is None else media.size)
     lengths = [1]
     if media is not None and media.is_clip:

@@ -114,7 +114,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 
 def _find_networks_of_lora(values: Mapping[str, Any], keys: tuple[str, ...]) -> TrainedNetworks:
-    """Return which networks get a LoRA: those with a rate above 0, or both if both rates are 0."""
+    """Return which networks get a LoRA: those with a learning rate above 0; both if both rates are 0."""
     dit_rate = read_rate(values.get("unet_lr")) or 0
     text_encoder_rate = read_rate(values.get("text_encoder_lr")) or 0
     if dit_rate or text_encoder_rate:

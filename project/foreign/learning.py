@@ -32,7 +32,7 @@ def remove_unsuitable_rates(project: ForeignProject, kind: RunKind) -> None:
 
 
 def _remove_all_rates(project: ForeignProject, reason: str) -> None:
-    """Remove the learning rates of the run and of its networks; which networks are trained stays."""
+    """Drop all learning rates of the run and its networks; which networks are trained does not change."""
     for name in _RATES:
         if name in project.training_options:
             project.remove_option(name, reason)

@@ -15,7 +15,7 @@ _OVERRIDDEN = "--max_train_steps says otherwise"
 
 @dataclass(frozen=True)
 class Epoch:
-    """Number of training steps and media files in one epoch of the dataset."""
+    """Number of training steps and of media files in one epoch."""
 
     steps: int
     num_files: int
@@ -45,7 +45,7 @@ def select_length(
 
 
 def _count_steps_per_epoch(project: ForeignProject, steps_per_epoch: int) -> int:
-    """Return the steps per epoch, also if the project draws a fixed number of files from each dataset."""
+    """Return the steps per epoch, even if the project draws a fixed number of files from each dataset."""
     files_per_epoch = [dataset.files_per_epoch for dataset in project.datasets.values()]
     if files_per_epoch and all(count is not None for count in files_per_epoch):
         batch = project.general_keys.get("batch_size", 1) * project.training_options.get(
@@ -164,9 +164,9 @@ def _set_epoch_interval(
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
-    """Convert a project's warm-up to steps, and choose a schedule that has a warm-up.
+    """Convert a project's warm-up to steps, and select a learning rate schedule with warm-up.
 
-    `steps` is the number of steps of the run.
+    `steps` is the number of training steps.
     """
     training = project.training_options
     if project.warmup_fraction is not None:
@@ -179,7 +179,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
 
 
 def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:
-    """Convert the warm-up of the file's `key`, a fraction of the run, to steps; steps in the file win."""
+    """Convert the file's warm-up `key`, a fraction of the run, to steps, unless the file also sets steps."""
     training = project.training_options
     if training.get("lr_warmup_steps"):
         project.omission_lines.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")

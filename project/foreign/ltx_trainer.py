@@ -26,7 +26,7 @@ _CONVERTED = omitted("`new` and `run` make caches of clips; give their folder")
 
 
 def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:
-    """Name conditions by their type instead of their number, as in `video.conditions.prefix.probability`."""
+    """Rename conditions from their index to their type, as in `video.conditions.prefix.probability`."""
     named = {}
     for key, value in values.items():
         found = _CONDITION.match(key)

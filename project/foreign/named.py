@@ -71,7 +71,7 @@ def _adopt_dataset_key(project: ForeignProject, key: str, value: Any) -> None:
 
 
 def _as_plain(value: Any, default: Any) -> Any:
-    """Convert a value that was written as text to the type of the default: a number or a switch."""
+    """Convert a value that was written as a string to the type of the default: number or boolean."""
     if isinstance(default, bool):
         return value if isinstance(value, bool) else is_on(value)
     if isinstance(value, str) and isinstance(default, int | float):

@@ -48,7 +48,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
 
 
 def _replace_gpu_optimizer(project: ForeignProject) -> None:
-    """Replace an optimizer that runs only on a GPU by the most similar one for a CPU."""
+    """Replace an optimizer that needs a GPU by the most similar one for the CPU."""
     optimizer = project.training_options["optimizer_type"]
     if optimizer not in _CPU_OPTIMIZERS:
         return
@@ -77,7 +77,7 @@ def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
 
 
 def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
-    """Combine beta1 and beta2 into `betas`; a missing one gets its default value."""
+    """Combine beta1 and beta2 into `betas`; a missing one gets its default."""
     if not {"beta1", "beta2"} & found.keys():
         return
     first = found.pop("beta1", 0.9)

@@ -17,7 +17,7 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 
 
 def join_datasets(project: ForeignProject) -> None:
-    """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
+    """Prepare another trainer's dataset keys for dataset.toml; those of a single folder go to [general]."""
     used_datasets: dict[str, ForeignDataset] = {}
     for name, dataset in project.datasets.items():
         if dataset.draws_fixed_number:
@@ -100,7 +100,7 @@ def _move_to_general(project: ForeignProject) -> None:
 
 
 def _omit_general_key(project: ForeignProject, name: str) -> None:
-    """Remove a key from the [general] table, because each folder has its own value."""
+    """Drop a key from the [general] table, because each folder has a value of its own."""
     project.general_keys.pop(name)
     key = project.source_keys.pop(name, name)
     project.remove_from_report(key)
@@ -132,7 +132,7 @@ def find_table_keys(
 
 
 def omit_keys_of_tables(project: ForeignProject) -> None:
-    """Omit keys of single folders that only [[datasets]] tables accept, not their subsets."""
+    """Omit keys of single folders that are allowed in [[datasets]] tables, but not in subsets."""
     for dataset in project.datasets.values():
         names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]
         _report_omitted_keys(project, dataset, names, _OF_ALL_SUBSETS)

@@ -40,7 +40,7 @@ class ForeignDataset:
 
 @dataclass
 class ForeignProject:
-    """The settings of another trainer's project file, translated into our options."""
+    """Settings of another trainer's project file, translated to this program's options."""
 
     path: Path
     program: Program
@@ -103,12 +103,12 @@ class ForeignProject:
         self.change_lines.append(f"{show(key)} = {show(value)}: {result}")
 
     def remove_from_report(self, key: str) -> None:
-        """Remove a key from the lists of adopted and changed values."""
+        """Remove a key from the report's lists of adopted and converted values."""
         self.adopted_keys = [name for name in self.adopted_keys if name != key]
         self.change_lines = [line for line in self.change_lines if not line.startswith(f"{key} = ")]
 
     def remove_option(self, name: str, reason: str) -> None:
-        """Remove a training option; `reason` replaces the earlier note about its key."""
+        """Drop a training option and report its key with `reason`; a value of off or 0 had no effect."""
         value = self.training_options.pop(name)
         key = self.file_key_of(name)
         self.remove_from_report(key)
@@ -221,5 +221,5 @@ def is_same_folder(file: Path, project_folder: Path, folder: Path) -> bool:
 
 
 def show(value: Any) -> str:
-    """Format a value on one line of at most 120 characters."""
+    """Format a value as one line of at most 120 characters."""
     return shorten(" ".join(str(value).split()), 120)

@@ -30,7 +30,7 @@ _SHUFFLING_KEYS = ("keep_tokens", "keep_tokens_separator", "caption_separator", 
 
 
 class DatasetLayout(NamedTuple):
-    """Which keys the tables of the new dataset.toml may have."""
+    """Facts about the new dataset.toml that decide which keys its tables may have."""
 
     side_multiple: int  # sides are multiples of this
     supports_subsets: bool  # the model supports [[datasets.subsets]]
@@ -39,7 +39,7 @@ class DatasetLayout(NamedTuple):
 
 
 def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions:
-    """Return options of `new`, completed by values of the foreign project; typed options have precedence."""
+    """Return the options of `new` with values of the other trainer's project where the user typed none."""
     default = NewOptions(folder=options.folder)  # an option with this value counts as not typed
     completed = {}
     for name, value in _list_project_options(project, options).items():
@@ -102,7 +102,7 @@ def _remove_rejected_options(project: ForeignProject, script: ScriptOptions) -> 
 
 
 def _list_options_set_by_new(model: ModelSet) -> set[str]:
-    """Return the names of the options that `new` sets itself for a model."""
+    """Return the names of the options that `new` itself sets for a model."""
     words = f"{model.commands['train']} {model.properties.get('train', '')}".split()
     return {word.removeprefix("--") for word in words if word.startswith("--")}
 

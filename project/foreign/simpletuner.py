@@ -66,7 +66,7 @@ def _read_size(value: Any) -> tuple[int, int]:
 
 
 def _read_limit(value: Any) -> float:
-    """Return the maximum norm from a text such as `1.0 norm`. Raises ValueError for other methods."""
+    """Return the gradient norm limit from a text such as `1.0 norm`. Raises ValueError for other methods."""
     limit, _, method = str(value).partition(" ")
     if method != "norm":
         raise ValueError("each value of a gradient is clipped there, and the norm of all here")

@@ -23,7 +23,7 @@ class FileValue:
 
 
 def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
-    """Adopt a value from a foreign project, or record why it is omitted."""
+    """Adopt a value from another trainer's project, or record why it is omitted."""
     dataset = _find_dataset(project, key, value)
     setting = FileValue(rule, show(key), value, dataset)
     if rule.target == contract.OMITTED:
@@ -39,7 +39,7 @@ def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) 
 
 
 def find_rule(program: Program, key: str) -> KeyRule | None:
-    """Return the rule for a key: its own, or the longest `table.*` rule that matches it."""
+    """Return the rule for a key: its own, or the longest matching `table.*` rule; None if there is none."""
     generic = without_numbers(key)
     if generic in program.rules:
         return program.rules[generic]
@@ -80,7 +80,7 @@ def _report_omission(project: ForeignProject, setting: FileValue) -> None:
 
 
 def _take_network(project: ForeignProject, setting: FileValue, module: str | None) -> None:
-    """Set the network type that a foreign project names: `module`, or the default LoRA for None."""
+    """Set the network type that another trainer's project names: `module`, or the default LoRA for None."""
     if module is None:
         project.adopted_keys.append(setting.key)
         return
@@ -186,7 +186,7 @@ def _set_once(
 
 
 def _is_same(read: Any, value: Any) -> bool:
-    """Return whether a converted value equals the file's `value`, which may be the same number as text."""
+    """Return whether a converted value equals the original, which may be the same number as a string."""
     if isinstance(read, int | float) and isinstance(value, str):
         try:
             return bool(read == float(value))

@@ -44,12 +44,12 @@ def list_kinds(model: ModelSet) -> list[RunKind]:
 
 
 def find_control_kind(model: ModelSet) -> RunKind | None:
-    """Return which kind of run a model trains on a folder with control images; None if it has none."""
+    """Return the kind of run for a folder with control images; None if the model supports none."""
     return next((kind for kind in list_kinds(model) if kind.uses_control_images), None)
 
 
 def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
-    """Return the kind of a run from its training command, which is the last one; LORA if unknown."""
+    """Return the kind of run that the last command (training) starts; LORA if unknown."""
     words = commands[-1] if commands else ()
     switched = [kind for kind in KINDS if kind.switch in words]
     if switched:

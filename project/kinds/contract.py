@@ -48,7 +48,7 @@ def _describe_nothing(model: ModelSet, memory: float) -> list[str]:
 
 @dataclass(frozen=True)
 class RunKind:
-    """What a run trains, and how its options differ from those of a LoRA training."""
+    """What a run trains (LoRA, full model ...), and how its options differ from those of a LoRA run."""
 
     name: str  # value of --train
     title: str  # in sentences: "a ControlNet"
@@ -73,6 +73,6 @@ class RunKind:
     )
 
     def find_script(self, model: ModelSet) -> Path | None:
-        """Return the training script of this kind of run for a model; None if there is none."""
+        """Return the script that trains this kind of run for a model; None if there is none."""
         words = self.find_training_command(model)
         return installation.find_script(words[0]) if words else None

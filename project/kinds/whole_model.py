@@ -33,7 +33,7 @@ NUM_KEPT_SAVES = 2  # number of saves and states kept in addition to the result
 
 
 def full_training_command(model: ModelSet) -> list[str]:
-    """Return the script for full training of a model, and its options in addition to those of RECIPE."""
+    """Return the script for full training of a model, and the options it needs in addition to RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     default = of_lora.replace("_network.py", ".py")

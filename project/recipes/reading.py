@@ -64,12 +64,12 @@ class TrainingRecipe:
 
     @property
     def values_text(self) -> str:
-        """The [training] options in one line: `network_dim = 16, learning_rate = 0.001`."""
+        """The [training] options as one line: `network_dim = 16, learning_rate = 0.001`."""
         return ", ".join(f"{name} = {value}" for name, value in self.training.items())
 
     @property
     def figures_text(self) -> str:
-        """The measured figures in one line."""
+        """The measured figures as one line."""
         return "; ".join(f"{name}: {value}" for name, value in self.figures.items())
 
 
@@ -208,7 +208,7 @@ def _read_figures(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def find_recipe_model(family: str, task: str) -> ModelSet:
-    """Return the model of a recipe. Raises ValueError if `new` does not support it."""
+    """Return the model that a recipe is for. Raises ValueError if `new` does not support it."""
     models = {(model.family, model.task): model for model in find_models()}
     if (family, task) not in models:
         names = [f"{one} {other}" for one, other in models]

@@ -152,7 +152,7 @@ def _find_trained_model(
 
 
 def _read_commands(history: Path) -> list[list[str]]:
-    """Return the commands of the run.toml next to a run or in its parent folder; [] if there is none."""
+    """Return the commands in the run.toml of a run's folder or its parent; [] if there is none."""
     for folder in (history.absolute().parent, history.absolute().parent.parent):
         path = folder / RUN_FILE
         if path.is_file():
