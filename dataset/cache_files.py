@@ -383,7 +383,7 @@ def read_entry(path: Path | str, is_full: bool = True) -> Entry:
 
 
 def unpack(path: Path | str, data: bytes) -> Entry:
-    """Parse the bytes of a cache file; the tensors of the entry are sorted by name.
+    """Parse the bytes of a cache file; its tensors are sorted by name.
 
     `path` is for messages only.
 

@@ -65,7 +65,7 @@ FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
     """Read a dataset file (.toml or .json), in our own layout or in the layout of sd-scripts with subsets.
 
-    Source folders are not checked here but in `find_sources`, because training needs only the caches.
+    Media folders are not checked here but in `find_sources`, because training needs only the caches.
 
     Args:
         path: Path of the file.
@@ -243,7 +243,7 @@ def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Tabl
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
-    """Adapt a configuration to a family: to its clip lengths, frame rate, audio and references.
+    """Adapt a dataset configuration to a model family: clip lengths, frame rate, audio and references.
 
     Section keys of a table that the family ignores are logged as a warning, unless `for_texts` says that only
     texts are encoded.
@@ -291,7 +291,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
 
 
 def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetConfig:
-    """Return a configuration whose audio references are dropped at the family's rate.
+    """Return the configuration with the family's dropout rate for tables with reference audio.
 
     Raises:
         DatasetError: If the run takes no audio as reference.
@@ -344,7 +344,7 @@ def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) ->
 
 
 def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
-    """Round target_frames down to clip lengths that the family takes, with a warning."""
+    """Round target_frames down to clip lengths that the family accepts, with a warning."""
     tables = []
     for table in config.datasets:
         targets = table.target_frames
@@ -396,7 +396,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
 
 
 def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
-    """Return an error line for each key about references of clips that the model does not use."""
+    """Return an error line for each key about clip references that the model does not use."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks
     remedy = f"Leave it out. {hint}" if hint else "Leave it out"
@@ -604,7 +604,7 @@ def _fill_in_fields(
 
 
 def _find_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Describe a conflict between fields that tables of all data forms have; None if there is none."""
+    """Return a conflict between keys that tables of all source formats have; None if there is none."""
     if fields["mask_directory"] and fields["alpha_mask"]:
         return "mask_directory cannot be used here; leave out it or alpha_mask"
     if fields["multiple_target"] and (fields["alpha_mask"] or fields["worse_directory"]):

@@ -346,7 +346,7 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
 
 
 def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a dataset file without the keys in UNNEEDED, which are logged."""
+    """Return a dataset file's content without the keys in UNNEEDED; the removed keys are logged."""
     datasets = content.get("datasets")
     tables = [content.get("general")]
     if isinstance(datasets, list):
@@ -476,7 +476,7 @@ def read_keys(
     ignored: tuple[str, ...] = (),
     other_layout_reasons: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Check and convert the keys of a table of a dataset file; return their values by name.
+    """Check and convert the keys in a table of a dataset file; return their values by name.
 
     An invalid value becomes INVALID.
 

@@ -31,7 +31,7 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
     Tables whose images are not on this machine, because only caches were copied, are skipped.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         network_name: Name of the network that sees the control images, for messages.
         warn: Is called with each warning.
 

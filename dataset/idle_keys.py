@@ -26,7 +26,7 @@ _NEEDS: Mapping[str, str] = {
 
 
 def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTable]) -> None:
-    """Warn about keys that have no effect because no subset has the keys they depend on."""
+    """Log a warning about keys that have no effect because no subset has the keys they depend on."""
     # whether any subset fulfills each condition that keys may depend on
     is_fulfilled = {
         _BUCKETS: any(table.enable_bucket for table in tables),

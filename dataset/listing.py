@@ -41,20 +41,20 @@ MAX_OF_STEM = 190
 def find_sources(
     table: DatasetTable, captions: bool = True, faults: list[Fault] | None = None
 ) -> list[MediaSource]:
-    """Return all sources of a table, sorted by path.
+    """Return all media files of a table, sorted by path.
 
-    The caption of a source without a caption is None. Whether files that a JSONL list names exist is not
+    The caption of a file without a caption is None. Whether files that a JSONL list names exist is not
     checked.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         captions: Whether caption files are read; latents do not need them.
-        faults: List to which faults are added instead of raising an error; then all usable sources are
+        faults: List to which faults are added instead of raising an error; then all usable files are
             returned.
 
     Raises:
         DatasetError: If a folder or list is missing or empty. Otherwise with all faults: unreadable captions,
-            malformed lines, missing or misnamed control media, and sources with equal stems, which would
+            malformed lines, missing or misnamed control media, and files with equal stems, which would
             share a cache file.
     """
     errors: list[Fault] = []
@@ -109,7 +109,7 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
 
 
 def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> None:
-    """Add a fault for each duplicate stem, and for each stem that is too long for a cache's name."""
+    """Add a fault for each duplicate stem, and for each stem that is too long for a cache file's name."""
     first_by_stem: dict[str, MediaSource] = {}
     shared_cache = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
     repeated_row = f"rows of {table.name} repeat another one and would share a cache file; take them out"
@@ -142,10 +142,10 @@ class CompanionCounts(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
-    """List a table again, and return the number of files that belong to each of its sources, by stem.
+    """List a table again, and return how many companion files each of its media files has, by stem.
 
-    The mapping is empty if the sources cannot be listed, because training needs only the caches. Results
-    are remembered, because every item of a table asks for them.
+    The mapping is empty if the media cannot be listed, because training needs only the caches. Results are
+    cached, because every item of a table asks for them.
     """
     try:
         with quiet():  # warnings about the dataset were shown when it was cached

@@ -39,7 +39,7 @@ def of_suffix(suffix: str) -> str:
 
 
 def hint_of(content: Any) -> str:
-    """Guess the trainer that a file was written for, and name the keys to use instead; "" if unknown."""
+    """Return a hint about the trainer that wrote a file, and the keys to use instead; "" if unknown."""
     keys: list[str] = []
     tables = content  # the top level of some JSON files is a list
     if isinstance(content, dict):

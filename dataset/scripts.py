@@ -171,7 +171,7 @@ def _text_caching_command(
     Options are taken from an earlier command of that kind in the cache folders, and from this command.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         family: Name of the family.
         family_options: The family's options of the command that caches latents.
         typed: Spelling of each of these options on the command line.

@@ -118,7 +118,7 @@ class _Subset:
 
 
 def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> Iterator[_Subset]:
-    """Yield the subsets of [[datasets]] number `group`; `defaults` has the values of keys that it lacks."""
+    """Yield the subsets of [[datasets]] table number `group`; `defaults` supplies missing keys."""
     place = f"[[datasets]] {group + 1}"
     dataset = without_nulls(entry, place, errors)
     subsets = dataset.get("subsets")
@@ -216,9 +216,9 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
 
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
-    """Return the values of a table's fields, grouped by the record that has the field.
+    """Return a table's values, grouped by the dataclass that has the field.
 
-    The records are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
+    These are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
     """
     by_record: dict[str, dict[str, Any]] = {
         "caption_changes": {},
@@ -252,7 +252,7 @@ def _round_buckets(rule: BucketRule, table_label: str, warns: bool) -> BucketRul
 
 
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
-    """Return an error line for each conflict between the keys of a subset, and for each missing key."""
+    """Return an error line for each conflict between a subset's keys and for each missing key."""
     errors = []
     conditioning = values["conditioning_data_dir"]
     masks = values["mask_directory"]
@@ -316,10 +316,10 @@ def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
 
 
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
-    """Set the cache_directory of tables without one: the subfolder `1024x768` of their image folder.
+    """Set cache_directory, where it is missing, to the subfolder `1024x768` of the table's image folder.
 
     If several tables have the same image folder and resolution, the second gets `1024x768_2`. Caches shared
-    with other programs, which have several resolutions, are in the image folder.
+    with other trainers, which have several resolutions, are in the image folder itself.
     """
     used: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
     changed = []
@@ -419,7 +419,7 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
 
 
 def _warn_left_out(folder: Path, option: str) -> None:
-    """Warn about an ignored folder with images, or with subfolders that are named like image folders."""
+    """Warn about an ignored folder with images, or with subfolders that have names of image folders."""
     if _has_repeats(folder):
         logger.warning(
             "%s: %s is left out because its name does not begin with a number of repeats. If its "

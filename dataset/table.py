@@ -311,7 +311,7 @@ class DatasetTable:
 
     @property
     def guides(self) -> tuple[Guide, ...]:
-        """Return the guides: keyframes first, then the guide that replaces a latent frame."""
+        """The guides of a table: keyframes first, then the guide that replaces a latent frame."""
         guides = []
         if self.keyframe_guide_directory is not None:
             guides.append(

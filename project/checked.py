@@ -26,8 +26,8 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
     """Record that the checks of a folder found no errors; do nothing if the folder is read-only.
 
     Args:
-        folder: The described folder.
-        commands: Commands of the folder's run, with the options that were typed.
+        folder: The project folder.
+        commands: Commands of the folder's run, with the options on the command line.
         model_files: Paths of the model's files.
     """
     fingerprint = _hash_checked_files(folder, commands, model_files)

@@ -319,7 +319,7 @@ def _select_bucket_sides(target_size: tuple[int, int]) -> dict[str, int]:
 
 
 def _make_regularization_keys(setup: RunSetup, folder: Path) -> dict[str, Any]:
-    """Return the keys of the subset for a folder of regularization images."""
+    """Return the dataset.toml keys of the subset for a folder of regularization images."""
     cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
     keys: dict[str, Any] = {
         "image_dir": setup.relative_path(folder),
@@ -365,7 +365,7 @@ def _make_clip_keys(setup: RunSetup) -> dict[str, Any]:
 
 
 def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any]:
-    """Return the keys of a folder's table in dataset.toml, for its files of one kind."""
+    """Return the dataset.toml keys of a folder's table, for its files of one kind."""
     content = setup.content
     keys: dict[str, Any] = {f"{kind}_directory": setup.relative_path(folder)}
     # links are not followed: `run` writes nothing outside the described folder
@@ -475,7 +475,7 @@ def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_valu
 
 
 def _describe_control_samples(setup: RunSetup, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last control pair of the dataset."""
+    """Return sample prompts for the first, a middle and the last control pair of the dataset."""
     control_image_of: dict[Path, Path] = {}
     images = []
     for item in setup.media:
@@ -564,7 +564,7 @@ def plain(text: str) -> str:
 
 
 def _released_values(model: ModelSet) -> str:
-    """Return steps, guidance and flow shift of the model's generation command as options of a prompt line.
+    """Return steps, guidance and flow shift of the model's generation command as prompt line options.
 
     All other values default to the family's, for samples as for generation.
     """
@@ -672,7 +672,7 @@ def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
     """Return the text of run.toml: the training options and the commands of the run.
 
     Options of the model come first; those of the kind of run, of its length and saving, and of another
-    trainer's project or a recipe replace earlier ones.
+    trainer's project or a recipe override earlier ones.
     """
     values = setup.kind.adapt_options(_model_values(setup), setup.memory)
     _, *kind_argv = setup.kind.find_training_command(setup.model)
@@ -713,7 +713,7 @@ def _describe_targets(setup: RunSetup) -> list[str]:
 
 
 def _model_values(setup: RunSetup) -> dict[str, Any]:
-    """Return the training options that depend on the model and the graphics card, with the model files."""
+    """Return the training options that depend on the model and the GPU, including the model files."""
     values = _read_options(_list_training_arguments(setup), setup.model_files)
     # the length of a run is set in steps
     values = {name: value for name, value in values.items() if "epoch" not in name}

@@ -94,11 +94,11 @@ UNREADABLE_WITHOUT_CAPTION = (
 
 
 def write_project(options: NewOptions) -> None:
-    """Write run.toml, dataset.toml and prompts.txt of a folder; print what was found and chosen.
+    """Write run.toml, dataset.toml and prompts.txt for a folder; print what was found and chosen.
 
     1. Complete the options from another trainer's project (--from) or a recipe, and choose the model.
     2. Choose what is trained. For an adapter and an empty folder, only write prompts, and stop.
-    3. Read the folder, and collect all that the three files depend on.
+    3. Read the folder, and collect everything that determines the three files.
     4. Write them, with captions from lists, and with the first frames of clips if the model learns images.
 
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
@@ -143,9 +143,9 @@ def write_project(options: NewOptions) -> None:
 
 
 def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
-    """Write run.toml, dataset.toml and prompts.txt, unless --dry_run is set; return the text of each path.
+    """Write run.toml, dataset.toml and prompts.txt, unless --dry_run is set; return their texts by path.
 
-    Before them, captions from lists and first frames of clips are written.
+    Captions from lists and first frames of clips are written first.
     """
     options = setup.options
     text_by_name = _make_project_texts(setup, describing.list_commands(setup))
@@ -169,7 +169,7 @@ def _print_report(
     Args:
         setup: The chosen model, its media and all derived values.
         remarks: Lines about how the model was chosen.
-        texts: Contents of the written files.
+        texts: Contents of the written files, by path.
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = setup.options
@@ -253,10 +253,10 @@ def _make_setup(
     memory: float,
     foreign: ForeignProject | None,
 ) -> describing.RunSetup:
-    """Read the folder, and return all that run.toml, dataset.toml and prompts.txt depend on.
+    """Read the folder, and return everything that determines run.toml, dataset.toml and prompts.txt.
 
-    `kind` is what the run trains, `memory` the card's memory in GiB. `foreign` is the project of another
-    trainer that --from names.
+    `kind` is what the run trains, `memory` the GPU memory in GiB. `foreign` is another trainer's project,
+    which --from names.
     """
     model = model_choice.model
     if 0 < memory < describing.SMALL_CARD_GIB:
@@ -445,7 +445,7 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
     report them, except for files that cannot be read.
 
     Args:
-        setup: The chosen model and its material.
+        setup: The chosen model and the folder's content.
         dataset_toml: Text of dataset.toml.
     """
     family = setup.model_info.family
@@ -602,7 +602,7 @@ def _count_media(media: Sequence[Media]) -> str:
 
 
 def _describe_model(setup: describing.RunSetup) -> str:
-    """Return a line about what the model generates, its download size, and whether it fits the card."""
+    """Return a line about the model: what it generates, its download size, and whether it fits the GPU."""
     model = setup.model
     existing = {f"--{name}" for name, path in setup.model_files.items() if Path(path).exists()}
     missing = [part for part in model.components if part.option and part.option not in existing]
@@ -658,7 +658,7 @@ def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
 
 
 def _describe_captions(setup: describing.RunSetup) -> list[str]:
-    """Return lines about media without captions: their substitute, or two ways to get captions."""
+    """Return lines about media without captions: what is used instead, or two ways to get captions."""
     trigger = setup.trigger_word
     suffix = setup.content.caption_suffix
     uncaptioned = _find_uncaptioned_media(setup)

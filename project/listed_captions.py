@@ -209,10 +209,10 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 
 
 def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (file name, caption) for each row of a table of captions. `path` is for messages only.
+    """Yield (file name, caption) for each row of a caption table. `path` is for messages only.
 
     Raises:
-        DatasetError: If the table has no column of file names or no column of captions.
+        DatasetError: If the table has no file name column or no caption column.
     """
     columns = column_names(table)
     # reversed: of columns that differ only in case, the first one is used

@@ -315,7 +315,7 @@ def _describe_unused_reference_folders(
     suggested_models: SuggestedModels,
     described: Collection[Path],
 ) -> list[str]:
-    """Return lines about folders of reference images, which a model that does not edit cannot use.
+    """Return lines about folders of reference images that the model cannot use, as it does not edit images.
 
     Folders in `described` already have a line.
     """
@@ -347,7 +347,7 @@ def _describe_images_named_as_references(media: Sequence[Media]) -> list[str]:
 def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
     """Sort the subfolders by their use: for training, as references, or for regularization.
 
-    The names of the folders that are used, and lines about those that are left out, are added to `content`.
+    The names of the folders in use, and lines about those that are left out, are added to `content`.
     """
     candidates = [folder]  # for training or regularization
     folders_by_use = SortedFolders(training_folders=[], reference_folders=[], regularization_reasons={})
@@ -603,7 +603,7 @@ def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
 def _add_media_of_folder(
     folder: Path, subfolder: Path, content: FolderContent, model_info: "ModelInfo"
 ) -> list[Path]:
-    """Add the clips and images of a subfolder to `content`, with lines about other files.
+    """Add the clips and images of a subfolder to `content`, with messages about other files.
 
     `folder` is the dataset folder. Returns the audio files of the subfolder.
     """
@@ -640,10 +640,9 @@ def _add_media_of_folder(
 
 
 def read_mask_folders(folder: Path) -> dict[Path, Path]:
-    """Map each media folder that has masks to its folder of masks.
+    """Return the mask folder of each media folder that has one.
 
-    A dataset.toml names the folders of masks. Without it, they are the folders in which this program has
-    created masks.
+    It is named in dataset.toml. Without that file, it is a folder in which this program has created masks.
     """
     if (folder / DATASET_FILE).exists():
         try:
@@ -847,7 +846,7 @@ def _read_media(path: Path, content: FolderContent, model_info: "ModelInfo", enc
 
 
 def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> str | None:
-    """Return a file's caption in one line, from its caption file, else from a list; None without a caption.
+    """Return a file's caption on one line, from its caption file or else from a list; None if it has none.
 
     `content` records captions of lists, which `new` writes into caption files, and captions that differ from
     a list. If the caption file is not UTF-8, a line about it is appended to `encodings`.
@@ -872,7 +871,7 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
 
 
 def _replace_clips_by_first_frames(folder: Path, content: FolderContent, model_name: str) -> None:
-    """Replace each clip by its first frame, which `new` writes as an image, for a model of images."""
+    """Replace each clip by its first frame, which `new` writes as an image, for an image model."""
     images: list[Media] = []
     for clip in content.media:
         if clip.is_clip:
@@ -983,9 +982,9 @@ def _list_other_media(folder: Path, reference_folder: Path) -> list[Path]:
 def _select_control_folders(
     folder: Path, folders_by_use: SortedFolders, content: FolderContent, kind: RunKind
 ) -> None:
-    """Set the folder of control images of each training folder: the first that has any for its images.
+    """Select each training folder's control image folder: the first that has any for its images.
 
-    Inpainting takes the images themselves as control images. Unused folders are reported.
+    Inpainting uses the images themselves as control images. Unused folders are reported.
     """
     unused_reason = "No file there has the name of a picture next to it"
     if kind.inpaints_images:
@@ -1016,9 +1015,9 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
 def _select_references_of_folder(
     image_folder: Path, candidates: Sequence[Path], content: FolderContent
 ) -> None:
-    """Use the first folder that has references for any image in a folder; report missing references.
+    """Select the first candidate folder with references for any image in `image_folder`.
 
-    References have the file names of their images.
+    References have the file names of their images. Missing ones are reported.
     """
     media = [item for item in content.media if item.path.parent == image_folder]
     image_stems = [item.path.stem for item in media if item.kind == "image"]
@@ -1125,7 +1124,7 @@ def _describe_reference_layout(folder: Path, name: str, media: Sequence[Media]) 
 
 
 def _describe_unsuitable_media(content: FolderContent, model_info: "ModelInfo") -> list[str]:
-    """Return lines about used media that may be unsuitable: few, small, transparent, silent or identical."""
+    """Return lines about media that may not suit training: few, small, transparent, silent or identical."""
     minimum = model_info.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= minimum]
     visible = [item for item in long_enough if item.kind != "audio"]

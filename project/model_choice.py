@@ -169,10 +169,10 @@ def _without_log() -> Iterator[None]:
 
 
 def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
-    """Check model files that --model_file names, with the checks of the training script.
+    """Check the files that --model_file names with the checks of the training script.
 
-    Its parser reads the options of the model's own command, then the typed files; the family's record made
-    from them checks the files. Raises OptionError or CheckpointError if an option does not accept its file.
+    Its parser reads the options of the model's own command, then these files; the family's constructor
+    checks the files. Raises OptionError or CheckpointError if an option does not accept its file.
     """
     if not files:
         return
@@ -312,13 +312,13 @@ def describe_outputs(model: ModelSet, model_info: ModelInfo) -> str:
 def select_model(
     options: NewOptions, memory: float, reject_before_questions: Callable[[], None]
 ) -> ModelChoice:
-    """Return the model that the options name, and the trigger word; ask for missing ones on a terminal.
+    """Return the model that the options name, and the trigger word; ask for missing ones in a terminal.
 
     The trigger word is only asked for if the family or the task is asked for, too.
 
     Args:
-        options: The typed options.
-        memory: The card's memory in GiB.
+        options: The command-line options.
+        memory: The GPU memory in GiB.
         reject_before_questions: Called before each question about the model; raises errors that would make
             the answers useless.
 

@@ -14,7 +14,7 @@ from project.new_options import NewOptions
 
 
 def typed_files(options: NewOptions) -> dict[str, str]:
-    """Return the paths that --model_file gives, by option.
+    """Return the paths from --model_file, by model file option.
 
     Raises:
         OptionError: If one option has two files.

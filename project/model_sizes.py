@@ -64,10 +64,9 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
 
 
 def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[ModelSet]:
-    """Return smaller models of the family for the same task type, if this one does not fit the card.
+    """Return smaller models of the family for the same task type, if this one does not fit the GPU.
 
-    Smaller models are at most half as large. The list is empty if this model fits on a card of `memory` GiB
-    in 8 bits.
+    Smaller models are at most half as large. Returns [] if this model fits into `memory` GiB in 8 bits.
     """
     if not memory or is_small(model, memory) or _estimate_missing_memory(model, memory) <= 0:
         return []

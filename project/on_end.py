@@ -43,13 +43,13 @@ class EndCommand:
 
 
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> EndedRun:
-    """Return the state of a run for the --on_end command, from the files that its training has written.
+    """Return how a run ended, for the --on_end command, from the files that its training has written.
 
     Args:
-        output: Output folder of the training.
+        output: Output folder of the training run.
         name: Name of the trained files.
-        steps: Total number of steps; None if it is not known.
-        began: When the run began, in seconds since 1970. Older files are ignored as those of an earlier run.
+        steps: Total number of steps; None if unknown.
+        began: When the run began, in seconds since 1970. Older files belong to an earlier run.
     """
     run_history = _read_run_history(output, name, began)
     page = wait_for_page(history_path(output, name))

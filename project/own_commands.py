@@ -33,7 +33,7 @@ def write_prompts(captions: Sequence[str]) -> str:
 
 
 def describe_length(setup: RunSetup) -> list[str]:
-    """Return lines about how long the training of an adapter should be, and when it is finished."""
+    """Return lines about how long to train an adapter, and how to tell that it is finished."""
     lines = []
     steps = setup.options.max_train_steps
     if steps < TYPICAL_STEPS:

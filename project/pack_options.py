@@ -45,7 +45,7 @@ class UnpackOptions(Options):
 
 
 def find_error_of_name(name: str, on_windows: bool) -> str:
-    """Return why a packed file may not have a name; "" if it may.
+    """Return why a file name is not allowed in an archive; "" if it is.
 
     `name` is the path within the folder, with forward slashes. With `on_windows`, names that only Windows
     forbids are rejected, too.

@@ -167,7 +167,7 @@ def _map_model_paths(
 ) -> tuple[dict[str, str], list[str]]:
     """Map paths of model files to paths in the archive; list those that cannot be downloaded again.
 
-    These are the files outside of `download_folder`, which is given exactly as written in run.toml.
+    The latter are the files outside of `download_folder`, which is given exactly as written in run.toml.
     """
     archive_paths: dict[str, str] = {}
     not_downloaded: list[str] = []
@@ -289,7 +289,7 @@ class _RelocatedMember(NamedTuple):
 def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[str]) -> _RelocatedMember:
     """Make the paths in a TOML file, the prompts or the history relative.
 
-    Lists of captions are not rewritten, but paths of this machine in them are returned, too.
+    Lists of captions are not rewritten, but the result contains the paths of this machine in them.
     """
     machine_paths = pack_source.machine_paths
     if path.suffix.lower() == ".toml":
@@ -319,7 +319,7 @@ def _relocate_file(
 
 
 def _write_archive(output: Path, name: str, members: Sequence[PackMember]) -> None:
-    """Write the archive of a folder. If OutputError is raised, no file is left behind."""
+    """Write a folder's archive. If OutputError is raised, no file is left behind."""
     modified = {member.name: member.path.stat().st_mtime_ns for member in members}
     manifest = {"version": VERSION, "name": name, "modified": modified}
     total = sum(member.size_bytes for member in members)

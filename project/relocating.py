@@ -111,7 +111,7 @@ def relocate_toml(
 
 
 def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") -> None:
-    """Replace all strings in tables and lists by `change(key, text)`; those in a list have the list's key."""
+    """Replace each string in nested tables and lists by `change(key, text)`; list items have its key."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
     for place, value in list(pairs):
         name = str(place) if isinstance(values, dict) else key

@@ -128,7 +128,7 @@ def _list_typed_options(options: RunOptions) -> dict[str, Any]:
 
 
 def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
-    """Carry out `run` for a project: check it, or run its commands until one fails."""
+    """Execute `run` for a project: check it, or start its commands one after the other until one fails."""
     if options.check:
         check_project(project)
         return
@@ -287,7 +287,7 @@ def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
 def _run_or_exit(
     argv: Sequence[str], folder: Path, may_skip_files: bool, progress: Path | None = None
 ) -> None:
-    """Run a command of the project; exit with its code if it fails.
+    """Run a command of the project; exit with its return code if it fails.
 
     With `may_skip_files`, a command that skips unreadable files has not failed, because the check has already
     reported these files. `progress` is the file into which the command writes its progress.
@@ -372,7 +372,7 @@ def _find_described_folder(path_or_folder: Path) -> Path:
 
 
 def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mapping[str, Any]) -> Project:
-    """Make the record of a run from the tables of run.toml; typed options replace those of the file.
+    """Return the project that the tables of run.toml describe; `typed_options` override its training options.
 
     Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
     """
@@ -505,7 +505,7 @@ def _is_check_of_media(argv: Sequence[str]) -> bool:
 
 
 def _check_training(project: Project) -> None:
-    """Run the training script's check of its options and files, before hours of caching.
+    """Let the training script check its options and files, before hours of caching.
 
     Raises OptionError if the script rejects them.
     """
@@ -622,7 +622,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
     """Run one of our scripts as a program in a folder and return its exit code.
 
     The program writes its progress to the file `progress`. It gets Ctrl-C directly from the terminal; this
-    process passes SIGTERM on, and waits for the program to end.
+    process forwards SIGTERM, and waits for the program to end.
 
     Raises:
         OptionError: If the command does not run one of our scripts.

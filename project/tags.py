@@ -49,7 +49,7 @@ class TagLists:
         """Return the keys of dataset.toml that shuffle the tags.
 
         Args:
-            trigger: Trigger word, which is put before tag lists that lack it.
+            trigger: Trigger word, which is put in front of tag lists that lack it.
         """
         keys: dict[str, Any] = {"shuffle_caption": True}
         if self.separator != ",":

@@ -64,13 +64,13 @@ class RunTrace:
         self._step_start_time = 0.0  # start time of the current command
 
     def begin(self, repeat_argv: Sequence[str], output: Path, name: str, steps: int | None) -> None:
-        """Start the history of a run, with the command that repeats it.
+        """Start the log of a run, with the command that repeats it.
 
         Args:
             repeat_argv: Words after `reelsmith` that repeat the run.
-            output: Output folder of the training.
+            output: Output folder of the training run.
             name: Name of the trained files.
-            steps: Number of steps of the training.
+            steps: Number of training steps.
         """
         argv = command_words(["python", FRONT_SCRIPT, *repeat_argv])
         note = "It continues where it ended."
@@ -101,9 +101,9 @@ class RunTrace:
 
     @contextmanager
     def follow(self, argv: Sequence[str]) -> Iterator[Path | None]:
-        """Yield the file to which a command writes its progress, and add the progress to the history.
+        """Yield the file to which a command writes its progress, and add the progress to the log.
 
-        Yields None for the training, which writes a history of its own.
+        Yields None for the training command, which writes a log of its own.
         """
         step = describe_step(argv)
         if self._history is None or step == TRAINING:
@@ -135,7 +135,7 @@ class RunTrace:
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:
-        """Record in the run's history how the run ended, unless its training records that itself.
+        """Record in the log how the run ended, unless its training script records that itself.
 
         `reason` is "" if it ended well. `kind` is "good", "bad", or "" for a run that was stopped.
         """

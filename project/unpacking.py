@@ -38,7 +38,7 @@ LATEST_NS = 1 << 62  # latest time of a file: the year 2116
 
 
 def unpack_folder(options: UnpackOptions) -> None:
-    """Unpack an archive of `pack` into a new folder, and print the command that trains.
+    """Unpack an archive of `pack` into a new folder, and print the command that starts training.
 
     After an error no folder is left behind.
 
@@ -213,7 +213,7 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
 
 
 def _replace_model_folder(text: str, models: Path) -> str:
-    """Replace the archive's model folder in a run.toml by the model folder of this machine.
+    """Replace the archive's model folder in the text of a run.toml by this machine's model folder.
 
     Raises:
         ValueError: If the text is not TOML.

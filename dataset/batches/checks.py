@@ -91,14 +91,14 @@ def explain_wrong_channels(channels: int, latent: data.LatentSpec) -> str:
 def text_errors(
     item: TrainingItem, number: int, records: Mapping[str, TextRecord], is_shared: bool, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield how the table or the caption file has changed since a caption was encoded.
+    """Yield messages about what has changed in the table or the files since a caption was encoded.
 
     Args:
         item: Training item with the caption.
         number: Index of the caption among the item's captions.
-        records: Record of each text encoder's part in the text cache, by encoder name.
-        is_shared: Whether another program may have made the cache, which then has no record.
-        checks: Checks of the run; a file is compared once.
+        records: How each text encoder's outputs were made, by encoder name.
+        is_shared: Whether another trainer may have made the cache, which then has no record.
+        checks: Checks of this run, by which each file is compared only once.
     """
     table = item.table
     recorded = [record.settings for record in records.values()]
@@ -155,7 +155,7 @@ def _find_caption_change(
 def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the current values of the settings about media that text encoders see.
 
-    If the item's sources cannot be listed, the recorded values of its row's media are returned, so that no
+    If the table's media cannot be listed, the recorded values of the row's media are returned, so that no
     difference is reported for them.
     """
     companions = _current_companions(item) if MEDIA in recorded else None
@@ -393,7 +393,7 @@ def _find_source_changes(
 
 
 def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield the reasons why cached reference images do not fit the table.
+    """Yield errors about cached reference images that no longer match the table or the list.
 
     Deleted image files are not an error; images that a list no longer names are an error.
     """

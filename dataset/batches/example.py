@@ -32,7 +32,7 @@ class ExampleItem:
 
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
-    """Return the source files and the caption of an item; anything that cannot be found is left out."""
+    """Return an item's media files and caption for an example command; what cannot be found is omitted."""
     table = item.table
     cached_keys: frozenset[str] = frozenset()
     if item.cache_info.on_the_fly_buckets is None:  # its latents are cached, not encoded while training

@@ -187,7 +187,7 @@ def _add_items(
 ) -> bool:
     """Add an item to `listing` for each latent cache with a cached caption; return whether any latents exist.
 
-    `text_caches` is None if captions are encoded while training; `audio_caches` is None if there are none.
+    `text_caches` is None if captions are encoded during training; `audio_caches` is None if there are none.
     """
     has_latents = False
     with pause_garbage_collection():
@@ -469,10 +469,10 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
 def _find_listed_stems(
     table: DatasetTable, cache_info: TableCacheInfo, latents: Sequence[str]
 ) -> Collection[str] | None:
-    """Return the stems of a table's current sources; None if the caches alone determine the items.
+    """Return the stems of a table's current media files; None if its items depend only on the caches.
 
-    Normally they do: when a source is gone, the caching script removes its caches. But it never removes
-    caches that other programs share, so for these the sources are listed. Sources that are read while
+    Normally they do: when a media file is gone, the caching script removes its caches. But it never removes
+    caches that other trainers share, so for these the media files are listed. Files that are read during
     training have been listed already.
     """
     if cache_info.on_the_fly_sources:
@@ -592,7 +592,7 @@ def _audio_errors(listing: FoundItems) -> list[str]:
 
 
 def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
-    """Log which sources and caches are not trained on."""
+    """Log which media files and caches are not trained on."""
     if listing.missing_text:
         logger.warning(
             "%d of the sources have latents but no text cache (the first: %s); they are left out. Run: %s",

@@ -39,7 +39,7 @@ class BatchOrder:
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
-        """Sort and group the items; batches of an epoch are drawn when they are asked for."""
+        """Sort and group the items; the batches of an epoch are drawn when they are first needed."""
         self._seed = seed
         # sorted by (table, key) with two stable sorts, because a million tuples as sort keys need much memory
         self._items = sorted(items, key=lambda item: item.key)
@@ -102,9 +102,9 @@ class BatchOrder:
         return epoch * self.num_items + self._starts[index]
 
     def group_items_before(self, epoch: int, index: int) -> int:
-        """Return the number of items of a batch's group that are trained before the batch, in all epochs.
+        """Return how many items of a batch's table group are trained before the batch, over all epochs.
 
-        The group of a batch is the group of tables that its items are from (`DatasetTable.batch_group`).
+        The table group (`DatasetTable.batch_group`) is that of the tables from which the batch's items come.
         """
         batches = self.epoch(epoch)
         if not self._group_starts:
@@ -236,14 +236,14 @@ S = TypeVar("S", bound=OfSource)
 def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
     """Split items into those for training and those for validation.
 
-    Validation gets the tables marked `validation`, and a fraction of the sources of all other tables. Sources
-    are selected by name only, so that all crops of a clip, in all tables, are in the same part. A fraction
-    above 0 selects at least one source and leaves at least one. Subsets (the layout of sd-scripts) are split
-    separately, by their own fraction and seed if they have them.
+    Validation gets the tables marked `validation`, and a fraction of the media files of all other tables.
+    Files are selected by name only, so that all crops of a clip, in all tables, are on the same side. A
+    fraction above 0 selects at least one file and leaves at least one. Subsets (the layout of sd-scripts) are
+    split separately, by their own fraction and seed if they have them.
 
     Args:
         items: Items of all tables.
-        fraction: Fraction of the sources that is held out.
+        fraction: Fraction of the media files that is held out.
         seed: Seed for subsets without validation_seed.
 
     Returns:
@@ -327,17 +327,17 @@ def changed_caption(
     total_steps: int,
     generator: random.Random,
 ) -> str:
-    """Apply the random caption changes of a table for one step.
+    """Apply a table's random caption changes for one training step.
 
     Captions that `select_captions` drops are not passed to this function.
 
     Args:
-        caption: Caption of the source (`MediaSource.caption`).
+        caption: Caption from the dataset (`MediaSource.caption`).
         changes: How captions of the table vary.
-        table: Table of the source.
+        table: Table that contains the item.
         step: Step, counted from 0.
         total_steps: Number of steps of the run, for a warm-up that is a fraction of the run.
-        generator: Random generator.
+        generator: Random generator for this caption.
     """
     if not changes.varies_per_step:  # trigger word, prefix and suffix were added when the source was listed
         return caption

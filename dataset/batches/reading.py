@@ -233,7 +233,7 @@ class _Reader:
     encoded: Mapping[int, Mapping[str, Tensor]]
 
     def read_media(self, item: TrainingItem, position: int, is_mirrored: bool) -> _ItemTensors:
-        """Read an item's latents, and its audio if there is any.
+        """Read an item's latents, and its audio latents if there are any.
 
         `position` is the item's index in the batch. `is_mirrored` selects the mirrored latents.
         """
@@ -263,7 +263,7 @@ class _Reader:
         return media
 
     def _read_cached_media(self, item: TrainingItem) -> _ItemTensors:
-        """Read the latents of an item, and its audio if that is cached separately."""
+        """Read an item's latents, and its audio if it is cached in a separate file."""
         media = self._read_entry(
             item,
             path=item.latent_path,
@@ -365,14 +365,14 @@ class _Reader:
         key: str,
         find_errors: Callable[..., Iterator[str]],
     ) -> _ItemTensors:
-        """Read and check one latent or audio cache.
+        """Read and check one latent or audio cache file.
 
         Args:
             item: Item that the cache belongs to.
-            path: Path of the cache; its name is read from the item's store.
+            path: Path of the cache file; its name is read from the item's store.
             part: Value of `CacheOrigin.part` in the result.
             key: Name of a tensor that the cache must have.
-            find_errors: Yields the reasons why the tensors do not fit the table.
+            find_errors: Yields the reasons why the tensors do not match the table.
         """
         store = self.stores.latent_store(item.table)
         with _add_caching_command(self.commands, store, is_text=False):  # adds the command to errors
@@ -410,7 +410,7 @@ class _Reader:
         tensors: Mapping[str, Tensor],
         record: LatentRecord,
     ) -> data.CacheOrigin:
-        """Return the encoder and the program version that made a cache of latents or audio."""
+        """Return which encoder and program version made cached latents or audio."""
         is_video = item.table.kind == "video"
         has_companions = any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         is_older = is_video and record.decoding_version < AS_SHOWN
@@ -477,8 +477,8 @@ def _stack(
     """Stack the tensors of all items by name; {} if there are no items.
 
     Args:
-        items: Media, or captions, of the batch's items.
-        commands: Commands that cache again, for messages.
+        items: The batch's media, or its captions.
+        commands: Caching commands, for error messages.
         is_text: Whether `items` are captions.
 
     Raises:

@@ -117,9 +117,9 @@ def check_caches(
 def _require_trained_encoder(
     origin: CacheOrigin, trained_id: Mapping[str, str], commands: CachingCommands
 ) -> None:
-    """Raise CacheError if a cached text was not encoded by the trained model's text encoder.
+    """Raise CacheError if a cached embedding was not made by the text encoder that is trained.
 
-    `trained_id` is the identity of the trained encoder: hashes by key. Text caches of other programs have no
+    `trained_id` is the identity of the trained encoder: hashes by key. Text caches of other trainers have no
     record and pass. Dtype, length and the tokenizer's files are not compared.
     """
     if not origin.encoder:  # another program's cache
@@ -254,15 +254,15 @@ def compare_sources(
     tag: str,
     trains_audio: bool = False,
 ) -> None:
-    """Warn of source files without latents, latents without a source file, and audio that is not cached.
+    """Warn about media files without latents, latents without a media file, and audio that is not cached.
 
     The differences are in the index of the caches, or the folder is listed unless it has more than MAX_LISTED
     files.
 
     Args:
-        tables: Tables of the dataset.
+        tables: Tables of the dataset file.
         listing: Items that were found for them.
-        commands: Commands that cache, for messages.
+        commands: Caching commands, for messages.
         tag: The family's cache_tag.
         trains_audio: Whether the run trains audio.
     """
@@ -316,9 +316,9 @@ def _find_differences(
     tag: str,
     checks_audio: bool,
 ) -> _SourceDifferences:
-    """Compare the sources of a folder, by stem, with the training items from its caches.
+    """Compare a folder's media files, by stem, with the training items found in the cache.
 
-    `missing_text_caches` are file names whose sources have latents, but no item. `checks_audio` says
+    `missing_text_caches` are text cache names of media with latents but without an item. `checks_audio` says
     whether clips with audio must have cached audio.
     """
     cached = {item.source_stem for item in items}
@@ -348,7 +348,7 @@ def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSourc
 
 
 def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], commands: CachingCommands) -> None:
-    """Warn of lengths in target_frames without caches, and of cached lengths not in target_frames."""
+    """Log a warning about target_frames without caches, and cached frame counts not in target_frames."""
     if table.kind != "video" or table.frame_extraction == "full" or not items:
         return
     first = parse_latent_name(items[0].file_name, items[0].cache_info.tag, table.kind)

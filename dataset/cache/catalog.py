@@ -115,7 +115,7 @@ class Catalog:
     """Index of the entries in a folder's shards, as of the time when they were read."""
 
     def __init__(self, folder: Path, writer: "ShardWriter | None" = None) -> None:
-        """Read which entries the shards of a folder have; `writer` writes the shard of this process.
+        """Read which entries a folder's shards contain; `writer` writes the shard of this process.
 
         Raises CacheError if a shard cannot be read.
         """
@@ -202,10 +202,10 @@ class Catalog:
 
 
 def _rows_in(connection: sqlite3.Connection) -> list[ShardRow]:
-    """Read name, row number (`place`), generation, size and checksum of each entry of a shard.
+    """Read name, row number (`place`), generation, size and checksum of each entry in a shard.
 
     Raises:
-        sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns take any type.
+        sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns accept any type.
     """
     entries = connection.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
     for name, _, generation, size, crc32 in entries:
@@ -277,7 +277,7 @@ class ShardWriter:
             flush_folder(folder)
 
     def put(self, name: bytes, generation: int, data: bytes | None) -> EntryRow:
-        """Write a row, replacing an earlier one; `data` None marks the entry as removed."""
+        """Write an entry's bytes as a row, replacing an earlier one; None marks the entry as removed."""
         size: int | None = None
         crc32 = REMOVED_CRC32
         if data is not None:

@@ -40,13 +40,13 @@ def remember_options(
     typed: Mapping[str, str],
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the options of a caching command into the cache folders of all tables.
+    """Store the options of a caching command in the cache folders of all tables.
 
     A training run from these caches repeats them. A folder that cannot be written to is skipped, because its
     caches are usable without the file.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         family: Name of the family.
         kind: Which command, one of KINDS.
         family_options: The family's options of the command.
@@ -83,8 +83,8 @@ def recall_options(
     """Return the options with which the caches in these folders were made, in the order of the folders.
 
     With `for_training`, options that training from the caches needs are included. A path is returned as typed
-    if the command was run in the current folder, else as an absolute path. Unknown options, and paths of
-    files that no longer exist, are left out.
+    if the command was run in the current folder, otherwise as an absolute path. Unknown options, and paths of
+    files that no longer exist, are omitted.
     """
     recalled: list[RepeatedOption] = []
     for folder in dict.fromkeys(folders):
@@ -99,7 +99,7 @@ def recall_options(
 
 
 def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
-    """Yield the options of a remembered command that are known and still valid.
+    """Yield the options of a stored caching command that are known and still valid.
 
     `key` is "options" for the command's own options, or "training" for those that a training run needs.
     """

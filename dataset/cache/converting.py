@@ -135,7 +135,7 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 
 
 def _remove_shards(folder: Path, names: Sequence[str]) -> None:
-    """Remove the shards of a folder whose entries, `names`, have been written as files.
+    """Remove a folder's shards, whose entries (`names`) have been written as single files.
 
     Raises:
         CacheError: If a file differs from its entry, or if another process has written shards meanwhile.
@@ -161,13 +161,13 @@ ByteStore = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: ByteStore, target: ByteStore, entry_noun: str, dry_run: bool
 ) -> Converted:
-    """Copy entries that the target store lacks or has with different contents; count them and their bytes.
+    """Copy the entries that are missing or different in the target store; count them and their bytes.
 
     Args:
         names: Names of the entries.
         source: Store to read.
         target: Store to write.
-        entry_noun: What a message calls an entry of the source.
+        entry_noun: What a message calls an entry of the source store.
         dry_run: Whether to count only.
     """
     copied = unchanged = size_bytes = 0

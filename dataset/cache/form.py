@@ -35,7 +35,7 @@ def list_shard_errors(table: DatasetTable) -> list[str]:
 
 
 def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
-    """Yield an error if a table has a cache that is only in a different format than its `cache_format`.
+    """Yield an error if one of a table's caches exists only in another format than its `cache_format`.
 
     The table's folder may have single files and shards. A cache in both formats, as `tools/convert_cache.py
     --keep` leaves it, is not an error.

@@ -132,10 +132,10 @@ class Index(NamedTuple):
 
 
 def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: LatentSpec) -> Index | None:
-    """Return the index of a table's caches; None if there is no index, or if anything has changed.
+    """Return the index of a table's caches; None if there is none, or if anything has changed since.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         names: Names of the files in the cache folder.
         tag: The family's cache_tag.
         latent: The family's latent space.
@@ -183,12 +183,12 @@ def split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]
 
 
 def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
-    """Count the cached captions of each source, up to the first number that is not cached.
+    """Return how many captions of each media file are cached, up to the first missing index.
 
-    A table without `multi_caption` uses only the first caption of a source, number 0.
+    A table without `multi_caption` uses only the first caption, index 0.
 
     Raises:
-        KeyError: If a source has an additional caption but not the first one.
+        KeyError: If a further caption is cached but not the first one.
     """
     numbers_by_source: dict[str, set[int]] = {}
     for line in lines:

@@ -112,7 +112,7 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
 
 
 def latent_record(entry: Entry) -> LatentRecord | None:
-    """Return the record of a latent cache; None if it was made by another program.
+    """Return the record of a latent cache file; None if another program made it.
 
     Raises:
         CacheError: If the record is damaged.
@@ -169,7 +169,7 @@ def split_record(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]]
 
 
 def text_records(entry: Entry) -> dict[str, TextRecord]:
-    """Return the records of a text cache by encoder name; {} if it has none.
+    """Return the records of a text cache file by encoder name; {} if it has none.
 
     Raises:
         CacheError: If the records are damaged.
@@ -258,9 +258,9 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 
 
 def is_unchanged(recorded: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
-    """Return whether a file equals the recorded one; its content is read only if its time alone differs.
+    """Return whether a file equals the recorded one; its content is read only if just its time differs.
 
-    If a download was removed, a source with the same address counts as unchanged and is not downloaded again.
+    If a download was removed, a source with the same URL counts as unchanged and is not downloaded again.
 
     Raises:
         OSError: If the file is missing.
@@ -299,9 +299,9 @@ def size_and_mtime(path: Path, origin: Origin | None = None) -> tuple[int, int]:
 # cached, because in a dataset that was copied without its times, training hashes every item at each check
 @functools.lru_cache(maxsize=4096)
 def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | None = None) -> str:
-    """Return SHA-256 of a file, or of the names and hashes of a folder's images.
+    """Return the SHA-256 of a file, or of the names and hashes of a folder's images.
 
-    `size_bytes` and `mtime_ns` are only keys of the cache: a changed file is read again.
+    `size_bytes` and `mtime_ns` are only keys of the hash cache: a changed file is read again.
     """
     digest = hashlib.sha256()
     if origin is not None and not isinstance(origin, Remote):  # the file is inside a tar or a table
@@ -320,9 +320,9 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
 @contextlib.contextmanager
 def _read_record(entry: Entry, key: str) -> Iterator[Any]:
-    """Yield the value of a key ("latents" or "texts") in an entry's record; None if there is no record.
+    """Yield a key's value ("latents" or "texts") in the record of a cache file; None if it has no record.
 
-    It is a context manager, because errors in its `with` block show a damaged record: they become CacheError.
+    This is a context manager, so that errors in the block, which mean a damaged record, become CacheErrors.
     """
     record_json = entry.metadata.get(RECORD_KEY)
     if record_json is None:

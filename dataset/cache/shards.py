@@ -164,7 +164,7 @@ class ShardStore:
     # --- reading ---
 
     def _read_catalog(self, is_new: bool = False) -> Catalog:
-        """Return the catalog, which says in which shard each entry is.
+        """Return the index that maps each entry to its shard.
 
         With `is_new`, it includes shards that other processes have finished since it was read.
         """
@@ -192,7 +192,7 @@ class ShardStore:
         self._opened = {}
 
     def _read_with_retry(self, name: str, read: Callable[[EntryRow], T]) -> T:
-        """Return `read` of an entry's row; if it fails, list the shards again and try once more.
+        """Call `read` with an entry's row and return the result; if it fails, reload the shards and try again
 
         Another process may have merged the shards since they were listed.
         """
@@ -340,11 +340,11 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
 
 
 def _read_to_copy(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes | None:
-    """Return the bytes of an entry; None if it was removed.
+    """Return the bytes of an entry, to copy them; None if it was removed.
 
     Raises:
         CacheError: If the entry is damaged.
-        OutputError: If the volume, not the content, is at fault: the shard may be intact.
+        OutputError: If the disk fails rather than the content: the shard may be intact.
     """
     if row.size is None:
         return None

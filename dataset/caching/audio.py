@@ -97,19 +97,19 @@ class AudioWork:
     def encode(
         self, sources: Sequence[MediaSource], latents: Entries, workers: int, shows: bool
     ) -> CacheReport:
-        """Encode the audio of all items that have cached latents but no valid audio entry.
+        """Encode the audio of all items that have cached latents but no valid audio cache.
 
         A clip whose audio cannot be read, or is missing but required, becomes a failure in the report.
 
         Args:
-            sources: Sources of the clips.
-            latents: Valid latent entries of these sources.
+            sources: The clips.
+            latents: Valid latent caches of these clips.
             workers: Number of threads that decode audio.
             shows: Whether a progress bar is shown.
 
         Raises:
             CheckpointError: If a network cannot be loaded.
-            OutputError: If an entry cannot be written.
+            OutputError: If a cache file cannot be written.
         """
         items_by_clip = self._group_by_clip(latents)
         jobs: list[_AudioJob] = []
@@ -207,7 +207,7 @@ class AudioWork:
         return items
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
-        """Check that an item's cached audio is what this run would write; return whether it has a record.
+        """Check that a cached audio file is what this run would write; return whether it has a record.
 
         Raises:
             CacheError: If the audio has to be encoded again.

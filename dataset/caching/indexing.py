@@ -46,19 +46,19 @@ def write_index(
     valid: Collection[str],
     left_out: Mapping[str, str],
 ) -> None:
-    """Write one part of a table's index (a line for each cache file of LATENTS or TEXTS), replacing the old.
+    """Write the LATENTS or TEXTS part of a table's index file, with a line for each cache file.
 
     If the process is killed, the previous index remains. Another process that writes at the same time waits.
     If the index cannot be written, there is none, and training lists the caches instead.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         part: LATENTS or TEXTS.
         tag: The family's cache_tag.
         latent: The family's latent space.
-        table_fingerprint: Fingerprint taken before the sources of the table were listed, or None.
+        table_fingerprint: Hash of the table, taken before its media were listed; None: write no index.
         valid: Names of the cache files that this run made, or compared with their sources.
-        left_out: Paths of the sources that could not be cached, by stem.
+        left_out: Paths of the media files that could not be cached, by stem.
     """
     store = SingleFiles(table.cache_directory)
     path = store.folder / NAME
@@ -103,7 +103,7 @@ def write_index(
 def _list_latents(
     table: DatasetTable, names: Sequence[str], tag: str, latent: LatentSpec, store: SingleFiles
 ) -> list[dict[str, Any]]:
-    """Return a line of the index for each latent cache, without its origin."""
+    """Return an index line for each latent cache file; the files' origins are added later."""
     files = list_latent_files(
         table,
         names,

@@ -173,7 +173,7 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
 def encode(
     items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches, encoders: data.MediaEncoders | None
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Encode a batch; return the cache entries of each item, with mirrored latents if its table flips.
+    """Encode a batch; return each item's cache entries, including mirrored latents if its table has flip_aug.
 
     Args:
         items: Decoded items of equal shapes, all of one table.
@@ -303,18 +303,18 @@ def write_entry(
     record: LatentRecord,
     additional_metadata: Mapping[str, str],
 ) -> None:
-    """Write a latent cache with its record.
+    """Write a latent cache file with its record.
 
     Args:
         store: Store to write to.
         family: Family that made the latents.
-        file: Name of the entry.
+        file: Name of the cache file.
         named: Tensors by their names in the file.
-        record: Record of the origin; checksums are added.
-        additional_metadata: Further metadata entries.
+        record: How the latents were made; checksums are added.
+        additional_metadata: Further metadata.
 
     Raises:
-        OutputError: If the entry cannot be written.
+        OutputError: If the file cannot be written.
         CacheError: If a value is NaN or infinite.
     """
     for name, tensor in named.items():

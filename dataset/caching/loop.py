@@ -179,9 +179,9 @@ def _write_indexes(
     report: CacheReport,
     fingerprints: Mapping[int, str | None],
 ) -> None:
-    """Write the results of a run into the index of each table, from which training lists the caches.
+    """Write the results of a caching run to each table's index file, from which training lists the caches.
 
-    `fingerprints` are the fingerprints of the tables, by table index.
+    `fingerprints` are the hashes of the tables, by table index.
     """
     for table in config.datasets:
         if not is_indexed(table, audio_of(family)):

@@ -110,12 +110,12 @@ class CachingActor:
 
 
 def run_on_ray(main: Main, options: RayOptions) -> None:
-    """Cache all shards on a cluster, and show the results.
+    """Cache all shards on a Ray cluster, and show the results.
 
     Raises:
         InstallationError: If Ray is missing.
         OptionError: If the command cannot be run on a cluster.
-        DatasetError: If the cluster cannot be reached, a shard fails, or a source cannot be used.
+        DatasetError: If the cluster cannot be reached, a shard fails, or a media file cannot be used.
     """
     arguments = options.command[1:]
     # called instead of caching, so that wrong options are reported before the cluster is contacted
@@ -149,7 +149,7 @@ class ActorPlan(NamedTuple):
 
 
 def _plan_actors(options: RayOptions, available: Mapping[str, float]) -> ActorPlan:
-    """Decide how many actors and shards to use on a cluster with these resources, "GPU" and "CPU".
+    """Return how many actors and shards to use on a cluster with these resources ("GPU" and "CPU").
 
     Raises DatasetError if the cluster has too few, because Ray would wait for them forever.
     """
@@ -175,7 +175,7 @@ def _plan_actors(options: RayOptions, available: Mapping[str, float]) -> ActorPl
 def _cache_shards(
     ray: Any, main: Main, arguments: Sequence[str], options: RayOptions, actors: ActorPlan
 ) -> list[Mapping[str, Any]]:
-    """Let the actors cache all shards; return their results, one row for each shard (`CachingActor`)."""
+    """Let the Ray actors cache all shards; return their results, one row per shard (see `CachingActor`)."""
     num_shards = actors.num_shards
     logger.info("%d actors cache %d shards", actors.num_actors, num_shards)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -81,7 +81,7 @@ class LatentCacheSettings:
     def record_options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
         """Return the settings that an item's latents depend on, by their names in its record.
 
-        Most settings that do not apply are left out. `sizes` are the size, bucket and span of the item.
+        Most settings that do not apply are omitted. `sizes` are the size, bucket and span of the item.
         """
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
@@ -246,7 +246,7 @@ class SourcePlanner:
         cache_settings: LatentCacheSettings,
         verifies_tensors: bool = True,
     ) -> None:
-        """Prepare to compare a source with its existing cache files; nothing is read yet.
+        """Prepare to compare a media file with its existing cache files; nothing is read yet.
 
         `verifies_tensors` says whether tensors are compared with their checksums, too.
         """
@@ -346,10 +346,10 @@ class SourcePlanner:
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
 
-        `missing_spans`, the spans to encode, is None if they are unknown until the source is decoded.
+        `missing_spans`, the spans to encode, is None if they are unknown until the clip is decoded.
 
         Raises:
-            MediaError: If the header of the source cannot be read.
+            MediaError: If the header of the file cannot be read.
         """
         table = self.table
         latent = self.cache_settings.latent
@@ -382,7 +382,7 @@ class SourcePlanner:
         return unknown
 
     def _read_recorded_clip(self) -> ClipInfo | None:
-        """Return the recorded size and frame count of the decoded source; None if it has changed since."""
+        """Return the recorded size and frame count of the decoded file; None if it has changed since."""
         options = self.cache_settings.record_options(self.source)
         recorded: list[ClipInfo] = []
         for file in self.existing_files:

@@ -75,7 +75,7 @@ def _require_image_moments(sources: Sequence[MediaSource]) -> None:
 
 
 def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
-    """Return a source with its moments instead of frames.
+    """Return an item with its precomputed VAE moments instead of frames.
 
     Raises:
         MediaError: If the moments cannot be used.
@@ -100,7 +100,10 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
 
 
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
-    """Raise DatasetError if another model's VAE made the moments in a folder."""
+    """Raise DatasetError if the VAE moments in a folder were computed with another model's VAE.
+
+    If only the VAE's file differs, or is not recorded, a warning is logged.
+    """
     assert source.precomputed is not None
     path = source.precomputed.moments
     try:
@@ -152,7 +155,7 @@ def describe_embeds(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return the content of NAME.json, the note that describes the embeddings in NAME.pt.
+    """Return the content of NAME.json, which describes the embeddings in NAME.pt.
 
     Args:
         caption: Caption of the embeddings.
@@ -204,7 +207,7 @@ class _UnfitEmbeds(Exception):
 
 
 def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]) -> Conditions | None:
-    """Return an encoder's precomputed outputs for a caption; None if the caption has none.
+    """Return an encoder's precomputed outputs for a caption; None if there are none.
 
     Raises:
         _UnfitEmbeds: If the outputs have changed, or belong to another encoder or caption.

@@ -203,8 +203,8 @@ def run_ahead(
 ) -> Generator[tuple[T, R | Exception], None, None]:
     """Yield (job, its result or exception) in the order of `jobs`, while threads work on later jobs.
 
-    Threads are enough, because FFmpeg, OpenCV and hashing release the GIL, and frames need not be copied
-    between processes.
+    Threads suffice, because FFmpeg, OpenCV and hashing release the GIL, and frames need not be copied between
+    processes.
 
     Args:
         jobs: Jobs in order.
@@ -270,8 +270,8 @@ Write = Callable[[Callable[[], object]], None]  # runs a function in the backgro
 def write_behind(threads: int = 1) -> Iterator[Write]:
     """Yield a function that runs writes in threads, while the next items are encoded.
 
-    It waits while too many writes are pending. An error is raised by a later call, or at the end of the
-    block.
+    The function waits while too many writes are pending. Errors of a write are raised by a later call, or at
+    the end of the block.
     """
     waiting: collections.deque[Future[object]] = collections.deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
@@ -295,17 +295,17 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     max_bytes: int,
 ) -> Iterator[list[T]]:
-    """Collect items by group, and yield the items of a group as a batch once there are enough.
+    """Group items, and yield each group's items as a batch as soon as there are enough.
 
     Args:
         items: Items of any group.
         group_of: Returns the group of an item.
         batch_size_of: Returns the batch size for an item.
-        bytes_of: Returns the size of an item.
+        bytes_of: Returns the size of an item in bytes.
         max_bytes: Limit for all waiting items together; beyond it, the largest group is yielded early.
 
     Yields:
-        Batches of items of one group; incomplete ones come at the end.
+        Batches of items of one group; incomplete batches come last.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
@@ -367,7 +367,7 @@ def read_ahead(
 
 
 def estimate_decoded_bytes(source: MediaSource) -> int:
-    """Estimate the bytes of all frames that are decoded for a source, including control media and masks.
+    """Estimate the bytes of all decoded frames of an image or clip, including control media and masks.
 
     The header is read only if the table uses the whole clip.
     """

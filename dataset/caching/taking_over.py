@@ -73,7 +73,7 @@ class OtherCaches:
         return plan
 
     def log_results(self) -> None:
-        """Log how many caches of other models were copied, and why others could not be."""
+        """Log how many latents of other models were copied, and why others could not be."""
         for maker, count in sorted(self._num_copied.items()):
             logger.info(
                 "%s: the latents that %s has cached with the same autoencoder are reused, and nothing is "

@@ -83,9 +83,9 @@ class TextWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List existing cache entries and all captions.
+        """List existing cache files and all captions.
 
-        `stores` replaces the cache directories of the tables.
+        `stores` replaces the cache folders of the tables.
 
         Raises:
             DatasetError: If the dataset cannot be used or a caption is missing.
@@ -139,13 +139,13 @@ class TextWork:
         self._failures_by_file: dict[str, Failure] = {}
 
     def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
-        """Encode the captions of some batches that have no valid cache entry, one encoder after the other.
+        """Encode the captions in these batches that have no valid cache, one encoder after the other.
 
         An encoder is not loaded if all its outputs are cached. If `label` is None, no progress is shown.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
-            OutputError: If an entry cannot be written.
+            OutputError: If a cache file cannot be written.
         """
         if label is not None:
             captions = format_count(len(self._files), "caption")
@@ -200,10 +200,10 @@ class TextWork:
     def remove_stale(
         self, table: DatasetTable, valid: object, failed: Collection[str], keep_cache: bool
     ) -> int:
-        """Remove the entries of a table that belong to no caption; return their number.
+        """Remove a table's text cache files that belong to no caption; return their number.
 
         `valid` and `failed` are not used, because captions alone determine the names. With `keep_cache`,
-        only entries of further captions are removed, if a source now has fewer captions.
+        only files of further captions are removed, if a media file now has fewer captions.
         """
         names = {file.file_name for file in self._files if file.table.index == table.index}
         # `.part` entries, too
@@ -297,12 +297,12 @@ class TextWork:
             return []
 
     def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
-        """Return the prompt of a text with the media that text encoders see.
+        """Return a caption as a prompt, with the media that text encoders see.
 
-        `stack` keeps files of reference images until the caller closes it.
+        `stack` keeps downloaded or unpacked reference images until the caller closes it.
 
         Raises:
-            MediaError: If the source cannot be used.
+            MediaError: If a media file cannot be used.
         """
         source = file.source
         if source is None:
@@ -354,10 +354,10 @@ class TextWork:
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Decode a source to the frames that the VAE encodes.
+        """Decode the frames of an item as the VAE encodes them.
 
         Raises:
-            MediaError: If the source cannot be used.
+            MediaError: If a file cannot be used.
         """
         latent = self._family.latent
         return decode_source(
@@ -428,16 +428,16 @@ class TextWork:
         record: TextRecord,
         encoder_metadata: Mapping[str, str],
     ) -> None:
-        """Add one encoder's outputs to the `.part`, or finish the file.
+        """Add one encoder's outputs to the unfinished `.part` file, or write the complete file.
 
-        Tensors, metadata and records of other encoders stay.
+        Tensors, metadata and records of other encoders are kept.
 
         Args:
-            file: The text.
+            file: The caption and its cache file.
             tensors: Outputs of the encoder, by name in the file.
             encoder: Name of the encoder.
             record: Record of the outputs, without checksums.
-            encoder_metadata: Metadata entries that only this encoder adds.
+            encoder_metadata: Metadata that only this encoder adds.
 
         Raises:
             OutputError: If writing fails.

@@ -54,7 +54,7 @@ NUMBER_BYTES = 2  # bytes of a latent value, for an estimate: some families cach
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError with all errors that make tables unusable for a family."""
+    """Raise DatasetError with all reasons why the model family cannot use the tables."""
     errors = []
     audio_spec = audio_of(family)
     trains_audio_only = audio_spec is not None and audio_spec.audio_only
@@ -134,7 +134,7 @@ def _check_audio(table: DatasetTable, trains_audio_only: bool) -> None:
 def _check_sources(
     family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]
 ) -> Sequence[MediaSource]:
-    """Check sources and the family's files before anything is encoded; return the sources to encode."""
+    """Check the media files and the model family's files before encoding; return the media to encode."""
     _check_tables(family, config, sources)
     warn_captions(sources)
     # only lists have columns that may be unused, and only models that edit take reference images
@@ -298,12 +298,12 @@ class MediaWork:
         failed: Collection[str],
         keep_cache: bool,
     ) -> int:
-        """Remove the entries of a table that belong to no item; return their number.
+        """Remove a table's cache files that belong to no item; return their number.
 
         Args:
-            table: Table whose entries are removed.
+            table: Table whose cache files are removed.
             valid: Table index and name of the valid files of all processes.
-            failed: Stems of sources that failed; their entries stay.
+            failed: Stems of media files that failed; their cache files stay.
             keep_cache: Whether to remove nothing.
         """
         if keep_cache:
@@ -335,9 +335,9 @@ class MediaWork:
         workers: int,
         shows: bool,
     ) -> Generator[DecodedMedia, None, None]:
-        """Yield the missing items of the plans in order, while threads decode the next sources.
+        """Yield the missing items of the plans in order, while threads decode the next media files.
 
-        Completed plans are added to `finished`, and sources that cannot be read to `failures`.
+        Completed plans are added to `finished`, and unreadable media files to `failures`.
         """
 
         def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
@@ -390,7 +390,7 @@ class MediaWork:
     def _schedule_writes(
         self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
     ) -> list[str]:
-        """Schedule the writing of an item's files, one for each entry (section); return their names."""
+        """Schedule the writing of an item's cache files, one for each entry (section); return their names."""
         options = self._cache_settings.record_options(
             item.source, size=item.size, bucket=item.bucket, span=item.spans[0]
         )
@@ -461,7 +461,7 @@ class MediaWork:
         show_box("Caching latents", rows)
 
     def _describe_disk(self, plans: Sequence[SourcePlan]) -> str | None:
-        """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""
+        """Return the estimated disk space for latents as text; None if no size is known yet."""
         sizes = [size for plan in plans for size in plan.item_sizes]  # width, height, and of clips frames
         # `missing_spans` is None until the size of a source is known
         num_with_sizes = sum(plan.missing_spans is not None for plan in plans)
@@ -502,14 +502,14 @@ def _make_report(
     num_assigned: int,
     num_total: int,
 ) -> prefetch.CacheReport:
-    """Return the report about the sources that this process has handled.
+    """Return the report about the media files that this process has handled.
 
     Args:
         finished: Plans whose items are known.
-        failures: Sources that could not be read.
+        failures: Media files that could not be read.
         written: Table index and name of each written file.
-        num_assigned: Number of sources of this process.
-        num_total: Number of all sources.
+        num_assigned: Number of media files assigned to this process.
+        num_total: Number of all media files.
     """
     reused = {(plan.source.table.index, name) for plan in finished for name in plan.valid_files}
     dropped, shortened, resized, silent = [], [], [], []

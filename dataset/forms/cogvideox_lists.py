@@ -36,9 +36,9 @@ class CogRow:
 
 
 def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in the order of its lists; add errors to `faults`.
+    """Return the clips of the table, in the order of its lists; add errors to `faults`.
 
-    With load_tensors, the latents of a source are precomputed, and its clip need not exist.
+    With load_tensors, a clip's latents are precomputed, and the clip itself need not exist.
 
     Raises:
         DatasetError: If a list, a folder or a column is missing.
@@ -240,14 +240,14 @@ class _TensorFolder(NamedTuple):
 def _find_tensors(
     row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]
 ) -> CogVideoXTensors | None:
-    """Return the precomputed latents and embeddings for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
+    """Return a clip's precomputed tensors: those of X/videos/NAME.mp4 are X/video_latents/NAME.pt and so on.
 
     Without a folder of embeddings, captions are encoded as usual. If a file is missing, a fault is added to
     `faults` and None is returned.
 
     Args:
-        row: The clip.
-        folders: Folders X listed so far; new ones are added.
+        row: The clip and its caption.
+        folders: Contents of each folder X listed so far; new ones are added.
         faults: List to which faults are added.
     """
     root = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long

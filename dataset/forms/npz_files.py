@@ -65,7 +65,7 @@ class NpzArray(NamedTuple):
 
 
 def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
-    """Return the arrays of a file whose names `is_wanted` accepts.
+    """Return the arrays of an npz file whose names `is_wanted` accepts.
 
     Raises:
         CacheError: If the file is missing or damaged, or if an array contains anything other than numbers.
@@ -175,13 +175,13 @@ def describe_tensors(
     metadata: Mapping[str, str],
     members: Mapping[str, bytes],
 ) -> Array:
-    """Return the record of tensors as an array of bytes, which is stored as a member of the npz file.
+    """Return a JSON description of the cached tensors as a byte array, to be stored in the npz file.
 
     Args:
         tensors: Tensors by name.
-        sources: Name of the tensor that each array contains, by name of the array.
-        metadata: Metadata of the entry.
-        members: Bytes of each array, for its checksum.
+        sources: Array name to the name of the tensor that it contains.
+        metadata: Metadata of the cache entry.
+        members: Array name to the bytes of its archive member, for the checksum.
     """
     described = {}
     for array, name in sources.items():

@@ -150,9 +150,9 @@ class NpzStore:
         return image_path.with_name(image_path.name + npz_name.removeprefix(source_stem))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file of an entry: the one with its name, else `STEM.npz` of an older program.
+        """Return the file of an entry: the one with its name, otherwise the `STEM.npz` of an older trainer.
 
-        Names of older programs contain no tag of the model, so a warning is logged once.
+        The names of older trainers contain no model tag, so a warning is logged once.
         """
         path = self._path(name)
         stem = self._source_stem(name)
@@ -174,9 +174,9 @@ class NpzStore:
         return untagged
 
     def _find_untagged_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none.
+        """Return the entry name for latents in an older trainer's `STEM.npz`; None if it contains none.
 
-        Such a name lacks the image size, which the file contains.
+        Such a file name lacks the image size, which the file contains.
         """
         file_stem = file.removesuffix(NPZ)
         states_content = _STATED_CONTENT.search(file_stem) is not None
@@ -207,7 +207,7 @@ class NpzStore:
         return cache_files.parse_text_name(finished, self.tag) or ""
 
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the cache entry's name for an npz file; None if the file is not of this family or table.
+        """Return the cache entry name for an npz file; None if it belongs to another family or table.
 
         `stems` maps the paths, without suffix, of images that a list names to their stems.
         """
@@ -278,7 +278,7 @@ class NpzStore:
     def _read_foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
-        """Return latents that another program wrote; raise CacheError if they do not fit the table.
+        """Return latents that another trainer wrote; raise CacheError if they do not match the table.
 
         `arrays` are those of one resolution, by name without suffix; `grid` is the latents' height and width.
         """
@@ -302,7 +302,7 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _to_video_latents(self, path: Path, key: str, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return an array of image latents (C H W, or C 1 H W of older programs) as C 1 H W.
+        """Return an array of image latents (C H W, or C 1 H W of older trainers) as C 1 H W.
 
         `key` is the name of the array and `grid` the expected height and width.
 

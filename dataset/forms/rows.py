@@ -75,16 +75,16 @@ class RowReader:
     def read(
         self, values: Mapping[str, Any], position: str, contained: tuple[str, FileLocation] | None = None
     ) -> media_source.MediaSource:
-        """Return the source that a row describes: an image or clip with its caption and companion files.
+        """Return the image or clip that a row names, with its caption and companion files.
 
         Args:
-            values: Cells of the row by column, or the object of a line.
+            values: Cells of the row by column, or the JSON object of a line.
             position: Position for messages, such as `list.jsonl, line 3`.
             contained: Stem and location of the image or clip, if the row itself contains it.
 
         Raises:
             DatasetError: If a value cannot be used.
-            RejectedAddress: If an address is not allowed.
+            RejectedAddress: If a URL is not allowed.
         """
         if contained is None:
             media = self._read_media(values, position)
@@ -196,7 +196,7 @@ class RowReader:
     def _read_controls_and_references(
         self, values: Mapping[str, Any], position: str
     ) -> tuple[list[FileLocation], list[FileLocation]]:
-        """Return the control media and the references of a row, each ordered by number."""
+        """Return a row's control media and its references, each in the order of their numbers."""
         controls: dict[int, FileLocation] = {}
         references: dict[int, FileLocation] = {}
         for name, value in values.items():
@@ -303,7 +303,7 @@ class RowReader:
         return protocol_error(protocol)
 
     def _read_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
-        """Return the caption of a row; with multi_caption, the texts of its list `captions` follow."""
+        """Return the caption of a row; with multi_caption, followed by those of its list `captions`."""
         name = self.caption_column
         caption = None
         if name is not None:
@@ -370,9 +370,9 @@ def list_rows(
     faults: list[media_source.Fault],
     cell_finders: Mapping[str, FindCell] = MappingProxyType({}),
 ) -> list[media_source.MediaSource]:
-    """Return the sources of rows, in order; errors, with row numbers, are added to `faults`.
+    """Return the media files that rows name, in order; errors, with row numbers, are added to `faults`.
 
-    `cell_finders` has a function for each column of files that locates the file in a row's cell.
+    `cell_finders` has, for each column that contains files, a function that finds the file of a row.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -389,7 +389,7 @@ def list_rows(
 def _read_row(
     reader: RowReader, row: TableRow, cell_finders: Mapping[str, FindCell]
 ) -> media_source.MediaSource:
-    """Return the source of a row, whose files may be in its own cells (`cell_finders`).
+    """Return the image or clip of a row; `cell_finders` find files that its cells contain.
 
     Raises:
         DatasetError: If the row has a fault, or a cell is invalid.
@@ -495,7 +495,7 @@ def check_text(text: str, position: str) -> None:
 def find_missing_companions(
     table: DatasetTable, sources: Sequence[media_source.MediaSource], plural: str
 ) -> list[media_source.Fault]:
-    """Return a fault for each source without control media or a rejected item if other sources have some.
+    """Return a fault for each item without control media or a rejected file if other items have them.
 
     `plural` names the rows or samples in messages: `lines of data.jsonl`.
     """
@@ -558,9 +558,9 @@ def is_control(table: DatasetTable, name: str) -> bool:
 
 
 def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
-    """Return the base folder of relative paths; None for the working folder, or if no file is found.
+    """Return the folder that relative paths in a list or table refer to; None for the working folder.
 
-    The first relative path of an existing file decides.
+    The first relative path that exists decides; None is also returned if none exists.
 
     Args:
         path: Path of the list or table.

@@ -62,10 +62,10 @@ class _ReadColumns(NamedTuple):
 
 
 def _select_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
-    """Return the columns of the media and captions; `path_column` is the value in the dataset file.
+    """Return the media and caption columns; `path_column` is the value in the dataset file.
 
     Raises:
-        DatasetError: If the column of the media, or a column that a key names, is missing.
+        DatasetError: If the media column, or a column that a key names, is missing.
     """
     named = {
         "path_column": path_column,

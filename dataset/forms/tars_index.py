@@ -321,7 +321,7 @@ def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | 
 
 
 def _read_json_captions(text: str, rules: TarRules) -> list[str]:
-    """Return the captions in the .json of a sample.
+    """Return the captions in a sample's .json file.
 
     Raises:
         ValueError: If the captions cannot be used.

@@ -78,14 +78,14 @@ class TarMember:
 def list_tars(
     table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
-    """Return the sources in a table's tars (WebDataset), in any order, and add errors to `faults`.
+    """Return the samples in a table's tars (WebDataset), in any order, and add errors to `faults`.
 
-    Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that does not
-    end the run.
+    Remote tars are downloaded first. A truncated tar, or a failed download, is a fault that does not stop the
+    run.
 
     Args:
-        table: Table of the dataset.
-        patterns: Paths, globs or addresses of its tars, with braces.
+        table: Table of the dataset file.
+        patterns: Paths, glob patterns or URLs of its tars, with braces.
         faults: List to which a fault is added for each tar or sample that cannot be used.
 
     Raises:
@@ -285,7 +285,7 @@ def _find_remote(pattern: str) -> list[str]:
 
 
 def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
-    """Return the tars that a path or a glob names, without shards of caches.
+    """Return the tars that a path or glob pattern names, without shards of caches.
 
     Raises:
         DatasetError: If there is none, or the path is a folder.

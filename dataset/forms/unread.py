@@ -41,7 +41,7 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
 
 def find_unused(table: DatasetTable) -> list[Fault]:
-    """Return a warning for each unused column with files, or with a name similar to a used column's.
+    """Return a warning for each unread column that contains files, or is named almost like a column in use.
 
     At most MAX_ROWS rows are checked.
 

@@ -30,7 +30,7 @@ class NoAudio(MediaError):
 
 
 def find_audio(source: MediaSource) -> Path:
-    """Return the file with the audio of a fetched clip, downloaded if it is at an address.
+    """Return the file that contains a clip's audio; it is downloaded if it is remote.
 
     The file need not have an audio track.
 
@@ -123,7 +123,7 @@ def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
 def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
     """Return the clips that have audio although none is cached.
 
-    At most MAX_OPENED files are opened; files that are not on disk, or unreadable, are skipped. `silent` are
+    At most MAX_OPENED files are opened; unreadable files and files not on disk are skipped. `silent` contains
     the stems of clips without cached audio.
     """
     on_disk = (source for source in sources if source.stem in silent and not any(source.remote_or_packed))

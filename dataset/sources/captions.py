@@ -51,7 +51,7 @@ def read_caption(path: Path) -> str | None:
 
 
 def read_caption_file(path: Path) -> CaptionContent | None:
-    """Return the text and encoding of a caption file; None if there is no file.
+    """Return the text and encoding of a caption file; None if the file does not exist.
 
     A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as saved by
     Windows Notepad.

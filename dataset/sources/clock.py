@@ -41,7 +41,7 @@ MANY_FRAMES = 1000  # assumed for a clip whose header does not say how many fram
 
 
 def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[SampledFrame]:
-    """Yield the frames of a clip that training uses at the frame rate `fps`, in their original size.
+    """Yield a clip's frames that training uses at the frame rate `fps`, in their original size.
 
     With source_fps = "auto", and for GIF and WebP, frames are sampled by time at this rate. If source_fps is
     a number, GIF and WebP are treated like clips with that frame rate. A folder of images has no times: all
@@ -85,7 +85,7 @@ def companion_frames(
     frame_times: Sequence[tuple[int, float]],
     alpha: bool = False,
 ) -> Iterator[reading.Frame]:
-    """Yield a frame of a control clip or mask for each kept frame of its clip.
+    """Yield the frame of a control clip or mask that belongs to each kept frame of its clip.
 
     If the companion ends before its clip, there are fewer frames, but at least one.
 
@@ -282,7 +282,7 @@ OTHER_LENGTHS = (
 
 
 def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Warn of each control clip or mask that differs from its clip in both number of frames and duration.
+    """Return a warning for each control clip or mask that differs from its clip in frame count and duration.
 
     Only headers of at most MAX_CHECKED_FILES local clips are read. Unreadable files are reported elsewhere.
     """

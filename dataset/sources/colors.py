@@ -33,10 +33,10 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
 
 
 def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: int) -> str | None:
-    """Describe a file of a source that an earlier version read differently; None if there is none.
+    """Return which of an item's files an earlier version read differently, as text; None if none.
 
-    Files that still have to be downloaded count as equal. `decoder_version` is the version of the decoder
-    that the cache's record states.
+    Files that still have to be downloaded count as equal. `decoder_version` is the decoder version in the
+    cache's record.
     """
     if source.precomputed is not None or not any(
         _may_differ(path, decoder_version) for path, _ in source.latent_inputs
@@ -131,7 +131,7 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 
 
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
-    """Warn of files with transparency, a color profile, HDR, interlacing or, in image tables, animation.
+    """Return warnings about transparency, color profiles, HDR, interlacing and, in image tables, animation.
 
     At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere.
     """

@@ -42,11 +42,11 @@ LACKS_COMPANION = {
 
 
 def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
-    """Add references and control masks, found by name in the folders of a table, to its sources.
+    """Add references and control masks, found by name in the table's folders, to its media.
 
     `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; references may also be numbered `cat_0.mp4`,
     `cat_1.mp4`, ..., which determines their order. Two files with the same number, and a folder without any
-    matching file, are errors. Sources without a file and files without a source are logged as a warning.
+    matching file, are errors. Media without a file and files without media are logged as a warning.
     """
     stems = frozenset(source.stem for source in sources)
     for key in (REFERENCE, MASK):
@@ -158,9 +158,9 @@ def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] 
 
 
 def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError if a table has references or control masks that the model does not take.
+    """Raise DatasetError if a table has references or control masks that the model does not use.
 
-    `sources` are the sources of the table that have references or a control mask.
+    `sources` are the table's items that have references or a control mask.
     """
     rules = table.clip_references  # None: the model takes no references besides control clips
     maximum = 0 if rules is None else rules.max_references
@@ -209,7 +209,7 @@ def _single_references(source: MediaSource) -> list[Path]:
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
-    """Yield lines for the report about how many references and control masks the items of a table have.
+    """Yield report lines that count the references and control masks of a table's items.
 
     If only some items have any, a warning for each of the others is added to `faults`.
     """
@@ -235,15 +235,15 @@ def read_companions(
     fps: float = 0.0,
     frame_times: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read the references, guides and control mask of a fetched source.
+    """Read an item's references, guides and control mask.
 
     In the result, guides (images for single frames) follow the references.
 
     Args:
-        local: The fetched source.
-        size: Size of the source.
-        bucket: Size of the source's bucket.
-        count: Number of kept frames of the source.
+        local: The item, with local files.
+        size: Size of the image or clip.
+        bucket: Size of its bucket.
+        count: Number of its kept frames.
         fps: Frame rate of the kept frames.
         frame_times: Index and time of each kept frame.
 

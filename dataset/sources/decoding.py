@@ -287,9 +287,9 @@ def _read_clip_companions(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> ClipCompanions:
-    """Read the control clips, references, guides, control mask and rejected clip of a fetched clip.
+    """Read a clip's control clips, references, guides, control mask and rejected clip.
 
-    `count`, `fps` and `frame_times` are the number, the rate and the times of the clip's kept frames.
+    `count`, `fps` and `frame_times` are the number, frame rate and times of the clip's kept frames.
     """
     control: list[Clip] = []
     control_changes: list[str] = []
@@ -580,8 +580,8 @@ def plan_source(
 ) -> DecodedMedia:
     """Return the result of `decode_source` without pixels, to compare it with caches without a record.
 
-    It is computed from headers, whose number of frames may be wrong. A clip is decoded if its header does not
-    have the number of frames, or if frames are selected by time.
+    It is computed from headers, whose frame count may be wrong. A clip is decoded if its header has no frame
+    count, or if frames are selected by time.
 
     Raises:
         MediaError: If a file is unreadable or too small, as far as its header shows.
@@ -630,7 +630,7 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
-    """Return how an image of a size (width, height) is resized and cropped to its bucket.
+    """Return how an image of this size (width, height) is resized and cropped to its bucket.
 
     The layout of sd-scripts may limit the bucket to the image's size (bucket_no_upscale) and set the
     interpolation; all other tables cover the bucket and crop.
@@ -679,8 +679,8 @@ def _collect_frames(
 ) -> tuple[Clip, Mask | None]:
     """Collect frames at bucket size, and their alpha if any frame is transparent.
 
-    The array grows in place, so that a clip is never copied. `max_frames` is the number of frames if it is
-    known, to allocate no more memory.
+    The array grows in place, so that a clip is never copied. `max_frames` is the number of frames, if known,
+    so that no more memory is allocated.
     """
     width, height = bucket
     capacity = min(max_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for

@@ -58,16 +58,16 @@ def download(
     wait: Callable[[float], None] = time.sleep,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Download `address` to `target`, unless the file exists.
+    """Download a URL to `target`, unless that file exists.
 
     Args:
-        address: Address of the file.
+        address: URL of the file.
         target: Path of the downloaded file.
         wait: Waits a number of seconds before another attempt.
         check: Checks the file before it gets its final name; if it raises MediaError, the file is discarded.
 
     Raises:
-        MediaError: If the file cannot be downloaded, even after retries if these may help.
+        MediaError: If the file cannot be downloaded, after retries if these may help.
         OutputError: If the disk is full.
     """
     if target.is_file():
@@ -144,10 +144,10 @@ def check_media(path: Path) -> None:
 
 @contextlib.contextmanager
 def _open_with_fsspec(address: str, num_received: int, version: str | None) -> Iterator[Answer]:
-    """Open a file through fsspec, from its beginning or where an earlier attempt ended.
+    """Open a remote file through fsspec, from its beginning or where an earlier attempt ended.
 
     Args:
-        address: Address of the file.
+        address: URL of the file.
         num_received: Number of bytes received by earlier attempts.
         version: Version of the file at that time; if it has changed, the download starts again.
     """

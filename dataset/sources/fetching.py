@@ -24,9 +24,9 @@ _MAGIC = (
 
 @contextlib.contextmanager
 def fetch(source: MediaSource) -> Iterator[MediaSource]:
-    """Yield the source with files on disk, which can be opened in the block.
+    """Yield the item's files as local files, which can be opened in the block.
 
-    A source whose files are on disk is yielded unchanged. A file at an address is downloaded and stays. A
+    If all files are on disk already, the source is yielded unchanged. A remote file is downloaded and kept. A
     file in a tar or table is copied to the system's folder for temporary files, and removed after the block;
     a MediaError that is raised in the block names the original location.
 
@@ -91,7 +91,7 @@ def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
 
 
 def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
-    """Write a file from a tar or table to the path `copy` plus a suffix, and return the resulting path.
+    """Copy a file out of a tar or table to the path `copy` plus a suffix; return the resulting path.
 
     `path` names the original in errors.
     """

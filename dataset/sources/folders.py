@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of a table's folder; add a fault for each file that cannot be used.
+    """Return the media files of a table's folder; add a fault for each one that cannot be used.
 
     Caption files are read only if `captions` is true.
 
@@ -206,10 +206,10 @@ def _make_example(table: DatasetTable, what: str) -> str:
 
 
 def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return a table folder's images or clips, sorted; add a fault for each that is not a regular file.
+    """Return the images or clips in a table's folder, sorted; add a fault for each that is no regular file.
 
-    Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Of them, video
-    tables use animations only.
+    Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Video tables
+    use only animations among them.
     """
     assert table.directory is not None
     suffixes, spare_suffixes = media_suffixes(table.media_kind)
@@ -305,7 +305,7 @@ def _find_folder_controls(
 def _warn_unused_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], count: int
 ) -> None:
-    """Log the control images of each image that are not used because they come after the first `count`."""
+    """Log each image's unused control images, which are those after the first `count`."""
     unused: list[Path] = []
     for path in paths:
         unused += folder.list_surplus(path.stem, count)
@@ -321,9 +321,9 @@ def _warn_unused_controls(
 
 
 def log_lone_controls(sources: Sequence[MediaSource]) -> None:
-    """Log the control images of each folder that belong to no image of any table.
+    """Log the control images that belong to no image of any table, for each folder.
 
-    `sources` are the sources of all tables, because tables may share a folder.
+    `sources` are the media files of all tables, because tables may share a folder.
     """
     image_stems: dict[Path, set[str]] = {}  # by control folder
     table_names: dict[Path, str] = {}  # name of the first table with the folder
@@ -371,7 +371,7 @@ class ControlFolder:
         self.unmatched = self._images.get("", [])  # control images that belong to no image
 
     def _find_image_stems(self, name: str) -> set[str]:
-        """Return the stems of the images that a control image may belong to; "" stands for none.
+        """Return the stems of the images that a control image may belong to, including "" for none.
 
         It belongs to the longest stem that `name`, the stem of the control image, begins with: `pic_10_0`
         belongs to `pic_10`, not to `pic`. If `name` ends in an underscore and a number, it also belongs to
@@ -390,7 +390,7 @@ class ControlFolder:
         """Return the first `count` control images of an image, or all if `count` is None.
 
         `<stem>.*` comes first, then `<stem>_<number>.*` by number. If `count` is None, files that have the
-        stem of another image are left out.
+        stem of another image are omitted.
 
         Raises:
             DatasetError: If there are fewer than `count`, or if a name that begins with `stem` has no number.
@@ -453,7 +453,7 @@ def _ends_in(path: Path, suffixes: Container[str]) -> bool:
 
 
 def list_entries(folder: Path, key: str, config_path: Path | None = None) -> Sequence["os.DirEntry[str]"]:
-    """Return the entries of a folder, sorted by name, without those that begin with a dot.
+    """Return a folder's directory entries, sorted by name, without those that begin with a dot.
 
     Entries are not converted to Path, because there may be a million.
 

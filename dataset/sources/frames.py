@@ -103,10 +103,10 @@ def media_table(
     has_guides: bool = False,
     reference_media: tuple[tuple[ReferenceMedium, ...], ...] = (),
 ) -> MediaTable:
-    """Return the properties of a table that families check.
+    """Return the facts about a table that model families check.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         has_control: Whether its items have control media.
         has_references: Whether its items have references or control masks.
         has_guides: Whether its items have guides.
@@ -216,11 +216,11 @@ def kept_rate(source: MediaSource, fps: float) -> float:
 
 
 def compare_rates(rate: float | None, declared: object, fps: float) -> str | None:
-    """Describe how a file's frame rate differs from the rate that is assumed; None if it does not differ.
+    """Return how a file's frame rate differs from the assumed one, as text; None if it does not differ.
 
     Args:
         rate: Frame rate of the file; None if unknown.
-        declared: source_fps of the table. Without it, the model's rate is assumed.
+        declared: source_fps of the table. If it is not set, the model's rate is assumed.
         fps: Frame rate of the model.
     """
     if isinstance(declared, (int, float)):
@@ -263,7 +263,7 @@ FAR = 2.0  # warn if a frame rate differs from the model's by more than this fac
 
 
 def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return a warning for each clip without source_fps whose frame rate is far from the model's, `fps`.
+    """Return a warning for each clip whose frame rate is far from the model's, if source_fps is not set.
 
     Reads the headers of at most MAX_CHECKED_FILES local clips. Unreadable files are reported elsewhere.
     """
@@ -322,7 +322,7 @@ def read_mask_clip(
 ) -> Mask:
     """Convert the frames of a mask clip, H W 3 or 4, to `num_frames` masks, F H W in 0..255.
 
-    A longer clip is cut; the last frame of a shorter clip is repeated.
+    A longer clip is truncated; the last frame of a shorter clip is repeated.
 
     Args:
         path: The mask clip, for error messages.
@@ -374,7 +374,7 @@ def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> 
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
-    """Return the size (bucket) that an image of `size` is resized to; precomputed latents keep their size.
+    """Return the bucket (size) to which an image of `size` is resized; precomputed latents keep their size.
 
     `path` is for messages only.
 

@@ -41,10 +41,10 @@ def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
 
 
 def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
-    """Return the full images among the images of a folder, each with its layers, sorted by number.
+    """Return the full images among a folder's images, each with its layers in the order of their numbers.
 
     A layer of cat.png is named cat_1.png and, unlike a full image of that name, has no caption file.
-    `extension` is the extension of caption files.
+    `extension` is the suffix of caption files.
     """
     stems = {path.stem for path in paths}
     layers = {path for path in paths if _is_numbered(path, stems) and not _has_caption(path, extension)}

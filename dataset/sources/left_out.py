@@ -217,7 +217,7 @@ def _normalize(name: str) -> str:
 def _find_unread_captions(
     table: DatasetTable, entries: Sequence[_SplitEntry], rules: "_FolderRules"
 ) -> dict[str, list[str]]:
-    """Find caption files that are probably unread by mistake, and return their names by the hint to show.
+    """Find caption files that are probably unread by mistake; return their names by the hint to show.
 
     These are files that seem to belong to an image or clip without a caption, but have another suffix than
     the table's caption_extension (cat.caption), or a slightly different name (Cat.txt for cat.png).
@@ -368,9 +368,9 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
 
 
 def _contains_media(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
-    """Return whether a folder or its subfolders have files with these suffixes.
+    """Return whether a folder or its subfolders contain files with these suffixes.
 
-    Subfolders in `used`, the ids of folders of other tables, do not count. The search ends after
+    Subfolders in `used`, the ids of other tables' folders, do not count. The search ends after
     `MAX_SEARCHED_NAMES` names.
     """
     num_names = 0

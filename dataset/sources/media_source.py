@@ -129,10 +129,10 @@ class MediaSource:
 
     @property
     def latent_inputs(self) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return the files or folders that latents are made from, each with its origin unless it is on disk.
+        """The files or folders that latents are made from, each with its origin if it is not on disk.
 
-        The order is: media, control media, mask, control mask, references, guides, rejected item, layers. A
-        source with precomputed moments has only their files.
+        The order is: media, control media, mask, control mask, references, guides, rejected item, layers. If
+        moments are precomputed, there are only their files.
         """
         if self.precomputed is not None:
             moments = (self.precomputed.moments, self.precomputed.image)
@@ -235,7 +235,7 @@ def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
 
 
 def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Give each row its own stem if several rows name the same file but differ in other values.
+    """Number the stems of rows that name the same file but differ in other values.
 
     They may differ in captions, control media, masks or audio. The stems are `t`, `t-2`, `t-3`, in the order
     of the rows. Equal rows still have equal stems, which the listing reports.

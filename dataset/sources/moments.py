@@ -82,7 +82,7 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
-    """Return the size and number of frames of the clip behind moments (means and log variances, 2C F h w).
+    """Return the size and frame count of the clip that VAE moments (mean and log variance, 2C F h w) encode.
 
     If the number of latent frames is even, each stands for `stride[0]` frames; if it is odd, the first stands
     for one frame.
@@ -137,9 +137,9 @@ def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
 
 
 def read_prepared(folder: Path) -> PreparedFolder | None:
-    """Read which VAE and settings a folder of precomputed latents was made with; None without such a file.
+    """Return which VAE and settings a folder's precomputed latents were made with; None if not recorded.
 
-    Folders of other programs have none.
+    Folders of other trainers have no such record.
 
     Raises:
         DatasetError: If the file cannot be read.

@@ -108,7 +108,7 @@ def read_reference(
     is_mirrored: bool,
     has_alpha: bool = False,
 ) -> NDArray[np.uint8]:
-    """Read a reference of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
+    """Read the reference image of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
 
     Args:
         path: The reference.

@@ -80,7 +80,7 @@ def find_media_warnings(
 
 
 def unvaried_captions(source: MediaSource) -> Iterator[str]:
-    """Yield the captions of a source as an encoder gets them when nothing is dropped or shuffled.
+    """Yield the captions of an item as an encoder gets them when nothing is dropped or shuffled.
 
     One alternative of each choice `{a|b}` is drawn, always the same.
     """
@@ -99,7 +99,7 @@ def unvaried_captions(source: MediaSource) -> Iterator[str]:
 
 
 def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Warn of special characters in captions that would be learned as text, probably by mistake."""
+    """Return warnings about special characters in captions, which would probably be learned by mistake."""
     warnings: list[Fault] = []
     for source in sources:
         kinds: dict[str, None] = {}  # ordered, each kind once

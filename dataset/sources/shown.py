@@ -59,7 +59,7 @@ def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> Referen
 
 
 def _locate(text: Any, file: Path, position: str) -> Path:
-    """Return the path of a reference: relative to the working folder, or to the folder of its list.
+    """Return the path of a reference file: relative to the working folder, or to the folder of its list.
 
     Raises:
         DatasetError: If neither file exists.

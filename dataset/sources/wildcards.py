@@ -61,13 +61,13 @@ def has_choice(text: str) -> bool:
 
 
 def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator: random.Random) -> int:
-    """Draw the choices that a run of `num_closing` closing braces ends, from the inside out.
+    """Draw from the {a|b} choices that a run of `num_closing` closing braces ends, innermost first.
 
     Each open choice takes as many of these braces as it has opening ones. `{{{a|b}}}` has one choice and a
     pair of literal braces.
 
     Returns:
-        1 if a brace is left over that belongs to no choice and is not literal; else 0.
+        1 if a brace is left over that belongs to no choice and is not literal; otherwise 0.
     """
     while num_closing and len(open_choices) > 1:
         choice = open_choices[-1]

@@ -30,7 +30,11 @@ _SLIDER = "--slider of a training script learns from two prompts, without files:
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise UnsupportedRun."""
+    """Return what kind of run an AI Toolkit job is, with the key that shows it.
+
+    Raises:
+        UnsupportedRun: If `new` cannot set up this kind of training.
+    """
 
     def has_settings(name: str) -> bool:
         """Return whether any key of the first process begins with this name."""

@@ -24,12 +24,12 @@ def check_run(
     folder: Path,
     make_run_files: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> None:
-    """Remove options that the training script rejects, one by one, with its message as the reason.
+    """Drop the options that the training script rejects, one by one, with its message as the reason.
 
     Args:
         project: The project to check.
         script: Options of the training script.
-        folder: The described folder.
+        folder: The dataset folder.
         make_run_files: Returns the run's files (name -> text) with the given training options.
     """
     # a script reports one bad option at a time

@@ -57,7 +57,7 @@ def _list_items(
 def count_steps_of_epoch(setup: describing.RunSetup) -> int:
     """Return the optimizer steps in one epoch of the dataset.toml that `new` would write.
 
-    Sizes of files and lengths of clips decide which files share a batch, as in training.
+    File sizes and clip lengths determine which files share a batch, as in training.
     """
     # the dataset file is not written yet: a temporary copy is loaded, in whose folder its paths are relative
     files: list[CountedFile] = []

@@ -97,7 +97,7 @@ _TWO_ENCODER_RATE_KEYS = ("learning_rate_te1", "learning_rate_te2")
 def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     """Return which networks a kohya GUI file trains, and their learning rates.
 
-    The program writes 0 for a rate that the user has not set.
+    The GUI writes 0 for a rate that the user has not set.
     """
     encoder_rate_keys = _TWO_ENCODER_RATE_KEYS if is_on(values.get("sdxl")) else _ONE_ENCODER_RATE_KEYS
     all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *encoder_rate_keys)
@@ -130,9 +130,9 @@ def _find_networks_of_lora(values: Mapping[str, Any], keys: tuple[str, ...]) -> 
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a kohya GUI file without effect: those of features that its other keys turn off.
+    """Return the keys without effect in a kohya GUI file, because other keys turn their feature off.
 
-    The program saves all fields of its page, also those of features that are off.
+    The GUI saves all of its fields, including those of unused features.
     """
     network_type = str(values.get("LoRA_type", "")).lower()
     ineffective = _find_keys_of_other_models(values)

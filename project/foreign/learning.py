@@ -56,7 +56,7 @@ def _join_network_keys(project: ForeignProject) -> str:
 def resolve_trained_networks(
     project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions
 ) -> None:
-    """Set the training options for the networks that a foreign project trains, and their learning rates.
+    """Set the training options for the networks and learning rates of another trainer's project.
 
     Settings that this kind of run, the model or the script does not support are reported.
     """
@@ -120,7 +120,7 @@ def _select_text_encoder_rates(project: ForeignProject) -> Sequence[float | None
 
 
 def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
-    """Train the LoRA on the text encoders, too, at `rates` (None: the common rate)."""
+    """Train the LoRA on the text encoders, too, with these learning rates (None: the common rate)."""
     training = project.training_options
     training["network_train_unet_only"] = False
     if not project.trained_networks.trains_dit:
@@ -139,7 +139,7 @@ def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float 
 def _train_text_encoders_of_model(
     project: ForeignProject, script: ScriptOptions, rates: Sequence[float | None]
 ) -> None:
-    """Train the text encoders of a checkpoint, too, at one common rate or at one rate each."""
+    """Train the checkpoint's text encoders, too, at one common learning rate or at one rate each."""
     training = project.training_options
     training["train_text_encoder"] = True
     rate_options = ["learning_rate_te"]

@@ -130,7 +130,7 @@ def _as_literal(value: Any) -> str:
 
 
 def _omit_adafactor_rates(project: ForeignProject) -> None:
-    """Replace learning rates, schedule and warm-up by the "adafactor" schedule, in which it sets its rate."""
+    """Use Adafactor's own learning rate (the "adafactor" schedule) instead of rates, schedule and warm-up."""
     training = project.training_options
     for name in ("learning_rate", "unet_lr"):
         if name in training:

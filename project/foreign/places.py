@@ -40,10 +40,10 @@ def _report_unused_dataset(project: ForeignProject, dataset: ForeignDataset) -> 
 
 
 def _resolve_resolutions(project: ForeignProject) -> None:
-    """Reduce each folder to its largest resolution, and set the largest of all in [general].
+    """Keep only the largest resolution of each folder, and set the largest of all in [general].
 
-    A foreign project may list a folder as several datasets of different resolutions. Afterwards only folders
-    that differ from [general] have their own key.
+    Another trainer's project may list a folder as several datasets of different resolutions. Afterwards only
+    folders that differ from [general] have their own key.
     """
     sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
     if not sized_datasets:
@@ -78,7 +78,7 @@ def _count_pixels(size: Size) -> int:
 
 
 def _move_to_general(project: ForeignProject) -> None:
-    """Move the keys of the only dataset folder to [general], where they replace the project's values.
+    """Move the keys of the only dataset folder to [general], where they override the project's values.
 
     If the project lists the folder twice, the first value of a key is used.
     """

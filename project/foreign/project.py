@@ -162,7 +162,7 @@ class ForeignProject:
         return lines
 
     def _describe_unknown(self) -> list[str]:
-        """Return a line about misspelled keys, with the keys that are meant, and one about unknown keys."""
+        """Return a line about misspelled keys, with their correct spelling, and one about unknown keys."""
         misspelled: list[str] = []
         unknown: list[str] = []
         for key in self.unknown_keys:

@@ -209,8 +209,8 @@ def _parse(suffix: str, text: str) -> Any:
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
     """Yield each value of a parsed file with its dotted key, such as `network.rank` or `datasets[0].path`.
 
-    `key` is the key of `content`: "" or a prefix with a colon for the whole file. `counter` counts every
-    value, table and list, so that no file can produce an endless number.
+    `key` is the key of `content`: "" or a prefix with a colon for the whole file. `counter` counts values,
+    tables and lists, so that no file can produce an endless number of them.
 
     Raises:
         ValueError: If there are too many values, or tables nested too deeply.

@@ -73,10 +73,10 @@ def resolve_project(
     memory: float,
     dataset_layout: DatasetLayout,
 ) -> None:
-    """Reduce the settings of another trainer's project to those that this run accepts, in place.
+    """Reduce another trainer's settings, in place, to those that this run accepts.
 
-    The project records why each of the other settings is omitted. `memory` is the graphics card's memory in
-    GiB; 0 means a CPU. `dataset_layout` says which keys dataset.toml can have.
+    The project records why each other setting is omitted. `memory` is the GPU memory in GiB; 0 means a CPU.
+    `dataset_layout` says which keys dataset.toml can have.
     """
     remove_unsuitable_rates(project, kind)
     resolve_trained_networks(project, model, kind, script)
@@ -229,7 +229,7 @@ def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) ->
 
 
 def _omit_keys_of_subsets(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
-    """Remove keys that only [[datasets.subsets]] have: defaults, and all if the script has no subsets."""
+    """Drop keys that only [[datasets.subsets]] have: defaults, or all if the script has no subsets."""
     general_keys = project.general_keys
     may_use_subsets = dataset_layout.supports_subsets or dataset_layout.uses_subsets
     for name in list(general_keys):

@@ -156,7 +156,10 @@ def read_recipe(path: Path) -> TrainingRecipe:
 
 
 def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
-    """Check the keys of a parsed recipe file, and return the recipe. Raises ValueError or OptionError."""
+    """Check the keys of a parsed recipe file, and return the recipe.
+
+    Raises ValueError or OptionError if a key or value is not allowed.
+    """
     if _NAME.fullmatch(name) is None:
         raise ValueError("its name has to be of letters, digits, _ and -")
     for key in content:
@@ -261,8 +264,7 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
 def list_allowed(script: str) -> frozenset[str]:
     """Return the names of the training options that a recipe may set.
 
-    These are the options that a resumed run must or should repeat, except for those that depend on the
-    graphics card.
+    These are the options that a resumed run must or should repeat, except for those that depend on the GPU.
     """
     allowed: set[str] = set(ALSO_ALLOWED)
     records: list[type] = [TrainingOptions]
@@ -288,7 +290,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
     Args:
         action: The option.
         name: Its name.
-        value: Value of the recipe.
+        value: Value in the recipe.
         modules: Modules that `network_module` may name.
 
     Raises:

@@ -69,7 +69,7 @@ def find_history(path: Path) -> Path:
 
 
 def save_recipe(options: RecipeOptions, history: Path) -> None:
-    """Write the recipe of a finished training, and print how to use it.
+    """Write the recipe of a finished training run, and print how to use it.
 
     Raises:
         OptionError: If the run has not ended, or is of a kind that `new` does not set up.
@@ -107,7 +107,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
 
 
 def write_recipe(recipe: TrainingRecipe) -> str:
-    """Return the text of a recipe file: TOML with model, training options and measured figures."""
+    """Return the text of a recipe file: TOML with the model, its training options and measured figures."""
     header = {
         "title": recipe.title,
         "family": recipe.family,
