@@ -99,7 +99,7 @@ def audio_file_name(latent_file: str, tag: str) -> str:
 
 
 def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
-    """Parse the file name of a latent cache of a family and a kind ("image" or "video").
+    """Parse the file name of a family's latent cache of this kind ("image" or "video").
 
     Returns None for other names.
     """
@@ -400,7 +400,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 
 
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
-    """Parse the header of a cache file of `size` bytes; the entry has metadata and shapes, but no tensors.
+    """Parse the header of a cache file of `size` bytes; the result has metadata and shapes, but no tensors.
 
     `read` returns the next N bytes of the file.
 

@@ -324,12 +324,12 @@ def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
 
 
 def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
-    """Return a configuration whose video folders take audio from files named like their clips.
+    """Return the configuration with audio from files that have the names of the clips in video folders.
 
     Tables with an audio_directory do not change.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         option: Option that the user set, for the warning that a list's rows already name audio files.
         folder: Folder of the audio files; None if they are next to the clips.
     """
@@ -452,7 +452,8 @@ def _read_table(
 ) -> DatasetTable | None:
     """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`.
 
-    A key has the value of the table's entry, else that of [general] (`general`), else its default.
+    The value of a key comes from the table itself, otherwise from [general] (`general`), otherwise it is the
+    default.
     """
     table_label = f"[[datasets]] {index + 1}"
     num_errors_before = len(errors)
@@ -564,10 +565,10 @@ def _fill_in_fields(
     """Set the fields of a table that depend on others; if fields conflict, add an error and return False.
 
     Args:
-        source_format: Kind of source, such as a folder, a list or tars. The keys that only tables of this
-            format have are in `fields["format_keys"]`.
+        source_format: Where the items come from, such as a folder, a list or tars. The keys that only its
+            tables have are in `fields["format_keys"]`.
         fields: Fields of a `DatasetTable` by name, which are changed.
-        source_key: Key that names the data, for messages.
+        source_key: Key that names the folder or list, for messages.
         table_label: Path of the file, and name of the table after a comma.
         errors: List to which the error is added.
     """
@@ -621,7 +622,7 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
 
 
 def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Describe a conflict between a table's keys for guides; None if there is none."""
+    """Return a conflict between a table's keys for guides, as text; None if there is none."""
     for prefix in ("keyframe_guide", "latent_idx_guide"):
         folder_key = f"{prefix}_directory"
         other_keys = [name for name in fields if name.startswith(prefix) and name != folder_key]

@@ -178,10 +178,10 @@ def find_all_sources(
     skipped: list[tuple[DatasetTable, Fault]] | None = None,
     folders: TableFolders | None = None,
 ) -> list[MediaSource]:
-    """Return the sources of all tables, in order.
+    """Return the media files of all tables, in order.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         captions: Whether caption files are read.
         skipped: List to which unreadable parts are added, each with its table; None logs them as a warning.
         folders: Folders of the complete configuration, if `config` has only some of its tables. Files that

@@ -696,7 +696,7 @@ def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
 
 
 def _describe_targets(setup: RunSetup) -> list[str]:
-    """Return commented-out keys with the options that preserve the few steps of a distilled model."""
+    """Return commented-out keys for options that keep a distilled model's ability to sample in few steps."""
     few_steps = setup.model_info.few_step_advice
     if few_steps is None or not setup.kind.supports_few_step_targets:
         return []

@@ -198,7 +198,7 @@ def _reject_existing(options: NewOptions) -> None:
 
 
 def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
-    """Write prompts for a model's own images into an empty folder; print the commands that come next."""
+    """Write prompts for images that the model will generate into an empty folder; print the next commands."""
     text = write_prompts(make_captions())
     if not options.dry_run:
         write_text(options.folder / OWN_PROMPTS, text)
@@ -227,7 +227,7 @@ def _make_project_texts(setup: describing.RunSetup, commands: list[list[str]]) -
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
-    """Return the changes to the existing files in the format of `diff -u`."""
+    """Return the changes to the existing files in `diff -u` format."""
     lines: list[str] = []
     for path, text in texts.items():
         old = read_text(path) if path.exists() else ""
@@ -351,10 +351,10 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     """Return what a run trains: as typed, else a control network if there are control images, else a LoRA.
 
     `chosen` contains the model and the trigger word. `kind_setting` is the setting of another trainer's
-    project that asks for this kind; "" if the kind was typed.
+    project that requests this kind; "" if the user typed the kind.
 
     Raises:
-        OptionError: If this kind cannot be trained for the model, or the trigger word does not suit an
+        OptionError: If the model does not support this kind, or if the trigger word does not suit an
             embedding.
     """
     model = chosen.model
@@ -690,7 +690,7 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
 
 
 def _describe_tags(setup: describing.RunSetup) -> list[str]:
-    """Return lines about captions that are lists of tags, and how they are treated."""
+    """Return lines about captions that are lists of tags, and how they are shuffled."""
     tags = setup.tags or find_tags(_list_caption_texts(setup.content))
     if tags is None:
         return []

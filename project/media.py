@@ -400,7 +400,7 @@ def _split_candidates(
 
 
 def _find_neighboring_regularization(folder: Path, content: FolderContent) -> dict[Path, str]:
-    """Return folders of regularization images next to `folder`, if its subfolders follow kohya's naming."""
+    """Return the regularization folders next to `folder`, if its subfolders follow kohya's naming."""
     # only kohya's layout has such a neighbor: img/10_cat next to reg/1_cat
     if not content.parsed_folder_names or _parse_folder_name(folder) is not None:
         return {}

@@ -79,7 +79,7 @@ class ModelChoice:
 
 
 def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
-    """Return which media a model trains on, and what its files say about it. Imports the family.
+    """Return which media a model trains on, and what its files say about it. Imports the model family.
 
     `files` maps options, such as `dit`, to the paths of the model's files; the files need not exist.
     """
@@ -260,7 +260,7 @@ def _seems_distilled(family: Any, dit: Path) -> bool:
 
 
 def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
-    """Return a message if only one of a file and the task's released file is distilled to few steps.
+    """Return a message if only one of a file and its task's released file is distilled to few steps.
 
     None if no file contradicts the task, or if none reveals whether it is distilled.
     """
@@ -473,7 +473,7 @@ def _read_trigger(text: str) -> str:
 
 
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
-    """Return the tasks of a family that a typed name means.
+    """Return the models of a family whose tasks a typed name may mean.
 
     The name may be a task's name here, its name in the training script, which may stand for several tasks, or
     a part of the name of only one task.
@@ -578,9 +578,9 @@ def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -
 def _format_table_of_fits(
     head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_typed: bool
 ) -> str:
-    """Return a numbered table of models whose last column shows whether they fit the graphics card.
+    """Return a numbered text table of models; its last column says whether they fit the GPU.
 
-    `is_typed` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     """
     if memory:
         where = f"on {memory:.0f} GiB" if is_typed else f"on this machine ({memory:.0f} GiB)"

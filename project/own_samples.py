@@ -13,7 +13,7 @@ PROMPT = "bt_prompt"  # metadata key of generated files
 
 
 def use_prompts_as_captions(content: FolderContent) -> None:
-    """Use the prompts in the metadata of generated files as captions for files that have none."""
+    """Use the prompts in generated files' metadata as captions for files that have none."""
     media = []
     count = 0
     for item in content.media:
@@ -32,7 +32,7 @@ def use_prompts_as_captions(content: FolderContent) -> None:
 
 
 def balance_origins(content: FolderContent) -> None:
-    """Repeat real files or generated files, whichever are fewer, until each kind fills half of the steps.
+    """Repeat real or generated files, whichever are fewer, until each kind fills half of the steps.
 
     Nothing changes if a folder contains both kinds.
     """

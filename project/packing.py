@@ -111,7 +111,7 @@ def read_pack_source(folder: Path) -> PackSource:
     """Read from run.toml what packing needs: model paths, output folder and prompts.
 
     Raises:
-        OptionError: If the file is missing, or is not in the form that `new` writes.
+        OptionError: If the file is missing, or does not have the layout that `new` writes.
     """
     path = folder / RUN_FILE
     try:

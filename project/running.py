@@ -568,9 +568,9 @@ def _report_media_errors(
 
 
 def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
-    """Print how to correct what a failed check has found.
+    """Print how to correct the errors that a failed check has found.
 
-    `kinds` are the kinds of errors that it found.
+    `kinds` are the kinds of errors.
     """
     if "--check" not in argv:
         return

@@ -59,7 +59,7 @@ class ScriptOptions:
 
 @cache
 def read_script_options(name: str) -> ScriptOptions:
-    """Return the options that a training script takes and those that it refuses.
+    """Return the options that a training script accepts, and those that it rejects.
 
     Raises:
         OptionError: If the script does not exist.

@@ -190,15 +190,15 @@ def latent_errors(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the reasons why cached latents do not fit the table and the model.
+    """Yield the reasons why cached latents do not match the table and the model.
 
     Args:
         item: Training item of the latents.
         tensors: Tensors of the cache.
-        record: How the cache was made: sizes, table keys and source files; None if it does not say.
+        record: How the cache was made: sizes, table keys and media files; None if it does not say.
         latent: Shape of the model's latents.
-        checks: Checks of the run; a source file is compared once.
-        is_shared: Whether another program may have made the cache.
+        checks: Checks of this run, by which each media file is compared only once.
+        is_shared: Whether another trainer may have made the cache.
     """
     table = item.table
     channels = tensors["latents"].shape[0]

@@ -79,18 +79,18 @@ def find_items(
     audio: AudioSpec | None = None,
     trusts_index: bool = False,
 ) -> FoundItems:
-    """Find all training items by the names of their cache files; at most headers are read.
+    """Find all training items by the names of their cache files; of the files, only headers may be read.
 
-    The sources of a table are listed only if they are encoded while training, or if other programs use the
-    table's caches, too. In these cases caches without a source are left out.
+    The media of a table are listed only if they are encoded during training, or if other trainers use the
+    table's caches, too. In these cases caches without a media file are skipped.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         cache_tag: Suffix of the family's cache file names.
         latent: The family's latent space.
         text_keys: Names of the tensors that a complete text cache has.
-        stores: Stores of the run; None for the cache directories of the tables.
-        live: Properties of the items of tables that are encoded while training, by table index.
+        stores: Stores of the run; None for the cache folders of the tables.
+        live: Facts about the items of tables that are encoded during training, by table index.
         audio: Audio spec of the family; None if no audio is trained.
         trusts_index: Whether to take the items of a table from the index of its caches if that is up to
             date.
@@ -295,7 +295,7 @@ class _AudioCaches:
         self._shared_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def add_audio(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
-        """Return an item with its audio fields, and report its audio cache if it is needed but missing.
+        """Return the item with its audio fields set, and report its audio cache if it is needed but missing.
 
         The lengths of the audio and its reference are read only for batches of several items, which must
         have equal lengths. Otherwise they stay () and 0.
@@ -364,7 +364,7 @@ def _may_have_references(table: DatasetTable) -> bool:
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether the model edits references, but none of at most SAMPLED items has any."""
+    """Return whether the model edits reference images, but none of up to SAMPLED items has any."""
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:
@@ -446,9 +446,9 @@ class _TextCaches:
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
-    """Return the number of captions of each stem that has numbered ones, up to the first missing number.
+    """Return, for each stem with numbered captions, how many there are up to the first missing number.
 
-    Numbers begin at 1, after the first caption, which has none.
+    Numbers begin at 1 with the second caption; the first caption has none.
     """
     further_numbers: dict[str, set[int]] = {}  # by stem
     for name in names:

@@ -461,10 +461,10 @@ def change_captions(
     caption_indices: Sequence[int],
     run_position: RunPosition,
 ) -> tuple[str, ...]:
-    """Apply the random caption changes of the tables, such as shuffled tags, to all samples of a batch.
+    """Apply the tables' random caption changes, such as shuffled tags, to all items of a batch.
 
-    `captions` are the captions of the sources, and `caption_indices` their indices among the captions of a
-    source; a caption with index EMPTY was dropped, and becomes "".
+    `captions` are the original captions, and `caption_indices` their indices among an item's captions; a
+    caption with index EMPTY was dropped, and becomes "".
     """
     changed = []
     samples = zip(items, captions, caption_indices, strict=True)

@@ -46,7 +46,7 @@ def read_batch(
     reads_empty: bool = False,
     reads_rejected: bool = False,
 ) -> data.Batch:
-    """Read, check and stack the caches of a batch; `latents` are B C F H W.
+    """Read, check and stack the cache files of a batch; `latents` are B C F H W.
 
     Tensors of variable length are kept as lists. For captions without a cache, the batch has only `captions`,
     unchanged.
@@ -55,19 +55,19 @@ def read_batch(
         items: Items of the batch, all with the same shapes.
         latent: The family's latent space.
         commands: Commands that repair caches, for messages.
-        checks: Checks of the run; a file is checked once. None for new ones.
+        checks: Checks of this run, by which each file is checked once. None for new ones.
         captions: Index of each item's caption, or EMPTY for the empty prompt; None for the first captions.
         stores: Stores of the run, which keep shards open.
         flips: Which items are mirrored; () for none.
         undropped: For a teacher model, the indices of the captions before dropout; all must be cached. The
             batch also contains these text embeddings if they differ from `captions`.
-        encoded: Tensors of items that were encoded while training, without batch dimension, by position in
+        encoded: Tensors of items that were encoded during training, without batch dimension, by position in
             the batch.
         reads_empty: Whether to read the empty prompt, too (`DatasetTable.uses_empty_prompt`).
         reads_rejected: Whether to read the latents of rejected clips, too; all items must have them.
 
     Raises:
-        CacheError: If a file is damaged or outdated (other options, changed source or caption), or has a
+        CacheError: If a file is damaged or outdated (other options, changed media or caption), or has a
             wrong shape. The message names the file and the command that repairs it.
     """
     stores = stores or stores_for(items[0], latent)
@@ -179,7 +179,7 @@ def _join_media_and_texts(
     latent: data.LatentSpec,
     commands: CachingCommands,
 ) -> dict[str, Any]:
-    """Stack the tensors of a batch's media and texts, and return them by key."""
+    """Stack the tensors of a batch's media and texts; return them by key."""
     # items without audio or masks get placeholders, so that tensors can be stacked
     has_audio = [data.AUDIO_LATENTS in item.tensors for item in media]  # before silent items get zeros
     if len(media) > 1:
@@ -289,7 +289,7 @@ class _Reader:
         return media
 
     def read_texts(self, items: Sequence[TrainingItem], caption_indices: Sequence[int]) -> list[_ItemTensors]:
-        """Read one caption of each item: its cached embeddings, or only the caption if it is not cached.
+        """Read one caption of each item: its cached embeddings, or only the text if it is not cached.
 
         `caption_indices` contains the index of each item's caption; EMPTY is the empty prompt.
         """
@@ -310,7 +310,7 @@ class _Reader:
     def _read_cached_text(self, item: TrainingItem, number: int, caption: str) -> _ItemTensors:
         """Read and check the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
 
-        `caption` is the caption if it is read while training, or "", which the cache's record replaces.
+        `caption` is the caption if it is read during training, or "", which the cache's record replaces.
         """
         path = item.caption_path(number)
         store = self.stores.text_store(item.table)

@@ -56,19 +56,19 @@ def check_caches(
 ) -> None:
     """Read caches before training begins: all caches of a small dataset, a sample of a large one.
 
-    1. Read each sampled item as a batch of one, which raises if a cache is damaged or outdated.
+    1. Read each sampled item as a batch of one, which raises an error if a cache is damaged or outdated.
     2. Compare its text encoders with those of the trained model, and let the family check its texts.
-    3. Warn of caches from earlier versions, and of clips with fewer caches than they were cut into.
+    3. Warn about caches from earlier versions, and about clips that lack some of their caches.
 
     At most MAX_READ items and captions and MAX_READ_BYTES are read; additional captions of an item come
-    last. Items and texts that are encoded while training are not read.
+    last. Items and texts that are encoded during training are not read.
 
     Args:
         family: Family that is trained.
         items: Items of the run.
         commands: Commands that repair caches, for messages.
         stores: Stores of the run.
-        encodes_texts_on_the_fly: Whether captions are encoded while training.
+        encodes_texts_on_the_fly: Whether captions are encoded during training.
         process: Rank of this process, and number of processes; each reads a part.
         condition_set: Part of a batch that a teacher sees (`Batch.condition_set`); "" if there is no teacher.
         trained_encoder_ids: Identities of the trained model's text encoders by name, if cached texts are

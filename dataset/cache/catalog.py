@@ -172,10 +172,10 @@ class Catalog:
                 self.entries[name] = row
 
     def _read_shard(self, path: Path) -> None:
-        """Add the entries of a finished SQLite shard.
+        """Add the entries of a finished SQLite shard to the index.
 
         Raises:
-            CacheError: If the disk, not the file, is at fault.
+            CacheError: If the disk fails rather than the file.
             sqlite3.Error: If the file is damaged.
         """
         try:
@@ -386,7 +386,7 @@ def _is_safe_to_open(path: Path) -> bool:
 
 
 def _recover(path: Path, parameters: str = "") -> bool:
-    """Recover the entries that the killed writer of a shard had committed.
+    """Recover what the killed writer of a shard had committed.
 
     `parameters` are added to the shard's SQLite URI.
 

@@ -71,7 +71,7 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
 
 
 def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
-    """Copy the single files of a folder into shards, then remove them. Only cache files are touched.
+    """Copy a folder's single cache files into shards, then remove them. Other files are not touched.
 
     Tar shards of earlier versions are converted to SQLite shards.
 

@@ -83,7 +83,7 @@ def _is_of(name: str, tag: str, kind: str) -> bool:
 def list_single_files(folder: Path, is_selected: Callable[[str], bool]) -> Iterator[str]:
     """Yield the names of a folder's cache files that `is_selected` accepts, sorted.
 
-    The names of the tensors show whether a file is a cache; unreadable files are left out.
+    The names of the tensors show whether a file is a cache; unreadable files are skipped.
     """
     if not folder.is_dir():
         return

@@ -41,10 +41,10 @@ def list_latent_files(
     store: CacheStore,
     reads_references: bool,
 ) -> Iterator[LatentFile]:
-    """Yield the latent caches of a table's kind among sorted file names, in their order.
+    """Yield the latent caches of a table's kind ("image" or "video") among these file names, in order.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         files: Sorted names of the files in the table's cache folder.
         tag: The family's cache_tag.
         latent: The family's latent space.

@@ -113,7 +113,7 @@ class ShardStore:
     def write_bytes(self, name: str, data: bytes | None) -> None:
         """Write an entry with the bytes of a safetensors file; None marks the entry as removed.
 
-        This process's shard is finished when it is large or old enough; the next write begins another one.
+        This process's shard is finished when it is large or old enough; the next write starts another one.
 
         Raises:
             OutputError: If the entry cannot be written.

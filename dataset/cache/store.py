@@ -288,14 +288,14 @@ ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
-    """Remove entries that are caches without a source, and return how many were removed.
+    """Remove caches whose media file is gone, and return how many were removed.
 
-    Nothing is removed from a store that is shared with other programs.
+    Nothing is removed from a store that is shared with other trainers.
 
     Args:
-        store: Store with the entries.
-        names: Names of entries without a source, listed before the run listed its sources.
-        is_cache: Returns whether an entry's header is that of a cache, not of another safetensors file.
+        store: Store with the cache files.
+        names: Names of caches without a media file, listed before the run listed its media.
+        is_cache: Returns whether a header is that of a cache, not of another safetensors file.
     """
     if store.is_shared:
         return 0

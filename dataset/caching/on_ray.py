@@ -207,7 +207,7 @@ def _cache_shards(
 
 
 def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> None:
-    """Show the results of the actors, one row for each shard.
+    """Show the results of the Ray actors, one row for each shard.
 
     Raises:
         DatasetError: With the failures that the actors reported, if there are any.

@@ -418,13 +418,13 @@ class SourcePlanner:
         kept_frames: int | None = None,
         why_no_items: str | None = None,
     ) -> SourcePlan:
-        """Compare the cache files of a source with those to write for its spans; return what is missing.
+        """Compare existing cache files with those that a media file's spans need; return what is missing.
 
         The files of an item (one for each section) are valid together, or encoded again together.
 
         Args:
-            size: Width and height of the source.
-            source_spans: First frame and number of frames of each training item of the source.
+            size: Width and height of the image or clip.
+            source_spans: First frame and number of frames of each training item.
             kept_frames: Number of frames of the clip at the family's rate; None if the clip was not decoded.
             why_no_items: Why there is no span, if so.
         """
@@ -543,7 +543,7 @@ class SourcePlanner:
     def _check_unrecorded(
         self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span
     ) -> None:
-        """Raise IncompatibleCache if the header of a file without a record does not fit."""
+        """Raise IncompatibleCache if the header of a cache file without a record does not match this run."""
         self._check_unrecorded_tensors(path, header)
         # metadata that the family's files always have
         for key, value in self.cache_settings.latent.required_metadata:
@@ -650,7 +650,7 @@ class SourcePlanner:
         """Return the size of an image, from its caches if possible, because opening images takes longer.
 
         Returns:
-            The size, or None if the image has to be fetched first and no cache has its size.
+            The size, or None if the image has to be downloaded or unpacked first and no cache has its size.
 
         Raises:
             MediaError: If the header of the image cannot be read.

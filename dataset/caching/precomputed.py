@@ -34,7 +34,7 @@ def reject_moments(family: Caches, table: DatasetTable) -> None:
 
 
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Check precomputed moments, and leave out those of first frames if the family does not use them.
+    """Check precomputed VAE moments, and omit those of first frames if the family does not use them.
 
     Unreadable files are reported later, by caching.
 
@@ -177,7 +177,7 @@ def submit_embeds(
     identity: Mapping[str, str],
     submit: Callable[[CaptionFile, Conditions], None],
 ) -> list[CaptionFile]:
-    """Write the precomputed outputs of an encoder with `submit`; return the texts that must be encoded."""
+    """Write an encoder's precomputed outputs with `submit`; return the captions that must be encoded."""
     to_encode = []
     errors: list[str] = []  # why outputs that exist cannot be used
     for file in files:
@@ -237,10 +237,10 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
 def _read_declared_shapes(
     note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return shape and dtype of the encoder's tensors, by key, from the note that describes the embeddings.
+    """Return shape and dtype of the encoder's tensors, by key, from the JSON file beside the embeddings.
 
     Raises:
-        _UnfitEmbeds: If the embeddings belong to another encoder or caption, or if there is no note.
+        _UnfitEmbeds: If the embeddings belong to another encoder or caption, or if that file is missing.
     """
     if not note.exists():
         raise _UnfitEmbeds(f"nothing next to it says which encoder made it ({note.name} is missing)")

@@ -125,10 +125,10 @@ def _files_of_table(
     visible_media: VisibleMedia,
     fit: FitText | None,
 ) -> list[CaptionFile]:
-    """Return the texts of a table: first captions, additional ones, then the empty prompts.
+    """Return the text caches of a table: first captions, further ones, then the empty prompts.
 
-    The first captions are encoded first, so that an interrupted run has one for each source. There is one
-    empty prompt, or one for each source if text encoders see its reference images.
+    The first captions are encoded first, so that an interrupted run has one for each media file. There is one
+    empty prompt, or one for each media file if text encoders see its reference images.
     """
     first: list[CaptionFile] = []
     additional: list[CaptionFile] = []
@@ -268,10 +268,10 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
-    """Return the texts without those that share a cache file with a text of an earlier table.
+    """Return the captions without those that share a cache file with a caption of an earlier table.
 
     Raises:
-        DatasetError: If two texts with the same cache file have different captions.
+        DatasetError: If two different captions have the same cache file.
     """
     first_texts: dict[tuple[Path | int, str], CaptionFile] = {}  # by store and name of the cache file
     for file in files:

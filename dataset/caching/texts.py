@@ -241,10 +241,10 @@ class TextWork:
         to_do: list[CaptionFile],
         shows: bool,
     ) -> None:
-        """Encode every batch in which a text lacks outputs, and write the missing outputs.
+        """Encode every batch in which a caption lacks outputs, and write the missing outputs.
 
-        All texts of the batch are encoded, because the last bits of an embedding depend on the other texts in
-        the batch. A resumed run therefore writes the same files as an uninterrupted run.
+        All captions of the batch are encoded, because the last bits of an embedding depend on the others. A
+        resumed run therefore writes the same files as an uninterrupted run.
         """
         with write_behind() as write:
             submit = partial(self._schedule_write, write, encoder, identity)
@@ -319,10 +319,10 @@ class TextWork:
         return prompt
 
     def _add_media(self, prompt: Prompt, source: MediaSource) -> Prompt:
-        """Return the prompt with the frames, control images and reference media of a source.
+        """Return the prompt with the frames, control images and reference media of an item.
 
         Raises:
-            MediaError: If the source cannot be used, or has several items, which would share a text cache.
+            MediaError: If a file cannot be used, or yields several items, which would share a text cache.
         """
         decoded = self._decode(source)
         if len(decoded.spans) != 1:
@@ -377,13 +377,13 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Make the record of one encoder's outputs for a caption, and write them in the background.
+        """Create the record of an encoder's outputs for a caption, and write both in the background.
 
         Args:
             write: Runs a function in the background.
             encoder: Encoder that made the outputs.
             identity: Identity of the encoder, for the record.
-            file: The text.
+            file: The caption and its cache file.
             conditions: Outputs of the encoder by name; an output of variable length is a list of one tensor.
         """
         tensors = {}  # by name in the file
@@ -464,7 +464,7 @@ class TextWork:
             store.write(file.file_name + PART, new.named, new.metadata)
 
     def _write_complete(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
-        """Merge an entry into the existing file, if any; write the file, then remove its `.part`.
+        """Merge new outputs into the existing text cache, if any; write the file, then remove its `.part`.
 
         `encoders` are the names of encoders with valid outputs in `new`. A changed caption is replaced with a
         warning.

@@ -163,9 +163,9 @@ class MediaWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List existing cache entries and all sources; nothing is encoded yet.
+        """List existing cache files and all media files; nothing is encoded yet.
 
-        `stores` replaces the cache directories of the tables.
+        `stores` replaces the cache folders of the tables.
 
         Raises:
             DatasetError: If the dataset cannot be used.
@@ -434,7 +434,7 @@ class MediaWork:
     def _schedule_removals(
         self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
     ) -> None:
-        """Schedule the removal of files for sections that an item no longer has.
+        """Schedule the removal of cache files for sections that an item no longer has.
 
         `files` are the current files of the item.
         """

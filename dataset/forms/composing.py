@@ -17,7 +17,7 @@ from modules.errors import DatasetError
 
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
-    """Return the keys that name the source of items: keys for images, for clips, then for either kind.
+    """Return the table keys that name where items come from: keys for images, for clips, then for both.
 
     `source` of a format is the name of such a key, or its end: `directory` stands for `image_directory` and
     `video_directory`.

@@ -20,15 +20,15 @@ SIZE_KEY = "train_resolution"  # key of an entry, written by prepare_buckets_lat
 
 
 def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[MediaSource]:
-    """Return a source for each image that a table's metadata_file names, with its caption and tags.
+    """Return the images that a table's metadata_file names, with their captions and tags.
 
         {"cat.png": {"caption": "a cat", "tags": "red, chair"}, "sub/dog": {"tags": "dog"}}
 
     A key is a path, or a name in the table's folder of images, with or without its suffix.
 
     Args:
-        table: Table of the dataset.
-        path: Path of the file.
+        table: Table of the dataset file.
+        path: Path of the metadata file.
         faults: List to which faults of single entries are added.
 
     Raises:

@@ -387,9 +387,10 @@ class NpzStore:
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
-        """Read the cached outputs of text encoders from an npz file, or from an unfinished one (`.part`).
+        """Read cached text encoder outputs from an npz file, or from an unfinished one (`.part`).
 
-        They are described by Reelsmith's record, which unfinished files always have, or by the format's keys.
+        They are described by this program's record, which unfinished files always have, or by the keys of the
+        format.
         """
         path = self._path(name)
         npz_format = self.format

@@ -38,10 +38,10 @@ _ONE_AT_A_TIME = threading.Lock()  # else all threads would load the same row gr
 
 
 def parquet_parts(path: Path) -> list[Path]:
-    """Return the file itself, or the parts in a folder, sorted by name.
+    """Return the Parquet file itself, or those in a folder, sorted by name.
 
     Raises:
-        DatasetError: If a folder has no parts.
+        DatasetError: If a folder contains none.
     """
     if not path.is_dir():
         return [path]
@@ -318,12 +318,12 @@ class CellFinder:
     """Finds the cells of a column of files in a Parquet file, by row number."""
 
     def __init__(self, path: Path, column: str, finds_nulls: bool = False) -> None:
-        """Read the row groups from the metadata of the file.
+        """Read the sizes of the row groups from the file's metadata.
 
         Args:
-            path: A file, or one part of several.
+            path: A file, or one of several files of a table.
             column: Column, from `cell_column`.
-            finds_nulls: Whether null cells are returned as None, for which their row groups have to be read.
+            finds_nulls: Whether to return None for null cells, for which their row groups have to be read.
 
         Raises:
             DatasetError: If a row group is too large to be read at once.

@@ -250,13 +250,13 @@ class RowReader:
     def assign_unique_stems(
         self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
     ) -> list[media_source.MediaSource]:
-        """Return all sources of the rows with unique stems; add errors about several rows to `faults`.
+        """Return the media files of all rows with unique stems; add errors about several rows to `faults`.
 
         Equal stems get a hash. In a JSONL list, however, local files with equal names are an error, which is
         reported later.
 
         Args:
-            sources: All sources that `read` returned, in order.
+            sources: All media files that `read` returned, in order.
             faults: Errors are added to this list.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
@@ -427,7 +427,7 @@ def make_source(
     rejected: FileLocation | None = None,
     layers: Sequence[FileLocation] = (),
 ) -> media_source.MediaSource:
-    """Make a source from a row, or from a sample of a tar; `position` is for messages."""
+    """Return the media file of a row or a tar sample; `position` is for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{position}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = split_first_caption(captions, position)

@@ -97,7 +97,7 @@ def _shown(columns: Sequence[str]) -> str:
 
 
 def inspect_table(table: DatasetTable, path_column: str | None) -> InspectedColumns:
-    """Open a table for warnings about its columns; `path_column` is the value in the dataset file.
+    """Return a table's columns, for warnings; `path_column` is the value in the dataset file.
 
     Raises:
         DatasetError: If the table cannot be listed.

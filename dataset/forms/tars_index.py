@@ -137,7 +137,7 @@ def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> Ta
 
 
 def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
-    """Return the samples and the errors of an opened tar, up to its end or its first damage."""
+    """Return the samples and errors in an open tar, up to its end or to the first damage."""
     _reject_compressed(file, tar)
     index = TarIndex()
     # a sample is all files with an equal name before the first dot, its key
@@ -421,8 +421,8 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
     """Return a tar member's name without the timestamps that `tarfile` may mistake for its beginning.
 
-    Incremental archives of GNU tar have times in the header field in which other archives have the beginning
-    of a long name (the prefix). `tarfile` reads the times as part of the name.
+    Incremental archives of GNU tar store times in the header field in which other archives have the
+    beginning of a long name (the prefix). `tarfile` reads the times as part of the name.
     """
     if not info.name[0].isdigit():  # times are digits
         return info.name

@@ -55,7 +55,7 @@ class TarMember:
     has_suffix = True
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes of the file in pieces.
+        """Yield the bytes of the file in chunks.
 
         Raises:
             OSError: If the tar was removed, or is shorter than before.
@@ -174,7 +174,7 @@ def _make_sources(
 
 
 def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
-    """Make the source of a sample: its image or clip with caption, control media and mask.
+    """Return the image or clip of a tar sample with its caption, control media and mask.
 
     Raises:
         DatasetError: If the sample cannot be used.
@@ -266,7 +266,7 @@ def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 
 
 def _find_remote(pattern: str) -> list[str]:
-    """Return the addresses that match a pattern with `*`, `?` or `[`, sorted.
+    """Return the URLs that match a pattern with `*`, `?` or `[`, sorted.
 
     Raises:
         MediaError: If the storage cannot be listed.

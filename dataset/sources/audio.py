@@ -97,7 +97,7 @@ def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec
 
 
 def count_frames(path: Path, fps: float) -> int:
-    """Return the number of frames of a clip that is as long as an audio file.
+    """Return how many frames a clip as long as an audio file has.
 
     Raises:
         MediaError: If the file has no audio, does not state its duration, or is shorter than a frame.

@@ -119,11 +119,11 @@ def read_mask(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> Mask:
-    """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
+    """Read a clip's mask for `count` kept frames: an image for all of them, or a clip.
 
     Args:
         path: The mask.
-        local: The fetched source.
+        local: The clip, with local files.
         sizes: Size of the clip, and of its bucket.
         count: Number of kept frames.
         fps: Frame rate of the kept frames.

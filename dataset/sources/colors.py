@@ -86,11 +86,11 @@ def _may_differ(path: Path, decoder_version: int) -> bool:
 
 
 def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: int) -> str | None:
-    """Describe the first file that an earlier version read differently; None if there is none.
+    """Return the first file that an earlier version decoded differently, as text; None if there is none.
 
     Args:
         keeps_by_file: Path of each file, and whether the colors of its transparent pixels are used.
-        decoder_version: Version of the decoding that the cache records; 0 in caches without one.
+        decoder_version: Version of the decoder that the cache records; 0 in caches without one.
     """
     for path, keeps_transparent in keeps_by_file:
         if not _may_differ(path, decoder_version):
@@ -114,7 +114,7 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
 
 
 def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
-    """Name the part of a file's colors that an earlier version ignored; None if there is none.
+    """Return which part of a file's colors an earlier version ignored, as text; None if none.
 
     `keeps_transparent` says that the colors of transparent pixels are used. `had_profiles` says that the
     earlier version read profiles.

@@ -107,7 +107,7 @@ def warn_of_paths(table: DatasetTable, problem: str, paths: Sequence[Path]) -> N
 def pair_by_name(
     table: DatasetTable, folder: Path, key: str, stems: Collection[str]
 ) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Find the files of a folder that belong to each item by their names.
+    """Find, by their names, the files of a folder that belong to each item.
 
     Args:
         table: Table of the items.

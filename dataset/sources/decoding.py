@@ -187,12 +187,12 @@ def decode_source(
     keeps_alpha: bool = False,
     has_alpha: bool = False,
 ) -> DecodedMedia:
-    """Read a source and its control media.
+    """Read an image or clip and its control media.
 
     Memory holds all frames at bucket size, but only one frame at a time at its original size.
 
     Args:
-        source: The source.
+        source: The image or clip.
         fps: Frame rate of the family, which is reached by dropping frames if the table has source_fps.
         step: `pixel_step` of the family's LatentSpec.
         lengths: `lengths` of the family's LatentSpec.
@@ -201,7 +201,7 @@ def decode_source(
         has_alpha: `has_alpha` of the family's LatentSpec.
 
     Raises:
-        MediaError: If a file is unreadable or too small, or if the source has precomputed latents.
+        MediaError: If a file is unreadable or too small, or if latents are precomputed.
         DatasetError: If the resolution is not a multiple of `step`.
     """
     with fetch(source) as local:
@@ -219,7 +219,7 @@ def decode_source(
 def _decode_clip(
     source: MediaSource, local: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
-    """Read a clip and its control media; `local` is the fetched source.
+    """Read a clip and its control media; `local` is the same clip with local files.
 
     1. Read the frames that training keeps, up to the number it can use, and note their times.
     2. Find the spans that training cuts from them.
@@ -323,12 +323,14 @@ def _read_control_clips(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> tuple[list[Clip], list[str]]:
-    """Read the control clips of a fetched clip, each with `count` frames.
+    """Read a clip's control clips, each with `count` frames.
+
+    A shorter control clip repeats its last frame.
 
     Args:
-        local: The fetched source.
-        bucket: Size of the source's bucket.
-        count: Number of kept frames of the source.
+        local: The clip, with local files.
+        bucket: Size of the clip's bucket.
+        count: Number of the clip's kept frames.
         fps: Frame rate of the kept frames.
         frame_times: Index and time of each kept frame.
 
@@ -413,7 +415,7 @@ def _decode_image(
     3. Resize references and the control mask to the bucket on their own.
 
     Args:
-        source: The fetched source.
+        source: The image, with local files.
         step: `pixel_step` of the family's LatentSpec.
         generator: Random generator for augmentation; None means no augmentation.
         keeps_alpha: Whether alpha is read separately from the colors.
@@ -485,7 +487,7 @@ def _read_controls(
     """Read the control images of an image, each 1 H W C.
 
     Args:
-        source: The fetched source.
+        source: The image, with local files.
         bucket: Size of the image's bucket.
         fit_image: Resizes, crops and mirrors like the image.
         is_mirrored: Whether the image was mirrored.
@@ -511,7 +513,7 @@ def _read_controls(
 def _read_rejected(
     source: MediaSource, size: Size, fit_image: Callable[[Frame], Frame], has_alpha: bool
 ) -> Clip:
-    """Read the rejected image of a pair, 1 H W C, resized like the chosen one.
+    """Read the rejected image of a preference pair, 1 H W C, resized like the chosen one.
 
     `size` is the original size of the chosen image.
 

@@ -34,7 +34,7 @@ HTTP = frozenset({"http", "https"})
 
 @lru_cache(maxsize=256)
 def protocol_error(protocol: str) -> str | None:
-    """Explain why addresses of a protocol cannot be read, with the remedy; None if they can be read."""
+    """Return why URLs of a protocol cannot be read, with the remedy; None if they can be read."""
     if protocol in HTTP:
         return None
     try:

@@ -57,7 +57,7 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
 
 
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
-    """Return the indices at which the table's frame_extraction starts spans of `target` frames.
+    """Return the frames at which the table's frame_extraction starts spans of `target` frames.
 
     `last` is the last possible start.
     """

@@ -105,7 +105,7 @@ def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Fr
     """Read the layers of an image, each H W 4 uint8, resized and cropped like the image.
 
     Args:
-        source: The fetched image.
+        source: The image, with local files.
         size: Original width and height of the image.
         fit_image: Resizes and crops like the image.
 

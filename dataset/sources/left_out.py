@@ -142,7 +142,7 @@ def _count_unused(
     entries: Sequence[_SplitEntry],
     stems: set[str],
 ) -> dict[str, Counter[str]]:
-    """Count the files of a folder that are not read, grouped by hint (the reason) and suffix.
+    """Count the unread files of a folder, by hint (why they are not read) and suffix.
 
     Args:
         table: Table of the folder.

@@ -49,12 +49,12 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def read_moments(path: Path, latent: LatentSpec) -> Tensor:
-    """Read moments 2C F h w, memory-mapped, for a model with the latent space `latent`.
+    """Read VAE moments 2C F h w, memory-mapped, for a model with the latent space `latent`.
 
     A batch dimension of 1, which some tools write, is removed.
 
     Raises:
-        MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
+        MediaError: If the file cannot be read, or if its tensor cannot contain this model's moments.
     """
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:

@@ -149,7 +149,7 @@ def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
 
 
 def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
-    """Return the sizes that the references of an image are resized to, from their headers.
+    """Return the sizes to which an image's references are resized, according to their headers.
 
     `bucket` is the bucket of the image.
 

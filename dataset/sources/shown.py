@@ -41,7 +41,7 @@ def read_row_references(value: Any, file: Path, position: str) -> tuple[Referenc
 
 
 def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> ReferenceMedium:
-    """Read an entry of `references`. Raises DatasetError for an unknown key, type or file."""
+    """Read an entry of a row's `references`. Raises DatasetError for an unknown key, type or file."""
     kind = entry.get("type")
     if kind not in KINDS:
         raise DatasetError(f"{position}: type = {_show(kind)}: give one of {', '.join(KINDS)}")

@@ -59,7 +59,8 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     """Return the kind of run that a kohya GUI file describes, with the key that shows it.
 
-    Keys are tried from the most specific to the least: LECO, LLLite, LoRA, embedding; else the whole model.
+    Keys are tried from the most specific to the least: LECO, LLLite, LoRA, embedding; otherwise the full
+    model.
 
     Raises:
         UnsupportedRun: If `new` cannot set up this kind of run.

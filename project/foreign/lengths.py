@@ -85,7 +85,7 @@ def _select_steps(
     """Return the training length that a project sets: its number of steps, or the steps of its epochs.
 
     `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of
-    steps; None if neither is set. Unused keys are reported.
+    steps. Returns None if neither is set. Unused keys are reported.
     """
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
     deciding_key = project.file_key_of("max_train_steps") if chosen is None else chosen.key

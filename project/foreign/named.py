@@ -22,7 +22,7 @@ _TRAINING_AND_TABLE_KEYS = frozenset(
 def adopt_by_name(
     project: ForeignProject, script: ScriptOptions, options_set_by_new: Collection[str]
 ) -> None:
-    """Adopt keys without a rule that have the names of our training options or dataset.toml keys.
+    """Adopt keys that no rule covers if they are named like our training options or dataset.toml keys.
 
     `options_set_by_new` are the options for which `new` would otherwise choose a value itself.
     """

@@ -113,7 +113,7 @@ def _omit_general_key(project: ForeignProject, name: str) -> None:
 def find_table_keys(
     project: ForeignProject, folder: Path, media_folders: Collection[Path]
 ) -> dict[Path, dict[str, Any]]:
-    """Return the dataset.toml keys that a project has for each media folder; report those of other folders.
+    """Return the dataset.toml keys that a project sets for each media folder; report those of other folders.
 
     `folder` is the dataset folder, `media_folders` are the folders in it that have media.
     """

@@ -92,7 +92,7 @@ def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: 
 
 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Convert a foreign file's values, or report why not; return the rules of the keys that name a model.
+    """Convert the values of another trainer's file, or report why not; return the rules of the model keys.
 
     Keys that are read elsewhere are skipped: those that name an additional file, and those that select the
     networks to train.

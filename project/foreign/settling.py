@@ -145,7 +145,7 @@ def _omit_lora_only_settings(project: ForeignProject) -> None:
 
 
 def _write_network_arguments(project: ForeignProject) -> None:
-    """Write the network's arguments to `network_args`; list those with an empty value as having no effect."""
+    """Write the network's arguments to `network_args`; report those with an empty value as ineffective."""
     arguments: dict[str, Any] = {}
     for name, value in project.network_arguments.items():
         if value:

@@ -160,11 +160,11 @@ def _set_once(
     """Set an option or dataset key, unless another key of the file has set another value.
 
     Args:
-        project: The foreign file, with the report about its keys.
+        project: Another trainer's project, with the report about its keys.
         our_values: Our options or dataset keys with their values; the new one is added.
-        keys: Name of our option or dataset key -> the key of the foreign file that set it.
-        setting: A key of the foreign file with its value, and the rule that says which name it has here.
-        value: The value in our form.
+        keys: Name of our option or dataset key -> the key of the file that set it.
+        setting: A key of the file with its value, and the rule that says which name it has here.
+        value: The value, converted for this program.
     """
     name = setting.rule.name
     # the file may not have the key: then the value is a default of the other program

@@ -89,7 +89,7 @@ def find_recipe(name: str) -> TrainingRecipe:
 
 
 def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
-    """Return options of `new` with model, kind of run and steps of a recipe where nothing else is typed.
+    """Return the options of `new` with a recipe's model, kind of run and steps, unless others are typed.
 
     Raises:
         OptionError: If another model or kind of run is typed.
