@@ -124,7 +124,7 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
 
 
 def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
-    """Yield the latent caches of a family among file names, in order: file name, stem, and parsed ending.
+    """Yield a family's latent caches among these file names, in order: file name, stem, and parsed ending.
 
     Folders may have a million names with few different endings (size, span and tag). For speed, each ending
     is parsed once, to a `LatentName` with a meaningless stem, which all names with this ending share.

@@ -143,7 +143,7 @@ def _read_tables(path: Path, content: Table, errors: list[str]) -> tuple[Dataset
 
 
 def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> None:
-    """Add an error for each cache directory that is a file, is forbidden, or belongs to another table."""
+    """Add an error for each cache folder that is a file, is forbidden, or belongs to another table."""
     first_tables: dict[str, DatasetTable] = {}  # first table of each cache directory, by its `folder_id`
     for table in tables:
         folder = table.cache_directory
@@ -364,7 +364,7 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
 def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint: str = "") -> DatasetConfig:
     """Check the keys about references; return the configuration with a family's rules for them.
 
-    `hint` names the variant of the model that takes references of clips; error messages end with it.
+    `hint` names the variant of the model that uses clip references; error messages end with it.
 
     Raises:
         DatasetError: If a table has a key that the family does not use.
@@ -416,7 +416,7 @@ def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | No
 
 
 def _find_image_reference_errors(table: DatasetTable) -> list[str]:
-    """Return error lines for the keys about reference images of a table, whose model takes no references."""
+    """Return an error line for each key about reference images, if the model uses none."""
     errors = []
     if table.reference_dropout_rate:
         errors.append(
@@ -497,7 +497,7 @@ def _read_table(
 
 
 def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> str | None:
-    """Return the key that names the source of a table's items, such as `image_directory`.
+    """Return the key that names where a table's items come from, such as `image_directory`.
 
     If there is not exactly one, returns None and adds an error to `errors`.
     """
@@ -523,7 +523,7 @@ def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> 
 
 
 def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
-    """Return the keys that are not allowed in a table with this source, each with the reason.
+    """Return the keys that are not allowed in a table with this source key, each with the reason.
 
     `kind` is "image" or "video".
     """

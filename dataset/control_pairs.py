@@ -64,7 +64,7 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
 
 
 def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
-    """Return a warning about control images whose aspect ratio differs from their image's, else ""."""
+    """Return a warning about control images whose aspect ratio differs from their image's; otherwise ""."""
     mismatched = []
     for source in sources:
         width, height = image_size(source.path)

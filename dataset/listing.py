@@ -85,7 +85,7 @@ def find_sources(
 
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    """List the items of a table, with the files of other folders that belong to them."""
+    """List the items of a table, with their companion files from other folders."""
     if table.directory is None:
         return source_format_of(table).list_sources(table, faults)
     sources = list_table_folder(table, captions, faults)

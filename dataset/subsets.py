@@ -51,8 +51,8 @@ def read_subsets(
 ) -> tuple[DatasetTable, ...]:
     """Return one table for each subset of a dataset file in the layout of sd-scripts, in order.
 
-    A key has the value of the subset, else of its [[datasets]], else of [general], else of the command line,
-    else its default.
+    The value of a key comes from the subset, its [[datasets]] table, [general], the command line or the
+    default, whichever has it first.
 
     Args:
         path: Path of the dataset file.
@@ -146,7 +146,7 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return the values of options as if a dataset file had them: by key, and in the types of such a file."""
+    """Return option values as if a dataset file had set them: by key, and as types of such a file."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
@@ -185,7 +185,7 @@ def _read_level(
 
 
 def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str, Any]:
-    """Return the fields of a `DatasetTable` from the values of a subset's keys."""
+    """Return the `DatasetTable` fields for the keys of a subset."""
     if values["cache_info"]:
         logger.info("cache_info is not needed: sizes and captions are stored in the caches")
     by_record = _fields_by_record(values)
@@ -343,7 +343,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
 
 
 def folders_config(typed: SubsetOptions) -> DatasetConfig:
-    """Build the dataset that --train_data_dir and related options describe, without a dataset file.
+    """Return the dataset that --train_data_dir and related options describe, without a dataset file.
 
     Raises:
         DatasetError: If there is no folder to train on, or if values are invalid.
@@ -376,7 +376,7 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
 
     Args:
         folder: Value of the option.
-        option: Option that named the folder, for messages.
+        option: Option that names the folder, for messages.
         is_reg: Whether the images are regularization images.
         known: Subfolder that another option reads, which is not reported.
     """

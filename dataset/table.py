@@ -285,7 +285,7 @@ class DatasetTable:
     declared_fps: float | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Set the fields that follow from others."""
+        """Set the fields that are derived from others."""
         title = f"[[datasets]] {self.index + 1}"
         if self.group is not None and self.subset is not None:
             title = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
@@ -423,10 +423,10 @@ class DatasetTable:
         return settings
 
     def non_default_values(self, stale: Stale) -> dict[str, Any]:
-        """Return the values of a group of keys that differ from their defaults, by key.
+        """Return the keys with one of these `stale` flags that differ from their defaults, with their values.
 
-        `stale` selects the keys: those whose change makes, for example, cached latents stale. The values can
-        be written as JSON; a folder becomes its name.
+        The flags select, for example, the keys whose change makes cached latents stale. The values are JSON
+        values; a folder is reduced to its name.
         """
         values = {}
         records: list[Any] = [self]
@@ -454,7 +454,7 @@ class DatasetTable:
         return values
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
-        """Return the table's entry of the metadata list `ss_datasets`.
+        """Return the table's entry in the metadata list `ss_datasets`.
 
         Args:
             has_control: Whether there are control images; None if that follows from control_directory.

@@ -56,7 +56,7 @@ def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Se
 def _hash_checked_files(
     folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]
 ) -> str | None:
-    """Return a hash of all that the checks read; None if that is outside of the folder, or too much."""
+    """Return a hash of all files that the checks read; None if some are outside the folder, or too many."""
     try:
         texts = [read_text(folder / name) for name in WRITTEN]
         if _reads_elsewhere(parse_toml(texts[0])):

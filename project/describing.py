@@ -414,7 +414,7 @@ def _lacks_captions(setup: RunSetup, folder: Path, kind: str) -> bool:
 def describe_samples(setup: RunSetup) -> str:
     """Return the text of prompts.txt: prompts for sample images, with the options of each prompt.
 
-    The prompts show the subject in two situations that no caption mentions; one more has no subject.
+    Two prompts show the subject in situations that no caption mentions; a third one has no subject.
     For a network with control images, the prompts are captions together with their control images. For
     edits, they are the instructions of the dataset with the images that they change, and another instruction.
     """
@@ -619,7 +619,7 @@ def _write_start_frames(setup: RunSetup) -> str:
 def list_commands(setup: RunSetup) -> list[list[str]]:
     """Return the commands of a run: download, two checks, caching of latents and text embeddings, training.
 
-    Captions that vary from step to step are not cached: the training encodes them.
+    Captions that vary from step to step are not cached: the training script encodes them.
     """
     path_of_placeholder = {f"{{{name}}}": path for name, path in setup.model_files.items()}  # such as {vae}
     cache_latents = [path_of_placeholder.get(word, word) for word in _list_arguments(setup, "latents")]

@@ -46,7 +46,7 @@ class ListedCaptions:
 
 
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:
-    """Read the captions for media files from lists (JSON or tables) in the same folders.
+    """Read captions for media files from lists (JSON or tables) in the same folders.
 
     Args:
         files: The media of each folder.
@@ -105,7 +105,7 @@ def _add_captions_of_list(
     rows: Sequence[tuple[str, Any]],
     media_by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add the captions of a list to `caption_lists`, with lines about rows that cannot be used.
+    """Add a list's captions to `caption_lists`, with lines about rows that cannot be used.
 
     `rows` are pairs (file name, caption). `media_by_name` maps paths with and without suffix to media files.
     """
@@ -169,10 +169,10 @@ def _read_rows(
         path: The list.
         described_media: For a JSON file with the name of a media file: that media file.
         names: Names of the media in the list's folder.
-        remarks: Lines about rows that are left out or read in another way are appended to it.
+        remarks: Lines about rows that are skipped or read differently are appended to this list.
 
     Raises:
-        DatasetError: If a table has no column of file names or captions.
+        DatasetError: If a table has no file name column or caption column.
         OSError: If the file cannot be read.
         ValueError: If its content cannot be parsed.
     """
@@ -236,7 +236,7 @@ def _open_as_table(path: Path, names: Collection[str], remarks: list[str]) -> It
     """Yield the path of a table that `read_columns` can read: UTF-8 text with column names in line 1.
 
     A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have no
-    line of column names.
+    header line.
     """
     if not FORMAT_OF_SUFFIX[path.suffix.lower()].is_text:
         yield path

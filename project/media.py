@@ -139,8 +139,8 @@ def collect_content(
     """Collect what `new` trains on: the media of a folder, with references or control images.
 
     Args:
-        folder: The described folder.
-        model_info: Properties of the model, from the record of its family.
+        folder: The dataset folder.
+        model_info: Facts about the model, from its family.
         model_name: Name of the model, for messages.
         kind: Kind of run.
         control_kind: Kind of run that trains on control images; None if the model has none.
@@ -148,7 +148,7 @@ def collect_content(
 
     Raises:
         DatasetError: If the folder has no media, or lacks references, control images or audio that the
-            training needs.
+            training run needs.
     """
     content = FolderContent()
     content.mask_folders = read_mask_folders(folder)
@@ -196,7 +196,7 @@ def _require_media(
     suggested_models: SuggestedModels,
     has_audio_files: bool,
 ) -> None:
-    """Raise DatasetError if a folder has no readable clip or image, and no audio that is trained on alone."""
+    """Raise DatasetError if a folder has no readable clip or image, and no audio to train on alone."""
     if content.media:
         return
     remedy = ""
@@ -284,7 +284,7 @@ def _describe_control_pairs(
 
     Args:
         folder: The media folder.
-        folders_by_use: Its subfolders by their meaning.
+        folders_by_use: Its subfolders, grouped by use.
         media: Its media.
         kind: The kind of this run.
         control_kind: The kind of run that trains on control images; None if the model has none. Then no line
@@ -581,7 +581,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
 
 
 def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
-    """Warn about media in subfolders of subfolders, which `new` does not search."""
+    """Return warnings about media in subfolders of subfolders, which `new` does not search."""
     lines = []
     folders_to_search = list(folders)
     visited = 0

@@ -501,7 +501,7 @@ def _is_part_of_task_name(text: str, task: str) -> bool:
 def _make_task_error(
     text: str, tasks: Sequence[ModelSet], partial_matches: Sequence[ModelSet]
 ) -> OptionError:
-    """Return an error for an unknown or ambiguous task, with the family, page or tasks that were meant."""
+    """Return the error for an unknown or ambiguous task, with the families, pages or tasks it may mean."""
     family = tasks[0].family
     names = [model.task for model in tasks]
     other_families = _find_families_with_task(text, _training_script(tasks[0]))

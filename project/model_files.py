@@ -31,7 +31,7 @@ def typed_files(options: NewOptions) -> dict[str, str]:
 
 
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
-    """Return the paths of the model's files by option: typed paths, otherwise those of downloaded files.
+    """Return the paths of the model's files by option: those on the command line, otherwise downloaded files.
 
     Raises:
         OptionError: If a file is given for an unknown option, or does not exist.
@@ -93,7 +93,7 @@ def _has_inside(path: Path, inside: Inside) -> bool:
 
 
 def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
-    """Return a model without some of its files, whose options its commands then omit.
+    """Return a model without some of its files; its commands then omit the options for them.
 
     `names` are the options of these files, without dashes; commands have a placeholder such as {vae} for
     each.

@@ -43,7 +43,7 @@ def is_small(model: ModelSet, memory: float) -> bool:
 
 
 def weight_options(model: ModelSet, memory: float) -> list[str]:
-    """Return the options for weights in fewer bits, so that the trained network fits a card of `memory` GiB.
+    """Return the options for weights in fewer bits that make the trained network fit into `memory` GiB.
 
     The weights are in int8, which is closer to 16 bits than fp8 and needs no fp8 units, or in nf4 if int8
     does not fit. Source: the table of docs/small_cards.md.

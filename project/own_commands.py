@@ -56,7 +56,7 @@ def describe_length(setup: RunSetup) -> list[str]:
 
 
 def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Mapping[str, str]) -> list[str]:
-    """Return lines with the commands that generate images with the model itself and describe their folder.
+    """Return lines with the commands that generate images with the model, and then describe their folder.
 
     `files` maps options to the model's files.
     """

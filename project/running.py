@@ -99,12 +99,11 @@ def run_project(options: RunOptions) -> None:
 def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     """Run the commands of a project: check, download, cache and train; then print the path of its page.
 
-    Files that cannot be read are left out and listed at the end. Exits with the code of the first command
+    Unreadable media files are left out and listed at the end. Exits with the return code of the first command
     that fails.
 
     Raises:
-        OptionError: If the folder is not described, or if files of the model are missing and may not be
-            downloaded.
+        OptionError: If the folder has no project, or if model files are missing and may not be downloaded.
     """
     typed_options = _list_typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
@@ -201,12 +200,12 @@ def _print_command(argv: Sequence[str], folder: Path) -> None:
 
 
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
-    """Run the commands in order, except checks that have passed before; return lines about skipped media.
+    """Run the commands in order, without checks that passed before; return lines about skipped media.
 
-    Exits with the code of the first command that fails.
+    Exits with the return code of the first command that fails.
 
     Raises:
-        OptionError: If files of the model are still missing after their download.
+        OptionError: If model files are still missing after their download.
     """
     unreadable_files: list[str] = []
     is_checked = was_checked(project.folder, project.commands, project.model_files)
@@ -234,10 +233,10 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
 def check_project(project: Project) -> None:
     """Run the checks that precede a training run, and print what they find; nothing is cached or trained.
 
-    Exits with code 1 if an error would end the run.
+    Exits with code 1 if an error would stop the run.
 
     Raises:
-        OptionError: If an option of the training is wrong.
+        OptionError: If a training option is wrong.
     """
     print_lines([f"In the folder {project.folder}:"])
     if project.missing_model_files:  # missing model files
@@ -303,15 +302,15 @@ def _run_or_exit(
 
 
 def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Project:
-    """Read the training described by a folder's run.toml, and check its paths.
+    """Return the project in a folder's run.toml, after checking its paths.
 
     Args:
         path_or_folder: The folder, or its run.toml.
-        typed_options: Typed options of the training, which override those in the file.
+        typed_options: Training options on the command line, which override those in the file.
 
     Raises:
-        OptionError: If the file is not in the form that `new` writes, or if results would be written outside
-            of the allowed folders.
+        OptionError: If the file does not have the layout that `new` writes, or if results would be written
+            outside of the allowed folders.
     """
     folder = _find_described_folder(path_or_folder)
     path = folder / RUN_FILE
@@ -420,7 +419,7 @@ def _make_model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[
 
 
 def _describe_finished_training(project: Project, options: RunOptions) -> list[str]:
-    """Return what can be done with a training that has finished already; [] if it has not, or is a dry run.
+    """Return lines about a training run that has already finished; [] if it has not, or in a dry run.
 
     Raises:
         OptionError: If the trained file belongs to another model.
@@ -526,7 +525,7 @@ def _check_training(project: Project) -> None:
 def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
     """Check the media files with the script that caches latents; return errors or unreadable files.
 
-    `validation` is the training's fraction of validation files and the seed that selects them.
+    `validation` is the training run's fraction of validation files and the seed that selects them.
     """
     errors: list[Fault] = []
 

@@ -30,10 +30,10 @@ class AdoptableOption:
     reaches_out: bool  # it may name code, or files and addresses elsewhere
 
     def read(self, value: Any) -> Any:
-        """Convert a value from another program's file to the type of this option.
+        """Convert a value from another trainer's file to the type of this option.
 
         Raises:
-            ValueError: If the option cannot have the value.
+            ValueError: If the option does not accept the value.
         """
         if self.kind == "switch":
             return read_switch(value)

@@ -175,7 +175,7 @@ class RunTrace:
 
 @contextmanager
 def trace_run() -> Iterator[RunTrace]:
-    """Yield the trace of a run, and record in it how the `with` block ends."""
+    """Yield the log of a run, and record in it how the block ends."""
     trace = RunTrace()
     try:
         yield trace

@@ -46,10 +46,10 @@ def check_channels(
     commands: CachingCommands,
     stores: Stores | None = None,
 ) -> None:
-    """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
+    """Raise CacheError, with the caching command, if latents were encoded with another model's VAE.
 
     Only one header is read for each table and size, because caches of two models in one folder usually differ
-    in size. Logs a warning for caches without a frame rate. Skips items that are encoded while training.
+    in size. Logs a warning for caches without a frame rate. Skips items that are encoded during training.
     `stores` are the stores of the run.
     """
     stores = stores or Stores()
@@ -224,7 +224,7 @@ def latent_errors(
 def _find_mask_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
 ) -> Iterator[str]:
-    """Yield an error if the loss mask does not have the origin that the table requires."""
+    """Yield an error if the loss mask does not come from where the table requires (alpha or a file)."""
     table = item.table
     if record is not None:
         mask_origin = record.options.get("mask")
@@ -272,7 +272,7 @@ def _find_shape_errors(
 def _find_companion_errors(
     tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
 ) -> Iterator[str]:
-    """Yield an error if tensors that accompany latents, such as references, have the wrong shape.
+    """Yield an error if tensors that belong to latents, such as references, have the wrong shape.
 
     `shape` and `expected` are the actual and expected shape of the latents, C F H W.
     """
@@ -342,7 +342,7 @@ def audio_errors(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the reasons why cached audio latents do not fit the table and the model.
+    """Yield the reasons why cached audio latents do not match the table and the model.
 
     If the cache has no record (`record` is None), only the shape is compared. `latent` and `is_shared` are
     not used; callers pass the same arguments as for latents.
@@ -377,7 +377,7 @@ def audio_errors(
 def _find_source_changes(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield the differences between an item's sources and its record.
+    """Yield the differences between an item's media files and its record.
 
     `folders` contains the folder of each file in the record.
     """

@@ -127,10 +127,10 @@ def _add_table(
     audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
-    """Add the items of a table, and their missing caches, to `listing`.
+    """Add a table's items, and their missing caches, to `listing`.
 
     1. Take the items from the index of the caches, if it is trusted and up to date.
-    2. Otherwise list the latent caches, without those whose source is gone.
+    2. Otherwise list the latent caches, without those whose media file is gone.
     3. Make an item of each latent cache whose captions are cached, too, with its audio cache.
     """
     store = stores.latent_store(table)
@@ -246,9 +246,9 @@ def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFil
 def _leave_out_unlisted(
     listing: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
 ) -> list[str]:
-    """Return the latent caches whose source is still in the table; add others to `listing.unlisted_caches`.
+    """Return the latent caches whose media file is still in the table; add others to `listing`.
 
-    Returns all caches if only the caches determine the items.
+    Returns all caches if the table's items depend only on its caches.
     """
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
@@ -422,7 +422,7 @@ class _TextCaches:
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
     def count_or_report(self, stem: str) -> int:
-        """Return the number of a source's captions; 0 if the first one is not cached.
+        """Return how many captions of a media file are cached; 0 if the first one is not.
 
         Missing and unfinished caches, also of the empty prompt, are added to `listing`.
         """
@@ -491,7 +491,7 @@ _EMPTY_IS_FOR = "caption_dropout_rate, --guided_target and --blank_prior_weight 
 
 
 def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
-    """Return the items to train on. Items without a text cache are left out with a warning.
+    """Return the items to train on. Items without a text cache are skipped with a warning.
 
     Raises:
         CacheError: If a table has no usable cache, or text caching has not finished. The message lists

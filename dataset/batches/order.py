@@ -119,7 +119,7 @@ class BatchOrder:
 
 
 def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]:
-    """Return the number of repeats of each regularization image, at least `num_learned` in total.
+    """Return how often each regularization image is repeated, at least `num_learned` times in total.
 
     Images are taken in order, with the repeats of their tables, until there are enough; the remaining images
     get 0. If there are too few images, repeats are added evenly, beginning with the first image.
@@ -167,10 +167,10 @@ def count_batches(items: Sequence[Grouped]) -> int:
 
 
 def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
-    """Return the items of an epoch, each as often as it is trained, by group; a batch has items of one group.
+    """Return the items of an epoch, repeated as often as they are trained, by group (see `Grouped`).
 
-    Empty groups are left out. If all items of a group have the same repeats, the whole list is repeated, so
-    that a seed keeps giving the same batches.
+    A batch has items of one group. Empty groups are omitted. If all items of a group have the same repeats,
+    the whole list is repeated, so that a seed keeps giving the same batches.
     """
     repeats = [item.table.num_repeats for item in items]
     if any(item.table.is_reg for item in items):
@@ -195,7 +195,7 @@ def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
 
 
 def _count_repeats(items: Sequence[Grouped]) -> list[int]:
-    """Return the number of times that each item is trained in an epoch with regularization images."""
+    """Return how often an epoch trains each item, if there are regularization images."""
     counts = [item.table.num_repeats for item in items]
     # tables of one group share their batches; each group is balanced separately
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
@@ -418,7 +418,7 @@ class RunPosition:
 def select_captions(
     items: Sequence[TrainingItem], seed: int, micro_batch: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
-    """Return the index of the caption of each item, from 0, or EMPTY.
+    """Return the index of the caption to use for each item, from 0, or EMPTY.
 
     All captions of an item are equally likely. EMPTY is selected with the probability caption_dropout_rate of
     the table, and always in the epochs of caption_dropout_every_n_epochs.
@@ -428,7 +428,7 @@ def select_captions(
         seed: Seed of the run.
         micro_batch: Index of the micro-batch in the run.
         epoch: Epoch, counted from 0.
-        drops: Whether captions are dropped; captions that are not dropped are the same with True and False.
+        drops: Whether captions are dropped; this does not change the choice of the other captions.
     """
     selected = []
     for position, item in enumerate(items):

@@ -141,7 +141,7 @@ def _unpack_inner_audio(
     Args:
         tensors: Tensors of the batch, changed in place.
         path: Path of one of the caches, for messages.
-        commands: Commands that cache again, for messages.
+        commands: Caching commands, for messages.
 
     Raises:
         CacheError: If the caches have no audio.
@@ -433,9 +433,9 @@ def _is_unchanged_since_indexing(item: TrainingItem, entry: Entry, name: str) ->
 
 
 def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:
-    """Return the size conditions of SDXL for an image: original size, corner of the crop, target size.
+    """Return SDXL's size conditions for an image: original size, crop corner, target size.
 
-    `cached_sizes` are those that another program wrote into the cache: width, height, and the edges of the
+    `cached_sizes` are those that another trainer wrote into the cache: width, height, and the edges of the
     crop (left, top, right, bottom). They take precedence over computed ones.
     """
     bucket_width, bucket_height = item.bucket[:2]
@@ -540,7 +540,7 @@ def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
 
 @contextlib.contextmanager
 def _add_caching_command(commands: CachingCommands, store: CacheStore, is_text: bool) -> Iterator[None]:
-    """Add the command that caches again to every CacheError in the block."""
+    """Add the caching command that repairs the file to every CacheError in the block."""
     try:
         yield
     except CacheError as error:

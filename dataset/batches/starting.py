@@ -148,7 +148,7 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
 def _warn_of_earlier(
     origins: Sequence[tuple[TrainingItem, CacheOrigin]], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn of caches from earlier versions that would be made differently now.
+    """Warn about caches from earlier versions that would be made differently now.
 
     `origins` are pairs of an item and the origin of its latents.
     """
@@ -166,9 +166,9 @@ def _warn_of_earlier(
 def _warn_of_missing_windows(
     cached: Sequence[TrainingItem], num_windows: Mapping[tuple[int, str], int], commands: CachingCommands
 ) -> None:
-    """Warn of clips with fewer cached items than the windows that they were cut into.
+    """Warn about clips with fewer cached items than the spans into which they were cut.
 
-    `num_windows` contains the number of windows of each clip, by table index and stem.
+    `num_windows` is the number of these spans, by table index and stem.
     """
     num_cached = Counter((item.table.index, item.source_stem) for item in cached)
     incomplete = [clip for clip, expected in num_windows.items() if num_cached[clip] < expected]
@@ -187,9 +187,9 @@ def _warn_of_missing_windows(
 
 
 def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if an early version cached control clips at a different rate than their clip's.
+    """Warn if an early version cached control clips at another frame rate than their clip's.
 
-    The rates are read from the headers of the source files. Missing files are skipped.
+    The rates are read from the headers of the media files. Missing files are skipped.
     """
     by_source = {(item.table.index, item.source_stem): item for item in items}
     for table in {item.table.index: item.table for item in items}.values():
@@ -207,14 +207,14 @@ def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands
 def _compare_decoding(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
-    """Warn of a cache from an earlier version that read the frames of a clip in another order or orientation.
+    """Warn about a cache from an earlier version that decoded a clip in another frame order or orientation.
 
     At most MAX_DECODED clips are checked, up to the first with a difference; missing files are skipped.
 
     Args:
         items: Pairs of an item and the `LatentRecord.decoding_version` in its record.
         keeps_alpha: `LatentSpec.keeps_alpha` of the family.
-        commands: Commands that cache again, for the warning.
+        commands: Caching commands, for the warning.
     """
     by_source: dict[tuple[int, str], tuple[TrainingItem, int]] = {}
     for item, decoder_version in items[:MAX_DECODED]:

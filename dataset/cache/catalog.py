@@ -339,10 +339,10 @@ def _rename_finished(path: Path) -> None:
 
 
 def finish_abandoned_shards(folder: Path, own_shard: Path | None = None) -> None:
-    """Finish the shards of killed writers, and leave the shards of writers that may still run.
+    """Finish the shards of killed writers; leave the shards of writers that may still run.
 
-    Locks show whether a writer still runs. For writers on other machines and volumes without locks, the
-    file's age decides. `own_shard` is the shard that this process writes.
+    Locks show whether a writer still runs. For writers on other machines, and on file systems without locks,
+    the file's age decides. `own_shard` is the shard that this process writes.
     """
     for path in folder.glob("cache-*.writing"):
         with contextlib.suppress(OSError, sqlite3.Error):

@@ -38,10 +38,10 @@ class Converted(NamedTuple):
 
 
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
-    """Convert the cache folders of a dataset, or those of the options, and log the results.
+    """Convert the cache folders of a dataset, or those that the options name, and log the results.
 
     Raises:
-        OptionError: If a table's caches are shared with other programs.
+        OptionError: If a table's caches are shared with other trainers.
         CacheError: If entries are damaged.
         OutputError: If a file cannot be written. Nothing is lost, and the same command continues.
     """

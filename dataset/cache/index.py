@@ -70,7 +70,7 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
 
 
 def fingerprint_table(table: DatasetTable) -> str | None:
-    """Return a fingerprint of a table's settings and of the names in the folders that it reads.
+    """Return a hash of a table's settings and of the file names in the folders that it reads.
 
     Returns None if a folder cannot be listed or has more than `MAX_FILES` entries.
     """
@@ -102,7 +102,7 @@ def _hash(text: str) -> str:
 
 
 def _list_path(path: Path, only_files: bool) -> list[str]:
-    """List the names in a folder, sorted, without cache files; for a single file, its size and time.
+    """Return a folder's sorted file names, except cache files; for a single file, its size and time.
 
     Raises:
         OSError: If the folder or the file cannot be read.
@@ -206,9 +206,9 @@ def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -
 
 
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the cache files whose sources have not changed, each with the checksum of its record.
+    """Return the cache files whose media files have not changed, each with the checksum of its record.
 
-    `lines` are lines of the index, one for each cache file, with the size and time of its sources.
+    `lines` are lines of the index, one for each cache file, with the size and time of its media files.
     """
     current_stamps: dict[str, list[int] | None] = {}  # size and time by path; None: it cannot be read
     unchanged = {}
@@ -236,7 +236,7 @@ class IndexPart(NamedTuple):
 
 
 def read_parts(folder: Path) -> dict[tuple[str, str], IndexPart]:
-    """Return the parts of an index by cache_tag and by LATENTS or TEXTS.
+    """Return the parts of an index file, keyed by cache_tag and LATENTS or TEXTS.
 
     Raises one of `DAMAGES` if the index cannot be read.
     """

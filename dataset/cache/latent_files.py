@@ -102,13 +102,13 @@ def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path
 
 
 def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return width and height of each control, reference and guide latent of an entry, as one flat tuple.
+    """Return width and height of each control, reference and guide latent in a cache file, as a flat tuple.
 
-    Items whose references differ in number or size cannot share a batch. Mirrored references are left out,
+    Items whose references differ in number or size cannot share a batch. Mirrored references are omitted,
     because they have the sizes of the originals.
 
     Returns:
-        Alternating widths and heights; () if the entry is damaged, which is reported when a batch reads it.
+        Alternating widths and heights; () if the file is damaged, which is reported when a batch reads it.
     """
     try:
         shapes = store.read(name, is_full=False).shapes

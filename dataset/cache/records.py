@@ -88,7 +88,7 @@ class TextRecord:
 
 
 def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
-    """Return the metadata of a cache file: the record of latents, or of texts by encoder, as JSON."""
+    """Return a cache file's metadata: the record of latents, or of each encoder's outputs, as JSON."""
     content: dict[str, Any] = {"version": VERSION}
     # fields that early versions did not have are left out if they are empty
     if isinstance(record, LatentRecord):
@@ -146,7 +146,7 @@ def _clip_info(content: Any) -> ClipInfo:
 
 
 def split_record(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
-    """Split the JSON of a latent cache's record into its settings, as text, and its source files, parsed.
+    """Split the JSON of a latent cache's record into its settings, as text, and its media files, parsed.
 
     Comparing text is faster than parsing it, and items of a table often have equal settings.
 
@@ -191,7 +191,7 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
 
 
 def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | None]:
-    """Return the folder of each file in a record of latents, which has only the names of the files.
+    """Return the folder of each file in a latent record, which contains only file names.
 
     Records list the files of an item in this order: the item itself, control media, mask, control mask,
     references, guides, rejected item, audio, layers. The options of the record say how many there are of

@@ -78,7 +78,7 @@ class ShardStore:
             return row is not None and row.size is not None
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Read an entry to the CPU, or only its header if `is_full` is False.
+        """Read a cache entry to the CPU, or only its header if `is_full` is False.
 
         Raises:
             CacheError: If the entry is missing or damaged.

@@ -78,7 +78,7 @@ class AudioWork:
         device: torch.device,
         before_loading: Callable[[], None] = lambda: None,
     ) -> None:
-        """List the existing audio entries of all video tables.
+        """List the existing audio cache files of all clip tables.
 
         `before_loading` is called to free the device before the networks are loaded.
         """
@@ -162,9 +162,9 @@ class AudioWork:
             free_memory(self._device)
 
     def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> AudioPlan:
-        """Compare a clip's audio entries with those that this run would write.
+        """Compare a clip's audio cache files with those that this run would write.
 
-        With `audio = "ignore"`, existing entries are kept, and none counts as missing.
+        With `audio = "ignore"`, existing files are kept, and none counts as missing.
         """
         files_by_item = {name: name.file_name(self._tag) for name in names}
         if source.table.audio == IGNORE:
@@ -288,7 +288,7 @@ class AudioWork:
     def _encode(
         self, file: str, name: cache_files.LatentName, index: int, plan: AudioPlan
     ) -> Callable[[], None]:
-        """Encode the audio of an item, at `index` of the plan; return the function that writes its entry."""
+        """Encode an item's audio, at `index` of the plan; return the function that writes its cache file."""
         if self._networks is None:
             self._before_loading()
             self._networks = self._family.audio_networks(self._device, decodes=False)

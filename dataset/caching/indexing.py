@@ -140,10 +140,10 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
 
 
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
-    """Return the fields about a cache's origin for its line in the folder's index.
+    """Return the fields of a cache file's index line that say what it was made from.
 
-    These are the checksum of its record, and size and time of the files that it was made from. If they cannot
-    be found out here, training reads the cache to compare it with its sources. `part` is LATENTS or TEXTS.
+    These are the checksum of its record, and size and time of the media files. If they cannot be found out
+    here, training reads the cache to compare it with its media. `part` is LATENTS or TEXTS.
     """
     unknown_origin: dict[str, Any] = {"record": None, "sources": {}}
     source_files: list[tuple[Path | None, FileIdentity]] = []  # folder and identity of each file

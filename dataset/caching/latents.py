@@ -270,9 +270,9 @@ def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.Cac
 
 
 def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
-    """Return all tensors of an entry, including loss mask and frame rate, by their names in the file.
+    """Return all tensors of a cache entry, including loss mask and frame rate, by their names in the file.
 
-    The names of latents contain their size and dtype. Families of images store them without the frame axis.
+    The names of latents contain their size and dtype. Image families store them without the frame axis.
     """
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:

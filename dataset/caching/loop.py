@@ -70,7 +70,7 @@ class Share:
 
 @contextlib.contextmanager
 def join_processes(device: str | None) -> Iterator[Share]:
-    """Connect the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
+    """Connect the processes that torchrun, accelerate or mpirun started; yield this process's share.
 
     Processes communicate through gloo, on the CPU, no matter on which device they encode.
 
@@ -118,16 +118,16 @@ def _read_first(names: Sequence[str]) -> int | None:
 def cache(
     kind: str, family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
 ) -> CacheReport:
-    """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
+    """Encode all media without a valid cache, in all processes of a launcher; then remove stale files.
 
-    A source that cannot be read becomes a failure in the report and does not stop the run. Encoders are
+    A media file that cannot be read becomes a failure in the report and does not stop the run. Encoders are
     loaded only if there is something to encode. A text cache is complete when all of its encoders have run;
     until then there is a `.part` file, which a later run continues.
 
     Args:
         kind: LATENTS or TEXTS.
         family: Family that encodes.
-        config: The dataset.
+        config: The dataset file.
         options: Options of the run.
         stores: Stores of the caches; None for those that the tables name.
 
@@ -215,7 +215,7 @@ def run_caching(
     Args:
         kind: LATENTS or TEXTS.
         family: Family that encodes.
-        config: The dataset.
+        config: The dataset file.
         options: Options of the run.
         debug: Options of --debug_mode; None if the command has none.
         next_command: The command to run next, shown unless only a shard was cached.

@@ -137,7 +137,7 @@ class LatentCacheSettings:
     def describe_difference(
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
-        """Describe how the encoder or options in a record differ from this run's; None if they are equal."""
+        """Return how a record's encoder or options differ from this run's, as text; None if they agree."""
         # of a model that learns audio alone, latents of images are only placeholders, from any encoder
         learns_audio_only = self.audio is not None and self.audio.audio_only
         if not learns_audio_only:
@@ -190,9 +190,9 @@ def plan_all(
     workers: int,
     show_progress: bool = True,
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Compare all sources with their cache files; a source whose header cannot be read becomes a failure.
+    """Compare all media files with their cache files; a file whose header is unreadable becomes a failure.
 
-    Tensor values are read only with --verify or for fewer than MANY sources. Otherwise caches with the same
+    Tensor values are read only with --verify or for fewer than MANY files. Otherwise caches with the same
     settings and shapes count as equal.
     """
     verifies_tensors = cache_settings.stores.verify or len(sources) < MANY  # reading many would take long
@@ -266,10 +266,10 @@ class SourcePlanner:
         self._trusted_header = False
 
     def plan_by_shape(self) -> SourcePlan:
-        """Return the same as `plan`, but reuse the result of an earlier source with equal caches.
+        """Return the same as `plan`, but reuse the result of an earlier item with equal caches.
 
-        Of sources whose caches have the same settings and shapes, only one is compared fully; for the others
-        only the source files are checked.
+        Of items whose caches have the same settings and shapes, only one is compared fully; for the others
+        only the media files are checked.
         """
         shape_key = self._make_shape_key()
         known_sizes = self.cache_settings.valid_sizes_by_shape  # shared by all sources of the run
@@ -505,7 +505,7 @@ class SourcePlanner:
         )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that one file of an item is equal to the file that this run would write.
+        """Check that an item's cache file is equal to the one that this run would write.
 
         `files` are all files of the item, one for each section.
 

@@ -104,7 +104,7 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
-    """Show the results of a caching run, and raise an error if sources failed.
+    """Show the results of a caching run, and raise an error if media files failed.
 
     Args:
         report: Results of the run.
@@ -112,8 +112,8 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         commands: Next commands, which are shown below the box.
 
     Raises:
-        DatasetError: If a source failed or no source gives an item, in the main process.
-        SystemExit: If a source failed, in other processes, with the same exit code.
+        DatasetError: If a media file failed or none gives an item, in the main process.
+        SystemExit: If a media file failed, in other processes, with the same exit code.
     """
     exit_code = DatasetError.exit_code
     # as a step of a longer run, which goes on without the failed sources and shows its own next command
@@ -341,11 +341,11 @@ def read_ahead(
 
     Args:
         jobs: Jobs in order.
-        source_of: Returns the source of a job.
+        source_of: Returns the media file of a job.
         work: Does one job.
         workers: Number of threads.
         bar: Progress bar, which counts jobs.
-        decodes: Whether `work` decodes the source; waiting frames are then limited to DECODED_BYTES.
+        decodes: Whether `work` decodes the file; waiting frames are then limited to DECODED_BYTES.
     """
     ahead = run_ahead(
         jobs,

@@ -36,12 +36,12 @@ class OtherCaches:
         self._has_incompatible = False
 
     def copy_for_source(self, plan: SourcePlan) -> SourcePlan:
-        """Copy usable latents of another model for a source without valid caches, under this model's names.
+        """Copy usable latents of another model, under this model's names, for an item without valid caches.
 
-        Returns the plan of the source, which is finished if latents were found.
+        Returns the plan of the item, which is finished if latents were found.
 
         Raises:
-            OutputError: If an entry cannot be written.
+            OutputError: If a cache file cannot be written.
         """
         source = plan.source
         if source.table.kind != "image" or source.precomputed is not None:

@@ -96,12 +96,12 @@ def list_caption_files(
     visible_media: VisibleMedia = CAPTIONS_ONLY,
     fit: FitText | None = None,
 ) -> list[CaptionFile]:
-    """Return the texts of all sources, by table: first captions, additional ones, then the empty prompt.
+    """Return the captions of all tables, in order: first captions, further ones, then the empty prompt.
 
     In this order, additional captions do not change the batches of first captions.
 
     Args:
-        sources: Sources with their captions.
+        sources: Media files with their captions.
         tag: The family's cache_tag.
         visible_media: Which media text encoders see.
         fit: Result of `caption_fitter`.
@@ -204,7 +204,7 @@ def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
 def _list_captions(
     source: MediaSource, seen: _SeenMedia, tag: str, visible_media: VisibleMedia, fit: FitText | None
 ) -> Iterator[CaptionFile]:
-    """Yield the cache file of each caption of a source, in order.
+    """Yield each caption of a media file with its cache file, in order.
 
     `seen` and `visible_media` say which files the encoder sees with a caption; `fit` converts positions in a
     caption to the resized image.
@@ -289,7 +289,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    """Return why a cached text has to be encoded again; None if it is up to date.
+    """Return why a cached caption has to be encoded again; None if it is up to date.
 
     Compares encoder, caption, settings and reference images.
     """
@@ -364,18 +364,18 @@ def find_outputs(
     in_part: bool = False,
     verifies_tensors: bool = True,
 ) -> ValidOutputs:
-    """Find the encoders whose outputs in a text's cache are valid, and do not have to run again.
+    """Return which encoders have valid outputs in a caption's cache, so that they need not run again.
 
     Args:
-        file: The text.
+        file: The caption and its cache file.
         encoders: Encoders of the family with their identities.
         stores: Stores of the run.
         in_part: Whether to search the unfinished file (`.part`). If any output in it is outdated, no outputs
             are returned, because merging the file would corrupt valid outputs.
-        verifies_tensors: Whether to compare tensors with their checksums; else only the header is read.
+        verifies_tensors: Whether to compare tensors with their checksums; otherwise only the header is read.
 
     Raises:
-        CacheError: If a file of another program does not fit this model.
+        CacheError: If another trainer's file does not fit this model.
     """
     store = stores.text_store(file.table)
     has_record: dict[str, bool] = {}

@@ -275,10 +275,10 @@ class TextWork:
                     bar.update(len(incomplete.intersection(batch)))
 
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
-        """Run an encoder on a batch of texts; return each text with its outputs.
+        """Run an encoder on a batch of captions; return each caption with its outputs.
 
-        If a reference image or a text cannot be used, the texts are encoded one by one, and only the invalid
-        text becomes a failure.
+        If a reference image or a caption cannot be used, the captions are encoded one by one, and only the
+        invalid one becomes a failure.
         """
         try:
             with contextlib.ExitStack() as stack:  # keeps reference images while the encoder reads them
@@ -525,7 +525,7 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 
 
 def _merge_entries(old: Entry, new: Entry) -> Entry:
-    """Merge two caches of the same text, with the outputs of some encoders each; `new` takes precedence.
+    """Merge two caches of a caption, each with the outputs of some encoders; `new` takes precedence.
 
     If an encoder has outputs in both, all its old tensors are dropped, even if `new` has no tensor of that
     name.

@@ -95,13 +95,13 @@ def _check_table(
     companions: Sequence[MediaSource],
     reference_media: tuple[tuple[ReferenceMedium, ...], ...],
 ) -> None:
-    """Raise DatasetError if a family cannot use a table.
+    """Raise DatasetError if a model family cannot use a table.
 
     Args:
         family: Family that encodes.
-        table: Table of the dataset.
-        has_control: Whether sources of the table have control media.
-        companions: Sources of the table with references or control masks.
+        table: Table of the dataset file.
+        has_control: Whether items of the table have control media.
+        companions: Items of the table with references or control masks.
         reference_media: Reference media of each row.
     """
     if table.group is not None:
@@ -364,7 +364,7 @@ class MediaWork:
                 del result  # frees its frames before waiting for the next source
 
     def _encode_and_write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
-        """Encode a batch and pass its files to `write`; return table index and name of each file.
+        """Encode a batch and pass its cache files to `write`; return table index and name of each file.
 
         Files of sections that an item no longer has are removed afterwards.
         """

@@ -169,7 +169,7 @@ def _find_prompts(root: Path, name: str) -> str:
 
 
 def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
-    """Return the rows of dataset_file, a CSV table or JSON Lines with columns of captions and videos."""
+    """Return the rows of dataset_file, a CSV or JSON Lines file with caption and video columns."""
     keys = table.require_format_keys(CogVideoXKeys)
     assert keys.dataset_file is not None
     candidates = (keys.dataset_file, root / keys.dataset_file)

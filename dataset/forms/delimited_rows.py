@@ -31,7 +31,7 @@ def header_of(path: Path) -> tuple[str, ...]:
 
 
 def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows with the columns `names`, None for all; rows that cannot be read have a fault.
+    """Yield the rows with the columns `names` (None: all); rows that cannot be read have a fault.
 
     Raises:
         DatasetError: If the file cannot be read.

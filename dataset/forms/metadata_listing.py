@@ -115,7 +115,7 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
 
 
 def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
-    """Return the text of an entry: its caption followed by its tags; class_tokens if it has neither.
+    """Return the text of a metadata entry: its caption followed by its tags; class_tokens if it has neither.
 
     With wildcards, each line of the caption is an alternative, so the tags follow every line.
 

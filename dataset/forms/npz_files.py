@@ -194,9 +194,9 @@ def describe_tensors(
 
 
 def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) -> Entry | None:
-    """Return the entry that the record describes.
+    """Return the cache entry that this program's record in an npz file describes.
 
-    Returns None if there is no record, because another program wrote the file, or if an array has been
+    Returns None if there is no record, because another trainer wrote the file, or if an array has been
     replaced.
 
     Args:

@@ -333,7 +333,7 @@ class NpzStore:
         raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write the latents of one bucket to a file; arrays of other buckets in the file do not change."""
+        """Write the latents of one bucket to an npz file; arrays of other buckets in it do not change."""
         arrays: dict[str, Array] = {}
         tensor_names: dict[str, str] = {}  # name of the tensor in each array
         for tensor_name, tensor in tensors.items():

@@ -172,7 +172,7 @@ class RowReader:
         return f". Each line is one object such as {example}"
 
     def _read_layers(self, values: Mapping[str, Any], position: str) -> list[FileLocation]:
-        """Return the layers of a row, ordered by number. The full image has the number 0 or no number."""
+        """Return a row's layers in the order of their numbers; the full image has the number 0 or none."""
         column = self.path_column
         if column in values and f"{column}_0" in values:
             raise DatasetError(f"{position}: {column} and {column}_0 both name the image; leave out one")

@@ -25,7 +25,7 @@ MAX_SHOWN = 20  # columns in a message
 
 
 def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of a table, in any order; add errors, with row numbers, to `faults`.
+    """Return the media files that a table names, in any order; add errors, with row numbers, to `faults`.
 
     `path_column` is the value of the key in the dataset file.
 

@@ -234,9 +234,9 @@ def _read_text(file: BinaryIO, member: Member) -> _MemberText:
 
 
 def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSample | None:
-    """Make a sample from files with the same key, by extension; None if none of them is an image or clip.
+    """Return a tar sample made of the files with the same key; None if none of them is an image or clip.
 
-    Texts are the caption or JSON; all other files are media.
+    Text files are the caption or JSON; all other files are media.
 
     Raises:
         ValueError: If several files have the same role, or the caption cannot be used.
@@ -293,7 +293,7 @@ def _select_media(extensions: Sequence[str], suffixes: Container[str]) -> list[s
 
 
 def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | None:
-    """Return the caption in the texts of a sample; None if there is none.
+    """Return the caption in a tar sample's text files; None if there is none.
 
     With multi_caption, each line of the result is a caption.
 

@@ -115,7 +115,10 @@ def _make_rules(table: DatasetTable) -> TarRules:
 def _read_samples(
     table: DatasetTable, tars: Sequence[Path], faults: list[media_source.Fault]
 ) -> list[tuple[Path, TarSample]]:
-    """Return the samples of tars, each with its tar; add errors to `faults`, log samples without media."""
+    """Return the samples in these tars, each with its tar; add errors to `faults`.
+
+    Samples without media are logged.
+    """
     rules = _make_rules(table)
     samples: list[tuple[Path, TarSample]] = []
     num_without_media = 0
@@ -154,7 +157,7 @@ def _read_samples(
 def _make_sources(
     table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
-    """Return the sources of samples. A sample's stem is its key, with a hash if two tars have that key."""
+    """Return the image or clip of each tar sample. Its stem is the sample's key, with a hash if ambiguous."""
     tars = {tar for tar, _ in samples}
     name_counts = Counter(tar.name for tar in tars)
     # the name of a tar if it is unique, so that moving the tars does not change the stems
@@ -219,7 +222,7 @@ def readable_path(name: str) -> str:
 
 
 def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]) -> list[Path]:
-    """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
+    """Return the tars that a table names, each once, in order; remote ones are downloaded."""
     tars: dict[Path, None] = {}
     for pattern in patterns:
         for name in expand_braces(pattern, table.name):

@@ -134,14 +134,14 @@ def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
 
 
 def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
-    """Return the end of a warning about an unused column if a value suggests a file; else None.
+    """Return the end of a warning about an unread column if a value suggests a file; otherwise None.
 
-    A column whose name resembles that of a used one is reported, too.
+    A column whose name resembles that of a column in use is reported, too.
 
     Args:
         name: Name of the column.
         value: Value of the column in one row.
-        table: Table of the dataset.
+        table: Table of the dataset file.
         path: The list or table.
         media: Path of the media in the same row.
     """

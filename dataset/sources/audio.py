@@ -72,7 +72,7 @@ def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec
     """Return the audio of spans of a clip, or silence if the clip has none.
 
     Args:
-        local: The fetched source.
+        local: The clip, with local files.
         spans: Spans of the clip.
         fps: Frame rate of the family.
         spec: Audio spec of the family.
@@ -142,7 +142,7 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
 
 
 def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec) -> list[Tensor]:
-    """Read the audio of spans of a clip's kept frames, each C S.
+    """Read the audio that belongs to spans of a clip's kept frames, each C S.
 
     The track is decoded once.
 

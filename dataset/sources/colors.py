@@ -176,7 +176,7 @@ def _find_problems(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
 
 
 def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
-    """Warn of each folder of frames in which sorting by number and sorting as text differ.
+    """Return a warning for each folder of frames in which numerical and alphabetical order differ.
 
     At most MAX_CHECKED_FILES local folders are listed. Unreadable folders are reported elsewhere.
     """

@@ -263,7 +263,7 @@ def read_companions(
 def _read_references(
     local: MediaSource, bucket: Size, *, count: int, fps: float, frame_times: Sequence[tuple[int, float]]
 ) -> tuple[list[Clip], list[str]]:
-    """Read the references of a fetched source, in the size of its bucket divided by the family's factor.
+    """Read an item's references, at the size of its bucket divided by the family's factor.
 
     Images are cropped to this size or padded with white, and have one frame. Clips have `count` frames, those
     at `frame_times`; if a clip ends earlier, its last frame is repeated.

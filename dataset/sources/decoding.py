@@ -138,7 +138,7 @@ class DecodedMedia:
         return mask_bytes + sum(array.nbytes for array in self.arrays)
 
     def cut(self, span: Span) -> "DecodedMedia":
-        """Cut out the item of a span: frames, control clips, mask, references and rejected clip.
+        """Cut out a span's item: frames, control clips, mask, references and rejected clip.
 
         A short span is copied, so that the rest of the clip can be freed.
         """
@@ -385,7 +385,7 @@ def _fit_alpha_and_mask(
     table's alpha_mask, alpha is the loss mask, and the model does not see it.
 
     Args:
-        source: The fetched source.
+        source: The image, with local files.
         alpha: Alpha channel of the image, H W; None if it has none.
         size: Width and height of the image.
         fit_to_bucket: Resizes and crops a frame like the image.

@@ -88,7 +88,7 @@ def download(
 
 
 def _download_to(path: Path, address: str, wait: Callable[[float], None]) -> None:
-    """Download `address` to `path`, in several attempts; raise MediaError if it fails or is too large."""
+    """Download a URL to `path`, in several attempts; raise MediaError if it fails or is too large."""
     open_address = ask_http if protocol_of(address) in HTTP else _open_with_fsspec
     safe_address = hide_secrets(address)
     try:

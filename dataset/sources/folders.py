@@ -95,7 +95,8 @@ def _find_audio(
 ) -> tuple[Path, None] | None:
     """Return the separate audio file of a clip, with None as its origin; None if there is no file.
 
-    `audios` has the files of audio_directory by clip. If several files fit, an error is added to `faults`.
+    `audios` contains the files of audio_directory by clip. If several files match, an error is added to
+    `faults`.
     """
     if clip in audios:
         return audios[clip], None
@@ -165,7 +166,7 @@ def _find_companions(
 ) -> dict[Path, Path]:
     """Return the mask or audio file of each image or clip: the file with the same stem in `folder`.
 
-    `what` is "mask" or "sound". A fault is added if two files have the same stem, or if no file fits.
+    `what` is "mask" or "sound". A fault is added if two files have the same stem, or if no file matches.
     """
     try:
         by_stem = _companions_by_stem(table, what, folder)
@@ -345,7 +346,7 @@ class ControlFolder:
     """The files in a `control_directory` by stem; the folder is listed only once."""
 
     def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
-        """List the folder, and index its images by the stem of the image that they belong to.
+        """List the folder, and index its images by the stem of the image to which they belong.
 
         Args:
             folder: Folder of the control media.
@@ -500,9 +501,9 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Sequence[Path]) -> list[Path]:
-    """Return the GIF, WebP and TIFF files, among `spare_files`, that the table uses besides `media`.
+    """Return which of the GIF, WebP and TIFF files (`spare_files`) the table uses besides `media`.
 
-    A video table takes only animations; an image table takes the first image of each GIF and TIFF. A file
+    A clip table uses only animations; an image table uses the first image of each GIF and TIFF. A file
     with the same stem as a file of `media` is left out with a warning, because both would share a cache.
     """
     files = [path for path in spare_files if path.is_file()]
@@ -565,7 +566,7 @@ def _explain(path: Path) -> str:
 
 
 def _leave_out_tool_outputs(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without outputs of Reelsmith's tools, such as clip_SWINIR.mkv next to clip.mp4.
+    """Return the paths without outputs of this program's tools: clip_SWINIR.mkv next to clip.mp4.
 
     An output has the tool's metadata (TOOL_TAG), and a name that begins with the stem of another file; only
     files with such names are opened. A warning says how many are left out.

@@ -196,12 +196,12 @@ def file_rate(path: Path) -> float | None:
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return the frame rate of the kept frames of a clip. Only the header of the clip is read.
+    """Return the frame rate of a clip's kept frames; only the clip's header is read.
 
     Args:
-        source: The fetched source.
-        fps: Frame rate of the family, to which frames are dropped. Images and folders of images have this
-            rate, too.
+        source: The clip, with local files.
+        fps: Frame rate of the family, which is reached by dropping frames. Images and folders of images have
+            this rate, too.
 
     Raises:
         MediaError: If a clip cannot be read.

@@ -255,12 +255,12 @@ def _describe_captions(
     misnamed: Sequence[tuple[str, str]],
     wanted_suffix: str,
 ) -> dict[str, list[str]]:
-    """Return the names of caption files that are not read, by a hint that explains how to have them read.
+    """Return the names of unread caption files, by a hint that explains how to have them read.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         by_suffix: Captions that only another suffix setting would read, by suffix.
-        misnamed: Pairs of a caption and the media file that it seems to belong to.
+        misnamed: Pairs of a caption and the media file to which it seems to belong.
         wanted_suffix: Suffix of the captions that the table reads.
     """
     by_hint: dict[str, list[str]] = {}

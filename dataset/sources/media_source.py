@@ -215,14 +215,14 @@ def readable_stem(name: str) -> str:
 
 
 def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
-    """Return the stems; if different sources have equal stems (ignoring case), a hash is added to each.
+    """Return the stems, with a hash added if different media have the same stem (ignoring case).
 
-    A stem that occurs once does not depend on order or on other rows. Equal sources still have equal stems,
+    A stem that occurs once does not depend on order or on other rows. Equal media still have equal stems,
     which the listing reports.
 
     Args:
-        stems: Stem of each source.
-        identities: Path or address of each source, which is hashed.
+        stems: Stem of each media file.
+        identities: Path or URL of each media file, which is hashed.
     """
     pairs = list(zip(stems, identities, strict=True))
     distinct = {(stem.casefold(), identity) for stem, identity in pairs}
@@ -268,7 +268,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
 
 
 def _list_other_values(source: MediaSource) -> tuple[object, ...]:
-    """Return what a row says about a file in addition to its path."""
+    """Return all values of a row that concern a media file, except its path."""
     return (
         source.caption,
         source.more_captions,

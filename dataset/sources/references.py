@@ -55,9 +55,9 @@ def _is_equal(source: MediaSource) -> bool:
 
 
 def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:
-    """Limit the reference images of each source to the number that the model takes.
+    """Limit the reference images of each item to the number that the model accepts.
 
-    Logs a warning about sources with more, and about sources without any if other sources have some.
+    Logs a warning about items with more, and about items without any if other items have some.
     """
     assert table.references is not None
     if not any(source.control for source in sources):  # none has references: nothing to limit or to miss
@@ -175,7 +175,7 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 
 
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
-    """Return how a reference of a size is resized and cropped; None if it is treated like its image.
+    """Return how a reference of this size is resized and cropped; None if it is treated like its image.
 
     1. With no_resize_control, a reference of at most control_resolution keeps its size, and only loses pixels
        at the right and bottom, as in caches of other trainers.

@@ -46,13 +46,13 @@ _BACKSLASH = re.compile(r"\\[()\[\]]")
 def find_media_warnings(
     sources: Sequence[MediaSource], latent: LatentSpec, fps: float, has_rates: bool
 ) -> list[Fault]:
-    """Return warnings about the rates, lengths, order, numbers, references and colors of sources.
+    """Return warnings about frame rates, lengths, order, numbering, references and colors of media files.
 
     Args:
-        sources: Sources to check.
+        sources: Media files to check.
         latent: Latent space of the family.
         fps: Frame rate of the model.
-        has_rates: Whether the model takes clips of any rate.
+        has_rates: Whether the model accepts clips of any rate.
     """
     warnings = [] if has_rates else find_far_rates(sources, fps)
     have_companions = any(
@@ -126,9 +126,10 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
 def find_cut_captions(
     sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
 ) -> tuple[list[Fault], dict[str, list[int]]]:
-    """Return a warning for each caption that a text encoder truncates, and the token counts by encoder.
+    """Return a warning for each caption that a text encoder truncates, and the cache sizes by encoder.
 
-    `counters` are functions that count the tokens of a text, by name of the encoder.
+    The sizes are in bytes, one for each caption. `counters` are functions that count the tokens of a text, by
+    name of the encoder.
     """
     warnings = []
     sizes_bytes: dict[str, list[int]] = {}
@@ -147,7 +148,7 @@ def find_cut_captions(
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
     """Warn about captions with more tokens than the encoder reads; their ends are not used.
 
-    `captions` are pairs of a caption file, or of a source's name, and the caption.
+    `captions` are pairs of a caption file (or the name of a media file) and the caption.
     """
     try:
         count_tokens = encoder.token_counter()

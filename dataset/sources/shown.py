@@ -20,7 +20,7 @@ MAX_SHOWN = 80  # characters of a value in a message
 
 
 def read_row_references(value: Any, file: Path, position: str) -> tuple[ReferenceMedium, ...]:
-    """Parse the references of a row.
+    """Parse the value `references` of a row.
 
     A relative path is looked up in the working folder, then in the folder of the list.
 

@@ -47,7 +47,7 @@ def check_run(
 
 
 def _find_rejection_message(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
-    """Return the message with which a training script rejects a run's options; None if it accepts them.
+    """Return the error with which a training script rejects a run's options; None if it accepts them.
 
     `texts` maps file names of the run to their contents. The files are not in the folder yet, so
     temporary copies are checked.

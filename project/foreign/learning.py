@@ -14,9 +14,9 @@ _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 
 
 def remove_unsuitable_rates(project: ForeignProject, kind: RunKind) -> None:
-    """Remove a project's learning rates if this run trains something else or with another optimizer.
+    """Drop a project's learning rates if this run trains something else or with another optimizer.
 
-    With another optimizer, the arguments of the project's optimizer are removed, too.
+    With another optimizer, the arguments of the project's optimizer are dropped, too.
     """
     if kind.name != project.run.kind:
         setting = f" ({project.run.setting})" if project.run.setting else ""

@@ -130,7 +130,7 @@ def _report_unused_steps(project: ForeignProject, steps: int, reason: str) -> No
 
 
 def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
-    """Set the intervals of saving and sampling in steps; intervals in epochs are converted."""
+    """Set how often to save and sample, in steps; intervals in epochs are converted."""
     training = project.training_options
     for option, interval in project.epoch_intervals.items():
         _set_epoch_interval(project, option, interval, epoch.steps)

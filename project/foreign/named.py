@@ -87,7 +87,7 @@ def _adopt_option(
     """Adopt the value of an option; with `is_set_by_new`, `new` would otherwise choose a value itself.
 
     Raises:
-        ValueError: If the option cannot have the value.
+        ValueError: If the option does not accept the value.
     """
     if option.reaches_out:
         raise ValueError(f"--{key} can only be set on the command line of the training")

@@ -21,9 +21,9 @@ _ADAFACTOR_SETS_WARMUP = "Adafactor with relative_step has its own warm-up, warm
 
 
 def resolve_optimizer(project: ForeignProject, memory: float) -> None:
-    """Set the optimizer of a foreign project and its arguments as training options; report the others.
+    """Set another trainer's optimizer and its arguments as training options; report unsupported ones.
 
-    `memory` is the card's memory in GiB; 0 means a CPU.
+    `memory` is the GPU memory in GiB; 0 means a CPU.
     """
     training = project.training_options
     if training.get("optimizer_type") is None:
@@ -103,7 +103,7 @@ def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
 
 
 def _write_optimizer_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
-    """Write the optimizer's arguments to `optimizer_args`; report those that it does not have here."""
+    """Write the optimizer's arguments to `optimizer_args`; report those that are not supported here."""
     known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)  # None: all arguments are accepted
     assignments = []
     for name, value in arguments.items():

@@ -42,7 +42,7 @@ _TRAINING_SCRIPT_KEYS = re.compile(
 
 
 def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
-    """Read another trainer's project file, and translate its keys to our options.
+    """Read another trainer's project file, and translate its keys to this program's options.
 
     1. Read the values of the file, and of additional files that it names.
     2. Find the kind of run and the trained networks, and add the trainer's defaults for missing keys.
@@ -153,7 +153,7 @@ def _join_numbers_with_units(project: ForeignProject, program: Program, values: 
 
 
 def _recognize_program(path: Path, values: Mapping[str, Any]) -> Program:
-    """Return the trainer that a project file belongs to, recognized by its suffix and its keys."""
+    """Return the trainer that wrote a project file, recognized by the file's suffix and keys."""
     key_patterns = {without_numbers(key).removeprefix("--") for key in values}
     for program in PROGRAMS:
         if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.identifying_keys):

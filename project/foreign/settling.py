@@ -176,7 +176,7 @@ def _set_default_alpha(project: ForeignProject) -> None:
 
 
 def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) -> None:
-    """Replace defaults of `new` for full training that do not fit the optimizer and schedule of the project.
+    """Replace defaults of `new` for full training that conflict with the project's optimizer and schedule.
 
     `new` sets Adafactor with fused_backward_pass, its arguments, no gradient clipping, and a warm-up.
     """

@@ -41,7 +41,7 @@ def full_training_command(model: ModelSet) -> list[str]:
 
 
 def why_not_full(model: ModelSet, memory: float) -> str | None:
-    """Return why full training of a model is impossible on a card of `memory` GiB; None if it is possible.
+    """Return why full training of a model is impossible in `memory` GiB of GPU memory; None if possible.
 
     If `memory` is 0, the run is on the CPU.
     """
@@ -97,7 +97,7 @@ def derive_intervals(steps: int, saves_models: bool) -> dict[str, int]:
 def describe_full(model: ModelSet, memory: float) -> list[str]:
     """Return lines about the memory and the disk space that full training needs.
 
-    `memory` is the card's memory in GiB; 0 means a CPU.
+    `memory` is the GPU memory in GiB; 0 means a CPU.
     """
     weights = transformer_bytes(model)
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
