@@ -224,7 +224,7 @@ def latent_errors(
 def _find_mask_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
 ) -> Iterator[str]:
-    """Yield an error if the loss mask does not come from where the table requires (alpha or a file)."""
+    """Yield an error if the loss mask does not come from where the table requires: alpha, a file, or none."""
     table = item.table
     if record is not None:
         mask_origin = record.options.get("mask")
@@ -489,8 +489,8 @@ class SameEncoders:
     def difference(self, origins: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
-        `origins` are those of the batch's caches, each for a part such as latents. Each part is
-        reported once.
+        `origins` say who made the batch's caches, one for each part such as latents. Each part is reported
+        only once.
         """
         lines: list[str] = []
         latents_differ = texts_differ = False

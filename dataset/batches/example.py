@@ -62,7 +62,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
 
 
 def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
-    """Add an item's files on disk, found by listing its table; tars, downloads and tensors are left out."""
+    """Add an item's local files, found by listing its table; tar members and downloads are omitted."""
     from dataset.listing import find_sources  # only for lists and companions
 
     sources = find_sources(item.table, captions=False, faults=[])

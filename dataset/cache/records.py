@@ -392,9 +392,9 @@ class CacheChecks:
         self.checked.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
-        """Return the first existing source file that has changed since its identity was recorded.
+        """Return the first existing media file that has changed since its identity was recorded, or None.
 
-        `folders` has the folder of each file, or None if it is unknown.
+        `folders` contains the folder of each file, or None if it is unknown.
         """
         for folder, file in zip(folders, files, strict=True):
             if folder is None:

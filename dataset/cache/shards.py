@@ -192,7 +192,7 @@ class ShardStore:
         self._opened = {}
 
     def _read_with_retry(self, name: str, read: Callable[[EntryRow], T]) -> T:
-        """Call `read` with an entry's row and return the result; if it fails, reload the shards and try again
+        """Call `read` with an entry's row and return the result; if that fails, reload the shards and retry.
 
         Another process may have merged the shards since they were listed.
         """

@@ -253,7 +253,7 @@ def _reject_unsuitable(
 
 
 def _join_cluster(ray: Any, options: RayOptions) -> None:
-    """Connect to the Ray cluster of --address, or start Ray on this machine."""
+    """Connect to the Ray cluster of --address, or start Ray on this machine with enough CPU slots."""
     settings: dict[str, Any] = {"address": options.address or "local", "runtime_env": {}}
     if not PREFIX:  # not an installed package, so actors need the path of our modules
         paths = [str(ROOT)]

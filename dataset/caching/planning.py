@@ -293,11 +293,11 @@ class SourcePlanner:
         )
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return a key that is equal for sources with equal plans; None if the plan must be made in full.
+        """Return a key that is equal for media files with equal plans; None if the plan must be made in full.
 
-        The key has all that `plan` depends on except the source files: the table, which kinds of files the
-        source has, and the settings in the records of its caches. It is None if a source file has changed,
-        a cache has no valid record, or a record is from a version that decoded sources differently.
+        The key has all that `plan` depends on except the media files: the table, which kinds of files an item
+        has, and the settings in the records of its caches. It is None if a file has changed, a cache has no
+        valid record, or a record is from a version that decoded media differently.
         """
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has

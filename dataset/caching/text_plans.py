@@ -325,7 +325,7 @@ def plan_texts(
 
 
 def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensors: bool) -> CaptionFile:
-    """Return a text with the encoders that still have to run, from its finished and unfinished cache.
+    """Return a caption with the encoders that still have to run, judged by its finished and `.part` cache.
 
     With `verifies_tensors`, tensors are compared with their checksums, too.
     """

@@ -214,19 +214,19 @@ class MediaWork:
         self._encoders: MediaEncoders | None = None
 
     def encode(self, sources: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
-        """Encode the items of `sources` that have no valid cache entry.
+        """Encode the items of `sources` that have no valid cache.
 
-        1. Plan which items of each source are missing, by comparing its caches with the sources.
+        1. Plan which items of each media file are missing, by comparing its caches with it.
         2. Copy latents that another model with the same VAE has cached.
-        3. Decode the remaining sources in threads, encode their missing items in batches, and write them.
+        3. Decode the remaining files in threads, encode their missing items in batches, and write them.
         4. Encode the audio of the clips, if it has separate caches.
 
-        A source that cannot be read becomes a failure in the report and does not stop the run. `label` names
-        this share of the work; None means that no progress is shown.
+        An unreadable media file becomes a failure in the report and does not stop the run. `label` names this
+        share of the work; None means that no progress is shown.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
-            OutputError: If an entry cannot be written.
+            OutputError: If a cache file cannot be written.
         """
         workers = prefetch.workers_of(self._options)
         shows = label is not None

@@ -24,10 +24,9 @@ class Epoch:
 def select_length(
     project: ForeignProject, options: NewOptions, steps_per_epoch: int, num_files: int
 ) -> NewOptions:
-    """Return the options with the number of training steps that a project file asks for.
+    """Return the options with the number of training steps that a project file sets.
 
-    Epochs are converted to steps. `steps_per_epoch` is that of the
-    dataset.toml that is written, if all of its files are used.
+    Epochs are converted to steps. `steps_per_epoch` is for the new dataset.toml, with all of its files.
     """
     epoch = Epoch(_count_steps_per_epoch(project, steps_per_epoch), num_files)
     file_steps = _read_file_steps(project)

@@ -70,7 +70,7 @@ def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
 
 
 def _rules_of_video() -> dict[str, KeyRule]:
-    """Map the keys of LTX-Trainer's video conditions to training options, or to a reason for omission."""
+    """Return the rules for LTX-Trainer's video condition keys: training options, or reasons to omit keys."""
     start = f"{_STRATEGY_TABLE}.video.conditions"
     return {
         f"{start}.first_frame.type": omitted("its probability says so"),
