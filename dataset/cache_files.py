@@ -1,6 +1,6 @@
 """Cache files: names of files and tensors, reading and writing, and the protocol of a store of cache files.
 
-Names and tensors are those of musubi-tuner, so that files can be exchanged. The metadata also records the
+Names and tensors are the same as in musubi-tuner, so that files can be exchanged. The metadata also records the
 origin of a file (see records.py).
 """
 
@@ -179,7 +179,7 @@ def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
 
 
 def is_text_name(file_name: str, tag: str) -> bool:
-    """Return whether a file name is that of any text cache of the family."""
+    """Return whether a file name belongs to any text cache of the family."""
     if "_te." not in file_name:  # fast path: half of a million names are latents
         return False
     return (
@@ -190,7 +190,7 @@ def is_text_name(file_name: str, tag: str) -> bool:
 
 
 def is_empty_text_name(file_name: str, tag: str) -> bool:
-    """Return whether a file name is that of an empty prompt's cache, for a folder or a single item."""
+    """Return whether a file name belongs to an empty prompt's cache, for a folder or a single item."""
     name = empty_text_name(tag)
     return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
 
@@ -204,7 +204,7 @@ def parse_text_name(file_name: str, tag: str) -> str | None:
 
 
 def is_cache_name(name: str) -> bool:
-    """Return whether a file name is that of a cache of any model family."""
+    """Return whether a file name belongs to a cache of any model family."""
     return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
 
 
@@ -435,7 +435,7 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> bool:
-    """Return whether a file's tensor names are those of the family's latent caches (a LoRA has others).
+    """Return whether a file's tensor names show that it is a latent cache of the family, not a LoRA.
 
     Args:
         entry: Cache file or its header.
@@ -449,7 +449,7 @@ def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> boo
 
 
 def is_text_cache(entry: Entry, architecture: str) -> bool:
-    """Return whether a file's tensor names are those of the family's text caches."""
+    """Return whether a file's tensor names show that it is a text cache of the family."""
     return not entry.grids and _all_cache_names(entry) and entry.metadata.get("architecture") == architecture
 
 

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 TOP_LEVEL = ("general", "datasets")
 MAX_LISTED = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both layouts of dataset files
-# keys that only tables with subsets have, and the end of the message about such a key elsewhere
+# keys that only tables with subsets have, and the end of the message if another table has the key
 KEYS_OF_SUBSETS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
     "it out, or convert the file to that layout"
@@ -56,7 +56,7 @@ KEYS_OF_SUBSETS = {
 # A table of audio files is read as a table of clips with 25 black frames a second, which no network sees.
 # source key of audio files -> source key of clips
 VIDEO_KEY_OF_AUDIO_KEY = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
-# values of such a table that cannot be changed
+# values of these tables that cannot be changed
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
 # its defaults: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
 FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
@@ -545,7 +545,7 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
 
 
 def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Convert the keys of an audio table to those of a table of clips with black frames."""
+    """Convert the keys of an audio table to keys for a table of clips with black frames."""
     for key in forms.LENGTHS:
         if key in entry:
             logger.info("%s: not needed: audio is never padded, its last few frames are cut off", key)
@@ -553,7 +553,7 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
         if key in entry:
             logger.info("%s: ignored, because audio files have no images", key)
     defaults = {key: value for key, value in FULL_AUDIO.items() if key not in general}
-    if "target_frames" in entry:  # the clips have these lengths, not that of the file
+    if "target_frames" in entry:  # the clips have these lengths, not the length of the file
         defaults.pop("frame_extraction", None)
     declared = {key: value for key, value in entry.items() if key != source_key and key not in forms.LENGTHS}
     return {**defaults, **declared, **BLACK, VIDEO_KEY_OF_AUDIO_KEY[source_key]: entry[source_key]}

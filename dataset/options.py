@@ -171,7 +171,7 @@ class EmptyPromptOptions(Options, title="caching"):
 
 
 class CachingInRunOptions(Options, title="caches made by this command"):
-    """Which caches training makes itself. Without these options, it reads those of the caching commands."""
+    """Which caches training makes itself. Without these options, it reads the caching commands' caches."""
 
     cache_latents: bool = option("encode all images once and keep their latents", often=True)
     cache_latents_to_disk: bool = option("the same, in files next to the images")

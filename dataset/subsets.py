@@ -306,7 +306,7 @@ def _size_errors(values: Table) -> list[str]:
 def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
     """Raise DatasetError if keys of a table change items at random, because such items cannot be cached.
 
-    `keys` are the keys that do so. `what` is what they change, "latents" or "texts".
+    `keys` are these keys. `what` is what they change, "latents" or "texts".
     """
     if keys:
         raise DatasetError(

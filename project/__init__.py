@@ -18,13 +18,13 @@ checked: what a check has found good, for the run
 known_folders: remembers which folders were described or read here
 options: shared parts of the options below, names and checks
 new_options: options of new_project.py alone
-run_options: options of run_project.py, and those of its training
+run_options: options of run_project.py and of its training
 running: runs the commands of a described folder
 on_end: starts the command of --on_end, says how a run ended
 pack_options: options of tools/pack.py and tools/unpack.py
 packing: makes one file of a described folder
 relocating: replaces paths of this machine in a folder's texts
-unpacking: makes the folder of such a file again
+unpacking: makes a folder from a packed file again
 script_facts: options of a script that trains, asked from the script
 foreign/: projects of other trainers, which `new --from` reads
 recipes/: values of a training in a file, for `new --recipe`

@@ -43,7 +43,7 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
 def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> bool:
     """Return whether an earlier check found no errors, and none of the files it read has changed since.
 
-    `folder` is the project folder, `commands` are those of its run, `model_files` the model's paths.
+    `folder` is the project folder, `commands` are its run's commands, `model_files` the model's paths.
     """
     try:
         content = parse_json(read_text(folder / CHECK_RECORD, MAX_BYTES))

@@ -158,7 +158,7 @@ class Edit:
 
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
-    """Return the training size: that of the file with the median area, at most the model's default area.
+    """Return the training size: the size of the file with the median area, at most the model's area.
 
     The default size is returned if no file has a size.
     """
@@ -671,7 +671,7 @@ def _list_arguments(setup: RunSetup, step: str) -> list[str]:
 def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
     """Return the text of run.toml: the training options and the commands of the run.
 
-    Options of the model come first; those of the kind of run, of its length and saving, and of another
+    Options of the model come first. Options for the kind of run, its length and saving, and of another
     trainer's project or a recipe override earlier ones.
     """
     values = setup.kind.adapt_options(_model_values(setup), setup.memory)

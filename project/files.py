@@ -175,7 +175,7 @@ def _print_report(
     options = setup.options
     problems = _check_dataset(setup, texts[options.folder / DATASET_FILE])
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
-    # the order of the lines is that of the decisions: model, captions, tags, then problems
+    # lines are in the order of the decisions: model, captions, tags, then problems
     lines += adopted_lines
     lines += _describe_choice(setup, remarks)
     lines += _describe_captions(setup)

@@ -22,7 +22,7 @@ from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, read_content, read_text
 
 JSON = ".json"
-# column names, in addition to those of dataset tables
+# column names, in addition to the names in dataset tables
 # fmt: off
 ALL_PATH_COLUMNS = (
     "image_path", "video_path", "audio_path", *PATH_COLUMNS, "filename", "file", "file_path", "filepath",
@@ -119,7 +119,7 @@ def _add_captions_of_list(
         elif not _is_text(caption, f"{path}: {media.name}"):
             files_without_text.append(media.name)
         else:
-            # of several lists, the first one decides
+            # if several lists have a caption, the first one decides
             caption_lists.by_path.setdefault(media, caption.strip())
             count += 1
     if count:

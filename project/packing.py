@@ -346,5 +346,5 @@ def _write_archive(output: Path, name: str, members: Sequence[PackMember]) -> No
 def _describe_member(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name, FIRST_DAY)
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
-    entry.create_system = 3  # Unix, on all systems: its rights are those of external_attr
+    entry.create_system = 3  # Unix, on all systems: the file mode is in external_attr
     return entry

@@ -27,7 +27,7 @@ class AdoptableOption:
     kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
     default: Any  # None without a default
-    reaches_out: bool  # it may name code, or files and addresses elsewhere
+    reaches_out: bool  # it may name code, or files and URLs elsewhere
 
     def read(self, value: Any) -> Any:
         """Convert a value from another trainer's file to the type of this option.

@@ -83,7 +83,7 @@ class RunTrace:
             working_folder=str(Path.cwd()),
         )
         self._training_history_path = history_path(output, name)
-        # a separate history, which ends where that of the training begins
+        # a separate history, which ends where the training script's history begins
         self._history = History(history_path(output, f"{name}{BEFORE_TRAINING}"), session=1)
         with self._ignore_write_errors():
             output.mkdir(parents=True, exist_ok=True)

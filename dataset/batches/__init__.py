@@ -4,7 +4,7 @@ checks: whether cached entries are what is asked for
 example: find the files of one training item
 finding: find training items by names of cache files
 given_parts: regions and times of items that a training may give
-items: training items, and what is encoded while training
+items: training items, and what is encoded during training
 order: order of batches, captions of samples, what is validated on
 reading: read, verify and stack cached items when they are needed
 starting: check caches and sources before a model is loaded

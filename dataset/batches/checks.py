@@ -56,7 +56,7 @@ def check_channels(
     without_fps: list[Path] = []  # caches of other programs
     for group in group_items(items).values():  # by table and size
         item = group[-1]
-        if item.cache_info.on_the_fly_buckets is not None:  # encoded while training: there is no cache
+        if item.cache_info.on_the_fly_buckets is not None:  # encoded during training: there is no cache
             continue
         header = stores.latent_store(item.table).read(item.latent_path.name, is_full=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
@@ -469,7 +469,7 @@ _OPTIONAL_CONDITIONS = frozenset({"image", "sections"})
 
 @dataclass
 class SameEncoders:
-    """Comparison of the encoders that made each batch's caches with those of the first batch.
+    """Checks that all batches' caches were made by the encoders that made the first batch's.
 
     There is one warning for the latents and one for each text encoder. A difference is never an error: files
     with different fingerprints may contain the same network, and a different dtype makes only a small
@@ -481,7 +481,7 @@ class SameEncoders:
     _warned: set[str] = field(default_factory=set)  # parts with a warning
 
     def warn(self, origins: Iterable[data.CacheOrigin]) -> None:
-        """Log a warning if the batch's encoders differ from those of earlier batches."""
+        """Log a warning if the batch's encoders differ from earlier batches' encoders."""
         warning = self.difference(origins)
         if warning is not None:
             logger.warning(warning)
@@ -512,7 +512,7 @@ class SameEncoders:
                 texts_differ = True
             for cache in (first, origin):
                 identity = {key: cache.encoder.get(key, "none") for key in changed}
-                # a fingerprint is that of a network's file; other values are, for example, a dtype
+                # only network files have a fingerprint; other values are, for example, a dtype
                 networks_differ |= any(map(_FINGERPRINT.fullmatch, identity.values()))
                 values = [f"{key} {shorten_fingerprint(value)}" for key, value in identity.items()]
                 lines.append(f"{cache.path}: {', '.join(values)}")

@@ -35,7 +35,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return an item's media files and caption for an example command; what cannot be found is omitted."""
     table = item.table
     cached_keys: frozenset[str] = frozenset()
-    if item.cache_info.on_the_fly_buckets is None:  # its latents are cached, not encoded while training
+    if item.cache_info.on_the_fly_buckets is None:  # its latents are cached, not encoded during training
         with contextlib.suppress(UserError, OSError):
             cached_keys = stores.latent_store(table).read(item.file_name, is_full=False).keys
     example = ExampleItem(

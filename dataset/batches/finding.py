@@ -111,7 +111,7 @@ def find_items(
         )
     if audio is not None and audio.audio_only:
         listing.why_audio_is_needed = "only audio is learned"
-    # the audio of tables that are encoded while training is not known yet
+    # the audio of tables that are encoded during training is not known yet
     expects_audio_caches = audio is not None and not audio.is_in_latent_cache and not live
     if expects_audio_caches and listing.items and not any(item.has_cached_audio for item in listing.items):
         listing.trained_but_absent_audio = audio
@@ -160,7 +160,7 @@ def _add_table(
     audio_caches = None
     if audio is not None and has_audio_caches(table, audio):
         audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, listing=listing)
-    del names, text_names  # frees memory: there may be a million names, and they are not needed any more
+    del names, text_names  # frees memory: there may be a million names, which are no longer needed
     has_latents = _add_items(
         listing,
         table=table,
@@ -368,7 +368,7 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:
-        if item.cache_info.on_the_fly_buckets is not None:  # encoded while training
+        if item.cache_info.on_the_fly_buckets is not None:  # encoded during training
             source = item.cache_info.on_the_fly_sources[item.source_stem]
             references: Sequence[object] = source.control or source.references
         else:
@@ -405,7 +405,7 @@ class _TextCaches:
         unfinished_ending = self._ending + cache_files.PART
         # reported by `count_or_report` if their source has latents
         self._unfinished_first_captions = {name for name in unfinished if name.endswith(unfinished_ending)}
-        for name in unfinished:  # those of other captions and of empty prompts
+        for name in unfinished:  # caches of other captions and of empty prompts
             if self._is_used(name.removesuffix(cache_files.PART)):
                 listing.unfinished_text[table.cache_directory / name] = None
         # number of captions by stem, for stems with several

@@ -1,4 +1,4 @@
-"""Training items as the loops see them, and what is encoded while training."""
+"""Training items as the loops see them, and what is encoded during training."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ class TableCacheInfo:
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # names of the tensors that a complete text cache has
-    has_cached_texts: bool = True  # False: captions are encoded while training
-    # bucket by stem, of images that are encoded while training; None: the table's latents are cached
+    has_cached_texts: bool = True  # False: captions are encoded during training
+    # bucket by stem, of images that are encoded during training; None: the table's latents are cached
     on_the_fly_buckets: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
-    # sources by stem, if media or captions are read from them while training
+    # sources by stem, if media or captions are read from them during training
     on_the_fly_sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
     # checksum of the record, by name of a cache file, from the index of the caches. Such a record is not
     # compared with the table and its sources again, because the index is used only if these are unchanged

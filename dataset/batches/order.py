@@ -104,7 +104,7 @@ class BatchOrder:
     def group_items_before(self, epoch: int, index: int) -> int:
         """Return how many items of a batch's table group are trained before the batch, over all epochs.
 
-        The table group (`DatasetTable.batch_group`) is that of the tables from which the batch's items come.
+        The batch's items come from tables of one table group (`DatasetTable.batch_group`).
         """
         batches = self.epoch(epoch)
         if not self._group_starts:
@@ -448,7 +448,7 @@ def select_captions(
 def should_drop_references(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> bool:
     """Return whether reference dropout removes the references of a batch.
 
-    `micro_batch` is the index of the micro-batch in the training run, from which the random number is drawn.
+    `micro_batch` is the index of the micro-batch in the training run; with the seed, it decides.
     """
     rate = items[0].table.reference_dropout_rate  # all items of a batch have the same rate
     generator = random.Random(derive_seed(seed, "references", micro_batch))

@@ -38,7 +38,7 @@ FRAMES_DIFFER = (
     "if the rates differ, as here, the frames do not match. Cache again: only such caches change.\n  %s"
 )
 DECODED_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
-MAX_DECODED = 100  # clips of which a frame is decoded
+MAX_DECODED = 100  # clips that are decoded for one frame
 MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # limits of what is read from caches: takes a few seconds
 MAX_LISTED = 50_000  # files of a folder, captions among them
 UNKNOWN_ENCODERS: Mapping[str, Mapping[str, str]] = {}  # for a training run that does not know its encoders
@@ -57,7 +57,7 @@ def check_caches(
     """Read caches before training begins: all caches of a small dataset, a sample of a large one.
 
     1. Read each sampled item as a batch of one, which raises an error if a cache is damaged or outdated.
-    2. Compare its text encoders with those of the trained model, and let the family check its texts.
+    2. Compare its text encoders with the trained model's, and let the family check its texts.
     3. Warn about caches from earlier versions, and about clips that lack some of their caches.
 
     At most MAX_READ items and captions and MAX_READ_BYTES are read; additional captions of an item come
@@ -256,7 +256,7 @@ def compare_sources(
 ) -> None:
     """Warn about media files without latents, latents without a media file, and audio that is not cached.
 
-    The differences are in the index of the caches, or the folder is listed unless it has more than MAX_LISTED
+    The differences are read from the index of the caches, or the folder is listed if it has at most MAX_LISTED
     files.
 
     Args:

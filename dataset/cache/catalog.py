@@ -123,7 +123,7 @@ class Catalog:
         # shards that were cut or changed: none of their entries is used
         self.damaged_shards: set[str] = set()
         self.problems: list[str] = []  # messages about shards that cannot be used
-        # total size of all rows by SQLite shard, including those of replaced entries
+        # total size of all rows by SQLite shard, including replaced entries
         self.stored_bytes: dict[str, int] = {}
         self.entries: dict[str, EntryRow] = {}  # by name
         for name in self.shard_sizes:

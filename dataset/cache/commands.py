@@ -80,7 +80,7 @@ def recall_options(
     kinds: Sequence[str] = KINDS,
     for_training: bool = False,
 ) -> list[RepeatedOption]:
-    """Return the options with which the caches in these folders were made, in the order of the folders.
+    """Return the options that were used to make the caches in these folders, in the order of the folders.
 
     With `for_training`, options that training from the caches needs are included. A path is returned as typed
     if the command was run in the current folder, otherwise as an absolute path. Unknown options, and paths of

@@ -69,7 +69,7 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    """Return whether a file name is that of the family's latents, audio latents or text embeddings.
+    """Return whether a file is the family's cache of latents, audio latents or text embeddings, by its name.
 
     Unfinished text embeddings count, too. `tag` is the family's cache_tag; `kind` is that of the table,
     "image" or "video".

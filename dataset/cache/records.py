@@ -264,7 +264,7 @@ def is_unchanged(recorded: FileIdentity, path: Path, origin: Origin | None = Non
 
     Raises:
         OSError: If the file is missing.
-        MediaError: If a folder has no images any more.
+        MediaError: If a folder no longer has images.
     """
     if isinstance(origin, Remote) and not path.exists():
         return recorded.name == path.name  # the name includes a hash of the address

@@ -99,7 +99,7 @@ class ShardStore:
         return self._read_with_retry(name, read_header)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read the bytes of a cache file, which are those of a safetensors file.
+        """Read the bytes of a cache entry: a complete safetensors file.
 
         Raises:
             CacheError: If the file is missing from the shards or damaged.
@@ -128,7 +128,7 @@ class ShardStore:
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
             replaced = catalog.entries.get(name)
-            # of several rows of an entry, the one with the highest generation is used
+            # if an entry has several rows, the one with the highest generation is used
             generation = 0 if replaced is None else replaced.generation + 1
             catalog.entries[name] = self._writer.put(encode_name(name), generation, data)
 
@@ -224,7 +224,7 @@ class ShardStore:
             if shard not in self._opened:
                 if len(self._opened) >= MAX_OPEN:
                     oldest = next(iter(self._opened))
-                    self._opened.pop(oldest)  # closed when no thread reads from it any more
+                    self._opened.pop(oldest)  # closed when no thread reads from it
                 self._opened[shard] = open_shard(self.folder / shard)
             return self._opened[shard]
 
@@ -237,7 +237,7 @@ def _finished(shards: Mapping[str, int]) -> dict[str, int]:
 def _read_row(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes:
     """Return the bytes of an entry.
 
-    `connection` is that of its shard; None for a tar.
+    `connection` is open on its shard; None for a tar.
 
     Raises:
         CacheError: If the bytes are missing or differ from those written.

@@ -182,7 +182,7 @@ def may_have_both_formats(table: DatasetTable, names: Collection[str] | None = N
     folder = table.cache_directory
     if table.cache_format == "shards":
         return True
-    if table.cache_format != "files":  # files next to shared caches may be those of another training run
+    if table.cache_format != "files":  # files next to shared caches may belong to another training run
         return False
     if names is None:
         names = os.listdir(folder) if folder.is_dir() else ()
@@ -263,7 +263,7 @@ class LatentNames:
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
         """Collect the names of the latent caches without opening any.
 
-        `kind` is that of the table, "image" or "video".
+        `kind` is the table's kind, "image" or "video".
         """
         self._endings: dict[str, LatentName] = {}  # parsed name by ending
         self._files: dict[str, tuple[str, ...]] = {}  # file names by stem; most stems have one
@@ -295,7 +295,7 @@ def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[E
     Args:
         store: Store with the cache files.
         names: Names of caches without a media file, listed before the run listed its media.
-        is_cache: Returns whether a header is that of a cache, not of another safetensors file.
+        is_cache: Returns whether a header belongs to a cache, not to another safetensors file.
     """
     if store.is_shared:
         return 0

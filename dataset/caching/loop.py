@@ -179,7 +179,7 @@ def _write_indexes(
     report: CacheReport,
     fingerprints: Mapping[int, str | None],
 ) -> None:
-    """Write the results of a caching run to each table's index file, from which training lists the caches.
+    """Write the results of a caching run to each table's index file, which training reads.
 
     `fingerprints` are the hashes of the tables, by table index.
     """
@@ -188,7 +188,7 @@ def _write_indexes(
             continue
         left_out = {}
         for failure in (*report.failures, *report.dropped):
-            # the path of a failure of the whole list is that of the table, not of a source
+            # if the whole list failed, the failure has the path of the table, not of a media file
             if failure.table == table.index and failure.path != table.source:
                 left_out[failure.stem] = str(failure.path)
         write_index(
@@ -242,7 +242,7 @@ def run_caching(
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(INTERRUPTED_NOTE) from None
-    if report.is_main:  # one of several processes writes for all
+    if report.is_main:  # one process writes for all of them
         next_command.remember()  # stores this command's options for training
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config=config, report=report, fingerprints=fingerprints)

@@ -470,7 +470,7 @@ class SourcePlanner:
         """Return the width, height and frame count of the full item, or one for each of its sections."""
         _, num_frames = span
         if self.table.kind == "image":
-            # with multiple_target, the number of frames is that of the image's layers
+            # with multiple_target, the image's layers count as frames
             size = (*bucket, num_frames) if self.table.multiple_target else bucket
             return [size] * (num_sections or 1)
         if num_sections is not None:

@@ -34,7 +34,7 @@ def reject_moments(family: Caches, table: DatasetTable) -> None:
 
 
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Check precomputed VAE moments, and omit those of first frames if the family does not use them.
+    """Check precomputed VAE moments, and omit first-frame moments if the family does not use them.
 
     Unreadable files are reported later, by caching.
 

@@ -312,7 +312,7 @@ class MediaWork:
         count = 0
         if self._audio is not None:
             count += self._audio.remove_stale(table, valid_names, failed)
-        # files of this table that no item has, without those of sources that could not be read
+        # files of this table that no item has, except files of media that could not be read
         stale = self._existing[table.index].list_stale(valid_names, failed)
         if stale:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)

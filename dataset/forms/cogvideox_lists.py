@@ -18,7 +18,7 @@ from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 
-# folders next to that of the clips
+# folders next to the folder of the clips
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 # default names of the two lists; the tools of CogVideoX write prompts.txt
 PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
@@ -126,7 +126,7 @@ class _Clips(NamedTuple):
 
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
-    """Return the rows of two text files, pairing each line of the prompts with that of the videos."""
+    """Return the rows of two text files: each line of the prompts with the same line of the videos."""
     prompt_list = root / (table.caption_column or _find_prompts(root, name))
     video_list = root / (table.require_format_keys(CogVideoXKeys).video_column or VIDEOS)
     _require_list(prompt_list, "caption_column", name)
@@ -240,7 +240,7 @@ class _TensorFolder(NamedTuple):
 def _find_tensors(
     row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]
 ) -> CogVideoXTensors | None:
-    """Return a clip's precomputed tensors: those of X/videos/NAME.mp4 are X/video_latents/NAME.pt and so on.
+    """Return a clip's precomputed tensors: X/video_latents/NAME.pt etc. for X/videos/NAME.mp4.
 
     Without a folder of embeddings, captions are encoded as usual. If a file is missing, a fault is added to
     `faults` and None is returned.

@@ -82,7 +82,7 @@ def _list_keys_of(source: str, source_format: SourceFormat) -> frozenset[str]:
 KEYS_OF_SOURCE: Mapping[str, frozenset[str]] = {
     source: _list_keys_of(source, source_format) for source, source_format in FORMAT_OF_SOURCE.items()
 }
-# formats whose rows, or whose source key, may name addresses
+# formats whose rows, or whose source key, may name URLs
 _ADDRESSING = [source_format for source_format in FORMS if "allow_urls" in source_format.shared_keys]
 # in the order in which a message lists them: JSONL last
 _ADDRESSING.sort(key=lambda source_format: source_format is JSONL)

@@ -39,7 +39,9 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
     header, rows = _open_after_header(path)
     columns = [(name, index) for index, name in enumerate(header) if names is None or name in names]
     while True:  # not a `for` loop, which an error in one row would end
-        number = rows.line_num + 1  # of the row's first line; after `next` it is that of the last
+        number = (
+            rows.line_num + 1
+        )  # number of the row's first line; after `next`, `line_num` is its last line
         try:
             cells = next(rows)
         except StopIteration:
@@ -63,7 +65,7 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
     """Return the column names of a CSV or TSV file, and a csv.reader that continues with the first row.
 
     1. Read lines up to the first one that is not blank, which names the columns, to find the delimiter.
-    2. Pass these lines again to a reader with this delimiter, so that its line numbers are those of the file.
+    2. Pass these lines again to a reader with this delimiter, so that it counts the lines of the file.
     """
     lines = table_lines(path)
     first_lines: list[str] = []

@@ -49,7 +49,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         texts.append(text)
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in entries.values()):
         logger.info("%s: %s is not needed: sizes are read from the images themselves", table.name, SIZE_KEY)
-    # images of several folders may have equal names, so stems get a hash
+    # images in different folders may have equal names, so stems get a hash
     stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
     for image, text, stem in zip(images, texts, stems, strict=True):
@@ -103,7 +103,7 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
         return path
     parent = path.parent
     if parent not in images_of_folders:
-        # in reverse order, so that of several files with the same stem the first one stays
+        # in reverse order, so that the first of the files with the same stem stays
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         images = [entry for entry in entries if entry.suffix.lower() in image_suffixes()]
         images_of_folders[parent] = {image.stem: image for image in images}

@@ -133,7 +133,7 @@ class NpzStore:
     # --- names ---
 
     def _is_text(self, name: str) -> bool:
-        """Return whether a file name is that of a text cache."""
+        """Return whether a file name belongs to a text cache."""
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
@@ -233,7 +233,7 @@ class NpzStore:
     # --- latents ---
 
     def _sizes(self, name: str) -> tuple[Size, Size]:
-        """Return two sizes of an image: its own, from the name of its cache file, and that of its bucket."""
+        """Return two sizes of an image: its own, from its cache file's name, and its bucket."""
         parsed = cache_files.parse_latent_name(name, self.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
@@ -280,7 +280,7 @@ class NpzStore:
     ) -> cache_files.Entry:
         """Return latents that another trainer wrote; raise CacheError if they do not match the table.
 
-        `arrays` are those of one resolution, by name without suffix; `grid` is the latents' height and width.
+        `arrays` belong to one resolution, by name without suffix; `grid` is the latents' height and width.
         """
         needed_by = {}  # array -> key of the table that needs it; the caller has checked that latents exist
         if self.table.augmentation.flip:

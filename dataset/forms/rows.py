@@ -1,4 +1,4 @@
-"""Turn the rows of lists and tables into sources: paths or addresses, captions, control media, masks."""
+"""Turn the rows of lists and tables into sources: paths or URLs, captions, control media, masks."""
 
 import contextlib
 import itertools
@@ -303,7 +303,7 @@ class RowReader:
         return protocol_error(protocol)
 
     def _read_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
-        """Return the caption of a row; with multi_caption, followed by those of its list `captions`."""
+        """Return the caption of a row; with multi_caption, followed by its list `captions`."""
         name = self.caption_column
         caption = None
         if name is not None:
@@ -514,7 +514,7 @@ def find_missing_companions(
 
 
 def _show(value: Any) -> str:
-    """Return the beginning of a value for a message, without passwords in addresses."""
+    """Return the beginning of a value for a message, without passwords in URLs."""
     return hide_secrets(json.dumps(value, default=repr)[:80])
 
 

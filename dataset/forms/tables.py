@@ -1,4 +1,4 @@
-"""Tables of any format and origin, with a column of paths, addresses or files."""
+"""Tables of any format and origin, with a column of paths, URLs or files."""
 
 from dataclasses import dataclass
 from pathlib import Path

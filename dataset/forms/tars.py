@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 class TarKeys:
     """The keys that only dataset tables of tar files have."""
 
-    tars: tuple[str, ...] = of_kind(forms.TARS)  # paths, globs or addresses
+    tars: tuple[str, ...] = of_kind(forms.TARS)  # paths, glob patterns or URLs
     folder = None  # there is no default: the dataset file has to name a cache_directory
 
     @property

@@ -389,7 +389,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
             info = tar.next()
         except TarDamage:
             raise
-        except Exception as error:  # `tarfile` passes on errors of several modules
+        except Exception as error:  # `tarfile` passes on errors of the modules that it uses
             # EINVAL: a damaged header makes `tarfile` seek to an invalid position
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise

@@ -40,7 +40,7 @@ PIECE = 1 << 20  # bytes that are read at once
 
 
 def check_tar(path: Path) -> None:
-    """Raise MediaError if the first header of a downloaded file is not that of a tar."""
+    """Raise MediaError if a downloaded file does not begin with a tar header."""
     if not tarfile.is_tarfile(path):
         raise MediaError(f"{path} is not a tar.")
 

@@ -136,7 +136,7 @@ def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
 def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
     """Return the end of a warning about an unread column if a value suggests a file; otherwise None.
 
-    A column whose name resembles that of a column in use is reported, too.
+    A column with a name similar to a column in use is reported, too.
 
     Args:
         name: Name of the column.
@@ -185,7 +185,7 @@ def _find_similar(name: str, table: DatasetTable) -> str | None:
 
 
 def _make_hint(name: str, table: DatasetTable) -> str | None:
-    """Return a hint for an unread column whose name resembles that of a read column; None for others."""
+    """Return a hint for an unread column with a name similar to a column in use; None for others."""
     name_parts = set(re.split(r"[^a-z]+", name.lower()))
     similar = _find_similar(name, table)
     for column, (contents, synonyms) in COLUMN_SYNONYMS.items():

@@ -5,7 +5,7 @@ clock: which frames of controls and masks go with a clip
 companions: references of clips, masks of the generated part
 colors: media with transparency, profiles or color codes
 decoding: turn a source into items to encode
-downloads: download files at addresses, each of them once
+downloads: download remote files, each of them once
 fetching: provide the files of a source on disk
 folders: list a folder, its control media, what is unused
 frames: drop frames to a rate, cut spans; masks

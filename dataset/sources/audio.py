@@ -43,7 +43,7 @@ def find_audio(source: MediaSource) -> Path:
     if source.audio is not None:
         file, origin = source.audio
         if origin is not None:
-            from dataset.sources.downloads import check_media, download  # only at addresses
+            from dataset.sources.downloads import check_media, download  # only for remote files
 
             download(origin.address, file, check=check_media)
         return file

@@ -185,7 +185,7 @@ class _Timing:
 
 
 class _TimingComparison:
-    """Compares the frame times of a clip with those of its control clip or mask, using file headers only."""
+    """Compares the frame times of a clip and its control clip or mask, using file headers only."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip

@@ -712,7 +712,7 @@ def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask:
 def spans_or_reason(
     table: DatasetTable, num_kept: int, lengths: ClipLengths
 ) -> tuple[tuple[Span, ...], str | None]:
-    """Return the spans of a clip of which `num_kept` frames are kept, and the reason if there are none."""
+    """Return the spans of a clip with `num_kept` kept frames, and the reason if there are none."""
     found_spans = spans(table, num_kept, lengths)
     if found_spans:
         return found_spans, None

@@ -1,7 +1,7 @@
-"""Download files at addresses: http:// and https:// with requests, all others with fsspec.
+"""Download remote files: http:// and https:// with requests, all others with fsspec.
 
 A file is downloaded once, even if several processes ask for it, and appears under its name when it is
-complete. Files at addresses are assumed not to change: a downloaded file is not downloaded again.
+complete. Remote files are assumed not to change: a downloaded file is not downloaded again.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from modules.paths import hide_secrets, protocol_of, short_hash
 TRIES = 3  # number of consecutive attempts that receive nothing, after which a download fails
 FIRST_WAIT = 0.5  # seconds before the second attempt; the third waits twice as long
 NUM_LOCKS = 64  # lock files in a folder, which serve all downloads
-# protocols of fsspec with which the content of a file can make fsspec open other addresses or local files
+# fsspec protocols that let the content of a file make fsspec open other URLs or local files
 OPENS_OTHER_ADDRESSES = frozenset(
     [
         "reference", "filecache", "blockcache", "simplecache", "cached", "dir", "zip", "tar", "libarchive",

@@ -14,7 +14,7 @@ from dataset.sources.media_source import MediaSource, PackedFile, Remote
 from modules.errors import MediaError
 
 PREFIX = "reelsmith-extracted-"  # beginning of the names of temporary folders
-LEFTOVER_SECONDS = 86_400.0  # age at which such a folder is a leftover, as no clip is decoded for a day
+LEFTOVER_SECONDS = 86_400.0  # age at which a temporary folder is a leftover, as no clip is decoded for a day
 # first bytes of files without a suffix, and the suffix that animations need to be recognized
 _MAGIC = (
     (b"GIF8", ".gif"),
@@ -42,7 +42,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         local_paths = []
         for path, origin in source.latent_inputs:
             if isinstance(origin, Remote):
-                from dataset.sources.downloads import check_media, download  # only at addresses
+                from dataset.sources.downloads import check_media, download  # only for remote files
 
                 download(origin.address, path, check=check_media)
             elif origin is not None:

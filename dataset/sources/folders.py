@@ -360,7 +360,7 @@ class ControlFolder:
         self._stems = stems
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory", config_path)]
         self._by_name = {path.name: path for path in entries}
-        # reversed, so that the first of several clips with the same stem stays
+        # reversed, so that the first of the clips with the same stem stays
         self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
         # videos take precedence over animations
         self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
@@ -522,7 +522,7 @@ def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Seque
 
 
 def _warn_of_unused_frames(table: DatasetTable, paths: Sequence[Path]) -> None:
-    """Log the animations and multi-page TIFFs of an image table, of which only the first image is used."""
+    """Log an image table's animations and multi-page TIFFs: only their first image is used."""
     with_several = [path for path in paths if _has_several_images(path, table)]
     animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
     _warn_of_files(
@@ -535,7 +535,7 @@ def _warn_of_unused_frames(table: DatasetTable, paths: Sequence[Path]) -> None:
 
 
 def _has_several_images(path: Path, table: DatasetTable) -> bool:
-    """Return whether a file is an animation or a TIFF of several pages."""
+    """Return whether a file is an animation or a multi-page TIFF."""
     try:
         return _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
     except MediaError:  # damaged: it stays in the table, and decoding reports the error

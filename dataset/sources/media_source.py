@@ -1,6 +1,6 @@
 """A source of a dataset: an image or clip with its caption and companions, whose files are not opened here.
 
-Its bytes are in a file on disk, in a tar, in a table, or at an address. Further below are the names of
+Its bytes are in a file on disk, in a tar, in a table, or at a URL. Further below are the names of
 sources in caches and downloads, and faults, which are collected so that one run reports all of them.
 """
 
@@ -202,7 +202,7 @@ def pause_garbage_collection() -> Iterator[None]:
 
 # characters that Windows does not allow in names, separators of folders, and control characters
 _INVALID = re.compile(r'[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff/\\:*?"<>|]')
-LONGEST_SUFFIX = 12  # characters of the suffix of an address
+LONGEST_SUFFIX = 12  # characters of a URL's suffix
 MAX_BYTES = 120  # bytes of a stem; with span, size and the family's name, a file name has at most 255 bytes
 
 

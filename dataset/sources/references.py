@@ -94,7 +94,7 @@ def _without_surplus(source: MediaSource, maximum: int) -> MediaSource:
     """Return a copy of a source with only its first `maximum` reference images."""
     if len(source.control) <= maximum:
         return source
-    # the first origin is that of the image; those of the control images follow
+    # the image's origin comes first; those of its control images follow
     end_of_controls = 1 + len(source.control)
     remote_or_packed = source.remote_or_packed[: 1 + maximum] + source.remote_or_packed[end_of_controls:]
     return replace(source, control=source.control[:maximum], remote_or_packed=remote_or_packed)

@@ -133,7 +133,7 @@ def _find_networks_of_lora(values: Mapping[str, Any], keys: tuple[str, ...]) -> 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     """Return the keys without effect in a kohya GUI file, because other keys turn their feature off.
 
-    The GUI saves all of its fields, including those of unused features.
+    The GUI saves all of its fields, including fields of unused features.
     """
     network_type = str(values.get("LoRA_type", "")).lower()
     ineffective = _find_keys_of_other_models(values)

@@ -28,7 +28,7 @@ def select_model_of_project(
 ) -> None:
     """Select the model that another trainer's project names, and report how its keys were used.
 
-    1. Read each key that names a model. A variant is a key that does so only together with another key.
+    1. Read each key that names a model. A variant key names one only together with another key.
     2. If no key names a known model, guess it from the other keys.
     3. Use the most specific of these models: its family and task become options of `new`.
 

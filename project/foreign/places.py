@@ -17,7 +17,7 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 
 
 def join_datasets(project: ForeignProject) -> None:
-    """Prepare another trainer's dataset keys for dataset.toml; those of a single folder go to [general]."""
+    """Prepare another trainer's dataset keys for dataset.toml; a single folder's keys go to [general]."""
     used_datasets: dict[str, ForeignDataset] = {}
     for name, dataset in project.datasets.items():
         if dataset.draws_fixed_number:

@@ -134,7 +134,7 @@ def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> N
     elif key.startswith("optimizer.") and (value is False or value == 0):
         project.ineffective_keys.append(
             show(key)
-        )  # an argument of another optimizer: files list those of all
+        )  # an argument of another optimizer: files list the arguments of all optimizers
     else:
         project.unknown_keys.append(show(key))
 

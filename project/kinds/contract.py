@@ -48,7 +48,7 @@ def _describe_nothing(model: ModelSet, memory: float) -> list[str]:
 
 @dataclass(frozen=True)
 class RunKind:
-    """What a run trains (LoRA, full model ...), and how its options differ from those of a LoRA run."""
+    """What a run trains (LoRA, full model ...), and how its options differ from a LoRA run's."""
 
     name: str  # value of --train
     title: str  # in sentences: "a ControlNet"
@@ -56,7 +56,7 @@ class RunKind:
     find_training_command: Callable[[ModelSet], list[str]]
     # reason why it cannot be trained with so many GiB of GPU memory (0: a CPU); None if it can
     why_unsupported: Callable[[ModelSet, float], str | None]
-    # converts the options of a LoRA's run to those of this kind, for the given memory
+    # converts the options of a LoRA run to options of this kind, for the given memory
     adapt_options: Callable[[Mapping[str, Any], float], dict[str, Any]]
     # lines about memory, disk and data, for the given memory
     describe: Callable[[ModelSet, float], list[str]] = _describe_nothing

@@ -64,7 +64,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
 
 
 def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Convert the options of a LoRA training run to those of full fine-tuning.
+    """Convert the options of a LoRA training run to options for full fine-tuning.
 
     `memory` is the GPU's memory in GiB; 0 means a CPU, on which the weights stay in float32.
     """

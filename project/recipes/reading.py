@@ -1,7 +1,7 @@
 """Read recipes: TOML files with training values, which may come from somebody else.
 
 A recipe sets options that decide what is learned: numbers, switches, and names from our own lists. Any other
-key is refused by its name, so a recipe cannot name a path, a program, a module or an address.
+key is refused by its name, so a recipe cannot name a path, a program, a module or a URL.
 """
 
 import argparse
@@ -304,7 +304,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
         return _read_listed(name, value, read_optimizer(value))
     if name == "lr_scheduler":
         return _read_listed(name, value, read_scheduler(value))
-    # recipes come from strangers: they may not set paths, addresses, programs or secrets
+    # recipes come from strangers: they may not set paths, URLs, programs or secrets
     if getattr(action, "reach", "") or getattr(action, "is_secret", False):
         raise ValueError(f"{name} can only be set on the command line: it may affect more than the training")
     if action.nargs == 0:  # a flag, which has no value on a command line
