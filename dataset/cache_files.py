@@ -1,6 +1,6 @@
 """Cache files: names of files and tensors, reading and writing, and the protocol of a store of cache files.
 
-Names and tensors are the same as in musubi-tuner, so that files can be exchanged. The metadata also records the
+Names and tensors are as in musubi-tuner, so that files can be exchanged. The metadata also records the
 origin of a file (see records.py).
 """
 

@@ -416,7 +416,7 @@ def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | No
 
 
 def _find_image_reference_errors(table: DatasetTable) -> list[str]:
-    """Return an error line for each key about reference images, if the model uses none."""
+    """Return an error line for each key about reference images; the table's model uses none."""
     errors = []
     if table.reference_dropout_rate:
         errors.append(

@@ -264,7 +264,7 @@ def read_latent_caching(
 
 
 def caching_scripts() -> tuple[str, ...]:
-    """Return the file names of all families' caching scripts: those for latents, then those for texts."""
+    """Return the names of all families' caching scripts: those for latents, then those for texts."""
     scripts = []
     for ending in ("latents", "text_encoder_outputs"):
         scripts += [f"{entry.cache}_{ending}" for entry in FAMILIES.values() if entry.script]

@@ -371,7 +371,7 @@ class DatasetTable:
 
     @property
     def control_count(self) -> int | None:
-        """Number of control images that each image has; None if it differs between images."""
+        """Number of control images of an image that has any; 0 if the table reads none; None if it varies."""
         if not self.reads_listed_controls:
             return 0
         if self.references is not None:
@@ -441,7 +441,7 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        """Keys that affect training, if not at their defaults, for states and metadata."""
+        """Keys that affect training and are not at their defaults, with values, for states and metadata."""
         values = self.non_default_values(LEARNING)
         if self.is_reg:
             values["is_reg"] = True

@@ -256,8 +256,8 @@ def compare_sources(
 ) -> None:
     """Warn about media files without latents, latents without a media file, and audio that is not cached.
 
-    The differences are read from the index of the caches, or the folder is listed if it has at most MAX_LISTED
-    files.
+    The differences come from the index of the caches. Without an index, the folder is listed if it has at
+    most MAX_LISTED files.
 
     Args:
         tables: Tables of the dataset file.

@@ -173,7 +173,7 @@ def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
 
 
 class _SeenMedia(NamedTuple):
-    """The media of an item that text encoders see together with its captions (vision-language models)."""
+    """The media of an item that text encoders see together with its captions."""
 
     source: MediaSource | None  # None: they see no media
     files: tuple[tuple[Path, Origin | None], ...]  # recorded, so that changed files make text caches stale

@@ -39,9 +39,7 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
     header, rows = _open_after_header(path)
     columns = [(name, index) for index, name in enumerate(header) if names is None or name in names]
     while True:  # not a `for` loop, which an error in one row would end
-        number = (
-            rows.line_num + 1
-        )  # number of the row's first line; after `next`, `line_num` is its last line
+        number = rows.line_num + 1  # the row's first line; after `next`, `line_num` is its last one
         try:
             cells = next(rows)
         except StopIteration:

@@ -421,7 +421,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
     """Return a tar member's name without the timestamps that `tarfile` may mistake for its beginning.
 
-    Incremental archives of GNU tar store times in the header field in which other archives have the
+    Incremental archives of GNU tar store times in the header field where other archives store the
     beginning of a long name (the prefix). `tarfile` reads the times as part of the name.
     """
     if not info.name[0].isdigit():  # times are digits

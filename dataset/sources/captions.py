@@ -89,7 +89,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
 
 
 def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
-    """Guess the encoding of a file that Windows Notepad may have saved, and decode it; None if unsure."""
+    """Guess the encoding of a file that Windows Notepad may have saved, and decode it; None for others."""
     from modules.text_encodings import EncodingGuess, guess_encoding
 
     guess = guess_encoding(content)

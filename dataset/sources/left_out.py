@@ -334,7 +334,7 @@ def _explain_label(label: str, folder: Path) -> str:
 def _explain_suffix(ending: str, kinds: set[str]) -> str:
     """Return a hint why files with this suffix are not read; "" if there is none.
 
-    `kinds` are the kinds ("image", "video", "audio") of the tables that read the folder.
+    `kinds` are the kinds ("image", "video") of the tables that read the folder.
     """
     for kind in _KINDS:
         if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
