@@ -264,7 +264,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     tables = []
     for table in config.datasets:
         if table.kind == "video" and family.abilities.match_audio_schedule and table.source_fps is None:
-            table = replace(table, source_fps=forms.AUTO)  # the frame rate of each file counts
+            table = replace(table, source_fps=forms.AUTO)  # each file has its own frame rate
         finds_audio_by_name = family.latent.caches_audio and table.kind == "video"
         tables.append(
             replace(

@@ -80,7 +80,7 @@ def _reads_elsewhere(value: object) -> bool:
 
 def _is_outside(key: str, value: object) -> bool:
     is_path = key.endswith(("_directory", "_dir", "_file", "_files"))
-    if not is_path or not isinstance(value, str):  # a list of paths, for example, counts as outside
+    if not is_path or not isinstance(value, str):  # a list of paths, for example, is treated as outside
         return is_path and value is not None and not isinstance(value, bool)
     return Path(value).is_absolute() or ".." in Path(value).parts
 

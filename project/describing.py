@@ -1,4 +1,4 @@
-"""Write the contents of dataset.toml, prompts.txt and run.toml for the media, the model and the card.
+"""Write the contents of dataset.toml, prompts.txt and run.toml for the media, the model and the GPU.
 
 All paths below the folder are relative to it, so that it can be moved; `run` works in it.
 """
@@ -86,7 +86,7 @@ class RunSetup:
     tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
     general_keys: Mapping[str, Any]  # keys of [general] from another trainer's project
     table_keys_by_folder: Mapping[Path, Mapping[str, Any]]  # folder -> keys of its table, from that project
-    training_options: Mapping[str, Any]  # keys of run.toml that set options of the training
+    training_options: Mapping[str, Any]  # keys of run.toml that set training options
     may_hold_out_validation: bool  # hold out files for validation if there are enough
 
     @property
@@ -745,7 +745,7 @@ def _list_training_arguments(setup: RunSetup) -> list[str]:
         if setup.memory <= SMALL_CARD_GIB and setup.frames > 1:
             words.append("--gradient_checkpointing_cpu_offload")
     if setup.memory and data.get("swaps", True):
-        words += ["--blocks_to_swap", "auto"]  # the training determines the number
+        words += ["--blocks_to_swap", "auto"]  # the training script determines the number
     return words
 
 

@@ -581,7 +581,7 @@ def _describe_distillation(setup: describing.RunSetup) -> list[str]:
 
 
 def _summarize(setup: describing.RunSetup) -> str:
-    """Return the summary line: number of files, model, size and graphics card."""
+    """Return the summary line: number of files, model, size and GPU."""
     size = ""
     if not setup.has_only_audio:
         size = f" at {setup.target_size[0]}x{setup.target_size[1]}"

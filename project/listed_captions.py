@@ -215,7 +215,7 @@ def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tu
         DatasetError: If the table has no file name column or no caption column.
     """
     columns = column_names(table)
-    # reversed: of columns that differ only in case, the first one is used
+    # reversed: if columns differ only in case, the first one is used
     by_lower_name = {name.lower(): name for name in reversed(columns)}
     name_column = next((by_lower_name[name] for name in ALL_PATH_COLUMNS if name in by_lower_name), None)
     text_column = next((by_lower_name[name] for name in ALL_CAPTION_COLUMNS if name in by_lower_name), None)

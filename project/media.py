@@ -258,7 +258,7 @@ def _collect_media(
             unsorted_folders = _list_unsorted_folders(subfolder, folders_by_use)
             content.report_lines += _describe_too_deep_media(unsorted_folders)
     _add_audio_files(content, audio_files, model_info)
-    # only now is it known which captions of the lists were used; their lines come first
+    # these lines come first, although the lists in use are known only now
     content.report_lines[num_earlier_lines:num_earlier_lines] = _describe_lists(content)
     return audio_files
 

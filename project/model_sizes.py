@@ -1,4 +1,4 @@
-"""Compute sizes of released models, and whether they fit a card. No torch, because pages use it too."""
+"""Compute sizes of released models, and whether they fit a GPU. No torch, because pages use it too."""
 
 import shlex
 import shutil
@@ -54,7 +54,7 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
     # the model's own options do not quantize
     if not FP8 & {*argv}:
         return argv
-    # of two transformers only the active one is on the card
+    # if there are two transformers, only the active one is on the GPU
     networks = len(transformers_of(model)) if "--offload_inactive_dit" in argv else 1
     bytes_in_int8 = transformer_bytes(model) / networks / 2  # the file has 16 bits
     size_in_int8 = bytes_in_int8 / 2**30  # GiB

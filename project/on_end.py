@@ -60,7 +60,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
         reason, outcome = run_history.ending  # outcome: good, bad, or neither for a run that was stopped
         is_finished = outcome == "good"
         error = reason if outcome == "bad" else ""
-    # a length in epochs is known in steps once the training starts
+    # a length in epochs becomes a number of steps only when training starts
     if steps is None and run_history.start is not None:
         steps = run_history.start.total_steps
     return EndedRun(

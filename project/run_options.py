@@ -48,7 +48,7 @@ class RunOptions(Options):
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
-    of_features: OptionsOfFeatures  # options that are passed to the training
+    of_features: OptionsOfFeatures  # options that are passed to the training script
     may_write: tuple[Path, ...] = option(
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),

@@ -221,7 +221,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
         else:
             with trace.follow(argv) as progress:
                 _run_or_exit(argv, project.folder, may_skip_files=bool(unreadable_files), progress=progress)
-        # the download command is run only if files are missing, and has to bring them all
+        # the download command is run only if files are missing, and must provide all of them
         if argv == project.download_command and project.missing_model_files:
             raise OptionError(
                 f"{project.missing_model_files[0]} is still missing: "

@@ -59,7 +59,7 @@ class RunTrace:
 
     def __init__(self) -> None:
         self._history: History | None = None
-        self._training_history_path = Path()  # history of the training
+        self._training_history_path = Path()  # history of the training script
         self._step = ""  # what the current command does
         self._step_start_time = 0.0  # start time of the current command
 

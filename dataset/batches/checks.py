@@ -1,4 +1,4 @@
-"""Check that caches fit the current table, model and sources, and were made by the same encoders."""
+"""Check that caches match the current table, model and media, and were made by the same encoders."""
 
 import logging
 import re

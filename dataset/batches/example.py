@@ -27,7 +27,7 @@ class ExampleItem:
     control_mask: Path | None = None
     references: tuple[Path, ...] = ()  # of a clip
     cached: frozenset[str] = frozenset()  # keys of its latents' cache
-    # times of a single image and of its control images, as --one_frame_inference takes them
+    # times of a single image and of its control images, as --one_frame_inference expects them
     one_frame_settings: str = ""
 
 

@@ -79,7 +79,7 @@ def find_items(
     audio: AudioSpec | None = None,
     trusts_index: bool = False,
 ) -> FoundItems:
-    """Find all training items by the names of their cache files; of the files, only headers may be read.
+    """Find all training items by the names of their cache files; some headers are read, but no tensors.
 
     The media of a table are listed only if they are encoded during training, or if other trainers use the
     table's caches, too. In these cases caches without a media file are skipped.

@@ -1,4 +1,4 @@
-"""Check before a model is loaded that caches can be read and fit the sources."""
+"""Check before a model is loaded that caches can be read and match the media files."""
 
 import contextlib
 import itertools
@@ -100,7 +100,7 @@ def check_caches(
         num_windows[clip] = max((origin.windows for origin in batch.cache_origins), default=0)
         if item.cache_info.has_cached_texts and not encodes_texts_on_the_fly:
             latents = family.latent.to_model(batch.tensor("latents"))
-            family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
+            family.batch_conditions(latents, batch)  # raises CacheError if the texts do not suit the model
             if condition_set:
                 family.batch_conditions(latents, replace(batch, condition_set=condition_set))
         for tensors in batch.tensors.values():

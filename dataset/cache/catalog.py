@@ -167,7 +167,7 @@ class Catalog:
             row = EntryRow(shard, position, generation, size=size, crc32=crc32)
             name = encoded_name.decode("utf-8", "surrogateescape")
             old = self.entries.setdefault(name, row)
-            # the later generation is used; of equal ones, the row that is not a removal
+            # the later generation is used; if they are equal, the row that is not a removal
             if (row.generation, row.crc32) > (old.generation, old.crc32):
                 self.entries[name] = row
 

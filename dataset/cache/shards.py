@@ -304,7 +304,7 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
     because another shard of the folder may still have the entry.
     """
     live_bytes = catalog.count_live_bytes()
-    # the name of the file is unimportant, only its disk counts
+    # the file name does not matter, only its disk
     check_space(folder / "cache", sum(live_bytes[name] for name in shards))
     entries = [(name, row) for name, row in sorted(catalog.entries.items()) if row.shard in shards]
     connections: dict[str, sqlite3.Connection] = {}  # of the old shards

@@ -372,7 +372,7 @@ class SourcePlanner:
                 return self._compare_clip(clip)
         if self.existing_files and self.cache_settings.stores.skip_existing:
             # skip_existing accepts files without a record. The number of frames in the video's header may be
-            # wrong, so the plan counts only if it agrees with the existing files
+            # wrong, so the plan is valid only if it agrees with the existing files
             self._trusted_header = True
             header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header

@@ -66,7 +66,7 @@ class CacheReport:
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
     resized: tuple[Failure, ...] = ()  # clips whose frames change their size
-    silent: tuple[Failure, ...] = ()  # clips without sound, of a model with audio
+    silent: tuple[Failure, ...] = ()  # clips without audio, for a model with audio
     num_assigned: int = 0  # number of sources or captions in the share of this run
     num_total: int = 0  # number of all sources or captions
     is_main: bool = True  # whether this process shows the results
@@ -116,7 +116,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         SystemExit: If a media file failed, in other processes, with the same exit code.
     """
     exit_code = DatasetError.exit_code
-    # as a step of a longer run, which goes on without the failed sources and shows its own next command
+    # as a step of a longer run, which continues without the failed files and shows its own next command
     if os.environ.get(RUN_GOES_ON):
         exit_code = SOURCES_LEFT_OUT
         commands = ()
@@ -388,7 +388,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 def _estimate_frames(source: MediaSource) -> float:
     """Estimate from the header how many frames of a full clip are kept, to plan memory."""
     table = source.table
-    if source.remote_or_packed:  # not fetched yet; `check_memory` looks again once the file is local
+    if source.remote_or_packed:  # not downloaded yet; `check_memory` checks again once the file is local
         return UNKNOWN_FRAMES
     if table.is_audio_only:  # audio samples take about as much memory as frames at this rate
         from dataset.sources.audio import count_frames  # only for tables of audio

@@ -18,7 +18,7 @@ missing: where a missing path was looked for, and a hint
 moments: precomputed moments of clips, and their VAE
 numbering: numbers that are missing among numbered files
 pairs: the rejected item of each preference pair
-reference_audio: sound that a clip's sound is made after
+reference_audio: sound that a clip's sound is modeled on
 references: reference images: number, sizes, errors
 remarks: warnings about media and captions
 shown: reference media that a row names for its clip

@@ -62,7 +62,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         )
     else:
         frames = _all_frames(path, alpha)
-    if table.declared_fps is not None:  # frames are dropped to go from source_fps to `fps`
+    if table.declared_fps is not None:  # frames are dropped to reduce source_fps to `fps`
         frames = itertools.compress(frames, keep_pattern(table.declared_fps, fps))
     return itertools.islice(frames, max_decoded_frames(table))
 
@@ -100,7 +100,7 @@ def companion_frames(
     Raises:
         MediaError: If the file cannot be decoded.
     """
-    if _TimingComparison(path, clip, table, fps).is_matched_by_index:  # of equal rate, or equally many frames
+    if _TimingComparison(path, clip, table, fps).is_matched_by_index:  # equal frame rates or frame counts
         indices = [index for index, _ in frame_times]
         return _select_frames(reading.video_frames(path, alpha), indices)
     seconds = [second for _, second in frame_times]

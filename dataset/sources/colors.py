@@ -48,7 +48,7 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: 
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         without_alpha = [local.mask, local.control_mask, *local.references]
         like_source = [local.rejected, *local.layers]
-        # each file, and whether its transparency is kept
+        # each file, and whether the colors of its transparent pixels are kept
         files = [(local.path, source_keeps)]
         files += [(path, control_keeps) for path in local.control]
         files += [(path, False) for path in without_alpha if path is not None]

@@ -112,7 +112,7 @@ class DecodedMedia:
     # written to the records of caches
     clip: ClipInfo | None = None
     files: tuple[FileIdentity, ...] = ()
-    rate: float | None = None  # frames per second, for models that take the rate
+    rate: float | None = None  # frames per second, for models with the rate as an input
     audio: Tensor | None = None  # C S, for a family that caches audio with latents; zeros if silent
     is_heard: bool = False  # the clip has audio
 
@@ -126,7 +126,7 @@ class DecodedMedia:
     @property
     def group(self) -> tuple[object, ...]:
         """Key that is equal for items that can share a batch: the table and the shapes of their arrays."""
-        # the counts tell which of the arrays are which
+        # these counts tell which kind each array is
         counts = len(self.control), len(self.references), self.rejected is not None
         audio_shapes = () if self.audio is None else (self.audio.shape,)
         return (self.source.table.index, counts, *(array.shape for array in self.arrays), *audio_shapes)

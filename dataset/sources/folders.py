@@ -100,7 +100,7 @@ def _find_audio(
     """
     if clip in audios:
         return audios[clip], None
-    # a file next to the clip counts only if no audio_directory is set
+    # a file next to the clip is used only if no audio_directory is set
     if not table.finds_audio_by_name or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:

@@ -331,7 +331,7 @@ def read_mask_clip(
         size: Size of the clip; the mask must have the same aspect ratio.
         num_frames: Number of frames of the clip.
     """
-    # only after the last frame is it known whether the mask is in the colors or in the alpha channel
+    # whether the mask is in the colors or in the alpha channel is known only after the last frame
     channel_detector = MaskChannelDetector()
     color_masks: list[Frame] = []
     alpha_masks: list[Frame] = []

@@ -75,7 +75,7 @@ def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator:
         content = "".join(choice.pieces)
         if num_matched % 2:  # each pair of braces is literal; the odd one encloses a choice
             content = generator.choice(content.split("|"))
-        else:  # no choice: its bars must not divide a choice around it
+        else:  # no choice: its bars must not split the choice around it
             content = content.replace("|", _BAR)
         num_pairs = num_matched // 2
         choice.pieces = ["{" * num_pairs, content, "}" * num_pairs]

@@ -40,7 +40,7 @@ class DatasetLayout(NamedTuple):
 
 def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions:
     """Return the options of `new` with values of the other trainer's project where the user typed none."""
-    default = NewOptions(folder=options.folder)  # an option with this value counts as not typed
+    default = NewOptions(folder=options.folder)  # an option with this value is treated as not set by the user
     completed = {}
     for name, value in _list_project_options(project, options).items():
         typed_value = getattr(options, name)
@@ -186,7 +186,7 @@ def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) ->
     can_fuse = optimizer == "adafactor" and not accumulates_gradients
     if "fused_backward_pass" in script.accepted and not can_fuse:
         training["fused_backward_pass"] = False
-        # without fused_backward_pass, swapped blocks cannot be updated on the card
+        # without fused_backward_pass, swapped blocks cannot be updated on the GPU
         if "blocks_to_swap" in script.accepted:
             training["blocks_to_swap"] = None
             project.change_lines.append(

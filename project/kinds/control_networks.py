@@ -1,6 +1,6 @@
 """`new --train lllite`, `lllite_inpainting` and `controlnet`: networks that follow control images.
 
-For inpainting, each image is its own control image, on which the training draws masks.
+For inpainting, each image is its own control image, on which the training script draws masks.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from project.kinds.whole_model import FORMS, RECIPE
 
 INPAINTING = "lllite_inpainting"
 INPAINTING_TITLE = "a ControlNet-LLLite for inpainting"
-SWAPPING = "blocks_to_swap"  # ControlNet-LLLite needs all blocks on the card
+SWAPPING = "blocks_to_swap"  # ControlNet-LLLite needs all blocks on the GPU
 
 
 def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any]:

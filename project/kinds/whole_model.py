@@ -54,7 +54,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30
-    # without block swapping, all weights have to be on the card
+    # without block swapping, all weights have to be on the GPU
     if memory and not model.properties.get("swaps", True) and size + GIB_BESIDES_WEIGHTS > memory:
         return (
             f"{name} takes {size:.1f} GiB of weights and about {GIB_BESIDES_WEIGHTS} more, "
@@ -107,7 +107,7 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     elif weights / 2**30 + GIB_BESIDES_WEIGHTS <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
-        # some memory of the card is left for activations and everything else
+        # some GPU memory is left for activations and everything else
         left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB stay in RAM"
     # the last saves and the result; the state of each of these saves contains the weights, too
