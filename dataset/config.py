@@ -43,8 +43,8 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
-MAX_LISTED = 100  # problems that a message names
-KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both layouts of dataset files
+MAX_LISTED = 100  # maximum number of problems in a message
+KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both dataset file layouts
 # keys that only tables with subsets have, and the end of the message if another table has the key
 KEYS_OF_SUBSETS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # values of frame_extraction; see dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
 CACHE_FORMATS = ("files", "shards", "npz")
-# values of `audio`: a clip without audio is an error, or is silent; or audio is ignored
+# values of `audio`: clips without audio are an error or are silent, or audio is ignored
 REQUIRED, IF_PRESENT, IGNORE = "required", "if_present", "ignore"
 AUTO = "auto"  # value of source_fps: use the timestamps in each file
 # limits that catch typing errors and values that would exhaust memory
@@ -47,7 +47,7 @@ class InvalidValue(Exception):
 class ValueType(NamedTuple):
     """Type of a key's value: a function that parses the value, and a text about the allowed values."""
 
-    read: Callable[[Any], Any]  # converts a value of the file, or raises InvalidValue
+    read: Callable[[Any], Any]  # converts a value from the file, or raises InvalidValue
     allowed: str  # describes valid values, for messages
 
 
@@ -257,7 +257,7 @@ class Stale(enum.Flag):
     SECTIONS = enum.auto()  # latents of a family with sections
     REFERENCES = enum.auto()  # latents of images that have references
     TEXTS = enum.auto()  # embeddings of captions
-    LEARNING = enum.auto()  # no cache, but a training state that a run resumes from
+    LEARNING = enum.auto()  # no cache, but the training state from which a run resumes
 
 
 NOTHING, FRAMES, LATENTS, SECTIONS = Stale.NOTHING, Stale.FRAMES, Stale.LATENTS, Stale.SECTIONS

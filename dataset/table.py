@@ -31,7 +31,7 @@ class CaptionChanges:
     keep_tokens: int = 0  # number of leading parts that are never moved or dropped
     keep_tokens_separator: str = ""  # divides a caption into fixed, shuffled, fixed; "": not divided
     secondary_separator: str = ""  # joins parts that are shuffled as one; "": no parts are joined
-    wildcards: bool = False  # captions may have {a|b}, and several lines of which one is drawn
+    wildcards: bool = False  # captions may have {a|b}, and several lines, one of which is drawn
     dropout_every_n_epochs: int = 0  # every n-th epoch has empty captions; 0: no epoch has
     part_dropout_rate: float = 0.0
     warmup_min: int = 1  # number of parts at the first step
@@ -179,7 +179,7 @@ class DatasetTable:
     # for models with audio: whether clips need audio, and the folder of separate audio files
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
     audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6)
-    # audio that the audio of clips is made after, such as another recording of the same voice
+    # audio on which the audio of clips is modeled, such as another recording of the same voice
     reference_audio_directory: Path | None = key(
         forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6
     )
@@ -240,9 +240,9 @@ class DatasetTable:
     multiple_target: bool = key(
         forms.YES_NO, False, kinds=IMAGE, of_some_forms=True, stale=LATENTS | LEARNING, rank=8
     )
-    # how the family takes control images as references; None: control images are resized like their image
+    # how the family uses control images as references; None: control images are resized like their image
     references: "ReferenceRules | None" = None
-    # how the family takes references of clips, and masks of control clips; None: it takes neither
+    # how the family uses clip references and masks of control clips; None: it uses neither
     clip_references: "ReferenceRules | None" = None
     is_audio_only: bool = False  # items are audio files; clips get black frames
     has_precomputed_latents: bool = False  # latents are precomputed; no frames are read
@@ -259,7 +259,7 @@ class DatasetTable:
     buckets: BucketRule | None = None  # None: buckets of video trainers
     caption_changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
-    # regularization images: repeated until they are as many as the other images of the group
+    # regularization images: repeated until there are as many as other images in the group
     is_reg: bool = False
     image_folder: Path | None = None  # base folder of relative paths in a list
     # conditioning_data_dir of the file: has masks (mask_directory) or control images (control_directory)
@@ -277,7 +277,7 @@ class DatasetTable:
     has_own_timesteps: bool = field(init=False, repr=False, compare=False)
     # text caches of the table include the empty prompt
     caches_empty_prompt: bool = field(init=False, repr=False, compare=False)
-    # kind of media that the items are
+    # kind of media of the items
     media_kind: Literal["image", "video", "sound"] = field(init=False, repr=False, compare=False)
     # text encoders see the reference images of a caption's image
     texts_see_references: bool = field(init=False, repr=False, compare=False)

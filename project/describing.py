@@ -43,12 +43,12 @@ from protocols.requests import COUNTS, VALUES
 from runtime.machine import lacks_bfloat16
 from training.config_options import PROJECT_TABLE, toml_value
 
-DEFAULT_SIDE, SIDE_STEP = 256, 64  # subsets: minimum side of images, step of sides
+DEFAULT_SIDE, SIDE_STEP = 256, 64  # for subsets: minimum side of images, step of sides
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
 EARLY_STOPPING_PATIENCE = 5  # validations without improvement before early stopping
 SMALL_CARD_GIB = 16  # GiB; with less, text encoders are used in 8 bits
-LARGE_CARD_GIB = 40  # GiB; from this size on, clips are twice as long
+LARGE_CARD_GIB = 40  # GiB; clips are twice as long if there is at least this much
 MAX_SAMPLE_AREA = 480 * 320  # pixels of a sample's frame; small, because samples are frequent
 PROMPT_WITHOUT_SUBJECT = "a dog runs on a beach"  # sample that shows whether the LoRA affects other subjects
 EDIT_INSTRUCTION = "make it a pencil drawing"
@@ -609,7 +609,7 @@ def _write_start_frames(setup: RunSetup) -> str:
         folder.mkdir(exist_ok=True)
         write_png(start, first_frame(clip))
         if takes_last_frame:
-            # a deque of length 1 keeps only the last frame that was read
+            # a deque of length 1 keeps only the last frame
             (last_frame,) = deque(itertools.islice(video_frames(clip), MAX_FRAMES_READ), maxlen=1)
             write_png(end, last_frame)
     options = f"--i {setup.relative_path(start)}"

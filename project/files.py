@@ -270,7 +270,7 @@ def _make_setup(
     model_info = read_model_info(model, files)
     check_model_files(model, {name: files[name] for name in typed_paths})
     content = _collect_content(options, model, model_info, kind)
-    if kind.makes_training_adapter:  # it learns from images that the model itself has generated
+    if kind.makes_training_adapter:  # an adapter learns from images that the model itself generated
         use_prompts_as_captions(content)
         balance_origins(content)
     tags = find_tags(_list_caption_texts(content)) if "tags" in model.properties else None

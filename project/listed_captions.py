@@ -124,7 +124,7 @@ def _add_captions_of_list(
             count += 1
     if count:
         caption_lists.num_captions_by_list[path] = count
-    # a list of other files, which needs no line for each row
+    # a list of other files needs no message for each row
     elif not rows or len(missing_names) == len(rows):
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
         text = f"{path.name}: left out, it has captions for none of the files{hint}"

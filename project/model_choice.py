@@ -63,7 +63,7 @@ class ModelInfo:
     trains_on_layers: bool  # it is trained on images with their layers
     # dtype options of networks, by the kind of script (as in `options_record`) that has them
     dtype_options: Mapping[str, Sequence[str]]
-    # advice to use another model or an adapter; None if undistilled, or if a training adapter is used
+    # advice to use another model or an adapter; None if the model is not distilled or has a training adapter
     few_step_advice: FewSteps | None
     task_contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the family's record, as for caching latents

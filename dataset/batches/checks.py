@@ -477,7 +477,7 @@ class SameEncoders:
     """
 
     commands: CachingCommands = NO_COMMANDS
-    _first: dict[str, data.CacheOrigin] = field(default_factory=dict)  # first cache's origin, by part
+    _first: dict[str, data.CacheOrigin] = field(default_factory=dict)  # origin of the first cache, by part
     _warned: set[str] = field(default_factory=set)  # parts with a warning
 
     def warn(self, origins: Iterable[data.CacheOrigin]) -> None:

@@ -13,7 +13,7 @@ from dataset.sources.frames import one_frame_settings
 from modules.console import quiet
 from modules.errors import UserError
 
-MAX_LISTED = 50_000  # files of a folder, captions among them
+MAX_LISTED = 50_000  # files of a folder, including captions
 MAX_OF_PROMPT = 1000  # characters
 
 
@@ -51,7 +51,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
             table.reference_directory,
         )
         if table.directory is not None and not any(companion_folders):
-            if table.kind == "video":  # a clip without such files has nothing to show
+            if table.kind == "video":  # a clip without companion files has nothing to show
                 return example
             image = _recorded_image(item, stores)
             if image is not None and image.is_file():

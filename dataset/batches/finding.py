@@ -47,7 +47,7 @@ class FoundItems:
     """Training items found in the cache folders, and what is missing; paths are in the order of discovery."""
 
     items: list[TrainingItem] = field(default_factory=list)  # sorted by table and file name
-    # missing text caches; their items are left out
+    # missing text caches; their items are skipped
     missing_text: dict[Path, None] = field(default_factory=dict)
     empty_tables: list[DatasetTable] = field(default_factory=list)  # tables without any latent cache
     # text caches that some of the text encoders have not written yet

@@ -140,7 +140,7 @@ def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]
     rounds, remainder = divmod(missing, len(repeats))
     for index in range(len(counts)):
         counts[index] += rounds
-        if index < remainder:  # the first images get the rest
+        if index < remainder:  # the first images get one repeat more
             counts[index] += 1
     return counts
 
@@ -434,7 +434,7 @@ def select_captions(
     for position, item in enumerate(items):
         rate = item.table.caption_dropout_rate
         interval = item.table.caption_changes.dropout_every_n_epochs
-        if interval > 0 and (epoch + 1) % interval == 0:  # all captions of every n-th epoch are empty
+        if interval > 0 and (epoch + 1) % interval == 0:  # in every n-th epoch, all captions are empty
             rate = 1.0
         caption_index = 0
         if rate or item.num_captions > 1:

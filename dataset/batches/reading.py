@@ -185,7 +185,7 @@ def _join_media_and_texts(
     if len(media) > 1:
         _fill_gaps(media)
     tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
-    if latent.references_first:  # the model takes references as the first frames of the clip
+    if latent.references_first:  # the model gets references as the first frames of the clip
         _prepend_references(tensors)
     if any(has_audio):
         tensors[data.HAS_AUDIO] = torch.tensor(has_audio)
@@ -215,9 +215,9 @@ class _ItemTensors:
 
     path: Path
     tensors: dict[str, Tensor]
-    variable_length: frozenset[str] = frozenset()  # names of tensors of variable length
+    variable_length: frozenset[str] = frozenset()  # names of tensors with variable length
     caption: str = ""
-    is_empty: bool = False  # the caption is known to be empty
+    is_empty: bool = False  # whether the caption is known to be empty
     origins: tuple[data.CacheOrigin, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a text cache
 
@@ -420,7 +420,7 @@ class _Reader:
             encoder=record.encoder,
             # records of early versions lack CLOCK: those versions timed companions separately from the clip
             has_separate_timing=is_video and CLOCK not in record.options and has_companions,
-            windows=_count_windows(item, record, self.latent.lengths),  # items that the clip was cut into
+            windows=_count_windows(item, record, self.latent.lengths),  # items into which the clip was cut
             earlier_decoder_version=record.decoding_version if is_older else None,
         )
 

@@ -39,8 +39,8 @@ FRAMES_DIFFER = (
 )
 DECODED_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
 MAX_DECODED = 100  # clips that are decoded for one frame
-MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # limits of what is read from caches: takes a few seconds
-MAX_LISTED = 50_000  # files of a folder, captions among them
+MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # how much is read from caches: this takes a few seconds
+MAX_LISTED = 50_000  # files of a folder, including captions
 UNKNOWN_ENCODERS: Mapping[str, Mapping[str, str]] = {}  # for a training run that does not know its encoders
 
 
@@ -278,7 +278,7 @@ def compare_sources(
             sources = _sources_of_small(table, table.directory)
             if sources is None:
                 continue
-            # `require_items` has warned of sources without texts
+            # `require_items` has warned about media without texts
             missing_text_caches = {path.name for path in listing.missing_text}
             differences = _find_differences(
                 sources,
@@ -352,7 +352,7 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     if table.kind != "video" or table.frame_extraction == "full" or not items:
         return
     first = parse_latent_name(items[0].file_name, items[0].cache_info.tag, table.kind)
-    if first is None or first.section is not None:  # sections have a length of their own
+    if first is None or first.section is not None:  # sections have their own length
         return
     cached = {item.bucket[2] for item in items}  # numbers of frames
     targets = {*table.target_frames}

@@ -35,7 +35,7 @@ SHARD_TABLE = """
 """
 _STATEMENTS = [statement.strip() for statement in SHARD_TABLE.split(";")[:-1]]
 REMOVED_CRC32 = -1  # instead of a checksum
-# SQLite errors that are caused by the volume, not by the content of the file
+# SQLite errors that the disk causes, not the content of the file
 _UNAVAILABLE = (
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CANTOPEN,
@@ -120,7 +120,7 @@ class Catalog:
         Raises CacheError if a shard cannot be read.
         """
         self.shard_sizes = list_shards(folder)
-        # shards that were cut or changed: none of their entries is used
+        # shards that were truncated or changed: none of their entries is used
         self.damaged_shards: set[str] = set()
         self.problems: list[str] = []  # messages about shards that cannot be used
         # total size of all rows by SQLite shard, including replaced entries
@@ -261,7 +261,7 @@ class ShardWriter:
         self.start_time = time.monotonic()
         with explain_sqlite(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # three attempts with locks, then one for volumes that have no locks
+            # three attempts with locks, then one for file systems without locks
             for parameters in ("", "", "", "?nolock=1"):
                 self.path = folder / f"cache-{machine()}{secrets.token_hex(12)}.writing"
                 try:

@@ -95,7 +95,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         if not keep:
             _require_equal(names, folder)  # compares the copies before the originals are removed
             with explain_errors(folder):
-                for name in (*names, INDEX):  # the index is of single files only
+                for name in (*names, INDEX):  # only single files have an index
                     files.remove(name)
     return converted
 

@@ -31,9 +31,9 @@ NAME = "index.jsonl"
 VERSION = 1
 LATENTS, TEXTS = "latents", "texts"
 MAX_FILES = 50_000  # files of a folder or a table; listing more is faster than reading an index of them
-# errors of reading an index that is missing, damaged, or was changed by another program
+# errors if an index is missing, damaged, or was changed by another program
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
-# keys of a table on which caches do not depend, because they say how items are learned
+# table keys that do not affect caches, because they say how items are learned
 _NOT_COMPARED = frozenset(
     {
         *("config_path", "index", "attributes", "num_repeats", "validation", "validation_split"),

@@ -66,7 +66,7 @@ class LatentRecord:
 
     encoder: Mapping[str, str]  # Family.media_identity
     options: Mapping[str, Any]  # other options that latents depend on: span, sizes, frame rate; JSON values
-    files: tuple[FileIdentity, ...]  # the source, then its control media
+    files: tuple[FileIdentity, ...]  # the image or clip, then its control media
     clip: ClipInfo | None  # None for images
     parts: int  # number of files of the item (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
@@ -81,16 +81,16 @@ class TextRecord:
     caption: str
     file: FileIdentity | None  # caption file; None if the caption is in a list
     crc32: Mapping[str, str]
-    # keys of the table about captions, and the number of captions; default values are left out
+    # table keys about captions, and the number of captions; default values are omitted
     settings: Mapping[str, Any] = field(default_factory=dict)
     references: tuple[FileIdentity, ...] = ()  # images that the encoder saw with the caption
-    decoding_version: int = 0  # version of reading these images; 0: early versions, or no images
+    decoding_version: int = 0  # decoder version of these images; 0: early versions, or no images
 
 
 def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
     """Return a cache file's metadata: the record of latents, or of each encoder's outputs, as JSON."""
     content: dict[str, Any] = {"version": VERSION}
-    # fields that early versions did not have are left out if they are empty
+    # fields that early versions did not have are omitted if they are empty
     if isinstance(record, LatentRecord):
         latents = dataclasses.asdict(record)
         latents["as_shown"] = latents.pop("decoding_version")

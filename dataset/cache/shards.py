@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SHARD_BYTES = 1 << 30  # a shard of at least this size is finished, and the writer begins another one
-# a shard is also finished after this time: other machines see the entries of finished shards only
+SHARD_BYTES = 1 << 30  # a shard of at least this size is finished, and the writer starts another one
+# a shard is also finished after this time: other machines see only finished shards
 SHARD_SECONDS = 300.0
 MAX_OPEN = 64  # shards that are open at once
 SMALL = 0.5  # fraction of SHARD_BYTES; smaller shards are merged

@@ -214,7 +214,7 @@ class Stores:
     # stores by table index, for tables whose entries are not where their cache_format says
     custom_stores: Mapping[int, StorePair] = field(default_factory=dict)
     trusts_shared_caches: bool = False  # existing shared files count as valid without being read
-    skip_existing: bool = False  # entries without a record are valid if their size or their caption fits
+    skip_existing: bool = False  # entries without a record are valid if their size or caption matches
     verify: bool = False  # read all values to compare entries, no matter how many entries there are
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)  # by table index and folder
 

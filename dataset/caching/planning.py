@@ -86,7 +86,7 @@ class LatentCacheSettings:
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
-            # without source_fps, no frames are dropped to reach the family's rate
+            # if source_fps is not set, no frames are dropped to reach the family's rate
             family_fps = None if table.source_fps is None else self.fps
             options["source_fps"] = table.source_fps
             options["fps"] = table.target_fps or family_fps
@@ -138,7 +138,7 @@ class LatentCacheSettings:
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
         """Return how a record's encoder or options differ from this run's, as text; None if they agree."""
-        # of a model that learns audio alone, latents of images are only placeholders, from any encoder
+        # if a model learns audio alone, image latents are only placeholders, from any encoder
         learns_audio_only = self.audio is not None and self.audio.audio_only
         if not learns_audio_only:
             encoder_change = records.difference(record.encoder, self.encoder_identity)
@@ -174,9 +174,7 @@ class SourcePlan:
     # width, height and, for videos, frames of each training item; empty if `missing_spans` is None
     item_sizes: tuple[tuple[int, ...], ...] = ()
     why_no_items: str | None = None  # why the source gives no items
-    too_short_for: str | None = (
-        None  # the target_frames that the clip is too short for, if it gives other items
-    )
+    too_short_for: str | None = None  # target_frames for which the clip is too short, if it gives other items
     outdated_reason: str | None = None  # why an existing file is replaced
     is_incompatible: bool = False  # whether an existing file raised IncompatibleCache
     size_changes: tuple[str, ...] = ()  # `ClipInfo.size_changes`
@@ -338,7 +336,7 @@ class SourcePlanner:
         versions = {1 if version == "true" else int(version) for version in _DECODING_VERSION.findall(joined)}
         if versions == {AS_SHOWN}:
             return True
-        # since version 1, only the reading of files with codes of color, order or orientation has changed
+        # since version 1, only files with codes for color, order or orientation are decoded differently
         return min(versions, default=0) > 0 and not any(
             has_codes(path) for path, _ in self.source.latent_inputs
         )
@@ -389,7 +387,7 @@ class SourcePlanner:
             record = self._record_of(file)
             if record is None or record.clip is None:
                 continue
-            # at another frame rate, another number of frames is kept
+            # another frame rate keeps another number of frames
             if any(record.options.get(key) != options.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
             if self._find_reading_change(record) is not None:

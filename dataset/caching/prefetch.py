@@ -67,7 +67,7 @@ class CacheReport:
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
     resized: tuple[Failure, ...] = ()  # clips whose frames change their size
     silent: tuple[Failure, ...] = ()  # clips without audio, for a model with audio
-    num_assigned: int = 0  # number of sources or captions in the share of this run
+    num_assigned: int = 0  # number of sources or captions in this run's share
     num_total: int = 0  # number of all sources or captions
     is_main: bool = True  # whether this process shows the results
     # table index and name of each valid entry
@@ -182,9 +182,9 @@ R = TypeVar("R")
 AHEAD_PER_WORKER = 2  # waiting results per worker, so that one slow clip does not stall the encoder
 WRITES_BEHIND = 4  # pending writes per thread
 MANY = (
-    4096  # from this number of sources on, caching does not read tensor values of caches, only training does
+    4096  # for this many sources or more, caching does not read tensor values of caches, only training does
 )
-AT_ONCE = 64  # maximum number of values that a thread of `map_ahead` takes at a time
+AT_ONCE = 64  # maximum number of values that a `map_ahead` thread takes at a time
 
 
 def workers_of(options: CachingOptions) -> int:
@@ -400,7 +400,7 @@ def _estimate_frames(source: MediaSource) -> float:
         info = video_info(source.path)
         num_frames = info.frames or UNKNOWN_FRAMES
         is_timed = table.source_fps == AUTO or is_animation(source.path)
-        if is_timed and info.fps:  # frames are chosen by time, so slow clips repeat some
+        if is_timed and info.fps:  # frames are chosen by time, so clips with a low rate repeat some
             return num_frames * FASTEST_FPS / info.fps
         return num_frames * min(1.0, FASTEST_FPS / (table.declared_fps or FASTEST_FPS))
     except UserError:

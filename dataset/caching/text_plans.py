@@ -177,7 +177,7 @@ class _SeenMedia(NamedTuple):
 
     source: MediaSource | None  # None: they see no media
     files: tuple[tuple[Path, Origin | None], ...]  # recorded, so that changed files make text caches stale
-    settings: Mapping[str, Any]  # likewise, table keys that change how these media look
+    settings: Mapping[str, Any]  # also recorded: table keys that change how these media look
 
 
 def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:

@@ -173,7 +173,7 @@ class TextWork:
         num_planned = sum(bool(file.encoders_to_run or file.has_partial_outputs) for file in files)
         num_written = num_planned - num_failed
         valid = [file for file in files if file.file_name not in self._failures_by_file]
-        failures = dict.fromkeys(self._failures_by_file.values())  # texts of one source share a failure
+        failures = dict.fromkeys(self._failures_by_file.values())  # captions of one file share a failure
         return CacheReport(
             written=num_written,
             reused=len(files) - num_written - num_failed,

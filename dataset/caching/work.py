@@ -80,7 +80,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             if trains_audio_only or table.is_audio_only:
                 _check_audio(table, trains_audio_only)
         except DatasetError as error:
-            # image trainers use the same key for control images and, with --masked_loss, for masks
+            # image trainers use this key for control images and, with --masked_loss, for masks
             may_be_masks = has_control and table.conditioning_directory is not None
             hint = MASKS_HINT if may_be_masks else ""
             errors.append(f"{error}{hint}")
@@ -407,7 +407,7 @@ class MediaWork:
         if name.span is not None:
             _, num_frames = name.span
             item_metadata["frame_count"] = str(num_frames)
-        if item.rate is not None:  # also in the header, which is all that training reads to form batches
+        if item.rate is not None:  # also in the header, because training reads only headers to form batches
             item_metadata[FPS] = repr(item.rate)
         fingerprints = {}
         if self._family.latent.required_metadata:  # other programs that read these caches require them
@@ -462,7 +462,7 @@ class MediaWork:
 
     def _describe_disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Return the estimated disk space for latents as text; None if no size is known yet."""
-        sizes = [size for plan in plans for size in plan.item_sizes]  # width, height, and of clips frames
+        sizes = [size for plan in plans for size in plan.item_sizes]  # width, height; for clips also frames
         # `missing_spans` is None until the size of a source is known
         num_with_sizes = sum(plan.missing_spans is not None for plan in plans)
         if not sizes:

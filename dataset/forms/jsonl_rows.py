@@ -14,7 +14,7 @@ from modules.command import quote_command
 from modules.errors import DatasetError
 from modules.text_files import parse_json
 
-FIRST_LINES = 100  # number of lines whose keys count as the columns
+FIRST_LINES = 100  # number of lines whose keys are the columns
 
 
 def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:

@@ -35,7 +35,7 @@ Array = NDArray[Any]
 
 _MEMBER = ".npy"
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # time of all members, so that equal contents give equal bytes
-# errors of reading a damaged file
+# errors that a damaged file may raise
 _ERRORS = (
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error,
     OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError,

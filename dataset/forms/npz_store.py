@@ -54,7 +54,7 @@ NPZ = ".npz"
 LOCK = ".reelsmith-npz.lock"  # held while a resolution is added to a file of the folder
 ALPHA, MIRRORED = "alpha_mask", "latents" + cache_files.FLIPPED  # names of arrays
 _KNOWN = ("latents", MIRRORED)  # keys of tensors that other programs read
-# endings of file names that state their content; files with other names may be `STEM.npz`
+# file name endings that reveal the content; files with other names may be `STEM.npz`
 _STATED_CONTENT = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 
 

@@ -23,7 +23,7 @@ from modules.text_files import require_regular_file
 from modules.varints import read_varint
 
 ROW_BYTES, VALUE_BYTES = 256, 16  # memory overhead of a row, and of a value
-# bytes that are read of a page's header, with the statistics in it; the last one is pyarrow's own limit
+# bytes to read of a page header with its statistics; the last one is pyarrow's own limit
 _HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
 _DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7  # a page type (PageType), and an encoding (Encoding)
 # field ids in a page's header (PageHeader): type, sizes, and the structs of the two kinds of data pages
@@ -34,7 +34,7 @@ _ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field id of the encoding in these struct
 _BINARY, _STRUCT = 8, 12
 _INTEGERS = (4, 5, 6)  # i16, i32, i64
 _BOOLEANS = (1, 2)  # true and false; they have no further bytes
-_ONE_AT_A_TIME = threading.Lock()  # else all threads would load the same row group at once
+_ONE_AT_A_TIME = threading.Lock()  # otherwise all threads would load the same row group at once
 
 
 def parquet_parts(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import expand_path, hide_secrets, path_exists
 
-MAX_ROWS = 1000  # rows of a file that are checked
+MAX_ROWS = 1000  # maximum number of rows that are checked
 MAX_SHOWN = 80  # characters of a value in a message
 NEAR = 0.84  # similarity of names, 0..1: contol_path is near control_path, caption_en is not near caption
 # columns that are read only for models whose tables have `reads_row_references`

@@ -21,7 +21,7 @@ from modules.media.reading import Frame
 from modules.media.samples import read_track, track_info
 from protocols.data import AudioSpec
 
-MAX_OPENED = 200  # clips of each table whose headers are read; each takes a few milliseconds
+MAX_OPENED = 200  # clips per table whose headers are read; each takes a few milliseconds
 SAME_RATE = 0.01  # relative difference of a clip's rate from source_fps at which its audio still fits
 
 

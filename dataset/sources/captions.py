@@ -15,7 +15,7 @@ from modules.text_files import bad_character, read_content, read_if_object, read
 from protocols.families import caption_formats
 from protocols.rules import TokenCount
 
-if TYPE_CHECKING:  # it is loaded only for files that are not UTF-8
+if TYPE_CHECKING:  # loaded only for files that are not UTF-8
     from modules.text_encodings import EncodingGuess
 
 
@@ -25,7 +25,7 @@ def caption_path(media: Path, extension: str) -> Path:
 
 
 SHOWN = 60  # characters of a caption in a message
-# encodings of the editor of Windows: "ANSI" in Western Europe and America, in Central Europe, and "Unicode"
+# encodings of Windows Notepad: "ANSI" in Western Europe and America, in Central Europe, and "Unicode"
 ANSI = "cp1252"
 ANSI_OF_CENTER = "cp1250"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -36,7 +36,7 @@ from modules.media.reading import is_single_image
 # a frame, its index in the file, and the time in seconds at which companions show the same moment
 SampledFrame = tuple[reading.Frame, int, float]
 SAME_RATE = 1e-4  # relative difference of rates that count as equal
-UNEVEN = 0.011  # seconds; durations of frames that differ by less are equal, but rounded to 10 ms
+UNEVEN = 0.011  # seconds; frame durations that differ by less are equal, but rounded to 10 ms
 MANY_FRAMES = 1000  # assumed for a clip whose header does not say how many frames it has
 
 

@@ -15,7 +15,7 @@ REORDERED = (
     "folders of frames have another order by the numbers in their names than by the names as texts; the "
     "numbers count"
 )
-MAX_CHECKED_FILES = 10_000  # images and clips of a dataset that are checked
+MAX_CHECKED_FILES = 10_000  # maximum number of images and clips that are checked
 CONVERTED = "have a color profile, or colors other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
 MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
@@ -95,7 +95,7 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
     for path, keeps_transparent in keeps_by_file:
         if not _may_differ(path, decoder_version):
             continue
-        with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
+        with contextlib.suppress(MediaError, OSError):  # decoding reports errors
             pair = reordered_images(path) if path.is_dir() else None
             if pair is not None:
                 earlier, later = pair

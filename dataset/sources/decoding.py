@@ -101,7 +101,7 @@ class DecodedMedia:
     reason: str | None = None  # why there is no span: "12 frames, the shortest of target_frames is 17"
     # one for each control image or clip, with the same number of frames; C = 4 if a control image has alpha
     control: tuple[Clip, ...] = ()
-    alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
+    alpha: NDArray[np.uint8] | None = None  # H W, for an image with transparency
     mask: Mask | None = None  # loss mask of each frame, 255: learned; None: all pixels are learned
     # each f h w 3, where f is the number of frames for a clip, and 1 for an image; then guides, 1 H W 3
     references: tuple[Clip, ...] = ()
@@ -350,7 +350,7 @@ def _read_control_clips(
         clip, _ = _collect_frames(frames, bucket, count)
         if sizes.change is not None:
             size_changes.append(f"{path.name}: {sizes.change}")
-        clips.append(_lengthen(clip, count))  # of a longer control clip, only `count` frames were read
+        clips.append(_lengthen(clip, count))  # only `count` frames of a longer control clip were read
     return clips, size_changes
 
 

@@ -20,7 +20,7 @@ from modules.limits import MAX_DOWNLOAD_BYTES
 from modules.paths import hide_secrets, protocol_of, short_hash
 
 TRIES = 3  # number of consecutive attempts that receive nothing, after which a download fails
-FIRST_WAIT = 0.5  # seconds before the second attempt; the third waits twice as long
+FIRST_WAIT = 0.5  # seconds before the second attempt; twice as long before the third
 NUM_LOCKS = 64  # lock files in a folder, which serve all downloads
 # fsspec protocols that let the content of a file make fsspec open other URLs or local files
 OPENS_OTHER_ADDRESSES = frozenset(

@@ -61,8 +61,8 @@ class TrainedNetworks:
 
     file_keys: tuple[str, ...] = ()  # keys that select the networks
     trains_dit: bool = True  # the transformer or U-Net
-    dit_rate: float | None = None  # None: the learning rate of the run
-    # rate of each text encoder; 0 freezes it; () if none is trained
+    dit_rate: float | None = None  # None: the run's learning rate
+    # learning rate of each text encoder; 0 freezes it; () if none is trained
     text_encoder_rates: tuple[float | None, ...] = ()
 
     @property

@@ -30,7 +30,7 @@ def select_length(
     """
     epoch = Epoch(_count_steps_per_epoch(project, steps_per_epoch), num_files)
     file_steps = _read_file_steps(project)
-    # settings of 0 epochs decide nothing
+    # settings of 0 epochs have no effect
     epochs = [setting for setting in project.epoch_settings if setting.number]
     project.ineffective_keys += [setting.key for setting in project.epoch_settings if not setting.number]
     if _has_typed_steps(options):

@@ -11,7 +11,7 @@ from project.foreign.contract import KeyRule, Program
 from project.foreign.project import ForeignProject, show
 from project.options import find_models
 
-# how specific a key is: a variant is more specific than a file or repository, and that than a kind
+# how specific a key is: a variant more than a file or repository, and these more than a kind
 _MODEL_VARIANT, _MODEL_FILE, _MODEL_KIND = range(3)
 
 

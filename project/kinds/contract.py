@@ -66,7 +66,7 @@ class RunKind:
     inpaints_images: bool = False  # whether each image is its own control image, to repaint
     trains_embedding: bool = False  # the trigger word itself is trained, and all captions contain it
     needs_bfloat16: bool = False  # its weights are trained in bfloat16
-    saves_large_files: bool = False  # each save has gigabytes, so few are written and kept
+    saves_large_files: bool = False  # each save takes gigabytes, so few are written and kept
     supports_few_step_targets: bool = False  # it can use targets that preserve a distilled model's few steps
     makes_training_adapter: bool = (
         False  # it reverts a distillation, so that other LoRAs can be trained on top

@@ -102,7 +102,7 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     weights = transformer_bytes(model)
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
     if not memory:
-        # float32 takes twice the bytes of the files, which have 16 bits
+        # float32 takes twice the bytes of the 16-bit files
         fit = f"{2 * weights / 2**30:.1f} GiB in float32"
     elif weights / 2**30 + GIB_BESIDES_WEIGHTS <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
