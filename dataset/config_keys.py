@@ -77,7 +77,7 @@ def make_value_type(
 
 
 def whole(minimum: int, maximum: int, allowed: str = "") -> ValueType:
-    """Return the type of integers from `minimum` to `maximum`."""
+    """Return the value type of integers from `minimum` to `maximum`."""
     limit = f"{minimum} or more"
     if maximum < MAX_COUNT:
         limit += f", at most {maximum}"
@@ -87,18 +87,18 @@ def whole(minimum: int, maximum: int, allowed: str = "") -> ValueType:
 
 
 def number(fits: Callable[[float], bool], allowed: str) -> ValueType:
-    """Return the type of numbers that `fits` accepts; they are parsed as float."""
+    """Return the value type of numbers that `fits` accepts; they are parsed as float."""
     return make_value_type((int, float), fits, allowed, float)
 
 
 def one_of(values: tuple[str, ...]) -> ValueType:
-    """Return the type whose values are these words."""
+    """Return the value type of these words only."""
     quoted = ", ".join(f'"{value}"' for value in values)
     return make_value_type(str, lambda value: value in values, f"one of {quoted}")
 
 
 def _list_of(item_type: ValueType, allowed: str, or_one: bool = False) -> ValueType:
-    """Return the type of lists with at least one value.
+    """Return the value type of lists with at least one item.
 
     `or_one` also allows a single value without a list.
     """

@@ -82,9 +82,8 @@ class FolderContent:
     """What `new` finds in a folder; `report_lines` say which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
-    parsed_folder_names: dict[Path, FolderName] = field(
-        default_factory=dict
-    )  # folder names with a meaning to trainers
+    # folder names with a meaning to trainers
+    parsed_folder_names: dict[Path, FolderName] = field(default_factory=dict)
     listed_captions: ListedCaptions = field(default_factory=ListedCaptions)
     # files that `new` writes: captions from lists, and the first frames of clips
     new_captions: dict[Path, str] = field(default_factory=dict)
@@ -92,18 +91,15 @@ class FolderContent:
     undecodable_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
     unreadable_media: list[Path] = field(default_factory=list)  # clips and images
     first_frames: dict[Path, Path] = field(default_factory=dict)  # image -> clip
-    repeats_by_folder: dict[Path, int] = field(
-        default_factory=dict
-    )  # folder -> how often its files are repeated
-    regularization_folders: list[Path] = field(
-        default_factory=list
-    )  # folders of regularization images to train on
+    # folder -> how often its files are repeated
+    repeats_by_folder: dict[Path, int] = field(default_factory=dict)
+    # folders of regularization images to train on
+    regularization_folders: list[Path] = field(default_factory=list)
     mask_folders: dict[Path, Path] = field(default_factory=dict)  # folder of media -> folder of its masks
     # folder of images -> folder of their references
     reference_folders: dict[Path, Path] = field(default_factory=dict)
-    control_folders: dict[Path, Path] = field(
-        default_factory=dict
-    )  # folder of images -> folder of its control images
+    # folder of images -> folder of its control images
+    control_folders: dict[Path, Path] = field(default_factory=dict)
     # layers of an image, from back to front
     layers_by_image: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     report_lines: list[str] = field(default_factory=list)

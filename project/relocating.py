@@ -27,9 +27,8 @@ class MachinePaths:
     """Finds and replaces paths of this machine in a folder's text files."""
 
     folder: Path  # path as typed
-    models: Mapping[str, str] = field(
-        default_factory=dict
-    )  # path in the text files -> path in the packed folder
+    # path in the text files -> path in the packed folder
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def relocate(self, text: str) -> str | None:
         """Make a path relative to the packed folder.

@@ -469,7 +469,7 @@ _OPTIONAL_CONDITIONS = frozenset({"image", "sections"})
 
 @dataclass
 class SameEncoders:
-    """Checks that all batches' caches were made by the encoders that made the first batch's.
+    """Checks that all batches' caches were made with the same encoders as the first batch's.
 
     There is one warning for the latents and one for each text encoder. A difference is never an error: files
     with different fingerprints may contain the same network, and a different dtype makes only a small

@@ -264,7 +264,7 @@ def _leave_out_unlisted(
 
 
 def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    """Add error lines about caches in another cache_format than the table's, and about broken shards."""
+    """Add error lines about caches that are not in the table's cache_format, and about broken shards."""
     # imported here, because few folders have caches in two formats
     from dataset.cache.form import list_format_errors, list_shard_errors
 

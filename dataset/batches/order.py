@@ -97,7 +97,7 @@ class BatchOrder:
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
-        """Return the number of items trained before batch `index` of an epoch, earlier epochs included."""
+        """Return the number of items trained before batch `index` of an epoch, including earlier epochs."""
         self.epoch(epoch)
         return epoch * self.num_items + self._starts[index]
 

@@ -218,7 +218,7 @@ def plan_all(
 
 @dataclass
 class _Comparison:
-    """What comparing a media file with its cache files has found so far."""
+    """Intermediate results of comparing a media file with its cache files."""
 
     valid_files: set[str] = field(default_factory=set)  # names of files
     num_without_record: int = 0  # number of valid files without a record
@@ -227,7 +227,7 @@ class _Comparison:
     is_incompatible: bool = False  # an existing file raised IncompatibleCache
 
     def add_outdated(self, error: CacheError) -> None:
-        """Store why a cache file is replaced: the first reason, unless one is an IncompatibleCache."""
+        """Store the reason for replacing a cache file: an IncompatibleCache if any, else the first one."""
         is_incompatible = isinstance(error, IncompatibleCache)
         if self.outdated_reason is None or is_incompatible:
             self.outdated_reason = str(error)

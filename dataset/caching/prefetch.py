@@ -181,9 +181,8 @@ R = TypeVar("R")
 
 AHEAD_PER_WORKER = 2  # waiting results per worker, so that one slow clip does not stall the encoder
 WRITES_BEHIND = 4  # pending writes per thread
-MANY = (
-    4096  # for this many sources or more, caching does not read tensor values of caches, only training does
-)
+# for this many sources or more, caching does not read tensor values of caches, only training does
+MANY = 4096
 AT_ONCE = 64  # maximum number of values that a `map_ahead` thread takes at a time
 
 

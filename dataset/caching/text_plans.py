@@ -50,9 +50,8 @@ class CaptionFile:
     caption: str | None  # None: the source has no caption
     caption_path: Path | None  # caption file, which need not exist
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
-    encoding_round: int = (
-        0  # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
-    )
+    # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
+    encoding_round: int = 0
     embeds: Path | None = None  # file with precomputed outputs of text encoders
     source: MediaSource | None = None  # set if an encoder sees media of the source with the caption
     references: Sequence[tuple[Path, Origin | None]] = ()  # files of these media

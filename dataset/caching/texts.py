@@ -257,9 +257,8 @@ class TextWork:
                     return
             if self._loaded_encoder is not encoder:
                 self.free()
-                self._loaded_encoder = (
-                    encoder  # set before loading, so that `free` also works after a failure
-                )
+                # set before loading, so that `free` also works after a failure
+                self._loaded_encoder = encoder
                 encoder.load(self._device)
             captions = [(file.caption_path or file.name, file.caption or "") for file in to_do]
             warn_cut_captions(encoder, captions)

@@ -62,9 +62,8 @@ class SourceFormat:
     has_columns: ClassVar[bool] = False  # whether `inspect_columns` is defined
     # whether training may list the sources to compare their companions with those in the caches
     is_listed_in_training: ClassVar[bool] = False
-    shares_caches_with_other_programs: ClassVar[bool] = (
-        False  # whether other programs store caches next to the images
-    )
+    # whether other programs store caches next to the images
+    shares_caches_with_other_programs: ClassVar[bool] = False
     names_images_anywhere: ClassVar[bool] = False  # whether images of one table may be in many folders
     has_dependent_keys: ClassVar[bool] = False  # whether `find_conflict` or `complete` is defined
 

@@ -160,7 +160,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
 
 def _find_problems(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return the problems with a file's colors: warning text to details, which may be ""."""
+    """Return warnings about a file's colors, each with the details that follow its path (or "")."""
     warnings = {}
     if colors.is_transparent and not keeps_transparency:
         warnings["are transparent and filled with white"] = ""

@@ -63,7 +63,7 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
 
 
 def _is_numbered(path: Path, stems: Collection[str]) -> bool:
-    """Return whether a file name has the form of a layer's: one of the stems and a number."""
+    """Return whether a file has the name of a layer: one of the stems, followed by a number."""
     image_stem, _, number = path.stem.rpartition("_")
     return image_stem in stems and number.isdecimal()
 

@@ -277,7 +277,7 @@ def _describe_captions(
 
 
 def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
-    """Return the option or table key, with its value, that makes captions with this suffix be read."""
+    """Return the option or table key, with its value, that selects captions with this suffix."""
     if table.config_path.is_dir():  # the dataset is given as a folder
         return f"--caption_extension {suffix}"
     return f'caption_extension = "{suffix}"'

@@ -87,7 +87,7 @@ def find_no_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
 
 
 def guess_no_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return None: in this trainer's files, only the model keys themselves reveal the model."""
+    """Return None, for trainers whose files reveal the model only by the keys that name it."""
     return None
 
 

@@ -155,7 +155,7 @@ def _report_omitted_keys(
 
 
 def _find_dataset(project: ForeignProject, folder: Path, media_folder: Path) -> ForeignDataset | None:
-    """Return the project's dataset with this folder's path, otherwise the only one whose folder has its name.
+    """Return the project's dataset with this folder's path, otherwise the only one with the same folder name.
 
     None if there is no such dataset.
     """

@@ -59,9 +59,8 @@ class ForeignProject:
     epoch_settings: list[FileEpochs] = field(default_factory=list)
     epoch_intervals: dict[str, FileEpochs] = field(default_factory=dict)  # by the option with steps
     warmup_fraction: tuple[str, float] | None = None  # key and fraction of the steps
-    keys_without_rule: dict[str, Any] = field(
-        default_factory=dict
-    )  # keys without a rule that may be our options
+    # keys without a rule that may be our options
+    keys_without_rule: dict[str, Any] = field(default_factory=dict)
     source_keys: dict[str, str] = field(default_factory=dict)  # our option or key -> key in the file
     # keys that name a model -> unknown value
     unknown_models: dict[str, str] = field(default_factory=dict)
@@ -71,9 +70,8 @@ class ForeignProject:
     adopted_keys: list[str] = field(default_factory=list)  # keys with unchanged values
     change_lines: list[str] = field(default_factory=list)  # lines
     omission_lines: list[str] = field(default_factory=list)  # lines
-    omitted_keys_by_reason: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # reason -> keys left out for it
+    # reason -> keys left out for it
+    omitted_keys_by_reason: dict[str, list[str]] = field(default_factory=dict)
     ineffective_keys: list[str] = field(default_factory=list)  # keys without effect in the other program
     empty_keys: list[str] = field(default_factory=list)  # keys without a value
     unknown_keys: list[str] = field(default_factory=list)  # unknown keys

@@ -51,7 +51,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys that have no effect: a LyCORIS config file of its own sets rank and alpha."""
+    """Return the keys without effect: a LyCORIS config file sets network type, rank and alpha instead."""
     if values.get("lora_type") == "lycoris" and "lycoris_config:algo" in values:
         return {"lora_rank", "lora_alpha", "lora_type"}
     return set()

@@ -68,9 +68,8 @@ class RunKind:
     needs_bfloat16: bool = False  # its weights are trained in bfloat16
     saves_large_files: bool = False  # each save takes gigabytes, so few are written and kept
     supports_few_step_targets: bool = False  # it can use targets that preserve a distilled model's few steps
-    makes_training_adapter: bool = (
-        False  # it reverts a distillation, so that other LoRAs can be trained on top
-    )
+    # it reverts a distillation, so that other LoRAs can be trained on top
+    makes_training_adapter: bool = False
 
     def find_script(self, model: ModelSet) -> Path | None:
         """Return the script that trains this kind of run for a model; None if there is none."""
