@@ -228,7 +228,7 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
 
 
 def _find_few_step_advice(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
-    """Return the family's few-step settings if this model is distilled to few steps, otherwise None."""
+    """Return the family's advice about few-step models if this model is distilled, otherwise None."""
     if not knows_few_steps(family):
         return None
     reason = None
