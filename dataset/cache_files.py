@@ -1,6 +1,6 @@
 """Cache files: names of files and tensors, reading and writing, and the protocol of a store of cache files.
 
-Names and tensors are those of musubi-tuner, so that files can be exchanged. The metadata also records the
+Names and tensors are as in musubi-tuner, so that files can be exchanged. The metadata also records the
 origin of a file (see records.py).
 """
 
@@ -39,7 +39,7 @@ Grid = tuple[int, int, int]  # F, H, W of latents
 
 
 class NpzNames(NamedTuple):
-    """Tag, latent space and text keys of a family, from which names in npz caches are derived."""
+    """Facts about a model family that determine the names of npz cache files and of their arrays."""
 
     tag: str  # cache_tag of the family
     latent: LatentSpec
@@ -65,7 +65,7 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 
 @dataclass(frozen=True)
 class LatentName:
-    """Fields of a latent cache's file name."""
+    """The parts of a latent cache file's name."""
 
     stem: str
     size: tuple[int, int]  # width, height: of the original for images, after bucketing for videos
@@ -73,7 +73,7 @@ class LatentName:
     section: int | None = None  # FramePack videos: index of the section
 
     def file_name(self, tag: str) -> str:
-        """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`.
+        """Return the file name of these latents, such as `clip_00000-017_0112x0080_wan.safetensors`.
 
         Args:
             tag: The family's cache_tag.
@@ -94,12 +94,12 @@ def audio_tag(tag: str) -> str:
 
 
 def audio_file_name(latent_file: str, tag: str) -> str:
-    """Return the name of a clip's audio cache, which is next to the cache of its latents."""
+    """Return the name of the audio cache file that belongs to a clip's latent cache file."""
     return latent_file.removesuffix(f"{tag}{SUFFIX}") + audio_tag(tag) + SUFFIX
 
 
 def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
-    """Parse the file name of a latent cache of a family and a kind ("image" or "video").
+    """Parse the file name of a family's latent cache of this kind ("image" or "video").
 
     Returns None for other names.
     """
@@ -124,7 +124,7 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
 
 
 def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
-    """Yield the latent caches of a family among file names, in order: file name, stem, and parsed ending.
+    """Yield a family's latent caches among these file names, in order: file name, stem, and parsed ending.
 
     Folders may have a million names with few different endings (size, span and tag). For speed, each ending
     is parsed once, to a `LatentName` with a meaningless stem, which all names with this ending share.
@@ -153,11 +153,11 @@ def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[st
 
 
 def text_file_name(stem: str, tag: str, number: int = 0) -> str:
-    """Return the name of a text cache, such as `clip_wan_te.safetensors`, which all items of a source share.
+    """Return the name of a text cache, such as `clip_wan_te.safetensors`, for all items of a media file.
 
     `number` is the index of the caption. Additional captions are in `clip_wan_te.caption2.safetensors` and so
-    on; other programs ignore these names. With EMPTY, the cache is that of the empty prompt, encoded with
-    the source's reference images: `clip_wan_te.empty.safetensors`.
+    on; other programs ignore these names. EMPTY stands for the empty prompt, encoded with the file's
+    reference images: `clip_wan_te.empty.safetensors`.
     """
     if number == EMPTY:
         return f"{stem}_{empty_text_name(tag)}"
@@ -166,12 +166,12 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
 
 
 def empty_text_name(tag: str) -> str:
-    """Return the name of the cache of the empty prompt, which all items of a folder share."""
+    """Return the name of the empty prompt's cache, which all items of a folder share."""
     return f"{tag}_te.empty{SUFFIX}"
 
 
 def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
-    """Return stem and index (1 or more) from the file name of a further caption; None for other names."""
+    """Return stem and index (at least 1) from the file name of a further caption; None for other names."""
     match = _MORE_TEXT.fullmatch(file_name)
     if match is None or match[2] != tag or file_name.startswith("."):
         return None
@@ -190,13 +190,13 @@ def is_text_name(file_name: str, tag: str) -> bool:
 
 
 def is_empty_text_name(file_name: str, tag: str) -> bool:
-    """Return whether a file is a cache of the empty prompt, of a folder or of a single source."""
+    """Return whether a file name belongs to an empty prompt's cache, for a folder or a single item."""
     name = empty_text_name(tag)
     return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
-    """Return the stem of a source from the name of its first text cache; None for other names."""
+    """Return the stem in the name of a first caption's text cache; None for other names."""
     ending = f"_{tag}_te{SUFFIX}"
     if not file_name.endswith(ending) or file_name.startswith("."):
         return None
@@ -204,12 +204,12 @@ def parse_text_name(file_name: str, tag: str) -> str | None:
 
 
 def is_cache_name(name: str) -> bool:
-    """Return whether a name belongs to a cache of any family."""
+    """Return whether a file name belongs to a cache of any model family."""
     return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
 
 
 def is_safe_name(name: str) -> bool:
-    """Return whether a name can be used as a file name on every system."""
+    """Return whether a file name is valid on all operating systems."""
     return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
 
 
@@ -240,7 +240,7 @@ def tensor_name(
 
 
 def tensor_key(name: str) -> str:
-    """Return the key in batches for a tensor name in a file, the inverse of `tensor_name`.
+    """Return the key in batches for a tensor name in a cache file; the inverse of `tensor_name`.
 
     `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`; masks are unchanged.
     """
@@ -263,7 +263,7 @@ def grid_in_name(name: str) -> Grid | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """The contents of a cache file, or only the information in its header."""
+    """The contents of a cache file, or only its header."""
 
     place: Path | str  # path of the file; a str for speed, which `path` converts
     metadata: Mapping[str, str]
@@ -273,7 +273,7 @@ class Entry:
 
     @staticmethod
     def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
-        """Make an entry from tensors by their names in the file; `place` is its path, for messages."""
+        """Create an entry from tensors by their names in the file; `place` is its path, for messages."""
         return Entry(place, metadata, {name: tuple(tensor.shape) for name, tensor in named.items()}, named)
 
     @property
@@ -288,12 +288,12 @@ class Entry:
 
     @property
     def grids(self) -> frozenset[Grid]:
-        """Sizes that the tensor names of latents end in: frames, height and width."""
+        """The latent sizes F, H, W at the end of the tensor names."""
         return frozenset(grid for grid in map(grid_in_name, self.shapes) if grid is not None)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors by key in batches; latents get an axis of frames if the file lacks it."""
+        """Tensors by their key in batches; latents get a frame axis if the file lacks it."""
         tensors = {}
         for name, tensor in self.named.items():
             key = tensor_key(name)
@@ -304,12 +304,12 @@ class Entry:
 
     @property
     def variable(self) -> frozenset[str]:
-        """Keys of the tensors with variable length."""
+        """Keys of the tensors whose length differs between items."""
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
 class CacheStore(Protocol):
-    """The entries of one cache folder.
+    """The entries (cache files) of one folder, whether stored singly, in shards or as npz files.
 
     An entry exists completely or not at all. Several threads may use a store at the same time, and other
     processes may write other entries of the same folder.
@@ -317,7 +317,7 @@ class CacheStore(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Return the cache folder, which need not exist."""
+        """The cache folder, which need not exist."""
 
     @property
     def holds_only_caches(self) -> bool:
@@ -325,35 +325,35 @@ class CacheStore(Protocol):
 
     @property
     def is_shared(self) -> bool:
-        """Whether other programs may have entries in the folder; these are used if they fit, never stale."""
+        """Whether other trainers may have cache files in the folder; valid ones are used, none is removed."""
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, and of other files in the folder."""
+        """Return the names of all entries, and of any other files in the folder."""
 
     def __contains__(self, name: str) -> bool:
-        """Return whether an entry of that name exists, valid or damaged."""
+        """Return whether an entry of this name exists, valid or damaged."""
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Read an entry to the CPU, or only its header if `is_full` is False.
+        """Read a cache file into CPU memory, or only its header if `is_full` is False.
 
         Raises:
-            CacheError: If the entry is missing or damaged.
+            CacheError: If the file is missing or damaged.
         """
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an entry, replacing one of the same name; `tensors` are keyed by their names in the file.
+        """Write a cache file, replacing one of the same name; `tensors` are keyed by their names in the file.
 
-        Equal contents give equal bytes. Raises OutputError if the entry cannot be written.
+        Equal contents give equal bytes. Raises OutputError if the file cannot be written.
         """
 
     def remove(self, name: str) -> None:
-        """Remove an entry if it exists."""
+        """Remove a cache file if it exists."""
 
     def close(self, is_last: bool = False) -> None:
-        """Flush all written entries; a writer calls this at the end, but may write again.
+        """Flush all written entries; called when a writer is done, which may write again later.
 
         Args:
-            is_last: Whether all writers of a run have finished and this process may tidy the store.
+            is_last: Whether all writers of a run have finished, so that this process may tidy the store.
 
         Raises:
             OutputError: If there is not enough disk space; no entry is lost then.
@@ -383,7 +383,7 @@ def read_entry(path: Path | str, is_full: bool = True) -> Entry:
 
 
 def unpack(path: Path | str, data: bytes) -> Entry:
-    """Parse the bytes of a cache file; the tensors of the entry are sorted by name.
+    """Parse the bytes of a cache file; its tensors are sorted by name.
 
     `path` is for messages only.
 
@@ -400,7 +400,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 
 
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
-    """Parse the header of a cache file of `size` bytes; the entry has metadata and shapes, but no tensors.
+    """Parse the header of a cache file of `size` bytes; the result has metadata and shapes, but no tensors.
 
     `read` returns the next N bytes of the file.
 
@@ -419,7 +419,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a cache file, completely or not at all; `tensors` are keyed by their names in the file.
+    """Write a cache file atomically; `tensors` are keyed by their names in the file.
 
     Equal contents give equal bytes; the safetensors library would write metadata in varying order.
     """
@@ -435,10 +435,10 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> bool:
-    """Return whether the tensor names are those of a latent cache of a family, not of a LoRA.
+    """Return whether a file's tensor names show that it is a latent cache of the family, not a LoRA.
 
     Args:
-        entry: Entry or its header.
+        entry: Cache file or its header.
         architecture: The family's name.
         audio: Whether to check for an audio cache instead.
     """
@@ -449,15 +449,15 @@ def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> boo
 
 
 def is_text_cache(entry: Entry, architecture: str) -> bool:
-    """Return whether the tensor names are those of a text cache of the family `architecture`."""
+    """Return whether a file's tensor names show that it is a text cache of the family."""
     return not entry.grids and _all_cache_names(entry) and entry.metadata.get("architecture") == architecture
 
 
 def _all_cache_names(entry: Entry) -> bool:
-    """Return whether all tensors of a file are named like those of a cache."""
+    """Return whether all tensor names in a file have the form of cache tensor names."""
     return bool(entry.shapes) and all(map(_TENSOR_NAME.fullmatch, entry.shapes))
 
 
 def _damage_error(path: Path | str, error: Exception) -> CacheError:
-    """Return the exception for a damaged cache file."""
+    """Return the exception that reports a damaged cache file."""
     return CacheError(f"{path}: damaged, cannot be read as safetensors ({error})")

@@ -43,9 +43,9 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
-MAX_LISTED = 100  # problems that a message names
-KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both layouts of dataset files
-# keys that only tables with subsets have, and the end of the message about such a key elsewhere
+MAX_LISTED = 100  # maximum number of problems in a message
+KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both dataset file layouts
+# keys that only tables with subsets have, and the end of the message if another table has the key
 KEYS_OF_SUBSETS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
     "it out, or convert the file to that layout"
@@ -56,7 +56,7 @@ KEYS_OF_SUBSETS = {
 # A table of audio files is read as a table of clips with 25 black frames a second, which no network sees.
 # source key of audio files -> source key of clips
 VIDEO_KEY_OF_AUDIO_KEY = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
-# values of such a table that cannot be changed
+# values of these tables that cannot be changed
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
 # its defaults: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
 FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
@@ -65,7 +65,7 @@ FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
     """Read a dataset file (.toml or .json), in our own layout or in the layout of sd-scripts with subsets.
 
-    Source folders are not checked here but in `find_sources`, because training needs only the caches.
+    Media folders are not checked here but in `find_sources`, because training needs only the caches.
 
     Args:
         path: Path of the file.
@@ -102,7 +102,7 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
 
 
 def _warn_unused_options(typed: SubsetOptions, path: Path) -> None:
-    """Warn about typed options for subsets, which a dataset file without subsets does not use."""
+    """Warn about subset options on the command line, because this dataset file has no subsets."""
     unused = sorted(set(typed_options(typed).values()))
     if unused:
         logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
@@ -143,7 +143,7 @@ def _read_tables(path: Path, content: Table, errors: list[str]) -> tuple[Dataset
 
 
 def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> None:
-    """Add an error for each cache directory that is a file, is forbidden, or belongs to another table."""
+    """Add an error for each cache folder that is a file, is forbidden, or belongs to another table."""
     first_tables: dict[str, DatasetTable] = {}  # first table of each cache directory, by its `folder_id`
     for table in tables:
         folder = table.cache_directory
@@ -188,7 +188,7 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
 
 
 def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
-    """Return a configuration whose tables all store downloads in `folder`."""
+    """Return a copy of the configuration in which all tables store downloads in `folder`."""
     if not any(source_format_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
         logger.warning(
             "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
@@ -201,7 +201,7 @@ def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
 
 
 def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
-    """Leave the animations of a folder to the video table if an image table and a video table share it."""
+    """If an image and a video table share a folder, assign its animations to the video table only."""
     clip_folders = {
         folder_id(table.directory) for table in tables if table.kind == "video" and table.directory
     }
@@ -243,7 +243,7 @@ def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Tabl
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
-    """Adapt a configuration to a family: to its clip lengths, frame rate, audio and references.
+    """Adapt a dataset configuration to a model family: clip lengths, frame rate, audio and references.
 
     Section keys of a table that the family ignores are logged as a warning, unless `for_texts` says that only
     texts are encoded.
@@ -264,7 +264,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     tables = []
     for table in config.datasets:
         if table.kind == "video" and family.abilities.match_audio_schedule and table.source_fps is None:
-            table = replace(table, source_fps=forms.AUTO)  # the frame rate of each file counts
+            table = replace(table, source_fps=forms.AUTO)  # each file has its own frame rate
         finds_audio_by_name = family.latent.caches_audio and table.kind == "video"
         tables.append(
             replace(
@@ -291,7 +291,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
 
 
 def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetConfig:
-    """Return a configuration whose audio references are dropped at the family's rate.
+    """Return the configuration with the family's dropout rate for tables with reference audio.
 
     Raises:
         DatasetError: If the run takes no audio as reference.
@@ -318,18 +318,18 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
 
 
 def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
-    """Return a configuration whose text caches include the empty prompt."""
+    """Return a copy of the configuration in which the empty prompt is cached, too."""
     tables = [replace(table, uses_empty_prompt=True) for table in config.datasets]
     return replace(config, datasets=tuple(tables))
 
 
 def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
-    """Return a configuration whose video folders take audio from files named like their clips.
+    """Return the configuration with audio from files that have the names of the clips in video folders.
 
     Tables with an audio_directory do not change.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         option: Option that the user set, for the warning that a list's rows already name audio files.
         folder: Folder of the audio files; None if they are next to the clips.
     """
@@ -344,7 +344,7 @@ def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) ->
 
 
 def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
-    """Round target_frames down to clip lengths that the family takes, with a warning."""
+    """Round target_frames down to clip lengths that the family accepts, with a warning."""
     tables = []
     for table in config.datasets:
         targets = table.target_frames
@@ -364,7 +364,7 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
 def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint: str = "") -> DatasetConfig:
     """Check the keys about references; return the configuration with a family's rules for them.
 
-    `hint` names the variant of the model that takes references of clips; error messages end with it.
+    `hint` names the variant of the model that uses clip references; error messages end with it.
 
     Raises:
         DatasetError: If a table has a key that the family does not use.
@@ -396,7 +396,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
 
 
 def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
-    """Return an error line for each key about references of clips that the model does not use."""
+    """Return an error line for each key about clip references that the model does not use."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks
     remedy = f"Leave it out. {hint}" if hint else "Leave it out"
@@ -416,7 +416,7 @@ def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | No
 
 
 def _find_image_reference_errors(table: DatasetTable) -> list[str]:
-    """Return error lines for the keys about reference images of a table, whose model takes no references."""
+    """Return an error line for each key about reference images; the table's model uses none."""
     errors = []
     if table.reference_dropout_rate:
         errors.append(
@@ -433,7 +433,7 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
 
 
 def _find_entries(content: Table, errors: list[str]) -> list[Any]:
-    """Return the entries of [[datasets]]; an error is added to `errors` if there are none."""
+    """Return the [[datasets]] tables; if there are none, an error is added to `errors`."""
     entries = content.get("datasets")
     if isinstance(entries, dict):
         errors.append("[datasets] needs double brackets: write [[datasets]], once for each folder or list")
@@ -452,7 +452,8 @@ def _read_table(
 ) -> DatasetTable | None:
     """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`.
 
-    A key has the value of the table's entry, else that of [general] (`general`), else its default.
+    The value of a key comes from the table itself, otherwise from [general] (`general`), otherwise it is the
+    default.
     """
     table_label = f"[[datasets]] {index + 1}"
     num_errors_before = len(errors)
@@ -496,7 +497,7 @@ def _read_table(
 
 
 def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> str | None:
-    """Return the key that names the source of a table's items, such as `image_directory`.
+    """Return the key that names where a table's items come from, such as `image_directory`.
 
     If there is not exactly one, returns None and adds an error to `errors`.
     """
@@ -522,7 +523,7 @@ def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> 
 
 
 def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
-    """Return the keys that are not allowed in a table with this source, each with the reason.
+    """Return the keys that are not allowed in a table with this source key, each with the reason.
 
     `kind` is "image" or "video".
     """
@@ -544,7 +545,7 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
 
 
 def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Convert the entry of an audio table to the entry of a table of clips with black frames."""
+    """Convert the keys of an audio table to keys for a table of clips with black frames."""
     for key in forms.LENGTHS:
         if key in entry:
             logger.info("%s: not needed: audio is never padded, its last few frames are cut off", key)
@@ -552,7 +553,7 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
         if key in entry:
             logger.info("%s: ignored, because audio files have no images", key)
     defaults = {key: value for key, value in FULL_AUDIO.items() if key not in general}
-    if "target_frames" in entry:  # the clips have these lengths, not that of the file
+    if "target_frames" in entry:  # the clips have these lengths, not the length of the file
         defaults.pop("frame_extraction", None)
     declared = {key: value for key, value in entry.items() if key != source_key and key not in forms.LENGTHS}
     return {**defaults, **declared, **BLACK, VIDEO_KEY_OF_AUDIO_KEY[source_key]: entry[source_key]}
@@ -564,10 +565,10 @@ def _fill_in_fields(
     """Set the fields of a table that depend on others; if fields conflict, add an error and return False.
 
     Args:
-        source_format: Kind of source, such as a folder, a list or tars. The keys that only tables of this
-            format have are in `fields["format_keys"]`.
+        source_format: Where the items come from, such as a folder, a list or tars. The keys that only its
+            tables have are in `fields["format_keys"]`.
         fields: Fields of a `DatasetTable` by name, which are changed.
-        source_key: Key that names the data, for messages.
+        source_key: Key that names the folder or list, for messages.
         table_label: Path of the file, and name of the table after a comma.
         errors: List to which the error is added.
     """
@@ -604,7 +605,7 @@ def _fill_in_fields(
 
 
 def _find_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Describe a conflict between fields that tables of all data forms have; None if there is none."""
+    """Return a conflict between keys that tables of all source formats have; None if there is none."""
     if fields["mask_directory"] and fields["alpha_mask"]:
         return "mask_directory cannot be used here; leave out it or alpha_mask"
     if fields["multiple_target"] and (fields["alpha_mask"] or fields["worse_directory"]):
@@ -621,7 +622,7 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
 
 
 def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Describe a conflict between a table's keys for guides; None if there is none."""
+    """Return a conflict between a table's keys for guides, as text; None if there is none."""
     for prefix in ("keyframe_guide", "latent_idx_guide"):
         folder_key = f"{prefix}_directory"
         other_keys = [name for name in fields if name.startswith(prefix) and name != folder_key]

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # values of frame_extraction; see dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
 CACHE_FORMATS = ("files", "shards", "npz")
-# values of `audio`: a clip without audio is an error, or is silent; or audio is ignored
+# values of `audio`: clips without audio are an error or are silent, or audio is ignored
 REQUIRED, IF_PRESENT, IGNORE = "required", "if_present", "ignore"
 AUTO = "auto"  # value of source_fps: use the timestamps in each file
 # limits that catch typing errors and values that would exhaust memory
@@ -45,9 +45,9 @@ class InvalidValue(Exception):
 
 
 class ValueType(NamedTuple):
-    """Type of a key's value: a function that reads the value, and a description of allowed values."""
+    """Type of a key's value: a function that parses the value, and a text about the allowed values."""
 
-    read: Callable[[Any], Any]  # converts a value of the file, or raises InvalidValue
+    read: Callable[[Any], Any]  # converts a value from the file, or raises InvalidValue
     allowed: str  # describes valid values, for messages
 
 
@@ -67,7 +67,7 @@ def make_value_type(
     """
 
     def read(value: Any) -> Any:
-        """Return the value in the type that tables store. Raises InvalidValue."""
+        """Return the value in the type that tables store. Raises InvalidValue if it is not allowed."""
         is_wrong_bool = isinstance(value, bool) and kinds is not bool  # bool is a subclass of int
         if is_wrong_bool or not isinstance(value, kinds) or not fits(value):
             raise InvalidValue
@@ -77,7 +77,7 @@ def make_value_type(
 
 
 def whole(minimum: int, maximum: int, allowed: str = "") -> ValueType:
-    """Make the type of whole numbers from `minimum` to `maximum`."""
+    """Return the value type of integers from `minimum` to `maximum`."""
     limit = f"{minimum} or more"
     if maximum < MAX_COUNT:
         limit += f", at most {maximum}"
@@ -87,20 +87,20 @@ def whole(minimum: int, maximum: int, allowed: str = "") -> ValueType:
 
 
 def number(fits: Callable[[float], bool], allowed: str) -> ValueType:
-    """Make the type of numbers that `fits` accepts; they are read as float."""
+    """Return the value type of numbers that `fits` accepts; they are parsed as float."""
     return make_value_type((int, float), fits, allowed, float)
 
 
 def one_of(values: tuple[str, ...]) -> ValueType:
-    """Make the type whose values are these words."""
+    """Return the value type of these words only."""
     quoted = ", ".join(f'"{value}"' for value in values)
     return make_value_type(str, lambda value: value in values, f"one of {quoted}")
 
 
 def _list_of(item_type: ValueType, allowed: str, or_one: bool = False) -> ValueType:
-    """Make the type of lists of at least one value.
+    """Return the value type of lists with at least one item.
 
-    `or_one` allows a single value without a list.
+    `or_one` also allows a single value without a list.
     """
 
     def read(value: Any) -> tuple[Any, ...]:
@@ -114,7 +114,7 @@ def _list_of(item_type: ValueType, allowed: str, or_one: bool = False) -> ValueT
 
 
 def _path(value: str) -> Path:
-    """Return the path in a value. Raises InvalidValue, with the reason, if the path cannot be used."""
+    """Return the value as a path. Raises InvalidValue, with the reason, if it cannot be used."""
     try:
         path = paths.expand_path(value)
     except ValueError as error:
@@ -127,7 +127,7 @@ def _path(value: str) -> Path:
 
 
 def _size(value: Any) -> tuple[int, int]:
-    """Read a resolution: a side, or width and height. Raises InvalidValue."""
+    """Parse a resolution: one side, or width and height. Raises InvalidValue."""
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
         raise InvalidValue
@@ -138,7 +138,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _is_text(value: str) -> bool:
-    """Return whether a text has visible characters and none that could not be shown."""
+    """Return whether a text has visible characters and no unprintable ones."""
     return bool(value.strip()) and not bad_character(value)
 
 
@@ -152,7 +152,7 @@ PROGRAMS = frozenset(
 
 
 def _is_unsafe_extension(extension: str) -> bool:
-    """Return whether an extension would name another folder, or a file that may be executed."""
+    """Return whether a file extension contains a path, or belongs to files that can be executed."""
     has_separators = bool(set(extension) & set("/\\\0"))
     return has_separators or extension.rpartition(".")[2].strip().lower() in PROGRAMS
 
@@ -245,7 +245,7 @@ BOTH = ("image", "video")
 
 
 class Stale(enum.Flag):
-    """What becomes stale if a key's value changes.
+    """Which caches (or other results) become stale if a key's value changes.
 
     Each key has to declare it; there is no default, so that no key is forgotten. Changes of captions and
     images themselves are detected by comparing their contents.
@@ -257,7 +257,7 @@ class Stale(enum.Flag):
     SECTIONS = enum.auto()  # latents of a family with sections
     REFERENCES = enum.auto()  # latents of images that have references
     TEXTS = enum.auto()  # embeddings of captions
-    LEARNING = enum.auto()  # no cache, but a training state that a run resumes from
+    LEARNING = enum.auto()  # no cache, but the training state from which a run resumes
 
 
 NOTHING, FRAMES, LATENTS, SECTIONS = Stale.NOTHING, Stale.FRAMES, Stale.LATENTS, Stale.SECTIONS
@@ -266,7 +266,7 @@ REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
 
 @dataclasses.dataclass(frozen=True)
 class TableKey:
-    """One key of a table.
+    """One key of a [[datasets]] table.
 
     Attributes:
         value_type: Type of its value in the file.
@@ -274,7 +274,7 @@ class TableKey:
         kinds: Kinds of tables that may have the key.
         in_general: Whether [general] may have the key, too.
         of_some_forms: Whether only tables of some source formats, which list the key, may have it.
-        stale: What becomes stale if the value changes.
+        stale: Which caches become stale if the value changes.
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
 
@@ -288,7 +288,7 @@ class TableKey:
 
 
 def key(value_type: ValueType, default: Any = None, *, stale: Stale, **settings: Any) -> Any:
-    """Declare a dataclass field that is also a key of the same name in dataset files.
+    """Declare a dataclass field that is also a dataset file key of the same name.
 
     `settings` are further fields of `TableKey`.
     """
@@ -297,7 +297,7 @@ def key(value_type: ValueType, default: Any = None, *, stale: Stale, **settings:
 
 
 def of_kind(value_type: ValueType) -> Any:
-    """Declare a dataclass field that the key `image_<name>` or `video_<name>` sets."""
+    """Declare a dataclass field that is set by the table key `image_<field>` or `video_<field>`."""
     return dataclasses.field(default=None, metadata={"source": value_type})
 
 
@@ -346,7 +346,7 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
 
 
 def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a dataset file without the keys in UNNEEDED, which are logged."""
+    """Return a dataset file's content without the keys in UNNEEDED; the removed keys are logged."""
     datasets = content.get("datasets")
     tables = [content.get("general")]
     if isinstance(datasets, list):
@@ -368,7 +368,7 @@ def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_keys(table: Any, names: Container[str]) -> Any:
-    """Return a table without some keys; a value that is not a table is an error, which is reported later."""
+    """Return a table without some keys; other values than tables are returned unchanged."""
     if not isinstance(table, dict):
         return table
     return {name: value for name, value in table.items() if name not in names}
@@ -388,7 +388,7 @@ KINDS = {
 
 
 class HasValueType(Protocol):
-    """Protocol of a key in dataset files, of this program or of another one: its value has a `ValueType`."""
+    """Protocol of a dataset key, of this program or another trainer, whose values have a `ValueType`."""
 
     @property
     def value_type(self) -> ValueType:
@@ -436,7 +436,7 @@ def parse_config(path: Path) -> dict[str, Any]:
 
 
 def _advise_file(folder: Path) -> str:
-    """Say which file to give instead of a folder."""
+    """Return a hint about the file to name instead of this folder."""
     default = folder / "dataset.toml"
     if default.is_file():
         return f"Give {default}"
@@ -445,14 +445,14 @@ def _advise_file(folder: Path) -> str:
 
 
 def other_trainers() -> ModuleType:
-    """Import the module about files of other trainers, which only error messages need."""
+    """Import and return the module about other trainers' files, which only error messages need."""
     from dataset import other_trainers as module  # only for mistakes
 
     return module
 
 
 def without_nulls(table: Any, name: str, errors: list[str]) -> dict[str, Any]:
-    """Return a table without the keys whose value is null (in JSON).
+    """Return a table without the keys that are null (in JSON).
 
     If `table` is neither a table nor None, an error is added to `errors`, and {} is returned.
     """
@@ -476,7 +476,7 @@ def read_keys(
     ignored: tuple[str, ...] = (),
     other_layout_reasons: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Check and convert the keys of a table of a dataset file; return their values by name.
+    """Check and convert the keys in a table of a dataset file; return their values by name.
 
     An invalid value becomes INVALID.
 
@@ -520,7 +520,7 @@ def read_keys(
 
 
 def _explain(name: str, value: Any, allowed: str, reason: str) -> str:
-    """Return the message for an invalid value: its type, the allowed values, and a hint."""
+    """Return the error message for an invalid value: its type, the allowed values, and a hint."""
     hint = f"; but {reason}" if reason else ""
     if not reason and name == "frame_extraction" and isinstance(value, str):
         similar = difflib.get_close_matches(value, MODES, 1)
@@ -532,7 +532,7 @@ def _explain(name: str, value: Any, allowed: str, reason: str) -> str:
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """Return the message for an unknown or unsupported key, with a similar known key."""
+    """Return the error message for an unknown key, with a known key of similar spelling if there is one."""
     if name in NO_KEYS:
         return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
     allowed = list(allowed)
@@ -540,7 +540,7 @@ def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """Format a value as JSON for messages, without passwords, in at most 80 characters."""
+    """Format a value as JSON for messages, in at most 80 characters and without passwords."""
     import json  # only for errors: all training scripts import this module
 
     text = paths.hide_secrets(json.dumps(value, ensure_ascii=False, default=str))

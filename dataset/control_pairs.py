@@ -21,7 +21,7 @@ SHOWN = 3  # maximum number of file names in a message
 
 
 def _log_warning(warning: str) -> None:
-    """Log a warning; control codes in file names are made visible."""
+    """Log a warning with control codes (from file names) made visible."""
     logger.warning("%s", escape_control_codes(warning))
 
 
@@ -31,7 +31,7 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
     Tables whose images are not on this machine, because only caches were copied, are skipped.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         network_name: Name of the network that sees the control images, for messages.
         warn: Is called with each warning.
 
@@ -64,7 +64,7 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
 
 
 def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
-    """Return a warning about control images whose aspect ratio differs from their image's, else ""."""
+    """Return a warning about control images whose aspect ratio differs from their image's; otherwise ""."""
     mismatched = []
     for source in sources:
         width, height = image_size(source.path)

@@ -26,7 +26,7 @@ _NEEDS: Mapping[str, str] = {
 
 
 def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTable]) -> None:
-    """Warn about keys that have no effect because no subset has the keys they depend on."""
+    """Log a warning about keys that have no effect because no subset has the keys they depend on."""
     # whether any subset fulfills each condition that keys may depend on
     is_fulfilled = {
         _BUCKETS: any(table.enable_bucket for table in tables),
@@ -49,7 +49,7 @@ def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTa
 
 
 def _levels_of(content: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield all tables of a file that may contain keys of subsets: [general], [[datasets]] and subsets."""
+    """Yield all tables of a dataset file that may have subset keys: [general], [[datasets]] and subsets."""
     general, entries = content.get("general"), content.get("datasets")
     levels = [general, *(entries if isinstance(entries, list) else [])]
     for level in levels:

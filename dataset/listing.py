@@ -41,20 +41,20 @@ MAX_OF_STEM = 190
 def find_sources(
     table: DatasetTable, captions: bool = True, faults: list[Fault] | None = None
 ) -> list[MediaSource]:
-    """Return all sources of a table, sorted by path.
+    """Return all media files of a table, sorted by path.
 
-    The caption of a source without a caption is None. Whether files that a JSONL list names exist is not
+    The caption of a file without a caption is None. Whether files that a JSONL list names exist is not
     checked.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         captions: Whether caption files are read; latents do not need them.
-        faults: List to which faults are added instead of raising an error; then all usable sources are
+        faults: List to which faults are added instead of raising an error; then all usable files are
             returned.
 
     Raises:
         DatasetError: If a folder or list is missing or empty. Otherwise with all faults: unreadable captions,
-            malformed lines, missing or misnamed control media, and sources with equal stems, which would
+            malformed lines, missing or misnamed control media, and files with equal stems, which would
             share a cache file.
     """
     errors: list[Fault] = []
@@ -85,7 +85,7 @@ def find_sources(
 
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    """List the items of a table, with the files of other folders that belong to them."""
+    """List the items of a table, with their companion files from other folders."""
     if table.directory is None:
         return source_format_of(table).list_sources(table, faults)
     sources = list_table_folder(table, captions, faults)
@@ -109,7 +109,7 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
 
 
 def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> None:
-    """Add a fault for each duplicate stem, and for each stem that is too long for a cache's name."""
+    """Add a fault for each duplicate stem, and for each stem that is too long for a cache file's name."""
     first_by_stem: dict[str, MediaSource] = {}
     shared_cache = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
     repeated_row = f"rows of {table.name} repeat another one and would share a cache file; take them out"
@@ -130,7 +130,7 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
 
 
 class CompanionCounts(NamedTuple):
-    """What belongs to an image or clip in addition to its caption."""
+    """Companion files of an image or clip: how many there are, besides the caption."""
 
     num_controls: int
     num_references: int
@@ -142,10 +142,10 @@ class CompanionCounts(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
-    """List a table again, and return the number of files that belong to each of its sources, by stem.
+    """List a table again, and return how many companion files each of its media files has, by stem.
 
-    The mapping is empty if the sources cannot be listed, because training needs only the caches. Results
-    are remembered, because every item of a table asks for them.
+    The mapping is empty if the media cannot be listed, because training needs only the caches. Results are
+    cached, because every item of a table asks for them.
     """
     try:
         with quiet():  # warnings about the dataset were shown when it was cached
@@ -166,7 +166,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
-    """Log the faults that do not end the run, the first LISTED of them in full."""
+    """Log a warning about the faults that do not stop the run; the first LISTED ones are shown in full."""
     lines = list_errors([error for error in faults if not error.is_fatal], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))
@@ -178,10 +178,10 @@ def find_all_sources(
     skipped: list[tuple[DatasetTable, Fault]] | None = None,
     folders: TableFolders | None = None,
 ) -> list[MediaSource]:
-    """Return the sources of all tables, in order.
+    """Return the media files of all tables, in order.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         captions: Whether caption files are read.
         skipped: List to which unreadable parts are added, each with its table; None logs them as a warning.
         folders: Folders of the complete configuration, if `config` has only some of its tables. Files that
@@ -221,7 +221,7 @@ def find_all_sources(
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a warning for each caption that was read in a different encoding than UTF-8."""
+    """Return a warning for each caption file in an encoding other than UTF-8."""
     warnings = []
     for source in sources:
         if source.caption_encoding is not None:
@@ -232,7 +232,7 @@ def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Warn about unused columns, and about an editing model that gets no reference images at all."""
+    """Log warnings about unread columns, and about an image-edit model without any reference images."""
     unread: list[Fault] = []
     for table in config.datasets:
         if source_format_of(table).has_columns:
@@ -246,14 +246,14 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
 
 
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
-    """Return one line for each source without a caption: the file, and where a caption was looked for."""
+    """Return a line for each media file without a caption, with the place where it was looked for."""
     return [
         f"{source.path}: {_describe_missing_caption(source)}" for source in sources if source.caption is None
     ]
 
 
 def _describe_missing_caption(source: MediaSource) -> str:
-    """Say where the caption of a source was looked for."""
+    """Return a line that says where a media file's caption was looked for."""
     table = source.table
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""
@@ -262,7 +262,7 @@ def _describe_missing_caption(source: MediaSource) -> str:
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
-    """Raise a DatasetError that lists the sources without a caption; at least one has to lack its caption."""
+    """Raise a DatasetError that lists the media files without a caption; call this only if there are any."""
     kind = f"of {len(sources)} captions are missing; write them, then run again"
     raise_if_fatal([Fault(kind, line) for line in missing_captions(sources)])
 

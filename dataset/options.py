@@ -21,7 +21,7 @@ COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white"
 
 
 def _dataset_keys() -> Collection[str]:
-    """Return the known keys of a dataset configuration."""
+    """Return the names of all dataset file keys."""
     from dataset.config import KNOWN_KEYS  # only error messages need them
 
     return KNOWN_KEYS
@@ -33,7 +33,7 @@ DATASET_FILE = KeyFile(
 
 
 class CheckPageOptions(Options):
-    """The HTML page of dataset items that --check writes on request."""
+    """Options for the HTML page of dataset items that --check can write."""
 
     html: Path | None = option(
         "with --check: also write an HTML page of all items: frames with the crop, caption "
@@ -53,13 +53,13 @@ class CheckPageOptions(Options):
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
 
     def require_check(self, check: bool) -> None:
-        """Raise OptionError if --html is set without --check, whose results the page shows."""
+        """Raise OptionError if --html is set without --check: the page shows the results of the check."""
         if not check:
             raise OptionError("--html writes what --check finds: add --check")
 
 
 class ShardOptions(Options):
-    """Which part of the dataset this run caches, if several machines share the work."""
+    """Options for the part of the dataset that this run caches, if several machines share the work."""
 
     num_shards: int | None = option(
         "share the work with other machines: each runs the same command with its own --shard_index, in "
@@ -87,7 +87,7 @@ class ShardOptions(Options):
             )
 
     def reject_beside(self, option: str) -> None:
-        """Raise OptionError if a shard is selected together with `option`, which needs the whole dataset."""
+        """Raise OptionError if --num_shards is set, because `option` needs the whole dataset."""
         if self.num_shards is not None:
             raise OptionError(
                 f"{option} looks at the whole dataset: leave out --num_shards and --shard_index, which share "
@@ -96,7 +96,7 @@ class ShardOptions(Options):
 
 
 class CachingOptions(Options, title="caching"):
-    """What to cache, on which device, and which existing files to keep."""
+    """Options for caching: what to encode, on which device, and which existing files to keep."""
 
     key_files = (DATASET_FILE,)
 
@@ -153,7 +153,7 @@ class CachingOptions(Options, title="caching"):
 
 
 def _is_text_encoding(name: str) -> bool:
-    """Return whether Python knows an encoding of this name that decodes bytes to text."""
+    """Return whether Python has a text encoding of this name."""
     try:
         return isinstance(b"a".decode(name), str)
     except LookupError:
@@ -163,7 +163,7 @@ def _is_text_encoding(name: str) -> bool:
 
 
 class EmptyPromptOptions(Options, title="caching"):
-    """Whether the empty prompt is cached even if no table drops captions."""
+    """Whether to cache the empty prompt even if no table drops captions."""
 
     empty_prompt: bool = option(
         "also cache the empty prompt, as trainings with --guided_target or --blank_prior_weight need it"
@@ -171,7 +171,7 @@ class EmptyPromptOptions(Options, title="caching"):
 
 
 class CachingInRunOptions(Options, title="caches made by this command"):
-    """Caches to make before training. Without these options, the caches of the caching commands are read."""
+    """Which caches training makes itself. Without these options, it reads the caching commands' caches."""
 
     cache_latents: bool = option("encode all images once and keep their latents", often=True)
     cache_latents_to_disk: bool = option("the same, in files next to the images")
@@ -194,12 +194,12 @@ class CachingInRunOptions(Options, title="caches made by this command"):
 
     @property
     def caches_texts(self) -> bool:
-        """Whether the run caches the outputs of text encoders, in memory or on disk."""
+        """Whether the run caches text encoder outputs, in memory or on disk."""
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
 
 class ConvertCacheOptions(Options):
-    """Cache folders to convert, and their new format: options of `tools/convert_cache.py`."""
+    """Options of `tools/convert_cache.py`: the cache folders to convert, and their new format."""
 
     key_files = (DATASET_FILE,)
 
@@ -229,7 +229,7 @@ class ConvertCacheOptions(Options):
 
 
 class DebugOptions(Options, title="looking at the dataset"):
-    """How to show the model's inputs, instead of caching them."""
+    """Options that show what the model would be given, instead of caching it."""
 
     debug_mode: str | None = option(
         "show what the model will see and cache nothing: in a window (or PNG files), as colored text, "
@@ -255,16 +255,16 @@ class DebugOptions(Options, title="looking at the dataset"):
 def read_latent_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, R]:
-    """Read the options of a script that caches latents.
+    """Parse the options of a script that caches latents.
 
-    `record` is the record of the family's options.
+    `record` is the class of the family's options.
     """
     caching, family_options, debug = parse_options(description, argv, CachingOptions, record, DebugOptions)
     return caching, debug, family_options
 
 
 def caching_scripts() -> tuple[str, ...]:
-    """Return the caching scripts of all families: those for latents, then those for texts."""
+    """Return the names of all families' caching scripts: those for latents, then those for texts."""
     scripts = []
     for ending in ("latents", "text_encoder_outputs"):
         scripts += [f"{entry.cache}_{ending}" for entry in FAMILIES.values() if entry.script]
@@ -272,7 +272,7 @@ def caching_scripts() -> tuple[str, ...]:
 
 
 class RayOptions(Options, title="cluster"):
-    """The cluster, the number of shards, and the caching command."""
+    """Options for caching on a Ray cluster: its address, the number of shards, and the caching command."""
 
     address: str | None = option(
         "the Ray cluster to use: auto for the one that this machine belongs to, or ray://HOST:10001; "
@@ -329,17 +329,17 @@ class RayOptions(Options, title="cluster"):
 
     @property
     def script(self) -> str:
-        """Name of the command's script without `.py`."""
+        """File name of the command's script without `.py`."""
         return Path(self.command[0]).name.removesuffix(".py")
 
     @property
     def is_latents(self) -> bool:
-        """Whether the command caches latents, not texts."""
+        """Whether the command caches latents; False for text embeddings."""
         return self.script.endswith("_latents")
 
 
 def read_ray_options(description: str | None, argv: Sequence[str] | None) -> RayOptions:
-    """Read the options of the Ray script, followed by a caching command with its own options."""
+    """Parse the options of the Ray script, which are followed by a caching command."""
     parser = Parser(description=description)
     add_options(parser, RayOptions)
     words = sys.argv[1:] if argv is None else list(argv)

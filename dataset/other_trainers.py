@@ -30,7 +30,7 @@ AT_TOP = {"directory", "concepts"}  # keys of OF_OTHERS that are just typing err
 
 
 def of_suffix(suffix: str) -> str:
-    """Say what to do with a YAML file, which other trainers use; "" for any other suffix."""
+    """Return a hint about YAML files, which other trainers use; "" for any other suffix."""
     is_yaml = suffix.lower() in {".yaml", ".yml"}
     if not is_yaml:
         return ""
@@ -39,7 +39,7 @@ def of_suffix(suffix: str) -> str:
 
 
 def hint_of(content: Any) -> str:
-    """Guess the trainer that a file was written for, and name the keys to use instead; "" if unknown."""
+    """Return a hint about the trainer that wrote a file, and the keys to use instead; "" if unknown."""
     keys: list[str] = []
     tables = content  # the top level of some JSON files is a list
     if isinstance(content, dict):
@@ -57,7 +57,7 @@ def hint_of(content: Any) -> str:
 
 
 def _translate(key: str) -> str:
-    """Advise to write a new file, with our keys that correspond to another trainer's `key`."""
+    """Return the hint to write a new file, with this program's keys for another trainer's `key`."""
     command = quote_command(["python", "reelsmith.py", "new", "FOLDER"])
     _, our_keys = OF_OTHERS[key]
     return f"Write a new file ({command} does it): {our_keys}."

@@ -171,7 +171,7 @@ def _text_caching_command(
     Options are taken from an earlier command of that kind in the cache folders, and from this command.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         family: Name of the family.
         family_options: The family's options of the command that caches latents.
         typed: Spelling of each of these options on the command line.
@@ -189,7 +189,7 @@ def _text_caching_command(
 
 
 def _recall(config: "DatasetConfig", family: str, kind: str) -> "list[RepeatedOption]":
-    """Return the options of the earlier caching command of this kind that the cache folders remember."""
+    """Return the options of the last caching command of this kind, as stored in the cache folders."""
     from dataset.cache.commands import recall_options  # not needed for --help
 
     folders = (table.cache_directory for table in config.datasets)

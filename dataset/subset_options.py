@@ -37,7 +37,7 @@ SAME = "same"  # the table's field has the name of the key
 
 
 class SubsetKey(NamedTuple):
-    """One key of the layout of sd-scripts."""
+    """A key of the sd-scripts dataset layout with subsets."""
 
     value_type: forms.ValueType  # type of its value
     default: Any
@@ -138,7 +138,7 @@ OTHER_NAMES: Mapping[str, str] = {
 
 
 class SubsetOptions(Options, title="data sets without a TOML file"):
-    """Datasets from folders or a JSON file, and values for keys that a dataset file lacks."""
+    """Options that replace a dataset file (folders or a JSON file), or set keys that it lacks."""
 
     train_data_dir: Path | None = option(
         "folder with folders REPEATS_CLASS of images, or the images of --in_json",
@@ -234,12 +234,12 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
 
     @property
     def replaces_toml(self) -> bool:
-        """Whether the options describe the dataset, so that there is no dataset file."""
+        """Whether the options replace the dataset file: they name the folders or the JSON file themselves."""
         return self.train_data_dir is not None
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Return width and height of --resolution; None if it is not given."""
+        """Width and height from --resolution; None if it is not given."""
         if self.resolution is None:
             return None
         sides = [text.strip() for text in self.resolution.split(",")]

@@ -32,14 +32,14 @@ _TABLE_ITSELF = ""  # in `_fields_by_record`, next to the names of the table's r
 
 @dataclasses.dataclass(frozen=True)
 class FolderName:
-    """Parts of the name of an image folder, as sd-scripts reads them: `10_ohwx man`."""
+    """The parts of an image folder's name, as in sd-scripts: repeats and class words, `10_ohwx man`."""
 
     repeats: int
     class_tokens: str  # caption of images without a caption file; "": none
 
 
 def read_folder_name(name: str) -> FolderName | None:
-    """Return the repeats and class tokens in the name of a folder; None if it does not begin with repeats."""
+    """Return the repeats and class words in a folder name; None if it does not begin with repeats."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) == 0:
         return None
@@ -51,8 +51,8 @@ def read_subsets(
 ) -> tuple[DatasetTable, ...]:
     """Return one table for each subset of a dataset file in the layout of sd-scripts, in order.
 
-    A key has the value of the subset, else of its [[datasets]], else of [general], else of the command line,
-    else its default.
+    The value of a key comes from the subset, its [[datasets]] table, [general], the command line or the
+    default, whichever has it first.
 
     Args:
         path: Path of the dataset file.
@@ -102,7 +102,7 @@ def read_subsets(
 
 
 def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequence[Table], path: Path) -> None:
-    """Warn about each option on the command line whose value every subset of the file overrides."""
+    """Warn about each subset option on the command line that every subset of the file overrides."""
     for name, option in typed_options(typed).items():
         if all(values[name] != defaults[name] for values in all_values):
             logger.warning("%s is ignored because %s sets another value everywhere", option, path)
@@ -110,7 +110,7 @@ def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequenc
 
 @dataclasses.dataclass(frozen=True)
 class _Subset:
-    """The values of all keys of one subset."""
+    """The values of all keys of one dataset subset."""
 
     number: int  # index in its [[datasets]], from 0
     label: str  # [[datasets]] and subset, for messages
@@ -118,7 +118,7 @@ class _Subset:
 
 
 def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> Iterator[_Subset]:
-    """Yield the subsets of [[datasets]] number `group`; `defaults` has the values of keys that it lacks."""
+    """Yield the subsets of [[datasets]] table number `group`; `defaults` supplies missing keys."""
     place = f"[[datasets]] {group + 1}"
     dataset = without_nulls(entry, place, errors)
     subsets = dataset.get("subsets")
@@ -136,7 +136,7 @@ def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> I
 
 
 def typed_options(typed: SubsetOptions) -> dict[str, str]:
-    """Return the options that do not have their default value, by key, spelled like `--flip_aug`."""
+    """Return the options that were changed from their defaults: key to option name, such as `--flip_aug`."""
     defaults = _read_option_values(SubsetOptions.from_defaults())
     options = {}
     for name, value in _read_option_values(typed).items():
@@ -146,7 +146,7 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return the values of options as if a dataset file had them: by key, and in the types of such a file."""
+    """Return option values as if a dataset file had set them: by key, and as types of such a file."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
@@ -185,7 +185,7 @@ def _read_level(
 
 
 def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str, Any]:
-    """Return the fields of a `DatasetTable` from the values of a subset's keys."""
+    """Return the `DatasetTable` fields for the keys of a subset."""
     if values["cache_info"]:
         logger.info("cache_info is not needed: sizes and captions are stored in the caches")
     by_record = _fields_by_record(values)
@@ -216,9 +216,9 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
 
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
-    """Return the values of a table's fields, grouped by the record that has the field.
+    """Return a table's values, grouped by the dataclass that has the field.
 
-    The records are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
+    These are the table's `caption_changes`, `augmentation` and `buckets`, and _TABLE_ITSELF.
     """
     by_record: dict[str, dict[str, Any]] = {
         "caption_changes": {},
@@ -236,7 +236,7 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
 
 
 def _round_buckets(rule: BucketRule, table_label: str, warns: bool) -> BucketRule:
-    """Round the limits of a rule to multiples of its step; `warns` logs a warning if they change."""
+    """Round a rule's size limits to multiples of its step; `warns`: log a warning if they change."""
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
     maximum = round_up(rule.maximum, step)
@@ -252,7 +252,7 @@ def _round_buckets(rule: BucketRule, table_label: str, warns: bool) -> BucketRul
 
 
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
-    """Return an error line for each conflict between the keys of a subset, and for each missing key."""
+    """Return an error line for each conflict between a subset's keys and for each missing key."""
     errors = []
     conditioning = values["conditioning_data_dir"]
     masks = values["mask_directory"]
@@ -306,7 +306,7 @@ def _size_errors(values: Table) -> list[str]:
 def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
     """Raise DatasetError if keys of a table change items at random, because such items cannot be cached.
 
-    `keys` are these keys of the table. `what` names what they change, "latents" or "texts".
+    `keys` are these keys. `what` is what they change, "latents" or "texts".
     """
     if keys:
         raise DatasetError(
@@ -316,10 +316,10 @@ def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
 
 
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
-    """Set the cache_directory of tables without one: the subfolder `1024x768` of their image folder.
+    """Set cache_directory, where it is missing, to the subfolder `1024x768` of the table's image folder.
 
     If several tables have the same image folder and resolution, the second gets `1024x768_2`. Caches shared
-    with other programs, which have several resolutions, are in the image folder.
+    with other trainers, which have several resolutions, are in the image folder itself.
     """
     used: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
     changed = []
@@ -343,7 +343,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
 
 
 def folders_config(typed: SubsetOptions) -> DatasetConfig:
-    """Build the dataset that --train_data_dir and related options describe, without a dataset file.
+    """Return the dataset that --train_data_dir and related options describe, without a dataset file.
 
     Raises:
         DatasetError: If there is no folder to train on, or if values are invalid.
@@ -376,7 +376,7 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
 
     Args:
         folder: Value of the option.
-        option: Option that named the folder, for messages.
+        option: Option that names the folder, for messages.
         is_reg: Whether the images are regularization images.
         known: Subfolder that another option reads, which is not reported.
     """
@@ -419,7 +419,7 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
 
 
 def _warn_left_out(folder: Path, option: str) -> None:
-    """Warn about an ignored folder with images, or with subfolders that are named like image folders."""
+    """Warn about an ignored folder with images, or with subfolders that have names of image folders."""
     if _has_repeats(folder):
         logger.warning(
             "%s: %s is left out because its name does not begin with a number of repeats. If its "
@@ -446,7 +446,7 @@ def _warn_left_out(folder: Path, option: str) -> None:
 
 
 def _has_repeats(folder: Path) -> bool:
-    """Return whether a folder has a subfolder whose name begins with a number of repeats, as `10_cat`."""
+    """Return whether any subfolder's name begins with a number of repeats, such as `10_cat`."""
     try:
         return any(entry.is_dir() and read_folder_name(entry.name) is not None for entry in folder.iterdir())
     except OSError:  # for example, a folder of another user

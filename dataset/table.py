@@ -24,14 +24,14 @@ VIDEO, IMAGE = ("video",), ("image",)
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """Changes to captions that vary between training steps; separators divide captions into parts."""
+    """Random changes to captions during training: shuffling and dropping of parts between separators."""
 
     shuffle: bool = False
     separator: str = ","
     keep_tokens: int = 0  # number of leading parts that are never moved or dropped
     keep_tokens_separator: str = ""  # divides a caption into fixed, shuffled, fixed; "": not divided
     secondary_separator: str = ""  # joins parts that are shuffled as one; "": no parts are joined
-    wildcards: bool = False  # captions may have {a|b}, and several lines of which one is drawn
+    wildcards: bool = False  # captions may have {a|b}, and several lines, one of which is drawn
     dropout_every_n_epochs: int = 0  # every n-th epoch has empty captions; 0: no epoch has
     part_dropout_rate: float = 0.0
     warmup_min: int = 1  # number of parts at the first step
@@ -43,14 +43,14 @@ class CaptionChanges:
 
     @property
     def moves_tags(self) -> bool:
-        """Return whether parts of a caption are shuffled or dropped."""
+        """Return whether the table shuffles or drops parts of captions."""
         return self.shuffle or self.part_dropout_rate > 0 or self.warmup_step > 0
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the used keys that change captions at random and thus prevent caching of embeddings.
+        """Return the used keys that change captions at random, so that embeddings cannot be cached.
 
-        caption_dropout_every_n_epochs is not among them, because the empty prompt is cached.
+        caption_dropout_every_n_epochs is not among them, because the embedding of the empty prompt is cached.
         """
         keys = {
             "shuffle_caption": self.shuffle,
@@ -63,7 +63,7 @@ class CaptionChanges:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes to images at each training step."""
+    """Image augmentations of a table."""
 
     flip: bool = False  # the latents of the mirrored image are cached too
     color: bool = False  # hue and gamma
@@ -72,9 +72,9 @@ class Augmentation:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the used keys that change images at random and thus prevent caching of latents.
+        """Return the used keys that change images at random, so that latents cannot be cached.
 
-        flip_aug is not among them, because the mirrored latents are cached too.
+        flip_aug is not among them, because the latents of mirrored images are cached, too.
         """
         keys = {
             "color_aug": self.color,
@@ -86,7 +86,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class BucketRule:
-    """Bucket settings of sd-scripts; all sizes in pixels."""
+    """Bucket settings in the layout of sd-scripts; all sizes are in pixels."""
 
     minimum: int = 256
     maximum: int = 1024
@@ -100,7 +100,7 @@ NO_AUGMENTATION = Augmentation()
 
 @dataclass(frozen=True)
 class Guide:
-    """A folder of guide images, one for each clip of a table."""
+    """A folder with one guide image for each clip of a table."""
 
     directory: Path
     index: int  # index of a frame (-1: right before the first), or of the latent frame that is replaced
@@ -109,18 +109,18 @@ class Guide:
 
 
 class FormatKeys(Protocol):
-    """Keys that only tables of one data form have, such as tars or a table file, as a frozen dataclass."""
+    """The keys that only one source format has, such as tars or table files, as a frozen dataclass."""
 
     @property
     def source(self) -> Path:
-        """The folder or file of the items, without passwords."""
+        """The folder or file that contains the items, without passwords."""
 
     @property
     def folder(self) -> Path | None:
-        """Default of cache_directory; None if there is no default."""
+        """Default for cache_directory; None if there is none."""
 
     def source_key(self, kind: str) -> str:
-        """Return the key that names the source of a table of this kind, such as `video_tars`."""
+        """Return the key that names the source in a table of this kind, such as `video_tars`."""
 
 
 KeysT = TypeVar("KeysT", bound=FormatKeys)
@@ -128,9 +128,9 @@ KeysT = TypeVar("KeysT", bound=FormatKeys)
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """One `[[datasets]]` entry with all defaults filled in, also of keys for the other kind of table.
+    """One `[[datasets]]` table of a dataset file, with defaults for all missing keys.
 
-    A field made by `key` also declares which values its key in a file may have.
+    Keys for the other kind of table have defaults, too. A field made by `key` also declares allowed values.
     """
 
     config_path: Path
@@ -179,7 +179,7 @@ class DatasetTable:
     # for models with audio: whether clips need audio, and the folder of separate audio files
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
     audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6)
-    # audio that the audio of clips is made after, such as another recording of the same voice
+    # audio on which the audio of clips is modeled, such as another recording of the same voice
     reference_audio_directory: Path | None = key(
         forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6
     )
@@ -240,9 +240,9 @@ class DatasetTable:
     multiple_target: bool = key(
         forms.YES_NO, False, kinds=IMAGE, of_some_forms=True, stale=LATENTS | LEARNING, rank=8
     )
-    # how the family takes control images as references; None: control images are resized like their image
+    # how the family uses control images as references; None: control images are resized like their image
     references: "ReferenceRules | None" = None
-    # how the family takes references of clips, and masks of control clips; None: it takes neither
+    # how the family uses clip references and masks of control clips; None: it uses neither
     clip_references: "ReferenceRules | None" = None
     is_audio_only: bool = False  # items are audio files; clips get black frames
     has_precomputed_latents: bool = False  # latents are precomputed; no frames are read
@@ -259,7 +259,7 @@ class DatasetTable:
     buckets: BucketRule | None = None  # None: buckets of video trainers
     caption_changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
-    # regularization images: repeated until they are as many as the other images of the group
+    # regularization images: repeated until there are as many as other images in the group
     is_reg: bool = False
     image_folder: Path | None = None  # base folder of relative paths in a list
     # conditioning_data_dir of the file: has masks (mask_directory) or control images (control_directory)
@@ -277,7 +277,7 @@ class DatasetTable:
     has_own_timesteps: bool = field(init=False, repr=False, compare=False)
     # text caches of the table include the empty prompt
     caches_empty_prompt: bool = field(init=False, repr=False, compare=False)
-    # kind of media that the items are
+    # kind of media of the items
     media_kind: Literal["image", "video", "sound"] = field(init=False, repr=False, compare=False)
     # text encoders see the reference images of a caption's image
     texts_see_references: bool = field(init=False, repr=False, compare=False)
@@ -285,7 +285,7 @@ class DatasetTable:
     declared_fps: float | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Set the fields that follow from others."""
+        """Set the fields that are derived from others."""
         title = f"[[datasets]] {self.index + 1}"
         if self.group is not None and self.subset is not None:
             title = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
@@ -306,12 +306,12 @@ class DatasetTable:
 
     @property
     def name(self) -> str:
-        """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
+        """The table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
         return f"{self.config_path}, {self.label} ({self.source})"
 
     @property
     def guides(self) -> tuple[Guide, ...]:
-        """Return the guides: keyframes first, then the guide that replaces a latent frame."""
+        """The guides of a table: keyframes first, then the guide that replaces a latent frame."""
         guides = []
         if self.keyframe_guide_directory is not None:
             guides.append(
@@ -339,7 +339,7 @@ class DatasetTable:
 
     @property
     def source(self) -> Path:
-        """Return the folder or list that the items come from; the first one if there are several."""
+        """Return the folder or list from which the table reads its items; the first of several."""
         source = self.directory or self.jsonl_file
         if source is None:
             assert self.format_keys is not None
@@ -347,18 +347,18 @@ class DatasetTable:
         return source
 
     def require_format_keys(self, kind: type[KeysT]) -> KeysT:
-        """Return the values that only tables of this data form have; they must be of the class `kind`."""
+        """Return the values of the keys that only this table's data format has; `kind` is their class."""
         assert isinstance(self.format_keys, kind)
         return self.format_keys
 
     @property
     def base_folder(self) -> Path:
-        """Folder that relative paths of images refer to."""
+        """Folder to which the paths of a table's images are relative."""
         return self.directory or self.image_folder or self.source.parent
 
     @property
     def source_key(self) -> str:
-        """Key that names the source of the items."""
+        """The table key that names the items' source, such as `image_directory`."""
         if self.format_keys is not None:
             return self.format_keys.source_key(self.kind)
         name = "directory" if self.directory is not None else "jsonl_file"
@@ -371,7 +371,7 @@ class DatasetTable:
 
     @property
     def control_count(self) -> int | None:
-        """Return the number of control images of an image that has any; None if the number varies."""
+        """Number of control images of an image that has any; 0 if the table reads none; None if it varies."""
         if not self.reads_listed_controls:
             return 0
         if self.references is not None:
@@ -380,13 +380,13 @@ class DatasetTable:
 
     @property
     def learns_edits(self) -> bool:
-        """Return whether these are images for a model that was trained to edit reference images."""
+        """Return whether this is an image table for a model trained to edit reference images."""
         return self.kind == "image" and self.references is not None and self.references.edits_images
 
     def visible_reference_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
-        """Return the table's settings that change the reference images that text encoders see, by name.
+        """Return, by name, the table's settings that change the reference images seen by text encoders.
 
-        Returns {} unless text encoders see them in the size in which the VAE encodes them. `bucket` is the
+        Returns {} unless text encoders see reference images at the size that the VAE encodes. `bucket` is the
         item's width and height.
         """
         if self.references is None or not self.references.text_sees_vae_input:
@@ -423,10 +423,10 @@ class DatasetTable:
         return settings
 
     def non_default_values(self, stale: Stale) -> dict[str, Any]:
-        """Return the values of a group of keys that differ from their defaults, by key.
+        """Return the keys with one of these `stale` flags that differ from their defaults, with their values.
 
-        `stale` selects the keys: those whose change makes, for example, cached latents stale. The values can
-        be written as JSON; a folder becomes its name.
+        The flags select, for example, the keys whose change makes cached latents stale. The values are JSON
+        values; a folder is reduced to its name.
         """
         values = {}
         records: list[Any] = [self]
@@ -441,7 +441,7 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        """Values that affect training and differ from their defaults, by key, for states and metadata."""
+        """Keys that affect training and are not at their defaults, with values, for states and metadata."""
         values = self.non_default_values(LEARNING)
         if self.is_reg:
             values["is_reg"] = True
@@ -454,7 +454,7 @@ class DatasetTable:
         return values
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
-        """Return the table's entry of the metadata list `ss_datasets`.
+        """Return the table's entry in the metadata list `ss_datasets`.
 
         Args:
             has_control: Whether there are control images; None if that follows from control_directory.
@@ -506,7 +506,7 @@ CLIP, MEDIA = "clip", "media"
 
 
 class FurtherText(NamedTuple):
-    """A text that a row may have next to `references`; only one network reads it, instead of the caption."""
+    """An additional text of a row with `references`; one network reads it instead of the caption."""
 
     key: str  # key in rows, and in the settings of a text record
     reader: str  # name of the network, for messages
@@ -516,20 +516,20 @@ FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
 
 
 def declared_keys(record: Any) -> dict[str, forms.TableKey]:
-    """Return the keys that a record class, `DatasetTable` or a `FormatKeys`, declares, by name."""
+    """Return the dataset keys that a class declares, `DatasetTable` or a `FormatKeys`, by name."""
     return {each.name: each.metadata["key"] for each in fields(record) if "key" in each.metadata}
 
 
 @functools.cache
 def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
-    """Return the defaults of the keys with one of these `stale` flags in a record class, by name."""
+    """Return the default values, by name, of the keys whose changes make these caches (`stale`) invalid."""
     keys = {name: key for name, key in declared_keys(record).items() if key.stale & stale}
     # `rank` keeps the order of keys in metadata
     return {name: keys[name].default for name in sorted(keys, key=lambda name: keys[name].rank)}
 
 
 def _as_json(value: Any) -> Any:
-    """Convert a value to JSON types; a path becomes its last part."""
+    """Convert a value to JSON types; a path is reduced to its last part."""
     if isinstance(value, Path):
         return value.name
     if isinstance(value, tuple):
@@ -538,5 +538,5 @@ def _as_json(value: Any) -> Any:
 
 
 def folder_id(folder: str | os.PathLike[str]) -> str:
-    """Return a text that is equal for all paths of the same folder."""
+    """Return a string that is equal for all paths that lead to the same folder."""
     return os.path.normcase(os.path.realpath(folder))

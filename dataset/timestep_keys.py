@@ -24,7 +24,7 @@ TIMESTEP_KEYS = (*WINDOW_KEYS, SHIFT_KEY)
 
 
 def find_window_error(values: Mapping[str, Any]) -> str | None:
-    """Return an error message unless a table's min_timestep is below its max_timestep; None if it is."""
+    """Return an error message if a table's min_timestep is not below its max_timestep; otherwise None."""
     low, high = (values[name] for name in WINDOW_KEYS)
     if low is None or high is None or low < high:
         return None
@@ -32,9 +32,9 @@ def find_window_error(values: Mapping[str, Any]) -> str | None:
 
 
 def find_unused(declared: Mapping[str, Any]) -> str | None:
-    """Return an error about timestep keys in a table that is only for validation; None if there are none.
+    """Return an error about timestep keys in a validation table, which is never trained on.
 
-    `declared` has the keys of the table.
+    `declared` contains the keys of the table. Returns None if there is no conflict.
     """
     unused = [name for name in TIMESTEP_KEYS if name in declared]
     if not declared.get("validation") or not unused:

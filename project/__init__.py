@@ -1,14 +1,14 @@
 """From a folder of clips or pictures to a trained LoRA: the files that describe it, and its commands.
 
-model_sizes: sizes of models, and whether they fit a card
+model_sizes: sizes of models, and whether they fit a GPU
 media: looks at the folder
 control_pairs: recognizes pairs that a ControlNet would learn
 listed_captions: reads captions from lists beside the files
 tags: tells captions that are lists of tags
 model_choice: spellings of models, the question asked, facts of families
 own_samples: pictures that a model made itself, with their prompts
-varied_captions: captions for such pictures, made by a grammar
-own_commands: how to make such pictures
+varied_captions: captions for these pictures, made by a grammar
+own_commands: how to make these pictures
 model_files: files of a model, released or named
 describing: the text of the three files
 kinds/: what runs train, as `new --train` names it
@@ -18,15 +18,15 @@ checked: what a check has found good, for the run
 known_folders: remembers which folders were described or read here
 options: shared parts of the options below, names and checks
 new_options: options of new_project.py alone
-run_options: options of run_project.py, and those of its training
+run_options: options of run_project.py and of its training
 running: runs the commands of a described folder
 on_end: starts the command of --on_end, says how a run ended
 pack_options: options of tools/pack.py and tools/unpack.py
 packing: makes one file of a described folder
 relocating: replaces paths of this machine in a folder's texts
-unpacking: makes the folder of such a file again
+unpacking: makes a folder from a packed file again
 script_facts: options of a script that trains, asked from the script
 foreign/: projects of other trainers, which `new --from` reads
-recipes/: values of a training in a file, for `new --recipe`
+recipes/: values of a training run in a file, for `new --recipe`
 tracing: keeps a trace of a run for the browser
 """

@@ -26,8 +26,8 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
     """Record that the checks of a folder found no errors; do nothing if the folder is read-only.
 
     Args:
-        folder: The described folder.
-        commands: Commands of the folder's run, with the options that were typed.
+        folder: The project folder.
+        commands: Commands of the folder's run, with the options on the command line.
         model_files: Paths of the model's files.
     """
     fingerprint = _hash_checked_files(folder, commands, model_files)
@@ -41,9 +41,9 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
 
 
 def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> bool:
-    """Return whether earlier checks found no errors, and nothing that they read has changed since.
+    """Return whether an earlier check found no errors, and none of the files it read has changed since.
 
-    `folder` is the described folder, `commands` are those of its run, `model_files` the model's paths.
+    `folder` is the project folder, `commands` are its run's commands, `model_files` the model's paths.
     """
     try:
         content = parse_json(read_text(folder / CHECK_RECORD, MAX_BYTES))
@@ -56,7 +56,7 @@ def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Se
 def _hash_checked_files(
     folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]
 ) -> str | None:
-    """Return a hash of all that the checks read; None if that is outside of the folder, or too much."""
+    """Return a hash of all files that the checks read; None if some are outside the folder, or too many."""
     try:
         texts = [read_text(folder / name) for name in WRITTEN]
         if _reads_elsewhere(parse_toml(texts[0])):
@@ -72,7 +72,7 @@ def _hash_checked_files(
 
 
 def _reads_elsewhere(value: object) -> bool:
-    """Return whether a dataset refers to a folder or list outside its own folder."""
+    """Return whether a dataset file's content refers to a folder or list outside its own folder."""
     if isinstance(value, dict):
         return any(_is_outside(key, inner) or _reads_elsewhere(inner) for key, inner in value.items())
     return isinstance(value, list) and any(map(_reads_elsewhere, value))
@@ -80,13 +80,13 @@ def _reads_elsewhere(value: object) -> bool:
 
 def _is_outside(key: str, value: object) -> bool:
     is_path = key.endswith(("_directory", "_dir", "_file", "_files"))
-    if not is_path or not isinstance(value, str):  # a list of paths, for example, counts as outside
+    if not is_path or not isinstance(value, str):  # a list of paths, for example, is treated as outside
         return is_path and value is not None and not isinstance(value, bool)
     return Path(value).is_absolute() or ".." in Path(value).parts
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Yield the files of a folder, except hidden files and those written by runs."""
+    """Yield a line for each file in a folder, except hidden files and output of runs."""
     for folder_text, folders, names in os.walk(folder):
         is_top = Path(folder_text) == folder
         folders[:] = [name for name in folders if name[0] != "." and not (is_top and name in WRITTEN_BY_RUNS)]
@@ -96,6 +96,6 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _describe_file(path: Path) -> str:
-    """Return name, size and modification time of a file as text."""
+    """Return the path, size and modification time of a file as one string, to detect changes."""
     status = path.stat()
     return f"{path} {status.st_size} {status.st_mtime_ns}"

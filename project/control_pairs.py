@@ -15,7 +15,7 @@ CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pict
 
 
 def _has_control_image(controls: ControlFolder, stem: str) -> bool:
-    """Return whether an image has a control image; False also if the names of its files are ambiguous."""
+    """Return whether an image has a control image; False if it is ambiguous which files belong to it."""
     try:
         controls.for_image(stem, 1)
     except DatasetError:

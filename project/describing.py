@@ -1,4 +1,4 @@
-"""Write the contents of dataset.toml, prompts.txt and run.toml for the media, the model and the card.
+"""Write the contents of dataset.toml, prompts.txt and run.toml for the media, the model and the GPU.
 
 All paths below the folder are relative to it, so that it can be moved; `run` works in it.
 """
@@ -43,12 +43,12 @@ from protocols.requests import COUNTS, VALUES
 from runtime.machine import lacks_bfloat16
 from training.config_options import PROJECT_TABLE, toml_value
 
-DEFAULT_SIDE, SIDE_STEP = 256, 64  # subsets: minimum side of images, step of sides
+DEFAULT_SIDE, SIDE_STEP = 256, 64  # for subsets: minimum side of images, step of sides
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
 EARLY_STOPPING_PATIENCE = 5  # validations without improvement before early stopping
 SMALL_CARD_GIB = 16  # GiB; with less, text encoders are used in 8 bits
-LARGE_CARD_GIB = 40  # GiB; from this size on, clips are twice as long
+LARGE_CARD_GIB = 40  # GiB; clips are twice as long if there is at least this much
 MAX_SAMPLE_AREA = 480 * 320  # pixels of a sample's frame; small, because samples are frequent
 PROMPT_WITHOUT_SUBJECT = "a dog runs on a beach"  # sample that shows whether the LoRA affects other subjects
 EDIT_INSTRUCTION = "make it a pencil drawing"
@@ -69,7 +69,7 @@ AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 @dataclass(frozen=True)
 class RunSetup:
-    """All choices on which run.toml, dataset.toml and prompts.txt depend."""
+    """All choices that determine run.toml, dataset.toml and prompts.txt."""
 
     options: NewOptions
     model: ModelSet
@@ -86,17 +86,17 @@ class RunSetup:
     tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
     general_keys: Mapping[str, Any]  # keys of [general] from another trainer's project
     table_keys_by_folder: Mapping[Path, Mapping[str, Any]]  # folder -> keys of its table, from that project
-    training_options: Mapping[str, Any]  # keys of run.toml that set options of the training
+    training_options: Mapping[str, Any]  # keys of run.toml that set training options
     may_hold_out_validation: bool  # hold out files for validation if there are enough
 
     @property
     def folder(self) -> Path:
-        """Path of the dataset folder, with links resolved."""
+        """Path of the dataset folder, with symbolic links resolved."""
         return real_path(self.options.folder)
 
     @property
     def media(self) -> list[Media]:
-        """Clips, images or audio files of the folder."""
+        """All clips, images and audio files of the folder."""
         return self.content.media
 
     @property
@@ -106,12 +106,12 @@ class RunSetup:
 
     @property
     def has_only_audio(self) -> bool:
-        """Whether the folder contains audio files to learn from, without images or clips."""
+        """Whether the folder contains only audio files, without images or clips."""
         return self.media[0].kind == "audio"
 
     @property
     def has_subsets(self) -> bool:
-        """Return whether dataset.toml uses [[datasets.subsets]], as image trainers do."""
+        """Return whether dataset.toml has [[datasets.subsets]], as for sd-scripts."""
         asked = needs_subsets(self.general_keys) or any(
             map(needs_subsets, self.table_keys_by_folder.values())
         )
@@ -119,7 +119,7 @@ class RunSetup:
 
     @property
     def encodes_captions_each_step(self) -> bool:
-        """Return whether captions are encoded at each step: they vary, or a text encoder is trained."""
+        """Return whether captions are encoded in every step: they vary, or a text encoder is trained."""
         varied = VARYING_TEXTS & self.general_keys.keys() or any(
             VARYING_TEXTS & keys.keys() for keys in self.table_keys_by_folder.values()
         )
@@ -131,34 +131,37 @@ class RunSetup:
 
     @property
     def uses_8bit_text_encoders(self) -> bool:
-        """Whether the text encoders are loaded in 8 bits."""
+        """Whether the text encoders are loaded in 8 bit."""
         return 0 < self.memory < SMALL_CARD_GIB
 
     @property
     def needs_float32(self) -> bool:
-        """Return whether the run uses a CPU on which bfloat16 is many times slower than float32."""
+        """Whether the run uses a CPU on which bfloat16 is many times slower than float32."""
         return not self.memory and emulates_bfloat16()
 
     @property
     def needs_float16(self) -> bool:
-        """Return whether the run uses a GPU of this machine that does not support bfloat16."""
+        """Whether the run uses a GPU of this machine without bfloat16 support."""
         return bool(self.memory) and not self.kind.needs_bfloat16 and lacks_bfloat16()
 
     def relative_path(self, path: Path) -> str:
-        """Return a path relative to the dataset folder, with forward slashes."""
+        """Return a path relative to the dataset folder, with forward slashes on all systems."""
         return Path(parse_path(self.folder, real_path(path))).as_posix()
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An image edit from the dataset that serves as a sample prompt."""
+    """An image edit from the dataset that is used as a sample prompt."""
 
     instruction: str  # the caption; "" if there is none
     images: str  # prompt options for its input images
 
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
-    """Return the width and height of the file with the median area, reduced to the model's default area."""
+    """Return the training size: the size of the file with the median area, at most the model's area.
+
+    The default size is returned if no file has a size.
+    """
     default_width, default_height = model.properties["resolution"]
     middle = _find_media_of_median_area(model, media)
     if middle is None:
@@ -190,7 +193,7 @@ def _area(size: Sequence[int]) -> int:
 
 
 def _list_trained_media(model: ModelSet, media: list[Media]) -> list[Media]:
-    """Return those clips and images of a folder that a model is trained on."""
+    """Return the clips and images of a folder that the model can be trained on."""
     visible = [item for item in media if item.kind != "audio"]
     if not trains_on_frames_of_clips(model):
         visible = [item for item in visible if not is_too_short(item, model)] or visible
@@ -208,7 +211,7 @@ def _find_media_of_median_area(model: ModelSet, media: list[Media]) -> Media | N
 
 
 def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Reduce a size to an area if it is larger, with its aspect ratio, in steps of 32 pixels."""
+    """Shrink a size to at most `area` pixels, keeping its aspect ratio, in steps of 32 pixels."""
     factor = sqrt(area / _area(size))
     near = round if factor < 1 else int
     width, height = (max(32, near(side * min(factor, 1) / 32) * 32) for side in size)
@@ -216,7 +219,10 @@ def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
-    """Return the number of frames per clip: the default, or fewer if over a quarter of clips are shorter."""
+    """Return the number of frames per clip: at most the default, or nearly twice that on a large GPU.
+
+    It is reduced to a length that three quarters of the clips have. Returns 1 if all clips are too short.
+    """
     default = model.properties["frames"]
     lengths = clip_lengths_of(model)
     timed = [item for item in media if item.seconds is not None and default > 1]
@@ -231,27 +237,27 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
 
 
 def clip_lengths_of(model: ModelSet) -> ClipLengths:
-    """Return the frame counts that a model accepts for a clip."""
+    """Return the frame counts that a model accepts for a training clip."""
     return ClipLengths(model.properties.get("frame_step", 4), model.properties.get("first_frames", 1))
 
 
 def min_clip_frames(model: ModelSet) -> int:
-    """Return the smallest number of frames of a clip that a model can be trained on."""
+    """Return the smallest frame count of clips that a model can be trained on."""
     return int(model.properties.get("least_frames", clip_lengths_of(model).shortest))
 
 
 def trains_on_frames_of_clips(model: ModelSet) -> bool:
-    """Return whether the model is trained on single frames of clips as images."""
+    """Return whether the model can be trained on single frames of clips, as images."""
     return not model.properties.get("from_image", False) and "least_frames" not in model.properties
 
 
 def is_too_short(item: Media, model: ModelSet) -> bool:
-    """Return whether an item is a clip with fewer frames than the model needs."""
+    """Return whether a clip has fewer frames than the model needs; False for other files."""
     return item.seconds is not None and count_frames(item, model) < min_clip_frames(model)
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
-    """Return how many frames a clip has at the model's frame rate, rounded down."""
+    """Return a clip's duration as a number of frames at the model's frame rate, rounded down."""
     return int((clip.seconds or 0) * model.properties["fps"])
 
 
@@ -303,7 +309,7 @@ def _describe_subsets(setup: RunSetup) -> list[str]:
 
 
 def _select_bucket_sides(target_size: tuple[int, int]) -> dict[str, int]:
-    """Return the minimum and maximum side of buckets, which are multiples of SIDE_STEP."""
+    """Return the keys min_bucket_reso and max_bucket_reso for a target size, in steps of SIDE_STEP."""
     shortest = min(target_size)
     if shortest >= SIDE_STEP:
         shortest = shortest // SIDE_STEP * SIDE_STEP
@@ -313,7 +319,7 @@ def _select_bucket_sides(target_size: tuple[int, int]) -> dict[str, int]:
 
 
 def _make_regularization_keys(setup: RunSetup, folder: Path) -> dict[str, Any]:
-    """Return the keys of the subset for a folder of regularization images."""
+    """Return the dataset.toml keys of the subset for a folder of regularization images."""
     cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
     keys: dict[str, Any] = {
         "image_dir": setup.relative_path(folder),
@@ -346,7 +352,7 @@ def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
 
 
 def _make_clip_keys(setup: RunSetup) -> dict[str, Any]:
-    """Return the dataset.toml keys that select frames of clips."""
+    """Return the dataset.toml keys that select which frames of clips are trained."""
     frames = setup.frames
     single_length = frames == 1 or not trains_on_frames_of_clips(setup.model)
     keys: dict[str, Any] = {
@@ -359,7 +365,7 @@ def _make_clip_keys(setup: RunSetup) -> dict[str, Any]:
 
 
 def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any]:
-    """Return the keys of a folder's table in dataset.toml, for its files of one kind."""
+    """Return the dataset.toml keys of a folder's table, for its files of one kind."""
     content = setup.content
     keys: dict[str, Any] = {f"{kind}_directory": setup.relative_path(folder)}
     # links are not followed: `run` writes nothing outside the described folder
@@ -397,7 +403,7 @@ def _make_condition_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, 
 
 
 def _lacks_captions(setup: RunSetup, folder: Path, kind: str) -> bool:
-    """Return whether any file of a kind in a folder lacks a caption."""
+    """Return whether any image, clip or audio file (`kind`) in a folder has no caption."""
     # unreadable files count too: the run requires captions for all files
     if any(path.parent == folder for path in setup.content.unreadable_media):
         return True
@@ -408,7 +414,7 @@ def _lacks_captions(setup: RunSetup, folder: Path, kind: str) -> bool:
 def describe_samples(setup: RunSetup) -> str:
     """Return the text of prompts.txt: prompts for sample images, with the options of each prompt.
 
-    The prompts show the subject in two situations that no caption mentions; one more has no subject.
+    Two prompts show the subject in situations that no caption mentions; a third one has no subject.
     For a network with control images, the prompts are captions together with their control images. For
     edits, they are the instructions of the dataset with the images that they change, and another instruction.
     """
@@ -430,7 +436,7 @@ def describe_samples(setup: RunSetup) -> str:
 
 
 def _make_sample_prompts(setup: RunSetup) -> list[str]:
-    """Return prompts that show the subject in two situations, and one without the subject."""
+    """Return sample prompts: two with the subject in different situations, and one without it."""
     captions = [find_text(item.caption) for item in setup.media if item.caption]
     subject = _find_sample_subject(setup, captions)
     prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
@@ -443,7 +449,7 @@ def _make_sample_prompts(setup: RunSetup) -> list[str]:
 
 
 def _find_sample_subject(setup: RunSetup, captions: Sequence[str]) -> str:
-    """Return the subject of sample prompts: the trigger word, else of the captions or the folder names."""
+    """Return the subject of sample prompts, from the trigger word, the captions or the folder names."""
     training_folders = {item.path.parent for item in setup.media}
     class_names = []
     for folder, name in setup.content.parsed_folder_names.items():
@@ -456,7 +462,7 @@ def _find_sample_subject(setup: RunSetup, captions: Sequence[str]) -> str:
 
 
 def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_values: str) -> str:
-    """Return prompt lines for the first and a middle edit of the dataset, and for a new edit."""
+    """Return sample prompts for the first and a middle edit of the dataset, and for a new one."""
     shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
     samples = [edit for edit in shown if edit.instruction]
     if not samples or not setup.kind.trains_embedding:
@@ -469,7 +475,7 @@ def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_valu
 
 
 def _describe_control_samples(setup: RunSetup, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last control pair of the dataset."""
+    """Return sample prompts for the first, a middle and the last control pair of the dataset."""
     control_image_of: dict[Path, Path] = {}
     images = []
     for item in setup.media:
@@ -495,7 +501,7 @@ def _select_first_middle_last(items: Sequence[Media]) -> list[Media]:
 
 
 def _describe_layer_samples(setup: RunSetup, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last layered image."""
+    """Return sample prompts that use the first, a middle and the last layered image."""
     images = [item for item in setup.media if item.path in setup.content.layers_by_image]
     lines = ""
     for seed, item in enumerate(_select_first_middle_last(images), start=1):
@@ -507,16 +513,16 @@ def _describe_layer_samples(setup: RunSetup, released_values: str) -> str:
 
 
 def _select_situations(captions: Sequence[str]) -> list[str]:
-    """Return two situations that no caption mentions, or the first two if fewer are left."""
+    """Return two situations for sample prompts, if possible ones that no caption mentions."""
     lower = [caption.lower() for caption in captions]
     new = [text for word, text in SITUATIONS.items() if not any(word in caption for caption in lower)]
     return (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
 
 
 def _sample_size(setup: RunSetup) -> str:
-    """Return the size options of a sample prompt: --w, --h and --f.
+    """Return the size flags of a sample prompt: --w, --h and --f (frames).
 
-    Audio only has a length (--f); image models have no --f.
+    Audio models have only --f, image models have no --f.
     """
     if setup.has_only_audio:
         return f"--f {AUDIO_FRAMES}"
@@ -528,7 +534,10 @@ def _sample_size(setup: RunSetup) -> str:
 
 
 def _find_subject(captions: Sequence[str]) -> str:
-    """Return the words that all captions start with; otherwise the start of the shortest caption."""
+    """Return the words that all captions start with, without what follows a comma.
+
+    If these are only articles, or none, the shortest caption is used; without captions, "a person".
+    """
     words = [text.split() for text in captions if text]
     common = os.path.commonprefix(words) if len(words) > 1 else []
     subject = " ".join(common)
@@ -538,7 +547,7 @@ def _find_subject(captions: Sequence[str]) -> str:
 
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
-    """Return the trigger word and the tags that all captions share, in prompt form."""
+    """Return the trigger word and the tags that all captions share, as a prompt."""
     words = [] if trigger is None or trigger in tags.shared_tags else [trigger]
     length = 0
     for tag in map(as_words, tags.shared_tags):
@@ -549,13 +558,13 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a prompt in one line and without characters that prompts.txt reads as options or a comment."""
+    """Return a prompt on one line, without characters that would start options or comments in prompts.txt."""
     on_one_line = " ".join(drop_control_codes(text).split())
     return re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#").strip()
 
 
 def _released_values(model: ModelSet) -> str:
-    """Return steps, guidance and flow shift of the model's generation command as options of a prompt line.
+    """Return steps, guidance and flow shift of the model's generation command as prompt line options.
 
     All other values default to the family's, for samples as for generation.
     """
@@ -572,7 +581,7 @@ def _released_values(model: ModelSet) -> str:
 
 
 def _list_edits(setup: RunSetup) -> list[Edit]:
-    """Return the edits in the dataset whose reference images can all be read."""
+    """Return the image edits of the dataset whose reference images are all readable."""
     references = setup.content.reference_folders
     edits = []
     for item in setup.media:
@@ -600,7 +609,7 @@ def _write_start_frames(setup: RunSetup) -> str:
         folder.mkdir(exist_ok=True)
         write_png(start, first_frame(clip))
         if takes_last_frame:
-            # a deque of length 1 keeps only the last frame that was read
+            # a deque of length 1 keeps only the last frame
             (last_frame,) = deque(itertools.islice(video_frames(clip), MAX_FRAMES_READ), maxlen=1)
             write_png(end, last_frame)
     options = f"--i {setup.relative_path(start)}"
@@ -610,7 +619,7 @@ def _write_start_frames(setup: RunSetup) -> str:
 def list_commands(setup: RunSetup) -> list[list[str]]:
     """Return the commands of a run: download, two checks, caching of latents and text embeddings, training.
 
-    Captions that vary from step to step are not cached: the training encodes them.
+    Captions that vary from step to step are not cached: the training script encodes them.
     """
     path_of_placeholder = {f"{{{name}}}": path for name, path in setup.model_files.items()}  # such as {vae}
     cache_latents = [path_of_placeholder.get(word, word) for word in _list_arguments(setup, "latents")]
@@ -645,9 +654,9 @@ def _make_download_command(setup: RunSetup) -> list[str]:
 
 
 def _list_arguments(setup: RunSetup, step: str) -> list[str]:
-    """Return the arguments of a model's command, such as "latents" or "train", for the media of the folder.
+    """Return the arguments of a model's script for a step, such as "latents" or "train".
 
-    For a folder of audio only, the option with which the model trains on audio alone is set.
+    For a folder with only audio files, this includes the option that trains the model on audio alone.
     """
     argv = shlex.split(setup.model.commands[step])
     if setup.has_only_audio:
@@ -662,8 +671,8 @@ def _list_arguments(setup: RunSetup, step: str) -> list[str]:
 def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
     """Return the text of run.toml: the training options and the commands of the run.
 
-    Options of the model come first; those of the kind of run, of its length and saving, and of another
-    trainer's project or a recipe replace earlier ones.
+    Options of the model come first. Options for the kind of run, its length and saving, and of another
+    trainer's project or a recipe override earlier ones.
     """
     values = setup.kind.adapt_options(_model_values(setup), setup.memory)
     _, *kind_argv = setup.kind.find_training_command(setup.model)
@@ -687,7 +696,7 @@ def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
 
 
 def _describe_targets(setup: RunSetup) -> list[str]:
-    """Return commented-out keys with the options that preserve the few steps of a distilled model."""
+    """Return commented-out keys for options that keep a distilled model's ability to sample in few steps."""
     few_steps = setup.model_info.few_step_advice
     if few_steps is None or not setup.kind.supports_few_step_targets:
         return []
@@ -704,7 +713,7 @@ def _describe_targets(setup: RunSetup) -> list[str]:
 
 
 def _model_values(setup: RunSetup) -> dict[str, Any]:
-    """Return the training options that depend on the model and the graphics card, with the model files."""
+    """Return the training options that depend on the model and the GPU, including the model files."""
     values = _read_options(_list_training_arguments(setup), setup.model_files)
     # the length of a run is set in steps
     values = {name: value for name, value in values.items() if "epoch" not in name}
@@ -725,7 +734,7 @@ def _model_values(setup: RunSetup) -> dict[str, Any]:
 
 
 def _list_training_arguments(setup: RunSetup) -> list[str]:
-    """Return the arguments of the training script, adapted to the graphics card."""
+    """Return the training script's arguments, adapted to the GPU."""
     data = setup.model.properties
     words = _list_arguments(setup, "train")
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -736,12 +745,12 @@ def _list_training_arguments(setup: RunSetup) -> list[str]:
         if setup.memory <= SMALL_CARD_GIB and setup.frames > 1:
             words.append("--gradient_checkpointing_cpu_offload")
     if setup.memory and data.get("swaps", True):
-        words += ["--blocks_to_swap", "auto"]  # the training determines the number
+        words += ["--blocks_to_swap", "auto"]  # the training script determines the number
     return words
 
 
 def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of a command's options by option name.
+    """Return the values in a command, by option name.
 
     `files` maps placeholders such as {vae} to paths. A flag without a value is True.
     """
@@ -789,7 +798,7 @@ def _run_values(setup: RunSetup) -> dict[str, Any]:
 
 
 def _make_output_name(setup: RunSetup) -> str | None:
-    """Return the name of the trained files: the folder's name, or the trigger word for an embedding."""
+    """Return the name of the trained files: the folder's name; for an embedding, the trigger word."""
     if setup.kind.trains_embedding:
         return setup.trigger_word  # prompts use an embedding by its file name
     name = re.sub(r"[^\w.-]+", "_", setup.folder.name).strip("._")[:MAX_OF_SUBJECT]

@@ -14,7 +14,7 @@ from protocols.families import identify
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print why a model file is unsuitable for an option; return 1 if it is, otherwise 0.
+    """Print why a model file does not fit an option; return 1 if it does not, otherwise 0.
 
     Args:
         argv: Family, task, option and path.

@@ -94,11 +94,11 @@ UNREADABLE_WITHOUT_CAPTION = (
 
 
 def write_project(options: NewOptions) -> None:
-    """Write run.toml, dataset.toml and prompts.txt of a folder; print what was found and chosen.
+    """Write run.toml, dataset.toml and prompts.txt for a folder; print what was found and chosen.
 
     1. Complete the options from another trainer's project (--from) or a recipe, and choose the model.
     2. Choose what is trained. For an adapter and an empty folder, only write prompts, and stop.
-    3. Read the folder, and collect all that the three files depend on.
+    3. Read the folder, and collect everything that determines the three files.
     4. Write them, with captions from lists, and with the first frames of clips if the model learns images.
 
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
@@ -143,9 +143,9 @@ def write_project(options: NewOptions) -> None:
 
 
 def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
-    """Write run.toml, dataset.toml and prompts.txt, unless --dry_run is set; return the text of each path.
+    """Write run.toml, dataset.toml and prompts.txt, unless --dry_run is set; return their texts by path.
 
-    Before them, captions from lists and first frames of clips are written.
+    Captions from lists and first frames of clips are written first.
     """
     options = setup.options
     text_by_name = _make_project_texts(setup, describing.list_commands(setup))
@@ -169,13 +169,13 @@ def _print_report(
     Args:
         setup: The chosen model, its media and all derived values.
         remarks: Lines about how the model was chosen.
-        texts: Contents of the written files.
+        texts: Contents of the written files, by path.
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = setup.options
     problems = _check_dataset(setup, texts[options.folder / DATASET_FILE])
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
-    # the order of the lines is that of the decisions: model, captions, tags, then problems
+    # lines are in the order of the decisions: model, captions, tags, then problems
     lines += adopted_lines
     lines += _describe_choice(setup, remarks)
     lines += _describe_captions(setup)
@@ -191,14 +191,14 @@ def _print_report(
 
 
 def _reject_existing(options: NewOptions) -> None:
-    """Raise OutputError if a file to write already exists and may not be overwritten."""
+    """Raise OutputError if a project file already exists, unless --overwrite or a dry run is requested."""
     existing = [path for path in (options.folder / name for name in WRITTEN) if path.exists()]
     if existing and not (options.overwrite or options.dry_run or options.print_run):
         raise OutputError(f"{existing[0]} already exists. Edit it, or give --overwrite to replace all three.")
 
 
 def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
-    """Write prompts for a model's own images into an empty folder; print the commands that come next."""
+    """Write prompts for images that the model will generate into an empty folder; print the next commands."""
     text = write_prompts(make_captions())
     if not options.dry_run:
         write_text(options.folder / OWN_PROMPTS, text)
@@ -220,14 +220,14 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
 
 
 def _make_project_texts(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
-    """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
+    """Return the contents of run.toml, dataset.toml and prompts.txt by file name."""
     dataset = describing.describe_dataset(setup)
     samples = describing.describe_samples(setup)
     return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(setup, commands)), strict=True))
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
-    """Return the changes to the existing files in the format of `diff -u`."""
+    """Return the changes to the existing files in `diff -u` format."""
     lines: list[str] = []
     for path, text in texts.items():
         old = read_text(path) if path.exists() else ""
@@ -253,10 +253,10 @@ def _make_setup(
     memory: float,
     foreign: ForeignProject | None,
 ) -> describing.RunSetup:
-    """Read the folder, and return all that run.toml, dataset.toml and prompts.txt depend on.
+    """Read the folder, and return everything that determines run.toml, dataset.toml and prompts.txt.
 
-    `kind` is what the run trains, `memory` the card's memory in GiB. `foreign` is the project of another
-    trainer that --from names.
+    `kind` is what the run trains, `memory` the GPU memory in GiB. `foreign` is another trainer's project,
+    which --from names.
     """
     model = model_choice.model
     if 0 < memory < describing.SMALL_CARD_GIB:
@@ -270,7 +270,7 @@ def _make_setup(
     model_info = read_model_info(model, files)
     check_model_files(model, {name: files[name] for name in typed_paths})
     content = _collect_content(options, model, model_info, kind)
-    if kind.makes_training_adapter:  # it learns from images that the model itself has generated
+    if kind.makes_training_adapter:  # an adapter learns from images that the model itself generated
         use_prompts_as_captions(content)
         balance_origins(content)
     tags = find_tags(_list_caption_texts(content)) if "tags" in model.properties else None
@@ -297,7 +297,7 @@ def _make_setup(
 
 
 def _find_with_8bit_text_encoders(model: ModelSet) -> ModelSet:
-    """Return the same model with text encoders in 8 bits, which small cards need."""
+    """Return the same model with 8-bit text encoders, for small GPUs."""
     return next(
         candidate
         for candidate in find_models(fp8_encoders=True)
@@ -306,7 +306,7 @@ def _find_with_8bit_text_encoders(model: ModelSet) -> ModelSet:
 
 
 def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
-    """Fit another trainer's project to a run, and return the setup with the project's values."""
+    """Adapt another trainer's project to a run; return the setup with the project's values."""
     model = setup.model
     content = setup.content
     script = read_script_options(setup.kind.find_training_command(model)[0])
@@ -336,7 +336,7 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
 
 
 def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
-    """Return the setup without those options of a foreign project that the training script rejects."""
+    """Return the setup without the adopted options that the training script rejects."""
 
     def make_run_files(training_options: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(setup, training_options=training_options)
@@ -351,10 +351,10 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     """Return what a run trains: as typed, else a control network if there are control images, else a LoRA.
 
     `chosen` contains the model and the trigger word. `kind_setting` is the setting of another trainer's
-    project that asks for this kind; "" if the kind was typed.
+    project that requests this kind; "" if the user typed the kind.
 
     Raises:
-        OptionError: If this kind cannot be trained for the model, or the trigger word does not suit an
+        OptionError: If the model does not support this kind, or if the trigger word does not suit an
             embedding.
     """
     model = chosen.model
@@ -432,7 +432,7 @@ def _write_captions_and_first_frames(content: FolderContent) -> None:
 
 
 class DatasetProblems(NamedTuple):
-    """Lines about what is wrong with the files of a dataset."""
+    """Messages about a dataset: errors, and warnings about control images."""
 
     errors: list[str]  # would end a training run
     control_pair_warnings: list[str]
@@ -445,7 +445,7 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
     report them, except for files that cannot be read.
 
     Args:
-        setup: The chosen model and its material.
+        setup: The chosen model and the folder's content.
         dataset_toml: Text of dataset.toml.
     """
     family = setup.model_info.family
@@ -475,7 +475,7 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
 
 
 def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
-    """Return the errors of a table of dataset.toml that end a run; a caption-less unreadable file is one."""
+    """Return a dataset.toml table's errors that stop a run, including unreadable media without caption."""
     faults: list[Fault] = []
     sources: list[MediaSource] = []
     try:
@@ -542,7 +542,7 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
 
 
 def _describe_precision(setup: describing.RunSetup) -> list[str]:
-    """Return a line about float32 or float16, if this machine trains in it instead of bfloat16."""
+    """Return lines about training in float32 or float16 on this machine; [] if it trains in bfloat16."""
     lines = []
     if setup.needs_float32:
         lines.append(
@@ -581,7 +581,7 @@ def _describe_distillation(setup: describing.RunSetup) -> list[str]:
 
 
 def _summarize(setup: describing.RunSetup) -> str:
-    """Return the summary line: number of files, model, size and graphics card."""
+    """Return the summary line: number of files, model, size and GPU."""
     size = ""
     if not setup.has_only_audio:
         size = f" at {setup.target_size[0]}x{setup.target_size[1]}"
@@ -595,14 +595,14 @@ def _summarize(setup: describing.RunSetup) -> str:
 
 
 def _count_media(media: Sequence[Media]) -> str:
-    """Return the number of files of each kind as a text, such as `3 clips and 1 picture`."""
+    """Return the number of files of each kind as text, such as `3 clips and 1 picture`."""
     counts = Counter[str](item.kind for item in media)
     texts = [format_count(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
     return " and ".join(texts)
 
 
 def _describe_model(setup: describing.RunSetup) -> str:
-    """Return a line about what the model generates, its download size, and whether it fits the card."""
+    """Return a line about the model: what it generates, its download size, and whether it fits the GPU."""
     model = setup.model
     existing = {f"--{name}" for name, path in setup.model_files.items() if Path(path).exists()}
     missing = [part for part in model.components if part.option and part.option not in existing]
@@ -648,7 +648,7 @@ def _describe_lengths(setup: describing.RunSetup) -> list[str]:
 
 
 def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
-    """Return the media that `run` would refuse: no caption, trigger word or class in the folder name."""
+    """Return the media that `run` would refuse, because they have no caption and nothing can replace it."""
     if setup.trigger_word:
         return []
     content = setup.content
@@ -658,7 +658,7 @@ def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
 
 
 def _describe_captions(setup: describing.RunSetup) -> list[str]:
-    """Return lines about media without captions: their substitute, or two ways to get captions."""
+    """Return lines about media without captions: what is used instead, or two ways to get captions."""
     trigger = setup.trigger_word
     suffix = setup.content.caption_suffix
     uncaptioned = _find_uncaptioned_media(setup)
@@ -690,7 +690,7 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
 
 
 def _describe_tags(setup: describing.RunSetup) -> list[str]:
-    """Return lines about captions that are lists of tags, and how they are treated."""
+    """Return lines about captions that are lists of tags, and how they are shuffled."""
     tags = setup.tags or find_tags(_list_caption_texts(setup.content))
     if tags is None:
         return []
@@ -726,7 +726,7 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
 
 
 def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
-    """Return which tags are not shuffled, and whether alternatives are drawn, with the keys that say it."""
+    """Return a text about the tags that stay in place and about {a|b} choices, with the keys for both."""
     keys = tags.make_keys(setup.trigger_word)
     text = ""
     if "keep_tokens_separator" in keys:
@@ -739,7 +739,7 @@ def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
 
 
 def _find_replaced_by_trigger(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[Path]:
-    """Return the media for which the trigger word replaces a missing caption.
+    """Return the media for which the trigger word serves as the missing caption.
 
     `uncaptioned` are the media that have neither a caption nor a replacement.
     """

@@ -22,23 +22,23 @@ KIND = "folders"
 
 @dataclass(frozen=True)
 class KnownFolder:
-    """What is stored about a dataset folder in the user's files."""
+    """Facts about a dataset folder that are stored among the user's own files."""
 
     models: Path | None = None  # download folder in its description; None if only read
 
 
 def remember_folder(folder: Path, models: Path | None = None) -> None:
-    """Remember that the user trusts the run.toml of a folder, so that its run starts without asking.
+    """Store that the user trusts a folder's run.toml, so that `run` starts without asking.
 
-    Called once the user has written that file with `new`, or has confirmed what its run does. `models` is the
-    download folder that it names. If nothing can be stored on this machine, the user is asked again.
+    Called when `new` has written that file, or when the user has confirmed what the run does. `models` is the
+    download folder that run.toml names. If nothing can be stored on this machine, `run` asks again.
     """
     info = {"models": None if models is None else str(real_path(models))}
     remember_info(KIND, folder, info)
 
 
 def recall_folder(folder: Path) -> KnownFolder | None:
-    """Return what is stored about a folder; None if nothing is, or if the folder was replaced."""
+    """Return what is stored about a folder; None if there is nothing, or if the folder was replaced."""
     try:
         info = recall_info(KIND, folder)
         models = info["models"]
@@ -48,9 +48,9 @@ def recall_folder(folder: Path) -> KnownFolder | None:
 
 
 def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Store information about a folder in the user's files, if these can be written.
+    """Store facts about a folder among the user's files; write errors are ignored.
 
-    `kind` is the kind of information; the file name begins with it.
+    `kind` is the kind of facts; the file name begins with it.
     """
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
@@ -59,9 +59,9 @@ def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
-    """Return the stored information about a folder; {} if the path now leads to another folder.
+    """Return the stored facts about a folder; {} if the path now leads to another folder.
 
-    Raises OSError, ValueError, TypeError or LookupError for a folder or a file that cannot be read.
+    Raises OSError, ValueError, TypeError or LookupError if the folder or the stored file cannot be read.
     """
     text = read_user_file(user_file_of(kind, folder))
     if text is None:
@@ -72,18 +72,18 @@ def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
 
 
 def user_file_of(kind: str, folder: Path) -> str:
-    """Return the name of the file in which information about a folder is stored.
+    """Return the name of the user file that stores facts about a folder.
 
-    `kind` is the kind of information; the name begins with it.
+    `kind` is the kind of facts; the name begins with it.
     """
     text = os.path.normcase(real_path(folder))
     return f"{kind}/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"
 
 
 def identify_folder(folder: Path) -> dict[str, str | int]:
-    """Return the file-system ids of a folder, to notice that it was replaced.
+    """Return numbers that identify a folder in its file system, to notice when another folder replaced it.
 
-    Raises OSError if it is gone.
+    Raises OSError if the folder is gone.
     """
     status = folder.stat()
     return {

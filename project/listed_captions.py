@@ -22,7 +22,7 @@ from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, read_content, read_text
 
 JSON = ".json"
-# column names, in addition to those of dataset tables
+# column names, in addition to the names in dataset tables
 # fmt: off
 ALL_PATH_COLUMNS = (
     "image_path", "video_path", "audio_path", *PATH_COLUMNS, "filename", "file", "file_path", "filepath",
@@ -35,7 +35,7 @@ TABLE_KEY = "use it as image_table_file or video_table_file in dataset.toml"
 
 @dataclass
 class ListedCaptions:
-    """Captions of media files that were found in lists, such as CSV or JSON."""
+    """Captions found in list files, such as CSV or JSON, for media files in the same folder."""
 
     # captions by the path of their clip, image or audio file
     by_path: dict[Path, str] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class ListedCaptions:
 
 
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:
-    """Read the captions for media files from lists (JSON or tables) in the same folders.
+    """Read captions for media files from lists (JSON or tables) in the same folders.
 
     Args:
         files: The media of each folder.
@@ -92,7 +92,7 @@ def _explain(path: Path, error: Exception) -> str:
 
 
 def _index_media_by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
-    """Return the media files by path, and also by path without suffix."""
+    """Return the media files by path and by path without suffix, to look up names in a list of captions."""
     by_stem: dict[Path, list[Path]] = {}
     for path in media:
         by_stem.setdefault(path.parent / path.stem, []).append(path)
@@ -105,7 +105,7 @@ def _add_captions_of_list(
     rows: Sequence[tuple[str, Any]],
     media_by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add the captions of a list to `caption_lists`, with lines about rows that cannot be used.
+    """Add a list's captions to `caption_lists`, with lines about rows that cannot be used.
 
     `rows` are pairs (file name, caption). `media_by_name` maps paths with and without suffix to media files.
     """
@@ -119,12 +119,12 @@ def _add_captions_of_list(
         elif not _is_text(caption, f"{path}: {media.name}"):
             files_without_text.append(media.name)
         else:
-            # of several lists, the first one decides
+            # if several lists have a caption, the first one decides
             caption_lists.by_path.setdefault(media, caption.strip())
             count += 1
     if count:
         caption_lists.num_captions_by_list[path] = count
-    # a list of other files, which needs no line for each row
+    # a list of other files needs no message for each row
     elif not rows or len(missing_names) == len(rows):
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
         text = f"{path.name}: left out, it has captions for none of the files{hint}"
@@ -140,7 +140,7 @@ def _add_captions_of_list(
 
 
 def _is_text(caption: Any, place: str) -> bool:
-    """Return whether a caption is text that can be written to a caption file."""
+    """Return whether a caption can be written to a caption file: a string without invalid characters."""
     if not isinstance(caption, str) or not caption.strip():
         return False
     try:
@@ -151,7 +151,7 @@ def _is_text(caption: Any, place: str) -> bool:
 
 
 def _find_media(folder: Path, name: str, media_by_name: Mapping[Path, Sequence[Path]]) -> Path | None:
-    """Return the media file that a list names by path, by file name or without suffix; None if none."""
+    """Return the media file that a list entry names, with or without folder and suffix; None if unclear."""
     inside = Path(os.path.normpath(folder / name.replace("\\", "/")))
     for path in (inside, folder / inside.name):
         candidates = media_by_name.get(path, ())
@@ -169,10 +169,10 @@ def _read_rows(
         path: The list.
         described_media: For a JSON file with the name of a media file: that media file.
         names: Names of the media in the list's folder.
-        remarks: Lines about rows that are left out or read in another way are appended to it.
+        remarks: Lines about rows that are skipped or read differently are appended to this list.
 
     Raises:
-        DatasetError: If a table has no column of file names or captions.
+        DatasetError: If a table has no file name column or caption column.
         OSError: If the file cannot be read.
         ValueError: If its content cannot be parsed.
     """
@@ -209,13 +209,13 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 
 
 def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (file name, caption) for each row of a table of captions. `path` is for messages only.
+    """Yield (file name, caption) for each row of a caption table. `path` is for messages only.
 
     Raises:
-        DatasetError: If the table has no column of file names or no column of captions.
+        DatasetError: If the table has no file name column or no caption column.
     """
     columns = column_names(table)
-    # reversed: of columns that differ only in case, the first one is used
+    # reversed: if columns differ only in case, the first one is used
     by_lower_name = {name.lower(): name for name in reversed(columns)}
     name_column = next((by_lower_name[name] for name in ALL_PATH_COLUMNS if name in by_lower_name), None)
     text_column = next((by_lower_name[name] for name in ALL_CAPTION_COLUMNS if name in by_lower_name), None)
@@ -236,7 +236,7 @@ def _open_as_table(path: Path, names: Collection[str], remarks: list[str]) -> It
     """Yield the path of a table that `read_columns` can read: UTF-8 text with column names in line 1.
 
     A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have no
-    line of column names.
+    header line.
     """
     if not FORMAT_OF_SUFFIX[path.suffix.lower()].is_text:
         yield path
@@ -270,7 +270,7 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
-    """Add a first line with column names to a table's text, if the line is missing.
+    """Add a header line with column names to the text of a table that has none.
 
     `names` are the media files in the table's folder.
     """

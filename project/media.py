@@ -53,7 +53,7 @@ REFERENCES = re.compile(
 MAX_LISTED = 3  # maximum number of names in a line
 FEW_PIXELS = 256  # minimum shorter side: smaller images are enlarged, and the model learns their blur
 FEW_MEDIA = 3  # fewer files cause a warning
-MAX_ASPECT_RATIO = 4  # ratio of sides from which an image counts as narrow
+MAX_ASPECT_RATIO = 4  # an image with at least this ratio of sides is narrow
 MAX_FOLDERS = 1000  # maximum number of folders searched for skipped media
 MAX_REPEATS = 1000  # maximum in a folder name; larger numbers may be years
 AUDIO_HELP = (
@@ -82,9 +82,8 @@ class FolderContent:
     """What `new` finds in a folder; `report_lines` say which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
-    parsed_folder_names: dict[Path, FolderName] = field(
-        default_factory=dict
-    )  # folder names with a meaning to trainers
+    # folder names with a meaning to trainers
+    parsed_folder_names: dict[Path, FolderName] = field(default_factory=dict)
     listed_captions: ListedCaptions = field(default_factory=ListedCaptions)
     # files that `new` writes: captions from lists, and the first frames of clips
     new_captions: dict[Path, str] = field(default_factory=dict)
@@ -92,18 +91,15 @@ class FolderContent:
     undecodable_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
     unreadable_media: list[Path] = field(default_factory=list)  # clips and images
     first_frames: dict[Path, Path] = field(default_factory=dict)  # image -> clip
-    repeats_by_folder: dict[Path, int] = field(
-        default_factory=dict
-    )  # folder -> how often its files are repeated
-    regularization_folders: list[Path] = field(
-        default_factory=list
-    )  # folders of regularization images to train on
+    # folder -> how often its files are repeated
+    repeats_by_folder: dict[Path, int] = field(default_factory=dict)
+    # folders of regularization images to train on
+    regularization_folders: list[Path] = field(default_factory=list)
     mask_folders: dict[Path, Path] = field(default_factory=dict)  # folder of media -> folder of its masks
     # folder of images -> folder of their references
     reference_folders: dict[Path, Path] = field(default_factory=dict)
-    control_folders: dict[Path, Path] = field(
-        default_factory=dict
-    )  # folder of images -> folder of its control images
+    # folder of images -> folder of its control images
+    control_folders: dict[Path, Path] = field(default_factory=dict)
     # layers of an image, from back to front
     layers_by_image: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     report_lines: list[str] = field(default_factory=list)
@@ -120,7 +116,7 @@ class SortedFolders:
 
 
 class SuggestedModels(NamedTuple):
-    """Models that messages suggest for folders which the chosen model cannot use; "" for none."""
+    """Models to suggest for a folder that the chosen model cannot use; "" for none."""
 
     editing_task: str = ""  # of the same family, for reference images
     audio_options: str = ""  # options that select a model for audio without clips
@@ -139,8 +135,8 @@ def collect_content(
     """Collect what `new` trains on: the media of a folder, with references or control images.
 
     Args:
-        folder: The described folder.
-        model_info: Properties of the model, from the record of its family.
+        folder: The dataset folder.
+        model_info: Facts about the model, from its family.
         model_name: Name of the model, for messages.
         kind: Kind of run.
         control_kind: Kind of run that trains on control images; None if the model has none.
@@ -148,7 +144,7 @@ def collect_content(
 
     Raises:
         DatasetError: If the folder has no media, or lacks references, control images or audio that the
-            training needs.
+            training run needs.
     """
     content = FolderContent()
     content.mask_folders = read_mask_folders(folder)
@@ -196,7 +192,7 @@ def _require_media(
     suggested_models: SuggestedModels,
     has_audio_files: bool,
 ) -> None:
-    """Raise DatasetError if a folder has no readable clip or image, and no audio that is trained on alone."""
+    """Raise DatasetError if a folder has no readable clip or image, and no audio to train on alone."""
     if content.media:
         return
     remedy = ""
@@ -209,7 +205,7 @@ def _require_media(
 
 
 def _make_control_error(folder: Path, content: FolderContent, kind: RunKind) -> DatasetError:
-    """Return an error about a folder without control images, with a command that makes some."""
+    """Return the error for a folder without control images, with a command that draws edge images."""
     control_folder = folder / CONTROL_FOLDER
     return DatasetError(
         f"{folder}: {kind.title} learns from pairs of a picture and its control picture, and no picture "
@@ -222,7 +218,7 @@ def _make_control_error(folder: Path, content: FolderContent, kind: RunKind) -> 
 def _make_audio_error(
     folder: Path, content: FolderContent, model_name: str, suggested_models: SuggestedModels
 ) -> DatasetError:
-    """Return an error about clips without audio, for a model that trains on both."""
+    """Return the error for clips without audio, if the model trains on both."""
     remedy = ""
     if suggested_models.silent_task:
         remedy = (
@@ -258,13 +254,13 @@ def _collect_media(
             unsorted_folders = _list_unsorted_folders(subfolder, folders_by_use)
             content.report_lines += _describe_too_deep_media(unsorted_folders)
     _add_audio_files(content, audio_files, model_info)
-    # only now is it known which captions of the lists were used; their lines come first
+    # these lines come first, although the lists in use are known only now
     content.report_lines[num_earlier_lines:num_earlier_lines] = _describe_lists(content)
     return audio_files
 
 
 def _list_unsorted_folders(subfolder: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return subfolders that are not used for training, regularization or references."""
+    """Return subfolders that are used neither for training or regularization nor as references."""
     sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization_reasons}
     inner_folders = [inner for inner in _list_subfolders(subfolder) if inner not in sorted_folders]
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
@@ -284,7 +280,7 @@ def _describe_control_pairs(
 
     Args:
         folder: The media folder.
-        folders_by_use: Its subfolders by their meaning.
+        folders_by_use: Its subfolders, grouped by use.
         media: Its media.
         kind: The kind of this run.
         control_kind: The kind of run that trains on control images; None if the model has none. Then no line
@@ -315,7 +311,7 @@ def _describe_unused_reference_folders(
     suggested_models: SuggestedModels,
     described: Collection[Path],
 ) -> list[str]:
-    """Return lines about folders of reference images, which a model that does not edit cannot use.
+    """Return lines about folders of reference images that the model cannot use, as it does not edit images.
 
     Folders in `described` already have a line.
     """
@@ -336,7 +332,7 @@ def _describe_unused_reference_folders(
 
 
 def _describe_images_named_as_references(media: Sequence[Media]) -> list[str]:
-    """Return a line about images named like references of other images; [] if there are none."""
+    """Return a line about images that are named like references of other images; [] if there are none."""
     numbered = _find_images_named_as_references(media)
     if not numbered:
         return []
@@ -347,7 +343,7 @@ def _describe_images_named_as_references(media: Sequence[Media]) -> list[str]:
 def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
     """Sort the subfolders by their use: for training, as references, or for regularization.
 
-    The names of the folders that are used, and lines about those that are left out, are added to `content`.
+    The names of the folders in use, and lines about those that are left out, are added to `content`.
     """
     candidates = [folder]  # for training or regularization
     folders_by_use = SortedFolders(training_folders=[], reference_folders=[], regularization_reasons={})
@@ -372,7 +368,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
 
 
 def _describe_mask_or_run_folder(folder: Path, subfolder: Path, content: FolderContent) -> list[str]:
-    """Return a line about a folder named like those of masks, or like one that runs write into."""
+    """Return a line about a folder with the name of a mask folder or of a run's output folder."""
     if subfolder.name.lower() in MASK_FOLDERS:
         if real_path(subfolder) in content.mask_folders.values():
             return [f"{subfolder}: learned by its masks"]
@@ -386,7 +382,7 @@ def _describe_mask_or_run_folder(folder: Path, subfolder: Path, content: FolderC
 def _split_candidates(
     folder: Path, candidates: Sequence[Path], folders_by_use: SortedFolders, content: FolderContent
 ) -> None:
-    """Sort folders of media into training and regularization folders, by their names and the others'."""
+    """Sort media folders into training and regularization folders, judged by all of their names."""
     for subfolder in candidates:
         name = _parse_folder_name(subfolder)
         if name is not None:
@@ -400,7 +396,7 @@ def _split_candidates(
 
 
 def _find_neighboring_regularization(folder: Path, content: FolderContent) -> dict[Path, str]:
-    """Return folders of regularization images next to `folder`, if its subfolders follow kohya's naming."""
+    """Return the regularization folders next to `folder`, if its subfolders follow kohya's naming."""
     # only kohya's layout has such a neighbor: img/10_cat next to reg/1_cat
     if not content.parsed_folder_names or _parse_folder_name(folder) is not None:
         return {}
@@ -466,7 +462,7 @@ def _has_captioned_media(folder: Path) -> bool:
 
 
 def _parse_folder_name(folder: Path) -> FolderName | None:
-    """Parse a folder name such as `10_ohwx man` into repeats and words; None for other names."""
+    """Parse a folder name such as `10_ohwx man` into repeats and class words; None for other names."""
     name = read_folder_name(real_path(folder).name)
     return name if name is not None and name.repeats < MAX_REPEATS and name.class_tokens.strip() else None
 
@@ -508,7 +504,7 @@ def _list_reference_folders(folder: Path) -> list[Path]:
 
 
 def _list_neighboring_reference_folders(folder: Path) -> list[Path]:
-    """Return the folders next to a folder that are named like folders of references or control images."""
+    """Return the folders next to `folder` that have names of reference or control image folders."""
     absolute = folder.absolute()
     return [neighbor for neighbor in _list_reference_folders(absolute.parent) if neighbor != absolute]
 
@@ -529,7 +525,7 @@ def _list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _find_caption_suffix(folders_by_use: Sequence[Path]) -> str:
-    """Return the most frequent suffix of caption files in the folders."""
+    """Return the most frequent caption file suffix in these folders."""
     suffixes = (CAPTIONS, *OTHER_CAPTIONS)
     counts = Counter[str]()
     for folder in folders_by_use:
@@ -541,7 +537,7 @@ def _find_caption_suffix(folders_by_use: Sequence[Path]) -> str:
 
 
 def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
-    """Return lines about folders whose names image trainers read as repeats and a class."""
+    """Return a line for each folder whose name sets repeats and a class, as in sd-scripts (`10_ohwx man`)."""
     lines = []
     for folder in folders_by_use:
         if folder in names:
@@ -581,7 +577,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
 
 
 def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
-    """Warn about media in subfolders of subfolders, which `new` does not search."""
+    """Return warnings about media in subfolders of subfolders, which `new` does not search."""
     lines = []
     folders_to_search = list(folders)
     visited = 0
@@ -603,7 +599,7 @@ def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
 def _add_media_of_folder(
     folder: Path, subfolder: Path, content: FolderContent, model_info: "ModelInfo"
 ) -> list[Path]:
-    """Add the clips and images of a subfolder to `content`, with lines about other files.
+    """Add the clips and images of a subfolder to `content`, with messages about other files.
 
     `folder` is the dataset folder. Returns the audio files of the subfolder.
     """
@@ -640,10 +636,9 @@ def _add_media_of_folder(
 
 
 def read_mask_folders(folder: Path) -> dict[Path, Path]:
-    """Map each media folder that has masks to its folder of masks.
+    """Return the mask folder of each media folder that has one.
 
-    A dataset.toml names the folders of masks. Without it, they are the folders in which this program has
-    created masks.
+    It is named in dataset.toml. Without that file, it is a folder in which this program has created masks.
     """
     if (folder / DATASET_FILE).exists():
         try:
@@ -659,7 +654,7 @@ def read_mask_folders(folder: Path) -> dict[Path, Path]:
 
 
 def _read_mask_folders_of_tables(folder: Path) -> dict[Path, Path]:
-    """Map folders of media to folders of masks, as the tables and subsets of dataset.toml name them."""
+    """Return the mask folder of each media folder, from the tables and subsets of dataset.toml."""
     tables: list[Mapping[str, Any]] = []
     for table in parse_toml(read_text(folder / DATASET_FILE))["datasets"]:
         tables += [table, *table.get("subsets", ())]
@@ -675,7 +670,7 @@ def _read_mask_folders_of_tables(folder: Path) -> dict[Path, Path]:
 
 
 def _has_made_masks(folder: Path) -> bool:
-    """Return whether a folder contains masks made by this program, by a run or in the browser."""
+    """Return whether a folder contains masks that this program made, in a run or in the browser."""
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError:
@@ -684,7 +679,7 @@ def _has_made_masks(folder: Path) -> bool:
 
 
 def _explain_masks(folder: Path, subfolder: Path) -> str:
-    """Return the line for dataset.toml that makes a training use the masks in a folder.
+    """Return the line for dataset.toml that makes training use the masks in a folder.
 
     `folder` contains dataset.toml.
     """
@@ -695,7 +690,7 @@ def _explain_masks(folder: Path, subfolder: Path) -> str:
 def _describe_labels(
     folder: Path, subfolder: Path, paths: Sequence[Path], content: FolderContent
 ) -> list[str]:
-    """Return lines about masks and conditioning images that OneTrainer stores next to images."""
+    """Return lines about masks and conditioning images next to images, as OneTrainer stores them."""
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
     if masks and content.mask_folders.get(real_path(subfolder)) != real_path(subfolder):
@@ -708,14 +703,14 @@ def _describe_labels(
 
 
 def _is_user_file(path: Path) -> bool:
-    """Return whether a path is a file of the user: not hidden, and not written by Reelsmith or the system."""
+    """Return whether a file belongs to the user: not hidden, not written by this program or the system."""
     is_written = path.name in (*WRITTEN, CHECK_PAGE)
     is_of_system = path.name.lower() in NO_MEDIA or path.name[0] == "."
     return not is_written and not is_of_system and not path.is_dir()
 
 
 def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "ModelInfo") -> None:
-    """Add clips and images to `content`, and lines about unreadable files and captions that are not UTF-8."""
+    """Add clips and images to `content`, and messages about unreadable files and non-UTF-8 captions."""
     encodings: list[str] = []
     for path in paths:
         try:
@@ -726,14 +721,14 @@ def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "Model
 
 
 def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None:
-    """Add a line about caption files that are not UTF-8, if there are any."""
+    """Add a message about caption files that are not UTF-8, if there are any."""
     if encodings:
         more = f" and {len(encodings) - 1} more" if len(encodings) > 1 else ""
         content.report_lines.append(warning(f"captions that are not UTF-8: {encodings[0]}{more}"))
 
 
 def _select_layered_images(paths: Sequence[Path], content: FolderContent) -> list[Path]:
-    """Return the images that have layers; add a line about images without layers."""
+    """Return the images that have layers; report images without layers."""
     layers = group_layers(paths, content.caption_suffix)
     alone = [path for path, of_path in layers.items() if not of_path]
     if alone:
@@ -747,7 +742,7 @@ def _select_layered_images(paths: Sequence[Path], content: FolderContent) -> lis
 
 
 def _record_unreadable(path: Path, error: MediaError, content: FolderContent) -> None:
-    """Record a media file that cannot be read."""
+    """Record an unreadable media file and the reason."""
     content.report_lines.append(fault(f"left out: {error}"))
     if path.is_file():  # runs ignore broken links
         content.unreadable_media.append(path)
@@ -780,7 +775,7 @@ def _describe_other_files(
 
 
 def _describe_captions_without_media(paths: Sequence[Path], suffix: str, owners: CaptionOwners) -> str:
-    """Return a line about caption files without a media file."""
+    """Return a line about caption files without a media file of the same name."""
     for path in paths:
         owner = owners.find(path.stem)
         if owner is not None:
@@ -794,7 +789,7 @@ def _describe_captions_without_media(paths: Sequence[Path], suffix: str, owners:
 
 
 def _explain_unread_files(paths: Sequence[Path], stems: set[str], captions: str) -> str:
-    """Return why files with one suffix, which is not a media suffix, are not used."""
+    """Return why files with this suffix, which no image, clip or audio file has, are not used."""
     if paths[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in paths}:
         return (
             f"captions are read from {captions} files. Rename them, or in a folder of their own "
@@ -847,7 +842,7 @@ def _read_media(path: Path, content: FolderContent, model_info: "ModelInfo", enc
 
 
 def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> str | None:
-    """Return a file's caption in one line, from its caption file, else from a list; None without a caption.
+    """Return a file's caption on one line, from its caption file or else from a list; None if it has none.
 
     `content` records captions of lists, which `new` writes into caption files, and captions that differ from
     a list. If the caption file is not UTF-8, a line about it is appended to `encodings`.
@@ -872,7 +867,7 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
 
 
 def _replace_clips_by_first_frames(folder: Path, content: FolderContent, model_name: str) -> None:
-    """Replace each clip by its first frame, which `new` writes as an image, for a model of images."""
+    """Replace each clip by its first frame, which `new` writes as an image, for an image model."""
     images: list[Media] = []
     for clip in content.media:
         if clip.is_clip:
@@ -918,13 +913,13 @@ def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
 
 
 def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:
-    """Assign a clip's caption to its first frame, which replaces the clip."""
+    """Assign a clip's caption to the image of its first frame, which replaces the clip."""
     content.new_captions.pop(caption_path(clip, content.caption_suffix), None)
     content.new_captions[caption_path(picture, content.caption_suffix)] = caption
 
 
 def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, content: FolderContent) -> None:
-    """Find the folder of references for each training folder: inside it, or next to it."""
+    """Find each training folder's folder of references: inside it, or next to it."""
     for training_folder in folders_by_use.training_folders:
         _select_references_of_folder(
             training_folder, _list_reference_candidates(training_folder, folder, folders_by_use), content
@@ -936,7 +931,7 @@ def _select_reference_folders(folder: Path, folders_by_use: SortedFolders, conte
 
 
 def _list_reference_candidates(subfolder: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return folders that may contain a training folder's references: inside it, next to it or its parent."""
+    """Return folders that may hold a training folder's references: in it, or in or next to `folder`."""
     neighbors = [] if folders_by_use.reference_folders else _list_neighboring_reference_folders(folder)
     inner_folders = [] if subfolder == folder else _list_reference_folders(subfolder)
     return [*inner_folders, *folders_by_use.reference_folders, *neighbors]
@@ -968,7 +963,7 @@ def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:
 
 
 def _list_other_media(folder: Path, reference_folder: Path) -> list[Path]:
-    """Return other media next to a folder, to which a control folder there may belong."""
+    """Return media outside `folder` to which a control folder next to it may belong."""
     parent = reference_folder.parent
     others = [
         neighbor
@@ -983,9 +978,9 @@ def _list_other_media(folder: Path, reference_folder: Path) -> list[Path]:
 def _select_control_folders(
     folder: Path, folders_by_use: SortedFolders, content: FolderContent, kind: RunKind
 ) -> None:
-    """Set the folder of control images of each training folder: the first that has any for its images.
+    """Select each training folder's control image folder: the first that has any for its images.
 
-    Inpainting takes the images themselves as control images. Unused folders are reported.
+    Inpainting uses the images themselves as control images. Unused folders are reported.
     """
     unused_reason = "No file there has the name of a picture next to it"
     if kind.inpaints_images:
@@ -1005,10 +1000,7 @@ def _select_control_folders(
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
-    """Remove clips, which cannot have control images, and report them.
-
-    `kind` is the kind of run.
-    """
+    """Remove clips from `content`, with a warning: runs of this kind use only images."""
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
         text = f"{name_some(clips)}: left out, as {kind.title} uses only pictures"
@@ -1019,9 +1011,9 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
 def _select_references_of_folder(
     image_folder: Path, candidates: Sequence[Path], content: FolderContent
 ) -> None:
-    """Use the first folder that has references for any image in a folder; report missing references.
+    """Select the first candidate folder with references for any image in `image_folder`.
 
-    References have the file names of their images.
+    References have the file names of their images. Missing ones are reported.
     """
     media = [item for item in content.media if item.path.parent == image_folder]
     image_stems = [item.path.stem for item in media if item.kind == "image"]
@@ -1040,7 +1032,7 @@ def _select_references_of_folder(
 
 
 def _find_stems_without_reference(reference_folder: Path, stems: Sequence[str]) -> list[str]:
-    """Return the stems of images that have no reference in a folder."""
+    """Return the stems of images for which `reference_folder` has no reference image."""
     with_reference = set[str]()
     with contextlib.suppress(DatasetError):  # the folder cannot be listed
         folder = ControlFolder(reference_folder, {*stems})
@@ -1070,7 +1062,7 @@ def group_identical_files(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, reference_folder: Path) -> tuple[Path, ...]:
-    """Return the reference images of a file in a folder; () if none has a matching name."""
+    """Return the images in `reference_folder` that belong to a media file; () if no name matches."""
     try:
         return ControlFolder(reference_folder, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -1078,7 +1070,7 @@ def reference_of(media: Media, reference_folder: Path) -> tuple[Path, ...]:
 
 
 def why_unused(path: Path) -> str:
-    """Return why a reference image cannot be used; "" if it can."""
+    """Return why a reference image cannot be used; "" if it is usable."""
     try:
         image_size(path)
     except MediaError as error:
@@ -1089,7 +1081,7 @@ def why_unused(path: Path) -> str:
 def _describe_unreadable_references(
     subfolder: Path, reference_folder: Path, media: Sequence[Media]
 ) -> list[str]:
-    """Return lines about unreadable reference images in a folder, for the images in `subfolder`."""
+    """Return a line for each image of `subfolder` whose image in `reference_folder` is unreadable."""
     lines = []
     for item in media:
         if item.path.parent != subfolder or item.kind != "image":
@@ -1102,7 +1094,7 @@ def _describe_unreadable_references(
 
 
 def _find_images_named_as_references(media: Sequence[Media]) -> list[Path]:
-    """Return uncaptioned images that are named like references of another image: cat_0, cat_input."""
+    """Return uncaptioned images whose names mark them as references of another: cat_0, cat_input."""
     stems = {item.path.stem for item in media if item.kind == "image"}
     numbered = []
     for item in media:
@@ -1113,7 +1105,7 @@ def _find_images_named_as_references(media: Sequence[Media]) -> list[Path]:
 
 
 def _describe_reference_layout(folder: Path, name: str, media: Sequence[Media]) -> str:
-    """Return a message that shows where images and their references should be stored."""
+    """Return a message that shows in which folders images and their references belong."""
     numbered = _find_images_named_as_references(media)
     advice = ""
     if numbered:
@@ -1128,7 +1120,7 @@ def _describe_reference_layout(folder: Path, name: str, media: Sequence[Media]) 
 
 
 def _describe_unsuitable_media(content: FolderContent, model_info: "ModelInfo") -> list[str]:
-    """Return lines about used media that may be unsuitable: few, small, transparent, silent or identical."""
+    """Return lines about media that may not suit training: few, small, transparent, silent or identical."""
     minimum = model_info.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= minimum]
     visible = [item for item in long_enough if item.kind != "audio"]
@@ -1157,7 +1149,7 @@ def _describe_transparent_images(images: Iterable[Path], model_info: "ModelInfo"
 
 
 def _describe_silent_clips(clips: Iterable[Path], model_info: "ModelInfo") -> list[str]:
-    """Return a line about clips without audio, if the model is trained on audio."""
+    """Return a line about clips without audio if the model is trained on audio, else []."""
     if not model_info.trains_on_audio:
         return []
     silent = [path for path in clips if _is_silent(path)]
@@ -1172,7 +1164,7 @@ def is_narrow(item: Media) -> bool:
 
 
 def _describe_sizes(media: Sequence[Media]) -> list[str]:
-    """Return lines about clips and images that are too small or too narrow for training."""
+    """Return lines about clips and images that are too small or too narrow to train on."""
     tiny = [item.path for item in media if min(item.size) < FEW_PIXELS]
     narrow = [item.path for item in media if is_narrow(item)]
     lines = []
@@ -1186,7 +1178,7 @@ def _describe_sizes(media: Sequence[Media]) -> list[str]:
 
 
 def _describe_identical_files(media: Sequence[Media]) -> list[str]:
-    """Return lines about the first groups of identical files, and the number of further groups."""
+    """Return lines about the first groups of identical files, and how many more groups there are."""
     groups = group_identical_files(media)
     lines = []
     for paths in groups[:MAX_LISTED]:
@@ -1201,7 +1193,7 @@ def _describe_identical_files(media: Sequence[Media]) -> list[str]:
 
 
 def _label_paths(paths: Sequence[Path]) -> list[str]:
-    """Return file names, with their folders unless all files share one folder."""
+    """Return file names for a message, with their folders unless all files share one."""
     if len({path.parent for path in paths}) == 1:
         return [path.name for path in paths[:MAX_LISTED]]
     return [f"{path.parent.name}/{path.name}" for path in paths[:MAX_LISTED]]

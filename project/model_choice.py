@@ -49,7 +49,7 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `new` has to know about a model, from the record of its family."""
+    """What `new` needs to know about a model, from its family."""
 
     max_references: int  # maximum number of reference images; 0: it does not edit
     needs_reference: bool  # it requires a reference image
@@ -63,7 +63,7 @@ class ModelInfo:
     trains_on_layers: bool  # it is trained on images with their layers
     # dtype options of networks, by the kind of script (as in `options_record`) that has them
     dtype_options: Mapping[str, Sequence[str]]
-    # advice to use another model or an adapter; None if undistilled, or if a training adapter is used
+    # advice to use another model or an adapter; None if the model is not distilled or has a training adapter
     few_step_advice: FewSteps | None
     task_contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the family's record, as for caching latents
@@ -71,7 +71,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The selected model and trigger word, with lines about how they were selected."""
+    """The selected model and trigger word, with messages about how they were selected."""
 
     model: ModelSet
     trigger: str | None
@@ -79,7 +79,7 @@ class ModelChoice:
 
 
 def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
-    """Return which media a model trains on, and what its files say about it. Imports the family.
+    """Return which media a model trains on, and what its files say about it. Imports the model family.
 
     `files` maps options, such as `dit`, to the paths of the model's files; the files need not exist.
     """
@@ -115,7 +115,7 @@ class _AudioSupport(NamedTuple):
 
 
 def _read_audio_support(family: Any) -> _AudioSupport:
-    """Return how a family trains on audio; if its missing checkpoint decides that, assume audio of clips."""
+    """Return how a family trains on audio; assume audio in clips if this depends on a missing checkpoint."""
     try:
         audio = audio_of(family)
     except UserError:
@@ -131,7 +131,7 @@ def trains_on_audio_alone(model: ModelSet) -> bool:
 
 
 def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
-    """Return the dtype options that a model's scripts accept, by kind of script."""
+    """Return the dtype options that a model's scripts accept, by kind of options ("Training", ...)."""
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     return {
         kind: [name for name in DTYPE_OPTIONS if name in info_of(entry.options_record(kind))]
@@ -140,14 +140,14 @@ def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
 
 
 def _read_latent_flag(family: Any, name: str) -> bool:
-    """Return a flag of the latents, such as has_alpha; False if the flag depends on the VAE file."""
+    """Return a flag of the latent space, such as has_alpha; False if it depends on a missing VAE file."""
     with contextlib.suppress(UserError):
         return bool(getattr(family.latent, name))
     return False
 
 
 def _make_family_for_caching(model: ModelSet) -> Any:
-    """Return the family's record as the command that caches latents uses it, without loading encoders."""
+    """Return the family object that caching latents would use, without loading its encoders."""
     words = shlex.split(model.commands["latents"])
     entry = with_scripts()[script_family(words)]
     for _, option, _ in entry.encoders:  # the properties read here need no encoder
@@ -160,7 +160,7 @@ def _make_family_for_caching(model: ModelSet) -> Any:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Log only warnings within the block, because building a family logs its missing files."""
+    """Log only warnings during the block: the model family's constructor logs missing files."""
     logging.disable(logging.INFO)
     try:
         yield
@@ -169,10 +169,10 @@ def _without_log() -> Iterator[None]:
 
 
 def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
-    """Check model files that --model_file names, with the checks of the training script.
+    """Check the files that --model_file names with the checks of the training script.
 
-    Its parser reads the options of the model's own command, then the typed files; the family's record made
-    from them checks the files. Raises OptionError or CheckpointError if an option does not accept its file.
+    Its parser reads the options of the model's own command, then these files; the family's constructor
+    checks the files. Raises OptionError or CheckpointError if an option does not accept its file.
     """
     if not files:
         return
@@ -198,7 +198,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
 
 
 def check_word(kind: RunKind, word: str | None) -> None:
-    """Raise OptionError if a run that learns a trigger word has none, or an unusable one."""
+    """Raise OptionError if the trigger word that this kind of run learns is missing or unusable."""
     if word is None:
         raise OptionError(
             f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
@@ -215,7 +215,7 @@ def _option_names(parser: argparse.ArgumentParser) -> set[str]:
 def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
     """Return those options of a command whose names are in `names`, with their values.
 
-    `files` maps placeholders such as {vae} to paths; options with an unknown placeholder are omitted.
+    `files` maps placeholders such as {vae} to paths. Options with an unknown placeholder are omitted.
     """
     selected: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
@@ -228,7 +228,7 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
 
 
 def _find_few_step_advice(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
-    """Return what a family knows about few-step models if this model is one; otherwise None."""
+    """Return the family's advice about few-step models if this model is distilled, otherwise None."""
     if not knows_few_steps(family):
         return None
     reason = None
@@ -246,7 +246,7 @@ def _list_released_dits(model: ModelSet) -> list[Path]:
 
 
 def _judge_distillation(family: Any, dit: Path) -> Verdict | None:
-    """Judge by a file's name and metadata whether it was distilled to few steps; None if they do not say."""
+    """Return whether a model file is distilled to few steps, by its name and metadata; None if unknown."""
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
@@ -260,7 +260,7 @@ def _seems_distilled(family: Any, dit: Path) -> bool:
 
 
 def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
-    """Return a message if only one of a file and the task's released file is distilled to few steps.
+    """Return a message if only one of a file and its task's released file is distilled to few steps.
 
     None if no file contradicts the task, or if none reveals whether it is distilled.
     """
@@ -312,13 +312,13 @@ def describe_outputs(model: ModelSet, model_info: ModelInfo) -> str:
 def select_model(
     options: NewOptions, memory: float, reject_before_questions: Callable[[], None]
 ) -> ModelChoice:
-    """Return the model that the options name, and the trigger word; ask for missing ones on a terminal.
+    """Return the model that the options name, and the trigger word; ask for missing ones in a terminal.
 
     The trigger word is only asked for if the family or the task is asked for, too.
 
     Args:
-        options: The typed options.
-        memory: The card's memory in GiB.
+        options: The command-line options.
+        memory: The GPU memory in GiB.
         reject_before_questions: Called before each question about the model; raises errors that would make
             the answers useless.
 
@@ -351,7 +351,7 @@ def select_model(
 
 
 def _describe_selection(typed_task: str | None, model: ModelSet, candidates: Sequence[ModelSet]) -> list[str]:
-    """Return a line about a model that was selected automatically; none if its task was typed exactly."""
+    """Return a line about a model that was selected automatically; [] if the user typed its exact task."""
     if len(candidates) > 1:
         not_taken = ", ".join(candidate.task for candidate in candidates if candidate is not model)
         return [f"--task {model.task} is taken: {model.about}. Others: {not_taken}"]
@@ -361,7 +361,7 @@ def _describe_selection(typed_task: str | None, model: ModelSet, candidates: Seq
 
 
 def _describe_smaller_models(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[str]:
-    """Return a line about smaller models, if this one does not fit a card of `memory` GiB."""
+    """Return a line about smaller models if this one does not fit into `memory` GiB on the GPU, else []."""
     smaller = find_smaller(model, models, memory)
     if not smaller:
         return []
@@ -390,9 +390,9 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
 
 
 def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
-    """Ask the user on a terminal for the task, which selects one of a family's models.
+    """Ask the user in a terminal for the task, and return its model.
 
-    `memory` is the graphics card's GiB, for the table of tasks.
+    `memory` is the GPU memory in GiB, for the table of tasks.
     """
     tasks = [model.task for model in models]
 
@@ -405,7 +405,7 @@ def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float
 
 
 def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
-    """Return the models that match the named family and --task; the user has to choose among several."""
+    """Return the models that match the named family and --task; if several do, the user has to choose."""
     of_family = [model for model in models if model.family == named.family]
     if typed_task is not None:
         tasks = _read_tasks(typed_task, of_family)
@@ -447,7 +447,7 @@ def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet
 
 
 def _ask(question: str, read: Callable[[str], T], table: str) -> T:
-    """Show a table and ask until the answer is valid. Raises OptionError at the end of the input."""
+    """Show a table, and ask until the answer is valid. Raises OptionError at the end of standard input."""
     while True:
         answer = ask_on_terminal(f"{table}{question}? ")
         if not answer:
@@ -459,7 +459,7 @@ def _ask(question: str, read: Callable[[str], T], table: str) -> T:
 
 
 def _read_table_row(text: str, names: Sequence[str]) -> str:
-    """Replace a row number of the printed table by the row's name; return other text unchanged."""
+    """If the text is a row number of the printed table, return that row's name, otherwise the text."""
     if text in names or not re.fullmatch(r"[1-9]\d?", text):
         return text
     number = int(text)
@@ -473,7 +473,7 @@ def _read_trigger(text: str) -> str:
 
 
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
-    """Return the tasks of a family that a typed name means.
+    """Return the models of a family whose tasks a typed name may mean.
 
     The name may be a task's name here, its name in the training script, which may stand for several tasks, or
     a part of the name of only one task.
@@ -493,7 +493,7 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
 
 
 def _is_part_of_task_name(text: str, task: str) -> bool:
-    """Return whether a text is a part of a task's name that has no other number, such as 14b for 5b."""
+    """Return whether a text is part of a task's name; False if their numbers differ (14b, 5b)."""
     normalized = plain_name(text)
     return len(normalized) > 1 and normalized in plain_name(task) and not has_other_number(text, task)
 
@@ -501,7 +501,7 @@ def _is_part_of_task_name(text: str, task: str) -> bool:
 def _make_task_error(
     text: str, tasks: Sequence[ModelSet], partial_matches: Sequence[ModelSet]
 ) -> OptionError:
-    """Return an error for an unknown or ambiguous task, with the family, page or tasks that were meant."""
+    """Return the error for an unknown or ambiguous task, with the families, pages or tasks it may mean."""
     family = tasks[0].family
     names = [model.task for model in tasks]
     other_families = _find_families_with_task(text, _training_script(tasks[0]))
@@ -519,13 +519,13 @@ def _make_task_error(
 
 
 def _find_families_with_task(text: str, script: str) -> list[str]:
-    """Return the families that share a training script, and so are easily confused, and have this task."""
+    """Return the families of a training script (they are easily confused) that have a task of this name."""
     models = [model for model in find_models() if _training_script(model) == script]
     return list(dict.fromkeys(model.family for model in models if is_task_spelling(text, model.task)))
 
 
 def _list_plain_task_names(model: ModelSet) -> set[str]:
-    """Return the normalized names of a task: its own name, and the name in its training script."""
+    """Return the normalized names of a task: in the model catalog and in the training script."""
     return {plain_name(model.task), plain_name(_training_task(model))}
 
 
@@ -534,13 +534,13 @@ def _training_script(model: ModelSet) -> str:
 
 
 def _training_task(model: ModelSet) -> str:
-    """Return the --task of a model's training script, which several models may share; "" without one."""
+    """Return the --task value of a model's training script, which several models share; "" if it has none."""
     words = shlex.split(model.commands["train"])
     return words[words.index("--task") + 1] if "--task" in words else ""
 
 
 def _point_to_page_of_unsupported_task(plain: str, family: str) -> str:
-    """Return a hint to the documentation of a task that `new` does not support; "" for other text."""
+    """Return a hint to the documentation if `new` does not support the task of this name; otherwise ""."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
             return f" {model.task} is not described by `new`: see docs/{family_page(family)}."
@@ -548,9 +548,9 @@ def _point_to_page_of_unsupported_task(plain: str, family: str) -> str:
 
 
 def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
-    """Return a table of model families: output, download size, and whether they fit the graphics card.
+    """Return a text table of model families: output, download size, and whether they fit the GPU.
 
-    `is_typed` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     """
     rows = []
     for family in families_of(models):
@@ -564,9 +564,9 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool
 
 
 def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
-    """Return a table of tasks: description, download size, and whether they fit the graphics card.
+    """Return a text table of tasks: description, download size, and whether they fit the GPU.
 
-    `is_typed` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     """
     rows = []
     for model in tasks:
@@ -578,9 +578,9 @@ def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -
 def _format_table_of_fits(
     head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_typed: bool
 ) -> str:
-    """Return a numbered table of models whose last column shows whether they fit the graphics card.
+    """Return a numbered text table of models; its last column says whether they fit the GPU.
 
-    `is_typed` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that `memory`, the GPU memory in GiB, comes from the command line.
     """
     if memory:
         where = f"on {memory:.0f} GiB" if is_typed else f"on this machine ({memory:.0f} GiB)"

@@ -14,7 +14,7 @@ from project.new_options import NewOptions
 
 
 def typed_files(options: NewOptions) -> dict[str, str]:
-    """Return the paths that --model_file gives, by option.
+    """Return the paths from --model_file, by model file option.
 
     Raises:
         OptionError: If one option has two files.
@@ -31,7 +31,7 @@ def typed_files(options: NewOptions) -> dict[str, str]:
 
 
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
-    """Return the paths of the model's files by option: typed paths, otherwise those of downloaded files.
+    """Return the paths of the model's files by option: those on the command line, otherwise downloaded files.
 
     Raises:
         OptionError: If a file is given for an unknown option, or does not exist.
@@ -68,9 +68,9 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
 
 
 def find_embedded_files(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
-    """Find the networks without a separate file that are part of another typed model file.
+    """Find networks that are part of another model file on the command line instead of a file of their own.
 
-    `typed` contains the typed paths by option. Returns the containing file by the network's option.
+    `typed` contains the paths by option. Returns the path of the containing file by the network's option.
     """
     holders = {}
     for part in model.components:
@@ -93,7 +93,7 @@ def _has_inside(path: Path, inside: Inside) -> bool:
 
 
 def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
-    """Return a model without some of its files, whose options its commands then omit.
+    """Return a model without some of its files; its commands then omit the options for them.
 
     `names` are the options of these files, without dashes; commands have a placeholder such as {vae} for
     each.

@@ -1,4 +1,4 @@
-"""Compute sizes of released models, and whether they fit a card. No torch, because pages use it too."""
+"""Compute sizes of released models, and whether they fit a GPU. No torch, because pages use it too."""
 
 import shlex
 import shutil
@@ -17,25 +17,25 @@ FP8 = {"--fp8_base", "--fp8_scaled"}
 
 
 def needs_image(model: ModelSet) -> bool:
-    """Return whether the model's generation command needs an image to edit."""
+    """Return whether generation with the model needs an image to edit."""
     return "--control_image_path" in model.commands["generate"].split()
 
 
 def transformer_bytes(model: ModelSet) -> int:
-    """Return the size in bytes of the transformers that a training loads; 0 if it is unknown."""
+    """Return the total size in bytes of the transformers that a training run loads; 0 if unknown."""
     return sum(part.trained_bytes or part.size_bytes or 0 for part in transformers_of(model))
 
 
 def transformers_of(model: ModelSet) -> list[Component]:
-    """Return the components with the trained network, or the one checkpoint that contains all networks."""
+    """Return the model files with the trained network, or the checkpoint with all networks."""
     return [part for part in model.components if part.role.startswith("transformer") or part.trained_bytes]
 
 
 def is_small(model: ModelSet, memory: float) -> bool:
-    """Return whether the released transformer leaves half of a card of `memory` GiB free.
+    """Return whether the released transformer leaves half of `memory` GiB of GPU memory free.
 
     A training step needs less; samples need that much, because the VAE decodes them while the network stays
-    on the card. For SDXL at 1024x1024, --plan shows 6.2 GiB for a step at rank 16. A sample needs 5.3 GiB for
+    on the GPU. For SDXL at 1024x1024, --plan shows 6.2 GiB for a step at rank 16. A sample needs 5.3 GiB for
     the network, its LoRA and the optimizer, and 3.3 GiB for the VAE: too much for 8 GiB, unless weights are
     in 8 bits (2.1 GiB less).
     """
@@ -43,7 +43,7 @@ def is_small(model: ModelSet, memory: float) -> bool:
 
 
 def weight_options(model: ModelSet, memory: float) -> list[str]:
-    """Return the options for weights in fewer bits, so that the trained network fits a card of `memory` GiB.
+    """Return the options for weights in fewer bits that make the trained network fit into `memory` GiB.
 
     The weights are in int8, which is closer to 16 bits than fp8 and needs no fp8 units, or in nf4 if int8
     does not fit. Source: the table of docs/small_cards.md.
@@ -54,7 +54,7 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
     # the model's own options do not quantize
     if not FP8 & {*argv}:
         return argv
-    # of two transformers only the active one is on the card
+    # if there are two transformers, only the active one is on the GPU
     networks = len(transformers_of(model)) if "--offload_inactive_dit" in argv else 1
     bytes_in_int8 = transformer_bytes(model) / networks / 2  # the file has 16 bits
     size_in_int8 = bytes_in_int8 / 2**30  # GiB
@@ -64,10 +64,9 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
 
 
 def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[ModelSet]:
-    """Return smaller models of the family for the same task type, if this one does not fit the card.
+    """Return smaller models of the family for the same task type, if this one does not fit the GPU.
 
-    Smaller models are at most half as large. The list is empty if this model fits on a card of `memory` GiB
-    in 8 bits.
+    Smaller models are at most half as large. Returns [] if this model fits into `memory` GiB in 8 bits.
     """
     if not memory or is_small(model, memory) or _estimate_missing_memory(model, memory) <= 0:
         return []
@@ -83,7 +82,7 @@ def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> 
 
 
 def describe_fit(model: ModelSet, memory: float) -> str:
-    """Return a text about whether a model can be trained on a card of `memory` GiB, by its size."""
+    """Return a text on whether a model can be trained in `memory` GiB of GPU memory, judged by its size."""
     if not memory:
         return SLOW
     if is_small(model, memory):
@@ -97,14 +96,14 @@ def describe_fit(model: ModelSet, memory: float) -> str:
 
 
 def _estimate_missing_memory(model: ModelSet, memory: float) -> float:
-    """Return by how many GiB the network in 8 bits exceeds a card of `memory` GiB; below 0 if it fits."""
+    """Return by how many GiB the 8-bit network exceeds `memory` GiB of GPU memory; negative if it fits."""
     is_in_8_bits = not model.properties["fp8"]  # the released file itself has 8 bits
     size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
     return size / 2**30 - max(memory - IN_USE, 0)
 
 
 def find_memory() -> float:
-    """Return the memory of this machine's smallest NVIDIA card in GiB, from the driver; 0 without a card."""
+    """Return the memory of this machine's smallest NVIDIA GPU in GiB, from the driver; 0 without a GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0.0

@@ -18,7 +18,7 @@ from project.options import (
 
 
 class NewOptions(Options):
-    """Options of `new`, which writes the project files of a folder."""
+    """Options of `new`, which writes the project files for a dataset folder."""
 
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE)
 
@@ -92,5 +92,5 @@ class NewOptions(Options):
 
     @property
     def trains(self) -> str | None:
-        """Return the kind of run that was typed; None if none was."""
+        """Return the kind of run that the command line names; None if it names none."""
         return FULL_MODEL if self.whole_model else self.train

@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 class EndCommand:
-    """Start a command when the `with` block ends, if `arm` was called in the block.
+    """Context manager that starts the --on_end command at its end, if `arm` was called in the block.
 
     An error raised in the block is passed on.
     """
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """Store the arguments of the command; without arguments, nothing is started."""
+        """Store the command's arguments; with no arguments, nothing is started."""
         self._argv = argv
         self._describe_ended_run: Callable[[], EndedRun] | None = None  # None: the run has not begun
 
     def arm(self, describe_ended_run: Callable[[], EndedRun]) -> None:
-        """Have the command started when the `with` block ends; call this when the run begins.
+        """Start the command when the `with` block ends; call this when the run begins.
 
-        `describe_ended_run` is called then; the command gets its result.
+        `describe_ended_run` is called at the end of the block, and its result is passed to the command.
         """
         self._describe_ended_run = describe_ended_run
 
@@ -43,13 +43,13 @@ class EndCommand:
 
 
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> EndedRun:
-    """Return the state of a run for the --on_end command, from the files that its training has written.
+    """Return how a run ended, for the --on_end command, from the files that its training has written.
 
     Args:
-        output: Output folder of the training.
+        output: Output folder of the training run.
         name: Name of the trained files.
-        steps: Total number of steps; None if it is not known.
-        began: When the run began, in seconds since 1970. Older files are ignored as those of an earlier run.
+        steps: Total number of steps; None if unknown.
+        began: When the run began, in seconds since 1970. Older files belong to an earlier run.
     """
     run_history = _read_run_history(output, name, began)
     page = wait_for_page(history_path(output, name))
@@ -60,7 +60,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
         reason, outcome = run_history.ending  # outcome: good, bad, or neither for a run that was stopped
         is_finished = outcome == "good"
         error = reason if outcome == "bad" else ""
-    # a length in epochs is known in steps once the training starts
+    # a length in epochs becomes a number of steps only when training starts
     if steps is None and run_history.start is not None:
         steps = run_history.start.total_steps
     return EndedRun(
@@ -75,7 +75,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
 
 
 def _read_run_history(output: Path, name: str, began: float) -> RunHistory:
-    """Read the recorded history of a training run; empty if none was written since `began`."""
+    """Read the history of a training run; it is empty if none was written since `began`."""
     path = history_path(output, name)
     session = read_session(path)
     if session is None or not _is_new(path, began):

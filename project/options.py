@@ -42,7 +42,7 @@ WRITE_CAPTIONS = [
 
 
 def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
-    """Return the model family whose JSON captions these commands expect; "" for plain sentences."""
+    """Return the model family whose JSON caption format these commands need; "" for plain sentences."""
     scripts = {Path(word).name for words in commands for word in words if word.endswith(".py")}
     for name in caption_formats():
         entry = FAMILIES[name]
@@ -52,7 +52,7 @@ def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
 
 
 def make_caption_argv(commands: Iterable[Sequence[str]]) -> list[str]:
-    """Return the command that captions a folder in the form that a model expects."""
+    """Return the command that captions a folder in the format that the model expects."""
     format = find_caption_format(commands)
     return [*WRITE_CAPTIONS, "--caption_format", format] if format else WRITE_CAPTIONS
 
@@ -80,31 +80,31 @@ MODEL_FILES = KeyFile(
 
 
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
-    """Return the models for which `new` can describe a folder: all except those with control clips."""
+    """Return the models that `new` supports: all that can be trained, except those with control clips."""
     sets = model_sets(fp8_encoders)
     return [model for model in sets if "train" in model.commands and not model.properties.get("control")]
 
 
 def times_of_steps(steps: int) -> dict[str, int]:
-    """Return the intervals of saves, states and samples for a training run of `steps` steps."""
+    """Return how often a training run of `steps` steps saves weights and draws samples, by option name."""
     every = max(steps // 10, min(steps, 50))
     return {"save_every_n_steps": every, "save_last_n_steps_state": every, "sample_every_n_steps": every}
 
 
 def own_command(*words: str) -> str:
-    """Return the text of a `reelsmith` command, such as `new` or `run` with its options."""
+    """Return a `reelsmith` command with these arguments as text for messages."""
     return quote_command(["python", FRONT_SCRIPT, *words])
 
 
 def find_own_script(words: Sequence[str]) -> Path | None:
-    """Return our script that a command runs; None for other commands."""
+    """Return the path of this program's script that a command runs; None for other commands."""
     if words[:1] != ["python"]:
         return None
     return installation.find_script("".join(words[1:2]))
 
 
 def typed_in(words: Sequence[str], folder: Path) -> str:
-    """Return a command line as a user in `folder` would type it."""
+    """Return a command as a user in `folder` would type it."""
     script = find_own_script(words)
     if script is None or installation.PREFIX:
         return quote_command(words)
@@ -114,19 +114,19 @@ def typed_in(words: Sequence[str], folder: Path) -> str:
 
 
 def as_operand(folder: Path) -> str:
-    """Return a folder as a command-line argument; `./` is put before a name that looks like an option."""
+    """Return a folder as a command-line argument, with `./` in front if it looks like an option."""
     return f".{os.sep}{folder}" if str(folder).startswith("-") else str(folder)
 
 
 def download_options(models: Path) -> list[str]:
-    """Return the options that make `run` download missing model files into a folder."""
+    """Return the options that make `run` download missing model files into this folder."""
     if real_path(models) == real_path(MODELS):
         return ["--download"]
     return ["--download", "--models", str(models)]
 
 
 def check_trigger(word: str) -> None:
-    """Raise OptionError if a trigger word cannot be written in one line of prompts.txt."""
+    """Raise OptionError if a trigger word does not fit into one line of prompts.txt."""
     reason = bad_character(word)
     if reason is None and (escape_control_codes(word) != word or len(f"{word}.".splitlines()) > 1):
         reason = "a control code or a line break"
@@ -141,10 +141,10 @@ def check_trigger(word: str) -> None:
 
 
 def script_family(words: Sequence[str]) -> str:
-    """Return the model family of a command that caches latents.
+    """Return the model family whose latents a command caches.
 
     Raises:
-        KeyError: If the command is not one that caches latents.
+        KeyError: If the command does not cache latents.
     """
     scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     return scripts[words[1]]

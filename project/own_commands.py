@@ -18,7 +18,7 @@ OF_ONE = {"--prompt", "--seed", "--save_path"}  # options for a single result
 
 
 def lacks_media(folder: Path) -> bool:
-    """Return whether a folder is empty, apart from prompts that an earlier `new` has written."""
+    """Return whether a folder is empty, apart from prompts written by an earlier `new`."""
     return all(path.name == OWN_PROMPTS for path in folder.iterdir())
 
 
@@ -28,12 +28,12 @@ def list_distinct_captions(setup: RunSetup) -> list[str]:
 
 
 def write_prompts(captions: Sequence[str]) -> str:
-    """Return a line for each caption as a prompt, each with its own seed."""
+    """Return the captions as lines of a prompt file, each with a seed of its own."""
     return "".join(f"{caption} --d {seed}\n" for seed, caption in enumerate(captions, start=1))
 
 
 def describe_length(setup: RunSetup) -> list[str]:
-    """Return lines about how long the training of an adapter should be, and when it is finished."""
+    """Return lines about how long to train an adapter, and how to tell that it is finished."""
     lines = []
     steps = setup.options.max_train_steps
     if steps < TYPICAL_STEPS:
@@ -56,7 +56,7 @@ def describe_length(setup: RunSetup) -> list[str]:
 
 
 def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Mapping[str, str]) -> list[str]:
-    """Return lines with the commands that generate images with the model itself and describe their folder.
+    """Return lines with the commands that generate images with the model, and then describe their folder.
 
     `files` maps options to the model's files.
     """
@@ -76,7 +76,7 @@ def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Ma
 
 
 def _without_single(argv: Sequence[str]) -> list[str]:
-    """Return a command without the options for a single result (OF_ONE) and their values."""
+    """Return a command without the options (and values) that make it write a single result."""
     remaining: list[str] = []
     is_dropped = False
     for word in argv:

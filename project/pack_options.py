@@ -18,7 +18,7 @@ MAX_OF_NAME = 1000  # maximum bytes of a file name
 
 
 class PackOptions(Options):
-    """Which folder is packed, and where the archive is written."""
+    """Options of `pack`: the folder, and where to write the archive."""
 
     folder: Path = option(
         "folder that `new` described", positional=True, place="folder", hint="the folder that `new` described"
@@ -35,7 +35,7 @@ class PackOptions(Options):
 
 
 class UnpackOptions(Options):
-    """Which archive is unpacked, and into which folder."""
+    """Options of `unpack`: the archive, and the folder to unpack it into."""
 
     file: Path = option("file that `pack` wrote", positional=True, place="file")
     folder: Path | None = option(
@@ -45,7 +45,7 @@ class UnpackOptions(Options):
 
 
 def find_error_of_name(name: str, on_windows: bool) -> str:
-    """Return why a packed file may not have a name; "" if it may.
+    """Return why a file name is not allowed in an archive; "" if it is.
 
     `name` is the path within the folder, with forward slashes. With `on_windows`, names that only Windows
     forbids are rejected, too.

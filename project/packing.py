@@ -46,7 +46,7 @@ LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may contain path
 
 @dataclass(frozen=True)
 class PackSource:
-    """What packing reads from a folder's run.toml."""
+    """The settings in a folder's run.toml that packing needs."""
 
     folder: Path
     output: Path
@@ -59,7 +59,7 @@ class PackSource:
 
 @dataclass(frozen=True)
 class PackMember:
-    """A file to pack, and its name in the archive; `content` replaces what the file contains."""
+    """A file to pack, with its name in the archive; `content`, if set, is packed instead of the file's."""
 
     name: str
     path: Path
@@ -67,7 +67,7 @@ class PackMember:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file in bytes, or of the content that replaces it in the archive."""
+        """Size in bytes of what is packed: `content` if it is set, otherwise the file."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 
@@ -111,7 +111,7 @@ def read_pack_source(folder: Path) -> PackSource:
     """Read from run.toml what packing needs: model paths, output folder and prompts.
 
     Raises:
-        OptionError: If the file is missing, or is not in the form that `new` writes.
+        OptionError: If the file is missing, or does not have the layout that `new` writes.
     """
     path = folder / RUN_FILE
     try:
@@ -147,7 +147,7 @@ def read_pack_source(folder: Path) -> PackSource:
 
 
 def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
-    """Return the download folder in the commands, exactly as written in run.toml."""
+    """Return the download folder in the commands (--to), as written in run.toml; None if they have none."""
     for words in commands:
         if "--to" in words[:-1]:
             return words[words.index("--to") + 1]
@@ -155,7 +155,7 @@ def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
 
 
 def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
-    """Return the paths of model files outside the folder in the training options."""
+    """Return the model file paths in the training options that are outside the project folder."""
     values = [value for value in training.values() if isinstance(value, str)]
     values += [text for value in training.values() if isinstance(value, list) for text in map(str, value)]
     no_folder = MachinePaths(Path())
@@ -167,7 +167,7 @@ def _map_model_paths(
 ) -> tuple[dict[str, str], list[str]]:
     """Map paths of model files to paths in the archive; list those that cannot be downloaded again.
 
-    These are the files outside of `download_folder`, which is given exactly as written in run.toml.
+    The latter are the files outside of `download_folder`, which is given exactly as written in run.toml.
     """
     archive_paths: dict[str, str] = {}
     not_downloaded: list[str] = []
@@ -191,7 +191,7 @@ def _map_model_paths(
 
 
 class FolderMembers(NamedTuple):
-    """Files of a folder that go into its archive, and those that do not: hidden ones and special files."""
+    """The files of a folder to pack, and the paths left out (hidden and special files)."""
 
     members: list[PackMember]
     skipped_paths: list[str]
@@ -289,7 +289,7 @@ class _RelocatedMember(NamedTuple):
 def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[str]) -> _RelocatedMember:
     """Make the paths in a TOML file, the prompts or the history relative.
 
-    Lists of captions are not rewritten, but paths of this machine in them are returned, too.
+    Lists of captions are not rewritten, but the result contains the paths of this machine in them.
     """
     machine_paths = pack_source.machine_paths
     if path.suffix.lower() == ".toml":
@@ -307,7 +307,7 @@ def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[st
 def _relocate_file(
     relocate: Callable[..., RelocatedText], machine_paths: MachinePaths, path: Path, *without: set[str]
 ) -> RelocatedText:
-    """Read a text file, and return its text with relocated paths.
+    """Read a text file and return its text with relocated paths.
 
     Raises:
         OptionError: If the file cannot be read.
@@ -319,7 +319,7 @@ def _relocate_file(
 
 
 def _write_archive(output: Path, name: str, members: Sequence[PackMember]) -> None:
-    """Write the archive of a folder. If OutputError is raised, no file is left behind."""
+    """Write a folder's archive. If OutputError is raised, no file is left behind."""
     modified = {member.name: member.path.stat().st_mtime_ns for member in members}
     manifest = {"version": VERSION, "name": name, "modified": modified}
     total = sum(member.size_bytes for member in members)
@@ -346,5 +346,5 @@ def _write_archive(output: Path, name: str, members: Sequence[PackMember]) -> No
 def _describe_member(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name, FIRST_DAY)
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
-    entry.create_system = 3  # Unix, on all systems: its rights are those of external_attr
+    entry.create_system = 3  # Unix, on all systems: the file mode is in external_attr
     return entry

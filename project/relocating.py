@@ -27,9 +27,8 @@ class MachinePaths:
     """Finds and replaces paths of this machine in a folder's text files."""
 
     folder: Path  # path as typed
-    models: Mapping[str, str] = field(
-        default_factory=dict
-    )  # path in the text files -> path in the packed folder
+    # path in the text files -> path in the packed folder
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def relocate(self, text: str) -> str | None:
         """Make a path relative to the packed folder.
@@ -60,13 +59,13 @@ class MachinePaths:
 
     @functools.cached_property
     def folder_pattern(self) -> re.Pattern[str]:
-        """Regular expression that finds folders of this machine anywhere in a text."""
+        """Regular expression that matches paths of this machine's folders anywhere in a text."""
         folders = [Path(os.path.abspath(self.folder)), real_path(self.folder), Path.home()]  # noqa: PTH100
         names = {name for folder in folders for name in (str(folder), folder.as_posix()) if len(name) > 1}
         return re.compile(rf"(?:{'|'.join(re.escape(name) for name in sorted(names))})(?![\w-])")
 
     def erase(self, text: str) -> str:
-        """Replace the paths of this machine in a text, such as a command."""
+        """Replace this machine's paths in a text, such as a command."""
         short = {f"{ROOT}{os.sep}": "", f"{ROOT.as_posix()}/": "", **self.models}
         for path in sorted(short, key=len, reverse=True):
             text = text.replace(path, short[path])
@@ -74,7 +73,7 @@ class MachinePaths:
 
 
 class RelocatedText(NamedTuple):
-    """A text whose paths were made relative, with the paths that could not be."""
+    """A text whose paths were made relative, and the paths for which this was impossible."""
 
     text: str
     outside_paths: list[str]  # paths that are not in the packed folder
@@ -111,7 +110,7 @@ def relocate_toml(
 
 
 def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") -> None:
-    """Replace all strings in tables and lists by `change(key, text)`; those in a list have the list's key."""
+    """Replace each string in nested tables and lists by `change(key, text)`; list items have its key."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
     for place, value in list(pairs):
         name = str(place) if isinstance(values, dict) else key
@@ -124,7 +123,7 @@ def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") 
 
 
 def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
-    """Remove keys from a table and its nested tables; return the removed keys."""
+    """Remove keys from a table and its nested tables; return the names of the removed keys."""
     removed = []
     if isinstance(values, dict):
         removed = [name for name in names if name in values]
@@ -138,9 +137,10 @@ def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
 
 
 def relocate_history(text: str, machine_paths: MachinePaths) -> str:
-    """Return a run's history in which paths of this machine are replaced.
+    """Return a run's history with this machine's paths replaced.
 
-    Lines that cannot be read, such as the last one of a killed run, are dropped, as a resumed run does.
+    Lines that cannot be parsed are dropped, such as the last line of a killed run; a resumed run drops them,
+    too.
     """
     lines = []
     for line in text.splitlines():
@@ -154,7 +154,7 @@ def relocate_history(text: str, machine_paths: MachinePaths) -> str:
 
 
 def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
-    """Return a message for each line of a list that contains a path of this machine."""
+    """Return a message for each line of a text file that contains a path of this machine."""
     names = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -165,7 +165,7 @@ def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
 
 
 def relocate_prompts(text: str, machine_paths: MachinePaths) -> RelocatedText:
-    """Make the paths in prompt lines relative."""
+    """Make the paths in the lines of a prompt file relative."""
     outside: list[str] = []
 
     def relocate(match: re.Match[str]) -> str:

@@ -38,7 +38,7 @@ else:
 
 
 class RunOptions(Options):
-    """Which dataset folder is trained, and what `run` may download or start."""
+    """Options of `run`: the dataset folder to train on, and what may be downloaded or started."""
 
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, OF_NEW)
 
@@ -48,7 +48,7 @@ class RunOptions(Options):
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
-    of_features: OptionsOfFeatures  # options that are passed to the training
+    of_features: OptionsOfFeatures  # options that are passed to the training script
     may_write: tuple[Path, ...] = option(
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),
@@ -70,13 +70,13 @@ class RunOptions(Options):
 
     @property
     def typed_for_training(self) -> dict[str, Any]:
-        """Return the typed options that are passed to the training, by name."""
+        """Command-line options that are passed on to the training script, by name."""
         values = {"output_dir": self.output_dir, **option_values(self.of_features)}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def as_arguments(self) -> list[str]:
-        """Return the arguments that repeat this run, without options that may not be stored."""
+        """Return the command-line arguments that repeat this run, without options that may not be stored."""
         unsaid = {"folder": None, "dry_run": None, "check": None, **dict.fromkeys(STARTING)}
         if self.models == MODELS:
             unsaid["models"] = None
@@ -85,7 +85,7 @@ class RunOptions(Options):
 
     @property
     def going_on(self) -> str:
-        """Return a sentence with the command that continues an interrupted run."""
+        """Return a sentence with the command that resumes an interrupted run."""
         return f"The same command continues: {own_command(*self.as_arguments)}"
 
 

@@ -63,7 +63,7 @@ UNREADABLE = "cannot be read"  # kind of error that does not end a run: these fi
 
 @dataclass(frozen=True)
 class Project:
-    """A training described by run.toml: its commands, model files and output."""
+    """A training run described by run.toml: its commands, model files and output."""
 
     folder: Path  # working folder of the commands
     download_command: list[str]
@@ -79,19 +79,19 @@ class Project:
 
     @property
     def missing_model_files(self) -> list[str]:
-        """Model files that the run needs and that are missing."""
+        """Return the model files that the run needs and that do not exist."""
         return [name for name in self.model_files if not (self.folder / name).exists()]
 
 
 class MediaCheck(NamedTuple):
-    """Outcome of checking the media files."""
+    """Results of checking the media files."""
 
     fatal_error_kinds: list[str]  # kinds of errors that end the run; empty if it can start
     unreadable_files: list[str]  # files that the run leaves out
 
 
 def run_project(options: RunOptions) -> None:
-    """Run a described folder and record its progress for the browser. Exits if a command fails."""
+    """Run the commands of a project folder and record their progress. Exits if a command fails."""
     with EndCommand(options.end_words) as end, trace_run() as trace:
         run_commands(options, trace, end)
 
@@ -99,12 +99,11 @@ def run_project(options: RunOptions) -> None:
 def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     """Run the commands of a project: check, download, cache and train; then print the path of its page.
 
-    Files that cannot be read are left out and listed at the end. Exits with the code of the first command
+    Unreadable media files are left out and listed at the end. Exits with the return code of the first command
     that fails.
 
     Raises:
-        OptionError: If the folder is not described, or if files of the model are missing and may not be
-            downloaded.
+        OptionError: If the folder has no project, or if model files are missing and may not be downloaded.
     """
     typed_options = _list_typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
@@ -120,7 +119,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
 
 
 def _list_typed_options(options: RunOptions) -> dict[str, Any]:
-    """Return the training options that were typed after `run`, with absolute paths."""
+    """Return the training options on the command line of `run`, with absolute paths."""
     return {
         name: real_path(value) if isinstance(value, Path) else value
         for name, value in options.typed_for_training.items()
@@ -128,7 +127,7 @@ def _list_typed_options(options: RunOptions) -> dict[str, Any]:
 
 
 def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
-    """Carry out `run` for a project: check it, or run its commands until one fails."""
+    """Execute `run` for a project: check it, or start its commands one after the other until one fails."""
     if options.check:
         check_project(project)
         return
@@ -161,7 +160,7 @@ def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: E
 
 
 def _has_saved_state(project: Project) -> bool:
-    """Return whether a complete saved state exists from which the training can resume."""
+    """Return whether training can resume from a complete saved state."""
     recover_states(project.output_folder, project.output_name)
     pattern = state_pattern(project.output_name)
     names = [path.name for path in project.output_folder.iterdir()] if project.output_folder.is_dir() else []
@@ -173,7 +172,7 @@ def _has_saved_state(project: Project) -> bool:
 
 
 def _print_result(project: Project, unreadable_files: Sequence[str]) -> None:
-    """Print the files that a run has left out, and the path of its page."""
+    """Print the files that could not be trained on, and the path of the run's HTML page."""
     if unreadable_files:
         lines = ["", f"Trained without {len(unreadable_files)} that cannot be read:"]
         lines += [f"  {text}" for text in unreadable_files]
@@ -184,7 +183,7 @@ def _print_result(project: Project, unreadable_files: Sequence[str]) -> None:
 def _explain_missing(project: Project, models: Path) -> str:
     """Return the error message about missing model files, with the options that download them.
 
-    `models` is the default folder of --download.
+    `models` is the default download folder.
     """
     size = _download_size(project.download_command)
     options = _describe_download_options(project, models)
@@ -201,12 +200,12 @@ def _print_command(argv: Sequence[str], folder: Path) -> None:
 
 
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
-    """Run the commands in order, except checks that have passed before; return lines about skipped media.
+    """Run the commands in order, without checks that passed before; return lines about skipped media.
 
-    Exits with the code of the first command that fails.
+    Exits with the return code of the first command that fails.
 
     Raises:
-        OptionError: If files of the model are still missing after their download.
+        OptionError: If model files are still missing after their download.
     """
     unreadable_files: list[str] = []
     is_checked = was_checked(project.folder, project.commands, project.model_files)
@@ -222,7 +221,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
         else:
             with trace.follow(argv) as progress:
                 _run_or_exit(argv, project.folder, may_skip_files=bool(unreadable_files), progress=progress)
-        # the download command is run only if files are missing, and has to bring them all
+        # the download command is run only if files are missing, and must provide all of them
         if argv == project.download_command and project.missing_model_files:
             raise OptionError(
                 f"{project.missing_model_files[0]} is still missing: "
@@ -234,10 +233,10 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
 def check_project(project: Project) -> None:
     """Run the checks that precede a training run, and print what they find; nothing is cached or trained.
 
-    Exits with code 1 if an error would end the run.
+    Exits with code 1 if an error would stop the run.
 
     Raises:
-        OptionError: If an option of the training is wrong.
+        OptionError: If a training option is wrong.
     """
     print_lines([f"In the folder {project.folder}:"])
     if project.missing_model_files:  # missing model files
@@ -270,9 +269,9 @@ def check_project(project: Project) -> None:
 
 
 def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
-    """Check training options and media files; return lines about files that the run leaves out.
+    """Check the training options and media files; return lines about files that the run leaves out.
 
-    Exits with code 1 if an error would end the run. `argv` is the command that checks media.
+    Exits with code 1 if an error would stop the run. `argv` is the command that checks media.
     """
     _check_training(project)
     outcome = _check_media(argv, project.folder, project.validation_split)
@@ -287,7 +286,7 @@ def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
 def _run_or_exit(
     argv: Sequence[str], folder: Path, may_skip_files: bool, progress: Path | None = None
 ) -> None:
-    """Run a command of the project; exit with its code if it fails.
+    """Run a command of the project; exit with its return code if it fails.
 
     With `may_skip_files`, a command that skips unreadable files has not failed, because the check has already
     reported these files. `progress` is the file into which the command writes its progress.
@@ -303,15 +302,15 @@ def _run_or_exit(
 
 
 def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Project:
-    """Read the training described by a folder's run.toml, and check its paths.
+    """Return the project in a folder's run.toml, after checking its paths.
 
     Args:
         path_or_folder: The folder, or its run.toml.
-        typed_options: Typed options of the training, which override those in the file.
+        typed_options: Training options on the command line, which override those in the file.
 
     Raises:
-        OptionError: If the file is not in the form that `new` writes, or if results would be written outside
-            of the allowed folders.
+        OptionError: If the file does not have the layout that `new` writes, or if results would be written
+            outside of the allowed folders.
     """
     folder = _find_described_folder(path_or_folder)
     path = folder / RUN_FILE
@@ -335,9 +334,9 @@ def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Pro
 
 
 def _check_paths_and_scripts(project: Project, name_option: str) -> None:
-    """Raise OptionError if a run would write outside of its folders, or run what is not one of our scripts.
+    """Raise OptionError if a run would write outside of its folders or start a script of another program.
 
-    `name_option` names the option of the output name, for messages.
+    `name_option` is the option that sets the output name, for messages.
     """
     # before history_path, which makes a path of the name; checked again below if the run is new
     check_output_name(name_option, project.output_name, is_new=False)
@@ -351,13 +350,13 @@ def _check_paths_and_scripts(project: Project, name_option: str) -> None:
 
 
 def _extend_training(project: Project, argv: Sequence[str]) -> Project:
-    """Append arguments to the training command, which is the project's last command."""
+    """Append arguments to the training command, which is the last command of the project."""
     *first_commands, training = project.commands
     return replace(project, commands=[*first_commands, [*training, *argv]])
 
 
 def _find_described_folder(path_or_folder: Path) -> Path:
-    """Return the folder that a path means: itself, or the folder of a run.toml.
+    """Return the folder of a path, which may also be the folder's run.toml.
 
     Raises:
         OptionError: If the path is another file.
@@ -372,7 +371,7 @@ def _find_described_folder(path_or_folder: Path) -> Path:
 
 
 def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mapping[str, Any]) -> Project:
-    """Make the record of a run from the tables of run.toml; typed options replace those of the file.
+    """Return the project that the tables of run.toml describe; `typed_options` override its training options.
 
     Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
     """
@@ -409,7 +408,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mappi
 
 
 def _make_model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
-    """Return the metadata entries by which trained files name their model."""
+    """Return the metadata that trained files use to name their model: `ss_` keys such as `ss_task`."""
     names = ("network_module", "task", "model_version", "ltx_mode")
     chosen = {name: str(values[name]) for name in names if name in values}
     for argv in commands:
@@ -420,7 +419,7 @@ def _make_model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[
 
 
 def _describe_finished_training(project: Project, options: RunOptions) -> list[str]:
-    """Return what can be done with a training that has finished already; [] if it has not, or is a dry run.
+    """Return lines about a training run that has already finished; [] if it has not, or in a dry run.
 
     Raises:
         OptionError: If the trained file belongs to another model.
@@ -452,7 +451,7 @@ def _describe_finished_training(project: Project, options: RunOptions) -> list[s
 
 
 def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str | None:
-    """Return the model named in a trained file's metadata if it is not the project's model."""
+    """Return the model in a trained file's metadata if it differs from the project's model, else None."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
     transformers = released & {Path(name).name for name in project.model_files}
     trained_name = metadata.get("ss_sd_model_name", "")
@@ -468,9 +467,9 @@ def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str
 
 
 def _describe_download_options(project: Project, models: Path) -> str:
-    """Return the options with which the user lets `run` download missing files.
+    """Return the options that let `run` download missing files.
 
-    `models` is the default folder of --download; another folder has to be named.
+    `models` is the default folder of --download; any other folder has to be named.
     """
     target = project.folder / _list_typed_values(project.download_command).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
@@ -478,7 +477,7 @@ def _describe_download_options(project: Project, models: Path) -> str:
 
 
 def _download_size(argv: Sequence[str]) -> str:
-    """Return the download size of a command's model in brackets, or "" if the model is unknown."""
+    """Return the download size of a command's model in brackets; "" if unknown."""
     typed_options = _list_typed_values(argv)
     for model in find_models("--fp8_encoders" in argv):
         if (model.family, model.task) == (typed_options.get("--family"), typed_options.get("--task")):
@@ -494,7 +493,7 @@ def _download_size(argv: Sequence[str]) -> str:
 
 
 def _list_typed_values(argv: Sequence[str]) -> dict[str, str]:
-    """Map each argument of a command to the argument after it."""
+    """Return each argument of a command with the argument after it, to look up the values of options."""
     return dict(itertools.pairwise(argv))
 
 
@@ -505,7 +504,7 @@ def _is_check_of_media(argv: Sequence[str]) -> bool:
 
 
 def _check_training(project: Project) -> None:
-    """Run the training script's check of its options and files, before hours of caching.
+    """Let the training script check its options and files, before hours of caching.
 
     Raises OptionError if the script rejects them.
     """
@@ -526,7 +525,7 @@ def _check_training(project: Project) -> None:
 def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
     """Check the media files with the script that caches latents; return errors or unreadable files.
 
-    `validation` is the training's fraction of validation files and the seed that selects them.
+    `validation` is the training run's fraction of validation files and the seed that selects them.
     """
     errors: list[Fault] = []
 
@@ -568,9 +567,9 @@ def _report_media_errors(
 
 
 def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
-    """Print how to correct what a failed check has found.
+    """Print how to correct the errors that a failed check has found.
 
-    `kinds` are the kinds of errors that it found.
+    `kinds` are the kinds of errors.
     """
     if "--check" not in argv:
         return
@@ -594,7 +593,7 @@ def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()
 
 
 def _require_script(argv: Sequence[str]) -> Path:
-    """Return the path of a command's script.
+    """Return the path of the script that a command starts.
 
     Raises:
         OptionError: If no run uses this script; run.toml may come from a stranger.
@@ -609,7 +608,7 @@ def _require_script(argv: Sequence[str]) -> Path:
 
 
 def _scripts_of_runs() -> set[Path | None]:
-    """Return the scripts of all families that a run may start."""
+    """Return all scripts that a run may start: download, caching, training and generation."""
     scripts = {installation.find_script("download")}
     for entry in with_scripts().values():
         names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs"]
@@ -622,7 +621,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
     """Run one of our scripts as a program in a folder and return its exit code.
 
     The program writes its progress to the file `progress`. It gets Ctrl-C directly from the terminal; this
-    process passes SIGTERM on, and waits for the program to end.
+    process forwards SIGTERM, and waits for the program to end.
 
     Raises:
         OptionError: If the command does not run one of our scripts.

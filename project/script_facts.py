@@ -22,18 +22,18 @@ NUMBERS = {"whole": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 @dataclass(frozen=True)
 class AdoptableOption:
-    """Kind, choices and default of one training option."""
+    """Type, choices and default of a training option."""
 
     kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
     default: Any  # None without a default
-    reaches_out: bool  # it may name code, or files and addresses elsewhere
+    reaches_out: bool  # it may name code, or files and URLs elsewhere
 
     def read(self, value: Any) -> Any:
-        """Convert a value from another program's file to the type of this option.
+        """Convert a value from another trainer's file to the type of this option.
 
         Raises:
-            ValueError: If the option cannot have the value.
+            ValueError: If the option does not accept the value.
         """
         if self.kind == "switch":
             return read_switch(value)
@@ -50,7 +50,7 @@ class AdoptableOption:
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """Names of a training script's options: those it takes, and those it refuses with a reason."""
+    """A training script's options: the accepted ones, and those that it rejects with a reason."""
 
     name: str
     accepted: Mapping[str, AdoptableOption]
@@ -59,7 +59,7 @@ class ScriptOptions:
 
 @cache
 def read_script_options(name: str) -> ScriptOptions:
-    """Return the options that a training script takes and those that it refuses.
+    """Return the options that a training script accepts, and those that it rejects.
 
     Raises:
         OptionError: If the script does not exist.
@@ -95,9 +95,9 @@ def _read_default(option: DescribedOption) -> Any:
 
 
 def check_options(name: str, argv: Sequence[str], folder: Path) -> str | None:
-    """Return the message with which a script rejects its arguments; None if it accepts them.
+    """Return the error with which a script rejects its arguments; None if it accepts them.
 
-    The script runs in `folder`, and ends after reading its options, before torch loads.
+    The script runs in `folder`, and ends after parsing its options, before torch is imported.
     """
     process = _run_script(name, argv, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"})
     return extract_error_message(process.stderr) if process.returncode else None

@@ -23,7 +23,7 @@ WRITE_BLANKS = ["--replace_regex", UNDERSCORE.pattern, " "]
 
 @dataclass(frozen=True)
 class TagLists:
-    """The captions of a folder, split into tags."""
+    """The captions of a folder, each split into tags."""
 
     lists: tuple[tuple[str, ...], ...]  # in the order of the files
     separator: str  # "," or " "
@@ -32,7 +32,7 @@ class TagLists:
 
     @property
     def num_leading_shared(self) -> int:
-        """Return the number of leading tags that all captions share; 1 if there is a single caption."""
+        """Return the number of leading tags that all captions share; 1 if there is only one caption."""
         return 1 if len(self.lists) == 1 else len(os.path.commonprefix(self.lists))
 
     @property
@@ -49,7 +49,7 @@ class TagLists:
         """Return the keys of dataset.toml that shuffle the tags.
 
         Args:
-            trigger: Trigger word, which is put before tag lists that lack it.
+            trigger: Trigger word, which is put in front of tag lists that lack it.
         """
         keys: dict[str, Any] = {"shuffle_caption": True}
         if self.separator != ",":
@@ -68,7 +68,7 @@ class TagLists:
 
 
 def find_tags(captions: Iterable[str]) -> TagLists | None:
-    """Split captions into tags; None if too few of the captions are lists of tags."""
+    """Split captions into tags; None if too few of them look like lists of tags."""
     texts = [text for text in captions if text.strip()]
     for separator in (",", " "):
         lists = [tags for text in texts if (tags := _read_list(text, separator))]
@@ -79,7 +79,7 @@ def find_tags(captions: Iterable[str]) -> TagLists | None:
 
 
 def make_argv_to_write_blanks(tags: TagLists) -> list[str]:
-    """Return the command that rewrites tags with spaces for underscores, and commas between them."""
+    """Return the command that rewrites the captions: spaces instead of underscores, commas between tags."""
     commas = [] if tags.separator == "," else WRITE_COMMAS
     return [*EDIT, *commas, *WRITE_BLANKS, "--edit_only"]
 
@@ -90,7 +90,7 @@ def as_words(tag: str) -> str:
 
 
 def _read_list(text: str, separator: str) -> tuple[str, ...]:
-    """Split a caption into tags; empty if it does not look like a list of tags."""
+    """Split a caption into tags; () if it does not look like a list of tags."""
     tags = [
         tag.strip() for tag in text.replace(KEEP_TOKENS_SEPARATOR, separator).split(separator) if tag.strip()
     ]
@@ -104,6 +104,6 @@ def _read_list(text: str, separator: str) -> tuple[str, ...]:
 
 
 def _have_underscores(words: Sequence[str]) -> bool:
-    """Return whether space-separated words are tags (`red_hair`) and not a sentence."""
+    """Return whether space-separated words are tags (`red_hair`) rather than a sentence."""
     joined = [word for word in words if UNDERSCORE.search(word)]
     return len(joined) * 4 >= len(words) and "," not in "".join(words)

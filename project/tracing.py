@@ -33,7 +33,7 @@ STEPS = {
 
 
 def describe_step(argv: Sequence[str]) -> str:
-    """Describe a command of a run, for example as `caching latents`."""
+    """Return what a command of a run does, such as `caching latents`."""
     name = "".join(argv[1:2])
     if name in kinds_by_script():
         return TRAINING
@@ -45,32 +45,32 @@ def describe_step(argv: Sequence[str]) -> str:
 
 
 def describe_progress(progress: NotedProgress) -> str:
-    """Describe how much is done, such as `11.2 GB of 34.8 GB` or `40 of 120`."""
+    """Return the progress as text, such as `11.2 GB of 34.8 GB` or `40 of 120`."""
     show = gigabytes if progress.unit == BYTES else "{:,}".format
     done = show(int(progress.done))
     return done if progress.total is None else f"{done} of {show(int(progress.total))}"
 
 
 class RunTrace:
-    """History of one `run`, which the browser shows until the training writes its own.
+    """Log of one `run` command, which the browser page shows until the training script writes its own.
 
-    The run continues even if the history cannot be written.
+    The run continues even if the log cannot be written.
     """
 
     def __init__(self) -> None:
         self._history: History | None = None
-        self._training_history_path = Path()  # history of the training
+        self._training_history_path = Path()  # history of the training script
         self._step = ""  # what the current command does
         self._step_start_time = 0.0  # start time of the current command
 
     def begin(self, repeat_argv: Sequence[str], output: Path, name: str, steps: int | None) -> None:
-        """Start the history of a run, with the command that repeats it.
+        """Start the log of a run, with the command that repeats it.
 
         Args:
             repeat_argv: Words after `reelsmith` that repeat the run.
-            output: Output folder of the training.
+            output: Output folder of the training run.
             name: Name of the trained files.
-            steps: Number of steps of the training.
+            steps: Number of training steps.
         """
         argv = command_words(["python", FRONT_SCRIPT, *repeat_argv])
         note = "It continues where it ended."
@@ -83,7 +83,7 @@ class RunTrace:
             working_folder=str(Path.cwd()),
         )
         self._training_history_path = history_path(output, name)
-        # a separate history, which ends where that of the training begins
+        # a separate history, which ends where the training script's history begins
         self._history = History(history_path(output, f"{name}{BEFORE_TRAINING}"), session=1)
         with self._ignore_write_errors():
             output.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class RunTrace:
             self._history.add(0, commands=[command])
 
     def note(self, argv: Sequence[str]) -> None:
-        """Record which command begins."""
+        """Log the start of a command."""
         self._step, self._step_start_time = describe_step(argv), time.time()
         if self._history is not None:
             with self._ignore_write_errors():
@@ -101,9 +101,9 @@ class RunTrace:
 
     @contextmanager
     def follow(self, argv: Sequence[str]) -> Iterator[Path | None]:
-        """Yield the file to which a command writes its progress, and add the progress to the history.
+        """Yield the file to which a command writes its progress, and add the progress to the log.
 
-        Yields None for the training, which writes a history of its own.
+        Yields None for the training command, which writes a log of its own.
         """
         step = describe_step(argv)
         if self._history is None or step == TRAINING:
@@ -123,7 +123,7 @@ class RunTrace:
                 path.unlink(missing_ok=True)
 
     def _show_progress(self, path: Path, step: str, is_over: threading.Event) -> None:
-        """Every few seconds, add a line to the history if the progress in a file has changed."""
+        """Log the progress stored in a file every few seconds if it has changed, until `is_over` is set."""
         shown = ""
         while not is_over.wait(SHOWN_EVERY):
             progress = read_progress(path)
@@ -135,7 +135,7 @@ class RunTrace:
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:
-        """Record in the run's history how the run ended, unless its training records that itself.
+        """Record in the log how the run ended, unless its training script records that itself.
 
         `reason` is "" if it ended well. `kind` is "good", "bad", or "" for a run that was stopped.
         """
@@ -155,7 +155,7 @@ class RunTrace:
             self._history.flush()
 
     def _has_training(self) -> bool:
-        """Return whether the training has started to write its own history."""
+        """Return whether the training script has started to write its own history file."""
         try:
             return (
                 self._step == TRAINING
@@ -175,7 +175,7 @@ class RunTrace:
 
 @contextmanager
 def trace_run() -> Iterator[RunTrace]:
-    """Yield the trace of a run, and record in it how the `with` block ends."""
+    """Yield the log of a run, and record in it how the block ends."""
     trace = RunTrace()
     try:
         yield trace

@@ -38,7 +38,7 @@ LATEST_NS = 1 << 62  # latest time of a file: the year 2116
 
 
 def unpack_folder(options: UnpackOptions) -> None:
-    """Unpack an archive of `pack` into a new folder, and print the command that trains.
+    """Unpack an archive of `pack` into a new folder, and print the command that starts training.
 
     After an error no folder is left behind.
 
@@ -143,7 +143,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
 
 
 def _find_error_of_entry(entry: zipfile.ZipInfo) -> str:
-    """Return why a single archive member cannot be unpacked; "" if it can."""
+    """Return why an archive member cannot be unpacked; "" if it can."""
     error_of_name = find_error_of_name(entry.orig_filename, os.name == "nt")
     if error_of_name:
         return error_of_name
@@ -201,7 +201,7 @@ def _write_folder(
 
 @contextlib.contextmanager
 def _without_new_parents(folder: Path) -> Iterator[None]:
-    """Remove newly created parent folders if the `with` block fails."""
+    """Remove newly created parent folders if the block fails."""
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         yield
@@ -213,7 +213,7 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
 
 
 def _replace_model_folder(text: str, models: Path) -> str:
-    """Replace the archive's model folder in a run.toml by the model folder of this machine.
+    """Replace the archive's model folder in the text of a run.toml by this machine's model folder.
 
     Raises:
         ValueError: If the text is not TOML.

@@ -45,7 +45,7 @@ STYLES = (
 
 
 def make_captions(count: int = COUNT, seed: int = 0) -> list[str]:
-    """Return distinct random captions; equal seeds give equal captions."""
+    """Return `count` distinct random captions; the same seed gives the same captions."""
     rng = random.Random(seed)
     cycles = [_cycle(words, rng) for words in (SUBJECTS, PLACES, LIGHTS, STYLES)]
     captions: dict[str, None] = {}
@@ -56,6 +56,6 @@ def make_captions(count: int = COUNT, seed: int = 0) -> list[str]:
 
 
 def _cycle(words: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """Yield words endlessly: all of them in random order, then all in another random order."""
+    """Yield the words endlessly, in a new random order after each pass."""
     while True:
         yield from rng.sample(words, len(words))

@@ -1,4 +1,4 @@
-"""Check that caches fit the current table, model and sources, and were made by the same encoders."""
+"""Check that caches match the current table, model and media, and were made by the same encoders."""
 
 import logging
 import re
@@ -46,17 +46,17 @@ def check_channels(
     commands: CachingCommands,
     stores: Stores | None = None,
 ) -> None:
-    """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
+    """Raise CacheError, with the caching command, if latents were encoded with another model's VAE.
 
     Only one header is read for each table and size, because caches of two models in one folder usually differ
-    in size. Logs a warning for caches without a frame rate. Skips items that are encoded while training.
+    in size. Logs a warning for caches without a frame rate. Skips items that are encoded during training.
     `stores` are the stores of the run.
     """
     stores = stores or Stores()
     without_fps: list[Path] = []  # caches of other programs
     for group in group_items(items).values():  # by table and size
         item = group[-1]
-        if item.cache_info.on_the_fly_buckets is not None:  # encoded while training: there is no cache
+        if item.cache_info.on_the_fly_buckets is not None:  # encoded during training: there is no cache
             continue
         header = stores.latent_store(item.table).read(item.latent_path.name, is_full=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
@@ -81,7 +81,7 @@ def check_channels(
 
 
 def explain_wrong_channels(channels: int, latent: data.LatentSpec) -> str:
-    """Explain that latents have a different number of channels than the model's latents."""
+    """Return an error text: cached latents do not have as many channels as the model's latents."""
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
         "the VAE of another model"
@@ -91,14 +91,14 @@ def explain_wrong_channels(channels: int, latent: data.LatentSpec) -> str:
 def text_errors(
     item: TrainingItem, number: int, records: Mapping[str, TextRecord], is_shared: bool, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield how the table or the caption file has changed since a caption was encoded.
+    """Yield messages about what has changed in the table or the files since a caption was encoded.
 
     Args:
         item: Training item with the caption.
         number: Index of the caption among the item's captions.
-        records: Record of each text encoder's part in the text cache, by encoder name.
-        is_shared: Whether another program may have made the cache, which then has no record.
-        checks: Checks of the run; a file is compared once.
+        records: How each text encoder's outputs were made, by encoder name.
+        is_shared: Whether another trainer may have made the cache, which then has no record.
+        checks: Checks of this run, by which each file is compared only once.
     """
     table = item.table
     recorded = [record.settings for record in records.values()]
@@ -143,7 +143,7 @@ def _find_text_setting_changes(
 def _find_caption_change(
     table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield a line if a caption file now has a different caption than the encoded one at index `number`."""
+    """Yield a line if the caption at index `number` in a file is no longer the encoded one."""
     text = read_caption(path)
     # a slice, because the file may have fewer captions than when it was cached
     if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
@@ -155,7 +155,7 @@ def _find_caption_change(
 def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the current values of the settings about media that text encoders see.
 
-    If the item's sources cannot be listed, the recorded values of its row's media are returned, so that no
+    If the table's media cannot be listed, the recorded values of the row's media are returned, so that no
     difference is reported for them.
     """
     companions = _current_companions(item) if MEDIA in recorded else None
@@ -170,7 +170,7 @@ def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, A
 
 
 def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
-    """Yield an error if a text encoder saw fewer reference images than the item has."""
+    """Yield an error if captions were encoded together with fewer reference images than the item has."""
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
         return
@@ -190,15 +190,15 @@ def latent_errors(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the reasons why cached latents do not fit the table and the model.
+    """Yield the reasons why cached latents do not match the table and the model.
 
     Args:
         item: Training item of the latents.
         tensors: Tensors of the cache.
-        record: How the cache was made: sizes, table keys and source files; None if it does not say.
+        record: How the cache was made: sizes, table keys and media files; None if it does not say.
         latent: Shape of the model's latents.
-        checks: Checks of the run; a source file is compared once.
-        is_shared: Whether another program may have made the cache.
+        checks: Checks of this run, by which each media file is compared only once.
+        is_shared: Whether another trainer may have made the cache.
     """
     table = item.table
     channels = tensors["latents"].shape[0]
@@ -224,7 +224,7 @@ def latent_errors(
 def _find_mask_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
 ) -> Iterator[str]:
-    """Yield an error if the loss mask does not have the origin that the table requires."""
+    """Yield an error if the loss mask does not come from where the table requires: alpha, a file, or none."""
     table = item.table
     if record is not None:
         mask_origin = record.options.get("mask")
@@ -272,7 +272,7 @@ def _find_shape_errors(
 def _find_companion_errors(
     tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
 ) -> Iterator[str]:
-    """Yield an error if tensors that accompany latents, such as references, have the wrong shape.
+    """Yield an error if tensors that belong to latents, such as references, have the wrong shape.
 
     `shape` and `expected` are the actual and expected shape of the latents, C F H W.
     """
@@ -311,7 +311,7 @@ def _find_changed_keys(
 
 
 def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield an error if size factor, time factor or largest number of frames of references have changed.
+    """Yield an error if size factor, time factor or frame limit of references differ from the recorded ones.
 
     `recorded` is the number of references, followed by these factors; see `ReferenceRules.factors`.
     """
@@ -324,12 +324,12 @@ def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> 
 
 
 def _describe_factors(factors: Sequence[int]) -> str:
-    """Name the factors of a low-resolution control."""
+    """Return the downscaling factors of reference clips as text."""
     return "size factor {}, time factor {} and {} frames (0: all)".format(*factors)
 
 
 def _select_recorded_keys(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
-    """Return the recorded options that are table keys; `stale` names what becomes outdated if they change."""
+    """Return the recorded options that are keys with one of these `stale` flags."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
 
@@ -342,7 +342,7 @@ def audio_errors(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the reasons why cached audio latents do not fit the table and the model.
+    """Yield the reasons why cached audio latents do not match the table and the model.
 
     If the cache has no record (`record` is None), only the shape is compared. `latent` and `is_shared` are
     not used; callers pass the same arguments as for latents.
@@ -377,7 +377,7 @@ def audio_errors(
 def _find_source_changes(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield the differences between an item's sources and its record.
+    """Yield the differences between an item's media files and its record.
 
     `folders` contains the folder of each file in the record.
     """
@@ -393,7 +393,7 @@ def _find_source_changes(
 
 
 def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield the reasons why cached reference images do not fit the table.
+    """Yield errors about cached reference images that no longer match the table or the list.
 
     Deleted image files are not an error; images that a list no longer names are an error.
     """
@@ -416,7 +416,7 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
 
 
 def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield an error if a clip of a folder has more or fewer references than its cache."""
+    """Yield an error if a clip has more or fewer reference images in its folder than in its cache file."""
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
     if not num_cached and table.reference_directory is None:
@@ -432,7 +432,7 @@ def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> I
 
 
 def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
-    """Count the tensors whose names begin with `start`, without the mirrored ones."""
+    """Return the number of tensors whose names begin with `start`, without mirrored ones."""
     return sum(key.startswith(start) and not key.endswith(FLIPPED) for key in tensors)
 
 
@@ -445,9 +445,9 @@ def _count_references(item: TrainingItem) -> int | None:
 
 
 def _current_companions(item: TrainingItem) -> "CompanionCounts | None":
-    """Count the files that currently accompany an item, such as its mask and its references.
+    """Return how many companion files (masks, references ...) an item has on disk now.
 
-    Returns None if the item is not in a listing, or if listing its table could download files.
+    Returns None if the item is not listed, or if listing its table could download files.
     """
     table = item.table
     if not source_format_of(table).is_listed_in_training:
@@ -469,20 +469,19 @@ _OPTIONAL_CONDITIONS = frozenset({"image", "sections"})
 
 @dataclass
 class SameEncoders:
-    """Comparison of the encoders of cached batches, with one warning for each part of the caches.
+    """Checks that all batches' caches were made with the same encoders as the first batch's.
 
-    The parts are latents and each encoder's texts.
-
-    A difference is never an error: files with different fingerprints may contain the same network, and
-    a different dtype makes only a small difference. Files of other programs do not record their encoders.
+    There is one warning for the latents and one for each text encoder. A difference is never an error: files
+    with different fingerprints may contain the same network, and a different dtype makes only a small
+    difference. Files of other programs do not record their encoders.
     """
 
     commands: CachingCommands = NO_COMMANDS
-    _first: dict[str, data.CacheOrigin] = field(default_factory=dict)  # first cache's origin, by part
+    _first: dict[str, data.CacheOrigin] = field(default_factory=dict)  # origin of the first cache, by part
     _warned: set[str] = field(default_factory=set)  # parts with a warning
 
     def warn(self, origins: Iterable[data.CacheOrigin]) -> None:
-        """Log a warning if the batch's encoders differ from those of earlier batches."""
+        """Log a warning if the batch's encoders differ from earlier batches' encoders."""
         warning = self.difference(origins)
         if warning is not None:
             logger.warning(warning)
@@ -490,8 +489,8 @@ class SameEncoders:
     def difference(self, origins: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
-        `origins` are those of the batch's caches, each for a part such as latents. Each part is
-        reported once.
+        `origins` say who made the batch's caches, one for each part such as latents. Each part is reported
+        only once.
         """
         lines: list[str] = []
         latents_differ = texts_differ = False
@@ -513,7 +512,7 @@ class SameEncoders:
                 texts_differ = True
             for cache in (first, origin):
                 identity = {key: cache.encoder.get(key, "none") for key in changed}
-                # a fingerprint is that of a network's file; other values are, for example, a dtype
+                # only network files have a fingerprint; other values are, for example, a dtype
                 networks_differ |= any(map(_FINGERPRINT.fullmatch, identity.values()))
                 values = [f"{key} {shorten_fingerprint(value)}" for key, value in identity.items()]
                 lines.append(f"{cache.path}: {', '.join(values)}")
@@ -534,12 +533,12 @@ class SameEncoders:
 
 
 def shorten_fingerprint(text: str) -> str:
-    """Shorten each fingerprint in a text to its first eight characters."""
+    """Shorten each fingerprint in a text to eight characters."""
     return _FINGERPRINT.sub(SHORTENED, text)
 
 
 def describe_identity(identity: Mapping[str, str]) -> list[str]:
-    """Return a line for each part of an encoder's identity, with short fingerprints."""
+    """Return a line for each entry of an encoder's identity, with shortened fingerprints."""
     return [
         f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
         for key, value in identity.items()

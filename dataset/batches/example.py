@@ -13,13 +13,13 @@ from dataset.sources.frames import one_frame_settings
 from modules.console import quiet
 from modules.errors import UserError
 
-MAX_LISTED = 50_000  # files of a folder, captions among them
+MAX_LISTED = 50_000  # files of a folder, including captions
 MAX_OF_PROMPT = 1000  # characters
 
 
 @dataclass(frozen=True)
 class ExampleItem:
-    """Files of a training item that can be passed to generation as an example."""
+    """A training item's files, to use as an example in a generation command."""
 
     caption: str = ""
     image: Path | None = None  # the item itself, if it is an image on disk
@@ -27,15 +27,15 @@ class ExampleItem:
     control_mask: Path | None = None
     references: tuple[Path, ...] = ()  # of a clip
     cached: frozenset[str] = frozenset()  # keys of its latents' cache
-    # times of a single image and of its control images, as --one_frame_inference takes them
+    # times of a single image and of its control images, as --one_frame_inference expects them
     one_frame_settings: str = ""
 
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
-    """Return the source files and the caption of an item; anything that cannot be found is left out."""
+    """Return an item's media files and caption for an example command; what cannot be found is omitted."""
     table = item.table
     cached_keys: frozenset[str] = frozenset()
-    if item.cache_info.on_the_fly_buckets is None:  # its latents are cached, not encoded while training
+    if item.cache_info.on_the_fly_buckets is None:  # its latents are cached, not encoded during training
         with contextlib.suppress(UserError, OSError):
             cached_keys = stores.latent_store(table).read(item.file_name, is_full=False).keys
     example = ExampleItem(
@@ -51,7 +51,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
             table.reference_directory,
         )
         if table.directory is not None and not any(companion_folders):
-            if table.kind == "video":  # a clip without such files has nothing to show
+            if table.kind == "video":  # a clip without companion files has nothing to show
                 return example
             image = _recorded_image(item, stores)
             if image is not None and image.is_file():
@@ -62,7 +62,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
 
 
 def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
-    """Add an item's files on disk, found by listing its table; tars, downloads and tensors are left out."""
+    """Add an item's local files, found by listing its table; tar members and downloads are omitted."""
     from dataset.listing import find_sources  # only for lists and companions
 
     sources = find_sources(item.table, captions=False, faults=[])
@@ -79,7 +79,7 @@ def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
 
 
 def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
-    """Return the image in a table's folder that an item's latents were made from, by their record."""
+    """Return the image that an item's latents were made from, according to their record; None if unknown."""
     if item.cache_info.on_the_fly_buckets is not None or item.table.directory is None:
         return None
     record = latent_record(stores.latent_store(item.table).read(item.file_name, is_full=False))
@@ -87,7 +87,7 @@ def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
 
 
 def _is_large(folder: Path | None) -> bool:
-    """Return whether a folder has more than MAX_LISTED files; the rest is not counted."""
+    """Return whether a folder has more than MAX_LISTED files; counting stops there."""
     if folder is None:
         return False
     with os.scandir(folder) as entries:

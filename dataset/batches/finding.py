@@ -44,10 +44,10 @@ _TEXTS_OF_ANY = re.compile(r"_[a-z0-9]+_te\.safetensors$")
 
 @dataclass
 class FoundItems:
-    """Result of listing the cache folders; paths are in the order in which they were found."""
+    """Training items found in the cache folders, and what is missing; paths are in the order of discovery."""
 
     items: list[TrainingItem] = field(default_factory=list)  # sorted by table and file name
-    # missing text caches; their items are left out
+    # missing text caches; their items are skipped
     missing_text: dict[Path, None] = field(default_factory=dict)
     empty_tables: list[DatasetTable] = field(default_factory=list)  # tables without any latent cache
     # text caches that some of the text encoders have not written yet
@@ -79,18 +79,18 @@ def find_items(
     audio: AudioSpec | None = None,
     trusts_index: bool = False,
 ) -> FoundItems:
-    """Find all training items by the names of their cache files; at most headers are read.
+    """Find all training items by the names of their cache files; some headers are read, but no tensors.
 
-    The sources of a table are listed only if they are encoded while training, or if other programs use the
-    table's caches, too. In these cases caches without a source are left out.
+    The media of a table are listed only if they are encoded during training, or if other trainers use the
+    table's caches, too. In these cases caches without a media file are skipped.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         cache_tag: Suffix of the family's cache file names.
         latent: The family's latent space.
         text_keys: Names of the tensors that a complete text cache has.
-        stores: Stores of the run; None for the cache directories of the tables.
-        live: Properties of the items of tables that are encoded while training, by table index.
+        stores: Stores of the run; None for the cache folders of the tables.
+        live: Facts about the items of tables that are encoded during training, by table index.
         audio: Audio spec of the family; None if no audio is trained.
         trusts_index: Whether to take the items of a table from the index of its caches if that is up to
             date.
@@ -111,7 +111,7 @@ def find_items(
         )
     if audio is not None and audio.audio_only:
         listing.why_audio_is_needed = "only audio is learned"
-    # the audio of tables that are encoded while training is not known yet
+    # the audio of tables that are encoded during training is not known yet
     expects_audio_caches = audio is not None and not audio.is_in_latent_cache and not live
     if expects_audio_caches and listing.items and not any(item.has_cached_audio for item in listing.items):
         listing.trained_but_absent_audio = audio
@@ -127,10 +127,10 @@ def _add_table(
     audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
-    """Add the items of a table, and their missing caches, to `listing`.
+    """Add a table's items, and their missing caches, to `listing`.
 
     1. Take the items from the index of the caches, if it is trusted and up to date.
-    2. Otherwise list the latent caches, without those whose source is gone.
+    2. Otherwise list the latent caches, without those whose media file is gone.
     3. Make an item of each latent cache whose captions are cached, too, with its audio cache.
     """
     store = stores.latent_store(table)
@@ -160,7 +160,7 @@ def _add_table(
     audio_caches = None
     if audio is not None and has_audio_caches(table, audio):
         audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, listing=listing)
-    del names, text_names  # frees memory: there may be a million names, and they are not needed any more
+    del names, text_names  # frees memory: there may be a million names, which are no longer needed
     has_latents = _add_items(
         listing,
         table=table,
@@ -187,7 +187,7 @@ def _add_items(
 ) -> bool:
     """Add an item to `listing` for each latent cache with a cached caption; return whether any latents exist.
 
-    `text_caches` is None if captions are encoded while training; `audio_caches` is None if there are none.
+    `text_caches` is None if captions are encoded during training; `audio_caches` is None if there are none.
     """
     has_latents = False
     with pause_garbage_collection():
@@ -233,7 +233,7 @@ def _item(
 
 
 def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFile) -> int:
-    """Return the number of images in a cache with layers; 1 for a damaged cache, which is reported later."""
+    """Return the number of images in a layered cache; 1 if it is damaged, which is reported later."""
     if cache_info.on_the_fly_buckets is not None:
         return cache_info.on_the_fly_sources[file.stem].num_images
     with contextlib.suppress(CacheError):
@@ -246,9 +246,9 @@ def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFil
 def _leave_out_unlisted(
     listing: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
 ) -> list[str]:
-    """Return the latent caches whose source is still in the table; add others to `listing.unlisted_caches`.
+    """Return the latent caches whose media file is still in the table; add others to `listing`.
 
-    Returns all caches if only the caches determine the items.
+    Returns all caches if the table's items depend only on its caches.
     """
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
@@ -264,7 +264,7 @@ def _leave_out_unlisted(
 
 
 def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    """Add error lines about caches whose format differs from the table's."""
+    """Add error lines about caches that are not in the table's cache_format, and about broken shards."""
     # imported here, because few folders have caches in two formats
     from dataset.cache.form import list_format_errors, list_shard_errors
 
@@ -273,19 +273,19 @@ def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> No
 
 
 def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[str]:
-    """Return the sorted names of a table's latent caches, or those that caches would have if it has none."""
+    """Return the sorted names of a table's latent caches, or those they would have if encoded on the fly."""
     ending = f"_{cache_info.tag}{cache_files.SUFFIX}"
     candidates = names if cache_info.on_the_fly_buckets is None else cache_info.latent_names()
     return sorted([name for name in candidates if name.endswith(ending)])
 
 
 class _AudioCaches:
-    """Names of a table's audio caches, which are added to the table's training items."""
+    """Names of a table's audio cache files, to be added to the table's training items."""
 
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
     ) -> None:
-        """Find the audio caches in `names`; `add_audio` reports missing ones in `listing`."""
+        """Find the audio caches among `names`; `add_audio` adds missing ones to `listing`."""
         self.spec = spec
         self._tag, self._folder, self._listing = tag, table.cache_directory, listing
         self._is_needed = table.audio == REQUIRED or spec.audio_only
@@ -295,7 +295,7 @@ class _AudioCaches:
         self._shared_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def add_audio(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
-        """Return an item with its audio fields, and report its audio cache if it is needed but missing.
+        """Return the item with its audio fields set, and report its audio cache if it is needed but missing.
 
         The lengths of the audio and its reference are read only for batches of several items, which must
         have equal lengths. Otherwise they stay () and 0.
@@ -332,7 +332,7 @@ def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int)
 
 
 def _reference_length(store: CacheStore, name: str) -> int:
-    """Return the length of the reference in a cache of audio; 0 without one, or if the cache is damaged."""
+    """Return the length of the reference in an audio cache; 0 if there is none or the file is damaged."""
     with contextlib.suppress(CacheError):
         for tensor, shape in store.read(name, is_full=False).shapes.items():
             if cache_files.tensor_key(tensor) == REFERENCE_AUDIO:
@@ -341,7 +341,7 @@ def _reference_length(store: CacheStore, name: str) -> int:
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
-    """Return the items with the sizes of their references, read from headers.
+    """Return the items with the sizes of their reference images, read from cache file headers.
 
     `find_items` reads these sizes only if batches depend on them.
     """
@@ -356,7 +356,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
 
 def _may_have_references(table: DatasetTable) -> bool:
-    """Return whether items of a table could have references; only then are records read."""
+    """Return whether items of a table could have references; only then must their records be read."""
     if table.references or table.fp_1f_clean_indices:
         return True
     has_source = table.reference_directory or table.control_directory or table.directory is None
@@ -364,11 +364,11 @@ def _may_have_references(table: DatasetTable) -> bool:
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether the model edits references, but none of at most SAMPLED items has any."""
+    """Return whether the model edits reference images, but none of up to SAMPLED items has any."""
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:
-        if item.cache_info.on_the_fly_buckets is not None:  # encoded while training
+        if item.cache_info.on_the_fly_buckets is not None:  # encoded during training
             source = item.cache_info.on_the_fly_sources[item.source_stem]
             references: Sequence[object] = source.control or source.references
         else:
@@ -381,14 +381,14 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
 
 
 def _is_edited(table: DatasetTable) -> bool:
-    """Return whether the model edits the reference images or clips of a table."""
+    """Return whether the model is trained to edit the table's reference images or clips."""
     if table.learns_edits:
         return True
     return table.clip_references is not None and table.clip_references.edits_images
 
 
 class _TextCaches:
-    """Names of a table's text caches, which tell how many captions of each source are cached."""
+    """Names of a table's text cache files, to find out how many captions of each item are cached."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
         """Find the text caches among `names`; unfinished ones are added to `listing`."""
@@ -405,7 +405,7 @@ class _TextCaches:
         unfinished_ending = self._ending + cache_files.PART
         # reported by `count_or_report` if their source has latents
         self._unfinished_first_captions = {name for name in unfinished if name.endswith(unfinished_ending)}
-        for name in unfinished:  # those of other captions and of empty prompts
+        for name in unfinished:  # caches of other captions and of empty prompts
             if self._is_used(name.removesuffix(cache_files.PART)):
                 listing.unfinished_text[table.cache_directory / name] = None
         # number of captions by stem, for stems with several
@@ -416,13 +416,13 @@ class _TextCaches:
             self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
-        """Return whether the table uses this cache of an additional caption or of the empty prompt."""
+        """Return whether the table uses this text cache of a further caption or of the empty prompt."""
         if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
             return True
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
     def count_or_report(self, stem: str) -> int:
-        """Return the number of a source's captions; 0 if the first one is not cached.
+        """Return how many captions of a media file are cached; 0 if the first one is not.
 
         Missing and unfinished caches, also of the empty prompt, are added to `listing`.
         """
@@ -446,9 +446,9 @@ class _TextCaches:
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
-    """Return the number of captions of each stem that has numbered ones, up to the first missing number.
+    """Return, for each stem with numbered captions, how many there are up to the first missing number.
 
-    Numbers begin at 1, after the first caption, which has none.
+    Numbers begin at 1 with the second caption; the first caption has none.
     """
     further_numbers: dict[str, set[int]] = {}  # by stem
     for name in names:
@@ -469,10 +469,10 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
 def _find_listed_stems(
     table: DatasetTable, cache_info: TableCacheInfo, latents: Sequence[str]
 ) -> Collection[str] | None:
-    """Return the stems of a table's current sources; None if the caches alone determine the items.
+    """Return the stems of a table's current media files; None if its items depend only on the caches.
 
-    Normally they do: when a source is gone, the caching script removes its caches. But it never removes
-    caches that other programs share, so for these the sources are listed. Sources that are read while
+    Normally they do: when a media file is gone, the caching script removes its caches. But it never removes
+    caches that other trainers share, so for these the media files are listed. Files that are read during
     training have been listed already.
     """
     if cache_info.on_the_fly_sources:
@@ -491,7 +491,7 @@ _EMPTY_IS_FOR = "caption_dropout_rate, --guided_target and --blank_prior_weight 
 
 
 def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
-    """Return the items to train on. Items without a text cache are left out with a warning.
+    """Return the items to train on. Items without a text cache are skipped with a warning.
 
     Raises:
         CacheError: If a table has no usable cache, or text caching has not finished. The message lists
@@ -524,7 +524,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
 
 
 def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> list[str]:
-    """Return the caching commands that make the missing caches."""
+    """Return the caching commands that create the missing caches."""
     needed_commands = []
     lacks_all_audio = listing.trained_but_absent_audio is not None
     if listing.empty_tables or lacks_all_audio or listing.missing_audio:
@@ -538,7 +538,7 @@ def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> lis
 
 
 def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
-    """Raise CacheError if caches may be missing, or if text caching has not finished."""
+    """Raise CacheError if caches may be incomplete or some text encoders have not run yet."""
     if listing.incomplete_tables:
         lines = [line for _, line in listing.incomplete_tables]
         if any("convert_cache" not in line for line in lines):
@@ -554,7 +554,7 @@ def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
 
 
 def _explain_empty(table: DatasetTable) -> str:
-    """Explain why a table may have no latent cache."""
+    """Return an explanation why a table may have no latent cache."""
     # shared caches are npz files, whose names the pattern below does not match
     names = [] if table.cache_format in SHARED_CACHES else sorted(open_store(table).names())
     of_other_model = next(filter(_LATENTS_OF_ANY.search, names), None)
@@ -570,7 +570,7 @@ def _explain_empty(table: DatasetTable) -> str:
 
 
 def _explain_others(folder: Path, name: str) -> str:
-    """Explain why the text cache `name` of another model cannot be used."""
+    """Return why a folder's text cache `name`, made for another model, cannot be used."""
     return (
         f"no text cache in {folder} for this model: {name} contains what the text encoder of another model "
         "made of the caption, which this model cannot read"
@@ -578,7 +578,7 @@ def _explain_others(folder: Path, name: str) -> str:
 
 
 def _audio_errors(listing: FoundItems) -> list[str]:
-    """Return an error line for each folder with clips that lack audio."""
+    """Return an error line for each folder with clips without audio, if the model needs audio."""
     errors = []
     counts = Counter(path.parent for path in listing.missing_audio)
     for folder, count in counts.items():
@@ -592,7 +592,7 @@ def _audio_errors(listing: FoundItems) -> list[str]:
 
 
 def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
-    """Log which sources and caches are not trained on."""
+    """Log which media files and caches are not trained on."""
     if listing.missing_text:
         logger.warning(
             "%d of the sources have latents but no text cache (the first: %s); they are left out. Run: %s",

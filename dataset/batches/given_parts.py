@@ -18,10 +18,10 @@ KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # keys
 
 
 def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Batch:
-    """Add the parts of clips that training may keep clean (free of noise), as conditions, to a batch.
+    """Add conditions to a batch: the parts of clips that training may keep clean (free of noise).
 
-    These parts are a region of the frame, spans of the audio, and images that guide the clip. The tables of
-    the items name them.
+    These are a region of the frame, spans of the audio, and images that guide the clip. The items' tables
+    name them.
 
     Raises:
         DatasetError: If a file of spans cannot be read or has no pairs of seconds, or if caches lack guides.
@@ -58,10 +58,10 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
     Returns None if the item has no file of spans.
 
     The file is STEM.json, with pairs in a list or under one of KEYS, or STEM.txt with a pair in each line.
-    Times in the file count from the start of the source; the item's clip may begin later in it.
+    Times in the file count from the start of the original clip; the item may begin later in it.
 
     Args:
-        item: An item of training.
+        item: A training item.
         fps: Frames per second of its clip; None if unknown.
 
     Raises:
@@ -93,7 +93,7 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
 
 
 def _find_start_second(item: TrainingItem, fps: float | None) -> float:
-    """Return where the item begins in its source, in seconds; 0.0 if that is unknown."""
+    """Return the time in the source clip at which the item begins, in seconds; 0.0 if unknown."""
     name = parse_latent_name(item.file_name, item.cache_info.tag, "video")
     if name is None or name.span is None or fps is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""Training items as the loops see them, and what is encoded while training."""
+"""Training items as the loops see them, and what is encoded during training."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,28 +13,28 @@ from modules.media.buckets import Size
 
 @dataclass(frozen=True)
 class TableCacheInfo:
-    """Properties that all items of a table share: names of their caches, and sources read during training."""
+    """Facts that all items of a table share: the names of their caches, and what is read during training."""
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # names of the tensors that a complete text cache has
-    has_cached_texts: bool = True  # False: captions are encoded while training
-    # bucket by stem, of images that are encoded while training; None: the table's latents are cached
+    has_cached_texts: bool = True  # False: captions are encoded during training
+    # bucket by stem, of images that are encoded during training; None: the table's latents are cached
     on_the_fly_buckets: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
-    # sources by stem, if media or captions are read from them while training
+    # sources by stem, if media or captions are read from them during training
     on_the_fly_sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
     # checksum of the record, by name of a cache file, from the index of the caches. Such a record is not
     # compared with the table and its sources again, because the index is used only if these are unchanged
     indexed_checksums: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def latent_names(self) -> list[str]:
-        """Return the names that the latent caches of the images in `on_the_fly_buckets` would have."""
+        """Return the names that latent cache files of the images in `on_the_fly_buckets` would have."""
         return [
             LatentName(stem, size).file_name(self.tag)
             for stem, size in (self.on_the_fly_buckets or {}).items()
         ]
 
     def on_the_fly_caption(self, stem: str, number: int) -> str:
-        """Return the unchanged caption of a source that is encoded during training.
+        """Return the unchanged caption of an item whose captions are encoded during training.
 
         `number` is the caption's index; EMPTY stands for the empty caption.
         """
@@ -49,7 +49,7 @@ OnTheFlyTables = Mapping[int, TableCacheInfo]  # by table index: tables with a p
 
 @dataclass(frozen=True, slots=True)
 class TrainingItem:
-    """A pair of cache files, latents and text. A run may have millions of items, so they are small."""
+    """A latent cache file and its text cache file. A run may have millions of items, so they are small."""
 
     file_name: str  # of the latent cache; the same object as in the folder's listing, to save memory
     stem_length: int  # number of characters of `file_name` that are the stem of the source
@@ -69,17 +69,17 @@ class TrainingItem:
 
     @property
     def key(self) -> str:
-        """Name of the latent cache without its suffix, for messages and the order of batches."""
+        """Name of the latent cache file without its suffix, for messages and the order of batches."""
         return self.file_name.removesuffix(SUFFIX)
 
     @property
     def source_stem(self) -> str:
-        """Beginning of the cache's name, which is the stem of the source."""
+        """First part of the cache file's name: the stem of the media file."""
         return self.file_name[: self.stem_length]
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Values that the items of one batch have in common: table or group of tables, and all sizes."""
+        """Key that is equal for items that can share a batch: table or group of tables, and all sizes."""
         sizes = (*self.bucket, *self.reference_latent_sizes, *self.audio_latent_shape)
         if self.audio_reference_length:
             sizes = (*sizes, self.audio_reference_length)
@@ -87,16 +87,16 @@ class TrainingItem:
 
     @property
     def latent_path(self) -> Path:
-        """Path of the latent cache."""
+        """Path of the item's latent cache file."""
         return self.table.cache_directory / self.file_name
 
     @property
     def audio_path(self) -> Path:
-        """Path of the clip's audio cache."""
+        """Path of the clip's audio cache file."""
         return self.table.cache_directory / audio_file_name(self.file_name, self.cache_info.tag)
 
     def caption_path(self, number: int) -> Path:
-        """Return the text cache of a caption, or of the empty prompt if `number` is EMPTY."""
+        """Return the path of a caption's text cache file; `number` EMPTY stands for the empty prompt."""
         name = text_file_name(self.source_stem, self.cache_info.tag, number)
         if number == EMPTY and not self.table.texts_see_references:
             name = empty_text_name(self.cache_info.tag)
@@ -104,27 +104,27 @@ class TrainingItem:
 
 
 class OfSource(Protocol):
-    """Protocol of objects that can be held out for validation: dataclasses with a table and a source."""
+    """Protocol of dataclasses that can be held out for validation: they have a table and a source stem."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def table(self) -> DatasetTable:
-        """Table of the dataset file that the item belongs to."""
+        """Table of the dataset file that contains the item."""
 
     @property
     def source_stem(self) -> str:
-        """Stem of the source; all items from a source are held out together."""
+        """Stem of the media file; all items of one file are held out for validation together."""
 
 
 def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:
-    """Return the tables of items, each once, in the order of the dataset file."""
+    """Return the tables of these items, each once, in the order of the dataset file."""
     by_index = {item.table.index: item.table for item in items}
     return [by_index[index] for index in sorted(by_index)]
 
 
 def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:
-    """Return the items by the values that a batch must have in common."""
+    """Return the items by group key: only items of one group can share a batch."""
     groups: dict[tuple[int, ...], list[TrainingItem]] = {}
     for item in items:
         groups.setdefault(item.group, []).append(item)
@@ -132,13 +132,13 @@ def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[Tra
 
 
 class CachingCommands:
-    """The two caching commands of a configuration, as a user types them.
+    """The two caching commands for a dataset file, as a user would type them.
 
-    They are built only when a message shows them.
+    They are only built when a message shows them.
     """
 
     def __init__(self, build: Callable[[], tuple[str, str]]) -> None:
-        """Store the function that returns the commands for latents and for texts; it must be picklable."""
+        """Store a picklable function that returns the caching commands for latents and for texts."""
         self._build = build
 
     @property
@@ -152,12 +152,12 @@ class CachingCommands:
         return self._build()[1]
 
     def get(self, is_text: bool) -> str:
-        """Return the command that caches texts, or the one that caches latents."""
+        """Return the command that caches texts (`is_text`) or latents."""
         return self.text if is_text else self.latents
 
 
 def _name_scripts() -> tuple[str, str]:
-    """Return generic names of the two caching scripts, for messages without a family."""
+    """Return placeholder names of the two caching scripts, for messages when the family is unknown."""
     return "the latent caching script", "the text caching script"
 
 

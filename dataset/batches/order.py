@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class BatchOrder:
-    """Order of batches of every epoch, which depends only on the items' names and the seed.
+    """Order of the batches in every epoch, which depends only on the items' names and the seed.
 
     Each epoch is shuffled separately: first the items within each bucket, then the batches. A bucket contains
     the items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization
@@ -39,7 +39,7 @@ class BatchOrder:
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
-        """Sort and group the items; batches of an epoch are drawn when they are asked for."""
+        """Sort and group the items; the batches of an epoch are drawn when they are first needed."""
         self._seed = seed
         # sorted by (table, key) with two stable sorts, because a million tuples as sort keys need much memory
         self._items = sorted(items, key=lambda item: item.key)
@@ -57,7 +57,7 @@ class BatchOrder:
         self._group_starts = array("q")
 
     def _warn_of_unused(self) -> None:
-        """Warn about regularization images that no epoch contains."""
+        """Log a warning about regularization images that no epoch contains."""
         used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
         unused = len(self._items) - len(used)
         if unused:
@@ -69,7 +69,7 @@ class BatchOrder:
 
     @property
     def learning_keys(self) -> list[str]:
-        """Describe the settings of tables that change the run but not its items."""
+        """Return texts for the tables' settings that change training but not the items, for messages."""
         return [
             f"{name} = {value} in {table.label}"
             for table in tables_of(self._items)
@@ -102,9 +102,9 @@ class BatchOrder:
         return epoch * self.num_items + self._starts[index]
 
     def group_items_before(self, epoch: int, index: int) -> int:
-        """Return the number of items of a batch's group that are trained before the batch, in all epochs.
+        """Return how many items of a batch's table group are trained before the batch, over all epochs.
 
-        The group of a batch is the group of tables that its items are from (`DatasetTable.batch_group`).
+        The batch's items come from tables of one table group (`DatasetTable.batch_group`).
         """
         batches = self.epoch(epoch)
         if not self._group_starts:
@@ -119,7 +119,7 @@ class BatchOrder:
 
 
 def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]:
-    """Return the number of repeats of each regularization image, at least `num_learned` in total.
+    """Return how often each regularization image is repeated, at least `num_learned` times in total.
 
     Images are taken in order, with the repeats of their tables, until there are enough; the remaining images
     get 0. If there are too few images, repeats are added evenly, beginning with the first image.
@@ -140,37 +140,37 @@ def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]
     rounds, remainder = divmod(missing, len(repeats))
     for index in range(len(counts)):
         counts[index] += rounds
-        if index < remainder:  # the first images get the rest
+        if index < remainder:  # the first images get one repeat more
             counts[index] += 1
     return counts
 
 
 class Grouped(Protocol):
-    """Protocol of an item that `repeat_items` can group: its table, and the key of its group."""
+    """Protocol of items for `repeat_items`: each has a table and a group key."""
 
     @property
     def table(self) -> DatasetTable:
-        """Table of the item, with `num_repeats`."""
+        """The item's table, which has `num_repeats`."""
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Key that is equal for items that can share a batch."""
+        """Key that is equal for items that can share a batch (same table group and bucket)."""
 
 
 G = TypeVar("G", bound=Grouped)
 
 
 def count_batches(items: Sequence[Grouped]) -> int:
-    """Return the number of batches in an epoch: each group fills batches with its repeated items."""
+    """Return the number of batches in an epoch; each batch contains repeated items of one group."""
     pools = repeat_items(items).values()
     return sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in pools)
 
 
 def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
-    """Return the items of an epoch, each as often as it is trained, by group; a batch has items of one group.
+    """Return the items of an epoch, repeated as often as they are trained, by group (see `Grouped`).
 
-    Empty groups are left out. If all items of a group have the same repeats, the whole list is repeated, so
-    that a seed keeps giving the same batches.
+    A batch has items of one group. Empty groups are omitted. If all items of a group have the same repeats,
+    the whole list is repeated, so that a seed keeps giving the same batches.
     """
     repeats = [item.table.num_repeats for item in items]
     if any(item.table.is_reg for item in items):
@@ -195,7 +195,7 @@ def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
 
 
 def _count_repeats(items: Sequence[Grouped]) -> list[int]:
-    """Return the number of times that each item is trained in an epoch with regularization images."""
+    """Return how often an epoch trains each item, if there are regularization images."""
     counts = [item.table.num_repeats for item in items]
     # tables of one group share their batches; each group is balanced separately
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
@@ -215,10 +215,10 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
 
 
 def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
-    """Return a shuffled list, in the same order as `random.shuffle`.
+    """Return a shuffled list, in the order that `random.shuffle` would give.
 
-    `draw_bits` is `getrandbits` of the generator. The algorithm is written out so that all versions of Python
-    give the same batches; this is also a fifth faster.
+    `draw_bits` is `getrandbits` of the generator. The algorithm is written out so that all Python versions
+    give the same batches; it is also a fifth faster.
     """
     shuffled = list(values)
     for index in range(len(shuffled) - 1, 0, -1):  # Fisher-Yates
@@ -236,14 +236,14 @@ S = TypeVar("S", bound=OfSource)
 def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
     """Split items into those for training and those for validation.
 
-    Validation gets the tables marked `validation`, and a fraction of the sources of all other tables. Sources
-    are selected by name only, so that all crops of a clip, in all tables, are in the same part. A fraction
-    above 0 selects at least one source and leaves at least one. Subsets (the layout of sd-scripts) are split
-    separately, by their own fraction and seed if they have them.
+    Validation gets the tables marked `validation`, and a fraction of the media files of all other tables.
+    Files are selected by name only, so that all crops of a clip, in all tables, are on the same side. A
+    fraction above 0 selects at least one file and leaves at least one. Subsets (the layout of sd-scripts) are
+    split separately, by their own fraction and seed if they have them.
 
     Args:
         items: Items of all tables.
-        fraction: Fraction of the sources that is held out.
+        fraction: Fraction of the media files that is held out.
         seed: Seed for subsets without validation_seed.
 
     Returns:
@@ -268,7 +268,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
 
 def _digest(stem: str) -> bytes:
-    """Return a hash of a stem, which sorts stems in an arbitrary order that never changes."""
+    """Return a hash of a stem; sorting by it gives an arbitrary but permanent order."""
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -304,7 +304,7 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
 
 
 def _without_randomness(table: DatasetTable) -> DatasetTable:
-    """Return a table without repeats, loss weight and random changes, as validation uses it."""
+    """Return the table as validation uses it, without repeats, loss weight and random changes."""
     changes = dataclasses.replace(
         table.caption_changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
     )
@@ -327,17 +327,17 @@ def changed_caption(
     total_steps: int,
     generator: random.Random,
 ) -> str:
-    """Apply the random caption changes of a table for one step.
+    """Apply a table's random caption changes for one training step.
 
     Captions that `select_captions` drops are not passed to this function.
 
     Args:
-        caption: Caption of the source (`MediaSource.caption`).
+        caption: Caption from the dataset (`MediaSource.caption`).
         changes: How captions of the table vary.
-        table: Table of the source.
+        table: Table that contains the item.
         step: Step, counted from 0.
         total_steps: Number of steps of the run, for a warm-up that is a fraction of the run.
-        generator: Random generator.
+        generator: Random generator for this caption.
     """
     if not changes.varies_per_step:  # trigger word, prefix and suffix were added when the source was listed
         return caption
@@ -379,7 +379,7 @@ def _vary_parts(
 
 
 class _CaptionParts(NamedTuple):
-    """Parts of a caption, such as tags between commas."""
+    """Parts of a caption, such as tags between commas: fixed ones at both ends, movable ones between."""
 
     fixed_beginning: list[str]
     movable: list[str]  # parts that may be shuffled or dropped
@@ -387,7 +387,7 @@ class _CaptionParts(NamedTuple):
 
 
 def _split_parts(text: str, changes: CaptionChanges) -> _CaptionParts:
-    """Split a caption at `separator` into parts: those that keep_tokens keeps in place, and movable ones."""
+    """Split a caption at `separator` into parts: fixed ones (see keep_tokens) and movable ones."""
     fix_separator = changes.keep_tokens_separator
     if fix_separator and fix_separator in text:
         # a second separator marks where the fixed end begins
@@ -401,13 +401,13 @@ def _split_parts(text: str, changes: CaptionChanges) -> _CaptionParts:
 
 
 def _split_section(section: str, changes: CaptionChanges) -> list[str]:
-    """Split a section of a caption at each separator."""
+    """Split a part of a caption into tags at each separator."""
     return [part.strip() for part in section.split(changes.separator)]
 
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Position of a micro-batch in a run."""
+    """Position of a micro-batch in a training run."""
 
     seed: int  # seed of the run
     micro_batch: int  # index of the micro-batch in the run
@@ -418,7 +418,7 @@ class RunPosition:
 def select_captions(
     items: Sequence[TrainingItem], seed: int, micro_batch: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
-    """Return the index of the caption of each item, from 0, or EMPTY.
+    """Return the index of the caption to use for each item, from 0, or EMPTY.
 
     All captions of an item are equally likely. EMPTY is selected with the probability caption_dropout_rate of
     the table, and always in the epochs of caption_dropout_every_n_epochs.
@@ -428,13 +428,13 @@ def select_captions(
         seed: Seed of the run.
         micro_batch: Index of the micro-batch in the run.
         epoch: Epoch, counted from 0.
-        drops: Whether captions are dropped; captions that are not dropped are the same with True and False.
+        drops: Whether captions are dropped; this does not change the choice of the other captions.
     """
     selected = []
     for position, item in enumerate(items):
         rate = item.table.caption_dropout_rate
         interval = item.table.caption_changes.dropout_every_n_epochs
-        if interval > 0 and (epoch + 1) % interval == 0:  # all captions of every n-th epoch are empty
+        if interval > 0 and (epoch + 1) % interval == 0:  # in every n-th epoch, all captions are empty
             rate = 1.0
         caption_index = 0
         if rate or item.num_captions > 1:
@@ -446,9 +446,9 @@ def select_captions(
 
 
 def should_drop_references(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> bool:
-    """Return whether a batch is trained without its references.
+    """Return whether reference dropout removes the references of a batch.
 
-    `micro_batch` is the index of the micro-batch in the run.
+    `micro_batch` is the index of the micro-batch in the training run; with the seed, it decides.
     """
     rate = items[0].table.reference_dropout_rate  # all items of a batch have the same rate
     generator = random.Random(derive_seed(seed, "references", micro_batch))
@@ -461,10 +461,10 @@ def change_captions(
     caption_indices: Sequence[int],
     run_position: RunPosition,
 ) -> tuple[str, ...]:
-    """Apply the random caption changes of the tables, such as shuffled tags, to all samples of a batch.
+    """Apply the tables' random caption changes, such as shuffled tags, to all items of a batch.
 
-    `captions` are the captions of the sources, and `caption_indices` their indices among the captions of a
-    source; a caption with index EMPTY was dropped, and becomes "".
+    `captions` are the original captions, and `caption_indices` their indices among an item's captions; a
+    caption with index EMPTY was dropped, and becomes "".
     """
     changed = []
     samples = zip(items, captions, caption_indices, strict=True)
@@ -486,7 +486,7 @@ def change_captions(
 
 
 def select_mirrored(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> tuple[bool, ...]:
-    """Return whether each item is mirrored: with probability 0.5 if its table has flip_aug."""
+    """Return which items of a batch are mirrored: each with probability 0.5 if its table has flip_aug."""
     are_mirrored = []
     for position, item in enumerate(items):
         generator = random.Random(derive_seed(seed, "flip", micro_batch, position))

@@ -46,7 +46,7 @@ def read_batch(
     reads_empty: bool = False,
     reads_rejected: bool = False,
 ) -> data.Batch:
-    """Read, check and stack the caches of a batch; `latents` are B C F H W.
+    """Read, check and stack the cache files of a batch; `latents` are B C F H W.
 
     Tensors of variable length are kept as lists. For captions without a cache, the batch has only `captions`,
     unchanged.
@@ -55,19 +55,19 @@ def read_batch(
         items: Items of the batch, all with the same shapes.
         latent: The family's latent space.
         commands: Commands that repair caches, for messages.
-        checks: Checks of the run; a file is checked once. None for new ones.
+        checks: Checks of this run, by which each file is checked once. None for new ones.
         captions: Index of each item's caption, or EMPTY for the empty prompt; None for the first captions.
         stores: Stores of the run, which keep shards open.
         flips: Which items are mirrored; () for none.
         undropped: For a teacher model, the indices of the captions before dropout; all must be cached. The
             batch also contains these text embeddings if they differ from `captions`.
-        encoded: Tensors of items that were encoded while training, without batch dimension, by position in
+        encoded: Tensors of items that were encoded during training, without batch dimension, by position in
             the batch.
         reads_empty: Whether to read the empty prompt, too (`DatasetTable.uses_empty_prompt`).
         reads_rejected: Whether to read the latents of rejected clips, too; all items must have them.
 
     Raises:
-        CacheError: If a file is damaged or outdated (other options, changed source or caption), or has a
+        CacheError: If a file is damaged or outdated (other options, changed media or caption), or has a
             wrong shape. The message names the file and the command that repairs it.
     """
     stores = stores or stores_for(items[0], latent)
@@ -124,7 +124,7 @@ def read_batch(
 def _list_makers(
     media: Sequence["_ItemTensors"], texts: Sequence["_ItemTensors"], further_texts: Sequence["_ItemTensors"]
 ) -> tuple[data.CacheOrigin, ...]:
-    """List the encoders of a batch: for media and text of each item, then for additional texts."""
+    """Return the encoders that made a batch's caches: for media and text of each item, then further texts."""
     makers: list[data.CacheOrigin] = []
     for item_media, text in zip(media, texts, strict=True):
         makers += (*item_media.origins, *text.origins)
@@ -141,7 +141,7 @@ def _unpack_inner_audio(
     Args:
         tensors: Tensors of the batch, changed in place.
         path: Path of one of the caches, for messages.
-        commands: Commands that cache again, for messages.
+        commands: Caching commands, for messages.
 
     Raises:
         CacheError: If the caches have no audio.
@@ -159,7 +159,7 @@ def _unpack_inner_audio(
 
 
 def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) -> None:
-    """Raise CacheError if an item has no latents of a rejected clip."""
+    """Raise CacheError if an item has no latents of the rejected clip, which preference training needs."""
     for item in media:
         if data.REJECTED_LATENTS not in item.tensors:
             raise CacheError(explain_no_rejected(item.path, commands))
@@ -179,13 +179,13 @@ def _join_media_and_texts(
     latent: data.LatentSpec,
     commands: CachingCommands,
 ) -> dict[str, Any]:
-    """Stack the tensors of a batch's media and texts, and return them by key."""
+    """Stack the tensors of a batch's media and texts; return them by key."""
     # items without audio or masks get placeholders, so that tensors can be stacked
     has_audio = [data.AUDIO_LATENTS in item.tensors for item in media]  # before silent items get zeros
     if len(media) > 1:
         _fill_gaps(media)
     tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
-    if latent.references_first:  # the model takes references as the first frames of the clip
+    if latent.references_first:  # the model gets references as the first frames of the clip
         _prepend_references(tensors)
     if any(has_audio):
         tensors[data.HAS_AUDIO] = torch.tensor(has_audio)
@@ -199,7 +199,7 @@ def _join_media_and_texts(
 
 
 def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
-    """Return the number of windows (spans) in an item's clip, from its record; 0 if unknown."""
+    """Return how many spans of a clip are training items, from the record of its latents; 0 if unknown."""
     table, clip = item.table, record.clip
     if table.has_precomputed_latents or clip is None or record.parts > 1:
         return 0
@@ -211,20 +211,20 @@ def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLength
 
 @dataclass
 class _ItemTensors:
-    """The tensors of one item's media, or of one of its captions."""
+    """Tensors that were read for one item: its media, or one of its captions."""
 
     path: Path
     tensors: dict[str, Tensor]
-    variable_length: frozenset[str] = frozenset()  # names of tensors of variable length
+    variable_length: frozenset[str] = frozenset()  # names of tensors with variable length
     caption: str = ""
-    is_empty: bool = False  # the caption is known to be empty
+    is_empty: bool = False  # whether the caption is known to be empty
     origins: tuple[data.CacheOrigin, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a text cache
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of the cached media and captions of a batch, with the stores, checks and family that it uses."""
+    """Reads the cached media and captions of batches, and checks them."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -233,7 +233,7 @@ class _Reader:
     encoded: Mapping[int, Mapping[str, Tensor]]
 
     def read_media(self, item: TrainingItem, position: int, is_mirrored: bool) -> _ItemTensors:
-        """Read an item's latents, and its audio if there is any.
+        """Read an item's latents, and its audio latents if there are any.
 
         `position` is the item's index in the batch. `is_mirrored` selects the mirrored latents.
         """
@@ -263,7 +263,7 @@ class _Reader:
         return media
 
     def _read_cached_media(self, item: TrainingItem) -> _ItemTensors:
-        """Read the latents of an item, and its audio if that is cached separately."""
+        """Read an item's latents, and its audio if it is cached in a separate file."""
         media = self._read_entry(
             item,
             path=item.latent_path,
@@ -289,7 +289,7 @@ class _Reader:
         return media
 
     def read_texts(self, items: Sequence[TrainingItem], caption_indices: Sequence[int]) -> list[_ItemTensors]:
-        """Read one caption of each item: its cached embeddings, or only the caption if it is not cached.
+        """Read one caption of each item: its cached embeddings, or only the text if it is not cached.
 
         `caption_indices` contains the index of each item's caption; EMPTY is the empty prompt.
         """
@@ -310,7 +310,7 @@ class _Reader:
     def _read_cached_text(self, item: TrainingItem, number: int, caption: str) -> _ItemTensors:
         """Read and check the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
 
-        `caption` is the caption if it is read while training, or "", which the cache's record replaces.
+        `caption` is the caption if it is read during training, or "", which the cache's record replaces.
         """
         path = item.caption_path(number)
         store = self.stores.text_store(item.table)
@@ -365,14 +365,14 @@ class _Reader:
         key: str,
         find_errors: Callable[..., Iterator[str]],
     ) -> _ItemTensors:
-        """Read and check one latent or audio cache.
+        """Read and check one latent or audio cache file.
 
         Args:
             item: Item that the cache belongs to.
-            path: Path of the cache; its name is read from the item's store.
+            path: Path of the cache file; its name is read from the item's store.
             part: Value of `CacheOrigin.part` in the result.
             key: Name of a tensor that the cache must have.
-            find_errors: Yields the reasons why the tensors do not fit the table.
+            find_errors: Yields the reasons why the tensors do not match the table.
         """
         store = self.stores.latent_store(item.table)
         with _add_caching_command(self.commands, store, is_text=False):  # adds the command to errors
@@ -410,7 +410,7 @@ class _Reader:
         tensors: Mapping[str, Tensor],
         record: LatentRecord,
     ) -> data.CacheOrigin:
-        """Return the encoder and the program version that made a cache of latents or audio."""
+        """Return which encoder and program version made cached latents or audio."""
         is_video = item.table.kind == "video"
         has_companions = any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         is_older = is_video and record.decoding_version < AS_SHOWN
@@ -420,22 +420,22 @@ class _Reader:
             encoder=record.encoder,
             # records of early versions lack CLOCK: those versions timed companions separately from the clip
             has_separate_timing=is_video and CLOCK not in record.options and has_companions,
-            windows=_count_windows(item, record, self.latent.lengths),  # items that the clip was cut into
+            windows=_count_windows(item, record, self.latent.lengths),  # items into which the clip was cut
             earlier_decoder_version=record.decoding_version if is_older else None,
         )
 
 
 def _is_unchanged_since_indexing(item: TrainingItem, entry: Entry, name: str) -> bool:
-    """Return whether an entry is the one that was compared with its source for the index of the caches."""
+    """Return whether a cache file is still the one that was verified when the index of caches was built."""
     return name in item.cache_info.indexed_checksums and item.cache_info.indexed_checksums[
         name
     ] == entry.metadata.get(CHECK_KEY)
 
 
 def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:
-    """Return the size conditions of SDXL for an image: original size, corner of the crop, target size.
+    """Return SDXL's size conditions for an image: original size, crop corner, target size.
 
-    `cached_sizes` are those that another program wrote into the cache: width, height, and the edges of the
+    `cached_sizes` are those that another trainer wrote into the cache: width, height, and the edges of the
     crop (left, top, right, bottom). They take precedence over computed ones.
     """
     bucket_width, bucket_height = item.bucket[:2]
@@ -453,12 +453,12 @@ def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrore
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
-    """Return stores for the caches of an item's family."""
+    """Return the stores that read the cache files of the item's model family."""
     return Stores(NpzNames(item.cache_info.tag, latent, item.cache_info.text_keys))
 
 
 def _fill_gaps(media: Sequence[_ItemTensors]) -> None:
-    """Add tensors that only some items have to the others: audio as zeros (not learned), masks as white."""
+    """Add tensors that only some items have to the others: silent audio (not learned) and white masks."""
     fillings = {data.AUDIO_LATENTS: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
     for name, filling in fillings.items():
         template = next((item.tensors[name] for item in media if name in item.tensors), None)
@@ -477,8 +477,8 @@ def _stack(
     """Stack the tensors of all items by name; {} if there are no items.
 
     Args:
-        items: Media, or captions, of the batch's items.
-        commands: Commands that cache again, for messages.
+        items: The batch's media, or its captions.
+        commands: Caching commands, for error messages.
         is_text: Whether `items` are captions.
 
     Raises:
@@ -520,7 +520,10 @@ def _check_shapes(items: Sequence[_ItemTensors], name: str, commands: CachingCom
 
 
 def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
-    """Prepend reference latents, each B C 1 H W, to clips' latents in place; the loss covers them, too."""
+    """Prepend reference latents, each B C 1 H W, to the clip latents along the frame axis, in place.
+
+    The loss mask, if any, is padded with ones: reference frames count in the loss, too.
+    """
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
     if not names:
         return
@@ -537,7 +540,7 @@ def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
 
 @contextlib.contextmanager
 def _add_caching_command(commands: CachingCommands, store: CacheStore, is_text: bool) -> Iterator[None]:
-    """Add the command that caches again to every CacheError in the block."""
+    """Add the caching command that repairs the file to every CacheError in the block."""
     try:
         yield
     except CacheError as error:

@@ -1,4 +1,4 @@
-"""Check before a model is loaded that caches can be read and fit the sources."""
+"""Check before a model is loaded that caches can be read and match the media files."""
 
 import contextlib
 import itertools
@@ -38,9 +38,9 @@ FRAMES_DIFFER = (
     "if the rates differ, as here, the frames do not match. Cache again: only such caches change.\n  %s"
 )
 DECODED_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
-MAX_DECODED = 100  # clips of which a frame is decoded
-MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # limits of what is read from caches: takes a few seconds
-MAX_LISTED = 50_000  # files of a folder, captions among them
+MAX_DECODED = 100  # clips that are decoded for one frame
+MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # how much is read from caches: this takes a few seconds
+MAX_LISTED = 50_000  # files of a folder, including captions
 UNKNOWN_ENCODERS: Mapping[str, Mapping[str, str]] = {}  # for a training run that does not know its encoders
 
 
@@ -56,19 +56,19 @@ def check_caches(
 ) -> None:
     """Read caches before training begins: all caches of a small dataset, a sample of a large one.
 
-    1. Read each sampled item as a batch of one, which raises if a cache is damaged or outdated.
-    2. Compare its text encoders with those of the trained model, and let the family check its texts.
-    3. Warn of caches from earlier versions, and of clips with fewer caches than they were cut into.
+    1. Read each sampled item as a batch of one, which raises an error if a cache is damaged or outdated.
+    2. Compare its text encoders with the trained model's, and let the family check its texts.
+    3. Warn about caches from earlier versions, and about clips that lack some of their caches.
 
     At most MAX_READ items and captions and MAX_READ_BYTES are read; additional captions of an item come
-    last. Items and texts that are encoded while training are not read.
+    last. Items and texts that are encoded during training are not read.
 
     Args:
         family: Family that is trained.
         items: Items of the run.
         commands: Commands that repair caches, for messages.
         stores: Stores of the run.
-        encodes_texts_on_the_fly: Whether captions are encoded while training.
+        encodes_texts_on_the_fly: Whether captions are encoded during training.
         process: Rank of this process, and number of processes; each reads a part.
         condition_set: Part of a batch that a teacher sees (`Batch.condition_set`); "" if there is no teacher.
         trained_encoder_ids: Identities of the trained model's text encoders by name, if cached texts are
@@ -100,7 +100,7 @@ def check_caches(
         num_windows[clip] = max((origin.windows for origin in batch.cache_origins), default=0)
         if item.cache_info.has_cached_texts and not encodes_texts_on_the_fly:
             latents = family.latent.to_model(batch.tensor("latents"))
-            family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
+            family.batch_conditions(latents, batch)  # raises CacheError if the texts do not suit the model
             if condition_set:
                 family.batch_conditions(latents, replace(batch, condition_set=condition_set))
         for tensors in batch.tensors.values():
@@ -117,9 +117,9 @@ def check_caches(
 def _require_trained_encoder(
     origin: CacheOrigin, trained_id: Mapping[str, str], commands: CachingCommands
 ) -> None:
-    """Raise CacheError if a cached text was not encoded by the trained model's text encoder.
+    """Raise CacheError if a cached embedding was not made by the text encoder that is trained.
 
-    `trained_id` is the identity of the trained encoder: hashes by key. Text caches of other programs have no
+    `trained_id` is the identity of the trained encoder: hashes by key. Text caches of other trainers have no
     record and pass. Dtype, length and the tokenizer's files are not compared.
     """
     if not origin.encoder:  # another program's cache
@@ -137,7 +137,7 @@ def _require_trained_encoder(
 
 
 def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
-    """Yield at most MAX_READ random items with the index of a caption; additional captions come last."""
+    """Yield up to MAX_READ random items, each with a caption index; further captions come last."""
     # a fixed seed, so that all processes draw the same sample and each can take its part
     sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
     first = ((item, 0) for item in sample)
@@ -148,7 +148,7 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
 def _warn_of_earlier(
     origins: Sequence[tuple[TrainingItem, CacheOrigin]], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn of caches from earlier versions that would be made differently now.
+    """Warn about caches from earlier versions that would be made differently now.
 
     `origins` are pairs of an item and the origin of its latents.
     """
@@ -166,9 +166,9 @@ def _warn_of_earlier(
 def _warn_of_missing_windows(
     cached: Sequence[TrainingItem], num_windows: Mapping[tuple[int, str], int], commands: CachingCommands
 ) -> None:
-    """Warn of clips with fewer cached items than the windows that they were cut into.
+    """Warn about clips with fewer cached items than the spans into which they were cut.
 
-    `num_windows` contains the number of windows of each clip, by table index and stem.
+    `num_windows` is the number of these spans, by table index and stem.
     """
     num_cached = Counter((item.table.index, item.source_stem) for item in cached)
     incomplete = [clip for clip, expected in num_windows.items() if num_cached[clip] < expected]
@@ -187,9 +187,9 @@ def _warn_of_missing_windows(
 
 
 def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if an early version cached control clips at a different rate than their clip's.
+    """Warn if an early version cached control clips at another frame rate than their clip's.
 
-    The rates are read from the headers of the source files. Missing files are skipped.
+    The rates are read from the headers of the media files. Missing files are skipped.
     """
     by_source = {(item.table.index, item.source_stem): item for item in items}
     for table in {item.table.index: item.table for item in items}.values():
@@ -207,14 +207,14 @@ def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands
 def _compare_decoding(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
-    """Warn of a cache from an earlier version that read the frames of a clip in another order or orientation.
+    """Warn about a cache from an earlier version that decoded a clip in another frame order or orientation.
 
     At most MAX_DECODED clips are checked, up to the first with a difference; missing files are skipped.
 
     Args:
         items: Pairs of an item and the `LatentRecord.decoding_version` in its record.
         keeps_alpha: `LatentSpec.keeps_alpha` of the family.
-        commands: Commands that cache again, for the warning.
+        commands: Caching commands, for the warning.
     """
     by_source: dict[tuple[int, str], tuple[TrainingItem, int]] = {}
     for item, decoder_version in items[:MAX_DECODED]:
@@ -233,14 +233,14 @@ def _compare_decoding(
 
 
 def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
-    """Return the sources of a table; none if they cannot be listed."""
+    """Return a table's media files; () if they cannot be listed."""
     with contextlib.suppress(DatasetError, OSError):
         return find_sources(table, captions=False, faults=[])
     return ()
 
 
 class _SourceDifferences(NamedTuple):
-    """Files that are not cached, and stems of caches whose file no longer exists, of one table."""
+    """A table's media files that are not cached, and stems of caches whose media file is gone."""
 
     without_latents: list[str]
     without_source: list[str]  # stems with latents, but without a file
@@ -254,15 +254,15 @@ def compare_sources(
     tag: str,
     trains_audio: bool = False,
 ) -> None:
-    """Warn of source files without latents, latents without a source file, and audio that is not cached.
+    """Warn about media files without latents, latents without a media file, and audio that is not cached.
 
-    The differences are in the index of the caches, or the folder is listed unless it has more than MAX_LISTED
-    files.
+    The differences come from the index of the caches. Without an index, the folder is listed if it has at
+    most MAX_LISTED files.
 
     Args:
-        tables: Tables of the dataset.
+        tables: Tables of the dataset file.
         listing: Items that were found for them.
-        commands: Commands that cache, for messages.
+        commands: Caching commands, for messages.
         tag: The family's cache_tag.
         trains_audio: Whether the run trains audio.
     """
@@ -278,7 +278,7 @@ def compare_sources(
             sources = _sources_of_small(table, table.directory)
             if sources is None:
                 continue
-            # `require_items` has warned of sources without texts
+            # `require_items` has warned about media without texts
             missing_text_caches = {path.name for path in listing.missing_text}
             differences = _find_differences(
                 sources,
@@ -316,9 +316,9 @@ def _find_differences(
     tag: str,
     checks_audio: bool,
 ) -> _SourceDifferences:
-    """Compare the sources of a folder, by stem, with the training items from its caches.
+    """Compare a folder's media files, by stem, with the training items found in the cache.
 
-    `missing_text_caches` are file names whose sources have latents, but no item. `checks_audio` says
+    `missing_text_caches` are text cache names of media with latents but without an item. `checks_audio` says
     whether clips with audio must have cached audio.
     """
     cached = {item.source_stem for item in items}
@@ -334,7 +334,7 @@ def _find_differences(
 
 
 def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
-    """Return the sources of a folder by stem; None if the folder is large or cannot be listed.
+    """Return a table's media files by stem; None if `folder` is large or cannot be listed.
 
     The folder may be missing because only the caches were copied to this machine.
     """
@@ -348,11 +348,11 @@ def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSourc
 
 
 def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], commands: CachingCommands) -> None:
-    """Warn of lengths in target_frames without caches, and of cached lengths not in target_frames."""
+    """Log a warning about target_frames without caches, and cached frame counts not in target_frames."""
     if table.kind != "video" or table.frame_extraction == "full" or not items:
         return
     first = parse_latent_name(items[0].file_name, items[0].cache_info.tag, table.kind)
-    if first is None or first.section is not None:  # sections have a length of their own
+    if first is None or first.section is not None:  # sections have their own length
         return
     cached = {item.bucket[2] for item in items}  # numbers of frames
     targets = {*table.target_frames}

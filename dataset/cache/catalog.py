@@ -35,7 +35,7 @@ SHARD_TABLE = """
 """
 _STATEMENTS = [statement.strip() for statement in SHARD_TABLE.split(";")[:-1]]
 REMOVED_CRC32 = -1  # instead of a checksum
-# SQLite errors that are caused by the volume, not by the content of the file
+# SQLite errors that the disk causes, not the content of the file
 _UNAVAILABLE = (
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CANTOPEN,
@@ -48,7 +48,7 @@ _UNAVAILABLE = (
 
 
 class EntryRow(NamedTuple):
-    """Shard and position at which the current entry of a name is stored."""
+    """Where the current bytes of a cache entry are stored: shard and position."""
 
     shard: str
     position: int  # key of the row in SQLite; offset of the bytes in a tar of earlier versions
@@ -58,12 +58,12 @@ class EntryRow(NamedTuple):
 
 
 def encode_name(name: str) -> bytes:
-    """Return the bytes of a name; file names that are not UTF-8 keep their original bytes."""
+    """Return a file name as bytes; names that are not UTF-8 keep their original bytes."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def list_shards(folder: Path) -> dict[str, int]:
-    """Return the sizes of a folder's shards by their names, sorted."""
+    """Return the shard files of a folder, sorted by name, with their sizes in bytes."""
     sizes = {}
     if folder.is_dir():
         with os.scandir(folder) as entries:
@@ -86,9 +86,9 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
 
 
 def _limit_steps(connection: sqlite3.Connection, size: int) -> None:
-    """Stop statements that take far more steps than a file of `size` bytes can need.
+    """Abort SQL statements that take far more steps than a file of `size` bytes can need.
 
-    In a malicious file pages can refer to each other in a circle.
+    In a malicious file, pages can refer to each other in a cycle, so that a query never ends.
     """
     calls = itertools.count()
     max_calls = 2 + (size >> 18)
@@ -97,7 +97,7 @@ def _limit_steps(connection: sqlite3.Connection, size: int) -> None:
 
 
 def _require_table(connection: sqlite3.Connection) -> None:
-    """Raise sqlite3.DatabaseError unless a database has the table of a shard and nothing else.
+    """Raise sqlite3.DatabaseError unless a database contains only the table of a shard.
 
     A view, a trigger or a computed column would run SQL that somebody else wrote.
     """
@@ -107,23 +107,23 @@ def _require_table(connection: sqlite3.Connection) -> None:
 
 
 def open_shard(path: Path) -> sqlite3.Connection:
-    """Open a finished shard for reading; SQLite needs no locks, because finished shards never change."""
+    """Open a finished shard for reading, without locks: finished shards never change."""
     return connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1")
 
 
 class Catalog:
-    """The entries of a folder at the time when its shards were read."""
+    """Index of the entries in a folder's shards, as of the time when they were read."""
 
     def __init__(self, folder: Path, writer: "ShardWriter | None" = None) -> None:
-        """Read which entries the shards of a folder have; `writer` writes the shard of this process.
+        """Read which entries a folder's shards contain; `writer` writes the shard of this process.
 
         Raises CacheError if a shard cannot be read.
         """
         self.shard_sizes = list_shards(folder)
-        # shards that were cut or changed: none of their entries is used
+        # shards that were truncated or changed: none of their entries is used
         self.damaged_shards: set[str] = set()
         self.problems: list[str] = []  # messages about shards that cannot be used
-        # total size of all rows by SQLite shard, including those of replaced entries
+        # total size of all rows by SQLite shard, including replaced entries
         self.stored_bytes: dict[str, int] = {}
         self.entries: dict[str, EntryRow] = {}  # by name
         for name in self.shard_sizes:
@@ -150,32 +150,32 @@ class Catalog:
         ]
 
     def names(self) -> list[str]:
-        """Return the names of all entries that have not been removed."""
+        """Return the names of all entries in the shards that have not been removed."""
         return [name for name, row in self.entries.items() if row.size is not None]
 
     def count_live_bytes(self) -> dict[str, int]:
-        """Return the bytes of the current entries of each shard, by the shard's name."""
+        """Return the bytes that each shard's current entries occupy, by the shard's file name."""
         sizes = dict.fromkeys(self.shard_sizes, 0)
         for row in self.entries.values():
             sizes[row.shard] += row.size or 0
         return sizes
 
     def _add(self, shard: str, rows: Sequence[ShardRow]) -> None:
-        """Add the rows of a shard; of several rows for a name, the latest is used."""
+        """Add a shard's rows to the index; if a name has several rows, the latest one counts."""
         self.stored_bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
         for encoded_name, position, generation, size, crc32 in rows:
             row = EntryRow(shard, position, generation, size=size, crc32=crc32)
             name = encoded_name.decode("utf-8", "surrogateescape")
             old = self.entries.setdefault(name, row)
-            # the later generation is used; of equal ones, the row that is not a removal
+            # the later generation is used; if they are equal, the row that is not a removal
             if (row.generation, row.crc32) > (old.generation, old.crc32):
                 self.entries[name] = row
 
     def _read_shard(self, path: Path) -> None:
-        """Add the entries of a finished SQLite shard.
+        """Add the entries of a finished SQLite shard to the index.
 
         Raises:
-            CacheError: If the disk, not the file, is at fault.
+            CacheError: If the disk fails rather than the file.
             sqlite3.Error: If the file is damaged.
         """
         try:
@@ -202,10 +202,10 @@ class Catalog:
 
 
 def _rows_in(connection: sqlite3.Connection) -> list[ShardRow]:
-    """Read name, row number (`place`), generation, size and checksum of each entry of a shard.
+    """Read name, row number (`place`), generation, size and checksum of each entry in a shard.
 
     Raises:
-        sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns take any type.
+        sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns accept any type.
     """
     entries = connection.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
     for name, _, generation, size, crc32 in entries:
@@ -222,7 +222,7 @@ def _rows_in(connection: sqlite3.Connection) -> list[ShardRow]:
 
 
 def _is_within(number: object, limit: int) -> bool:
-    """Return whether a value is an integer from -1 (REMOVED_CRC32) to `limit`, and not a boolean."""
+    """Return whether a value is an integer (not bool) from -1 (REMOVED_CRC32) to `limit`."""
     return type(number) is int and -1 <= number <= limit
 
 
@@ -232,7 +232,7 @@ def _is_within(number: object, limit: int) -> bool:
 
 @contextlib.contextmanager
 def explain_sqlite(path: Path) -> Iterator[None]:
-    """Convert errors of SQLite or the system while writing a shard to OutputError."""
+    """Convert SQLite and OS errors raised while a shard is written to OutputError."""
     try:
         with explain_errors(path):
             yield
@@ -244,12 +244,12 @@ def explain_sqlite(path: Path) -> Iterator[None]:
 
 
 def machine() -> str:
-    """Return eight characters that identify this machine in the names of shards."""
+    """Return eight characters that identify this machine in shard names."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 class ShardWriter:
-    """The shard that a process writes, locked until it is finished, so that no other process adopts it.
+    """The shard file that this process writes, locked until it is finished so that no other takes it over.
 
     SQLite writes it with a write-ahead log: all entries survive if the process is killed, and all but the
     last megabytes survive a power failure.
@@ -261,7 +261,7 @@ class ShardWriter:
         self.start_time = time.monotonic()
         with explain_sqlite(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # three attempts with locks, then one for volumes that have no locks
+            # three attempts with locks, then one for file systems without locks
             for parameters in ("", "", "", "?nolock=1"):
                 self.path = folder / f"cache-{machine()}{secrets.token_hex(12)}.writing"
                 try:
@@ -277,7 +277,7 @@ class ShardWriter:
             flush_folder(folder)
 
     def put(self, name: bytes, generation: int, data: bytes | None) -> EntryRow:
-        """Write a row, replacing an earlier one; `data` None marks the entry as removed."""
+        """Write an entry's bytes as a row, replacing an earlier one; None marks the entry as removed."""
         size: int | None = None
         crc32 = REMOVED_CRC32
         if data is not None:
@@ -298,7 +298,7 @@ class ShardWriter:
         )
 
     def finish(self) -> None:
-        """Make sure that all rows survive, and give the shard its final name."""
+        """Flush all rows to disk, and give the shard its final name."""
         with explain_sqlite(self.path):
             try:
                 self.connection.execute(
@@ -328,7 +328,7 @@ def _begin(uri: str) -> sqlite3.Connection:
 
 
 def _rename_finished(path: Path) -> None:
-    """Rename a finished shard, so that all processes may read it without locks."""
+    """Rename a finished shard, so that all processes can read it without locks."""
     final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")  # the last 16 of its random characters
     try:
         path.rename(final)
@@ -339,10 +339,10 @@ def _rename_finished(path: Path) -> None:
 
 
 def finish_abandoned_shards(folder: Path, own_shard: Path | None = None) -> None:
-    """Finish the shards of killed writers, and leave the shards of writers that may still run.
+    """Finish the shards of killed writers; leave the shards of writers that may still run.
 
-    Locks show whether a writer still runs. For writers on other machines and volumes without locks, the
-    file's age decides. `own_shard` is the shard that this process writes.
+    Locks show whether a writer still runs. For writers on other machines, and on file systems without locks,
+    the file's age decides. `own_shard` is the shard that this process writes.
     """
     for path in folder.glob("cache-*.writing"):
         with contextlib.suppress(OSError, sqlite3.Error):
@@ -386,7 +386,7 @@ def _is_safe_to_open(path: Path) -> bool:
 
 
 def _recover(path: Path, parameters: str = "") -> bool:
-    """Recover the entries that the killed writer of a shard had committed.
+    """Recover what the killed writer of a shard had committed.
 
     `parameters` are added to the shard's SQLite URI.
 

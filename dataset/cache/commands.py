@@ -40,13 +40,13 @@ def remember_options(
     typed: Mapping[str, str],
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the options of a caching command into the cache folders of all tables.
+    """Store the options of a caching command in the cache folders of all tables.
 
     A training run from these caches repeats them. A folder that cannot be written to is skipped, because its
     caches are usable without the file.
 
     Args:
-        config: The dataset.
+        config: The dataset file.
         family: Name of the family.
         kind: Which command, one of KINDS.
         family_options: The family's options of the command.
@@ -80,11 +80,11 @@ def recall_options(
     kinds: Sequence[str] = KINDS,
     for_training: bool = False,
 ) -> list[RepeatedOption]:
-    """Return the options with which the caches in these folders were made, in the order of the folders.
+    """Return the options that were used to make the caches in these folders, in the order of the folders.
 
     With `for_training`, options that training from the caches needs are included. A path is returned as typed
-    if the command was run in the current folder, else as an absolute path. Unknown options, and paths of
-    files that no longer exist, are left out.
+    if the command was run in the current folder, otherwise as an absolute path. Unknown options, and paths of
+    files that no longer exist, are omitted.
     """
     recalled: list[RepeatedOption] = []
     for folder in dict.fromkeys(folders):
@@ -99,7 +99,7 @@ def recall_options(
 
 
 def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
-    """Yield the options of a remembered command that are known and still valid.
+    """Yield the options of a stored caching command that are known and still valid.
 
     `key` is "options" for the command's own options, or "training" for those that a training run needs.
     """
@@ -129,7 +129,7 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Return whether a value of the file has the type that an option takes."""
+    """Return whether a stored value has the type that the option accepts."""
     if typing.get_origin(kind) is tuple:
         item_type = typing.get_args(kind)[0]
         return isinstance(value, list) and all(_is_list_item(item, item_type) for item in value)
@@ -141,12 +141,12 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 def _is_list_item(value: Any, kind: Any) -> bool:
-    """Return whether a value has the type of a list's items and does not look like a command-line option."""
+    """Return whether a list item has the right type and does not look like a command-line option."""
     return _has_type(value, kind) and not (isinstance(value, str) and value.startswith("-"))
 
 
 def _can_be_shown(value: Any) -> bool:
-    """Return whether a value may be shown in a command: short, on one line, without control codes."""
+    """Return whether a value fits into a command in a message: short, on one line, no control codes."""
     values = value if isinstance(value, list) else [value]
     arguments = value_argv(value)
     if not all(isinstance(item, (str, int, float)) for item in values):
@@ -166,7 +166,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _read_families(folder: Path) -> dict[str, Any]:
-    """Return the remembered commands of a cache folder by family; {} if its file is unreadable."""
+    """Return a cache folder's stored caching commands by model family; {} if the file is unreadable."""
     try:
         content = parse_json(read_text(folder / NAME, MAX_BYTES))
     except (OSError, ValueError):

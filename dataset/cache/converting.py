@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Converted(NamedTuple):
-    """Numbers of entries that a conversion has copied or left as they were, and their size."""
+    """Results of a cache conversion: numbers of copied and unchanged entries, and their size."""
 
     copied: int  # number of entries
     unchanged: int  # number of entries that were in the new format already
@@ -38,10 +38,10 @@ class Converted(NamedTuple):
 
 
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
-    """Convert the cache folders of a dataset, or those of the options, and log the results.
+    """Convert the cache folders of a dataset, or those that the options name, and log the results.
 
     Raises:
-        OptionError: If a table's caches are shared with other programs.
+        OptionError: If a table's caches are shared with other trainers.
         CacheError: If entries are damaged.
         OutputError: If a file cannot be written. Nothing is lost, and the same command continues.
     """
@@ -71,7 +71,7 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
 
 
 def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
-    """Copy the single files of a folder into shards, then remove them. Only cache files are touched.
+    """Copy a folder's single cache files into shards, then remove them. Other files are not touched.
 
     Tar shards of earlier versions are converted to SQLite shards.
 
@@ -95,7 +95,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         if not keep:
             _require_equal(names, folder)  # compares the copies before the originals are removed
             with explain_errors(folder):
-                for name in (*names, INDEX):  # the index is of single files only
+                for name in (*names, INDEX):  # only single files have an index
                     files.remove(name)
     return converted
 
@@ -135,7 +135,7 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 
 
 def _remove_shards(folder: Path, names: Sequence[str]) -> None:
-    """Remove the shards of a folder whose entries, `names`, have been written as files.
+    """Remove a folder's shards, whose entries (`names`) have been written as single files.
 
     Raises:
         CacheError: If a file differs from its entry, or if another process has written shards meanwhile.
@@ -161,13 +161,13 @@ ByteStore = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: ByteStore, target: ByteStore, entry_noun: str, dry_run: bool
 ) -> Converted:
-    """Copy entries that the target store lacks or has with different contents; count them and their bytes.
+    """Copy the entries that are missing or different in the target store; count them and their bytes.
 
     Args:
         names: Names of the entries.
         source: Store to read.
         target: Store to write.
-        entry_noun: What a message calls an entry of the source.
+        entry_noun: What a message calls an entry of the source store.
         dry_run: Whether to count only.
     """
     copied = unchanged = size_bytes = 0
@@ -196,7 +196,7 @@ def _copy(
 
 
 def _require_equal(names: Sequence[str], folder: Path) -> None:
-    """Raise CacheError if entries of the shards, opened again, differ from those of the files."""
+    """Reopen the shards, and raise CacheError if an entry differs from the cache file of the same name."""
     files, shards = SingleFiles(folder), ShardStore(folder)
     for name in names:
         if files.read_bytes(name) != shards.read_bytes(name):

@@ -11,14 +11,14 @@ from modules.errors import CacheError, DatasetError
 
 
 def require_declared_format(tables: Iterable[DatasetTable], tag: str) -> None:
-    """Check that the caches of tables are in the format that their `cache_format` names.
+    """Check that tables' caches are in the format that their `cache_format` names.
 
     Args:
         tables: Tables for which `may_have_both_formats` is true.
         tag: The family's cache_tag.
 
     Raises:
-        DatasetError: If caches are in another format; the message has the command that converts them.
+        DatasetError: If caches are in another format; the message contains the command that converts them.
     """
     errors = [line for table in tables for line in list_format_errors(table, tag)]
     if errors:
@@ -26,7 +26,7 @@ def require_declared_format(tables: Iterable[DatasetTable], tag: str) -> None:
 
 
 def list_shard_errors(table: DatasetTable) -> list[str]:
-    """Return the errors of a table's shards, if it has any."""
+    """Return a line for each unreadable cache shard of a table; [] for other cache formats."""
     if table.cache_format != "shards":
         return []
     from dataset.cache.shards import shard_errors  # only with shards
@@ -35,7 +35,7 @@ def list_shard_errors(table: DatasetTable) -> list[str]:
 
 
 def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
-    """Yield an error if a table has a cache that is only in a different format than its `cache_format`.
+    """Yield an error if one of a table's caches exists only in another format than its `cache_format`.
 
     The table's folder may have single files and shards. A cache in both formats, as `tools/convert_cache.py
     --keep` leaves it, is not an error.
@@ -44,7 +44,7 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
     from dataset.cache.shards import ShardStore
 
     def is_of_table(name: str) -> bool:
-        """Return whether a file is a cache of this table's kind (image or video) and model."""
+        """Return whether a file is a cache for this table's kind (image or video) and model family."""
         return _is_of(name, tag, table.kind)
 
     folder = table.cache_directory
@@ -69,9 +69,10 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    """Return whether an entry name is that of a family's latents, audio or (unfinished) text embeddings.
+    """Return whether a file is the family's cache of latents, audio latents or text embeddings, by its name.
 
-    `tag` is the family's cache_tag; `kind` is the table's kind, "image" or "video".
+    Unfinished text embeddings count, too. `tag` is the family's cache_tag; `kind` is that of the table,
+    "image" or "video".
     """
     for latent_tag in (tag, cache_files.audio_tag(tag)):
         if cache_files.parse_latent_name(name, latent_tag, kind) is not None:
@@ -82,7 +83,7 @@ def _is_of(name: str, tag: str, kind: str) -> bool:
 def list_single_files(folder: Path, is_selected: Callable[[str], bool]) -> Iterator[str]:
     """Yield the names of a folder's cache files that `is_selected` accepts, sorted.
 
-    The names of the tensors show whether a file is a cache; unreadable files are left out.
+    The names of the tensors show whether a file is a cache; unreadable files are skipped.
     """
     if not folder.is_dir():
         return

@@ -31,9 +31,9 @@ NAME = "index.jsonl"
 VERSION = 1
 LATENTS, TEXTS = "latents", "texts"
 MAX_FILES = 50_000  # files of a folder or a table; listing more is faster than reading an index of them
-# errors of reading an index that is missing, damaged, or was changed by another program
+# errors if an index is missing, damaged, or was changed by another program
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
-# keys of a table on which caches do not depend, because they say how items are learned
+# table keys that do not affect caches, because they say how items are learned
 _NOT_COMPARED = frozenset(
     {
         *("config_path", "index", "attributes", "num_repeats", "validation", "validation_split"),
@@ -54,14 +54,15 @@ _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder"
 
 
 def has_audio_caches(table: DatasetTable, audio: AudioSpec) -> bool:
-    """Return whether the audio of a table's clips is in separate cache files."""
+    """Return whether the audio of a table's clips is cached in separate files."""
     return not audio.is_in_latent_cache and table.kind == "video" and table.audio != IGNORE
 
 
 def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
-    """Return whether a table can have an index.
+    """Return whether a table's caches can be indexed.
 
-    The table must be a folder or a JSONL list, cached in single files, whose texts are captions only.
+    The table must be a folder or a JSONL list, cached in single files, without separate audio caches. Its
+    text caches must not depend on reference images.
     """
     has_audio_files = audio is not None and has_audio_caches(table, audio)
     has_other_parts = has_audio_files or table.texts_see_references
@@ -69,7 +70,7 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
 
 
 def fingerprint_table(table: DatasetTable) -> str | None:
-    """Return a fingerprint of a table's settings and of the names in the folders that it reads.
+    """Return a hash of a table's settings and of the file names in the folders that it reads.
 
     Returns None if a folder cannot be listed or has more than `MAX_FILES` entries.
     """
@@ -89,19 +90,19 @@ def fingerprint_table(table: DatasetTable) -> str | None:
 
 
 def fingerprint_latents(table: DatasetTable, latent: LatentSpec) -> str:
-    """Return a fingerprint of the latent space and of how the family interprets the table's keys."""
+    """Return a hash of the latent space and of the table keys that the family fills in."""
     set_by_family = [getattr(table, name) for name in _SET_BY_FAMILY]
     # without `npz`, which contains sets, whose order in a text varies
     return _hash(repr((dataclasses.replace(latent, npz=None), set_by_family)))
 
 
 def _hash(text: str) -> str:
-    """Return a short digest of a text, which may contain file names with bytes that are not UTF-8."""
+    """Return a short hash of a text, which may contain file names that are not UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def _list_path(path: Path, only_files: bool) -> list[str]:
-    """List the names in a folder, sorted, without cache files; for a single file, its size and time.
+    """Return a folder's sorted file names, except cache files; for a single file, its size and time.
 
     Raises:
         OSError: If the folder or the file cannot be read.
@@ -123,7 +124,7 @@ def _list_path(path: Path, only_files: bool) -> list[str]:
 
 
 class Index(NamedTuple):
-    """Content of the index for a table that has not changed since its caches were made."""
+    """Content of a table's index file; it is used if no file has changed since the caches were made."""
 
     items: list[tuple[LatentFile, int]]  # sorted by file name, each with the number of its captions
     compared: Mapping[str, str]  # checksum of the record, by name of a cache file
@@ -131,10 +132,10 @@ class Index(NamedTuple):
 
 
 def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: LatentSpec) -> Index | None:
-    """Return the index of a table's caches; None if there is no index, or if anything has changed.
+    """Return the index of a table's caches; None if there is none, or if anything has changed since.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         names: Names of the files in the cache folder.
         tag: The family's cache_tag.
         latent: The family's latent space.
@@ -175,19 +176,19 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
 
 
 def split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
-    """Return the names of a family's latent caches, and of its text caches (also unfinished ones), sorted."""
+    """Return the sorted names of a family's latent caches, and of its text caches (also unfinished ones)."""
     latents = [name for name in names if name.endswith(f"_{tag}{cache_files.SUFFIX}")]
     texts = [name for name in names if f"{tag}_te." in name]
     return sorted(latents), sorted(texts)
 
 
 def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
-    """Count the cached captions of each source, up to the first number that is not cached.
+    """Return how many captions of each media file are cached, up to the first missing index.
 
-    A table without `multi_caption` uses only the first caption of a source, number 0.
+    A table without `multi_caption` uses only the first caption, index 0.
 
     Raises:
-        KeyError: If a source has an additional caption but not the first one.
+        KeyError: If a further caption is cached but not the first one.
     """
     numbers_by_source: dict[str, set[int]] = {}
     for line in lines:
@@ -205,9 +206,9 @@ def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -
 
 
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the cache files whose sources have not changed, each with the checksum of its record.
+    """Return the cache files whose media files have not changed, each with the checksum of its record.
 
-    `lines` are lines of the index, one for each cache file, with the size and time of its sources.
+    `lines` are lines of the index, one for each cache file, with the size and time of its media files.
     """
     current_stamps: dict[str, list[int] | None] = {}  # size and time by path; None: it cannot be read
     unchanged = {}
@@ -226,7 +227,7 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 class IndexPart(NamedTuple):
-    """The part of an index about the latents of a family, or about its text caches: a line for each file."""
+    """One part of an index file: a family's latents or its text caches, with a line for each cache file."""
 
     table_fingerprint: str  # from `fingerprint_table`
     latent_fingerprint: str  # from `fingerprint_latents`; "" for texts
@@ -235,7 +236,7 @@ class IndexPart(NamedTuple):
 
 
 def read_parts(folder: Path) -> dict[tuple[str, str], IndexPart]:
-    """Return the parts of an index by cache_tag and by LATENTS or TEXTS.
+    """Return the parts of an index file, keyed by cache_tag and LATENTS or TEXTS.
 
     Raises one of `DAMAGES` if the index cannot be read.
     """

@@ -23,7 +23,7 @@ from protocols.data import (
 
 
 class LatentFile(NamedTuple):
-    """A latent cache, described by its name; its header is read only for sizes of reference images."""
+    """A latent cache file, as its name describes it; only reference sizes are read from the header."""
 
     file: str
     stem: str  # stem of the source
@@ -41,10 +41,10 @@ def list_latent_files(
     store: CacheStore,
     reads_references: bool,
 ) -> Iterator[LatentFile]:
-    """Yield the latent caches of a table's kind among sorted file names, in their order.
+    """Yield the latent caches of a table's kind ("image" or "video") among these file names, in order.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         files: Sorted names of the files in the table's cache folder.
         tag: The family's cache_tag.
         latent: The family's latent space.
@@ -74,12 +74,12 @@ def list_latent_files(
 
 
 def depends_on_references(table: DatasetTable) -> bool:
-    """Return whether items in one batch must have reference images of equal sizes."""
+    """Return whether items can share a batch only if their reference images have equal sizes."""
     return bool(table.references or table.clip_references) and table.batch_size > 1
 
 
 def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, LatentName]]:
-    """Count the sections of each clip: files whose names differ only in the section."""
+    """Return the number of latent files (sections) per clip; their names differ only in the section."""
     num_sections: Counter[tuple[str, LatentName]] = Counter()
     for _, stem, ending in cache_files.latent_names(files, tag, "video"):
         if ending.section is not None:
@@ -88,9 +88,9 @@ def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, Late
 
 
 def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
-    """Return the bucket of a cache file from its name.
+    """Return the bucket of a latent cache file, derived from its name.
 
-    The name of an image has the original size, that of a clip the size after bucketing.
+    Names of images contain the original size, names of clips the size after bucketing.
     """
     if table.kind == "image":
         return bucket_of(table, name.size, latent.pixel_step, path)
@@ -102,13 +102,13 @@ def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path
 
 
 def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return width and height of each control, reference and guide latent of an entry, as one flat tuple.
+    """Return width and height of each control, reference and guide latent in a cache file, as a flat tuple.
 
-    Items whose references differ in number or size cannot share a batch. Mirrored references are left out,
+    Items whose references differ in number or size cannot share a batch. Mirrored references are omitted,
     because they have the sizes of the originals.
 
     Returns:
-        Alternating widths and heights; () if the entry is damaged, which is reported when a batch reads it.
+        Alternating widths and heights; () if the file is damaged, which is reported when a batch reads it.
     """
     try:
         shapes = store.read(name, is_full=False).shapes

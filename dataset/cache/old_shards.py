@@ -24,7 +24,7 @@ ShardRow = tuple[bytes, int, int, int | None, int]
 
 
 def read_old_shard(path: Path) -> list[ShardRow]:
-    """Return the rows of a shard of earlier versions, which is a tar.
+    """Return the entries of a tar shard, the format of earlier versions.
 
     A row is name, position, generation (higher replaces lower), size and checksum of an entry. A pax header
     precedes each entry; its comment has the name, the generation, the size and the checksum.
@@ -66,7 +66,7 @@ def read_old_shard(path: Path) -> list[ShardRow]:
 
 
 def _read_comment(content: bytes) -> re.Match[bytes] | None:
-    """Parse the comment in the content of a pax header; None if it has no comment in our format.
+    """Parse the comment of a tar's pax header; None if it has no comment in this program's format.
 
     Raises:
         tarfile.HeaderError: If the comment does not match its checksum.

@@ -62,11 +62,11 @@ HAS_REFERENCE = "reference_audio"
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """How a latent cache was made: encoder, table keys, source files; stored in the cache's metadata."""
+    """How latents were made: encoder, table keys and source files; stored in the cache file's metadata."""
 
     encoder: Mapping[str, str]  # Family.media_identity
     options: Mapping[str, Any]  # other options that latents depend on: span, sizes, frame rate; JSON values
-    files: tuple[FileIdentity, ...]  # the source, then its control media
+    files: tuple[FileIdentity, ...]  # the image or clip, then its control media
     clip: ClipInfo | None  # None for images
     parts: int  # number of files of the item (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
@@ -75,22 +75,22 @@ class LatentRecord:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """How one encoder's tensors in a text cache were made; stored in the cache's metadata."""
+    """How one encoder's outputs in a text cache were made; stored in the cache file's metadata."""
 
     encoder: Mapping[str, str]  # TextEncoder.identity
     caption: str
     file: FileIdentity | None  # caption file; None if the caption is in a list
     crc32: Mapping[str, str]
-    # keys of the table about captions, and the number of captions; default values are left out
+    # table keys about captions, and the number of captions; default values are omitted
     settings: Mapping[str, Any] = field(default_factory=dict)
     references: tuple[FileIdentity, ...] = ()  # images that the encoder saw with the caption
-    decoding_version: int = 0  # version of reading these images; 0: early versions, or no images
+    decoding_version: int = 0  # decoder version of these images; 0: early versions, or no images
 
 
 def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
-    """Return the metadata of a cache file: the record of latents, or of texts by encoder, as JSON."""
+    """Return a cache file's metadata: the record of latents, or of each encoder's outputs, as JSON."""
     content: dict[str, Any] = {"version": VERSION}
-    # fields that early versions did not have are left out if they are empty
+    # fields that early versions did not have are omitted if they are empty
     if isinstance(record, LatentRecord):
         latents = dataclasses.asdict(record)
         latents["as_shown"] = latents.pop("decoding_version")
@@ -112,7 +112,7 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
 
 
 def latent_record(entry: Entry) -> LatentRecord | None:
-    """Return the record of a latent cache; None if it was made by another program.
+    """Return the record of a latent cache file; None if another program made it.
 
     Raises:
         CacheError: If the record is damaged.
@@ -134,7 +134,7 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
 
 def _clip_info(content: Any) -> ClipInfo:
-    """Return the `ClipInfo` in a record.
+    """Return the clip's size and frame count from a record.
 
     Raises ValueError, TypeError or KeyError if the record is damaged.
     """
@@ -146,7 +146,7 @@ def _clip_info(content: Any) -> ClipInfo:
 
 
 def split_record(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
-    """Split the JSON of a latent cache's record into its settings, as text, and its source files, parsed.
+    """Split the JSON of a latent cache's record into its settings, as text, and its media files, parsed.
 
     Comparing text is faster than parsing it, and items of a table often have equal settings.
 
@@ -169,7 +169,7 @@ def split_record(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]]
 
 
 def text_records(entry: Entry) -> dict[str, TextRecord]:
-    """Return the records of a text cache by encoder name; {} if it has none.
+    """Return the records of a text cache file by encoder name; {} if it has none.
 
     Raises:
         CacheError: If the records are damaged.
@@ -191,7 +191,7 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
 
 
 def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | None]:
-    """Return the folder of each file in a record of latents, which has only the names of the files.
+    """Return the folder of each file in a latent record, which contains only file names.
 
     Records list the files of an item in this order: the item itself, control media, mask, control mask,
     references, guides, rejected item, audio, layers. The options of the record say how many there are of
@@ -218,7 +218,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
-    """Raise CacheError if a tensor of the record is missing or its bytes have changed."""
+    """Raise CacheError if a tensor is missing or has another checksum than `crc32` records."""
     for name, expected in crc32.items():
         if name not in entry.named:
             raise CacheError(f"{entry.path}: damaged, it has no tensor {name}, which its record lists")
@@ -227,7 +227,7 @@ def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
 
 
 def require_finite(tensor: Tensor, item: str, key: str) -> None:
-    """Raise CacheError if a value is NaN or infinite, because it would ruin the training."""
+    """Raise CacheError if a tensor contains NaN or infinity, which would ruin the training run."""
     if is_finite(tensor):
         return
     num_wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
@@ -238,7 +238,7 @@ def require_finite(tensor: Tensor, item: str, key: str) -> None:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Describe how two mappings of JSON values differ; None if they are equal."""
+    """Return how two mappings of JSON values differ, as text; None if they are equal."""
     if then == now:
         return None
     # through JSON, which turns tuples into lists: then a value from a file equals the same value in memory
@@ -249,22 +249,22 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
 
 def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
-    """Return size, time and content hash of a file, or of the images in a folder.
+    """Return size, modification time and content hash of a file or of a folder of images.
 
-    `origin` is where the file was read from if it is not a file on disk; a file at an address is downloaded.
+    `origin` says where the file is read from if it is not on disk; a remote file is downloaded.
     """
     size_bytes, mtime_ns = size_and_mtime(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
 
 
 def is_unchanged(recorded: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
-    """Return whether a file equals the recorded one; its content is read only if its time alone differs.
+    """Return whether a file equals the recorded one; its content is read only if just its time differs.
 
-    If a download was removed, a source with the same address counts as unchanged and is not downloaded again.
+    If a download was removed, a source with the same URL counts as unchanged and is not downloaded again.
 
     Raises:
         OSError: If the file is missing.
-        MediaError: If a folder has no images any more.
+        MediaError: If a folder no longer has images.
     """
     if isinstance(origin, Remote) and not path.exists():
         return recorded.name == path.name  # the name includes a hash of the address
@@ -299,9 +299,9 @@ def size_and_mtime(path: Path, origin: Origin | None = None) -> tuple[int, int]:
 # cached, because in a dataset that was copied without its times, training hashes every item at each check
 @functools.lru_cache(maxsize=4096)
 def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | None = None) -> str:
-    """Return SHA-256 of a file, or of the names and hashes of a folder's images.
+    """Return the SHA-256 of a file, or of the names and hashes of a folder's images.
 
-    `size_bytes` and `mtime_ns` are only keys of the cache: a changed file is read again.
+    `size_bytes` and `mtime_ns` are only keys of the hash cache: a changed file is read again.
     """
     digest = hashlib.sha256()
     if origin is not None and not isinstance(origin, Remote):  # the file is inside a tar or a table
@@ -320,9 +320,9 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
 @contextlib.contextmanager
 def _read_record(entry: Entry, key: str) -> Iterator[Any]:
-    """Yield the value of a key ("latents" or "texts") in an entry's record; None if there is no record.
+    """Yield a key's value ("latents" or "texts") in the record of a cache file; None if it has no record.
 
-    It is a context manager, because errors in its `with` block show a damaged record: they become CacheError.
+    This is a context manager, so that errors in the block, which mean a damaged record, become CacheErrors.
     """
     record_json = entry.metadata.get(RECORD_KEY)
     if record_json is None:
@@ -350,15 +350,15 @@ def _crc(text: str) -> str:
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
-    """Return the number of pixel frames in a section whose window has `window` latent frames."""
+    """Return how many pixel frames a section of `window` latent frames has."""
     return latent.count_frames(window)
 
 
 def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
-    """Describe how the options of two records differ; None if they agree.
+    """Return how the options of two cache records differ, as text; None if they agree.
 
-    Records leave out the keys of sections that have their default values. For models without sections, these
-    keys are ignored, because one dataset may serve several models.
+    Records omit section keys that have their defaults. For models without sections, these keys are ignored,
+    because one dataset may serve several models.
     """
     section_defaults = defaults_of(SECTIONS)
     if latent.in_sections:
@@ -370,10 +370,10 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
 
 @dataclass
 class CacheChecks:
-    """Checks for sources that have changed since they were cached, during one run.
+    """Checks whether media files have changed since they were cached, during one run.
 
-    Files newer than `started_ns` pass, so that an edit does not end the run. Missing sources are not an
-    error, because training needs only the caches.
+    Files that were modified after `started_ns` pass, so that an edit does not stop the run. Missing files are
+    not an error, because training only needs the caches.
     """
 
     started_ns: int = field(default_factory=time.time_ns)
@@ -382,18 +382,19 @@ class CacheChecks:
     checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Mark the cache `key` of the table with index `table` as checked: its sources have not changed.
+        """Record that the source files of a cache are unchanged.
 
-        After `max_checked` items, all earlier ones are forgotten and will be checked again.
+        `table` is the index of the table, `key` the name of the cache. After `max_checked` items, all earlier
+        ones are forgotten and will be checked again.
         """
         if len(self.checked) >= self.max_checked:
             self.checked.clear()
         self.checked.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
-        """Return the first existing source file that has changed since its identity was recorded.
+        """Return the first existing media file that has changed since its identity was recorded, or None.
 
-        `folders` has the folder of each file, or None if it is unknown.
+        `folders` contains the folder of each file, or None if it is unknown.
         """
         for folder, file in zip(folders, files, strict=True):
             if folder is None:

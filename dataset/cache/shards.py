@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SHARD_BYTES = 1 << 30  # a shard of at least this size is finished, and the writer begins another one
-# a shard is also finished after this time: other machines see the entries of finished shards only
+SHARD_BYTES = 1 << 30  # a shard of at least this size is finished, and the writer starts another one
+# a shard is also finished after this time: other machines see only finished shards
 SHARD_SECONDS = 300.0
 MAX_OPEN = 64  # shards that are open at once
 SMALL = 0.5  # fraction of SHARD_BYTES; smaller shards are merged
@@ -49,7 +49,7 @@ LOCK = ".cache-index.lock"  # exists while shards are merged
 
 
 class ShardStore:
-    """Store whose entries are in shards, SQLite files with many cache entries each."""
+    """Cache store that keeps its entries in shards: SQLite files with many entries each."""
 
     holds_only_caches, is_shared = True, False
 
@@ -68,7 +68,7 @@ class ShardStore:
         return ShardStore, (self.folder, self._shard_bytes)
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, after looking for new shards."""
+        """Return the names of all entries, after a look for new shards."""
         with self._lock:
             return self._read_catalog(is_new=True).names()
 
@@ -78,7 +78,7 @@ class ShardStore:
             return row is not None and row.size is not None
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Read an entry to the CPU, or only its header if `is_full` is False.
+        """Read a cache entry to the CPU, or only its header if `is_full` is False.
 
         Raises:
             CacheError: If the entry is missing or damaged.
@@ -88,7 +88,7 @@ class ShardStore:
             return unpack(path, self.read_bytes(name))
 
         def read_header(row: EntryRow) -> Entry:
-            """Read the beginning of the entry's blob; from a tar, all bytes of the entry."""
+            """Read only the beginning of an entry; from a tar, all of its bytes."""
             connection = self._open(row.shard)
             if connection is None:  # a tar
                 data = _read_row(connection, self.folder, row)
@@ -99,21 +99,21 @@ class ShardStore:
         return self._read_with_retry(name, read_header)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read the bytes of an entry, which are those of a safetensors file.
+        """Read the bytes of a cache entry: a complete safetensors file.
 
         Raises:
-            CacheError: If the entry is missing or damaged.
+            CacheError: If the file is missing from the shards or damaged.
         """
         return self._read_with_retry(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write tensors as the bytes of a safetensors file, into this process's shard."""
+        """Append tensors to this process's shard, as the bytes of a safetensors file."""
         self.write_bytes(name, safetensors_bytes(tensors, dict(sorted(metadata.items()))))
 
     def write_bytes(self, name: str, data: bytes | None) -> None:
         """Write an entry with the bytes of a safetensors file; None marks the entry as removed.
 
-        This process's shard is finished when it is large or old enough; the next write begins another one.
+        This process's shard is finished when it is large or old enough; the next write starts another one.
 
         Raises:
             OutputError: If the entry cannot be written.
@@ -128,7 +128,7 @@ class ShardStore:
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
             replaced = catalog.entries.get(name)
-            # of several rows of an entry, the one with the highest generation is used
+            # if an entry has several rows, the one with the highest generation is used
             generation = 0 if replaced is None else replaced.generation + 1
             catalog.entries[name] = self._writer.put(encode_name(name), generation, data)
 
@@ -139,11 +139,11 @@ class ShardStore:
                 self.write_bytes(name, None)
 
     def close(self, is_last: bool = False) -> None:
-        """Finish this process's shard, so that all written entries survive; later writes begin another shard.
+        """Finish this process's shard, so that all written entries survive; later writes start a new shard.
 
         Args:
-            is_last: Whether all writers of a run have finished. Then small shards are merged, and the bytes
-                of removed and damaged entries are freed.
+            is_last: Whether all writers of a run have finished. Then small shards are merged, and removed and
+                damaged entries are deleted.
 
         Raises:
             OutputError: If the disk is full; no entry is lost.
@@ -154,7 +154,7 @@ class ShardStore:
                 merge_shards(self.folder, self._shard_bytes)
 
     def _finish(self) -> None:
-        """Finish the shard that is being written."""
+        """Finish the shard that this process is writing, if any."""
         writer = self._writer
         if writer is not None:
             self._writer = None
@@ -164,7 +164,7 @@ class ShardStore:
     # --- reading ---
 
     def _read_catalog(self, is_new: bool = False) -> Catalog:
-        """Return the catalog, which says in which shard each entry is.
+        """Return the index that maps each entry to its shard.
 
         With `is_new`, it includes shards that other processes have finished since it was read.
         """
@@ -187,12 +187,12 @@ class ShardStore:
         return self._catalog
 
     def _discard_catalog(self) -> None:
-        """Discard the catalog and the opened shards, because shards have changed."""
+        """Drop the cached index and the opened shards, because the shards have changed."""
         self._catalog = None
         self._opened = {}
 
     def _read_with_retry(self, name: str, read: Callable[[EntryRow], T]) -> T:
-        """Return `read` of an entry's row; if it fails, list the shards again and try once more.
+        """Call `read` with an entry's row and return the result; if that fails, reload the shards and retry.
 
         Another process may have merged the shards since they were listed.
         """
@@ -204,7 +204,7 @@ class ShardStore:
         return self._read_entry(name, read)
 
     def _read_entry(self, name: str, read: Callable[[EntryRow], T]) -> T:
-        """Return `read` of an entry's row; raise CacheError if the entry is missing or cannot be read."""
+        """Call `read` with an entry's row and return its result; raise CacheError if this fails."""
         with self._lock:
             row = self._read_catalog().entries.get(name)
         if row is None or row.size is None:
@@ -215,7 +215,7 @@ class ShardStore:
             raise CacheError(f"{self.folder / name}: cannot be read from {row.shard} ({error})") from None
 
     def _open(self, shard: str) -> sqlite3.Connection | None:
-        """Open a shard; None for a tar. A shard stays open while another thread reads from it."""
+        """Open a shard for reading; None if it is a tar. It stays open while another thread reads from it."""
         with self._lock:
             if shard.endswith(".tar"):
                 return None
@@ -224,20 +224,20 @@ class ShardStore:
             if shard not in self._opened:
                 if len(self._opened) >= MAX_OPEN:
                     oldest = next(iter(self._opened))
-                    self._opened.pop(oldest)  # closed when no thread reads from it any more
+                    self._opened.pop(oldest)  # closed when no thread reads from it
                 self._opened[shard] = open_shard(self.folder / shard)
             return self._opened[shard]
 
 
 def _finished(shards: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes of shards that are not being written."""
+    """Return the shards that are not being written, with their sizes in bytes."""
     return {name: size for name, size in shards.items() if not name.endswith(".writing")}
 
 
 def _read_row(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes:
     """Return the bytes of an entry.
 
-    `connection` is that of its shard; None for a tar.
+    `connection` is open on its shard; None for a tar.
 
     Raises:
         CacheError: If the bytes are missing or differ from those written.
@@ -263,7 +263,7 @@ def _read_row(connection: sqlite3.Connection | None, folder: Path, row: EntryRow
 
 
 def shard_errors(folder: Path) -> list[str]:
-    """Return a line for each shard of a folder that cannot be read."""
+    """Return a line for each unreadable shard in a folder."""
     return Catalog(folder).problems
 
 
@@ -304,7 +304,7 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
     because another shard of the folder may still have the entry.
     """
     live_bytes = catalog.count_live_bytes()
-    # the name of the file is unimportant, only its disk counts
+    # the file name does not matter, only its disk
     check_space(folder / "cache", sum(live_bytes[name] for name in shards))
     entries = [(name, row) for name, row in sorted(catalog.entries.items()) if row.shard in shards]
     connections: dict[str, sqlite3.Connection] = {}  # of the old shards
@@ -340,11 +340,11 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
 
 
 def _read_to_copy(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes | None:
-    """Return the bytes of an entry; None if it was removed.
+    """Return the bytes of an entry, to copy them; None if it was removed.
 
     Raises:
         CacheError: If the entry is damaged.
-        OutputError: If the volume, not the content, is at fault: the shard may be intact.
+        OutputError: If the disk fails rather than the content: the shard may be intact.
     """
     if row.size is None:
         return None

@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SingleFiles:
-    """Store with a file for each entry, the format that other trainers read and write."""
+    """Cache store with one safetensors file per entry, the format that other trainers read and write."""
 
     folder: Path
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
-        """List the names in the cache folder; [] if the folder does not exist."""
+        """Return the file names in the cache folder; [] if the folder does not exist."""
         # not `iterdir`, because creating a Path for each name takes longer than listing; not a set, because
         # building it takes as long as listing
         return os.listdir(self.folder) if self.folder.is_dir() else []
@@ -57,7 +57,7 @@ class SingleFiles:
         return read_entry(path, is_full)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a file, completely or not at all, even if the process is killed."""
+        """Write a file atomically: it is complete or missing, even if the process is killed."""
         write_tensors(self.folder / name, tensors, metadata)
 
     def read_bytes(self, name: str) -> bytes:
@@ -72,7 +72,7 @@ class SingleFiles:
             raise CacheError(f"{self.folder / name}: cannot be read ({error.strerror})") from error
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write these bytes as a file. Raises OutputError if the file cannot be written."""
+        """Write these bytes to the file `name`. Raises OutputError if it cannot be written."""
         write_bytes(self.folder / name, data)
 
     def remove(self, name: str) -> None:
@@ -80,16 +80,16 @@ class SingleFiles:
         (self.folder / name).unlink(missing_ok=True)
 
     def close(self, is_last: bool = False) -> None:
-        """Remove leftovers of killed writers; each file is flushed when it is written."""
+        """Remove unfinished files of killed processes; complete files were flushed when written."""
         if is_last and self.folder.is_dir():
             remove_leftovers(self.folder, is_cache_name)
 
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """Store with its entries in memory. Reading copies nothing, so tensors must not be changed.
+    """Cache store that keeps its entries in memory. Reading copies nothing: do not change returned tensors.
 
-    Only the training process reads from it; it is not sent to other processes.
+    Only the training process reads from it; it is not sent to worker processes.
     """
 
     folder: Path  # for messages
@@ -105,19 +105,19 @@ class MemoryStore:
         return name in self.entries
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Return an entry in memory; it is always complete."""
+        """Return an entry from memory, always with its tensors."""
         if name not in self.entries:
             raise CacheError(f"{self.folder / name}: it is not in memory")
         return self.entries[name]
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Copy tensors to host memory."""
+        """Keep copies of the tensors in host memory under this name."""
         # copies, because the output of an encoder may be a view of a larger tensor
         named = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         self.entries[name] = Entry.of(self.folder / name, dict(metadata), named)
 
     def remove(self, name: str) -> None:
-        """Remove an entry if it exists."""
+        """Remove an entry from memory, if it exists."""
         self.entries.pop(name, None)
 
     def close(self, is_last: bool = False) -> None:
@@ -147,13 +147,13 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 
 
 def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, folder: Path) -> CacheStore:
-    """Open the store of caches that are shared with other programs, in one of the formats `SHARED_CACHES`.
+    """Open a store of caches that are shared with other trainers, in one of the formats `SHARED_CACHES`.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         names: The family's names in npz files.
         cache_format: A key of SHARED_CACHES.
-        folder: Folder of the caches. The caches of images that a list names are next to these images instead.
+        folder: Folder of the caches. If a list names the images, their caches are next to them instead.
 
     Raises:
         DatasetError: If the family has no caches in this format.
@@ -162,7 +162,7 @@ def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, 
 
 
 def _list_images(table: DatasetTable) -> dict[str, Path]:
-    """Return the paths, without suffix, of the images that a list names, by stem.
+    """Return the paths without suffix, by stem, of the images that a list names.
 
     Returns {} if the table's images are all in its folder.
     """
@@ -175,14 +175,14 @@ def _list_images(table: DatasetTable) -> dict[str, Path]:
 
 
 def may_have_both_formats(table: DatasetTable, names: Collection[str] | None = None) -> bool:
-    """Return whether a table may have both single files and shards, although `cache_format` names one format.
+    """Return whether a table may have both single cache files and shards; `cache_format` names only one.
 
     `names` are the names in the table's cache folder, if they have been listed.
     """
     folder = table.cache_directory
     if table.cache_format == "shards":
         return True
-    if table.cache_format != "files":  # files next to shared caches may be those of another training run
+    if table.cache_format != "files":  # files next to shared caches may belong to another training run
         return False
     if names is None:
         names = os.listdir(folder) if folder.is_dir() else ()
@@ -190,14 +190,14 @@ def may_have_both_formats(table: DatasetTable, names: Collection[str] | None = N
 
 
 def npz_names(family: Caches) -> NpzNames:
-    """Return the properties of a family that determine the names of npz files and of their arrays."""
+    """Return the facts about a family that determine the names of npz files and their arrays."""
     has_npz = family.latent.npz is not None
     # text_keys is not read without need, because for some families it requires options for all encoders
     return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
 
 
 class StorePair(NamedTuple):
-    """The store of a table's latents and the store of its text embeddings."""
+    """A table's store for latents and its store for text embeddings."""
 
     latents: CacheStore
     texts: CacheStore
@@ -205,21 +205,21 @@ class StorePair(NamedTuple):
 
 @dataclass
 class Stores:
-    """The stores of a run's tables, each opened when it is first asked for.
+    """The cache stores of a run's tables, each opened when it is first needed.
 
-    It is copied into the processes that read batches, so stores can be pickled.
+    Stores are sent to the worker processes that read batches, so they can be pickled.
     """
 
     names: NpzNames | None = None  # the family's names in npz files; None: no table has npz files
     # stores by table index, for tables whose entries are not where their cache_format says
     custom_stores: Mapping[int, StorePair] = field(default_factory=dict)
     trusts_shared_caches: bool = False  # existing shared files count as valid without being read
-    skip_existing: bool = False  # entries without a record are valid if their size or their caption fits
+    skip_existing: bool = False  # entries without a record are valid if their size or caption matches
     verify: bool = False  # read all values to compare entries, no matter how many entries there are
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)  # by table index and folder
 
     def latent_store(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's latents.
+        """Return the store for a table's latents.
 
         Raises:
             DatasetError: If the table's format is npz but the family has no npz names.
@@ -232,13 +232,13 @@ class Stores:
         return self._opened[key]
 
     def text_store(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's text embeddings, usually the store of its latents, too."""
+        """Return the store for a table's text embeddings; it is usually the one for its latents, too."""
         if table.index in self.custom_stores:
             return self.custom_stores[table.index].texts
         return self.latent_store(table)
 
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
-        """Close the stores of these tables, so that all written entries survive."""
+        """Close these tables' stores, so that no written entry can be lost."""
         for table in tables:
             latents, texts = self.latent_store(table), self.text_store(table)
             latents.close(is_last)
@@ -254,16 +254,16 @@ Names = Mapping[str, LatentName]
 
 
 class LatentNames:
-    """The latent cache files of one table, by the stem of the source that they were made from.
+    """Latent cache files of one table, by the stem of the image or clip that they were made from.
 
-    A table may have millions of files, so each distinct ending (the part of a name after the stem) is stored
-    only once.
+    A table may have millions of files, so each distinct name ending (what follows the stem) is stored only
+    once.
     """
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
-        """List the latent caches without opening any.
+        """Collect the names of the latent caches without opening any.
 
-        `kind` is that of the table, "image" or "video".
+        `kind` is the table's kind, "image" or "video".
         """
         self._endings: dict[str, LatentName] = {}  # parsed name by ending
         self._files: dict[str, tuple[str, ...]] = {}  # file names by stem; most stems have one
@@ -272,11 +272,11 @@ class LatentNames:
             self._files[stem] = (*self._files.get(stem, ()), file)
 
     def of(self, stem: str) -> Names:
-        """Return the latent caches of a source: the parsed name of each file."""
+        """Return the latent cache files of a stem, with their parsed names."""
         return {file: self._endings[file[len(stem) :]] for file in self._files.get(stem, ())}
 
     def list_stale(self, valid: Container[str], failed: Container[str]) -> list[str]:
-        """Return the files that are not in `valid`, sorted by stem; files of the stems in `failed` stay."""
+        """Return the cache files to remove, sorted by stem: not in `valid`, and not of a stem in `failed`."""
         stale = []
         for stem, files in self._files.items():
             if stem not in failed:
@@ -288,14 +288,14 @@ ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
-    """Remove entries that are caches without a source, and return how many were removed.
+    """Remove caches whose media file is gone, and return how many were removed.
 
-    Nothing is removed from a store that is shared with other programs.
+    Nothing is removed from a store that is shared with other trainers.
 
     Args:
-        store: Store with the entries.
-        names: Names of entries without a source, listed before the run listed its sources.
-        is_cache: Returns whether an entry's header is that of a cache, not of another safetensors file.
+        store: Store with the cache files.
+        names: Names of caches without a media file, listed before the run listed its media.
+        is_cache: Returns whether a header belongs to a cache, not to another safetensors file.
     """
     if store.is_shared:
         return 0

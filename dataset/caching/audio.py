@@ -37,12 +37,12 @@ Entries = frozenset[tuple[int, str]]  # pairs of a table index and the name of a
 
 
 class AudioCachingFamily(Caches, HearsAudio, Protocol):
-    """Protocol of the families whose clips have audio caches of their own."""
+    """Protocol of model families that cache the audio of clips in separate files."""
 
 
 @dataclass(frozen=True)
 class AudioPlan:
-    """Audio entries of one clip that are valid or missing, with the decoded audio of the missing ones."""
+    """Valid and missing audio cache files of one clip, with the decoded audio of the missing ones."""
 
     source: MediaSource
     valid_files: tuple[str, ...]  # names of valid files
@@ -57,16 +57,16 @@ class AudioPlan:
 
 
 class _AudioJob(NamedTuple):
-    """A clip with its cached items."""
+    """A clip and its cached training items, for which audio is to be encoded."""
 
     source: MediaSource
     items: Sequence[cache_files.LatentName]
 
 
 class AudioWork:
-    """Encode the audio of a dataset.
+    """Encodes and caches the audio of a dataset.
 
-    Networks are loaded when they are first needed and stay loaded until `free` is called, or until the video
+    The networks are loaded when they are first needed. They stay loaded until `free` is called or the video
     encoders replace them.
     """
 
@@ -78,7 +78,7 @@ class AudioWork:
         device: torch.device,
         before_loading: Callable[[], None] = lambda: None,
     ) -> None:
-        """List the existing audio entries of all video tables.
+        """List the existing audio cache files of all clip tables.
 
         `before_loading` is called to free the device before the networks are loaded.
         """
@@ -97,19 +97,19 @@ class AudioWork:
     def encode(
         self, sources: Sequence[MediaSource], latents: Entries, workers: int, shows: bool
     ) -> CacheReport:
-        """Encode the audio of all items that have cached latents but no valid audio entry.
+        """Encode the audio of all items that have cached latents but no valid audio cache.
 
         A clip whose audio cannot be read, or is missing but required, becomes a failure in the report.
 
         Args:
-            sources: Sources of the clips.
-            latents: Valid latent entries of these sources.
+            sources: The clips.
+            latents: Valid latent caches of these clips.
             workers: Number of threads that decode audio.
             shows: Whether a progress bar is shown.
 
         Raises:
             CheckpointError: If a network cannot be loaded.
-            OutputError: If an entry cannot be written.
+            OutputError: If a cache file cannot be written.
         """
         items_by_clip = self._group_by_clip(latents)
         jobs: list[_AudioJob] = []
@@ -145,9 +145,9 @@ class AudioWork:
         return replace(report, valid=frozenset(valid))
 
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
-        """Remove a table's audio entries that are not in `valid`; return their number.
+        """Remove a table's audio cache files that are not in `valid`; return their number.
 
-        `failed` are the stems of sources that failed, whose entries are kept.
+        `failed` contains the stems of clips that could not be read; their files are kept.
         """
         if table.index not in self._existing:
             return 0
@@ -156,15 +156,15 @@ class AudioWork:
         return remove_caches(self._stores.latent_store(table), stale, is_of_family)
 
     def free(self) -> None:
-        """Release the networks, if they are loaded."""
+        """Free the audio encoder's memory if it is loaded."""
         if self._networks is not None:
             self._networks = None
             free_memory(self._device)
 
     def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> AudioPlan:
-        """Compare a clip's audio entries with those that this run would write.
+        """Compare a clip's audio cache files with those that this run would write.
 
-        With `audio = "ignore"`, existing entries are kept, and none counts as missing.
+        With `audio = "ignore"`, existing files are kept, and none counts as missing.
         """
         files_by_item = {name: name.file_name(self._tag) for name in names}
         if source.table.audio == IGNORE:
@@ -186,7 +186,7 @@ class AudioWork:
         return AudioPlan(source, tuple(valid_files), num_without_record, tuple(missing_items))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
-        """Return how many of a clip's latent caches have a valid audio entry.
+        """Return how many of a clip's latent caches have a valid audio cache.
 
         `files` are the names of the latent caches.
         """
@@ -195,7 +195,7 @@ class AudioWork:
         return len(self.plan(source, items, self._stores.verify).valid_files)
 
     def _group_by_clip(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
-        """Return the cached latents of each item, by index of the table and stem of the clip."""
+        """Return the cached latents of each clip, by table index and stem of the clip."""
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
             if index in self._existing:
@@ -207,7 +207,7 @@ class AudioWork:
         return items
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
-        """Check that an item's cached audio is what this run would write; return whether it has a record.
+        """Check that a cached audio file is what this run would write; return whether it has a record.
 
         Raises:
             CacheError: If the audio has to be encoded again.
@@ -236,9 +236,9 @@ class AudioWork:
         return True
 
     def _options(self, source: MediaSource, name: cache_files.LatentName) -> dict[str, Any]:
-        """Return the options on which an item's audio depends, as its record has them."""
+        """Return the settings that an item's cached audio depends on; its record stores them."""
         source_fps = source.table.source_fps
-        # without source_fps, no frames are dropped to reach the family's rate
+        # if source_fps is not set, no frames are dropped to reach the family's rate
         fps = None if source_fps is None else self._family.defaults.fps
         options = {"span": [*(name.span or ())], "source_fps": source_fps, "fps": fps}
         if source.reference_audio is not None:  # a key of its own, so that other caches stay valid
@@ -273,9 +273,9 @@ class AudioWork:
         return replace(plan, files=files, rate=fps, samples=tuple(samples), references=tuple(references))
 
     def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
-        """Return each item's reference audio, as long as the item; [] if the clip has no reference.
+        """Return each item's reference audio, cut to the item's length; [] if the clip has no reference.
 
-        `seconds` are the lengths of the items. Raises MediaError if it cannot be read.
+        `seconds` are the lengths of the items. Raises MediaError if the audio cannot be read.
         """
         if source.reference_audio is None:
             return []
@@ -288,7 +288,7 @@ class AudioWork:
     def _encode(
         self, file: str, name: cache_files.LatentName, index: int, plan: AudioPlan
     ) -> Callable[[], None]:
-        """Encode the audio of an item, at `index` of the plan; return the function that writes its entry."""
+        """Encode an item's audio, at `index` of the plan; return the function that writes its cache file."""
         if self._networks is None:
             self._before_loading()
             self._networks = self._family.audio_networks(self._device, decodes=False)
@@ -326,7 +326,7 @@ class AudioWork:
 
 
 def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
-    """Return the report with the numbers of a clip's files, and with the clip if it has no audio."""
+    """Return the report with a clip's audio cache files counted, and the clip listed if it has no audio."""
     silent = () if plan.silence_reason is None else (Failure.of(plan.source, plan.silence_reason),)
     return replace(
         report,
@@ -338,9 +338,9 @@ def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
 
 
 def _source_files(source: MediaSource) -> list[tuple[Path, Origin | None]]:
-    """Return the files that cached audio depends on.
+    """Return the files that cached audio depends on, each with its `Origin` if it is packed or downloaded.
 
-    These are the clip (for its rate), and separate files of its audio and of the reference for its audio.
+    These are the clip (for its frame rate), its separate audio file, and the reference audio, if any.
     """
     parts: list[tuple[Path, Origin | None]] = [source.latent_inputs[0]]
     if source.audio is not None:

@@ -30,7 +30,7 @@ from protocols.data import LatentSpec
 
 
 class _IndexedFile(NamedTuple):
-    """Origin of a cache file in the previous index, which saves opening the file again."""
+    """Facts about a cache file from the previous index, so that the file need not be opened again."""
 
     stamp: list[int]  # size and time of the cache file
     record: str  # checksum of its record
@@ -46,19 +46,19 @@ def write_index(
     valid: Collection[str],
     left_out: Mapping[str, str],
 ) -> None:
-    """Write one part of a table's index (a line for each cache file of LATENTS or TEXTS), replacing the old.
+    """Write the LATENTS or TEXTS part of a table's index file, with a line for each cache file.
 
     If the process is killed, the previous index remains. Another process that writes at the same time waits.
     If the index cannot be written, there is none, and training lists the caches instead.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         part: LATENTS or TEXTS.
         tag: The family's cache_tag.
         latent: The family's latent space.
-        table_fingerprint: Fingerprint taken before the sources of the table were listed, or None.
+        table_fingerprint: Hash of the table, taken before its media were listed; None: write no index.
         valid: Names of the cache files that this run made, or compared with their sources.
-        left_out: Paths of the sources that could not be cached, by stem.
+        left_out: Paths of the media files that could not be cached, by stem.
     """
     store = SingleFiles(table.cache_directory)
     path = store.folder / NAME
@@ -103,7 +103,7 @@ def write_index(
 def _list_latents(
     table: DatasetTable, names: Sequence[str], tag: str, latent: LatentSpec, store: SingleFiles
 ) -> list[dict[str, Any]]:
-    """Return a line of the index for each latent cache, without its origin."""
+    """Return an index line for each latent cache file; the files' origins are added later."""
     files = list_latent_files(
         table,
         names,
@@ -125,7 +125,7 @@ def _list_latents(
 
 
 def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
-    """Yield a line of the index for each text cache, without its origin."""
+    """Yield an index line for each text cache file; the file's origin is added later."""
     for file in files:
         stem = cache_files.parse_text_name(file, tag)
         if stem is not None:
@@ -140,10 +140,10 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
 
 
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
-    """Return the fields about a cache's origin for its line in the folder's index.
+    """Return the fields of a cache file's index line that say what it was made from.
 
-    These are the checksum of its record, and size and time of the files that it was made from. If they cannot
-    be found out here, training reads the cache to compare it with its sources. `part` is LATENTS or TEXTS.
+    These are the checksum of its record, and size and time of the media files. If they cannot be found out
+    here, training reads the cache to compare it with its media. `part` is LATENTS or TEXTS.
     """
     unknown_origin: dict[str, Any] = {"record": None, "sources": {}}
     source_files: list[tuple[Path | None, FileIdentity]] = []  # folder and identity of each file
@@ -171,7 +171,7 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
 
 
 def _as_lines(parts: Mapping[tuple[str, str], IndexPart]) -> Iterator[str]:
-    """Yield the lines of an index; `parts` are by cache_tag and by LATENTS or TEXTS."""
+    """Yield the lines of an index file; `parts` are keyed by cache_tag and LATENTS or TEXTS."""
     for (tag, name), part in sorted(parts.items(), key=lambda pair: pair[0]):
         head = {
             "version": VERSION,

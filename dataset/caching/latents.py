@@ -110,7 +110,7 @@ def decode(
 
 
 def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
-    """Yield the items of a clip with their audio added."""
+    """Yield the decoded items of a clip with the audio of their spans added."""
     for item, samples in zip(items, audios.samples, strict=True):
         yield dataclasses.replace(item, audio=samples, is_heard=audios.silence_reason is None)
 
@@ -130,7 +130,7 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
 
 
 def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
-    """Load the networks that a family uses to encode images and clips.
+    """Load the networks that encode images and clips for a model family.
 
     Raises:
         CheckpointError: If an encoder cannot be loaded.
@@ -173,7 +173,7 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
 def encode(
     items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches, encoders: data.MediaEncoders | None
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Encode a batch; return the cache entries of each item, with mirrored latents if its table flips.
+    """Encode a batch; return each item's cache entries, including mirrored latents if its table has flip_aug.
 
     Args:
         items: Decoded items of equal shapes, all of one table.
@@ -202,7 +202,7 @@ def encode(
 def _latents_from_moments(
     items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches
 ) -> list[list[data.CacheEntry]]:
-    """Return the entry of each item of a batch with precomputed moments; no encoder runs."""
+    """Return a cache entry for each item of a batch with precomputed VAE moments; no encoder runs."""
     moments_by_part = zip(*(item.moments for item in items), strict=True)
     # moments of the clips and, for image-to-video models, of their first frames
     moments, *first_frame_moments = [torch.stack(tensors) for tensors in moments_by_part]
@@ -213,7 +213,7 @@ def _latents_from_moments(
 def _encode_pair(
     media: data.MediaBatch, rejected: Tensor | None, family: Caches, encoders: data.MediaEncoders
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Encode a batch and, if there are any, its rejected clips, whose latents are added to the entries."""
+    """Encode a batch; latents of its rejected clips, if there are any, are added to the same entries."""
     encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
     if rejected is None:
         return encoded
@@ -221,7 +221,7 @@ def _encode_pair(
 
 
 def _with_frames(media: data.MediaBatch, rejected: Tensor) -> data.MediaBatch:
-    """Return the batch with the rejected clips in place of the chosen ones, for the same control media.
+    """Return the batch with the rejected clips instead of the chosen ones, and the same control media.
 
     `rejected` are the rejected clips, B F H W C uint8. The alpha channel of the chosen clips does not apply
     to them and is dropped.
@@ -232,7 +232,7 @@ def _with_frames(media: data.MediaBatch, rejected: Tensor) -> data.MediaBatch:
 def _add_all_rejected(
     encoded: Sequence[Sequence[data.CacheEntry]], encoded_rejected: Sequence[Sequence[data.CacheEntry]]
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Return the entries of each item with the latents of its rejected clip added."""
+    """Return each item's cache entries with the latents of its rejected (worse) clip added."""
     joined = []
     for entries, rejected_entries in zip(encoded, encoded_rejected, strict=True):
         pairs = zip(entries, rejected_entries, strict=True)
@@ -247,7 +247,7 @@ def _add_rejected(entry: data.CacheEntry, rejected: data.CacheEntry) -> data.Cac
 
 
 def _mirror(media: data.MediaBatch) -> data.MediaBatch:
-    """Return the batch mirrored from left to right, for flip_aug; its keys get a suffix."""
+    """Return the batch mirrored from left to right, for flip_aug; its item keys get a suffix."""
     return dataclasses.replace(
         media,
         frames=media.frames.flip(3),
@@ -260,7 +260,7 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
 
 
 def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
-    """Return a cache entry that also has the tensors of the mirrored item."""
+    """Return a cache entry with the tensors of the original and of the mirrored item."""
     tensors = dict(entry.tensors)
     for key, tensor in mirrored.tensors.items():
         is_mirrored = key.startswith("latents") or key == data.CONTROL_PIXELS
@@ -270,9 +270,9 @@ def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.Cac
 
 
 def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
-    """Return all tensors of an entry, including loss mask and frame rate, by their names in the file.
+    """Return all tensors of a cache entry, including loss mask and frame rate, by their names in the file.
 
-    The names of latents contain their size and dtype. Families of images store them without the frame axis.
+    The names of latents contain their size and dtype. Image families store them without the frame axis.
     """
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
@@ -303,18 +303,18 @@ def write_entry(
     record: LatentRecord,
     additional_metadata: Mapping[str, str],
 ) -> None:
-    """Write a latent cache with its record.
+    """Write a latent cache file with its record.
 
     Args:
         store: Store to write to.
         family: Family that made the latents.
-        file: Name of the entry.
+        file: Name of the cache file.
         named: Tensors by their names in the file.
-        record: Record of the origin; checksums are added.
-        additional_metadata: Further metadata entries.
+        record: How the latents were made; checksums are added.
+        additional_metadata: Further metadata.
 
     Raises:
-        OutputError: If the entry cannot be written.
+        OutputError: If the file cannot be written.
         CacheError: If a value is NaN or infinite.
     """
     for name, tensor in named.items():

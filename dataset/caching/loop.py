@@ -44,7 +44,7 @@ TIMEOUT = datetime.timedelta(days=7)  # one process may take far longer than ano
 
 @dataclass(frozen=True)
 class NextCommand:
-    """The command to run after a caching command, and a function that remembers this command's options."""
+    """The command to run after a caching command, and a function that stores this command's options."""
 
     argv: Sequence[str]  # the command line
     remember: Callable[[], None]  # writes the options of this command into the cache folders
@@ -52,7 +52,7 @@ class NextCommand:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's rank among `num_processes`, and its device."""
+    """This process's share of the work: its rank among `num_processes`, and its device."""
 
     rank: int
     num_processes: int
@@ -60,7 +60,7 @@ class Share:
     group: Any = None  # process group of torch.distributed; None for a single process
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank. All processes must call it."""
+        """Return the values of all processes, by rank. All processes must call this."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.num_processes
@@ -70,7 +70,7 @@ class Share:
 
 @contextlib.contextmanager
 def join_processes(device: str | None) -> Iterator[Share]:
-    """Connect the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
+    """Connect the processes that torchrun, accelerate or mpirun started; yield this process's share.
 
     Processes communicate through gloo, on the CPU, no matter on which device they encode.
 
@@ -108,7 +108,7 @@ def join_processes(device: str | None) -> Iterator[Share]:
 
 
 def _read_first(names: Sequence[str]) -> int | None:
-    """Return the integer in the first of some environment variables that is set; None if none is set."""
+    """Return the integer in the first of these environment variables that is set; None if none is."""
     for name in names:
         if name in os.environ:
             return int(os.environ[name])
@@ -118,16 +118,16 @@ def _read_first(names: Sequence[str]) -> int | None:
 def cache(
     kind: str, family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
 ) -> CacheReport:
-    """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
+    """Encode all media without a valid cache, in all processes of a launcher; then remove stale files.
 
-    A source that cannot be read becomes a failure in the report and does not stop the run. Encoders are
+    A media file that cannot be read becomes a failure in the report and does not stop the run. Encoders are
     loaded only if there is something to encode. A text cache is complete when all of its encoders have run;
     until then there is a `.part` file, which a later run continues.
 
     Args:
         kind: LATENTS or TEXTS.
         family: Family that encodes.
-        config: The dataset.
+        config: The dataset file.
         options: Options of the run.
         stores: Stores of the caches; None for those that the tables name.
 
@@ -179,16 +179,16 @@ def _write_indexes(
     report: CacheReport,
     fingerprints: Mapping[int, str | None],
 ) -> None:
-    """Write the results of a run into the index of each table, from which training lists the caches.
+    """Write the results of a caching run to each table's index file, which training reads.
 
-    `fingerprints` are the fingerprints of the tables, by table index.
+    `fingerprints` are the hashes of the tables, by table index.
     """
     for table in config.datasets:
         if not is_indexed(table, audio_of(family)):
             continue
         left_out = {}
         for failure in (*report.failures, *report.dropped):
-            # the path of a failure of the whole list is that of the table, not of a source
+            # if the whole list failed, the failure has the path of the table, not of a media file
             if failure.table == table.index and failure.path != table.source:
                 left_out[failure.stem] = str(failure.path)
         write_index(
@@ -215,7 +215,7 @@ def run_caching(
     Args:
         kind: LATENTS or TEXTS.
         family: Family that encodes.
-        config: The dataset.
+        config: The dataset file.
         options: Options of the run.
         debug: Options of --debug_mode; None if the command has none.
         next_command: The command to run next, shown unless only a shard was cached.
@@ -242,7 +242,7 @@ def run_caching(
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(INTERRUPTED_NOTE) from None
-    if report.is_main:  # one of several processes writes for all
+    if report.is_main:  # one process writes for all of them
         next_command.remember()  # stores this command's options for training
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config=config, report=report, fingerprints=fingerprints)
@@ -260,7 +260,7 @@ def run_caching(
 
 
 def _conclude_shard(kind: str, report: CacheReport, costs: Sequence[Row]) -> None:
-    """Show the report of one shard (--num_shards), and the command that completes all of them."""
+    """Show the report of one shard (--num_shards), and the command to run when all shards are done."""
     noun = "captions" if kind == TEXTS else "sources"
     shard_rows: list[Row] = [
         ("this shard", f"{report.num_assigned} of {report.num_total} {noun}"),

@@ -36,7 +36,7 @@ Main = Callable[[Sequence[str], Callable[..., None]], None]
 
 
 class CachingActor:
-    """A callable class for `map_batches`: caches the shards of each batch, and returns their results.
+    """Callable class for Ray's `map_batches`: caches the shards of each batch and returns their results.
 
     A call takes the column `shard_index`. It returns the columns `shard_index`, the counts `written`, `kept`
     and `sources`, `failures` (a JSON list of messages) and `error` ("" if the shard was completed).
@@ -69,12 +69,12 @@ class CachingActor:
         self._tables: Sequence[DatasetTable] = ()
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        """Cache some shards. A UserError becomes the `error` of its shard; other errors are raised."""
+        """Cache the shards of a batch. A UserError becomes its shard's `error`; other errors propagate."""
         rows = [self._cache_shard(int(index)) for index in batch["shard_index"]]
         return {column: [row[column] for row in rows] for column in rows[0]}
 
     def _cache_shard(self, index: int) -> dict[str, Any]:
-        """Cache one shard; return its results as a row of a Ray dataset."""
+        """Cache one shard of the dataset; return its results as a row of a Ray dataset."""
         error = ""
         report = CacheReport()
         try:
@@ -88,7 +88,7 @@ class CachingActor:
         return {"shard_index": index, **counts, "failures": failures, "error": error}
 
     def _load_work(self) -> MediaWork | TextWork | None:
-        """Return the caching work; the first call reads the arguments and the dataset."""
+        """Return the caching work; the first call parses the arguments and reads the dataset file."""
         if self._work is None:
             if self._folder is not None and Path(self._folder).is_dir():
                 os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
@@ -98,7 +98,7 @@ class CachingActor:
     def _create_work(
         self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object
     ) -> None:
-        """Set `_work` and `_tables` from the options that the caching script has parsed."""
+        """Set up this actor's caching work from the options that the caching script has parsed."""
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:
@@ -110,12 +110,12 @@ class CachingActor:
 
 
 def run_on_ray(main: Main, options: RayOptions) -> None:
-    """Cache all shards on a cluster, and show the results.
+    """Cache all shards on a Ray cluster, and show the results.
 
     Raises:
         InstallationError: If Ray is missing.
         OptionError: If the command cannot be run on a cluster.
-        DatasetError: If the cluster cannot be reached, a shard fails, or a source cannot be used.
+        DatasetError: If the cluster cannot be reached, a shard fails, or a media file cannot be used.
     """
     arguments = options.command[1:]
     # called instead of caching, so that wrong options are reported before the cluster is contacted
@@ -149,7 +149,7 @@ class ActorPlan(NamedTuple):
 
 
 def _plan_actors(options: RayOptions, available: Mapping[str, float]) -> ActorPlan:
-    """Decide how many actors and shards to use on a cluster with these resources, "GPU" and "CPU".
+    """Return how many actors and shards to use on a cluster with these resources ("GPU" and "CPU").
 
     Raises DatasetError if the cluster has too few, because Ray would wait for them forever.
     """
@@ -175,7 +175,7 @@ def _plan_actors(options: RayOptions, available: Mapping[str, float]) -> ActorPl
 def _cache_shards(
     ray: Any, main: Main, arguments: Sequence[str], options: RayOptions, actors: ActorPlan
 ) -> list[Mapping[str, Any]]:
-    """Let the actors cache all shards; return their results, one row for each shard (`CachingActor`)."""
+    """Let the Ray actors cache all shards; return their results, one row per shard (see `CachingActor`)."""
     num_shards = actors.num_shards
     logger.info("%d actors cache %d shards", actors.num_actors, num_shards)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -207,7 +207,7 @@ def _cache_shards(
 
 
 def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> None:
-    """Show the results of the actors, one row for each shard.
+    """Show the results of the Ray actors, one row for each shard.
 
     Raises:
         DatasetError: With the failures that the actors reported, if there are any.
@@ -230,7 +230,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
 
 
 def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines about failed shards, or, if all shards succeeded, about unusable sources."""
+    """Return error lines about failed shards; if there are none, about unusable media files."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     if errors:
         return [f"{len(errors)} of {len(rows)} shards could not be done; all others are:", *errors]
@@ -245,7 +245,7 @@ def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _reject_unsuitable(
     family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any
 ) -> None:
-    """Raise OptionError if the command only shows the dataset, or caches a single shard."""
+    """Raise OptionError if the caching command has --check, --debug_mode or a single shard."""
     options.shard.reject_beside(quote_command(["python", "tools/cache_on_ray.py"]))
     debug = arguments[0] if arguments else None
     if options.check or getattr(debug, "debug_mode", None) is not None:
@@ -253,7 +253,7 @@ def _reject_unsuitable(
 
 
 def _join_cluster(ray: Any, options: RayOptions) -> None:
-    """Connect to the cluster of --address, or start Ray on this machine with enough processors."""
+    """Connect to the Ray cluster of --address, or start Ray on this machine with enough CPU slots."""
     settings: dict[str, Any] = {"address": options.address or "local", "runtime_env": {}}
     if not PREFIX:  # not an installed package, so actors need the path of our modules
         paths = [str(ROOT)]

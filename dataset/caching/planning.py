@@ -60,12 +60,12 @@ FLIP = "flip"
 
 
 class IncompatibleCache(CacheError):
-    """Raised if a cache was made with another encoder, with other options or by another program."""
+    """Raised if another encoder, other options or another program made a cache file."""
 
 
 @dataclass(frozen=True)
 class LatentCacheSettings:
-    """Settings of a run, other than sources and tables, on which cached latents depend."""
+    """Settings of a caching run that cached latents depend on, except the media files and table keys."""
 
     tag: str  # the family's cache_tag
     encoder_identity: Mapping[str, str]  # Family.media_identity
@@ -81,12 +81,12 @@ class LatentCacheSettings:
     def record_options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
         """Return the settings that an item's latents depend on, by their names in its record.
 
-        Most settings that do not apply are left out. `sizes` are the size, bucket and span of the item.
+        Most settings that do not apply are omitted. `sizes` are the size, bucket and span of the item.
         """
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
-            # without source_fps, no frames are dropped to reach the family's rate
+            # if source_fps is not set, no frames are dropped to reach the family's rate
             family_fps = None if table.source_fps is None else self.fps
             options["source_fps"] = table.source_fps
             options["fps"] = table.target_fps or family_fps
@@ -122,11 +122,11 @@ class LatentCacheSettings:
 
     @property
     def stores_audio(self) -> bool:
-        """Whether caches of latents contain the audio of their clip."""
+        """Whether the latent caches of this model include the audio of the clips."""
         return self.audio is not None and self.audio.is_in_latent_cache
 
     def source_files(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return all files that the caches of a source are made from."""
+        """Return the files that a source's latent caches depend on, with the `Origin` of packed ones."""
         parts = list(source.latent_inputs)
         if source.audio is not None and self.stores_audio and source.table.audio != IGNORE:
             parts.append(source.audio)
@@ -137,8 +137,8 @@ class LatentCacheSettings:
     def describe_difference(
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
-        """Describe how the encoder or options in a record differ from this run's; None if they are equal."""
-        # of a model that learns audio alone, latents of images are only placeholders, from any encoder
+        """Return how a record's encoder or options differ from this run's, as text; None if they agree."""
+        # if a model learns audio alone, image latents are only placeholders, from any encoder
         learns_audio_only = self.audio is not None and self.audio.audio_only
         if not learns_audio_only:
             encoder_change = records.difference(record.encoder, self.encoder_identity)
@@ -157,7 +157,7 @@ class LatentCacheSettings:
 
 
 def _describe_shown(medium: ReferenceMedium) -> str:
-    """Describe a reference medium for a record; the text must not change, as it is compared."""
+    """Return a reference medium as text for a record; records compare it, so it must never change."""
     if medium.kind != "video" or medium.audio_path is None:
         return f"{medium.kind}, silent" if medium.is_silent else medium.kind
     return f"{medium.kind}, sound of a file"
@@ -165,7 +165,7 @@ def _describe_shown(medium: ReferenceMedium) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """What has to be encoded for one source, which of its cache files are valid, and messages about it."""
+    """What remains to be encoded for one media file, its valid cache files, and messages about it."""
 
     source: MediaSource
     valid_files: frozenset[str]  # names of valid files
@@ -174,9 +174,7 @@ class SourcePlan:
     # width, height and, for videos, frames of each training item; empty if `missing_spans` is None
     item_sizes: tuple[tuple[int, ...], ...] = ()
     why_no_items: str | None = None  # why the source gives no items
-    too_short_for: str | None = (
-        None  # the target_frames that the clip is too short for, if it gives other items
-    )
+    too_short_for: str | None = None  # target_frames for which the clip is too short, if it gives other items
     outdated_reason: str | None = None  # why an existing file is replaced
     is_incompatible: bool = False  # whether an existing file raised IncompatibleCache
     size_changes: tuple[str, ...] = ()  # `ClipInfo.size_changes`
@@ -190,15 +188,15 @@ def plan_all(
     workers: int,
     show_progress: bool = True,
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Compare all sources with their cache files; a source whose header cannot be read becomes a failure.
+    """Compare all media files with their cache files; a file whose header is unreadable becomes a failure.
 
-    Tensor values are read only with --verify or for fewer than MANY sources. Otherwise caches with the same
+    Tensor values are read only with --verify or for fewer than MANY files. Otherwise caches with the same
     settings and shapes count as equal.
     """
     verifies_tensors = cache_settings.stores.verify or len(sources) < MANY  # reading many would take long
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
-        """Plan a source, or return why it cannot be read."""
+        """Return the plan for a media file: what to encode; or why the file cannot be read."""
         try:
             planner = SourcePlanner(
                 source, existing[source.table.index].of(source.stem), cache_settings, verifies_tensors
@@ -220,7 +218,7 @@ def plan_all(
 
 @dataclass
 class _Comparison:
-    """Intermediate results of comparing a source with its cache files."""
+    """Intermediate results of comparing a media file with its cache files."""
 
     valid_files: set[str] = field(default_factory=set)  # names of files
     num_without_record: int = 0  # number of valid files without a record
@@ -229,7 +227,7 @@ class _Comparison:
     is_incompatible: bool = False  # an existing file raised IncompatibleCache
 
     def add_outdated(self, error: CacheError) -> None:
-        """Remember why a file is replaced: the first reason, unless a later one is an IncompatibleCache."""
+        """Store the reason for replacing a cache file: an IncompatibleCache if any, else the first one."""
         is_incompatible = isinstance(error, IncompatibleCache)
         if self.outdated_reason is None or is_incompatible:
             self.outdated_reason = str(error)
@@ -237,7 +235,7 @@ class _Comparison:
 
 
 class SourcePlanner:
-    """Comparison of one source with its existing cache files."""
+    """Compares one media file with its existing cache files, to plan what to encode."""
 
     def __init__(
         self,
@@ -246,7 +244,7 @@ class SourcePlanner:
         cache_settings: LatentCacheSettings,
         verifies_tensors: bool = True,
     ) -> None:
-        """Prepare to compare a source with its existing cache files; nothing is read yet.
+        """Prepare to compare a media file with its existing cache files; nothing is read yet.
 
         `verifies_tensors` says whether tensors are compared with their checksums, too.
         """
@@ -266,10 +264,10 @@ class SourcePlanner:
         self._trusted_header = False
 
     def plan_by_shape(self) -> SourcePlan:
-        """Return the same as `plan`, but reuse the result of an earlier source with equal caches.
+        """Return the same as `plan`, but reuse the result of an earlier item with equal caches.
 
-        Of sources whose caches have the same settings and shapes, only one is compared fully; for the others
-        only the source files are checked.
+        Of items whose caches have the same settings and shapes, only one is compared fully; for the others
+        only the media files are checked.
         """
         shape_key = self._make_shape_key()
         known_sizes = self.cache_settings.valid_sizes_by_shape  # shared by all sources of the run
@@ -283,7 +281,7 @@ class SourcePlanner:
         return plan
 
     def _make_valid_plan(self, item_sizes: tuple[tuple[int, ...], ...]) -> SourcePlan:
-        """Return the plan of a source whose caches are all valid and have records."""
+        """Return the plan for a media file whose caches are all valid and have records."""
         return SourcePlan(
             source=self.source,
             valid_files=frozenset(self.existing_files),
@@ -293,11 +291,11 @@ class SourcePlanner:
         )
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return a key that is equal for sources with equal plans; None if the plan must be made in full.
+        """Return a key that is equal for media files with equal plans; None if the plan must be made in full.
 
-        The key has all that `plan` depends on except the source files: the table, which kinds of files the
-        source has, and the settings in the records of its caches. It is None if a source file has changed,
-        a cache has no valid record, or a record is from a version that decoded sources differently.
+        The key has all that `plan` depends on except the media files: the table, which kinds of files an item
+        has, and the settings in the records of its caches. It is None if a file has changed, a cache has no
+        valid record, or a record is from a version that decoded media differently.
         """
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has
@@ -329,16 +327,16 @@ class SourcePlanner:
         return tuple(shape)
 
     def _would_decode_alike(self, record_texts: Sequence[str]) -> bool:
-        """Return whether the source would be decoded to the same pixels now as when its cache was made.
+        """Return whether decoding the files now gives the same pixels as when they were cached.
 
-        `record_texts` are pieces of the record's JSON.
+        `record_texts` are pieces of the cache record's JSON.
         """
         joined = "".join(text or "" for text in record_texts)
         # early records have `true` for version 1, or no version at all
         versions = {1 if version == "true" else int(version) for version in _DECODING_VERSION.findall(joined)}
         if versions == {AS_SHOWN}:
             return True
-        # since version 1, only the reading of files with codes of color, order or orientation has changed
+        # since version 1, only files with codes for color, order or orientation are decoded differently
         return min(versions, default=0) > 0 and not any(
             has_codes(path) for path, _ in self.source.latent_inputs
         )
@@ -346,10 +344,10 @@ class SourcePlanner:
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
 
-        `missing_spans`, the spans to encode, is None if they are unknown until the source is decoded.
+        `missing_spans`, the spans to encode, is None if they are unknown until the clip is decoded.
 
         Raises:
-            MediaError: If the header of the source cannot be read.
+            MediaError: If the header of the file cannot be read.
         """
         table = self.table
         latent = self.cache_settings.latent
@@ -372,7 +370,7 @@ class SourcePlanner:
                 return self._compare_clip(clip)
         if self.existing_files and self.cache_settings.stores.skip_existing:
             # skip_existing accepts files without a record. The number of frames in the video's header may be
-            # wrong, so the plan counts only if it agrees with the existing files
+            # wrong, so the plan is valid only if it agrees with the existing files
             self._trusted_header = True
             header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
@@ -382,14 +380,14 @@ class SourcePlanner:
         return unknown
 
     def _read_recorded_clip(self) -> ClipInfo | None:
-        """Return the recorded size and frame count of the decoded source; None if it has changed since."""
+        """Return the recorded size and frame count of the decoded file; None if it has changed since."""
         options = self.cache_settings.record_options(self.source)
         recorded: list[ClipInfo] = []
         for file in self.existing_files:
             record = self._record_of(file)
             if record is None or record.clip is None:
                 continue
-            # at another frame rate, another number of frames is kept
+            # another frame rate keeps another number of frames
             if any(record.options.get(key) != options.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
             if self._find_reading_change(record) is not None:
@@ -401,7 +399,7 @@ class SourcePlanner:
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
-        """Compare a clip's caches with the spans that follow from its recorded size and number of frames."""
+        """Compare a clip's cache files with the spans that its recorded size and frame count give."""
         table = self.table
         clip_spans = spans(table, clip.kept_frames, self.cache_settings.latent.lengths)
         why_no_items = None
@@ -418,13 +416,13 @@ class SourcePlanner:
         kept_frames: int | None = None,
         why_no_items: str | None = None,
     ) -> SourcePlan:
-        """Compare the cache files of a source with those to write for its spans; return what is missing.
+        """Compare existing cache files with those that a media file's spans need; return what is missing.
 
         The files of an item (one for each section) are valid together, or encoded again together.
 
         Args:
-            size: Width and height of the source.
-            source_spans: First frame and number of frames of each training item of the source.
+            size: Width and height of the image or clip.
+            source_spans: First frame and number of frames of each training item.
             kept_frames: Number of frames of the clip at the family's rate; None if the clip was not decoded.
             why_no_items: Why there is no span, if so.
         """
@@ -467,10 +465,10 @@ class SourcePlanner:
         )
 
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
-        """Return the sizes of the training items: one for the full item, or one for each section."""
+        """Return the width, height and frame count of the full item, or one for each of its sections."""
         _, num_frames = span
         if self.table.kind == "image":
-            # with multiple_target, the number of frames is that of the image's layers
+            # with multiple_target, the image's layers count as frames
             size = (*bucket, num_frames) if self.table.multiple_target else bucket
             return [size] * (num_sections or 1)
         if num_sections is not None:
@@ -480,7 +478,7 @@ class SourcePlanner:
     def _check_item(
         self, files: Names, num_sections: int | None, size: Size, bucket: Size, span: Span
     ) -> int:
-        """Check all files of an item; return how many have no record.
+        """Check all cache files of an item; return how many have no record.
 
         Raises CacheError if the item has to be encoded again.
         """
@@ -493,7 +491,7 @@ class SourcePlanner:
         return have_records.count(False)
 
     def _check_sections(self, files: Names, num_sections: int | None) -> None:
-        """Raise CacheError unless the files of an item are exactly its sections, in order."""
+        """Raise CacheError unless the latent files of an item are exactly its sections 0, 1, ... in order."""
         expected = [None] if num_sections is None else list(range(num_sections))
         sections = [name.section for name in files.values()]
         if sections == expected:
@@ -505,7 +503,7 @@ class SourcePlanner:
         )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that one file of an item is equal to the file that this run would write.
+        """Check that an item's cache file is equal to the one that this run would write.
 
         `files` are all files of the item, one for each section.
 
@@ -543,7 +541,7 @@ class SourcePlanner:
     def _check_unrecorded(
         self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span
     ) -> None:
-        """Raise IncompatibleCache if the header of a file without a record does not fit."""
+        """Raise IncompatibleCache if the header of a cache file without a record does not match this run."""
         self._check_unrecorded_tensors(path, header)
         # metadata that the family's files always have
         for key, value in self.cache_settings.latent.required_metadata:
@@ -587,7 +585,7 @@ class SourcePlanner:
                 raise IncompatibleCache(f"{path}: it has no {key}, which this model needs with every clip")
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
-        """Return F, H, W of the latents of an item, or of its section."""
+        """Return F, H, W of an item's latents, or of one section of them."""
         _, num_frames = span
         width, height = bucket
         if self.table.multiple_target:
@@ -597,19 +595,19 @@ class SourcePlanner:
         return self.cache_settings.latent.shape(num_frames, height, width)[2:]
 
     def _read_header(self, file: str) -> Entry:
-        """Read the header of a cache file once."""
+        """Return the header of a cache file, which is read only once."""
         if file not in self._headers:
             self._headers[file] = self.store.read(file, is_full=False)
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:
-        """Return the record in a cache file, which is read only once."""
+        """Return the record in a cache file; each file is read only once."""
         if file not in self._records:
             self._records[file] = records.latent_record(self._read_header(file))
         return self._records[file]
 
     def _find_reading_change(self, record: records.LatentRecord) -> str | None:
-        """Describe how the version that wrote a record read the source differently; None if it did not."""
+        """Return what the version that wrote a record decoded differently; None if there is no difference."""
         version = record.decoding_version
         if version not in self._decoding_changes:
             self._decoding_changes[version] = reading_difference(
@@ -618,7 +616,7 @@ class SourcePlanner:
         return self._decoding_changes[version]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
-        """Describe which source files have changed since a cache was made; None if all are unchanged."""
+        """Return which source files have changed since a cache was made, as text; None if none has."""
         parts = self.cache_settings.source_files(self.source)
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, but there are now {len(parts)}"
@@ -629,9 +627,9 @@ class SourcePlanner:
         return f"{', '.join(changed)} changed since" if changed else None
 
     def _is_unchanged(self, index: int, identity: FileIdentity) -> bool:
-        """Return whether a file of the source, by its index in `source_files`, is as it was recorded.
+        """Return whether a source file still matches its recorded size, time and hash.
 
-        A file that was found unchanged is not checked again.
+        `index` is its index in `source_files`. A file that was found unchanged is not checked again.
         """
         if self._unchanged.get(index) != identity:
             path, origin = self.cache_settings.source_files(self.source)[index]
@@ -641,7 +639,7 @@ class SourcePlanner:
         return True
 
     def _record_of(self, file: str) -> records.LatentRecord | None:
-        """Return the record of a file; None if it has none or is damaged."""
+        """Return the record stored in a cache file; None if it has none or is damaged."""
         with contextlib.suppress(CacheError):
             return self._record(file)
         return None
@@ -650,7 +648,7 @@ class SourcePlanner:
         """Return the size of an image, from its caches if possible, because opening images takes longer.
 
         Returns:
-            The size, or None if the image has to be fetched first and no cache has its size.
+            The size, or None if the image has to be downloaded or unpacked first and no cache has its size.
 
         Raises:
             MediaError: If the header of the image cannot be read.

@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 def reject_moments(family: Caches, table: DatasetTable) -> None:
-    """Raise DatasetError for a table with load_tensors if the family cannot use moments."""
+    """Raise DatasetError if a table has load_tensors and the family cannot use precomputed VAE moments."""
     if family.moments.rejection is not None:
         raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.rejection}.")
 
 
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Check precomputed moments, and leave out those of first frames if the family does not use them.
+    """Check precomputed VAE moments, and omit first-frame moments if the family does not use them.
 
     Unreadable files are reported later, by caching.
 
@@ -64,7 +64,7 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
 
 
 def _require_image_moments(sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError if moments of first frames are missing."""
+    """Raise DatasetError if the VAE moments of a clip's first frame are missing."""
     kind = "moments of first frames are missing, which this model's image-to-video caches contain"
     errors = []
     for source in sources:
@@ -75,7 +75,7 @@ def _require_image_moments(sources: Sequence[MediaSource]) -> None:
 
 
 def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
-    """Return a source with its moments instead of frames.
+    """Return an item with its precomputed VAE moments instead of frames.
 
     Raises:
         MediaError: If the moments cannot be used.
@@ -100,7 +100,10 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
 
 
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
-    """Raise DatasetError if another model's VAE made the moments in a folder."""
+    """Raise DatasetError if the VAE moments in a folder were computed with another model's VAE.
+
+    If only the VAE's file differs, or is not recorded, a warning is logged.
+    """
     assert source.precomputed is not None
     path = source.precomputed.moments
     try:
@@ -142,7 +145,7 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
 
 
 def embeds_note(path: Path) -> Path:
-    """Return the path of the note that describes stored embeddings: NAME.json next to NAME.pt."""
+    """Return the path of the JSON file that describes stored embeddings: NAME.json next to NAME.pt."""
     return path.with_suffix(".json")
 
 
@@ -152,7 +155,7 @@ def describe_embeds(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return the content of NAME.json, the note that describes the embeddings in NAME.pt.
+    """Return the content of NAME.json, which describes the embeddings in NAME.pt.
 
     Args:
         caption: Caption of the embeddings.
@@ -174,7 +177,7 @@ def submit_embeds(
     identity: Mapping[str, str],
     submit: Callable[[CaptionFile, Conditions], None],
 ) -> list[CaptionFile]:
-    """Write the precomputed outputs of an encoder with `submit`; return the texts that must be encoded."""
+    """Write an encoder's precomputed outputs with `submit`; return the captions that must be encoded."""
     to_encode = []
     errors: list[str] = []  # why outputs that exist cannot be used
     for file in files:
@@ -200,11 +203,11 @@ def submit_embeds(
 
 
 class _UnfitEmbeds(Exception):
-    """Raised if precomputed embeddings do not fit the caption or the encoder."""
+    """Raised if precomputed embeddings do not belong to the caption or the encoder."""
 
 
 def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]) -> Conditions | None:
-    """Return an encoder's precomputed outputs for a caption; None if the caption has none.
+    """Return an encoder's precomputed outputs for a caption; None if there are none.
 
     Raises:
         _UnfitEmbeds: If the outputs have changed, or belong to another encoder or caption.
@@ -234,10 +237,10 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
 def _read_declared_shapes(
     note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return shape and dtype of the encoder's tensors, by key, from the note that describes the embeddings.
+    """Return shape and dtype of the encoder's tensors, by key, from the JSON file beside the embeddings.
 
     Raises:
-        _UnfitEmbeds: If the embeddings belong to another encoder or caption, or if there is no note.
+        _UnfitEmbeds: If the embeddings belong to another encoder or caption, or if that file is missing.
     """
     if not note.exists():
         raise _UnfitEmbeds(f"nothing next to it says which encoder made it ({note.name} is missing)")
@@ -254,5 +257,5 @@ def _read_declared_shapes(
 
 
 def _shape_of(tensor: Tensor) -> dict[str, Any]:
-    """Describe a tensor for a record."""
+    """Return a tensor's shape and dtype as JSON values for a record."""
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}

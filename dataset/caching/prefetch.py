@@ -33,7 +33,7 @@ NAMED = 3  # maximum number of clips that a warning names
 
 @dataclass(frozen=True)
 class Failure:
-    """A source that has a problem, and a description of the problem."""
+    """A media file with a problem, and a description of the problem."""
 
     path: Path
     reason: str
@@ -42,7 +42,7 @@ class Failure:
 
     @staticmethod
     def of(source: MediaSource, reason: object) -> "Failure":
-        """Make the report that a source could not be used; `reason` is a text or an exception."""
+        """Create the report about a source that could not be used; `reason` is a text or an exception."""
         return Failure(source.path, str(reason), source.table.index, source.stem)
 
     def __str__(self) -> str:
@@ -66,8 +66,8 @@ class CacheReport:
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
     resized: tuple[Failure, ...] = ()  # clips whose frames change their size
-    silent: tuple[Failure, ...] = ()  # clips without sound, of a model with audio
-    num_assigned: int = 0  # number of sources or captions in the share of this run
+    silent: tuple[Failure, ...] = ()  # clips without audio, for a model with audio
+    num_assigned: int = 0  # number of sources or captions in this run's share
     num_total: int = 0  # number of all sources or captions
     is_main: bool = True  # whether this process shows the results
     # table index and name of each valid entry
@@ -75,7 +75,7 @@ class CacheReport:
 
 
 class SourceListing(NamedTuple):
-    """Sources of a dataset, with a report of failures and the tables that were listed completely."""
+    """Media files of a dataset, a report of unreadable ones, and the tables that were listed completely."""
 
     sources: list[MediaSource]
     report: CacheReport  # failures: unreadable parts, such as the end of a tar
@@ -83,7 +83,7 @@ class SourceListing(NamedTuple):
 
 
 def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
-    """List all sources; `captions` says whether to read captions."""
+    """List the media files of all tables; `captions` says whether to read captions, too."""
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
     failures = [Failure(table.source, error.text, table.index, error.stem or "") for table, error in skipped]
@@ -93,7 +93,7 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
-    """Merge reports about parts of the sources; failures are sorted by path."""
+    """Merge reports about parts of the dataset; failures are sorted by path."""
     fields: dict[str, Any] = {"num_total": max((report.num_total for report in reports), default=0)}
     for name in ("written", "reused", "num_without_record", "num_assigned"):
         fields[name] = sum(getattr(report, name) for report in reports)
@@ -104,7 +104,7 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
-    """Show the results of a caching run, and raise an error if sources failed.
+    """Show the results of a caching run, and raise an error if media files failed.
 
     Args:
         report: Results of the run.
@@ -112,11 +112,11 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         commands: Next commands, which are shown below the box.
 
     Raises:
-        DatasetError: If a source failed or no source gives an item, in the main process.
-        SystemExit: If a source failed, in other processes, with the same exit code.
+        DatasetError: If a media file failed or none gives an item, in the main process.
+        SystemExit: If a media file failed, in other processes, with the same exit code.
     """
     exit_code = DatasetError.exit_code
-    # as a step of a longer run, which goes on without the failed sources and shows its own next command
+    # as a step of a longer run, which continues without the failed files and shows its own next command
     if os.environ.get(RUN_GOES_ON):
         exit_code = SOURCES_LEFT_OUT
         commands = ()
@@ -157,7 +157,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def first_lines(things: Sequence[object], maximum: int) -> list[str]:
-    """Return the first `maximum` items of a list as indented lines, and a line with the number of others."""
+    """Return the first `maximum` items as indented lines, and a line with the number of the others."""
     lines = [f"  {line}" for line in things[:maximum]]
     if len(things) > maximum:
         lines.append(f"  ... and {len(things) - maximum} more")
@@ -165,7 +165,7 @@ def first_lines(things: Sequence[object], maximum: int) -> list[str]:
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
-    """Return the error for the failures of a run, to be raised at its end.
+    """Return the error for all failures of a caching run, to be raised when it ends.
 
     `things` is a plural noun, such as "sources".
     """
@@ -181,19 +181,18 @@ R = TypeVar("R")
 
 AHEAD_PER_WORKER = 2  # waiting results per worker, so that one slow clip does not stall the encoder
 WRITES_BEHIND = 4  # pending writes per thread
-MANY = (
-    4096  # from this number of sources on, caching does not read tensor values of caches, only training does
-)
-AT_ONCE = 64  # maximum number of values that a thread of `map_ahead` takes at a time
+# for this many sources or more, caching does not read tensor values of caches, only training does
+MANY = 4096
+AT_ONCE = 64  # maximum number of values that a `map_ahead` thread takes at a time
 
 
 def workers_of(options: CachingOptions) -> int:
-    """Return the number of decoding threads: the option's value, else one less than the number of CPUs."""
+    """Return the number of decoding threads: --num_workers, or one less than the number of CPUs."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
 def _log_clips(clips: Sequence[Failure], text: str, level: int) -> None:
-    """Log the number of clips to which `text` applies, and the first of these clips."""
+    """Log how many clips `text` applies to, and the first few of them."""
     first = "; ".join(map(str, clips[:NAMED]))
     logger.log(level, "%s. The first: %s", pluralize(len(clips), text), first)
 
@@ -203,8 +202,8 @@ def run_ahead(
 ) -> Generator[tuple[T, R | Exception], None, None]:
     """Yield (job, its result or exception) in the order of `jobs`, while threads work on later jobs.
 
-    Threads are enough, because FFmpeg, OpenCV and hashing release the GIL, and frames need not be copied
-    between processes.
+    Threads suffice, because FFmpeg, OpenCV and hashing release the GIL, and frames need not be copied between
+    processes.
 
     Args:
         jobs: Jobs in order.
@@ -270,14 +269,14 @@ Write = Callable[[Callable[[], object]], None]  # runs a function in the backgro
 def write_behind(threads: int = 1) -> Iterator[Write]:
     """Yield a function that runs writes in threads, while the next items are encoded.
 
-    It waits while too many writes are pending. An error is raised by a later call, or at the end of the
-    block.
+    The function waits while too many writes are pending. Errors of a write are raised by a later call, or at
+    the end of the block.
     """
     waiting: collections.deque[Future[object]] = collections.deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
 
         def write(work: Callable[[], object]) -> None:
-            """Run a write in another thread; wait if too many writes are pending."""
+            """Run a write in another thread; wait first if too many writes are pending."""
             # the oldest writes are taken if there are too many, or if they are done, to raise their errors
             while len(waiting) > WRITES_BEHIND * threads or (waiting and waiting[0].done()):
                 waiting.popleft().result()  # waits, and raises the error of that write
@@ -295,17 +294,17 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     max_bytes: int,
 ) -> Iterator[list[T]]:
-    """Collect items by group, and yield the items of a group as a batch once there are enough.
+    """Group items, and yield each group's items as a batch as soon as there are enough.
 
     Args:
         items: Items of any group.
         group_of: Returns the group of an item.
         batch_size_of: Returns the batch size for an item.
-        bytes_of: Returns the size of an item.
+        bytes_of: Returns the size of an item in bytes.
         max_bytes: Limit for all waiting items together; beyond it, the largest group is yielded early.
 
     Yields:
-        Batches of items of one group; incomplete ones come at the end.
+        Batches of items of one group; incomplete batches come last.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
@@ -341,11 +340,11 @@ def read_ahead(
 
     Args:
         jobs: Jobs in order.
-        source_of: Returns the source of a job.
+        source_of: Returns the media file of a job.
         work: Does one job.
         workers: Number of threads.
         bar: Progress bar, which counts jobs.
-        decodes: Whether `work` decodes the source; waiting frames are then limited to DECODED_BYTES.
+        decodes: Whether `work` decodes the file; waiting frames are then limited to DECODED_BYTES.
     """
     ahead = run_ahead(
         jobs,
@@ -367,7 +366,7 @@ def read_ahead(
 
 
 def estimate_decoded_bytes(source: MediaSource) -> int:
-    """Estimate the bytes of all frames that are decoded for a source, including control media and masks.
+    """Estimate the bytes of all decoded frames of an image or clip, including control media and masks.
 
     The header is read only if the table uses the whole clip.
     """
@@ -388,7 +387,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 def _estimate_frames(source: MediaSource) -> float:
     """Estimate from the header how many frames of a full clip are kept, to plan memory."""
     table = source.table
-    if source.remote_or_packed:  # not fetched yet; `check_memory` looks again once the file is local
+    if source.remote_or_packed:  # not downloaded yet; `check_memory` checks again once the file is local
         return UNKNOWN_FRAMES
     if table.is_audio_only:  # audio samples take about as much memory as frames at this rate
         from dataset.sources.audio import count_frames  # only for tables of audio
@@ -400,7 +399,7 @@ def _estimate_frames(source: MediaSource) -> float:
         info = video_info(source.path)
         num_frames = info.frames or UNKNOWN_FRAMES
         is_timed = table.source_fps == AUTO or is_animation(source.path)
-        if is_timed and info.fps:  # frames are chosen by time, so slow clips repeat some
+        if is_timed and info.fps:  # frames are chosen by time, so clips with a low rate repeat some
             return num_frames * FASTEST_FPS / info.fps
         return num_frames * min(1.0, FASTEST_FPS / (table.declared_fps or FASTEST_FPS))
     except UserError:
@@ -408,7 +407,7 @@ def _estimate_frames(source: MediaSource) -> float:
 
 
 def check_memory(source: MediaSource) -> None:
-    """Raise MediaError if a clip's frames do not fit into memory, before the system kills the program."""
+    """Raise MediaError if a clip's frames do not fit into memory, where the system would kill the program."""
     needed = estimate_decoded_bytes(source)
     limit = psutil.virtual_memory().total
     if needed > 0.6 * limit:

@@ -23,7 +23,7 @@ _SIZES_OF_REFERENCES = "its reference images were cached in the sizes that the o
 
 
 class OtherCaches:
-    """The latent caches of other models in a run's folders, to copy if they have the same autoencoder."""
+    """Latent caches of other models in this run's folders, to copy if the autoencoder is the same."""
 
     def __init__(self, family: Caches, cache_settings: LatentCacheSettings) -> None:
         self._family, self._cache_settings = family, cache_settings
@@ -36,12 +36,12 @@ class OtherCaches:
         self._has_incompatible = False
 
     def copy_for_source(self, plan: SourcePlan) -> SourcePlan:
-        """Copy usable latents of another model for a source without valid caches, under this model's names.
+        """Copy usable latents of another model, under this model's names, for an item without valid caches.
 
-        Returns the plan of the source, which is finished if latents were found.
+        Returns the plan of the item, which is finished if latents were found.
 
         Raises:
-            OutputError: If an entry cannot be written.
+            OutputError: If a cache file cannot be written.
         """
         source = plan.source
         if source.table.kind != "image" or source.precomputed is not None:
@@ -73,7 +73,7 @@ class OtherCaches:
         return plan
 
     def log_results(self) -> None:
-        """Log how many caches of other models were copied, and why others could not be."""
+        """Log how many latents of other models were copied, and why others could not be."""
         for maker, count in sorted(self._num_copied.items()):
             logger.info(
                 "%s: the latents that %s has cached with the same autoencoder are reused, and nothing is "
@@ -94,7 +94,7 @@ class OtherCaches:
             )
 
     def _list_others(self, plan: SourcePlan, stores: Stores) -> dict[str, LatentNames]:
-        """Return the latent caches of other models in the table's folder, by the tag in their file names."""
+        """Return the latent caches of other models in the table's folder, by the cache tag in their names."""
         table = plan.source.table
         if table.index not in self._by_table:
             store = stores.latent_store(table)
@@ -104,7 +104,7 @@ class OtherCaches:
         return self._by_table[table.index]
 
     def _has_our_channels(self, store: CacheStore, file: str) -> bool:
-        """Return whether the latents of an entry have as many channels as this model's."""
+        """Return whether the latents in a cache file have as many channels as this model's latents."""
         try:
             header = store.read(file, is_full=False)
         except CacheError:
@@ -113,11 +113,11 @@ class OtherCaches:
         return channels == {self._cache_settings.latent.channels}
 
     def _read_maker(self, store: CacheStore, file: str) -> str:
-        """Return the name of the program that made a cache file."""
+        """Return the name of the program or model that made a cache file."""
         return store.read(file, is_full=False).metadata.get("architecture", "another program")
 
     def _copy(self, store: CacheStore, file: str, tag: str) -> str:
-        """Copy an entry of another model; return its new name, with this model's tag."""
+        """Copy a cache file of another model; return the copy's name, which contains this model's tag."""
         name = parse_latent_name(file, tag, "image")
         assert name is not None  # `LatentNames` lists only names that can be parsed
         entry = store.read(file)

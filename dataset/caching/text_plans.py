@@ -31,7 +31,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class VisibleMedia(NamedTuple):
-    """Whether text encoders see the clip, or media of a list's row, in addition to caption and references."""
+    """Which media text encoders see besides caption and references: the clip, or media of a list's row."""
 
     frames: bool = False  # whether they see the frames of the item
     reference_media: bool = False  # whether they see the reference media in the item's row
@@ -42,7 +42,7 @@ CAPTIONS_ONLY = VisibleMedia()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionFile:
-    """One text, the cache file of its embeddings, and the work left to do. There may be a million."""
+    """A caption, the cache file of its embeddings, and the encoders that still have to run."""
 
     table: DatasetTable
     file_name: str  # name of the cache file
@@ -50,9 +50,8 @@ class CaptionFile:
     caption: str | None  # None: the source has no caption
     caption_path: Path | None  # caption file, which need not exist
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
-    encoding_round: int = (
-        0  # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
-    )
+    # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
+    encoding_round: int = 0
     embeds: Path | None = None  # file with precomputed outputs of text encoders
     source: MediaSource | None = None  # set if an encoder sees media of the source with the caption
     references: Sequence[tuple[Path, Origin | None]] = ()  # files of these media
@@ -69,7 +68,7 @@ FITTED = "fitted"  # key in a record's settings, set if positions in the caption
 
 
 def caption_fitter(family: Caches) -> FitText | None:
-    """Return the function that converts positions in a source's caption to those in the resized image.
+    """Return a function that converts pixel positions in a caption to those in the resized image.
 
     Returns None if the family's captions contain no positions.
     """
@@ -78,7 +77,7 @@ def caption_fitter(family: Caches) -> FitText | None:
 
 
 def _fit_caption(family: FitsCaptions, step: int, source: MediaSource, caption: str) -> str:
-    """Return a caption with its positions converted to those in the resized image, if it has any."""
+    """Return a caption whose pixel positions, if any, are converted to those in the resized image."""
     if not family.has_coordinates(caption):
         return caption
     try:
@@ -96,12 +95,12 @@ def list_caption_files(
     visible_media: VisibleMedia = CAPTIONS_ONLY,
     fit: FitText | None = None,
 ) -> list[CaptionFile]:
-    """Return the texts of all sources, by table: first captions, additional ones, then the empty prompt.
+    """Return the captions of all tables, in order: first captions, further ones, then the empty prompt.
 
     In this order, additional captions do not change the batches of first captions.
 
     Args:
-        sources: Sources with their captions.
+        sources: Media files with their captions.
         tag: The family's cache_tag.
         visible_media: Which media text encoders see.
         fit: Result of `caption_fitter`.
@@ -125,10 +124,10 @@ def _files_of_table(
     visible_media: VisibleMedia,
     fit: FitText | None,
 ) -> list[CaptionFile]:
-    """Return the texts of a table: first captions, additional ones, then the empty prompts.
+    """Return the text caches of a table: first captions, further ones, then the empty prompts.
 
-    The first captions are encoded first, so that an interrupted run has one for each source. There is one
-    empty prompt, or one for each source if text encoders see its reference images.
+    The first captions are encoded first, so that an interrupted run has one for each media file. There is one
+    empty prompt, or one for each media file if text encoders see its reference images.
     """
     first: list[CaptionFile] = []
     additional: list[CaptionFile] = []
@@ -146,7 +145,7 @@ def _files_of_table(
 
 
 def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
-    """Return the empty prompt that text encoders see with the reference images of a source."""
+    """Return the text cache of the empty prompt as encoded together with an item's reference images."""
     return CaptionFile(
         table=source.table,
         file_name=text_file_name(source.stem, tag, EMPTY),
@@ -161,7 +160,7 @@ def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -
 
 
 def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
-    """Return the empty prompt of all sources of a table."""
+    """Return the text cache of the empty prompt, which all sources of a table share."""
     return CaptionFile(
         table=table,
         file_name=empty_text_name(tag),
@@ -173,15 +172,15 @@ def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
 
 
 class _SeenMedia(NamedTuple):
-    """The media of a source that text encoders see with its captions."""
+    """The media of an item that text encoders see together with its captions."""
 
     source: MediaSource | None  # None: they see no media
     files: tuple[tuple[Path, Origin | None], ...]  # recorded, so that changed files make text caches stale
-    settings: Mapping[str, Any]  # likewise, table keys that change how these media look
+    settings: Mapping[str, Any]  # also recorded: table keys that change how these media look
 
 
 def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
-    """Return the media of a source that text encoders see: reference images and `visible_media`."""
+    """Return the media of an item that text encoders see: reference images and `visible_media`."""
     table = source.table
     seen_source = None  # stays None if the encoders see no media
     files: tuple[tuple[Path, Origin | None], ...] = ()
@@ -204,7 +203,7 @@ def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
 def _list_captions(
     source: MediaSource, seen: _SeenMedia, tag: str, visible_media: VisibleMedia, fit: FitText | None
 ) -> Iterator[CaptionFile]:
-    """Yield the cache file of each caption of a source, in order.
+    """Yield each caption of a media file with its cache file, in order.
 
     `seen` and `visible_media` say which files the encoder sees with a caption; `fit` converts positions in a
     caption to the resized image.
@@ -241,7 +240,7 @@ def _list_captions(
 def _list_seen_files(
     source: MediaSource, visible_media: VisibleMedia
 ) -> tuple[tuple[Path, Origin | None], ...]:
-    """Return the files that an encoder sees: clip or image, control images, reference media of the row."""
+    """Return the media files that an encoder sees: clip or image, control images, references of the row."""
     files: list[tuple[Path, Origin | None]] = []
     if visible_media.frames:
         files += source.latent_inputs[: 1 + len(source.control)]
@@ -252,10 +251,10 @@ def _list_seen_files(
 
 
 def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
-    """Return the settings that change how text encoders see a source's reference images, by name.
+    """Return, by name, the settings that change how text encoders see an item's reference images.
 
-    Its bucket, which they depend on, is read from its header: () if the source has to be downloaded, and
-    (0, 0) if it cannot be read.
+    These depend on the item's bucket. Its place is () if the file has to be downloaded first, and (0, 0) if
+    the file's header is unreadable.
     """
     table = source.table
     if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:
@@ -268,10 +267,10 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
-    """Return the texts without those that share a cache file with a text of an earlier table.
+    """Return the captions without those that share a cache file with a caption of an earlier table.
 
     Raises:
-        DatasetError: If two texts with the same cache file have different captions.
+        DatasetError: If two different captions have the same cache file.
     """
     first_texts: dict[tuple[Path | int, str], CaptionFile] = {}  # by store and name of the cache file
     for file in files:
@@ -289,7 +288,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    """Return why a cached text has to be encoded again; None if it is up to date.
+    """Return why a cached caption has to be encoded again; None if it is up to date.
 
     Compares encoder, caption, settings and reference images.
     """
@@ -316,7 +315,7 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
 def plan_texts(
     files: Sequence[CaptionFile], encoders: Encoders, stores: Stores, workers: int = 1
 ) -> list[CaptionFile]:
-    """Compare all texts with their caches; return them with the encoders that still have to run."""
+    """Compare all captions with their cache files; return them with the encoders that still have to run."""
     verifies_tensors = stores.verify or len(files) < MANY
     plan = partial(_plan, encoders=encoders, stores=stores, verifies_tensors=verifies_tensors)
     bar = Bar(len(files), "Comparing", "caption", shown=False)
@@ -325,7 +324,7 @@ def plan_texts(
 
 
 def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensors: bool) -> CaptionFile:
-    """Return a text with the encoders that still have to run, from its finished and unfinished cache.
+    """Return a caption with the encoders that still have to run, judged by its finished and `.part` cache.
 
     With `verifies_tensors`, tensors are compared with their checksums, too.
     """
@@ -351,7 +350,7 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensor
 
 
 class ValidOutputs(NamedTuple):
-    """The valid outputs of text encoders in the cache of one text."""
+    """The valid text encoder outputs in the cache file of one caption."""
 
     entry: Entry | None  # None if the file is missing or damaged
     has_record: Mapping[str, bool]  # for each encoder with valid outputs: whether these have a record
@@ -364,18 +363,18 @@ def find_outputs(
     in_part: bool = False,
     verifies_tensors: bool = True,
 ) -> ValidOutputs:
-    """Find the encoders whose outputs in a text's cache are valid, and do not have to run again.
+    """Return which encoders have valid outputs in a caption's cache, so that they need not run again.
 
     Args:
-        file: The text.
+        file: The caption and its cache file.
         encoders: Encoders of the family with their identities.
         stores: Stores of the run.
         in_part: Whether to search the unfinished file (`.part`). If any output in it is outdated, no outputs
             are returned, because merging the file would corrupt valid outputs.
-        verifies_tensors: Whether to compare tensors with their checksums; else only the header is read.
+        verifies_tensors: Whether to compare tensors with their checksums; otherwise only the header is read.
 
     Raises:
-        CacheError: If a file of another program does not fit this model.
+        CacheError: If another trainer's file does not fit this model.
     """
     store = stores.text_store(file.table)
     has_record: dict[str, bool] = {}
@@ -414,7 +413,7 @@ def find_outputs(
 
 
 def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFile, path: Path) -> bool:
-    """Return whether an entry of another program has an encoder's outputs for the caption of a text.
+    """Return whether another program's text cache has this encoder's outputs for the caption.
 
     Raises CacheError if its metadata shows that another encoder made them.
     """

@@ -70,9 +70,9 @@ TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 
 class TextWork:
-    """Encode the texts of a dataset, in batches (`work_items`).
+    """Encodes and caches the captions of a dataset in batches (`work_items`).
 
-    An encoder is released when the next encoder is loaded, and the last one by `free`.
+    Each encoder is freed when the next one is loaded, and the last one by `free`.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class TextWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List existing cache entries and all captions.
+        """List existing cache files and all captions.
 
-        `stores` replaces the cache directories of the tables.
+        `stores` replaces the cache folders of the tables.
 
         Raises:
             DatasetError: If the dataset cannot be used or a caption is missing.
@@ -139,13 +139,13 @@ class TextWork:
         self._failures_by_file: dict[str, Failure] = {}
 
     def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
-        """Encode the captions of some batches that have no valid cache entry, one encoder after the other.
+        """Encode the captions in these batches that have no valid cache, one encoder after the other.
 
         An encoder is not loaded if all its outputs are cached. If `label` is None, no progress is shown.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
-            OutputError: If an entry cannot be written.
+            OutputError: If a cache file cannot be written.
         """
         if label is not None:
             captions = format_count(len(self._files), "caption")
@@ -173,7 +173,7 @@ class TextWork:
         num_planned = sum(bool(file.encoders_to_run or file.has_partial_outputs) for file in files)
         num_written = num_planned - num_failed
         valid = [file for file in files if file.file_name not in self._failures_by_file]
-        failures = dict.fromkeys(self._failures_by_file.values())  # texts of one source share a failure
+        failures = dict.fromkeys(self._failures_by_file.values())  # captions of one file share a failure
         return CacheReport(
             written=num_written,
             reused=len(files) - num_written - num_failed,
@@ -185,10 +185,10 @@ class TextWork:
         )
 
     def _complete_from_part(self, file: CaptionFile) -> None:
-        """Finish the cache of a text for which all encoders have run.
+        """Finish the text cache file of a caption for which all encoders have run.
 
-        If some outputs are only in the `.part`, the file is written from it; a `.part` that is not needed is
-        removed.
+        If some outputs are only in the unfinished `.part` file, the complete file is written from it. An
+        unneeded `.part` file is removed.
         """
         part = file.file_name + PART
         if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
@@ -200,10 +200,10 @@ class TextWork:
     def remove_stale(
         self, table: DatasetTable, valid: object, failed: Collection[str], keep_cache: bool
     ) -> int:
-        """Remove the entries of a table that belong to no caption; return their number.
+        """Remove a table's text cache files that belong to no caption; return their number.
 
         `valid` and `failed` are not used, because captions alone determine the names. With `keep_cache`,
-        only entries of further captions are removed, if a source now has fewer captions.
+        only files of further captions are removed, if a media file now has fewer captions.
         """
         names = {file.file_name for file in self._files if file.table.index == table.index}
         # `.part` entries, too
@@ -216,7 +216,7 @@ class TextWork:
         return remove_caches(store, stale, is_of_family) if stale else 0
 
     def _further_captions(self, table: DatasetTable, names: Sequence[str]) -> list[str]:
-        """Return those of `names` that are entries of second or further captions of current sources."""
+        """Return the names of text cache files that belong to second or further captions of current media."""
         stems = {source.stem for source in self._sources if source.table.index == table.index}
         further = []
         for name in names:
@@ -228,7 +228,7 @@ class TextWork:
         return further
 
     def free(self) -> None:
-        """Release the encoder if one is loaded."""
+        """Free the memory of the loaded text encoder, if any."""
         if self._loaded_encoder is not None:
             self._loaded_encoder.free()
             self._loaded_encoder = None
@@ -241,10 +241,10 @@ class TextWork:
         to_do: list[CaptionFile],
         shows: bool,
     ) -> None:
-        """Encode every batch in which a text lacks outputs, and write the missing outputs.
+        """Encode every batch in which a caption lacks outputs, and write the missing outputs.
 
-        All texts of the batch are encoded, because the last bits of an embedding depend on the other texts in
-        the batch. A resumed run therefore writes the same files as an uninterrupted run.
+        All captions of the batch are encoded, because the last bits of an embedding depend on the others. A
+        resumed run therefore writes the same files as an uninterrupted run.
         """
         with write_behind() as write:
             submit = partial(self._schedule_write, write, encoder, identity)
@@ -257,9 +257,8 @@ class TextWork:
                     return
             if self._loaded_encoder is not encoder:
                 self.free()
-                self._loaded_encoder = (
-                    encoder  # set before loading, so that `free` also works after a failure
-                )
+                # set before loading, so that `free` also works after a failure
+                self._loaded_encoder = encoder
                 encoder.load(self._device)
             captions = [(file.caption_path or file.name, file.caption or "") for file in to_do]
             warn_cut_captions(encoder, captions)
@@ -275,10 +274,10 @@ class TextWork:
                     bar.update(len(incomplete.intersection(batch)))
 
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
-        """Run an encoder on a batch of texts; return each text with its outputs.
+        """Run an encoder on a batch of captions; return each caption with its outputs.
 
-        If a reference image or a text cannot be used, the texts are encoded one by one, and only the invalid
-        text becomes a failure.
+        If a reference image or a caption cannot be used, the captions are encoded one by one, and only the
+        invalid one becomes a failure.
         """
         try:
             with contextlib.ExitStack() as stack:  # keeps reference images while the encoder reads them
@@ -297,12 +296,12 @@ class TextWork:
             return []
 
     def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
-        """Return the prompt of a text with the media that text encoders see.
+        """Return a caption as a prompt, with the media that text encoders see.
 
-        `stack` keeps files of reference images until the caller closes it.
+        `stack` keeps downloaded or unpacked reference images until the caller closes it.
 
         Raises:
-            MediaError: If the source cannot be used.
+            MediaError: If a media file cannot be used.
         """
         source = file.source
         if source is None:
@@ -319,10 +318,10 @@ class TextWork:
         return prompt
 
     def _add_media(self, prompt: Prompt, source: MediaSource) -> Prompt:
-        """Return the prompt with the frames, control images and reference media of a source.
+        """Return the prompt with the frames, control images and reference media of an item.
 
         Raises:
-            MediaError: If the source cannot be used, or has several items, which would share a text cache.
+            MediaError: If a file cannot be used, or yields several items, which would share a text cache.
         """
         decoded = self._decode(source)
         if len(decoded.spans) != 1:
@@ -345,7 +344,7 @@ class TextWork:
         )
 
     def _decode_references(self, source: MediaSource) -> tuple[Tensor, ...]:
-        """Return a source's reference images as the VAE encodes them, each H W C.
+        """Return an item's reference images at the size that the VAE encodes, each H W C.
 
         Raises:
             MediaError: If an image cannot be used.
@@ -354,10 +353,10 @@ class TextWork:
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Decode a source to the frames that the VAE encodes.
+        """Decode the frames of an item as the VAE encodes them.
 
         Raises:
-            MediaError: If the source cannot be used.
+            MediaError: If a file cannot be used.
         """
         latent = self._family.latent
         return decode_source(
@@ -377,13 +376,13 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Make the record of one encoder's outputs for a caption, and write them in the background.
+        """Create the record of an encoder's outputs for a caption, and write both in the background.
 
         Args:
             write: Runs a function in the background.
             encoder: Encoder that made the outputs.
             identity: Identity of the encoder, for the record.
-            file: The text.
+            file: The caption and its cache file.
             conditions: Outputs of the encoder by name; an output of variable length is a list of one tensor.
         """
         tensors = {}  # by name in the file
@@ -428,16 +427,16 @@ class TextWork:
         record: TextRecord,
         encoder_metadata: Mapping[str, str],
     ) -> None:
-        """Add one encoder's outputs to the `.part`, or finish the file.
+        """Add one encoder's outputs to the unfinished `.part` file, or write the complete file.
 
-        Tensors, metadata and records of other encoders stay.
+        Tensors, metadata and records of other encoders are kept.
 
         Args:
-            file: The text.
+            file: The caption and its cache file.
             tensors: Outputs of the encoder, by name in the file.
             encoder: Name of the encoder.
             record: Record of the outputs, without checksums.
-            encoder_metadata: Metadata entries that only this encoder adds.
+            encoder_metadata: Metadata that only this encoder adds.
 
         Raises:
             OutputError: If writing fails.
@@ -464,7 +463,7 @@ class TextWork:
             store.write(file.file_name + PART, new.named, new.metadata)
 
     def _write_complete(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
-        """Merge an entry into the existing file, if any; write the file, then remove its `.part`.
+        """Merge new outputs into the existing text cache, if any; write the file, then remove its `.part`.
 
         `encoders` are the names of encoders with valid outputs in `new`. A changed caption is replaced with a
         warning.
@@ -500,7 +499,7 @@ class TextWork:
 
 
 def _describe_failure(file: CaptionFile, error: MediaError | CaptionError) -> Failure | None:
-    """Return the failure of a text that cannot be encoded; None if no file of the dataset is at fault."""
+    """Return the report about a caption that cannot be encoded; None if no dataset file causes this."""
     if isinstance(error, CaptionError):
         path = file.caption_path or Path(file.name)
         return Failure(path, str(error), file.table.index, file.name)
@@ -512,7 +511,7 @@ def _describe_failure(file: CaptionFile, error: MediaError | CaptionError) -> Fa
 
 
 def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
-    """Group consecutive texts of one table and kind into batches.
+    """Group consecutive captions of one table and one kind (first, further, empty) into batches.
 
     `size` is the batch size; None means the batch_size of the table.
     """
@@ -525,7 +524,7 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 
 
 def _merge_entries(old: Entry, new: Entry) -> Entry:
-    """Merge two caches of the same text, with the outputs of some encoders each; `new` takes precedence.
+    """Merge two caches of a caption, each with the outputs of some encoders; `new` takes precedence.
 
     If an encoder has outputs in both, all its old tensors are dropped, even if `new` has no tensor of that
     name.

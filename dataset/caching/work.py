@@ -54,7 +54,7 @@ NUMBER_BYTES = 2  # bytes of a latent value, for an estimate: some families cach
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError with all errors that make tables unusable for a family."""
+    """Raise DatasetError with all reasons why the model family cannot use the tables."""
     errors = []
     audio_spec = audio_of(family)
     trains_audio_only = audio_spec is not None and audio_spec.audio_only
@@ -80,7 +80,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             if trains_audio_only or table.is_audio_only:
                 _check_audio(table, trains_audio_only)
         except DatasetError as error:
-            # image trainers use the same key for control images and, with --masked_loss, for masks
+            # image trainers use this key for control images and, with --masked_loss, for masks
             may_be_masks = has_control and table.conditioning_directory is not None
             hint = MASKS_HINT if may_be_masks else ""
             errors.append(f"{error}{hint}")
@@ -95,13 +95,13 @@ def _check_table(
     companions: Sequence[MediaSource],
     reference_media: tuple[tuple[ReferenceMedium, ...], ...],
 ) -> None:
-    """Raise DatasetError if a family cannot use a table.
+    """Raise DatasetError if a model family cannot use a table.
 
     Args:
         family: Family that encodes.
-        table: Table of the dataset.
-        has_control: Whether sources of the table have control media.
-        companions: Sources of the table with references or control masks.
+        table: Table of the dataset file.
+        has_control: Whether items of the table have control media.
+        companions: Items of the table with references or control masks.
         reference_media: Reference media of each row.
     """
     if table.group is not None:
@@ -134,7 +134,7 @@ def _check_audio(table: DatasetTable, trains_audio_only: bool) -> None:
 def _check_sources(
     family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]
 ) -> Sequence[MediaSource]:
-    """Check sources and the family's files before anything is encoded; return the sources to encode."""
+    """Check the media files and the model family's files before encoding; return the media to encode."""
     _check_tables(family, config, sources)
     warn_captions(sources)
     # only lists have columns that may be unused, and only models that edit take reference images
@@ -149,7 +149,7 @@ def _check_sources(
 
 
 class MediaWork:
-    """Encode the latents of a dataset.
+    """Encodes and caches the latents of a dataset.
 
     Encoders are loaded when they are first needed and stay loaded until `free` is called. Video and
     audio encoders are never on the device at the same time.
@@ -163,9 +163,9 @@ class MediaWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List existing cache entries and all sources; nothing is encoded yet.
+        """List existing cache files and all media files; nothing is encoded yet.
 
-        `stores` replaces the cache directories of the tables.
+        `stores` replaces the cache folders of the tables.
 
         Raises:
             DatasetError: If the dataset cannot be used.
@@ -214,19 +214,19 @@ class MediaWork:
         self._encoders: MediaEncoders | None = None
 
     def encode(self, sources: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
-        """Encode the items of `sources` that have no valid cache entry.
+        """Encode the items of `sources` that have no valid cache.
 
-        1. Plan which items of each source are missing, by comparing its caches with the sources.
+        1. Plan which items of each media file are missing, by comparing its caches with it.
         2. Copy latents that another model with the same VAE has cached.
-        3. Decode the remaining sources in threads, encode their missing items in batches, and write them.
+        3. Decode the remaining files in threads, encode their missing items in batches, and write them.
         4. Encode the audio of the clips, if it has separate caches.
 
-        A source that cannot be read becomes a failure in the report and does not stop the run. `label` names
-        this share of the work; None means that no progress is shown.
+        An unreadable media file becomes a failure in the report and does not stop the run. `label` names this
+        share of the work; None means that no progress is shown.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
-            OutputError: If an entry cannot be written.
+            OutputError: If a cache file cannot be written.
         """
         workers = prefetch.workers_of(self._options)
         shows = label is not None
@@ -280,7 +280,7 @@ class MediaWork:
         return prefetch.join_reports([report, audio_report])
 
     def _warn_about_media(self, sources: Sequence[MediaSource]) -> None:
-        """Warn of sources whose frame rate, order of frames or colors may be wrong."""
+        """Log warnings about media files whose frame rate, frame order or colors may be wrong."""
         cache_settings = self._cache_settings
         warnings: list[Fault] = []
         # with a number as source_fps, the rate is not taken from the files and may differ from theirs
@@ -298,12 +298,12 @@ class MediaWork:
         failed: Collection[str],
         keep_cache: bool,
     ) -> int:
-        """Remove the entries of a table that belong to no item; return their number.
+        """Remove a table's cache files that belong to no item; return their number.
 
         Args:
-            table: Table whose entries are removed.
+            table: Table whose cache files are removed.
             valid: Table index and name of the valid files of all processes.
-            failed: Stems of sources that failed; their entries stay.
+            failed: Stems of media files that failed; their cache files stay.
             keep_cache: Whether to remove nothing.
         """
         if keep_cache:
@@ -312,7 +312,7 @@ class MediaWork:
         count = 0
         if self._audio is not None:
             count += self._audio.remove_stale(table, valid_names, failed)
-        # files of this table that no item has, without those of sources that could not be read
+        # files of this table that no item has, except files of media that could not be read
         stale = self._existing[table.index].list_stale(valid_names, failed)
         if stale:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
@@ -320,7 +320,7 @@ class MediaWork:
         return count
 
     def free(self) -> None:
-        """Release the video and audio encoders, if they are loaded."""
+        """Free the memory of the loaded video and audio encoders."""
         if self._encoders is not None:
             self._encoders = None
             free_memory(self._device)
@@ -335,13 +335,13 @@ class MediaWork:
         workers: int,
         shows: bool,
     ) -> Generator[DecodedMedia, None, None]:
-        """Yield the missing items of the plans in order, while threads decode the next sources.
+        """Yield the missing items of the plans in order, while threads decode the next media files.
 
-        Completed plans are added to `finished`, and sources that cannot be read to `failures`.
+        Completed plans are added to `finished`, and unreadable media files to `failures`.
         """
 
         def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
-            """Decode the media of a plan."""
+            """Decode the images or clips that a plan says to encode."""
             return latents.decode(plan, self._existing[plan.source.table.index], self._cache_settings)
 
         ahead = prefetch.read_ahead(
@@ -364,7 +364,7 @@ class MediaWork:
                 del result  # frees its frames before waiting for the next source
 
     def _encode_and_write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
-        """Encode a batch and pass its files to `write`; return table index and name of each file.
+        """Encode a batch and pass its cache files to `write`; return table index and name of each file.
 
         Files of sections that an item no longer has are removed afterwards.
         """
@@ -390,7 +390,7 @@ class MediaWork:
     def _schedule_writes(
         self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
     ) -> list[str]:
-        """Schedule the writing of an item's files, one for each entry (section); return their names."""
+        """Schedule the writing of an item's cache files, one for each entry (section); return their names."""
         options = self._cache_settings.record_options(
             item.source, size=item.size, bucket=item.bucket, span=item.spans[0]
         )
@@ -407,7 +407,7 @@ class MediaWork:
         if name.span is not None:
             _, num_frames = name.span
             item_metadata["frame_count"] = str(num_frames)
-        if item.rate is not None:  # also in the header, which is all that training reads to form batches
+        if item.rate is not None:  # also in the header, because training reads only headers to form batches
             item_metadata[FPS] = repr(item.rate)
         fingerprints = {}
         if self._family.latent.required_metadata:  # other programs that read these caches require them
@@ -434,7 +434,7 @@ class MediaWork:
     def _schedule_removals(
         self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
     ) -> None:
-        """Schedule the removal of files for sections that an item no longer has.
+        """Schedule the removal of cache files for sections that an item no longer has.
 
         `files` are the current files of the item.
         """
@@ -450,7 +450,7 @@ class MediaWork:
             write(partial(remove_caches, store, surplus, is_of_family))
 
     def _show_start(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
-        """Show what is to be encoded, in the share of the work that `label` names."""
+        """Show how many media files will be encoded; `label` names this run's share of the work."""
         sources = format_count(num_sources, "source")
         rows: list[Row] = [
             ("data", str(self._config.path)),
@@ -461,8 +461,8 @@ class MediaWork:
         show_box("Caching latents", rows)
 
     def _describe_disk(self, plans: Sequence[SourcePlan]) -> str | None:
-        """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""
-        sizes = [size for plan in plans for size in plan.item_sizes]  # width, height, and of clips frames
+        """Return the estimated disk space for latents as text; None if no size is known yet."""
+        sizes = [size for plan in plans for size in plan.item_sizes]  # width, height; for clips also frames
         # `missing_spans` is None until the size of a source is known
         num_with_sizes = sum(plan.missing_spans is not None for plan in plans)
         if not sizes:
@@ -488,7 +488,7 @@ MASKS_HINT = (
 
 
 def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path, object]]) -> str:
-    """Return size and modification time of an item's files by path, as JSON that other programs read."""
+    """Return sizes and modification times of an item's files by path, as JSON for other programs."""
     stamps = {}
     for identity, (path, _) in zip(files, parts, strict=True):
         stamps[str(path.absolute())] = f"{identity.size_bytes}-{identity.mtime_ns}"
@@ -502,14 +502,14 @@ def _make_report(
     num_assigned: int,
     num_total: int,
 ) -> prefetch.CacheReport:
-    """Return the report about the sources that this process has handled.
+    """Return the report about the media files that this process has handled.
 
     Args:
         finished: Plans whose items are known.
-        failures: Sources that could not be read.
+        failures: Media files that could not be read.
         written: Table index and name of each written file.
-        num_assigned: Number of sources of this process.
-        num_total: Number of all sources.
+        num_assigned: Number of media files assigned to this process.
+        num_total: Number of all media files.
     """
     reused = {(plan.source.table.index, name) for plan in finished for name in plan.valid_files}
     dropped, shortened, resized, silent = [], [], [], []
@@ -538,7 +538,7 @@ def _make_report(
 
 
 def _warn_of_outdated(reasons: Sequence[str]) -> None:
-    """Warn before caches of another kind are replaced, because they may be meant for another model."""
+    """Warn that caches made for other settings will be replaced, because another model may need them."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",

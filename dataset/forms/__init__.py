@@ -1,6 +1,6 @@
 """Data forms: how items, rows and caches are stored.
 
-The files of a form can be deleted with its lines below, except those of folder, jsonl and metadata.
+The files of a form can be deleted with its lines below, except for folder, jsonl and metadata.
 
 cogvideox: prompts and clips in two lists or a table
 cogvideox_keys: the keys of such tables
@@ -14,7 +14,7 @@ folder: images or clips in a folder
 jsonl: lists with a JSON object on each line
 jsonl_rows: read JSONL row by row, and list its sources
 metadata: a JSON file of sd-scripts with captions
-metadata_listing: find the pictures of such a file
+metadata_listing: find the pictures that the file names
 npz: caches shared with sd-scripts
 npz_files: read npz files without trust, write them completely
 npz_store: caches in npz files next to the pictures

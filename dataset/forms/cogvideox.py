@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class CogVideoX(SourceFormat):
-    """Clips and prompts, from two text files or from a table."""
+    """Format of clips and prompts that are listed in two text files or in a table, for CogVideoX trainers."""
 
     name = "CogVideoX"
     source = "cogvideox_root"
@@ -28,13 +28,13 @@ class CogVideoX(SourceFormat):
     has_dependent_keys = True
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
-        """Return why `alpha_mask` cannot be used with `load_tensors`, if both are set."""
+        """Return why alpha_mask and load_tensors cannot be combined; None unless both are set."""
         if fields["format_keys"].load_tensors and fields["alpha_mask"]:
             return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
-        """Set whether latents are precomputed; if so, warn of keys about frames, which have no effect."""
+        """Set whether latents are precomputed; if so, warn about frame keys, which then have no effect."""
         fields["has_precomputed_latents"] = fields["format_keys"].load_tensors
         if not fields["has_precomputed_latents"]:
             return
@@ -47,7 +47,7 @@ class CogVideoX(SourceFormat):
             )
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Return a source for each clip of the lists, or of the table."""
+        """Return the clips that the lists or the table name."""
         from dataset.forms.cogvideox_lists import list_cogvideox  # it loads torch
 
         return list_cogvideox(table, faults)

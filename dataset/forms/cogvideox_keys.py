@@ -21,7 +21,7 @@ class CogVideoXKeys:
 
     @property
     def source(self) -> Path:
-        """Folder of the data."""
+        """The table's source: its cogvideox_root folder."""
         return self.cogvideox_root
 
     @property
@@ -30,5 +30,5 @@ class CogVideoXKeys:
         return self.cogvideox_root
 
     def source_key(self, kind: str) -> str:
-        """Return "cogvideox_root", for tables of images and of clips."""
+        """Return "cogvideox_root", the table key of the source for all kinds of tables."""
         return "cogvideox_root"

@@ -18,7 +18,7 @@ from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 
-# folders next to that of the clips
+# folders next to the folder of the clips
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 # default names of the two lists; the tools of CogVideoX write prompts.txt
 PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
@@ -28,7 +28,7 @@ CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 
 @dataclass(frozen=True)
 class CogRow:
-    """A clip and its caption, from one line of the lists."""
+    """A clip and its caption, from one line of the CogVideoX lists."""
 
     position: str  # position for messages: "videos.txt, line 3"
     caption: str  # with the id_token
@@ -36,9 +36,9 @@ class CogRow:
 
 
 def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in the order of its lists; add errors to `faults`.
+    """Return the clips of the table, in the order of its lists; add errors to `faults`.
 
-    With load_tensors, the latents of a source are precomputed, and its clip need not exist.
+    With load_tensors, a clip's latents are precomputed, and the clip itself need not exist.
 
     Raises:
         DatasetError: If a list, a folder or a column is missing.
@@ -95,10 +95,10 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
 
 
 def _text_in(row: TableRow, column: str) -> str:
-    """Return the text in a column, stripped of white space.
+    """Return the text in a row's column, stripped of white space.
 
     Raises:
-        DatasetError: If the row has a fault, or has no text in the column.
+        DatasetError: If the row could not be read, or the column contains no text.
     """
     if row.fault is not None:
         raise DatasetError(f"{row.position}: {row.fault}")
@@ -110,7 +110,7 @@ def _text_in(row: TableRow, column: str) -> str:
 
 
 def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
-    """Return an error for each clip that does not exist; `name` is the dataset's name."""
+    """Return an error for each row whose clip does not exist; `name` is the dataset's name."""
     kind = f"clips of {name} do not exist"
     return [
         Fault(kind, f"{row.video} ({row.position})", row.video.stem) for row in rows if not row.video.exists()
@@ -118,7 +118,7 @@ def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
 
 
 class _Clips(NamedTuple):
-    """The clips of a dataset, one in each row."""
+    """The clips of a CogVideoX dataset, one in each row."""
 
     rows: Iterable[TableRow]
     caption_column: str
@@ -126,7 +126,7 @@ class _Clips(NamedTuple):
 
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
-    """Return the rows of two text files, pairing each line of the prompts with that of the videos."""
+    """Return the rows of two text files: each line of the prompts with the same line of the videos."""
     prompt_list = root / (table.caption_column or _find_prompts(root, name))
     video_list = root / (table.require_format_keys(CogVideoXKeys).video_column or VIDEOS)
     _require_list(prompt_list, "caption_column", name)
@@ -146,7 +146,7 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
 
 
 def _require_list(path: Path, key: str, name: str) -> None:
-    """Raise DatasetError if a list is missing; `key` is the table key that sets another list."""
+    """Raise DatasetError if a list file is missing; `key` is the table key that names another file."""
     if not path.exists():
         raise DatasetError(
             f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
@@ -155,7 +155,7 @@ def _require_list(path: Path, key: str, name: str) -> None:
 
 
 def _find_prompts(root: Path, name: str) -> str:
-    """Return the name of the list of captions in a folder; if there is none, the first default name.
+    """Return the name of the caption list in a folder; if there is none, the first default name.
 
     Raises:
         DatasetError: If the folder has both default names.
@@ -169,7 +169,7 @@ def _find_prompts(root: Path, name: str) -> str:
 
 
 def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
-    """Return the rows of dataset_file, a CSV table or JSON Lines with columns of captions and videos."""
+    """Return the rows of dataset_file, a CSV or JSON Lines file with caption and video columns."""
     keys = table.require_format_keys(CogVideoXKeys)
     assert keys.dataset_file is not None
     candidates = (keys.dataset_file, root / keys.dataset_file)
@@ -192,7 +192,7 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
 
 
 def _find_default(defaults: Sequence[str], names: Sequence[str]) -> str:
-    """Return the first default name that is among `names`; if none is, the first default name."""
+    """Return the first default column that the file has; if it has none of them, the first default."""
     return next((name for name in defaults if name in names), defaults[0])
 
 
@@ -202,7 +202,7 @@ def _find_default(defaults: Sequence[str], names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CogVideoXTensors:
-    """Precomputed tensor files of a clip, in folders next to the folder of the clips."""
+    """Precomputed tensor files of a clip, in folders next to the clips' folder."""
 
     folder: Path  # folder that contains these folders; clips share the object
     name: str  # name of the files, without suffix
@@ -211,26 +211,26 @@ class CogVideoXTensors:
 
     @property
     def moments(self) -> Path:
-        """File of the moments of the clip."""
+        """File with the VAE moments of the clip."""
         return self.folder / MOMENTS / f"{self.name}.pt"
 
     @property
     def image(self) -> Path | None:
-        """File of the VAE's mean and deviation for the first frame; None if the family uses no such file."""
+        """File with the VAE's mean and log variance for the first frame; None if the family uses none."""
         return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
 
     @property
     def embeds(self) -> Path | None:
-        """File of the precomputed prompt embedding; None if the prompt still has to be encoded."""
+        """File with the precomputed prompt embedding; None if the prompt still has to be encoded."""
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
     def without_image(self) -> "CogVideoXTensors":
-        """Return the tensors without the moments of the first frame."""
+        """Return a copy without the first frame's moments."""
         return replace(self, uses_image=False)
 
 
 class _TensorFolder(NamedTuple):
-    """A folder that contains one folder for each kind of precomputed tensors."""
+    """A folder with a subfolder for each kind of precomputed tensors."""
 
     path: Path
     moment_files: frozenset[str] | None  # names in `video_latents`; None if that folder is missing
@@ -240,14 +240,14 @@ class _TensorFolder(NamedTuple):
 def _find_tensors(
     row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]
 ) -> CogVideoXTensors | None:
-    """Return the precomputed latents and embeddings for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
+    """Return a clip's precomputed tensors: X/video_latents/NAME.pt etc. for X/videos/NAME.mp4.
 
     Without a folder of embeddings, captions are encoded as usual. If a file is missing, a fault is added to
     `faults` and None is returned.
 
     Args:
-        row: The clip.
-        folders: Folders X listed so far; new ones are added.
+        row: The clip and its caption.
+        folders: Contents of each folder X listed so far; new ones are added.
         faults: List to which faults are added.
     """
     root = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long

@@ -16,7 +16,7 @@ def table_lines(path: Path) -> Iterator[str]:
     Raises:
         DatasetError: If the file cannot be read, or is not UTF-8.
     """
-    number = 0  # of the last readable line, for the error
+    number = 0  # number of the last readable line, for the error
     try:
         for number, line in enumerate(read_lines(path), 1):  # noqa: B007
             yield line
@@ -27,7 +27,7 @@ def table_lines(path: Path) -> Iterator[str]:
 
 
 def check_names(path: Path, names: Sequence[str]) -> None:
-    """Check the names of a table's columns.
+    """Check the column names of a table.
 
     Raises:
         DatasetError: If there are too many columns, or if a name occurs twice.

@@ -17,7 +17,7 @@ from modules.errors import DatasetError
 
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
-    """Return the keys that name the source of items: keys for images, for clips, then for either kind.
+    """Return the table keys that name where items come from: keys for images, for clips, then for both.
 
     `source` of a format is the name of such a key, or its end: `directory` stands for `image_directory` and
     `video_directory`.
@@ -56,7 +56,7 @@ FORMAT_KEYS: Mapping[str, TableKey] = {
 
 
 def _compose_keys() -> dict[str, TableKey]:
-    """Return all keys of a [[datasets]] table, in the order in which messages list them."""
+    """Return all keys that a [[datasets]] table may have, in the order in which messages list them."""
     keys = {name: key for name, (key, _) in _SOURCES.items()}
     shared = declared_keys(DatasetTable)
     for field in fields(DatasetTable):
@@ -71,7 +71,7 @@ KEYS: Mapping[str, TableKey] = _compose_keys()
 
 
 def _list_keys_of(source: str, source_format: SourceFormat) -> frozenset[str]:
-    """Return the additional keys that a table may have if its source key is `source`."""
+    """Return the keys of a source format that a table may have if `source` names its data."""
     own = {} if source_format.keys is None else declared_keys(source_format.keys)
     common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in FORMAT_KEYS)}
     keys_of_format = (common | {*source_format.shared_keys, *own}) - {*SOURCES}
@@ -82,7 +82,7 @@ def _list_keys_of(source: str, source_format: SourceFormat) -> frozenset[str]:
 KEYS_OF_SOURCE: Mapping[str, frozenset[str]] = {
     source: _list_keys_of(source, source_format) for source, source_format in FORMAT_OF_SOURCE.items()
 }
-# formats whose rows, or whose source key, may name addresses
+# formats whose rows, or whose source key, may name URLs
 _ADDRESSING = [source_format for source_format in FORMS if "allow_urls" in source_format.shared_keys]
 # in the order in which a message lists them: JSONL last
 _ADDRESSING.sort(key=lambda source_format: source_format is JSONL)
@@ -90,14 +90,14 @@ SOURCES_WITH_ADDRESSES = [source_format.source for source_format in _ADDRESSING]
 
 
 def source_format_of(table: DatasetTable) -> SourceFormat:
-    """Return the source format of a table, which follows from the table's keys."""
+    """Return a table's source format (folder, list, tars ...), which its keys determine."""
     if table.format_keys is None:
         return FOLDER if table.directory is not None else JSONL
     return next(source_format for source_format in FORMS if source_format.keys is type(table.format_keys))
 
 
 def read_format_keys(source_format: SourceFormat, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the record of the keys that only this format has.
+    """Return the values of the keys that only this source format has, as its dataclass.
 
     Args:
         source_format: Source format with keys of its own.
@@ -116,10 +116,10 @@ FORMAT_OF_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for s
 
 
 def row_format(path: Path) -> RowFormat:
-    """Return the format of a table's rows, judged by the table's file name.
+    """Return the format that reads a table file, judged by the file's name.
 
     Raises:
-        DatasetError: If no format reads files of this name.
+        DatasetError: If no format reads files with this name.
     """
     for rows in ROWS:
         if rows.reads(path):
@@ -131,7 +131,7 @@ def row_format(path: Path) -> RowFormat:
 
 
 def column_names(path: Path) -> tuple[str, ...]:
-    """Return the names of a table's columns; of JSONL the keys of its first lines.
+    """Return a table file's column names; for JSONL, the keys of its first lines.
 
     Raises:
         DatasetError: If the file cannot be read or has no columns.
@@ -140,22 +140,22 @@ def column_names(path: Path) -> tuple[str, ...]:
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the columns `names`, or with all columns if `names` is None.
+    """Yield the rows of a table file with the columns `names`; None means all columns.
 
     Names that are not columns are ignored. A row that cannot be read has a `fault` and no values; reading
     continues with the next row.
 
     Raises:
-        DatasetError: If the file is missing, does not fit its suffix, or is not UTF-8.
+        DatasetError: If the file is missing, does not match its suffix, or is not UTF-8.
     """
     yield from row_format(path).read_rows(path, names)
 
 
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function that locates the file in the cell of a row in column `name`.
+    """Return a function that maps a row number to the file in column `name`.
 
-    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a cell
-    that is null.
+    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a null
+    cell.
     """
     return row_format(path).find_cells(path, name, finds_nulls)
 

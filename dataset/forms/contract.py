@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One row of a list or a table."""
+    """One row of a list or table file."""
 
     file: Path  # if there are several parts, the part with this row
     unit: str  # what `number` counts: "line", or "row" in Parquet
@@ -31,7 +31,7 @@ class TableRow:
 
     @property
     def position(self) -> str:
-        """Return `data.csv, line 3` for messages."""
+        """The row's position for messages: `data.csv, line 3`."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
@@ -40,7 +40,7 @@ FindCell = Callable[[TableRow], "PackedFile | None"]  # returns the file in a ce
 
 
 class InspectedColumns(NamedTuple):
-    """The columns of a list or table, for warnings about columns that nothing reads."""
+    """The columns of a list or table that were looked at, to warn about columns that nothing reads."""
 
     media_column: str
     columns_read: set[str]  # except numbered ones such as `control_path_1`
@@ -50,7 +50,7 @@ class InspectedColumns(NamedTuple):
 
 
 class SourceFormat:
-    """Form in which items are stored: a folder, a list, a table or tars; subclasses define the details."""
+    """Where a table's items come from: a folder, a list, a table file or tars."""
 
     name: ClassVar[str]  # name for messages
     # the key that says where the items are: in full, or without the `image_` or `video_` before it
@@ -62,49 +62,48 @@ class SourceFormat:
     has_columns: ClassVar[bool] = False  # whether `inspect_columns` is defined
     # whether training may list the sources to compare their companions with those in the caches
     is_listed_in_training: ClassVar[bool] = False
-    shares_caches_with_other_programs: ClassVar[bool] = (
-        False  # whether other programs store caches next to the images
-    )
+    # whether other programs store caches next to the images
+    shares_caches_with_other_programs: ClassVar[bool] = False
     names_images_anywhere: ClassVar[bool] = False  # whether images of one table may be in many folders
     has_dependent_keys: ClassVar[bool] = False  # whether `find_conflict` or `complete` is defined
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
-        """Describe a conflict between the fields of a table; None if there is none."""
+        """Return an error about a table whose keys contradict each other; None if there is none."""
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
-        """Adapt fields that depend on others, with a warning; `position` is the table's place in the file."""
+        """Set fields that depend on others, with warnings; `position` names the table in messages."""
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Return the sources of a table; errors of single items are added to `faults`.
+        """Return a table's media files; errors about single items are added to `faults`.
 
         Raises:
-            DatasetError: If the source of the table cannot be read.
+            DatasetError: If the folder, list or table cannot be read.
         """
         raise NotImplementedError(self.name)  # not called for folders, see dataset/listing.py
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Say where a missing caption was looked for, in an error message."""
+        """Return where a missing caption was looked for, as text for an error message."""
         return "no caption_extension in its table, such as .txt"
 
     def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
-        """Open a list or table for warnings about its columns."""
+        """Return the columns of a list or table, for warnings about unread ones."""
         raise NotImplementedError(self.name)
 
     def list_addresses(self, table: DatasetTable) -> list[str]:
-        """Return the addresses that are downloaded before the sources of a table can be listed."""
+        """Return the URLs that must be downloaded before a table's media files can be listed."""
         return []
 
 
 class RowFormat:
-    """File format of the rows of a list or table, such as JSONL or CSV; subclasses define the details."""
+    """File format for the rows of a list or table, such as JSONL or CSV; subclasses implement the reading."""
 
     suffixes: ClassVar[tuple[str, ...]]  # suffixes of its files
     is_text: ClassVar[bool] = True  # whether its files are text, which can be corrected in an editor
     has_header: ClassVar[bool] = False  # whether the first line names the columns
 
     def reads(self, path: Path) -> bool:
-        """Return whether a file or folder is in this format, judged by its name."""
+        """Return whether a path is in this format, judged by its suffix; always False for folders."""
         return path.suffix.lower() in self.suffixes and not path.is_dir()
 
     def list_names(self) -> list[str]:
@@ -112,7 +111,7 @@ class RowFormat:
         return [*self.suffixes]
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the names of the columns.
+        """Return the column names of a list or table file.
 
         Raises:
             DatasetError: If the file cannot be read or has no columns.
@@ -120,24 +119,24 @@ class RowFormat:
         raise NotImplementedError
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the rows with the columns `names`; None means all. Rows that cannot be read have a fault."""
+        """Yield the rows with the columns `names` (None: all). Unreadable rows have a fault."""
         raise NotImplementedError
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-        """Return a function that locates the file in the cell of a row; None if the column contains no files.
+        """Return a function that maps a row number to the file in this column; None if it contains no files.
 
-        With `finds_nulls`, the function returns None for a cell that is null.
+        With `finds_nulls`, the function returns None for a null cell.
         """
         return None
 
     def plain_columns(self, path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-        """Return the columns among `names` that contain small values, and those that contain files."""
+        """Return the columns among `names` that contain plain values, and those that contain files."""
         return [*names], []
 
 
 @dataclass(frozen=True)
 class SharedCaches:
-    """Caches that other programs share: next to the images, with entries for several resolutions."""
+    """Cache format shared with other trainers: files next to the images, in one or more resolutions."""
 
     cache_format: str  # value of the table key `cache_format`
     # opens the caches of a table. Arguments: the table, names in npz files, the folder of the caches, and a

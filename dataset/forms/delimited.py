@@ -7,19 +7,19 @@ from dataset.forms.contract import RowFormat, TableRow
 
 
 class Delimited(RowFormat):
-    """CSV and TSV."""
+    """CSV and TSV format."""
 
     suffixes = (".csv", ".tsv", ".tab")
     has_header = True
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the names in the first line."""
+        """Return the column names from the first line."""
         from dataset.forms.delimited_rows import header_of  # it loads decoders
 
         return header_of(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the rows below the first line."""
+        """Yield the rows below the header line."""
         from dataset.forms.delimited_rows import read_delimited
 
         return read_delimited(path, names)

@@ -16,12 +16,12 @@ CSV, TSV = "CSV", "TSV"
 
 
 def _kind_of(path: Path) -> str:
-    """Return whether a file's values are separated by commas or by tabs."""
+    """Return whether a file contains comma-separated (CSV) or tab-separated (TSV) values."""
     return CSV if path.suffix.lower() == ".csv" else TSV
 
 
 def header_of(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns.
+    """Return the column names from the header line.
 
     Raises:
         DatasetError: If the file has no header.
@@ -31,7 +31,7 @@ def header_of(path: Path) -> tuple[str, ...]:
 
 
 def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows with the columns `names`, None for all; rows that cannot be read have a fault.
+    """Yield the rows with the columns `names` (None: all); rows that cannot be read have a fault.
 
     Raises:
         DatasetError: If the file cannot be read.
@@ -39,7 +39,7 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
     header, rows = _open_after_header(path)
     columns = [(name, index) for index, name in enumerate(header) if names is None or name in names]
     while True:  # not a `for` loop, which an error in one row would end
-        number = rows.line_num + 1  # of the row's first line; after `next` it is that of the last
+        number = rows.line_num + 1  # the row's first line; after `next`, `line_num` is its last one
         try:
             cells = next(rows)
         except StopIteration:
@@ -63,7 +63,7 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
     """Return the column names of a CSV or TSV file, and a csv.reader that continues with the first row.
 
     1. Read lines up to the first one that is not blank, which names the columns, to find the delimiter.
-    2. Pass these lines again to a reader with this delimiter, so that its line numbers are those of the file.
+    2. Pass these lines again to a reader with this delimiter, so that it counts the lines of the file.
     """
     lines = table_lines(path)
     first_lines: list[str] = []
@@ -97,7 +97,7 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
 
 
 def _find_delimiter(header: str, kind: str) -> str:
-    """Return the delimiter of a table's cells, from the line that names its columns."""
+    """Return the delimiter of a table's cells, judged by its header line."""
     if kind == TSV or ("," not in header and ";" not in header and "\t" in header):
         return "\t"
     # spreadsheets write semicolons in languages with decimal commas

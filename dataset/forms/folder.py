@@ -7,7 +7,7 @@ from dataset.forms.contract import SourceFormat
 
 
 class Folders(SourceFormat):
-    """Files in a folder."""
+    """Source format of tables that read their media files from a folder."""
 
     name = "folders"
     source = "directory"

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLists(SourceFormat):
-    """Lists that are written for this program."""
+    """Source format of JSONL lists in this program's own layout."""
 
     name = "JSONL"
     source = "jsonl_file"
@@ -35,13 +35,13 @@ class JsonLists(SourceFormat):
     has_dependent_keys = True
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
-        """Return why a folder of masks cannot be used: lines of the list name masks themselves."""
+        """Return why mask_directory is not allowed (list lines name masks themselves); None if unset."""
         if fields["mask_directory"]:
             return "mask_directory cannot be used here; give mask_path in the lines of the list"
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
-        """Remove `control_directory` with a warning: lines of the list name control files themselves."""
+        """Drop `control_directory` with a warning: the lines of a list name control files themselves."""
         if fields["control_directory"]:
             logger.warning(
                 "%s: control_directory is ignored because a list itself names control files (control_path)",
@@ -50,13 +50,13 @@ class JsonLists(SourceFormat):
             fields["control_directory"] = None
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the list, line by line."""
+        """Return the media files that the lines of the JSONL list name."""
         from dataset.forms.jsonl_rows import list_lines  # it loads decoders
 
         return list_lines(table, faults)
 
     def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
-        """Return the rows of the list and the names that are read from them."""
+        """Return the rows of the list and the names of the keys that are read from them."""
         from dataset.forms.jsonl_rows import inspect_lines
 
         return inspect_lines(table)
@@ -67,18 +67,18 @@ class JsonLists(SourceFormat):
 
 
 class JsonLines(RowFormat):
-    """JSON Lines: one JSON object in each line."""
+    """JSON Lines format: one JSON object in each line."""
 
     suffixes = (".jsonl", ".ndjson")
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the keys of the first lines."""
+        """Return the keys of the JSON objects in the first lines."""
         from dataset.forms.jsonl_rows import first_keys
 
         return first_keys(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the object of each line."""
+        """Yield the JSON object in each line."""
         from dataset.forms.jsonl_rows import read_jsonl
 
         return read_jsonl(path, names)

@@ -14,11 +14,13 @@ from modules.command import quote_command
 from modules.errors import DatasetError
 from modules.text_files import parse_json
 
-FIRST_LINES = 100  # number of lines whose keys count as the columns
+FIRST_LINES = 100  # number of lines whose keys are the columns
 
 
 def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of a list, in any order; add errors, with line numbers, to `faults`.
+    """Return the media files in the lines of a JSONL list; errors, with line numbers, go to `faults`.
+
+    The order is arbitrary.
 
     Raises:
         DatasetError: If the file cannot be read.
@@ -32,7 +34,7 @@ def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def inspect_lines(table: DatasetTable) -> InspectedColumns:
-    """Return the rows of a list and the names that are read from them."""
+    """Return the rows of a list, and the names of the keys that are read from them."""
     media = table.path_key
     read = names_read(table, media, "caption")
     rows = read_jsonl(table.source, None)
@@ -40,7 +42,7 @@ def inspect_lines(table: DatasetTable) -> InspectedColumns:
 
 
 def first_keys(path: Path) -> tuple[str, ...]:
-    """Return the keys of the first lines of a file.
+    """Return the keys of the JSON objects in the first lines of a file.
 
     Raises:
         DatasetError: If the file cannot be read.
@@ -83,7 +85,7 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
 
 
 def _parse_object(line: str) -> dict[str, Any]:
-    """Parse a line of a JSONL file. Raises ValueError, with a remedy, if it is not an object."""
+    """Parse a line of a JSONL file. Raises ValueError, with a hint, if it is not a JSON object."""
     try:
         record = parse_json(line, no_repeats=True)
     except ValueError as error:

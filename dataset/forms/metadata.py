@@ -13,23 +13,23 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class MetadataKeys:
-    """The key `metadata_file` of a subset, which names a file of images and captions."""
+    """The key `metadata_file` of a subset: the path of a JSON file that lists images and captions."""
 
     metadata_file: Path
     folder = None  # `dataset.subsets` sets the cache directory
 
     @property
     def source(self) -> Path:
-        """The JSON file."""
+        """The metadata JSON file."""
         return self.metadata_file
 
     def source_key(self, kind: str) -> str:
-        """Return "metadata_file"; only tables of images have it."""
+        """Return "metadata_file", the table key of the source; only image tables have it."""
         return "metadata_file"
 
 
 class Metadata(SourceFormat):
-    """Images that are listed in a metadata file for image trainers."""
+    """Format of images that are listed in a metadata JSON file, as image trainers write it."""
 
     name = "metadata files"
     keys = MetadataKeys
@@ -38,13 +38,13 @@ class Metadata(SourceFormat):
     names_images_anywhere = True
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the file and find the images that it names."""
+        """Return the images that the metadata file lists."""
         from dataset.forms.metadata_listing import list_metadata  # it loads decoders
 
         return list_metadata(table, table.source, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Return where a missing caption would be: in the entry of its image."""
+        """Return where a missing caption is expected: in the image's entry of the metadata file."""
         return 'neither "caption" nor "tags" in its entry'
 
 

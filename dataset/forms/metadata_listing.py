@@ -20,15 +20,15 @@ SIZE_KEY = "train_resolution"  # key of an entry, written by prepare_buckets_lat
 
 
 def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[MediaSource]:
-    """Return a source for each image that a table's metadata_file names, with its caption and tags.
+    """Return the images that a table's metadata_file names, with their captions and tags.
 
         {"cat.png": {"caption": "a cat", "tags": "red, chair"}, "sub/dog": {"tags": "dog"}}
 
     A key is a path, or a name in the table's folder of images, with or without its suffix.
 
     Args:
-        table: Table of the dataset.
-        path: Path of the file.
+        table: Table of the dataset file.
+        path: Path of the metadata file.
         faults: List to which faults of single entries are added.
 
     Raises:
@@ -49,7 +49,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         texts.append(text)
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in entries.values()):
         logger.info("%s: %s is not needed: sizes are read from the images themselves", table.name, SIZE_KEY)
-    # images of several folders may have equal names, so stems get a hash
+    # images in different folders may have equal names, so stems get a hash
     stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
     for image, text, stem in zip(images, texts, stems, strict=True):
@@ -103,7 +103,7 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
         return path
     parent = path.parent
     if parent not in images_of_folders:
-        # in reverse order, so that of several files with the same stem the first one stays
+        # in reverse order, so that the first of the files with the same stem stays
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         images = [entry for entry in entries if entry.suffix.lower() in image_suffixes()]
         images_of_folders[parent] = {image.stem: image for image in images}
@@ -115,7 +115,7 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
 
 
 def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
-    """Return the text of an entry: its caption followed by its tags; class_tokens if it has neither.
+    """Return the text of a metadata entry: its caption followed by its tags; class_tokens if it has neither.
 
     With wildcards, each line of the caption is an alternative, so the tags follow every line.
 
@@ -137,7 +137,11 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
 
 
 def _read_entry_text(entry: dict[str, Any], name: str) -> str:
-    """Return the string under a key of an entry; "" if it is missing. Raises ValueError for other types."""
+    """Return the string under a key of a metadata entry; "" if the key is missing.
+
+    Raises:
+        ValueError: If the value is not a string.
+    """
     text = entry.get(name)
     if text is None:
         return ""

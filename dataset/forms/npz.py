@@ -18,7 +18,7 @@ def open_store(
     """Open the npz caches of a table, which are next to its images as in sd-scripts.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         names: The family's latent space and keys of text caches; None for a family without npz caches.
         folder: Folder of the table's images.
         list_images: Returns the paths, without suffix, of images in other folders, by stem.

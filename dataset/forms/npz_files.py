@@ -35,7 +35,7 @@ Array = NDArray[Any]
 
 _MEMBER = ".npy"
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # time of all members, so that equal contents give equal bytes
-# errors of reading a damaged file
+# errors that a damaged file may raise
 _ERRORS = (
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error,
     OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError,
@@ -58,14 +58,14 @@ Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
 class NpzArray(NamedTuple):
-    """An array of an npz file, with the checksum of its archive member."""
+    """An array of an npz file, and the checksum of its member in the zip archive."""
 
     tensor: Tensor
     crc32: int  # checksum of the archive's member, which was verified by reading it
 
 
 def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
-    """Return the arrays of a file whose names `is_wanted` accepts.
+    """Return the arrays of an npz file whose names `is_wanted` accepts.
 
     Raises:
         CacheError: If the file is missing or damaged, or if an array contains anything other than numbers.
@@ -88,7 +88,7 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
 
 
 def list_arrays(path: Path) -> list[str]:
-    """Return the names of the arrays of a file.
+    """Return the names of the arrays in an npz file.
 
     Raises:
         CacheError: If the file is missing or damaged.
@@ -98,7 +98,7 @@ def list_arrays(path: Path) -> list[str]:
 
 
 def read_members(path: Path) -> dict[str, bytes]:
-    """Return the bytes of all members of an npz file by the names of their arrays.
+    """Return the raw bytes of all members of an npz file, by array name.
 
     Raises:
         CacheError: If the file is missing or damaged.
@@ -112,7 +112,7 @@ def read_members(path: Path) -> dict[str, bytes]:
 
 
 def write_members(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write a file, replacing an existing one.
+    """Write an npz file, replacing an existing one.
 
     Equal contents give equal bytes. Raises OutputError if the file cannot be written.
     """
@@ -130,7 +130,7 @@ def format_array(array: Array) -> bytes:
 
 
 def _list_names(file: zipfile.ZipFile) -> list[str]:
-    """Return the names of the arrays. Raises ValueError if there are too many or they are too large."""
+    """Return the array names in an npz file. Raises ValueError if they are too many or too large."""
     infos = [info for info in file.infolist() if info.filename.endswith(_MEMBER)]
     if len(infos) > MAX_ARRAYS:
         raise ValueError(f"it has {len(infos)} arrays")
@@ -143,7 +143,7 @@ def _list_names(file: zipfile.ZipFile) -> list[str]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a cache file.
+    """Open an npz cache file.
 
     Raises:
         CacheError: If it is missing or damaged.
@@ -158,7 +158,7 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
-    """Convert a tensor to an array that other programs can read: floats below 32 bits become float32.
+    """Convert a tensor to an array that other trainers can read: bfloat16 and float16 become float32.
 
     With `keep_half`, float16 stays float16.
     """
@@ -175,13 +175,13 @@ def describe_tensors(
     metadata: Mapping[str, str],
     members: Mapping[str, bytes],
 ) -> Array:
-    """Return the record of tensors as an array of bytes, which is stored as a member of the npz file.
+    """Return a JSON description of the cached tensors as a byte array, to be stored in the npz file.
 
     Args:
         tensors: Tensors by name.
-        sources: Name of the tensor that each array contains, by name of the array.
-        metadata: Metadata of the entry.
-        members: Bytes of each array, for its checksum.
+        sources: Array name to the name of the tensor that it contains.
+        metadata: Metadata of the cache entry.
+        members: Array name to the bytes of its archive member, for the checksum.
     """
     described = {}
     for array, name in sources.items():
@@ -194,9 +194,9 @@ def describe_tensors(
 
 
 def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) -> Entry | None:
-    """Return the entry that the record describes.
+    """Return the cache entry that this program's record in an npz file describes.
 
-    Returns None if there is no record, because another program wrote the file, or if an array has been
+    Returns None if there is no record, because another trainer wrote the file, or if an array has been
     replaced.
 
     Args:

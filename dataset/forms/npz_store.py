@@ -54,13 +54,13 @@ NPZ = ".npz"
 LOCK = ".reelsmith-npz.lock"  # held while a resolution is added to a file of the folder
 ALPHA, MIRRORED = "alpha_mask", "latents" + cache_files.FLIPPED  # names of arrays
 _KNOWN = ("latents", MIRRORED)  # keys of tensors that other programs read
-# endings of file names that state their content; files with other names may be `STEM.npz`
+# file name endings that reveal the content; files with other names may be `STEM.npz`
 _STATED_CONTENT = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 
 
 @dataclass(frozen=True)
 class NpzStore:
-    """Store entries in the npz files of a table.
+    """Cache store that keeps a table's entries in npz files.
 
     Messages outside this class refer to an entry as a single cache file; those of this class name the npz
     file.
@@ -78,7 +78,7 @@ class NpzStore:
     is_shared: ClassVar[bool] = True
 
     def names(self) -> Collection[str]:
-        """Return the names of the entries in all npz files in the folders of the table."""
+        """Return the names of all entries in the npz files of the table's folders."""
         stems = {path: stem for stem, path in self.image_paths.items()}
         names = []
         for folder in {self.folder, *(path.parent for path in stems)}:
@@ -96,18 +96,18 @@ class NpzStore:
         return self._file_of(name).is_file()
 
     def read(self, name: str, is_full: bool = True) -> cache_files.Entry:
-        """Read an entry; `is_full` is ignored, because opening the file takes most of the time."""
+        """Read an entry, always with its tensors: opening an npz file takes most of the time anyway."""
         return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a text to its file, or add latents of one resolution to the file of their image."""
+        """Write a text to its file, or add latents of one resolution to the image's file."""
         if self._is_text(name):
             self._write_text(name, tensors, metadata)
         else:
             self._write_latents(name, tensors, metadata)
 
     def remove(self, name: str) -> None:
-        """Remove a text's file, or the members of one resolution; a file without members is removed."""
+        """Remove a text's file, or one resolution from a latents file; an empty file is deleted."""
         path = self._path(name)
         if self._is_text(name):
             path.unlink(missing_ok=True)
@@ -122,22 +122,22 @@ class NpzStore:
                 path.unlink(missing_ok=True)
 
     def close(self, is_last: bool = False) -> None:
-        """Do nothing: each file is flushed when it is written, and a later write removes leftovers."""
+        """Do nothing: each file is flushed when it is written, and a later write removes unfinished ones."""
 
     @property
     def format(self) -> NpzFormat:
-        """Layout of the family's npz files."""
+        """Layout of the npz files that this model family uses."""
         assert self.latent.npz is not None  # checked by `open_store` in dataset/forms/npz.py
         return self.latent.npz
 
     # --- names ---
 
     def _is_text(self, name: str) -> bool:
-        """Return whether a file is a text cache."""
+        """Return whether a file name belongs to a text cache."""
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
-        """Return the path of the npz file of an entry."""
+        """Return the path of the npz file that contains an entry."""
         finished_name = name.removesuffix(cache_files.PART)
         unfinished_suffix = name[len(finished_name) :]  # PART or ""
         npz_stem = _replace_ending(finished_name.removesuffix(cache_files.SUFFIX), self._endings())
@@ -150,9 +150,9 @@ class NpzStore:
         return image_path.with_name(image_path.name + npz_name.removeprefix(source_stem))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file of an entry: the one with its name, else `STEM.npz` of an older program.
+        """Return the file of an entry: the one with its name, otherwise the `STEM.npz` of an older trainer.
 
-        Names of older programs contain no tag of the model, so a warning is logged once.
+        The names of older trainers contain no model tag, so a warning is logged once.
         """
         path = self._path(name)
         stem = self._source_stem(name)
@@ -174,9 +174,9 @@ class NpzStore:
         return untagged
 
     def _find_untagged_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none.
+        """Return the entry name for latents in an older trainer's `STEM.npz`; None if it contains none.
 
-        Such a name lacks the image size, which the file contains.
+        Such a file name lacks the image size, which the file contains.
         """
         file_stem = file.removesuffix(NPZ)
         states_content = _STATED_CONTENT.search(file_stem) is not None
@@ -195,7 +195,7 @@ class NpzStore:
         return cache_files.LatentName(source_stem, (width, height)).file_name(self.tag)
 
     def _source_stem(self, name: str) -> str:
-        """Return the stem of an entry's source, from the entry's name; "" for the empty prompt."""
+        """Return the stem of the media file that a cache name belongs to; "" for the empty prompt."""
         finished = name.removesuffix(cache_files.PART)
         latents = cache_files.parse_latent_name(finished, self.tag, "image")
         if latents is not None:
@@ -207,7 +207,7 @@ class NpzStore:
         return cache_files.parse_text_name(finished, self.tag) or ""
 
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the cache entry's name for an npz file; None if the file is not of this family or table.
+        """Return the cache entry name for an npz file; None if it belongs to another family or table.
 
         `stems` maps the paths, without suffix, of images that a list names to their stems.
         """
@@ -227,13 +227,13 @@ class NpzStore:
         return name + unfinished_suffix
 
     def _endings(self) -> tuple[tuple[str, str], ...]:
-        """Return pairs of an entry name's ending (without suffix) and its file name's ending."""
+        """Return pairs of name endings: of a cache entry (without suffix), and of its npz file."""
         return (f"_{self.tag}_te", self.format.text_suffix), (f"_{self.tag}", self.format.latent_suffix)
 
     # --- latents ---
 
     def _sizes(self, name: str) -> tuple[Size, Size]:
-        """Return the size of an image, from the entry name, and the size of its bucket."""
+        """Return two sizes of an image: its own, from its cache file's name, and its bucket."""
         parsed = cache_files.parse_latent_name(name, self.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
@@ -241,20 +241,20 @@ class NpzStore:
         return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
-        """Return height and width of latents in an entry, computed from the size in its name."""
+        """Return the height and width of an entry's latents, computed from the image size in its name."""
         _, (width, height) = self._sizes(name)
         *_, latent_height, latent_width = self.latent.shape(1, height, width)
         return latent_height, latent_width
 
     def _suffix(self, name: str) -> str:
-        """Return the suffix of array names of an entry's resolution; "" if files have one resolution."""
+        """Return the suffix of array names for a file's resolution (`_64x48`); "" if the format has none."""
         if not self.format.has_resolutions:
             return ""
         height, width = self._grid(name)
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        """Read the latents of one bucket from a file, which may contain several buckets."""
+        """Read an item's latents from an npz file, which may also contain latents of other resolutions."""
         path, suffix = self._file_of(name), self._suffix(name)
         members = read_arrays(path, lambda array_name: array_name.endswith(suffix))
         arrays = {array_name.removesuffix(suffix): array for array_name, array in members.items()}
@@ -268,7 +268,7 @@ class NpzStore:
         return self._read_foreign_latents(path, arrays, self._grid(name))
 
     def _reshape_latents(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor of an npz file in the shape that Reelsmith's record states."""
+        """Return a tensor of an npz file in the shape that this program's metadata in the file states."""
         # masks for other programs have the size of the image, but training needs the size of the latents
         if key == LOSS_MASK and tensor.numel() != math.prod(shape):
             # shrink_mask takes frames with values 0..255
@@ -278,9 +278,9 @@ class NpzStore:
     def _read_foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
-        """Return latents that another program wrote; raise CacheError if they do not fit the table.
+        """Return latents that another trainer wrote; raise CacheError if they do not match the table.
 
-        `arrays` are those of one resolution, by name without suffix; `grid` is the latents' height and width.
+        `arrays` belong to one resolution, by name without suffix; `grid` is the latents' height and width.
         """
         needed_by = {}  # array -> key of the table that needs it; the caller has checked that latents exist
         if self.table.augmentation.flip:
@@ -302,7 +302,7 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _to_video_latents(self, path: Path, key: str, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return an array of image latents (C H W, or C 1 H W of older programs) as C 1 H W.
+        """Return an array of image latents (C H W, or C 1 H W of older trainers) as C 1 H W.
 
         `key` is the name of the array and `grid` the expected height and width.
 
@@ -320,7 +320,7 @@ class NpzStore:
         return tensor[:, None]
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Convert a mask that another program wrote to 1 H W in latent pixels.
+        """Convert a mask from another trainer's cache to 1 H W in latent pixels.
 
         `mask` is H W, in latent pixels or in pixels. `grid` is the height and width of the latents.
         """
@@ -333,7 +333,7 @@ class NpzStore:
         raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write the latents of one bucket to a file; arrays of other buckets in the file do not change."""
+        """Write the latents of one bucket to an npz file; arrays of other buckets in it do not change."""
         arrays: dict[str, Array] = {}
         tensor_names: dict[str, str] = {}  # name of the tensor in each array
         for tensor_name, tensor in tensors.items():
@@ -352,7 +352,7 @@ class NpzStore:
             write_members(path, all_members)
 
     def _add_foreign_arrays(self, name: str, arrays: dict[str, Array]) -> None:
-        """Add the arrays that only other programs need."""
+        """Add the arrays that only other trainers need: image size, crop box and an opaque mask."""
         size, bucket = self._sizes(name)
         if self.table.alpha_mask and ALPHA not in arrays:  # opaque
             width, height = bucket
@@ -361,7 +361,7 @@ class NpzStore:
         arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
 
     def _latent_array(self, key: str, tensor: Tensor) -> tuple[str, Array]:
-        """Return name and values of the array that stores a tensor of a latent entry."""
+        """Return the name and the array under which an npz file stores a tensor of latents."""
         if key in _KNOWN and tensor.shape[1] == 1:
             return key, as_array(tensor, keep_half=False)[:, 0]  # C H W
         if key == LOSS_MASK and self.table.alpha_mask:  # other programs read it in pixels
@@ -371,9 +371,9 @@ class NpzStore:
         return f"{OURS}_{key}", as_array(tensor, keep_half=False)  # a name that other programs ignore
 
     def _read_other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
-        """Return the members of other resolutions in a file; {} if the file is damaged.
+        """Return the members of an npz file that belong to other resolutions; {} if the file is damaged.
 
-        `suffix` is the suffix of members of this resolution.
+        `suffix` is the suffix of the members of this resolution.
         """
         if not path.is_file():
             return {}
@@ -387,9 +387,10 @@ class NpzStore:
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
-        """Read the cached outputs of text encoders from an npz file, or from an unfinished one (`.part`).
+        """Read cached text encoder outputs from an npz file, or from an unfinished one (`.part`).
 
-        They are described by Reelsmith's record, which unfinished files always have, or by the format's keys.
+        They are described by this program's record, which unfinished files always have, or by the keys of the
+        format.
         """
         path = self._path(name)
         npz_format = self.format
@@ -412,7 +413,7 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
-        """Raise CacheError if text outputs were made with different settings than this training uses."""
+        """Raise CacheError if text encoder outputs were made with other settings than this run's."""
         for name, expected in self.format.constants.items():
             array = arrays.get(name)
             stored = None
@@ -423,7 +424,7 @@ class NpzStore:
                 raise CacheError(f"{path}: it was made with {name} {shown}, this training has {expected}")
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write the outputs of text encoders, and the constant arrays that other programs expect."""
+        """Write the outputs of text encoders, and the constant arrays that other trainers expect."""
         tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
         arrays: dict[str, Array] = {}
         for key, tensor_name in tensor_names.items():
@@ -436,7 +437,7 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return arrays that other programs expect in addition to encoder outputs: settings, zeros."""
+        """Return constant arrays that other trainers expect besides encoder outputs, such as zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.table_settings.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)
@@ -449,10 +450,10 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return width, height and crop box of an image (`FOREIGN_SIZES`), as another program stored them.
+    """Return an image's size and crop box (`FOREIGN_SIZES`), as another trainer stored them.
 
     Raises:
-        CacheError: If the file lacks a size.
+        CacheError: If one of them is missing.
     """
     numbers: list[float] = []
     for name, count in (("original_size", 2), ("crop_ltrb", 4)):

@@ -7,33 +7,33 @@ from dataset.forms.contract import FindCell, RowFormat, TableRow
 
 
 class Parquet(RowFormat):
-    """Parquet: one file, or a folder of files that are parts of one table."""
+    """Parquet format: one file, or a folder of files that together form one table."""
 
     suffixes = (".parquet", ".pq")
     is_text = False
 
     def reads(self, path: Path) -> bool:
-        """Return whether the path is a folder of parts or has the suffix of a part."""
+        """Return whether the path is a folder (of .parquet parts) or has the suffix of a Parquet file."""
         return path.is_dir() or super().reads(path)
 
     def list_names(self) -> list[str]:
-        """List the suffixes of the format and describe a folder of parts, for messages."""
+        """Return what the format reads, for messages: its suffixes and folders of .parquet parts."""
         return [*self.suffixes, "a folder of .parquet parts"]
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the names of the columns, from the schema of the parts."""
+        """Return the column names from the schema of the Parquet parts."""
         from dataset.forms.parquet_rows import columns_of_parts  # pyarrow is an extra
 
         return columns_of_parts(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the rows of all parts, sorted by the names of the parts."""
+        """Yield the rows of all parts, in the order of the parts' names."""
         from dataset.forms.parquet_rows import read_parts
 
         return read_parts(path, names)
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-        """Return a function that locates the files in a column, to read them without other columns."""
+        """Return a function that finds a column's files by row, without reading other columns."""
         from dataset.forms.parquet_files import cells_of_parts
 
         return cells_of_parts(path, name, finds_nulls)

@@ -23,7 +23,7 @@ from modules.text_files import require_regular_file
 from modules.varints import read_varint
 
 ROW_BYTES, VALUE_BYTES = 256, 16  # memory overhead of a row, and of a value
-# bytes that are read of a page's header, with the statistics in it; the last one is pyarrow's own limit
+# bytes to read of a page header with its statistics; the last one is pyarrow's own limit
 _HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
 _DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7  # a page type (PageType), and an encoding (Encoding)
 # field ids in a page's header (PageHeader): type, sizes, and the structs of the two kinds of data pages
@@ -34,14 +34,14 @@ _ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field id of the encoding in these struct
 _BINARY, _STRUCT = 8, 12
 _INTEGERS = (4, 5, 6)  # i16, i32, i64
 _BOOLEANS = (1, 2)  # true and false; they have no further bytes
-_ONE_AT_A_TIME = threading.Lock()  # else all threads would load the same row group at once
+_ONE_AT_A_TIME = threading.Lock()  # otherwise all threads would load the same row group at once
 
 
 def parquet_parts(path: Path) -> list[Path]:
-    """Return the file itself, or the parts in a folder, sorted by name.
+    """Return the Parquet file itself, or those in a folder, sorted by name.
 
     Raises:
-        DatasetError: If a folder has no parts.
+        DatasetError: If a folder contains none.
     """
     if not path.is_dir():
         return [path]
@@ -89,7 +89,7 @@ def open_parquet(path: Path, dictionary_columns: Sequence[str] = ()) -> Iterator
 
 @dataclass
 class UnpackedBytesLimit:
-    """Counter of the bytes unpacked from a file."""
+    """Counter of the bytes that were unpacked from a file, to stop decompression bombs."""
 
     path: Path
     max_bytes: int
@@ -97,7 +97,7 @@ class UnpackedBytesLimit:
 
     @staticmethod
     def of(path: Path) -> "UnpackedBytesLimit":
-        """Return a counter for a file, whose limit depends on the size of the file.
+        """Return a counter for a file; its limit is proportional to the file size, with a minimum.
 
         Raises:
             OSError: If the file does not exist.
@@ -105,7 +105,7 @@ class UnpackedBytesLimit:
         return UnpackedBytesLimit(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
-        """Count bytes that are about to be unpacked.
+        """Count bytes before they are unpacked.
 
         Raises:
             DatasetError: If the limit is exceeded.
@@ -156,7 +156,7 @@ def measure_row_group(file: Any, limit: UnpackedBytesLimit, group: int, columns:
 
 
 def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
-    """Add the unpacked bytes of a column in a row group (`chunk`) to `limit`, which raises if too many.
+    """Add a column chunk's unpacked bytes to `limit`, which raises an error if there are too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -257,7 +257,7 @@ def _read_signed(data: memoryview, position: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class ParquetCell:
-    """A file in a row of a Parquet file."""
+    """A file that a cell of a Parquet table contains."""
 
     container: Path
     group: int  # index of the row group
@@ -267,7 +267,7 @@ class ParquetCell:
     has_suffix = False
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes of the file, in one piece.
+        """Yield the bytes of the file as one chunk.
 
         Raises:
             MediaError: If the cell is empty or cannot be read.
@@ -275,15 +275,15 @@ class ParquetCell:
         yield read_cell(self)
 
     def describe(self) -> dict[str, Any]:
-        """Return the file that the cell is in, as a cache records it."""
+        """Return the path of the file that contains the cell, as cache records store it."""
         return {"in": str(self.container)}
 
 
 def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function that locates the file in the cell of a row in column `name`.
+    """Return a function that maps a row number to the file in column `name`.
 
-    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a cell
-    that is null.
+    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a null
+    cell.
     """
     parts = parquet_parts(path)
     column = cell_column(parts[0], name)
@@ -318,12 +318,12 @@ class CellFinder:
     """Finds the cells of a column of files in a Parquet file, by row number."""
 
     def __init__(self, path: Path, column: str, finds_nulls: bool = False) -> None:
-        """Read the row groups from the metadata of the file.
+        """Read the sizes of the row groups from the file's metadata.
 
         Args:
-            path: A file, or one part of several.
+            path: A file, or one of several files of a table.
             column: Column, from `cell_column`.
-            finds_nulls: Whether null cells are returned as None, for which their row groups have to be read.
+            finds_nulls: Whether to return None for null cells, for which their row groups have to be read.
 
         Raises:
             DatasetError: If a row group is too large to be read at once.
@@ -350,7 +350,7 @@ class CellFinder:
         self._are_filled: dict[int, Sequence[bool]] = {}  # results of `_read_filled`, by row group
 
     def find(self, number: int) -> ParquetCell | None:
-        """Return the cell of a row, numbered from 1; None if it has no value."""
+        """Return the cell in this row, counted from 1; None if it is null."""
         # the last group that starts at or before the row
         group = bisect.bisect_right(self._group_starts, number - 1) - 1
         row = number - 1 - self._group_starts[group]
@@ -362,7 +362,7 @@ class CellFinder:
         return ParquetCell(self._path, group, row, self._column)
 
     def _read_filled(self, group: int) -> Sequence[bool]:
-        """Return for each row of a group whether its cell is not null."""
+        """Return for each row of a Parquet row group whether its cell is not null."""
         try:
             are_valid = [
                 _column(self._path, group, name).is_valid().to_pylist() for name in self._value_columns
@@ -373,7 +373,7 @@ class CellFinder:
 
 
 def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
-    """Raise DatasetError if the cells of a row group are too large to be read at once."""
+    """Raise DatasetError if the cells of a Parquet row group are too large to be read at once."""
     if size_bytes > MAX_GROUP_BYTES:
         raise DatasetError(
             f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "
@@ -383,7 +383,7 @@ def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
 
 
 def _may_have_nulls(chunks: Sequence[Any]) -> bool:
-    """Return whether a column may have null values; True if its chunks do not record their number."""
+    """Return whether a column may have nulls; True if the file does not record how many there are."""
     counts = []
     for chunk in chunks:
         if chunk.is_stats_set and chunk.statistics.has_null_count:
@@ -410,7 +410,7 @@ def read_cell(origin: ParquetCell) -> bytes:
 
 
 def _column(path: Path, group: int, column: str) -> Any:
-    """Return a column of a row group. Raises DatasetError, OSError or ValueError if it cannot be read."""
+    """Return a column of a row group. Raises DatasetError, OSError or ValueError if it is unreadable."""
     mtime_ns = path.stat().st_mtime_ns
     with _ONE_AT_A_TIME:
         return _read_column(path, group, column, mtime_ns)

@@ -13,7 +13,7 @@ BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # maximum number of rows, and of bytes,
 
 
 def columns_of_parts(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns.
+    """Return the column names of a Parquet file, or of the first one in a folder.
 
     Raises:
         DatasetError: If the file cannot be read.
@@ -22,7 +22,7 @@ def columns_of_parts(path: Path) -> tuple[str, ...]:
 
 
 def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows of a file, or of the parts in a folder.
+    """Yield the rows of a Parquet file, or of all Parquet files in a folder.
 
     Raises:
         DatasetError: If a file cannot be read.
@@ -67,7 +67,7 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
 def _read_batches(
     file: Any, path: Path, names: Sequence[str], limit: parquet_files.UnpackedBytesLimit
 ) -> Iterator[list[list[Any]]]:
-    """Yield the values of some rows at a time, as a list for each column.
+    """Yield the values of several rows at a time, as one list for each column.
 
     `limit` counts the memory that the values take.
     """
@@ -81,7 +81,7 @@ def _read_batches(
 
 
 class _ParquetColumns(NamedTuple):
-    """Columns to read from a Parquet file, with the types of nested ones."""
+    """The columns to read from a Parquet file, and the types of nested ones."""
 
     names: tuple[str, ...]
     nested_types: dict[str, Any]  # Arrow types of columns with nested values, by name

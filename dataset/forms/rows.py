@@ -1,4 +1,4 @@
-"""Turn the rows of lists and tables into sources: paths or addresses, captions, control media, masks."""
+"""Turn the rows of lists and tables into sources: paths or URLs, captions, control media, masks."""
 
 import contextlib
 import itertools
@@ -44,7 +44,7 @@ FileLocation = tuple[Path, media_source.Origin | None]
 
 
 class _Media(NamedTuple):
-    """The image or clip of a row."""
+    """The image or clip that a row names or contains."""
 
     location: FileLocation
     stem: str
@@ -52,7 +52,7 @@ class _Media(NamedTuple):
 
 
 class RejectedAddress(DatasetError):
-    """Raised for an address that the table does not allow or whose protocol is not supported."""
+    """Raised for a URL that the table does not allow, or whose protocol is not supported."""
 
     def __init__(self, reason: str, shown: str) -> None:
         super().__init__(f"{shown}: {reason}")
@@ -61,7 +61,7 @@ class RejectedAddress(DatasetError):
 
 @dataclass
 class RowReader:
-    """Reader that turns the rows of one list or table into sources."""
+    """Reads the rows of one list or table as media files with captions and companion files."""
 
     table: DatasetTable
     file: Path  # the list or table, for messages
@@ -75,16 +75,16 @@ class RowReader:
     def read(
         self, values: Mapping[str, Any], position: str, contained: tuple[str, FileLocation] | None = None
     ) -> media_source.MediaSource:
-        """Return the source that a row describes: an image or clip with its caption and companion files.
+        """Return the image or clip that a row names, with its caption and companion files.
 
         Args:
-            values: Cells of the row by column, or the object of a line.
+            values: Cells of the row by column, or the JSON object of a line.
             position: Position for messages, such as `list.jsonl, line 3`.
             contained: Stem and location of the image or clip, if the row itself contains it.
 
         Raises:
             DatasetError: If a value cannot be used.
-            RejectedAddress: If an address is not allowed.
+            RejectedAddress: If a URL is not allowed.
         """
         if contained is None:
             media = self._read_media(values, position)
@@ -126,7 +126,7 @@ class RowReader:
     def _add_audio(
         self, source: media_source.MediaSource, values: Mapping[str, Any], position: str
     ) -> media_source.MediaSource:
-        """Return a source with its audio file: the one named in its row, else one next to the clip."""
+        """Return a source with its audio file: the one that its row names, else one next to the clip."""
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
         audio = self._read_file_cell("audio_path", audio_path, position)
         if audio is None and self.table.finds_audio_by_name and not source.remote_or_packed:
@@ -172,7 +172,7 @@ class RowReader:
         return f". Each line is one object such as {example}"
 
     def _read_layers(self, values: Mapping[str, Any], position: str) -> list[FileLocation]:
-        """Return the layers of a row, ordered by number. The full image has the number 0 or no number."""
+        """Return a row's layers in the order of their numbers; the full image has the number 0 or none."""
         column = self.path_column
         if column in values and f"{column}_0" in values:
             raise DatasetError(f"{position}: {column} and {column}_0 both name the image; leave out one")
@@ -188,7 +188,7 @@ class RowReader:
         return [layers[number] for number in sorted(layers)]
 
     def _note_gap(self, files: Mapping[int, FileLocation], column: str, position: str) -> None:
-        """Remember, for a later warning, a row whose numbered columns skip a number."""
+        """Store a message about a row whose numbered columns skip a number, for a later warning."""
         gap = find_gap(files)
         if gap is not None:
             self._gaps.append(f"{position}: there is no {column}_{gap}, but {column}_{max(files)}")
@@ -196,7 +196,7 @@ class RowReader:
     def _read_controls_and_references(
         self, values: Mapping[str, Any], position: str
     ) -> tuple[list[FileLocation], list[FileLocation]]:
-        """Return the control media and the references of a row, each ordered by number."""
+        """Return a row's control media and its references, each in the order of their numbers."""
         controls: dict[int, FileLocation] = {}
         references: dict[int, FileLocation] = {}
         for name, value in values.items():
@@ -250,13 +250,13 @@ class RowReader:
     def assign_unique_stems(
         self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
     ) -> list[media_source.MediaSource]:
-        """Return all sources of the rows with unique stems; add errors about several rows to `faults`.
+        """Return the media files of all rows with unique stems; add errors about several rows to `faults`.
 
         Equal stems get a hash. In a JSONL list, however, local files with equal names are an error, which is
         reported later.
 
         Args:
-            sources: All sources that `read` returned, in order.
+            sources: All media files that `read` returned, in order.
             faults: Errors are added to this list.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
@@ -273,11 +273,11 @@ class RowReader:
 
     @property
     def unit(self) -> str:
-        """Word for a row in messages."""
+        """Word for a row in messages ("line" or "row")."""
         return "line" if self.is_list else "row"
 
     def _locate(self, text: str, position: str) -> tuple[Path, media_source.Remote | None]:
-        """Return the local path of a file, and its address; None for a local file."""
+        """Return the local path of a file named in a row, and its URL (None for local files)."""
         if not is_address(text):
             return locate(text, self.base, position), None
         protocol = protocol_of(text)
@@ -291,7 +291,7 @@ class RowReader:
         return download, media_source.Remote(text)
 
     def _find_address_error(self, address: str, protocol: str) -> str | None:
-        """Return the reason why an address is rejected; None if it is allowed."""
+        """Return why a URL is rejected; None if it is allowed."""
         if not self.table.allow_urls:
             return "addresses are read only with allow_urls = true in the table"
         if "::" in address.split("/", 1)[0]:
@@ -303,7 +303,7 @@ class RowReader:
         return protocol_error(protocol)
 
     def _read_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
-        """Return the caption of a row; with multi_caption, the texts of its list `captions` follow."""
+        """Return the caption of a row; with multi_caption, followed by its list `captions`."""
         name = self.caption_column
         caption = None
         if name is not None:
@@ -328,7 +328,7 @@ class RowReader:
         return [*first_lines, *stripped[1:]]
 
     def _read_further_text(self, value: Any, position: str) -> str:
-        """Return the `FURTHER_TEXT` of a row. Raises DatasetError if it is not a string."""
+        """Return a row's `FURTHER_TEXT` value. Raises DatasetError if it is empty or not a string."""
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
                 f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
@@ -338,7 +338,7 @@ class RowReader:
         return value
 
     def _further_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
-        """Return the list `captions` of a row, which only tables with multi_caption have."""
+        """Return the further captions of a row, its list `captions`; only used with multi_caption."""
         texts = values.get("captions") if self.table.multi_caption else None
         if texts is None:
             return []
@@ -370,9 +370,9 @@ def list_rows(
     faults: list[media_source.Fault],
     cell_finders: Mapping[str, FindCell] = MappingProxyType({}),
 ) -> list[media_source.MediaSource]:
-    """Return the sources of rows, in order; errors, with row numbers, are added to `faults`.
+    """Return the media files that rows name, in order; errors, with row numbers, are added to `faults`.
 
-    `cell_finders` has a function for each column of files that locates the file in a row's cell.
+    `cell_finders` has, for each column that contains files, a function that finds the file of a row.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -389,7 +389,7 @@ def list_rows(
 def _read_row(
     reader: RowReader, row: TableRow, cell_finders: Mapping[str, FindCell]
 ) -> media_source.MediaSource:
-    """Return the source of a row, whose files may be in its own cells (`cell_finders`).
+    """Return the image or clip of a row; `cell_finders` find files that its cells contain.
 
     Raises:
         DatasetError: If the row has a fault, or a cell is invalid.
@@ -427,7 +427,7 @@ def make_source(
     rejected: FileLocation | None = None,
     layers: Sequence[FileLocation] = (),
 ) -> media_source.MediaSource:
-    """Make a source from a row, or from a sample of a tar; `position` is for messages."""
+    """Return the media file of a row or a tar sample; `position` is for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{position}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = split_first_caption(captions, position)
@@ -468,9 +468,9 @@ def download_folder(table: DatasetTable) -> Path:
 
 
 def locate(text: str, base: Path | None, position: str) -> Path:
-    """Return the path written in a field of a row.
+    """Return the path in a field of a row.
 
-    `base` is the base folder of relative paths; None means the working folder.
+    `base` is the folder that relative paths refer to; None means the working folder.
 
     Raises:
         DatasetError: If the text cannot be a path.
@@ -482,7 +482,7 @@ def locate(text: str, base: Path | None, position: str) -> Path:
 
 
 def check_text(text: str, position: str) -> None:
-    """Raise DatasetError if a text has invalid characters or is too long for a path or caption."""
+    """Raise DatasetError if a path or caption has invalid characters or is too long."""
     bad = bad_character(text)
     if bad is not None:
         raise DatasetError(f"{position} holds {bad}. Correct the line.")
@@ -495,7 +495,7 @@ def check_text(text: str, position: str) -> None:
 def find_missing_companions(
     table: DatasetTable, sources: Sequence[media_source.MediaSource], plural: str
 ) -> list[media_source.Fault]:
-    """Return a fault for each source without control media or a rejected item if other sources have some.
+    """Return a fault for each item without control media or a rejected file if other items have them.
 
     `plural` names the rows or samples in messages: `lines of data.jsonl`.
     """
@@ -514,12 +514,12 @@ def find_missing_companions(
 
 
 def _show(value: Any) -> str:
-    """Return the beginning of a value for a message, without passwords in addresses."""
+    """Return the beginning of a value for a message, without passwords in URLs."""
     return hide_secrets(json.dumps(value, default=repr)[:80])
 
 
 def require_file(table: DatasetTable) -> Path:
-    """Return the file of a list or table.
+    """Return the path of a list or table file.
 
     Raises:
         DatasetError: If the file does not exist.
@@ -532,7 +532,7 @@ def require_file(table: DatasetTable) -> Path:
 
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
-    """Return the names of the columns that are read, without numbered ones (see `is_companion`)."""
+    """Return the names of the columns that are read, except numbered ones (see `is_companion`)."""
     names = {path_column, caption_column, table.control_column or ""}
     names |= {"mask_path", "control_mask_path", "worse_path"}
     if table.multi_caption:
@@ -543,7 +543,7 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a column contains numbered control media or references, such as `control_path_1`."""
+    """Return whether a column has numbered control media or references, such as `control_path_1`."""
     return control_number(name) is not None or control_number(name, "reference_path") is not None
 
 
@@ -553,14 +553,14 @@ def is_layer(table: DatasetTable, name: str) -> bool:
 
 
 def is_control(table: DatasetTable, name: str) -> bool:
-    """Return whether a column contains control media."""
+    """Return whether a column contains control images or clips."""
     return name == table.control_column or control_number(name) is not None
 
 
 def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
-    """Return the base folder of relative paths; None for the working folder, or if no file is found.
+    """Return the folder that relative paths in a list or table refer to; None for the working folder.
 
-    The first relative path of an existing file decides.
+    The first relative path that exists decides; None is also returned if none exists.
 
     Args:
         path: Path of the list or table.

@@ -1,4 +1,4 @@
-"""Tables of any format and origin, with a column of paths, addresses or files."""
+"""Tables of any format and origin, with a column of paths, URLs or files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class TableKeys:
-    """Keys that only tables with a table file have, such as Parquet or CSV."""
+    """Keys of dataset tables that read their rows from a table file, such as Parquet or CSV."""
 
     table_file: Path = of_kind(forms.LIST_PATH)
     path_column: str | None = key(forms.COLUMN, stale=NOTHING)  # None: the default names
@@ -23,16 +23,16 @@ class TableKeys:
 
     @property
     def source(self) -> Path:
-        """The table's file, or its folder of parts."""
+        """The table's file, or a folder with several of them."""
         return self.table_file
 
     def source_key(self, kind: str) -> str:
-        """Return the key that names the table: "image_table_file" or "video_table_file"."""
+        """Return the table key of the source: "image_table_file" or "video_table_file"."""
         return f"{kind}_table_file"
 
 
 class Tables(SourceFormat):
-    """Rows of a table that names files or addresses, or contains files."""
+    """Source format of table files whose rows name paths or URLs, or contain the files themselves."""
 
     name = "tables"
     source = "table_file"
@@ -42,17 +42,17 @@ class Tables(SourceFormat):
     is_listed_in_training = True
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the table, row by row."""
+        """Return the media files that the rows of the table name or contain."""
         from dataset.forms.tables_listing import list_table  # it loads decoders
 
         return list_table(table, table.require_format_keys(TableKeys).path_column, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Return where a missing caption would be: in the row's column of captions."""
+        """Return where a missing caption is expected: in the caption column of the row."""
         return f'no "{table.caption_column or "caption"}" in its row'
 
     def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
-        """Return the rows of the table and the columns that are read."""
+        """Return the rows of the table, and which columns are read."""
         from dataset.forms.tables_listing import inspect_table
 
         return inspect_table(table, table.require_format_keys(TableKeys).path_column)

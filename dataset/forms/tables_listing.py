@@ -25,7 +25,7 @@ MAX_SHOWN = 20  # columns in a message
 
 
 def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of a table, in any order; add errors, with row numbers, to `faults`.
+    """Return the media files that a table names, in any order; add errors, with row numbers, to `faults`.
 
     `path_column` is the value of the key in the dataset file.
 
@@ -55,17 +55,17 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
 
 
 class _ReadColumns(NamedTuple):
-    """The columns of a table's media and captions."""
+    """The columns from which a table's media and captions are read."""
 
     media: str
     caption: str | None  # None: the table has no captions
 
 
 def _select_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
-    """Return the columns of the media and captions; `path_column` is the value in the dataset file.
+    """Return the media and caption columns; `path_column` is the value in the dataset file.
 
     Raises:
-        DatasetError: If the column of the media, or a column that a key names, is missing.
+        DatasetError: If the media column, or a column that a key names, is missing.
     """
     named = {
         "path_column": path_column,
@@ -89,7 +89,7 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
 
 
 def _shown(columns: Sequence[str]) -> str:
-    """List columns for a message, at most MAX_SHOWN."""
+    """Return column names as text for a message, at most MAX_SHOWN."""
     if not columns:
         return "no columns"
     shown = ", ".join(map(repr, columns[:MAX_SHOWN]))
@@ -97,7 +97,7 @@ def _shown(columns: Sequence[str]) -> str:
 
 
 def inspect_table(table: DatasetTable, path_column: str | None) -> InspectedColumns:
-    """Open a table for warnings about its columns; `path_column` is the value in the dataset file.
+    """Return a table's columns, for warnings; `path_column` is the value in the dataset file.
 
     Raises:
         DatasetError: If the table cannot be listed.

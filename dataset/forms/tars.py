@@ -16,14 +16,14 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class TarKeys:
-    """The keys that only tables of tars have."""
+    """The keys that only dataset tables of tar files have."""
 
-    tars: tuple[str, ...] = of_kind(forms.TARS)  # paths, globs or addresses
+    tars: tuple[str, ...] = of_kind(forms.TARS)  # paths, glob patterns or URLs
     folder = None  # there is no default: the dataset file has to name a cache_directory
 
     @property
     def source(self) -> Path:
-        """Return the first path, glob or address, without passwords."""
+        """The first tar path, glob pattern or URL (without passwords)."""
         return Path(hide_secrets(self.tars[0]))
 
     def source_key(self, kind: str) -> str:
@@ -32,7 +32,7 @@ class TarKeys:
 
 
 class Tars(SourceFormat):
-    """Samples in tars, on disk or at addresses."""
+    """Source format of media and captions in tar files, on disk or at URLs."""
 
     name = "tars"
     source = "tars"
@@ -41,17 +41,17 @@ class Tars(SourceFormat):
     empty = "holds no {kind}s"
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """List the samples of the tars; tars at addresses are downloaded first."""
+        """Return the samples in the tars; remote tars are downloaded first."""
         from dataset.forms.tars_listing import list_tars  # it loads decoders
 
         return list_tars(table, table.require_format_keys(TarKeys).tars, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Describe where a missing caption is expected: in a member with the same name as the media."""
+        """Return where a missing caption is expected: a tar member with the same name as the media file."""
         return "no text file and no caption in a .json of the same name in the tar"
 
     def list_addresses(self, table: DatasetTable) -> list[str]:
-        """Return the tars that are at addresses."""
+        """Return the tars that have to be downloaded: URLs instead of paths."""
         return [tar for tar in table.require_format_keys(TarKeys).tars if is_address(tar)]
 
 

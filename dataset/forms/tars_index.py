@@ -42,7 +42,7 @@ COMPRESSED = {
 
 
 class TarDamage(Exception):
-    """Raised if a tar cannot be read beyond a position; the message gives the reason."""
+    """Raised if the rest of a tar is unreadable; the message gives position and reason."""
 
     def __init__(self, reason: str, is_no_tar: bool = False) -> None:
         super().__init__(reason)
@@ -59,7 +59,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarRules:
-    """Rules for which files of a sample are its media, its caption and its companions."""
+    """Rules that tell which files of a tar sample are media, caption and companions."""
 
     media: tuple[str, ...]  # suffixes of images or clips
     spare: tuple[str, ...]  # suffixes that count as media only if no file has one of `media`
@@ -72,7 +72,7 @@ class TarRules:
 
 @dataclass(frozen=True, slots=True)
 class TarSample:
-    """An image or clip in a tar, and its companions."""
+    """An image or clip in a tar, with its caption and companion files."""
 
     key: str  # name up to the first dot, with its folder
     media: Member
@@ -82,7 +82,7 @@ class TarSample:
 
 @dataclass
 class TarIndex:
-    """Samples and errors that were found in a tar."""
+    """Media samples and errors found in one tar."""
 
     samples: list[TarSample] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)  # key of a sample, and its error
@@ -122,7 +122,7 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
 
 
 def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
-    """Store an index for the next run, which is valid only while `validity_key` stays the same."""
+    """Store a tar's index for the next run; it is valid only while `validity_key` stays the same."""
     rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
     try:
         write_text(path, json.dumps([validity_key, index.keys_without_media, index.num_without_media, rows]))
@@ -131,13 +131,13 @@ def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
 
 
 def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> TarSample:
-    """Restore a sample from a cached index; `media` and `extras` are JSON values."""
+    """Restore a tar sample from a stored index; `media` and `extras` are JSON values."""
     members = tuple((role, number, Member(*member)) for role, number, member in extras)
     return TarSample(key, Member(*media), caption, members)
 
 
 def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
-    """Return the samples and the errors of an opened tar, up to its end or its first damage."""
+    """Return the samples and errors in an open tar, up to its end or to the first damage."""
     _reject_compressed(file, tar)
     index = TarIndex()
     # a sample is all files with an equal name before the first dot, its key
@@ -170,7 +170,7 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
 
 
 class _MemberText(NamedTuple):
-    """The text of a caption or JSON file in a tar."""
+    """The text of a caption file or JSON file in a tar."""
 
     text: str
     error: str = ""  # end of a message if the member is not text; then `text` is empty
@@ -180,7 +180,7 @@ _SampleFiles = dict[str, Member | _MemberText]  # files of a sample, by the name
 
 
 def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rules: TarRules) -> None:
-    """Make a sample of the files with each key, and add it, or its error, to the index."""
+    """Add a sample for the files of each key to the index, or the sample's error."""
     for key, sample_files in files_by_key.items():
         try:
             sample = _make_sample(key, sample_files, rules)
@@ -196,7 +196,7 @@ def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rule
 
 
 def _reject_compressed(file: BinaryIO, tar: Path) -> None:
-    """Raise DatasetError if the first bytes of a file show that it is compressed."""
+    """Raise DatasetError if the first bytes of a tar show that it is compressed."""
     first_bytes = file.read(8)
     file.seek(0)
     for magic, (compression, command) in COMPRESSED.items():
@@ -208,7 +208,7 @@ def _reject_compressed(file: BinaryIO, tar: Path) -> None:
 
 
 def _describe_damage(damage: TarDamage, files_by_key: dict[str, _SampleFiles], last_key: str) -> str:
-    """Describe the usable part of a damaged tar. The last sample is removed unless it seems complete."""
+    """Return which part of a damaged tar is usable; the last sample is dropped unless it seems complete."""
     last_files = files_by_key.pop(last_key, {})
     lost = f"{last_key} and what follows"
     # it is complete if it has the same kinds of files as another sample
@@ -219,7 +219,7 @@ def _describe_damage(damage: TarDamage, files_by_key: dict[str, _SampleFiles], l
 
 
 def _read_text(file: BinaryIO, member: Member) -> _MemberText:
-    """Return the text of a member, or the reason why it has none."""
+    """Return the text of a tar member, or the reason why it cannot be used."""
     if member.size_bytes > MAX_CAPTION_BYTES:
         return _MemberText("", f"has {member.size_bytes:,} bytes, at most {MAX_CAPTION_BYTES:,} are read")
     file.seek(member.offset)
@@ -234,9 +234,9 @@ def _read_text(file: BinaryIO, member: Member) -> _MemberText:
 
 
 def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSample | None:
-    """Make a sample from files with the same key, by extension; None if none of them is an image or clip.
+    """Return a tar sample made of the files with the same key; None if none of them is an image or clip.
 
-    Texts are the caption or JSON; all other files are media.
+    Text files are the caption or JSON; all other files are media.
 
     Raises:
         ValueError: If several files have the same role, or the caption cannot be used.
@@ -272,7 +272,7 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
 
 
 def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:
-    """Return the role, MASK or CONTROL, and the number of a companion file; None for other names."""
+    """Return a companion file's role, MASK or CONTROL, and its number; None for other extensions."""
     match = _ROLE.fullmatch(extension)
     if match is None:
         return None
@@ -285,7 +285,7 @@ def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:
 
 
 def _select_media(extensions: Sequence[str], suffixes: Container[str]) -> list[str]:
-    """Return the extensions of media to train on: plain ones such as `png`, else ones such as `crop.png`."""
+    """Return the media extensions to train on: plain ones such as `png`, otherwise those like `crop.png`."""
     exact = [extension for extension in extensions if f".{extension}" in suffixes]
     if exact:
         return sorted(exact)
@@ -293,7 +293,7 @@ def _select_media(extensions: Sequence[str], suffixes: Container[str]) -> list[s
 
 
 def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | None:
-    """Return the caption in the texts of a sample; None if there is none.
+    """Return the caption in a tar sample's text files; None if there is none.
 
     With multi_caption, each line of the result is a caption.
 
@@ -321,7 +321,7 @@ def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | 
 
 
 def _read_json_captions(text: str, rules: TarRules) -> list[str]:
-    """Return the captions in the .json of a sample.
+    """Return the captions in a sample's .json file.
 
     Raises:
         ValueError: If the captions cannot be used.
@@ -347,7 +347,7 @@ def _read_json_captions(text: str, rules: TarRules) -> list[str]:
 
 
 class _HeaderFile:
-    """A file from which `tarfile` reads headers and long names; it refuses larger reads than these need."""
+    """File object from which `tarfile` reads headers and long names; it refuses larger reads."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -357,7 +357,7 @@ class _HeaderFile:
         """Read at most `size` bytes.
 
         Raises:
-            TarDamage: If `size` is more than any header needs.
+            TarDamage: If `size` is larger than any header.
         """
         if not 0 <= size <= MAX_TAR_HEADER_BYTES:
             raise TarDamage(f"a header at byte {self.tell():,} states {size:,} bytes of names")
@@ -389,7 +389,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
             info = tar.next()
         except TarDamage:
             raise
-        except Exception as error:  # `tarfile` passes on errors of several modules
+        except Exception as error:  # `tarfile` passes on errors of the modules that it uses
             # EINVAL: a damaged header makes `tarfile` seek to an invalid position
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise
@@ -421,8 +421,8 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
     """Return a tar member's name without the timestamps that `tarfile` may mistake for its beginning.
 
-    Incremental archives of GNU tar have times in the header field in which other archives have the beginning
-    of a long name (the prefix). `tarfile` reads the times as part of the name.
+    Incremental archives of GNU tar store times in the header field where other archives store the
+    beginning of a long name (the prefix). `tarfile` reads the times as part of the name.
     """
     if not info.name[0].isdigit():  # times are digits
         return info.name

@@ -40,7 +40,7 @@ PIECE = 1 << 20  # bytes that are read at once
 
 
 def check_tar(path: Path) -> None:
-    """Raise MediaError if a downloaded file is not a tar, as its first header shows."""
+    """Raise MediaError if a downloaded file does not begin with a tar header."""
     if not tarfile.is_tarfile(path):
         raise MediaError(f"{path} is not a tar.")
 
@@ -55,7 +55,7 @@ class TarMember:
     has_suffix = True
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes of the file in pieces.
+        """Yield the bytes of the file in chunks.
 
         Raises:
             OSError: If the tar was removed, or is shorter than before.
@@ -71,21 +71,21 @@ class TarMember:
                 yield piece
 
     def describe(self) -> dict[str, Any]:
-        """Return the tar and the position of the member in it, in the form in which caches record them."""
+        """Return the tar and the member's position in it, as cache records store them."""
         return {"in": str(self.container), "offset": self.offset, "bytes": self.size_bytes}
 
 
 def list_tars(
     table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
-    """Return the sources in a table's tars (WebDataset), in any order, and add errors to `faults`.
+    """Return the samples in a table's tars (WebDataset), in any order, and add errors to `faults`.
 
-    Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that does not
-    end the run.
+    Remote tars are downloaded first. A truncated tar, or a failed download, is a fault that does not stop the
+    run.
 
     Args:
-        table: Table of the dataset.
-        patterns: Paths, globs or addresses of its tars, with braces.
+        table: Table of the dataset file.
+        patterns: Paths, glob patterns or URLs of its tars, with braces.
         faults: List to which a fault is added for each tar or sample that cannot be used.
 
     Raises:
@@ -99,7 +99,7 @@ def list_tars(
 
 
 def _make_rules(table: DatasetTable) -> TarRules:
-    """Return which files of a sample are its media, caption and companions, by the keys of a table."""
+    """Return the rules that tell a tar sample's media, caption and companions, from the table's keys."""
     suffixes, spare_suffixes = media_suffixes(table.kind)
     return TarRules(
         media=tuple(sorted(suffixes)),
@@ -115,7 +115,10 @@ def _make_rules(table: DatasetTable) -> TarRules:
 def _read_samples(
     table: DatasetTable, tars: Sequence[Path], faults: list[media_source.Fault]
 ) -> list[tuple[Path, TarSample]]:
-    """Return the samples of tars, each with its tar; add errors to `faults`, log samples without media."""
+    """Return the samples in these tars, each with its tar; add errors to `faults`.
+
+    Samples without media are logged.
+    """
     rules = _make_rules(table)
     samples: list[tuple[Path, TarSample]] = []
     num_without_media = 0
@@ -154,7 +157,7 @@ def _read_samples(
 def _make_sources(
     table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
-    """Return the sources of samples. A sample's stem is its key, with a hash if two tars have that key."""
+    """Return the image or clip of each tar sample. Its stem is the sample's key, with a hash if ambiguous."""
     tars = {tar for tar, _ in samples}
     name_counts = Counter(tar.name for tar in tars)
     # the name of a tar if it is unique, so that moving the tars does not change the stems
@@ -174,7 +177,7 @@ def _make_sources(
 
 
 def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
-    """Make the source of a sample: its image or clip with caption, control media and mask.
+    """Return the image or clip of a tar sample with its caption, control media and mask.
 
     Raises:
         DatasetError: If the sample cannot be used.
@@ -195,18 +198,18 @@ def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -
 
 
 def _locate_member(tar: Path, member: Member) -> FileLocation:
-    """Return the location of a tar's member: a path that names it in messages, and where its bytes are."""
+    """Return a tar member's location: a path for messages, and where its bytes are in the tar."""
     origin = TarMember(tar, member.offset, member.size_bytes)
     return name_parts(tar, readable_path(member.name)), origin
 
 
 def name_parts(path: Path, name: str) -> Path:
-    """Join a member's name to `path`, without "..", so that the result is inside `path`."""
+    """Join a member's name to `path` without its "..", so that the result is inside `path`."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
 def readable_path(name: str) -> str:
-    """Make each part of a member's name readable (`readable_stem`); the suffix does not change."""
+    """Make each part of a tar member's path a valid file name (`readable_stem`); its suffix stays."""
     folder, slash, base = name.rpartition("/")
     if slash:
         folder = "/".join(map(media_source.readable_stem, folder.split("/")))
@@ -219,7 +222,7 @@ def readable_path(name: str) -> str:
 
 
 def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]) -> list[Path]:
-    """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
+    """Return the tars that a table names, each once, in order; remote ones are downloaded."""
     tars: dict[Path, None] = {}
     for pattern in patterns:
         for name in expand_braces(pattern, table.name):
@@ -239,7 +242,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
 
 
 def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of a path, glob or address, whose braces have been expanded.
+    """Yield the tars of a path, glob pattern or URL whose braces have been expanded.
 
     Raises:
         DatasetError: If there is no such file.
@@ -251,7 +254,7 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 
 
 def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of an address, each as soon as it is downloaded."""
+    """Yield the tars of a URL pattern, each as soon as it is downloaded."""
     # servers of http and https cannot list files, so "?" begins a query
     has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
     addresses = _find_remote(name) if has_pattern else [name]
@@ -266,7 +269,7 @@ def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 
 
 def _find_remote(pattern: str) -> list[str]:
-    """Return the addresses that match a pattern with `*`, `?` or `[`, sorted.
+    """Return the URLs that match a pattern with `*`, `?` or `[`, sorted.
 
     Raises:
         MediaError: If the storage cannot be listed.
@@ -285,7 +288,7 @@ def _find_remote(pattern: str) -> list[str]:
 
 
 def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
-    """Return the tars that a path or a glob names, without shards of caches.
+    """Return the tars that a path or glob pattern names, without shards of caches.
 
     Raises:
         DatasetError: If there is none, or the path is a folder.
@@ -310,7 +313,7 @@ def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
 
 
 def has_wildcard(name: str) -> bool:
-    """Return whether a name is a glob."""
+    """Return whether a path contains glob wildcards."""
     return any(wildcard in name for wildcard in "*?[")
 
 
@@ -339,14 +342,14 @@ def expand_braces(pattern: str, table_name: str) -> list[str]:
 
 
 class _BraceOptions(NamedTuple):
-    """The alternatives that a pair of braces stands for."""
+    """The alternatives of a brace expression in tar names: a number range or a list."""
 
     values: Sequence[Any]  # texts, or numbers
     num_digits: int  # digits of numbers that are padded with zeros; 0: no padding
 
     @staticmethod
     def parse(content: str) -> "_BraceOptions":
-        """Parse the content of braces: `000..012`, up or down, or `a,b`."""
+        """Parse the text between braces: an ascending or descending range (`000..012`) or a list (`a,b`)."""
         limits = _RANGE.fullmatch(content)
         if limits is None:
             return _BraceOptions(content.split(","), 0)

@@ -19,7 +19,7 @@ from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import expand_path, hide_secrets, path_exists
 
-MAX_ROWS = 1000  # rows of a file that are checked
+MAX_ROWS = 1000  # maximum number of rows that are checked
 MAX_SHOWN = 80  # characters of a value in a message
 NEAR = 0.84  # similarity of names, 0..1: contol_path is near control_path, caption_en is not near caption
 # columns that are read only for models whose tables have `reads_row_references`
@@ -41,7 +41,7 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
 
 def find_unused(table: DatasetTable) -> list[Fault]:
-    """Return a warning for each unused column with files, or with a name similar to a used column's.
+    """Return a warning for each unread column that contains files, or is named almost like a column in use.
 
     At most MAX_ROWS rows are checked.
 
@@ -82,7 +82,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
 def _explain_unused(
     name: str, value: Any, row: TableRow, table: DatasetTable, columns: InspectedColumns
 ) -> str | None:
-    """Return the end of the warning about an unused column with this value; None if no warning is needed."""
+    """Return the end of a warning about an unread column with this value; None if it needs no warning."""
     lacks_caption = columns.is_list and not row.values.get("caption")
     explanation = _explain_by_name(name, value, table, lacks_caption)
     if explanation is None:
@@ -95,7 +95,7 @@ def _explain_unused(
 
 
 def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: bool) -> str | None:
-    """Return the end of a warning about an unused column if its name has another meaning; else None.
+    """Return the end of a warning about an unread column if its name suggests another use; otherwise None.
 
     `lacks_caption` says that the row of a list has no string in the column `caption`.
     """
@@ -111,7 +111,7 @@ def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: 
 
 
 def _as_faults(path: Path, explanations: Mapping[str, str]) -> list[Fault]:
-    """Return the warnings about a file; `explanations` contains the end of each warning, by column."""
+    """Return warnings about unread columns of a file; `explanations` is the end of each text, by column."""
     is_one = len(explanations) == 1
     kind = f"column of {path} is not read" if is_one else f"columns of {path} are not read"
     lines = [f"{name!r}{explanation}" for name, explanation in explanations.items()]
@@ -119,7 +119,7 @@ def _as_faults(path: Path, explanations: Mapping[str, str]) -> list[Fault]:
 
 
 def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
-    """Return the columns of a row that contain more control media than the model takes."""
+    """Return the control columns of a row that exceed the number of control images the model takes."""
     numbered = []  # number and column of each file
     for name, value in values.items():
         if not is_control(table, name) or not value:
@@ -134,14 +134,14 @@ def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
 
 
 def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
-    """Return the end of a warning about an unused column if a value suggests a file; else None.
+    """Return the end of a warning about an unread column if a value suggests a file; otherwise None.
 
-    A column whose name resembles that of a used one is reported, too.
+    A column with a name similar to a column in use is reported, too.
 
     Args:
         name: Name of the column.
         value: Value of the column in one row.
-        table: Table of the dataset.
+        table: Table of the dataset file.
         path: The list or table.
         media: Path of the media in the same row.
     """
@@ -159,7 +159,7 @@ def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, me
 
 
 def _texts_in(value: Any) -> list[Any]:
-    """Return the strings in a value: the value itself, or the items of a list or an object."""
+    """Return the values to check for file names: the value itself, or the items of a list or object."""
     if isinstance(value, str):
         # a cell of a CSV table may contain a list as text
         return _QUOTED.findall(value) if value.lstrip().startswith("[") else [value]
@@ -169,7 +169,7 @@ def _texts_in(value: Any) -> list[Any]:
 
 
 def _exists(text: str, path: Path) -> bool:
-    """Return whether a relative path exists in the working folder or next to the list or table `path`."""
+    """Return whether a relative path exists in the working folder or in the folder of the list `path`."""
     try:
         return any(path_exists(expand_path(text, base)) for base in (None, path.parent))
     except ValueError:  # a name that no file can have
@@ -177,7 +177,7 @@ def _exists(text: str, path: Path) -> bool:
 
 
 def _find_similar(name: str, table: DatasetTable) -> str | None:
-    """Return the used column with the most similar name; None if no name is similar."""
+    """Return the column in use with the most similar name; None if none is similar."""
     without_number = re.sub(r"_?\d+$", "", name.lower())
     used = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
     used += ["reference_path", "control_mask_path", "worse_path"]
@@ -185,7 +185,7 @@ def _find_similar(name: str, table: DatasetTable) -> str | None:
 
 
 def _make_hint(name: str, table: DatasetTable) -> str | None:
-    """Return advice for a column whose name is similar to a used column's, or a synonym; None for others."""
+    """Return a hint for an unread column with a name similar to a column in use; None for others."""
     name_parts = set(re.split(r"[^a-z]+", name.lower()))
     similar = _find_similar(name, table)
     for column, (contents, synonyms) in COLUMN_SYNONYMS.items():

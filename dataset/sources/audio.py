@@ -21,16 +21,16 @@ from modules.media.reading import Frame
 from modules.media.samples import read_track, track_info
 from protocols.data import AudioSpec
 
-MAX_OPENED = 200  # clips of each table whose headers are read; each takes a few milliseconds
+MAX_OPENED = 200  # clips per table whose headers are read; each takes a few milliseconds
 SAME_RATE = 0.01  # relative difference of a clip's rate from source_fps at which its audio still fits
 
 
 class NoAudio(MediaError):
-    """Raised if a clip has no audio that fits its frames; the message gives the reason."""
+    """Raised if a clip has no usable audio; the message gives the reason."""
 
 
 def find_audio(source: MediaSource) -> Path:
-    """Return the file with the audio of a fetched clip, downloaded if it is at an address.
+    """Return the file that contains a clip's audio; it is downloaded if it is remote.
 
     The file need not have an audio track.
 
@@ -43,7 +43,7 @@ def find_audio(source: MediaSource) -> Path:
     if source.audio is not None:
         file, origin = source.audio
         if origin is not None:
-            from dataset.sources.downloads import check_media, download  # only at addresses
+            from dataset.sources.downloads import check_media, download  # only for remote files
 
             download(origin.address, file, check=check_media)
         return file
@@ -62,7 +62,7 @@ def find_audio(source: MediaSource) -> Path:
 
 @dataclass(frozen=True)
 class SpanAudios:
-    """The audio of each span of a clip, C S; silence with its reason if there is none."""
+    """The audio samples of each span of a clip, C S; silence, with its reason, if the clip has no audio."""
 
     samples: tuple[Tensor, ...]  # audio of each span, C S
     silence_reason: str | None = None  # why the samples are zeros; None: the clip has audio
@@ -72,7 +72,7 @@ def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec
     """Return the audio of spans of a clip, or silence if the clip has none.
 
     Args:
-        local: The fetched source.
+        local: The clip, with local files.
         spans: Spans of the clip.
         fps: Frame rate of the family.
         spec: Audio spec of the family.
@@ -97,7 +97,7 @@ def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec
 
 
 def count_frames(path: Path, fps: float) -> int:
-    """Return the number of frames of a clip that is as long as an audio file.
+    """Return how many frames a clip as long as an audio file has.
 
     Raises:
         MediaError: If the file has no audio, does not state its duration, or is shorter than a frame.
@@ -115,7 +115,7 @@ def count_frames(path: Path, fps: float) -> int:
 
 
 def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
-    """Yield the black frames that stand for an audio file, each with its index and time in seconds."""
+    """Yield black frames for an audio file, each with its index and its time in seconds."""
     black = np.zeros((64, 64, 3), np.uint8)
     return ((black, index, index / fps) for index in range(count_frames(path, fps)))
 
@@ -123,7 +123,7 @@ def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
 def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
     """Return the clips that have audio although none is cached.
 
-    At most MAX_OPENED files are opened; files that are not on disk, or unreadable, are skipped. `silent` are
+    At most MAX_OPENED files are opened; unreadable files and files not on disk are skipped. `silent` contains
     the stems of clips without cached audio.
     """
     on_disk = (source for source in sources if source.stem in silent and not any(source.remote_or_packed))
@@ -142,7 +142,7 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
 
 
 def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec) -> list[Tensor]:
-    """Read the audio of spans of a clip's kept frames, each C S.
+    """Read the audio that belongs to spans of a clip's kept frames, each C S.
 
     The track is decoded once.
 

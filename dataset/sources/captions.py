@@ -15,7 +15,7 @@ from modules.text_files import bad_character, read_content, read_if_object, read
 from protocols.families import caption_formats
 from protocols.rules import TokenCount
 
-if TYPE_CHECKING:  # it is loaded only for files that are not UTF-8
+if TYPE_CHECKING:  # loaded only for files that are not UTF-8
     from modules.text_encodings import EncodingGuess
 
 
@@ -25,7 +25,7 @@ def caption_path(media: Path, extension: str) -> Path:
 
 
 SHOWN = 60  # characters of a caption in a message
-# encodings of the editor of Windows: "ANSI" in Western Europe and America, in Central Europe, and "Unicode"
+# encodings of Windows Notepad: "ANSI" in Western Europe and America, in Central Europe, and "Unicode"
 ANSI = "cp1252"
 ANSI_OF_CENTER = "cp1250"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -41,7 +41,7 @@ class CaptionContent:
 
 
 def read_caption(path: Path) -> str | None:
-    """Return the text of a caption file, stripped of white space; None if there is no file.
+    """Return a caption file's text, stripped of white space; None if the file does not exist.
 
     Raises:
         DatasetError: If the file cannot be read.
@@ -51,7 +51,7 @@ def read_caption(path: Path) -> str | None:
 
 
 def read_caption_file(path: Path) -> CaptionContent | None:
-    """Return the text and encoding of a caption file; None if there is no file.
+    """Return the text and encoding of a caption file; None if the file does not exist.
 
     A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as saved by
     Windows Notepad.
@@ -89,7 +89,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
 
 
 def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
-    """Return the text of a file that Windows Notepad may have saved; None if it is in another encoding."""
+    """Guess the encoding of a file that Windows Notepad may have saved, and decode it; None for others."""
     from modules.text_encodings import EncodingGuess, guess_encoding
 
     guess = guess_encoding(content)
@@ -104,7 +104,7 @@ def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
 
 
 def describe_encoding(path: Path, text: str, encoding: str) -> str:
-    """Return `cat.txt: read as Windows-1252 (...): 'ein Mädchen'`."""
+    """Return a message with a file's encoding: `cat.txt: read as Windows-1252 (...): 'ein Mädchen'`."""
     one_line = " ".join(text.split())
     shown = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
     return f"{path}: read as {encoding}: {shown!r}"
@@ -131,7 +131,7 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 def split_first_caption(
     captions: tuple[str, ...] | None, position: Path | str | None
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Split captions into the first and the remaining ones.
+    """Return the first caption and the remaining ones.
 
     Raises:
         DatasetError: If there are more than MAX_CAPTIONS.
@@ -145,7 +145,7 @@ def split_first_caption(
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
-    """Add trigger word, prefix and suffix of a table to captions; return each distinct caption once."""
+    """Add a table's trigger word, prefix and suffix to captions; return them without duplicates."""
     prefix, suffix = table.caption_prefix, table.caption_suffix
     if not (table.trigger_word or prefix or suffix):
         return tuple(dict.fromkeys(captions))
@@ -156,7 +156,7 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> str:
     """Return "prefix trigger, caption suffix"; the trigger is left out if the caption contains it.
 
-    If the caption is a JSON object in a model's format, they are put around its main text.
+    In a model's JSON caption format, these are put around its main text.
     """
     if trigger or prefix or suffix:
         full = _complete_object(caption, trigger, prefix, suffix)
@@ -170,7 +170,7 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> str | None:
-    """Return a JSON caption with its main text completed; None if it is not an object in a known format."""
+    """Return a JSON caption with the main text completed; None if the caption is not in a known format."""
     content = read_if_object(caption)
     if content is None:
         return None
@@ -185,9 +185,9 @@ def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def find_text(caption: str) -> str:
-    """Return the text of a caption; for a JSON object, its instruction, or else its main text.
+    """Return the text of a caption; for a JSON caption, its instruction, or else its main text.
 
-    Returns "" for an object that has neither.
+    Returns "" for a JSON object that has neither.
     """
     content = read_if_object(caption)
     if content is None:
@@ -197,22 +197,22 @@ def find_text(caption: str) -> str:
 
 
 def _list_text_keys() -> list[str]:
-    """Return the main key of each JSON format, followed by the key of its instruction."""
+    """Return the main key of each JSON caption format, followed by the key of its instruction."""
     return [key for format in caption_formats().values() for key in (format.main, format.instruction)]
 
 
 def _find_key(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
-    """Return the first key whose value is a string."""
+    """Return the first of these keys whose value is a string; None if there is none."""
     return next((key for key in keys if isinstance(content.get(key), str)), None)
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the non-blank lines of a text, stripped of blanks."""
+    """Return the non-blank lines of a text, stripped of white space."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def join_parts(text: str, changes: CaptionChanges) -> str:
-    """Replace each secondary separator, which binds parts during shuffling, with the separator."""
+    """Replace the secondary separator, which keeps tags together during shuffling, with the separator."""
     secondary = changes.secondary_separator
     return text.replace(secondary, changes.separator) if secondary else text
 
@@ -225,9 +225,9 @@ def add_trigger(caption: str, trigger: str) -> str:
 
 
 def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
-    """Guess the encoding of caption files that are not UTF-8, from all of them together.
+    """Guess the encoding of caption files that are not UTF-8, from all of their bytes together.
 
-    The guess is None for a file that is probably not text, or cannot be read.
+    The guess is None for a file that is unreadable or probably not text.
     """
     from modules.text_encodings import guess_encodings
 
@@ -241,14 +241,14 @@ def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
 
 
 def not_utf8(path: Path, number: int) -> DatasetError:
-    """Return the error for a list or table that is not UTF-8 after line `number`, with a guess."""
+    """Return the error for a list that is not UTF-8 after line `number`, with a guess at its encoding."""
     guess = guess_captions([path])[0]
     seems = "" if guess is None else f"; it looks like {guess.name}"
     return DatasetError(f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8.")
 
 
 def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
-    """Add the probable encoding and first words of each file to the errors of `read_caption`."""
+    """Return the errors of `read_caption` with each file's probable encoding and first words added."""
     explained = []
     for error, guess in zip(errors, guess_captions(paths), strict=True):
         if guess is not None and "UTF-8" in error:
@@ -259,9 +259,9 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(position: Path | str, encoder: str, count: TokenCount) -> str:
-    """Return the message about a caption that an encoder cuts, with the text that is lost.
+    """Return the message about a caption that is too long for a text encoder, with the text that is lost.
 
-    `position` is the caption file, or the name of the source.
+    `position` is the caption file, or the name of the media file.
     """
     cut_text = " ".join(count.cut_text.split())
     lost = cut_text if len(cut_text) <= SHOWN else f"{cut_text[:SHOWN]}... ({len(cut_text)} characters)"

@@ -36,12 +36,12 @@ from modules.media.reading import is_single_image
 # a frame, its index in the file, and the time in seconds at which companions show the same moment
 SampledFrame = tuple[reading.Frame, int, float]
 SAME_RATE = 1e-4  # relative difference of rates that count as equal
-UNEVEN = 0.011  # seconds; durations of frames that differ by less are equal, but rounded to 10 ms
+UNEVEN = 0.011  # seconds; frame durations that differ by less are equal, but rounded to 10 ms
 MANY_FRAMES = 1000  # assumed for a clip whose header does not say how many frames it has
 
 
 def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[SampledFrame]:
-    """Yield the frames of a clip that training uses at the frame rate `fps`, in their original size.
+    """Yield a clip's frames that training uses at the frame rate `fps`, in their original size.
 
     With source_fps = "auto", and for GIF and WebP, frames are sampled by time at this rate. If source_fps is
     a number, GIF and WebP are treated like clips with that frame rate. A folder of images has no times: all
@@ -62,13 +62,13 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         )
     else:
         frames = _all_frames(path, alpha)
-    if table.declared_fps is not None:  # frames are dropped to go from source_fps to `fps`
+    if table.declared_fps is not None:  # frames are dropped to reduce source_fps to `fps`
         frames = itertools.compress(frames, keep_pattern(table.declared_fps, fps))
     return itertools.islice(frames, max_decoded_frames(table))
 
 
 def _all_frames(path: Path, alpha: bool) -> Iterator[SampledFrame]:
-    """Yield all frames of a clip; times count from the first frame."""
+    """Yield all frames of a clip with their times, counted from the first frame."""
     first_start = None
     for index, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
         if first_start is None:
@@ -85,7 +85,7 @@ def companion_frames(
     frame_times: Sequence[tuple[int, float]],
     alpha: bool = False,
 ) -> Iterator[reading.Frame]:
-    """Yield a frame of a control clip or mask for each kept frame of its clip.
+    """Yield the frame of a control clip or mask that belongs to each kept frame of its clip.
 
     If the companion ends before its clip, there are fewer frames, but at least one.
 
@@ -100,7 +100,7 @@ def companion_frames(
     Raises:
         MediaError: If the file cannot be decoded.
     """
-    if _TimingComparison(path, clip, table, fps).is_matched_by_index:  # of equal rate, or equally many frames
+    if _TimingComparison(path, clip, table, fps).is_matched_by_index:  # equal frame rates or frame counts
         indices = [index for index, _ in frame_times]
         return _select_frames(reading.video_frames(path, alpha), indices)
     seconds = [second for _, second in frame_times]
@@ -119,11 +119,11 @@ def read_mask(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> Mask:
-    """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
+    """Read a clip's mask for `count` kept frames: an image for all of them, or a clip.
 
     Args:
         path: The mask.
-        local: The fetched source.
+        local: The clip, with local files.
         sizes: Size of the clip, and of its bucket.
         count: Number of kept frames.
         fps: Frame rate of the kept frames.
@@ -160,13 +160,13 @@ def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> I
 
 
 def _is_timed(path: Path, table: DatasetTable) -> bool:
-    """Return whether the frames of a clip are sampled by their times in the file."""
+    """Return whether a clip's frames are picked by timestamp: animations, and source_fps "auto"."""
     return is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
 
 
 @dataclass(frozen=True)
 class _Timing:
-    """Number of frames, frame rate and duration in a clip's header."""
+    """Frame count, frame rate and duration from a clip's header."""
 
     frames: int | None  # number of frames, if the header has it
     rate: float  # frames per second; NaN if the frames have different durations
@@ -174,18 +174,18 @@ class _Timing:
 
     @property
     def estimated_frames(self) -> int:
-        """Number of frames, computed from the duration if the header does not have it; 0 if unknown."""
+        """Number of frames: from the header, else from the duration; 0 if unknown."""
         if self.frames:
             return self.frames
         return round(self.seconds * self.rate) if self.rate > 0 else 0  # False for NaN
 
     def describe(self) -> str:
-        """Return the length for a message: `48 frames, 2.00 s`."""
+        """Return the length as text for a message: `48 frames, 2.00 s`."""
         return f"{self.estimated_frames} frames, {self.seconds:.2f} s"
 
 
 class _TimingComparison:
-    """Comparison of a clip's frame times with those of its control clip or mask, from file headers."""
+    """Compares the frame times of a clip and its control clip or mask, using file headers only."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
@@ -198,7 +198,7 @@ class _TimingComparison:
         self.companion = self._measure(path)
 
     def _measure(self, path: Path) -> _Timing:
-        """Read the frames, rate and duration of a clip."""
+        """Read a clip's frame count, frame rate and duration."""
         info = reading.video_info(path)
         rate = info.fps or self._default_rate
         seconds = (info.frames or 0) / rate if info.seconds is None else info.seconds
@@ -210,7 +210,7 @@ class _TimingComparison:
 
     @property
     def is_matched_by_index(self) -> bool:
-        """Return whether frames of the companion and its clip correspond by index instead of by time."""
+        """Whether frames of the companion (mask or control) match the clip's by index instead of by time."""
         # the rate of a folder is only declared, so it need not be exact
         tolerance = TOLERANCE if self._clip_path.is_dir() else SAME_RATE
         if self._is_frame_folder or abs(self.companion.rate / self.clip.rate - 1) < tolerance:
@@ -220,7 +220,7 @@ class _TimingComparison:
 
     @property
     def matched_earlier_versions(self) -> bool:
-        """Return whether earlier versions, which timed each clip separately, selected the same frames."""
+        """Return whether earlier versions, which timed each clip separately, picked the same frames."""
         companion_rate = self.companion.rate if self._is_timed else self._default_rate
         clip_rate = self.clip.rate if self._clip_is_timed else self._default_rate
         former_ratio = companion_rate / clip_rate
@@ -231,7 +231,7 @@ class _TimingComparison:
 
     @property
     def differs_in_length(self) -> bool:
-        """Return whether both the numbers of frames and the durations in the headers differ."""
+        """Return whether both the frame counts and the durations in the two file headers differ."""
         companion_frames = self.companion.estimated_frames
         clip_frames = self.clip.estimated_frames
         is_unknown = not companion_frames or not clip_frames
@@ -246,7 +246,7 @@ class _TimingComparison:
 
 
 def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
-    """Yield the control clips, masks and references of a clip that are not still images."""
+    """Yield a clip's control clips, masks and references, without still images."""
     if source.table.kind == "video" and source.precomputed is None:
         yield from source.control
         for path in (source.mask, source.control_mask, *source.references):
@@ -255,15 +255,15 @@ def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
 
 
 def has_companions(source: MediaSource) -> bool:
-    """Return whether a clip has control clips, masks or references."""
+    """Return whether a clip has control clips, masks or references, and no precomputed latents."""
     has_any = any((source.control, source.mask, source.control_mask, source.references))
     return source.table.kind == "video" and source.precomputed is None and has_any
 
 
 def selects_frames_as_before(source: MediaSource, fps: float) -> bool:
-    """Return whether earlier versions, which timed companions separately, selected the same companion frames.
+    """Return whether earlier versions, which timed companions separately, picked the same companion frames.
 
-    Only headers are read, including those of files at addresses and in tars.
+    Only headers are read, also those of remote files and tar members.
 
     Raises:
         MediaError: If a header cannot be read.
@@ -282,7 +282,7 @@ OTHER_LENGTHS = (
 
 
 def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Warn of each control clip or mask that differs from its clip in both number of frames and duration.
+    """Return a warning for each control clip or mask that differs from its clip in frame count and duration.
 
     Only headers of at most MAX_CHECKED_FILES local clips are read. Unreadable files are reported elsewhere.
     """

@@ -15,7 +15,7 @@ REORDERED = (
     "folders of frames have another order by the numbers in their names than by the names as texts; the "
     "numbers count"
 )
-MAX_CHECKED_FILES = 10_000  # images and clips of a dataset that are checked
+MAX_CHECKED_FILES = 10_000  # maximum number of images and clips that are checked
 CONVERTED = "have a color profile, or colors other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
 MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
@@ -23,7 +23,7 @@ TORN = "are interlaced, which is not undone: what moves is torn into lines. Dein
 
 
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
-    """Return whether a source, and whether its control media, keep the colors of transparent pixels.
+    """Return whether an image's transparent pixels keep their colors, and whether its control images' do.
 
     `keeps_alpha` says whether the family uses the transparency of images (`LatentSpec.keeps_alpha`).
     """
@@ -33,10 +33,10 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
 
 
 def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: int) -> str | None:
-    """Describe a file of a source that an earlier version read differently; None if there is none.
+    """Return which of an item's files an earlier version read differently, as text; None if none.
 
-    Files that still have to be downloaded count as equal. `decoder_version` is the version of the decoder
-    that the cache's record states.
+    Files that still have to be downloaded count as equal. `decoder_version` is the decoder version in the
+    cache's record.
     """
     if source.precomputed is not None or not any(
         _may_differ(path, decoder_version) for path, _ in source.latent_inputs
@@ -48,7 +48,7 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: 
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         without_alpha = [local.mask, local.control_mask, *local.references]
         like_source = [local.rejected, *local.layers]
-        # each file, and whether its transparency is kept
+        # each file, and whether the colors of its transparent pixels are kept
         files = [(local.path, source_keeps)]
         files += [(path, control_keeps) for path in local.control]
         files += [(path, False) for path in without_alpha if path is not None]
@@ -59,19 +59,19 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: 
 def find_changed_reading(
     references: Sequence[tuple[Path, Origin | None]], decoder_version: int
 ) -> str | None:
-    """Describe the first reference image that is decoded differently now than when it was cached.
+    """Return a text about the first reference image that is decoded differently now than when it was cached.
 
     Only files on disk are checked. Returns None if there is no such image.
 
     Args:
         references: Path of each image, and its origin if it is not a file on disk.
-        decoder_version: Version of the decoding that the cache records; 0 in caches without one.
+        decoder_version: Version of the decoder that the cache records; 0 in caches without one.
     """
     return _find_changed([(path, False) for path, origin in references if origin is None], decoder_version)
 
 
 def has_codes(path: Path) -> bool:
-    """Return whether the header of a file has to be read to know how the file is shown.
+    """Return whether a file's header must be read to know how the file is displayed.
 
     Clips, AVIFs and folders (by their names) may declare color codes, non-square pixels, or the order or
     orientation of their frames.
@@ -81,21 +81,21 @@ def has_codes(path: Path) -> bool:
 
 
 def _may_differ(path: Path, decoder_version: int) -> bool:
-    """Return whether a decoder version may have read a file differently, without opening the file."""
+    """Return whether another decoder version may have decoded a file differently, without opening it."""
     return decoder_version == 0 or (decoder_version < AS_SHOWN and has_codes(path))
 
 
 def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: int) -> str | None:
-    """Describe the first file that an earlier version read differently; None if there is none.
+    """Return the first file that an earlier version decoded differently, as text; None if there is none.
 
     Args:
         keeps_by_file: Path of each file, and whether the colors of its transparent pixels are used.
-        decoder_version: Version of the decoding that the cache records; 0 in caches without one.
+        decoder_version: Version of the decoder that the cache records; 0 in caches without one.
     """
     for path, keeps_transparent in keeps_by_file:
         if not _may_differ(path, decoder_version):
             continue
-        with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
+        with contextlib.suppress(MediaError, OSError):  # decoding reports errors
             pair = reordered_images(path) if path.is_dir() else None
             if pair is not None:
                 earlier, later = pair
@@ -114,7 +114,7 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
 
 
 def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
-    """Name the part of a file's colors that an earlier version ignored; None if there is none.
+    """Return which part of a file's colors an earlier version ignored, as text; None if none.
 
     `keeps_transparent` says that the colors of transparent pixels are used. `had_profiles` says that the
     earlier version read profiles.
@@ -131,7 +131,7 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 
 
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
-    """Warn of files with transparency, a color profile, HDR, interlacing or, in image tables, animation.
+    """Return warnings about transparency, color profiles, HDR, interlacing and, in image tables, animation.
 
     At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere.
     """
@@ -160,7 +160,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
 
 def _find_problems(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return the problems with a file's colors: kind of the warning -> detail after the path, or ""."""
+    """Return warnings about a file's colors, each with the details that follow its path (or "")."""
     warnings = {}
     if colors.is_transparent and not keeps_transparency:
         warnings["are transparent and filled with white"] = ""
@@ -176,7 +176,7 @@ def _find_problems(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
 
 
 def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
-    """Warn of each folder of frames in which sorting by number and sorting as text differ.
+    """Return a warning for each folder of frames in which numerical and alphabetical order differ.
 
     At most MAX_CHECKED_FILES local folders are listed. Unreadable folders are reported elsewhere.
     """

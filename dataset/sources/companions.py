@@ -42,11 +42,11 @@ LACKS_COMPANION = {
 
 
 def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
-    """Add references and control masks, found by name in the folders of a table, to its sources.
+    """Add references and control masks, found by name in the table's folders, to its media.
 
     `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; references may also be numbered `cat_0.mp4`,
     `cat_1.mp4`, ..., which determines their order. Two files with the same number, and a folder without any
-    matching file, are errors. Sources without a file and files without a source are logged as a warning.
+    matching file, are errors. Media without a file and files without media are logged as a warning.
     """
     stems = frozenset(source.stem for source in sources)
     for key in (REFERENCE, MASK):
@@ -65,7 +65,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 
 def _with_companion(source: MediaSource, key: str, paths: tuple[Path, ...]) -> MediaSource:
-    """Return a source with its files from the folder that a table's `key` names."""
+    """Return a source with its companion files, which come from the folder that the table's `key` names."""
     if key == REFERENCE:
         return replace(source, references=paths)
     return replace(source, control_mask=paths[0] if paths else None)
@@ -74,7 +74,10 @@ def _with_companion(source: MediaSource, key: str, paths: tuple[Path, ...]) -> M
 def pair_or_report(
     table: DatasetTable, folder: Path, key: str, stems: Collection[str], faults: list[Fault]
 ) -> tuple[dict[str, tuple[Path, ...]], list[Path]] | None:
-    """Return the result of `pair_by_name`; None, with an error in `faults`, if it fails or no file fits."""
+    """Return the result of `pair_by_name`, which pairs files in `folder` with the media of these stems.
+
+    Returns None, with an error added to `faults`, if it fails or if no file matches.
+    """
     try:
         companions, unmatched = pair_by_name(table, folder, key, stems)
         if not companions:
@@ -86,7 +89,7 @@ def pair_or_report(
 
 
 def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Explain how to name the files of a folder if none of them belongs to an item."""
+    """Return how to name the files of a companion folder, as none of them belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
@@ -96,7 +99,7 @@ def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collec
 
 
 def warn_of_paths(table: DatasetTable, problem: str, paths: Sequence[Path]) -> None:
-    """Log how many paths of a table have a problem, and the first of them; nothing if there are none."""
+    """Log how many of a table's paths have a problem, and the first few; nothing if there are none."""
     if paths:
         logger.warning("%s: %d %s, such as %s", table.name, len(paths), problem, paths[0])
 
@@ -104,7 +107,7 @@ def warn_of_paths(table: DatasetTable, problem: str, paths: Sequence[Path]) -> N
 def pair_by_name(
     table: DatasetTable, folder: Path, key: str, stems: Collection[str]
 ) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Find the files of a folder that belong to each item by their names.
+    """Find, by their names, the files of a folder that belong to each item.
 
     Args:
         table: Table of the items.
@@ -141,7 +144,10 @@ def pair_by_name(
 
 
 def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
-    """Return the stem that a name belongs to, and its number (-1 if it has none); None if it fits no stem."""
+    """Return the stem of the media file that a companion's name belongs to, and its number.
+
+    The number is -1 without a suffix `_N`; only references can have one. None if the name fits no stem.
+    """
     if name in stems:
         return name, -1
     stem, _, number = name.rpartition("_")
@@ -152,9 +158,9 @@ def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] 
 
 
 def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError if a table has references or control masks that the model does not take.
+    """Raise DatasetError if a table has references or control masks that the model does not use.
 
-    `sources` are the sources of the table that have references or a control mask.
+    `sources` are the table's items that have references or a control mask.
     """
     rules = table.clip_references  # None: the model takes no references besides control clips
     maximum = 0 if rules is None else rules.max_references
@@ -178,7 +184,7 @@ FIRST_ONLY = "files are references of several pictures, of which the model takes
 
 
 def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
-    """Warn of each clip or animation that is used as a single reference image.
+    """Return a warning for each clip or animation that is used as a single reference image.
 
     Only local files are checked. Unreadable files are reported elsewhere.
     """
@@ -194,7 +200,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return a source's references, including clips, if the model takes only one image of each."""
+    """Return an item's references, including clips, if the model accepts only still images."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references
@@ -203,7 +209,7 @@ def _single_references(source: MediaSource) -> list[Path]:
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
-    """Yield lines for the report about how many references and control masks the items of a table have.
+    """Yield report lines that count the references and control masks of a table's items.
 
     If only some items have any, a warning for each of the others is added to `faults`.
     """
@@ -229,15 +235,15 @@ def read_companions(
     fps: float = 0.0,
     frame_times: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read the references, guides and control mask of a fetched source.
+    """Read an item's references, guides and control mask.
 
     In the result, guides (images for single frames) follow the references.
 
     Args:
-        local: The fetched source.
-        size: Size of the source.
-        bucket: Size of the source's bucket.
-        count: Number of kept frames of the source.
+        local: The item, with local files.
+        size: Size of the image or clip.
+        bucket: Size of its bucket.
+        count: Number of its kept frames.
         fps: Frame rate of the kept frames.
         frame_times: Index and time of each kept frame.
 
@@ -257,7 +263,7 @@ def read_companions(
 def _read_references(
     local: MediaSource, bucket: Size, *, count: int, fps: float, frame_times: Sequence[tuple[int, float]]
 ) -> tuple[list[Clip], list[str]]:
-    """Read the references of a fetched source, in the size of its bucket divided by the family's factor.
+    """Read an item's references, at the size of its bucket divided by the family's factor.
 
     Images are cropped to this size or padded with white, and have one frame. Clips have `count` frames, those
     at `frame_times`; if a clip ends earlier, its last frame is repeated.
@@ -293,7 +299,7 @@ def _read_references(
 
 
 def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
-    """Read a reference image, 1 H W 3: cropped to a size, or padded with white to it."""
+    """Read a reference image, 1 H W 3, and crop it to `size` or pad it with white."""
     if not on_white:
         return resize_cover(read_image(path), size)[None]
     from modules.media.canvas import composite_on_white  # only few models need white canvases
@@ -302,7 +308,7 @@ def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
 
 
 def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:
-    """Return the first `count` frames at a size, without alpha; a shorter clip repeats its last frame."""
+    """Resize frames to `size`, without alpha, and return the first `count`; the last one fills gaps."""
     clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), size) for frame in frames][:count]
     missing = count - len(clip)
     return np.stack(clip + clip[-1:] * missing)

@@ -59,7 +59,7 @@ SMALL_IMAGE = 1 << 26  # bytes; images below this size do not count against the 
 
 
 class ByteBudget:
-    """Memory budget of all decoding threads, because small files may contain images of a gigabyte.
+    """Memory budget that all decoding threads share: even a small file may contain an image of a gigabyte.
 
     A thread that needs more than the entire budget waits until no other thread has reserved memory.
     """
@@ -71,7 +71,10 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[None]:
-        """Wait until `size_bytes` are free, and reserve them in the `with` block; blocks cannot be nested."""
+        """Wait until `size_bytes` of the budget are free, and reserve them during the `with` block.
+
+        Blocks cannot be nested.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
             self._used += size_bytes
@@ -88,7 +91,7 @@ IMAGES = ByteBudget(1 << 30)  # shared by all threads of this process
 
 @dataclass(frozen=True)
 class DecodedMedia:
-    """The kept frames of one source, or of one of its items, resized to its bucket. Images have one frame."""
+    """The kept frames of one media file or training item, resized to its bucket. Images have one frame."""
 
     source: MediaSource
     size: Size  # width, height of the original
@@ -98,7 +101,7 @@ class DecodedMedia:
     reason: str | None = None  # why there is no span: "12 frames, the shortest of target_frames is 17"
     # one for each control image or clip, with the same number of frames; C = 4 if a control image has alpha
     control: tuple[Clip, ...] = ()
-    alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
+    alpha: NDArray[np.uint8] | None = None  # H W, for an image with transparency
     mask: Mask | None = None  # loss mask of each frame, 255: learned; None: all pixels are learned
     # each f h w 3, where f is the number of frames for a clip, and 1 for an image; then guides, 1 H W 3
     references: tuple[Clip, ...] = ()
@@ -109,33 +112,33 @@ class DecodedMedia:
     # written to the records of caches
     clip: ClipInfo | None = None
     files: tuple[FileIdentity, ...] = ()
-    rate: float | None = None  # frames per second, for models that take the rate
+    rate: float | None = None  # frames per second, for models with the rate as an input
     audio: Tensor | None = None  # C S, for a family that caches audio with latents; zeros if silent
     is_heard: bool = False  # the clip has audio
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """All arrays that encoders take: frames, control media, masks, references, rejected clip, moments."""
+        """All arrays that encoders take: frames, control, masks, references, rejected clip, VAE moments."""
         masks = [mask for mask in (self.alpha, self.control_mask) if mask is not None]
         rejected = [] if self.rejected is None else [self.rejected]
         return (self.frames, *self.control, *masks, *self.references, *rejected, *self.moments)
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Return the key of items that can share a batch: the table and the shapes of their arrays."""
-        # the counts tell which of the arrays are which
+        """Key that is equal for items that can share a batch: the table and the shapes of their arrays."""
+        # these counts tell which kind each array is
         counts = len(self.control), len(self.references), self.rejected is not None
         audio_shapes = () if self.audio is None else (self.audio.shape,)
         return (self.source.table.index, counts, *(array.shape for array in self.arrays), *audio_shapes)
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the item's arrays in bytes."""
+        """Size of the item's arrays in bytes."""
         mask_bytes = 0 if self.mask is None else self.mask.nbytes
         return mask_bytes + sum(array.nbytes for array in self.arrays)
 
     def cut(self, span: Span) -> "DecodedMedia":
-        """Cut out the item of a span: frames, control clips, mask, references and rejected clip.
+        """Cut out a span's item: frames, control clips, mask, references and rejected clip.
 
         A short span is copied, so that the rest of the clip can be freed.
         """
@@ -153,7 +156,7 @@ class DecodedMedia:
             references.append(reference.copy())
 
         def cut_copy(array: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
-            """Return a copy of the frames, so that the whole clip can be freed."""
+            """Return a copy of these frames, so that the memory of the whole clip can be freed."""
             return None if array is None else array[start:end].copy()
 
         return dataclasses.replace(
@@ -168,7 +171,7 @@ class DecodedMedia:
         )
 
     def key(self, span: Span) -> str:
-        """Return the name of an item for messages: `pic`, or `clip_00000-017`."""
+        """Return a training item's name for messages: `pic`, or `clip_00000-017`."""
         if self.source.table.kind == "image":
             return self.source.stem
         first_frame, num_frames = span
@@ -184,12 +187,12 @@ def decode_source(
     keeps_alpha: bool = False,
     has_alpha: bool = False,
 ) -> DecodedMedia:
-    """Read a source and its control media.
+    """Read an image or clip and its control media.
 
     Memory holds all frames at bucket size, but only one frame at a time at its original size.
 
     Args:
-        source: The source.
+        source: The image or clip.
         fps: Frame rate of the family, which is reached by dropping frames if the table has source_fps.
         step: `pixel_step` of the family's LatentSpec.
         lengths: `lengths` of the family's LatentSpec.
@@ -198,7 +201,7 @@ def decode_source(
         has_alpha: `has_alpha` of the family's LatentSpec.
 
     Raises:
-        MediaError: If a file is unreadable or too small, or if the source has precomputed latents.
+        MediaError: If a file is unreadable or too small, or if latents are precomputed.
         DatasetError: If the resolution is not a multiple of `step`.
     """
     with fetch(source) as local:
@@ -216,7 +219,7 @@ def decode_source(
 def _decode_clip(
     source: MediaSource, local: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
-    """Read a clip and its control media; `local` is the fetched source.
+    """Read a clip and its control media; `local` is the same clip with local files.
 
     1. Read the frames that training keeps, up to the number it can use, and note their times.
     2. Find the spans that training cuts from them.
@@ -226,7 +229,7 @@ def _decode_clip(
     frame_times: list[tuple[int, float]] = []  # index and second of each kept frame
 
     def read_frames() -> Iterator[Frame]:
-        """Yield the kept frames; `frame_times` is complete when all of them have been taken."""
+        """Yield the kept frames, and append the index and time of each one to `frame_times`."""
         for frame, index, second in kept_frames(local.path, table, fps, table.alpha_mask):
             frame_times.append((index, second))
             yield frame
@@ -284,9 +287,9 @@ def _read_clip_companions(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> ClipCompanions:
-    """Read the control clips, references, guides, control mask and rejected clip of a fetched clip.
+    """Read a clip's control clips, references, guides, control mask and rejected clip.
 
-    `count`, `fps` and `frame_times` are the number, the rate and the times of the clip's kept frames.
+    `count`, `fps` and `frame_times` are the number, frame rate and times of the clip's kept frames.
     """
     control: list[Clip] = []
     control_changes: list[str] = []
@@ -320,12 +323,14 @@ def _read_control_clips(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> tuple[list[Clip], list[str]]:
-    """Read the control clips of a fetched clip, each with `count` frames.
+    """Read a clip's control clips, each with `count` frames.
+
+    A shorter control clip repeats its last frame.
 
     Args:
-        local: The fetched source.
-        bucket: Size of the source's bucket.
-        count: Number of kept frames of the source.
+        local: The clip, with local files.
+        bucket: Size of the clip's bucket.
+        count: Number of the clip's kept frames.
         fps: Frame rate of the kept frames.
         frame_times: Index and time of each kept frame.
 
@@ -345,18 +350,18 @@ def _read_control_clips(
         clip, _ = _collect_frames(frames, bucket, count)
         if sizes.change is not None:
             size_changes.append(f"{path.name}: {sizes.change}")
-        clips.append(_lengthen(clip, count))  # of a longer control clip, only `count` frames were read
+        clips.append(_lengthen(clip, count))  # only `count` frames of a longer control clip were read
     return clips, size_changes
 
 
 def _lengthen(clip: Clip, count: int) -> Clip:
-    """Return a clip whose last frame is repeated until it has `count` frames."""
+    """Repeat a clip's last frame until it has `count` frames."""
     missing = count - len(clip)
     return np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip
 
 
 def planned_bytes(source: MediaSource) -> int:
-    """Estimate from headers the memory for decoding a fetched image and its control images.
+    """Estimate the memory needed to decode an image and its control images, using their headers only.
 
     Returns 0 if it is at most SMALL_IMAGE. Unreadable files count as 0, because decoding reports them.
     """
@@ -380,7 +385,7 @@ def _fit_alpha_and_mask(
     table's alpha_mask, alpha is the loss mask, and the model does not see it.
 
     Args:
-        source: The fetched source.
+        source: The image, with local files.
         alpha: Alpha channel of the image, H W; None if it has none.
         size: Width and height of the image.
         fit_to_bucket: Resizes and crops a frame like the image.
@@ -410,7 +415,7 @@ def _decode_image(
     3. Resize references and the control mask to the bucket on their own.
 
     Args:
-        source: The fetched source.
+        source: The image, with local files.
         step: `pixel_step` of the family's LatentSpec.
         generator: Random generator for augmentation; None means no augmentation.
         keeps_alpha: Whether alpha is read separately from the colors.
@@ -482,7 +487,7 @@ def _read_controls(
     """Read the control images of an image, each 1 H W C.
 
     Args:
-        source: The fetched source.
+        source: The image, with local files.
         bucket: Size of the image's bucket.
         fit_image: Resizes, crops and mirrors like the image.
         is_mirrored: Whether the image was mirrored.
@@ -508,7 +513,7 @@ def _read_controls(
 def _read_rejected(
     source: MediaSource, size: Size, fit_image: Callable[[Frame], Frame], has_alpha: bool
 ) -> Clip:
-    """Read the rejected image of a pair, 1 H W C, resized like the chosen one.
+    """Read the rejected image of a preference pair, 1 H W C, resized like the chosen one.
 
     `size` is the original size of the chosen image.
 
@@ -526,7 +531,10 @@ def _read_rejected(
 
 
 def _fit_like(frame: Frame, size: Size, fit: Fit, table: DatasetTable, is_mirrored: bool) -> Frame:
-    """Resize, crop and mirror a frame like an image of the original size `size`, whose fit is `fit`."""
+    """Resize, crop and mirror a frame in the same way as its image.
+
+    `size` is the image's original size; `fit` says how the image was resized and cropped.
+    """
     frame_size = (frame.shape[1], frame.shape[0])
     if table.buckets is None:
         frame_fit = fit_cover(frame_size, fit.bucket)
@@ -574,8 +582,8 @@ def plan_source(
 ) -> DecodedMedia:
     """Return the result of `decode_source` without pixels, to compare it with caches without a record.
 
-    It is computed from headers, whose number of frames may be wrong. A clip is decoded if its header does not
-    have the number of frames, or if frames are selected by time.
+    It is computed from headers, whose frame count may be wrong. A clip is decoded if its header has no frame
+    count, or if frames are selected by time.
 
     Raises:
         MediaError: If a file is unreadable or too small, as far as its header shows.
@@ -606,12 +614,12 @@ def plan_source(
 
 
 def _count_kept_frames(source: MediaSource, fps: float) -> int:
-    """Decode a fetched clip to count its kept frames."""
+    """Decode a downloaded clip and return the number of frames kept at `fps`."""
     return sum(1 for _ in kept_frames(source.path, source.table, fps))
 
 
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
-    """Yield the used frames of a source, H W 3, at their original size; an image has one frame.
+    """Yield the frames of a media file that training uses, H W 3, at original size; one for an image.
 
     Raises:
         MediaError: If the file cannot be read.
@@ -624,7 +632,7 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
-    """Return how an image of a size (width, height) is resized and cropped to its bucket.
+    """Return how an image of this size (width, height) is resized and cropped to its bucket.
 
     The layout of sd-scripts may limit the bucket to the image's size (bucket_no_upscale) and set the
     interpolation; all other tables cover the bucket and crop.
@@ -655,14 +663,14 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
-    """Raise DatasetError if a table's resolutions are not multiples of the family's `step`."""
+    """Raise DatasetError if a table's resolutions are not multiples of `step`, as the family requires."""
     bucket_of(table, (LARGE, LARGE), step)
     if table.references is not None:
         fit_reference(table, (LARGE, LARGE), table.source)
 
 
 def _broadcast_black_frame(frames: Iterator[Frame]) -> Clip:
-    """Return identical frames of bucket size as a clip that takes the memory of one frame (stride 0)."""
+    """Return a clip that repeats one black frame without using memory for each (stride 0)."""
     black = next(frames)
     count = 1 + sum(1 for _ in frames)
     return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides))
@@ -673,8 +681,8 @@ def _collect_frames(
 ) -> tuple[Clip, Mask | None]:
     """Collect frames at bucket size, and their alpha if any frame is transparent.
 
-    The array grows in place, so that a clip is never copied. `max_frames` is the number of frames if it is
-    known, to allocate no more memory.
+    The array grows in place, so that a clip is never copied. `max_frames` is the number of frames, if known,
+    so that no more memory is allocated.
     """
     width, height = bucket
     capacity = min(max_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for
@@ -704,7 +712,7 @@ def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask:
 def spans_or_reason(
     table: DatasetTable, num_kept: int, lengths: ClipLengths
 ) -> tuple[tuple[Span, ...], str | None]:
-    """Return the spans of a clip of `num_kept` frames, and the reason if there are none."""
+    """Return the spans of a clip with `num_kept` kept frames, and the reason if there are none."""
     found_spans = spans(table, num_kept, lengths)
     if found_spans:
         return found_spans, None

@@ -1,7 +1,7 @@
-"""Download files at addresses: http:// and https:// with requests, all others with fsspec.
+"""Download remote files: http:// and https:// with requests, all others with fsspec.
 
 A file is downloaded once, even if several processes ask for it, and appears under its name when it is
-complete. Files at addresses are assumed not to change: a downloaded file is not downloaded again.
+complete. Remote files are assumed not to change: a downloaded file is not downloaded again.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from modules.limits import MAX_DOWNLOAD_BYTES
 from modules.paths import hide_secrets, protocol_of, short_hash
 
 TRIES = 3  # number of consecutive attempts that receive nothing, after which a download fails
-FIRST_WAIT = 0.5  # seconds before the second attempt; the third waits twice as long
+FIRST_WAIT = 0.5  # seconds before the second attempt; twice as long before the third
 NUM_LOCKS = 64  # lock files in a folder, which serve all downloads
-# protocols of fsspec with which the content of a file can make fsspec open other addresses or local files
+# fsspec protocols that let the content of a file make fsspec open other URLs or local files
 OPENS_OTHER_ADDRESSES = frozenset(
     [
         "reference", "filecache", "blockcache", "simplecache", "cached", "dir", "zip", "tar", "libarchive",
@@ -34,7 +34,7 @@ HTTP = frozenset({"http", "https"})
 
 @lru_cache(maxsize=256)
 def protocol_error(protocol: str) -> str | None:
-    """Explain why addresses of a protocol cannot be read, with the remedy; None if they can be read."""
+    """Return why URLs of a protocol cannot be read, with the remedy; None if they can be read."""
     if protocol in HTTP:
         return None
     try:
@@ -58,16 +58,16 @@ def download(
     wait: Callable[[float], None] = time.sleep,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Download `address` to `target`, unless the file exists.
+    """Download a URL to `target`, unless that file exists.
 
     Args:
-        address: Address of the file.
+        address: URL of the file.
         target: Path of the downloaded file.
         wait: Waits a number of seconds before another attempt.
         check: Checks the file before it gets its final name; if it raises MediaError, the file is discarded.
 
     Raises:
-        MediaError: If the file cannot be downloaded, even after retries if these may help.
+        MediaError: If the file cannot be downloaded, after retries if these may help.
         OutputError: If the disk is full.
     """
     if target.is_file():
@@ -88,7 +88,7 @@ def download(
 
 
 def _download_to(path: Path, address: str, wait: Callable[[float], None]) -> None:
-    """Download `address` to `path`, in several attempts; raise MediaError if it fails or is too large."""
+    """Download a URL to `path`, in several attempts; raise MediaError if it fails or is too large."""
     open_address = ask_http if protocol_of(address) in HTTP else _open_with_fsspec
     safe_address = hide_secrets(address)
     try:
@@ -112,7 +112,7 @@ def _download_to(path: Path, address: str, wait: Callable[[float], None]) -> Non
 
 
 def _reject_if_disk_is_full(path: Path, answer: Answer) -> None:
-    """Raise DownloadRejected before a file is downloaded to `path` if the disk has no room for it."""
+    """Raise DownloadRejected if the disk has too little room for the file to be downloaded to `path`."""
     if answer.size_bytes is None:
         return
     try:
@@ -123,7 +123,7 @@ def _reject_if_disk_is_full(path: Path, answer: Answer) -> None:
 
 
 def _check_downloaded(check: Callable[[Path], None], path: Path, address: str) -> None:
-    """Check a downloaded file under its temporary name; errors name its address instead."""
+    """Run `check` on a downloaded file with a temporary name; error messages show its URL instead."""
     try:
         check(path)
     except MediaError as error:
@@ -144,10 +144,10 @@ def check_media(path: Path) -> None:
 
 @contextlib.contextmanager
 def _open_with_fsspec(address: str, num_received: int, version: str | None) -> Iterator[Answer]:
-    """Open a file through fsspec, from its beginning or where an earlier attempt ended.
+    """Open a remote file through fsspec, from its beginning or where an earlier attempt ended.
 
     Args:
-        address: Address of the file.
+        address: URL of the file.
         num_received: Number of bytes received by earlier attempts.
         version: Version of the file at that time; if it has changed, the download starts again.
     """
@@ -172,7 +172,7 @@ def _open_with_fsspec(address: str, num_received: int, version: str | None) -> I
 
 
 def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the rest of a file in pieces."""
+    """Yield the rest of an open file in chunks."""
     while True:
         with _convert_fsspec_errors():
             piece = file.read(PIECE)
@@ -183,7 +183,7 @@ def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _convert_fsspec_errors() -> Iterator[None]:
-    """Convert errors of fsspec to DownloadRejected, or to RetryableError if another attempt may help."""
+    """Convert fsspec errors to DownloadRejected, or to RetryableError if another attempt may succeed."""
     try:
         yield
     except DownloadRejected:

@@ -14,7 +14,7 @@ from dataset.sources.media_source import MediaSource, PackedFile, Remote
 from modules.errors import MediaError
 
 PREFIX = "reelsmith-extracted-"  # beginning of the names of temporary folders
-LEFTOVER_SECONDS = 86_400.0  # age at which such a folder is a leftover, as no clip is decoded for a day
+LEFTOVER_SECONDS = 86_400.0  # age at which a temporary folder is a leftover, as no clip is decoded for a day
 # first bytes of files without a suffix, and the suffix that animations need to be recognized
 _MAGIC = (
     (b"GIF8", ".gif"),
@@ -24,9 +24,9 @@ _MAGIC = (
 
 @contextlib.contextmanager
 def fetch(source: MediaSource) -> Iterator[MediaSource]:
-    """Yield the source with files on disk, which can be opened in the block.
+    """Yield the item's files as local files, which can be opened in the block.
 
-    A source whose files are on disk is yielded unchanged. A file at an address is downloaded and stays. A
+    If all files are on disk already, the source is yielded unchanged. A remote file is downloaded and kept. A
     file in a tar or table is copied to the system's folder for temporary files, and removed after the block;
     a MediaError that is raised in the block names the original location.
 
@@ -42,7 +42,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         local_paths = []
         for path, origin in source.latent_inputs:
             if isinstance(origin, Remote):
-                from dataset.sources.downloads import check_media, download  # only at addresses
+                from dataset.sources.downloads import check_media, download  # only for remote files
 
                 download(origin.address, path, check=check_media)
             elif origin is not None:
@@ -75,7 +75,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
 
 @lru_cache(maxsize=4)  # once for each folder
 def _remove_leftovers(folder: str) -> None:
-    """Remove temporary folders of runs that were killed."""
+    """Remove temporary folders that killed runs left behind."""
     for leftover in Path(folder).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if leftover.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
@@ -83,7 +83,7 @@ def _remove_leftovers(folder: str) -> None:
 
 
 def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
-    """Make a temporary folder that is removed when the stack is closed."""
+    """Make a temporary folder that is deleted when the exit stack is closed."""
     _remove_leftovers(tempfile.gettempdir())
     # Windows cannot remove a file that is still open; a later run removes it as a leftover
     temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
@@ -91,7 +91,7 @@ def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
 
 
 def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
-    """Write a file from a tar or table to the path `copy` plus a suffix, and return the resulting path.
+    """Copy a file out of a tar or table to the path `copy` plus a suffix; return the resulting path.
 
     `path` names the original in errors.
     """

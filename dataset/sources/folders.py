@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of a table's folder; add a fault for each file that cannot be used.
+    """Return the media files of a table's folder; add a fault for each one that cannot be used.
 
     Caption files are read only if `captions` is true.
 
@@ -95,11 +95,12 @@ def _find_audio(
 ) -> tuple[Path, None] | None:
     """Return the separate audio file of a clip, with None as its origin; None if there is no file.
 
-    `audios` has the files of audio_directory by clip. If several files fit, an error is added to `faults`.
+    `audios` contains the files of audio_directory by clip. If several files match, an error is added to
+    `faults`.
     """
     if clip in audios:
         return audios[clip], None
-    # a file next to the clip counts only if no audio_directory is set
+    # a file next to the clip is used only if no audio_directory is set
     if not table.finds_audio_by_name or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:
@@ -124,7 +125,7 @@ def find_audio_beside(clip: Path) -> tuple[Path, None] | None:
 
 
 def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:
-    """Return the paths whose names are valid UTF-8; add a fault for every other path."""
+    """Return the paths whose names are valid UTF-8; add a fault for each of the others."""
     bad_names = {path for path in paths if not path.name.isascii() and bad_character(path.name)}
     if not bad_names:
         return paths
@@ -134,7 +135,7 @@ def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fa
 
 
 class _Captions(NamedTuple):
-    """The captions of one image or clip."""
+    """The captions of one image or clip, or why its caption file cannot be used."""
 
     first: str | None = None  # None: there is no caption
     further: tuple[str, ...] = ()
@@ -146,7 +147,7 @@ _NO_CAPTION = _Captions()
 
 
 def _read_captions(path: Path, table: DatasetTable) -> _Captions:
-    """Return the captions in a file; without a file, the table's class_tokens, if set."""
+    """Return the captions in a file; if it does not exist, the table's class_tokens, if set."""
     encoding = None
     try:
         file = read_caption_file(path)
@@ -165,7 +166,7 @@ def _find_companions(
 ) -> dict[Path, Path]:
     """Return the mask or audio file of each image or clip: the file with the same stem in `folder`.
 
-    `what` is "mask" or "sound". A fault is added if two files have the same stem, or if no file fits.
+    `what` is "mask" or "sound". A fault is added if two files have the same stem, or if no file matches.
     """
     try:
         by_stem = _companions_by_stem(table, what, folder)
@@ -199,17 +200,17 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
 
 
 def _make_example(table: DatasetTable, what: str) -> str:
-    """Return example names of a mask or audio file and its item, for an error message."""
+    """Return example names of a mask or audio file and of its media file, for an error message."""
     if table.kind == "image":
         return "cat.png for cat.jpg"
     return "cat.png or cat.mp4 for cat.mp4" if what == "mask" else "cat.wav for cat.mp4"
 
 
 def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return a table folder's images or clips, sorted; add a fault for each that is not a regular file.
+    """Return the images or clips in a table's folder, sorted; add a fault for each that is no regular file.
 
-    Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Of them, video
-    tables use animations only.
+    Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Video tables
+    use only animations among them.
     """
     assert table.directory is not None
     suffixes, spare_suffixes = media_suffixes(table.media_kind)
@@ -247,7 +248,7 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
 
 
 def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
-    """Return the animations among the files of an image table; log their number."""
+    """Return the animated images among an image table's files, and log how many there are."""
     animations = {path for path in paths if _is_animated(path)}
     if animations:
         text = "%s: %d files, such as %s, are animated: the video table with the same folder uses them"
@@ -256,9 +257,9 @@ def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
 
 
 def _is_animated(path: Path) -> bool:
-    """Return whether a file is an animation.
+    """Return whether a file is an animated image.
 
-    A damaged file counts as an animation, so that decoding it with the clips reports the error.
+    Damaged files count as animated, so that decoding them as clips reports the error.
     """
     try:
         return is_animation(path)
@@ -267,7 +268,7 @@ def _is_animated(path: Path) -> bool:
 
 
 def is_file(entry: "os.DirEntry[str]") -> bool:
-    """Return whether a directory entry is a file; False for a link that cannot be followed."""
+    """Return whether a directory entry is a file; False for a broken link."""
     try:
         return entry.is_file()
     except OSError:
@@ -305,7 +306,7 @@ def _find_folder_controls(
 def _warn_unused_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], count: int
 ) -> None:
-    """Log the control images of each image that are not used because they come after the first `count`."""
+    """Log each image's unused control images, which are those after the first `count`."""
     unused: list[Path] = []
     for path in paths:
         unused += folder.list_surplus(path.stem, count)
@@ -321,9 +322,9 @@ def _warn_unused_controls(
 
 
 def log_lone_controls(sources: Sequence[MediaSource]) -> None:
-    """Log the control images of each folder that belong to no image of any table.
+    """Log the control images that belong to no image of any table, for each folder.
 
-    `sources` are the sources of all tables, because tables may share a folder.
+    `sources` are the media files of all tables, because tables may share a folder.
     """
     image_stems: dict[Path, set[str]] = {}  # by control folder
     table_names: dict[Path, str] = {}  # name of the first table with the folder
@@ -342,10 +343,10 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
 
 
 class ControlFolder:
-    """Index of the files in a `control_directory`, which is listed only once."""
+    """The files in a `control_directory` by stem; the folder is listed only once."""
 
     def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
-        """List the folder, and index its images by the stem of the image that they belong to.
+        """List the folder, and index its images by the stem of the image to which they belong.
 
         Args:
             folder: Folder of the control media.
@@ -359,7 +360,7 @@ class ControlFolder:
         self._stems = stems
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory", config_path)]
         self._by_name = {path.name: path for path in entries}
-        # reversed, so that the first of several clips with the same stem stays
+        # reversed, so that the first of the clips with the same stem stays
         self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
         # videos take precedence over animations
         self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
@@ -371,7 +372,7 @@ class ControlFolder:
         self.unmatched = self._images.get("", [])  # control images that belong to no image
 
     def _find_image_stems(self, name: str) -> set[str]:
-        """Return the stems of the images that a control image may belong to; "" stands for none.
+        """Return the stems of the images that a control image may belong to, including "" for none.
 
         It belongs to the longest stem that `name`, the stem of the control image, begins with: `pic_10_0`
         belongs to `pic_10`, not to `pic`. If `name` ends in an underscore and a number, it also belongs to
@@ -390,7 +391,7 @@ class ControlFolder:
         """Return the first `count` control images of an image, or all if `count` is None.
 
         `<stem>.*` comes first, then `<stem>_<number>.*` by number. If `count` is None, files that have the
-        stem of another image are left out.
+        stem of another image are omitted.
 
         Raises:
             DatasetError: If there are fewer than `count`, or if a name that begins with `stem` has no number.
@@ -407,12 +408,12 @@ class ControlFolder:
         return tuple(images[:count])
 
     def list_surplus(self, stem: str, count: int) -> list[Path]:
-        """Return the control images after the first `count`, except files with the stem of another image."""
+        """Return an image's control images after the first `count`, except those named like another image."""
         surplus = self._list_numbered_images(stem)[count:]
         return [path for path in surplus if path.stem not in self._stems]
 
     def _list_numbered_images(self, stem: str) -> list[Path]:
-        """Return the control images of an item: NAME.png, then NAME_0.png, NAME_1.png, ..."""
+        """Return an item's control images in order: NAME.png, then NAME_0.png, NAME_1.png, ..."""
         ranked = []
         for path in self._images.get(stem, ()):
             number = path.stem.rsplit("_", 1)[-1]
@@ -448,12 +449,12 @@ class ControlFolder:
 
 
 def _ends_in(path: Path, suffixes: Container[str]) -> bool:
-    """Return whether a file has one of the suffixes."""
+    """Return whether a file has one of these suffixes."""
     return path.suffix.lower() in suffixes
 
 
 def list_entries(folder: Path, key: str, config_path: Path | None = None) -> Sequence["os.DirEntry[str]"]:
-    """Return the entries of a folder, sorted by name, without those that begin with a dot.
+    """Return a folder's directory entries, sorted by name, without those that begin with a dot.
 
     Entries are not converted to Path, because there may be a million.
 
@@ -476,7 +477,7 @@ def list_entries(folder: Path, key: str, config_path: Path | None = None) -> Seq
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a file name into stem and suffix, like `Path` but faster."""
+    """Split a file name into stem and suffix as `pathlib.Path` does, but faster."""
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
     return (name, "") if suffix == "." else (stem, suffix)  # a name that ends in a dot has no suffix
 
@@ -486,7 +487,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the suffixes of images, clips or audio, and a second set of suffixes with lower precedence.
+    """Return two sets of suffixes for images, clips or audio: normal ones, and ones of lower precedence.
 
     Files with a suffix of the second set may be previews or originals: they are left out if a file with a
     suffix of the first set has the same stem.
@@ -500,9 +501,9 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Sequence[Path]) -> list[Path]:
-    """Return the GIF, WebP and TIFF files, among `spare_files`, that the table uses besides `media`.
+    """Return which of the GIF, WebP and TIFF files (`spare_files`) the table uses besides `media`.
 
-    A video table takes only animations; an image table takes the first image of each GIF and TIFF. A file
+    A clip table uses only animations; an image table uses the first image of each GIF and TIFF. A file
     with the same stem as a file of `media` is left out with a warning, because both would share a cache.
     """
     files = [path for path in spare_files if path.is_file()]
@@ -521,7 +522,7 @@ def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Seque
 
 
 def _warn_of_unused_frames(table: DatasetTable, paths: Sequence[Path]) -> None:
-    """Log the animations and TIFF files of several pages in an image table, which uses their first image."""
+    """Log an image table's animations and multi-page TIFFs: only their first image is used."""
     with_several = [path for path in paths if _has_several_images(path, table)]
     animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
     _warn_of_files(
@@ -534,7 +535,7 @@ def _warn_of_unused_frames(table: DatasetTable, paths: Sequence[Path]) -> None:
 
 
 def _has_several_images(path: Path, table: DatasetTable) -> bool:
-    """Return whether a file is an animation or a TIFF of several pages."""
+    """Return whether a file is an animation or a multi-page TIFF."""
     try:
         return _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
     except MediaError:  # damaged: it stays in the table, and decoding reports the error
@@ -542,19 +543,19 @@ def _has_several_images(path: Path, table: DatasetTable) -> bool:
 
 
 def _warn_of_files(table: DatasetTable, paths: Sequence[Path], problem: str) -> None:
-    """Log how many files have a problem, and the first of them; nothing if there are none."""
+    """Log how many files have a problem, and the first few; nothing if there are none."""
     if paths:
         logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], problem)
 
 
 def _has_pages(path: Path) -> bool:
-    """Return whether an image file has several frames."""
+    """Return whether an image file contains several images (animation frames or TIFF pages)."""
     with open_image(path) as image:
         return int(getattr(image, "n_frames", 1)) > 1
 
 
 def _explain(path: Path) -> str:
-    """Explain why an entry named like an image or clip is not a regular file."""
+    """Explain why a path that has the name of an image or clip is not a regular file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:
@@ -565,7 +566,7 @@ def _explain(path: Path) -> str:
 
 
 def _leave_out_tool_outputs(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without outputs of Reelsmith's tools, such as clip_SWINIR.mkv next to clip.mp4.
+    """Return the paths without outputs of this program's tools: clip_SWINIR.mkv next to clip.mp4.
 
     An output has the tool's metadata (TOOL_TAG), and a name that begins with the stem of another file; only
     files with such names are opened. A warning says how many are left out.

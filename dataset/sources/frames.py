@@ -57,7 +57,7 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
 
 
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
-    """Return the indices at which the table's frame_extraction starts spans of `target` frames.
+    """Return the frames at which the table's frame_extraction starts spans of `target` frames.
 
     `last` is the last possible start.
     """
@@ -77,7 +77,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Describe which target_frames a clip is too short for; None if it fits all of them, or none."""
+    """Return which target_frames a clip is too short for; None if it is long enough for all, or for none."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
@@ -88,7 +88,7 @@ def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frame
 
 
 def max_decoded_frames(table: DatasetTable) -> int | None:
-    """Return the number of kept frames after which decoding can stop; None if all frames are needed."""
+    """Return after how many kept frames decoding can stop; None if all frames are needed."""
     if table.frame_extraction == "head":
         return max(table.target_frames)
     if table.frame_extraction == "full":
@@ -103,10 +103,10 @@ def media_table(
     has_guides: bool = False,
     reference_media: tuple[tuple[ReferenceMedium, ...], ...] = (),
 ) -> MediaTable:
-    """Return the properties of a table that families check.
+    """Return the facts about a table that model families check.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         has_control: Whether its items have control media.
         has_references: Whether its items have references or control masks.
         has_guides: Whether its items have guides.
@@ -136,7 +136,7 @@ def media_table(
 
 
 def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
-    """Return the tensor names of a table's guides in caches."""
+    """Return the name of each guide's latents in cache files."""
     return tuple(
         f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE
         for number, guide in enumerate(guides)
@@ -144,7 +144,7 @@ def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
 
 
 def one_frame_settings(table: DatasetTable) -> str:
-    """Return the value of --one_frame_inference that matches a table with fp_1f keys; "" for others."""
+    """Return the --one_frame_inference value that matches a table's fp_1f keys; "" for other tables."""
     settings = []
     if table.fp_1f_target_index is not None:
         settings.append(f"target_index={table.fp_1f_target_index}")
@@ -172,7 +172,7 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
 
 
 def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
-    """Return the indices of the frames that are kept to go from `source_fps` to `target_fps`."""
+    """Return the indices of the frames to keep when `source_fps` is reduced to `target_fps`."""
     return tuple(itertools.compress(range(num_frames), keep_pattern(source_fps, target_fps)))
 
 
@@ -196,12 +196,12 @@ def file_rate(path: Path) -> float | None:
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return the frame rate of the kept frames of a clip. Only the header of the clip is read.
+    """Return the frame rate of a clip's kept frames; only the clip's header is read.
 
     Args:
-        source: The fetched source.
-        fps: Frame rate of the family, to which frames are dropped. Images and folders of images have this
-            rate, too.
+        source: The clip, with local files.
+        fps: Frame rate of the family, which is reached by dropping frames. Images and folders of images have
+            this rate, too.
 
     Raises:
         MediaError: If a clip cannot be read.
@@ -216,11 +216,11 @@ def kept_rate(source: MediaSource, fps: float) -> float:
 
 
 def compare_rates(rate: float | None, declared: object, fps: float) -> str | None:
-    """Describe how a file's frame rate differs from the rate that is assumed; None if it does not differ.
+    """Return how a file's frame rate differs from the assumed one, as text; None if it does not differ.
 
     Args:
         rate: Frame rate of the file; None if unknown.
-        declared: source_fps of the table. Without it, the model's rate is assumed.
+        declared: source_fps of the table. If it is not set, the model's rate is assumed.
         fps: Frame rate of the model.
     """
     if isinstance(declared, (int, float)):
@@ -263,7 +263,7 @@ FAR = 2.0  # warn if a frame rate differs from the model's by more than this fac
 
 
 def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return a warning for each clip without source_fps whose frame rate is far from the model's, `fps`.
+    """Return a warning for each clip whose frame rate is far from the model's, if source_fps is not set.
 
     Reads the headers of at most MAX_CHECKED_FILES local clips. Unreadable files are reported elsewhere.
     """
@@ -291,7 +291,7 @@ Mask = NDArray[np.uint8]  # F H W
 
 
 class ClipCompanions(NamedTuple):
-    """Files that belong to a source, decoded and resized to their buckets."""
+    """A clip's or image's companion files (control, masks, references), decoded and resized."""
 
     references: tuple[NDArray[np.uint8], ...] = ()  # each f h w 3; guides follow
     control_mask: Mask | None = None
@@ -305,13 +305,13 @@ FitImage = Callable[[Frame], Frame]  # resizes and crops an image
 
 
 def read_mask_image(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: int) -> Mask:
-    """Read an image as the mask of `num_frames` frames.
+    """Read an image as the loss mask of `num_frames` frames.
 
     Args:
-        path: The mask.
+        path: The mask image.
         fit_image: Resizes and crops the mask like the image or clip.
         size: Size of the image or clip; the mask must have the same aspect ratio.
-        num_frames: Number of frames, which all have this mask.
+        num_frames: Number of frames, which all get this mask.
     """
     mask = _gray(path, read_mask(path), fit_image, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
@@ -322,7 +322,7 @@ def read_mask_clip(
 ) -> Mask:
     """Convert the frames of a mask clip, H W 3 or 4, to `num_frames` masks, F H W in 0..255.
 
-    A longer clip is cut; the last frame of a shorter clip is repeated.
+    A longer clip is truncated; the last frame of a shorter clip is repeated.
 
     Args:
         path: The mask clip, for error messages.
@@ -331,7 +331,7 @@ def read_mask_clip(
         size: Size of the clip; the mask must have the same aspect ratio.
         num_frames: Number of frames of the clip.
     """
-    # only after the last frame is it known whether the mask is in the colors or in the alpha channel
+    # whether the mask is in the colors or in the alpha channel is known only after the last frame
     channel_detector = MaskChannelDetector()
     color_masks: list[Frame] = []
     alpha_masks: list[Frame] = []
@@ -363,7 +363,7 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
 
 
 def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> NDArray[np.uint8]:
-    """Convert a frame of a mask, H W 3, to gray, and fit it; raise MediaError if its aspect ratio differs."""
+    """Convert a mask frame, H W 3, to gray and resize it; raise MediaError if its aspect ratio differs."""
     height, width = frame.shape[:2]
     if not is_of_shape((width, height), size):
         raise MediaError(
@@ -374,7 +374,7 @@ def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> 
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
-    """Return the size (bucket) that an image of `size` is resized to; precomputed latents keep their size.
+    """Return the bucket (size) to which an image of `size` is resized; precomputed latents keep their size.
 
     `path` is for messages only.
 

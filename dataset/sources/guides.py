@@ -13,7 +13,7 @@ LACKING = "clips without a guide, while their table has guides. Add these images
 
 
 def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
-    """Add a table's guides (images that a clip is conditioned on at a frame), found by name, to its sources.
+    """Add a table's guides (images that condition single frames of a clip), found by name, to its clips.
 
     `door.png` belongs to `door.mp4`, and to all items that are cut from it. If a guide is a clip, its first
     frame is used. A clip without one of its guides, two files with the same stem, and a folder without

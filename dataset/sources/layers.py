@@ -41,10 +41,10 @@ def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
 
 
 def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
-    """Return the full images among the images of a folder, each with its layers, sorted by number.
+    """Return the full images among a folder's images, each with its layers in the order of their numbers.
 
     A layer of cat.png is named cat_1.png and, unlike a full image of that name, has no caption file.
-    `extension` is the extension of caption files.
+    `extension` is the suffix of caption files.
     """
     stems = {path.stem for path in paths}
     layers = {path for path in paths if _is_numbered(path, stems) and not _has_caption(path, extension)}
@@ -63,18 +63,18 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
 
 
 def _is_numbered(path: Path, stems: Collection[str]) -> bool:
-    """Return whether a file is named like a layer: one of the stems and a number."""
+    """Return whether a file has the name of a layer: one of the stems, followed by a number."""
     image_stem, _, number = path.stem.rpartition("_")
     return image_stem in stems and number.isdecimal()
 
 
 def _has_caption(path: Path, extension: str | None) -> bool:
-    """Return whether an image has a caption of its own: then it is not a layer."""
+    """Return whether an image has a caption of its own, so that it is not a layer."""
     return extension is not None and path.with_name(f"{path.stem}{extension}").is_file()
 
 
 def _number_of(layer: Path) -> int:
-    """Return the number at the end of a layer's name."""
+    """Return the number that ends a layer's file name."""
     return int(layer.stem.rpartition("_")[2])
 
 
@@ -105,7 +105,7 @@ def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Fr
     """Read the layers of an image, each H W 4 uint8, resized and cropped like the image.
 
     Args:
-        source: The fetched image.
+        source: The image, with local files.
         size: Original width and height of the image.
         fit_image: Resizes and crops like the image.
 

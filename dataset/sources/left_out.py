@@ -31,7 +31,7 @@ _SplitEntry = tuple["os.DirEntry[str]", str, str]  # entry of a folder, and its 
 
 
 class TableFolders:
-    """The folders of all tables of a configuration; the real path of each is resolved once."""
+    """The folders of a dataset file's tables, with each real path resolved only once."""
 
     def __init__(self, config: DatasetConfig) -> None:
         """Find which tables share a folder, and which other folders tables read or write."""
@@ -124,7 +124,7 @@ class TableFolders:
 
 
 def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
-    """Format the counts of `_count_unused` as text, largest first."""
+    """Return counts of unused files as text, largest first."""
     num_files = sum(by_suffix.total() for by_suffix in counts.values())
     verb = "file is" if num_files == 1 else "files are"
     parts = []
@@ -142,7 +142,7 @@ def _count_unused(
     entries: Sequence[_SplitEntry],
     stems: set[str],
 ) -> dict[str, Counter[str]]:
-    """Count the files of a folder that are not read, grouped by hint (the reason) and suffix.
+    """Count the unread files of a folder, by hint (why they are not read) and suffix.
 
     Args:
         table: Table of the folder.
@@ -179,7 +179,7 @@ def _count_unused(
 
 
 def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_FolderRules") -> bool:
-    """Return whether an entry is never reported as unread: used media, a folder, or part of a cache shard."""
+    """Return whether a path need not be reported as unread: media in use, folders, cache shard files."""
     if ending in rules.media_suffixes:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
@@ -188,10 +188,10 @@ def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rul
 
 
 class CaptionOwners:
-    """Index of a folder's media files, for finding the file that a misnamed caption belongs to."""
+    """Index of a folder's media files that finds the file to which a misnamed caption belongs."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """Index the names of media files, which include suffixes."""
+        """Index these names of media files, which include suffixes."""
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
         for name in names:
@@ -209,7 +209,7 @@ class CaptionOwners:
 
 
 def _normalize(name: str) -> str:
-    """Return a form of a name that ignores case and Unicode normalization."""
+    """Return a name's normal form, which ignores case and Unicode normalization."""
     # normalized again, because `casefold` may decompose characters
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
@@ -217,7 +217,7 @@ def _normalize(name: str) -> str:
 def _find_unread_captions(
     table: DatasetTable, entries: Sequence[_SplitEntry], rules: "_FolderRules"
 ) -> dict[str, list[str]]:
-    """Find caption files that are probably unread by mistake, and return their names by the hint to show.
+    """Find caption files that are probably unread by mistake; return their names by the hint to show.
 
     These are files that seem to belong to an image or clip without a caption, but have another suffix than
     the table's caption_extension (cat.caption), or a slightly different name (Cat.txt for cat.png).
@@ -255,12 +255,12 @@ def _describe_captions(
     misnamed: Sequence[tuple[str, str]],
     wanted_suffix: str,
 ) -> dict[str, list[str]]:
-    """Return the names of caption files that are not read, by a hint that explains how to have them read.
+    """Return the names of unread caption files, by a hint that explains how to have them read.
 
     Args:
-        table: Table of the dataset.
+        table: Table of the dataset file.
         by_suffix: Captions that only another suffix setting would read, by suffix.
-        misnamed: Pairs of a caption and the media file that it seems to belong to.
+        misnamed: Pairs of a caption and the media file to which it seems to belong.
         wanted_suffix: Suffix of the captions that the table reads.
     """
     by_hint: dict[str, list[str]] = {}
@@ -277,7 +277,7 @@ def _describe_captions(
 
 
 def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
-    """Return the option or table key that selects captions with a suffix."""
+    """Return the option or table key, with its value, that selects captions with this suffix."""
     if table.config_path.is_dir():  # the dataset is given as a folder
         return f"--caption_extension {suffix}"
     return f'caption_extension = "{suffix}"'
@@ -285,7 +285,7 @@ def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class _FolderRules:
-    """Rules for which files of a folder are read, or are expected next to media."""
+    """Rules about which files of a folder a table reads, or expects next to its media files."""
 
     kinds: set[str]  # kinds of media of the tables with this folder
     media_suffixes: frozenset[str]  # suffixes of media that are read, in lower case
@@ -294,9 +294,9 @@ class _FolderRules:
     labels_read: frozenset[str]  # labels in file names, such as that of masks, that are read
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file, such as a caption, is expected next to media and not worth reporting.
+        """Return whether a file, such as a caption, is expected next to media and need not be reported.
 
-        `has_media` says that the folder has media with the same stem.
+        `has_media` says whether the folder has a media file with the same stem.
         """
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:
             return True
@@ -304,12 +304,12 @@ class _FolderRules:
         return ending not in self.lower_caption_suffixes and ending in _EXPECTED
 
     def may_be_still(self, ending: str) -> bool:
-        """Return whether files with this suffix may be still images, which no table of the folder reads."""
+        """Return whether files with this suffix may be still images, in a folder read only by clip tables."""
         return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
 
 
 def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
-    """Return all suffixes of media of some kinds."""
+    """Return all file suffixes of these kinds of media ("image", "video", "audio")."""
     suffixes: frozenset[str] = frozenset()
     for kind in kinds:
         suffixes = suffixes.union(*media_suffixes(kind))
@@ -317,7 +317,7 @@ def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
 
 
 def _is_still(path: Path) -> bool:
-    """Return whether a file with the suffix of an animation is a still image."""
+    """Return whether a file with an animation's suffix (such as .gif) is a still image."""
     try:
         return not is_animation(path)
     except MediaError:  # decoding reports the error
@@ -325,14 +325,17 @@ def _is_still(path: Path) -> bool:
 
 
 def _explain_label(label: str, folder: Path) -> str:
-    """Return the hint for files of OneTrainer with a label in their names."""
+    """Return the hint for files with a label in their names, as OneTrainer writes them."""
     if label == MASK_LABEL:
         return f'masks of OneTrainer, which mask_directory = "{folder.as_posix()}" uses'
     return "conditioning images of OneTrainer; models with control read them from a folder of their own"
 
 
 def _explain_suffix(ending: str, kinds: set[str]) -> str:
-    """Return the hint for unread files with a suffix, or "". `kinds` are those of the tables."""
+    """Return a hint why files with this suffix are not read; "" if there is none.
+
+    `kinds` are the kinds ("image", "video") of the tables that read the folder.
+    """
     for kind in _KINDS:
         if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
             return f"{kind}s, for which a table with {kind}_directory is needed"
@@ -340,7 +343,7 @@ def _explain_suffix(ending: str, kinds: set[str]) -> str:
 
 
 def describe_entries(table: DatasetTable) -> str:
-    """Describe the contents of a table's folder without usable files, for an error message."""
+    """Return what a table's folder contains instead of usable files, for an error message."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
     kind = table.media_kind
@@ -355,7 +358,7 @@ def describe_entries(table: DatasetTable) -> str:
 
 
 def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
-    """Describe the contents of a folder; `suffixes` contains the suffix of each file."""
+    """Return the contents of a folder as text; `suffixes` contains the suffix of each file."""
     folders = [path.name for path in folder.iterdir() if path.is_dir()]
     if suffixes:
         most_common = Counter(suffixes).most_common(3)
@@ -365,9 +368,9 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
 
 
 def _contains_media(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
-    """Return whether a folder or its subfolders have files with these suffixes.
+    """Return whether a folder or its subfolders contain files with these suffixes.
 
-    Subfolders in `used`, the ids of folders of other tables, do not count. The search ends after
+    Subfolders in `used`, the ids of other tables' folders, do not count. The search ends after
     `MAX_SEARCHED_NAMES` names.
     """
     num_names = 0

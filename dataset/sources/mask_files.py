@@ -12,26 +12,26 @@ SAME_SHAPE = 0.02  # relative difference of aspect ratios that count as equal
 
 
 def is_of_shape(mask: Size, size: Size) -> bool:
-    """Return whether a mask has the aspect ratio of its image or clip; arguments are width and height."""
+    """Return whether a mask has the aspect ratio of its image or clip; both sizes are (width, height)."""
     mask_width, mask_height = mask
     width, height = size
     return abs(mask_width * height / (mask_height * width) - 1) <= SAME_SHAPE
 
 
 def mask_suffixes(kind: str) -> frozenset[str]:
-    """Return the suffixes of masks: the mask of a clip may also be an image, or a folder of images."""
+    """Return the suffixes of mask files: masks of clips may also be images or folders of images."""
     images = image_suffixes() | {".gif"}
     return images if kind == "image" else images | VIDEO_SUFFIXES | ANIMATION_SUFFIXES
 
 
 def masks_by_stem(entries: Iterable[Path], kind: str, in_media_folder: bool) -> dict[str, list[Path]]:
-    """Return the masks among the entries of a folder, by the stems of their images or clips.
+    """Return the mask files among a folder's paths, by the stem of their image or clip.
 
     Args:
-        entries: Paths of the entries.
+        entries: Paths in the folder.
         kind: "image" or "video".
-        in_media_folder: Whether the images or clips are in the same folder. Then only files with the label of
-            masks in their names are masks, because an image is not its own mask.
+        in_media_folder: Whether the images or clips are in the same folder. Then only files with the mask
+            label in their names are masks, because an image is not its own mask.
     """
     masks: dict[str, list[Path]] = {}
     for stem, paths in files_by_stem(entries, mask_suffixes(kind), kind == "video").items():
@@ -43,9 +43,9 @@ def masks_by_stem(entries: Iterable[Path], kind: str, in_media_folder: bool) -> 
 def files_by_stem(
     entries: Iterable[Path], suffixes: Container[str], with_folders: bool
 ) -> dict[str, list[Path]]:
-    """Return the files with some suffixes among the entries of a folder, by stem.
+    """Return the files with these suffixes among the paths of a folder, by stem.
 
-    With `with_folders`, folders are included, by their full names.
+    With `with_folders`, subfolders are included, by their full names.
     """
     by_stem: dict[str, list[Path]] = {}
     for path in entries:

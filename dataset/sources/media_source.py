@@ -1,6 +1,6 @@
 """A source of a dataset: an image or clip with its caption and companions, whose files are not opened here.
 
-Its bytes are in a file on disk, in a tar, in a table, or at an address. Further below are the names of
+Its bytes are in a file on disk, in a tar, in a table, or at a URL. Further below are the names of
 sources in caches and downloads, and faults, which are collected so that one run reports all of them.
 """
 
@@ -36,7 +36,7 @@ NO_REFERENCE = (
 
 
 class PackedFile(Protocol):
-    """A file inside another file, such as a tar or a Parquet table. It can be compared and hashed."""
+    """A file inside an archive or table, such as a tar or a Parquet file. It can be compared and hashed."""
 
     def __hash__(self) -> int: ...
 
@@ -46,14 +46,14 @@ class PackedFile(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file in bytes; 0 if it is known only after reading the file."""
+        """Size of the file in bytes; 0 if unknown before reading it."""
 
     @property
     def has_suffix(self) -> bool:
-        """Whether the path in `MediaSource` has the suffix of the file's format."""
+        """Whether `MediaSource.path` already has the suffix of this file's format."""
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes of the file in pieces.
+        """Yield the bytes of the file in chunks.
 
         Raises:
             MediaError: If the content cannot be used.
@@ -61,12 +61,12 @@ class PackedFile(Protocol):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Return where the file is, as JSON values for the record of a cache."""
+        """Return where the file is, as JSON values for the record of a cache file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A file at an address, which is downloaded to the source's path."""
+    """A file at a URL, which is downloaded to the path of its `MediaSource`."""
 
     address: str = field(repr=False)  # includes its password and signature
 
@@ -75,31 +75,31 @@ Origin = PackedFile | Remote
 
 
 class PrecomputedTensors(Protocol):
-    """Files of precomputed tensors of a clip. There may be millions, so they are not opened here."""
+    """Precomputed VAE and text tensors of a clip. There may be millions, so the files are not opened here."""
 
     @property
     def folder(self) -> Path:
-        """Folder of the data."""
+        """Folder that contains the tensor files."""
 
     @property
     def moments(self) -> Path:
-        """File of the moments of all frames."""
+        """File with the VAE moments of all frames."""
 
     @property
     def image(self) -> Path | None:
-        """File of the moments of the first frame, which may be missing; None if they are not used."""
+        """File with the VAE moments of the first frame, which may be missing; None if they are not used."""
 
     @property
     def embeds(self) -> Path | None:
-        """File of the precomputed embedding of the caption; None if there is none."""
+        """File with the precomputed embedding of the caption; None if there is none."""
 
     def without_image(self) -> "PrecomputedTensors":
-        """Return the tensors without moments of the first frame."""
+        """Return a copy without the first frame's VAE moments."""
 
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """An image or clip of a table, listed without opening its file."""
+    """An image or clip of a dataset table with its companion files, listed without opening any."""
 
     # a file, or for a clip also a folder of images. In a tar: only a name for messages. At an address: the
     # path of the download, which need not exist yet. `fetch` provides files that can be opened
@@ -129,10 +129,10 @@ class MediaSource:
 
     @property
     def latent_inputs(self) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return the files or folders that latents are made from, each with its origin unless it is on disk.
+        """The files or folders that latents are made from, each with its origin if it is not on disk.
 
-        The order is: media, control media, mask, control mask, references, guides, rejected item, layers. A
-        source with precomputed moments has only their files.
+        The order is: media, control media, mask, control mask, references, guides, rejected item, layers. If
+        moments are precomputed, there are only their files.
         """
         if self.precomputed is not None:
             moments = (self.precomputed.moments, self.precomputed.image)
@@ -151,12 +151,12 @@ class MediaSource:
 
     @property
     def num_images(self) -> int:
-        """Number of images to encode for an image: the image itself and its layers."""
+        """Number of images to encode for an image item: the image itself and its layers."""
         return 1 + len(self.layers)
 
     @property
     def mask_from(self) -> str | None:
-        """Origin of the mask, FROM_ALPHA or FROM_FILE; None without a mask."""
+        """Where the mask comes from, FROM_ALPHA or FROM_FILE; None if there is no mask."""
         if self.table.alpha_mask:
             return FROM_ALPHA
         return None if self.mask is None else FROM_FILE
@@ -164,7 +164,7 @@ class MediaSource:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Name, size, time and hash of a file or folder of images, by which changes are detected."""
+    """Name, size, modification time and hash of a file or frame folder, to detect changes."""
 
     name: str
     size_bytes: int
@@ -174,7 +174,7 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """Size and frame count of a decoded clip, from which later runs derive its items without decoding."""
+    """Size and frame count of a decoded clip; later runs derive its items from them, without decoding."""
 
     # width, height of the original; of precomputed moments, the size of the clip that was encoded
     size: tuple[int, int]
@@ -186,7 +186,7 @@ class ClipInfo:
 
 @contextlib.contextmanager
 def pause_garbage_collection() -> Iterator[None]:
-    """Pause Python's cycle collection during the block, unless it was off before.
+    """Pause Python's garbage collector for reference cycles during the block, unless it was off before.
 
     While a list of a million objects grows, the collector would visit all of them repeatedly, which
     takes a third of the time. Objects outside cycles are freed as usual.
@@ -202,12 +202,12 @@ def pause_garbage_collection() -> Iterator[None]:
 
 # characters that Windows does not allow in names, separators of folders, and control characters
 _INVALID = re.compile(r'[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff/\\:*?"<>|]')
-LONGEST_SUFFIX = 12  # characters of the suffix of an address
+LONGEST_SUFFIX = 12  # characters of a URL's suffix
 MAX_BYTES = 120  # bytes of a stem; with span, size and the family's name, a file name has at most 255 bytes
 
 
 def readable_stem(name: str) -> str:
-    """Convert any name to a valid stem of a file: `a/b` becomes `a_b`; the stem never begins with a dot."""
+    """Convert any name to a valid file stem: `a/b` becomes `a_b`. The stem never begins with a dot."""
     stem = _INVALID.sub("_", name).strip(" ") or "_"
     if stem.startswith("."):
         stem = f"_{stem[1:]}"
@@ -215,14 +215,14 @@ def readable_stem(name: str) -> str:
 
 
 def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
-    """Return the stems; if different sources have equal stems (ignoring case), a hash is added to each.
+    """Return the stems, with a hash added if different media have the same stem (ignoring case).
 
-    A stem that occurs once does not depend on order or on other rows. Equal sources still have equal stems,
+    A stem that occurs once does not depend on order or on other rows. Equal media still have equal stems,
     which the listing reports.
 
     Args:
-        stems: Stem of each source.
-        identities: Path or address of each source, which is hashed.
+        stems: Stem of each media file.
+        identities: Path or URL of each media file, which is hashed.
     """
     pairs = list(zip(stems, identities, strict=True))
     distinct = {(stem.casefold(), identity) for stem, identity in pairs}
@@ -235,7 +235,7 @@ def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
 
 
 def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Give each row its own stem if several rows name the same file but differ in other values.
+    """Number the stems of rows that name the same file but differ in other values.
 
     They may differ in captions, control media, masks or audio. The stems are `t`, `t-2`, `t-3`, in the order
     of the rows. Equal rows still have equal stems, which the listing reports.
@@ -268,7 +268,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
 
 
 def _list_other_values(source: MediaSource) -> tuple[object, ...]:
-    """Return what a row says about a file in addition to its path."""
+    """Return all values of a row that concern a media file, except its path."""
     return (
         source.caption,
         source.more_captions,
@@ -297,9 +297,9 @@ DOWNLOADED_SUFFIXES = frozenset(
 
 
 def local_name(address: str) -> str:
-    """Return a name for a downloaded file: the last part of the address, with a hash of the address.
+    """Return a file name for a download: the last part of its URL, with a hash of the URL.
 
-    The suffix is left out unless it is one of DOWNLOADED_SUFFIXES.
+    The suffix is kept only if it is one of DOWNLOADED_SUFFIXES.
     """
     stem, suffix = split_name(address)
     if suffix.lower() not in DOWNLOADED_SUFFIXES:
@@ -309,9 +309,9 @@ def local_name(address: str) -> str:
 
 @lru_cache(maxsize=1024)  # called twice for each address
 def split_name(address: str) -> tuple[str, str]:
-    """Split the last part of an address into a valid stem and a suffix, such as `.png` or "".
+    """Split the last part of a URL into a valid file stem and a suffix, such as `.png` or "".
 
-    The stem of an address without a path is the host.
+    A URL without a path gives its host as the stem.
     """
     name = address_name(address)
     stem, dot, end = name.rpartition(".")
@@ -328,7 +328,7 @@ LISTED = 20  # maximum number of faults of one kind in a message
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem in a dataset; its text ends with a full stop only if it is a complete sentence."""
+    """A problem in a dataset; its text ends with a period only if it is a complete sentence."""
 
     kind: str  # heading of faults of the same kind, which follows their number: "captions cannot be read"
     text: str  # one line that says where the problem is, and what it is
@@ -337,7 +337,7 @@ class Fault:
 
 
 def raise_if_fatal(faults: Sequence[Fault]) -> None:
-    """Raise DatasetError with all faults that end a run, by kind; do nothing if there are none."""
+    """Raise DatasetError with all faults that stop the run, grouped by kind; do nothing if there are none."""
     errors = [fault for fault in faults if fault.is_fatal]
     if len(errors) == 1 and errors[0].text.endswith("."):  # a sentence needs no heading
         raise DatasetError(errors[0].text)
@@ -346,7 +346,7 @@ def raise_if_fatal(faults: Sequence[Fault]) -> None:
 
 
 def list_errors(faults: Iterable[Fault], maximum: int) -> list[str]:
-    """Return the lines of a message: for each kind, its number of faults and the first `maximum` of them."""
+    """Return message lines: for each kind of fault, how many there are and the first `maximum` of them."""
     by_kind: dict[str, list[str]] = {}
     for fault in faults:
         by_kind.setdefault(fault.kind, []).append(fault.text)

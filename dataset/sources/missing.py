@@ -10,7 +10,7 @@ from modules.text_files import real_path
 def explain_lookup(path: Path, config_path: Path | None) -> str:
     """Return the end of a message about a missing path: where it was looked for, and a hint.
 
-    It begins with " (looked for at ...)" for a relative path, else with the full stop of the sentence.
+    It begins with " (looked for at ...)" for a relative path, otherwise with the period of the sentence.
 
     Args:
         path: The path, as written in the dataset file.
@@ -24,7 +24,7 @@ def explain_lookup(path: Path, config_path: Path | None) -> str:
 
 
 def hint_of_start(path: Path, config_path: Path) -> str:
-    """Return a hint if a relative path exists in the folder of the dataset file; else ""."""
+    """Return a hint if a relative path exists in the dataset file's folder; otherwise ""."""
     folder = real_path(config_path.parent)
     if path.is_absolute() or folder == Path.cwd() or not path_exists(folder / path):
         return ""

@@ -27,7 +27,7 @@ VERSION = 1
 
 
 def full_span(clip: ClipInfo, lengths: ClipLengths) -> Span:
-    """Return the span of the item of precomputed moments: all frames, cut to a length of the family."""
+    """Return the span of a clip with precomputed moments: all frames, cut to a length the family accepts."""
     return (0, lengths.fit(clip.kept_frames))
 
 
@@ -49,12 +49,12 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def read_moments(path: Path, latent: LatentSpec) -> Tensor:
-    """Read moments 2C F h w, memory-mapped, for a model with the latent space `latent`.
+    """Read VAE moments 2C F h w, memory-mapped, for a model with the latent space `latent`.
 
     A batch dimension of 1, which some tools write, is removed.
 
     Raises:
-        MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
+        MediaError: If the file cannot be read, or if its tensor cannot contain this model's moments.
     """
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:
@@ -73,7 +73,7 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
 
 
 def explain_channels(channels: int, latent: LatentSpec) -> str:
-    """Describe the channels that the model needs; `channels` is the number of channels in the file."""
+    """Return how many channels the moments need; `channels` is how many the file has."""
     guess = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
         f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."
@@ -82,7 +82,7 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
-    """Return the size and number of frames of the clip behind moments (means and log variances, 2C F h w).
+    """Return the size and frame count of the clip that VAE moments (mean and log variance, 2C F h w) encode.
 
     If the number of latent frames is even, each stands for `stride[0]` frames; if it is odd, the first stands
     for one frame.
@@ -107,10 +107,10 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
 
 
 def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
-    """Return size and number of frames of a source with precomputed moments, from the shape of its tensor.
+    """Return the size and frame count of a clip with precomputed moments, from its tensor's shape.
 
     Raises:
-        MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
+        MediaError: If the file cannot be read, or if its tensor cannot contain moments of this model's VAE.
     """
     assert source.precomputed is not None
     path = source.precomputed.moments
@@ -119,7 +119,7 @@ def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """Settings, as JSON values, that prepare_dataset.py used for all items of a folder."""
+    """Settings, as JSON values, with which prepare_dataset.py computed a folder's tensors."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
     vae: Mapping[str, str]  # identity of that VAE
@@ -127,7 +127,7 @@ class PreparedFolder:
 
 
 def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
-    """Write the file that describes a prepared folder.
+    """Write the metadata file of a folder with prepared tensors.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -137,9 +137,9 @@ def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
 
 
 def read_prepared(folder: Path) -> PreparedFolder | None:
-    """Read which VAE and settings a folder of precomputed latents was made with; None without such a file.
+    """Return which VAE and settings a folder's precomputed latents were made with; None if not recorded.
 
-    Folders of other programs have none.
+    Folders of other trainers have no such record.
 
     Raises:
         DatasetError: If the file cannot be read.

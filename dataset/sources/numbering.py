@@ -9,14 +9,17 @@ GAPS = "have numbered files of which one is missing: the others are used in thei
 
 
 def find_gap(numbers: Collection[int]) -> int | None:
-    """Return the lowest missing number up to the largest one, counted from 0 or 1; None if there is none."""
+    """Return the lowest number that is missing below the largest one; None if there is no gap.
+
+    Counting starts at 0 if 0 is among `numbers`, otherwise at 1.
+    """
     first = 0 if 0 in numbers else 1
     expected = range(first, max(numbers, default=0) + 1)
     return next((number for number in expected if number not in numbers), None)
 
 
 def find_number_gaps(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a warning for each image of a folder whose numbered files skip a number."""
+    """Return a warning for each image whose numbered companion files skip a number."""
     warnings = []
     for source in sources:
         if source.table.directory is None:  # files that a list names need not be numbered
@@ -31,7 +34,7 @@ def find_number_gaps(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _read_numbers(stem: str, files: Sequence[Path]) -> set[int]:
-    """Return the numbers that follow the stem in the names of files; files with other names are ignored."""
+    """Return the numbers that follow the stem in file names; other file names are ignored."""
     numbers = set()
     for file in files:
         start, _, number = file.stem.rpartition("_")

@@ -26,7 +26,7 @@ def add_rejected(
     """Add the rejected image or clip of each preference pair, found by name in worse_directory.
 
     `cat.png` belongs to `cat.jpg`; a clip or a folder of images `cat` belongs to `cat.mp4`. Two files with
-    the same name, and a source without a rejected file, are errors.
+    the same name, and an item without a rejected file, are errors.
     """
     folder = table.worse_directory
     assert folder is not None
@@ -51,7 +51,7 @@ def add_rejected(
 
 
 def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
-    """Return the files of worse_directory by stem; in a table of clips, a folder of frames is a clip."""
+    """Return the files of worse_directory by stem; for clips, a folder of frames counts as one file."""
     suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
     by_stem: dict[str, list[Path]] = {}
     for entry in list_entries(folder, "worse_directory", table.config_path):
@@ -65,7 +65,7 @@ def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]
 
 
 def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> None:
-    """Raise MediaError if the rejected item of a source has a different width or height in pixels."""
+    """Raise MediaError if an item's rejected image or clip differs from it in width or height."""
     if size != rejected_size:
         raise MediaError(
             f"{source.path} has {format_shape(size)} pixels, but its worse one, {source.rejected}, has "
@@ -81,12 +81,12 @@ def read_rejected_clip(
     fps: float,
     frame_times: Sequence[tuple[int, float]],
 ) -> Clip:
-    """Read the rejected clip of a pair at the times of the chosen clip's frames: F H W 3.
+    """Read the rejected clip of a preference pair at the times of the chosen clip's frames: F H W 3.
 
     Args:
-        local: The fetched source.
+        local: The chosen clip, with local files.
         size: Size of the chosen clip in pixels.
-        bucket: Size of the source's bucket.
+        bucket: Size of the chosen clip's bucket.
         count: Number of kept frames of the chosen clip.
         fps: Frame rate of the kept frames.
         frame_times: Index and time of each kept frame.

@@ -17,11 +17,11 @@ KEY = "reference_audio_directory"
 def add_reference_audio(
     table: DatasetTable, sources: list[MediaSource], faults: list[Fault]
 ) -> list[MediaSource]:
-    """Add the files of reference_audio_directory to the sources of the same name.
+    """Add the reference audio in reference_audio_directory to the clips of the same name.
 
     `cat.wav`, or the audio of `cat.mp4`, belongs to `cat.mp4` and to all items that are cut from it. Two
-    files with the same name, and a folder without any matching file, are errors. A warning counts sources
-    without a reference, and files without a source.
+    files with the same name, and a folder without any matching file, are errors. A warning counts clips
+    without a reference, and files without a clip.
     """
     folder = table.reference_audio_directory
     assert folder is not None  # the caller checks it

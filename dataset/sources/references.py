@@ -25,7 +25,7 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
-    """Return whether an editing model is trained on images without any references.
+    """Return whether a model that learns image edits has images without any reference image.
 
     Only tables with `learns_edits` count: other models are often trained on captions alone.
     """
@@ -35,7 +35,7 @@ def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSourc
 
 
 def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return warnings about images whose reference image is the image itself, or a copy of it."""
+    """Return a warning for each image whose reference image is the image itself or a copy of it."""
     kind = "have a reference picture that is equal to the image: an edit that changes nothing is learned"
     return [
         Fault(kind, str(source.path), source.stem)
@@ -45,7 +45,7 @@ def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _is_equal(source: MediaSource) -> bool:
-    """Return whether a reference image has the same bytes as the image."""
+    """Return whether one of an image's reference images has the same bytes as the image."""
     with contextlib.suppress(OSError):  # errors are reported when the file is read
         size_bytes = source.path.stat().st_size
         for path in source.control:
@@ -55,9 +55,9 @@ def _is_equal(source: MediaSource) -> bool:
 
 
 def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:
-    """Limit the reference images of each source to the number that the model takes.
+    """Limit the reference images of each item to the number that the model accepts.
 
-    Logs a warning about sources with more, and about sources without any if other sources have some.
+    Logs a warning about items with more, and about items without any if other items have some.
     """
     assert table.references is not None
     if not any(source.control for source in sources):  # none has references: nothing to limit or to miss
@@ -94,7 +94,7 @@ def _without_surplus(source: MediaSource, maximum: int) -> MediaSource:
     """Return a copy of a source with only its first `maximum` reference images."""
     if len(source.control) <= maximum:
         return source
-    # the first origin is that of the image; those of the control images follow
+    # the image's origin comes first; those of its control images follow
     end_of_controls = 1 + len(source.control)
     remote_or_packed = source.remote_or_packed[: 1 + maximum] + source.remote_or_packed[end_of_controls:]
     return replace(source, control=source.control[:maximum], remote_or_packed=remote_or_packed)
@@ -108,7 +108,7 @@ def read_reference(
     is_mirrored: bool,
     has_alpha: bool = False,
 ) -> NDArray[np.uint8]:
-    """Read a reference of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
+    """Read the reference image of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
 
     Args:
         path: The reference.
@@ -137,7 +137,7 @@ def read_reference(
 
 @contextlib.contextmanager
 def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
-    """Yield local files of a source's reference images, which exist until the block ends.
+    """Yield local files of an item's reference images, which exist until the block ends.
 
     Raises:
         MediaError: If a reference is missing, or too small according to its header.
@@ -149,7 +149,7 @@ def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
 
 
 def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
-    """Return the sizes that the references of an image are resized to, from their headers.
+    """Return the sizes to which an image's references are resized, according to their headers.
 
     `bucket` is the bucket of the image.
 
@@ -175,7 +175,7 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 
 
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
-    """Return how a reference of a size is resized and cropped; None if it is treated like its image.
+    """Return how a reference of this size is resized and cropped; None if it is treated like its image.
 
     1. With no_resize_control, a reference of at most control_resolution keeps its size, and only loses pixels
        at the right and bottom, as in caches of other trainers.

@@ -46,13 +46,13 @@ _BACKSLASH = re.compile(r"\\[()\[\]]")
 def find_media_warnings(
     sources: Sequence[MediaSource], latent: LatentSpec, fps: float, has_rates: bool
 ) -> list[Fault]:
-    """Return warnings about the rates, lengths, order, numbers, references and colors of sources.
+    """Return warnings about frame rates, lengths, order, numbering, references and colors of media files.
 
     Args:
-        sources: Sources to check.
+        sources: Media files to check.
         latent: Latent space of the family.
         fps: Frame rate of the model.
-        has_rates: Whether the model takes clips of any rate.
+        has_rates: Whether the model accepts clips of any rate.
     """
     warnings = [] if has_rates else find_far_rates(sources, fps)
     have_companions = any(
@@ -80,7 +80,7 @@ def find_media_warnings(
 
 
 def unvaried_captions(source: MediaSource) -> Iterator[str]:
-    """Yield the captions of a source as an encoder gets them when nothing is dropped or shuffled.
+    """Yield the captions of an item as an encoder gets them when nothing is dropped or shuffled.
 
     One alternative of each choice `{a|b}` is drawn, always the same.
     """
@@ -99,7 +99,7 @@ def unvaried_captions(source: MediaSource) -> Iterator[str]:
 
 
 def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Warn of special characters in captions that would be learned as text, probably by mistake."""
+    """Return warnings about special characters in captions, which would probably be learned by mistake."""
     warnings: list[Fault] = []
     for source in sources:
         kinds: dict[str, None] = {}  # ordered, each kind once
@@ -126,9 +126,10 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
 def find_cut_captions(
     sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
 ) -> tuple[list[Fault], dict[str, list[int]]]:
-    """Return a warning for each caption that an encoder truncates, and the text cache sizes by encoder.
+    """Return a warning for each caption that a text encoder truncates, and the cache sizes by encoder.
 
-    `counters` are functions that count the tokens of a text, by name of the encoder.
+    The sizes are in bytes, one for each caption. `counters` are functions that count the tokens of a text, by
+    name of the encoder.
     """
     warnings = []
     sizes_bytes: dict[str, list[int]] = {}
@@ -147,7 +148,7 @@ def find_cut_captions(
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
     """Warn about captions with more tokens than the encoder reads; their ends are not used.
 
-    `captions` are pairs of a caption file, or of a source's name, and the caption.
+    `captions` are pairs of a caption file (or the name of a media file) and the caption.
     """
     try:
         count_tokens = encoder.token_counter()
@@ -174,6 +175,6 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 
 
 def log_warnings(warnings: Sequence[Fault], maximum: int) -> None:
-    """Log all warnings as one message, which lists at most `maximum` of each kind."""
+    """Log all warnings as one message, with at most `maximum` of each kind."""
     if warnings:
         logger.warning("%s", escape_control_codes("\n".join(list_errors(warnings, maximum))))

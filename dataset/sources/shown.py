@@ -20,7 +20,7 @@ MAX_SHOWN = 80  # characters of a value in a message
 
 
 def read_row_references(value: Any, file: Path, position: str) -> tuple[ReferenceMedium, ...]:
-    """Parse the references of a row.
+    """Parse the value `references` of a row.
 
     A relative path is looked up in the working folder, then in the folder of the list.
 
@@ -41,7 +41,7 @@ def read_row_references(value: Any, file: Path, position: str) -> tuple[Referenc
 
 
 def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> ReferenceMedium:
-    """Read an entry of `references`. Raises DatasetError for an unknown key, type or file."""
+    """Read an entry of a row's `references`. Raises DatasetError for an unknown key, type or file."""
     kind = entry.get("type")
     if kind not in KINDS:
         raise DatasetError(f"{position}: type = {_show(kind)}: give one of {', '.join(KINDS)}")
@@ -59,7 +59,7 @@ def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> Referen
 
 
 def _locate(text: Any, file: Path, position: str) -> Path:
-    """Return the path of a reference: relative to the working folder, or to the folder of its list.
+    """Return the path of a reference file: relative to the working folder, or to the folder of its list.
 
     Raises:
         DatasetError: If neither file exists.
@@ -82,5 +82,5 @@ def _locate(text: Any, file: Path, position: str) -> Path:
 
 
 def _show(value: Any) -> str:
-    """Return the beginning of a value for a message."""
+    """Return a value as text for a message, shortened if it is long."""
     return json.dumps(value, default=repr)[:MAX_SHOWN]

@@ -12,7 +12,7 @@ _BAR = "\0"  # stands for a literal bar; no caption contains this character
 
 @dataclass
 class _OpenChoice:
-    """Opening braces at one position, and the text that follows them."""
+    """An opening run of braces, and the text that follows it so far."""
 
     num_braces: int  # number of braces that have not been closed
     pieces: list[str] = field(default_factory=list)  # the text so far, in which inner choices are drawn
@@ -20,7 +20,7 @@ class _OpenChoice:
 
 @dataclass(frozen=True)
 class FilledText:
-    """A caption with its choices drawn; `has_lone_brace` says that a brace belongs to no choice."""
+    """A caption with its {a|b} choices drawn; `has_lone_brace`: a brace belongs to no choice."""
 
     text: str
     has_lone_brace: bool
@@ -56,18 +56,18 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
 
 
 def has_choice(text: str) -> bool:
-    """Return whether a caption has a choice to draw."""
+    """Return whether a caption contains a {a|b} choice."""
     return _CHOICE.search(text) is not None
 
 
 def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator: random.Random) -> int:
-    """Draw the choices that a run of `num_closing` closing braces ends, from the inside out.
+    """Draw from the {a|b} choices that a run of `num_closing` closing braces ends, innermost first.
 
     Each open choice takes as many of these braces as it has opening ones. `{{{a|b}}}` has one choice and a
     pair of literal braces.
 
     Returns:
-        1 if a brace is left over that belongs to no choice and is not literal; else 0.
+        1 if a brace is left over that belongs to no choice and is not literal; otherwise 0.
     """
     while num_closing and len(open_choices) > 1:
         choice = open_choices[-1]
@@ -75,7 +75,7 @@ def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator:
         content = "".join(choice.pieces)
         if num_matched % 2:  # each pair of braces is literal; the odd one encloses a choice
             content = generator.choice(content.split("|"))
-        else:  # no choice: its bars must not divide a choice around it
+        else:  # no choice: its bars must not split the choice around it
             content = content.replace("|", _BAR)
         num_pairs = num_matched // 2
         choice.pieces = ["{" * num_pairs, content, "}" * num_pairs]
@@ -89,5 +89,5 @@ def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator:
 
 
 def _count_literal(num_braces: int) -> int:
-    """Return the number of literal braces in a run: two stand for one, and a single one for itself."""
+    """Return how many literal braces a run of braces means: `{{` means one, and a single `{` as well."""
     return (num_braces + 1) // 2

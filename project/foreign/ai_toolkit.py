@@ -30,10 +30,14 @@ _SLIDER = "--slider of a training script learns from two prompts, without files:
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise UnsupportedRun."""
+    """Return what kind of run an AI Toolkit job is, with the key that shows it.
+
+    Raises:
+        UnsupportedRun: If `new` cannot set up this kind of training.
+    """
 
     def has_settings(name: str) -> bool:
-        """Return whether the file has keys of the first process that begin with a name."""
+        """Return whether any key of the first process begins with this name."""
         return any(key.startswith(f"{_FIRST_PROCESS}.{name}") for key in values)
 
     job = str(values.get("job"))
@@ -70,7 +74,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys without effect: empty lists, and EMA settings while EMA is off."""
+    """Return the keys without effect: empty lists, and EMA settings if EMA is off."""
     without_effect = set()
     if not is_on(values.get(f"{_FIRST_PROCESS}.train.ema_config.use_ema")):
         without_effect |= {f"{_FIRST_PROCESS}.train.ema_config.ema_decay"}

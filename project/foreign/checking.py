@@ -24,12 +24,12 @@ def check_run(
     folder: Path,
     make_run_files: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> None:
-    """Remove options that the training script rejects, one by one, with its message as the reason.
+    """Drop the options that the training script rejects, one by one, with its message as the reason.
 
     Args:
         project: The project to check.
         script: Options of the training script.
-        folder: The described folder.
+        folder: The dataset folder.
         make_run_files: Returns the run's files (name -> text) with the given training options.
     """
     # a script reports one bad option at a time
@@ -47,7 +47,7 @@ def check_run(
 
 
 def _find_rejection_message(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
-    """Return the message with which a training script rejects a run's options; None if it accepts them.
+    """Return the error with which a training script rejects a run's options; None if it accepts them.
 
     `texts` maps file names of the run to their contents. The files are not in the folder yet, so
     temporary copies are checked.
@@ -69,6 +69,6 @@ def _find_rejection_message(script: str, folder: Path, texts: Mapping[str, str])
 
 
 def _find_option_in_message(project: ForeignProject, message: str) -> str | None:
-    """Return the first option in an error message that the foreign project has set."""
+    """Return the first option in an error message that comes from the other trainer's project file."""
     names = re.findall(r"(?:--|\b)([a-z][a-z0-9_]+)", message)
     return next((name for name in names if name in project.training_options), None)

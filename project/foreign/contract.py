@@ -33,7 +33,7 @@ MAX_STEPS = 10_000_000
 
 
 class KeyRule(NamedTuple):
-    """How a key of a foreign file is handled; `read` converts its value or raises ValueError."""
+    """How a key of another trainer's file is handled; `read` converts its value or raises ValueError."""
 
     target: str
     name: str = ""  # name of the option or key; for OMITTED, the reason
@@ -41,28 +41,28 @@ class KeyRule(NamedTuple):
 
 
 class ForeignRun(NamedTuple):
-    """Kind of training that a project describes, and the key that shows it."""
+    """The kind of training that another trainer's project sets up, and the key that determines it."""
 
     kind: str  # a value of `new --train`
     setting: str  # key and value that select it, for messages
 
 
 class UnsetValue(ValueError):
-    """A value that means "not set" in the other program's interface."""
+    """A value that means "not set" in the other trainer's interface."""
 
 
 class UnsupportedRun(Exception):
-    """A project's kind of training cannot be set up by `new`; the message gives the reason."""
+    """Raised if `new` cannot set up a project's kind of training; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class TrainedNetworks:
-    """Which networks of a model a foreign project trains, and at which learning rates."""
+    """Which networks of a model another trainer's project trains, and at which learning rates."""
 
     file_keys: tuple[str, ...] = ()  # keys that select the networks
     trains_dit: bool = True  # the transformer or U-Net
-    dit_rate: float | None = None  # None: the learning rate of the run
-    # rate of each text encoder; 0 freezes it; () if none is trained
+    dit_rate: float | None = None  # None: the run's learning rate
+    # learning rate of each text encoder; 0 freezes it; () if none is trained
     text_encoder_rates: tuple[float | None, ...] = ()
 
     @property
@@ -72,28 +72,28 @@ class TrainedNetworks:
 
 
 def train_lora(values: Mapping[str, Any]) -> ForeignRun:
-    """Return a LoRA run; used for programs whose project files only train LoRAs."""
+    """Return a LoRA run, for trainers whose project files train nothing else."""
     return ForeignRun("lora", "")
 
 
 def train_default_networks(values: Mapping[str, Any]) -> TrainedNetworks:
-    """Return the defaults, for a program whose files cannot select which networks are trained."""
+    """Return the default networks, for trainers whose files cannot select which ones are trained."""
     return TrainedNetworks()
 
 
 def find_no_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return an empty set, for a program in which every key has an effect."""
+    """Return an empty set, for trainers in whose files every key has an effect."""
     return set()
 
 
 def guess_no_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return None: this trainer's files cannot reveal the model by other keys."""
+    """Return None, for trainers whose files reveal the model only by the keys that name it."""
     return None
 
 
 @dataclass(frozen=True)
 class Program:
-    """A trainer, with the rules for reading its project files.
+    """Another trainer, with the rules for reading its project files.
 
     Keys are dotted, with [] for list elements. A rule for `table.*` applies to the table's keys without a
     rule of their own. Keys without any rule are reported.
@@ -130,17 +130,17 @@ class Program:
 
 
 def omitted(reason: str) -> KeyRule:
-    """Return a rule that omits a key, with the reason for the user."""
+    """Return a rule that omits a key and gives the user this reason."""
     return KeyRule(OMITTED, reason)
 
 
 def is_on(value: Any) -> bool:
-    """Return whether a value means yes; some programs write yes as a string or as a number."""
+    """Return whether a value means true; some trainers write true as a string or a number."""
     return value is True or value == 1 or str(value).strip().lower() in {"true", "yes", "1"}
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a value means "not set": empty text, empty list, false or none."""
+    """Return whether a value means "not set": empty string, empty list, false or none."""
     return (
         value is None or value is False or value == [] or str(value).strip().lower() in {"", "false", "none"}
     )
@@ -155,7 +155,7 @@ def read_rate(value: Any) -> float | None:
 
 
 def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
-    """Return a function that reads a number between `minimum` and `maximum`."""
+    """Return a function that parses a number between `minimum` and `maximum`."""
 
     def read(value: Any) -> float:
         if isinstance(value, str):  # YAML reads 1e-4 as a string, and web forms send strings
@@ -171,7 +171,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
 
 
 def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
-    """Return a function that reads an integer between `minimum` and `maximum`."""
+    """Return a function that parses an integer between `minimum` and `maximum`."""
     of_number = number(minimum, maximum)
 
     def read(value: Any) -> int:
@@ -184,21 +184,21 @@ def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
 
 
 def read_repeats(value: Any) -> int:
-    """Return how often each file is repeated in an epoch: an integer of at least 1."""
+    """Return how often an epoch repeats each file: an integer of at least 1."""
     return max(round(number(0, 100_000)(value)), 1)
 
 
 def read_warmup(value: Any) -> float:
-    """Return the warm-up: steps, or a fraction of the run if it is below 1."""
+    """Return the warm-up as a number of steps or, below 1, as a fraction of the run."""
     found = number(0, MAX_STEPS)(value)
     return found if found < 1 else int(found)
 
 
 def read_switch(value: Any) -> bool:
-    """Convert a value to True or False.
+    """Convert a value to a bool.
 
     Raises:
-        ValueError: If the value means neither.
+        ValueError: If the value means neither true nor false.
     """
     if not (isinstance(value, bool | int) or str(value).lower() in {"true", "false"}):
         raise ValueError("it is neither true nor false")
@@ -208,7 +208,7 @@ def read_switch(value: Any) -> bool:
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
     """Return a function that looks up a name in `table`, ignoring case and separators.
 
-    Other names raise an error, whose message ends with the remedy `instead`.
+    It raises an error for other names; `instead`, at the end of the message, says what to do.
     """
 
     def read(value: Any) -> str:
@@ -262,7 +262,7 @@ read_scheduler = text_of(_SCHEDULERS, "choose one from docs/training.md: lr_sche
 
 
 def read_name(value: Any) -> str:
-    """Return the name of a LoRA: the file name without folder and suffix."""
+    """Return a LoRA's name: its file name without folder and suffix."""
     name = re.split(r"[/\\]", str(value).strip())[-1].removesuffix(".safetensors")
     if not name:
         raise ValueError("it is empty")
@@ -330,7 +330,7 @@ _NETWORKS: Mapping[str, str | None] = {  # spelling of a network -> module; None
 
 
 def read_network(value: Any) -> str | None:
-    """Return the network module that a name stands for; None for the default LoRA."""
+    """Return the network module for a network type name; None for the default LoRA."""
     kind = plain_name(str(value))
     if kind not in _NETWORKS:
         raise ValueError("a LoRA is trained. docs/networks.md has other networks")
@@ -354,11 +354,11 @@ read_loss = text_of(_LOSSES, "loss_type below [training] has l2, l1, huber and s
 
 
 def read_text(value: Any) -> str:
-    """Return a text without surrounding spaces.
+    """Return a string without surrounding spaces.
 
     Raises:
-        ValueError: If the value is not a text.
-        UnsetValue: If the text is empty.
+        ValueError: If the value is not a string.
+        UnsetValue: If the string is empty.
     """
     if not isinstance(value, str):
         raise ValueError("it is not text")

@@ -25,19 +25,19 @@ DEFAULT_STEP = 8  # pixels; used until the autoencoder's file is available
 
 @dataclass(frozen=True)
 class CountedFile:
-    """A media file in an epoch, with the values that decide which batch it joins."""
+    """A media file in an epoch, with what determines which batch it belongs to."""
 
     table: DatasetTable
     bucket: tuple[int, ...]
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Values that all files of a batch have in common."""
+        """Key that is equal for items that can share a batch: the table's batch group and the bucket."""
         return (self.table.batch_group, *self.bucket)
 
 
 def find_pixel_step(family: Any) -> int:
-    """Return the number that image sides must be divisible by; works before the model is downloaded."""
+    """Return the number that image sides must be divisible by; a default before the model is downloaded."""
     with contextlib.suppress(UserError):
         return int(family.latent.pixel_step)
     return DEFAULT_STEP
@@ -46,7 +46,7 @@ def find_pixel_step(family: Any) -> int:
 def _list_items(
     setup: describing.RunSetup, table: DatasetTable, path: Path, media: Media | None
 ) -> list[CountedFile]:
-    """Return the items of a file: one of one frame for an image, one for each length for a clip."""
+    """Return a file's training items: one for an image, one for each frame count for a clip."""
     bucket = _find_bucket(setup, table, path, None if media is None else media.size)
     lengths = [1]
     if media is not None and media.is_clip:
@@ -57,7 +57,7 @@ def _list_items(
 def count_steps_of_epoch(setup: describing.RunSetup) -> int:
     """Return the optimizer steps in one epoch of the dataset.toml that `new` would write.
 
-    Sizes of files and lengths of clips decide which files share a batch, as in training.
+    File sizes and clip lengths determine which files share a batch, as in training.
     """
     # the dataset file is not written yet: a temporary copy is loaded, in whose folder its paths are relative
     files: list[CountedFile] = []
@@ -78,7 +78,7 @@ def count_steps_of_epoch(setup: describing.RunSetup) -> int:
 
 
 def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) -> list[int]:
-    """Return the frame counts of the items that a clip yields."""
+    """Return the frame count of each training item of a clip; [1] if the clip is too short for any target."""
     frames = describing.count_frames(item, setup.model)
     reached = [target for target in table.target_frames if target <= frames]
     return reached or [1]
@@ -87,7 +87,7 @@ def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) 
 def _find_bucket(
     setup: describing.RunSetup, table: DatasetTable, path: Path, size: tuple[int, int] | None
 ) -> tuple[int, ...]:
-    """Return the bucket size in which a file is trained; () if it is unknown."""
+    """Return the size of the bucket for a file; () if it is unknown."""
     if size is None:
         return ()
     try:

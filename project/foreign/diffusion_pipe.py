@@ -37,7 +37,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
-    """Return which networks a diffusion-pipe file trains, and their learning rates."""
+    """Return which networks a diffusion-pipe config trains, and their learning rates."""
     names = ("model.unet_lr", "model.text_encoder_1_lr", "model.text_encoder_2_lr")
     keys = tuple(name for name in names if name in values)
     texts = tuple(read_rate(values[name]) for name in keys if name != names[0])

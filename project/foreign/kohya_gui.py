@@ -50,7 +50,7 @@ def _is_lllite(values: Mapping[str, Any]) -> bool:
 
 
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Guess the model if no key names it: Anima for its LLLite, SD 1.5 if `v2` is a key; otherwise None."""
+    """Guess the model if no key names it: Anima from its LLLite, SD 1.5 from the key `v2`; otherwise None."""
     if _is_lllite(values) and any(key.startswith("anima_") for key in values):
         return "anima", "base"
     return ("stable_diffusion", "1.5") if "v2" in values else None
@@ -59,7 +59,8 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     """Return the kind of run that a kohya GUI file describes, with the key that shows it.
 
-    Keys are tried from the most specific to the least: LECO, LLLite, LoRA, embedding; else the whole model.
+    Keys are tried from the most specific to the least: LECO, LLLite, LoRA, embedding; otherwise the full
+    model.
 
     Raises:
         UnsupportedRun: If `new` cannot set up this kind of run.
@@ -97,7 +98,7 @@ _TWO_ENCODER_RATE_KEYS = ("learning_rate_te1", "learning_rate_te2")
 def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     """Return which networks a kohya GUI file trains, and their learning rates.
 
-    The program writes 0 for a rate that the user has not set.
+    The GUI writes 0 for a rate that the user has not set.
     """
     encoder_rate_keys = _TWO_ENCODER_RATE_KEYS if is_on(values.get("sdxl")) else _ONE_ENCODER_RATE_KEYS
     all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *encoder_rate_keys)
@@ -114,7 +115,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 
 def _find_networks_of_lora(values: Mapping[str, Any], keys: tuple[str, ...]) -> TrainedNetworks:
-    """Return which networks get a LoRA: those with a rate above 0, or both if both rates are 0."""
+    """Return which networks get a LoRA: those with a learning rate above 0; both if both rates are 0."""
     dit_rate = read_rate(values.get("unet_lr")) or 0
     text_encoder_rate = read_rate(values.get("text_encoder_lr")) or 0
     if dit_rate or text_encoder_rate:
@@ -130,9 +131,9 @@ def _find_networks_of_lora(values: Mapping[str, Any], keys: tuple[str, ...]) -> 
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a kohya GUI file without effect: those of features that its other keys turn off.
+    """Return the keys without effect in a kohya GUI file, because other keys turn their feature off.
 
-    The program saves all fields of its page, also those of features that are off.
+    The GUI saves all of its fields, including fields of unused features.
     """
     network_type = str(values.get("LoRA_type", "")).lower()
     ineffective = _find_keys_of_other_models(values)
@@ -156,7 +157,7 @@ def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
 
 
 def _find_keys_of_other_models(values: Mapping[str, Any]) -> set[str]:
-    """Return keys that only other models have: of SDXL, of models with one text encoder, or of FLUX."""
+    """Return the keys that only other models use: SDXL, models with one text encoder, or FLUX."""
     keys: set[str] = set()
     if is_on(values.get("sdxl")):
         keys |= {*_ONE_ENCODER_RATE_KEYS}

@@ -14,9 +14,9 @@ _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 
 
 def remove_unsuitable_rates(project: ForeignProject, kind: RunKind) -> None:
-    """Remove a project's learning rates if this run trains something else or with another optimizer.
+    """Drop a project's learning rates if this run trains something else or with another optimizer.
 
-    With another optimizer, the arguments of the project's optimizer are removed, too.
+    With another optimizer, the arguments of the project's optimizer are dropped, too.
     """
     if kind.name != project.run.kind:
         setting = f" ({project.run.setting})" if project.run.setting else ""
@@ -32,7 +32,7 @@ def remove_unsuitable_rates(project: ForeignProject, kind: RunKind) -> None:
 
 
 def _remove_all_rates(project: ForeignProject, reason: str) -> None:
-    """Remove the learning rates of the run and of its networks; which networks are trained stays."""
+    """Drop all learning rates of the run and its networks; which networks are trained does not change."""
     for name in _RATES:
         if name in project.training_options:
             project.remove_option(name, reason)
@@ -45,7 +45,7 @@ def _remove_all_rates(project: ForeignProject, reason: str) -> None:
 
 
 def _use_common_rate(rates: Sequence[float | None]) -> tuple[float | None, ...]:
-    """Return None, the common learning rate, for each text encoder; 0 stays for frozen ones."""
+    """Replace each text encoder's learning rate with None (the common rate); 0 (frozen) stays."""
     return tuple(0 if rate == 0 else None for rate in rates)
 
 
@@ -56,7 +56,7 @@ def _join_network_keys(project: ForeignProject) -> str:
 def resolve_trained_networks(
     project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions
 ) -> None:
-    """Set the training options for the networks that a foreign project trains, and their learning rates.
+    """Set the training options for the networks and learning rates of another trainer's project.
 
     Settings that this kind of run, the model or the script does not support are reported.
     """
@@ -120,7 +120,7 @@ def _select_text_encoder_rates(project: ForeignProject) -> Sequence[float | None
 
 
 def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
-    """Train the LoRA on the text encoders, too, at `rates` (None: the common rate)."""
+    """Train the LoRA on the text encoders, too, with these learning rates (None: the common rate)."""
     training = project.training_options
     training["network_train_unet_only"] = False
     if not project.trained_networks.trains_dit:
@@ -139,7 +139,7 @@ def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float 
 def _train_text_encoders_of_model(
     project: ForeignProject, script: ScriptOptions, rates: Sequence[float | None]
 ) -> None:
-    """Train the text encoders of a checkpoint, too, at one common rate or at one rate each."""
+    """Train the checkpoint's text encoders, too, at one common learning rate or at one rate each."""
     training = project.training_options
     training["train_text_encoder"] = True
     rate_options = ["learning_rate_te"]

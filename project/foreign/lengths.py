@@ -15,7 +15,7 @@ _OVERRIDDEN = "--max_train_steps says otherwise"
 
 @dataclass(frozen=True)
 class Epoch:
-    """Number of training steps and media files in one epoch of the dataset."""
+    """Number of training steps and of media files in one epoch."""
 
     steps: int
     num_files: int
@@ -24,14 +24,13 @@ class Epoch:
 def select_length(
     project: ForeignProject, options: NewOptions, steps_per_epoch: int, num_files: int
 ) -> NewOptions:
-    """Return the options with the number of training steps that a project file asks for.
+    """Return the options with the number of training steps that a project file sets.
 
-    Epochs are converted to steps. `steps_per_epoch` is that of the
-    dataset.toml that is written, if all of its files are used.
+    Epochs are converted to steps. `steps_per_epoch` is for the new dataset.toml, with all of its files.
     """
     epoch = Epoch(_count_steps_per_epoch(project, steps_per_epoch), num_files)
     file_steps = _read_file_steps(project)
-    # settings of 0 epochs decide nothing
+    # settings of 0 epochs have no effect
     epochs = [setting for setting in project.epoch_settings if setting.number]
     project.ineffective_keys += [setting.key for setting in project.epoch_settings if not setting.number]
     if _has_typed_steps(options):
@@ -45,7 +44,7 @@ def select_length(
 
 
 def _count_steps_per_epoch(project: ForeignProject, steps_per_epoch: int) -> int:
-    """Return the steps per epoch, also if the project draws a fixed number of files from each dataset."""
+    """Return the steps per epoch, even if the project draws a fixed number of files from each dataset."""
     files_per_epoch = [dataset.files_per_epoch for dataset in project.datasets.values()]
     if files_per_epoch and all(count is not None for count in files_per_epoch):
         batch = project.general_keys.get("batch_size", 1) * project.training_options.get(
@@ -60,7 +59,7 @@ def _has_typed_steps(options: NewOptions) -> bool:
 
 
 def _read_file_steps(project: ForeignProject) -> int | None:
-    """Return the number of steps that a project sets; None if the number is missing or 0."""
+    """Return the number of steps that a project file sets; None if it sets none or 0 (no effect)."""
     steps: int | None = project.new_options.get("max_train_steps") or None
     if steps is None and "max_train_steps" in project.new_options:
         key = project.file_key_of("max_train_steps")
@@ -72,7 +71,7 @@ def _read_file_steps(project: ForeignProject) -> int | None:
 def _report_unused_length(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, typed: int
 ) -> None:
-    """Report that the project's training length is not used, because another one was typed."""
+    """Report that the project's epochs or steps are not used, because the command line sets the length."""
     for file_epochs in epochs:
         project.report_omitted_value(file_epochs.key, file_epochs.number, _OVERRIDDEN)
     if file_steps is not None and file_steps != typed:
@@ -85,7 +84,7 @@ def _select_steps(
     """Return the training length that a project sets: its number of steps, or the steps of its epochs.
 
     `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of
-    steps; None if neither is set. Unused keys are reported.
+    steps. Returns None if neither is set. Unused keys are reported.
     """
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
     deciding_key = project.file_key_of("max_train_steps") if chosen is None else chosen.key
@@ -109,7 +108,7 @@ def _select_steps(
 def _select_epochs(
     epochs: Sequence[FileEpochs], file_steps: int | None, steps_per_epoch: int
 ) -> FileEpochs | None:
-    """Return the number of epochs that decides the length; None if a number of steps does."""
+    """Return the number of epochs that sets the training length; None if a number of steps sets it."""
     for file_epochs in epochs:
         if file_epochs.precedence == contract.FIRST:
             return file_epochs
@@ -130,7 +129,7 @@ def _report_unused_steps(project: ForeignProject, steps: int, reason: str) -> No
 
 
 def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
-    """Set the intervals of saving and sampling in steps; intervals in epochs are converted."""
+    """Set how often to save and sample, in steps; intervals in epochs are converted."""
     training = project.training_options
     for option, interval in project.epoch_intervals.items():
         _set_epoch_interval(project, option, interval, epoch.steps)
@@ -164,9 +163,9 @@ def _set_epoch_interval(
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
-    """Convert a project's warm-up to steps, and choose a schedule that has a warm-up.
+    """Convert a project's warm-up to steps, and select a learning rate schedule with warm-up.
 
-    `steps` is the number of steps of the run.
+    `steps` is the number of training steps.
     """
     training = project.training_options
     if project.warmup_fraction is not None:
@@ -179,7 +178,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
 
 
 def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:
-    """Convert the warm-up of the file's `key`, a fraction of the run, to steps; steps in the file win."""
+    """Convert the file's warm-up `key`, a fraction of the run, to steps, unless the file also sets steps."""
     training = project.training_options
     if training.get("lr_warmup_steps"):
         project.omission_lines.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")

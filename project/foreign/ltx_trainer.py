@@ -26,7 +26,7 @@ _CONVERTED = omitted("`new` and `run` make caches of clips; give their folder")
 
 
 def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:
-    """Name conditions by their type instead of their number, as in `video.conditions.prefix.probability`."""
+    """Rename conditions from their index to their type, as in `video.conditions.prefix.probability`."""
     named = {}
     for key, value in values.items():
         found = _CONDITION.match(key)
@@ -45,7 +45,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str]:
-    """Guess the model from its file name and from the presence of an audio stream."""
+    """Guess the model family and task from the checkpoint's name and the presence of an audio stream."""
     family = "ltx_25" if "2.5" in str(values.get("model.model_path", "")) else "ltx_2"
     has_audio = any(key.startswith(f"{_STRATEGY_TABLE}.audio.") for key in values)
     return family, "av" if has_audio else "v"
@@ -56,9 +56,9 @@ def _read_on(_: Any) -> bool:
 
 
 def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
-    """Return the rules for conditioning on the start or end of clips.
+    """Return the rules for keys that condition a model on the first or last frames (or audio) of clips.
 
-    `stream`, video or audio, is part of the file's keys; `kind` is part of the names of our options.
+    `stream` ("video" or "audio") is part of the file's keys; `kind` is part of the names of our options.
     """
     found = {}
     for end in ("prefix", "suffix"):
@@ -70,7 +70,7 @@ def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
 
 
 def _rules_of_video() -> dict[str, KeyRule]:
-    """Map the keys of LTX-Trainer's video conditions to training options, or to a reason for omission."""
+    """Return the rules for LTX-Trainer's video condition keys: training options, or reasons to omit keys."""
     start = f"{_STRATEGY_TABLE}.video.conditions"
     return {
         f"{start}.first_frame.type": omitted("its probability says so"),

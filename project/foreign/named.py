@@ -22,7 +22,7 @@ _TRAINING_AND_TABLE_KEYS = frozenset(
 def adopt_by_name(
     project: ForeignProject, script: ScriptOptions, options_set_by_new: Collection[str]
 ) -> None:
-    """Adopt keys without a rule that have the names of our training options or dataset.toml keys.
+    """Adopt keys that no rule covers if they are named like our training options or dataset.toml keys.
 
     `options_set_by_new` are the options for which `new` would otherwise choose a value itself.
     """
@@ -63,7 +63,7 @@ def adopt_by_name(
 
 
 def _adopt_dataset_key(project: ForeignProject, key: str, value: Any) -> None:
-    """Adopt a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not possible."""
+    """Use a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not allowed."""
     fact = SUBSET_KEYS[key]
     project.general_keys[key] = fact.value_type.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)
@@ -71,7 +71,7 @@ def _adopt_dataset_key(project: ForeignProject, key: str, value: Any) -> None:
 
 
 def _as_plain(value: Any, default: Any) -> Any:
-    """Convert a value that was written as text to the type of the default: a number or a switch."""
+    """Convert a value that was written as a string to the type of the default: number or boolean."""
     if isinstance(default, bool):
         return value if isinstance(value, bool) else is_on(value)
     if isinstance(value, str) and isinstance(default, int | float):
@@ -87,7 +87,7 @@ def _adopt_option(
     """Adopt the value of an option; with `is_set_by_new`, `new` would otherwise choose a value itself.
 
     Raises:
-        ValueError: If the option cannot have the value.
+        ValueError: If the option does not accept the value.
     """
     if option.reaches_out:
         raise ValueError(f"--{key} can only be set on the command line of the training")
@@ -113,7 +113,7 @@ def _report_rejected(project: ForeignProject, key: str, value: Any, reason: str)
 
 
 def _report_unknown(project: ForeignProject, key: str, value: Any, our_names: Collection[str]) -> None:
-    """Report a key without a rule, with our name for it if there is one."""
+    """Report a key that no rule covers, with this program's name for it if there is one."""
     our_name = _find_our_name(key, our_names)
     if is_off(value):
         project.ineffective_keys.append(show(key))

@@ -11,12 +11,12 @@ from project.foreign.contract import KeyRule, Program
 from project.foreign.project import ForeignProject, show
 from project.options import find_models
 
-# how specific a key is: a variant is more specific than a file or repository, and that than a kind
+# how specific a key is: a variant more than a file or repository, and these more than a kind
 _MODEL_VARIANT, _MODEL_FILE, _MODEL_KIND = range(3)
 
 
 class FileModel(NamedTuple):
-    """The model that a key of a foreign file names."""
+    """The model that a key of another trainer's config file names."""
 
     specificity: int  # _VARIANT, _FILE or _KIND
     family: str
@@ -26,9 +26,9 @@ class FileModel(NamedTuple):
 def select_model_of_project(
     project: ForeignProject, values: Mapping[str, Any], model_rules: Mapping[str, KeyRule]
 ) -> None:
-    """Select the model that a project of another trainer names, and note what became of its keys.
+    """Select the model that another trainer's project names, and report how its keys were used.
 
-    1. Read each key that names a model. A variant is a key that does so only together with another key.
+    1. Read each key that names a model. A variant key names one only together with another key.
     2. If no key names a known model, guess it from the other keys.
     3. Use the most specific of these models: its family and task become options of `new`.
 
@@ -69,7 +69,7 @@ def select_model_of_project(
 def _read_model_key(
     project: ForeignProject, rule: KeyRule, key: str, values: Mapping[str, Any]
 ) -> FileModel | None:
-    """Return the model that a key of a foreign file names, and report how the key was read."""
+    """Return the model that a key of another trainer's file names, and report how the key was read."""
     value = values[key]
     if value is False:
         project.adopted_keys.append(show(key))
@@ -101,7 +101,7 @@ def _read_model_key(
 def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] | None:
     """Return the (family, task) that a model name, a repository or a released file stands for.
 
-    The task is None if the program's name stands for all tasks of a family.
+    The task is None if the trainer's name stands for all tasks of a family.
     """
     by_name: dict[str, tuple[str, str | None]] = {}
     for model in reversed(find_models()):  # the first model of a repository takes precedence
@@ -120,7 +120,7 @@ def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] |
 
 
 def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
-    """Return an error about a missing model, extended by the keys of the project file that name a model."""
+    """Return the error about a missing model, with the project file's keys that name a model added."""
     if "family" not in project.new_options:
         for key, value in project.unknown_models.items():
             model = name_unsupported(value)

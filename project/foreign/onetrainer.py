@@ -63,7 +63,7 @@ def _read_scheduler(value: Any) -> str:
 
 
 def _read_noise(value: Any) -> int:
-    """Convert a noise fraction to a timestep, 0 to 1000."""
+    """Convert a noise fraction (0 to 1) to a timestep (0 to 1000)."""
     return round(1000 * number(0, 1)(value))
 
 

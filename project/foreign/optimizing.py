@@ -21,9 +21,9 @@ _ADAFACTOR_SETS_WARMUP = "Adafactor with relative_step has its own warm-up, warm
 
 
 def resolve_optimizer(project: ForeignProject, memory: float) -> None:
-    """Set the optimizer of a foreign project and its arguments as training options; report the others.
+    """Set another trainer's optimizer and its arguments as training options; report unsupported ones.
 
-    `memory` is the card's memory in GiB; 0 means a CPU.
+    `memory` is the GPU memory in GiB; 0 means a CPU.
     """
     training = project.training_options
     if training.get("optimizer_type") is None:
@@ -48,7 +48,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
 
 
 def _replace_gpu_optimizer(project: ForeignProject) -> None:
-    """Replace an optimizer that runs only on a GPU by the most similar one for a CPU."""
+    """Replace an optimizer that needs a GPU by the most similar one for the CPU."""
     optimizer = project.training_options["optimizer_type"]
     if optimizer not in _CPU_OPTIMIZERS:
         return
@@ -65,7 +65,7 @@ def _report_missing_package(project: ForeignProject, optimizer: str) -> None:
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
-    """Return the optimizer arguments, with the values of betas (Adam) or eps (Adafactor) combined."""
+    """Return the optimizer arguments, with the two betas (Adam) or eps values (Adafactor) in one."""
     arguments = {name: value for name, value in project.optimizer_arguments.items() if value is not None}
     for name in project.optimizer_arguments.keys() - arguments.keys():
         project.empty_keys.append(project.file_key_of(name))
@@ -77,7 +77,7 @@ def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
 
 
 def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
-    """Combine beta1 and beta2 into `betas`; a missing one gets its default value."""
+    """Combine beta1 and beta2 into `betas`; a missing one gets its default."""
     if not {"beta1", "beta2"} & found.keys():
         return
     first = found.pop("beta1", 0.9)
@@ -103,7 +103,7 @@ def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
 
 
 def _write_optimizer_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
-    """Write the optimizer's arguments to `optimizer_args`; report those that it does not have here."""
+    """Write the optimizer's arguments to `optimizer_args`; report those that are not supported here."""
     known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)  # None: all arguments are accepted
     assignments = []
     for name, value in arguments.items():
@@ -130,7 +130,7 @@ def _as_literal(value: Any) -> str:
 
 
 def _omit_adafactor_rates(project: ForeignProject) -> None:
-    """Replace learning rates, schedule and warm-up by the "adafactor" schedule, in which it sets its rate."""
+    """Use Adafactor's own learning rate (the "adafactor" schedule) instead of rates, schedule and warm-up."""
     training = project.training_options
     for name in ("learning_rate", "unet_lr"):
         if name in training:

@@ -17,7 +17,7 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 
 
 def join_datasets(project: ForeignProject) -> None:
-    """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
+    """Prepare another trainer's dataset keys for dataset.toml; a single folder's keys go to [general]."""
     used_datasets: dict[str, ForeignDataset] = {}
     for name, dataset in project.datasets.items():
         if dataset.draws_fixed_number:
@@ -40,10 +40,10 @@ def _report_unused_dataset(project: ForeignProject, dataset: ForeignDataset) -> 
 
 
 def _resolve_resolutions(project: ForeignProject) -> None:
-    """Reduce each folder to its largest resolution, and set the largest of all in [general].
+    """Keep only the largest resolution of each folder, and set the largest of all in [general].
 
-    A foreign project may list a folder as several datasets of different resolutions. Afterwards only folders
-    that differ from [general] have their own key.
+    Another trainer's project may list a folder as several datasets of different resolutions. Afterwards only
+    folders that differ from [general] have their own key.
     """
     sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
     if not sized_datasets:
@@ -78,7 +78,7 @@ def _count_pixels(size: Size) -> int:
 
 
 def _move_to_general(project: ForeignProject) -> None:
-    """Move the keys of the only dataset folder to [general], where they replace the project's values.
+    """Move the keys of the only dataset folder to [general], where they override the project's values.
 
     If the project lists the folder twice, the first value of a key is used.
     """
@@ -100,7 +100,7 @@ def _move_to_general(project: ForeignProject) -> None:
 
 
 def _omit_general_key(project: ForeignProject, name: str) -> None:
-    """Remove a key from the [general] table, because each folder has its own value."""
+    """Drop a key from the [general] table, because each folder has a value of its own."""
     project.general_keys.pop(name)
     key = project.source_keys.pop(name, name)
     project.remove_from_report(key)
@@ -113,7 +113,7 @@ def _omit_general_key(project: ForeignProject, name: str) -> None:
 def find_table_keys(
     project: ForeignProject, folder: Path, media_folders: Collection[Path]
 ) -> dict[Path, dict[str, Any]]:
-    """Return the dataset.toml keys that a project has for each media folder; report those of other folders.
+    """Return the dataset.toml keys that a project sets for each media folder; report those of other folders.
 
     `folder` is the dataset folder, `media_folders` are the folders in it that have media.
     """
@@ -132,7 +132,7 @@ def find_table_keys(
 
 
 def omit_keys_of_tables(project: ForeignProject) -> None:
-    """Omit keys of single folders that only [[datasets]] tables accept, not their subsets."""
+    """Omit keys of single folders that are allowed in [[datasets]] tables, but not in subsets."""
     for dataset in project.datasets.values():
         names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]
         _report_omitted_keys(project, dataset, names, _OF_ALL_SUBSETS)
@@ -155,7 +155,10 @@ def _report_omitted_keys(
 
 
 def _find_dataset(project: ForeignProject, folder: Path, media_folder: Path) -> ForeignDataset | None:
-    """Return the dataset of a folder: by its path, otherwise the only one with its name."""
+    """Return the project's dataset with this folder's path, otherwise the only one with the same folder name.
+
+    None if there is no such dataset.
+    """
     with_keys = [known for known in project.datasets.values() if known.path is not None and known.table_keys]
     for known in with_keys:
         found = find_beside(project.path, str(known.path))

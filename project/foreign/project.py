@@ -27,7 +27,7 @@ class FileEpochs(NamedTuple):
 
 @dataclass
 class ForeignDataset:
-    """A dataset folder in another trainer's project file, with the settings of its table."""
+    """A dataset folder in another trainer's project file, with the dataset.toml keys for its table."""
 
     path: Path | None = None
     folder_key: str = ""
@@ -40,7 +40,7 @@ class ForeignDataset:
 
 @dataclass
 class ForeignProject:
-    """The settings of another trainer's project file, translated into our options."""
+    """Settings of another trainer's project file, translated to this program's options."""
 
     path: Path
     program: Program
@@ -59,9 +59,8 @@ class ForeignProject:
     epoch_settings: list[FileEpochs] = field(default_factory=list)
     epoch_intervals: dict[str, FileEpochs] = field(default_factory=dict)  # by the option with steps
     warmup_fraction: tuple[str, float] | None = None  # key and fraction of the steps
-    keys_without_rule: dict[str, Any] = field(
-        default_factory=dict
-    )  # keys without a rule that may be our options
+    # keys without a rule that may be our options
+    keys_without_rule: dict[str, Any] = field(default_factory=dict)
     source_keys: dict[str, str] = field(default_factory=dict)  # our option or key -> key in the file
     # keys that name a model -> unknown value
     unknown_models: dict[str, str] = field(default_factory=dict)
@@ -71,9 +70,8 @@ class ForeignProject:
     adopted_keys: list[str] = field(default_factory=list)  # keys with unchanged values
     change_lines: list[str] = field(default_factory=list)  # lines
     omission_lines: list[str] = field(default_factory=list)  # lines
-    omitted_keys_by_reason: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # reason -> keys left out for it
+    # reason -> keys left out for it
+    omitted_keys_by_reason: dict[str, list[str]] = field(default_factory=dict)
     ineffective_keys: list[str] = field(default_factory=list)  # keys without effect in the other program
     empty_keys: list[str] = field(default_factory=list)  # keys without a value
     unknown_keys: list[str] = field(default_factory=list)  # unknown keys
@@ -88,27 +86,27 @@ class ForeignProject:
         return self.source_keys.get(name, name)
 
     def report_omitted_key(self, key: str, reason: str) -> None:
-        """Record why a key is omitted. Keys with the same reason share a line."""
+        """Record why a key is omitted from the new project. Keys with the same reason share a line."""
         self.omitted_keys_by_reason.setdefault(reason, []).append(show(key))
 
     def report_omitted_value(self, key: str, value: Any, reason: str) -> None:
-        """Record a key that is omitted, on a line with its value."""
+        """Record a key that is omitted, on a report line of its own that shows its value."""
         self.omission_lines.append(f"{show(key)} = {show(value)}: {reason}")
 
     def report_change(self, key: str, value: Any, result: str) -> None:
-        """Record a key of the foreign file whose value is changed for this program.
+        """Record a key of another trainer's file whose value is converted for this program.
 
         `result` describes the new setting.
         """
         self.change_lines.append(f"{show(key)} = {show(value)}: {result}")
 
     def remove_from_report(self, key: str) -> None:
-        """Remove a key from the lists of adopted and changed values."""
+        """Remove a key from the report's lists of adopted and converted values."""
         self.adopted_keys = [name for name in self.adopted_keys if name != key]
         self.change_lines = [line for line in self.change_lines if not line.startswith(f"{key} = ")]
 
     def remove_option(self, name: str, reason: str) -> None:
-        """Remove a training option; `reason` replaces the earlier note about its key."""
+        """Drop a training option and report its key with `reason`; a value of off or 0 had no effect."""
         value = self.training_options.pop(name)
         key = self.file_key_of(name)
         self.remove_from_report(key)
@@ -120,7 +118,7 @@ class ForeignProject:
             self.report_omitted_value(key, value, reason)
 
     def format_report(self, folder: Path) -> list[str]:
-        """Return the report about a foreign project file, in which every key occurs once.
+        """Return the lines of the report about another trainer's project file; each key occurs once.
 
         `folder` is the dataset folder.
         """
@@ -133,7 +131,7 @@ class ForeignProject:
         ]
 
     def _describe_adopted(self, folder: Path) -> list[str]:
-        """Return lines about the keys whose values are used unchanged, and about the program's defaults."""
+        """Return lines about the keys whose values are adopted, and about the other trainer's defaults."""
         adopted_keys = [*self.adopted_keys]
         for key, other_folder in self.folder_by_key.items():
             if is_same_folder(self.path, other_folder, folder):
@@ -147,7 +145,7 @@ class ForeignProject:
         return lines
 
     def _describe_omitted(self, folder: Path) -> list[str]:
-        """Return lines about known keys that are not used, beginning with those of other folders."""
+        """Return lines about known keys that are not used; keys of other dataset folders come first."""
         lines = []
         for key, other_folder in self.folder_by_key.items():
             if not is_same_folder(self.path, other_folder, folder):
@@ -162,7 +160,7 @@ class ForeignProject:
         return lines
 
     def _describe_unknown(self) -> list[str]:
-        """Return a line about misspelled keys, with the keys that are meant, and one about unknown keys."""
+        """Return a line about misspelled keys, with their correct spelling, and one about unknown keys."""
         misspelled: list[str] = []
         unknown: list[str] = []
         for key in self.unknown_keys:
@@ -179,7 +177,7 @@ class ForeignProject:
         return lines
 
     def _find_similar_key(self, key: str) -> str:
-        """Return a known key, unused in the file, that differs by a letter or two; "" if there is none."""
+        """Return a known key that is spelled almost like `key` and not in the file; "" if there is none."""
         table, _, name = key.rpartition(".")
         table_pattern = without_numbers(table)
         rules = [rule.rpartition(".") for rule in self.program.rules]
@@ -193,12 +191,15 @@ class ForeignProject:
 
 
 def without_numbers(key: str) -> str:
-    """Return a key with [] for its list indices, as the rules spell it."""
+    """Return a key with [] instead of its list indices, as keys are written in the rules."""
     return re.sub(r"\[\d+\]", "[]", key)
 
 
 def find_beside(file: Path, name: str) -> Path | None:
-    """Find a file that a project names: next to it, in a folder above it, or in the working folder."""
+    """Return the file that a project names: next to the project, in a parent folder or in the working folder.
+
+    Returns None if it is in none of them.
+    """
     if "\0" in name:
         return None
     around = [file.parent, *list(real_path(file).parents)[1:MAX_AROUND], Path()]
@@ -210,7 +211,7 @@ def find_beside(file: Path, name: str) -> Path | None:
 
 
 def is_same_folder(file: Path, project_folder: Path, folder: Path) -> bool:
-    """Return whether a project's folder is the dataset folder, or one is inside the other."""
+    """Return whether a project's folder and the dataset folder are the same, or one contains the other."""
     found = find_beside(file, str(project_folder))
     first = real_path(file.parent / project_folder if found is None else found)
     second = real_path(folder)
@@ -218,5 +219,5 @@ def is_same_folder(file: Path, project_folder: Path, folder: Path) -> bool:
 
 
 def show(value: Any) -> str:
-    """Format a value on one line of at most 120 characters."""
+    """Format a value as one line of at most 120 characters."""
     return shorten(" ".join(str(value).split()), 120)

@@ -42,7 +42,7 @@ _TRAINING_SCRIPT_KEYS = re.compile(
 
 
 def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
-    """Read another trainer's project file, and translate its keys to our options.
+    """Read another trainer's project file, and translate its keys to this program's options.
 
     1. Read the values of the file, and of additional files that it names.
     2. Find the kind of run and the trained networks, and add the trainer's defaults for missing keys.
@@ -77,10 +77,10 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
 
 
 def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: str | None) -> None:
-    """Set the kind of run that a foreign project describes.
+    """Set the kind of training run that another trainer's project file describes.
 
     Raises:
-        OptionError: If `new` cannot set up such a training run, and no other kind was typed.
+        OptionError: If `new` cannot set up that kind of run, and the command line names no other.
     """
     try:
         project.run = project.program.find_run(values)
@@ -92,7 +92,7 @@ def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: 
 
 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Convert a foreign file's values, or report why not; return the rules of the keys that name a model.
+    """Convert the values of another trainer's file, or report why not; return the rules of the model keys.
 
     Keys that are read elsewhere are skipped: those that name an additional file, and those that select the
     networks to train.
@@ -121,12 +121,12 @@ def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value is equivalent to a missing key."""
+    """Return whether a value means the same as a missing key."""
     return value is None or value in ("", [])
 
 
 def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> None:
-    """Record a key that no rule covers; whether it is one of our options is decided later."""
+    """Record a key of another trainer's file that no rule covers, as empty, ineffective or unknown."""
     if project.program.shares_option_names:
         project.keys_without_rule[key] = value
     elif is_empty(value):
@@ -134,13 +134,13 @@ def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> N
     elif key.startswith("optimizer.") and (value is False or value == 0):
         project.ineffective_keys.append(
             show(key)
-        )  # an argument of another optimizer: files list those of all
+        )  # an argument of another optimizer: files list the arguments of all optimizers
     else:
         project.unknown_keys.append(show(key))
 
 
 def _join_numbers_with_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
-    """Join numbers with their unit keys into values such as `10 MINUTE`; epochs get a key of their own."""
+    """Join numbers with the keys of their units to values such as `10 MINUTE`; epochs get their own key."""
     for key, unit_key in program.unit_keys.items():
         if key not in values or unit_key not in values:
             continue
@@ -153,7 +153,7 @@ def _join_numbers_with_units(project: ForeignProject, program: Program, values: 
 
 
 def _recognize_program(path: Path, values: Mapping[str, Any]) -> Program:
-    """Return the trainer that a project file belongs to, recognized by its suffix and its keys."""
+    """Return the trainer that wrote a project file, recognized by the file's suffix and keys."""
     key_patterns = {without_numbers(key).removeprefix("--") for key in values}
     for program in PROGRAMS:
         if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.identifying_keys):
@@ -192,7 +192,7 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
 
 
 def _parse(suffix: str, text: str) -> Any:
-    """Parse TOML, JSON or YAML, depending on a file's suffix.
+    """Parse text as TOML, JSON or YAML, depending on the file suffix.
 
     Raises:
         ValueError: If the text cannot be parsed.
@@ -209,8 +209,8 @@ def _parse(suffix: str, text: str) -> Any:
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
     """Yield each value of a parsed file with its dotted key, such as `network.rank` or `datasets[0].path`.
 
-    `key` is the key of `content`: "" or a prefix with a colon for the whole file. `counter` counts every
-    value, table and list, so that no file can produce an endless number.
+    `key` is the key of `content`: "" or a prefix with a colon for the whole file. `counter` counts values,
+    tables and lists, so that no file can produce an endless number of them.
 
     Raises:
         ValueError: If there are too many values, or tables nested too deeply.

@@ -103,5 +103,5 @@ VALIDATION = omitted("validation_split below [training] holds files back")
 
 
 def argument(name: str) -> KeyRule:
-    """Return the rule for a key that is an argument of the optimizer."""
+    """Return the rule for a key that sets an argument of the optimizer."""
     return KeyRule(ARGUMENT, name)

@@ -30,7 +30,7 @@ _SHUFFLING_KEYS = ("keep_tokens", "keep_tokens_separator", "caption_separator", 
 
 
 class DatasetLayout(NamedTuple):
-    """Which keys the tables of the new dataset.toml may have."""
+    """Facts about the new dataset.toml that decide which keys its tables may have."""
 
     side_multiple: int  # sides are multiples of this
     supports_subsets: bool  # the model supports [[datasets.subsets]]
@@ -39,8 +39,8 @@ class DatasetLayout(NamedTuple):
 
 
 def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions:
-    """Return options of `new`, completed by values of the foreign project; typed options have precedence."""
-    default = NewOptions(folder=options.folder)  # an option with this value counts as not typed
+    """Return the options of `new` with values of the other trainer's project where the user typed none."""
+    default = NewOptions(folder=options.folder)  # an option with this value is treated as not set by the user
     completed = {}
     for name, value in _list_project_options(project, options).items():
         typed_value = getattr(options, name)
@@ -52,7 +52,7 @@ def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions
 
 
 def _list_project_options(project: ForeignProject, options: NewOptions) -> dict[str, Any]:
-    """Return the options of `new` that a foreign project sets, without those of another model family."""
+    """Return the options of `new` that the project sets; not its task if --family names another family."""
     project_options = dict(project.new_options)
     if project.run.kind not in {LORA.name, ""} and options.trains is None:
         project_options["train"] = project.run.kind
@@ -73,10 +73,10 @@ def resolve_project(
     memory: float,
     dataset_layout: DatasetLayout,
 ) -> None:
-    """Reduce the settings of another trainer's project to those that this run accepts, in place.
+    """Reduce another trainer's settings, in place, to those that this run accepts.
 
-    The project records why each of the other settings is omitted. `memory` is the graphics card's memory in
-    GiB; 0 means a CPU. `dataset_layout` says which keys dataset.toml can have.
+    The project records why each other setting is omitted. `memory` is the GPU memory in GiB; 0 means a CPU.
+    `dataset_layout` says which keys dataset.toml can have.
     """
     remove_unsuitable_rates(project, kind)
     resolve_trained_networks(project, model, kind, script)
@@ -102,13 +102,13 @@ def _remove_rejected_options(project: ForeignProject, script: ScriptOptions) -> 
 
 
 def _list_options_set_by_new(model: ModelSet) -> set[str]:
-    """Return the names of the options that `new` sets itself for a model."""
+    """Return the names of the options that `new` itself sets for a model."""
     words = f"{model.commands['train']} {model.properties.get('train', '')}".split()
     return {word.removeprefix("--") for word in words if word.startswith("--")}
 
 
 def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
-    """Write rank, alpha and arguments of a LoRA; for other kinds of runs, remove them with the reason."""
+    """Set rank, alpha and network arguments of a LoRA; for other kinds, omit them and report the reason."""
     if kind is LORA:
         _omit_lora_only_settings(project)
         _write_network_arguments(project)
@@ -129,7 +129,7 @@ def _remove_options(project: ForeignProject, names: Iterable[str], reason: str) 
 
 
 def _omit_lora_only_settings(project: ForeignProject) -> None:
-    """Remove settings that only a LoRA has from a project that trains another network type."""
+    """Remove settings that only a LoRA has from a project that trains something else."""
     module = project.training_options.get("network_module")
     if module is None:
         return
@@ -145,7 +145,7 @@ def _omit_lora_only_settings(project: ForeignProject) -> None:
 
 
 def _write_network_arguments(project: ForeignProject) -> None:
-    """Write the network's arguments to `network_args`; list those with an empty value as having no effect."""
+    """Write the network's arguments to `network_args`; report those with an empty value as ineffective."""
     arguments: dict[str, Any] = {}
     for name, value in project.network_arguments.items():
         if value:
@@ -166,7 +166,7 @@ def _as_text(value: Any) -> str:
 
 
 def _set_default_alpha(project: ForeignProject) -> None:
-    """Use the other trainer's default alpha if its file sets none."""
+    """Use the other trainer's default alpha if its project file sets none."""
     rank = project.training_options.get("network_dim")
     if rank is None or "network_alpha" in project.training_options:
         return
@@ -176,7 +176,7 @@ def _set_default_alpha(project: ForeignProject) -> None:
 
 
 def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) -> None:
-    """Replace defaults of `new` for full training that do not fit the optimizer and schedule of the project.
+    """Replace defaults of `new` for full training that conflict with the project's optimizer and schedule.
 
     `new` sets Adafactor with fused_backward_pass, its arguments, no gradient clipping, and a warm-up.
     """
@@ -186,7 +186,7 @@ def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) ->
     can_fuse = optimizer == "adafactor" and not accumulates_gradients
     if "fused_backward_pass" in script.accepted and not can_fuse:
         training["fused_backward_pass"] = False
-        # without fused_backward_pass, swapped blocks cannot be updated on the card
+        # without fused_backward_pass, swapped blocks cannot be updated on the GPU
         if "blocks_to_swap" in script.accepted:
             training["blocks_to_swap"] = None
             project.change_lines.append(
@@ -202,7 +202,7 @@ def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) ->
 
 
 def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
-    """Remove [general] keys that the new dataset.toml cannot have, and keys without effect."""
+    """Drop [general] keys that the new dataset.toml cannot have or that have no effect, and report them."""
     _omit_unsuitable_bucket_step(project, dataset_layout.side_multiple)
     _omit_keys_of_subsets(project, dataset_layout)
     ineffective_names: list[str] = []
@@ -218,7 +218,7 @@ def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout
 
 
 def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) -> None:
-    """Remove bucket_reso_steps unless it is a multiple of the step that the model's sides need."""
+    """Drop bucket_reso_steps unless it is a multiple of `side_multiple`, which the model needs."""
     general_keys = project.general_keys
     steps = general_keys.get("bucket_reso_steps", side_multiple)
     if steps % side_multiple:
@@ -229,7 +229,7 @@ def _omit_unsuitable_bucket_step(project: ForeignProject, side_multiple: int) ->
 
 
 def _omit_keys_of_subsets(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
-    """Remove keys that only [[datasets.subsets]] have: defaults, and all if the script has no subsets."""
+    """Drop keys that only [[datasets.subsets]] have: defaults, or all if the script has no subsets."""
     general_keys = project.general_keys
     may_use_subsets = dataset_layout.supports_subsets or dataset_layout.uses_subsets
     for name in list(general_keys):

@@ -23,7 +23,13 @@ from project.foreign.contract import (
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of run a SimpleTuner file describes, with the key that shows it."""
+    """Return the kind of run ("lora", "whole" or "controlnet") that a SimpleTuner config describes.
+
+    The result also has the key that determines the kind, for messages.
+
+    Raises:
+        UnsupportedRun: If `new` cannot set up this kind of training.
+    """
     kind = str(values.get("model_type", "lora"))
     if is_on(values.get("controlnet")):
         return ForeignRun("controlnet", "controlnet = true")
@@ -45,14 +51,14 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
 
 
 def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys without effect: rank and alpha of a LyCORIS, which its own file sets."""
+    """Return the keys without effect: a LyCORIS config file sets network type, rank and alpha instead."""
     if values.get("lora_type") == "lycoris" and "lycoris_config:algo" in values:
         return {"lora_rank", "lora_alpha", "lora_type"}
     return set()
 
 
 def _read_size(value: Any) -> tuple[int, int]:
-    """Return width and height for a number: up to 16 an area in megapixels, otherwise a side in pixels."""
+    """Return width and height for one number: an area in megapixels up to 16, otherwise a side in pixels."""
     if number()(value) <= 16:
         side = int((number()(value) * 1024 * 1024) ** 0.5)
         return read_side(side)
@@ -60,7 +66,7 @@ def _read_size(value: Any) -> tuple[int, int]:
 
 
 def _read_limit(value: Any) -> float:
-    """Return the maximum norm from a text such as `1.0 norm`. Raises ValueError for other methods."""
+    """Return the gradient norm limit from a text such as `1.0 norm`. Raises ValueError for other methods."""
     limit, _, method = str(value).partition(" ")
     if method != "norm":
         raise ValueError("each value of a gradient is clipped there, and the norm of all here")
@@ -68,7 +74,7 @@ def _read_limit(value: Any) -> float:
 
 
 def _read_repeats(value: Any) -> int:
-    """Return how often a file is used; SimpleTuner counts only the repetitions after the first use."""
+    """Return how often a file is used in an epoch; SimpleTuner does not count the first use."""
     return integer(0, 100_000)(value) + 1
 
 

@@ -14,7 +14,7 @@ from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, 
 
 @dataclass(frozen=True)
 class FileValue:
-    """A value in a foreign file, with its key and the rule that applies to it."""
+    """A value from another trainer's config file, with its key and the rule that applies to it."""
 
     rule: KeyRule
     key: str  # key as shown in messages
@@ -23,7 +23,7 @@ class FileValue:
 
 
 def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
-    """Adopt a value from a foreign project, or record why it is omitted."""
+    """Adopt a value from another trainer's project, or record why it is omitted."""
     dataset = _find_dataset(project, key, value)
     setting = FileValue(rule, show(key), value, dataset)
     if rule.target == contract.OMITTED:
@@ -39,7 +39,7 @@ def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) 
 
 
 def find_rule(program: Program, key: str) -> KeyRule | None:
-    """Return the rule for a key: its own, or the longest `table.*` rule that matches it."""
+    """Return the rule for a key: its own, or the longest matching `table.*` rule; None if there is none."""
     generic = without_numbers(key)
     if generic in program.rules:
         return program.rules[generic]
@@ -48,7 +48,7 @@ def find_rule(program: Program, key: str) -> KeyRule | None:
 
 
 def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDataset | None:
-    """Return the dataset whose table contains a key, and record the key in it."""
+    """Return the dataset that contains a key of another trainer's file, after recording the key in it."""
     table = _find_table(project.program, key)
     if table is None:
         return None
@@ -62,7 +62,7 @@ def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDatas
 
 
 def _find_table(program: Program, key: str) -> str | None:
-    """Return the list element that a key belongs to: `concepts[0]` for `concepts[0].path`."""
+    """Return the list element that contains a key: `concepts[0]` for `concepts[0].path`; None for others."""
     for generic, rule in program.rules.items():
         prefix = generic.rpartition(".")[0]
         if rule.target == contract.FOLDER and prefix.endswith("[]"):
@@ -80,7 +80,7 @@ def _report_omission(project: ForeignProject, setting: FileValue) -> None:
 
 
 def _take_network(project: ForeignProject, setting: FileValue, module: str | None) -> None:
-    """Set the network type that a foreign project names: `module`, or the default LoRA for None."""
+    """Set the network type that another trainer's project names: `module`, or the default LoRA for None."""
     if module is None:
         project.adopted_keys.append(setting.key)
         return
@@ -160,11 +160,11 @@ def _set_once(
     """Set an option or dataset key, unless another key of the file has set another value.
 
     Args:
-        project: The foreign file, with the report about its keys.
+        project: Another trainer's project, with the report about its keys.
         our_values: Our options or dataset keys with their values; the new one is added.
-        keys: Name of our option or dataset key -> the key of the foreign file that set it.
-        setting: A key of the foreign file with its value, and the rule that says which name it has here.
-        value: The value in our form.
+        keys: Name of our option or dataset key -> the key of the file that set it.
+        setting: A key of the file with its value, and the rule that says which name it has here.
+        value: The value, converted for this program.
     """
     name = setting.rule.name
     # the file may not have the key: then the value is a default of the other program
@@ -186,7 +186,7 @@ def _set_once(
 
 
 def _is_same(read: Any, value: Any) -> bool:
-    """Return whether a converted value equals the file's `value`, which may be the same number as text."""
+    """Return whether a converted value equals the original, which may be the same number as a string."""
     if isinstance(read, int | float) and isinstance(value, str):
         try:
             return bool(read == float(value))

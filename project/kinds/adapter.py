@@ -24,7 +24,7 @@ ADAPTER_NAME_SUFFIX = "_training_adapter_v1"  # suffix of its file name, as in p
 
 
 def _find_training_command(model: ModelSet) -> list[str]:
-    """Return the script that trains a LoRA; [] for models that are not distilled or have an adapter."""
+    """Return the script that trains an adapter for a distilled model; [] for others or if one exists."""
     return find_lora_script(model) if model.properties.get("distilled") and not model.has_adapter else []
 
 

@@ -39,17 +39,17 @@ BY_NAME = {kind.name: kind for kind in KINDS}
 
 
 def list_kinds(model: ModelSet) -> list[RunKind]:
-    """Return the kinds of runs for which a model has a script."""
+    """Return the kinds of training runs for which a model has a script."""
     return [kind for kind in KINDS if kind.find_script(model) is not None]
 
 
 def find_control_kind(model: ModelSet) -> RunKind | None:
-    """Return which kind of run a model trains on a folder with control images; None if it has none."""
+    """Return the kind of run for a folder with control images; None if the model supports none."""
     return next((kind for kind in list_kinds(model) if kind.uses_control_images), None)
 
 
 def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
-    """Return the kind of a run from its training command, which is the last one; LORA if unknown."""
+    """Return the kind of run that the last command (training) starts; LORA if unknown."""
     words = commands[-1] if commands else ()
     switched = [kind for kind in KINDS if kind.switch in words]
     if switched:
@@ -59,7 +59,7 @@ def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
 
 @cache
 def kinds_by_script() -> dict[str, RunKind]:
-    """Return the kind of run for each training script; LORA for scripts that several kinds share."""
+    """Return the kind of training run for each training script; LORA if several kinds share the script."""
     kinds: dict[str, RunKind] = {}
     for model in find_models():
         for kind in list_kinds(model):

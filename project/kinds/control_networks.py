@@ -1,6 +1,6 @@
 """`new --train lllite`, `lllite_inpainting` and `controlnet`: networks that follow control images.
 
-For inpainting, each image is its own control image, on which the training draws masks.
+For inpainting, each image is its own control image, on which the training script draws masks.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from project.kinds.whole_model import FORMS, RECIPE
 
 INPAINTING = "lllite_inpainting"
 INPAINTING_TITLE = "a ControlNet-LLLite for inpainting"
-SWAPPING = "blocks_to_swap"  # ControlNet-LLLite needs all blocks on the card
+SWAPPING = "blocks_to_swap"  # ControlNet-LLLite needs all blocks on the GPU
 
 
 def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any
 
 
 def _why_no_inpainting(model: ModelSet, memory: float) -> str | None:
-    """Return why a model cannot train a ControlNet-LLLite for inpainting; None if it can."""
+    """Return why an inpainting ControlNet-LLLite cannot be trained for a model; None if it can."""
     if find_catalog_command(INPAINTING, model) or not find_catalog_command("lllite", model):
         return find_reason(INPAINTING, INPAINTING_TITLE, model, memory)
     return (
@@ -33,7 +33,7 @@ def _why_no_inpainting(model: ModelSet, memory: float) -> str | None:
 
 
 def _change_to_control_net(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Convert LoRA options for training a ControlNet: half a U-Net in float32, with the least memory."""
+    """Convert LoRA options to those for a ControlNet: half a U-Net in float32, with the least memory."""
     changed = {name: value for name, value in drop_lora_options(values, memory).items() if name not in FORMS}
     return {**changed, **RECIPE}
 

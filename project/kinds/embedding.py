@@ -13,7 +13,7 @@ OF_LORA_SCRIPT = f"{ALONE} --train_embedding {{word}} --embedding_vectors 4 --le
 
 
 def _find_training_command(model: ModelSet) -> list[str]:
-    """Return the script and options that train an embedding; [] if the model cannot learn a word."""
+    """Return the script and options that train an embedding; [] if the model does not support it."""
     named = model.properties.get("embedding")
     if named is not None:
         return shlex.split(named)

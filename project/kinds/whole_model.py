@@ -33,7 +33,7 @@ NUM_KEPT_SAVES = 2  # number of saves and states kept in addition to the result
 
 
 def full_training_command(model: ModelSet) -> list[str]:
-    """Return the script for full training of a model, and its options in addition to those of RECIPE."""
+    """Return the script for full training of a model, and the options it needs in addition to RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     default = of_lora.replace("_network.py", ".py")
@@ -41,7 +41,7 @@ def full_training_command(model: ModelSet) -> list[str]:
 
 
 def why_not_full(model: ModelSet, memory: float) -> str | None:
-    """Return why full training of a model is impossible on a card of `memory` GiB; None if it is possible.
+    """Return why full training of a model is impossible in `memory` GiB of GPU memory; None if possible.
 
     If `memory` is 0, the run is on the CPU.
     """
@@ -54,7 +54,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30
-    # without block swapping, all weights have to be on the card
+    # without block swapping, all weights have to be on the GPU
     if memory and not model.properties.get("swaps", True) and size + GIB_BESIDES_WEIGHTS > memory:
         return (
             f"{name} takes {size:.1f} GiB of weights and about {GIB_BESIDES_WEIGHTS} more, "
@@ -64,9 +64,9 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
 
 
 def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Convert the options of a LoRA training into those of a full training.
+    """Convert the options of a LoRA training run to options for full fine-tuning.
 
-    `memory` is the card's memory in GiB; 0 means a CPU, on which the weights stay in float32.
+    `memory` is the GPU's memory in GiB; 0 means a CPU, on which the weights stay in float32.
     """
     changed = drop_lora_options(values, memory)
     changed = {name: value for name, value in changed.items() if name not in FORMS and name != "dit_dtype"}
@@ -77,14 +77,14 @@ def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 
 
 def saves_models(values: Mapping[str, Any]) -> bool:
-    """Return whether a run with these options saves whole models, instead of small files such as LoRAs."""
+    """Return whether a run with these options saves full models, not small files such as LoRAs."""
     return "fused_backward_pass" in values and "network_module" not in values
 
 
 def derive_intervals(steps: int, saves_models: bool) -> dict[str, int]:
-    """Return the intervals of saves, states and samples that suit a number of steps.
+    """Return how often to save weights and states and draw samples in a run of this many steps.
 
-    `saves_models` says that the run saves whole models, which are large.
+    `saves_models` says whether the run saves full models, which are large.
     """
     times = times_of_steps(steps)
     if saves_models:
@@ -97,17 +97,17 @@ def derive_intervals(steps: int, saves_models: bool) -> dict[str, int]:
 def describe_full(model: ModelSet, memory: float) -> list[str]:
     """Return lines about the memory and the disk space that full training needs.
 
-    `memory` is the card's memory in GiB; 0 means a CPU.
+    `memory` is the GPU memory in GiB; 0 means a CPU.
     """
     weights = transformer_bytes(model)
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
     if not memory:
-        # float32 takes twice the bytes of the files, which have 16 bits
+        # float32 takes twice the bytes of the 16-bit files
         fit = f"{2 * weights / 2**30:.1f} GiB in float32"
     elif weights / 2**30 + GIB_BESIDES_WEIGHTS <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
-        # some memory of the card is left for activations and everything else
+        # some GPU memory is left for activations and everything else
         left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB stay in RAM"
     # the last saves and the result; the state of each of these saves contains the weights, too

@@ -1,4 +1,4 @@
-"""Values of a training in a file, with what they were tried on and its figures.
+"""Values of a training run in a file, with what they were tried on and its figures.
 
 options: which recipe to save, and where
 reading: reads a recipe, and refuses all but its values

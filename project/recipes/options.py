@@ -11,7 +11,7 @@ NAME = re.compile(r"\w[\w-]{0,80}")
 
 
 class RecipeOptions(Options):
-    """Whether recipes are listed, or from which run a recipe is saved."""
+    """Options of `recipe`: list the recipes, or save a run's recipe."""
 
     action: str = option(
         "save: make a recipe of a finished run; list: show all recipes", positional=True, choices=(SAVE, LIST)

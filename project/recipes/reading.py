@@ -1,7 +1,7 @@
 """Read recipes: TOML files with training values, which may come from somebody else.
 
 A recipe sets options that decide what is learned: numbers, switches, and names from our own lists. Any other
-key is refused by its name, so a recipe cannot name a path, a program, a module or an address.
+key is refused by its name, so a recipe cannot name a path, a program, a module or a URL.
 """
 
 import argparse
@@ -64,17 +64,17 @@ class TrainingRecipe:
 
     @property
     def values_text(self) -> str:
-        """The [training] options in one line: `network_dim = 16, learning_rate = 0.001`."""
+        """The [training] options as one line: `network_dim = 16, learning_rate = 0.001`."""
         return ", ".join(f"{name} = {value}" for name, value in self.training.items())
 
     @property
     def figures_text(self) -> str:
-        """The measured figures in one line."""
+        """The measured figures as one line."""
         return "; ".join(f"{name}: {value}" for name, value in self.figures.items())
 
 
 def find_recipe(name: str) -> TrainingRecipe:
-    """Return a recipe by name, preferring the user's own, or by file path.
+    """Return a recipe by its name (the user's recipes come first) or file path.
 
     Raises:
         OptionError: If there is no such recipe, or if it contains something that a recipe must not set.
@@ -89,7 +89,7 @@ def find_recipe(name: str) -> TrainingRecipe:
 
 
 def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
-    """Return options of `new` with model, kind of run and steps of a recipe where nothing else is typed.
+    """Return the options of `new` with a recipe's model, kind of run and steps, unless others are typed.
 
     Raises:
         OptionError: If another model or kind of run is typed.
@@ -117,13 +117,13 @@ def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) ->
 
 
 def list_paths() -> dict[str, Path]:
-    """Return the recipe files by name; the user's own have precedence over shipped ones."""
+    """Return the paths of all recipes by name; the user's recipes override shipped ones."""
     files = [path for folder in (OWN, SHIPPED) for path in sorted(folder.glob("*.toml"))]
     return {path.stem: path for path in reversed(files)}
 
 
 def describe_recipe(recipe: TrainingRecipe) -> list[str]:
-    """Return lines about a recipe: what it is for and was tried on, its options and measured figures."""
+    """Return lines about a recipe: its purpose, where it was tried, its options and measured figures."""
     return [
         f"recipe {recipe.name}: {recipe.title}",
         f"  for {recipe.family} {recipe.task}, {recipe.train}; tried on {recipe.tried_on}",
@@ -134,7 +134,7 @@ def describe_recipe(recipe: TrainingRecipe) -> list[str]:
 
 @cache
 def list_shipped() -> tuple[TrainingRecipe, ...]:
-    """Return the recipes that come with this program, sorted by name."""
+    """Return the recipes that ship with this program, sorted by name."""
     return tuple(read_recipe(path) for path in sorted(SHIPPED.glob("*.toml")))
 
 
@@ -156,7 +156,10 @@ def read_recipe(path: Path) -> TrainingRecipe:
 
 
 def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
-    """Check the keys of a parsed recipe file, and return the recipe. Raises ValueError or OptionError."""
+    """Check the keys of a parsed recipe file, and return the recipe.
+
+    Raises ValueError or OptionError if a key or value is not allowed.
+    """
     if _NAME.fullmatch(name) is None:
         raise ValueError("its name has to be of letters, digits, _ and -")
     for key in content:
@@ -183,10 +186,10 @@ def _show(key: str) -> str:
 
 
 def _read_text(key: str, value: Any) -> str:
-    """Return a single line of text that pages and tables can show.
+    """Return a string that is short enough for pages and tables, on a single line.
 
     Raises:
-        ValueError: If the value is not one line of text, or is an address.
+        ValueError: If the value is not one line of text, or is a URL.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{_show(key)} is missing, or no text")
@@ -208,7 +211,7 @@ def _read_figures(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def find_recipe_model(family: str, task: str) -> ModelSet:
-    """Return the model of a recipe. Raises ValueError if `new` does not support it."""
+    """Return the model that a recipe is for. Raises ValueError if `new` does not support it."""
     models = {(model.family, model.task): model for model in find_models()}
     if (family, task) not in models:
         names = [f"{one} {other}" for one, other in models]
@@ -261,8 +264,7 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
 def list_allowed(script: str) -> frozenset[str]:
     """Return the names of the training options that a recipe may set.
 
-    These are the options that a resumed run must or should repeat, except for those that depend on the
-    graphics card.
+    These are the options that a resumed run must or should repeat, except for those that depend on the GPU.
     """
     allowed: set[str] = set(ALSO_ALLOWED)
     records: list[type] = [TrainingOptions]
@@ -277,7 +279,7 @@ def list_allowed(script: str) -> frozenset[str]:
 
 
 def _list_own_modules(model: ModelSet) -> list[str]:
-    """Return the network modules that the training command of a model names."""
+    """Return the --network_module values in a model's training command."""
     argv = model.commands["train"].split()
     return [after for word, after in zip(argv, argv[1:], strict=False) if word == "--network_module"]
 
@@ -288,7 +290,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
     Args:
         action: The option.
         name: Its name.
-        value: Value of the recipe.
+        value: Value in the recipe.
         modules: Modules that `network_module` may name.
 
     Raises:
@@ -302,7 +304,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
         return _read_listed(name, value, read_optimizer(value))
     if name == "lr_scheduler":
         return _read_listed(name, value, read_scheduler(value))
-    # recipes come from strangers: they may not set paths, addresses, programs or secrets
+    # recipes come from strangers: they may not set paths, URLs, programs or secrets
     if getattr(action, "reach", "") or getattr(action, "is_secret", False):
         raise ValueError(f"{name} can only be set on the command line: it may affect more than the training")
     if action.nargs == 0:  # a flag, which has no value on a command line
@@ -339,7 +341,7 @@ def _read_pair(name: str, text: Any) -> str:
 
 
 def _read_number(name: str, value: Any, kind: Any) -> float | int:
-    """Convert a recipe's value to a number; warm-up steps may be a fraction."""
+    """Return a recipe's value if it is a number, and an integer if `kind` is int; else raise ValueError."""
     if type(value) not in (int, float):
         raise ValueError(f"{name} = {_show(str(value))}: a recipe gives a number here")
     if kind is int and type(value) is not int:

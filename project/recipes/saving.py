@@ -69,7 +69,7 @@ def find_history(path: Path) -> Path:
 
 
 def save_recipe(options: RecipeOptions, history: Path) -> None:
-    """Write the recipe of a finished training, and print how to use it.
+    """Write the recipe of a finished training run, and print how to use it.
 
     Raises:
         OptionError: If the run has not ended, or is of a kind that `new` does not set up.
@@ -107,7 +107,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
 
 
 def write_recipe(recipe: TrainingRecipe) -> str:
-    """Return the text of a recipe file: TOML with model, training options and measured figures."""
+    """Return the text of a recipe file: TOML with the model, its training options and measured figures."""
     header = {
         "title": recipe.title,
         "family": recipe.family,
@@ -152,7 +152,7 @@ def _find_trained_model(
 
 
 def _read_commands(history: Path) -> list[list[str]]:
-    """Return the commands of the run.toml next to a run or in its parent folder; [] if there is none."""
+    """Return the commands in the run.toml of a run's folder or its parent; [] if there is none."""
     for folder in (history.absolute().parent, history.absolute().parent.parent):
         path = folder / RUN_FILE
         if path.is_file():
@@ -162,7 +162,7 @@ def _read_commands(history: Path) -> list[list[str]]:
 
 
 def _name_model_file(changed_options: Mapping[str, str], family: str, task: str) -> str:
-    """Return the file name of the first model file that was typed, without its folder."""
+    """Return the file name, without folder, of the first model file on the command line."""
     for part in find_recipe_model(family, task).components:
         name = (part.option or "").lstrip("-")
         if name in changed_options:
@@ -193,7 +193,7 @@ def _select_recipe_options(
 
 
 def _parse_history_value(action: argparse.Action, text: str) -> Any:
-    """Parse the text of an option's value, as histories store it: a flag, one value, or several."""
+    """Parse an option's value from a run's history: a flag, one value, or several values."""
     if action.nargs == 0:
         return True
     if action.nargs in (None, "?"):
@@ -211,7 +211,7 @@ def _read_number(text: str) -> int | float | str:
 
 
 def _list_figures(run_history: RunHistory, start: Start) -> dict[str, str]:
-    """Return the measured figures of a run: losses and seconds."""
+    """Return the measured figures of a training run, such as losses and seconds, by name."""
     figures = {}
     if run_history.average is not None:
         figures["average loss at the end"] = f"{run_history.average:.{DIGITS}g}"
