@@ -68,7 +68,7 @@ ALL = Selection()
 
 @dataclass(frozen=True)
 class CheckpointChange:
-    """Changes to the tensors of a checkpoint, which are selected by their names in the source file."""
+    """What to change in a checkpoint; tensors are selected by their names in the source file."""
 
     dtype: torch.dtype | None = None  # None: dtypes are kept
     cast: Selection = ALL  # tensors that are cast to `dtype`
@@ -79,7 +79,7 @@ class CheckpointChange:
 
 @dataclass(frozen=True)
 class NewFile:
-    """Tensors, metadata and notes of a file that is about to be written."""
+    """Tensors and metadata of a file to write, and notes for the user."""
 
     tensors: Mapping[str, TensorInfo]  # in the order of the old file
     metadata: Mapping[str, str]
@@ -182,7 +182,7 @@ def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized
 def _check_scale_pairs(
     checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]
 ) -> None:
-    """Raise OptionError if only one of an 8-bit weight and its scale would be written."""
+    """Raise OptionError if a new file would have an 8-bit weight without its scale, or the reverse."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)
@@ -399,7 +399,7 @@ def gather(path: Path) -> Checkpoint:
 
 
 def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
-    """Return the files of a model and its index; None without an index."""
+    """Return the files of a model, and the path of its index; None as the path if it has no index."""
     if not path.is_dir():
         return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
     indexes = sorted(path.glob(f"*{INDEX}"))
@@ -415,7 +415,7 @@ def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
 
 
 def _check_index(checkpoint: Checkpoint, index: Path) -> None:
-    """Raise CheckpointError if tensors of the checkpoint's index are missing from its files."""
+    """Raise CheckpointError if the checkpoint's files lack tensors that its index lists."""
     names = parse_json(read_text(index))["weight_map"]
     missing = [name for name in names if name not in checkpoint.tensors]
     if missing:

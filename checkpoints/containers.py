@@ -239,7 +239,7 @@ class TorchFile:
                 )
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a tensor of the memory-mapped file; `read_buffer` is not needed."""
+        """Return a view of the memory-mapped tensor; `read_buffer` is not used."""
         # the dtype in `tensors` is fp8 if `checkpoints.marks` has recognized fp8 stored as uint8
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 
@@ -305,7 +305,7 @@ def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> Chec
 
 
 class _ReadLimitedFile:
-    """File that limits the number of reads, because torch reads a pickle one instruction at a time."""
+    """File that limits the number of reads: torch reads a pickle one instruction at a time."""
 
     def __init__(self, file: BinaryIO, limit_factor: int) -> None:
         self._file = file

@@ -181,7 +181,7 @@ def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
 def rename_sources(
     sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
 ) -> dict[str, TensorSource]:
-    """Rename sources; `name_of` maps an old name to the new one."""
+    """Rename sources; `name_of` maps an old name to the new name."""
     return {name_of(name): source for name, source in sources.items()}
 
 
@@ -275,7 +275,7 @@ class DitShapes:
         return dim, in_dim, (frames, rows, columns)
 
     def count_blocks(self, start: str) -> int:
-        """Count the blocks with names that consist of `start` and an index."""
+        """Count the blocks whose names consist of `start`, a dot and an index."""
         return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 
@@ -365,7 +365,7 @@ def _concatenate(parts: list[TensorSource]) -> TensorSource:
         return torch.cat([tensor.to(dtype) for tensor in tensors])
 
     def build_quantized(*file_tensors: Tensor) -> QuantizedWeight | None:
-        """Concatenate quantized weights along their rows; return None if their formats differ."""
+        """Concatenate quantized weights along their rows; return None if their formats cannot be joined."""
         weights: list[QuantizedWeight] = []
         for part, group in _group_by_part(parts, file_tensors):
             weight = part.make_quantized(group)
@@ -391,7 +391,7 @@ def _group_by_part(
 
 
 def cut_parts(file_sources: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
-    """Split fused weights, which the file stacks by rows, into one source per part; keep the others.
+    """Split fused weights of a file by rows into one source per part; keep all other sources.
 
     A quantized weight stays quantized; each part gets the scales of its rows.
     """
@@ -406,7 +406,7 @@ def cut_parts(file_sources: Mapping[str, TensorSource], cuts: Cuts) -> dict[str,
 
 
 def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
-    """Compute the shapes of our tensors, which `cut_parts` makes, from the shapes in the file."""
+    """Return the shapes of the tensors that `cut_parts` returns, given the shapes in the file."""
     shapes_of_parts: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         parts = _list_parts(name, cuts) if shape else ()

@@ -60,7 +60,7 @@ FP8_COMPUTE = torch.bfloat16  # compute dtype of an fp8 file
 
 
 class DitConfig(Protocol):
-    """Dimensions of a transformer, read from the shapes of its tensors."""
+    """Dimensions of a transformer, read from its tensor shapes."""
 
     @property
     def dim(self) -> int:
@@ -85,7 +85,7 @@ class DitHeader(Generic[Config]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Compute dtype of the blocks: the dtype of their weights, or bfloat16 if these have 8 bits."""
+        """Compute dtype of the blocks: the dtype of their weights, or bfloat16 if the weights are 8-bit."""
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
 
 
@@ -178,7 +178,7 @@ class DitFormat(Generic[Config, Dit]):
             sources = self.sources(checkpoint, header)
 
             def dtype_of(name: str, file_dtype: torch.dtype) -> torch.dtype:
-                """Return the dtype to load a tensor in; `file_dtype` is its dtype in the file."""
+                """Return the dtype to load a tensor in, given its dtype in the file."""
                 if name.startswith(spec.keep_float32):
                     return torch.float32
                 if not placement.keep_file_dtypes:
@@ -272,7 +272,7 @@ def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
 
 
 def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:
-    """Set --dit_dtype as the compute dtype of a placement, unless it already has one."""
+    """Set --dit_dtype as the compute dtype of a placement that has none."""
     has_dtype = placement.compute_dtype is not None or placement.storage_dtype is not None
     return placement if has_dtype else replace(placement, compute_dtype=dit_dtype)
 
@@ -345,7 +345,7 @@ def _select_requested_layers(
 
 
 def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Return name prefixes of the last `LAST_IN_16_BITS` blocks that run; () if there are few blocks."""
+    """Return name prefixes of the `LAST_IN_16_BITS` blocks that run last; () if there are few blocks."""
     counts = []
     names = []
     for name, blocks in spec.blocks(dit).items():
@@ -383,7 +383,7 @@ def have_chosen_form(
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
-    """Return whether all quantized weights of a file have the format that the options select."""
+    """Return whether all quantized weights in a file already have the format that the options select."""
     if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
     stored = [read_quantized_on_meta(sources[name], checkpoint.tensors) for name in names]

@@ -22,7 +22,7 @@ def short_hash(path: Path) -> str:
 
 
 def name_base(file: Path) -> str:
-    """Return the name and short hash of a base model's file, in the form of adapter metadata."""
+    """Return a base model's file name with a short hash, as adapter metadata stores it."""
     return f"{file.name} {short_hash(file)}" if file.is_file() else file.name
 
 

@@ -122,7 +122,7 @@ def on_meta_device() -> Iterator[None]:
 
 
 class _SkipInitializers(TorchFunctionMode):
-    """Replace torch's weight initializers by functions that return the tensor unchanged."""
+    """Replace torch's weight initializers with functions that return the tensor unchanged."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -314,7 +314,7 @@ class _TensorLoader:
             self.read_buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
 
     def _describe_target(self, name: str) -> TensorInfo:
-        """Return the dtype and shape that a tensor has once it is loaded."""
+        """Return the dtype and shape that a tensor will have in the loaded model."""
         if self._quantized is not None and name in self._quantized:
             weight = self._empty_quantized(name, self._quantized).weight
             return TensorInfo(weight.dtype, tuple(weight.shape))
@@ -388,7 +388,7 @@ class _TensorLoader:
         return quantized_weight
 
     def _empty_quantized(self, name: str, plan: QuantizedLoading) -> QuantizedWeight:
-        """Return the quantized format of a layer's weight on the meta device."""
+        """Return a layer's weight as an empty quantized weight on the meta device."""
         empty: QuantizedWeight | None = None
         if name in plan.quantized_in_file:
             empty = read_quantized_on_meta(self._sources[name], self._checkpoint.tensors)
@@ -447,8 +447,8 @@ class _TensorLoader:
     def _check_finite(self, part: str, tensor: Tensor) -> None:
         """Check a tensor of the file for NaN and infinite values.
 
-        On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading a
-        check would wait for them; so those checks are collected and read after loading.
+        On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading the
+        result of a check would wait for them, so these results are collected and read after loading.
         """
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)
@@ -581,7 +581,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
 
 
 def _find_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Group sorted numbers into runs of consecutive numbers; return the first and last number of each."""
+    """Group sorted numbers into runs of consecutive numbers; return (first, last) of each run."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

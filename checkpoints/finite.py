@@ -46,7 +46,7 @@ def check_finite(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def make_non_finite_error(path: Path, names: Sequence[str]) -> CheckpointError:
-    """Return the error for tensors with NaN or infinite values."""
+    """Return the error to raise for tensors with NaN or infinite values."""
     tail = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return CheckpointError(
         f"{path} has weights that are NaN or infinite: {', '.join(names[:3])}{tail}.\n"

@@ -61,7 +61,7 @@ _UNSUPPORTED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of e
 
 
 class GgufFile(HeaderFile):
-    """GGUF file in which text encoder tensors get the names and the row order of transformers."""
+    """GGUF file that presents text encoder tensors with the names and row order of transformers."""
 
     header_name = "GGUF header"
     damage_errors = (ValueError, struct.error)
@@ -217,7 +217,7 @@ class GgufFile(HeaderFile):
             self._rename_tensor(old, new)
 
     def _reject_unsupported_models(self) -> None:
-        """Raise CheckpointError if llama.cpp changes the weights of the model irreversibly."""
+        """Raise CheckpointError for models whose weights llama.cpp has changed irreversibly."""
         for layer, model_name in _UNSUPPORTED.items():
             if any(f".{layer}." in name for name in self.tensors):
                 raise CheckpointError(
@@ -254,7 +254,7 @@ class GgufFile(HeaderFile):
 
 
 class _HeaderReader:
-    """Read values from a file's header; raise ValueError beyond `max_bytes`."""
+    """Read values from a GGUF header; raise ValueError if it is longer than `max_bytes`."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._file = file
@@ -281,7 +281,7 @@ class _HeaderReader:
         """Read a tensor shape from a short array of integers.
 
         Raises:
-            ValueError: If the array is long or has values of another type.
+            ValueError: If the array is too long or its values are not integers.
         """
         value_type = self.read_number("I")
         count = self.read_number("Q")

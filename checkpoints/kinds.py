@@ -146,7 +146,7 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def kind_by_name(path: Path, is_sharded: bool) -> str | None:
-    """Return the kind of an unsupported transformer by its file name; None if the name says nothing.
+    """Return the name of an unsupported transformer that the file name reveals; None if it reveals none.
 
     For sharded files, the names of the two enclosing folders are checked too, because shards have generic
     names such as diffusion_pytorch_model.

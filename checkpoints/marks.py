@@ -147,7 +147,7 @@ def _read_settings(entry: Any) -> dict[str, Any]:
 
 
 def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
-    """Parse the JSON object that a tensor contains as text; raise ValueError if there is none."""
+    """Parse the JSON object that a tensor stores as text; raise ValueError if there is none."""
     info = tensors[name]
     if info.dtype != torch.uint8 or info.size_bytes > _MAX_BYTES:
         raise ValueError(f"{name} is not text: {info.dtype} of {info.size_bytes:,} bytes")
@@ -163,7 +163,7 @@ def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _QuantizedLayer:
-    """A quantized layer of a file; messages of its errors continue the sentence "the layer NAME ..."."""
+    """A quantized layer in a file; its error messages continue the sentence "the layer NAME ..."."""
 
     name: str  # name of the layer in the file
     settings: Mapping[str, Any]  # ComfyUI's or bitsandbytes' settings of the layer's quantization
@@ -190,7 +190,7 @@ class _QuantizedLayer:
         return size
 
     def check_matrix(self, *dtypes: torch.dtype) -> tuple[int, int]:
-        """Return the rows and columns of the stored weight.
+        """Return the number of rows and columns of the stored weight.
 
         Raises:
             ValueError: If the weight is not a matrix, or if its dtype is not one of `dtypes`.
@@ -228,7 +228,7 @@ class _QuantizedLayer:
         return {suffix: info}
 
     def check_scale(self, *shapes: tuple[int, ...]) -> dict[str, TensorInfo]:
-        """Return the info of the layer's scale by its suffix; its shape must be one of `shapes`."""
+        """Return the scale's dtype and shape by suffix; raise ValueError if the shape is not in `shapes`."""
         return self.check_companion(self.find_scale_suffix(), _FLOATS, *shapes)
 
     def find_scale_suffix(self) -> str:
@@ -305,7 +305,7 @@ def _make_int8(rotation: int, multiplies_in_16_bits: bool, weight: Tensor, scale
 def _check_tiled_scale(
     layer: _QuantizedLayer, dtype: torch.dtype, rows: int, columns: int
 ) -> dict[str, TensorInfo]:
-    """Return the info of block scales that are stored in the tiles of Blackwell GPUs: 128 x 4."""
+    """Return dtype and shape of block scales that are stored in the 128 x 4 tiles of Blackwell GPUs."""
     padded_shape = (round_up(rows, 128), round_up(columns, 4))
     return layer.check_companion("weight_scale", (dtype,), padded_shape)
 
@@ -361,7 +361,7 @@ def _make_nvfp4(
 
 
 def _describe_w4a4(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer with a 4-bit weight with rotated columns and one scale per row."""
+    """Return dtypes and shapes of a 4-bit layer with rotated columns and one scale per row."""
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     columns = 2 * num_bytes
     scale = layer.check_scale((rows,), (rows, 1))
@@ -421,7 +421,7 @@ def _make_w4a8(
 
 
 def _describe_awq(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a 4-bit AWQ layer with a scale and a zero point per group of columns."""
+    """Return dtypes and shapes of a 4-bit AWQ layer with a scale and a zero point per group of columns."""
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     columns = 2 * num_bytes
     group = layer.get_number("group_size", default=64)

@@ -148,7 +148,7 @@ def require_matching_shapes(
 
 
 def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
-    """Call `build` with a transformers configuration on the meta device, without memory for weights."""
+    """Call `build` with a transformers configuration on the meta device, which allocates no weights."""
     with torch.device("meta"):
         return build(config)
 
@@ -205,7 +205,7 @@ def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MA
 
 
 def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield all numbers in a JSON value with their keys; numbers in a list have the key of the list."""
+    """Yield (key, number) for all numbers in a JSON value; numbers in a list get the key of the list."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _list_numbers(value, str(key)[:100])

@@ -48,7 +48,7 @@ Location: TypeAlias = tuple[TensorFile, str]
 
 
 class Checkpoint(contextlib.ExitStack):
-    """Tensors of one or several files, read on demand by name; use it as a context manager."""
+    """Tensors of one or more files, read on demand by name; to be used as a context manager."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Checkpoint(contextlib.ExitStack):
             raise CheckpointError(message, self.path) from error
 
     def stored_name(self, name: str) -> str:
-        """Return the full name of a tensor in its file, including removed prefixes."""
+        """Return the full name of a tensor in its file, with the prefix that was stripped on opening."""
         return self._locations[name][1]
 
     def without_prefix(self, *prefixes: str, ignored_prefixes: Sequence[str] = ()) -> "Checkpoint":
@@ -145,7 +145,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
-        """Return a checkpoint with the tensors of both; `self` takes precedence. Open files are shared."""
+        """Return a checkpoint with the tensors of both; `self` takes precedence. Both share open files."""
         locations = {**second._locations, **self._locations}
         files = [*self._files, *second._files]
         return Checkpoint(self.path, locations, files, self.rejection or second.rejection)
@@ -294,7 +294,7 @@ def require_all_shards(files: Sequence[Path]) -> None:
 
 @lru_cache(maxsize=4)
 def _list_shards(name: str) -> list[str]:
-    """Return the names of all shards of a model, given the name of one."""
+    """Return the file names of all shards of a model, given the file name of one shard."""
     shard = _SHARD.fullmatch(name)
     assert shard is not None
     count = int(shard["count"])
@@ -416,7 +416,7 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
 def _register_packed_weights(
     path: Path, locations: Mapping[str, Location], files: Sequence[TensorFile]
 ) -> str:
-    """Record in the open files which tensors are packed; return why if a packing is unknown, else ""."""
+    """Mark packed (quantized) tensors in the open files; return an error message for later, or ""."""
     from checkpoints.marks import find_packed  # only for packed weights
 
     checkpoint = Checkpoint(path, locations, files)
@@ -461,7 +461,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _without_packed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors without packed weights of known formats and their additional tensors."""
+    """Return the tensors without packed (quantized) weights of known formats and without their scales."""
     packed: set[str] = set()
     for name, info in tensors.items():
         if info.packing is not None:

@@ -115,7 +115,7 @@ class QuantizeOptions(Options):
 
 @dataclass(frozen=True)
 class RecognizedModel:
-    """A recognized network and its layers that can be quantized, by their names in the file."""
+    """A recognized model, and the layers that can be quantized, by their tensor names in the file."""
 
     description: str  # description for messages
     family: str | None  # None: a text encoder
@@ -175,7 +175,7 @@ def quantize_file(options: QuantizeOptions) -> None:
 
 
 def _drop_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without entries about the old tensors or GGUF, and log the removed entries."""
+    """Return metadata without entries that describe the original tensors or GGUF; log the removed entries."""
     remaining = {
         key: text
         for key, text in metadata.items()
@@ -331,7 +331,7 @@ def _write_comfyui(
 
 @dataclass(frozen=True)
 class _PlannedTensor:
-    """A tensor to write, with the function that computes it at the time it is written."""
+    """A tensor to write, and the function that computes it just before it is written."""
 
     info: TensorInfo
     compute: Callable[[], Tensor]
@@ -613,7 +613,7 @@ class _DequantizedFile:
         return shape
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a dequantized tensor; one that is not quantized may be a view of `read_buffer`."""
+        """Return a dequantized tensor; an unquantized tensor may be a view of `read_buffer`."""
         if name in self.unquantized:
             return self._checkpoint.borrow(name, read_buffer)
         source = self._sources[name]

@@ -90,7 +90,7 @@ class SavedForm:
     option: str = "--max_shard_size"
 
     def order(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
-        """Return tensor names in the order in which they are written."""
+        """Return tensor names in the order in which their data is written, shard by shard."""
         groups = split(tensors, self.max_bytes) if self.max_bytes else [tensors]
         return [name for group in groups for name in order_of(group)]
 

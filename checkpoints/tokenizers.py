@@ -26,7 +26,7 @@ SUFFIXES = (".json", ".model")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Names and possible locations of one text encoder's tokenizer files."""
+    """File names of a text encoder's tokenizer, and the folders in which to look for them."""
 
     option: str  # such as "--t5_tokenizer"
     names: tuple[str, ...]  # file names; the first that exists is used
@@ -164,7 +164,7 @@ class TokenizerFiles:
             raise self.unreadable(file, error) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        """Return the error for a file that is not a tokenizer, with the option and the accepted files."""
+        """Return the error for a file that is not a tokenizer; it names the option and the accepted files."""
         return CheckpointError(
             f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
             f"{self._describe()}.",
@@ -201,7 +201,7 @@ class TokenizerFiles:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
     def _describe(self) -> str:
-        """Describe which files are accepted, for the end of an error message."""
+        """Describe the tokenizer files that are accepted, for the end of an error message."""
         source = f"the files of {self.repository}"
         if self.folder:
             source = f"the folder {self.folder} of {self.repository}"

@@ -20,7 +20,7 @@ class UnusedTensors:
     open: Callable[[], Checkpoint]  # opens the file again
 
     def opened(self) -> "OpenedTensors":
-        """Open the file and return its unused tensors, described by their published dtypes and shapes."""
+        """Open the file and return its unused tensors, with dtypes and shapes as in the published model."""
         checkpoint = self.open()
         infos = {}
         for name, source in self.sources.items():

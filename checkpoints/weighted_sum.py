@@ -87,7 +87,7 @@ class MergeModelsOptions(Options, title="what to do"):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Return the weight of each model in the sum; equal weights by default."""
+        """Return the coefficient of each model in the weighted sum; equal coefficients by default."""
         return self.ratios or (1 / len(self.models),) * len(self.models)
 
 
@@ -129,7 +129,7 @@ def merge_models(options: MergeModelsOptions) -> None:
 
 
 def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:
-    """Log how many averages of training (EMA) in a checkpoint are left out."""
+    """Log how many training averages (EMA weights) in a checkpoint are left out."""
     if num_averages:
         count = format_count(num_averages, "average")
         verb = "is" if num_averages == 1 else "are"
@@ -199,7 +199,7 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
 
 
 def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
-    """Return whether shapes are equal, or the other model's first layer has fewer input channels."""
+    """Return whether the shapes are equal, or the other model's first layer has fewer input channels."""
     shape = first.tensors[name].shape
     its_shape = other.tensors[name].shape
     if shape == its_shape:

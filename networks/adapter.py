@@ -102,11 +102,11 @@ class ForeignNetwork:
         return modules
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Seed torch's global generators, from which the network's dropout draws."""
+        """Seed torch's global generators, which the network's dropout uses."""
         getattr(self.module, "set_dropout_seed", torch.manual_seed)(seed)
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength by the network's own method, or on each submodule that has a `multiplier`."""
+        """Set the strength with the network's own method, or on each submodule that has a `multiplier`."""
         if hasattr(self.module, "set_multiplier"):
             self.module.set_multiplier(multiplier)
             return
@@ -115,14 +115,14 @@ class ForeignNetwork:
                 setattr(submodule, "multiplier", multiplier)  # noqa: B010
 
     def on_epoch_start(self) -> None:
-        """Call `on_epoch_start` of the other package's network, if it has such a hook."""
+        """Call the hook `on_epoch_start` of the other package's network if it has one."""
         if hasattr(self.module, "on_epoch_start"):
             _call_with_known_arguments(
                 self.module.on_epoch_start, text_encoder=None, unet=self.dit, transformer=self.dit
             )
 
     def on_step_start(self) -> None:
-        """Call `on_step_start` of the other package's network, if it has such a hook."""
+        """Call the hook `on_step_start` of the other package's network if it has one."""
         if hasattr(self.module, "on_step_start"):
             self.module.on_step_start()
 
@@ -161,7 +161,7 @@ class ForeignNetwork:
 
 
 def _read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. Raises CheckpointError if values are NaN or infinite."""
+    """Return the shapes of a file's tensors. Raises CheckpointError for NaN or infinite values."""
     with open_checkpoint(path) as checkpoint:
         for name in checkpoint.tensors:
             check_finite(path, name, checkpoint.read(name))
@@ -341,7 +341,7 @@ def _build_own(
 
 
 def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
-    """Load `--network_weights` into a network and log the number of modules that do not fit."""
+    """Load `--network_weights` into a network, and log how many modules could not be loaded."""
     errors: list[str] = []
     if isinstance(network, OwnNetwork):
         errors = network.load_weights(path, dict(dit.named_parameters()))
@@ -352,7 +352,7 @@ def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
 
 
 def _read_arguments(options: NetworkOptions) -> NetworkArguments:
-    """Return the options that describe one of our networks."""
+    """Return rank, alpha, dropout and arguments for one of our own networks from the options."""
     return NetworkArguments(
         rank=options.network_dim,
         alpha=options.network_alpha,

@@ -65,7 +65,7 @@ class _AlphaSource:
         return _to_finite_or_none(self.settings.get("r"))
 
     def can_be_for(self, ranks: Collection[int]) -> bool:
-        """Return whether the settings can be for factors of these ranks."""
+        """Return whether the settings may belong to a file whose factors have these ranks."""
         if self.rank is None:
             return self.surely_belongs
         return self.rank in ranks or bool(self.settings.get("rank_pattern"))
@@ -79,7 +79,7 @@ class _FoundSources(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """A metadata key, split and spelled uniformly: `loraalpha` for `transformer.LoRA_alpha`."""
+    """A metadata key, split and normalized: `loraalpha` for `transformer.LoRA_alpha`."""
 
     network: str  # prefix of the key that names a network; "" if it has none
     name: str  # rest of the key, in lower case, letters and digits only
@@ -87,7 +87,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Alphas for modules that have no alpha tensor next to their factors, and where they were found."""
+    """Alphas found elsewhere for modules that lack alpha tensors, and a description of where."""
 
     tensors: Mapping[str, Tensor]  # by name: "lora_unet_x.alpha"
     description: str  # description for the log; "" if every module has an alpha tensor
@@ -95,7 +95,7 @@ class FoundAlphas:
 
 
 class NetworkFactors(NamedTuple):
-    """The factors for one network of a pipeline: for the transformer, or for one text encoder."""
+    """LoRA factors for one network of a pipeline: the transformer or one text encoder."""
 
     modules: Mapping[str, Factors]  # by module name
     module_paths: Mapping[str, str]  # module name -> path of the module in the file
@@ -174,7 +174,7 @@ def _describe_alphas(
 
 
 def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collection[int]) -> list[str]:
-    """Return a warning for each source whose alpha is for a rank that no module of the file has."""
+    """Return a warning for each alpha source that states a rank which no module in the file has."""
     rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
@@ -242,7 +242,7 @@ def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
-    """Return alpha / rank by rank, from the metadata entry `FOLDED`; {} if it is missing or unusable."""
+    """Return {rank: alpha / rank} from the metadata entry `FOLDED`; {} if it is missing or invalid."""
     try:
         entries = parse_json(metadata.get(FOLDED, "{}"))
         scalings = {int(rank): float(scaling) for rank, scaling in entries.items()}
@@ -264,7 +264,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _holds_settings(key: str, text: str) -> bool:
-    """Return whether a metadata key contains PEFT settings; for `config`, only if its JSON has an alpha."""
+    """Return whether metadata under a key are PEFT settings; `config` must be JSON that contains an alpha."""
     if key != "config":
         return key in _SETTINGS_KEYS
     try:
@@ -318,7 +318,7 @@ def _find_in_metadata_keys(
 
 
 def _get_first(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
-    """Return the value of the first of `keys` that `values` has; None if it has none of them."""
+    """Return the value of the first key that `values` contains; None if it contains none of them."""
     return next((values[key] for key in keys if key in values), None)
 
 
@@ -485,7 +485,7 @@ def read_alphas(
 
 
 def _collect_dit_factors(native: NativeTensors, expert: str | None) -> NetworkFactors:
-    """Return a file's factors for the transformer or one of its experts."""
+    """Return the LoRA factors in a file for the transformer, or for one of its experts."""
     # the prefix of this expert's network in diffusers' pipelines
     prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
     return NetworkFactors(
@@ -497,7 +497,7 @@ def _collect_dit_factors(native: NativeTensors, expert: str | None) -> NetworkFa
 
 
 def _collect_text_encoder_factors(native: NativeTensors) -> list[NetworkFactors]:
-    """Return a file's factors for each text encoder."""
+    """Return the LoRA factors in a file for each text encoder."""
     text_encoders: list[NetworkFactors] = []
     text_modules = group_by_module(native.text_tensors)
     for encoder_prefix, module_paths in _paths_by_encoder(text_modules).items():
@@ -549,7 +549,7 @@ class _AlphaRules:
     default: float | None  # the setting lora_alpha, for modules that no key matches
 
     def alpha_of(self, path: str) -> float | None:
-        """Return the alpha of the module with a path such as `blocks.0.attn1.to_q`."""
+        """Return the alpha of the module at a path such as `blocks.0.attn1.to_q`."""
         names = path.split(".")
         endings = [".".join(names[first:]) for first in range(len(names))]
         matching = [ending for ending in endings if ending in self.values]

@@ -305,14 +305,14 @@ class Change:
         total.add_(addition.reshape(total.shape), alpha=self.weighted_lora.multiplier)
 
     def _make_rotations(self, device: torch.device) -> Tensor:
-        """Return R - I of the input rotation at the strength of the LoRA, on a device."""
+        """Return R - I of the input rotation, scaled by the LoRA's strength, on the device."""
         rotation = self.delta.rotation
         assert rotation is not None
         values = self.delta.factors[rotation.factor_name].to(device)
         return rotation.compute_rotations(values, self.weighted_lora.multiplier)
 
     def to(self, device: torch.device) -> "Change":
-        """Return the change with its factors on a device; an input rotation also gets its matrices."""
+        """Return a copy on the device; an input rotation gets its matrices R - I computed there."""
         if self.delta.rotation is not None:
             return replace(self, rotations=self._make_rotations(device))
         return replace(self, delta=self.delta.to(device))
@@ -457,12 +457,12 @@ def _round_into(
 
 
 class LoraPatch:
-    """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
+    """Weight patch that adds LoRAs to weights by name: `patch(name, weight) -> weight`.
 
     The result is W + multiplier * (alpha / rank) * up @ down, or W R^T for an input rotation R. The changes
     of all files are computed from the original W, summed in float32 on the weight's device and rounded once.
     DoRA adds multiplier * (new weight - W). A `set_weight` replaces W for its own file and all later files.
-    After loading, `check()` reports changes without a weight, and the share that rounding keeps.
+    After loading, `check()` reports changes without a weight, and the share that survives rounding.
     """
 
     def __init__(
@@ -528,11 +528,11 @@ class LoraPatch:
 
         Args:
             name: Name of the weight.
-            weight: The weight; it is not changed.
-            target: Dtype to which the caller rounds the changed weight; None for the weight's dtype.
+            weight: The weight; it is not modified.
+            target: Dtype to which the caller will round the result; None for the weight's dtype.
 
         Raises:
-            CheckpointError: If the shape of a LoRA does not fit the weight.
+            CheckpointError: If a LoRA's shape does not match the weight.
         """
         return self.add_to(name, weight.clone(), target) if self._find_changes(name) else weight
 
@@ -662,14 +662,14 @@ class LoraPatch:
 
         Args:
             network: The network.
-            to_published_name: Returns the name that a parameter has in published files.
+            to_published_name: Maps a parameter name of the network to the name in published checkpoints.
         """
         for name, parameter in network.named_parameters(remove_duplicate=False):
             if self.changes_parameter(to_published_name(name)):
                 set_weight(parameter, self(to_published_name(name), gather_weight(parameter.data)))
 
     def changes_parameter(self, name: str) -> bool:
-        """Return whether any file changes the parameter of this name."""
+        """Return whether any LoRA file changes the parameter of this name."""
         return bool(self._find_changes(name))
 
     def check(self) -> None:
@@ -799,11 +799,11 @@ class LoraPatch:
 
 
 class OriginalWeights:
-    """Keep the original weights of all modules that LoRAs change, for switching LoRAs; a `WeightPatch`.
+    """Weight patch that keeps the original weights of all modules that LoRAs change, for switching LoRAs.
 
     Load the model with this as `Placement.patch`; then `switch` adds LoRAs to the originals, in the same
-    dtype, on the same device and in the same order as loading does, so that the weights are equal to the bit.
-    The originals are kept in host memory. Weights in 8 bits and swapped blocks are not supported.
+    dtype, on the same device and in the same order as loading does, so the weights are bit-identical.
+    The originals are kept in host memory. 8-bit weights and swapped blocks are not supported.
     """
 
     def __init__(
@@ -853,7 +853,7 @@ class OriginalWeights:
 
     @torch.no_grad()
     def switch(self, network: nn.Module, weighted_loras: Sequence[WeightedLora]) -> None:
-        """Reset the loaded network to its original weights, with these LoRAs added."""
+        """Restore the original weights of the loaded network and add these LoRAs to them."""
         patch = LoraPatch(weighted_loras, rounding=self._rounding)
         for name, original in self._originals.items():
             parameter = network.get_parameter(name)

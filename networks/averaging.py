@@ -236,7 +236,7 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if the files are LoRAs of different experts."""
+    """Raise CheckpointError if the LoRA files were trained for different experts."""
     experts: dict[Path, str] = {}
     for file in files:
         expert = expert_of(file.metadata, file.path)
@@ -270,7 +270,7 @@ def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
 
 
 def _advise(file: Checkpoint, first: Checkpoint) -> str:
-    """Return the remedy for a file whose names or sizes differ from the first file's."""
+    """Return advice on a LoRA file whose tensor names or shapes differ from the first file's."""
     file_format = file.metadata.get(LORA_FORMAT, KNOWN)
     first_format = first.metadata.get(LORA_FORMAT, KNOWN)
     if file_format == first_format or first_format not in _TARGETS:

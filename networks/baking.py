@@ -60,14 +60,14 @@ class Baking:
 
 
 class Baked(NamedTuple):
-    """A converted LoRA, and a description of how much of the change was lost."""
+    """A LoRA converted to plain low-rank factors, and a note on how much of the change was lost."""
 
     lora: LoraFile
     loss_note: str  # "" if nothing was approximated
 
 
 class StoredWeight(NamedTuple):
-    """A weight in a model's file."""
+    """A model weight on disk: its checkpoint, and the tensors that it is read from."""
 
     checkpoint: Checkpoint
     source: TensorSource
@@ -129,7 +129,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
 
 
 def _make_missing_model_error(path: Path, modules: Mapping[str, Factors]) -> OptionError:
-    """Return the error for a network whose change depends on weights (DoRA), if no model is given."""
+    """Return the error for a LoRA whose change depends on the model (DoRA) if no model is given."""
     name = next(name for name, factors in modules.items() if factors.keys() & {*FACTORS_NEEDING_WEIGHT})
     kind = next(kind for kind in kinds_of_parts(modules[name]) if kind.needs_weight)
     return OptionError(
@@ -139,7 +139,7 @@ def _make_missing_model_error(path: Path, modules: Mapping[str, Factors]) -> Opt
 
 
 def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
-    """Return the metadata of a LoRA after its modules were converted to plain LoRAs."""
+    """Return a LoRA's metadata for the file in which its modules are plain low-rank factors."""
     ranks = {len(factors[DOWN]) for factors in modules.values() if DOWN in factors}
     rank = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
     network_module = metadata.get("ss_network_module", _PLAIN)

@@ -25,7 +25,7 @@ _CURVES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """Settings of numbered blocks in --network_args; `fit` applies them to the blocks of a model."""
+    """Settings in --network_args for each transformer block; `fit` matches them to the blocks of a model."""
 
     arguments: Mapping[str, str]  # as typed
     values_by_argument: Mapping[str, tuple[float, ...]]  # ranks and alphas: one for each block
@@ -34,7 +34,7 @@ class BlockSettings:
 
     @property
     def has_convolutions(self) -> bool:
-        """Whether convolutions have separate ranks."""
+        """Whether convolutions have a rank of their own (`conv_dim`)."""
         return CONV_DIMS in self.arguments
 
     @property
@@ -73,11 +73,11 @@ class BlockSettings:
         return replace(self, rate_factors=tuple(rate_factors), numbered=numbered)
 
     def number_of(self, path: str) -> int | None:
-        """Return the index of the block that contains a module; None outside of blocks, and before `fit`."""
+        """Return the index of the block that contains a module; None outside of blocks and before `fit`."""
         return None if self.numbered is None else self.numbered.number_of(path)
 
     def rate_factor_of(self, path: str) -> float:
-        """Return the factor on the learning rate of a module; 1 outside of numbered blocks."""
+        """Return the learning rate multiplier of a module; 1 outside of numbered blocks."""
         number = self.number_of(path)
         return 1.0 if number is None or not self.rate_factors else self.rate_factors[number]
 
@@ -126,7 +126,7 @@ def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
 
 
 def _check_rates(arguments: Mapping[str, str]) -> None:
-    """Raise OptionError if a learning rate factor or the threshold cannot be read; `fit` reads them later."""
+    """Raise OptionError if learning rate factors or the threshold, which `fit` reads, are invalid."""
     for name in RATES:
         if name in arguments:
             any_count = 2

@@ -256,10 +256,10 @@ def convert_flux(options: FluxConvertOptions) -> None:
 
 
 def convert_anima(options: ComfyConvertOptions) -> None:
-    """Convert a LoRA of Anima to ComfyUI's names, or back.
+    """Convert an Anima LoRA to ComfyUI's names, or back.
 
     Raises:
-        CheckpointError: If the file is not a LoRA for this model, or if none of it can be written.
+        CheckpointError: If the file is not an Anima LoRA, or if none of its modules can be converted.
         OptionError: If the output would replace the source.
     """
     target = "default" if options.reverse else "other"
@@ -310,7 +310,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
 def _replace_by_plain_loras(
     lora: LoraFile, tensors: Mapping[str, Tensor], modules: Mapping[str, Factors], rank: int | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors with plain LoRAs of a rank instead of the given modules, and a note on the loss."""
+    """Return tensors with the given modules converted to plain LoRAs, and a note on what was lost."""
     replaced = ungroup(modules)
     plain = bake(replace(lora, tensors=replaced), Z_IMAGE, Baking(rank, select_device(None)))
     unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
@@ -483,7 +483,7 @@ def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without the entries that are wrong in a converted file: expert and hashes."""
+    """Return metadata without entries that no longer hold for a converted file: the expert and hashes."""
     return {
         key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
     }
@@ -549,7 +549,7 @@ def convert_lora(
 
 
 def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:
-    """Return the advice for modules that the other dialect cannot express; "" if there is none.
+    """Return how to convert modules that the other format cannot express; "" if they cannot be converted.
 
     Args:
         native: Tensors under our names.
@@ -578,7 +578,7 @@ def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | No
 
 
 def _warn_of_left_out(path: Path, left_out: Mapping[str, str], advice: str = "") -> None:
-    """Warn of modules that are left out, each with its reason."""
+    """Warn which modules are left out of the converted file, and why."""
     if left_out:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
         logger.warning(f"{path}: {len(reasons)} modules are left out: {list_some(reasons)}{advice}")

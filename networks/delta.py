@@ -179,7 +179,7 @@ class Delta:
         return bias_of(self.factors, device)
 
     def bias_in_file_dtype(self) -> Tensor | None:
-        """Return the change of the module's bias in the dtype of the file; None without one."""
+        """Return the change of the module's bias in the file's dtype; None if the bias is not changed."""
         bias = self.compute_bias_change(CPU)
         if bias is None:
             return None
@@ -261,7 +261,7 @@ class Delta:
         return replace(self, factors={name: tensor.clone() for name, tensor in factors.items()})
 
     def find_factors_with_rows(self) -> set[str] | None:
-        """Return the names of factors with one row per row of the weight; None if rows cannot be cut out."""
+        """Return the factors that have one row per row of the weight; None if rows cannot be cut out."""
         all_names = set(self.factors.keys() & _FULL_SIZE_FACTORS)
         for kind in self.kinds:
             factor_names = kind.find_factors_with_rows(self.factors)
@@ -295,7 +295,7 @@ class Delta:
     # --- errors
 
     def find_error(self) -> str | None:
-        """Return why the factors are unusable, such as "it has ..."; None if they are usable."""
+        """Return why the factors are unusable, for a message: "it has ..."; None if they are usable."""
         error = self._find_incomplete()
         if error is not None:
             return error
@@ -328,7 +328,7 @@ class Delta:
         return None
 
     def _find_wrong_value(self) -> str | None:
-        """Return what is wrong with the values of the factors; None if all are finite numbers."""
+        """Return an error message if a factor has a wrong dtype or non-finite values; otherwise None."""
         if "alpha" in self.factors and not is_number(self.factors["alpha"]):
             return "its alpha is NaN or infinite, or more than one number"
         for name, tensor in self.factors.items():

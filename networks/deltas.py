@@ -32,7 +32,7 @@ UNTRAINABLE_FACTORS = {*composing.TUCKER_CORES, MAGNITUDES, "diff", "diff_b"}
 
 
 def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group tensors by module and factor: {"x.lora_down.weight": t} -> {"x": {"lora_down.weight": t}}."""
+    """Group tensors by module: {"x.lora_down.weight": t} -> {"x": {"lora_down.weight": t}}."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, factor_name = name.partition(".")
@@ -70,7 +70,7 @@ def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop NaN or infinite alphas of modules without a rank, in which alpha has no effect."""
+    """Drop NaN or infinite alphas from modules without a rank, where alpha has no effect."""
     remaining = dict(tensors)
     for module, factors in group_by_module(tensors).items():
         if len(factors) > 1 and rank_of(factors) is None and not is_number(factors.get("alpha")):
@@ -97,7 +97,7 @@ def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
 
 
 def is_number(alpha: Tensor | None) -> bool:
-    """Return whether alpha is a single finite number."""
+    """Return whether alpha is a single finite number; False for None."""
     return alpha is not None and alpha.numel() == 1 and math.isfinite(float(alpha))
 
 
@@ -110,7 +110,7 @@ def rank_of(factors: Factors) -> int | None:
 
 
 def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
-    """Return the distinct ranks (or sizes, for kinds without a rank) and alphas in files, sorted."""
+    """Return the sorted distinct ranks (or block sizes and so on, without a rank) and alphas in files."""
     ranks: set[int] = set()
     alphas: set[float] = set()
     for tensors in files:
@@ -132,7 +132,7 @@ def read_row_range(factors: Factors) -> tuple[int, int]:
 
 
 def scaling_of(factors: Factors) -> float:
-    """Return alpha / rank; 1 for a missing or zero alpha, and for factors without a rank."""
+    """Return alpha / rank; 1 if alpha is missing or 0, or if the factors have no rank."""
     rank = rank_of(factors)
     if rank is None or "alpha" not in factors:
         return 1.0
@@ -153,7 +153,7 @@ def split_scaling(scaling: float) -> tuple[float, float]:
 
 
 def fold_scaling(factors: Factors) -> Factors:
-    """Multiply alpha / rank into both factors of a LoRA, a power of two into the up factor; drop alpha."""
+    """Multiply alpha / rank into both factors (the up factor gets a power of two), and drop alpha."""
     down_factor, up_factor = split_scaling(scaling_of(factors))
     multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": scaling_of(factors)}
     folded: dict[str, Tensor] = {}

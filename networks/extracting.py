@@ -104,7 +104,7 @@ QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.
 
 
 def extract_flux(options: ExtractOptions) -> None:
-    """Write the difference of two FLUX.1, FLUX.2 or Chroma models as a LoRA."""
+    """Write the difference between two FLUX.1, FLUX.2 or Chroma models as a LoRA."""
 
     def get_base_model_entries(original: Checkpoint) -> BaseModelEntries:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
@@ -121,7 +121,7 @@ def _base_model_entries_of(family: FamilyNames) -> BaseModelEntries:
 
 
 def extract_qwen(options: ExtractOptions) -> None:
-    """Write the difference of two Qwen-Image models as a LoRA; modulation layers are included."""
+    """Write the difference between two Qwen-Image models as a LoRA, including modulation layers."""
     _extract_blocks(options, QWEN, lambda _: _base_model_entries_of(QWEN_IMAGE))
 
 

@@ -39,12 +39,11 @@ class Geometry:
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution of x, B in H W.
+        """Return the convolution of x, B x in x H x W.
 
         Args:
-            x: Input, B in H W.
-            weight: Weight with the axes out, in and those of the kernel, which may be flattened to out and
-                (in * kernel).
+            x: Input, B x in x H x W.
+            weight: Weight, out x in x kernel, which may be flattened to out x (in * kernel).
         """
         shaped = weight.view(weight.shape[0], x.shape[1], *self.kernel)
         return functional.conv2d(x, shaped, None, self.stride, self.padding, self.dilation)
@@ -77,9 +76,9 @@ class Product:
 
 
 class FactoredLayer(nn.Module):
-    """Replacement for the forward of a Linear or Conv2d: `y + multiplier * scale * x @ change(factors)`.
+    """Replaces the forward of a Linear or Conv2d: `y + multiplier * scale * x @ change(factors)`.
 
-    The factors are float32 and compute in autocast's dtype, or in float32 without autocast.
+    The factors are float32; they compute in autocast's dtype, or in float32 without autocast.
     """
 
     size_word = "rank"
@@ -118,7 +117,7 @@ class FactoredLayer(nn.Module):
         self.read_alpha()
 
     def read_alpha(self) -> None:
-        """Update the scale alpha / rank from the buffer alpha after loading; an alpha of 0 means the rank."""
+        """Recompute the scale alpha / rank after loading the buffer `alpha`; an alpha of 0 means the rank."""
         self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
     def attach(self) -> None:
@@ -146,7 +145,7 @@ class FactoredLayer(nn.Module):
         return self._norm({name: self.get_parameter(name) for name in self.factors}) * self.scale
 
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply the change by `ratio`; one factor is enough, because the change is a product of all."""
+        """Multiply the change by `ratio`: only the first factor, because the change is a product of all."""
         self.get_parameter(self.factors[0]).mul_(ratio)
 
 

@@ -16,7 +16,7 @@ from networks.kinds.factors import Factors
 def make_layers(
     targets: Mapping[str, Target], make_shapes: MakeShapes, product: Product
 ) -> dict[str, nn.Module]:
-    """Build a layer for each target; `make_shapes` maps a weight's shape to the shapes of its factors."""
+    """Build a `FactoredLayer` for each target; `make_shapes` maps a weight's shape to factor shapes."""
     layers: dict[str, nn.Module] = {}
     for name, target in targets.items():
         module = target.module

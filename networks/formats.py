@@ -40,7 +40,7 @@ _OTHERWISE = "Use --lora_format known"
 
 
 class Formatted(NamedTuple):
-    """The tensors of a LoRA, renamed for a value of `--lora_format`."""
+    """Tensors of a LoRA under the names that a value of `--lora_format` prescribes."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]  # additional metadata about the tensors
@@ -146,11 +146,11 @@ class LoraFormat:
         return groups
 
     def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> TranslatedModules:
-        """Return the tensors of a DiT.
+        """Rename a transformer LoRA's tensors to this format.
 
         Args:
             tensors: Tensors by name.
-            is_folded: Whether alpha / rank is folded into the factors.
+            is_folded: Whether to fold alpha / rank into the factors.
         """
         from networks.writing import convert_to_dialect, convert_to_our_layout  # not for the default format
 

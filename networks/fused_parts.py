@@ -260,7 +260,7 @@ def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]
 
 
 def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
-    """Return a LoRA for each block of a block-diagonal up factor, with equal ranks."""
+    """Return one LoRA for each block of a block-diagonal up factor; all have the same rank."""
     downs = factors[DOWN].chunk(len(blocks))
     pieces: list[Factors] = [{DOWN: down, UP: up} for down, up in zip(downs, blocks, strict=True)]
     if "alpha" not in factors:
@@ -271,7 +271,7 @@ def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
 
 
 def _start_of(rows: slice | Tensor) -> int:
-    """Return the first row of a part; 0 for swapped halves, which are all rows."""
+    """Return the first row of a part; 0 for swapped halves, which cover all rows."""
     return int(rows.start) if isinstance(rows, slice) else 0
 
 
@@ -347,7 +347,7 @@ def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]])
 
 
 def _list_parts_of_weight(fused_path: str, paths: Collection[str]) -> list[WeightPart]:
-    """Return the parts of a fused weight, in the families that have a part with one of the given paths.
+    """Return the parts of a fused weight, for the families in which one of the given paths is a part.
 
     Other families may fuse different parts under the same name.
     """
@@ -426,7 +426,7 @@ def _swap_halves(factors: Factors, row_indices: Tensor) -> Factors:
 
 
 def _join_low_rank_pieces(pieces: Sequence[FusedPiece], num_rows: int) -> Factors:
-    """Join plain LoRAs or DoRAs of parts such as q, k and v; raise FusionError if their rows do not fit."""
+    """Join plain LoRAs or DoRAs of parts such as q, k and v; raise FusionError if row counts disagree."""
     slices: list[slice] = []
     for piece in pieces:
         rows = find_rows_of_part(piece.part, len(piece.factors[UP]), num_rows)
@@ -465,7 +465,7 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
-    """Return whether these are the factors of a LoRA or DoRA for a linear layer, without a core."""
+    """Return whether these are a linear layer's LoRA or DoRA factors, without a core matrix between them."""
     further_factors = set(factors) - {"alpha", *LORA_FACTORS, MAGNITUDES, _BIAS}
     return not further_factors and factors[UP].ndim == 2
 
@@ -477,7 +477,7 @@ def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list
 
 
 def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> None:
-    """Raise FusionError if the DoRA magnitudes of parts cannot be joined into those of `num_rows` rows."""
+    """Raise FusionError if the parts' DoRA magnitudes cannot be joined to one magnitude per row."""
     if not any(MAGNITUDES in factors for factors in factors_of_parts):
         return
     for factors in factors_of_parts:
@@ -592,7 +592,7 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
 
 
 def _cover_all_rows(ranges: Sequence[tuple[int, int]], num_rows: int) -> bool:
-    """Return whether ranges of rows, in order, cover a weight without gaps or overlaps."""
+    """Return whether sorted row ranges cover all rows of a weight without gaps or overlaps."""
     starts = [start for start, _ in ranges]
     stops = [stop for _, stop in ranges]
     return starts == [0, *stops[:-1]] and stops[-1] == num_rows
@@ -627,7 +627,7 @@ def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factor
 
 
 def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOfRows], num_rows: int) -> None:
-    """Raise FusionError if parts replace the weight, or have DoRA magnitudes for only some of its rows."""
+    """Raise FusionError if a part replaces the weight, or if only some rows would have DoRA magnitudes."""
     if any(delta.replaces_weight for delta in part_deltas):
         raise FusionError(f"{deltas.SET_WEIGHT} is only for some of its rows")
     if any(delta.has_input_magnitudes for delta in part_deltas):
@@ -641,7 +641,7 @@ def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOf
 
 
 def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
-    """Write the values of each part into its rows of `total`, and return it."""
+    """Write the values of each part into its rows of `total`; return `total`."""
     for part, part_values in zip(parts, values, strict=True):
         if part_values is not None:
             total[part.row_slice] = part_values

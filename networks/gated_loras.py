@@ -62,7 +62,7 @@ class ChangedParameter:
 
     @property
     def unpacked(self) -> Tensor:
-        """Return the parameter; for a weight in 8 or 4 bits, a placeholder with the unpacked shape."""
+        """Return the parameter; for an 8-bit or 4-bit weight, a placeholder with the original shape."""
         stored = quantized_weight_of(self.module) if self.parameter_name == "weight" else None
         return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
 
@@ -153,12 +153,12 @@ class LoraBranch:
 
     @property
     def replaces_weight(self) -> bool:
-        """Return whether this change replaces the weight and all earlier changes."""
+        """Return whether this LoRA replaces the weight, together with the changes of earlier LoRAs."""
         return self.delta.replaces_weight
 
     @property
     def rotates_input(self) -> bool:
-        """Return whether the branch rotates the input for all outputs and the whole image."""
+        """Return whether the LoRA rotates the layer's input, for all output rows and all image regions."""
         return self.rotation is not None and self.apply_region is None and self.output_rows is None
 
     def compute_input_change(self, x: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class LoraBranch:
         return self._run_operation(x.to(out.dtype), weight)
 
     def changes(self) -> dict[str, Tensor]:
-        """Return what is added to each parameter, by name, float32; or the weight that replaces it."""
+        """Return the addition to each parameter by name in float32; for a `set_weight`, the new weight."""
         if self.rotation is not None and self._rotation_values is not None:
             rotations = self.rotation.compute_rotations(self._rotation_values, self.multiplier)
             return {self.target.parameter_name: self.rotation.weight_change(self.target.parameter, rotations)}
@@ -275,16 +275,16 @@ class LoraBranch:
         return self._mask_ranks(hidden * self.multiplier)
 
     def _mask_ranks(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Return values between the down and the up factor, with inactive ranks set to 0.
+        """Set inactive ranks of the down factor's output to 0.
 
         Args:
-            hidden: The values.
+            hidden: Output of the down factor.
             axis: Axis of the ranks.
         """
         return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
 
     def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
-        """Mask ranks by noise level if the metadata say that the LoRA was trained as a T-LoRA.
+        """Mask ranks by noise level if the metadata says that the LoRA was trained as a T-LoRA.
 
         Args:
             network: Network that contains the module.
@@ -442,7 +442,7 @@ class AddedLoras:
 
     @contextlib.contextmanager
     def switched_to(self, is_on: bool) -> Iterator[None]:
-        """Switch the LoRAs on or off within a `with` statement; factors stay on their device."""
+        """Switch the LoRAs on or off within a `with` statement; their factors stay on the device."""
         previous = [layer.is_on for layer in self.layers]
         for layer in self.layers:
             layer.is_on = is_on
@@ -556,7 +556,7 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
 
 
 def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
-    """Return the LoRAs that `add_stage_loras` put into a network, in the order of its files."""
+    """Return the LoRAs that `add_stage_loras` added to a network, in file order."""
     loras: Sequence[AddedLoras] = dit.__dict__[_STAGE_LORAS]
     return loras
 

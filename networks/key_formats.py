@@ -59,7 +59,7 @@ _UNSUPPORTED_KINDS = {
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """Tensors of a LoRA file under our names, and the keys in the file that we have no names for."""
+    """Tensors of a LoRA file renamed to our module names, and the keys that could not be renamed."""
 
     tensors: dict[str, Tensor]  # of the transformer, by our name
     dialect: str  # for messages
@@ -161,10 +161,10 @@ def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
-    """Return how many LoRAs were joined into each module's factors, by our name of the module.
+    """Return how many LoRAs were joined into each module's factors, by our module name.
 
     Args:
-        joined_lora_counts: Key of a joined factor -> number of factors that were joined into it.
+        joined_lora_counts: Key of a joined factor -> number of LoRAs in it.
         names: Key -> our name of the tensor.
     """
     counts: dict[str, int] = {}
@@ -302,7 +302,7 @@ def _find_family_for_texts(
 def _map_text_keys_to_our_names(
     keys: Mapping[str, ParsedTextKey], family: FamilyNames | None
 ) -> dict[str, str]:
-    """Map keys of text encoders to our names; keys that we have no name for are left out."""
+    """Map text encoder keys of a file to our names, leaving out keys that have none."""
     names: dict[str, str] = {}
     for key, parsed in keys.items():
         name = name_text(parsed, family)
@@ -343,7 +343,9 @@ def _find_conflicting_keys(
 ) -> tuple[str, str] | None:
     """Return two keys with the same meaning but different values; None if there are none.
 
-    `repeated` maps each repeated key to the first key with the same meaning.
+    Args:
+        repeated: Each repeated key, and the first key with the same meaning.
+        tensors: Tensors of the file.
     """
     for key, first_key in repeated.items():
         first = tensors[first_key]
@@ -398,7 +400,7 @@ def module_of_tensor(name: str) -> tuple[str, str]:
 
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
-    """Return the families that a LoRA may be for, by our names of its modules and by their sizes."""
+    """Return the families that a LoRA may be for, judging by our names and the sizes of its modules."""
     in_dit = _read_deltas_of_dit(modules)
     return likely_families(in_dit, lambda name: _size_of(in_dit[name]), hint)
 

@@ -76,10 +76,10 @@ MAX_UNUSED = 0.1  # fraction of a file's tensors; if more are unused, a second w
 
 @dataclass(frozen=True)
 class LoraFile:
-    """An adapter of any kind under our tensor names, on the CPU, in the dtype of the file.
+    """An adapter (LoRA, LoHa, ...) under our tensor names, on the CPU, in the file's dtype.
 
     Names look like `lora_unet_blocks_0_self_attn_q.lora_down.weight`. If a file contains one LoRA for each
-    expert of a model, `tensors` is empty and `loras_by_expert` has these LoRAs: `for_expert` returns one.
+    expert of a model, `tensors` is empty, and `for_expert` returns one of `loras_by_expert`.
     """
 
     path: Path
@@ -149,7 +149,7 @@ class LoraFile:
         """Return the factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
 
         Raises:
-            CheckpointError: If the file has a LoRA for each expert and none was chosen.
+            CheckpointError: If the file has a LoRA for each expert and no expert was chosen.
         """
         if self.loras_by_expert:
             raise _make_several_error(self.path)
@@ -430,7 +430,7 @@ def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) ->
 
 
 def _reject_clash(path: Path, native: NativeTensors) -> None:
-    """Raise CheckpointError if a file changes one layer under two names."""
+    """Raise CheckpointError if a LoRA file changes the same layer under two names."""
     clash = native.conflicting_keys or _named_twice(native)
     if clash:
         first, second = clash
@@ -517,10 +517,10 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two paths in a file, one of a fused weight and one of a part of it, which contradict each other.
+    """Return two paths in a file that clash because one is a fused weight and the other a part of it.
 
     Returns:
-        The paths; None if there are none, or if they are separate modules in one of the possible families.
+        The paths; None if no paths clash, or if they are separate modules in one of the possible families.
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
@@ -619,11 +619,10 @@ def warn_of_unused_parts(
 
 @dataclass(frozen=True)
 class WeightedLora:
-    """One LoRA file with its multiplier and patterns.
+    """One LoRA file with its multiplier and two regular expressions that include or exclude tensors by name.
 
-    A pattern is a regular expression that selects tensors by name. It may use the name in the LoRA file or
-    the name in the model (they differ for FramePack and HunyuanVideo), and may select a part of a fused
-    module.
+    A pattern may match the name in the LoRA file or the name in the model (they differ for FramePack and
+    HunyuanVideo), and may select a part of a fused module.
     """
 
     lora: LoraFile

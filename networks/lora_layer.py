@@ -34,7 +34,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Dropout probabilities during training, at least one above 0; eval mode drops nothing."""
+    """Dropout probabilities in training, at least one of them above 0; in eval mode nothing is dropped."""
 
     neuron: float = 0.0  # of single values between the factors
     rank: float = 0.0  # of a rank, for all tokens of a sample
@@ -129,11 +129,11 @@ class LoraLayer(nn.Module):
         self.read_alpha()
 
     def read_alpha(self) -> None:
-        """Update the scale alpha / rank from the buffer alpha after loading; an alpha of 0 means the rank."""
+        """Recompute the scale alpha / rank after loading the buffer `alpha`; an alpha of 0 means the rank."""
         self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def attach(self) -> None:
-        """Replace the frozen module's forward with this layer's."""
+        """Replace the forward method of the frozen module with this layer's."""
         self._original_forward = self._original[0].forward
         # masks depend on an element's index in the input, so chunks of the input would get identical masks
         self._original[0].sees_whole_input = bool(self.dropouts and self.dropouts.neuron)  # type: ignore[assignment]
@@ -183,7 +183,7 @@ class LoraLayer(nn.Module):
         return total
 
     def _without_dropped(self, out: Tensor, total: Tensor, probability: float) -> Tensor:
-        """Return the frozen module's output `out` if module dropout drops this LoRA, else `total`."""
+        """Return the frozen module's output `out` if module dropout skips this LoRA, else `total`."""
         assert self.seed_table is not None
         is_dropped = self.seed_table[KINDS.index("module"), 0] < probability * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
@@ -274,7 +274,7 @@ class LoraLayer(nn.Module):
         return self._original[0]
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (down R x in, up out x R) of each part of a fused weight; one pair for other weights."""
+        """Return (down R x in, up out x R) for each part of a fused weight; else a single pair."""
         if isinstance(self.lora_up, BlockUp):
             ups = self.lora_up.weight.split(self.lora_up.split_sizes)
             return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
@@ -342,11 +342,11 @@ class LoraLayer(nn.Module):
         return self.seed.derive(self.index, kind, part)
 
     def _skips(self, probability: float) -> bool:
-        """Return whether module dropout drops this LoRA."""
+        """Return whether module dropout skips this LoRA in the current step."""
         return probability > 0 and (self.seed_of("module") & _32_BITS) < probability * (_32_BITS + 1)
 
     def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], probability: float) -> Tensor:
-        """Set dropped elements to 0 and divide the others by 1 - probability."""
+        """Apply dropout: set random elements to 0 and divide the others by 1 - probability."""
         seed: Halves
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
@@ -402,8 +402,8 @@ def halves(seed: int) -> tuple[int, int]:
 def keep_mask(shape: Sequence[int], probability: float, seed: Halves, device: torch.device) -> Tensor:
     """Draw booleans, False with the given probability; the same seed gives the same mask on every device.
 
-    The index of each element is hashed on the device, so a mask needs no transfer. Recomputing a checkpointed
-    block draws the same mask as its first pass.
+    The index of each element is hashed on the device, so no mask has to be transferred. A checkpointed block
+    draws the same mask again when its forward pass is recomputed.
     """
     hashes = torch.arange(math.prod(shape), device=device)  # int64
     low, high = seed

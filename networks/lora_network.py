@@ -192,7 +192,8 @@ class OwnNetwork(nn.Module):
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Scale down each layer whose change has a norm above `max_norm`; call after an optimizer step.
 
-        Returns the three numbers of a `NormReport` on the device, without synchronizing.
+        Returns:
+            The three numbers of a `NormReport` as a tensor on the device, without synchronizing.
         """
         norms = torch.stack([layer.norm() for layer in self.layers])
         # the inner clamp only avoids a division by 0: ratios above 1 become 1
@@ -430,7 +431,7 @@ def _read_outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
 
 
 def prefix_of(name: str) -> str:
-    """Return the prefix of a module's name, by its network: `lora_unet`, `lora_te1`."""
+    """Return the prefix of a module name, which shows its network: `lora_unet`, `lora_te1`."""
     return "_".join(name.split("_", 2)[:2])
 
 

@@ -76,7 +76,7 @@ def save_for_add_up(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ())
 
 
 class _SaveForAddUp(torch.autograd.Function):
-    """Compute the gradients of `add_up`; `_AddUp` passes the gradient of the output on."""
+    """Autograd function for the backward pass of `add_up`; forward saves its inputs and returns a dummy."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
@@ -138,7 +138,7 @@ class _AddUp(torch.autograd.Function):
 
 
 def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
-    """Return out + hidden @ up^T, in the memory of `out`, part by part; no gradients are recorded."""
+    """Add hidden @ up^T to `out` in place, part by part, without autograd; return `out`."""
     if len(split_sizes) == 1:
         return add_product(out, rows_of(hidden), up.t())
     outputs = out.view(-1, out.shape[-1]).split(split_sizes, -1)
@@ -178,10 +178,10 @@ class BlockUp(nn.Module):
     """
 
     def __init__(self, rank: int, split_sizes: Sequence[int]) -> None:
-        """Make uninitialized blocks, float32 on the CPU.
+        """Allocate uninitialized blocks, float32 on the CPU.
 
         Args:
-            rank: Sum of the parts' ranks, P R.
+            rank: Sum of the parts' ranks, P x R for P parts of rank R.
             split_sizes: Number of rows of each part.
         """
         super().__init__()
@@ -323,7 +323,7 @@ class _Noise(torch.autograd.Function):
 
 
 def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Return normal numbers, out x width, row i with the standard deviation `deviations[i]`."""
+    """Return normal noise, out x width, whose row i has the standard deviation `deviations[i]`."""
     generator = torch.Generator(deviations.device).manual_seed(seed)
     numbers = torch.randn(
         len(deviations), width, generator=generator, device=deviations.device, dtype=torch.float32
@@ -334,12 +334,12 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
 # not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
 @disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
-    """Return what noise on a weight adds to a layer's output, ... out.
+    """Return the change of a layer's output due to noise on its weight, ... x out.
 
     Gradients flow to x; the noise is a constant.
 
     Args:
-        x: Input, ... in.
+        x: Input, ... x in.
         deviations: Standard deviation of the noise in each row of the weight, out.
         seed: Seed of the noise.
     """

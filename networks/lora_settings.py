@@ -108,7 +108,7 @@ def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ..
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Parsed settings of a LoRA network: ranks, dropouts, learning rates and selection of modules."""
+    """Parsed settings of a LoRA: ranks, dropout rates, learning rates, and which modules get a LoRA."""
 
     rank: int = DEFAULT_RANK
     alpha: float = DEFAULT_ALPHA
@@ -154,11 +154,14 @@ class LoraSettings:
         return [int(rank) for _, rank in self.pattern_ranks]
 
     def split_sizes_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
-        """Return the number of rows of each part of a fused layer; () if its parts share their factors.
+        """Return the number of rows of each part of a fused layer, such as q, k and v.
 
         Args:
-            path: Dotted path of the module.
-            module: The module.
+            path: Dotted path of the layer.
+            module: The layer.
+
+        Returns:
+            Row counts; () if the layer is not fused, or if its parts share one pair of factors.
         """
         if not self.splits_fused_layers or self.family_rules is None or not isinstance(module, nn.Linear):
             return ()
@@ -381,7 +384,7 @@ def _fit_pattern(argument: str, pattern: Pattern, paths: Sequence[str], names: S
 
 
 def find_by_pattern(pairs: PatternValues, name: str) -> tuple[int, ...]:
-    """Return the indices of the patterns that a name matches."""
+    """Return the indices of all pairs (pattern, value) whose pattern matches the module name."""
     return tuple(index for index, (pattern, _) in enumerate(pairs) if pattern.search(name))
 
 
@@ -434,7 +437,7 @@ def _read_number(
 
 
 def _parse_number(number_type: type[int] | type[float], text: Any) -> float | None:
-    """Parse a finite number of at least 0; return None for anything else."""
+    """Parse a finite number that is at least 0; return None for anything else."""
     try:
         value = number_type(text)
     except (ValueError, TypeError):
@@ -477,7 +480,7 @@ def _read_choice(choices: Collection[str], argument: str, text: Any) -> Any:
 
 
 def _read_patterns(argument: str, typed: Any) -> tuple[re.Pattern[str], ...]:
-    """Compile a list of regular expressions; the list may be typed as Python writes it, `['a', 'b']`."""
+    """Compile regular expressions from a list, which may be written as in Python: `['a', 'b']`."""
     patterns = typed
     if isinstance(typed, str):
         try:
@@ -504,12 +507,12 @@ REG_RATES = "network_reg_lrs"
 
 
 def read_rates(argument: str, text: Any) -> PatternValues:
-    """Return the pairs of pattern and learning rate in a string. Raises OptionError if one is malformed."""
+    """Parse (pattern, learning rate) pairs from a string. Raises OptionError if a pair is malformed."""
     return _read_pairs(float, argument, text)
 
 
 def _make_readers_of_kinds() -> dict[str, Reader]:
-    """Return the readers of the --network_args that enable kinds of networks and set their parameters."""
+    """Return parsers for the --network_args that enable network kinds and set their parameters."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
         if kind.numbers:

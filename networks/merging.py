@@ -147,7 +147,7 @@ def _read_uses(options: FluxMergeOptions | FullMergeOptions) -> list[WeightedLor
 
 
 def _select_dtype(options: FluxMergeOptions | FullMergeOptions) -> torch.dtype | None:
-    """Return the dtype to write; None for the dtype of the base file."""
+    """Return the dtype of the merged file; None to keep the base file's dtype."""
     return None if options.save_precision is None else DTYPES[options.save_precision]
 
 
@@ -242,7 +242,7 @@ def _metadata_of_sum(
 
 
 def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
-    """Return the value of a metadata key from the first LoRA that has it; None if no LoRA does."""
+    """Return the value of a metadata key from the first LoRA that has the key; None if no LoRA has it."""
     return next(filter(None, (lora.metadata.get(key) for lora in loras)), None)
 
 
@@ -462,7 +462,7 @@ def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
 
 
 class _Summand(NamedTuple):
-    """The factors of one LoRA for a module, and the LoRA's strength."""
+    """One LoRA's factors for a module, and the multiplier of the LoRA."""
 
     lora: LoraFile
     factors: Factors
@@ -552,7 +552,7 @@ class _LowRank(NamedTuple):
         return f"{len(self.up)} x {self.down.shape[1]}"
 
     def reshaped_as(self, first: "_LowRank") -> "_LowRank":
-        """Return factors with the axes of `first`: a matrix and a 1x1 convolution are interchangeable."""
+        """Return the factors reshaped to the axes of `first` (a matrix equals a 1x1 convolution)."""
         inputs, outputs = self.size
         first_inputs, first_outputs = first.size
         if inputs.numel() != first_inputs.numel() or outputs != first_outputs:
@@ -616,7 +616,7 @@ def decompose_product(up: Tensor, down: Tensor) -> DecomposedProduct:
 
 
 def _truncate(change: _LowRank, rank: int) -> _LowRank:
-    """Return the best approximation of up @ down at this rank. Source: Eckart and Young 1936."""
+    """Return the best rank-`rank` approximation of up @ down (Eckart and Young, 1936)."""
     down, up = change
     product = decompose_product(up.flatten(1), down.flatten(1))
     rank = min(rank, len(product.singular_values))

@@ -36,7 +36,7 @@ PARTS_METADATA = "reelsmith_experts"
 def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
     """Return the expert that a LoRA was trained for, or FOR_BOTH; None if unknown.
 
-    Metadata take precedence over the file's name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
+    Metadata takes precedence over the file name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
     """
     value = metadata.get(TRAINED_EXPERT, "").strip().lower()
     if value == FOR_BOTH:
@@ -91,7 +91,7 @@ def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
 
 
 def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
-    """Return 16 hexadecimal digits of a hash of names, dtypes and shapes, to recognize our own files."""
+    """Return a hash (16 hex digits) of tensor names, dtypes and shapes, which identifies our files."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
 
@@ -219,7 +219,7 @@ def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) ->
 
 
 def _describe_kinds(modules: Mapping[str, Factors]) -> str:
-    """Return the kinds of a network by the factors of its modules: `a LoHa and LoRA`."""
+    """Return the network kinds that the modules' factors show, for messages: `a LoHa and LoRA`."""
     parts = {part for factors in modules.values() for part in factors}
     if MAGNITUDES in parts:
         return f"a {MAGNITUDE_KIND_NAME}"
@@ -242,7 +242,7 @@ def _describe_layers(modules: Iterable[str]) -> str:
 
 
 def _read_stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[float]:
-    """Return the alphas among a file's tensors."""
+    """Return the distinct scalar alphas stored as tensors in a file."""
     alphas: set[float] = set()
     for name in names:
         info = checkpoint.tensors[name]
@@ -282,7 +282,7 @@ def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", expert: 
 
 
 def describe_numbers(word: str, numbers: Collection[float]) -> str:
-    """Return "rank 4, 8" for the word "rank", or "rank 4 to 64" for many numbers; "" if there are none."""
+    """Return "rank 4, 8" for the word "rank", or "rank 4 to 64" for many numbers; "" without numbers."""
     if not numbers:
         return ""
     if len(numbers) > MAX_LISTED:

@@ -16,7 +16,7 @@ _DIGITS = re.compile(r"\d+")
 
 
 class _Families:
-    """The names of all families; iteration imports one family's file at a time."""
+    """Iterable of the `FamilyNames` of all model families, which imports one family's module at a time."""
 
     def __iter__(self) -> Iterator[FamilyNames]:
         for folder in FOLDERS.values():
@@ -120,7 +120,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
 
 
 def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, int]]:
-    """Return the rows and columns of each module's change, leaving out unknown ones."""
+    """Return the rows and columns of each module's change, leaving out modules of unknown size."""
     sizes: dict[str, tuple[int, int]] = {}
     for name in names:
         size = size_of(name)
@@ -130,7 +130,7 @@ def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, 
 
 
 def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> bool:
-    """Return whether the sizes of a LoRA's modules are possible in the family."""
+    """Return whether the family may have modules of these names with the sizes of the LoRA's changes."""
     return _rate_agreement(family, [], _known_sizes(names, size_of)) != _CONTRADICTS
 
 
@@ -246,13 +246,13 @@ def module_path(name: str, family: FamilyNames) -> str | None:
 
 
 def is_optional(name: str, family: FamilyNames) -> bool:
-    """Return whether only some models of the family have the module of this name."""
+    """Return whether only some models of the family have a module of this name."""
     return _tables(family).optional.first(name) is not None
 
 
 @cache
 def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
-    """Describe the part of the model that a module belongs to, if it loads with the text encoder; else "".
+    """Describe a module that loads together with the text encoder; return "" for all other modules.
 
     Args:
         name: Underscored name of a module.
@@ -283,17 +283,17 @@ def to_alias(name: str, family: FamilyNames) -> str:
 
 
 def find_fused_path(name: str, family: FamilyNames) -> str | None:
-    """Return a module's path in the layout that fuses some of our modules; None if the family lacks it."""
+    """Return a module's path in the layout that fuses some of our modules; None if it is not there."""
     return _find(_tables(family).alias_of, name) or module_path(name, family)
 
 
 def is_fused_elsewhere(name: str, family: FamilyNames) -> bool:
-    """Return whether another layout of the family fuses this module with others."""
+    """Return whether another layout of the family fuses this module with other modules."""
     return _tables(family).fused_elsewhere.first(name) is not None
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
-    """Return whether the family has a module of this name, in our layout or another one."""
+    """Return whether the family has a module of this name, in our layout or in that of another program."""
     tables = _tables(family)
     return any(table.first(name) is not None for table in (tables.ours, tables.by_alias, tables.by_part))
 
@@ -326,9 +326,9 @@ def _all_names() -> frozenset[str]:
 
 
 def count_parts(path: str) -> set[int]:
-    """Return into how many layers other layouts divide the layer at `path`: a set, as families differ.
+    """Return the possible numbers of layers into which other layouts split the layer at `path`.
 
-    `path` may have prefixes.
+    The numbers differ between families. `path` may have prefixes.
     """
     name = path.replace(".", "_")
     # the path without each possible prefix
@@ -386,7 +386,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
 
 
 class PartPath(NamedTuple):
-    """Part of a module, and its path in another layout."""
+    """A module's path in another layout, such as diffusers', and how its rows map to our module."""
 
     path: str
     part: WeightPart
@@ -410,7 +410,7 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
-    """Return the dotted path of a module of another layout, from its underscored name; None if unknown."""
+    """Return the dotted path of another layout's module from its underscored name; None if it is unknown."""
     return _find(_tables(family).part_paths_elsewhere, name)
 
 
@@ -418,7 +418,7 @@ Entry = TypeVar("Entry")
 
 
 class _Found(NamedTuple, Generic[Entry]):
-    """A table's entry for a module name, and the block number in this name."""
+    """The table entry whose template a module name matches, and the block index in this name."""
 
     entry: Entry
     number: str  # "" if its template has none
@@ -453,7 +453,7 @@ class _Table(Generic[Entry]):
 
 
 def _find(table: _Table[str], name: str) -> str | None:
-    """Look a name up in a table of paths and fill in its block number; None for unknown names."""
+    """Return the path for a module name, with the block index filled in; None if the name is unknown."""
     found = table.first(name)
     return None if found is None else found.entry.replace("{n}", found.number)
 
@@ -471,9 +471,9 @@ def _templates(name: str) -> Mapping[str, str]:
 
 
 class _Tables(NamedTuple):
-    """Lookup tables from names of a family's modules, in our layout and in the other one, to paths.
+    """Lookup tables from a family's module names, in our layout and in the other one, to paths.
 
-    A module with all rows of ours is only renamed in the other layout; a part has some of its rows.
+    In the other layout, a module with all rows of ours is only renamed; a part has some of our rows.
     """
 
     ours: _Table[str]  # our name -> our path
@@ -560,7 +560,7 @@ def _numbering(family: FamilyNames | None) -> _Table[tuple[int, int]]:
 
 
 def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
-    """Sort names of modules with our prefixes as known trainers do; None if their order is unknown."""
+    """Sort prefixed module names in the order of other trainers; return None if a name has no known place."""
     table = _numbering(family)
     places: dict[str, tuple[int, int, int]] = {}
     for name in names:

@@ -128,7 +128,7 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def kind(self) -> NetworkKind:
-        """Return the kind that --network_module trains."""
+        """Return the network kind (LoRA, LoHa, ...) that --network_module trains."""
         return kind_of_module(self.network_module)
 
     @property
@@ -143,5 +143,5 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def decomposes(self) -> bool:
-        """Return whether weight norms are learned; they must then be taken from the merged model."""
+        """Return whether weight norms are trained (DoRA); they are initialized from the merged weights."""
         return any(kind.magnitudes for kind in self.variants)

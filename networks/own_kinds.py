@@ -23,7 +23,7 @@ class NetworkArguments:
 
 @dataclass(frozen=True)
 class OwnModule:
-    """One of our network modules: its kind of network, and the rules of the family that it is for."""
+    """What a value of --network_module trains: the network kind, and the family whose rules it follows."""
 
     rules: LoraRules | None = None  # a family's arguments that choose among the modules of its `DitSpec`
     kind: NetworkKind = LORA

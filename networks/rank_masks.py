@@ -20,7 +20,7 @@ _MASKS = "_rank_masks"  # attribute of a network
 
 
 class RankMask:
-    """The active ranks in the current pass, for all LoRAs of one rank in a network."""
+    """Mask of the ranks that T-LoRA activates in the current forward pass, shared by LoRAs of equal rank."""
 
     def __init__(self, rule: RankRule, rank: int, num_parts: int = 1) -> None:
         """Start without a mask; `set_levels` computes it before each pass.
@@ -73,7 +73,7 @@ def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) 
 
 
 def set_levels(network: nn.Module, levels: Tensor) -> None:
-    """Set the noise levels for the next forward pass of a network; do nothing if it has no rank masks.
+    """Set the noise levels for the network's next forward pass; do nothing if it has no rank masks.
 
     Args:
         network: The network.

@@ -104,7 +104,7 @@ class ResizeOptions(Options):
 
 @dataclass(frozen=True)
 class FactorNames:
-    """The names of the tensors of one module in a file."""
+    """Tensor names of one module's factors in a LoRA file."""
 
     module: str
     down: str
@@ -115,7 +115,7 @@ class FactorNames:
 
 @dataclass(frozen=True)
 class ResizedModule:
-    """A module's new factors, and how much of the change they keep."""
+    """A module's factors at the new rank, and how much of the old change they preserve."""
 
     names: FactorNames
     down: Tensor  # R in (kernel), float64
@@ -129,7 +129,7 @@ class ResizedModule:
 
     @property
     def rank(self) -> int:
-        """The new rank."""
+        """The rank after resizing."""
         return len(self.down)
 
     @property
@@ -247,7 +247,7 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _plain_file_command(source: Path, *options: str) -> str:
-    """Return the convert_lora.py command that stores a LoRA's alphas as tensors."""
+    """Return the convert_lora.py command that writes the LoRA again with its alphas as tensors."""
     command = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
     return quote_command([*command, "--output", "PLAIN.safetensors"])
 
@@ -284,7 +284,7 @@ def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
 
 @dataclass(frozen=True)
 class FactorProduct:
-    """The change of a module as a product of two matrices, without alpha / rank."""
+    """A module's change as a product of two matrices, not yet multiplied by alpha / rank."""
 
     up: Tensor  # out R
     down: Tensor  # R in*K
@@ -440,7 +440,7 @@ def _change_metadata(
 
 
 def _read_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the network's arguments from the metadata; {} if they are not a JSON object."""
+    """Return the --network_args stored in the metadata; {} if they are not a JSON object."""
     try:
         arguments = parse_json(metadata.get("ss_network_args", ""))
     except ValueError:

@@ -145,7 +145,7 @@ def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
 
 
 class _FusedLayer(NamedTuple):
-    """A fused layer of another program's file, such as `to_qkv` or `to_kv`."""
+    """A fused layer in a LoRA file of another trainer, such as `to_qkv` or `to_kv`."""
 
     start: str  # prefix of its names
     name: str  # a key of `_FUSED_PARTS`
@@ -227,7 +227,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
 def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]) -> bool:
     """Return whether numbered factors are LoRAs for the parts of a layer that some model fuses.
 
-    They may also be adapters of PEFT that have numbers as names.
+    Otherwise, the numbers are names of PEFT adapters.
     """
     if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
         return False
@@ -269,7 +269,7 @@ def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str,
 
 
 def _build_diagonal(loras: Sequence[Factors]) -> dict[str, Tensor]:
-    """Join LoRAs for consecutive rows into one LoRA with a block-diagonal up factor."""
+    """Join LoRAs of consecutive row ranges into one LoRA with a block-diagonal up factor."""
     scales = [scaling_of(piece) for piece in loras]  # alpha / rank
     scale = scales[0]
     ups = [piece[UP] for piece in loras]

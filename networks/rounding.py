@@ -62,13 +62,13 @@ class RoundingLoss:
 
     @property
     def kept_fraction(self) -> float:
-        """Fraction of the change that survives rounding; 1 if there is no change."""
+        """Fraction of the LoRA's change that is left after rounding the weight; 1 if nothing changes."""
         if self.squared_change <= 0:
             return 1.0
         return 1 + self.error_dot_change / self.squared_change
 
     def is_notable(self) -> bool:
-        """Return whether the fraction differs from 1 by more than the tolerance and two standard errors."""
+        """Return whether the fraction differs from 1 by more than the tolerance plus two standard errors."""
         if self.squared_change <= 0:
             return False
         standard_error = math.sqrt(self.squared_products) / self.squared_change
@@ -95,11 +95,11 @@ class SampledRows:
         return tensor[self.rows] if tensor.ndim else tensor
 
     def record_sum(self, path: Path, total: Tensor) -> None:
-        """Record what a file adds: the difference between this sum and the previous call's.
+        """Record what a LoRA file adds: the difference between this sum and that of the previous call.
 
         Args:
-            path: File of the LoRA.
-            total: Sum of all changes of these rows so far.
+            path: The LoRA file.
+            total: Sum of all changes to these rows so far.
         """
         added = total - self._total
         self.additions[path] = self.additions[path] + added if path in self.additions else added
@@ -121,7 +121,7 @@ class SampledRows:
 
 @dataclass(frozen=True)
 class RandomRounding:
-    """Stochastic rounding of one weight, reproducible in every run and on all devices."""
+    """Stochastic rounding of one weight, reproducible in every run and on every device."""
 
     dtype: torch.dtype  # 16-bit dtype of the result
     seed: bytes  # result of `seed_of` for the weight
@@ -189,10 +189,10 @@ def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
 
 
 class LoraRounding:
-    """Select the rounding of each changed weight by `--lora_rounding`, and record the losses.
+    """Choose how to round each changed weight (`--lora_rounding`), and record what rounding loses.
 
-    A sample of a weight's rows shows during the merge whether rounding to the nearest is good enough. No
-    weight is read twice, and stochastic rounding is used only where it helps.
+    While weights are merged, a sample of their rows shows whether rounding to the nearest is good enough.
+    No weight is read twice, and stochastic rounding is used only where it helps.
     """
 
     def __init__(self, rule: str) -> None:

@@ -28,7 +28,7 @@ from networks.lora_products import add_product, project_in_place_gradient, rows_
 
 
 class GroupedLayer(Protocol):
-    """A LoRA layer whose products `SharedInput` computes together with those of other layers."""
+    """LoRA layer that `SharedInput` multiplies together with other layers that have the same input."""
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
@@ -36,12 +36,12 @@ class GroupedLayer(Protocol):
         ...
 
     def is_plain(self, dtype: torch.dtype) -> bool:
-        """Return whether the layer only adds the product of its factors to a linear layer in a dtype."""
+        """Return whether the layer only adds a LoRA product to a Linear with a weight of this dtype."""
         ...
 
 
 class SharedInput:
-    """The products of layers with a common input; they are stored until each layer has taken its part."""
+    """LoRA products of layers with the same input, computed together and kept until they are used."""
 
     def __init__(
         self,

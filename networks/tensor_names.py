@@ -118,7 +118,7 @@ def find_networks() -> Mapping[str, str]:
 
 @cache
 def find_expert_prefixes() -> Mapping[str, str]:
-    """Map each prefix that marks an expert's names in a file of several experts to this expert."""
+    """Map each name prefix of an expert, in LoRA files for several experts, to the name of the expert."""
     experts = dict(find_networks())
     for family in FAMILIES:
         for name, expert in family.more_experts:
@@ -165,7 +165,7 @@ def _known_prefixes() -> _KnownPrefixes:
 
 
 class ParsedKey(NamedTuple):
-    """A tensor name in a LoRA for a DiT, split into module path and part, with its dialect."""
+    """A tensor name in a transformer LoRA, split into module path and factor name, with its dialect."""
 
     path: str  # path of the module in the file, without prefixes: `blocks.0.attn1.to_q`
     full_path: str  # path of the module in the file, with prefixes
@@ -174,7 +174,7 @@ class ParsedKey(NamedTuple):
 
 
 class ParsedTextKey(NamedTuple):
-    """A tensor name in a LoRA for a text encoder, split into prefix, number of the encoder, and path."""
+    """A tensor name in a text encoder's LoRA, split into prefix, encoder number, and module path."""
 
     start: str  # prefix that names the encoder
     number: int  # number of the encoder, from 1
@@ -182,14 +182,14 @@ class ParsedTextKey(NamedTuple):
 
 
 class StrippedPath(NamedTuple):
-    """A module's path without its prefixes, and the dialect that the removed prefixes reveal."""
+    """A module path without prefixes, and the dialect (program) that the removed prefixes show."""
 
     path: str
     dialect: str
 
 
 def split_key(key: str) -> ParsedKey | None:
-    """Split the key of a transformer's LoRA into module path, part and dialect; None for any other key."""
+    """Split a transformer LoRA's key into module path, factor name and dialect; None for other keys."""
     key = _PROCESSOR.sub(lambda match: f".{_OF_PROCESSOR[match['layer']]}.lora_{match['factor']}.weight", key)
     if key.endswith(_MODULATION):
         key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
@@ -257,7 +257,7 @@ def strip_known_prefixes(path: str) -> StrippedPath:
 
 
 def dialect_in_words(dialect: str) -> str:
-    """Describe a dialect by the program that uses it: `names as in ComfyUI`."""
+    """Describe a naming dialect by the program that uses it: `names as in ComfyUI`."""
     words = [_IN_WORDS.get(name, name) for name in dialect.split(" + ")]
     return "names as in " + " + ".join(words)
 
@@ -272,7 +272,7 @@ def further_expert(key: str) -> str | None:
 
 
 def split_text(key: str) -> ParsedTextKey | None:
-    """Split a key for a text encoder into its parts; None for other keys."""
+    """Split a text encoder's key into prefix, encoder number and module path; None for other keys."""
     for stripped in list_stripped_paths(key):
         match = _TEXT.match(stripped.path)
         if match is not None:
@@ -288,9 +288,9 @@ def split_text(key: str) -> ParsedTextKey | None:
 
 
 def name_text(key: ParsedTextKey, family: FamilyNames | None) -> str | None:
-    """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown.
+    """Return our name for a text encoder LoRA's tensor: `lora_te1_text_model_...`; None if unknown.
 
-    The names of the layers identify the encoder, because programs number encoders differently.
+    Layer names identify the encoder, because programs number encoders differently.
     """
     path, part = split_end(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", key.path))
     if not part:

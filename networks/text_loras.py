@@ -205,7 +205,7 @@ class TensorPiece:
     is_transposed: bool = False
 
     def take_rows(self, tensor: Tensor) -> Tensor:
-        """Return a view of the piece in the file's tensor."""
+        """Return a view of this piece of the tensor: all rows, one third of the rows, or the transpose."""
         if self.is_transposed:
             return tensor.t()
         return tensor if self.third is None else tensor.chunk(3)[self.third]
@@ -239,7 +239,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
 
 
 class FullPatch:
-    """Add LoRAs to the weights of a whole checkpoint; it has the methods of `LoraPatch`."""
+    """Weight patch with the methods of `LoraPatch` for a full Stable Diffusion checkpoint."""
 
     def __init__(
         self,
@@ -270,16 +270,16 @@ class FullPatch:
             self._patches[prefix] = LoraPatch(text_loras, model=model, rounding=rounding)
 
     def changes_parameter(self, name: str) -> bool:
-        """Return whether any file changes the tensor of this name."""
+        """Return whether any LoRA file changes the tensor of this name."""
         return any(patch.changes_parameter(piece.name) for piece, patch in self._list_pieces(name))
 
     def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Add the changes to the tensor in place, one piece (the weight of one module) at a time.
+        """Add the LoRAs' changes to a tensor in place, one piece (the weight of one module) at a time.
 
         Args:
             name: Name of the tensor in the checkpoint.
             tensor: The tensor.
-            target: Dtype to which the caller rounds the tensor; None for the tensor's dtype.
+            target: Dtype to which the caller will round the tensor; None if it keeps its dtype.
         """
         for piece, patch in self._list_pieces(name):
             patch.add_to(piece.name, piece.take_rows(tensor), target)
@@ -291,7 +291,7 @@ class FullPatch:
             patch.check()
 
     def _list_pieces(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
-        """Yield each piece of a checkpoint's tensor, with the `LoraPatch` of the network that has it."""
+        """Yield each piece of a tensor, such as q, k or v, with the `LoraPatch` that changes it."""
         for piece in pieces_of(name):
             yield piece, self._patches[piece.text_encoder]
 

@@ -51,7 +51,7 @@ def add_unmerged(
 
 
 def split_masked(weighted_loras: Iterable[WeightedLora]) -> tuple[list[WeightedLora], list[WeightedLora]]:
-    """Return the LoRAs that can be merged, and those that were trained with a mask of ranks (T-LoRA)."""
+    """Return (LoRAs that can be merged into weights, LoRAs trained with a rank mask by T-LoRA)."""
     plain: list[WeightedLora] = []
     masked: list[WeightedLora] = []
     for weighted_lora in weighted_loras:

@@ -22,7 +22,7 @@ _LEAVES = (".weight", ".bias")
 
 
 class UnusedReason(NamedTuple):
-    """Reason why tensors are ignored, worded for a warning, such as "are of another network"."""
+    """Why tensors of a LoRA file are ignored, as the end of a warning, such as "are of another network"."""
 
     description: str
     consequence: str = ""  # sentence to add if many tensors are of this kind
@@ -31,7 +31,7 @@ class UnusedReason(NamedTuple):
 def group_by_reason(
     names: Iterable[str], explain: Callable[[str], UnusedReason]
 ) -> dict[UnusedReason, list[str]]:
-    """Group tensor names by why they are unused."""
+    """Group tensor names by the reason that `explain` returns for each."""
     names_by_reason: dict[UnusedReason, list[str]] = {}
     for name in names:
         names_by_reason.setdefault(explain(name), []).append(name)
@@ -71,7 +71,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
 
 
 def _advise_on_word(key: str) -> str:
-    """Return the advice for the embedding of a word in a LoRA file; "" if the key names no word."""
+    """Return advice on a key that is a trained word (embedding) in a LoRA file; "" for other keys."""
     word = word_of(key)
     if not word:
         return ""
@@ -176,7 +176,7 @@ def is_projection(names: Iterable[str]) -> bool:
 
 
 def without_numbers(module: str) -> str:
-    """Replace each number in a name by 0, so that equal modules of all blocks have one name."""
+    """Replace each number in a name with 0, so that the same module has the same name in all blocks."""
     return re.sub(r"\d+", "0", module)
 
 
@@ -206,7 +206,7 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
 
 
 def text_side_of(names: Iterable[str]) -> str:
-    """Return the model part that all names belong to, if it loads with the text encoder; else ""."""
+    """Describe the module group that all names belong to if it loads with the text encoder; else ""."""
     model_parts = {
         module_names.describe_text_module(module_of(name)) for name in names
     }  # "": of the transformer

@@ -110,7 +110,7 @@ def write_pieces_for_diffusers(
     Args:
         modules: Factors of each module, by name.
         family: The model family.
-        start: Prefix of the names.
+        start: Prefix of the names in the file, such as `transformer.`.
     """
     return write_modules(
         modules, start, lambda name, factors: _split_for_diffusers(name, factors, family), _in_diffusers
@@ -197,7 +197,7 @@ def write_modules(
 def _name_tensors(
     pieces: Pieces, prefix: str, convert_factors: Callable[[Factors], ConvertedFactors]
 ) -> ConvertedFactors:
-    """Return the tensors of all pieces of a module by their full names, or why one cannot be converted."""
+    """Return the tensors of a module's pieces by full name, or the reason why a piece cannot be converted."""
     named: dict[str, Tensor] = {}
     for path, factors in pieces.items():
         converted = convert_factors(factors)
@@ -278,7 +278,7 @@ def _to_full_rank(factors: Factors) -> Factors:
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
-    """Return LoRA factors, each multiplied by the square root of alpha / rank, under PEFT's names."""
+    """Return LoRA factors under PEFT's names, each scaled by sqrt(alpha / rank) to make alpha superfluous."""
     scale = deltas.scaling_of(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}
@@ -372,7 +372,7 @@ def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
 
 
 def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | None]:
-    """Return the factors of consecutive groups of rows; None for a group that cannot be cut out."""
+    """Return the factors for each consecutive group of rows; None for a group that cannot be cut out."""
     delta = read_delta(factors)
     parts: list[Factors | None] = []
     start = 0

@@ -40,7 +40,7 @@ class QuantizationFormat(Protocol):
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """Names of the buffers that a layer has in addition to its weight."""
+        """Names of the buffers, such as scales, that a layer gets in addition to its quantized weight."""
 
     @property
     def is_kept_by_default(self) -> bool:
@@ -59,10 +59,10 @@ class QuantizationFormat(Protocol):
         ...
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + b in autocast's dtype, or in that of x without autocast; differentiable in x and b.
+        """Compute x W^T + b in autocast's dtype, or in x's dtype without autocast; differentiable in x and b.
 
-        Implementations must not save a 16-bit copy of the weight for the backward pass;
-        `dequantize_and_multiply` is an implementation for any form.
+        Implementations must not save a 16-bit copy of the weight for the backward pass.
+        `dequantize_and_multiply` works for any format.
         """
         ...
 
@@ -71,7 +71,7 @@ class QuantizationFormat(Protocol):
         ...
 
     def join(self, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight | None":
-        """Concatenate weights of this format along their rows; return None if they have no common format."""
+        """Concatenate weights of this format along their rows; return None if they cannot be combined."""
         ...
 
     def with_compute_settings_of(self, chosen: "QuantizationFormat") -> "QuantizationFormat":
@@ -127,7 +127,7 @@ def rehearsed(quantization: Quantization | None) -> Quantization | None:
 
 
 def attach(layer: nn.Linear, stored: QuantizedWeight) -> None:
-    """Replace the weight of a linear layer with a stored weight, which the layer uses from then on."""
+    """Replace the weight of a linear layer with a quantized weight, which the layer then computes with."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
     for name, tensor in zip(stored.format.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)

@@ -88,7 +88,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
 
 
 def store_scale(scale: Tensor) -> Tensor:
-    """Convert the scale of a file to float32 in a layer's shape: [1], [out, 1] or [out, blocks, 1]."""
+    """Convert a scale from a file to float32 in the layer's shape: [1], [out, 1] or [out, blocks, 1]."""
     if scale.numel() == 1:
         return scale.float().reshape(1)
     return scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1)
@@ -96,9 +96,9 @@ def store_scale(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fp8:
-    """Weights stored in fp8.
+    """Format of weights stored in fp8.
 
-    Layers compute in float32 if `float32_linear` is set. With a `product` they multiply in 8 bits whenever
+    Layers compute in float32 if `float32_linear` is set. If `product` is set, they multiply in fp8 whenever
     `suits_fp8` accepts their inputs.
     """
 
@@ -113,7 +113,7 @@ class Fp8:
         return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Store a weight in fp8: cast directly, or divided by its scales first, as the options say."""
+        """Quantize a weight to fp8: cast it, or first divide it by its scales, depending on the options."""
         rows, columns = weight.shape
         return QuantizedWeight(self, (rows, columns), quantize(weight, self.quantization))
 
@@ -128,7 +128,7 @@ class Fp8:
         return dequantize(weight, scale, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply in fp8 if the inputs and the device allow it, otherwise by the dequantized weight."""
+        """Multiply in fp8 if the inputs and the device allow it, otherwise with the dequantized weight."""
         weight, scale = tensors
         if self.quantization.product is not None:
             from checkpoints.stored.fp8_products import fp8_linear, suits_fp8  # of no use without the units
@@ -172,7 +172,7 @@ class Fp8:
         return QuantizedWeight(self, shape, (weight, torch.cat(scales)))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return the chosen format if it is fp8 too, for its compute settings; otherwise this format."""
+        """Return `chosen`, which has the compute settings, if it is fp8 too; otherwise this format."""
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
@@ -197,7 +197,7 @@ def make_fp8_weight(weight: Tensor, scale: Tensor | None = None) -> QuantizedWei
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Add the device's fp8 matrix product for --fp8_fast; raise OptionError if the device has none."""
+    """Add the device's fp8 matrix product for --fp8_fast; raise OptionError if the device lacks fp8 units."""
     if not quantization.fp8_matmul:
         return quantization
     from checkpoints.stored.fp8_products import select_product  # of no use without the units

@@ -114,7 +114,7 @@ def _scale_sums(sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | N
 
 
 def _split_rows(x: Tensor, max_float32_elements: int) -> list[slice]:
-    """Split the rows of x, M K, into groups that get float32 copies in turn; one group while compiling."""
+    """Split the rows of x, M x K, so that only one slice at a time needs float32; one slice in a compile."""
     rows = len(x) if torch.compiler.is_compiling() else max(1, max_float32_elements // x.shape[1])
     if len(x) <= rows:
         return [slice(None)]
@@ -122,9 +122,9 @@ def _split_rows(x: Tensor, max_float32_elements: int) -> list[slice]:
 
 
 def supports_fp8(device: torch.device) -> bool:
-    """Return whether torch can multiply in fp8 on the device: NVIDIA GPUs from compute capability 8.9 on.
+    """Return whether torch can multiply in fp8 on the device: NVIDIA GPUs of compute capability 8.9 or later.
 
-    AMD's GPUs use another fp8 format.
+    AMD GPUs use a different fp8 format.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -313,7 +313,7 @@ def _quantize(x: Tensor, column_scales: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Return the weight's scale as one float32 value for each output feature, 1 N."""
+    """Return the weight's scale as one float32 value per output channel, 1 x N."""
     if scale is None:
         return torch.ones(1, weight.shape[0], device=weight.device)
     return scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()

@@ -27,7 +27,7 @@ def _unpack_fields(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_fifth_bits(blocks: Tensor, start: int) -> Tensor:
-    """Unpack the 32 bits in four bytes of each of B blocks, from byte `start` on, as values 16 or 0, B 32."""
+    """Unpack the 32 fifth bits of B blocks from four bytes at `start`; return 0 or 16 for each, B x 32."""
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
     return ((blocks[:, start : start + 4, None] >> shifts & 1) << 4).flatten(1)
 
@@ -55,7 +55,7 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 
 def _unpack_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Unpack the 6-bit scales and minima of Q4_K or Q5_K blocks from 12 bytes each: two tensors, B 8."""
+    """Unpack the 6-bit scales and minima of Q4_K or Q5_K blocks from 12 bytes each: two tensors, B x 8."""
     first = packed[:, :4]
     second = packed[:, 4:8]
     third = packed[:, 8:]

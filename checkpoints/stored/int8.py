@@ -40,7 +40,7 @@ PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Int8:
-    """Weights stored in int8, with a float32 scale per row in the buffer `scale_weight`, out x 1."""
+    """Format of weights stored in int8, with a float32 scale per row (buffer `scale_weight`, out x 1)."""
 
     group: int | None = None  # columns that are rotated together; 0: none; None: by the width of a layer
     rounds_gradients: bool = False
@@ -70,19 +70,19 @@ class Int8:
         return QuantizedWeight(form, (rows, columns), (codes, scales))
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Allocate codes and scales on the meta device, to plan memory."""
+        """Return a quantized weight with codes and scales on the meta device, to plan memory."""
         codes = torch.empty(shape, dtype=torch.int8, device="meta")
         return QuantizedWeight(
             self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta"))
         )
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Dequantize the weight in `dtype`: multiply by the scales and rotate back."""
+        """Dequantize the weight to `dtype`: multiply the codes by the scales, then undo the rotation."""
         codes, scale = _pair(tensors)
         return _by_parts(lambda part: rotate(_scale_codes(codes, scale, part), self.group), codes, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply in int8, except for few tokens and Apple's GPUs, which use the dequantized weight."""
+        """Multiply in int8; for few tokens and on Apple GPUs, use the dequantized weight instead."""
         dtype = computed_dtype(x)
         codes, scale = _pair(tensors)
         if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
@@ -123,9 +123,9 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization) -> Quantization:
-    """Return the quantization to use in a dry run: unchanged.
+    """Return the quantization unchanged for a dry run.
 
-    Products in 8 bits take the same memory as those in 16 bits.
+    8-bit matrix products take as much memory as 16-bit products.
     """
     return quantization
 
@@ -178,7 +178,7 @@ class _Int8Product(torch.autograd.Function):
 def _multiply_in_int8(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that maps a slice of output gradients to input gradients, multiplied in int8."""
+    """Return a function that computes input gradients from a slice of the output gradients in int8."""
     # column-major, as int8 units need it; freed with the function that is returned
     columns = codes.t().contiguous().t()
 

@@ -75,7 +75,7 @@ class Nf4:
         return QuantizedWeight(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Return a quantized weight and its statistics on the meta device, to plan memory."""
+        """Return a quantized weight with its block statistics on the meta device, to plan memory."""
         blocks = ceil_div(shape[0] * shape[1], BLOCK)
         packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
         codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
@@ -99,7 +99,7 @@ class Nf4:
         return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
-        """Return None, because quantization blocks may cross row ends, so rows cannot be cut."""
+        """Return None: a quantization block may span the end of one row and the start of the next."""
         return None
 
     def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
@@ -132,7 +132,7 @@ def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the maxima of blocks, less their mean, to 8 bits in nested blocks.
+    """Quantize block maxima, after subtracting their mean, to 8 bits in nested blocks.
 
     Returns:
         The codes (uint8), and the maximum of each nested block (float32).
@@ -189,7 +189,7 @@ def nested_values(device: torch.device) -> Tensor:
 
 
 def _round_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize blocks to 4 bits; return the packed codes and the largest magnitude of each block."""
+    """Quantize blocks to 4 bits; return the packed codes and the largest magnitude in each block."""
     blocks = _pad_rows(flat, BLOCK)
     peaks = blocks.abs().amax(1)
     levels = torch.tensor(LEVELS, device=flat.device)

@@ -30,7 +30,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 @dataclass(frozen=True)
 class PackedRowFormat:
-    """Packed format that decodes any of its N rows to float32; each tensor has N rows or one."""
+    """Quantization format that can dequantize any of its N rows; each stored tensor has N rows or one row."""
 
     name: str
     companions: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize N rows of K mxfp8 weights (e4m3), with one scale per 32 columns, N K/32 (e8m0)."""
+    """Dequantize N rows of an mxfp8 weight (e4m3, K columns); scales (e8m0, N x K/32) apply to 32 columns."""
     return _scale_groups(weight.float(), scales)
 
 
@@ -174,9 +174,9 @@ def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | 
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Dequantize N rows of K weights in w6a8 (6 bits).
+    """Dequantize N rows of a w6a8 weight (6 bits) with K columns.
 
-    The weight is N 3K/4 bytes, block scales are N K/16, row scales N 1; `codebook` is None.
+    The weight is N x 3K/4 bytes, block scales are N x K/16, row scales N x 1; `codebook` is None.
     """
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4

@@ -43,20 +43,20 @@ class InputRotation(Protocol):
 
     @property
     def factor_name(self) -> str:
-        """Name of the only tensor of a module, which contains the values of its rotation."""
+        """Name of the module's only tensor, which contains the rotation parameters."""
 
     @property
     def title(self) -> str:
         """Name with its article for messages, such as "an OFT"."""
 
     def compute_rotations(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I at a strength of the LoRA, for `input_change` and `weight_change`."""
+        """Return R - I at a LoRA strength, as input for `input_change` and `weight_change`."""
 
     def input_change(self, x: Tensor, rotations: Tensor) -> Tensor:
         """Return x (R - I) for inputs `x`, ... in; `rotations` is the result of `compute_rotations`."""
 
     def weight_change(self, weight: Tensor, rotations: Tensor) -> Tensor:
-        """Return W (R^T - I), float32; `rotations` is the result of `compute_rotations`."""
+        """Return W (R^T - I) in float32; `rotations` is the result of `compute_rotations`."""
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
         """Return why the values do not fit a weight of this name; "" if they do.
@@ -66,7 +66,7 @@ class InputRotation(Protocol):
 
 
 class Algebra:
-    """Computations with the factors of one kind of network. A kind overrides only what applies to it."""
+    """Computations with the factors of one network kind (LoHa, ...). Kinds override only what they need."""
 
     magnitudes: Magnitudes | None = None
     rotation: InputRotation | None = None
@@ -89,7 +89,7 @@ class Algebra:
         return None
 
     def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return the change of a weight, out in (kernel), as a new tensor; None if there is no change.
+        """Return the change of a weight, out x in (x kernel), as a new tensor; None if there is no change.
 
         Args:
             factors: Factors in float32 on one device.
@@ -98,7 +98,7 @@ class Algebra:
         return None
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the parts whose first axis is the weight's rows; None if rows are another axis of a part."""
+        """Return the factors whose axis 0 is the weight's rows; None if rows are another axis of a factor."""
         return set()
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:

@@ -71,14 +71,14 @@ def list_additive() -> str:
 
 
 def list_read_kinds() -> str:
-    """Return the names of all kinds of files that can be loaded, with their variants."""
+    """Return the names of all network kinds (LoRA, LoHa, ...) that can be loaded, with their variants."""
     return ", ".join(
         f"{kind.name} ({kind.read_form})" if kind.read_form else kind.name for kind in KINDS if kind.parts
     )
 
 
 def kind_of_module(name: str | None) -> NetworkKind:
-    """Return the kind that a network module trains; other packages' modules count as LoRAs."""
+    """Return the kind (LoRA, LoHa, ...) that a network module trains; LoRA for modules of other packages."""
     return BY_MODULE.get(name or "", LORA)
 
 

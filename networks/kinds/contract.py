@@ -31,7 +31,7 @@ LORA_ONLY_ARGUMENTS = ("dora_wd", "loraplus_...", "network_reg_lrs", "ggpo_...",
 
 
 class Target(NamedTuple):
-    """A module that gets a layer of a network."""
+    """A module of the model that gets a trainable adapter layer."""
 
     module: LoraModule
     rank: int
@@ -48,7 +48,7 @@ class TranslatedModules(NamedTuple):
 
 
 class Settings(Protocol):
-    """The settings of a network that kinds read; `networks.lora_settings` implements them."""
+    """Network settings that kinds (LoRA, LoHa, ...) read; `networks.lora_settings` implements them."""
 
     @property
     def rank(self) -> int:
@@ -75,15 +75,15 @@ class Settings(Protocol):
         """Ranks that patterns of --network_args assign to modules."""
 
     def split_sizes_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
-        """Return the rows of each part if a fused layer gets separate factors for its parts; () otherwise."""
+        """Return the row count of each part if a fused layer gets separate factors per part; otherwise ()."""
 
 
 class RankRule(Protocol):
-    """How many ranks of a LoRA are active at a noise level. Rules can be compared and hashed."""
+    """Number of active ranks of a LoRA as a function of the noise level; can be compared and hashed."""
 
     @property
     def kind(self) -> "NetworkKind":
-        """The kind that the rule belongs to."""
+        """The network kind whose LoRAs use this rule (T-LoRA)."""
 
     def in_words(self) -> str:
         """Return the rule as arguments of --network_args."""
@@ -155,7 +155,7 @@ class NetworkKind:
     plain_title = ""  # title of the command that makes plain LoRAs, if other programs need them
 
     def load_algebra(self) -> "Algebra | None":
-        """Return the computations with a module's factors; None if the kind has no factors."""
+        """Return the object that computes with a module's factors; None if the kind has no factors."""
         return None
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
@@ -165,14 +165,14 @@ class NetworkKind:
     def convert_magnitudes(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
-        """Return a LoRA whose DoRA magnitudes refer to the norms that the target dialect uses.
+        """Return a LoRA with its DoRA magnitudes converted to the norms that the target format expects.
 
         By default, the LoRA is returned unchanged.
         """
         return lora
 
     def size_of(self, factors: Factors) -> int | None:
-        """Return the --network_dim of a module if it is not a rank; None for modules of other kinds."""
+        """Return a module's --network_dim for kinds without ranks (such as a block size); else None."""
         return None
 
     def read_arguments(self, arguments: dict[str, Any]) -> Any:
@@ -213,7 +213,7 @@ class NetworkKind:
         raise AssertionError(f"{self.name} has no layers of its own")
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: "Settings") -> "nn.Module":
-        """Return a trainable layer for a module, with the sizes of the factors in a file.
+        """Return a trainable layer for a module, with factors of the same shapes as in a file.
 
         Raises:
             CheckpointError: If the factors do not fit the module, or cannot be trained.
@@ -221,7 +221,7 @@ class NetworkKind:
         raise AssertionError(f"{self.name} has no layers of its own")
 
     def extend_layer(self, layer: Any) -> None:
-        """Extend the layer of a LoRA by this kind, which --network_args or the factors of a file ask for."""
+        """Add this kind's parameters to a LoRA layer, as --network_args or the factors of a file require."""
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> "RankRule | None":
         """Return the rule for active ranks from the values of --network_args; None: all are active.

@@ -28,7 +28,7 @@ _MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
 
 
 class DoraKind(NetworkKind):
-    """DoRA: a LoRA, LoHa or LoKr with trained magnitudes, the norms of the changed weight."""
+    """DoRA: a LoRA, LoHa or LoKr that also trains magnitudes (the norms of the changed weight)."""
 
     name = NAME
     parts = (PART,)
@@ -84,7 +84,7 @@ class DoraKind(NetworkKind):
         return convert_to_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)
 
     def extend_layer(self, layer: "LoraLayer") -> None:
-        """Give the layer of a LoRA magnitudes."""
+        """Add trainable magnitudes to a LoRA layer."""
         from networks.kinds.dora_layer import extend  # torch
 
         extend(layer)

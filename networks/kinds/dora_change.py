@@ -28,7 +28,7 @@ class DoraAlgebra(Algebra):
         return None
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the part whose values belong to rows: the magnitudes, or none if they belong to inputs."""
+        """Return the factors with one value per row: the magnitudes, or none if they are per column."""
         return set() if is_by_input(factors[self.factor_name]) else {self.factor_name}
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
@@ -37,7 +37,7 @@ class DoraAlgebra(Algebra):
         return None if is_by_input(magnitudes) else {self.factor_name: magnitudes[rows]}
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool) -> Tensor:
-        """Return the float32 addition that gives a weight its new norms."""
+        """Return the float32 addition that rescales the changed weight to the trained magnitudes."""
         return decompose(weight, delta, magnitudes, uses_frozen_norms)
 
 
@@ -65,7 +65,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_nor
 
 
 def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
-    """Return a weight's norms by output (axis 0) or input (axis 1), float32, never 0."""
+    """Return the float32 norms of a weight's rows (axis 0) or columns (axis 1), plus epsilon."""
     summed_axes = [other for other in range(weight.ndim) if other != axis]
     norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
     return norms + torch.finfo(torch.float32).eps  # as in LyCORIS and ComfyUI

@@ -24,10 +24,10 @@ CORES = ("hada_t1", "hada_t2")
 
 
 def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
-    """Return the shapes of the factors.
+    """Return the shapes of the factors `hada_w1_a`, `hada_w1_b` and so on.
 
     Args:
-        weight: Shape of the weight, out in (kernel).
+        weight: Shape of the weight, out x in (x kernel).
         rank: Rank of the factors.
     """
     left = (weight[0], rank)
@@ -80,7 +80,7 @@ class LohaKind(NetworkKind):
         return layer_of(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why diffusers cannot read a LoHa; "" for other formats."""
+        """Return why diffusers cannot read a LoHa; "" for formats of other programs."""
         if name != DIFFUSERS or family is None:
             return ""
         return (

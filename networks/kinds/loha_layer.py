@@ -43,7 +43,7 @@ class LohaAlgebra(Algebra):
         return first.mul_(second)
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the names of the left factors; None with a core: rows are then the second axis of these."""
+        """Return the left factors; None if there is a core, because rows are then their second axis."""
         if any(core in factors for _, _, core in MATRICES):
             return None
         return factors.keys() & {"hada_w1_a", "hada_w2_a"}
@@ -64,15 +64,15 @@ def _matrices(factors: Mapping[str, Tensor], strength: float, dtype: torch.dtype
 
 
 def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
-    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T.
+    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T, the LoHa's addition to the layer's output.
 
     Args:
-        x: Input, ... in.
-        factors: Factors of the module, by name of the part.
-        strength: Factor on the change.
+        x: Input, ... x in.
+        factors: Factors of the module, by name (`hada_w1_a`, ...).
+        strength: Multiplier of the change.
 
     Returns:
-        ... out.
+        The addition, ... x out.
     """
     matrices = _matrices(factors, strength, x.dtype)
     result: Tensor = _HadamardLinear.apply(x, *matrices)
@@ -80,7 +80,7 @@ def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 
 
 class _HadamardLinear(torch.autograd.Function):
-    """A linear layer with a LoHa, whose backward pass recomputes the matrices from the factors.
+    """Linear layer with a LoHa, whose backward pass recomputes the matrices from the factors.
 
     This saves the memory of three matrices of the weight's size.
     """

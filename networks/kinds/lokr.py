@@ -114,7 +114,7 @@ class LokrKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LokrAlgebra":
-        """Return the computations with the factors of a Kronecker product."""
+        """Return the object that computes with the factors of a Kronecker product (LoKr)."""
         from networks.kinds.lokr_layer import LokrAlgebra  # torch
 
         return LokrAlgebra()

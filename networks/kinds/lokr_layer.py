@@ -47,7 +47,7 @@ class LokrAlgebra(Algebra):
         return tuple(a * b for a, b in zip((*small, *kernel_axes), large, strict=True))
 
     def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return the Kronecker product of the two matrices."""
+        """Return the Kronecker product of the two matrices, which is the change of the weight."""
         if not any(part in factors for part in _FIRST):
             return None
         first = factors.get("lokr_w1")

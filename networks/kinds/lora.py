@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # --help must not import torch
 
 
 class LoraKind(NetworkKind):
-    """LoRA: a weight's change is the product of two low-rank matrices."""
+    """LoRA: the change of a weight is the product of two low-rank matrices."""
 
     name = "LoRA"
     parts = (DOWN, UP, MID, BIAS)

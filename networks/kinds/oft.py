@@ -52,7 +52,7 @@ def fit_block_size(width: int, size: int) -> int | None:
 
 
 class OftKind(NetworkKind):
-    """OFT: a rotation of a layer's inputs, block by block, instead of an added change."""
+    """OFT: rotates blocks of a layer's input channels instead of adding a change to its weight."""
 
     name = "OFT"
     article = "an"
@@ -94,7 +94,7 @@ class OftKind(NetworkKind):
     plain_title = "Make a plain LoRA of the OFT"
 
     def load_algebra(self) -> "OftAlgebra":
-        """Return the computations with block rotations."""
+        """Return the object that computes block rotations from the factors (OFT)."""
         from networks.kinds.oft_rotation import OftAlgebra  # torch
 
         return OftAlgebra(PART)
@@ -138,7 +138,7 @@ class OftKind(NetworkKind):
         )
 
     def size_of(self, factors: Factors) -> int | None:
-        """Return the block size of a module's rotations; None if it has none."""
+        """Return the block size of a module's OFT rotations; None if it has no rotations."""
         from networks.kinds.oft_rotation import block_size_of  # torch
 
         if PART not in factors or factors[PART].ndim != 2:

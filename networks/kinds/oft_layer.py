@@ -10,7 +10,7 @@ from networks.lora_layer import KINDS, Dropouts, DropoutSeed, Halves, halves, ke
 
 
 class Rotation(nn.Module):
-    """The trained values of a layer's blocks; they are zero at first, which means no rotation."""
+    """Trainable OFT parameters of a layer's blocks; initialized to zeros, which rotate nothing."""
 
     def __init__(self, num_blocks: int, size: int) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ class OftLayer(nn.Module):
         return self._original[0]
 
     def attach(self) -> None:
-        """Replace the frozen module's forward with this layer's."""
+        """Replace the forward method of the frozen module with this layer's."""
         self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate the input, then run the frozen module."""
+        """Rotate the input, then run the frozen module on it."""
         # x: ... in
         if self.multiplier == 0:
             return self._original_forward(x)
@@ -66,7 +66,7 @@ class OftLayer(nn.Module):
         return self._original_forward(rotated if is_autocast else rotated.to(x.dtype))
 
     def seed_of(self, kind: str) -> int:
-        """Return the seed of a random decision of this layer in this step."""
+        """Return the seed of this layer's random values of one kind, such as "neuron", in this step."""
         return self.seed.derive(self.index, kind)
 
     def _drop(self, rotations: Tensor, dropouts: Dropouts) -> Tensor:
@@ -81,7 +81,7 @@ class OftLayer(nn.Module):
         return rotations
 
     def _split_halves(self, kind: str) -> Halves:
-        """Return the two halves of the seed of a random decision; compiled code reads them from a tensor."""
+        """Return both halves of the seed for a kind of dropout; compiled code reads them from a tensor."""
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             return low, high

@@ -68,7 +68,7 @@ def rotate_weight(weight: Tensor, rotations: Tensor) -> Tensor:
 
 
 class OftAlgebra(Algebra):
-    """Rotation of inputs: nothing is added to the weight, and all of its rows share the values."""
+    """OFT: rotates the input. Nothing is added to the weight, and all of its rows share the factors."""
 
     title = "an OFT"
 
@@ -85,15 +85,15 @@ class OftAlgebra(Algebra):
         return f"its {self.factor_name} has the shape {list(shape)}, but no block size has so many values"
 
     def compute_rotations(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I of all blocks, n b b."""
+        """Return R - I for the rotation R of each block, as a tensor n x b x b."""
         return compute_rotations(values, strength)
 
     def input_change(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """Return x (R - I), the change of an input."""
+        """Return x (R - I), the change of the layer's input x; `rotations` contains R - I of each block."""
         return rotate(x, rotations)
 
     def weight_change(self, weight: Tensor, rotations: Tensor) -> Tensor:
-        """Return W (R^T - I), the change of a weight; `rotations` is R - I of each block."""
+        """Return W (R^T - I), the change of a weight; `rotations` contains R - I of each block."""
         return rotate_weight(weight, rotations)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:

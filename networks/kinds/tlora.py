@@ -30,7 +30,7 @@ _ROUNDING = 1e-4  # added before rounding down, because (1 - 0.3) * 10 is a litt
 
 @dataclass(frozen=True)
 class TLoraRule:
-    """How many of R ranks are active: floor((1 - level)^power * (R - minimum)) + minimum."""
+    """Number of active ranks out of R in T-LoRA: floor((1 - noise level)^power * (R - minimum)) + minimum."""
 
     minimum: int = 1  # number of active ranks at pure noise
     power: float = 1.0

@@ -84,7 +84,7 @@ NUMBERED_ATTENTION = (
 
 @dataclass(frozen=True)
 class LoraRules:
-    """Arguments of --network_args that only one family has, and the modules that they select.
+    """--network_args that only one family has, and the modules that they select.
 
     Paths are module paths in the network.
     """
@@ -169,7 +169,7 @@ class DepthVariants:
 
 @dataclass(frozen=True, eq=False)  # eq=False: compared and hashed by identity, because the lists are long
 class FamilyNames:
-    """The module paths of a family's network in all layouts, and how LoRA files name them."""
+    """All module paths of a model family, in our layout and in those of other programs."""
 
     name: str  # value of `ss_base_model_version`
     architecture: str  # value of `modelspec.architecture`, without its "/lora"
@@ -245,7 +245,7 @@ class FamilyNames:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """All module paths of the network in our layout, each once."""
+        """All module paths of the network in our layout, without duplicates."""
         named = (
             *(ours for _, ours in self.aliases),
             *(part.fused_path for part in self.parts),
@@ -255,7 +255,7 @@ class FamilyNames:
 
 
 def with_endings(start: str, endings: str) -> tuple[str, ...]:
-    """Return `start` + ending for each word of `endings`."""
+    """Return `start` + ending for each whitespace-separated word of `endings`."""
     return tuple(start + ending for ending in endings.split())
 
 
@@ -270,12 +270,18 @@ def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
-    """Return a part for each pair of endings, for modules of another layout that only differ in name."""
+    """Return one `WeightPart` for each pair of endings (theirs, ours), for modules that are only renamed.
+
+    Args:
+        theirs: Start of the path in the other layout.
+        ours: Start of the path in our layout.
+        endings: Pairs of path endings to append.
+    """
     return tuple(WeightPart(theirs + their_ending, ours + our_ending) for their_ending, our_ending in endings)
 
 
 def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
-    """Return our names of tensors whose two halves are in the opposite order in the family's other layout.
+    """Return our names of the tensors whose two halves are swapped in the family's other layout.
 
     `tensor_patterns` only renames them; the code that reads the file swaps the halves.
     """
@@ -298,7 +304,7 @@ def _pattern(path: str) -> str:
 
 
 def _replacement(path: str) -> str:
-    """Return a replacement text for a path with `{n}`, which becomes the number that `_pattern` matched."""
+    """Return the `re.sub` replacement for a path with `{n}`, which becomes the matched number."""
     return path.replace("{n}", r"\1")
 
 
