@@ -88,7 +88,7 @@ class NewFile:
 
     @property
     def size_bytes(self) -> int:
-        """Size of all tensors in bytes."""
+        """Total size of all tensors in bytes."""
         return sum(info.size_bytes for info in self.tensors.values())
 
 

@@ -199,7 +199,7 @@ def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
 
 
 class TorchFile:
-    """A file written by `torch.save` that is memory-mapped and unpickled without running code."""
+    """A file written by `torch.save`; it is memory-mapped, and unpickled without running code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -289,7 +289,7 @@ def load_pickled(path: Path, limit_factor: int = 1) -> Any:
 
 
 def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """Return the error for a damaged file, or for one with program code; only torch's message shows which."""
+    """Return the error for a damaged file or a file with code; only torch's message tells them apart."""
     damaged_opcode = re.search(r"Unsupported operand \d+", str(error))
     if damaged_opcode is not None:
         return _make_damage_error(path, damaged_opcode[0])

@@ -40,7 +40,7 @@ Cuts = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """How to load a network from an open file: its configuration, and the source of each tensor."""
+    """How to load a network from an open file: its configuration, and what each tensor is built from."""
 
     config: Config  # dimensions of the network
     checkpoint: Checkpoint  # names have no prefix
@@ -146,7 +146,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError if a weight in `names` is stored in another quantized format than `form`."""
+    """Raise CheckpointError if any weight in `names` is stored in a quantized format other than `form`."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
         weight = read_quantized_on_meta(plan.sources[name], tensors)
@@ -239,7 +239,7 @@ def make_shape_reader(
 
 @dataclass(frozen=True)
 class DitShapes:
-    """Read a transformer's dimensions from the shapes of its tensors."""
+    """Reads a transformer's dimensions from the shapes of its tensors."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
@@ -418,7 +418,7 @@ def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str
 
 
 def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
-    """Return our names of the parts that a fused tensor is split into; () if it is not split."""
+    """Return our names of the parts into which a fused tensor is split; () if it is not split."""
     for pattern, parts in cuts:
         match = re.fullmatch(pattern, name)
         if match:

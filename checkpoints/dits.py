@@ -216,7 +216,7 @@ class DitFormat(Generic[Config, Dit]):
         return dit.eval()
 
     def _open(self, path: Path, second_file: Path | None) -> Checkpoint:
-        """Open the one or two files of a transformer as one checkpoint, which closes both."""
+        """Open a transformer's file, or its two files, as one checkpoint, which closes all of them."""
         checkpoint = bare_names(open_checkpoint(path))
         if second_file is None:
             return checkpoint
@@ -254,7 +254,7 @@ def _select_saved_dtypes(
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
     """Return the sources of a checkpoint whose tensors already have their published names.
 
-    The second argument, the header that formats with other names need, is ignored.
+    The second argument, the file header that other formats need, is ignored.
     """
     return list_tensor_sources(checkpoint)
 

@@ -15,7 +15,7 @@ _ENTRY = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})\n")  # size, time of the last c
 
 
 def short_hash(path: Path) -> str:
-    """Return the hash of 64 KiB at offset 1 MiB, which early versions of A1111 used to name checkpoints."""
+    """Return the hash of 64 KiB at offset 1 MiB, by which early versions of A1111 identified checkpoints."""
     with path.open("rb") as file:
         file.seek(_SHORT_HASH_START)
         return hashlib.sha256(file.read(_SHORT_HASH_BYTES)).hexdigest()[:8]

@@ -137,9 +137,9 @@ def _require_table(value: Any) -> dict[str, Any]:
 
 
 def _read_settings(entry: Any) -> dict[str, Any]:
-    """Return a layer's quantization settings from ComfyUI's entry, a format name or a dictionary.
+    """Return a layer's quantization settings from ComfyUI's value for it: a format name or a dictionary.
 
-    The entries of the inner dictionary `params` are moved to the top level.
+    The items of the inner dictionary `params` are moved to the top level.
     """
     settings = {"format": entry} if isinstance(entry, str) else dict(_require_table(entry))
     parameters = _require_table(settings.pop("params", None) or {})

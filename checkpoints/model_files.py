@@ -186,7 +186,7 @@ def _read_safetensors_latents(
 
 
 def _check_latent_shapes(path: Path, option: str, latents: Tensor, audio: Tensor | None) -> None:
-    """Raise CheckpointError unless video latents are 1 C F H W, and audio latents, if any, 1 C T M."""
+    """Raise CheckpointError unless video latents are 1 x C x F x H x W and audio latents 1 x C x T x M."""
     is_empty = latents.numel() == 0 and audio is None  # a file of audio alone has no video latents
     if latents.ndim != 5 or len(latents) != 1 or is_empty:
         raise CheckpointError(

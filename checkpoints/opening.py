@@ -140,7 +140,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def rename(self, name_of: Callable[[str], str]) -> "Checkpoint":
-        """Return a checkpoint with renamed tensors, without those renamed to ""; it shares the open files."""
+        """Return a checkpoint with renamed tensors, without tensors renamed to ""; it shares open files."""
         locations = {name_of(name): where for name, where in self._locations.items() if name_of(name)}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
@@ -474,7 +474,7 @@ _TABLES = ("_ids", "_index", "_ind")  # suffixes of tables of integers, which ar
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether an integer or 8-bit float tensor looks like a layer's quantized weight."""
+    """Return whether an integer or fp8 tensor looks like a layer's quantized weight."""
     info = tensors[name]
     layer, separator, _ = name.partition(".weight.")  # as in blocks.0.q.weight.data
     if not separator:

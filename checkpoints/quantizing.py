@@ -283,7 +283,7 @@ def _recognize_transformer(
 
 
 def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
-    """Return the prefix that the tensors named without prefix have in the file."""
+    """Return the prefix that must be added to the bare names to find the tensors in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
             prefix = name.removesuffix(names[0])
@@ -376,7 +376,7 @@ class _LayerQuantizer:
             self.comfy_settings |= {"convrot": True, "convrot_groupsize": group_size}
 
     def settings_as_tensor(self) -> Tensor:
-        """Return ComfyUI's settings of the quantized layer as JSON in a uint8 tensor."""
+        """Return ComfyUI's settings for the quantized layer as JSON in a uint8 tensor."""
         return torch.tensor(list(json.dumps(self.comfy_settings).encode()), dtype=torch.uint8)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -550,7 +550,7 @@ def dequantized_on_read(checkpoint: Checkpoint, device: torch.device | None = No
 
 
 class _DequantizedFile:
-    """View of an open checkpoint file that dequantizes tensors to float32 when they are read."""
+    """View of an open checkpoint that dequantizes tensors to float32 when they are read."""
 
     def __init__(
         self, checkpoint: Checkpoint, unpadded_shapes: Mapping[str, tuple[int, ...]], device: torch.device

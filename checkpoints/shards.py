@@ -35,9 +35,9 @@ class ShardPlan:
 
 
 def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
-    """Split tensors, in their order, into groups of at most `max_bytes`.
+    """Split tensors in order into groups of at most `max_bytes`.
 
-    A tensor larger than `max_bytes` forms its own group.
+    A tensor larger than `max_bytes` gets its own group.
     """
     groups: list[dict[str, TensorInfo]] = []
     bytes_left = 0  # in the last group
@@ -84,7 +84,7 @@ def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Map
 
 @dataclass(frozen=True)
 class SavedForm:
-    """Whether a trained model is saved as one file or as a folder of shards with an index."""
+    """How a trained model is saved: as a single file, or as a folder of shards with an index."""
 
     max_bytes: int = 0  # largest shard; 0: one file
     option: str = "--max_shard_size"

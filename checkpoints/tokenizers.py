@@ -146,7 +146,7 @@ class TokenizerFiles:
             raise self.unreadable(file, OSError(error.strerror)) from error
 
     def check_bytes(self, file: Path) -> None:
-        """Raise CheckpointError if a file is too large for a tokenizer or is not a regular file."""
+        """Raise CheckpointError if a tokenizer file is too large or not a regular file."""
         try:
             require_regular_file(file, MAX_TOKENIZER_BYTES)
         except OSError as error:

@@ -137,7 +137,7 @@ def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:
 
 
 def _reject_loras(models: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError for LoRA files, because averaging their factors does not average their deltas."""
+    """Raise CheckpointError for LoRA files: averaging LoRA factors does not average the weight changes."""
     for model in models:
         if is_lora(model.tensors):
             raise CheckpointError(
@@ -242,7 +242,7 @@ def _warn_of_skipped(
 
 
 def _make_metadata(models: Sequence[Checkpoint]) -> dict[str, str]:
-    """Return the first model's metadata without hashes, with the names of the merged files."""
+    """Return the first model's metadata without its hashes, plus the names of the merged files."""
     metadata = {key: text for key, text in models[0].metadata.items() if not key.startswith(_STALE)}
     metadata["modelspec.merged_from"] = ", ".join(model.path.name for model in models)
     return metadata

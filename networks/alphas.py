@@ -187,7 +187,7 @@ def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collec
 
 
 def _ranks_without_alpha(network: NetworkFactors) -> dict[str, int]:
-    """Return the trained rank of each module that has a rank but no alpha."""
+    """Return the rank of each module without alpha; for joined LoRAs, the rank of each of them."""
     ranks: dict[str, int] = {}
     for name, factors in network.modules.items():
         rank = None if "alpha" in factors else rank_of(factors)
@@ -418,7 +418,7 @@ def _parse_nested_settings(
 
 
 def _parse_key(key: str) -> _Key:
-    """Split a metadata key into the name of a network ("" without one) and the name of the setting."""
+    """Split a metadata key into the prefix of a network ("" if it has none) and the setting's name."""
     match = _KEY_WITH_NETWORK.fullmatch(key)
     network = ""
     name = key
@@ -561,7 +561,7 @@ class _AlphaRules:
 
 
 def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
-    """Read the alphas in PEFT settings; raise ValueError if they cannot be used."""
+    """Parse the alphas in PEFT settings; raise ValueError if they cannot be used."""
     values = {key: _to_finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     keys = [key for key in values if not _PLAIN_PATH.fullmatch(key)]
     if sum(map(len, keys)) > MAX_EXPRESSIONS:

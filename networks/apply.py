@@ -848,7 +848,7 @@ class OriginalWeights:
             self(name, parameter)
 
     def check(self) -> None:
-        """Warn of LoRA modules that the model lacks; raise CheckpointError if it lacks all of a LoRA."""
+        """Warn of LoRA modules that the model lacks; raise CheckpointError if it lacks a whole LoRA."""
         self._patch_of_all_loras.check()
 
     @torch.no_grad()

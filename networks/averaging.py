@@ -121,7 +121,7 @@ def average_files(options: AveragingOptions) -> None:
 
 
 def _sort_by_step(files: list[Checkpoint]) -> None:
-    """Sort files by the step in their metadata, or all by modification time if any file lacks a step."""
+    """Sort files by the step in their metadata, or all by modification time if one of them lacks a step."""
     steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
     # a number of 19 digits or more is not a step of a training run
     if all(step.isdecimal() and len(step) < 19 for step in steps.values()):

@@ -79,7 +79,7 @@ Weights = Mapping[str, Sequence[StoredWeight]]
 
 
 class Loss(NamedTuple):
-    """Frobenius norms of a change, and of the part of it that the plain LoRA lacks."""
+    """Frobenius norm of a weight change, and of the difference that a plain LoRA cannot represent."""
 
     change: float
     lost: float
@@ -155,7 +155,7 @@ def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factor
 
 
 def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
-    """Return the LoRA with other factors, of the DiT and of text encoders, and other metadata."""
+    """Return the LoRA with new factors (for the transformer and text encoders) and new metadata."""
     text_modules = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
     in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
     return replace(
@@ -277,7 +277,7 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
 
 
 def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
-    """Yield the tensors of text encoders inside a whole checkpoint, by their names in LoRA files."""
+    """Yield the text encoder weights inside a full checkpoint, by their module names in LoRA files."""
     if not is_full(checkpoint.tensors):
         return
     for name in checkpoint.tensors:

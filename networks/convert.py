@@ -157,7 +157,7 @@ class FluxConvertOptions(Options, must_give=True):
 
 
 class ComfyConvertOptions(Options):
-    """Options that the scripts `networks/convert_*_to_comfy.py` share."""
+    """Options shared by the scripts `networks/convert_*_to_comfy.py`."""
 
     src_path: Path = option("LoRA file to read", positional=True, place="there")
     dst_path: Path = option(
@@ -372,7 +372,7 @@ def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
 
 
 def _find_modules_to_bake(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """Return the modules, with their factors, that ComfyUI fuses but whose kind (LoKr) cannot be joined."""
+    """Return modules (with factors) that ComfyUI fuses but whose kind, such as LoKr, cannot be joined."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
         is_other_kind = bool(factors.keys() & (FACTORS_OF_OTHER_KINDS - {MAGNITUDES}))

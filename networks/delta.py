@@ -165,7 +165,7 @@ class Delta:
         return self.normalization.decompose(weight, delta, magnitudes, uses_frozen_norms)
 
     def compute_rows(self, rows: slice | Tensor, device: torch.device) -> "Delta":
-        """Return some rows of this delta as a dense difference, as the factors of LoKr cannot be sliced."""
+        """Return some rows of this change as a dense difference, for factors (LoKr) that cannot be sliced."""
         dense = self.compute_change(device)
         assert dense is not None
         factors = {"diff": dense[rows]}

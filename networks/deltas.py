@@ -140,9 +140,9 @@ def scaling_of(factors: Factors) -> float:
 
 
 def split_scaling(scaling: float) -> tuple[float, float]:
-    """Split alpha / rank into two similar factors: for the down and for the up matrix.
+    """Split alpha / rank into two factors of similar size, for the down and the up matrix.
 
-    The second is a power of two. If `scaling` is a power of two, both are, and multiplying by them is exact.
+    The second factor is a power of two. If `scaling` is a power of two, both are, so multiplying is exact.
     """
     down_factor = scaling
     up_factor = 1.0

@@ -91,7 +91,7 @@ def _find_indices(modules: Iterable[str], list_names: Iterable[str]) -> set[int]
 
 
 def read_depth(lora: LoraFile, depth_variants: DepthVariants) -> int | None:
-    """Return the number of blocks of a LoRA, from metadata or its highest block index; None if unknown."""
+    """Return the block count of a LoRA's model, from metadata or the highest block index; None if unknown."""
     last_index = max(_find_indices(lora.modules(), [depth_variants.blocks]), default=-1)
     for key in depth_variants.keys:
         text = lora.metadata.get(key, "")

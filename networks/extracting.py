@@ -88,7 +88,7 @@ class BlockWeights(NamedTuple):
 
 
 def _list_matrices(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of all weights of a checkpoint that are matrices."""
+    """Return the names of all 2D weights in a checkpoint."""
     return [
         name for name, info in checkpoint.tensors.items() if name.endswith(".weight") and len(info.shape) == 2
     ]

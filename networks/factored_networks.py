@@ -26,7 +26,7 @@ def make_layers(
 
 
 def _shape_of(module: Factored) -> tuple[int, ...]:
-    """Return the shape of a module's weight, out in (kernel)."""
+    """Return the shape of a module's weight, out x in (x kernel)."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features  # a quantized weight may have another shape
     return tuple(module.weight.shape)

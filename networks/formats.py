@@ -49,7 +49,7 @@ class Formatted(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraFormat:
-    """Naming scheme for the layers in the LoRA files of a training run, for a family's model."""
+    """How LoRA files of a training run name their modules (--lora_format), for one model family."""
 
     name: str = KNOWN
     family: FamilyNames | None = None
@@ -175,7 +175,7 @@ def _record_scaling(
 
 
 def _metadata_of_scalings(scalings: Mapping[int, set[float]]) -> dict[str, str]:
-    """Return the metadata entry `FOLDED`, for ranks whose modules all had the same alpha / rank."""
+    """Return the metadata entry `FOLDED`: alpha / rank for each rank whose modules all share one value."""
     single = {rank: min(values) for rank, values in scalings.items() if len(values) == 1}
     return {FOLDED: json.dumps(single)} if single else {}
 

@@ -33,7 +33,7 @@ class FusionError(Exception):
 
 
 class FusedPiece(NamedTuple):
-    """The factors for one part of a fused module."""
+    """The factors for one part (such as q, k or v) of a fused module."""
 
     name: str  # module name of the part in its own layout
     part: WeightPart
@@ -41,7 +41,7 @@ class FusedPiece(NamedTuple):
 
 
 class FactorsOfRows(NamedTuple):
-    """The factors for some rows of a fused weight."""
+    """LoRA factors for some rows of a fused weight."""
 
     row_slice: slice
     factors: Factors
@@ -244,13 +244,11 @@ def _find_slices_of_parts(
 
 
 def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
-    """Return the LoRAs of the parts that this LoRA was joined from; [] if it was not joined.
-
-    A joined LoRA has a block-diagonal up factor.
+    """Return the LoRAs that were joined into this one, which has a block-diagonal up factor; [] if none were.
 
     Args:
-        factors: Factors of the module, by name of the part.
-        split_sizes: Numbers of rows of the parts.
+        factors: Factors of the module, by factor name.
+        split_sizes: Number of rows of each part.
     """
     is_plain = UP in factors and factors.keys() <= {"alpha", *LORA_FACTORS}
     if not is_plain or len(split_sizes) < 2:
@@ -320,7 +318,7 @@ def join_parts(
 def _find_fused_module(
     name: str, rows_in_model: Callable[[str], int | None] | None, family: FamilyNames | None
 ) -> RelatedModule | None:
-    """Return the fused module that contains a module; None if there is none, or if the model lacks it."""
+    """Return the fused module that contains a module; None if there is none or the model does not have it."""
     for related in related_modules(name.removeprefix(OURS), family):
         contains_module = not related.is_part
         if contains_module and (rows_in_model is None or rows_in_model(OURS + related.name) is not None):
@@ -471,7 +469,7 @@ def _is_low_rank_matrix(factors: Factors) -> bool:
 
 
 def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[FactorsOfRows]:
-    """Pair the factors of each part of a fused layer with its rows in the fused weight; sort by rows."""
+    """Pair the factors of each part with its rows of the fused weight, sorted by rows."""
     parts = [FactorsOfRows(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
     return sorted(parts, key=lambda part: part.row_slice.start)
 

@@ -42,7 +42,7 @@ _TUCKER_CORE = "lora_mid.weight"
 
 @dataclass(frozen=True)
 class ChangedParameter:
-    """A parameter that LoRAs change; the parameter `weight` includes the bias of its module."""
+    """A model parameter that LoRAs change; for `weight`, LoRAs may change the module's bias too."""
 
     path: str  # path of the parameter
     module: nn.Module
@@ -50,7 +50,7 @@ class ChangedParameter:
 
     @property
     def module_path(self) -> str:
-        """Path of the module if its weight is changed, else the full path of the parameter."""
+        """Path of the module if its weight is changed, otherwise the full path of the parameter."""
         return self.path.removesuffix(".weight")
 
     @property
@@ -241,7 +241,7 @@ class LoraBranch:
         return changes
 
     def _compute_full_addition(self, delta: Delta, device: torch.device) -> Tensor:
-        """Return the full matrix that a change adds to the weight at multiplier 1, float32."""
+        """Return the float32 matrix that the LoRA adds to the weight at multiplier 1."""
         addition = delta.compute_normalized_change(self.target.parameter, device, self._uses_frozen_norms)
         assert addition is not None
         return addition
@@ -314,7 +314,7 @@ def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class LoraWrapper(nn.Module):
-    """Run a module, and add the outputs of LoRAs to its output while `is_on`."""
+    """Runs a module, and adds the outputs of LoRAs to its output while `is_on`."""
 
     def __init__(self, target: ChangedParameter, branches: Sequence[LoraBranch]) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ class LoraWrapper(nn.Module):
         self._original_module[0].forward = self.forward
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors of all LoRAs to a device in a dtype."""
+        """Copy the factors of all LoRAs to a device and dtype."""
         for branch in self.branches:
             branch.place_on(device, dtype)
 
@@ -385,7 +385,7 @@ class LoraWrapper(nn.Module):
 
     @property
     def _is_innermost(self) -> bool:
-        """Return whether this wraps the frozen module directly; other wrappers need the original input."""
+        """Return whether this wraps the frozen module itself rather than another LoRA wrapper."""
         return getattr(self._inner_forward, "__self__", None) is self._original_module[0]
 
     def _run_with_replacement(self, branches: Sequence[LoraBranch], x: Tensor) -> Tensor:

@@ -147,5 +147,5 @@ def _unstack_columns(matrix: Tensor, count: int) -> Tensor:
 
 
 def _unstack_rows(matrix: Tensor, count: int) -> Tensor:
-    """Return a view of matrices one below another, P C x R, as P C R."""
+    """Return vertically stacked matrices, P C x R, as a view P x C x R."""
     return matrix.unflatten(0, (count, -1))

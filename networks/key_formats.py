@@ -254,10 +254,10 @@ def _has_text_encoder(family: FamilyNames, number: int) -> bool:
 
 
 def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
-    """Return whether a family's files may have these underscored paths.
+    """Return whether LoRA files of a family may contain these paths with underscores instead of dots.
 
-    Underscored paths of another layout (`input_blocks_1_1_proj_in`) occur only in files of families whose
-    LoRAs all tools write in this way (SDXL).
+    For paths of another layout (`input_blocks_1_1_proj_in`), only families whose LoRAs all tools write in
+    this way (SDXL) have such files.
     """
     has_aliases = any(alias(path, family) != path for path in paths)
     return not has_aliases or family.underscored_names == "aliases"
@@ -385,7 +385,7 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
 
 
 def module_of_tensor(name: str) -> tuple[str, str]:
-    """Split a tensor's name: `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
+    """Split a tensor name: `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
 
     A parameter that is not a module's weight or bias counts as a module, as in LoRA files:
     `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
@@ -406,7 +406,7 @@ def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list
 
 
 def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
-    """Return whether the sizes of a LoRA's modules, under our names, are possible in the family."""
+    """Return whether a LoRA's modules, under our names, may have their sizes in the family."""
     in_dit = _read_deltas_of_dit(modules)
     return sizes_fit(family, in_dit, lambda name: _size_of(in_dit[name]))
 
@@ -418,7 +418,7 @@ def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 
 def _size_of(delta: Delta) -> tuple[int, int] | None:
-    """Return rows and columns of the change of a weight; None if nothing is added, or for damaged factors."""
+    """Return the rows and columns of a weight change; None if nothing is added or factors are damaged."""
     if delta.has_row_range:  # the factors belong to a larger layer
         size = delta.matrix_size()
         return None if size is None else (delta.count_rows() or 0, size[1])

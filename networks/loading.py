@@ -111,7 +111,7 @@ class LoraFile:
 
     @property
     def evidence(self) -> str:
-        """Return what revealed the family, for messages: "its metadata" or "its names"."""
+        """Return where the family was found, for messages: "its metadata" or "its names"."""
         return "its names" if self.is_family_by_names else "its metadata"
 
     def may_lack(self, names: Iterable[str]) -> bool:
@@ -131,10 +131,10 @@ class LoraFile:
         return self.metadata.get(NORMS_FORM) == FROZEN_NORMS
 
     def for_expert(self, expert: str | None) -> "LoraFile":
-        """Return the LoRA for an expert if the file has one for each expert, else the file itself.
+        """Return the LoRA for an expert if the file has one for each expert, otherwise the file itself.
 
         Args:
-            expert: Name of the expert; empty or None if the model has no experts or its expert is unknown.
+            expert: Name of the expert; "" or None if the model has no experts or the expert is unknown.
 
         Raises:
             CheckpointError: If the file has LoRAs for experts, but none for this one.
@@ -188,7 +188,7 @@ class LoraFile:
         return next((family.depth_variants for family in families if family.depth_variants is not None), None)
 
     def family(self) -> FamilyNames | None:
-        """Return the family that the file was trained for; None if unknown or if several are possible."""
+        """Return the family that the file was trained for; None if unknown or ambiguous."""
         families = self.families()
         return families[0] if families and have_same_names(families) else None
 

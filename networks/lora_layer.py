@@ -214,7 +214,7 @@ class LoraLayer(nn.Module):
         return _multiply(self.lora_up, hidden, up)
 
     def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return the factors that were cast before the pass; None if they were not cast to this dtype."""
+        """Return the factors cast for this forward pass; None if they were not cast to `dtype`."""
         if self.cast_factors is None or self.cast_factors[0].dtype != dtype:
             return None
         return self.cast_factors
@@ -265,7 +265,7 @@ class LoraLayer(nn.Module):
         )
 
     def run_frozen(self, x: Tensor) -> Tensor:
-        """Return the output of the frozen module alone."""
+        """Return the output of the frozen module without the LoRA."""
         return self._original_forward(x)
 
     @property
@@ -360,7 +360,7 @@ class LoraLayer(nn.Module):
 
 
 def _multiply(factor: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Apply a factor to x with `weight` instead of its own weight."""
+    """Apply a factor's layer to x with `weight` in place of the layer's own weight."""
     if isinstance(factor, nn.Linear):
         return functional.linear(x, weight)
     return functional.conv2d(x, weight, None, factor.stride, factor.padding, factor.dilation)
@@ -389,7 +389,7 @@ def _make_factors(
 
 
 def _make_empty(layer: Layer) -> Layer:
-    """Move a layer from the meta device to the CPU, uninitialized; works with fake tensors too."""
+    """Move a layer from the meta device to the CPU with an uninitialized weight (may be a fake tensor)."""
     layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=layer.weight.dtype))
     return layer
 

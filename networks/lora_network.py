@@ -65,7 +65,7 @@ class OwnNetwork(nn.Module):
         )
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
-        """Give each layer of a Linear a buffer for the strengths of LoRA-GGPO's noise, one per row."""
+        """Give each Linear's layer a buffer with the strength of LoRA-GGPO's noise for each row."""
         linear = {name: layer for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
         strengths = nn.Module()  # buffers, which are saved with the state of a training run
         for index, (name, layer) in enumerate(linear.items()):
@@ -75,10 +75,10 @@ class OwnNetwork(nn.Module):
         self.additional_state = {"ggpo": strengths}
 
     def attach(self, in_dit: bool = True) -> None:
-        """Put the layers into the models they were built for.
+        """Attach the layers to the models they were built for.
 
         Args:
-            in_dit: Whether layers are put into the DiT too.
+            in_dit: Whether to attach the transformer's layers too.
         """
         for name, layer in zip(self.names, self.layers, strict=True):
             if in_dit or prefix_of(name) != UNET:

@@ -149,12 +149,12 @@ def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, 
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right, ... C, in place of `total` if that is contiguous.
+    """Return total + left @ right, ... x C, in place of `total` if it is contiguous.
 
     Args:
-        total: Tensor to add to, ... C.
-        left: Left matrix, M K.
-        right: Right matrix, K C.
+        total: Tensor to add to, ... x C.
+        left: Left matrix, M x K.
+        right: Right matrix, K x C.
     """
     # in place, because without that, addmm first copies `total` to its result
     total = total.contiguous()
@@ -172,9 +172,9 @@ def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 
 class BlockUp(nn.Module):
-    """Block-diagonal up factor of P parts; the rows of the p-th part multiply the p-th group of R values.
+    """Block-diagonal up factor of P parts; part p maps the p-th group of R values to its output rows.
 
-    `weight` has only the blocks, out x R. State dicts and files have the full matrix, out x P R.
+    `weight` contains only the blocks, out x R. State dicts and files have the full matrix, out x P R.
     """
 
     def __init__(self, rank: int, split_sizes: Sequence[int]) -> None:
@@ -300,7 +300,7 @@ def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
-    """Return the mean norm of up to MAX_ROWS rows of a frozen weight, chosen by the seed; float32, CPU."""
+    """Return the mean norm of up to MAX_ROWS rows of a frozen weight, sampled by seed; float32, CPU."""
     rows = torch.randperm(layer.out_features, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS]
     chosen = dequantized_weight_of(layer, layer.weight)[rows.to(layer.weight.device)]
     return torch.linalg.vector_norm(chosen, dim=1, dtype=torch.float32).mean().cpu()

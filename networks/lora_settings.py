@@ -145,7 +145,7 @@ class LoraSettings:
 
     @property
     def has_rank_dropout(self) -> bool:
-        """Return whether whole ranks are dropped."""
+        """Return whether rank dropout is used."""
         return self.dropouts is not None and self.dropouts.rank > 0
 
     @property

@@ -284,7 +284,7 @@ def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
 
 
 def _list_files(weighted_loras: Sequence[WeightedLora]) -> str:
-    """Return lines with the path and the strength of each LoRA."""
+    """Return a text with one line per LoRA: its path and strength."""
     return "\n".join(
         f"{weighted_lora.lora.path}, strength {weighted_lora.multiplier:g}"
         for weighted_lora in weighted_loras
@@ -545,7 +545,7 @@ class _LowRank(NamedTuple):
 
     @property
     def size(self) -> tuple[torch.Size, int]:
-        """Return the input axes of the weight (with the kernel), and the number of outputs."""
+        """Return the input axes of the weight (including the kernel) and the number of output rows."""
         return self.down.shape[1:], len(self.up)
 
     def describe_size(self) -> str:

@@ -157,7 +157,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checksums that browsers find a LoRA by; {} if the file is not a LoRA or too large."""
+    """Return the hashes by which browsers find a LoRA; {} if the file is too large or not a LoRA."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > MAX_HASHED or describe_lora(checkpoint) is None:
         return {}

@@ -190,7 +190,7 @@ def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[i
 
 
 class _ExpectedSize(NamedTuple):
-    """Size of a module's change, and the expected rows and columns in block widths; 0 allows any."""
+    """Size of a module's weight change, and its expected size as multiples of the block width (0: any)."""
 
     size: tuple[int, int]  # rows and columns
     rows_per_width: float
@@ -431,9 +431,9 @@ class _Table(Generic[Entry]):
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Entry]]) -> None:
-        """Index `pairs` of a template and its entry, in order of precedence, by underscored template.
+        """Index (template, entry) pairs by underscored template; earlier pairs take precedence.
 
-        A template is a module name with `{n}` instead of the block's number.
+        A template is a module name with `{n}` in place of the block index.
         """
         self._entries: dict[str, list[tuple[int, Entry]]] = {}
         for position, (template, entry) in enumerate(pairs):
@@ -516,7 +516,7 @@ def _tables(family: FamilyNames) -> _Tables:
 
 
 class _ModuleMatch(NamedTuple):
-    """Our module that a name in any layout refers to."""
+    """The module of ours that a name in some layout refers to."""
 
     path: str  # our path, with `{n}` for the block number
     number: str  # block number; "" if there is none
@@ -524,7 +524,7 @@ class _ModuleMatch(NamedTuple):
 
 
 def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
-    """Find the module of an underscored name in any layout of a family; None if the family lacks it."""
+    """Find a module by its underscored name in any layout of a family; return None if it has none."""
     tables = _tables(family)
     for table in (tables.ours, tables.by_alias, tables.renamed, tables.by_part):
         found = table.first(name)

@@ -138,7 +138,7 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def rank(self) -> int:
-        """Return --network_dim, or its default for the kind; for some kinds this is a size, not a rank."""
+        """Return --network_dim or the kind's default; for some kinds this is a block size, not a rank."""
         return self.network_dim or self.kind.default_size or DEFAULT_RANK
 
     @property

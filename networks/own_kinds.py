@@ -13,7 +13,7 @@ from networks.names.layouts import LoraRules
 
 @dataclass(frozen=True)
 class NetworkArguments:
-    """Values of the options that describe a network, such as `--network_dim`; None means the default."""
+    """Option values that describe a network, such as `--network_dim`; None means the default."""
 
     rank: int | None = None
     alpha: float | None = None

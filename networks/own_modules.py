@@ -28,7 +28,7 @@ logger = getLogger(__name__)
 
 
 class ModuleWithPath(NamedTuple):
-    """A module of a network, and its path in the network."""
+    """A module, and its path in the network that contains it."""
 
     path: str
     module: LoraModule
@@ -185,7 +185,7 @@ def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -
 
 
 def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[ModuleWithPath]:
-    """Yield each Linear and Conv2d whose path has one of these prefixes, in the model's order."""
+    """Yield each Linear and Conv2d whose path starts with one of the prefixes, in model order."""
     for path, module in unet.named_modules():
         if f"{path}.".startswith(starts) and isinstance(module, (nn.Linear, nn.Conv2d)):
             yield ModuleWithPath(path, module)

@@ -33,7 +33,7 @@ class NamePattern:
 
 
 def in_any_spelling(pattern: str) -> str:
-    r"""Return the regular expression with each `\.` and `_` matching both a dot and an underscore."""
+    r"""Return the regular expression with each `\.` and `_` matching either a dot or an underscore."""
     tokens: list[str] = []
     in_class = False  # inside [...]
     for token in re.findall(r"\\.|.", pattern, re.DOTALL):

@@ -36,7 +36,7 @@ MAX_METADATA = 300  # characters of the metadata value
 
 
 def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype | None:
-    """Return the 16-bit dtype that a changed weight is rounded to; None if it stays in float32.
+    """Return the 16-bit dtype to which a changed weight is rounded; None if it stays in float32.
 
     Args:
         stored: Dtype of the weight when it is changed.

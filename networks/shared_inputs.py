@@ -150,7 +150,7 @@ class SharedInput:
 
 
 class _Outputs(torch.autograd.Function):
-    """Frozen linear layers and their LoRAs; sums are rounded once, because products are added in place.
+    """Frozen linear layers with their LoRAs; products are added in place, so each sum is rounded only once.
 
     The inputs after `down` are the up factors, the weights and the biases of all layers.
     """

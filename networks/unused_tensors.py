@@ -171,7 +171,7 @@ def explain_absent_text_module(name: str) -> UnusedReason:
 
 
 def is_projection(names: Iterable[str]) -> bool:
-    """Return whether these names of a text encoder's modules or weights all belong to its projection."""
+    """Return whether all of these module or weight names belong to a text encoder's projection."""
     return all(module_of(name) == TEXT_PROJECTION for name in names)
 
 

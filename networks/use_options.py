@@ -89,7 +89,7 @@ ADDED_PATTERN = "(?#of another option)"
 
 
 class LoraPatternOptions(Options):
-    """Which parts of each LoRA file are used: one regular expression per file, searched in tensor names."""
+    """One regular expression per LoRA file that selects the tensors to use by name."""
 
     include_patterns: tuple[str, ...] | None = option(f"use only tensors that match: one {PATTERN}")
     exclude_patterns: tuple[str, ...] | None = option(f"leave out tensors that match: one {PATTERN}")

@@ -118,9 +118,9 @@ def write_pieces_for_diffusers(
 
 
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
-    """Rename LoRAs of text encoders to `text_encoder.text_model. ... .lora_A.weight`, as diffusers has them.
+    """Rename text encoder LoRAs to diffusers' names, `text_encoder.text_model. ... .lora_A.weight`.
 
-    CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders for which no pipeline of diffusers loads LoRAs are
+    CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders for which no diffusers pipeline loads LoRAs are
     left out.
     """
     reason = "diffusers has no such text encoder"

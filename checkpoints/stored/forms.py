@@ -103,7 +103,7 @@ class QuantizedWeight:
 
 
 def form_of(quantization: Quantization) -> QuantizationFormat:
-    """Return the storage format of a quantization; the module of that format builds it."""
+    """Return the quantization format that the options select, from the module of that format."""
     form: QuantizationFormat = import_own(f"checkpoints.stored.{quantization.form}").form_of(quantization)
     return form
 

@@ -118,7 +118,7 @@ class Fp8:
         return QuantizedWeight(self, (rows, columns), quantize(weight, self.quantization))
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Return a weight on the meta device, to plan memory; its negligible scales are left out."""
+        """Return a weight on the meta device, to plan memory; its negligible scales are omitted."""
         return QuantizedWeight(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:

@@ -109,7 +109,7 @@ class Int8:
         return replace(self, rounds_gradients=chosen.rounds_gradients)
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device, because every device can store int8."""
+        """Accept any device: every device can store int8."""
 
 
 def form_of(quantization: Quantization) -> Int8:
@@ -192,7 +192,7 @@ def _multiply_in_int8(
 def _multiply_dequantized(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that maps a slice of output gradients to input gradients, by dequantized weights."""
+    """Return a function that multiplies a slice of output gradients by the dequantized weight."""
     plain = _by_parts(lambda part: _scale_codes(codes, scale, part), codes, gradients.dtype)
 
     def product(part: slice) -> Tensor:
@@ -234,7 +234,7 @@ _hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # it would be eight laun
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize float32 rows to int8, rounding half to even; return codes and row scales, M 1 float32."""
+    """Quantize float32 rows to int8 (round half to even); return codes and row scales, M x 1 float32."""
     scales = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(MIN_SCALE)
     return (x / scales).round().clamp(-128, 127).to(torch.int8), scales
 

@@ -107,7 +107,7 @@ class Nf4:
         return None
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return the chosen format if it is nf4 too, for its compute settings; otherwise this format."""
+        """Return `chosen`, which has the compute settings, if it is nf4 too; otherwise this format."""
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
@@ -150,7 +150,7 @@ def form_of(quantization: Quantization) -> Nf4:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Add bitsandbytes' dequantization for CUDA devices, if the package is installed."""
+    """Add bitsandbytes' dequantization function for CUDA devices if the package is installed."""
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         return quantization
     importlib.import_module("bitsandbytes")  # it registers its operations

@@ -44,7 +44,7 @@ class PackedRowFormat:
         return f"in {self.name}"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Raise NotImplementedError, because these formats can only be read from files."""
+        """Raise NotImplementedError, because this format can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> QuantizedWeight:
@@ -134,7 +134,7 @@ def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
 
 
 def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
-    """Multiply values, N K, by one scale for each group of G neighboring columns, N K/G."""
+    """Multiply values, N x K, by scales, N x K/G, one for each group of G neighboring columns."""
     return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
 
@@ -198,7 +198,7 @@ def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Dequantize N rows of K int8 weights with one scale per row, N 1."""
+    """Dequantize N rows of an int8 weight with K columns and one scale per row, N x 1."""
     return weight.float() * scale
 
 

@@ -13,7 +13,7 @@ from networks.kinds.factors import Factors, Shapes
 
 
 class MismatchError(RuntimeError):
-    """The shapes of factors do not match."""
+    """The shapes of a module's factors do not match each other."""
 
 
 class Magnitudes(Protocol):

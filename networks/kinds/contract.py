@@ -252,7 +252,7 @@ class NetworkKind:
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> "TranslatedModules | None":
-        """Return modules of this kind in the form that diffusers reads; None if there is no such form."""
+        """Return modules of this kind as diffusers reads them; None if diffusers needs no special format."""
         return None
 
 

@@ -78,7 +78,7 @@ class DoraKind(NetworkKind):
         are_frozen: bool,
         target: str,
     ) -> "LoraFile":
-        """Convert the magnitudes of a file between norms of frozen and of changed weights."""
+        """Convert a file's DoRA magnitudes between norms of frozen weights and norms of changed weights."""
         from networks.kinds.dora_files import convert_to_norms  # torch
 
         return convert_to_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)

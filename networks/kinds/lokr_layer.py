@@ -24,7 +24,7 @@ class LokrAlgebra(Algebra):
     indivisible = "a LoKr"
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return an error if the large matrix is missing; else None."""
+        """Return an error message if the large LoKr matrix is missing; otherwise None."""
         return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:

@@ -21,7 +21,7 @@ from networks.kinds.factors import Factors
 
 
 def block_size_of(columns: int) -> int | None:
-    """Return b from the number of values of a block, b (b - 1) / 2; None if no b has so many."""
+    """Return the block size b for a row of b (b - 1) / 2 values; None if no b fits."""
     size = (1 + math.isqrt(1 + 8 * columns)) // 2
     return size if columns and size * (size - 1) // 2 == columns else None
 
@@ -63,7 +63,7 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def rotate_weight(weight: Tensor, rotations: Tensor) -> Tensor:
-    """Return the change W (R^T - I) of a weight, out x in, float32."""
+    """Return the change W (R^T - I) of a weight, out x in, in float32."""
     return rotate(weight.float(), rotations.float().transpose(1, 2))
 
 

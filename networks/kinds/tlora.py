@@ -45,7 +45,7 @@ class TLoraRule:
         return f"{SWITCH}=True {MIN_RANK}={self.minimum} {ALPHA}={self.power:g}"
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
-        """Return the number of active ranks of each sample, S.
+        """Return the number of active ranks for each sample, S.
 
         Args:
             rank: Rank of the LoRA.

@@ -265,7 +265,7 @@ def in_both_streams(endings: str) -> str:
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
-    """Return the parts of our fused weight [q; k; v]; {x} in `theirs` is replaced by q, k and v."""
+    """Return the parts of our fused weight [q; k; v]; q, k and v replace {x} in the other layout's path."""
     return tuple(WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
 
 
@@ -299,7 +299,7 @@ def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...
 
 
 def _pattern(path: str) -> str:
-    """Return a regular expression for a path with `{n}`."""
+    """Return a regular expression for a path in which `{n}` matches any number."""
     return re.escape(path).replace(re.escape("{n}"), r"(\d+)")
 
 
