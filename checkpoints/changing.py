@@ -168,7 +168,7 @@ def _list_notes(checkpoint: Checkpoint, change: CheckpointChange, num_dequantize
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]) -> list[str]:
-    """Return tensor names without the scales and other companions of the weights in `dequantized`."""
+    """Return tensor names without the scales and companion tensors of the weights in `dequantized`."""
     unneeded = {scales[weight] for weight in dequantized}
     for weight in dequantized:
         layer = weight.removesuffix(".weight")

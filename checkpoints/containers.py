@@ -88,7 +88,7 @@ def check_count(path: Path, tensors: int) -> None:
 
 
 class HeaderFile:
-    """Base of files with a header that lists their tensors."""
+    """Base class of files whose header lists the tensors."""
 
     left_out: Sequence[str] = ()  # names of entries that are not tensors
     header_name = "header"  # description of the header, for messages
@@ -115,17 +115,17 @@ class HeaderFile:
             ) from error
 
     def _read_header(self, size: int) -> None:
-        """Read the header into `tensors`, `metadata` and `_offsets`; `size` is the file's size in bytes."""
+        """Read the header into `tensors`, `metadata` and `_offsets`; `size` is the file size in bytes."""
         raise NotImplementedError
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a tensor that must be copied immediately; it may be a view of `read_buffer` (uint8)."""
+        """Return a tensor that must be copied at once, because it may be a view of `read_buffer` (uint8)."""
         info = self.tensors[name]
         return info.read(self._file, self._offsets[name], read_buffer=read_buffer, path=self.path, name=name)
 
 
 class SafetensorsFile(HeaderFile):
-    """Safetensors file that is read without the safetensors library, which maps the full file.
+    """Safetensors file read without the safetensors library, which memory-maps the whole file.
 
     Windows reserves as much memory for such a mapping and may fail with "the paging file is too small".
     """

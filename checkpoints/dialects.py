@@ -118,7 +118,7 @@ def _select_quantized_layers(
 
 
 def text_quantization(form: str) -> Quantization:
-    """Return the quantization of a text encoder to `form`, the name of a module in `checkpoints.stored`."""
+    """Return the quantization of text encoder weights to `form`, a module name in `checkpoints.stored`."""
     return Quantization("rows", float32_scales=True, form=form)
 
 
@@ -161,7 +161,7 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
 
 
 def translate_name(name: str, table: Names) -> str:
-    """Translate a tensor name of a file to ours; an unknown name is kept and later reported."""
+    """Translate a tensor name in a file to ours; an unknown name is kept, and reported later."""
     # one combined pattern first, because most names of an all-in-one file match none
     if not _join_patterns(tuple(pattern for pattern, _ in table)).fullmatch(name):
         return name
@@ -335,12 +335,12 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 
 def stack_heads(rows: Tensor, head_width: int) -> Tensor:
-    """Reorder rows from [q0; k0; v0; q1; k1; v1; ...], one per head, to [all q; all k; all v]."""
+    """Reorder the rows of each head, [q0; k0; v0; q1; k1; v1; ...], to [all q; all k; all v]."""
     return rows.unflatten(0, (-1, 3, head_width)).transpose(0, 1).flatten(0, 2)
 
 
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
-    """Compute the shapes of our tensors, which `join_parts` makes, from the shapes in the file."""
+    """Return the shapes of the tensors that `join_parts` returns, given the shapes in the file."""
     joined: dict[str, tuple[int, ...]] = {}
     for stored_name, shape in shapes.items():
         name = translate_name(stored_name, table).partition("#")[0]
@@ -357,7 +357,7 @@ def _concatenate(parts: list[TensorSource]) -> TensorSource:
         return parts[0]
 
     def build(*file_tensors: Tensor) -> Tensor:
-        """Concatenate tensors; use float32 if some are fp8, because torch cannot promote fp8 dtypes."""
+        """Concatenate tensors, in float32 if any is fp8, because torch cannot promote fp8 dtypes."""
         tensors = [part.build_tensor(group) for part, group in _group_by_part(parts, file_tensors)]
         dtype = tensors[0].dtype
         if any(tensor.dtype.itemsize == 1 for tensor in tensors):
@@ -382,7 +382,7 @@ def _concatenate(parts: list[TensorSource]) -> TensorSource:
 def _group_by_part(
     parts: Iterable[TensorSource], file_tensors: Sequence[Tensor]
 ) -> Iterator[tuple[TensorSource, Sequence[Tensor]]]:
-    """Yield each source with those of the concatenated file tensors that it is built from."""
+    """Yield each part with those of the file tensors that it is built from."""
     first = 0
     for part in parts:
         end = first + len(part.names)

@@ -68,7 +68,7 @@ class DitConfig(Protocol):
 
     @property
     def kind(self) -> str:
-        """Return the conditioning of the model, such as t2v or i2v."""
+        """Return what the model is conditioned on, such as t2v or i2v."""
 
 
 Config = TypeVar("Config", bound=DitConfig)
@@ -95,7 +95,7 @@ def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
 
 @dataclass(frozen=True)
 class DitFormat(Generic[Config, Dit]):
-    """How to recognize and read the transformer files of a family."""
+    """How to recognize and read the transformer files of a model family."""
 
     # takes a checkpoint without prefixes; raises CheckpointError for files of other families
     read_bare: Callable[[Checkpoint], DitHeader[Config]]
@@ -139,7 +139,7 @@ class DitFormat(Generic[Config, Dit]):
         )
 
     def identify(self, path: Path) -> str | None:
-        """Describe a file if it is a transformer of this family; otherwise return None."""
+        """Return a description of a transformer file of this family; None for any other file."""
         try:
             with open_checkpoint(path) as checkpoint:
                 return f"it is {self.describe(self.read_header(checkpoint))} ({self.option})"

@@ -25,7 +25,7 @@ def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
 
     Args:
         path: The file.
-        option: Option that names the file.
+        option: Option that sets the path.
         why: Reason, for the message.
     """
     return CheckpointError(
@@ -68,7 +68,7 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
 
 
 def list_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return only the entries of a file that are tensors, by name."""
+    """Return only those values of an unpickled file that are tensors, by name."""
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 

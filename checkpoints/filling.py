@@ -370,7 +370,7 @@ class _TensorLoader:
         return QuantizedWeight(form, loaded.shape, (weight, *scale_copies))
 
     def _read_quantized(self, name: str, layer: nn.Linear) -> QuantizedWeight:
-        """Read a quantized weight unchanged; its tensors may be views of `read_buffer`."""
+        """Read a quantized weight without changing it; its tensors may be views of `read_buffer`."""
         source = self._sources[name]
         padded_weight = source.make_quantized(self._read_parts(source))
         assert padded_weight is not None
@@ -379,7 +379,7 @@ class _TensorLoader:
         return QuantizedWeight(padded_weight.format, shape, padded_weight.tensors)
 
     def _quantize(self, name: str, form: QuantizationFormat) -> QuantizedWeight:
-        """Quantize a weight after LoRAs have been folded in, and record its rounding error."""
+        """Quantize a weight after LoRAs were merged into it, and record its rounding error."""
         first_part = self._sources[name].names[0]
         weight = self._compute_unrounded(name, self._checkpoint.tensors[first_part].dtype)
         quantized_weight = form.quantize(weight)

@@ -133,7 +133,7 @@ class GgufFile(HeaderFile):
         return offsets
 
     def _read_keys(self, reader: "_HeaderReader", num_keys: int) -> dict[str, tuple[int, ...]]:
-        """Read metadata keys into `metadata`; return the original shapes of reshaped tensors by name."""
+        """Read metadata into `metadata`; return the original shapes of reshaped tensors by name."""
         model_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(num_keys):
             key = reader.read_string()
@@ -242,7 +242,7 @@ class GgufFile(HeaderFile):
         return heads
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a tensor with its rows in the order of transformers; it may be a view of `read_buffer`."""
+        """Return a tensor with rows in transformers' order; it may be a view of `read_buffer`."""
         tensor = super().borrow(name, read_buffer)
         if name in self._num_permuted_heads:
             # rotary pairs of rows are adjacent in the file; transformers has the first halves of all pairs,
@@ -311,7 +311,7 @@ class _HeaderReader:
 
 
 def _make_packing(kind: Kind, file_shape: tuple[int, ...], shape: tuple[int, ...]) -> Packing:
-    """Return how a tensor is packed, from its shapes in the file and in the model."""
+    """Return how a tensor is packed, based on its shapes in the file and in the model."""
     # if each row of the model has whole quantization blocks, a layer can use them directly
     has_full_rows = shape[-1] % kind.weights == 0
     *leading, columns = shape if has_full_rows else file_shape

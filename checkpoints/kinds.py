@@ -160,10 +160,12 @@ def kind_by_name(path: Path, is_sharded: bool) -> str | None:
 
 
 def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
-    """Recognize a file by its tensor names, such as "a RetinaFace face detector"; return None if unknown.
+    """Describe a file by its tensor names, for example as "a RetinaFace face detector"; None if unknown.
 
-    `marks` lists the kinds to recognize, each with a tensor name; the first that is in the file counts. None
-    means all known kinds.
+    Args:
+        names: Names of the tensors.
+        marks: Pairs of a tensor name and the description of files that contain it; the first match counts.
+            None: all known files.
     """
     if marks is None:
         marks = (*UNSUPPORTED_MODELS, *family_marks(), *OF_PARTS, *OF_TOOLS)

@@ -130,7 +130,7 @@ def _find_prefix(layers: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def _require_table(value: Any) -> dict[str, Any]:
-    """Return the value if it is a dictionary; raise ValueError if it is not."""
+    """Return the value if it is a dictionary; otherwise raise ValueError."""
     if not isinstance(value, dict):
         raise ValueError(f"its quantization record has {str(value)[:60]!r} instead of a table")
     return value
@@ -482,7 +482,7 @@ def _describe_bitsandbytes(layer: _QuantizedLayer, read: Callable[[str], Tensor]
 
 
 def _check_four_bits(layer: _QuantizedLayer, rows: Any, columns: Any, block: int) -> None:
-    """Raise ValueError if a bitsandbytes 4-bit weight does not match the sizes in its `QuantState`."""
+    """Raise ValueError if a bitsandbytes 4-bit weight does not match the shape in its `QuantState`."""
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the format {str(form)[:60]!r}; nf4 and fp4 are read")

@@ -281,12 +281,12 @@ def _list_folder_files(folder: Path) -> list[Path]:
 
 
 def is_sharded(path: Path) -> bool:
-    """Return whether a path names a sharded model: a shard, an index, or a folder."""
+    """Return whether a path is part of a sharded model: a shard, an index or a folder."""
     return path.is_dir() or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
 
 
 def require_all_shards(files: Sequence[Path]) -> None:
-    """Raise CheckpointError if the file names, such as 2 of 3, show that shards are missing."""
+    """Raise CheckpointError if shards are missing, as file names such as 00002-of-00003 show."""
     for file in files:
         if _SHARD.fullmatch(file.name):
             _require_neighbors(file, _list_shards(file.name))
@@ -430,7 +430,7 @@ def _register_packed_weights(
 
 
 def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
-    """Return the names of a packed weight's additional tensors, such as its scales."""
+    """Return the names of the tensors that a packed weight needs in addition, such as its scales."""
     assert info.packing is not None
     return tuple(name.removesuffix("weight") + end for end in info.packing.companion_suffixes)
 

@@ -226,7 +226,7 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
 
 
 def _recognize_text_encoder(checkpoint: Checkpoint) -> RecognizedModel | None:
-    """Recognize a text encoder by one of its tensors, and find its linear layers; None for other files."""
+    """Recognize a text encoder by its tensor names, and list its linear layers; None for other files."""
     names = checkpoint.tensors
     for identifying_pattern, layer_pattern in _TEXT_ENCODERS.items():
         matches = (re.fullmatch(rf"(.*\.)?{identifying_pattern}", name) for name in names)

@@ -197,7 +197,7 @@ def _ranks_without_alpha(network: NetworkFactors) -> dict[str, int]:
 
 
 def _merge_settings(sources: Sequence[_AlphaSource], alpha: float | None) -> dict[str, Any]:
-    """Merge the settings of all sources into one PEFT configuration; earlier sources take precedence."""
+    """Merge the settings from all sources into one PEFT configuration; earlier sources take precedence."""
     patterns: dict[str, Any] = {}
     use_rslora = None
     for source in sources:
@@ -521,7 +521,7 @@ def _join_alphas(dit_alphas: FoundAlphas, encoder_alphas: Sequence[FoundAlphas])
 
 
 def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return the paths of text encoders' modules by name, grouped by the encoder's prefix in diffusers."""
+    """Return {text encoder prefix in diffusers: {module name: module path}}."""
     module_paths: dict[str, dict[str, str]] = {}
     for name in texts:
         encoder_prefix = ""
@@ -536,10 +536,10 @@ def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class _AlphaRules:
-    """The alphas in PEFT settings.
+    """Alphas in PEFT settings.
 
-    A key of `alpha_pattern` is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for
-    it. If several keys match, PEFT uses the first.
+    A key of `alpha_pattern` is the end of a module path (`to_q`, `attn1.to_q`) or a regular expression for
+    the path. If several keys match, PEFT uses the first.
     """
 
     values: Mapping[str, float]  # the setting alpha_pattern

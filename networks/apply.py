@@ -253,7 +253,7 @@ class Change:
 
     @property
     def replaces_weight(self) -> bool:
-        """Return whether this change replaces the weight and all earlier changes, as in ComfyUI."""
+        """Return whether this LoRA replaces the weight with the changes of earlier LoRAs, as in ComfyUI."""
         return (
             self.delta.replaces_weight
             and self.parameter_name == "weight"

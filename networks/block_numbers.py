@@ -82,7 +82,7 @@ class BlockSettings:
         return 1.0 if number is None or not self.rate_factors else self.rate_factors[number]
 
     def is_left_out(self, path: str) -> bool:
-        """Return whether a module gets no LoRA because the learning rate of its block is too low."""
+        """Return whether a module gets no LoRA because its block's learning rate is below the threshold."""
         return bool(self.rate_factors) and self.rate_factor_of(path) <= self.threshold
 
     def rank_and_alpha_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:

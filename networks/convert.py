@@ -468,7 +468,7 @@ def _convert_both_experts(
 
 
 def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Join the metadata of two experts' LoRAs; entries that differ become JSON in one additional entry."""
+    """Join the metadata of two experts' LoRAs; values that differ are stored as JSON under one extra key."""
     entries_by_expert = {expert: _without_stale(metadata) for expert, metadata in metadata_by_expert.items()}
     common: dict[str, str] = {}
     for key, value in next(iter(entries_by_expert.values())).items():

@@ -55,7 +55,7 @@ def fit_depths(
 
 
 def fit_to_file(weighted_loras: Sequence[WeightedLora], model: Path) -> list[WeightedLora]:
-    """Map the blocks of LoRAs to those of a deeper or shallower transformer, whose header shows its depth."""
+    """Map LoRA blocks to the blocks of a deeper or shallower transformer, whose file shows its depth."""
     if not any(weighted_lora.lora.depth_variants for weighted_lora in weighted_loras):
         return [*weighted_loras]
     with open_checkpoint(model) as checkpoint:
@@ -83,8 +83,8 @@ def _find_indices(modules: Iterable[str], list_names: Iterable[str]) -> set[int]
     """Return the block indices in underscored module names, with or without our prefix.
 
     Args:
-        modules: Names of the modules.
-        list_names: Underscored names of the lists of blocks.
+        modules: Module names.
+        list_names: Underscored names of block lists, such as `blocks`.
     """
     pattern = re.compile(rf"(?:{OURS})?(?:{'|'.join(map(re.escape, list_names))})_(\d+)_")
     return {int(match[1]) for match in map(pattern.match, modules) if match}

@@ -548,7 +548,7 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
 
 
 def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of weights and biases; position ids are left out, because many files lack them."""
+    """Return the names of weights and biases, without position ids, which many files lack."""
     return [name for name in checkpoint.tensors if name.endswith(_WEIGHTS) and pieces_of(name)]
 
 

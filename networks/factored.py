@@ -34,7 +34,7 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> "Geometry":
-        """Return the geometry of a convolution; its padding must be given as numbers, not as "same"."""
+        """Return the stride, padding and so on of a Conv2d; its padding must be numeric, not "same"."""
         assert not isinstance(module.padding, str)
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
@@ -121,7 +121,7 @@ class FactoredLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
     def attach(self) -> None:
-        """Replace the frozen module's forward with this layer's."""
+        """Replace the forward method of the frozen module with this layer's."""
         self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 

@@ -549,11 +549,11 @@ def _fold_into_up(factors: Factors) -> Factors:
 
 
 def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> Tensor:
-    """Stack one tensor of each part of a fused weight along rows; rows of parts without this tensor are 0.
+    """Stack one factor of each part of a fused weight along rows, with zeros for parts that lack it.
 
     Args:
         parts: Factors of each part, with the part's rows in the fused weight.
-        name: Name of the tensor in the factors, such as the name of the up factor.
+        name: Name of the factor, such as the up factor.
         num_rows: Number of rows of the fused weight.
     """
     parts_with_tensor = [part for part in parts if name in part.factors]

@@ -140,7 +140,7 @@ class LoraBranch:
         self._bias = self.delta.compute_bias_change(device)
 
     def release(self) -> None:
-        """Release the tensors that `place_on` made."""
+        """Release the tensors that `place_on` created."""
         self._rotation_values = None
         self._low_rank_factors = []
         self._full_delta = None

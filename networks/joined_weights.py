@@ -142,7 +142,7 @@ def multiply_transposed(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Te
 
 
 def _unstack_columns(matrix: Tensor, count: int) -> Tensor:
-    """Return a view of matrices side by side, M x P C, as P M C."""
+    """Return horizontally stacked matrices, M x P C, as a view P x M x C."""
     return matrix.unflatten(-1, (count, -1)).transpose(0, 1)
 
 

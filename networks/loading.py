@@ -102,7 +102,7 @@ class LoraFile:
 
     @property
     def expert(self) -> str | None:
-        """Return the expert that the LoRA was trained for, by its metadata or file name.
+        """Return the expert that the LoRA was trained for, according to its metadata or file name.
 
         Returns:
             FOR_BOTH for a LoRA for both experts; None if unknown or if the file has a LoRA for each expert.
@@ -276,7 +276,7 @@ def read_lora(
 
 
 def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
-    """Return the error for a file of an unsupported kind of network, recognized by the tensor name `key`."""
+    """Return the error for a file of an unsupported network kind, which the tensor name `key` shows."""
     return CheckpointError(
         f"{path} is a network of the kind {kind}, which is not supported: it has {key}.\n"
         f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
@@ -367,7 +367,7 @@ def _build_lora(
 def _drop_tensors_without_effect(
     path: Path, tensors: dict[str, Tensor], text_tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Drop unused alphas, and changes of weights that the file replaces; warn of these changes."""
+    """Drop unused alphas, and changes of weights that the file itself replaces; warn of the latter."""
     remaining, replaced = drop_replaced(drop_unused_alphas(tensors))
     remaining_texts, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
     names = [*replaced, *replaced_in_texts]

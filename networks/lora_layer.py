@@ -42,7 +42,7 @@ class Dropouts:
 
 
 class DropoutSeed:
-    """The seed of all dropout masks in one micro-batch, shared by the layers of a network."""
+    """Seed for all dropout masks of one micro-batch, shared by the layers of a network."""
 
     value: int | None = None
 
@@ -281,7 +281,7 @@ class LoraLayer(nn.Module):
         return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
 
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of alpha / rank * up @ down, from R x R products."""
+        """Return the Frobenius norm of alpha / rank * up @ down, computed from R x R products."""
         squares = []
         for down, up in self.factor_pairs():  # R x in, out x R
             # Apple GPUs have no float64
@@ -294,7 +294,7 @@ class LoraLayer(nn.Module):
         return self.scale * torch.stack(squares).sum().sqrt()
 
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply the change by `ratio`, and thus each factor by its square root."""
+        """Multiply the change by `ratio`, that is, each factor by its square root."""
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 
@@ -320,7 +320,7 @@ class LoraLayer(nn.Module):
         return self._masked(hidden * (self.multiplier * self.scale), dropouts)
 
     def _masked(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Apply the rank mask of a T-LoRA and dropouts to the output of the down factor."""
+        """Apply T-LoRA's rank mask and dropout to the output of the down factor."""
         rank_axis = -1 if isinstance(self.lora_down, nn.Linear) else 1
         if self.rank_mask is not None:
             hidden = self.rank_mask.apply(hidden, rank_axis)

@@ -269,7 +269,7 @@ class OwnNetwork(nn.Module):
         return [groups[label] for label in labels], labels
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
-        """Return for each layer the indices of the patterns in network_reg_lrs that match its name."""
+        """Return the indices of the patterns in network_reg_lrs that match the name of each layer."""
         matches = [find_by_pattern(self.settings.pattern_learning_rates, name) for name in self.names]
         log_overlaps("network_reg_lrs", self.settings.pattern_learning_rates, matches)
         return matches

@@ -191,7 +191,7 @@ class BlockUp(nn.Module):
         self.register_load_state_dict_pre_hook(_gather)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the product of values, ... P R, and this module's blocks, as ... out."""
+        """Multiply values, ... x P R, by this module's blocks; return ... x out."""
         return self.multiply(hidden, self.weight)
 
     def multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> No
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Replace the full matrix of an up factor in a state dict by its blocks."""
+    """Replace the full matrix of an up factor in a state dict with only its blocks."""
     assert isinstance(module, BlockUp)
     weight = state.get(f"{prefix}weight")
     if weight is None:
@@ -307,7 +307,7 @@ def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
 
 
 class _Noise(torch.autograd.Function):
-    """Compute x @ noise^T; the noise, out x in, is drawn again from its seed in the backward pass."""
+    """Compute x @ noise^T; the backward pass draws the noise, out x in, again from its seed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:

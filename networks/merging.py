@@ -141,7 +141,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
 
 
 def _read_uses(options: FluxMergeOptions | FullMergeOptions) -> list[WeightedLora]:
-    """Return the LoRAs with their strengths."""
+    """Read the LoRA files to merge, each with its strength."""
     files = zip(options.models or (), options.ratios or (), strict=True)
     return [WeightedLora(read_lora(path, with_texts=True), ratio) for path, ratio in files]
 
@@ -157,7 +157,7 @@ def _write_sum(
     weighted_loras: Sequence[WeightedLora],
     device: torch.device,
 ) -> None:
-    """Write the sum of LoRAs as one LoRA, and show what was written."""
+    """Write the weighted sum of LoRAs as one LoRA file, and show a summary."""
     metadata = save_sum(options, output, weighted_loras, device)
     rows = [
         ("LoRAs", _list_files(weighted_loras)),
@@ -409,7 +409,7 @@ def _make_patch(
 def _metadata_of_merged(
     checkpoint: Checkpoint, model: Path, weighted_loras: Sequence[WeightedLora]
 ) -> dict[str, str]:
-    """Return the model's own metadata, without hashes, and the names of the merged files."""
+    """Return the model's metadata without its hashes, plus the names of the merged files."""
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
     if weighted_loras:
         metadata["modelspec.merged_from"] = ", ".join(
@@ -538,7 +538,7 @@ def _list_summands(weighted_loras: Sequence[WeightedLora]) -> dict[str, list[_Su
 
 
 class _LowRank(NamedTuple):
-    """The factors of a change of a weight, up @ down."""
+    """Factors up @ down of a weight change."""
 
     down: Tensor  # R x in (x kernel)
     up: Tensor  # out x R (x 1 x 1)
@@ -608,7 +608,7 @@ class DecomposedProduct(NamedTuple):
 
 
 def decompose_product(up: Tensor, down: Tensor) -> DecomposedProduct:
-    """Decompose up @ down, out x R and R x in, without computing the product: by two QR decompositions."""
+    """Decompose up @ down (out x R times R x in) by two QR decompositions, without computing the product."""
     left, small_left = torch.linalg.qr(up)
     right, small_right = torch.linalg.qr(down.T)
     u, singular_values, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)

@@ -425,9 +425,9 @@ class _Found(NamedTuple, Generic[Entry]):
 
 
 class _Table(Generic[Entry]):
-    """Look up entries by underscored name through templates: `blocks_0_ffn_0` fits `blocks.{n}.ffn.0`.
+    """Look up values by underscored module name with templates: `blocks_0_ffn_0` matches `blocks.{n}.ffn.0`.
 
-    A dictionary is used instead of one regular expression, because there are thousands of templates.
+    It uses a dictionary instead of one regular expression, because there are thousands of templates.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Entry]]) -> None:

@@ -235,7 +235,7 @@ def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSetting
 
 
 def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraSize | None:
-    """Return rank and alpha of a layer by the family's rules; None if its block gets no layer."""
+    """Return a layer's rank and alpha by the family's rules; None if its block is not trained."""
     for outside_path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
         if path == outside_path or path.startswith(f"{outside_path}."):
             return LoraSize(rank, settings.alpha)
@@ -436,7 +436,7 @@ def _factors_for(
 
 
 def _list_encoder_modules(encoder: nn.Module) -> Iterator[ModuleWithPath]:
-    """Yield the modules of a text encoder's blocks, with their published paths."""
+    """Yield the modules of a text encoder's blocks with their paths in published checkpoints."""
     prefixes = tuple(f"{name}." for name in spec_of(encoder).block_lists)
     for path, module in _list_modules_below(encoder, prefixes):
         yield ModuleWithPath(published_path(path), module)

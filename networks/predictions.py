@@ -29,7 +29,7 @@ MAX_SHOWN = 60  # characters of a metadata value in a message
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction type of a model by its metadata; a LoRA's metadata describe its base model."""
+    """Prediction type of a model according to its metadata; a LoRA's metadata describes its base model."""
 
     velocity: bool | None  # whether it predicts v, not noise; None: not in the metadata
     zero_terminal_snr: bool

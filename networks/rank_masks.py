@@ -36,7 +36,7 @@ class RankMask:
         self.masks: Tensor | None = None  # S x R, or 1 x R for equal levels; booleans
 
     def set_levels(self, levels: Tensor) -> None:
-        """Compute the mask of each sample's ranks for the next pass from its noise level, S."""
+        """Compute the rank mask of each sample for the next forward pass from noise levels, S."""
         rank = self.rank // self.num_parts
         indices = torch.arange(rank, device=levels.device)
         is_active = indices < self.rule.active(rank, levels)[:, None]  # S x rank
@@ -64,7 +64,7 @@ class RankMask:
 
 
 def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) -> RankMask:
-    """Return the mask for LoRAs of this rank on a network; `set_levels` sets its noise levels.
+    """Return a network's mask for LoRAs of this rank; `set_levels` sets its noise levels.
 
     `num_parts` is the number of LoRAs of equal rank that were joined into each LoRA.
     """

@@ -139,7 +139,7 @@ class ResizedModule:
 
     @property
     def is_convolution(self) -> bool:
-        """Whether the module is a convolution: its down factor has kernel axes."""
+        """Whether the module is a convolution, so that its down factor has kernel axes."""
         return self.down.ndim > 2
 
 
@@ -449,7 +449,7 @@ def _read_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _common_sizes(modules: Sequence[ResizedModule], options: ResizeOptions) -> tuple[str, str]:
-    """Return rank and alpha for the metadata, "Dynamic" if those of modules with a change differ."""
+    """Return rank and alpha for the metadata; "Dynamic" if they differ between modules with a change."""
     pairs = {(module.rank, module.alpha) for module in modules if module.has_learned}
     if options.dynamic_method is not None or len(pairs) != 1:
         return DIFFERENT_RANKS, DIFFERENT_RANKS

@@ -185,7 +185,7 @@ def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
 
 
 def _fit_rows(factors: Factors, height: int) -> bool:
-    """Return whether all factors that are cut by rows have the rows of the full layer."""
+    """Return whether all factors that have the weight's rows have `height` rows."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
     by_rows = (read_delta(factors).find_factors_with_rows() or set()) | factors.keys() & {
@@ -256,7 +256,7 @@ def _order_loras(
 
 
 def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
-    """Group the keys of numbered factors: module -> number -> our name of the factor -> key."""
+    """Group keys of numbered factors: {module: {number: {our factor name: key}}}."""
     modules: dict[str, dict[int, dict[str, str]]] = {}
     for key in keys:
         matches = (pattern.fullmatch(key) for pattern in _NUMBERED)

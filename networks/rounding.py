@@ -50,10 +50,10 @@ def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype
 
 @dataclass
 class RoundingLoss:
-    """Sums over the elements of a weight that measure how much of a file's change survives rounding.
+    """Sums over a weight's elements that measure how much of a LoRA's change survives rounding.
 
-    With the change c by a file and the rounding error e, the fraction of the change that survives rounding is
-    <c + e, c> / <c, c>: the projection of the rounded change on the exact one.
+    For the exact change c and the rounding error e, the fraction that survives is <c + e, c> / <c, c>: the
+    projection of the rounded change on the exact change.
     """
 
     error_dot_change: float = 0.0  # sum of e c
@@ -106,7 +106,7 @@ class SampledRows:
         self._total = total.clone()
 
     def losses(self, dtype: torch.dtype) -> dict[Path, RoundingLoss]:
-        """Return how much of each file's change is lost by rounding the weight to the nearest value."""
+        """Return how much of each LoRA's change is lost if the weight is rounded to the nearest value."""
         exact = self.weight + self._total
         error = exact.to(dtype).float() - exact
         sums_by_file = []

@@ -44,7 +44,7 @@ class QuantizationFormat(Protocol):
 
     @property
     def is_kept_by_default(self) -> bool:
-        """Whether layers keep this format of a file's weights even if no option asks for it."""
+        """Whether weights that a file stores in this format stay quantized without an option."""
 
     def quantize(self, weight: Tensor) -> "QuantizedWeight":
         """Quantize a weight, out x in, of any floating-point dtype."""
@@ -75,7 +75,7 @@ class QuantizationFormat(Protocol):
         ...
 
     def with_compute_settings_of(self, chosen: "QuantizationFormat") -> "QuantizationFormat":
-        """Return the format found in a file with the compute settings of the format that the user chose."""
+        """Return this format (of a file) with the compute settings of the format that the user chose."""
         ...
 
     def check_device(self, device: torch.device) -> None:

@@ -59,7 +59,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor
 
 
 def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
-    """Return the fp8 scale max|weight| / 448, one value or one per row; 1 where all weights are 0."""
+    """Return the fp8 scale max|weight| / 448 as one value or one per row; 1 where all weights are 0."""
     peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
     if not by_row:
         peak = peak.amax().reshape(1)
@@ -206,8 +206,8 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization) -> Quantization:
-    """Return the quantization to use in a dry run: unchanged.
+    """Return the quantization unchanged for a dry run.
 
-    Products in 8 bits take the same memory as those in 16 bits.
+    8-bit matrix products take as much memory as 16-bit products.
     """
     return quantization

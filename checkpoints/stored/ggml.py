@@ -64,7 +64,7 @@ def _unpack_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_minima(blocks: Tensor, codes: Tensor) -> Tensor:
-    """Dequantize 8 x 32 codes, B 8 32, with the scale and minimum of each group of 32."""
+    """Dequantize codes, B x 8 x 32, with the scale and minimum of each group of 32."""
     scales, minima = _unpack_six_bits(blocks[:, 4:16])
     scales, minima = _read_float16(blocks, 0) * scales, _read_float16(blocks, 2) * minima
     return (scales[..., None] * codes - minima[..., None]).flatten(1)
@@ -121,7 +121,7 @@ class Kind:
     values: Callable[[Tensor], Tensor]
 
     def rows(self, packed: Tensor) -> Tensor:
-        """Return the values of packed rows, N x K.
+        """Dequantize packed rows to N x K values.
 
         Args:
             packed: Bytes of N rows; each row has K / weights blocks of `size` bytes.
@@ -129,7 +129,7 @@ class Kind:
         return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
 
     def is_sound(self, packed: Tensor) -> bool:
-        """Return whether all float16 numbers in packed rows are finite."""
+        """Return whether all float16 values (scales) in packed rows are finite."""
         blocks = packed.reshape(-1, self.size)
         return all(bool(_read_float16(blocks, start).isfinite().all()) for start in self.halves)
 

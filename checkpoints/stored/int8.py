@@ -60,7 +60,7 @@ class Int8:
         return replace(self, group=next((group for group in GROUPS if columns % group == 0), 0))
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Rotate a weight in groups of columns and quantize its rows to int8, each with a scale."""
+        """Rotate a weight in groups of columns, then quantize it to int8 with one scale per row."""
         rows, columns = weight.shape
         form = self._for_width(columns)
         codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -97,7 +97,7 @@ class Int8:
         return QuantizedWeight(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
 
     def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-        """Concatenate several int8 weights and their scales along their rows."""
+        """Concatenate int8 weights and their scales along rows."""
         pairs = [_pair(part.tensors) for part in parts]
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
         return QuantizedWeight(self, (len(codes), parts[0].shape[1]), (codes, scales))
@@ -113,7 +113,7 @@ class Int8:
 
 
 def form_of(quantization: Quantization) -> Int8:
-    """Return the format that the quantization's options describe."""
+    """Return the int8 format for the quantization options."""
     return Int8(rounds_gradients=quantization.int8_backward)
 
 

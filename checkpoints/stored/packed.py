@@ -73,7 +73,7 @@ class PackedRowFormat:
         return out
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply by the dequantized weight."""
+        """Multiply with the dequantized weight."""
         return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
@@ -117,8 +117,8 @@ class PackedRowFormat:
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
     """Undo cuBLAS's tiling of block scales; return a matrix of `rows` x `columns`.
 
-    A tile of 128 x 4 is stored as 32 lines of 16 values: row 32 a + b of the tile is in line b, from column
-    4 a on. Stored rows and columns are rounded up to whole tiles. Source: cuBLAS, "1D block scaling factors
+    A tile of 128 x 4 is stored as 32 lines of 16 values: row 32 a + b of the tile is in line b, starting at
+    column 4 a. Stored rows and columns are padded to whole tiles. Source: cuBLAS, "1D block scaling factors
     layout".
     """
     down, across = scales.shape[0] // 128, scales.shape[1] // 4

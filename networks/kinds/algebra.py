@@ -47,7 +47,7 @@ class InputRotation(Protocol):
 
     @property
     def title(self) -> str:
-        """Name with its article for messages, such as "an OFT"."""
+        """Name with an article for messages, such as "an OFT"."""
 
     def compute_rotations(self, values: Tensor, strength: float) -> Tensor:
         """Return R - I at a LoRA strength, as input for `input_change` and `weight_change`."""

@@ -41,7 +41,7 @@ class Target(NamedTuple):
 
 
 class TranslatedModules(NamedTuple):
-    """A LoRA in another dialect, and the modules that the dialect cannot express."""
+    """A LoRA under another program's names, and the modules that this program has no names for."""
 
     tensors: "dict[str, Tensor]"
     left_out: dict[str, str]  # module -> reason
@@ -64,15 +64,15 @@ class Settings(Protocol):
 
     @property
     def dropouts(self) -> object:
-        """The dropouts; None if there are none."""
+        """Dropout probabilities; None without dropout."""
 
     @property
     def has_rank_dropout(self) -> bool:
-        """Whether whole ranks are dropped."""
+        """Whether rank dropout is used."""
 
     @property
     def ranks_by_pattern(self) -> Sequence[int]:
-        """Ranks that patterns of --network_args assign to modules."""
+        """Ranks that regular expressions in --network_args assign to modules."""
 
     def split_sizes_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
         """Return the row count of each part if a fused layer gets separate factors per part; otherwise ()."""
@@ -224,7 +224,7 @@ class NetworkKind:
         """Add this kind's parameters to a LoRA layer, as --network_args or the factors of a file require."""
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> "RankRule | None":
-        """Return the rule for active ranks from the values of --network_args; None: all are active.
+        """Return the rule for active ranks from the values of --network_args; None if all ranks are active.
 
         Raises:
             OptionError: If a value is out of range.
@@ -232,7 +232,7 @@ class NetworkKind:
         return None
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> "RankRule | None":
-        """Return the rule for active ranks from a file's metadata; None: all are active.
+        """Return the rule for active ranks from a file's metadata; None if all ranks are active.
 
         Raises:
             CheckpointError: If a value of the rule cannot be read.

@@ -32,7 +32,7 @@ class DoraAlgebra(Algebra):
         return set() if is_by_input(factors[self.factor_name]) else {self.factor_name}
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return the magnitudes of some rows; None if there is one for each input, which all rows share."""
+        """Return the magnitudes of some rows; None if they are per input, because all rows share these."""
         magnitudes = factors[self.factor_name]
         return None if is_by_input(magnitudes) else {self.factor_name: magnitudes[rows]}
 

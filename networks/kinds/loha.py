@@ -36,7 +36,7 @@ def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
 
 
 class LohaKind(NetworkKind):
-    """LoHa: a weight's change is the element-wise product of two low-rank matrices."""
+    """LoHa: the change of a weight is the element-wise product of two low-rank matrices."""
 
     name = "LoHa"
     parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *CORES)
@@ -56,7 +56,7 @@ class LohaKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LohaAlgebra":
-        """Return the computations with the factors of an element-wise product."""
+        """Return the object that computes with the factors of a LoHa."""
         from networks.kinds.loha_layer import LohaAlgebra  # torch
 
         return LohaAlgebra()

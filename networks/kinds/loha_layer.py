@@ -20,11 +20,11 @@ class LohaAlgebra(Algebra):
     """(w1_a w1_b) * (w2_a w2_b), element by element; left factors with a core are stored r x out."""
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return an error if the second product is missing; else None."""
+        """Return an error message if the second low-rank product is missing; otherwise None."""
         return "it has hada_w1_a but no hada_w2_a" if "hada_w2_a" not in factors else None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of both products; raise MismatchError if they differ."""
+        """Return the shape of the two low-rank products; raise MismatchError if their shapes differ."""
         if "hada_w1_a" not in shapes:
             return None
         first, second = (
@@ -58,7 +58,7 @@ class LohaAlgebra(Algebra):
 
 
 def _matrices(factors: Mapping[str, Tensor], strength: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return w1_a, w1_b, w2_a and w2_b in a dtype, the first one times the strength."""
+    """Return w1_a, w1_b, w2_a and w2_b in a dtype, with w1_a multiplied by the strength."""
     w1_a = (factors["hada_w1_a"] * strength).to(dtype)
     return w1_a, *(factors[name].to(dtype) for name in ("hada_w1_b", "hada_w2_a", "hada_w2_b"))
 

@@ -99,7 +99,7 @@ def _translate_to_diffusers(
 
 
 class LokrKind(NetworkKind):
-    """LoKr: a weight's change is the Kronecker product of two matrices."""
+    """LoKr: the change of a weight is the Kronecker product of two matrices."""
 
     name = NAME
     parts = (*FACTORS, CORE)
@@ -145,10 +145,10 @@ class LokrKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: "MakeShapes"
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target.
+        """Return a trainable layer for each target module.
 
-        `kind_arguments`, the result of `read_arguments`, computes the shapes of a layer's factors from the
-        shape of its weight and the rank.
+        `kind_arguments`, the result of `read_arguments`, computes factor shapes from the shape of a weight
+        and the rank.
         """
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.lokr_layer import PRODUCT
@@ -158,7 +158,7 @@ class LokrKind(NetworkKind):
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
-        """Return the layer of a module with the sizes of a file's factors."""
+        """Return a trainable layer for a module, with factors of the same shapes as in a file."""
         from networks.factored_networks import layer_of  # torch
         from networks.kinds.lokr_layer import PRODUCT
 

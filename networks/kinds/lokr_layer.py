@@ -61,7 +61,7 @@ class LokrAlgebra(Algebra):
         return torch.kron(scaled, second.contiguous())
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return None for a LoKr, because a row of the change comes from rows of both matrices."""
+        """Return None: each row of a LoKr's change depends on rows of both matrices."""
         return None if any(part in factors for part in _FIRST) else {}
 
     def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:

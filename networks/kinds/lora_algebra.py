@@ -31,7 +31,7 @@ class LoraAlgebra(Algebra):
         return out_features, in_features, *kernel
 
     def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return up @ down, or up @ core @ down for a convolution with a core."""
+        """Return up @ down, or up @ core @ down if the convolution has a core."""
         if DOWN not in factors:
             return None
         down = factors[DOWN]  # r x in (x kernel)

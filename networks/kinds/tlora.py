@@ -57,7 +57,7 @@ class TLoraRule:
 
 
 class TLoraKind(NetworkKind):
-    """A LoRA whose number of active ranks depends on the noise level of each sample."""
+    """T-LoRA: a LoRA whose number of active ranks depends on the noise level of each sample."""
 
     name = "T-LoRA"
     switch = SWITCH

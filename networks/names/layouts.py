@@ -119,9 +119,9 @@ class RowsByHead:
 
 @dataclass(frozen=True)
 class DepthVariants:
-    """Variants of a model that differ in depth: deeper ones repeat some blocks of the shallowest.
+    """Variants of a model with different depths: deeper variants repeat some blocks of the shallowest one.
 
-    The copies of a block follow it directly.
+    Copies of a block directly follow it.
     """
 
     blocks: str  # name of the list in our layout
@@ -260,7 +260,7 @@ def with_endings(start: str, endings: str) -> tuple[str, ...]:
 
 
 def in_both_streams(endings: str) -> str:
-    """Return the endings with `{x}` replaced by img, then by txt."""
+    """Return the endings twice, with {x} replaced by img and then by txt."""
     return " ".join(endings.replace("{x}", stream) for stream in ("img", "txt"))
 
 
