@@ -265,7 +265,7 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
-    """Return the weight dtype: `compute_dtype`, `storage_dtype`, or the dtype in the file, in this order."""
+    """Return the weight dtype: `compute_dtype` if set, else `storage_dtype` if set, else the file's dtype."""
     if block_dtype.itemsize == 1:
         block_dtype = placement.fp8_compute_dtype or FP8_COMPUTE
     return placement.compute_dtype or placement.storage_dtype or block_dtype

@@ -99,7 +99,7 @@ def find_quantized_weights(
 
 
 def read_quantized_on_meta(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> QuantizedWeight | None:
-    """Return the quantized weight that a source reads, on the meta device; None if it is not quantized."""
+    """Return a source's quantized weight on the meta device; None if the weight is not quantized."""
     if source.build_quantized is None:
         return None
     return source.build_quantized(*[tensors[part].hollow() for part in source.names])
@@ -269,7 +269,7 @@ _ALIGNMENT = 64  # bytes; tensors begin at multiples of it in the buffer for rea
 
 
 class _TensorLoader:
-    """Load the tensors of one network and assign them to its parameters."""
+    """Loads the tensors of one network and assigns them to its parameters."""
 
     def __init__(
         self,

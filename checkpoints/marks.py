@@ -232,7 +232,7 @@ class _QuantizedLayer:
         return self.check_companion(self.find_scale_suffix(), _FLOATS, *shapes)
 
     def find_scale_suffix(self) -> str:
-        """Return the suffix of the layer's scale; raise ValueError if there is no scale."""
+        """Return the name suffix of the layer's scale; raise ValueError if the layer has no scale."""
         for suffix in ("weight_scale", "scale_weight"):
             if f"{self.name}.{suffix}" in self.tensors:
                 return suffix
@@ -267,7 +267,7 @@ _E8M0 = torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Expand a scale per layer or per row to float32, N 1.
+    """Expand a per-layer or per-row scale to float32, N x 1.
 
     Raises:
         ValueError: If a scale is not positive and finite.

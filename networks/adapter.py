@@ -127,7 +127,7 @@ class ForeignNetwork:
             self.module.on_step_start()
 
     def before_optimizer_step(self) -> None:
-        """Call after gradients are clipped, before each optimizer step."""
+        """Call the network's hook before each optimizer step, after gradients are clipped."""
         if hasattr(self.module, "before_optimizer_step"):
             self.module.before_optimizer_step()
 

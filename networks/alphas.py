@@ -252,7 +252,7 @@ def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
 
 
 def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without alphas, for a file with alphas as tensors or folded into the factors."""
+    """Return metadata without alphas, for a file that stores alphas as tensors or in the factors."""
     remaining: dict[str, str] = {}
     for key, value in metadata.items():
         # trainers also record the training alpha, which readers ignore if alphas are tensors
@@ -507,7 +507,7 @@ def _collect_text_encoder_factors(native: NativeTensors) -> list[NetworkFactors]
 
 
 def _join_alphas(dit_alphas: FoundAlphas, encoder_alphas: Sequence[FoundAlphas]) -> FoundAlphas:
-    """Join the alphas of all networks; equal descriptions and warnings are listed once."""
+    """Join the alphas of all networks, without repeating equal descriptions and warnings."""
     tensors: dict[str, Tensor] = {}
     warnings: dict[str, None] = {}  # an ordered set
     for alphas in (dit_alphas, *encoder_alphas):

@@ -141,7 +141,7 @@ def _make_note(files: Sequence[Checkpoint], weights: Sequence[float], options: A
 
 
 def compute_file_weights(count: int, options: AveragingOptions) -> list[float]:
-    """Return the weight of each of `count` files in the average; the sum is 1.
+    """Return the weight of each of `count` files in the moving average; the weights sum to 1.
 
     For each file k from 2 on, the average so far is multiplied by a decay, and the file by 1 - decay. The
     decay goes from --beta to --beta2; with --sigma_rel it is (1 - 1/k)^(gamma + 1).

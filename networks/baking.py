@@ -49,7 +49,7 @@ HIGH_LOSS = 0.1  # lost fraction of the change above which messages advise a hig
 
 @dataclass(frozen=True)
 class Baking:
-    """Settings of the conversion: the rank of the plain LoRAs, and the model that a network was trained for.
+    """How to convert LoRAs of other kinds: the rank of the plain LoRAs, and the model they were trained for.
 
     Without a rank, modules keep their kind, and only the norms that DoRA magnitudes refer to change.
     """

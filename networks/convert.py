@@ -509,7 +509,7 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
 
 
 class ConvertedLora(NamedTuple):
-    """The tensors of a LoRA in another dialect, and their metadata."""
+    """The tensors of a LoRA under another program's names, and their metadata."""
 
     tensors: Mapping[str, Tensor]
     metadata: dict[str, str]

@@ -62,7 +62,7 @@ class Delta:
 
     @property
     def magnitudes(self) -> Tensor | None:
-        """The norms of the changed weight, out x 1 (x 1 ...) or 1 x in (x 1 ...); None without DoRA."""
+        """Trained norms of the changed weight, out x 1 (x 1 ...) or 1 x in (x 1 ...); None without DoRA."""
         return None if self.normalization is None else self.factors[self.normalization.factor_name]
 
     @property
@@ -77,7 +77,7 @@ class Delta:
         return self.rotation is not None or self.normalization is not None
 
     def to(self, device: torch.device) -> "Delta":
-        """Return the delta with its factors on a device, except alpha and `ROW_RANGE` (read by the host)."""
+        """Return a copy with factors on the device; alpha and `ROW_RANGE`, read by the host, stay."""
         moved = dict(self.factors)
         for name, tensor in self.factors.items():
             if name not in ("alpha", ROW_RANGE):

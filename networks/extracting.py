@@ -68,7 +68,7 @@ class Pair(NamedTuple):
 
 
 class BaseModelEntries(NamedTuple):
-    """The entries in a LoRA's metadata about its base model."""
+    """Metadata of a LoRA file that describes its base model."""
 
     module: str  # ss_network_module, which trains such LoRAs
     version: str  # ss_base_model_version
@@ -83,7 +83,7 @@ class BlockWeights(NamedTuple):
     example: str  # a tensor that every such model has
 
     def list_in(self, checkpoint: Checkpoint) -> list[str]:
-        """Return the names of the matrices in the blocks of a checkpoint."""
+        """Return the names of a checkpoint's 2D weights inside blocks."""
         return [name for name in _list_matrices(checkpoint) if name.startswith(self.prefixes)]
 
 

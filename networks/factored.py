@@ -25,7 +25,7 @@ Factors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Kernel, stride, padding and dilation of a convolution with one group."""
+    """Kernel size, stride, padding and dilation of a convolution with one group."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]

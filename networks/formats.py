@@ -164,7 +164,7 @@ class LoraFormat:
 def _record_scaling(
     scalings: dict[int, set[float]], written: Mapping[str, Tensor], scaling: float | None
 ) -> None:
-    """Add `scaling`, the alpha / rank folded into the written modules, to `scalings`; None adds nothing."""
+    """Add `scaling`, the alpha / rank folded into the written modules, to the set of each written rank."""
     if scaling is None:
         return
     from networks.tensor_names import PEFT_ENDS  # only if strengths were folded

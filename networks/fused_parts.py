@@ -109,7 +109,7 @@ def is_row_slice(part: WeightPart) -> bool:
 def convert_fused_layers(
     tensors: Mapping[str, Tensor], rows_in_model: Callable[[str], int | None]
 ) -> dict[str, Tensor]:
-    """Fit LoRAs of another layout to the modules of a model: split fused modules and join parts.
+    """Fit LoRAs of another layout to a model's modules: split fused modules and join parts.
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.

@@ -13,8 +13,8 @@ from networks.module_names import FAMILIES
 def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose fused weights have their rows in our order, [q; k; v].
 
-    Released shards of some models order them by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`);
-    for other files `checkpoint` itself is returned. Both share the open files: close only one of them.
+    Some models' shards order rows by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`). For other
+    files, `checkpoint` itself is returned. Both share the open files: close only one of them.
     """
     if not is_sharded(checkpoint.path):
         return checkpoint

@@ -84,7 +84,7 @@ class NativeTensors:
 
 
 class _ParsedKeys(NamedTuple):
-    """The parsed keys of a file, by key, and the keys that do not belong to a LoRA."""
+    """The keys of a LoRA file, parsed, and the keys that do not belong to a LoRA."""
 
     of_dit: dict[str, ParsedKey]
     of_text_encoders: dict[str, ParsedTextKey]

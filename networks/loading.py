@@ -194,7 +194,7 @@ class LoraFile:
 
 
 def _make_several_error(path: Path) -> CheckpointError:
-    """Return the error for a file with a LoRA for each expert, where one LoRA is needed."""
+    """Return the error for a file with a LoRA for each expert where a single LoRA is required."""
     return CheckpointError(
         f"{path} contains two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
         "  Take them apart with convert_lora.py --input FILE --output LOW --output_high_noise HIGH --target "

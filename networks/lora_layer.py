@@ -64,7 +64,7 @@ class DropoutSeed:
 
 
 class LoraLayer(nn.Module):
-    """Replacement for the forward of a frozen module: `y + multiplier * alpha / rank * up(down(x))`.
+    """Replaces the forward of a frozen module: `y + multiplier * alpha / rank * up(down(x))`.
 
     The factors are float32 for every dtype of the model. They compute in autocast's dtype, or in float32
     without autocast.

@@ -119,10 +119,10 @@ def add_up(
 
 
 class _AddUp(torch.autograd.Function):
-    """Add in place to the first input, which is not marked as changed (`ctx.mark_dirty`).
+    """Add to the first input in place, without marking it as changed (`ctx.mark_dirty`).
 
-    Marking it would cost a copy of its gradient if it is a view, as outputs of linear layers often are. If
-    another operation has saved the input, its version counter makes the backward pass raise an error.
+    Marking a view, as outputs of linear layers often are, would copy its gradient. If another operation has
+    saved the input, its version counter still makes the backward pass raise an error.
     """
 
     @staticmethod

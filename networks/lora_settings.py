@@ -138,7 +138,7 @@ class LoraSettings:
 
     @property
     def has_convolutions(self) -> bool:
-        """Return whether convolutions larger than 1 x 1 get a LoRA."""
+        """Return whether convolutions with kernels larger than 1 x 1 get a LoRA."""
         return self.conv_rank is not None or (
             self.block_settings is not None and self.block_settings.has_convolutions
         )

@@ -86,7 +86,7 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata with the hashes of these tensors, replacing older ones; `is_damaged` reads them."""
+    """Return metadata with new hashes of the tensors, by which `is_damaged` checks the file."""
     return {**metadata, **model_hashes(tensors, metadata), LAYOUT_KEY: layout_hash(tensors)}
 
 

@@ -27,7 +27,7 @@ FAMILIES: Iterable[FamilyNames] = _Families()
 
 
 def family_named(name: str) -> FamilyNames:
-    """Return the family of this name."""
+    """Return the model family with this name."""
     return next(family for family in FAMILIES if family.name == name)
 
 
@@ -135,7 +135,7 @@ def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> boo
 
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
-    """Return whether all of these families have the same module names, as Stable Diffusion 1 and 2 do."""
+    """Return whether all families share the same module names, as Stable Diffusion 1 and 2 do."""
     layouts = {(family.aliases, family.parts, family.joined, family.more_modules) for family in families}
     return len(layouts) == 1
 
@@ -198,7 +198,7 @@ class _ExpectedSize(NamedTuple):
 
 
 def _expected_sizes(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterator[_ExpectedSize]:
-    """Yield the expected size of each module whose path matches an entry of the family's `sides`."""
+    """Yield the expected size of each module whose path matches an item of the family's `relative_sizes`."""
     for name, size in sizes.items():
         found = _find_module(name, family)
         path = "" if found is None else found.path
@@ -210,7 +210,7 @@ def _expected_sizes(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -
 
 
 def _agrees(expected: _ExpectedSize, width: float) -> bool:
-    """Return whether the rows and columns of a module's change are those of a model with this block width."""
+    """Return whether the size of a module's change fits a model with this block width."""
     rows, columns = expected.size
     fits_rows = not expected.rows_per_width or abs(rows - expected.rows_per_width * width) < 1
     fits_columns = not expected.columns_per_width or abs(columns - expected.columns_per_width * width) < 1
@@ -271,7 +271,7 @@ def is_unprefixed(path: str) -> bool:
 
 
 def alias(name: str, family: FamilyNames) -> str:
-    """Translate the underscored name of a module from another layout to ours; unknown names are unchanged."""
+    """Translate another layout's underscored module name to ours; return unknown names unchanged."""
     path = _find(_tables(family).by_alias, name)
     return name if path is None else path.replace(".", "_")
 
@@ -299,7 +299,7 @@ def has_module(name: str, family: FamilyNames) -> bool:
 
 
 def is_known_module(name: str, dotted: bool = False) -> bool:
-    """Return whether any family has a module of this underscored name, or dotted path, in any layout."""
+    """Return whether any family has a module of this name in any layout; `dotted` names contain dots."""
     paths = _all_paths() if dotted else _all_names()
     return not paths.isdisjoint(_templates(name))
 
@@ -460,9 +460,9 @@ def _find(table: _Table[str], name: str) -> str | None:
 
 @lru_cache(1 << 14)
 def _templates(name: str) -> Mapping[str, str]:
-    """Return the templates that fit a name: the name itself, and the name with one number replaced by `{n}`.
+    """Return the templates that match a name: the name itself, and versions with one number as `{n}`.
 
-    The values are the replaced numbers; "" for the name itself.
+    Each template is mapped to the number that it replaces; "" for the name itself.
     """
     templates = {name: ""}
     for match in _DIGITS.finditer(name):

@@ -23,10 +23,10 @@ class RankMask:
     """Mask of the ranks that T-LoRA activates in the current forward pass, shared by LoRAs of equal rank."""
 
     def __init__(self, rule: RankRule, rank: int, num_parts: int = 1) -> None:
-        """Start without a mask; `set_levels` computes it before each pass.
+        """Start without a mask; `set_levels` computes it before each forward pass.
 
         Args:
-            rule: How many ranks are active at a noise level.
+            rule: Number of active ranks as a function of the noise level.
             rank: Rank of the LoRA.
             num_parts: Number of LoRAs of equal rank that were joined; the first ranks of each are active.
         """
@@ -120,7 +120,7 @@ def rank_rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankR
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
     """Return how many LoRAs of the trained rank were joined into one of this rank, such as 3 for q, k and v.
 
-    The result is 1 for files whose modules were trained with different ranks, because those are never joined.
+    Returns 1 if modules were trained with different ranks, because such modules are never joined.
     """
     trained_rank = metadata.get("ss_network_dim", "")
     has_several_ranks = "_dim" in metadata.get("ss_network_args", "")

@@ -46,7 +46,7 @@ GLOBAL_ALPHA_KEYS = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
-    """The tensors of a LoRA file after fused and numbered factors became one LoRA per module."""
+    """Tensors of a LoRA file after its fused and numbered factors were joined to one LoRA per module."""
 
     tensors: dict[str, Tensor]
     joined_lora_counts: dict[str, int]  # key of a joined factor -> number of factors that were joined into it

@@ -180,7 +180,7 @@ class RandomRounding:
 
 
 def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
-    """Return the seed of a weight: a hash of its name and of the factors that change it, on the CPU."""
+    """Return the rounding seed of a weight: a hash of its name and of the factors (CPU) that change it."""
     digest = hashlib.blake2b(name.encode("utf-8"), digest_size=16)
     for factor in factors:
         data = factor.detach().contiguous().view(-1).view(torch.uint8)

@@ -98,7 +98,7 @@ _MODULATION = ".diff_m"  # ending in LightX2V for the parameter `modulation` of 
 
 
 class _KnownPrefixes(NamedTuple):
-    """Known prefixes of tensor names, and the dialect that each prefix reveals ("" for none)."""
+    """Known prefixes of tensor names, and the dialect (program) that each prefix shows; "" for none."""
 
     for_undotted_names: Mapping[str, str]  # prefix -> dialect
     for_dotted_names: Mapping[str, str]  # prefix of names with dots -> dialect
@@ -215,7 +215,7 @@ def split_end(key: str) -> tuple[str, str]:
 
 
 def in_default_spelling(key: str) -> str:
-    """Replace the ending of a tensor's name by ours if another program spells it differently."""
+    """Replace the ending of a tensor name with ours if another program spells it differently."""
     for spelling, replacement in SPELLINGS:
         key = spelling.sub(replacement, key)
     return key
@@ -242,10 +242,10 @@ def list_stripped_paths(path: str) -> list[StrippedPath]:
 
 
 def strip_known_prefixes(path: str) -> StrippedPath:
-    """Return a module's path without prefixes, and the dialect.
+    """Return a module path without prefixes, and the dialect (program) that the prefixes show.
 
-    Prefixes are removed one by one until the path is that of a module of a known family. If it never is, its
-    underscored form is compared instead. If that is unknown too, all prefixes are removed.
+    Prefixes are removed one by one until the path belongs to a module of a known family. If that never
+    happens, paths with underscores are compared instead; if none is known, all prefixes are removed.
     """
     stages = list_stripped_paths(path)
     stripped = next((stage for stage in stages if is_known_module(stage.path, dotted=True)), None)

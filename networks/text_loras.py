@@ -197,7 +197,7 @@ _CLIP_LEVEL = "text_model."  # first level of the names in transformers' CLIP
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """A tensor in a checkpoint, or one third of a tensor that fuses q, k and v."""
+    """A tensor in a Stable Diffusion checkpoint, or one third of a tensor that fuses q, k and v."""
 
     text_encoder: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
     name: str  # dotted name as in LoRA files; for the U-Net, the name in the checkpoint

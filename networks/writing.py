@@ -292,7 +292,7 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_toolkit(factors: Factors) -> ConvertedFactors:
-    """Return the tensors as diffusers reads them, with alpha / rank folded in exactly, by powers of two."""
+    """Return diffusers' tensors with alpha / rank folded into the factors, by a power of two in up."""
     if DOWN not in factors:
         return _in_diffusers(factors)
     folded = deltas.fold_scaling(factors)

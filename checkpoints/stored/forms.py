@@ -85,7 +85,7 @@ class QuantizationFormat(Protocol):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight with its format, before or after it is put into a layer."""
+    """A quantized weight and its format, whether or not a layer contains it yet."""
 
     format: QuantizationFormat
     shape: Shape

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def _read_float16(blocks: Tensor, start: int) -> Tensor:
-    """Read one float16 number per block, B 1, at byte offset `start`."""
+    """Read a float16 value from each block at byte offset `start`, B x 1."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 

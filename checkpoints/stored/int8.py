@@ -202,7 +202,7 @@ def _multiply_dequantized(
 
 
 def rotate(x: Tensor, group: int | None) -> Tensor:
-    """Multiply each group of columns by the Hadamard matrix, in float32; group 0 or None changes nothing.
+    """Multiply each group of columns by the Hadamard matrix in float32; do nothing for group 0 or None.
 
     `x` is rows x columns. In bf16, 9 % of the codes would change.
     """

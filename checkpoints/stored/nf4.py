@@ -62,9 +62,9 @@ class Nf4:
     log_description = "in nf4 with nested statistics"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Round a weight to the 16 values of nf4, in blocks of 64 that are divided by their maximum.
+        """Round a weight to the 16 values of nf4, in blocks of 64 divided by their largest magnitude.
 
-        The maxima, less their mean, are rounded to 8 bits in blocks of 256.
+        These maxima, minus their mean, are quantized to 8 bits in blocks of 256.
         """
         rows, columns = weight.shape
         shape = (rows, columns)

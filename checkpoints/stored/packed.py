@@ -77,7 +77,7 @@ class PackedRowFormat:
         return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
-        """Return `count` rows from `first` on; a tensor with one row, such as a common scale, is not cut."""
+        """Return `count` rows from row `first` on; a tensor with one row (a common scale) is not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
         for tensor in stored.tensors:
@@ -192,7 +192,7 @@ def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Ten
 
 
 def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Dequantize N rows of K AWQ weights, N K/2 bytes, with scales and zero points per 64 columns, N K/64."""
+    """Dequantize N rows of AWQ (N x K/2 bytes), with a scale and zero point per 64 columns (N x K/64)."""
     values = _scale_groups(_unpack_nibbles(weight).float() - 8, scales)
     return (values.unflatten(1, (zeros.shape[1], -1)) + zeros.float()[..., None]).flatten(1)
 

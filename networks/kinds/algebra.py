@@ -102,18 +102,18 @@ class Algebra:
         return set()
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return the factors to replace so that only some rows of the change remain; None if there are none.
+        """Return the factors to replace to keep only some rows of the change; None if that is impossible.
 
         Args:
             factors: Factors of the full change.
-            rows: A slice, for views, or row indices in any order.
+            rows: A slice, which gives views, or row indices in any order.
         """
         return {}
 
     def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
-        """Return the factors of the rows from `start` to `stop`; None if the kind cannot cut there.
+        """Return factors for the rows from `start` to `stop`; None if the kind cannot cut at these rows.
 
-        This is for kinds whose `select_rows` returns None, but which can be cut between blocks of rows.
+        For kinds that can be cut only between blocks of rows, and whose `select_rows` therefore returns None.
 
         Args:
             factors: Factors of the full change.

@@ -48,7 +48,7 @@ def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
 
 
 def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
-    """Return the first of `kinds` that a file with these tensor names has; None if it has none of them."""
+    """Return the first of `kinds` that the tensor names show; None if they show none of them."""
     names = tuple(names)
     return next((kind for kind in kinds if any(name.endswith(kind.marks) for name in names)), None)
 
@@ -66,7 +66,7 @@ def in_series(names: Sequence[str], last: str = "or") -> str:
 
 
 def list_additive() -> str:
-    """Return the names of the trainable kinds whose change does not depend on the frozen weight."""
+    """Return the names of trainable kinds (LoRA, ...) whose change does not depend on the frozen weight."""
     return list_kinds(lambda kind: kind.network_module and not kind.needs_weight)
 
 

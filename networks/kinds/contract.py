@@ -159,7 +159,7 @@ class NetworkKind:
         return None
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether a file has magnitudes for frozen norms, as in ComfyUI, without a metadata entry."""
+        """Return whether magnitudes refer to frozen norms, as in ComfyUI, although no metadata says so."""
         return False
 
     def convert_magnitudes(

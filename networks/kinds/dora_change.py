@@ -8,7 +8,7 @@ from networks.kinds.factors import Factors
 
 
 def is_by_input(magnitudes: Tensor) -> bool:
-    """Return whether there is a magnitude for each input (1 in ...), not for each output (out 1 ...)."""
+    """Return whether there is one magnitude per input (1 x in ...), not one per output (out x 1 ...)."""
     return len(magnitudes) < magnitudes.numel()
 
 

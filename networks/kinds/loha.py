@@ -64,7 +64,7 @@ class LohaKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target."""
+        """Return a trainable layer for each target module."""
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.loha_layer import PRODUCT
 

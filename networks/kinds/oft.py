@@ -45,7 +45,7 @@ BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
 def fit_block_size(width: int, size: int) -> int | None:
     """Return the divisor of a width that is nearest to a block size; None for a width of 1.
 
-    Ties go to the smaller one, as in OneTrainer (modules/module/LoRAModule.py).
+    Ties go to the smaller divisor, as in OneTrainer (modules/module/LoRAModule.py).
     """
     divisors = [number for number in range(2, width + 1) if width % number == 0]
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)

@@ -51,7 +51,7 @@ OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
 
 @dataclass(frozen=True)
 class WeightPart:
-    """A module of one layout whose weight is some or all rows of a weight in another layout."""
+    """A module in one layout whose weight is all or some rows of a weight in another layout."""
 
     part_path: str
     # path of the module with all rows; of the same module under another name if index is None
@@ -132,7 +132,7 @@ class DepthVariants:
     maximum: int = 1000  # largest valid number of blocks in metadata
 
     def list_originals(self, depth: int) -> list[int]:
-        """Return, for each block of the variant with `depth` blocks, its original in the shortest variant."""
+        """Return the block of the shortest variant that each block of the `depth`-block variant copies."""
         num_copies = self.depths.index(depth)
         originals = []
         for block in range(self.depths[0]):
