@@ -48,7 +48,7 @@ _COMPANIONS = (".scale_input", ".input_scale", COMFY_QUANT_SUFFIX)
 
 @dataclass(frozen=True)
 class Selection:
-    """Select tensors whose names contain given substrings."""
+    """Selects tensors whose names contain given substrings."""
 
     targets: tuple[str, ...] = ()  # (): all names
     excluded: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class NewFile:
 
 
 def reject_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if a weight is packed in a different shape, because it cannot be copied."""
+    """Raise CheckpointError if a weight is stored in a packed shape, because it cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(

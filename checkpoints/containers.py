@@ -367,7 +367,7 @@ def _check_dense(content: Any, path: Path) -> None:
 
 
 def _name_special_kind(tensor: Tensor) -> str | None:
-    """Return the kind of a tensor that is not a plain dense one, such as sparse; None for a plain tensor."""
+    """Return what makes a tensor unusual, such as "sparse"; None for a plain dense tensor."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:

@@ -77,7 +77,7 @@ Dit = TypeVar("Dit", bound=nn.Module)
 
 @dataclass(frozen=True)
 class DitHeader(Generic[Config]):
-    """Dimensions, naming scheme and dtype of a transformer, read from the header of its file."""
+    """Dimensions, naming and dtype of a transformer, read from the header of its file."""
 
     config: Config
     dialect: str  # naming scheme in the file, such as official or diffusers

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizedLoading:
-    """Which linear weights of a network stay or become quantized to 8 or 4 bits while it is loaded."""
+    """Which linear weights stay quantized, or are quantized to 8 or 4 bits, while a network is loaded."""
 
     format: QuantizationFormat | None  # of `to_quantize`, from the options; None if they set none
     to_quantize: frozenset[str] = frozenset()  # names of weights that are quantized while loading
@@ -116,7 +116,7 @@ INITIALIZERS = {init.constant_, init.kaiming_uniform_, init.normal_, init.unifor
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Create modules on the meta device and skip initializers, which would load torch's compiler."""
+    """Create modules on the meta device without running initializers, which would load torch's compiler."""
     with torch.device("meta"), _SkipInitializers():
         yield
 
@@ -457,7 +457,7 @@ class _TensorLoader:
 
 
 def _measure_rounding_error(weight: Tensor, quantized_weight: QuantizedWeight) -> Tensor:
-    """Return sum |error| / sum |weight| of a quantized weight on some rows; NaN if a scale is not finite."""
+    """Return sum |error| / sum |weight| of a quantized weight, on sampled rows; NaN for non-finite scales."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
     rounded = quantized_weight.format.quantize(sample).dequantize()
     exact = sample.float()
@@ -539,7 +539,7 @@ def _find_unexpected(
 
 
 def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int, ...] | None:
-    """Return the shape of a tensor that is built from stored tensors; None if their shapes do not match."""
+    """Return the shape of a tensor built from stored tensors; None if their shapes do not match."""
     try:
         return tuple(source.build_tensor([info.hollow() for info in infos]).shape)
     except (RuntimeError, IndexError):

@@ -227,7 +227,7 @@ class GgufFile(HeaderFile):
                 )
 
     def _rename_tensor(self, old: str, new: str) -> None:
-        """Rename a tensor; raise ValueError if another tensor has the new name."""
+        """Rename a tensor; raise ValueError if the new name is already taken."""
         if new != old and new in self.tensors:
             raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
         self.tensors[new] = self.tensors.pop(old)

@@ -181,7 +181,7 @@ class _QuantizedLayer:
         return value
 
     def get_rotation(self, columns: int) -> int:
-        """Return the number of columns that ConvRot rotates together; raise ValueError if it does not fit."""
+        """Return how many columns ConvRot rotates together; raise ValueError if this is not supported."""
         size = self.get_number("convrot_groupsize", default=256)
         if size not in GROUPS or columns % size:
             raise ValueError(

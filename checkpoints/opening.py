@@ -549,7 +549,7 @@ def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:
-    """Map each weight name to the name of its scale."""
+    """Map each quantized weight's name to the name of its scale."""
     scales = {}
     for name in names:
         for suffix in _SCALES:

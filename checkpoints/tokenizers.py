@@ -245,7 +245,7 @@ def piece_surfaces(encoded: bytes) -> list[str]:
 
 
 def _check_growth(growth: float) -> None:
-    """Raise ValueError if one character could become more than MAX_TOKENIZER_GROWTH characters."""
+    """Raise ValueError if one character could expand to more than MAX_TOKENIZER_GROWTH characters."""
     if growth > MAX_TOKENIZER_GROWTH:
         raise ValueError(
             f"its normalizer makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"

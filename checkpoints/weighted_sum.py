@@ -149,7 +149,7 @@ def _reject_loras(models: Sequence[Checkpoint]) -> None:
 
 @dataclass(frozen=True)
 class _Term:
-    """A checkpoint and its weight in the sum."""
+    """A checkpoint and its coefficient in the weighted sum."""
 
     model: Checkpoint
     share: float

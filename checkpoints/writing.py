@@ -91,7 +91,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return tensor names in the order of a safetensors file: largest element size first, then by name."""
+    """Return tensor names in the order of a safetensors file: by descending element size, then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 

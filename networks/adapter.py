@@ -50,7 +50,7 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
-        """Return the report of its three fields as numbers, which `scale_norms` returns as one tensor."""
+        """Build the report from its three values in order, which `scale_norms` returns as one tensor."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 
@@ -97,7 +97,7 @@ class ForeignNetwork:
 
     @property
     def additional_state(self) -> Mapping[str, nn.Module]:
-        """Return modules by name whose state is saved with the training state; {} if there are none."""
+        """Return modules by name whose state belongs to the training state but not to the LoRA file."""
         modules: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
         return modules
 
@@ -537,7 +537,7 @@ def _create_from_file(
 
 
 def _call_with_known_arguments(function: Callable[..., Any], **values: Any) -> Any:
-    """Call a function with only the values that it has parameters for, because other packages differ."""
+    """Call a function of another package with only those values for which it has parameters."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(**values)

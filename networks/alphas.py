@@ -275,7 +275,7 @@ def _holds_settings(key: str, text: str) -> bool:
 
 
 def _find_sources(path: Path, metadata: Mapping[str, str], network: NetworkFactors) -> _FoundSources:
-    """Return the settings that may apply to a network, and warnings about non-numeric values."""
+    """Return the alpha settings that may apply to a network, and warnings about non-numeric values."""
     in_keys = _find_in_metadata_keys(metadata, network.module_paths, network.prefix)
     in_json = _find_in_metadata_json(metadata, network.prefix)
     in_file = _find_in_settings_file(path, network.prefix)

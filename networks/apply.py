@@ -61,7 +61,7 @@ _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at a time: 4 
 
 @dataclass(frozen=True)
 class Change:
-    """The effect of one LoRA on one parameter of a model, scaled by `weighted_lora.multiplier`."""
+    """What one LoRA changes about one model parameter, scaled by `weighted_lora.multiplier`."""
 
     weighted_lora: WeightedLora
     delta: Delta
@@ -338,7 +338,7 @@ class FoundChange(NamedTuple):
 
 
 class _Overlap(NamedTuple):
-    """The rows that a block of a parameter and a change have in common."""
+    """Rows that both a block of a parameter and a LoRA's change cover."""
 
     in_block: slice  # indices into the block
     in_change: slice  # indices into the change's own rows; has the step of the block
@@ -784,7 +784,7 @@ class LoraPatch:
         return changes
 
     def _list_selected_keys(self, weighted_lora: WeightedLora) -> list[str]:
-        """Return the keys of a LoRA's changes that match its patterns."""
+        """Return the keys of those changes of a LoRA that its patterns select."""
         applied_keys = self._applied_keys[id(weighted_lora)]
         selected_keys: list[str] = []
         for key, changes in self._changes_by_key.items():
@@ -843,7 +843,7 @@ class OriginalWeights:
         return weight
 
     def keep(self, network: nn.Module) -> None:
-        """Keep the originals of a network that was loaded without this patch."""
+        """Keep the original weights of a network that was loaded without this patch."""
         for name, parameter in network.named_parameters():
             self(name, parameter)
 

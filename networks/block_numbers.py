@@ -39,7 +39,7 @@ class BlockSettings:
 
     @property
     def threshold(self) -> float:
-        """Return the learning rate factor up to which a block gets no LoRA modules."""
+        """Return the learning rate factor at or below which a block gets no LoRA."""
         return float(self.arguments.get(THRESHOLD, 0))
 
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":

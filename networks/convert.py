@@ -423,7 +423,7 @@ def convert_file(
 
 
 def _convert_one(lora: LoraFile, output: Path, conversion: Conversion) -> None:
-    """Write a LoRA in another dialect."""
+    """Convert a LoRA to the names of another program, and write it."""
     family = _find_family(lora, conversion.family)
     prepared = _bake_or_convert_magnitudes(lora, family, conversion)
     result = convert_lora(prepared.lora, conversion.target, family)

@@ -73,7 +73,7 @@ class Delta:
 
     @property
     def depends_on_weight(self) -> bool:
-        """Whether the frozen weight is needed to compute the change."""
+        """Whether the change cannot be computed without the frozen weight (DoRA, OFT)."""
         return self.rotation is not None or self.normalization is not None
 
     def to(self, device: torch.device) -> "Delta":
@@ -175,7 +175,7 @@ class Delta:
         return read_delta(factors)
 
     def compute_bias_change(self, device: torch.device) -> Tensor | None:
-        """Return the change of the bias at multiplier 1, float32, as a new tensor; None if there is none."""
+        """Return the change of the bias at multiplier 1 as a new float32 tensor; None if there is none."""
         return bias_of(self.factors, device)
 
     def bias_in_file_dtype(self) -> Tensor | None:
@@ -212,7 +212,7 @@ class Delta:
         return None if shape is None else (shape[0], math.prod(shape[1:]))
 
     def count_rows(self) -> int | None:
-        """Return the number of rows of the module's weight; None if the factors do not show it."""
+        """Return the number of rows of the module's weight; None if the factors do not reveal it."""
         if self.has_row_range:
             first, last = read_row_range(self.factors)
             return last - first
@@ -342,7 +342,7 @@ class Delta:
         return None
 
     def _find_mismatch(self) -> str | None:
-        """Return why the shapes of the factors contradict each other; None if they match."""
+        """Return an error message if the shapes of the factors contradict each other; otherwise None."""
         try:
             shape = self.change_shape()
         except MismatchError:
@@ -400,7 +400,7 @@ def read_delta(factors: Factors) -> Delta:
 
 
 def _find_algebras(factor_names: Iterable[str]) -> tuple[Algebra, ...]:
-    """Return the computations (`Algebra`) of each kind that has one of these factors, or several."""
+    """Return the `Algebra` of each network kind that has one or more of these factors."""
     factor_names = set(factor_names)
     algebras: list[Algebra] = []
     for kind in KINDS:

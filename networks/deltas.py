@@ -126,7 +126,7 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
 
 
 def read_row_range(factors: Factors) -> tuple[int, int]:
-    """Return the first row of a part in its fused layer, and the row after its last one, from `ROW_RANGE`."""
+    """Return (start, stop) of the rows of the fused layer that a part covers, from `ROW_RANGE`."""
     first, last = factors[ROW_RANGE].tolist()
     return int(first), int(last)
 

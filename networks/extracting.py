@@ -343,21 +343,21 @@ def _write_lora_of_difference(
 
 @dataclass
 class ExtractionAccuracy:
-    """Accumulate how much of a model's change the LoRA keeps."""
+    """Accumulates how much of the models' difference the extracted LoRA reproduces."""
 
     total: float = 0.0  # sum of the squares of the change
     lost: float = 0.0  # sum of the squares of what the LoRA leaves out
 
     @property
     def fraction(self) -> float:
-        """Norm of the kept change divided by the norm of the change; 1 if nothing changed."""
+        """Norm of the preserved change divided by the norm of the change; 1 if nothing changed."""
         if self.total == 0:
             return 1.0
         # kept and lost change are orthogonal in a truncated SVD, so their squares sum to the total
         return max(1 - self.lost / self.total, 0.0) ** 0.5
 
     def add(self, change: Tensor, product: Tensor) -> None:
-        """Count a module's change, out x in, and its difference from the product of the LoRA factors."""
+        """Add a module's change (out x in), and its difference from the LoRA's product, to the totals."""
         self.total += float(torch.linalg.vector_norm(change)) ** 2
         self.lost += float(torch.linalg.vector_norm(change - product)) ** 2
 

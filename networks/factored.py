@@ -51,7 +51,7 @@ class Geometry:
     def gradients(
         self, x: Tensor, weight: Tensor, gradient: Tensor, needs_input: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Return the gradients of x (None unless `needs_input`) and of the weight, out x in * kernel."""
+        """Return the gradients of x (None unless `needs_input`) and of the weight, out x (in * kernel)."""
         shaped = weight.view(weight.shape[0], x.shape[1], *self.kernel)
         grad_weight = conv2d_weight(x, shaped.shape, gradient, self.stride, self.padding, self.dilation)
         grad_x = None

@@ -55,7 +55,7 @@ class LoraFormat:
     family: FamilyNames | None = None
 
     def check(self, network: nn.Module) -> None:
-        """Raise OptionError if this format cannot express a module of the network."""
+        """Raise OptionError if this file format cannot express a module of the network."""
         tensors = {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
         left_out = self.convert(tensors).left_out
         if left_out:
@@ -135,7 +135,7 @@ class LoraFormat:
         return Formatted(written, _metadata_of_scalings(folded_scalings), left_out)
 
     def _group_by_scaling(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
-        """Group the tensors of modules by alpha / rank; None is the key of modules that keep their alphas."""
+        """Group module tensors by alpha / rank; modules that keep their alphas are under None."""
         # if ComfyUI reads names with underscores (HunyuanImage-2.1), it reads alphas too
         keeps_alphas = self.name == COMFYUI and self.family is not None and self.family.underscored_in_comfyui
         groups: dict[float | None, dict[str, Tensor]] = {}

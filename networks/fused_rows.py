@@ -44,7 +44,7 @@ def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 class _StackedFile:
-    """File of a `Checkpoint` that reads another checkpoint, with the rows of fused weights in our order."""
+    """View of another checkpoint's file in which the rows of fused weights have our order."""
 
     def __init__(self, checkpoint: Checkpoint, head_widths: Mapping[str, int]) -> None:
         self.path = checkpoint.path

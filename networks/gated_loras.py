@@ -162,7 +162,7 @@ class LoraBranch:
         return self.rotation is not None and self.apply_region is None and self.output_rows is None
 
     def compute_input_change(self, x: Tensor) -> Tensor:
-        """Return how the rotation changes the input: x R - x, of the shape of x."""
+        """Return x R - x, the change of the input by the rotation R."""
         assert self.rotation is not None
         assert self._rotation_values is not None
         with torch.autocast(x.device.type, enabled=False):
@@ -264,9 +264,9 @@ class LoraBranch:
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _apply_down(self, x: Tensor, down: Tensor) -> Tensor:
-        """Return the input times the multiplier and the down factor (of a matrix or a 1x1 convolution).
+        """Multiply x by the down factor (of a matrix or a 1x1 convolution) and by the LoRA's multiplier.
 
-        Ranks that are inactive at the current noise level are 0.
+        Ranks that are inactive at the current noise level become 0.
         """
         # one 2-D product even if x is strided: torch computes the trained factors this way, and both results
         # are then equal to the bit
@@ -296,7 +296,7 @@ class LoraBranch:
             self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
 
     def _run_operation(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Apply the module's operation with another weight and without bias."""
+        """Apply the module's operation (linear or convolution) with another weight and without bias."""
         module = self.target.module
         if not isinstance(module, nn.Conv2d):
             return functional.linear(x, weight)
@@ -436,7 +436,7 @@ class AddedLoras:
         self.layers = layers
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors of all layers to a device in a dtype."""
+        """Copy the factors of all layers to a device and dtype."""
         for layer in self.layers:
             layer.place_on(device, dtype)
 
@@ -581,7 +581,7 @@ def attach_branches(
 
 
 def reject_magnitudes(lora: LoraFile, option: str) -> None:
-    """Raise CheckpointError if a file has DoRA magnitudes, which depend on all changes of the weight."""
+    """Raise CheckpointError if a LoRA has DoRA magnitudes, which depend on all changes of the weight."""
     deltas_by_name = read_deltas(deltas.group_by_module(lora.tensors))
     decomposed = [name for name, delta in deltas_by_name.items() if delta.normalization is not None]
     if decomposed:

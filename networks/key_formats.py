@@ -77,7 +77,7 @@ class NativeTensors:
 
     @property
     def family(self) -> FamilyNames | None:
-        """The family; None if it is unknown, or if families with different module names are possible."""
+        """The family; None if unknown, or if several families with different module names are possible."""
         if not self.families or not have_same_names(self.families):
             return None
         return self.families[0]
@@ -210,7 +210,7 @@ def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> Native
 
 
 def _parse_keys(names: Iterable[str]) -> _ParsedKeys:
-    """Parse the keys of a file."""
+    """Parse the keys of a LoRA file."""
     keys = _ParsedKeys({}, {}, [])
     for key in names:
         parsed_text = split_text(key)
@@ -236,7 +236,7 @@ def _find_families(
 
 
 def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
-    """Narrow the possible families down, first by the text encoders, then by the spelling of module names.
+    """Narrow down the possible families by the text encoders, then by the spelling of module names.
 
     A step that would leave no family is skipped.
     """
@@ -264,7 +264,7 @@ def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
 
 
 def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
-    """Map paths of modules in the file, such as `blocks.0.attn1.to_q`, to our names with our prefix.
+    """Map module paths in the file, such as `blocks.0.attn1.to_q`, to our names with our prefix.
 
     A path of another layout is translated only if all possible families translate it in the same way.
     """

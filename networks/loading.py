@@ -178,9 +178,9 @@ class LoraFile:
 
     @property
     def depth_variants(self) -> DepthVariants | None:
-        """Return how deeper variants of the file's model repeat blocks.
+        """Return how deeper variants of the LoRA's base model repeat blocks.
 
-        None if the model has no deeper variants or is unknown.
+        None if the model is unknown or has no deeper variants.
         """
         if self.trusted_family is not None:
             return self.trusted_family.depth_variants
@@ -420,7 +420,7 @@ def _recognize(
 
 
 def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
-    """Return the metadata of one expert's LoRA in a file. Raises CheckpointError if they are unreadable."""
+    """Return the metadata of one expert's LoRA in a file. Raises CheckpointError if it is invalid."""
     try:
         return metadata_of(metadata, expert)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -573,7 +573,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
 
 
 def _make_no_lora_error(path: Path, names: Iterable[str]) -> CheckpointError:
-    """Return the error for a file that is not a LoRA; `names` are those of its tensors."""
+    """Return the error for a file that is not a LoRA; `names` are its tensor names."""
     return CheckpointError(
         f"{path} is not a LoRA for a video or image model: it has tensors such as "
         f"{list_some(sorted(names), 3)}. Give a LoRA file.",
@@ -692,7 +692,7 @@ def read_weighted_loras(
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
-    """Return the tensor names that patterns are searched in: the file's own, and those of other layouts."""
+    """Return all names that include and exclude patterns may match: the file's and other layouts'."""
     names: set[str] = set()
     for part in (lora, *lora.loras_by_expert.values()):
         for tensor in (*part.tensors, *part.text_tensors):

@@ -58,7 +58,7 @@ class DropoutSeed:
         return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
 
     def tables(self, layers: "Sequence[LoraLayer]", device: torch.device) -> Tensor:
-        """Return the seeds of all layers, layers x KINDS x (lower, upper 32 bits), int64, in one transfer."""
+        """Return the seeds of all layers as layers x KINDS x (low, high 32 bits), int64, copied at once."""
         seeds = [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers]
         return tensor_on(device, seeds)
 

@@ -85,12 +85,12 @@ class OwnNetwork(nn.Module):
                 layer.attach()
 
     def layers_of_dit(self) -> list[Any]:
-        """Return only the layers in the DiT, not those in text encoders."""
+        """Return only the layers in the transformer, not those in text encoders."""
         return [layer for name, layer in zip(self.names, self.layers, strict=True) if prefix_of(name) == UNET]
 
     @property
     def module(self) -> nn.Module:
-        """The network itself; a `ForeignNetwork` has a separate object here."""
+        """The network as a module, which is the object itself; `ForeignNetwork` wraps a separate module."""
         return self
 
     def set_multiplier(self, multiplier: float) -> None:
@@ -297,7 +297,7 @@ class OwnNetwork(nn.Module):
 
 
 def _sort_labels(labels: Collection[str]) -> list[str]:
-    """Sort the labels of parameter groups so that each LoRA+ group follows the group of its modules."""
+    """Sort parameter group labels so that each LoRA+ group follows the group of the same modules."""
     indices = {label: index for index, label in enumerate(labels)}
 
     def key(label: str) -> tuple[int, bool]:

@@ -202,7 +202,7 @@ class BlockUp(nn.Module):
 
 
 def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Replace the blocks of an up factor in a state dict by the full matrix."""
+    """Replace the blocks of an up factor in a state dict with the full matrix."""
     assert isinstance(module, BlockUp)
     state[f"{prefix}weight"] = torch.block_diag(*state[f"{prefix}weight"].split(module.split_sizes))
 
@@ -294,7 +294,7 @@ def row_strengths(
 
 
 def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
-    """Return the squared norms of the rows of left @ right: out x R, R x in -> out."""
+    """Return the squared norm of each row of left @ right (out x R times R x in)."""
     return ((left @ (right @ right.T)) * left).sum(1).clamp(min=0)
 
 

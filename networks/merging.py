@@ -630,7 +630,7 @@ def _truncate(change: _LowRank, rank: int) -> _LowRank:
 
 
 def in_known_names(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Return the tensors under the names that other tools use for the family."""
+    """Return tensors under the names that other tools use for the family's LoRAs."""
     if family is None or family.underscored_names != "aliases":
         return tensors
     return rename_to_aliases(tensors, family)

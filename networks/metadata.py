@@ -50,10 +50,10 @@ def in_words(expert: str) -> str:
 
 
 def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
-    """Return the metadata for one expert's part of a file; they name the expert.
+    """Return the metadata of one expert's LoRA in a file for several experts, including the expert's name.
 
     Raises:
-        ValueError: If the file's metadata of its parts are unreadable.
+        ValueError: If the file's metadata for its experts cannot be parsed.
     """
     common = {key: value for key, value in metadata.items() if key != PARTS_METADATA}
     expert_entries = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
@@ -97,9 +97,9 @@ def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
 
 
 def is_damaged(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Return whether the data of a safetensors file written by us differ from its checksum.
+    """Return whether the data of a safetensors file written by us differs from its checksum.
 
-    Tools that rename or cast tensors may copy old hashes: call only if the layout is as we wrote it.
+    Tools that rename or cast tensors may copy old hashes, so call this only if the layout is unchanged.
     """
     if "sshs_model_hash" not in metadata:
         return False
@@ -231,7 +231,7 @@ def _describe_kinds(modules: Mapping[str, Factors]) -> str:
 
 
 def _describe_layers(modules: Iterable[str]) -> str:
-    """Count the layers of each kind, in words: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
+    """List modules with their numbers of blocks: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
     counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
     layers = [f"{name} ({count})" for name, count in counts.most_common(MAX_LISTED)]
     description = ", ".join(layers)

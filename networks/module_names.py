@@ -239,7 +239,7 @@ def module_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
     A parameter that is not a module's weight counts as a module: `blocks.0.modulation`. If a module is part
-    of a stacked one in another layout, the path is the one in that layout.
+    of a stacked module in another layout, its path in that layout is returned.
     """
     tables = _tables(family)
     return _find(tables.ours, name) or (_find(tables.renamed, name) if family.joined else None)
@@ -266,7 +266,7 @@ def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
 
 
 def is_unprefixed(path: str) -> bool:
-    """Return whether some family's files have this path without a prefix such as `diffusion_model.`."""
+    """Return whether a family's LoRA files have this path without a prefix such as `diffusion_model.`."""
     return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed_paths))
 
 
@@ -306,7 +306,7 @@ def is_known_module(name: str, dotted: bool = False) -> bool:
 
 @cache
 def _all_paths() -> frozenset[str]:
-    """Return the dotted paths of all families' modules in all layouts, with templates for block numbers."""
+    """Return the dotted module paths of all families in all layouts, with `{n}` for block indices."""
     paths: set[str] = set()
     for family in FAMILIES:
         paths.update(family.modules)
@@ -348,9 +348,10 @@ class RelatedModule:
 
 @cache
 def related_modules(name: str, family: FamilyNames | None = None) -> tuple[RelatedModule, ...]:
-    """Return the modules in other layouts that are part of this one or contain it, in one family or in all.
+    """Return the modules of other layouts that are part of this module or contain it.
 
-    A name may belong to our layout in one family and to another layout in a second family; both count.
+    Without a family, all families are searched. A name may belong to our layout in one family and to another
+    layout in a second family; both count.
     """
     distinct: dict[tuple[str, int | None, bool], RelatedModule] = {}  # families share names and parts
     for template, number in _find_relations(family).all(name):
@@ -394,7 +395,7 @@ class PartPath(NamedTuple):
 
 @cache
 def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
-    """Return the parts of a module in the family's other layout, in the order of their rows.
+    """Return the modules of the family's other layout that are parts of this module, ordered by rows.
 
     If the other layout fuses several of our modules into this one, these modules are returned.
     """
@@ -440,7 +441,7 @@ class _Table(Generic[Entry]):
             self._entries.setdefault(template.replace(".", "_"), []).append((position, entry))
 
     def all(self, name: str) -> list[_Found[Entry]]:
-        """Return all entries for a name, in the table's order."""
+        """Return all entries whose template matches a name, in the table's order."""
         matches: list[tuple[int, _Found[Entry]]] = []
         for template, number in _templates(name).items():
             for position, entry in self._entries.get(template, ()):
@@ -536,7 +537,7 @@ def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
 def diffusers_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.attn1.to_q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
-    Use it only for families whose weights are divided into modules in the same way in both layouts.
+    Use it only for families whose weights are split into the same modules in both layouts.
     """
     path = module_path(name, family)
     if path is None or family.is_as_in_diffusers:

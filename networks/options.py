@@ -26,7 +26,7 @@ _WITHOUT_ALPHA: Mapping[str, Any] = {
 
 
 class FrozenModelOptions(Options, title="frozen model"):
-    """Options for additions to the frozen model that are active only in training steps."""
+    """Options for changes of the frozen model that are active only in training steps."""
 
     training_adapter: Path | None = option(
         "LoRA file that is applied only in training steps, such as one that reverses a distillation; "

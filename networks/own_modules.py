@@ -35,7 +35,7 @@ class ModuleWithPath(NamedTuple):
 
 
 class LoraSize(NamedTuple):
-    """Rank and alpha of the LoRA of a module."""
+    """Rank and alpha of a module's LoRA."""
 
     rank: int
     alpha: float
@@ -321,7 +321,7 @@ def build_network(
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
-    """Add rank masks to the LoRAs of a DiT; text encoders have no noise level, so their LoRAs get none.
+    """Add T-LoRA's rank masks to a transformer's LoRAs; text encoders have no noise level and get none.
 
     Raises:
         OptionError: If only text encoders are trained.
@@ -428,7 +428,7 @@ def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -
 def _factors_for(
     modules_by_name: Mapping[str, ModuleWithPath], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Convert tensors of any layout to the model's modules; return the factors by module name."""
+    """Convert tensors of any layout to the model's modules; return {module name: {factor name: tensor}}."""
     from networks.fused_parts import convert_fused_layers  # only for a file or a state
 
     num_rows = {name: len(target.module.weight) for name, target in modules_by_name.items()}
@@ -537,7 +537,7 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:
-    """Return a lower bound for the size of a LoRA in bytes, from the header of the model's file.
+    """Return a lower bound for the size of a LoRA in bytes, computed from the model file's header.
 
     It counts one byte per value for all matrices of the blocks. A real LoRA has two or four bytes per value,
     but not for all matrices.

@@ -26,7 +26,7 @@ class NamePattern:
     names: frozenset[str]  # with dots and with underscores
 
     def match(self, name: str) -> bool:
-        """Return whether the typed pattern matches this name in another spelling."""
+        """Return whether the typed pattern matches this name as written with dots or with underscores."""
         return name in self.names
 
     search = match

@@ -134,7 +134,7 @@ class ResizedModule:
 
     @property
     def alpha(self) -> float:
-        """Alpha that keeps the strength, alpha / rank, at the new rank."""
+        """Alpha that keeps the strength alpha / rank at the new rank."""
         return self.strength * self.rank
 
     @property
@@ -402,7 +402,7 @@ def select_rank(
 
 
 def _divide(dividend: Any, divisor: Any) -> float:
-    """Return a quotient; 1 if the divisor is 0, as in modules that learned nothing."""
+    """Return the quotient; 1 if the divisor is 0, as for modules that have learned nothing."""
     return float(dividend / divisor) if divisor else 1.0
 
 

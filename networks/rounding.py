@@ -91,7 +91,7 @@ class SampledRows:
         self._total = torch.zeros_like(self.weight)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the sampled rows of a tensor with all rows; a scalar is returned unchanged."""
+        """Return the sampled rows of a tensor, or the tensor itself if it is a scalar."""
         return tensor[self.rows] if tensor.ndim else tensor
 
     def record_sum(self, path: Path, total: Tensor) -> None:

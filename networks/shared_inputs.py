@@ -142,7 +142,7 @@ class SharedInput:
         return self._pop_product(layer)
 
     def _pop_product(self, layer: GroupedLayer) -> Tensor:
-        """Return the product or output of a layer; after the last layer, all tensors are released."""
+        """Return a layer's product or output and forget it; after the last layer, release all tensors."""
         product = self._products.pop(layer)
         if not self._products:
             self._reset()
@@ -212,7 +212,7 @@ class _Outputs(torch.autograd.Function):
 
 
 class _JoinedOutputs(torch.autograd.Function):
-    """Compute the outputs of all layers as one product; requires weights that are adjacent in memory."""
+    """Compute all layers' outputs in a single product; their weights must be adjacent in memory."""
 
     @staticmethod
     def forward(

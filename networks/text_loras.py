@@ -79,7 +79,7 @@ def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | Non
 
 
 class TextLoras:
-    """Merge LoRAs into text encoders, and into layers loaded with them, once after each encoder is loaded."""
+    """Merges LoRAs into text encoders, and into layers loaded with them, after each encoder is loaded."""
 
     def __init__(self, weighted_loras: Sequence[WeightedLora], rounding: str = NEAREST) -> None:
         """Prepare to add LoRAs to text encoders.
@@ -119,7 +119,7 @@ class TextLoras:
             self._warn_of_missing_connectors()
 
     def _warn_of_missing_connectors(self) -> None:
-        """Warn of changes of modules between text encoder and transformer, which this model lacks."""
+        """Warn of changes to modules between text encoder and transformer that this model lacks."""
         for weighted_lora in self._connector_loras:
             names = [*weighted_lora.lora.tensors]
             logger.warning(
@@ -128,10 +128,10 @@ class TextLoras:
             )
 
     def add_to(self, encoder: TextEncoder) -> None:
-        """Merge the encoder's LoRAs into its weights; do nothing if they are merged already.
+        """Merge the encoder's LoRAs into its weights; do nothing if they are already merged.
 
         Raises:
-            CheckpointError: If a LoRA does not fit, or if the encoder is in 8 bits.
+            CheckpointError: If a LoRA does not fit, or if the encoder is quantized to 8 bits.
         """
         if self._weighted_loras and can_learn(encoder):
             prefix = encoder.lora_prefix

@@ -151,12 +151,12 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
 
 
 def single_piece(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
-    """Return the unsplit factors of a module by its path in the other dialect, or why it has no path.
+    """Return {path: factors} for a module that is not split, or `reason` if it has no path.
 
     Args:
-        path: Path of the module in the dialect; None if the dialect lacks the module.
-        factors: Factors of the module, by name of the part.
-        reason: Returned if there is no path.
+        path: Path of the module under the other program's names; None if the program lacks the module.
+        factors: Factors of the module, by factor name.
+        reason: Why there is no path.
     """
     return reason if path is None else {path: factors}
 
@@ -263,7 +263,7 @@ def _to_peft_magnitudes(magnitudes: Tensor) -> Tensor:
 
 
 def _to_full_rank(factors: Factors) -> Factors:
-    """Write the full difference of a matrix, out x in, as a LoRA: the difference times an identity matrix."""
+    """Convert a full matrix difference, out x in, to a LoRA whose other factor is an identity matrix."""
     difference = factors["diff"]
     out_features, in_features = difference.shape
     identity = torch.eye(min(out_features, in_features), dtype=difference.dtype)

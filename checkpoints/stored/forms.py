@@ -174,7 +174,7 @@ def dequantize_and_multiply(
 ) -> Tensor:
     """Compute x W^T + b in the dtype of x with a quantized weight W.
 
-    The backward pass dequantizes W again, so that its value is not stored.
+    The backward pass dequantizes W again, so the dequantized weight is not saved.
     """
     filled = (*tensors, *[None] * (MAX_TENSORS - len(tensors)))
     out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
@@ -182,7 +182,7 @@ def dequantize_and_multiply(
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a layer computes in: autocast's if enabled, otherwise the input's."""
+    """Return the dtype that a layer computes in: autocast's if it is enabled, otherwise x's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -143,9 +143,9 @@ class Fp8:
             return dequantize_and_multiply(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
-        """Return `count` rows of an fp8 weight, starting at row `first`, with their scales.
+        """Return `count` rows of an fp8 weight with their scales, starting at row `first`.
 
-        Scales of blocks of rows are cut too, which requires full blocks; a scale for the full weight stays.
+        Per-block scales are cut too, which requires whole blocks; a scale for the entire weight is kept.
         """
         scale = stored.tensors[1]
         part = stored.weight[first : first + count].contiguous()
@@ -157,7 +157,7 @@ class Fp8:
         return QuantizedWeight(self, (count, stored.shape[1]), (part, scale))
 
     def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-        """Concatenate fp8 weights along rows, with a scale for each row; return None if dtypes differ."""
+        """Concatenate fp8 weights along rows, with one scale per row; return None if dtypes differ."""
         dtypes = {part.weight.dtype for part in parts}
         if len(dtypes) > 1:
             return None

@@ -106,11 +106,11 @@ class PackedRowFormat:
         return QuantizedWeight(self, shape, tuple(joined))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return this format, because no option changes how it computes."""
+        """Return this format: no option changes how it computes."""
         return self
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device, because every device can dequantize these forms."""
+        """Accept any device: every device can dequantize these formats."""
         pass
 
 

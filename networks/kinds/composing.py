@@ -43,7 +43,7 @@ OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_m
 
 
 def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
-    """Return the kinds that have one of the parts of a module, even if other parts are missing."""
+    """Return the kinds (LoRA, LoHa, ...) that use any of these factor names, even if others are missing."""
     return [kind for kind in KINDS if any(part in parts for part in kind.parts)]
 
 

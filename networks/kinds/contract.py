@@ -56,11 +56,11 @@ class Settings(Protocol):
 
     @property
     def conv_rank(self) -> int | None:
-        """Rank of convolutions with a kernel; None if they get no LoRA."""
+        """Rank of convolutions with kernels larger than 1 x 1; None if they get no LoRA."""
 
     @property
     def variants(self) -> Sequence["NetworkKind"]:
-        """Kinds that extend the layers, such as DoRA."""
+        """Network kinds that extend the layers, such as DoRA."""
 
     @property
     def dropouts(self) -> object:
@@ -176,7 +176,7 @@ class NetworkKind:
         return None
 
     def read_arguments(self, arguments: dict[str, Any]) -> Any:
-        """Remove the kind's own arguments from --network_args; return their values for `make_layers`.
+        """Remove this kind's own arguments from --network_args; return their values for `make_layers`.
 
         Raises:
             OptionError: If a value is out of range.
@@ -240,7 +240,7 @@ class NetworkKind:
         return None
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why files of a format cannot contain the kind; "" if they can.
+        """Return why files of a --lora_format cannot contain this network kind; "" if they can.
 
         Args:
             name: Value of --lora_format.

@@ -13,7 +13,7 @@ def is_by_input(magnitudes: Tensor) -> bool:
 
 
 class DoraAlgebra(Algebra):
-    """Magnitudes: new norms for the sum of weight and change, by output or by input."""
+    """DoRA magnitudes: new row or column norms for the sum of weight and change."""
 
     def __init__(self, factor_name: str) -> None:
         """Set the name of the tensor with the magnitudes, such as `dora_scale`."""

@@ -96,7 +96,7 @@ def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, a
 def _compute_ratio_of_norms(
     name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
 ) -> Tensor:
-    """Return |W| / |W + change| for each row of a weight W, on the CPU."""
+    """Return |W| / |W + change| for each row of the frozen weight W, on the CPU."""
     delta = read_delta(factors)
     change = delta.compute_change(device)
     assert change is not None

@@ -35,7 +35,7 @@ class LohaAlgebra(Algebra):
         return first
 
     def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return the element-wise product of the two low-rank matrices."""
+        """Return the element-wise product of the two low-rank matrices, which is the change of the weight."""
         if "hada_w1_a" not in factors:
             return None
         first = product_with_core(factors["hada_w1_a"] * scale, factors["hada_w1_b"], factors.get("hada_t1"))
@@ -49,7 +49,7 @@ class LohaAlgebra(Algebra):
         return factors.keys() & {"hada_w1_a", "hada_w2_a"}
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return some rows of the left factors; with a core, the rows are their second axis."""
+        """Return some rows of the left factors; with a core, these rows are on axis 1."""
         selected: dict[str, Tensor] = {}
         for left, _, core in MATRICES:
             if left in factors:

@@ -65,7 +65,7 @@ class LokrAlgebra(Algebra):
         return None if any(part in factors for part in _FIRST) else {}
 
     def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
-        """Return the factors of rows that begin and end between copies of the large matrix; else None."""
+        """Return the factors of rows that cover whole copies of the large LoKr matrix; else None."""
         first = next(part for part in _FIRST if part in factors)
         block_height = height // len(factors[first])  # rows of the large matrix, k
         if start % block_height or stop % block_height:
@@ -146,7 +146,7 @@ def _is_scaled(shapes: Shapes) -> bool:
 
 
 def _in_order(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """Return a matrix, or its two factors, in the order in which they multiply an input."""
+    """Return [matrix], or its two low-rank factors in the order in which they multiply an input."""
     return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
 
 

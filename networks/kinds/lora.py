@@ -32,7 +32,7 @@ class LoraKind(NetworkKind):
     takes_all_settings = True
 
     def load_algebra(self) -> "LoraAlgebra":
-        """Return the computations with low-rank factors."""
+        """Return the object that computes with low-rank factors."""
         from networks.kinds.lora_algebra import LoraAlgebra  # torch
 
         return LoraAlgebra()
@@ -40,7 +40,7 @@ class LoraKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target, extended by the variants in the settings, such as DoRA."""
+        """Return a trainable layer for each target, extended by the settings' variants, such as DoRA."""
         from networks.lora_layer import LoraLayer  # torch
 
         layers: dict[str, nn.Module] = {}

@@ -45,5 +45,5 @@ class LoraAlgebra(Algebra):
         return factors.keys() & {UP, BIAS}
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return some rows of the up factor and of the bias; all rows share the down factor."""
+        """Return some rows of the up factor and of the bias; the down factor is shared by all rows."""
         return {part: factors[part][rows] for part in (UP, BIAS) if part in factors}

@@ -18,7 +18,7 @@ class Rotation(nn.Module):
 
 
 class OftLayer(nn.Module):
-    """Replacement for a frozen module's forward, which rotates the input first.
+    """Replaces a frozen module's forward to rotate the input first (OFT).
 
     The rotation is computed in float32 from float32 values. The input is rotated in autocast's dtype, or in
     float32 without autocast.

@@ -50,11 +50,11 @@ def compute_rotations(values: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Return x (R - I), the change of an input by rotations.
+    """Return x (R - I), the change of the input by block rotations R.
 
     Args:
-        x: Input, ... in.
-        rotations: R - I of each block, n b b, or 1 b b if all blocks share one rotation.
+        x: Input, ... x in.
+        rotations: R - I of each block, n x b x b, or 1 x b x b if all blocks share one rotation.
     """
     size = rotations.shape[-1]
     blocks = x.reshape(-1, x.shape[-1] // size, size)  # N n b

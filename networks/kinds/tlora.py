@@ -41,7 +41,7 @@ class TLoraRule:
         return TLORA
 
     def in_words(self) -> str:
-        """Return the rule as arguments of --network_args."""
+        """Return the rule as it is written in --network_args."""
         return f"{SWITCH}=True {MIN_RANK}={self.minimum} {ALPHA}={self.power:g}"
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
