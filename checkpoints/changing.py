@@ -154,7 +154,7 @@ def plan_change(
 
 
 def _list_notes(checkpoint: Checkpoint, change: CheckpointChange, num_dequantized: int) -> list[str]:
-    """Return notes for the user on dequantized weights, and on what is left out of the new file."""
+    """Return notes for the user about dequantized weights and omitted tensors of the new file."""
     notes: list[str] = []
     if num_dequantized:
         weights = format_count(num_dequantized, "weight")

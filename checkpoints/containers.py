@@ -78,7 +78,7 @@ OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 def check_count(path: Path, tensors: int) -> None:
-    """Raise CheckpointError if a file lists more tensors than any model has."""
+    """Raise CheckpointError if a file lists more tensors than any known model has."""
     if tensors > MAX_TENSORS:
         raise CheckpointError(
             f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
@@ -380,7 +380,7 @@ def _name_special_kind(tensor: Tensor) -> str | None:
 
 
 def _make_damage_error(path: Path, reason: str) -> CheckpointError:
-    """Return the error for a damaged file, with only the first sentence of torch's reason."""
+    """Return the error for a damaged file, with the first sentence of torch's reason."""
     first_sentence = reason.strip().splitlines()[0].split(". ")[0]
     return CheckpointError(
         f"{path} is damaged or incomplete: {first_sentence}. Download or copy it again.", path

@@ -174,7 +174,7 @@ def translate_name(name: str, table: Names) -> str:
 
 @functools.cache
 def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Combine patterns without backreferences into one that matches if any of them does."""
+    """Combine patterns without backreferences into one pattern that matches if any of them does."""
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
 
@@ -267,7 +267,7 @@ class DitShapes:
         return shape
 
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
-        """Return hidden size, latent channels and patch size (F, H, W) of a transformer.
+        """Return the hidden size, latent channels and patch size (F, H, W) of a transformer.
 
         `name` is the weight of the layer that turns latents into tokens.
         """

@@ -358,7 +358,7 @@ def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
 
 
 def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
-    """Return the error for a quantized file that the option `flag` would quantize again."""
+    """Return the error for a file that is already quantized, which the option `flag` cannot quantize."""
     state = "quantized"
     instead = "layers stay as the file has them."
     if not is_packed:

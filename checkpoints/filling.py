@@ -433,7 +433,7 @@ class _TensorLoader:
         return self._patch(name, tensor, target)
 
     def _read_parts(self, source: TensorSource) -> list[Tensor]:
-        """Read the stored tensors of one source to the device; they may be views of `read_buffer`."""
+        """Read the stored tensors that a source is built from; they may be views of `read_buffer`."""
         parts: list[Tensor] = []
         start = 0
         for part in source.names:

@@ -39,7 +39,7 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError if a CPU tensor that was read from a file contains NaN or infinite values."""
+    """Raise CheckpointError if a CPU tensor read from a file contains NaN or infinite values."""
     if not is_finite(tensor):
         num_non_finite = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
         raise make_non_finite_error(path, [f"{name} ({num_non_finite} of {tensor.numel()} values)"])

@@ -121,7 +121,7 @@ def _read_comfy_settings(
 
 
 def _find_prefix(layers: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the prefix of tensor names that layer names in the metadata lack; "" if there is none."""
+    """Return the prefix that tensor names have and layer names in the metadata lack; "" without one."""
     first = next((f"{layer}.weight" for layer in layers if layer not in tensors), None)
     if first is None or first in tensors:
         return ""
@@ -311,7 +311,7 @@ def _check_tiled_scale(
 
 
 def _describe_mxfp8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer in MXFP8: e4m3 values with an e8m0 scale for each block of 32 columns."""
+    """Return dtypes and shapes of an MXFP8 layer: e4m3 values with an e8m0 scale for each 32 columns."""
     rows, columns = layer.check_matrix(_E4M3, torch.uint8)
     if rows % 32 or columns % 32:
         raise ValueError(f"has {rows} x {columns} weights, but its format pads both to multiples of 32")

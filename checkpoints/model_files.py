@@ -86,7 +86,7 @@ def _read_once(
     read: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> Any:
-    """Read the file at `path`, the name for messages, and cache the result.
+    """Read the file at `path`, which error messages name, and cache the result.
 
     `absolute_path` and `stamp` only identify the file and its version in the cache.
     """
@@ -173,7 +173,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
 def _read_safetensors_latents(
     path: Path, only_shape: bool
 ) -> tuple[Tensor | None, Mapping[str, str], Tensor | None]:
-    """Return the latents, metadata and audio latents of a safetensors file; see `load_latents`."""
+    """Return latents, metadata and audio latents from a safetensors file; see `load_latents`."""
     with open_checkpoint(path) as file:
         latents = None
         info = file.tensors.get("latent")

@@ -79,7 +79,7 @@ def check_vision_language_settings(folder: Path, option: str) -> list[Shape]:
 
 
 def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
-    """Yield path and content of each JSON settings file in a folder."""
+    """Yield (path, parsed content) of each JSON file in a folder."""
     for path in sorted(folder.glob("*.json")):
         try:
             yield path, parse_json(read_text(path, MAX_TOKENIZER_BYTES))
@@ -193,7 +193,7 @@ def _check_sides(path: Path, content: Any) -> None:
 
 
 def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MAX_BLOCKS) -> None:
-    """Raise CheckpointError if settings ask for more layers or attention heads than are allowed."""
+    """Raise CheckpointError if settings specify more layers or attention heads than allowed."""
     for name, number in _list_numbers(content):
         if "heads" in name and number > max_heads:
             raise CheckpointError(f"{path}: {name} is {number:,}, but at most {max_heads} are allowed", path)

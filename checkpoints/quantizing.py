@@ -356,7 +356,7 @@ def _plan_layer(
 
 
 class _LayerQuantizer:
-    """Quantize a layer to one of ComfyUI's formats: fp8, int8, or int8 with rotated columns (convrot)."""
+    """Quantizes a layer to one of ComfyUI's formats: fp8, int8, or int8 with rotated columns (ConvRot)."""
 
     def __init__(self, form: str, shape: Shape) -> None:
         """Select dtype, shape of the scale and ComfyUI's settings for a weight of this shape, out x in."""

@@ -21,7 +21,7 @@ ReadTensor = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """File names of shards, and which tensor is in which shard."""
+    """File names of a model's shards, and the tensors in each shard."""
 
     files: Mapping[str, Mapping[str, TensorInfo]]  # file name -> tensors of the file by name
     index_name: str

@@ -83,7 +83,7 @@ class TokenizerFiles:
             raise self.unreadable(file, ValueError(f"its extension is not one of {', '.join(SUFFIXES)}"))
 
     def identity(self, file: Path | None) -> str:
-        """Return a tokenizer's identity for cache records; `file` None means the hub's tokenizer."""
+        """Return what identifies a tokenizer in cache records; `file` None means the tokenizer on the hub."""
         if file is not None:
             return fingerprint(file)
         return f"{self.repository}/{self.folder}" if self.folder else self.repository
@@ -209,7 +209,7 @@ class TokenizerFiles:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class name if the message is empty."""
+    """Return the first line of an error message, or the class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -132,9 +132,9 @@ class ForeignNetwork:
             self.module.before_optimizer_step()
 
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """Scale down modules whose norm exceeds `max_norm` (`--scale_weight_norms`).
+        """Scale down modules whose change has a norm above `max_norm` (`--scale_weight_norms`).
 
-        Call after an optimizer step. Returns the three numbers of a `NormReport` on `device`.
+        Call it after an optimizer step. Returns the three numbers of a `NormReport` on `device`.
         """
         report: Sequence[Any] = self.module.apply_max_norm_regularization(max_norm, device)
         if all(isinstance(number, Tensor) for number in report):

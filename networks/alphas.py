@@ -405,7 +405,7 @@ def _parse_settings(
 def _parse_nested_settings(
     location: str, settings: Mapping[str, Any], network_prefix: str, network: str
 ) -> list[_AlphaSource]:
-    """Return the sources in the values of JSON settings, each of which may be for one adapter or network."""
+    """Return the alpha sources in nested JSON settings, where each key may name an adapter or a network."""
     sources: list[_AlphaSource] = []
     for key, value in settings.items():
         if not isinstance(value, Mapping):

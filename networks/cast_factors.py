@@ -39,10 +39,10 @@ def cast_before_pass(
 
 
 def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
-    """Join the frozen weights of each group in memory, except for those that `join_weights` cannot join.
+    """Make the frozen weights of each group adjacent in memory, except those that `join_weights` refuses.
 
     Args:
-        groups: Groups of layers with a common input.
+        groups: Groups of layers with the same input.
     """
     for group in groups:
         if len(group) > 1:
@@ -121,7 +121,7 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
 
 
 class _Cast(torch.autograd.Function):
-    """Cast the factors of each group into one matrix, multiplied by their scales, with few kernels."""
+    """Stack each group of factors to one matrix, cast and multiplied by their scales, with few kernels."""
 
     @staticmethod
     def forward(

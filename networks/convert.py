@@ -180,7 +180,7 @@ class ZImageConvertOptions(ComfyConvertOptions):
 
 @dataclass(frozen=True)
 class Conversion:
-    """Dialect to convert to: ours (target "default"), ComfyUI's ("other") or diffusers' ("diffusers")."""
+    """What to convert a LoRA to: our names (target "default"), ComfyUI's ("other") or "diffusers"."""
 
     target: str
     family: str | None = None  # the LoRA's family, if the user or a family's own script names it
@@ -564,7 +564,7 @@ def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str])
 
 
 def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
-    """Return the metadata of a LoRA that was converted to another dialect."""
+    """Return the metadata for a LoRA after its conversion to another program's names."""
     # the converted tensors include all alphas
     metadata = without_alphas(lora.metadata)
     if LORA_FORMAT in metadata:

@@ -288,7 +288,7 @@ class Delta:
         return None
 
     def describe_indivisible_kind(self) -> str:
-        """Return the name of the kind that cannot be cut by rows, such as "a LoKr"."""
+        """Return the kind that prevents cutting these factors by rows, with its article: "a LoKr"."""
         titles = (kind.indivisible for kind in self.kinds if kind.indivisible)
         return next(titles, "this network")
 

@@ -102,7 +102,7 @@ def is_number(alpha: Tensor | None) -> bool:
 
 
 def rank_of(factors: Factors) -> int | None:
-    """Return the rank of the factors; None for kinds without a rank, and for full matrices."""
+    """Return the rank of the factors; None for full matrices and for kinds without a rank."""
     for name in composing.FACTORS_WITH_RANK_AXIS:
         if name in factors and factors[name].ndim:
             return int(factors[name].shape[0])
@@ -166,7 +166,7 @@ def fold_scaling(factors: Factors) -> Factors:
 
 
 def bias_of(factors: Factors, device: torch.device) -> Tensor | None:
-    """Return the change of the module's bias at multiplier 1, float32, as a new tensor; None without one."""
+    """Return the change of the module's bias at multiplier 1 as a new float32 tensor; None without one."""
     if "diff_b" in factors:
         return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:

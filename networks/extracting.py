@@ -61,7 +61,7 @@ Plan = Mapping[str, Sequence[ExtractedModule]]  # tensor name -> modules whose w
 
 
 class Pair(NamedTuple):
-    """The model before and after fine-tuning."""
+    """A model before and after fine-tuning."""
 
     original: Checkpoint
     tuned: Checkpoint

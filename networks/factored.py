@@ -62,7 +62,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Product:
-    """How a kind of network computes with its factors, without forming the change."""
+    """How a network kind (LoHa, LoKr) computes with its factors, without building the full change."""
 
     kind: str  # name of the kind, for messages
     # takes an input ... in, the factors, and a multiplier of the change; returns ... out

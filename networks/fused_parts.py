@@ -29,7 +29,7 @@ _BIAS = "lora_up.bias"
 
 
 class FusionError(Exception):
-    """The LoRA of a fused module cannot be split, or those of its parts cannot be joined, for this reason."""
+    """Why the LoRA of a fused module cannot be split, or why the LoRAs of its parts cannot be joined."""
 
 
 class FusedPiece(NamedTuple):

@@ -89,7 +89,7 @@ class ChangedParameter:
 
 
 class LoraBranch:
-    """One LoRA's addition to one module, scaled by `multiplier`; it has no tensors until `place_on`."""
+    """One LoRA's addition to one module, scaled by `multiplier`; it has no tensors before `place_on`."""
 
     def __init__(
         self,
@@ -340,7 +340,7 @@ class LoraWrapper(nn.Module):
         self.is_on = True
 
     def switch_off(self) -> None:
-        """Stop adding the LoRAs, and release their factors."""
+        """Stop adding the LoRAs' outputs, and release their factors."""
         self.is_on = False
         for branch in self.branches:
             branch.release()
@@ -370,7 +370,7 @@ class LoraWrapper(nn.Module):
         return out
 
     def _run_with_changed_weights(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
-        """Run a module that is not a linear layer, such as a norm, with the weights that branches change."""
+        """Run a module that is not linear, such as a norm, with the weights changed by the branches."""
         if all(branch.apply_region is None for branch in branches):
             return self._run_with(branches, *inputs, **named)
         original_out = self._inner_forward(*inputs, **named)
@@ -430,7 +430,7 @@ class LoraWrapper(nn.Module):
 
 
 class AddedLoras:
-    """The LoRAs that wrap a model's modules; they can be switched on and off."""
+    """LoRAs that wrap the modules of a model, and that can be switched on and off."""
 
     def __init__(self, layers: Sequence[LoraWrapper] = ()) -> None:
         self.layers = layers

@@ -153,7 +153,7 @@ def to_native(
 
 
 def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
-    """Map each of our names to the first key in the file with this name; `names` maps keys to our names."""
+    """Map each of our names to the first key in the file that has it; `names` maps keys to our names."""
     key_by_name: dict[str, str] = {}
     for key, name in names.items():
         key_by_name.setdefault(name, key)
@@ -376,7 +376,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Return an unsupported kind of network and a key that shows it; None if there is no such key."""
+    """Return (unsupported network kind, a key that shows it); None if no key shows one."""
     for key in keys:
         for kind, endings in _UNSUPPORTED_KINDS.items():
             if key.endswith(endings):

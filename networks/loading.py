@@ -725,7 +725,7 @@ def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str 
 
 
 def _fit_typed_pattern(typed: str, names: Collection[str], where: str) -> str:
-    """Make dots and underscores equal in a pattern that matches no name; warn if it still matches none."""
+    """Let dots and underscores match each other in a pattern that matches no name; warn if that fails too."""
     if any(re.search(typed, name) for name in names):
         return typed
     any_spelling = in_any_spelling(typed)
@@ -857,7 +857,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
 
 
 def read_weighted_lora(path: Path, expert: str, multiplier: float) -> WeightedLora:
-    """Read the LoRA of one expert from a file; warn if the file was trained for another expert."""
+    """Read one expert's LoRA from a file; warn if the file was trained for another expert."""
     lora = read_lora(path, by_expert=True).for_expert(expert)
     warn_of_other_expert(lora, expert)
     return WeightedLora(lora, multiplier)

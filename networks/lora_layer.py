@@ -47,12 +47,12 @@ class DropoutSeed:
     value: int | None = None
 
     def derive(self, layer: int, kind: str, part: int = 0) -> int:
-        """Return the seed of a mask; it is random in each call if `value` is None.
+        """Return the seed of a mask; a random seed in each call if `value` is None.
 
         Args:
             layer: Index of the layer.
-            kind: Kind of random decision, such as one of KINDS.
-            part: Index of the part of the tokens, if processes split them.
+            kind: What is drawn, such as one of KINDS ("neuron", ...).
+            part: Index of this process's part of the tokens, if processes split them.
         """
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
@@ -413,7 +413,7 @@ def keep_mask(shape: Sequence[int], probability: float, seed: Halves, device: to
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Mix the bits of 32-bit numbers in int64. Source: C. Wellons, "Prospecting for hash functions"."""
+    """Mix the bits of 32-bit integers in int64. Source: C. Wellons, "Prospecting for hash functions"."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _32_BITS
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _32_BITS
     return x ^ (x >> 16)

@@ -29,7 +29,7 @@ UNET = OURS.removesuffix("_")
 
 
 class OwnNetwork(nn.Module):
-    """The trained layers by our module names. The state dict is a LoRA file in our dialect."""
+    """The trained layers by our module names. The state dict contains the tensors of a LoRA file."""
 
     def __init__(self, layers: Mapping[str, Any], settings: LoraSettings) -> None:
         """Collect the layers of the network; `attach` puts them into the models.
@@ -426,7 +426,7 @@ def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) ->
 
 
 def _read_outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
-    """Return the input size (with the kernel) and the output size of the layer that the factors are for."""
+    """Return the input size (with the kernel) and the output size of the layer that the factors change."""
     return factors[DOWN].shape[1:], len(factors[UP])
 
 

@@ -22,13 +22,13 @@ from modules.private_torch import disable_dynamo
 
 
 def project_in_place_gradient(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x, which the frozen layer must take, and x @ down^T, ... R.
+    """Return (x for the frozen layer, x @ down^T, ... x R).
 
     The frozen layer must be linear, and nothing else may use the first result, because its gradient is
-    overwritten by the sum of both gradients.
+    overwritten with the sum of both gradients.
 
     Args:
-        x: Input, ... in.
+        x: Input, ... x in.
         down: Down factor, R x in, in the dtype of x.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -195,7 +195,7 @@ class BlockUp(nn.Module):
         return self.multiply(hidden, self.weight)
 
     def multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Return the product of values, ... P R, and the given blocks, out x R, as ... out."""
+        """Multiply values, ... x P R, by the given blocks, out x R; return ... x out."""
         groups = hidden.chunk(len(self.split_sizes), -1)
         blocks = weight.split(self.split_sizes)
         return torch.cat([functional.linear(x, w) for x, w in zip(groups, blocks, strict=True)], -1)

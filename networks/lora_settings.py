@@ -150,7 +150,7 @@ class LoraSettings:
 
     @property
     def ranks_by_pattern(self) -> list[int]:
-        """The ranks in network_reg_dims."""
+        """Ranks in the value of network_reg_dims."""
         return [int(rank) for _, rank in self.pattern_ranks]
 
     def split_sizes_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
@@ -270,7 +270,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 
 
 def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Reader]) -> None:
-    """Raise OptionError for an argument that is mistyped or belongs to another program."""
+    """Raise OptionError for --network_args that are mistyped or belong to another program."""
     unknown = [key for key in typed if key not in readers]
     if "algo" in unknown:
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")

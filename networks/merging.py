@@ -598,7 +598,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
 
 
 class DecomposedProduct(NamedTuple):
-    """The singular value decomposition of a product: (left @ u) diag(singular_values) (vh @ right^T)."""
+    """Singular value decomposition of a product: (left @ u) diag(singular_values) (vh @ right^T)."""
 
     left: Tensor  # out x R, orthogonal columns
     u: Tensor

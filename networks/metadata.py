@@ -45,7 +45,7 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
 
 
 def in_words(expert: str) -> str:
-    """Return an expert's name as words, such as "high-noise expert"."""
+    """Return an expert's name in words, such as "high-noise expert"."""
     return f"{expert.replace('_', '-')} expert"
 
 
@@ -207,7 +207,7 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
 
 
 def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
-    """Return one clause each for the ranks, block sizes and alphas of a network; none for those it lacks."""
+    """Describe a network's ranks, block sizes and alphas in one clause each, leaving out what it lacks."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
     clauses = [describe_numbers("rank", ranks)]
     for word, sizes in sizes_by_word(modules.values()).items():

@@ -277,7 +277,7 @@ def alias(name: str, family: FamilyNames) -> str:
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
-    """Translate the underscored name of a module from our layout to another; unknown names are unchanged."""
+    """Translate our underscored module name to another layout's; return unknown names unchanged."""
     path = _find(_tables(family).alias_of, name)
     return name if path is None else path.replace(".", "_")
 
@@ -339,7 +339,7 @@ def count_parts(path: str) -> set[int]:
 
 @dataclass(frozen=True)
 class RelatedModule:
-    """A module of another layout whose weight is a part of a given module's weight, or contains it."""
+    """A module of another layout whose weight is part of a given module's weight, or contains it."""
 
     name: str  # underscored
     part: WeightPart

@@ -49,7 +49,7 @@ NOTHING_FROZEN = FrozenModelOptions()
 
 
 class NetworkOptions(Options, title="network"):
-    """Options of the network that `--network_module` builds and trains."""
+    """Options for the network that `--network_module` builds and trains."""
 
     network_module: str | None = option(
         f"module that builds the network: {', '.join(_MODULES)}, or another package's, such as "

@@ -31,9 +31,9 @@ class OwnModule:
 
 
 class _OwnModules(Mapping[str, OwnModule]):
-    """Our network modules by the value of --network_module: one per kind, and LoRAs for single families.
+    """Our values of --network_module: one for each network kind, and one for each family with its own rules.
 
-    A lookup imports the names of the families one by one, up to the one with this module.
+    A lookup imports the names of the families one by one until one of them has this module.
     """
 
     kinds: ClassVar = {kind.network_module: OwnModule(kind=kind) for kind in KINDS if kind.network_module}

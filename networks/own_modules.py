@@ -173,7 +173,7 @@ def _select_size(
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
-    """Return whether a module is excluded by a pattern or optional, and no include pattern matches it.
+    """Return whether a module is optional or excluded by a pattern, and matches no include pattern.
 
     Args:
         path: Path of the module.
@@ -412,7 +412,7 @@ def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, setti
 
 
 def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, ModuleWithPath]:
-    """Return all modules that can have a layer, by our names, with their published paths."""
+    """Return all Linear and Conv2d modules by our names, with their published paths."""
     networks = {} if dit is None else {OURS: dit}
     networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
     modules_by_name: dict[str, ModuleWithPath] = {}

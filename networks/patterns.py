@@ -16,10 +16,10 @@ MAX_CHARACTERS = 200  # of a pattern that are compared with names
 
 @dataclass(frozen=True)
 class NamePattern:
-    """Substitute for a compiled pattern that matches a fixed set of names.
+    """Stands in for a compiled regular expression, but matches a fixed set of names.
 
-    Module names are written with dots or with underscores (`blocks.0.attn`, `blocks_0_attn`); the names here
-    are those that the typed pattern matches in either spelling.
+    LoRA files write module names with dots or underscores (`blocks.0.attn`, `blocks_0_attn`); the set
+    contains the names that the typed pattern matches in either spelling.
     """
 
     pattern: str  # as it was typed
@@ -69,7 +69,7 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
 
 
 def _list_runs(words: list[str]) -> Iterator[str]:
-    """Yield all runs of up to MAX_WORDS consecutive words that do not begin with a number."""
+    """Yield all runs of up to MAX_WORDS consecutive words, except runs that start with a number."""
     for start, word in enumerate(words):
         if word == "N":
             continue

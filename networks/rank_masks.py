@@ -86,7 +86,7 @@ def set_levels(network: nn.Module, levels: Tensor) -> None:
 
 
 def set_level(network: nn.Module, level: float, device: torch.device) -> None:
-    """Set one noise level for all samples of the next forward pass.
+    """Set the same noise level for all samples of the next forward pass.
 
     Args:
         network: The network.

@@ -196,7 +196,7 @@ class LoraRounding:
     """
 
     def __init__(self, rule: str) -> None:
-        """Prepare to round by `rule`, a value of `--lora_rounding`."""
+        """Prepare to round with a value of `--lora_rounding`."""
         self._rule = rule
         # whether rows are sampled: not needed if every weight is rounded stochastically anyway
         self.needs_samples = rule != STOCHASTIC

@@ -77,7 +77,7 @@ class SharedInput:
         self._products: dict[GroupedLayer, Tensor] = {}  # not yet taken by the layers
 
     def cast(self, x: Tensor) -> Tensor:
-        """Return the input in the dtype of the factors; the same tensor is cast only once."""
+        """Return the input in the factors' dtype; the same tensor is cast only once."""
         if self._uncast_input is not x or self._cast_input is None:
             self._uncast_input = x
             self._cast_input = x.to(self.down.dtype)
@@ -236,7 +236,7 @@ class _JoinedOutputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Return the gradients of x and of the down and up factors; the frozen weights have none."""
+        """Return the gradients of x, the down factor and the up factors; frozen weights get none."""
         x, product, down, up, weight = ctx.saved_tensors
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
         gradient = torch.cat([rows_of(each) for each in gradients], -1)

@@ -108,7 +108,7 @@ class _KnownPrefixes(NamedTuple):
 
 @cache
 def find_networks() -> Mapping[str, str]:
-    """Map the prefix of each expert's network in diffusers' pipelines to the name of the expert."""
+    """Map each expert's network prefix in diffusers' pipelines to the name of the expert."""
     experts = {}
     for family in FAMILIES:
         for network, expert in family.experts:

@@ -181,7 +181,7 @@ def without_numbers(module: str) -> str:
 
 
 def module_of(name: str) -> str:
-    """Return the name of the module that a LoRA tensor belongs to, without our prefix."""
+    """Return the module that a LoRA tensor belongs to, without our name prefix."""
     return name.removeprefix(OURS).partition(".")[0]
 
 

@@ -74,7 +74,7 @@ class LoraOptions(Options):
         self.multipliers(warns=True)
 
     def multipliers(self, warns: bool = False) -> tuple[float, ...]:
-        """Return one multiplier for each LoRA file; `warns` reports multipliers without a file."""
+        """Return one multiplier per LoRA file; with `warns`, warn of surplus multipliers."""
         return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier", warns)
 
 
@@ -103,7 +103,7 @@ class LoraPatternOptions(Options):
                     raise OptionError(f"--{name} {pattern!r} is not a regular expression: {error}") from None
 
     def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
-        """Return these options with `pattern`, which the user did not type, also excluded from each file."""
+        """Return these options with `pattern`, which the user did not type, excluded from each file too."""
         typed = self.exclude_patterns or ()
         num_untyped = max(files - len(typed), 0)
         patterns = [f"(?:{typed_pattern})|{ADDED_PATTERN}{pattern}" for typed_pattern in typed]

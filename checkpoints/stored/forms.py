@@ -109,7 +109,7 @@ def form_of(quantization: Quantization) -> QuantizationFormat:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Return the quantization with a format whose `prepare` has selected the device's matrix product.
+    """Return the quantization with the matrix product that its format selects for the device.
 
     Raises:
         OptionError: If the device or the installed libraries do not support the format.
@@ -119,7 +119,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization | None) -> Quantization | None:
-    """Return the quantization to use in a dry run, where some kernels only allocate; None stays None."""
+    """Return the quantization for a dry run, in which some kernels only allocate; None stays None."""
     if quantization is None:
         return None
     result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").rehearsed(quantization)
@@ -159,7 +159,7 @@ def quantized_weight_of(layer: nn.Module) -> QuantizedWeight | None:
 
 
 def dequantized_weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return a layer's weight, dequantized to float32 if it is quantized.
+    """Return a layer's weight in float32, dequantized if necessary.
 
     `weight` is the layer's own full weight.
     """

@@ -179,7 +179,7 @@ class Fp8:
         """Check that the device supports fp8.
 
         Raises:
-            OptionError: For Apple's GPUs.
+            OptionError: For Apple GPUs.
         """
         if device.type == "mps":
             raise OptionError(
@@ -191,7 +191,7 @@ form_of = Fp8
 
 
 def make_fp8_weight(weight: Tensor, scale: Tensor | None = None) -> QuantizedWeight:
-    """Convert an fp8 weight of a file, and its scale if it has one, to the format of layers."""
+    """Convert a file's fp8 weight, with its scale if it has one, to the format that layers use."""
     rows, columns = weight.shape
     return QuantizedWeight(Fp8(), (rows, columns), (weight, None if scale is None else store_scale(scale)))
 

@@ -222,7 +222,7 @@ def fp8_linear(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Linear layer with an fp8 weight that saves only the weight and its scale for the backward pass."""
+    """Linear layer with an fp8 weight; for the backward pass, it saves only the weight and its scale."""
 
     @staticmethod
     def forward(
@@ -320,5 +320,5 @@ def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _select_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that fp8 products are computed in: 16 bits are more precise than the product."""
+    """Return the dtype to compute fp8 products in; even 16 bits are more precise than the product."""
     return dtype if dtype == torch.float16 else torch.bfloat16

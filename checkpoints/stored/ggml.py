@@ -21,7 +21,7 @@ def _read_float16(blocks: Tensor, start: int) -> Tensor:
 
 
 def _unpack_fields(codes: Tensor, bits: int) -> Tensor:
-    """Unpack bytes, B n, into fields of `bits` bits, B 8/bits n: the lowest field of all bytes first."""
+    """Unpack bytes, B x n, into `bits`-bit fields, B x 8/bits x n; all lowest fields come first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes[:, None] >> shifts[:, None]) & ((1 << bits) - 1)
 
@@ -108,7 +108,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A GGUF quantization type: the layout of a block, and the function that decodes it.
+    """A GGUF quantization type: the layout of its blocks, and the function that dequantizes them.
 
     `weights` is the number of weights in a block, `size` its bytes, and `halves` the byte offsets of its
     float16 values.

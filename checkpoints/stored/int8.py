@@ -118,7 +118,7 @@ def form_of(quantization: Quantization) -> Int8:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Return the quantization unchanged, because int8 runs on any device."""
+    """Return the quantization unchanged, because int8 works on any device."""
     return quantization
 
 

@@ -95,7 +95,7 @@ class Nf4:
         return (_pad_rows(flat, BLOCK) * peaks[:, None]).to(dtype).view(-1)[:count].view(shape)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply by the dequantized weight."""
+        """Multiply with the dequantized weight."""
         return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
@@ -160,7 +160,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 def rehearsed(quantization: Quantization) -> Quantization:
     """Return the quantization to use in a dry run.
 
-    With bitsandbytes installed, the dry run allocates only the resulting value, as its kernel does. Without
+    With bitsandbytes installed, the dry run only allocates the result, as bitsandbytes' kernel does. Without
     it, torch's formulas need several float32 copies of a weight.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -176,7 +176,7 @@ def _allocate_value(
 
 
 def nested_values(device: torch.device) -> Tensor:
-    """Return the 256 sorted values of an 8-bit code with dynamic exponent: 0, 1, and both signs of 127.
+    """Return the 256 sorted values of an 8-bit code with a dynamic exponent: 0, 1, and both signs of 127.
 
     The decade from 10^(i - 7) to 10^(i - 6) has the midpoints of 2^i equal parts of its upper nine tenths.
     """

@@ -48,7 +48,7 @@ class PackedRowFormat:
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Raise NotImplementedError, because these formats can only be read from files."""
+        """Raise NotImplementedError, because this format can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -128,7 +128,7 @@ def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
-    """Unpack the two 4-bit codes of each byte, N K, as integers 0 to 15, uint8 N 2K."""
+    """Unpack the two 4-bit codes of each byte, N x K, to integers 0 to 15, uint8 N x 2K."""
     low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
     return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
 
@@ -166,9 +166,10 @@ def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Dequantize N rows of K weights in w4a8 (4 bits).
+    """Dequantize N rows of a w4a8 weight (4 bits) with K columns.
 
-    The weight is N K/2 bytes, block scales are N K/16, row scales N 1, the codebook of values 1 16 or None.
+    The weight is N x K/2 bytes, block scales are N x K/16, row scales N x 1; the codebook is 1 x 16 values or
+    None.
     """
     return _w8(_unpack_nibbles(weight), 8, scales, scale, codebook=codebook)
 

@@ -21,24 +21,24 @@ class Magnitudes(Protocol):
 
     @property
     def factor_name(self) -> str:
-        """Ending of the tensor's name."""
+        """End of the tensor's name."""
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool) -> Tensor:
-        """Return the addition to a weight, float32, after which its rows or columns have the new norms.
+        """Return the float32 addition to a weight that gives its rows or columns the new norms.
 
         Args:
-            weight: The frozen weight, out in (kernel).
+            weight: The frozen weight, out x in (x kernel).
             delta: Change by the other factors, of the same shape.
             magnitudes: New norms of the rows or columns.
-            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
-                one.
+            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight instead of the norms
+                of the changed weight.
         """
 
 
 class InputRotation(Protocol):
-    """Rotate the input of a layer, y = W (x R), instead of adding to its weight.
+    """Rotates a layer's input, y = W (x R), instead of adding to its weight.
 
-    The tensors do not depend on the number of outputs, so all parts of a fused layer can share them.
+    The tensors do not depend on the number of output rows, so all parts of a fused layer can share them.
     """
 
     @property

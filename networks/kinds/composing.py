@@ -54,7 +54,7 @@ def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> Network
 
 
 def list_kinds(is_listed: Callable[[NetworkKind], object], last: str = "or") -> str:
-    """Return the names of the kinds that `is_listed` selects, as in "LoRA, LoHa or LoKr"."""
+    """Return the names of the network kinds that `is_listed` selects, such as "LoRA, LoHa or LoKr"."""
     return in_series([kind.name for kind in KINDS if is_listed(kind)], last)
 
 

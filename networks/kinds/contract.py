@@ -86,7 +86,7 @@ class RankRule(Protocol):
         """The network kind whose LoRAs use this rule (T-LoRA)."""
 
     def in_words(self) -> str:
-        """Return the rule as arguments of --network_args."""
+        """Return the rule as it is written in --network_args."""
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
         """Return the number of active ranks for each sample, S.
@@ -98,7 +98,7 @@ class RankRule(Protocol):
 
 
 class NetworkKind:
-    """Properties and functions of a kind of network, such as LoKr; defaults fit LoRA or disable a feature."""
+    """Properties and functions of a kind of adapter, such as LoKr; defaults fit LoRA or disable a feature."""
 
     name: str  # for messages
     article = "a"
@@ -203,7 +203,7 @@ class NetworkKind:
     def make_layers(
         self, targets: "Mapping[str, Target]", settings: "Settings", kind_arguments: Any
     ) -> "dict[str, nn.Module]":
-        """Return the layers of a network.
+        """Return a trainable layer for each target module.
 
         Args:
             targets: Modules that get a layer, by name.
@@ -257,5 +257,5 @@ class NetworkKind:
 
 
 def named(kind: NetworkKind) -> str:
-    """Return the name of a kind with its article, for messages."""
+    """Return the name of a network kind with its article, for messages."""
     return f"{kind.article} {kind.name}"

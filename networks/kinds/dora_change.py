@@ -21,7 +21,7 @@ class DoraAlgebra(Algebra):
         self.magnitudes = self  # this class implements the protocol `Magnitudes` too
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return the error if the number of magnitudes is neither that of rows nor of columns; else None."""
+        """Return an error message unless there is one magnitude per row or one per column; otherwise None."""
         shape = factors[self.factor_name].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:
             return f"its {self.factor_name} has the shape {list(shape)}"

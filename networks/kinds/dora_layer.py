@@ -9,7 +9,7 @@ from runtime.offload.sharding import gather_weight
 
 
 def extend(layer: LoraLayer) -> None:
-    """Add magnitudes to a layer; their initial values are the norms of the frozen weight's rows."""
+    """Add trainable magnitudes to a layer, initialized to the norms of the frozen weight's rows."""
     original = layer.original
     weight = dequantized_weight_of(original, gather_weight(original.weight))
     rows = weight.detach().flatten(1)

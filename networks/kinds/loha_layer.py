@@ -121,7 +121,7 @@ def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geo
 
 
 class _HadamardConvolution(torch.autograd.Function):
-    """A convolution with a LoHa, whose backward pass recomputes the matrices from the factors."""
+    """Convolution with a LoHa; the backward pass recomputes the matrices from the factors."""
 
     @staticmethod
     def forward(

@@ -57,7 +57,7 @@ def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_
 
 
 def split_size(size: int, factor: int) -> tuple[int, int]:
-    """Return two numbers whose product is `size`, the smaller one first.
+    """Return two numbers whose product is `size`, smaller number first.
 
     Args:
         size: Number to split.

@@ -16,9 +16,9 @@ _FIRST = ("lokr_w1", "lokr_w1_a")  # the small matrix, or its left factor
 
 
 class LokrAlgebra(Algebra):
-    """kron(w1, w2), where each matrix is stored itself or as two factors.
+    """kron(w1, w2), where each matrix is stored as is or as two factors.
 
-    No factor has the rows of the change: these are products of rows of both matrices.
+    No factor has the change's rows: each row is a product of rows of both matrices.
     """
 
     indivisible = "a LoKr"

@@ -10,7 +10,7 @@ from networks.kinds.factors import BIAS, DOWN, MID, UP, Factors, Shapes
 
 
 class LoraAlgebra(Algebra):
-    """up @ down, and for convolutions also with a core (`MID`) in between."""
+    """up @ down, with a core (`MID`) in between for some convolutions."""
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
         """Return the shape of the product, out in (kernel); raise MismatchError if the ranks differ."""

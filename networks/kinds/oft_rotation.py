@@ -78,7 +78,7 @@ class OftAlgebra(Algebra):
         self.rotation = self  # this class implements the protocol `InputRotation` too
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return the error if no block size has this number of values; else None."""
+        """Return an error message if no block size has this number of values; otherwise None."""
         shape = factors[self.factor_name].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None
