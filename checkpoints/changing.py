@@ -210,7 +210,7 @@ def _map_new_to_old_names(names: Sequence[str], change: CheckpointChange) -> dic
 
 
 def rename(name: str, change: CheckpointChange) -> str:
-    """Return a tensor's new name: prefixes are stripped, then one is added."""
+    """Return a tensor's new name: `strip_prefixes` are removed, then `add_prefix` is added."""
     for prefix in change.strip_prefixes:
         name = name.removeprefix(prefix)
     return change.add_prefix + name

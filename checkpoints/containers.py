@@ -351,7 +351,7 @@ _DENSE_ONLY_ADVICE = (
 
 
 def _check_dense(content: Any, path: Path) -> None:
-    """Raise CheckpointError if a tensor of a pickled file is sparse, nested, quantized or without data."""
+    """Raise CheckpointError if a tensor in a pickled file is sparse, nested, quantized or without data."""
     waiting: list[tuple[str, Any]] = [("", content)]
     visited: set[int] = set()  # a malicious file may nest a container in itself
     while waiting:

@@ -260,7 +260,7 @@ def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint without the prefixes that trainers and all-in-one files add to tensor names."""
+    """Return a checkpoint without the name prefixes that trainers and all-in-one files add."""
     return checkpoint.without_prefix(*PREFIXES, ignored_prefixes=OTHER_NETWORKS)
 
 

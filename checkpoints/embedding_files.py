@@ -73,7 +73,7 @@ def list_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def describe_content(content: Mapping[str, Any]) -> str:
-    """List the first entries of a file, for the error that it is not an embedding."""
+    """List the first names in a file, for the error message that it is not an embedding."""
     if not content:
         return "it is empty"
     first_names = ", ".join(shorten(name, 60) for name in sorted(content)[:4])

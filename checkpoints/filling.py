@@ -232,7 +232,7 @@ def _reject_non_finite_errors(
 ) -> None:
     """Raise CheckpointError if a layer's rounding error is NaN or infinite, as after merging a damaged LoRA.
 
-    Values of the model's file are checked when they are read.
+    Values in the model's file are checked when they are read.
     """
     for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
         if not is_finite_error:

@@ -156,7 +156,7 @@ def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
 def _check_numbers(path: Path, content: Any, maximum: int, maximum_description: str) -> None:
     """Raise CheckpointError if a size in a settings file exceeds `maximum`.
 
-    The message ends with `maximum_description` and the number.
+    The message ends with `maximum_description` and the maximum.
     """
     for name, number in _list_numbers(content):
         is_size = not any(word in name for word in NOT_SIZES)

@@ -122,9 +122,8 @@ class Checkpoint(contextlib.ExitStack):
     def without_prefix(self, *prefixes: str, ignored_prefixes: Sequence[str] = ()) -> "Checkpoint":
         """Return a checkpoint with prefixes removed, each only if all tensors of the network have it.
 
-        Tensors of other networks in an all-in-one file, whose prefixes are `others`, are ignored in this
-        check; they are left out if a prefix is removed. Both checkpoints share the open files: close only one
-        of them.
+        This check ignores tensors of other networks in an all-in-one file (`ignored_prefixes`); they are left
+        out if a prefix is removed. Both checkpoints share the open files: close only one of them.
         """
         locations: Mapping[str, Location] = self._locations
         for prefix in prefixes:
@@ -135,7 +134,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def select_by_prefix(self, *prefixes: str) -> "Checkpoint":
-        """Return a checkpoint of only the tensors with one of the prefixes; it shares the open files."""
+        """Return a checkpoint with only the tensors that have one of the prefixes; it shares open files."""
         locations = {name: where for name, where in self._locations.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 

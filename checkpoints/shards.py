@@ -28,7 +28,7 @@ class ShardPlan:
     total_bytes: int  # of all tensors
 
     def index(self) -> str:
-        """Return the JSON content of the index, which maps each tensor to its file."""
+        """Return the index as JSON text, which maps each tensor name to its file name."""
         weight_map = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -73,7 +73,7 @@ def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Map
 
     Args:
         folder: The temporary folder.
-        plan: Which tensors each shard has.
+        plan: Which shard contains which tensors.
         read: Returns a tensor by name.
         metadata: Metadata of every shard.
     """

@@ -231,7 +231,7 @@ def check_sentencepiece(model: bytes) -> None:
 def piece_surfaces(encoded: bytes) -> list[str]:
     """Return the text of each token (piece) in a tokenized text.
 
-    If the bytes of one character are separate pieces, only the last of these has the character. Source:
+    If the bytes of one character are separate pieces, only the last piece has the character. Source:
     sentencepiece.proto: pieces are field 2 of SentencePieceText, and the surface is field 3 of a piece.
 
     Args:
@@ -274,7 +274,7 @@ def _measure_growth(normalizer: Mapping[str, Any]) -> float:
 
 
 def _measure_charsmap(charsmap: bytes) -> float:
-    """Return the length in bytes of the longest replacement text in SentencePiece's charsmap.
+    """Return the length in bytes of the longest replacement in SentencePiece's charsmap.
 
     A charsmap is the size of an index (4 bytes), the index, and strings that end in NUL.
     """

@@ -57,7 +57,7 @@ class NormReport:
 
 @dataclass(frozen=True)
 class ForeignNetwork:
-    """Adapt another package's network, attached to its DiT, to the interface of `OwnNetwork`.
+    """Adapts another package's network, attached to its transformer, to the interface of `OwnNetwork`.
 
     `module` contains the parameters; its state dict has the tensors of a LoRA file.
     """

@@ -54,7 +54,7 @@ _MAX_SHOWN = 20  # characters of a value that a message shows
 
 @dataclass(frozen=True)
 class _AlphaSource:
-    """Settings with alphas, and the metadata entry or file that contains them."""
+    """Settings that contain alphas, and the metadata key or file where they were found."""
 
     location: str  # where they were found, for messages
     settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
@@ -72,7 +72,7 @@ class _AlphaSource:
 
 
 class _FoundSources(NamedTuple):
-    """Settings that may apply, and warnings about unusable ones."""
+    """Alpha settings that may apply to a network, and warnings about unusable settings."""
 
     sources: list[_AlphaSource]
     warnings: list[str]

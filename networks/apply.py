@@ -319,7 +319,7 @@ class Change:
 
 
 def changes_of(weighted_lora: WeightedLora, delta: Delta) -> list[Change]:
-    """Return the changes that a LoRA makes to a module's bias and weight."""
+    """Return the changes that a LoRA makes to a module's bias and weight, as up to two `Change` objects."""
     changes: list[Change] = []
     parts = delta.factors.keys()
     if parts & deltas.BIAS_FACTORS:
@@ -330,7 +330,7 @@ def changes_of(weighted_lora: WeightedLora, delta: Delta) -> list[Change]:
 
 
 class FoundChange(NamedTuple):
-    """A change that applies to a parameter, possibly under the module name of another layout."""
+    """A LoRA's change that applies to a parameter, possibly under a module name of another layout."""
 
     key: str  # module and parameter as the LoRA names them: `lora_unet_x.weight`
     change: Change

@@ -132,7 +132,7 @@ def _sort_by_step(files: list[Checkpoint]) -> None:
 
 
 def _make_note(files: Sequence[Checkpoint], weights: Sequence[float], options: AveragingOptions) -> str:
-    """Return the rule of the average and the weight of each file as JSON, for the metadata."""
+    """Return the decay settings and each file's weight in the average as JSON, for the metadata."""
     note: dict[str, object] = {"sigma_rel": options.sigma_rel}
     if options.sigma_rel is None:
         note = {"beta": options.beta, "beta2": options.beta2}

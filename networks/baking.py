@@ -288,7 +288,7 @@ def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeigh
 
 
 def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
-    """Yield the tensors of a transformer in our layout, by our names, with their sources in the file."""
+    """Yield a transformer's tensors by our names (fused weights are split), each with where it is stored."""
     bare = bare_names(checkpoint)
     sources = list_tensor_sources(bare)
     if family is not None:

@@ -168,7 +168,7 @@ def read_rate_factors(name: str, text: str, count: int, warns: bool = True) -> l
 
 
 def _compute_curve(curve: str, count: int) -> list[float]:
-    """Return the values of a curve at `count` evenly spaced positions from 0 to 1."""
+    """Return the values of a named curve at `count` evenly spaced positions from 0 to 1."""
     if curve == "zeros":
         return [0.0] * count
     positions = [index / max(count - 1, 1) for index in range(count)]

@@ -243,10 +243,10 @@ def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
 
 
 def convert_flux(options: FluxConvertOptions) -> None:
-    """Convert a LoRA of FLUX.1 or Chroma to the names of diffusers, or back.
+    """Convert a FLUX.1 or Chroma LoRA to diffusers' names, or back.
 
     Raises:
-        CheckpointError: If the file is not a LoRA for these models, or if none of it can be written.
+        CheckpointError: If the file is not a LoRA for these models, or if no module can be converted.
         OptionError: If the output would replace the source.
     """
     assert options.src_path is not None

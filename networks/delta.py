@@ -38,7 +38,7 @@ _NOT_IN_PRODUCT = {"alpha", "diff", SET_WEIGHT, MAGNITUDES, ROW_RANGE, *BIAS_FAC
 
 @dataclass
 class Delta:
-    """The factors of one module in a file, and how they change the module's weight and bias."""
+    """The factors of one module in a LoRA file, and how they change the module's weight and bias."""
 
     factors: Factors  # by the ending of the tensor's name: "lora_up.weight" -> tensor
     kinds: tuple[Algebra, ...]  # how each kind (LoRA, LoKr, DoRA) computes with its factors
@@ -67,7 +67,7 @@ class Delta:
 
     @property
     def has_input_magnitudes(self) -> bool:
-        """Whether magnitudes are norms of columns, which all rows of a weight share."""
+        """Whether DoRA magnitudes are norms of columns, which all rows of a weight share."""
         magnitudes = self.magnitudes
         return magnitudes is not None and len(magnitudes) < magnitudes.numel()
 
@@ -357,7 +357,7 @@ class Delta:
         return None
 
     def _show_shapes(self) -> str:
-        """Return the shapes of the factors for messages."""
+        """Describe the shapes of the factors, for error messages."""
         sized = without_alpha(self.factors)
         return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sized.items())
 
@@ -383,7 +383,7 @@ class Delta:
 
 
 def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the change of each module of a file; kinds are looked up once for modules with equal factors."""
+    """Return the change (`Delta`) of each module; modules with equal factors share the kinds' lookup."""
     kinds_by_names: dict[frozenset[str], tuple[Algebra, ...]] = {}
     deltas: dict[str, Delta] = {}
     for module, factors in modules.items():
@@ -395,7 +395,7 @@ def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 
 def read_delta(factors: Factors) -> Delta:
-    """Return the change of one module by its factors. For a whole file, `read_deltas` is faster."""
+    """Return the change of one module, given its factors. `read_deltas` is faster for a whole file."""
     return Delta(factors, _find_algebras(factors))
 
 

@@ -55,7 +55,7 @@ def without_alpha(factors: Factors) -> Factors:
 
 
 def to_meta_tensor(like: Tensor | TensorInfo) -> Tensor:
-    """Return a tensor of the same shape and dtype on the meta device, to compute shapes without memory."""
+    """Return an empty tensor of the same shape and dtype on the meta device."""
     return torch.empty(like.shape, dtype=like.dtype, device=META)
 
 

@@ -49,7 +49,7 @@ _IN_TEXT = re.compile(rf"_(encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])|{T
 
 
 class ExtractedModule(NamedTuple):
-    """A module for which a LoRA is extracted, and the tensor (or part of one) that contains its weight."""
+    """A module for which a LoRA is extracted, and the tensor (or part of it) that is its weight."""
 
     name: str  # in LoRA files
     rank: int
@@ -76,7 +76,7 @@ class BaseModelEntries(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """Selects the weights to extract from a transformer: the matrices in its blocks."""
+    """Selects the transformer weights that are extracted: all 2D weights in its blocks."""
 
     model: str  # name of the model, for messages
     prefixes: tuple[str, ...]  # of the tensor names of its blocks
@@ -424,7 +424,7 @@ def _extract_module(
 
 
 def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
-    """Reshape two matrices to LoRA factors for a weight of this shape, on the CPU; alpha is the rank."""
+    """Reshape two matrices to LoRA factors for a weight of this shape, on the CPU, with alpha = rank."""
     kernel_axes = [1] * (len(shape) - 2)
     return {
         DOWN: down.unflatten(1, shape[1:]).cpu().contiguous(),
@@ -434,7 +434,7 @@ def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tens
 
 
 def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
-    """Return the change of a tensor, float32. Raises CheckpointError if it has NaN or infinite values."""
+    """Return a tensor's float32 difference. Raises CheckpointError for NaN or infinite values."""
     before = pair.original.read(name)
     after = pair.tuned.read(name)
     check_finite(pair.original.path, name, before)

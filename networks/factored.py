@@ -153,7 +153,7 @@ def product_with_core(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     """Return a @ b, out x in.
 
     With a core, r x r x kernel, the result is out x in x kernel: `a`, stored r x out, multiplies the first
-    axis of the core, and `b`, r x in, the second.
+    axis of the core, and `b`, r x in, the second axis.
     """
     if core is None:
         return a @ b

@@ -55,7 +55,7 @@ class _StackedFile:
         self._head_widths = head_widths
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a tensor, which may use the memory of `read_buffer` if its rows need no reordering."""
+        """Return a tensor, which may be a view of `read_buffer` if its rows need no reordering."""
         if name not in self._head_widths:
             return self._checkpoint.borrow(name, read_buffer)
         rows = stack_heads(self._checkpoint.read(name), self._head_widths[name])

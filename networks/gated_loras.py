@@ -55,7 +55,7 @@ class ChangedParameter:
 
     @property
     def parameter(self) -> Tensor:
-        """The current parameter of the module."""
+        """The module's current parameter."""
         parameter = getattr(self.module, self.parameter_name)
         assert isinstance(parameter, Tensor)
         return parameter
@@ -148,7 +148,7 @@ class LoraBranch:
 
     @property
     def needs_full_matrix(self) -> bool:
-        """Return whether the addition is computed as a full matrix instead of by low-rank factors."""
+        """Return whether the change is added as a full matrix instead of by low-rank factors."""
         return self._full_delta is not None
 
     @property
@@ -325,7 +325,7 @@ class LoraWrapper(nn.Module):
         self._inner_forward: Callable[..., Tensor] = target.module.forward
 
     def attach(self) -> None:
-        """Replace the module's forward by this one's. Call before compilation."""
+        """Replace the module's forward method with this wrapper's. Call it before compilation."""
         self._inner_forward = self._original_module[0].forward
         self._original_module[0].forward = self.forward
 

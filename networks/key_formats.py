@@ -247,7 +247,7 @@ def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list
 
 
 def _has_text_encoder(family: FamilyNames, number: int) -> bool:
-    """Return whether a family may have the text encoder of this number, such as 2 for `lora_te2_`."""
+    """Return whether a family may have the text encoder with this number, such as 2 for `lora_te2_`."""
     # prefixes may skip a number: FLUX.1 has lora_te1 and lora_te3
     has_prefix = any(prefix.endswith(str(number)) for prefix, _ in family.encoders)
     return has_prefix or len(family.encoders) >= number
@@ -412,7 +412,7 @@ def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
 
 
 def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the changes of the modules of a DiT, by our names without the prefix."""
+    """Return the changes of a transformer's modules, by our names without the prefix."""
     in_dit = {name.removeprefix(OURS): factors for name, factors in modules.items() if name.startswith(OURS)}
     return read_deltas(in_dit)
 

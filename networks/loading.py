@@ -117,8 +117,8 @@ class LoraFile:
     def may_lack(self, names: Iterable[str]) -> bool:
         """Return whether a network may lack all of these modules without an error.
 
-        It may if they are projections of a text encoder, which some checkpoints lack, and if the file also
-        changes other networks.
+        True for projections of a text encoder, which some checkpoints lack, if the file also changes other
+        networks.
 
         Args:
             names: Names of all modules that the file changes in the network.
@@ -127,7 +127,7 @@ class LoraFile:
 
     @property
     def has_frozen_norms(self) -> bool:
-        """Return whether DoRA magnitudes by output are relative to the frozen weights' norms (ComfyUI)."""
+        """Return whether DoRA's row magnitudes refer to the norms of the frozen weight, as in ComfyUI."""
         return self.metadata.get(NORMS_FORM) == FROZEN_NORMS
 
     def for_expert(self, expert: str | None) -> "LoraFile":
@@ -637,7 +637,7 @@ class WeightedLora:
         return replace(self, lora=lora)
 
     def selects(self, factors: Iterable[str], *names: str) -> bool:
-        """Return whether the patterns select any factor of a module.
+        """Return whether the include and exclude patterns select any factor of a module.
 
         Args:
             factors: Names of the factors.
@@ -815,7 +815,7 @@ def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders
 
 
 def _keeps_any(weighted_lora: WeightedLora, modules: Mapping[str, Factors]) -> bool:
-    """Return whether the patterns of a LoRA select any of these modules."""
+    """Return whether the LoRA's include and exclude patterns select any of these modules."""
     return any(weighted_lora.selects(factors, name) for name, factors in modules.items())
 
 

@@ -334,7 +334,7 @@ class LoraLayer(nn.Module):
         return hidden
 
     def seed_of(self, kind: str) -> int:
-        """Return the seed of a dropout mask of this layer.
+        """Return the seed of this layer's dropout mask of a kind, such as "neuron".
 
         If processes split the tokens, they have different neuron masks; all other masks are equal.
         """

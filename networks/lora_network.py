@@ -205,7 +205,7 @@ class OwnNetwork(nn.Module):
         return torch.stack([number.to(device, torch.float32) for number in report])
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Seed all dropout masks until the next call; call before each micro-batch."""
+        """Seed all dropout masks until the next call; call it before each micro-batch."""
         self._seed.value = seed
         if self.settings.dropouts:
             tables = self._seed.tables(self.layers, next(self.parameters()).device)

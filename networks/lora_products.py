@@ -38,7 +38,7 @@ def project_in_place_gradient(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Branch(torch.autograd.Function):
-    """Receive both gradients of x in one call, so that a product can add one to the other in place."""
+    """Receives both gradients of x in one call, so that a product can be added to one of them in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

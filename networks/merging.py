@@ -277,7 +277,7 @@ def _find_family_of_sum(
 
 
 def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
-    """Return the families of Stable Diffusion that have all text encoders of these tensors."""
+    """Return the Stable Diffusion families that have all the text encoders that these tensors change."""
     prefixes = {prefix_of(name) for name in tensors}
     families = map(family_named, tool_options.MERGED_FAMILIES)
     return [family for family in families if prefixes <= {prefix for prefix, _ in family.encoders}]
@@ -438,7 +438,7 @@ def _list_written_tensors(
 
 
 def _check_fits(patch: LoraPatch | FullPatch, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if a LoRA does not fit the model, before anything is written."""
+    """Raise CheckpointError before anything is written if a LoRA does not fit the model."""
     for name, info in checkpoint.tensors.items():
         patch.add_to(name, to_meta_tensor(info))
     patch.check()

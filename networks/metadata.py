@@ -72,8 +72,8 @@ STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)
 def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Return `sshs_model_hash` and `sshs_legacy_hash` of these tensors.
 
-    Both are SHA-256 of a safetensors file whose only metadata are those with `ss_*` keys. The first covers
-    the tensors' bytes. The second covers 64 KiB from offset 1 MiB, and keeps 8 hexadecimal digits.
+    Both are SHA-256 hashes of a safetensors file whose metadata contains only the `ss_*` keys. The first
+    covers the bytes of the tensors. The second covers 64 KiB at offset 1 MiB, cut to 8 hexadecimal digits.
     """
     training_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

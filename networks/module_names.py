@@ -168,7 +168,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
 
 
 def _rate_block_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
-    """Rate how well block numbers agree with a released model; `depths` is its number of blocks by list."""
+    """Score how well block indices match a released model; `depths` is its block count per block list."""
     for name, blocks in numbers.items():
         if name in depths and max(blocks) >= depths[name]:
             return _CONTRADICTS
@@ -180,7 +180,7 @@ def _rate_block_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, in
 
 
 def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[int]]:
-    """Return the block numbers in the names: attribute of the block list -> numbers."""
+    """Return the block indices in module names, by the attribute name of the block list."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         found = _find_module(name, family)
@@ -321,7 +321,7 @@ def _all_paths() -> frozenset[str]:
 
 @cache
 def _all_names() -> frozenset[str]:
-    """Return the underscored names of all families' modules in all layouts, with templates for numbers."""
+    """Return the underscored module names of all families in all layouts, with `{n}` for block indices."""
     return frozenset(path.replace(".", "_") for path in _all_paths())
 
 

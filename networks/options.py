@@ -122,7 +122,7 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def variants(self) -> list[NetworkKind]:
-        """Return the kinds, such as DoRA, that switches in --network_args enable."""
+        """Return the network kinds, such as DoRA, that switches in --network_args enable."""
         arguments = self.arguments()
         return [kind for switch, kind in SWITCHES.items() if arguments.get(switch, "").lower() == "true"]
 
@@ -133,7 +133,7 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def kinds(self) -> list[NetworkKind]:
-        """Return the variants, and the kind that --network_module trains."""
+        """Return the enabled variants, such as DoRA, and the kind that --network_module trains."""
         return [*self.variants, self.kind]
 
     @property

@@ -131,7 +131,7 @@ def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
 
 
 def has_rule(paths: Iterable[Path]) -> bool:
-    """Return whether any of these LoRA files was trained with a rank rule; only headers are read."""
+    """Return whether any of these LoRA files was trained with a rank rule (T-LoRA); reads only headers."""
     for path in paths:
         with open_checkpoint(path) as checkpoint:
             if rank_rule_of(checkpoint.metadata) is not None:

@@ -134,7 +134,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
-    """Return the factors of consecutive groups of rows of a layer, with `split_sizes` rows each."""
+    """Return the factors for consecutive groups of a layer's rows, with `split_sizes` rows each."""
     delta = read_delta(factors)
     parts: list[Factors] = []
     first_row = 0
@@ -152,7 +152,7 @@ class _FusedLayer(NamedTuple):
 
 
 def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]:
-    """Return the fused layers of a file, each with the keys of its factors by our name of the factor."""
+    """Return the fused layers of a file, each with its keys by factor name."""
     layers: dict[_FusedLayer, dict[str, str]] = {}
     for key in keys:
         match = _FUSED.fullmatch(key)

@@ -282,7 +282,7 @@ class LoraRounding:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return the metadata on rounding for a merged file; {} if all weights are rounded to the nearest."""
+        """Return metadata about stochastic rounding for a merged file; {} if no weight needed it."""
         return {METADATA_KEY: self.describe()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:

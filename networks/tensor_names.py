@@ -263,7 +263,7 @@ def dialect_in_words(dialect: str) -> str:
 
 
 def further_expert(key: str) -> str | None:
-    """Return the expert if a key starts with a pipeline's name for its second transformer, else None."""
+    """Return the expert that a key of a pipeline's second transformer is for, by its prefix; else None."""
     for stripped in list_stripped_paths(key):
         for start, expert in _known_prefixes().experts.items():
             if stripped.path.startswith(start):

@@ -286,7 +286,7 @@ class FullPatch:
         return tensor
 
     def check(self) -> None:
-        """Warn of LoRA modules that a network lacks; raise CheckpointError if it lacks all of a LoRA."""
+        """Warn of LoRA modules that a network lacks; raise CheckpointError if it lacks a whole LoRA."""
         for patch in self._patches.values():
             patch.check()
 

@@ -41,12 +41,12 @@ def lora_rounding_option(
 
 
 def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option: str) -> None:
-    """Raise OptionError if --lora_rounding is given although no LoRA is merged.
+    """Raise OptionError if --lora_rounding is set although no LoRA is merged.
 
     Args:
         rounding: Value of --lora_rounding.
         files: LoRA files that are merged.
-        option: Option that names LoRAs, for the message.
+        option: Option that sets LoRA files, for the message.
     """
     if rounding != AUTO and not any(files):
         raise OptionError(

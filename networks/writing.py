@@ -362,7 +362,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
 
 
 def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
-    """Return rows and columns of a change that can be cut into parts; None for other factors."""
+    """Return the rows and columns of a change that can be cut into parts; None if it cannot be cut."""
     if DOWN in factors and factors[UP].ndim == 2:
         return len(factors[UP]), factors[DOWN].shape[1]
     full = factors.get("diff", factors.get(SET_WEIGHT))
@@ -384,7 +384,7 @@ def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | No
 
 
 def _changes_any(factors: Factors) -> bool:
-    """Return whether the factors change the weight: a tensor other than down factor and alpha is not zero."""
+    """Return whether any factor other than the down factor and alpha is nonzero, so the weight changes."""
     if SET_WEIGHT in factors:  # replaces the weight, perhaps by zeros
         return True
     return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"})
@@ -425,7 +425,7 @@ def convert_to_dialect(
 
 
 def _select_underscored_names(family: FamilyNames | None, target: str) -> str:
-    """Return the underscored names that a target uses: "ours", "aliases", or "" for dotted paths."""
+    """Return which underscored names a target uses: "ours", "aliases", or "" for dotted paths."""
     if family is None or target == "diffusers":
         return ""
     if target == "other" and family.underscored_in_comfyui:
@@ -434,7 +434,7 @@ def _select_underscored_names(family: FamilyNames | None, target: str) -> str:
 
 
 def _find_unreadable_in_comfyui(native: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the modules of kinds that ComfyUI cannot read, with the reasons."""
+    """Return the modules that ComfyUI cannot read, each with the reason."""
     unreadable: dict[str, str] = {}
     for name, factors in deltas.group_by_module(native).items():
         reasons = [kind.not_in_comfyui for kind in kinds_of_parts(factors) if kind.not_in_comfyui]

@@ -212,9 +212,9 @@ def fp8_linear(
 ) -> Tensor:
     """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only.
 
-    The inputs must satisfy `suits_fp8`. `x` is ... K, of any magnitude; a row with NaN or an infinite value
-    results in a row of NaN. `weight` is N K e4m3. `scale` is one number, N 1, or None for 1. `bias` is N.
-    Returns ... N in autocast's dtype if it is on, else in the dtype of x.
+    The inputs must satisfy `suits_fp8`. `x` is ... x K, of any magnitude; a row with NaN or an infinite value
+    results in a row of NaN. `weight` is N x K e4m3. `scale` is one number, N x 1, or None for 1. `bias` is N.
+    Returns ... x N in autocast's dtype if it is on, else in the dtype of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

@@ -131,7 +131,7 @@ def rehearsed(quantization: Quantization) -> Quantization:
 
 
 class _Int8Product(torch.autograd.Function):
-    """Linear layer that multiplies in int8 and saves only its quantized weight for the backward pass."""
+    """Linear layer that multiplies in int8; for the backward pass, it saves only its quantized weight."""
 
     @staticmethod
     def forward(
@@ -251,7 +251,7 @@ def _scale_codes(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
 
 
 def _split_rows(x: Tensor) -> list[slice]:
-    """Split the rows of x into groups that get float32 copies in turn; one group while compiling."""
+    """Split the rows of x into slices, so that only one at a time needs float32; one slice in a compile."""
     rows = len(x) if torch.compiler.is_compiling() else max(FEW_TOKENS + 1, PIECE // max(1, x.shape[1]))
     if len(x) <= rows:
         return [slice(None)]
@@ -261,7 +261,7 @@ def _split_rows(x: Tensor) -> list[slice]:
 def _by_parts(
     make: Callable[[slice], Tensor], x: Tensor, dtype: torch.dtype, columns: int | None = None
 ) -> Tensor:
-    """Apply `make` to groups of rows of x, and join the results in a dtype.
+    """Apply `make` to slices of the rows of x, and join the results in a dtype.
 
     `columns` is the number of columns of the result; None if it equals that of x.
     """

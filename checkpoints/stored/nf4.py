@@ -83,7 +83,7 @@ class Nf4:
         return QuantizedWeight(self, shape, (packed, codes, *statistics))
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Dequantize the weight in `dtype`: code values times the maxima of their blocks."""
+        """Dequantize the weight to `dtype`: the value of each code times the maximum of its block."""
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
         wide = _pad_rows(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
         peaks = wide.view(-1)[: len(codes)] + offset
@@ -103,7 +103,7 @@ class Nf4:
         return None
 
     def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-        """Return None, because quantization blocks may cross row ends, so weights cannot be stacked."""
+        """Return None: quantization blocks may span row ends, so weights cannot be stacked."""
         return None
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
@@ -111,7 +111,7 @@ class Nf4:
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device, because every device can store bytes."""
+        """Accept any device: every device can store bytes."""
 
 
 def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def form_of(quantization: Quantization) -> Nf4:
-    """Return the format that the quantization's options describe."""
+    """Return the nf4 format for the quantization options."""
     return Nf4(quantization.product)
 
 

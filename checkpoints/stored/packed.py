@@ -160,7 +160,7 @@ def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tenso
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Dequantize N rows of K signed int4 weights, N K/2 bytes, with one scale per row, N 1."""
+    """Dequantize N rows of a signed int4 weight (N x K/2 bytes) with one scale per row, N x 1."""
     codes = _unpack_nibbles(weight)
     return ((codes ^ 8).float() - 8) * scale
 

@@ -17,7 +17,7 @@ class MismatchError(RuntimeError):
 
 
 class Magnitudes(Protocol):
-    """Norms for the changed weight: one for each output (out x 1 ...) or each input (1 x in ...)."""
+    """Trained norms of the changed weight: one per output (out x 1 ...) or per input (1 x in ...)."""
 
     @property
     def factor_name(self) -> str:
@@ -53,7 +53,7 @@ class InputRotation(Protocol):
         """Return R - I at a LoRA strength, as input for `input_change` and `weight_change`."""
 
     def input_change(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """Return x (R - I) for inputs `x`, ... in; `rotations` is the result of `compute_rotations`."""
+        """Return x (R - I) for inputs `x`, ... x in; `rotations` is the result of `compute_rotations`."""
 
     def weight_change(self, weight: Tensor, rotations: Tensor) -> Tensor:
         """Return W (R^T - I) in float32; `rotations` is the result of `compute_rotations`."""
@@ -76,10 +76,10 @@ class Algebra:
     find_error: Callable[[Factors], str | None] | None = None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of the change, out in (kernel); None if nothing is added to the weight.
+        """Return the shape of the change, out x in (x kernel); None if nothing is added to the weight.
 
         Args:
-            shapes: Shapes of the factors by part.
+            shapes: Shapes by factor name.
 
         Raises:
             MismatchError: If the factors cannot be multiplied.

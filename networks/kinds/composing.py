@@ -59,7 +59,7 @@ def list_kinds(is_listed: Callable[[NetworkKind], object], last: str = "or") -> 
 
 
 def in_series(names: Sequence[str], last: str = "or") -> str:
-    """Return names as in "LoRA, LoHa or LoKr"; "" if there are none."""
+    """Join names as in "LoRA, LoHa or LoKr"; return "" if there are no names."""
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} {last} {names[-1]}"
@@ -83,7 +83,7 @@ def kind_of_module(name: str | None) -> NetworkKind:
 
 
 def sizes_by_word(modules: Iterable[Factors]) -> Mapping[str, list[int]]:
-    """Return the sizes of modules that have no rank, by the name of the size, such as `block size`."""
+    """Return the sizes of modules without a rank, by the name of the size, such as `block size`."""
     modules = list(modules)
     sizes_by_word: dict[str, list[int]] = {}
     for kind in KINDS:

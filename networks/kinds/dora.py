@@ -50,17 +50,17 @@ class DoraKind(NetworkKind):
     plain_title = "Make a plain LoRA of the DoRA"
 
     def load_algebra(self) -> "DoraAlgebra":
-        """Return the computations with magnitudes."""
+        """Return the object that computes with DoRA magnitudes."""
         from networks.kinds.dora_change import DoraAlgebra  # torch
 
         return DoraAlgebra(PART)
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether a file in ComfyUI's dialect is a DoRA that musubi-tuner's fork for LTX-2 wrote.
+        """Return whether a file in ComfyUI's format is a DoRA that musubi-tuner's fork for LTX-2 wrote.
 
-        Such a file has magnitudes for the frozen norms without saying so. Its metadata name the fork's
-        network module. Our own files may name the same module, but their metadata have a hash of the layout
-        too.
+        The magnitudes in such a file refer to frozen norms, which the file does not state. Its metadata names
+        the fork's network module. Our files may name the same module, but their metadata also has a layout
+        hash.
         """
         from networks.metadata import LAYOUT_KEY  # torch
 

@@ -73,7 +73,7 @@ class LohaKind(NetworkKind):
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
-        """Return the layer of a module with the sizes of a file's factors."""
+        """Return a trainable layer for a module, with factors of the same shapes as in a file."""
         from networks.factored_networks import layer_of  # torch
         from networks.kinds.loha_layer import PRODUCT
 

@@ -17,7 +17,7 @@ MATRICES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "h
 
 
 class LohaAlgebra(Algebra):
-    """(w1_a w1_b) * (w2_a w2_b), element by element; left factors with a core are stored r x out."""
+    """Element-wise (w1_a w1_b) * (w2_a w2_b); if there is a core, left factors are stored r x out."""
 
     def find_error(self, factors: Factors) -> str | None:
         """Return an error message if the second low-rank product is missing; otherwise None."""

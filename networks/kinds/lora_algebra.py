@@ -41,7 +41,7 @@ class LoraAlgebra(Algebra):
         return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the names of the parts with one row per output: the up factor and its bias."""
+        """Return the factors with one row per output row: the up factor and its bias."""
         return factors.keys() & {UP, BIAS}
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:

@@ -235,7 +235,7 @@ class OftKind(NetworkKind):
         )
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why ComfyUI cannot read an OFT of this form; "" for other formats."""
+        """Return why ComfyUI cannot read this kind of OFT; "" for other formats."""
         if name != COMFYUI:
             return ""
         return (
@@ -246,7 +246,7 @@ class OftKind(NetworkKind):
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> TranslatedModules | None:
-        """Return the modules under PEFT's names; None if a module is not an OFT."""
+        """Return the modules under PEFT's names; None if any module is not an OFT."""
         from networks.writing import write_pieces_for_diffusers  # only if a file is written
 
         if not all(PART in factors for factors in modules.values()):

@@ -70,7 +70,7 @@ class OftLayer(nn.Module):
         return self.seed.derive(self.index, kind)
 
     def _drop(self, rotations: Tensor, dropouts: Dropouts) -> Tensor:
-        """Set R - I, n b b, to zero for dropped blocks, or for all blocks if the layer is dropped."""
+        """Set R - I, n x b x b, to zero for dropped blocks, or for all blocks if the layer is dropped."""
         device = rotations.device
         if dropouts.neuron > 0:
             keep = keep_mask((len(rotations), 1, 1), dropouts.neuron, self._split_halves("neuron"), device)

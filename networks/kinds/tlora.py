@@ -37,7 +37,7 @@ class TLoraRule:
 
     @property
     def kind(self) -> NetworkKind:
-        """The kind T-LoRA."""
+        """The network kind T-LoRA."""
         return TLORA
 
     def in_words(self) -> str:

@@ -109,7 +109,7 @@ class LoraRules:
 
 @dataclass(frozen=True)
 class RowsByHead:
-    """Fused layers whose rows another program orders by head: [q0 k0 v0, q1 k1 v1, ...], not [q; k; v]."""
+    """Fused layers whose rows another program orders by head: [q0 k0 v0, q1 k1 v1, ...] for our [q; k; v]."""
 
     file_pattern: str  # regular expression that matches names only in files of that program
     ending: str  # ending of our paths of the layers
@@ -290,7 +290,7 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return (pattern, our names in the order of the rows) for each weight that a checkpoint fuses."""
+    """Return (pattern, our names in row order) for each weight that a checkpoint fuses."""
     our_names: dict[str, list[str]] = {}
     for part in names.joined:  # here the parts are our modules
         pattern = _pattern(part.fused_path) + r"\.weight"
