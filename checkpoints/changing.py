@@ -54,11 +54,7 @@ class Selection:
     excluded: tuple[str, ...] = ()
 
     def selects(self, name: str) -> bool:
-        """Return whether a tensor is selected by its name.
-
-        The name must contain one of `targets`, or `targets` must be empty, and it must contain none of
-        `excluded`.
-        """
+        """Return whether a tensor's name contains one of `targets`, if any, and none of `excluded`."""
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
 

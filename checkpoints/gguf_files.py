@@ -155,7 +155,7 @@ class GgufFile(HeaderFile):
             name: Name of the tensor.
             type_number: Its GGUF type.
             file_shape: Its shape in the file.
-            shape: Its shape from the metadata, if it was reshaped for quantization; else `file_shape`.
+            shape: Its shape from the metadata if it was reshaped for quantization; otherwise `file_shape`.
         """
         is_reshaped = shape != file_shape
         value_shape = shape if is_reshaped else _restore_shape(name, file_shape)

@@ -205,17 +205,17 @@ class _QuantizedLayer:
     def check_companion(
         self, suffix: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
     ) -> dict[str, TensorInfo]:
-        """Return the info of an additional tensor of the layer, such as a scale, by its suffix.
+        """Return {suffix: dtype and shape} of an additional tensor of the layer, such as a scale.
 
-        Some programs store fp8 as uint8: if the first of `dtypes` has 8 bits, uint8 is reinterpreted as it.
+        Some programs store fp8 as uint8. If the first of `dtypes` has 8 bits, uint8 is reinterpreted as it.
 
         Args:
-            suffix: Name of the tensor after the layer's name.
-            dtypes: Possible dtypes.
-            *shapes: Possible shapes; any shape if there are none.
+            suffix: Tensor name without the layer's name.
+            dtypes: Allowed dtypes.
+            *shapes: Allowed shapes; any shape if there are none.
 
         Raises:
-            ValueError: If the tensor is missing or has another dtype or shape.
+            ValueError: If the tensor is missing or has a different dtype or shape.
         """
         name = f"{self.name}.{suffix}"
         info = self.tensors.get(name)
@@ -380,7 +380,7 @@ def _describe_w4a8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     if f"{layer.name}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
-    # the file says neither the number of columns nor the bits: the relative scales, one per group, give the
+    # the file has neither the number of columns nor the bits: the relative scales, one per group, give the
     # columns; the bytes per column give the bits
     companions = layer.check_companion("weight_s_rel", (_E4M3, torch.float32))
     group_shape = companions["weight_s_rel"].shape
@@ -391,7 +391,7 @@ def _describe_w4a8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
         raise ValueError(f"has {num_bytes} bytes for {columns} columns, instead of 4 or 6 bits for each")
     companions |= layer.check_companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
     if f"{layer.name}.weight_codebook" in layer.tensors:
-        if bits == 6:  # its codes are whole numbers from -32
+        if bits == 6:  # its codes are integers from -32 on
             raise ValueError("has a codebook for 6 bits, which only weights in 4 bits may have")
         companions |= layer.check_companion("weight_codebook", _FLOATS, (16,))
     make_quantized = partial(_make_w4a8, bits, columns, layer.get_rotation(columns))

@@ -29,12 +29,12 @@ Shape = tuple[int, ...]
 
 
 def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[Shape]:
-    """Check the settings of a model's folder; return the shapes of the tensors in its weights.
+    """Check the settings in a model's folder; return the shapes of the tensors in its weight files.
 
     Args:
-        folder: Folder of the model.
-        option: Option that names the folder, for messages.
-        max_side: Largest side of images that the network accepts, in pixels.
+        folder: The folder.
+        option: Option that sets the folder, for messages.
+        max_side: Longest image side that the network accepts, in pixels.
 
     Raises:
         CheckpointError: If a JSON file is too large, nested too deeply or invalid, or if it has numbers that

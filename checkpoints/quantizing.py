@@ -192,7 +192,7 @@ def _is_quantized(info: TensorInfo) -> bool:
 
 
 def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
-    """Recognize the network of a file, and find the layers that --form `form` quantizes.
+    """Recognize the network in a file, and find the layers that --form `form` quantizes.
 
     Raises:
         CheckpointError: If the file has neither a known transformer nor a known text encoder.

@@ -253,7 +253,7 @@ def _check_growth(growth: float) -> None:
 
 
 def _measure_growth(normalizer: Mapping[str, Any]) -> float:
-    """Return into how many characters a tokenizer.json's normalizer may turn one character."""
+    """Return the largest number of characters that a tokenizer.json normalizer may produce from one."""
     match normalizer.get("type"):
         case "Sequence":
             product = 1.0

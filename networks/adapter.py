@@ -42,7 +42,7 @@ OWN_NETWORKS = "Use --lora_per_expert to train one for each"
 
 @dataclass(frozen=True)
 class NormReport:
-    """Result of `--scale_weight_norms` at a step: the number of scaled modules, and the norms afterwards."""
+    """Result of `--scale_weight_norms` in a step: number of scaled modules, and norms after scaling."""
 
     keys_scaled: int
     mean_norm: float
@@ -169,10 +169,10 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise CheckpointError if a file's tensors differ in size from a network's, or have no common name.
+    """Raise CheckpointError if a file's tensors differ in size from the network's, or share no name with it.
 
     Args:
-        path: Path of the file.
+        path: The file.
         state: State dict of the network.
         shapes: Shapes of the file's tensors.
     """

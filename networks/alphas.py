@@ -140,7 +140,7 @@ def find_alphas(
 
 
 def _require_one_alpha(path: Path, sources: Sequence[_AlphaSource]) -> float | None:
-    """Return the alpha in the sources; None without one. Raises CheckpointError if they differ."""
+    """Return the only alpha in the sources; None without one. Raises CheckpointError if they differ."""
     with_alpha = [source for source in sources if source.settings.get("lora_alpha")]
     alphas = [_to_finite(source.settings["lora_alpha"]) for source in with_alpha]
     if len(set(alphas)) > 1:

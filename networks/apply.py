@@ -230,7 +230,7 @@ class Change:
         return replace(self, delta=sliced_delta)
 
     def _find_rows_of_part(self, related: RelatedModule, weight: Tensor) -> slice | Tensor | None:
-        """Return the rows of the smaller of module and weight in the larger; None if they do not match.
+        """Return which rows of the larger of LoRA and weight are the smaller one; None if they do not match.
 
         Raises:
             MismatchError: If the part has as many rows as the whole.
@@ -345,11 +345,11 @@ class _Overlap(NamedTuple):
 
 
 def _find_overlap(changed_rows: slice, block_rows: slice | None, block_length: int) -> _Overlap | None:
-    """Return the rows that a block of a parameter and a change of some rows have in common; None for none.
+    """Return the rows that both a block of a parameter and a LoRA's change cover; None if there are none.
 
     Args:
-        changed_rows: Rows of the parameter that the change is for.
-        block_rows: Rows of the parameter in the block, possibly with a step; None for all.
+        changed_rows: Rows of the parameter that the LoRA changes.
+        block_rows: Rows of the parameter in the block, possibly with a step; None for all rows.
         block_length: Number of rows in the block.
     """
     block_start = 0 if block_rows is None else block_rows.start
@@ -607,7 +607,7 @@ class LoraPatch:
         return self._rounding.make_random_rounding(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Record the changes of a weight kept in 8 or 4 bits in `unmerged`, to be applied at run time.
+        """Record changes of a weight that stays quantized in `unmerged`, to be applied at run time.
 
         Some changes must be merged instead: DoRA, which depends on the weight; a full matrix, which is as
         large as the weight; a change that replaces the weight.
@@ -868,10 +868,10 @@ def check_loras_fit(
     companion: Path | None = None,
     family: str | None = None,
 ) -> None:
-    """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
+    """Compare names and shapes of LoRAs with the header of a transformer file before it is loaded.
 
     Args:
-        model: File of the transformer.
+        model: The transformer file.
         weighted_loras: LoRA files with their strengths.
         companion: File with additional tensors of the model; None if there is none.
         family: Family of the model if the caller knows it.
@@ -892,6 +892,6 @@ def check_loras_fit(
             # `to_meta_tensor`: only the shape of the tensor, no values
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.to_meta_tensor(info))
-            else:  # padded rows: the stored shape may exceed that of the weight, so only compare names
+            else:  # padded rows: the stored shape may exceed the weight's, so only compare names
                 patch.changes_parameter(name)
     patch.reject_misfits()

@@ -148,15 +148,15 @@ class Delta:
     def compute_normalized_change(
         self, weight: Tensor, device: torch.device, uses_frozen_norms: bool
     ) -> Tensor | None:
-        """Return the change of a weight at multiplier 1, float32, with magnitudes applied.
+        """Return the float32 change of a weight at multiplier 1, with DoRA magnitudes applied.
 
-        It is None for an input rotation, for a replacement weight, and if only the bias changes.
+        Returns None for an input rotation, for a replacement weight, and if only the bias changes.
 
         Args:
-            weight: Weight before any change, out in (kernel); used only if there are magnitudes.
+            weight: Weight before any change, out x in (x kernel); used only if there are magnitudes.
             device: Device to compute on, the weight's own.
-            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
-                one.
+            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight instead of the norms
+                of the changed weight.
         """
         delta = self.compute_change(device)
         if delta is None or self.normalization is None:

@@ -361,9 +361,9 @@ def _list_parts_of_weight(fused_path: str, paths: Collection[str]) -> list[Weigh
 
 
 def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | None, int]) -> int:
-    """Estimate the number of rows of a fused weight from the parts in a file; 0 if the file has none.
+    """Estimate the number of rows of a fused weight from its parts in a file; 0 if the file has none.
 
-    Missing parts are scaled from a known one by the ratio that both have in published models.
+    The rows of missing parts are estimated from a known part, by the ratio of their rows in published models.
 
     Args:
         siblings: All parts of the weight.
@@ -492,11 +492,11 @@ def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> Non
 def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
     """Return a single LoRA for all parts of a weight.
 
-    Its up factor is block-diagonal (each part's up factor is in the rows of the part), unless all parts share
-    one down factor.
+    Its up factor is block-diagonal (each part's up factor in the part's rows), unless all parts share one
+    down factor.
 
     Args:
-        parts: Factors with their rows, in the order of the rows; ranks are joined in the same order.
+        parts: Factors of each part, ordered by rows; ranks are joined in the same order.
         num_rows: Number of rows of the weight.
     """
     scales = [scaling_of(part.factors) for part in parts]  # alpha / rank

@@ -314,14 +314,14 @@ def _map_text_keys_to_our_names(
 def _rename(
     names: Iterable[str], key_by_name: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors under our names; modules without an alpha get the alpha that a file has for all modules.
+    """Return tensors under our names; modules without an alpha get the file's global alpha, if it has one.
 
     Magnitudes that a file stores as vectors become columns.
 
     Args:
         names: Our names of the tensors to return.
-        key_by_name: Our name -> key in the file; the first one if several keys mean the same tensor.
-        tensors: Tensors of the full file, by key.
+        key_by_name: Our name -> key in the file; the first key if several keys mean the same tensor.
+        tensors: All tensors of the file, by key.
     """
     modules = dict.fromkeys(name.partition(".")[0] for name in names)
     renamed: dict[str, Tensor] = {}

@@ -158,10 +158,10 @@ class LoraFile:
     def families(self, hint: str | None = None) -> list[FamilyNames]:
         """Return the families that the file may be for.
 
-        There are several if names, sizes, block numbers and metadata do not decide.
+        There are several if names, sizes, block indices and metadata do not decide.
 
         Args:
-            hint: Family to prefer if several are possible; None for the one in the metadata.
+            hint: Family to prefer if several are possible; None for the family in the metadata.
         """
         if hint is None and self.trusted_family is not None:
             return [self.trusted_family]
@@ -603,14 +603,14 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
 def warn_of_unused_parts(
     path: Path, unused: Sequence[str], total: int, statement: str, consequence: str = ""
 ) -> None:
-    """Warn of unused names; if more than MAX_UNUSED of all are unused, a second line states the consequence.
+    """Warn of unused names; if their fraction exceeds MAX_UNUSED, a second line states the consequence.
 
     Args:
-        path: File of the LoRA.
+        path: LoRA file.
         unused: Unused names.
         total: Number of all names.
         statement: Plural noun and verb for the message, as in "4 of 24 {statement}: a, b, c".
-        consequence: Sentence for the second line; "" for none.
+        consequence: Sentence for the second line; "" for no second line.
     """
     logger.warning(f"{path}: {len(unused)} of {total} {statement}: {list_some(unused)}")
     if consequence and len(unused) > MAX_UNUSED * total:

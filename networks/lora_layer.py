@@ -316,7 +316,7 @@ class LoraLayer(nn.Module):
         return self.combine_outputs is None and largest_numel >= self.min_in_place_numel
 
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return the down factor's output, ... R, times multiplier and scale, after masks and dropouts."""
+        """Multiply the down factor's output by multiplier and scale, then apply masks and dropout."""
         return self._masked(hidden * (self.multiplier * self.scale), dropouts)
 
     def _masked(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:

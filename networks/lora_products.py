@@ -100,14 +100,14 @@ class _SaveForAddUp(torch.autograd.Function):
 def add_up(
     out: Tensor, hidden: Tensor, up: Tensor, split_sizes: Sequence[int], saved: Tensor | None
 ) -> Tensor:
-    """Return out + hidden @ up^T, in the memory of `out`.
+    """Add hidden @ up^T to `out` in place and return it.
 
     Args:
-        out: Output of a frozen layer, ... out; nothing else may use it.
-        hidden: Values between the factors, ... R.
+        out: Output of a frozen layer, ... x out; nothing else may use it.
+        hidden: Output of the down factor, ... x R.
         up: Up factor, out x R, in the dtype of `hidden`.
-        split_sizes: Numbers of rows of the parts of `up`, each of which multiplies its own group of values of
-            `hidden`; () for a single part.
+        split_sizes: Number of rows of each part of `up`; each part multiplies its own group of values of
+            `hidden`. () for a single part.
         saved: Result of `save_for_add_up` for the same arguments.
     """
     split_sizes = tuple(split_sizes or up.shape[:1])  # a single part has all rows

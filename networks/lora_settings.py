@@ -323,13 +323,13 @@ def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
 
 
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:
-    """Return settings whose patterns match names with dots or underscores; warn of patterns that match none.
+    """Return settings whose patterns match names with dots or underscores; warn of patterns without a match.
 
     Patterns that match a module as written are unchanged; the others are tried in all spellings.
 
     Args:
         settings: Settings of the network.
-        modules: Modules of all networks that may get a LoRA: prefix of the name in files, and dotted path.
+        modules: Modules of all networks that may get a LoRA: (prefix of the name in files, dotted path).
     """
     paths = [path for _, path in modules]
     names = [prefix + path.replace(".", "_") for prefix, path in modules]

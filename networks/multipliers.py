@@ -28,12 +28,12 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
 
 
 def split_multiplier(option: str, text: Path) -> tuple[Path, float]:
-    r"""Split `FILE:0.8` into a path and a multiplier, which is 1 without a number.
+    r"""Split `FILE:0.8` into a path and a multiplier; the multiplier is 1 if there is no number.
 
     The colon of a drive (`C:\x`) belongs to the path, because no number follows it.
     """
     name, colon, number = str(text).rpartition(":")
-    if not colon or text.exists():  # the name of a file may have a colon itself
+    if not colon or text.exists():  # a file name may contain a colon itself
         return text, 1.0
     try:
         multiplier = float(number)

@@ -372,12 +372,12 @@ def _resize_module(
 def select_rank(
     singular_values: np.ndarray[Any, Any], maximum: int, method: str | None, param: float | None
 ) -> int:
-    """Return the rank of a module, 1 to `maximum`, from its singular values, the largest first.
+    """Return the new rank of a module, 1 to `maximum`, given its singular values.
 
-    A module that learned nothing has rank 1.
+    A module that has learned nothing gets rank 1.
 
     Args:
-        singular_values: Singular values, the largest first.
+        singular_values: Singular values in descending order.
         maximum: Largest rank.
         method: Value of --dynamic_method; None for the largest rank.
         param: Value of --dynamic_param.

@@ -115,9 +115,9 @@ def require_files(option: str, paths: Sequence[Path], folder_advice: str | None 
     """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
 
     Args:
-        option: Option that names the file, for messages.
+        option: Option that sets the paths, for messages.
         paths: Paths of the files.
-        folder_advice: Advice for users who give a folder; None accepts folders.
+        folder_advice: Advice for a path that is a folder; None accepts folders.
     """
     for path in paths:
         if not path.exists():

@@ -148,9 +148,9 @@ KINDS = {  # by the number in files
 }
 
 
-@cache  # equal kinds are one object
+@cache  # so that equal types are one object
 def kind_of_package(number: int) -> Kind | None:
-    """Return the quantization type with this number if the package `gguf` can decode it, else None.
+    """Return the GGUF quantization type with this number; None if the package `gguf` cannot decode it.
 
     Raises:
         ImportError: If the package is missing.

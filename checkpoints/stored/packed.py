@@ -149,9 +149,9 @@ def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
-    """Dequantize N rows of K nvfp4 weights, N K/2 bytes, with block scales N K/16 (e4m3) and row scales N 1.
+    """Dequantize N rows of nvfp4 (N x K/2 bytes); block scales N x K/16 (e4m3), row scales N x 1.
 
-    `input_scale`, 1 K, are factors of the layer's input, which are multiplied into the weight instead.
+    `input_scale`, 1 x K, contains factors for the layer's input, which are multiplied into the weight.
     """
     values = _scale_groups(
         _levels(weight.device)[_unpack_nibbles(weight, high_first=True).int()], scales.float() * scale

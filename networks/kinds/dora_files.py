@@ -25,21 +25,21 @@ PART = "dora_scale"
 def convert_to_norms(
     lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
 ) -> LoraFile:
-    """Convert a DoRA's magnitudes by output between the norms of frozen and of changed weights.
+    """Convert a DoRA's row magnitudes between the norms of frozen and of changed weights.
 
-    ComfyUI divides by the norms of the frozen weights W, training by those of the changed weights W + dW. The
-    conversion m' = m * |W| / |W + dW|, row by row, is exact, and the metadata record the new form. Other
-    LoRAs are returned unchanged.
+    ComfyUI divides by the norms of the frozen weights W; training divides by the norms of W + dW. The
+    conversion m' = m * |W| / |W + dW|, row by row, is exact, and the metadata records which norms apply.
+    Other LoRAs are returned unchanged.
 
     Args:
-        lora: The file.
+        lora: The LoRA.
         family: Names of the model's modules.
         baking: The model whose weights W are read; None if none is given.
         are_frozen: Convert to the norms of the frozen weights (True) or of the changed weights (False).
         target: Value of --target, for messages.
 
     Raises:
-        OptionError: If a model is given although nothing is to be converted.
+        OptionError: If a model is given although there is nothing to convert.
         CheckpointError: If a model is needed but missing, or does not fit.
     """
     tensors = {**lora.tensors, **lora.text_tensors}

@@ -28,7 +28,7 @@ class OftLayer(nn.Module):
     size_word = "block size"
 
     def __init__(self, original: nn.Linear, size: int) -> None:
-        """Make an identity rotation for a frozen module; the block size `size` must divide its inputs."""
+        """Create an identity rotation; the frozen module's input width must be divisible by `size`."""
         super().__init__()
         self.oft_R = Rotation(original.in_features // size, size)
         self.rank = size  # for logs and messages

@@ -52,14 +52,14 @@ _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)
 
 
 def open_clip_names(name: str) -> list[tuple[str, int | None]]:
-    """Return the parameters that a tensor of OpenCLIP's text encoder contains.
+    """Return the Hugging Face parameters that a tensor of OpenCLIP's text encoder contains.
 
     Args:
         name: Name of the tensor.
 
     Returns:
-        Pairs of Hugging Face's name, without `text_model.`, and the index of the third of the rows that is
-        the parameter (None for all rows). [] for unknown tensors.
+        Pairs of Hugging Face's name, without `text_model.`, and the third of the rows (0 to 2) that is the
+        parameter, or None for all rows. [] for unknown tensors.
     """
     fused = _FUSED.fullmatch(name)
     if fused is not None:
