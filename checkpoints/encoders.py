@@ -135,7 +135,7 @@ def read_network_config(
             content = parse_json(embedded_config)
         config = content.get(part, content)
         model_type = config.get("model_type")
-        # configurations of transformers, which have a model_type, leave out keys with default values
+        # configurations of transformers, which have a model_type, omit keys with default values
         settings: dict[str, Any] = {**(defaults if model_type is not None else {}), **config}
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(

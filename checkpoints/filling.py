@@ -519,9 +519,9 @@ def _find_unexpected(
     sources: Mapping[str, TensorSource],
     ignore: Sequence[str],
 ) -> list[str]:
-    """Return names in the file that no target uses and no pattern ignores."""
+    """Return tensor names in the file that no target uses and no pattern ignores."""
     read_names: set[str] = set()  # names in the file that tensors of the network are read from
-    unneeded_names: set[str] = set()  # those from which only tensors that this network lacks would be read
+    unneeded_names: set[str] = set()  # names from which only tensors that this network lacks would be read
     for name, source in sources.items():
         if name in targets:
             read_names.update(source.names)

@@ -39,7 +39,7 @@ _MAX_GROUP = 1 << 16  # largest group of columns
 def find_packed(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, TensorInfo]:
-    """Return new infos, by name, of packed weights and of their companions, such as scales.
+    """Return new dtypes and shapes, by name, of packed weights and of their companions, such as scales.
 
     The info of a packed weight has the shape of the unpacked weight and a `Packing`. The info of a companion
     differs only if it is fp8 but stored as uint8.
@@ -50,7 +50,7 @@ def find_packed(
         read: Returns a tensor by name.
 
     Raises:
-        ValueError: If a layer's quantization format is unknown, or if its tensors do not have that format.
+        ValueError: If a layer's quantization format is unknown, or if its tensors do not match the format.
     """
     new_infos: dict[str, TensorInfo] = {}
     for layer_name, settings in _read_comfy_settings(tensors, metadata, read).items():
@@ -376,7 +376,7 @@ def _make_w4a4(rotation: int, weight: Tensor, scale: Tensor) -> QuantizedWeight:
 
 
 def _describe_w4a8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer in 4 or 6 bits with scales per row and relative scales per column group."""
+    """Return dtypes and shapes of a 4- or 6-bit layer with row scales and relative scales per group."""
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     if f"{layer.name}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")

@@ -60,11 +60,11 @@ def check_vision_language_settings(folder: Path, option: str) -> list[Shape]:
     therefore also calls `require_matching_shapes` with the network that the settings describe.
 
     Args:
-        folder: Folder of the model.
-        option: Option that names the folder, for messages.
+        folder: The model's folder.
+        option: Option that sets the folder, for messages.
 
     Raises:
-        CheckpointError: If a JSON file is too large, nested too deeply or invalid, or if it asks for more
+        CheckpointError: If a JSON file is too large, nested too deeply or invalid, or if it specifies more
             layers, or larger images, than any such model has.
     """
     shapes = read_shapes(folder, option)
@@ -88,9 +88,9 @@ def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def read_shapes(folder: Path, option: str) -> list[Shape]:
-    """Return the shapes of all tensors in the safetensors files of a folder, from the headers alone.
+    """Return the shapes of all tensors in a folder's safetensors files, reading only the headers.
 
-    Raises CheckpointError if a file is damaged.
+    Raises CheckpointError if a file is damaged or if there is none.
     """
     shapes: list[Shape] = []
     paths = sorted(folder.glob("*.safetensors"))

@@ -189,8 +189,8 @@ def open_checkpoint(
     Args:
         path: The file or folder.
         parts: All files of the model, if `path` alone does not identify them.
-        are_equal: Called with two files that have a tensor of the same name, and the name; returns whether
-            the tensors are equal, so that the first one can be used. By default such files are rejected.
+        are_equal: Gets two files that both have a tensor, and its name; returns whether both tensors are
+            equal, so that the first can be used. By default, such files are rejected.
 
     Raises:
         CheckpointError: If a file is missing, incomplete, damaged, not a model, or contains code.

@@ -343,7 +343,7 @@ def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> 
 def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
     """Return the alphas in PEFT's `adapter_config.json` in the folder of a LoRA.
 
-    The folder may contain several LoRA files. PEFT writes the settings for `adapter_model`; for a file of
+    The folder may contain several LoRA files. PEFT writes these settings for `adapter_model`; for a file with
     another name, unreadable settings only cause a warning.
     """
     folder = path if path.is_dir() else path.parent
@@ -364,16 +364,16 @@ def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
 def _parse_settings(
     location: str, settings: Mapping[str, Any], network_prefix: str, network: str = ""
 ) -> list[_AlphaSource]:
-    """Return the sources in JSON settings for one network, with keys in any spelling.
+    """Return the alpha sources for one network in JSON settings, with keys in any spelling.
 
     If the settings have no alpha, nested objects are searched, because PEFT nests settings of several
     adapters.
 
     Args:
-        location: Description of where the settings are, for messages.
+        location: Where the settings were found, for messages.
         settings: The settings.
         network_prefix: Prefix of the network in diffusers' pipelines.
-        network: Network of keys that do not name one themselves.
+        network: Network that keys without a network name belong to.
 
     Raises:
         AttributeError: If `settings` is not a JSON object.

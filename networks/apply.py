@@ -261,13 +261,12 @@ class Change:
         )
 
     def add_to(self, total: Tensor, block_rows: slice | None, weight: Tensor) -> None:
-        """Add the change of one block of rows to `total`, the float32 sum of changes of these rows.
+        """Add the LoRA's change of one block of rows to `total`.
 
         Args:
-            total: Sum of changes of these rows, changed in place.
-            block_rows: Rows of the parameter in the block, possibly with a step; None for all.
-            weight: These rows before any change, float32. A change that replaces the weight is written into
-                them.
+            total: Float32 sum of all changes of these rows, modified in place.
+            block_rows: Rows of the parameter in the block, possibly with a step; None for all rows.
+            weight: These rows before any change, float32. A change that replaces the weight overwrites them.
         """
         if self.row_slice is not None:
             overlap = _find_overlap(self.row_slice, block_rows, len(total))

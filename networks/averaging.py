@@ -216,13 +216,13 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files without copies, and without averages (EMA) if there are other files; warn of both."""
+    """Return the files without duplicates, and without averages (EMA) if there are other files; log both."""
     selected: list[Checkpoint] = []
     has_plain_files = any("ss_ema_decay" not in file.metadata for file in files)
     path_by_hash: dict[str, Path] = {}  # hash of the tensors -> the first file with it
     for file in files:
         is_ema = "ss_ema_decay" in file.metadata
-        model_hash = file.metadata.get("sshs_model_hash", "")  # "" is never taken for a copy
+        model_hash = file.metadata.get("sshs_model_hash", "")  # "" never counts as a duplicate
         if is_ema and has_plain_files:
             logger.warning("%s is left out: it is already an average (EMA).", file.path)
         elif model_hash and model_hash in path_by_hash:

@@ -180,12 +180,12 @@ def _compute_curve(curve: str, count: int) -> list[float]:
 
 
 def _read_numbers(name: str, arguments: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
-    """Return numbers of at least 0. Raises OptionError if a string is anything else.
+    """Parse numbers that are at least 0. Raises OptionError for anything else.
 
     Args:
         name: Name of the argument, for messages.
         arguments: The numbers as strings.
-        is_integer: Whether the numbers are integers.
+        is_integer: Whether the numbers must be integers.
     """
     numbers = []
     for text in arguments:

@@ -443,15 +443,15 @@ def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
 
 
 def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> tuple[Tensor, Tensor]:
-    """Return down R x in and up out x R whose product approximates a change of a weight, out x in.
+    """Return down R x in and up out x R whose product approximates a weight change, out x in.
 
     Large matrices use a randomized SVD (Halko et al. 2011, arXiv 0909.4061). Small matrices use an exact SVD.
 
     Args:
         change: The change, out x in.
         rank: Rank of the factors, R; at most the smaller side of the change.
-        quantile: Quantile of the factors' values to which they are limited; 1 for no limit.
-        name: Name that alone seeds the random numbers.
+        quantile: Quantile of the factors' values at which they are clamped; 1 for no clamping.
+        name: Name of the module, which alone seeds the random numbers.
     """
     rank = min(rank, *change.shape)
     if min(change.shape) <= MAX_EXACT:

@@ -280,8 +280,8 @@ def join_parts(
 ) -> dict[str, Tensor]:
     """Join the LoRAs for parts of a module into one for the module; warn of LoRAs that cannot be joined.
 
-    The changes of the weights stay the same. The rank of a joined LoRA is the sum of the parts' ranks, or
-    their common rank if they share one down factor.
+    The weight changes stay the same. The rank of a joined LoRA is the sum of the parts' ranks, or their
+    common rank if they share one down factor.
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
@@ -725,7 +725,7 @@ def stack_rows(
     Args:
         path: Path of the file.
         tensors: Tensors under our names.
-        rule: Layers whose rows some programs order by head, and the pattern of these programs' names.
+        rule: Layers whose rows some programs order by head, and a pattern of these programs' names.
         names_in_file: Names in the file.
 
     Raises:
@@ -741,7 +741,7 @@ def stack_rows(
             continue
         delta = read_delta(factors)
         num_rows = delta.count_rows()
-        if num_rows is None:  # the factors do not show it
+        if num_rows is None:  # the factors do not reveal it
             continue
         reordered = None
         if num_rows % (3 * rule.head_width) == 0:  # q, k and v of each head

@@ -124,12 +124,12 @@ def multiply_parts(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def multiply_transposed(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return left^T times right of each part, one below another, (C of all parts) x R.
+    """Return left^T @ right for each part, stacked vertically: (C of all parts) x R.
 
     Args:
         left: Left matrices side by side, M x (C of all parts).
-        right: Right matrices side by side, M x P R.
-        sizes: Sizes C of the parts.
+        right: Right matrices side by side, M x P R for P parts.
+        sizes: Width C of each part's left matrix.
     """
     count = len(sizes)
     if len(set(sizes)) == 1:

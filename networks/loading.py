@@ -704,13 +704,13 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
-    """Return a pattern that matches names in a file, if the typed pattern only differs in its separators.
+    """Return the typed pattern, rewritten if names match it only with other separators (dots, underscores).
 
     Another option may have added an alternative: `typed|ADDED_PATTERN added`, or `ADDED_PATTERN added` if
-    nothing was typed. The added pattern may match nothing, so only the typed one is rewritten.
+    nothing was typed. The added pattern may match nothing, so only the typed pattern is rewritten.
 
     Args:
-        pattern: The pattern; None for none.
+        pattern: The pattern; None if there is none.
         names: Names that the pattern is searched in.
         where: Path of the file, for the warning.
     """

@@ -276,14 +276,14 @@ class OwnNetwork(nn.Module):
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
-        """Set the noise of LoRA-GGPO from weights and gradients; call after clipping, before the step."""
+        """Update LoRA-GGPO's noise from weights and gradients; call it after clipping, before the step."""
         sigma_and_beta = self.settings.ggpo_sigma_and_beta
         for name, base_norm in self._base_norms.items():
             assert sigma_and_beta is not None
             layer = getattr(self, name)
             down = layer.lora_down.weight
             up = layer.lora_up.weight
-            # the layer did not run since the last step
+            # the layer has not run since the last step
             if down.grad is None or up.grad is None:
                 continue
             strengths = row_strengths(

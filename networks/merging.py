@@ -389,11 +389,11 @@ def _show_merge(
 def _make_patch(
     weighted_loras: Sequence[WeightedLora], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
-    """Return the patch for a file with a single network, or for a full checkpoint.
+    """Return the weight patch for a file with a single network, or for a full checkpoint.
 
     Args:
         weighted_loras: LoRA files with their strengths.
-        checkpoint: The model's file, opened.
+        checkpoint: The opened model file.
         model: Path of the file, for messages.
         rounding: How changed 16-bit weights are rounded.
     """
@@ -401,7 +401,7 @@ def _make_patch(
         return FullPatch(weighted_loras, checkpoint.tensors, model, rounding)
     for weighted_lora in weighted_loras:
         warn_of_other_encoders(weighted_lora, weighted_lora.lora.text_tensors, str(model), prefixes=())
-    # LoRAs of a deeper or shallower model: their blocks are mapped to the blocks here
+    # blocks of LoRAs for a deeper or shallower model are mapped to this model's blocks
     weighted_loras = fit_depths(weighted_loras, checkpoint.tensors, model)
     return LoraPatch(weighted_loras, checkpoint.tensors, model, rounding=rounding)
 

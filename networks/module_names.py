@@ -146,7 +146,7 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Rate how well a file's sizes and block numbers fit a family, from `_CONTRADICTS` to `_COMPLETE`."""
+    """Rate how well a file's sizes and block indices fit a family, from `_CONTRADICTS` to `_COMPLETE`."""
     expected_sizes = list(_expected_sizes(family, sizes))
     block_numbers = _block_numbers(family, names)
     level = _CONTRADICTS
@@ -156,7 +156,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
         if not width or all(_agrees(expected, width) for expected in expected_sizes):
             level = max(level, _rate_block_numbers(block_numbers, dict(depths)))
     if level == _CONTRADICTS and expected_sizes:
-        # perhaps an unreleased model, whose sizes are all in proportion to another width
+        # perhaps an unreleased model, whose sizes are all proportional to another width
         first = expected_sizes[0]
         rows, columns = first.size
         scaled_width = (
@@ -218,7 +218,7 @@ def _agrees(expected: _ExpectedSize, width: float) -> bool:
 
 
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
-    """Return the family named in a LoRA file's metadata; None if no family or an unknown one is named."""
+    """Return the family named in a LoRA file's metadata; None if no known family is named."""
     version = metadata.get(TRAINED_ON, "")
     architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
     for family in FAMILIES:

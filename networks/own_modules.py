@@ -146,7 +146,7 @@ def _select_size(
     matching_patterns: tuple[int, ...],
     optional_parts: tuple[str, ...],
 ) -> LoraSize | None:
-    """Return the rank and alpha of a module; None if it gets no layer.
+    """Return the rank and alpha of a module's LoRA; None if the module gets no LoRA.
 
     Args:
         path: Path of the module.
@@ -154,8 +154,8 @@ def _select_size(
         settings: Settings of the network.
         matching_patterns: Indices of the patterns in `settings.pattern_ranks` that match the module; the
             last one sets the rank.
-        optional_parts: Parts of paths of modules that get no layer unless a pattern, or a rank for their
-            type, selects them.
+        optional_parts: Parts of module paths that get no LoRA unless a pattern, or a rank for their type,
+            selects them.
     """
     is_optional = any(part in f".{path}" for part in optional_parts)
     if is_optional and settings.family_rules is not None:
@@ -266,16 +266,16 @@ def build_network(
     """Build one of our networks on the modules that the settings select.
 
     Args:
-        name: Value of --network_module, one of OWN_MODULES.
+        name: Value of --network_module, a key of OWN_MODULES.
         typed: Unparsed settings from the command line.
         dit: The transformer; None if only text encoders are trained.
         encoders: Trained text encoders, by their `lora_prefix`.
-        initial_tensors: Tensors of the file or state that training continues from, under our names. Their
+        initial_tensors: Tensors of the file or state from which training continues, under our names. Their
             modules get layers too, with the rank and alpha of the tensors, unless `typed.arguments` exclude
             them.
 
     Raises:
-        OptionError: If settings are invalid, or if no module is left.
+        OptionError: If settings are invalid, or if they select no module.
     """
     # 1. the modules that may get a layer: those of the trained text encoders, and of the DiT
     settings, kind_settings = read_own(name, typed)
@@ -292,7 +292,7 @@ def build_network(
             modules += [(prefix, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
     kind = OWN_MODULES[name].kind
-    # this kind of network has no layers for text encoders
+    # some network kinds have no layers for text encoders
     if not kind.is_for_texts:
         trained_encoders = {}
         text_candidates = {}

@@ -144,11 +144,11 @@ class ResizedModule:
 
 
 def resize_file(options: ResizeOptions) -> None:
-    """Write a LoRA of smaller rank; both LoRAs are held in memory.
+    """Write a LoRA with a smaller rank; both LoRAs are kept in memory.
 
     Raises:
-        CheckpointError: If the file is of another kind of network, has alphas in metadata or settings
-            instead of tensors, or contains NaN or infinite values.
+        CheckpointError: If the file is not a plain LoRA, has alphas in metadata or settings instead of
+            tensors, or contains NaN or infinite values.
     """
     tensors, metadata, modules = _read_plain_lora(options.model)
     resized = [_resize_module(names, tensors, options, options.model) for names in modules]

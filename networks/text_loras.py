@@ -141,14 +141,14 @@ class TextLoras:
             self._merge(self._connector_loras, encoder.text_layers, encoder.name)
 
     def _merge(self, weighted_loras: Sequence[WeightedLora], network: nn.Module, label: str) -> None:
-        """Merge the LoRAs into a network once. Raises CheckpointError if weights in 8 bits would change.
+        """Merge LoRAs into a text encoder, once. Raises CheckpointError if 8-bit weights would change.
 
         Args:
             weighted_loras: LoRA files with their strengths.
-            network: The network.
+            network: The text encoder.
             label: Name of the text encoder, for messages.
         """
-        # merged before: a network stays merged
+        # already merged
         if not weighted_loras or network in self._merged:
             return
         patch = LoraPatch(weighted_loras, rounding=self._rounding)

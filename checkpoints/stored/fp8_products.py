@@ -251,7 +251,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of x, computed in fp8 too; all other arguments of `forward` have none."""
+        """Return the gradient of x, also computed in fp8; the other arguments of `forward` get none."""
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
         (gradient,) = gradients
@@ -259,9 +259,9 @@ class _FrozenLinear(torch.autograd.Function):
         quantized, row_scales = quantize_rows(
             gradient.reshape(-1, gradient.shape[-1]), _expand_scale(weight, scale)
         )
-        # N K, column-major as the fp8 units need it; freed when this call ends
+        # N x K, column-major as the fp8 units need it; freed when this call ends
         columns = weight.t().contiguous().t()
-        # no further scales: the gradient was multiplied by those of the weight before it was rounded
+        # no more scales: the gradient was multiplied by the weight's scales before it was rounded
         ones = torch.ones(1, weight.shape[1], device=weight.device)
         out = ctx.product(
             quantized,

@@ -75,17 +75,17 @@ class LokrAlgebra(Algebra):
 
 
 def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
-    """Return x @ kron(w1, w2)^T without forming the product.
+    """Return x @ kron(w1, w2)^T without computing the Kronecker product.
 
     Args:
-        x: Input, ... m*n.
-        factors: Factors of the module, by name of the part.
-        strength: Factor on the change.
+        x: Input, ... x m*n.
+        factors: Factors of the module, by name (`lokr_w1`, ...).
+        strength: Multiplier of the change.
 
     Returns:
-        ... l*k.
+        The LoKr's addition to the layer's output, ... x l*k.
     """
-    # each matrix is stored itself, or as two low-rank factors
+    # each matrix is stored as is, or as two low-rank factors
     w1_factors = _in_order(factors, "lokr_w1")
     w2_factors = _in_order(factors, "lokr_w2")
     n = w2_factors[0].shape[1]

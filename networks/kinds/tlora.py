@@ -101,7 +101,7 @@ class TLoraKind(NetworkKind):
         return TLoraRule(minimum, power)
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
-        """Return the rule from a file's metadata; None if all ranks are always active.
+        """Return T-LoRA's rule from a file's metadata; None if all ranks are always active.
 
         Raises:
             CheckpointError: If a value of the rule cannot be read or is out of range.
