@@ -114,13 +114,13 @@ class DitFormat(Generic[Config, Dit]):
     add_second: Callable[[Checkpoint, Checkpoint], Checkpoint] | None = None
 
     def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
-        """Read dimensions, dialect and dtype of an open file.
+        """Read the dimensions, naming and dtype of a transformer from an open file.
 
         Raises:
             CheckpointError: If the file is not a supported transformer.
         """
         checkpoint = bare_names(checkpoint)
-        # checked first, because some unsupported models have all the tensors of a supported one
+        # checked first, because some unsupported models have all tensors of a supported model
         kind = next(
             (description for name, description in UNSUPPORTED_MODELS if name in checkpoint.tensors), None
         )

@@ -122,7 +122,7 @@ def read_network_config(
         kind: Prefix of the network's model_type.
         dim: Width of the network according to its tensors.
         defaults: Values of keys that config.json leaves out.
-        embedded_config: Content of a config.json inside the model's file; None reads the one in the folder.
+        embedded_config: Content of a config.json inside the model file; None reads config.json in the folder.
 
     Raises:
         CheckpointError: If config.json cannot be read.

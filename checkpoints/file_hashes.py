@@ -27,9 +27,9 @@ def name_base(file: Path) -> str:
 
 
 def full_hash(path: Path) -> str:
-    """Return the SHA-256 of a file.
+    """Return the SHA-256 hash of a file as hexadecimal digits.
 
-    A checkpoint may be 7 GB large, so the hash is cached in `.NAME.sha256` next to it, with its size and
+    A checkpoint may have 7 GB, so the hash is cached in `.NAME.sha256` next to it, with its size and
     modification time. It is computed again if these differ, and each time if the folder is read-only.
     """
     info = path.stat()

@@ -335,7 +335,7 @@ class _TensorLoader:
         elif self._is_written_by_this_process:
             self._write_values(name, tensor)
         elif self._patch is not None:
-            # another process writes the values; the patch is called only so that it records that it was used
+            # another process writes the values; this call only records that the patch was used
             dtype = self._dtypes[name]
             self._patch(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), dtype)
         if parameter_name in layer._parameters:

@@ -70,7 +70,7 @@ def find_packed(
 
 
 def _describe_comfy_layer(layer: "_QuantizedLayer") -> dict[str, TensorInfo]:
-    """Return the new infos of a layer with ComfyUI's quantization settings; {} for fp8, which needs none."""
+    """Return new dtypes and shapes of a layer with ComfyUI's quantization settings; {} if it is fp8."""
     try:
         layout = layer.settings["format"]
         if layout in FP8:

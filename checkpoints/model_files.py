@@ -146,7 +146,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
     if path.suffix == ".safetensors":
         latents, metadata, audio = _read_safetensors_latents(path, only_shape)
     else:
-        content = load_pickled(path)  # mapped: nothing is read yet
+        content = load_pickled(path)  # memory-mapped: nothing is read yet
         latents = content.get("latent") if isinstance(content, dict) else content
         if only_shape and isinstance(latents, Tensor):
             latents = latents.to("meta")

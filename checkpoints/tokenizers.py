@@ -172,7 +172,7 @@ class TokenizerFiles:
         )
 
     def _find_from_option(self, path: Path) -> Path:
-        """Return the tokenizer's file from the option's value, which is the file or a folder."""
+        """Return the tokenizer file for the option's value, which is the file itself or a folder."""
         if not path.is_dir():
             try:
                 require_regular_file(path)
@@ -183,8 +183,7 @@ class TokenizerFiles:
             except OSError as error:
                 raise self.unreadable(path, OSError(error.strerror)) from error
             return path
-        # folders that begin with .. are next to an encoder's folder, not inside a folder that the option
-        # names
+        # folders that begin with .. are next to an encoder's folder, not inside the option's folder
         inner_folders = [path / folder for folder in self.folders if not folder.startswith("..")]
         for candidate in (path, *inner_folders):
             file = self._find_file(candidate)

@@ -92,10 +92,10 @@ class MergeModelsOptions(Options, title="what to do"):
 
 
 def merge_models(options: MergeModelsOptions) -> None:
-    """Write the weighted sum of several checkpoints. One tensor of each is in memory at a time.
+    """Write the weighted sum of several checkpoints, reading one tensor of each at a time.
 
     Raises:
-        CheckpointError: If a file cannot be read, or is a checkpoint of another model.
+        CheckpointError: If a file cannot be read, or is a checkpoint of a different model.
         OutputError: If the result cannot be written.
     """
     device = select_device(options.device)

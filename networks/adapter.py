@@ -414,12 +414,12 @@ def tie_network(network: nn.Module, twin: nn.Module) -> None:
 
 
 def import_network_module(name: str) -> ModuleType:
-    """Import another package's module with `create_network(...)`.
+    """Import another package's module that defines `create_network` or `create_arch_network`.
 
-    The working folder is searched too.
+    The working directory is searched too.
 
     Raises:
-        OptionError: If it cannot be imported or builds no network.
+        OptionError: If it cannot be imported or defines neither function.
     """
     if name in _NOT_BUILT:
         raise OptionError(f"--network_module {name}: {_NOT_BUILT[name]}")

@@ -624,7 +624,7 @@ def _to_finite(value: Any) -> float:
 
 
 def _compile_expression(key: str) -> Callable[[str], bool]:
-    """Compile a key of PEFT's `alpha_pattern` to a function that tests whether it matches a module's path.
+    """Compile a key of PEFT's `alpha_pattern` to a function that tests whether a module path matches.
 
     Raises:
         ValueError: If the key is not a regular expression. The returned function raises ValueError if

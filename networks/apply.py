@@ -131,7 +131,7 @@ class Change:
     def _fit_rotation(
         self, related: RelatedModule | None, weight: Tensor, name: str, error_prefix: str
     ) -> "Change":
-        """Return an input rotation (OFT) limited to the rows of the weight that the LoRA's module has.
+        """Return an input rotation (OFT) limited to those rows of the weight that the LoRA's module covers.
 
         Args:
             related: The LoRA's module if it is a part of the weight (q of qkv) or contains it; else None.

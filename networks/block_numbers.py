@@ -136,15 +136,16 @@ def _check_rates(arguments: Mapping[str, str]) -> None:
 
 
 def read_rate_factors(name: str, text: str, count: int, warns: bool = True) -> list[float]:
-    """Return the factor of each block of one part of a U-Net: typed numbers, or a curve such as cosine+.25.
+    """Return the learning rate factor of each block in one part of a U-Net.
 
-    As in other trainers, surplus numbers are ignored, and missing ones are 1.
+    The text has one number per block, or a curve such as cosine+.25. As in other trainers, surplus numbers
+    are ignored and missing numbers are 1.
 
     Args:
         name: Name of the argument, for messages.
         text: Value of the argument.
         count: Number of blocks.
-        warns: Whether a wrong count of numbers is logged.
+        warns: Whether to warn of a wrong count of numbers.
 
     Raises:
         OptionError: If the text is neither numbers nor a curve.

@@ -189,9 +189,9 @@ class Delta:
     # --- sizes
 
     def matrix_size(self) -> tuple[int, int] | None:
-        """Return rows and columns of the changed matrix; None if the weight is not a matrix or is unknown.
+        """Return the rows and columns of the changed weight; None if it is unknown or not a matrix.
 
-        If the factors belong to a larger layer (`has_row_range`), these are the sizes of that layer.
+        If the factors belong to a larger layer (`has_row_range`), the size of that layer is returned.
         """
         names_in_product = [
             name for name in self.factors if name in FACTOR_NAMES and name not in _NOT_IN_PRODUCT

@@ -166,7 +166,7 @@ def _drop_networks_missing_in(model_tuned: Path, weights: Sequence[str]) -> list
 
     Args:
         model_tuned: File of the fine-tuned model.
-        weights: Names of weights, which begin with the name of their network.
+        weights: Weight names, which begin with the name of their network.
     """
     with open_checkpoint(model_tuned) as tuned:
         networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}

@@ -658,11 +658,11 @@ def read_weighted_loras(
     with_texts: bool = False,
     with_embeddings: bool = False,
 ) -> list[WeightedLora]:
-    """Read LoRA files; return each with its multiplier and patterns.
+    """Read LoRA files; return each with its multiplier and its include and exclude patterns.
 
     Args:
         files: Files with their multipliers.
-        patterns: Patterns, one per file in the same order; None for none.
+        patterns: One include and one exclude pattern per file in the same order; None for no patterns.
         with_texts: Whether to read changes of text encoders.
         with_embeddings: Whether to read the trained words (embeddings) in the files.
     """

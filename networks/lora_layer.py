@@ -85,15 +85,14 @@ class LoraLayer(nn.Module):
     ) -> None:
         """Create the factors for a frozen module; initially their product is 0.
 
-        Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
+        Initial values are drawn from torch's global CPU generator, as in other tools' LoRA modules.
 
         Args:
             original: The frozen module.
             rank: Rank (of each part, if there are `split_sizes`).
             alpha: Numerator of the scale alpha / rank; 0 means the rank.
-            split_sizes: Numbers of rows of the parts of a fused weight, each of which gets its own factors.
-                The layer's `rank` and `alpha` are then the sums over all parts, so their quotient is
-                unchanged.
+            split_sizes: Number of rows of each part of a fused weight; each part gets its own factors. The
+                layer's `rank` and `alpha` are then the sums over all parts, so their quotient is unchanged.
         """
         super().__init__()
         num_parts = max(len(split_sizes), 1)
@@ -105,7 +104,7 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
-        # larger outputs get the product added in place
+        # the product is added in place to outputs larger than this
         self.min_in_place_numel = MIN_IN_PLACE_NUMEL
         # for DoRA, a function that replaces the addition: (layer, output of the frozen module, output of the
         # LoRA, dtype of the input) -> output

@@ -354,7 +354,7 @@ def _warn_of_unusable(
     modules: Collection[str],
     family: FamilyNames | None,
 ) -> list[str]:
-    """Warn of modules of a file that this model cannot have a LoRA for, and return them.
+    """Warn of a LoRA file's modules for which this model cannot have a LoRA, and return them.
 
     Args:
         path: Path of the file.

@@ -37,13 +37,13 @@ ALGORITHMS = {name: kind.network_module for kind in KINDS for name in kind.algor
 
 
 def family_readers(rules: LoraRules) -> dict[str, Reader]:
-    """Return the readers of the --network_args that only a family's network module has."""
+    """Return parsers for the --network_args that only one family's network module has."""
     readers: dict[str, Reader] = {}
     for argument, _ in rules.rank_arguments:  # ranks by type of module
         readers[argument] = partial(_read_number, int)
     if rules.train_blocks_choices:
         readers["train_blocks"] = partial(_read_choice, rules.train_blocks_choices)
-    # arguments that choose blocks by number
+    # arguments that select blocks by index
     for argument in rules.block_lists_by_argument:
         readers[argument] = read_block_numbers
     # one rank for each module outside the blocks
@@ -57,7 +57,7 @@ def family_readers(rules: LoraRules) -> dict[str, Reader]:
 
 
 def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
-    """Read block numbers from `all`, `none` or a list such as `0,1,8-12`; return None for all blocks.
+    """Parse block indices from `all`, `none` or a list such as `0,1,8-12`; return None for all blocks.
 
     Args:
         argument: Name of the argument, for messages.
@@ -414,14 +414,14 @@ def _read_number(
     minimum: float = 0,
     below: float = math.inf,
 ) -> float | None:
-    """Return the number of an argument; None for the string "None".
+    """Parse a number from --network_args; return None for the string "None".
 
     Args:
         number_type: Type of the number.
         argument: Name of the argument, for messages.
         text: Value of the argument, usually a string.
         minimum: Smallest valid number.
-        below: Number that all valid numbers are less than.
+        below: Exclusive upper limit.
 
     Raises:
         OptionError: If the value is not a number or is out of range.

@@ -303,7 +303,7 @@ def merge_into_file(
 ) -> None:
     """Write the model with the LoRAs merged in as one safetensors file; keep names, dtypes and metadata.
 
-    Peak memory: the LoRAs, one tensor of the model and some MB (for LoKr: the change of the tensor in
+    Peak memory: the LoRAs, one tensor of the model and some MB (for LoKr, also the tensor's change in
     float32).
 
     Args:
@@ -312,12 +312,12 @@ def merge_into_file(
         output: File to write.
         device: Device of the run.
         in_channels: Required input channels of the model's first layer.
-        dtype: Dtype of the result's weights; None for that in the model, bfloat16 for quantized weights.
-        option: Option that names `output`, for messages.
+        dtype: Dtype of the result's weights; None keeps the model's, or bfloat16 for quantized weights.
+        option: Option that sets `output`, for messages.
         rounding: A value of `--lora_rounding`.
 
     Raises:
-        CheckpointError: If a file is unusable, or if the model has no modules of a LoRA.
+        CheckpointError: If a file is unusable, or if the model lacks all modules of a LoRA.
         OptionError: If the output would replace an input.
         OutputError: If it cannot be written.
     """
@@ -334,17 +334,17 @@ def merge_into_file(
         # the patch adds the LoRAs to a weight by its name
         patch = _make_patch(weighted_loras, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
-        # `dequantized_on_read` replaces the infos of quantized weights, so these are other objects now
+        # `dequantized_on_read` replaces the infos of quantized weights, so these are now different objects
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
         written = _list_written_tensors(checkpoint, quantized, dtype)
 
         def read(name: str) -> Tensor:
-            tensor = checkpoint.read(name)  # not mapped from the file, so it may be changed in place
+            tensor = checkpoint.read(name)  # not memory-mapped, so it may be changed in place
             check_finite(model, name, tensor)
             written_dtype = written[name].dtype
             if not patch.changes_parameter(name):
                 return tensor.to(written_dtype)
-            # for another dtype, the sum stays in float32 and is rounded once
+            # if the dtype changes, the sum stays in float32 and is rounded once
             weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, weight, written_dtype).to(written_dtype)
 

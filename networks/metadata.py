@@ -169,8 +169,8 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
 
     Args:
         checkpoint: The opened checkpoint.
-        names: Names of its tensors.
-        expert: The expert, if the file has a LoRA for each; else None.
+        names: Names of the LoRA's tensors.
+        expert: The expert if the file has a LoRA for each expert; otherwise None.
     """
     from networks import key_formats  # only for LoRAs
     from networks.tensor_names import dialect_in_words
@@ -183,11 +183,11 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
     in_dit = group_by_module(native.tensors)
     in_texts = group_by_module(native.text_tensors)
     modules = in_dit | in_texts
-    # in a whole model, some names may look like those of a LoRA
+    # in a full model, some names may look like LoRA keys
     if not modules or 2 * len(native.unknown_keys) > len(names):
         return None
     families = [family.name for family in key_formats.families_of(in_dit, hint)]
-    # no family has these names: believe the metadata
+    # no family has these names: trust the metadata
     if not families and hint is not None:
         families = [hint]
     model = f" for {' or '.join(families)}" if families else ""

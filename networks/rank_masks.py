@@ -98,14 +98,14 @@ def set_level(network: nn.Module, level: float, device: torch.device) -> None:
 
 
 def rank_rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
-    """Return the rank rule in a LoRA's metadata; None if all ranks are always active.
+    """Return the rank rule (T-LoRA) in a LoRA's metadata; None if all ranks are always active.
 
     Args:
         metadata: Metadata of the file.
         path: Path of the file, for messages.
 
     Raises:
-        CheckpointError: If the numbers of the rule cannot be read.
+        CheckpointError: If the values of the rule cannot be read.
     """
     arguments = metadata.get("ss_network_args", "")
     for kind in VARIANTS:

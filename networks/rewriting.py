@@ -60,10 +60,10 @@ NEEDS_REWRITING = re.compile(
 
 
 def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
-    """Convert XLabs', fused and numbered factors to one LoRA for each module; other tensors are unchanged.
+    """Convert XLabs', fused and numbered factors to one LoRA per module; other tensors are unchanged.
 
-    The change of the weights stays the same: n numbered factors become one LoRA with n times the rank and
-    alpha, whose up factor is block-diagonal.
+    The weight changes stay the same: n numbered factors become one LoRA with n times the rank and alpha,
+    whose up factor is block-diagonal.
     """
     rewritten: dict[str, Tensor] = {}
     family_name = ""
@@ -239,12 +239,12 @@ def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]
 def _order_loras(
     keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
 ) -> list[Factors]:
-    """Return the numbered LoRAs of a module, sorted by their numbers.
+    """Return a module's numbered LoRAs, sorted by number.
 
     Args:
-        keys: Number -> our name of the factor -> key.
+        keys: {number: {our factor name: key}}.
         tensors: Tensors by key.
-        alpha: Alpha for LoRAs without their own.
+        alpha: Alpha for LoRAs without their own; None if the file has none.
     """
     default = {} if alpha is None else {"alpha": alpha}
     loras: list[Factors] = []

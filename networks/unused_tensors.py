@@ -39,7 +39,7 @@ def group_by_reason(
 
 
 def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
-    """Return why a tensor is not part of a LoRA; the description follows "tensors" in messages.
+    """Return why a tensor is not part of a LoRA; the description follows the word "tensors" in messages.
 
     Args:
         family: Family of the LoRA; None if unknown.
@@ -57,7 +57,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
     if module_names.is_known_module(name):
         return _explain_whole_weight(name, leaf)
     module, dot, part = path.rpartition(".")
-    # a known module with an unknown part: a kind of network that is not supported
+    # a known module with an unknown factor: an unsupported kind of adapter
     if dot and module_names.is_known_module(module.replace(".", "_")):
         return UnusedReason(
             f"are parts of layers called {part}, which are not supported, and are ignored",

@@ -79,9 +79,9 @@ def _translate_to_diffusers(
 
     Args:
         name: Name of the module.
-        factors: Factors of the module, by name of the part.
+        factors: Factors of the module, by factor name.
         family: The model family.
-        is_in_diffusers: Whether the modules of the file are in diffusers' layout, which splits some of ours.
+        is_in_diffusers: Whether the file's modules are in diffusers' layout, which splits some of ours.
     """
     from networks import module_names
     from networks.names.layouts import SWAPPED

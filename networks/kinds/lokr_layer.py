@@ -100,18 +100,18 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 
 
 def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
-    """Return the convolution of x with kron(w1, w2) without forming it.
+    """Return the convolution of x with kron(w1, w2) without computing the Kronecker product.
 
-    w2, which has the kernel, acts on n of the m*n channels at a time; then w1 mixes the m groups.
+    w2, which has the kernel, is applied to n of the m*n channels at a time; then w1 mixes the m groups.
 
     Args:
-        x: Input, B m*n H W.
-        factors: Factors of the module, by name of the part.
-        strength: Factor on the change.
+        x: Input, B x m*n x H x W.
+        factors: Factors of the module, by name (`lokr_w1`, ...).
+        strength: Multiplier of the change.
         geometry: Geometry of the convolution.
 
     Returns:
-        B l*k H' W'.
+        B x l*k x H' x W'.
     """
     w1_factors = _in_order(factors, "lokr_w1")
     w2_factors = _in_order(factors, "lokr_w2")
