@@ -289,7 +289,7 @@ def _make_metadata(
 def _rename_layers(
     checkpoint: Checkpoint, change: CheckpointChange, dequantized: set[str], layers: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return ComfyUI's record of 8-bit layers by new name, without layers that are no longer in 8 bits."""
+    """Return ComfyUI's record of 8-bit layers by new name, without layers that are no longer 8-bit."""
     renamed = {}
     for layer_name, settings in layers.items():
         # tensor names may have a prefix that layer names in the record lack

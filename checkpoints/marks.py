@@ -452,10 +452,10 @@ LAYOUTS: Mapping[str, Callable[[_QuantizedLayer], dict[str, TensorInfo]]] = {
 
 
 def _describe_bitsandbytes(layer: _QuantizedLayer, read: Callable[[str], Tensor]) -> dict[str, TensorInfo]:
-    """Return the infos of a layer with a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`.
+    """Return dtypes and shapes of a bitsandbytes 4-bit layer; `layer.settings` is its `QuantState`.
 
-    A block of weights has a scale, the largest absolute value of the block (absmax). With double
-    quantization, these scales are quantized to 8 bits, with scales per group of blocks.
+    The scale of a block of weights is its largest absolute value (absmax). With double quantization, these
+    scales are quantized to 8 bits, with one scale per group of blocks.
     """
     state = layer.settings
     block_size = layer.get_number("blocksize", default=64)

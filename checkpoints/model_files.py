@@ -137,8 +137,8 @@ class SavedLatents:
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
     """Read a latent file: safetensors, or a pickled tensor.
 
-    `option` names the file in messages. With `only_shape`, only the file's header is read: the latents are on
-    the meta device, and the audio is None.
+    `option` is the option that sets the path, for messages. With `only_shape`, only the header is read: the
+    latents are on the meta device, and the audio is None.
 
     Raises:
         CheckpointError: If the file is damaged or has no latents.

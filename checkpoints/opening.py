@@ -435,7 +435,7 @@ def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
 
 
 def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Describe an unsupported quantization by a tensor that has it; return None if there is none."""
+    """Describe an unsupported quantization by a tensor that reveals it; return None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
     unrecognized = _without_packed(tensors) if is_packed else tensors
     for suffix, format_name in _UNSUPPORTED.items():

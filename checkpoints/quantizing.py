@@ -340,7 +340,7 @@ class _PlannedTensor:
 def _plan_layer(
     weight_name: str, quantizer: "_LayerQuantizer", quantize: Callable[[], tuple[Tensor, Tensor]]
 ) -> dict[str, _PlannedTensor]:
-    """Return the three tensors that a quantized layer is stored as, by their names in the new file.
+    """Return the three tensors in which a quantized layer is stored, by their names in the new file.
 
     `quantize` reads the layer's weight, and returns its codes and scale.
     """
@@ -443,7 +443,7 @@ def _write_gguf_data(
     gguf_types: Mapping[str, Any],
     progress_title: str,
 ) -> None:
-    """Write the data of all tensors, converted to their GGUF types, in the order of the checkpoint."""
+    """Write all tensors in the checkpoint's order, converted to their GGUF types."""
     import gguf
 
     sizes = {name: info.size_bytes for name, info in checkpoint.tensors.items()}
@@ -459,7 +459,7 @@ def _write_gguf_data(
         tensor = model.read(checkpoint, name)
         if gguf_types[name] in converted_types:
             data = gguf.quants.quantize(tensor.float().numpy(), gguf_types[name])
-        else:  # the type of the tensor in the checkpoint
+        else:  # keeps the tensor's type
             data = tensor.view(-1).view(torch.uint8).numpy()
         writer.write_tensor_data(data)
 

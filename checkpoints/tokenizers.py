@@ -65,7 +65,7 @@ class TokenizerFiles:
         return None
 
     def check_option_value(self, path: Path) -> None:
-        """Raise CheckpointError if the first bytes of the option's file are not those of a tokenizer."""
+        """Raise CheckpointError if the option's file does not start like a tokenizer file."""
         file = self._find_from_option(path)
         self.check_bytes(file)
         try:

@@ -453,15 +453,15 @@ def read_alphas(
     is_written_here: bool,
     warns: bool = True,
 ) -> FoundAlphas:
-    """Find the alphas that are not tensors for the transformer and each text encoder of a file.
+    """Find the alphas that a file does not store as tensors, for the transformer and each text encoder.
 
     Args:
         path: Path of the file.
         metadata: Metadata of the file.
         native: Tensors under our names.
         expert: Expert of these tensors; None if the file is for a single network.
-        is_written_here: Whether the file was written by us.
-        warns: Whether warnings are logged.
+        is_written_here: Whether we wrote the file.
+        warns: Whether to log warnings.
 
     Raises:
         CheckpointError: If settings are unusable.

@@ -103,7 +103,7 @@ class Change:
             CheckpointError: If the shapes differ.
         """
         path = self.weighted_lora.lora.path
-        if self.delta.rotation is not None:  # its shape is not that of the weight
+        if self.delta.rotation is not None:  # its shape differs from the weight's
             return self._fit_rotation(related, weight, name, f"{option}{path} does not fit {model}")
         try:
             if self.delta.has_row_range and self.delta.has_input_magnitudes:
@@ -538,13 +538,13 @@ class LoraPatch:
     def add_to(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        Rows are processed in blocks, so that no second copy of the weight is needed. A change of the first
+        Rows are processed in blocks, so no second copy of the weight is needed. A change of the first
         layer for a different number of input channels is skipped, and `check` reports it.
 
         Args:
             name: Name of the weight.
             weight: The weight.
-            target: Dtype to which the caller rounds the changed weight; None for the weight's dtype.
+            target: Dtype to which the caller will round the result; None for the weight's dtype.
 
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.

@@ -241,7 +241,7 @@ def read_weight_of_module(
             weight = stored.source.build_tensor(
                 [stored.checkpoint.read(tensor) for tensor in stored.source.names]
             )
-            # separate files of text encoders may have equal module names, but other sizes
+            # separate text encoder files may have equal module names but different sizes
             if num_rows is None or num_rows == len(weight):
                 return weight, stored.checkpoint.path
     raise CheckpointError(

@@ -101,12 +101,12 @@ def read_depth(lora: LoraFile, depth_variants: DepthVariants) -> int | None:
 
 
 def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model: Path | str) -> LoraFile:
-    """Map a LoRA's blocks to those of a model with another depth; raise CheckpointError if impossible.
+    """Map a LoRA's blocks to a model with a different depth; raise CheckpointError if that is impossible.
 
     Args:
         lora: The LoRA file.
         variants: How the family's deeper variants repeat blocks.
-        model_depth: Number of blocks of the model; 0 if its names show none.
+        model_depth: Number of blocks of the model; 0 if its tensor names reveal none.
         model: File of the model, for messages.
     """
     indices = _find_indices(lora.modules(), [variants.blocks])

@@ -126,7 +126,7 @@ def extract_qwen(options: ExtractOptions) -> None:
 
 
 def extract_model(options: ExtractOptions) -> None:
-    """Write the difference of two transformers of any family, or of two full checkpoints, as a LoRA."""
+    """Write the difference between two transformers of any family, or two full checkpoints, as a LoRA."""
     with open_checkpoint(options.model_org) as original:
         if is_full(original.tensors):
             return extract_full(options)
@@ -142,7 +142,7 @@ def extract_model(options: ExtractOptions) -> None:
             "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
             options.model_org,
         )
-    if family.network_module == FLUX_MODULE:  # its metadata depend on the variant
+    if family.network_module == FLUX_MODULE:  # its metadata depends on the variant
         return extract_flux(options)
     is_stable_diffusion = bool(family.written_base_model)
     if is_stable_diffusion:
@@ -553,7 +553,7 @@ def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
-    """Return the prefixes of text encoders in which no value changed by more than `minimum`."""
+    """Return the prefixes of text encoders in which no value changes by more than `minimum`."""
     is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []

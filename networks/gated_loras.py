@@ -205,7 +205,7 @@ class LoraBranch:
         return is_plain and out.dtype == self._low_rank_factors[-1].dtype
 
     def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
-        """Return what the change of the weight adds to the output; None if only the bias changes."""
+        """Return what the weight's change adds to the layer's output; None if only the bias changes."""
         if self._rotation_values is not None:
             input_change = self.compute_input_change(x)
             added = frozen_product(self.target.module, input_change).to(out.dtype)

@@ -868,7 +868,7 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
 
     Args:
         lora: The LoRA file.
-        expert: Expert that the LoRA is loaded into; empty or None if the model has no experts or its expert
+        expert: Expert that the LoRA is loaded into; "" or None if the model has no experts or its expert
             is unknown.
     """
     if not expert or lora.expert in (None, FOR_BOTH, expert):

@@ -239,8 +239,8 @@ class LoraLayer(nn.Module):
     def is_plain(self, dtype: torch.dtype) -> bool:
         """Return whether the layer only adds the product of its factors to a frozen linear layer.
 
-        It does more with rank masks, dropouts, noise, DoRA or a split up factor, and if other code has
-        replaced the forward of the frozen module or added hooks.
+        It does more if it has rank masks, dropout, noise, DoRA or a split up factor. False also if other code
+        has replaced the frozen module's forward or added hooks.
 
         Args:
             dtype: Dtype that the frozen weight must have.

@@ -261,7 +261,7 @@ def _find_family_of_sum(
     hint = None if by_metadata is None else by_metadata.name
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
-        return FLUX  # of several families, the one that this tool is for
+        return FLUX  # if several families are possible, this tool's own
     # only text encoders change
     if not families and by_metadata is None:
         families = _find_families_of_texts(tensors)

@@ -34,9 +34,9 @@ def family_named(name: str) -> FamilyNames:
 def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
     """Return the family of a model with these underscored module names; None if no family has any of them.
 
-    Ties go to the family named `hint`, then to the one with most names as modules instead of aliases, then
-    to the first (only SD 1 and 2 have equal names). For LoRAs, which have only some of a model's modules,
-    use `likely_families`.
+    Ties go to the family named `hint`, then to the family that has most names as modules instead of aliases,
+    then to the first (only SD 1 and 2 have equal names). For LoRAs, which have only some of a model's
+    modules, use `likely_families`.
     """
     names = list(names)
     # the families that know most of the names, or `hint` alone if it is one of them
@@ -69,10 +69,10 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
 
 
 def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
-    """Return the families whose LoRAs the scripts of a family accept.
+    """Return the families whose LoRAs a family's scripts accept.
 
     A variant in a subfolder (FLUX.1 Kontext, Stable Diffusion XL) has no names of its own. It accepts the
-    family of its name in the parent folder, or all families there if none has that name.
+    family with its name in the parent folder, or all families there if none has that name.
 
     Args:
         name: Name of a family that has scripts.
@@ -364,9 +364,9 @@ def related_modules(name: str, family: FamilyNames | None = None) -> tuple[Relat
 
 @cache
 def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
-    """Return a table from modules in any layout of a family (or all) to their parts and fused modules.
+    """Return a table from module names in all layouts of a family (or of all) to parts and fused modules.
 
-    Names have `{n}` for the block number.
+    Names have `{n}` for the block index.
     """
     pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):

@@ -385,7 +385,7 @@ def _merge_in_order(
 
 
 def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, settings: LoraSettings) -> bool:
-    """Return whether --network_args exclude a module that a file has.
+    """Return whether --network_args exclude a module for which a file has a LoRA.
 
     Args:
         module_with_path: The module and its path.
@@ -403,9 +403,9 @@ def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, setti
         return True
     matching_patterns = find_by_pattern(settings.pattern_ranks, name)
     if matching_patterns:
-        _, pattern_rank = settings.pattern_ranks[matching_patterns[-1]]  # the last matching pattern wins
+        _, pattern_rank = settings.pattern_ranks[matching_patterns[-1]]  # the last match counts
         return pattern_rank == 0
-    # convolutions get no LoRA by default, but those of a file are kept, so give them any rank
+    # convolutions get no LoRA by default, but a file's LoRAs for them are kept, so give them any rank
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
     size = _size_by_block_and_type(module_with_path.path, module_with_path.module, with_convolutions)
     return size is None or size.rank == 0

@@ -49,7 +49,7 @@ def in_any_spelling(pattern: str) -> str:
 
 
 def describe_unfit(pattern: str, names: Iterable[str]) -> str:
-    """Return a sentence about a pattern that matches none of these names, with the most similar names.
+    """Return a sentence that a pattern matches none of these names, with the most similar names.
 
     Args:
         pattern: The pattern.
@@ -59,7 +59,7 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
     text = re.sub(r"\\[a-zA-Z]", "_", pattern)
     text = re.sub(r"[\W_]+", "_", text)
     text = re.sub(r"\d+", "N", text).strip("_")
-    # the names without repeats for each block, as ordered sets
+    # each name once instead of once per block, in order
     numberless_names = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
     # compared with pieces of names, because patterns match pieces of names
     runs = dict.fromkeys(run for name in numberless_names for run in _list_runs(name.split("_")))

@@ -92,7 +92,7 @@ class TextLoras:
         self._weighted_loras = [
             weighted_lora for weighted_lora in weighted_loras if weighted_lora.lora.text_tensors
         ]
-        # changes of the transformer's modules that are loaded with a text encoder
+        # changes of transformer modules that are loaded together with a text encoder
         self._connector_loras = select_network_part(weighted_loras, of_text_encoders=True)
         self._known_prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
         self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
@@ -320,7 +320,7 @@ def rename_for_encoders(
 def warn_of_other_encoders(
     weighted_lora: WeightedLora, text_tensors: Iterable[str], model: str, prefixes: Collection[str]
 ) -> None:
-    """Warn of changes for text encoders that a model lacks.
+    """Warn of changes to text encoders that a model lacks.
 
     Args:
         weighted_lora: The LoRA file.
@@ -329,7 +329,7 @@ def warn_of_other_encoders(
         prefixes: Prefixes of the model's text encoders in LoRA files.
 
     Raises:
-        CheckpointError: If the LoRA changes only such text encoders.
+        CheckpointError: If the LoRA changes nothing but such text encoders.
     """
     text_names = list(text_tensors)
     path = weighted_lora.lora.path

@@ -153,10 +153,10 @@ _ENCODERS = {
 
 
 def explain_absent_text_module(name: str) -> UnusedReason:
-    """Return why the text encoder has no module for a part of a LoRA.
+    """Return why the text encoder has no module for a LoRA's tensor or module.
 
     Args:
-        name: Name of the part, such as `lora_te2_text_projection.weight`.
+        name: Name of the tensor or module, such as `lora_te2_text_projection.weight`.
     """
     module = name.partition(".")[0]
     # such as `lora_te2`
@@ -186,7 +186,7 @@ def module_of(name: str) -> str:
 
 
 def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
-    """Return the names of a LoRA's changes for optional modules that a model lacks.
+    """Return those names of a LoRA that belong to optional modules that a model lacks.
 
     Args:
         names: Names of the LoRA's tensors or modules.

@@ -234,7 +234,7 @@ class _FrozenLinear(torch.autograd.Function):
         dtype: torch.dtype,
         product: Product,
     ) -> Tensor:
-        """Quantize rows of x to fp8 and multiply them by the weight, with a result in `dtype`."""
+        """Quantize rows of x to fp8 and multiply them by the weight; return the result in `dtype`."""
         ctx.save_for_backward(weight, scale)
         ctx.product, ctx.dtype = product, x.dtype
         quantized, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]))
@@ -278,19 +278,19 @@ class _FrozenLinear(torch.autograd.Function):
 def quantize_rows(
     x: Tensor, column_scales: Tensor | None = None, max_float32_elements: int = MAX_FLOAT32_ELEMENTS
 ) -> tuple[Tensor, Tensor]:
-    """Quantize x * column_scales to e4m3 with one scale per row: their product is the input up to rounding.
+    """Quantize x * column_scales to e4m3 with one scale per row, by which the row is divided first.
 
-    A row of zeros stays zeros; a NaN or infinite value makes the scale NaN or infinite, and so the row of any
-    product NaN.
+    A row of zeros stays zeros. A NaN or infinite value makes the row's scale NaN or infinite, and thus every
+    product with the row NaN.
 
     Args:
-        x: Values, M K.
-        column_scales: Factors of the columns, 1 K float32; None for 1.
+        x: Values, M x K.
+        column_scales: Factors of the columns, 1 x K float32; None for 1.
         max_float32_elements: How many values have a float32 copy at a time; unlimited while compiling,
             because the copy is fused away.
 
     Returns:
-        The quantized values, M K e4m3, and their scales, M 1 float32.
+        The quantized values, M x K e4m3, and their scales, M x 1 float32.
     """
     parts = _split_rows(x, max_float32_elements)
     if len(parts) == 1:

@@ -57,7 +57,7 @@ def convert_to_norms(
 
 
 def _keep_norms(lora: LoraFile, target: str) -> LoraFile:
-    """Return a DoRA that cannot be converted without a model; warn or raise if it acts differently there."""
+    """Return a DoRA without converting it; warn or raise if the target reads its magnitudes differently."""
     if target == "default":
         return lora
     if lora.has_frozen_norms:
@@ -74,7 +74,7 @@ def _keep_norms(lora: LoraFile, target: str) -> LoraFile:
 
 
 def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
-    """Return a DoRA whose magnitudes refer to the norms of frozen (`are_frozen`) or of changed weights."""
+    """Return a DoRA whose magnitudes refer to norms of frozen (`are_frozen`) or changed weights."""
     tensors = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     with open_weights(baking.models, family) as weights:
