@@ -123,7 +123,7 @@ def text_quantization(form: str) -> Quantization:
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
-    """Return the bytes that a linear weight takes once it is loaded.
+    """Return the bytes that a linear weight takes after loading.
 
     Args:
         plan: The plan to load the network.
@@ -190,7 +190,7 @@ def count(names: Iterable[str], block_pattern: str, path: Path | None = None) ->
 
     Args:
         names: Names of the tensors.
-        block_pattern: Pattern of a block prefix with its index, to match prefixes such as blocks.0.
+        block_pattern: Regular expression for a block prefix with its index, such as blocks.0.
         path: The file, for the message.
 
     Raises:
@@ -308,13 +308,13 @@ def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, 
 def join_parts(
     file_sources: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
 ) -> dict[str, TensorSource]:
-    """Translate the names of sources to ours, and concatenate tensors that the file has in parts.
+    """Rename sources to our names, and concatenate tensors that the file stores in parts.
 
     Args:
         file_sources: Sources by name in the file.
         table: Translates these names. A translated name that ends in #n is the n-th part of a tensor; parts
             are concatenated along rows.
-        swapped: Our names of tensors whose two halves are in the opposite order in the file.
+        swapped: Our names of tensors whose two halves are swapped in the file.
     """
     parts_by_index: dict[str, dict[int, TensorSource]] = {}  # our name -> index of a part -> its source
     for name_in_file, source in file_sources.items():

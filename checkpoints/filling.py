@@ -423,7 +423,7 @@ class _TensorLoader:
         if tensor.ndim != len(self._shapes[name]):
             tensor = tensor.view(add_leading_axes(tuple(tensor.shape), len(self._shapes[name])))
         if self._checkpoint.tensors[source.names[0]].packing is not None:
-            # packed weights may be padded: only the first rows and columns belong to the network
+            # packed weights may be padded, so keep only the network's rows and columns
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
             return tensor

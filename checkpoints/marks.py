@@ -504,7 +504,7 @@ def _make_four_bits(
     absmax: Tensor,
     *nested_tensors: Tensor,
 ) -> QuantizedWeight:
-    """Return a 4-bit weight of bitsandbytes with float32 scales, one for each block of a row."""
+    """Return a bitsandbytes 4-bit weight with one float32 scale for each block of a row."""
     if nested_tensors:
         # double quantization: absmax contains 8-bit indices into `levels`, scaled per group of blocks
         group_scales, levels = nested_tensors

@@ -527,7 +527,7 @@ def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
 
 def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
-    """Return how a packed weight is read; reading raises CheckpointError if its tensors do not fit."""
+    """Return the source of a packed weight; reading it raises CheckpointError if its tensors do not fit."""
     assert info.packing is not None
     make_quantized = info.packing.make_quantized
 

@@ -117,9 +117,9 @@ class TokenizerFiles:
             ) from error
 
     def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
-        """Read a tokenizer.json; the tokenizer does not pad or truncate.
+        """Read a tokenizer.json; the returned tokenizer does not pad or truncate.
 
-        `content` is the bytes of the tokenizer.json if it is stored inside another file, `file`.
+        `content` contains the bytes of the tokenizer.json if it is stored inside another file, `file`.
 
         Raises:
             CheckpointError: If the tokenizer cannot be read.

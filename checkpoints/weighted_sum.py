@@ -215,7 +215,7 @@ def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
 def _warn_of_skipped(
     models: Sequence[Checkpoint], saved: Mapping[str, TensorInfo], options: MergeModelsOptions
 ) -> None:
-    """Warn about tensors that only some of the models contain."""
+    """Warn of tensors that only some of the models contain."""
     first, *others = models
     for other in others:
         skipped = [

@@ -364,7 +364,7 @@ def _read_arguments(options: NetworkOptions) -> NetworkArguments:
 def _read_network_weights(
     options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """Return the tensors of `--network_weights` under our names, for the blocks that the DiT has.
+    """Return the tensors of `--network_weights` under our names, mapped to the transformer's blocks.
 
     Args:
         options: Options of the network.

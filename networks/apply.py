@@ -88,16 +88,16 @@ class Change:
     def fit(
         self, related: RelatedModule | None, weight: Tensor, name: str, model: str, option: str = ""
     ) -> "Change":
-        """Return the change with the rows of a weight, and check that its shape fits.
+        """Return the change for those rows of a weight that it has, and check that its shape fits.
 
-        A LoRA for q alone changes some rows of a fused qkv weight; a LoRA for qkv is cut for a q weight.
+        A LoRA for q changes only some rows of a fused qkv weight; a LoRA for qkv is cut for a q weight.
 
         Args:
             related: The LoRA's module if it is a part of the weight (q of qkv) or contains it; else None.
             weight: The weight.
             name: Name of the weight, for messages.
             model: Name of the model, for messages.
-            option: Option that names the file, for messages.
+            option: Option that sets the LoRA file, for messages.
 
         Raises:
             CheckpointError: If the shapes differ.
@@ -672,7 +672,7 @@ class LoraPatch:
         return bool(self._find_changes(name))
 
     def check(self) -> None:
-        """Warn of LoRA modules that the model lacks, and of LoRAs trained for another model.
+        """Warn of LoRA modules that the model lacks, and of LoRAs trained for a different model.
 
         Raises:
             CheckpointError: If the model lacks all modules of a LoRA.
@@ -698,7 +698,7 @@ class LoraPatch:
             if not are_all_absent:
                 logger.info(f"{path}: {num_applied} weights changed, multiplier {weighted_lora.multiplier:g}")
             rank_rule = rank_rule_of(weighted_lora.lora.metadata)
-            # a T-LoRA that is merged acts with all ranks at all levels
+            # a merged T-LoRA has all ranks active at all noise levels
             if rank_rule is not None and not self._is_masked:
                 logger.warning(f"{path} {rank_rule.kind.merged}")
             warn_of_other_family(weighted_lora.lora, family, self._modules)
@@ -811,11 +811,11 @@ class OriginalWeights:
         to_published_name: Callable[[str], str] = str,
         rounding: str = NEAREST,
     ) -> None:
-        """Prepare to keep the weights that any of the LoRAs changes.
+        """Prepare to keep the original weights that any of the LoRAs changes.
 
         Args:
             weighted_loras: All LoRAs that may be switched to.
-            to_published_name: Returns the name that a parameter has in published files.
+            to_published_name: Maps a parameter name of the network to the name in published files.
             rounding: A value of --lora_rounding.
         """
         self._patch_of_all_loras = LoraPatch(weighted_loras)

@@ -190,7 +190,7 @@ def find_gamma(sigma_rel: float) -> float:
 
 
 def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files without copies, and without averages (EMA) if there are other files.
+    """Return the files without duplicates, and without averages (EMA) if there are other files.
 
     Raises:
         CheckpointError: If fewer than two are left, if names or shapes differ, or if the files are for
@@ -202,7 +202,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are from different runs; an average of those rarely makes sense.")
     first = selected[0]
-    is_network = any("." in name for name in first.tensors)  # names in a cache of latents have no dots
+    is_network = any("." in name for name in first.tensors)  # names in a latent cache have no dots
     if not is_network:
         raise CheckpointError(
             f"{first.path} does not contain a network: it has {list_some(list(first.tensors), 3)}.\n"

@@ -518,16 +518,16 @@ class ConvertedLora(NamedTuple):
 def convert_lora(
     lora: LoraFile, target: str, family: FamilyNames | None, start: str = IN_DIFFUSERS
 ) -> ConvertedLora:
-    """Convert a LoRA to another dialect; warn of modules that the dialect cannot express.
+    """Convert a LoRA to another program's names; warn of modules that cannot be converted.
 
     Args:
         lora: The LoRA file.
-        target: Dialect to write.
+        target: "default" (ours), "other" (ComfyUI) or "diffusers".
         family: Family of the LoRA.
-        start: Prefix of the names in diffusers' dialect.
+        start: Prefix of the names in diffusers' format.
 
     Raises:
-        CheckpointError: If no module can be written.
+        CheckpointError: If no module can be converted.
     """
     native = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
     written = convert_to_dialect(native, family, target, start)

@@ -79,7 +79,7 @@ def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Drop the changes of weights that `set_weight` replaces; return the tensors and the affected modules.
+    """Drop changes of weights that `set_weight` replaces; return the tensors and the affected modules.
 
     As in ComfyUI, only the replacement and the change of the bias remain.
     """

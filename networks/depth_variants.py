@@ -144,12 +144,12 @@ def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model
 def _copy_blocks(
     tensors: Mapping[str, Tensor], list_name: str, indices_in_model: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Return a LoRA's tensors with those of each block under the indices of its copies in a deeper model.
+    """Return a LoRA's tensors, with each block's tensors repeated for its copies in a deeper model.
 
     Args:
         tensors: Tensors under our names.
-        list_name: Underscored name of the list of blocks.
-        indices_in_model: Indices in the model of each block of the LoRA.
+        list_name: Underscored name of the block list.
+        indices_in_model: For each block of the LoRA, its indices in the model.
     """
     pattern = re.compile(rf"({OURS}{re.escape(list_name)}_)(\d+)(_.*)")
     copied: dict[str, Tensor] = {}

@@ -311,7 +311,7 @@ def _write_lora_of_difference(
     metadata: Mapping[str, str],
     family: FamilyNames | None,
 ) -> None:
-    """Write a LoRA that approximates the difference of two models, tensor by tensor.
+    """Write a LoRA that approximates the difference between two models, tensor by tensor.
 
     The factors are U * S and V^T, clamped to a quantile of their values; alpha is the rank. Peak memory: one
     weight of each model, and the LoRA.
@@ -527,7 +527,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
 
 
 def _find_family_of_both(pair: Pair) -> FamilyNames:
-    """Return the family of both checkpoints. Raises CheckpointError if they are of different models."""
+    """Return the family of both checkpoints. Raises CheckpointError if their models differ."""
     for checkpoint in pair:
         if not is_full(checkpoint.tensors):
             raise CheckpointError(

@@ -658,13 +658,13 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
 def _make_misfit_error(
     lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
 ) -> CheckpointError:
-    """Return the error for a LoRA file if the model has none of its modules.
+    """Return the error for a LoRA file if the model lacks all its modules.
 
     Args:
         lora: The LoRA file.
         absent: Modules of the file.
         family: Family of the model.
-        option: Option that names the file, for messages.
+        option: Option that sets the path, for messages.
     """
     lora_family = lora.family()
     advice = ""
@@ -673,7 +673,7 @@ def _make_misfit_error(
     text_parts = text_side_of(absent)
     if text_parts:
         advice = f" It changes only {text_parts}: merge it into the model's file with merge_lora.py."
-    # the file's names have the prefix of the text encoder
+    # in the file, names have the text encoder's prefix
     if lora.encoder:
         absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
     return CheckpointError(

@@ -776,15 +776,15 @@ def warn_of_absent(
 
 
 def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders: bool) -> list[WeightedLora]:
-    """Return the LoRAs reduced to one side: modules of the transformer, or modules loaded with text encoders.
+    """Return the LoRAs reduced to the transformer's modules, or to modules loaded with the text encoders.
 
-    A LoRA is left out if it has no modules on the side, or if its patterns select none of them. If the
+    A LoRA is left out if it has no modules on that side, or if its patterns select none of them. If the
     patterns select nothing on either side, the LoRA stays on the transformer's side, so that the merge
     reports it once.
 
     Args:
         weighted_loras: LoRA files with their patterns.
-        of_text_encoders: Whether to return the side of the text encoder.
+        of_text_encoders: Whether to return the text encoders' side.
     """
     loras_on_side = []
     for weighted_lora in weighted_loras:

@@ -310,7 +310,7 @@ def _sort_labels(labels: Collection[str]) -> list[str]:
 def _factors_for_network(
     lora: "LoraFile", network_modules: Mapping[str, Factors]
 ) -> dict[str, dict[str, Tensor]]:
-    """Convert a file's tensors to the modules of the network; return module name -> factors.
+    """Convert a LoRA file's tensors to the network's modules; return {module name: factors}.
 
     Args:
         lora: The LoRA file.
@@ -319,12 +319,12 @@ def _factors_for_network(
     from networks.fused_parts import convert_fused_layers  # only for --network_weights
 
     num_rows = {name: len(factors[UP]) for name, factors in network_modules.items() if UP in factors}
-    # a rotation applies to all rows, so any number will do
+    # an OFT rotation applies to all rows, so any number of rows will do
     for name, delta in read_deltas(network_modules).items():
         if delta.rotation is not None:
             num_rows[name] = 1
     text_tensors = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
-    # split or joined as the network's modules are; it asks for their rows by name
+    # split or join them to match the network's modules
     tensors = convert_fused_layers({**lora.tensors, **text_tensors}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
@@ -402,7 +402,7 @@ def _reject_other_sizes(
 
 
 def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) -> str:
-    """Return advice for the error message if a module of a file does not fit the network.
+    """Return advice for the error that a file's module does not fit the network.
 
     Args:
         file_modules: Factors in the file, by module.

@@ -303,7 +303,7 @@ def _reject_conflicts(values: Mapping[str, Any]) -> None:
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
-    """Return the rule that selects the active ranks by noise level; None if all ranks are active.
+    """Return the rule that selects active ranks by noise level (T-LoRA); None if all ranks are active.
 
     Args:
         values: Values of --network_args.

@@ -190,7 +190,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
             _reject_other_alphas(path, checkpoint.metadata)
         tensors = {name: checkpoint.read(name) for name in shapes}
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
-    metadata.pop(FOLDED, None)  # alpha / rank by old rank, which the factors include already
+    metadata.pop(FOLDED, None)  # alpha / rank by old rank, already multiplied into the factors
     for name, tensor in tensors.items():
         check_finite(path, name, tensor)
     return tensors, metadata, modules

@@ -120,10 +120,10 @@ class LokrKind(NetworkKind):
         return LokrAlgebra()
 
     def read_arguments(self, arguments: dict[str, Any]) -> "MakeShapes":
-        """Return a function that computes the shapes of factors.
+        """Remove LoKr's arguments; return a function that computes the shapes of factors.
 
-        `factor=8` splits axes into 8 and the remaining number; the default -1 makes both as equal as
-        possible. With `decompose_both=True`, the small matrix gets two factors too.
+        `factor=8` splits each axis into 8 and the quotient; the default -1 makes both as equal as possible.
+        With `decompose_both=True`, the small matrix is stored as two factors too.
 
         Raises:
             OptionError: If the value of an argument is invalid.

@@ -13,7 +13,7 @@ class LoraAlgebra(Algebra):
     """up @ down, with a core (`MID`) in between for some convolutions."""
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of the product, out in (kernel); raise MismatchError if the ranks differ."""
+        """Return the shape of the change, out x in (x kernel); raise MismatchError if the ranks differ."""
         if DOWN not in shapes:
             return None
         out_features, *up_columns = shapes[UP]
@@ -25,7 +25,7 @@ class LoraAlgebra(Algebra):
             if core_inputs != rank:
                 raise MismatchError(f"{MID} {list(shapes[MID])} is not for the rank {rank}")
             rank = core_rank
-        # the up factor of a convolution has further axes of size 1
+        # the up factor of a convolution has more axes of size 1
         if math.prod(up_columns) != rank:
             raise MismatchError(f"{UP} {list(shapes[UP])} is not for the rank {rank}")
         return out_features, in_features, *kernel

@@ -309,9 +309,9 @@ def _replacement(path: str) -> str:
 
 
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
-    """Return (pattern, replacement) for the tensors of a checkpoint in the family's other layout.
+    """Return (pattern, replacement) pairs that rename a checkpoint's tensors from the family's other layout.
 
-    If the layout splits our tensor by rows, the replacement of the n-th part ends in #n.
+    If that layout splits our tensor by rows, the replacement for the n-th part ends in #n.
     """
     parts = names.parts or tuple(WeightPart(theirs, ours) for theirs, ours in names.aliases)
     counts: Counter[str] = Counter()  # our module -> parts so far
@@ -321,7 +321,7 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
         if part.index is not None and part.index != SWAPPED:
             suffix = f"#{counts[part.fused_path]}"
             counts[part.fused_path] += 1
-        leaf = r".\2" if "{n}" in part.part_path else r".\1"  # the group after that of the block index
+        leaf = r".\2" if "{n}" in part.part_path else r".\1"  # the group after the block index
         pattern = _pattern(part.part_path) + r"\.(\w+)"
         patterns.append((pattern, _replacement(part.fused_path) + leaf + suffix))
     for theirs, ours in names.parameters:
