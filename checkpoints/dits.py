@@ -238,9 +238,9 @@ def _select_saved_dtypes(
 ) -> dict[str, torch.dtype]:
     """Return the dtypes in which a trained 16-bit transformer is saved, by published name.
 
-    Tensors that are float32 in the file stay so; all others are saved in `weight_dtype`, even those that are
-    float32 in memory. The result is empty if the file or the transformer is not in 16 bits: weights are then
-    saved in the dtypes that they have in memory.
+    Tensors that are float32 in the file stay float32; all others are saved in `weight_dtype`, even if they
+    are float32 in memory. Returns {} if the file or the transformer is not in 16 bits: weights are then saved
+    in their dtypes in memory.
     """
     if weight_dtype.itemsize != 2 or block_dtype.itemsize != 2:
         return {}
@@ -339,7 +339,7 @@ def _select_requested_layers(
         infos = [checkpoint.tensors[sources[name].names[0]] for name in quantized_in_file]
         is_packed = any(info.packing is not None for info in infos)
         raise _make_quantized_error(checkpoint.path, quantization.option_name, is_packed)
-    # layers that a quantized file has in 16 bits stay so
+    # layers that are in 16 bits in a quantized file stay in 16 bits
     unmerged = _without_merged_weights(quantized_in_file, dit, checkpoint.path, placement)
     return QuantizedLoading(new_format, quantized_in_file=unmerged)
 

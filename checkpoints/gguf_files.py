@@ -91,7 +91,7 @@ class GgufFile(HeaderFile):
     def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Read the name, shape and type of the next tensor from the header; return its name.
 
-        The caller reads the offset that follows. `model_shapes` are the original shapes of tensors that were
+        The caller reads the offset that follows. `model_shapes` has the original shapes of tensors that were
         reshaped for quantization, by name.
         """
         check_count(self.path, len(self.tensors))

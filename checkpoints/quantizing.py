@@ -465,7 +465,7 @@ def _write_gguf_data(
 
 
 def _declare_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
-    """Declare a tensor to the GGUF writer, which writes its list of tensors first; return its GGUF type."""
+    """Declare a tensor to the GGUF writer, which writes the list of tensors first; return its GGUF type."""
     import gguf
 
     info = checkpoint.tensors[name]

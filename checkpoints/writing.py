@@ -101,7 +101,7 @@ def _make_header(
     file_label: Path | str,
     spare_bytes: int = 0,
 ) -> tuple[list[str], bytes]:
-    """Return the names in the order of the file, and the header.
+    """Return the tensor names in file order, and the header.
 
     The header is 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
     huggingface.co/docs/safetensors.

@@ -142,10 +142,10 @@ class ForeignNetwork:
         return tensor_on(device, [float(number) for number in report], torch.float32)
 
     def load_weights(self, path: Path) -> object:
-        """Start from a file; return the network's own report.
+        """Load a file's weights into the network; return what its own loading function returns.
 
         Raises:
-            CheckpointError: If the file is damaged, has other sizes, or has no tensor of this network.
+            CheckpointError: If the file is damaged, has different sizes, or has no tensor of this network.
         """
         from networks.loading import read_lora  # only for --network_weights
 

@@ -364,7 +364,7 @@ def _find_overlap(changed_rows: slice, block_rows: slice | None, block_length: i
 
 
 def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundChange]:
-    """Replace one LoRA file's equal rotations of q, k and v by a single rotation of the fused qkv weight.
+    """Replace one LoRA's equal rotations of q, k and v with a single rotation of the fused qkv weight.
 
     Parts with different rotations stay separate; `Change.fit` then finds the rows of each.
     """
@@ -391,12 +391,12 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
 
 
 def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
-    """Split the rows of a weight into blocks, which are changed one after another to save memory.
+    """Split the rows of a weight into blocks that are changed one after another to save memory.
 
-    A small weight, one that is replaced, or a change that cannot be cut by rows (LoKr) is not split.
+    Small weights are not split, nor are weights that are replaced or whose change cannot be cut (LoKr).
 
     Returns:
-        [None] for all rows together; [] if there is nothing to change.
+        The blocks; [None] for all rows together; [] if there is nothing to change.
     """
     if not changes or not weight.numel():
         return []
@@ -631,7 +631,7 @@ class LoraPatch:
 
         Args:
             name: Name of the parameter.
-            weight: The parameter, or a stand-in of its shape.
+            weight: The parameter, or a placeholder of its shape.
         """
         found_changes = self._find_changes(name)
         for key, change, _ in found_changes:

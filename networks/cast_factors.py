@@ -78,7 +78,7 @@ def group_layers(
 def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     """Set `cast_factors` and `shared_input` of all layers for a pass under the current autocast.
 
-    A layer's `cast_factors` are its down and up factor in autocast's dtype. Layers that get the same tensor
+    A layer's `cast_factors` are its down and up factors in autocast's dtype. Layers that get the same tensor
     also get a `shared_input`, which multiplies it by all their down factors in one product. Before the first
     pass on a GPU, the frozen weights of each group are joined in memory.
 
@@ -93,11 +93,11 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
         dtype = torch.get_autocast_dtype(device_type)
     is_first_pass = layers[0].cast_factors is None
     for layer in layers:
-        layer.cast_factors = None  # frees the copies of the last pass before new ones are made
+        layer.cast_factors = None  # free the copies of the last pass before new copies are made
         layer.shared_input = None
     if dtype == parameter.dtype:
         return
-    # not on a CPU, which gains nothing from fewer kernels, and whose weights may be mapped from the file
+    # not on a CPU, which gains nothing from fewer kernels, and whose weights may be memory-mapped
     if is_first_pass and device_type != "cpu":
         join_groups(groups)
     downs = [layer.lora_down.weight for layer in layers]

@@ -225,10 +225,10 @@ def convert(options: ConvertOptions) -> None:
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
     """Return the LoRAs of both experts, from one or two files.
 
-    Raises OptionError if the only file contains a single LoRA.
+    Raises OptionError if only one file is given and it contains a single LoRA.
     """
     low = read_lora(options.input, by_expert=True, family=options.family)
-    high = low  # one file has both, unless a second one is given
+    high = low  # one file contains both, unless a second file is given
     if options.input_high_noise is not None:
         high = read_lora(options.input_high_noise, by_expert=True, family=options.family)
     elif not low.loras_by_expert:

@@ -116,10 +116,10 @@ class Delta:
         return total[start:stop]
 
     def change_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of the change, out in (kernel), from the shapes of the factors.
+        """Return the shape of the change, out x in (x kernel), from the shapes of the factors.
 
-        It is None for an input rotation, for a replacement weight, and if only the bias changes. Meta tensors
-        are avoided, because the first operation on them loads torch's compiler, which takes seconds.
+        Returns None for an input rotation, for a replacement weight, and if only the bias changes. Meta
+        tensors are avoided, because the first operation on them loads torch's compiler, which takes seconds.
 
         Raises:
             MismatchError: If the shapes of the factors do not match.

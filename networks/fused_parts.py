@@ -690,7 +690,7 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return one part's factors from those of the fused layer, whose `ROW_RANGE` has the part's rows."""
+    """Return a part's own factors, given the fused layer's factors and the part's `ROW_RANGE`."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(

@@ -122,7 +122,7 @@ class LoraBranch:
         self._bias: Tensor | None = None
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors to the device; low-rank factors also to the compute dtype."""
+        """Copy the factors to the device, and low-rank factors also to the compute dtype."""
         self.release()
         factors = self.delta.factors
         if self.rotation is not None:
@@ -389,7 +389,7 @@ class LoraWrapper(nn.Module):
         return getattr(self._inner_forward, "__self__", None) is self._original_module[0]
 
     def _run_with_replacement(self, branches: Sequence[LoraBranch], x: Tensor) -> Tensor:
-        """Run a layer whose weight one branch replaces; earlier branches then add only their biases."""
+        """Run a layer whose weight one LoRA replaces; earlier LoRAs then add only their biases."""
         original_out = self._inner_forward(x)
         out = original_out.clone()  # `add_to` may change it in place
         for index, branch in enumerate(branches):

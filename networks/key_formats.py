@@ -94,14 +94,14 @@ class _ParsedKeys(NamedTuple):
 def to_native(
     tensors: Mapping[str, Tensor], family_hint: str | None = None, with_texts: bool = True
 ) -> NativeTensors:
-    """Rename tensors from any dialect to our names.
+    """Rename tensors from any dialect (program's naming scheme) to our names.
 
     Values are unchanged, except that `rewrite` joins some, and that magnitudes become columns. Missing alphas
     are not added.
 
     Args:
         tensors: Tensors by name.
-        family_hint: Family that the user or the metadata name.
+        family_hint: Family named by the user or the metadata.
         with_texts: Whether to rename tensors of text encoders too.
     """
     internal_keys = tuple(key for key in tensors if ROW_RANGE in key)  # files must not contain them
@@ -132,7 +132,7 @@ def to_native(
         text_family = _find_family_for_texts(keys.of_text_encoders, families, hint)
         text_names = _map_text_keys_to_our_names(keys.of_text_encoders, text_family)
     key_by_name = _find_first_keys(our_names | text_names)
-    duplicate_keys: dict[str, str] = {}  # further keys of a name -> its first key
+    duplicate_keys: dict[str, str] = {}  # other keys of a name -> its first key
     for key, name in (our_names | text_names).items():
         if key_by_name[name] != key:
             duplicate_keys[key] = key_by_name[name]
@@ -283,15 +283,15 @@ def _find_family_for_texts(
 ) -> FamilyNames | None:
     """Return the family whose text encoders a file changes.
 
-    The result is None if the possible families have different text encoders; these then keep their names from
-    the file.
+    Returns None if the possible families have different text encoders; the file's names for them are kept
+    then.
 
     Args:
         keys: Parsed keys of text encoders.
         families: Possible families by the names of the DiT's modules; none if the file has no such modules.
-        hint: Family that the user or the metadata name, for a file of text encoders alone.
+        hint: Family named by the user or the metadata, for a file that has only text encoders.
     """
-    num_encoders = max((parsed.number for parsed in keys.values()), default=1)  # they count from 1
+    num_encoders = max((parsed.number for parsed in keys.values()), default=1)  # encoders are numbered from 1
     likely = [family for family in families if len(family.encoders) >= num_encoders] or families[:1]
     if likely:
         has_same_encoders = len({family.encoders for family in likely}) == 1
@@ -359,7 +359,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """Group the tensor names of a LoRA file by expert; {None: all names} if the file has a single network.
 
     Experts are recognized by the prefixes of additional networks in diffusers' pipelines, such as
-    `transformer_2`. The key of an alpha for all modules is in each group.
+    `transformer_2`. A key for a global alpha is in every group.
     """
     names = list(names)
     experts = {name: further_expert(name) for name in names}  # None for names of the first network

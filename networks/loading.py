@@ -320,14 +320,14 @@ def _build_lora(
     expert: str | None,
     is_written_here: bool,
 ) -> LoraFile:
-    """Build the `LoraFile` of a file or of one expert, with missing alphas added; reject unusable factors.
+    """Build a `LoraFile` from a file or one expert's part of it; add missing alphas, reject invalid factors.
 
     Args:
         path: Path of the file.
         native: Tensors under our names.
         metadata: Metadata of the file, or of the expert's LoRA.
-        expert: Expert of the LoRA; None if names in the file do not show it.
-        is_written_here: Whether the file was written by us.
+        expert: Expert of the LoRA; None if names in the file do not reveal it.
+        is_written_here: Whether we wrote the file.
     """
     tensors = dict(native.tensors)
     text_tensors = dict(native.text_tensors)
@@ -351,7 +351,7 @@ def _build_lora(
         tensors = {**tensors, **dit_alphas}
         text_tensors = {**text_tensors, **text_alphas}
     logger.info(f"{path}: {_describe_lora(native, metadata, alpha_clause, expert)}")
-    # sd-scripts with the argument split_qkv saves the alphas of single parts for joined factors
+    # sd-scripts with the argument split_qkv saves the alpha of a single part for joined factors
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = correct_split_alphas(path, tensors, metadata)
     return LoraFile(

@@ -425,8 +425,8 @@ def _list_written_tensors(
 
     Args:
         checkpoint: The opened checkpoint.
-        quantized: Names of weights that are quantized in the model's file.
-        dtype: Dtype of the result's weights; None for that in the model, bfloat16 for quantized weights.
+        quantized: Names of weights that are quantized in the model file.
+        dtype: Dtype of the result's weights; None keeps the model's, or bfloat16 for quantized weights.
     """
     written: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
@@ -445,7 +445,7 @@ def _check_fits(patch: LoraPatch | FullPatch, checkpoint: Checkpoint) -> None:
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
-    """Raise CheckpointError if the first layer does not have `in_channels` inputs; None allows any number."""
+    """Raise CheckpointError unless the first layer has `in_channels` inputs; None allows any number."""
     if in_channels is None:
         return
     layer = next((name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)), None)

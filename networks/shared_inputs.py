@@ -51,14 +51,14 @@ class SharedInput:
         ups: Sequence[Tensor],
         stacked_up: Tensor,
     ) -> None:
-        """Prepare a pass of the model.
+        """Prepare a forward pass of the model.
 
         Args:
-            layers: Layers without dropouts, whose frozen modules get the same tensor.
+            layers: Layers without dropout, whose frozen modules get the same tensor.
             ranks: Rank of each layer.
-            down: The down factors one below another, in the dtype of the pass.
+            down: The down factors stacked vertically, in the dtype of the pass.
             ups: The up factor of each layer, times its scale, in the dtype of the pass.
-            stacked_up: The matrices `ups` one below another.
+            stacked_up: The matrices `ups` stacked vertically.
         """
         self.layers = tuple(layers)
         self.ranks = list(ranks)

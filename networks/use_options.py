@@ -138,12 +138,12 @@ def multipliers_for(
     Args:
         files: The files.
         multipliers: Multipliers that the user typed.
-        option: Option that names the file, for messages.
-        warns: Whether multipliers without a file are logged; without any file they are not, because they may
-            be the default.
+        option: Option that sets the multipliers, for messages.
+        warns: Whether to warn of surplus multipliers; there is no warning without files, because the
+            multipliers may be the default.
 
     Raises:
-        OptionError: If a multiplier is infinite or NaN.
+        OptionError: If a multiplier is too large, infinite or NaN.
     """
     surplus = multipliers[len(files) :] if files and warns else ()
     if surplus:
@@ -155,5 +155,5 @@ def multipliers_for(
             raise OptionError(f"{option} {value}: give a finite number")
         if abs(value) > MAX_MULTIPLIER:
             raise OptionError(f"{option} {value:g}: give at most {MAX_MULTIPLIER}; 0 to 2 are usual")
-    # the typed ones, then 1 for each further file
+    # the typed multipliers, then 1 for each file without one
     return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

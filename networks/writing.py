@@ -300,7 +300,7 @@ def _in_toolkit(factors: Factors) -> ConvertedFactors:
 
 
 def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
-    """Return the factors of each part of a module by its path in diffusers, or why it cannot be split."""
+    """Return {path in diffusers: factors} for each part of a module, or why it cannot be split."""
     path = module_path(name, family) if family.parts else module_names.diffusers_path(name, family)
     if path is None:
         return _UNKNOWN
@@ -313,7 +313,7 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
         return _cut(factors, [part_path for part_path, _ in parts])
     ((renamed_path, part),) = parts
     delta = read_delta(factors)
-    # a rotation of inputs is the same for all rows, so their order does not matter
+    # an input rotation is the same for all rows, so their order does not matter
     if part.index != SWAPPED or delta.rotation is not None:
         return {renamed_path: factors}
     # the scale and shift of a norm: the two layouts have these halves in opposite orders

@@ -115,9 +115,9 @@ class Nf4:
 
 
 def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nf4 codes of a weight, two to a byte (uint8), and the maximum of each block (float32).
+    """Return the nf4 codes of a weight (uint8, two per byte) and the maximum of each block (float32).
 
-    The weight is rounded piece by piece, so that only a piece has a float32 copy.
+    The weight is rounded piece by piece, so that only one piece at a time has a float32 copy.
     """
     device = flat_weight.device
     packed = torch.empty(ceil_div(len(flat_weight), 2), dtype=torch.uint8, device=device)

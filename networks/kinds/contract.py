@@ -188,7 +188,7 @@ class NetworkKind:
 
         Args:
             settings: All settings.
-            has_lora_arguments: Whether any of the arguments in `LORA_ONLY_ARGUMENTS` is given.
+            has_lora_arguments: Whether any argument in `LORA_ONLY_ARGUMENTS` is set.
 
         Raises:
             OptionError: If the kind does not support one of the settings.

@@ -23,12 +23,12 @@ def extend(layer: LoraLayer) -> None:
 def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`, with its bias.
 
-    With r = magnitude / norm, it is (out - bias) * r + bias + added * r. Gradients treat the norm as a
-    constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
+    With r = magnitude / norm and multiplier 1, it is (out - bias) * r + bias + added * r. Gradients treat the
+    norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
 
     Args:
         layer: The layer.
-        out: Output of the frozen module, ... out or B out H W.
+        out: Output of the frozen module, ... x out or B x out x H x W.
         added: Output of the LoRA times its multiplier, of the same shape.
         dtype: Dtype of the module's input.
     """

@@ -102,7 +102,7 @@ class OftAlgebra(Algebra):
 
 
 def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:
-    """Return why rotations do not fit a weight, as the end of a sentence; "" if they do."""
+    """Return why rotations do not fit a weight, as the end of an error message; "" if they fit."""
     num_blocks, columns = values.shape
     size = block_size_of(columns)
     assert size is not None
