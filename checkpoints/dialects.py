@@ -213,7 +213,7 @@ def make_shape_reader(
     sources: Mapping[str, TensorSource],
     misshapen_error: CheckpointError | None = None,
 ) -> Callable[..., tuple[int, ...]]:
-    """Return a function that takes our name and returns the tensor's shape in the file.
+    """Return a function that maps our name of a tensor to its shape in the file.
 
     The function raises CheckpointError if the file lacks the tensor. With `misshapen_error`, it also takes a
     number of axes (default 4), and raises that error if the number of axes differs or there are no values.

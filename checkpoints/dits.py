@@ -313,7 +313,7 @@ def _select_requested_layers(
     spec: DitSpec,
     quantization: Quantization,
 ) -> QuantizedLoading:
-    """Select the layers to load quantized if an option sets `quantization`; see `select_quantized_layers`."""
+    """Select the layers to load in the quantized format that an option sets."""
     blocks_in_16_bits = _list_blocks_in_16_bits(dit, spec) if quantization.fp8_matmul else ()
 
     def without_16_bit_blocks(names: frozenset[str]) -> frozenset[str]:

@@ -87,21 +87,21 @@ def to_rows(
     tensors: Mapping[str, Tensor],
     reject: Callable[[Path, str, str], CheckpointError] = reject_embedding,
 ) -> dict[str, Tensor]:
-    """Return tensors as rows of vectors under the same names, each V C float32.
+    """Return tensors as rows of vectors under the same names, each V x C float32.
 
     Args:
         path: The file.
-        option: Option that names the file.
+        option: Option that sets the path.
         tensors: Tensors of the file.
-        reject: Makes the error for a file of another kind, from the path, the option and the reason.
+        reject: Returns the error for a file that is not an embedding, given path, option and reason.
 
     Raises:
-        CheckpointError: If a tensor has another shape, or values that are not finite.
+        CheckpointError: If a tensor has a different shape, or non-finite values.
     """
     for name, tensor in tensors.items():
         is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
-        # checked again, because rows with a stride of 0 share memory and may be larger than the file
+        # checked again: rows with a stride of 0 share memory, so a tensor may be larger than the file
         size_bytes = tensor.numel() * tensor.element_size()
         if not is_rows or not 0 < size_bytes <= MAX_EMBEDDING_BYTES:
             raise reject(path, option, f"{shorten(name, 60)} is not a row of vectors: {tuple(tensor.shape)}")

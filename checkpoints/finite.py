@@ -26,10 +26,10 @@ def is_finite(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     if tensor.dtype == torch.float8_e8m0fnu:
-        return tensor.view(torch.uint8).max() < 0xFF  # its only code that is not finite: NaN
+        return tensor.view(torch.uint8).max() < 0xFF  # its only non-finite code is NaN
     if tensor.dtype in _FIRST_NON_FINITE:
         bound = _FIRST_NON_FINITE[tensor.dtype]
-        # as int8, negative values are below all positive ones; as uint8, they are above
+        # as int8, negative values are below all positive values; as uint8, they are above
         are_positive_finite = tensor.view(torch.int8).max() < bound
         are_negative_finite = tensor.view(torch.uint8).max() < _SIGN_BIT + bound
         return are_positive_finite & are_negative_finite

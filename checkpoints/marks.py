@@ -245,13 +245,13 @@ class _QuantizedLayer:
         make_quantized: Callable[..., QuantizedWeight],
         pad: int = 1,
     ) -> dict[str, TensorInfo]:
-        """Return new infos, by name, of the layer's packed weight and of its companions.
+        """Return new dtypes and shapes, by name, of the layer's packed weight and of its companions.
 
         Args:
             shape: Shape of the unpacked weight.
             companions: The layer's additional tensors, such as scales, by name suffix.
-            make_quantized: Builds a `QuantizedWeight` from the weight and the companions, in their order.
-            pad: Number that padded rows and columns are a multiple of.
+            make_quantized: Builds a `QuantizedWeight` from the weight and the companions, in this order.
+            pad: Padded row and column counts are multiples of this number.
         """
         packed_weight = self.weight
         packing = Packing(packed_weight.shape, tuple(companions), make_quantized, pad)
@@ -278,7 +278,7 @@ def _expand_scale(scale: Tensor, rows: int) -> Tensor:
 
 
 def _describe_int8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer in int8, rotated or not; raise ValueError if its tensors do not fit."""
+    """Return dtypes and shapes of an int8 layer, rotated or not; raise ValueError for misfitting tensors."""
     shape = layer.weight.shape
     if layer.weight.dtype != torch.int8 or len(shape) < 2 or 0 in shape:
         raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which does not fit its format")

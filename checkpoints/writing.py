@@ -31,7 +31,7 @@ def stream_tensors(
 
     Args:
         path: File to write.
-        tensors: Dtype and shape of each tensor, from which the header is made.
+        tensors: Dtype and shape of each tensor, for the header.
         read: Returns a tensor by name, on any device. It is called once for each name, in the order of
             the safetensors library: largest element size first, then by name.
         metadata: Metadata of the file.
@@ -60,7 +60,7 @@ def stream_tensors(
                     f"{name} was announced as {tensors[name]}, but is {tensor.dtype} {tuple(tensor.shape)}"
                 )
             _write_data(file, tensor)
-            del tensor  # before the next one is read
+            del tensor  # before the next tensor is read
         late = {} if late_metadata is None else late_metadata()
         if late:  # the header has the same length as before, thanks to the spare bytes
             file.seek(0)

@@ -164,12 +164,12 @@ def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Ma
 
 
 def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[dict[str, Tensor], Loss]:
-    """Return the best LoRA of a rank for a change, and the loss.
+    """Return the best LoRA of a rank for a weight change, and how much of the change it loses.
 
     Args:
         name: Name of the module, which seeds the decomposition.
         factors: The module's factors, whose bias the LoRA keeps.
-        change: What the factors add to the weight, out x in (x kernel), overwritten.
+        change: What the factors add to the weight, out x in (x kernel); overwritten.
         rank: Rank of the LoRA.
     """
     dtype = next(tensor.dtype for part, tensor in factors.items() if part != "alpha")

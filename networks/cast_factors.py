@@ -23,13 +23,13 @@ from networks.shared_inputs import SharedInput
 def cast_before_pass(
     model: nn.Module, layers: Sequence[nn.Module], shared_inputs: Sequence[Sequence[str]] = ()
 ) -> None:
-    """Cast the factors of LoRAs whenever `model`, which contains their frozen layers, is called.
+    """Cast LoRA factors before each forward pass of `model`, which contains their frozen layers.
 
-    Without autocast, or with factors in its dtype, layers use their own factors.
+    Without autocast, or if factors already have its dtype, layers use the factors themselves.
 
     Args:
         model: The network.
-        layers: Layers on it; those that are not LoRAs are ignored.
+        layers: Its trainable layers; layers that are not LoRAs are ignored.
         shared_inputs: For each group of modules that get the same tensor, the endings of their paths.
     """
     lora_layers = [layer for layer in layers if isinstance(layer, LoraLayer)]

@@ -490,7 +490,7 @@ def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conversion: Conversion) -> Baked:
-    """Return the LoRA with plain factors (--bake), or with its DoRA magnitudes for the norms of the target.
+    """Return the LoRA with plain factors (--bake), or with DoRA magnitudes for the norms the target expects.
 
     Args:
         lora: The LoRA file.
@@ -500,7 +500,7 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
     baking = conversion.baking
     if baking is not None and baking.rank is not None:
         return bake(lora, family, baking)
-    # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
+    # FramePack's own layout is diffusers', so ComfyUI's kind of norms does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.path_prefix == IN_DIFFUSERS
     is_for_comfyui = conversion.target == "other" and not in_diffusers
     for kind in KINDS:  # only DoRA changes the file
@@ -647,14 +647,14 @@ def _save(
     family: FamilyNames | None,
     loss_note: str = "",
 ) -> None:
-    """Write a converted LoRA, and show what was written.
+    """Write a converted LoRA, and show a summary.
 
     Args:
         output: File to write.
         result: The converted LoRA.
         sources: Source files, for the summary.
         family: Family of the LoRA; None if unknown.
-        loss_note: Description of the loss by conversion to plain factors; "" if there was no conversion.
+        loss_note: What the conversion to plain factors lost; "" if there was no such conversion.
     """
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [

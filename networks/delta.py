@@ -246,8 +246,8 @@ class Delta:
     def slice_rows(self, start: int, stop: int) -> "Delta":
         """Return a delta for the rows from `start` to `stop` (exclusive) of a fused layer, such as q in qkv.
 
-        Factors are cut if their kind allows that. Otherwise (LoKr), all factors stay, and `ROW_RANGE` records
-        the rows; only biases, and magnitudes by output, are cut.
+        Factors are cut if their kind allows it. Otherwise (LoKr), all factors stay, and `ROW_RANGE` records
+        the rows; only biases and per-row magnitudes are cut.
         """
         sliced = self.select_rows(slice(start, stop))
         if sliced is not None:

@@ -283,7 +283,7 @@ def extract_full(options: ExtractOptions) -> None:
 def _select_module(
     piece: TensorPiece, options: ExtractOptions, family: FamilyNames
 ) -> ExtractedModule | None:
-    """Return the module whose weight this piece of a full checkpoint is; None if it gets no LoRA."""
+    """Return the module whose weight is this piece of a full checkpoint; None if it gets no LoRA."""
     if not piece.name.endswith(".weight"):
         return None
     is_of_text_encoder = bool(piece.text_encoder)

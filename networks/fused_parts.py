@@ -567,7 +567,7 @@ def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> T
 def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
     """Return the factors of a weight whose parts are not all plain LoRAs, or raise FusionError.
 
-    Parts that were cut from one layer get that layer's factors again. Otherwise, a model gets the full matrix
+    Parts that were cut from one layer get that layer's factors back. Otherwise, a model gets the full matrix
     of the change, which is too large for a file.
     """
     slices: list[slice] = []

@@ -386,10 +386,10 @@ def _recognize(
     family: str | None,
     with_texts: bool,
 ) -> tuple[key_formats.NativeTensors, Mapping[str, str]]:
-    """Return the tensors under our names, and the metadata with entries that the tensors reveal.
+    """Return the tensors under our names, and the metadata with what the tensors reveal added.
 
-    The tensors may reveal the family, recorded under `TRAINED_ON`, and that DoRA magnitudes are in ComfyUI's
-    form, recorded under `NORMS_FORM`.
+    The tensors may reveal the family, stored under `TRAINED_ON`, and that DoRA magnitudes refer to frozen
+    norms as in ComfyUI, stored under `NORMS_FORM`.
 
     Raises:
         CheckpointError: If the tensors are not a LoRA, or if a layer is changed under two names.
@@ -469,8 +469,8 @@ def _describe_lora(
     Args:
         native: Tensors under our names.
         metadata: Metadata of the file, or of the expert's LoRA.
-        alphas: Clause about alphas that were added; "" if none were.
-        expert: Expert of the LoRA; None if names in the file do not show it.
+        alphas: Clause about added alphas; "" if none were added.
+        expert: Expert of the LoRA; None if names in the file do not reveal it.
     """
     modules = format_count(len(group_by_module(native.tensors)), "module")
     num_text_modules = len(group_by_module(native.text_tensors))
@@ -584,11 +584,11 @@ def _make_no_lora_error(path: Path, names: Iterable[str]) -> CheckpointError:
 def reject_unknown(lora: LoraFile, option: str = "") -> None:
     """Raise CheckpointError if no known model has modules with a LoRA's names.
 
-    Call if none of the LoRA's modules was found in the model.
+    Call it if the model has none of the LoRA's modules.
 
     Args:
         lora: The LoRA file.
-        option: Option that names the file, for messages.
+        option: Option that sets the path, for messages.
     """
     if lora.unknown_names:
         file = f"{option} {lora.path}" if option else str(lora.path)

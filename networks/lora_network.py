@@ -436,10 +436,10 @@ def prefix_of(name: str) -> str:
 
 
 def rename_texts(texts: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors of text encoders under the prefixes that a model has.
+    """Return text encoder tensors with the prefixes that a model uses.
 
-    Some models call their only or first encoder `lora_te`, others `lora_te1`. In models with two CLIPs the
-    name `lora_te` is not renamed, because it can only come from another model.
+    Some models call their only or first encoder `lora_te`, others `lora_te1`. In models with two CLIPs,
+    `lora_te` is not renamed, because it can only come from a different model.
 
     Args:
         texts: Tensors of text encoders.

@@ -173,13 +173,13 @@ def save_sum(
     weighted_loras: Sequence[WeightedLora],
     device: torch.device,
 ) -> dict[str, str]:
-    """Save the sum of LoRAs as one LoRA.
+    """Save the weighted sum of LoRAs as one LoRA.
 
     Args:
-        options: How the sum is computed and written.
+        options: How to compute and write the sum.
         output: File to write.
         weighted_loras: The LoRAs with their strengths.
-        device: Device that computes.
+        device: Device to compute on.
 
     Returns:
         The metadata of the file, without hashes.
@@ -487,7 +487,7 @@ def _sum_loras(
     _reject_other_families([weighted_lora.lora for weighted_lora in weighted_loras])
     for weighted_lora in weighted_loras:
         rule = rank_rule_of(weighted_lora.lora.metadata)
-        if rule is not None:  # trained with masked ranks, which a sum cannot mask
+        if rule is not None:  # trained with a rank mask, which a sum cannot apply
             logger.warning(f"{weighted_lora.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
     for name, summands in _list_summands(weighted_loras).items():

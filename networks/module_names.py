@@ -96,9 +96,9 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     """Return the families that a LoRA may be for; several if nothing distinguishes them.
 
     Args:
-        names: Names of the LoRA's modules, with underscores.
+        names: Underscored names of the LoRA's modules.
         size_of: Maps a name to the rows and columns of its change, or to None if they are unknown.
-        hint: Family that the metadata or the user names.
+        hint: Family named by the metadata or the user.
 
     Returns:
         The families, or [] if no family has modules with these names.
@@ -115,7 +115,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     chosen = [family for family in families if levels[family] == best]
     if len(chosen) == 1:
         return chosen
-    # if block numbers do not decide among the best, families of other released sizes are possible too
+    # if block indices do not single out one, families with other released sizes are possible too
     return [family for family in families if levels[family] >= min(best, _AS_RELEASED)]
 
 

@@ -72,15 +72,15 @@ WITH_FILE = {
 
 
 def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
-    """Read the settings that all our network modules share, and those of this module's kind (such as LoKr).
+    """Parse the settings that all our network modules share, and those of this module's kind (such as LoKr).
 
     Raises:
-        OptionError: For a setting that is unknown or out of range, or that only LoRAs have.
+        OptionError: For a setting that is unknown, out of range, or supported only by LoRAs.
     """
     module = OWN_MODULES[name]
     kind = module.kind
     arguments = dict(typed.arguments)
-    own_settings = kind.read_arguments(arguments)  # takes them out of `arguments`
+    own_settings = kind.read_arguments(arguments)  # removes them from `arguments`
     rank = kind.default_size if typed.rank is None else typed.rank
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
@@ -88,7 +88,7 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     has_lora_settings = any(
         (settings.variants, settings.pattern_learning_rates, settings.ggpo_sigma_and_beta, has_ratio)
     )
-    # kinds other than LoRA reject the settings that only LoRAs have
+    # other kinds reject the settings that only LoRAs support
     if not kind.takes_all_settings:
         kind.check_settings(settings, has_lora_settings)
     return settings, own_settings

@@ -517,7 +517,7 @@ def _make_layers_of_file(
 
 
 def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
-    """Return the settings that still apply if modules and ranks come from a file; warn of ignored ones."""
+    """Return the settings that apply if a file sets modules and ranks; warn of settings that are ignored."""
     rules = OWN_MODULES[name].rules
     with_effect = {*WITH_FILE}
     if rules is not None:

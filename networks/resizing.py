@@ -293,7 +293,7 @@ class FactorProduct:
 
 
 def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
-    """Return the two factors of a module as matrices, float64; a core is multiplied into the down factor.
+    """Return a module's two factors as float64 matrices; a core is multiplied into the down factor.
 
     The core is the third factor of a convolution, `lora_mid`.
 
@@ -305,9 +305,9 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
     Raises:
         CheckpointError: If the sizes of the factors contradict each other.
     """
-    down = tensors[names.down].double()  # rank in (kernel), or in_rank in with a core
-    up = tensors[names.up].double()  # out rank (1 ...)
-    core = None if names.core is None else tensors[names.core].double()  # out_rank in_rank (kernel)
+    down = tensors[names.down].double()  # rank x in (x kernel), or in_rank x in with a core
+    up = tensors[names.up].double()  # out x rank (x 1 ...)
+    core = None if names.core is None else tensors[names.core].double()  # out_rank x in_rank (x kernel)
     rank = len(down) if core is None else core.shape[0]
     has_axes = min(down.ndim, up.ndim) >= 2
     fits_up = math.prod(up.shape[1:]) == rank

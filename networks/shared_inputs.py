@@ -110,13 +110,13 @@ class SharedInput:
         return frozen_input, self._pop_product(layer)
 
     def compute(self, layer: GroupedLayer, x: Tensor) -> Tensor:
-        """Return the output of a layer's frozen module and its LoRA, ... out; only if `computes_outputs`.
+        """Return the output of a layer's frozen module and its LoRA, ... x out; only if `computes_outputs`.
 
         Args:
             layer: One of the layers.
-            x: Input, ... in, in the dtype of the factors.
+            x: Input, ... x in, in the dtype of the factors.
         """
-        # the first layer with this input computes for all
+        # the first layer that gets this input computes for all layers
         if self._input_of_products is not x or layer not in self._products:
             self._input_of_products = x
             modules = [layer.original for layer in self.layers]
@@ -136,7 +136,7 @@ class SharedInput:
                     split_sizes, x, self.down, self.stacked_up, joined_weight, joined_bias
                 )
             else:
-                all_biases = [module.bias for module in modules]  # None for modules without one
+                all_biases = [module.bias for module in modules]  # None for modules without bias
                 outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *all_biases)
             self._products = dict(zip(self.layers, outputs, strict=True))
         return self._pop_product(layer)

@@ -352,8 +352,8 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
 def describe_unknown(paths: Iterable[str]) -> str:
     """Describe unknown names, for a message.
 
-    The result names an unknown prefix or ending of a known module's path, else how all names begin. It is ""
-    if there are no paths.
+    The result names an unknown prefix or ending of a known module's path, or else how all names begin. It is
+    "" if there are no paths.
 
     Args:
         paths: Paths with their prefixes.

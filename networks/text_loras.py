@@ -231,7 +231,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
         if is_open_clip:
             # third: OpenCLIP stacks q, k and v in one tensor
             return [TensorPiece(prefix, _CLIP_LEVEL + ours, third) for ours, third in open_clip_names(path)]
-        # old and merged files leave this level out
+        # old and merged files omit this level
         if not path.startswith(_CLIP_LEVEL):
             path = _CLIP_LEVEL + path
         return [TensorPiece(prefix, path)]

@@ -210,7 +210,7 @@ def _name_tensors(
 
 
 def in_comfyui(factors: Factors) -> dict[str, Tensor]:
-    """Return the tensors of a module as ComfyUI reads them; a bias becomes a full difference."""
+    """Return a module's tensors as ComfyUI reads them; a change of the bias becomes `diff_b`."""
     tensors = {
         part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.BIAS_FACTORS)
     }
@@ -220,7 +220,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         others = {part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS}
         tensors = _fold(factors) | others
     elif rank is not None:
-        # an alpha of 0 means the rank, and is written as the rank
+        # an alpha of 0 means the rank, so the rank is written
         tensors["alpha"] = torch.tensor(deltas.scaling_of(factors) * rank)
     bias = read_delta(factors).bias_in_file_dtype()
     if bias is not None:
@@ -498,7 +498,7 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
 def rename_to_aliases(
     tensors: Mapping[str, Tensor], family: FamilyNames, change: Callable[[str, FamilyNames], str] = to_alias
 ) -> dict[str, Tensor]:
-    """Return the tensors of our LoRA renamed to the family's aliases where modules have one.
+    """Rename a LoRA's tensors from our names to the family's aliases, for modules that have one.
 
     Args:
         tensors: Tensors by name.

@@ -70,13 +70,13 @@ def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply_by_frozen_weight(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the product A W^T of the down factor A and the frozen weight W, R out, float32.
+    """Return A W^T for the down factor A and the frozen weight W as float32, R x out.
 
     For a linear layer, the frozen module's forward computes it, because its weight may be quantized.
 
     Args:
         layer: The layer.
-        down: Down factor, R in, or R in * kernel for a convolution.
+        down: Down factor, R x in, or R x (in * kernel) for a convolution.
         dtype: Dtype to compute in.
     """
     original = layer.original

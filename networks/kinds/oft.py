@@ -213,7 +213,7 @@ class OftKind(NetworkKind):
         return layers
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
-        """Return a layer whose blocks have the size of those in a file.
+        """Return a trainable layer with the same block size as the factors in a file.
 
         Raises:
             CheckpointError: If the blocks do not fit the layer's inputs.
