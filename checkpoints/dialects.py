@@ -249,7 +249,7 @@ class DitShapes:
         """Return the shape of a tensor with `axes` axes; the file may lack leading axes of length 1.
 
         Raises:
-            CheckpointError: If the tensor is missing or has another number of axes.
+            CheckpointError: If the tensor is missing or has a different number of axes.
         """
         if name not in self.shapes:
             raise CheckpointError(
@@ -427,9 +427,9 @@ def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
 
 
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
-    """Return the source of one of `count` equal parts of the rows of a tensor.
+    """Return the source of one of `count` equal row ranges of a tensor.
 
-    If the rows cannot be divided, the source reads all of them, and the comparison of shapes reports that.
+    If the rows cannot be divided, the source reads all of them; the shape check then reports the mismatch.
     """
 
     def build(*file_tensors: Tensor) -> Tensor:

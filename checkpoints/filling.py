@@ -77,16 +77,16 @@ def find_quantized_weights(
     tensors: Mapping[str, TensorInfo],
     format_is_requested: bool,
 ) -> frozenset[str]:
-    """Return those of the weights `names` that stay quantized as in the file.
+    """Return which of the weights `names` stay quantized as in the file.
 
-    If an option asks for a quantization format, these are all quantized weights. Otherwise, only those whose
-    format is kept without an option; the others are dequantized.
+    If an option requests a quantization format, all quantized weights stay quantized. Otherwise, only formats
+    that are kept by default do; other weights are dequantized.
 
     Args:
         names: Names of the network's weights.
-        sources: How each tensor of the network is made from the file, by name.
+        sources: How each tensor of the network is built from the file, by name.
         tensors: Dtype and shape of the file's tensors.
-        format_is_requested: Whether an option asks for a quantization format.
+        format_is_requested: Whether an option requests a quantization format.
     """
     quantized_in_file = set()
     for name in names:
@@ -283,7 +283,7 @@ class _TensorLoader:
         quantized: QuantizedLoading | None,
         host: HostWeightMemory | None,
     ) -> None:
-        """Store the arguments of `load_module`, and allocate host memory and the buffer for reading."""
+        """Store the arguments of `load_module`, and allocate host memory and the read buffer."""
         self._module = module
         self._checkpoint = checkpoint
         self._sources = sources
@@ -296,7 +296,7 @@ class _TensorLoader:
         if host is not None and device.type != "meta":
             infos = {name: self._describe_target(name) for name in self._shapes}
             self.on_host = host.allocate_on_host(module, infos)
-        # False if another process writes the weights into memory that both share
+        # False if another process writes the weights into shared memory
         self._is_written_by_this_process = host is None or host.is_written_by_this_process
         # scalar bools by name in the file; empty on the CPU, where values are checked immediately
         self.finite_checks: dict[str, Tensor] = {}

@@ -61,15 +61,15 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
-    """Call `read` with an open file and further arguments, and cache the result until the file changes.
+    """Call `read` with the opened file and `arguments`, and cache the result until the file changes.
 
     Args:
         path: The file to open.
         read: Module-level function such as `read_vae`, which takes a `Checkpoint` and `arguments`.
-        *arguments: Further arguments of `read`; they must be hashable.
+        *arguments: Other arguments of `read`; they must be hashable.
 
     Raises:
-        CheckpointError: If the file contains another kind of network.
+        CheckpointError: If the file contains a different kind of network.
     """
     stat = path.stat()
     stamp = (stat.st_mtime_ns, stat.st_size)

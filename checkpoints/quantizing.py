@@ -264,12 +264,12 @@ def _recognize_transformer(
     layers: set[str] = set()
     unpadded_shapes = {}
     for file_name, our_names in network_names_by_file_name.items():
-        # a fused weight is quantized only if all layers split from it can be
+        # a fused weight is quantized only if all layers split from it can be quantized
         if our_names <= quantizable and len(bare.tensors[file_name].shape) == 2:
             layers.add(prefix + file_name)
         if len(our_names) == 1:
             (our_name,) = our_names
-            if our_name in weights:  # the network computes some tensors of the file instead of loading them
+            if our_name in weights:  # the network computes some of the file's tensors instead of loading them
                 unpadded_shapes[prefix + file_name] = tuple(weights[our_name].shape)
     return RecognizedModel(
         description=dit_format.describe(header),

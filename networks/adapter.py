@@ -323,7 +323,7 @@ def _build_own(
     trains_dit: bool,
     resumed: Mapping[str, Tensor] | None,
 ) -> OwnNetwork:
-    """Build one of our networks from its options, with further modules that a file or a resumed state has."""
+    """Build one of our networks from its options, including modules that only a file or resumed state has."""
     arguments = _read_arguments(options)
     if options.dim_from_weights:
         tensors = _read_network_weights(options, dit, encoders)

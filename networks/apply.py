@@ -70,7 +70,7 @@ class Change:
     rotations: Tensor | None = None  # R - I of an input rotation; None until `to` computes it
 
     def change_shape(self) -> tuple[int, ...]:
-        """Return the shape of the addition, or of the replacement weight.
+        """Return the shape of the change: of the addition, or of the weight that replaces the old weight.
 
         Raises:
             MismatchError: If the shapes of the factors do not match.

@@ -52,11 +52,11 @@ def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
 def group_layers(
     model: nn.Module, layers: Sequence[LoraLayer], shared_inputs: Sequence[Sequence[str]]
 ) -> list[list[LoraLayer]]:
-    """Group the layers of a model that get the same tensor and have equal ranks; most groups have one layer.
+    """Group layers that get the same tensor and have equal ranks; most groups have one layer.
 
     Args:
         model: Network that contains the frozen modules.
-        layers: LoRAs on them; those with a common input are linear.
+        layers: LoRA layers of these modules; layers with a shared input are linear.
         shared_inputs: For each group of modules that get the same tensor, the endings of their paths.
     """
     input_by_ending = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}

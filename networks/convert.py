@@ -634,7 +634,7 @@ def _find_evidence_against(
     if trained_family is not None and trained_family.name != name:
         return "metadata"
     family = named_families[0]
-    # with other sizes, fused rows would be cut in the wrong places
+    # with different sizes, fused rows would be cut in the wrong places
     if family not in likely and not can_be_for(family, lora.modules()):
         return "sizes"
     return ""

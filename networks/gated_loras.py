@@ -170,15 +170,15 @@ class LoraBranch:
             return self.rotation.input_change(x, rotations.to(x.dtype))
 
     def add_to(self, out: Tensor, x: Tensor, includes_weight: bool = True) -> Tensor:
-        """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
+        """Add the LoRA's contribution for input x to the module's output, and return it.
 
         Args:
             out: Output of the module; it may be changed in place.
             x: Input of the module.
-            includes_weight: Whether the change of the weight is added, and not only the change of the bias.
+            includes_weight: Whether to add the change of the weight, not only the change of the bias.
         """
         if includes_weight and self._adds_in_place(out):
-            # the last product is added to `out` in place: one pass over it, not three
+            # adding the last product to `out` in place takes one pass over it instead of three
             down, *_, up = self._low_rank_factors
             hidden = self._apply_down(x, down).view(-1, len(down))
             return add_product(out, hidden, up.flatten(1).t())
@@ -599,7 +599,7 @@ def find_parameters(
 
     Args:
         dit: The transformer.
-        to_published_name: Returns the path that a module has in published files.
+        to_published_name: Maps a module path of the network to the path in published files.
     """
     parameters: dict[str, ChangedParameter] = {}
     for path, module in dit.named_modules():
@@ -684,14 +684,14 @@ def _make_misfit_error(
 
 
 def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParameter, option: str) -> Delta:
-    """Return the change of a module; factors of a first layer with other input channels are dropped.
+    """Return the change of a module; factors for a first layer with other input channels are dropped.
 
     Args:
         lora: The LoRA file.
         name: Our name of the module.
         delta: The change in the file.
         parameter: Parameter of the model that is changed.
-        option: The option with the file, for messages.
+        option: Option that sets the file, for messages.
 
     Raises:
         CheckpointError: If the factors do not fit the module.

@@ -102,12 +102,12 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, sizes: Sequence[int
 
 
 def multiply_parts(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the product of each part, side by side, M x P R.
+    """Return left @ right for each part, side by side: M x P R for P parts.
 
     Args:
         left: Left matrices side by side, M x (C of all parts).
-        right: Right matrices one below another, (C of all parts) x R.
-        sizes: Sizes C of the parts.
+        right: Right matrices stacked vertically, (C of all parts) x R.
+        sizes: Width C of each part's left matrix.
     """
     count = len(sizes)
     rank = right.shape[1]

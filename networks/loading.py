@@ -820,7 +820,7 @@ def _keeps_any(weighted_lora: WeightedLora, modules: Mapping[str, Factors]) -> b
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
-    """Warn if a LoRA's tensor names fit but its metadata name another model.
+    """Warn if a LoRA's module names fit but it was trained for a different model family.
 
     Args:
         lora: The LoRA file.
@@ -828,7 +828,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         modules: Names of the model's modules, which show its release.
 
     Raises:
-        CheckpointError: If the metadata show that the LoRA needs a feature that is not supported.
+        CheckpointError: If the metadata shows that the LoRA needs an unsupported feature.
     """
     if model is None:
         return

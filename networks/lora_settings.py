@@ -179,7 +179,7 @@ def read_settings(
     arguments: Mapping[str, Any],
     rules: LoraRules | None = None,
 ) -> LoraSettings:
-    """Read settings from the options and from `--network_args`, whose values may be strings.
+    """Parse settings from the options and from `--network_args`, whose values may be strings.
 
     Args:
         rank: Value of --network_dim.

@@ -42,10 +42,10 @@ class LoraSize(NamedTuple):
 
 
 def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
-    """Return the modules of a DiT that get a layer, by our names.
+    """Return the modules of a DiT that get a LoRA, by our names.
 
     Raises:
-        OptionError: If no module is left, or if a block number exceeds the DiT's blocks.
+        OptionError: If no module is left, or if a block index exceeds the number of blocks.
     """
     spec = spec_of(unet)
     rules = settings.family_rules
@@ -343,7 +343,7 @@ def _make_layers_from_tensors(
     tensors: Mapping[str, Tensor],
     modules_by_name: Mapping[str, ModuleWithPath],
 ) -> dict[str, nn.Module]:
-    """Return layers, by our names, for modules that tensors have and the network does not have yet.
+    """Return new layers, by our names, for modules that have factors in `tensors` but no layer yet.
 
     Args:
         layers: Layers of the network by name.

@@ -37,12 +37,12 @@ class Prediction:
 
 
 def read_prediction(metadata: Mapping[str, str]) -> Prediction:
-    """Return what the metadata of a file say that its model predicts."""
+    """Return what a file's model predicts (noise or v) according to the file's metadata."""
     velocity: bool | None = None
     unknown = ""
     for key in _KEYS:
         text = metadata.get(key, "").strip()
-        # None for an unknown or empty text; the first key with a known one counts
+        # None for an unknown or empty value; the first key with a known value counts
         predicts_v = _PREDICTIONS.get(text.lower().replace("-", "_"))
         if velocity is None:
             velocity = predicts_v
@@ -57,7 +57,7 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
 
 
 def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: bool) -> None:
-    """Report LoRAs that were trained on a model that predicts something else.
+    """Report LoRAs that were trained on a model with a different prediction type (noise or v).
 
     Args:
         loras: Metadata of each file.
@@ -65,7 +65,7 @@ def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: boo
     """
     for path, metadata in loras.items():
         prediction = read_prediction(metadata)
-        # velocity: whether the model predicts v; None: the metadata do not say
+        # velocity: whether the model predicts v; None if the metadata does not say
         if prediction.velocity is None or prediction.velocity is predicts_v:
             continue
         if prediction.velocity:

@@ -46,8 +46,8 @@ class RankMask:
         """Return the output of the down factor with the values of inactive ranks set to 0.
 
         Args:
-            hidden: Values, B ... R, or B R ... if `axis` is 1. B is the number of samples S, or a multiple of
-                S if each sample has several rows.
+            hidden: Values, B x ... x R, or B x R x ... if `axis` is 1. B is the number of samples S, or a
+                multiple of S if each sample has several rows.
             axis: Axis of the ranks.
         """
         masks = self.masks

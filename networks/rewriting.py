@@ -106,7 +106,7 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
 
 
 def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split the tensors for fused queries, keys and values into tensors for each of them.
+    """Split fused queries, keys and values in a LoRA file into separate LoRAs.
 
     A fused LoRA with a block-diagonal up factor was joined from separate LoRAs: it is split into these again,
     with their rank. Layers whose change is not a matrix, or whose factors do not fit it, are not split.
@@ -119,7 +119,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         split_sizes = _count_rows_of_parts(layer.name, factors)
         if not split_sizes:
             continue
-        # LoRAs that were joined into a block-diagonal one; else each part gets its rows of the up factor
+        # undo a block-diagonal join if there was one; else each part gets its rows of the up factor
         loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
         fused_prefix = f"{layer.start}to_{layer.name}."
         # name of the factor -> its ending as spelled in the file

@@ -263,7 +263,7 @@ class LoraRounding:
             return f"{option} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
             return f"{self._num_16_bit} weights are rounded at random, as set by {option}"
-        # no rows were sampled, so the loss is not known
+        # no rows were sampled, so the loss is unknown
         if self._rule == NEAREST and not self._losses:
             return f"weights are rounded to the nearest, as set by {option}"
         percentages = []

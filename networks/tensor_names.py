@@ -333,7 +333,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
         family: The family; None if unknown.
 
     Returns:
-        None if the family has another kind of encoder under the prefix of the file.
+        The prefix; None if the family uses the file's prefix for a different kind of encoder.
     """
     kind_by_prefix = dict(_ENCODERS_OF_UNKNOWN_FAMILY if family is None else family.encoders)
     prefixes_of_kind = [prefix for prefix, layers in kind_by_prefix.items() if layers == kind]

@@ -63,7 +63,7 @@ def split_masked(weighted_loras: Iterable[WeightedLora]) -> tuple[list[WeightedL
 
 
 def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Mapping[str, Sequence[Change]]:
-    """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing parts.
+    """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing modules.
 
     Raises:
         CheckpointError: If a file does not fit, or if it changes anything besides weights of layers.
@@ -75,7 +75,7 @@ def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Ma
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
             rule = rank_rule_of(weighted_loras[0].lora.metadata)
-            assert rule is not None  # else it is merged
+            assert rule is not None  # otherwise it would be merged
             raise CheckpointError(
                 f"{weighted_loras[0].lora.path} is {named(rule.kind)} according to its metadata, but has "
                 f"more for {name} than the two factors of a layer, which rank masks do not support.\n  Give "

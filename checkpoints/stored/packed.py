@@ -52,17 +52,17 @@ class PackedRowFormat:
         raise NotImplementedError(f"{self.name} is only read")
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Dequantize the weight; rows and columns of padding, beyond `shape`, are left out."""
+        """Dequantize the weight, without padding rows and columns beyond `shape`."""
         assert tensors[0] is not None
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
             return out
-        num_rows = max(1, _PIECE // max(1, shape[1]))  # that are decoded at a time
+        num_rows = max(1, _PIECE // max(1, shape[1]))  # decoded at a time
         for start in range(0, shape[0], num_rows):
             rows = slice(start, min(start + num_rows, shape[0]))
             row_tensors: list[Tensor | None] = []
             for tensor in tensors:
-                if tensor is None or len(tensor) == 1:  # it applies to all rows, such as a scale of one row
+                if tensor is None or len(tensor) == 1:  # applies to all rows, such as a single scale
                     row_tensors.append(tensor)
                 else:
                     row_tensors.append(tensor[rows])

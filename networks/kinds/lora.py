@@ -52,7 +52,7 @@ class LoraKind(NetworkKind):
         return layers
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
-        """Return a layer with the rank and alpha of the factors in a file.
+        """Return a LoRA layer with the rank and alpha of the factors in a file.
 
         If the settings split fused layers and the up factor is block-diagonal, each part has its own factors.
         """

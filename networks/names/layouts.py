@@ -142,10 +142,10 @@ class DepthVariants:
         return originals
 
     def map_to_deeper(self, depth: int, deeper: int) -> list[list[int]]:
-        """Return, for each block of a variant, the indices of its counterparts in a deeper variant.
+        """Return, for each block of a variant, the indices of its copies in a deeper variant.
 
         With depths 2, 3 and 4 and block 0 repeated, `map_to_deeper(2, 4)` is [[0, 1, 2], [3]]. If the variant
-        itself has several copies of a block, the additional ones belong to the last of these:
+        itself has several copies of a block, the additional copies belong to the last one:
         `map_to_deeper(3, 4)` is [[0], [1, 2], [3]].
 
         Args:
