@@ -393,7 +393,7 @@ def have_chosen_form(
 def _without_merged_weights(
     names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
 ) -> frozenset[str]:
-    """Return the quantized weights of a file that no LoRA is merged into; the others become 16-bit."""
+    """Return the quantized weights of a file into which no LoRA is merged; all others become 16-bit."""
     if placement.patch is None:
         return names
     weights = dit.state_dict()

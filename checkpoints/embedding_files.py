@@ -36,11 +36,11 @@ def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
 
 
 def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
-    """Return all entries of an embedding file for one word: tensors, or dictionaries of tensors.
+    """Return everything in a one-word embedding file by name: tensors, or dictionaries of tensors.
 
     Args:
         path: The file.
-        option: Option that names the file, for messages.
+        option: Option that sets the path, for messages.
 
     Raises:
         CheckpointError: If the file is missing, damaged or too large, or if it contains code.
@@ -54,7 +54,7 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
     if path.suffix.lower() in _SAFETENSORS:
         with open_checkpoint(path) as checkpoint:
             return {name: checkpoint.read(name) for name in checkpoint.tensors}
-    with torch.serialization.safe_globals([ParameterDict]):  # files of the paper's own code contain one
+    with torch.serialization.safe_globals([ParameterDict]):  # files written by the paper's code contain one
         content = load_pickled(path)
     if not isinstance(content, Mapping):
         raise reject_embedding(path, option, f"it contains a {type(content).__name__}")

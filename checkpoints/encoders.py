@@ -151,10 +151,10 @@ def read_network_config(
 def check_state_width(
     option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, fits: str
 ) -> None:
-    """Raise CheckpointError if the transformer takes hidden states of a different width than the encoder's.
+    """Raise CheckpointError if the transformer does not take hidden states as wide as the encoder's.
 
     Args:
-        option: Option that names the encoder.
+        option: Option that sets the encoder.
         path: File of the encoder.
         width: Width of the encoder's hidden states.
         dit_path: File of the transformer.
@@ -183,9 +183,9 @@ def declared_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple
 
 
 def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
-    """Return the number of groups of GroupNorm from the config.json next to a file; None if it has none.
+    """Return GroupNorm's number of groups from the config.json next to a file; None if it is not set there.
 
-    `classes` are the values of `_class_name` that this model has.
+    `classes` are the values of `_class_name` that this model may have.
 
     Raises:
         CheckpointError: If the config.json cannot be read, or if the number is below 1.

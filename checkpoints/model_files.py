@@ -95,12 +95,12 @@ def _read_once(
 
 
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
-    """Return the folder `name`; if there is none, download the repository `owner/name` and return its folder.
+    """Return the folder `name`; if it does not exist, download the repository `owner/name`.
 
     `patterns` are the names of the files to download, with wildcards.
 
     Raises:
-        CheckpointError: If `name` is neither a folder nor the name of a repository.
+        CheckpointError: If `name` is neither a folder nor a repository name.
         DownloadError: If the repository cannot be downloaded.
     """
     folder = to_path(option, name)

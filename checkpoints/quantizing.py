@@ -523,16 +523,16 @@ def _write_bf16(
 
 
 def dequantized_on_read(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
-    """Return a checkpoint that dequantizes weights to float32 when they are read, and that has no scales.
+    """Return a view of a checkpoint that dequantizes weights to float32 on reading, and that has no scales.
 
     Both checkpoints share the open files: close only one of them.
 
     Args:
-        checkpoint: Open file.
+        checkpoint: Open checkpoint.
         device: Device that dequantizes; None for the CPU.
 
     Returns:
-        `checkpoint` itself if nothing in it is quantized.
+        The view, or `checkpoint` itself if nothing in it is quantized.
 
     Raises:
         CheckpointError: If a quantization format is not supported, or a weight's unpadded size is unknown.
@@ -560,7 +560,7 @@ class _DequantizedFile:
         Args:
             checkpoint: The open checkpoint.
             unpadded_shapes: Unpadded shapes of weights that may be padded, by name.
-            device: Device that dequantizes.
+            device: Device to dequantize on.
         """
         self.path = checkpoint.path
         self.left_out = checkpoint.left_out

@@ -236,8 +236,8 @@ def check_network(
 
     Args:
         options: Options of the run.
-        name: Name of the module.
-        depths: Attribute of the block list -> number of blocks; lists of unknown depth are missing.
+        name: Value of --network_module.
+        depths: Number of blocks by attribute name of the block list; lists of unknown depth are missing.
         numbered: Blocks that --network_args address by number; None if the model has none.
     """
     if name in OWN_MODULES:
@@ -245,7 +245,7 @@ def check_network(
         if settings.block_numbers:
             check_blocks(settings, depths)
         if settings.block_settings is not None:
-            settings.block_settings.fit(numbered)  # only for its errors: the result is not used here
+            settings.block_settings.fit(numbered)  # called only to raise errors
         if not OWN_MODULES[name].kind.has_norms and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
@@ -510,7 +510,7 @@ def _create_from_settings(
 def _create_from_file(
     package: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> Any:
-    """Build another package's network with the modules of `--network_weights`."""
+    """Build another package's network with the modules and ranks of `--network_weights`."""
     text_encoders = list(encoders.values()) or None
     # packages have one of these two functions
     create = getattr(package, "create_arch_network_from_weights", None)
@@ -532,7 +532,7 @@ def _create_from_file(
         neuron_dropout=options.network_dropout,
         **options.arguments(),
     )
-    # some packages also return the tensors of the file
+    # some packages return the file's tensors too
     return created[0] if isinstance(created, tuple) else created
 
 

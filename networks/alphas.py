@@ -158,7 +158,7 @@ def _require_one_alpha(path: Path, sources: Sequence[_AlphaSource]) -> float | N
 def _describe_alphas(
     sources: Sequence[_AlphaSource], network: NetworkFactors, num_found: int, num_missing: int
 ) -> str:
-    """Return where the alphas come from and how many modules have none, for the log."""
+    """Describe where the alphas come from and how many modules have none, for the log."""
     descriptions: list[str] = []
     with_alpha = next((source for source in sources if source.settings.get("lora_alpha")), None)
     if with_alpha is not None:
@@ -288,7 +288,7 @@ def _find_sources(path: Path, metadata: Mapping[str, str], network: NetworkFacto
 def _find_in_metadata_keys(
     metadata: Mapping[str, str], module_paths: Mapping[str, str], network_prefix: str
 ) -> _FoundSources:
-    """Return the alphas that are separate keys of a file's metadata, such as `transformer.lora_alpha`."""
+    """Return alphas stored as separate metadata keys, such as `transformer.lora_alpha`."""
     sources: list[_AlphaSource] = []
     warnings: list[str] = []
     # programs that write ss_network_module store alphas as tensors, under names without dots; if names have

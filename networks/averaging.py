@@ -90,13 +90,13 @@ class AveragingOptions(Options):
 
 
 def average_files(options: AveragingOptions) -> None:
-    """Write the weighted average of the files, in the dtypes and with the metadata of the last one.
+    """Write the weighted average of the files, with the dtypes and metadata of the last file.
 
     Sums are computed in float64. Alphas and integer tensors are not averaged and must be equal. The result is
-    held in memory; above `LARGEST_HASHED` only one tensor is, and the file gets no hashes.
+    kept in memory to add hashes; above `LARGEST_HASHED`, it is written tensor by tensor without hashes.
 
     Raises:
-        CheckpointError: If the files are not of one network or contain NaN or infinite values.
+        CheckpointError: If the files belong to different networks or contain NaN or infinite values.
     """
     output = options.output_file
     with contextlib.ExitStack() as stack:

@@ -304,7 +304,7 @@ def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Itera
 
 
 def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) -> str:
-    """Describe the relative error (Frobenius norm) of all modules together, and of the worst one.
+    """Describe the relative error (Frobenius norm) of all modules together, and of the worst module.
 
     Args:
         losses: Loss of each converted module.

@@ -384,21 +384,21 @@ def _find_modules_to_bake(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
 def convert_file(
     source: Path, output: Path, target: str, family: str | None = None, baking: Baking | None = None
 ) -> None:
-    """Write the LoRA of `source`, of any dialect, in the dialect `target`.
+    """Read a LoRA under any program's names, and write it under the names of `target`.
 
-    Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. A
-    warning lists modules that the target dialect cannot express. LoRAs for parts of a fused module are
-    joined. Only diffusers' dialect can store the LoRAs of both experts in one file.
+    Metadata is copied, with new hashes; the family is added if tensor names alone no longer reveal it. A
+    warning lists modules that the target cannot express. LoRAs for parts of a fused module are joined. Only
+    diffusers' format can store the LoRAs of both experts in one file.
 
     Args:
         source: File of the LoRA.
         output: File to write.
-        target: Dialect to write.
+        target: "default" (ours), "other" (ComfyUI) or "diffusers".
         family: Family of the LoRA, if the user or a family's own script names it.
         baking: How to convert other kinds to plain LoRAs, or DoRA magnitudes, before writing.
 
     Raises:
-        CheckpointError: If the file is not a LoRA, if none of it can be written, or if its model is
+        CheckpointError: If the file is not a LoRA, if no module can be converted, or if its model is
             ambiguous or not `family`.
         OptionError: If the output would replace the source.
     """
@@ -620,7 +620,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
 def _find_evidence_against(
     name: str, lora: LoraFile, named_families: Sequence[FamilyNames], likely: Sequence[FamilyNames]
 ) -> str:
-    """Return the evidence that a file is not for the named family: names, metadata or sizes; "" for none.
+    """Return what shows that a file is not for the named family: "names", "metadata" or "sizes"; else "".
 
     Args:
         name: Name of the family.

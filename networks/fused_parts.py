@@ -327,14 +327,14 @@ def _find_fused_module(
 
 
 def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
-    """Estimate the number of rows of fused weights, by path with `{n}`, from their parts in all blocks."""
+    """Estimate the row counts of fused weights, by path with `{n}`, from their parts in all blocks."""
     # path of the weight -> index of a part -> number of its rows
     rows_by_path: dict[str, dict[int | None, int]] = {}
     part_paths: set[str] = set()  # in the layout of the parts
     for piece in itertools.chain.from_iterable(pieces_of_weights):
         part_paths.add(piece.part.part_path)
         rows_by_index = rows_by_path.setdefault(piece.part.fused_path, {})
-        # None for an input rotation, whose tensors do not show it
+        # None for an input rotation, whose tensors do not reveal it
         num_rows = read_delta(piece.factors).count_rows()
         if num_rows is not None:
             rows_by_index[piece.part.index] = num_rows
@@ -523,10 +523,10 @@ def _join_up_factors(parts: Sequence[FactorsOfRows], num_rows: int, rank: int, s
     """Return the joined up factor, num_rows x rank.
 
     Args:
-        parts: Factors with their rows.
+        parts: Factors of each part, with their rows.
         num_rows: Number of rows of the weight.
         rank: Rank of the joined LoRA.
-        shares_down: Whether the parts share their down factor, and thus all columns.
+        shares_down: Whether the parts share one down factor, and thus all columns.
     """
     joined = parts[0].factors[UP].new_zeros(num_rows, rank)
     first_column = 0

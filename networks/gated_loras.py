@@ -407,7 +407,7 @@ class LoraWrapper(nn.Module):
         return out
 
     def _run_with(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
-        """Run the module with changed weights, then restore the original weights."""
+        """Run the module with the weights changed by the branches, then restore the original weights."""
         parameters = self._original_module[0]._parameters
         names = [name for name in (self._target.parameter_name, "bias") if self._target.has(name)]
         originals = {name: parameters[name] for name in names}
@@ -567,7 +567,7 @@ def attach_branches(
     """Wrap modules of a model with the branches of several LoRAs, switched off; return the wrappers.
 
     Args:
-        branches_of_loras: For each LoRA, its branches by our module names.
+        branches_of_loras: For each LoRA, its additions to modules (`LoraBranch`) by our module names.
         parameters: Result of `find_parameters` for the model.
     """
     branches_by_module: dict[str, list[LoraBranch]] = {}

@@ -139,11 +139,11 @@ class LoraLayer(nn.Module):
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the frozen module's output plus the product of the factors, with dropouts and noise."""
-        # x: B L in, or B in H W
+        """Return the frozen module's output plus the product of the factors, with dropout and noise."""
+        # x: B x L x in, or B x in x H x W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # compute dtype of the factors
-        # not in compiled code, where torch.compile fuses the products of a common input by itself
+        # not in compiled code: torch.compile fuses products with the same input by itself
         shared = None if torch.compiler.is_compiling() else self.shared_input
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -159,7 +159,7 @@ class LoraLayer(nn.Module):
             return self._original_forward(x)
         if dropouts and not selects_output and self._skips(dropouts.module):
             return self._original_forward(x)
-        # the layers with this input compute their outputs together
+        # layers with the same input compute their outputs together
         if shared is not None and shared.computes_outputs and x.dtype == dtype:
             return shared.compute(self, x)
         if self._adds_in_place(x, dtype):

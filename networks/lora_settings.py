@@ -199,7 +199,7 @@ def read_settings(
         block_settings = read_blocks(arguments)  # reads the arguments in KEYS
         values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
         rank_rule = _read_rank_rule(values, rank)
-    plus_ratio = values.get("loraplus_lr_ratio")  # for both networks, unless they have their own
+    plus_ratio = values.get("loraplus_lr_ratio")  # unless a network has its own
     ggpo_sigma_and_beta = None
     if "ggpo_sigma" in values:
         ggpo_sigma_and_beta = (values["ggpo_sigma"], values["ggpo_beta"])
@@ -247,7 +247,7 @@ def read_settings(
 
 
 def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[str, Any]:
-    """Return the values of `--network_args` that are not None. Raises OptionError if one is invalid.
+    """Parse the `--network_args` that are not None. Raises OptionError if one is invalid.
 
     Args:
         arguments: Values of the arguments by name: strings, None, numbers or lists.
@@ -286,13 +286,13 @@ def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Re
 
 
 def _reject_conflicts(values: Mapping[str, Any]) -> None:
-    """Raise OptionError for arguments that need or exclude each other."""
+    """Raise OptionError for --network_args that require or exclude each other."""
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
             "ggpo_beta=0.01"
         )
-    # `is not False`: ggpo_sigma is a number, and 0 counts as given
+    # `is not False`: ggpo_sigma is a number, and 0 counts as set
     exclusive = [
         name for name in ("split_qkv", "ggpo_sigma", *SWITCHES) if values.get(name, False) is not False
     ]
@@ -360,15 +360,15 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
 
 def _fit_pattern(argument: str, pattern: Pattern, paths: Sequence[str], names: Sequence[str]) -> Pattern:
-    """Return a pattern that matches the modules that `pattern` matches if dots and underscores are equal.
+    """Return a pattern that matches the modules that `pattern` would match if dots equaled underscores.
 
-    If there are none, the pattern itself is returned, with a warning unless there are no modules at all.
+    If there are no such modules, `pattern` itself is returned, with a warning unless there are no modules.
 
     Args:
         argument: Name of the argument, for the warning.
         pattern: Pattern that matches no module as written.
         paths: Dotted paths of all modules.
-        names: Names of these modules in LoRA files, with underscores.
+        names: Underscored names of these modules in LoRA files.
     """
     if not paths:
         return pattern
@@ -389,7 +389,7 @@ def find_by_pattern(pairs: PatternValues, name: str) -> tuple[int, ...]:
 
 
 def log_overlaps(argument: str, pairs: PatternValues, matches: Sequence[tuple[int, ...]]) -> None:
-    """Log which patterns override earlier ones.
+    """Log which patterns override earlier patterns.
 
     Args:
         argument: Name of the argument.

@@ -502,7 +502,7 @@ def _sum_loras(
 
 
 def _reject_other_families(loras: Sequence[LoraFile]) -> None:
-    """Raise CheckpointError if the metadata of the LoRAs name different families."""
+    """Raise CheckpointError if the LoRAs' metadata names different model families."""
     first: LoraFile | None = None
     first_family: FamilyNames | None = None
     for lora in loras:

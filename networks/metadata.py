@@ -138,7 +138,7 @@ MAX_HASHED = 4 << 30  # bytes of tensors that are hashed in memory
 def describe_lora(checkpoint: Checkpoint) -> str | None:
     """Describe the LoRA in an open file: kind, model, ranks, layers; None if it is not a LoRA.
 
-    Only alphas and scales are read, no other tensor values.
+    The only tensor values that are read are alphas.
     """
     from networks import key_formats  # only for LoRAs
 

@@ -178,7 +178,7 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        """Return the gradients of x and of the down and up factors; the frozen weights have none."""
+        """Return the gradients of x, the down factor and the up factors; frozen weights get none."""
         x, product, down, *ups_and_weights = ctx.saved_tensors
         num_layers = len(ctx.ranks)
         ups = ups_and_weights[:num_layers]
@@ -207,7 +207,7 @@ class _Outputs(torch.autograd.Function):
         grad_down = grad_product.t() @ rows_of(x) if needs_down else None
         if grad_x is not None:
             grad_x = grad_x.addmm_(grad_product, down).view(x.shape)
-        no_gradients = [None] * (2 * num_layers)  # of weights and biases
+        no_gradients = [None] * (2 * num_layers)  # for weights and biases
         return None, grad_x, grad_down, *grad_ups, *no_gradients
 
 

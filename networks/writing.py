@@ -449,7 +449,7 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
     A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
     fused: dict[str, Factors] = {}
-    unfused: list[str] = []  # modules that could not be joined, which still have the name of a part
+    unfused: list[str] = []  # modules that could not be joined and therefore still have a part's name
     for name, factors in deltas.group_by_module(join_parts(native, family=family)).items():
         if is_fused_elsewhere(name.removeprefix(OURS), family):
             unfused.append(name)

@@ -33,7 +33,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor | None]:
-    """Round a weight to float8_e4m3fn and return it with its scale (float32): weight ~ fp8 * scale.
+    """Round a weight to float8_e4m3fn; return it with its float32 scale, so that weight ~ fp8 * scale.
 
     `weight` is out x in. The kind "cast" clamps it to +-448 and rounds it, without a scale. "tensor" and
     "rows" divide it by scale = max|weight| / 448, one number [1] or one per row [out, 1]; the scale of zeros

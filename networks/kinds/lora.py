@@ -66,7 +66,7 @@ class LoraKind(NetworkKind):
         alpha = float(factors["alpha"])
         split_sizes = settings.split_sizes_of(path, module)
         if split_sizes and diagonal_blocks(factors[UP], split_sizes) is not None:
-            num_parts = len(split_sizes)  # the file has their factors joined, with the sum of their ranks
+            num_parts = len(split_sizes)  # the file has their factors joined, with the sum of the ranks
             return LoraLayer(module, rank // num_parts, alpha / num_parts, split_sizes=split_sizes)
         layer = LoraLayer(module, rank, alpha)
         # such as DoRA, which adds magnitudes to the layer

@@ -27,14 +27,14 @@ def block_size_of(columns: int) -> int | None:
 
 
 def compute_rotations(values: Tensor, strength: float = 1.0) -> Tensor:
-    """Return R - I of each block, n b b, float32, for the rotation R(strength * Q).
+    """Return R - I for the rotation R(strength * Q) of each block, n x b x b, float32.
 
     R is I + 2Q + 2Q^2 + 2Q^3 + Q^4, a truncated series for (I + Q) (I - Q)^-1: PEFT's `use_cayley_neumann`
-    with its 5 terms. I is subtracted because 16 bits would round small angles away next to it.
+    with its 5 terms. I is subtracted because 16-bit rounding would lose small angles next to it.
 
     Args:
         values: Upper triangle of Q row by row, n x b(b-1)/2.
-        strength: Factor on Q.
+        strength: Multiplier of Q.
     """
     num_blocks, columns = values.shape
     size = block_size_of(columns)
