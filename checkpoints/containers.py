@@ -188,7 +188,7 @@ def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
         spans: First byte, end and name of each tensor.
 
     Raises:
-        ValueError: If a tensor does not begin where the previous one ends.
+        ValueError: If a tensor does not begin where the previous tensor ends.
     """
     previous_end = 0
     for begin, end, name in sorted(spans):
@@ -252,7 +252,7 @@ TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 
 
 def load_pickled(path: Path, limit_factor: int = 1) -> Any:
-    """Load a file written by `torch.save` without running code, memory-mapped if its format allows that.
+    """Load a file written by `torch.save` without running code, memory-mapped if its format allows it.
 
     `limit_factor` multiplies the allowed length of the pickle program, for files with more objects than a
     model has.
@@ -270,11 +270,11 @@ def load_pickled(path: Path, limit_factor: int = 1) -> Any:
         raise CheckpointError(f"{path} {describe_kind(start)}", path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol
+            warnings.simplefilter("ignore")  # warnings about the pickle protocol
             if start[:4] == ZIP:
                 _check_program(path, limit_factor)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            else:  # the older format cannot be mapped
+            else:  # the older format cannot be memory-mapped
                 with path.open("rb") as file:
                     limited_file = cast(Any, _ReadLimitedFile(file, limit_factor))
                     content = torch.load(limited_file, map_location="cpu", weights_only=True)
@@ -388,7 +388,7 @@ def _make_damage_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a file's content, and the names of all other entries.
+    """Return the tensors in a file's content, and the names of everything else.
 
     If the content has a wrapper dictionary such as `state_dict`, only the tensors in it are returned, because
     tensors next to it may be step counts.

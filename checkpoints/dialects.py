@@ -97,9 +97,10 @@ def load_planned(
 def _select_quantized_layers(
     plan: LoadPlan[Any], network: nn.Module, form: str | None, device: torch.device
 ) -> QuantizedLoading | None:
-    """Select the linear layers that are quantized once the network is loaded; None if there are none.
+    """Select the linear layers that are quantized after the network is loaded; None if there are none.
 
-    Layers that are quantized in the file stay so. The others are quantized to `form`, if it is not None.
+    Layers that are quantized in the file stay quantized. The others are quantized to `form` unless it is
+    None.
     """
     file_is_quantized = any(source.build_quantized is not None for source in plan.sources.values())
     if form is None and not file_is_quantized:
@@ -352,7 +353,7 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
 
 
 def _concatenate(parts: list[TensorSource]) -> TensorSource:
-    """Return one source whose tensor concatenates the tensors of several sources along their rows."""
+    """Return a source that concatenates the tensors of several sources along their rows."""
     if len(parts) == 1:
         return parts[0]
 

@@ -29,7 +29,7 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
     Args:
         path: Value of the option.
         option: The option, which both errors name.
-        why: Reason why the file is needed, for the message.
+        why: Why the file is needed, for the message.
         default: Default of the option, so that the error can say that the path was not typed.
 
     Raises:

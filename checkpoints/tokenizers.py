@@ -89,7 +89,7 @@ class TokenizerFiles:
         return f"{self.repository}/{self.folder}" if self.folder else self.repository
 
     def download(self, checkpoint_path: Path, may_download: bool = True) -> Path:
-        """Return the path of the tokenizer in the cache of the hub; download it if the cache lacks it.
+        """Return the path of the tokenizer in the hub's cache; download it if it is not in the cache.
 
         Raises:
             CheckpointError: If the cache lacks the tokenizer, and the hub cannot be reached or `may_download`
@@ -294,7 +294,7 @@ def _read_field(message: bytes, number: int) -> Iterator[bytes]:
     last = len(message) - 1
     try:
         while offset <= last:
-            # skip short entries of the vocabulary without calls: umT5 has 256,000 of them
+            # skip short vocabulary items without function calls: umT5 has 256,000 of them
             while offset < last and message[offset] == _PIECE and message[offset + 1] < 0x80:
                 offset += 2 + message[offset + 1]
             if offset == last + 1:

@@ -323,7 +323,7 @@ def _get_first(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
 
 
 def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> _FoundSources:
-    """Return the alphas in JSON settings of a file's metadata, such as `lora_adapter_metadata`."""
+    """Return the alphas in JSON settings in a file's metadata, such as `lora_adapter_metadata`."""
     sources: list[_AlphaSource] = []
     warnings: list[str] = []
     for key in _SETTINGS_KEYS:
@@ -582,9 +582,9 @@ def peft_alphas(
 
     Args:
         modules: Factors by module name.
-        module_paths: Paths of these modules, as in the file.
+        module_paths: Paths of these modules as in the file.
         config: Content of PEFT's adapter_config.json.
-        joined_lora_counts: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
+        joined_lora_counts: Number of LoRAs joined into a module's factors, by module; 1 by default.
 
     Raises:
         ValueError: If the settings cannot be used.

@@ -164,7 +164,7 @@ class Change:
 
         Args:
             shape: Shape of the change.
-            expected: Shape of the rows of the parameter that the change is for.
+            expected: Shape of the parameter's rows that the LoRA changes.
         """
         can_be_reshaped = math.prod(shape) == math.prod(expected) and shape[:1] == expected[:1]
         if not can_be_reshaped:

@@ -87,14 +87,14 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
-    """Approximate each module that is not a plain LoRA by the best LoRA of a given rank.
+    """Approximate each module that is not a plain LoRA with the best LoRA of a given rank.
 
-    Changes are taken at multiplier 1; plain LoRAs are unchanged. Memory: the LoRA, and one weight with its
+    Changes are computed at multiplier 1; plain LoRAs are unchanged. Memory: the LoRA, and one weight with its
     change in float32.
 
     Args:
-        lora: The network's file.
-        family: Family of the network; None if unknown.
+        lora: The LoRA file.
+        family: Family of the LoRA; None if unknown.
         baking: Settings of the conversion, with a rank.
 
     Raises:

@@ -103,10 +103,10 @@ class BlockSettings:
 
 
 def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
-    """Return the numbered-block settings in --network_args; None if there are none.
+    """Return the settings for numbered blocks in --network_args; None if there are none.
 
     Raises:
-        OptionError: If a value is not a number, or if an argument needs another one that is missing.
+        OptionError: If a value is not a number, or if an argument requires another argument that is missing.
     """
     arguments = {key: str(network_args[key]) for key in KEYS if network_args.get(key) is not None}
     if not arguments:

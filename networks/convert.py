@@ -267,9 +267,9 @@ def convert_anima(options: ComfyConvertOptions) -> None:
 
 
 def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
-    """Convert a LoRA of HunyuanImage-2.1 to ComfyUI's module names, or back.
+    """Convert a HunyuanImage-2.1 LoRA to ComfyUI's module names, or back.
 
-    Tensors and metadata are unchanged, except that hashes in the metadata are recomputed.
+    Values and metadata are unchanged, except that hashes in the metadata are recomputed.
 
     Raises:
         CheckpointError: If nothing in the file has a name to change.

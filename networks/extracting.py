@@ -246,7 +246,7 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
 
 
 def extract_full(options: ExtractOptions) -> None:
-    """Write the difference of two Stable Diffusion checkpoints as a LoRA.
+    """Write the difference between two Stable Diffusion checkpoints as a LoRA.
 
     A text encoder is left out if none of its values has changed by more than `min_diff`.
 

@@ -166,7 +166,7 @@ def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...
     Args:
         a: Shape of the left factor, out x r; with a core, r x out.
         b: Shape of the right factor, r x in.
-        core: Shape of the core, r x r x kernel; None for none.
+        core: Shape of the core, r x r x kernel; None without a core.
 
     Raises:
         MismatchError: If the factors cannot be multiplied.

@@ -48,7 +48,7 @@ class FactorsOfRows(NamedTuple):
 
 
 def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slice | Tensor | None:
-    """Return the rows of a part (such as k) in a fused weight (such as qkv).
+    """Return the rows that a part (such as k) has in a fused weight (such as qkv).
 
     Args:
         part: The part.
@@ -56,8 +56,8 @@ def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slic
         fused_rows: Number of rows of the fused weight.
 
     Returns:
-        A slice; for a part that is the fused weight with swapped halves, the index of each row; None if the
-        rows do not fit.
+        A slice; if the part is the fused weight with swapped halves, the index of each row; None if the rows
+        do not fit.
     """
     if not is_row_slice(part):
         if part_rows != fused_rows:
@@ -66,7 +66,7 @@ def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slic
             return torch.arange(fused_rows).roll(fused_rows // 2)
         return slice(0, fused_rows)  # the part is the whole weight under another name
     assert part.index is not None
-    # the last parts are counted from the end, because the parts before them may have other numbers of rows
+    # the last parts are counted from the end, because earlier parts may have different row counts
     if part.index == REST:
         start = fused_rows - part_rows
     elif part.index == BEFORE_REST:
@@ -152,9 +152,9 @@ def split_fused(
 def _count_rows_of_parts(
     name: str, modules_in_file: Collection[str], rows_in_model: Callable[[str], int | None]
 ) -> dict[RelatedModule, int | None]:
-    """Return the parts of a module that have no LoRA of their own, with their numbers of rows.
+    """Return the parts of a module that have no LoRA of their own, with their row counts.
 
-    The number is None for a part that the model does not have.
+    The row count is None for a part that the model lacks.
 
     Args:
         name: Name of the module.
@@ -167,8 +167,8 @@ def _count_rows_of_parts(
         if not related.is_part or related_name in modules_in_file:
             continue
         num_rows = rows_in_model(related_name)
-        # Families split modules differently. A part with all rows that the model lacks is just another name
-        # of the module, not a missing part.
+        # Families split modules differently. If the model lacks a part with all rows, that part is just
+        # another name of the module, not a missing part.
         if num_rows is not None or is_row_slice(related.part):
             rows_by_part[related] = num_rows
     return rows_by_part

@@ -151,7 +151,7 @@ class LoraLayer(nn.Module):
                 # cast once for both the frozen module and the LoRA
                 x = x.to(dtype) if shared is None else shared.cast(x)
         dropouts = self.dropouts if self.training else None
-        # compiled code cannot branch on a random value: it computes the LoRA, then selects one of two outputs
+        # compiled code cannot branch on a random value: it computes the LoRA, then selects an output
         selects_output = (
             dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
         )

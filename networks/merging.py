@@ -205,15 +205,15 @@ def _metadata_of_sum(
     family: FamilyNames | None,
     no_metadata: bool,
 ) -> dict[str, str]:
-    """Return the metadata of the sum of LoRAs.
+    """Return the metadata for a sum of LoRAs.
 
     Args:
-        loras: The LoRAs that are summed.
+        loras: The LoRAs in the sum.
         tensors: Tensors of the sum, by name.
         family: Family of the LoRAs; None if unknown.
-        no_metadata: Whether to keep only what loaders need.
+        no_metadata: Whether to keep only what is needed for loading.
     """
-    # down factors have one row for each rank
+    # a down factor has as many rows as its rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     if family is None or family.name == "flux":

@@ -101,14 +101,14 @@ def _select_targets(
     prefix: str,
     optional_parts: tuple[str, ...] = (),
 ) -> dict[str, Target]:
-    """Select the modules that get a layer, with rank and alpha; return them by our names.
+    """Select the modules that get a LoRA, with rank and alpha; return them by our names.
 
     Args:
         candidates: Modules with their paths.
         settings: Settings of the network.
         prefix: Prefix of our names.
-        optional_parts: Parts of paths of modules that get no layer unless a pattern, or a rank for their
-            type, selects them.
+        optional_parts: Parts of module paths that get no LoRA unless a pattern, or a rank for their type,
+            selects them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []

@@ -330,7 +330,7 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
 def _resize_module(
     names: FactorNames, tensors: Mapping[str, Tensor], options: ResizeOptions, source: Path
 ) -> ResizedModule:
-    """Return a module with factors of its new rank; raise CheckpointError if its factors do not fit.
+    """Return a module with factors of its new rank; raise CheckpointError if its factors do not match.
 
     Args:
         names: Names of the module's tensors.
@@ -349,7 +349,7 @@ def _resize_module(
         singular_values, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param
     )
     kept_values = singular_values[:rank]
-    # the singular vectors of the product are left @ u and right @ vh^T; the values go into the up factor
+    # the product's singular vectors are left @ u and right @ vh^T; its singular values go into the up factor
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.singular_values[:rank])
     kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1

@@ -255,7 +255,7 @@ class LoraRounding:
         return RandomRounding(dtype, seed, self._noise[key])
 
     def describe(self) -> str:
-        """Describe the rounding since the last report, and its effect; "" if there is nothing to report."""
+        """Describe how weights were rounded since the last report, and the effect; "" if none were."""
         if not self._num_changed or (self._rule == AUTO and not self._num_random):
             return ""
         option = f"--lora_rounding {self._rule}"

@@ -303,12 +303,12 @@ def name_text(key: ParsedTextKey, family: FamilyNames | None) -> str | None:
 def _text_layer(path: str) -> tuple[str, str]:
     """Return the kind of encoder ("" if unknown) and the underscored name of the layer.
 
-    Prefixes are removed one by one until the layer is known. An unknown layer keeps all prefixes.
+    Prefixes are removed one by one until the layer is known. An unknown layer keeps all its prefixes.
     """
-    full_name = ""  # the first name, with all prefixes
+    full_name = ""  # the name with all prefixes
     while True:
         name = path.replace(".", "_")
-        if name.startswith(_CLIP_WITHOUT_TEXT_MODEL):  # CLIP, as transformers 5 and later has it
+        if name.startswith(_CLIP_WITHOUT_TEXT_MODEL):  # CLIP as in transformers 5 and later
             name = OF_CLIP + name
         full_name = full_name or name
         if name.removeprefix(OF_CLIP) == TEXT_PROJECTION:  # some files have it inside `text_model`

@@ -299,7 +299,7 @@ class FullPatch:
 def rename_for_encoders(
     weighted_loras: Iterable[WeightedLora], model: str, prefixes: Collection[str]
 ) -> list[WeightedLora]:
-    """Rename LoRAs to the prefixes of a model's text encoders; warn of changes for other encoders.
+    """Rename LoRAs to the prefixes of a model's text encoders; warn of changes to other encoders.
 
     Args:
         weighted_loras: LoRA files with their strengths.

@@ -21,9 +21,9 @@ from networks.rank_masks import rank_rule_of
 def add_unmerged(
     dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Wrap layers with quantized weights so that the changes of LoRAs are added to their outputs.
+    """Wrap layers with quantized weights so that LoRAs are added to their outputs.
 
-    Call before a network is attached and before compilation.
+    Call it before a network is attached and before compilation.
 
     Args:
         dit: The transformer.
@@ -39,7 +39,7 @@ def add_unmerged(
         ]
         for branch, change in zip(branches, weight_changes, strict=True):
             branch.mask_ranks(dit, change.weighted_lora.lora.metadata)
-            # a rotation takes all inputs, and selects its outputs itself
+            # a rotation uses all inputs, and selects its output rows itself
             if branch.rotation is not None:
                 branch.output_rows = change.row_slice
             elif change.row_slice is not None:  # only some of the outputs change: pad the others with zeros

@@ -24,10 +24,12 @@ AUTO, NEAREST, STOCHASTIC = "auto", "nearest", "stochastic"
 def lora_rounding_option(
     needs: str | tuple[str, ...] = (), title: str = "", facts: Mapping[str, Any] | None = None
 ) -> Any:
-    """Return the field of --lora_rounding.
+    """Return the dataclass field for --lora_rounding.
 
-    `needs` is the option (or one of the options) that must be given too, `title` the heading in the help.
-    `facts` are additional facts about the option, such as FREE.
+    Args:
+        needs: Option, or options of which one must be set too.
+        title: Heading in the help.
+        facts: Additional facts about the option, such as FREE.
     """
     return option(
         "rounding of 16-bit weights after merging LoRAs; stochastic: at random, which preserves weak "

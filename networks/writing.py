@@ -79,7 +79,7 @@ def in_dialect(
 def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> TranslatedModules:
     """Return modules under ComfyUI's names.
 
-    Plain LoRAs of weights that diffusers splits are written as for diffusers, all others with our modules.
+    Plain LoRAs of weights that diffusers splits are written as for diffusers, all others under our modules.
     """
     is_split_in_diffusers = family.parts and family.path_prefix == IN_DIFFUSERS
     plain_loras: dict[str, Factors] = {}
@@ -90,7 +90,7 @@ def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> Translat
         else:
             other_modules[name] = factors
     as_diffusers = in_dialect(deltas.ungroup(plain_loras), family, "diffusers")
-    # plain LoRAs that cannot be split stay under our modules
+    # plain LoRAs that cannot be split are written under our modules
     for name in as_diffusers.left_out:
         other_modules[name] = plain_loras[name]
     as_ours = write_modules(

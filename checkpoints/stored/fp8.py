@@ -73,7 +73,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
     `weight` is rows x columns. `scale` is one number, one per row, or one per block of a row (rows x blocks x
     1).
     """
-    values = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
+    values = weight.to(dtype, copy=True)  # multiplied in place, to need one copy instead of two
     if scale is None:
         return values
     if not scale.is_floating_point() or scale.ndim == 0 or scale.dtype != torch.float32:
