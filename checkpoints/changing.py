@@ -331,7 +331,7 @@ def write_shards(
 ) -> list[Path]:
     """Write shards of at most `max_bytes` and their index, all of them or none; return their paths.
 
-    Files of an existing model of this name are replaced; `existing_shards` lists further files of it. If the
+    Files of an existing model with this name are replaced; `existing_shards` lists its other files. If the
     process is killed, an incomplete set may remain, which `open_checkpoint` rejects, but never a mixture of
     two models.
 
@@ -360,12 +360,12 @@ def write_shards(
 def gather(path: Path) -> Checkpoint:
     """Open a model file, any shard of a model, an index of shards, or a folder.
 
-    If a folder has no index, all model files in it are one model. A tensor may be in two files if its values
+    If a folder has no index, all model files in it form one model. A tensor may be in two files if its values
     are equal in both.
 
     Raises:
         CheckpointError: If a file is missing, damaged or not a model, if two files have different values for
-            a tensor, or if tensors of the index are in no file.
+            a tensor, or if the index lists tensors that no file contains.
     """
     parts, index = _find_parts_and_index(path)
     repeated: list[str] = []  # names of tensors that are in two files

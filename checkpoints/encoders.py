@@ -32,7 +32,7 @@ TOKENIZER_JSON = "tokenizer_json"
 def find_network(
     checkpoint: Checkpoint, embeddings: str, layer: str, excluded: tuple[str, ...]
 ) -> Checkpoint | None:
-    """Find a network by two of its tensors and remove its prefix; return None if the file does not have them.
+    """Find a network by two of its tensors, and remove its prefix; return None if the file lacks them.
 
     Args:
         checkpoint: The opened file.
@@ -50,7 +50,7 @@ def find_network(
     other_prefixes = (*excluded, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
-        reject_quantized(checkpoint)  # a better message, if they are tensors of a quantized format
+        reject_quantized(checkpoint)  # a better message if they belong to a quantized format
         raise CheckpointError(
             f"{checkpoint.path}: in addition to {prefix}{embeddings} and its network, it has {len(strange)} "
             f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give a file with only this "
@@ -66,8 +66,8 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: 
     Args:
         path: File of the network, for messages.
         rows: Number of rows of the query projection.
-        config: Content of config.json, which may have the number of heads.
-        default_width: Width if config.json does not have the number of heads.
+        config: Content of config.json, which may contain the number of heads.
+        default_width: Width if config.json does not contain the number of heads.
 
     Raises:
         CheckpointError: If `rows` cannot be divided among the heads.

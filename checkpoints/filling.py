@@ -58,7 +58,7 @@ def linear_weights(
     Args:
         module: The network.
         lists: Names of block lists to which the result is limited; None: all layers.
-        exclude: Substrings; weights whose names contain one are skipped.
+        exclude: Substrings; weights whose names contain any of them are skipped.
     """
     prefixes = None if lists is None else tuple(f"{name}." for name in lists)
     names = set()
@@ -477,7 +477,7 @@ def _check_fit(
     ignore: Sequence[str],
     label: str,
 ) -> None:
-    """Raise CheckpointError, with up to MAX_ERRORS lines, if tensors are missing, unexpected or misshaped."""
+    """Raise CheckpointError with up to MAX_ERRORS lines for missing, unexpected or misshaped tensors."""
     # compare the names
     missing = set()
     for name in targets:

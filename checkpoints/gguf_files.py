@@ -67,7 +67,7 @@ class GgufFile(HeaderFile):
     damage_errors = (ValueError, struct.error)
 
     def _read_header(self, size: int) -> None:
-        """Read magic and version, keys and values, then name, shape, type and offset of each tensor."""
+        """Read version, metadata and counts, then name, shape, type and offset of each tensor."""
         reader = _HeaderReader(self._file, min(size, MAX_HEADER_BYTES))
         reader.read_bytes(4)
         version = reader.read_number("I")
@@ -80,7 +80,7 @@ class GgufFile(HeaderFile):
         for _ in range(num_tensors):
             name = self._read_tensor(reader, model_shapes)
             relative_offsets[name] = reader.read_number("Q")
-        # tensor data begin after the header, at a multiple of the alignment; 32 is the format's default
+        # tensor data begins after the header, at a multiple of the alignment; 32 is the format's default
         align = int(self.metadata.get("general.alignment", 32))
         if align < 1:
             raise ValueError(f"its alignment is {align}")
@@ -114,7 +114,7 @@ class GgufFile(HeaderFile):
     def _compute_offsets(
         self, relative_offsets: Mapping[str, int], data_start: int, size: int
     ) -> dict[str, int]:
-        """Return the offset of each tensor in the file; raise ValueError if some overlap or end beyond it.
+        """Return the offset of each tensor in the file; raise ValueError for overlaps or data beyond the end.
 
         Args:
             relative_offsets: Offsets from the end of the header, by name.

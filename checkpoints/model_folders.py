@@ -120,15 +120,15 @@ def require_matching_shapes(
     """Raise CheckpointError if a network built from settings does not match the weights.
 
     Args:
-        folder: Folder of the model.
-        option: Option that names the folder, for messages.
-        network: The network, on the device "meta".
+        folder: The model's folder.
+        option: Option that sets the folder, for messages.
+        network: The network, on the meta device.
         shapes: Shapes of the tensors in the weights.
         is_exact: Whether each parameter is a tensor of the file. Otherwise tensors may be split or joined
             when they are loaded, and only the number of elements is compared.
     """
     parameters = dict(network.named_parameters())
-    # a quarter more is allowed, because a file stores tied weights once and leaves buffers out
+    # a quarter more is allowed, because a file stores tied weights once and omits buffers
     num_described = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))
     num_stored = sum(map(math.prod, shapes))
     if num_described > num_stored + num_stored // 4 + SPARE_ELEMENTS:
@@ -167,10 +167,10 @@ def _check_numbers(path: Path, content: Any, maximum: int, maximum_description: 
 
 
 def _check_sides(path: Path, content: Any) -> None:
-    """Raise CheckpointError if images would have longer sides than any network accepts.
+    """Raise CheckpointError if a processor's settings allow longer image sides than any network accepts.
 
-    If an object has both `shortest_edge` and `longest_edge`, these are numbers of pixels, as in Qwen's
-    processors. One of the two alone is the length of a side.
+    If an object has both `shortest_edge` and `longest_edge`, these are pixel counts, as in Qwen's processors.
+    If it has only one of them, that is the length of a side.
     """
     unvisited = [content]
     while unvisited:

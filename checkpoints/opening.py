@@ -61,9 +61,9 @@ class Checkpoint(contextlib.ExitStack):
 
         Args:
             path: The file or folder, for messages.
-            locations: Where each tensor is, by name.
+            locations: File of each tensor and the name there, by name.
             files: All open files.
-            rejection: Why packed weights of the file cannot be read; "" if they can.
+            rejection: Why packed weights of the file cannot be read; "" if they can be read.
         """
         super().__init__()
         for file in files:
@@ -78,7 +78,7 @@ class Checkpoint(contextlib.ExitStack):
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= file.metadata
-        # names in the files that have no tensor
+        # names in the files that are not tensors
         self.left_out = tuple(name for file in files for name in file.left_out)
         self.metadata_by_file = {file.path: file.metadata for file in files}
 
@@ -396,9 +396,9 @@ _UNSUPPORTED = {
 
 
 def reject_quantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if weights are quantized in a format that is not supported.
+    """Raise CheckpointError if weights are quantized in an unsupported format.
 
-    Call it before shapes are compared, because packed weights have other shapes. No weights are read.
+    Call it before shapes are compared, because packed weights have different shapes. No weights are read.
     """
     if checkpoint.rejection:
         remedy = "Download or copy it again, or give the bf16 file of the model."
@@ -489,7 +489,7 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    """Return how each tensor is made from the file, by its name in the file.
+    """Return how each tensor is read from the file, by its name in the file.
 
     Scaled fp8 weights are multiplied by their scales, and packed weights are unpacked. Scales and other
     companions of these weights have no source of their own.
@@ -517,7 +517,7 @@ def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
             continue
         from checkpoints.stored import fp8  # only for fp8 or scaled weights
 
-        # a layer may keep fp8 weights as they are; other scaled weights are always multiplied
+        # a layer may keep fp8 weights as they are; other scaled weights are always dequantized
         build_quantized = fp8.make_fp8_weight if in_fp8 else None
         if scale is not None:
             sources[name] = TensorSource((name, scale), fp8.dequantize, build_quantized)

@@ -66,7 +66,7 @@ class MergeModelsOptions(Options, title="what to do"):
     precision = not_needed("it is computed in float.", choices=tuple(DTYPES))
 
     def __post_init__(self) -> None:
-        """Raise OptionError unless there are two models or more, and ratios whose sum is 1."""
+        """Raise OptionError unless there are at least two models, and ratios whose sum is 1."""
         if len(self.models) < 2:
             raise OptionError("--models names only one file: give at least two")
         if self.ratios is None:

@@ -196,9 +196,9 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
 
 
 def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if the alphas in a file's header or PEFT settings differ from a network's alphas.
+    """Raise CheckpointError if the alphas in a file's header or PEFT settings differ from the network's.
 
-    Loading a state dict sets only tensors; each layer computed its scale from alpha when it was built.
+    Loading a state dict sets only tensors, but each layer computed its scale from alpha when it was built.
 
     Args:
         path: Path of the file.
@@ -212,7 +212,7 @@ def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
     alphas = {name: alpha for name, alpha in native.items() if name.endswith(".alpha")}
     if not alphas:
         return
-    # `read_lora` adds the alphas of header and settings as tensors
+    # `read_lora` adds alphas from header and settings as tensors
     for name, tensor in read_lora(path).tensors.items():
         if name not in alphas:
             continue
@@ -445,14 +445,14 @@ def _build_foreign(
     encoders: Mapping[str, nn.Module],
     trains_dit: bool,
 ) -> Any:
-    """Build another package's network as other LoRA trainers do, and put it into the models.
+    """Build another package's network as other LoRA trainers do, and attach it to the models.
 
     Args:
-        package: Its module.
+        package: The package's module.
         options: Options of the network.
         dit: The transformer.
         encoders: Trained text encoders, by the prefix of their modules in LoRA files.
-        trains_dit: Whether the DiT is trained too, not only text encoders.
+        trains_dit: Whether the DiT is trained, not only text encoders.
     """
     text_encoders = list(encoders.values()) or None
     if options.dim_from_weights:
@@ -462,7 +462,7 @@ def _build_foreign(
     models = [dit, *encoders.values()]
     parameters_by_model = [dict(model.named_parameters()) for model in models]
     module.apply_to(text_encoders, dit, apply_text_encoder=bool(encoders), apply_unet=trains_dit)
-    # LyCORIS' `algo=full` deletes the frozen weights of layers and computes with its own. They are restored,
+    # LyCORIS' `algo=full` deletes the layers' frozen weights and computes with its own. They are restored,
     # because the model reads dtypes from its layers
     for model, parameters in zip(models, parameters_by_model, strict=True):
         for name, parameter in parameters.items():

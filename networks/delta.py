@@ -309,7 +309,7 @@ class Delta:
         return self._find_wrong_value() or self._find_mismatch()
 
     def _find_incomplete(self) -> str | None:
-        """Return why the factors are incomplete or exclude each other; None if they are complete."""
+        """Return an error message if factors are missing or exclude each other; otherwise None."""
         factors = self.factors
         # factors that are only useful together, such as up and down
         for first, second in composing.FACTOR_PAIRS:
@@ -362,13 +362,13 @@ class Delta:
         return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sized.items())
 
     def describe_channel_mismatch(self, weight: Tensor) -> str | None:
-        """Return a message if only the number of input channels keeps this change from fitting a first layer.
+        """Return a message if this change fits a first layer except for its number of input channels.
 
-        It is None if the change fits, or does not fit for other reasons. Image-to-video models have more
-        input channels than the text-to-video models that many LoRAs are for.
+        Returns None if the change fits, or if it does not fit for other reasons. Image-to-video models have
+        more input channels than the text-to-video models that many LoRAs are trained for.
 
         Args:
-            weight: Weight of the layer, out in kernel.
+            weight: Weight of the layer, out x in x kernel.
         """
         shape = self.change_shape()
         if shape is None or len(shape) != weight.ndim or len(shape) < 2:

@@ -26,7 +26,7 @@ def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the width of a head for each fused weight whose rows are ordered by head, by tensor name."""
+    """Return the head width of each fused weight whose rows are ordered by head, by tensor name."""
     widths: dict[str, int] = {}
     for family in FAMILIES:
         rule = family.rows_by_head
@@ -36,7 +36,7 @@ def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
         for name in checkpoint.tensors:
             if not name.endswith(suffix):
                 continue
-            # the norm of each head's queries has the width of a head
+            # the norm of the queries is as wide as a head
             norm = checkpoint.tensors.get(f"{name.removesuffix(suffix)}{rule.norm_ending}.weight")
             if norm is not None:
                 widths[name] = norm.shape[0]

@@ -456,7 +456,7 @@ class AddedLoras:
     def switched_on(
         self, device: torch.device, dtype: torch.dtype, strength: float | None = None
     ) -> Iterator[None]:
-        """Add the LoRAs while the model computes in `dtype`.
+        """Add the LoRAs to the model's outputs within a `with` statement.
 
         Args:
             device: Device of the run.
@@ -483,21 +483,21 @@ def add_loras(
 ) -> AddedLoras:
     """Wrap the modules of a model with LoRAs, switched off.
 
-    Call after a network was attached, before compilation.
+    Call it after a network was attached, and before compilation.
 
     Args:
         dit: The transformer.
         weighted_loras: LoRA files with their strengths.
         is_compiled: Whether blocks will be compiled; changes of norms are then left out, because compiled
             code keeps their weights.
-        option: The option with the files, for messages.
+        option: Option that sets the files, for messages.
 
     Raises:
-        CheckpointError: If a file does not fit the model or has magnitudes.
+        CheckpointError: If a file does not fit the model or has DoRA magnitudes.
     """
     parameters = find_parameters(dit)
     branches_of_loras: list[dict[str, LoraBranch]] = []
-    # `fit_depths` maps the blocks of a LoRA for a deeper or shallower model to those of this one
+    # `fit_depths` maps blocks of LoRAs for deeper or shallower models to this model's blocks
     for weighted_lora in fit_depths(weighted_loras, parameters):
         reject_magnitudes(weighted_lora.lora, option)
         deltas_by_module = fit_lora(weighted_lora.lora, parameters, option)

@@ -375,7 +375,7 @@ def _warn_of_unusable(
 def _reject_other_sizes(
     path: Path, file_modules: Mapping[str, Factors], network_modules: Mapping[str, Factors]
 ) -> None:
-    """Raise CheckpointError if factors or sizes of modules differ between file and network.
+    """Raise CheckpointError if factor names or shapes of modules differ between file and network.
 
     Args:
         path: Path of the file.

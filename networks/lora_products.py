@@ -245,18 +245,18 @@ def rows_of_fused_parts(num_parts: int, rows: int, columns: int) -> tuple[int, .
 
 
 def diagonal_blocks(up: Tensor, num_rows: Sequence[int]) -> list[Tensor] | None:
-    """Return the blocks of a block-diagonal up factor; None if it has values outside the blocks.
+    """Return the blocks of a block-diagonal up factor; None if it has nonzero values outside the blocks.
 
     Args:
         up: Up factor, out x P R.
-        num_rows: Rows of each of the P parts.
+        num_rows: Number of rows of each of the P parts.
     """
     if up.ndim != 2 or sum(num_rows) != len(up) or up.shape[1] % len(num_rows):
         return None
     rank = up.shape[1] // len(num_rows)
     rows = up.split(list(num_rows))
     blocks = [part[:, index * rank : (index + 1) * rank] for index, part in enumerate(rows)]
-    # equal counts mean that no value outside the blocks differs from 0
+    # equal counts mean that all values outside the blocks are 0
     nonzero_in_rows = sum(int(part.count_nonzero()) for part in rows)
     nonzero_in_blocks = sum(int(block.count_nonzero()) for block in blocks)
     return blocks if nonzero_in_rows == nonzero_in_blocks else None

@@ -199,7 +199,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
 def _reject_other_kinds(
     source: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> None:
-    """Raise CheckpointError if a file is not a LoRA, or if the noise level decides which ranks are active.
+    """Raise CheckpointError if a file is not a plain LoRA, or if its active ranks depend on the noise level.
 
     Args:
         source: Path of the file.
@@ -212,7 +212,7 @@ def _reject_other_kinds(
         if kind is LORA or not kind.parts:
             continue
         has_parts = any(name.endswith((*kind.parts, *kind.ends)) for name in names)
-        # names with the kind's word may also be in a form that is not supported
+        # names with the kind's word may also belong to an unsupported format
         if has_parts or re.search(rf"[._]{kind.word}_", all_names):
             command = _plain_file_command(source, "--bake", "RANK")
             raise CheckpointError(

@@ -128,10 +128,10 @@ class RandomRounding:
     noise: Tensor  # _NOISE uniform integers that fill the dropped bits of the dtype, on the weight's device
 
     def round(self, values: Tensor, start: int) -> None:
-        """Round float32 values stochastically, in place, to values of the dtype.
+        """Round float32 values stochastically, in place, to values that the 16-bit dtype can represent.
 
         All chunks use the same noise, each from a different offset, because drawing new random numbers would
-        take longer than the rest of merging.
+        take longer than the rest of the merge.
 
         Args:
             values: The values.
@@ -146,7 +146,7 @@ class RandomRounding:
             offset = int.from_bytes(position_hash, "little") % (_NOISE - _CHUNK)
             shift = None
             if self.dtype == torch.float16:
-                # move subnormal values up, to where the spacing is the same and equals the dropped bits
+                # shift subnormal values to where the spacing is constant and equals the dropped bits
                 is_small = chunk.abs() < _SMALLEST_FP16
                 shift = torch.copysign(is_small * _SMALLEST_FP16, chunk)
                 chunk.add_(shift)

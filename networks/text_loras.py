@@ -29,14 +29,14 @@ logger = getLogger(__name__)
 def select_for_network(
     weighted_loras: Iterable[WeightedLora], prefix: str = "", prefixes: Collection[str] | None = None
 ) -> list[WeightedLora]:
-    """Return LoRAs reduced to their changes of one network, under names as in a LoRA for a transformer.
+    """Return LoRAs reduced to their changes of one network, named as in a LoRA for a transformer.
 
     LoRAs that do not change the network are left out.
 
     Args:
         weighted_loras: LoRA files with their strengths.
         prefix: Prefix of a text encoder in LoRA files; "" for the DiT or U-Net.
-        prefixes: Prefixes of all text encoders of the model; None if the LoRAs use these prefixes already, as
+        prefixes: Prefixes of all text encoders of the model; None if the LoRAs already use these prefixes, as
             after `rename_for_encoders`.
     """
     loras_for_network = []

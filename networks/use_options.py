@@ -26,10 +26,8 @@ def lora_rounding_option(
 ) -> Any:
     """Return the dataclass field for --lora_rounding.
 
-    Args:
-        needs: Option, or options of which one must be set too.
-        title: Heading in the help.
-        facts: Additional facts about the option, such as FREE.
+    `needs` is the option (or one of the options) that must be set too, `title` the heading in the help.
+    `facts` are additional facts about the option, such as FREE.
     """
     return option(
         "rounding of 16-bit weights after merging LoRAs; stochastic: at random, which preserves weak "

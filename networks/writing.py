@@ -229,10 +229,10 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_diffusers(factors: Factors) -> ConvertedFactors:
-    """Return the tensors of a module as diffusers and PEFT read them, or why they cannot read the module."""
+    """Return a module's tensors as diffusers and PEFT read them, or why they cannot read the module."""
     delta = read_delta(factors)
     rotation = delta.rotation
-    if rotation is not None:  # one tensor, which is written unchanged
+    if rotation is not None:  # a single tensor, which is written unchanged
         return {rotation.factor_name: factors[rotation.factor_name]}
     is_full_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
     if is_full_difference and factors["diff"].ndim == 2:

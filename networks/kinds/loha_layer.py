@@ -104,16 +104,16 @@ class _HadamardLinear(torch.autograd.Function):
 
 
 def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
-    """Return the convolution of x with (w1_a w1_b) * (w2_a w2_b).
+    """Return the convolution of x with (w1_a w1_b) * (w2_a w2_b), the LoHa's addition to the output.
 
     Args:
-        x: Input, B in H W.
-        factors: Factors of the module, by name of the part.
-        strength: Factor on the change.
+        x: Input, B x in x H x W.
+        factors: Factors of the module, by name (`hada_w1_a`, ...).
+        strength: Multiplier of the change.
         geometry: Geometry of the convolution.
 
     Returns:
-        B out H' W'.
+        B x out x H' x W'.
     """
     matrices = _matrices(factors, strength, x.dtype)
     result: Tensor = _HadamardConvolution.apply(geometry, x, *matrices)

@@ -176,9 +176,9 @@ class LokrKind(NetworkKind):
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> TranslatedModules | None:
-        """Return the modules in the form that diffusers and ComfyUI read.
+        """Return modules in the format that both diffusers and ComfyUI read.
 
-        The result is None if the family has no such form, or if a module has a core, magnitudes or a bias.
+        Returns None if the family has no such format, or if a module has a core, magnitudes or a bias.
         """
         from networks import writing  # only if a file is written
         from networks.module_names import part_path
