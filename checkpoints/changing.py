@@ -110,7 +110,7 @@ def plan_change(
         stale_metadata: Prefixes of metadata keys that describe only the old tensors and are dropped.
 
     Raises:
-        OptionError: If a selection or a prefix matches no name, or if two tensors would get one name.
+        OptionError: If a selection or a prefix matches no name, or if two tensors would get the same name.
         CheckpointError: If the file has packed weights, or if dtypes change and the file's quantization is
             unknown.
     """
@@ -228,7 +228,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError(
             f"--strip_prefix {' '.join(change.strip_prefixes)} removes the complete name of a tensor"
         )
-    # safetensors headers have this key for metadata
+    # safetensors headers use this key for metadata
     if METADATA_ENTRY in {rename(name, change) for name in names}:
         raise OptionError(
             f"a tensor would be called {METADATA_ENTRY}, which is reserved for the metadata: leave it out "

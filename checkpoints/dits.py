@@ -285,12 +285,12 @@ def select_quantized_layers(
     placement: Placement,
     spec: DitSpec,
 ) -> QuantizedLoading | None:
-    """Select the linear layers to load in 8 or 4 bits: those quantized in the file, or selected by options.
+    """Select the linear layers to load in 8 or 4 bits: quantized in the file, or selected by options.
 
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
 
     Raises:
-        CheckpointError: If the options would quantize weights that are quantized in another format already.
+        CheckpointError: If the options would quantize weights that already have a different quantized format.
     """
     if placement.quantization is not None:
         return _select_requested_layers(dit, checkpoint, sources, placement, spec, placement.quantization)

@@ -327,7 +327,7 @@ def _make_mxfp8(weight: Tensor, scales: Tensor) -> QuantizedWeight:
 
 
 def _describe_nvfp4(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer in NVFP4: 4-bit values, scales per 16 columns, and a scale per layer.
+    """Return dtypes and shapes of an NVFP4 layer: 4-bit values, scales per 16 columns, and a layer scale.
 
     Raises ValueError if the tensors of the layer do not have this format.
     """

@@ -225,7 +225,7 @@ class Change:
         if self.delta.has_input_magnitudes:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         sliced_delta = self.delta.select_rows(rows)
-        if sliced_delta is None:  # a LoKr has no factors for single rows: compute the full matrix, then slice
+        if sliced_delta is None:  # a LoKr has no factors per row: compute the full matrix, then slice
             sliced_delta = self.delta.compute_rows(rows, weight.device)
         return replace(self, delta=sliced_delta)
 
@@ -414,14 +414,14 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
 def _sum_changes(
     changes: Sequence[Change], rows: slice | None, weight: Tensor, sample: SampledRows | None = None
 ) -> Tensor:
-    """Return the sum of changes for some rows of a parameter, float32.
+    """Return the float32 sum of all changes to some rows of a parameter.
 
     Args:
         changes: Changes of the parameter.
-        rows: Rows of the parameter to compute; None for all.
-        weight: Original values of these rows. A change that replaces the weight is written into them.
-        sample: Records what each file adds to the sampled rows; None to record nothing. If `rows` is given
-            too, the rows must be the sampled ones.
+        rows: Rows of the parameter to compute; None for all rows.
+        weight: Original values of these rows. A change that replaces the weight overwrites them.
+        sample: Records what each file adds to the sampled rows; None to record nothing. If `rows` is also
+            given, it must be the sampled rows.
     """
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for change in changes:
@@ -586,18 +586,18 @@ class LoraPatch:
     def _select_rounding(
         self, name: str, device: torch.device, dtype: torch.dtype | None, sample: SampledRows | None
     ) -> RandomRounding | None:
-        """Return the random rounding of a parameter; None if it is rounded to the nearest.
+        """Return the stochastic rounding of a parameter; None if it is rounded to the nearest.
 
         Args:
             name: Name of the parameter.
             device: Device of the parameter.
-            dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
-            sample: Rows on which rounding to the nearest is judged; None if no sample is needed.
+            dtype: 16-bit dtype to which the weight is rounded; None if it stays in float32.
+            sample: Rows that show how much rounding to the nearest would lose; None if no sample is needed.
         """
         if self._rounding is None or not self._rounding.decide_and_count(dtype, sample):
             return None
         assert dtype is not None
-        # the seed depends on our name and the factors only: a model in any layout is rounded alike
+        # the seed depends only on our name and the factors, so a model is rounded equally in any layout
         module, parameter_name = module_of_tensor(name)
         factors: list[Tensor] = []
         for found in self._find_changes(name):
@@ -745,7 +745,7 @@ class LoraPatch:
                 "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
-        # the file's names have the prefix of the text encoder
+        # in the file, names have the text encoder's prefix
         if lora.encoder:
             keys = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
         lora_family = lora.family()

@@ -433,7 +433,7 @@ def _convert_one(lora: LoraFile, output: Path, conversion: Conversion) -> None:
 def _convert_both_experts(
     lora_by_expert: Mapping[str, LoraFile], output: Path, conversion: Conversion
 ) -> None:
-    """Write one file of diffusers' dialect with a LoRA for each expert.
+    """Write one file in diffusers' format with a LoRA for each expert.
 
     Args:
         lora_by_expert: LoRA of each expert.

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def fit_depths(
     weighted_loras: Sequence[WeightedLora], names: Iterable[str], model: Path | str = "the model"
 ) -> list[WeightedLora]:
-    """Map the blocks of LoRAs to those of a deeper or shallower model; LoRAs of the same depth are unchanged.
+    """Map LoRA blocks to the blocks of a deeper or shallower model; LoRAs of the same depth are unchanged.
 
     Args:
         weighted_loras: LoRA files with their strengths.
@@ -34,7 +34,7 @@ def fit_depths(
         model: File of the model, for messages.
 
     Raises:
-        CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
+        CheckpointError: For a LoRA whose blocks cannot be mapped to the model's blocks.
     """
     # None: the LoRA's model has no deeper variants
     variants_of_loras = [weighted_lora.lora.depth_variants for weighted_lora in weighted_loras]

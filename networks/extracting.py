@@ -412,11 +412,11 @@ def _extract_module(
     Args:
         module: The module, its rank, and the piece of the tensor that is its weight.
         difference: Change of the tensor.
-        quantile: Quantile of the factors' values to which they are limited.
+        quantile: Quantile of the factors' values at which they are clamped.
         dtype: Dtype of the factors.
-        accuracy: Accumulates how much of the change the LoRA keeps.
+        accuracy: Accumulates how much of the change the LoRA reproduces.
     """
-    # the rows of the tensor that are this module's weight
+    # the part of the tensor that is this module's weight
     change = module.piece.take_rows(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
     accuracy.add(change.flatten(1), up @ down)
@@ -471,9 +471,9 @@ def _compute_randomized_svd(change: Tensor, rank: int, name: str) -> tuple[Tenso
     Args:
         change: The matrix.
         rank: Number of accurate singular values.
-        name: Name that seeds the random numbers.
+        name: Name of the module, which seeds the random numbers.
     """
-    # some columns more than the rank make the first singular values accurate
+    # a few more columns than the rank make the first singular values accurate
     width = min(rank + OVERSAMPLING, *change.shape)
     generator = torch.Generator().manual_seed(derive_seed(0, name))
     # columns that span the range of the matrix; each power iteration weakens small singular values

@@ -79,8 +79,8 @@ def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slic
 def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
     """Return the rows of a part if the fused weight has the proportions of the published model; else None.
 
-    This is for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
-    weight are swapped, all rows are returned, because the rotation is the same for each row.
+    This is for input rotations, whose tensors do not reveal how many rows a module has. If a weight's halves
+    are swapped, all rows are returned, because the rotation is the same for each row.
 
     Args:
         part: The part.
@@ -175,11 +175,11 @@ def _count_rows_of_parts(
 
 
 def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | None]) -> dict[str, Factors]:
-    """Split the factors of a fused module; return those of each part by module name.
+    """Split the factors of a fused module; return {module name of each part: factors}.
 
     Args:
         factors: Factors of the fused module.
-        rows_by_part: Number of rows of each part; None for a part that the model does not have.
+        rows_by_part: Number of rows of each part; None for a part that the model lacks.
 
     Raises:
         FusionError: If the factors cannot be split.
@@ -194,7 +194,7 @@ def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | 
             f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the whole weight"
         )
     ordered = sorted(slices, key=lambda part: _start_of(slices[part]))
-    # a LoRA that was joined from LoRAs of the parts is split into these, with their own ranks
+    # a LoRA that was joined from LoRAs of the parts is split into them again, with their own ranks
     separate_loras = joined_blocks(factors, [known_rows[part] for part in ordered])
     if separate_loras:
         return {OURS + part.name: lora for part, lora in zip(ordered, separate_loras, strict=True)}
@@ -597,10 +597,10 @@ def _cover_all_rows(ranges: Sequence[tuple[int, int]], num_rows: int) -> bool:
 
 
 def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
-    """Return the full change of a weight with `num_rows` rows, float32, from the changes of its parts.
+    """Return the full float32 change of a weight with `num_rows` rows from the changes of its parts.
 
     Args:
-        parts: Factors with their rows, in the order of the rows.
+        parts: Factors of each part, ordered by rows.
         num_rows: Number of rows of the weight.
 
     Raises:
@@ -609,7 +609,7 @@ def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factor
     part_deltas = [read_delta(part.factors) for part in parts]
     _check_full_matrices(part_deltas, parts, num_rows)
     changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
-    # None: a part without a change of the weight
+    # None for a part that does not change the weight
     input_shapes = {None if change is None else change.shape[1:] for change in changes}
     input_shape = input_shapes.pop()
     if input_shapes or input_shape is None:

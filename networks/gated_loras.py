@@ -617,12 +617,12 @@ def find_parameters(
 
 
 def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option: str) -> dict[str, Delta]:
-    """Return the changes that a file makes to the modules of a model; warn of modules that the model lacks.
+    """Return the changes that a LoRA makes to a model's modules; warn of modules that the model lacks.
 
     Args:
         lora: The LoRA file.
         parameters: Result of `find_parameters` for the model.
-        option: The option with the file, for messages.
+        option: Option that sets the file, for messages.
 
     Raises:
         CheckpointError: If the file does not fit the model.

@@ -178,11 +178,11 @@ def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[st
 def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
     """Return the tensors of a file that uses only our names; None if it uses any other name.
 
-    Our own files are read this way, which is fast because no other program's names are tried.
+    Files written by us are read this way, which is fast because no other program's names are tried.
 
     Args:
         tensors: Tensors by name.
-        family: Family that the metadata name.
+        family: Family named in the metadata.
     """
     paths: dict[str, str] = {}
     for key in tensors:

@@ -300,8 +300,8 @@ class LoraLayer(nn.Module):
     def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's product may be added in place to the output of the frozen module.
 
-        It may not in compiled code, which fuses the operations by itself, with `combine_outputs`, which
-        needs both outputs, and for small tensors.
+        Not in compiled code, which fuses the operations by itself, nor with `combine_outputs`, which needs
+        both outputs, nor for small tensors.
 
         Args:
             x: Input of the layer.

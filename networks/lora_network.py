@@ -256,7 +256,7 @@ class OwnNetwork(nn.Module):
                 label = f"{label} x {factor:g}"
                 rate = rate * factor
             if rate == 0 and any(rates.values()):
-                continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs one
+                continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs a group
             for parameter in layer.parameters():
                 if lora_plus_ratio is not None and parameter is layer.lora_up.weight:
                     group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * lora_plus_ratio})

@@ -9,10 +9,10 @@ from modules.paths import explain_missing
 
 
 def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Path, float]]:
-    """Return the file and the multiplier in each string `FILE[:MULTIPLIER]`.
+    """Split each string `FILE[:MULTIPLIER]` into a path and a multiplier.
 
     Args:
-        option: Option with the strings, for messages.
+        option: Option that sets the strings, for messages.
         texts: The strings.
 
     Raises:

@@ -215,9 +215,9 @@ class LoraRounding:
         The counts are for the summary that is logged after merging.
 
         Args:
-            dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
-            sample: Some rows of the weight and of its change, which show how much of the change rounding to
-                the nearest loses; None without them (`needs_samples` says whether they are needed).
+            dtype: 16-bit dtype to which the weight is rounded; None if it stays in float32.
+            sample: Some rows of the weight and of its change, which show how much of the change is lost by
+                rounding to the nearest; None if no sample was taken (see `needs_samples`).
         """
         self._num_changed += 1
         if dtype is None:
@@ -229,7 +229,7 @@ class LoraRounding:
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
                 file_loss = self._losses.setdefault(path, RoundingLoss())
-                # scaled up from the sampled rows to the whole weight
+                # extrapolated from the sampled rows to the whole weight
                 file_loss.error_dot_change += loss.error_dot_change / sample.sampled_fraction
                 file_loss.squared_change += loss.squared_change / sample.sampled_fraction
         self._num_random += is_random

@@ -95,7 +95,7 @@ class SharedInput:
         Returns:
             The input, ... in, and the product, ... R.
         """
-        # the first layer of the group in this pass computes the products of all
+        # the first layer of the group in this pass computes the products for all layers
         if self._input_of_products is not x or layer not in self._products:
             self._input_of_products = x
             self._frozen_input = x
@@ -106,7 +106,7 @@ class SharedInput:
             parts = product.split(self.ranks, -1)
             self._products = dict(zip(self.layers, parts, strict=True))
         assert self._frozen_input is not None
-        frozen_input = self._frozen_input  # read first, because `_pop_product` may forget it
+        frozen_input = self._frozen_input  # read first, because `_pop_product` may release it
         return frozen_input, self._pop_product(layer)
 
     def compute(self, layer: GroupedLayer, x: Tensor) -> Tensor:

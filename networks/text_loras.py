@@ -51,12 +51,12 @@ def select_for_network(
 
 
 def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | None) -> LoraFile:
-    """Return the part of a LoRA for one text encoder, with names and without metadata as for a transformer.
+    """Return a LoRA's part for one text encoder, named as in a LoRA for a transformer, without its metadata.
 
     Args:
         lora: The LoRA file.
         prefix: Prefix of the text encoder in LoRA files.
-        prefixes: Prefixes of all text encoders of the model; None if the LoRA uses these prefixes already.
+        prefixes: Prefixes of all text encoders of the model; None if the LoRA already uses these prefixes.
     """
     text_tensors = lora.text_tensors
     if prefixes is not None:

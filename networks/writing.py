@@ -480,7 +480,7 @@ def convert_to_our_layout(tensors: Mapping[str, Tensor], family: FamilyNames | N
 def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
     """Convert modules of a layout that fuses some of our modules, or names them differently, to ours.
 
-    A module that cannot be split is left unsplit, with a warning.
+    A module that cannot be split stays fused, with a warning.
     """
     split: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():

@@ -90,7 +90,7 @@ class DoraKind(NetworkKind):
         extend(layer)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why files of a format cannot contain a DoRA; "" if they can."""
+        """Return why files of a --lora_format cannot contain a DoRA; "" if they can."""
         if family is None:  # such networks have their own formats, and check them
             return ""
         if name == COMFYUI:

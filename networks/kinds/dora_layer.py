@@ -47,7 +47,7 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
-    """Return the norms of the rows of W + change, float32, without computing the change.
+    """Return the row norms of W + change, float32, without computing the change.
 
     For a row w of W, a row b of the up factor, the down factor A, and s = alpha / rank:
     |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
