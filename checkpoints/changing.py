@@ -314,7 +314,7 @@ def existing_shards(path: Path) -> list[Path]:
     digits = "[0-9]" * 5
     shard_ending = f"-00000-of-00000{path.suffix}"
     shards = []
-    # the stem is compared instead of put into the pattern, because it may have characters such as [ or *
+    # the stem is not put into the pattern, because it may contain characters such as [ or *
     for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}"):
         if file.name[: -len(shard_ending)] == path.stem:
             shards.append(file)

@@ -287,11 +287,11 @@ def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, 
         checkpoint: The open file.
         right_kind: Description of the kind that the option takes.
         option: The option.
-        give: Description of files of the right kind.
+        give: Description of files that the option takes.
 
     Raises:
-        CheckpointError: If the file is quantized in an unsupported format, because its tensors may then be
-            those of the right kind under other names.
+        CheckpointError: If the file is quantized in an unsupported format; its tensors may then have other
+            names although the kind is right.
     """
     reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)

@@ -252,10 +252,10 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 
 def _list_folder_files(folder: Path) -> list[Path]:
-    """Return the files of the only model in a folder: those of an index, all shards, or a single file.
+    """Return the files of the only model in a folder: files in an index, all shards, or a single file.
 
     Raises:
-        CheckpointError: If the folder has no model or several, or if a file is missing.
+        CheckpointError: If the folder has no model or several models, or if a file is missing.
     """
     indexes = sorted(folder.glob("*.index.json"))
     if len(indexes) == 1:
@@ -301,7 +301,7 @@ def _list_shards(name: str) -> list[str]:
 
 
 def _read_index(path: Path) -> list[Path]:
-    """Return the files that an index of shards names, all of them in the folder of the index or below."""
+    """Return the files listed in an index of shards; all must be in the index's folder or below."""
     try:
         names = set()
         for name in parse_json(read_text(path))["weight_map"].values():

@@ -398,7 +398,7 @@ def _write_gguf(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write layers as Q8_0, small tensors in float32, and all others unchanged; return the number of layers.
+    """Write layers as Q8_0, small tensors in float32, others unchanged; return the number of layers.
 
     `device` is not used: the package gguf rounds on the CPU.
     """
@@ -424,7 +424,7 @@ def _write_gguf(
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
         for key, text in metadata.items():
             writer.add_string(key, text)
-        # the list of all tensors comes first in the file, then their data in the same order
+        # the file starts with the list of all tensors, followed by their data in the same order
         gguf_types = {
             name: _declare_in_gguf(writer, checkpoint, name, name in layers) for name in checkpoint.tensors
         }
@@ -498,7 +498,7 @@ def _write_bf16(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write quantized weights in bfloat16 and others unchanged; return the number of quantized weights."""
+    """Write quantized weights in bfloat16 and all others unchanged; return how many were quantized."""
     dequantized = dequantized_on_read(checkpoint, device)
     if dequantized is checkpoint:
         raise CheckpointError(

@@ -175,7 +175,7 @@ def _add_up(name: str, first_tensor: Tensor, terms: Sequence[_Term]) -> Tensor:
 
 
 def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_only: bool) -> None:
-    """Raise CheckpointError if a checkpoint is not of the same model and layout as the first."""
+    """Raise CheckpointError if a checkpoint differs from the first one in model or layout."""
     common = merged & other.tensors.keys()
     if not common:
         tensor_kind = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"

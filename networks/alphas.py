@@ -209,8 +209,8 @@ def _merge_settings(sources: Sequence[_AlphaSource], alpha: float | None) -> dic
 def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Restore alphas that were folded into the factors of a file written by us; return all tensors.
 
-    The changes of the weights stay the same. Factors keep their dtype if the division is exact; otherwise
-    they become float32.
+    The weight changes stay the same. Factors keep their dtype if the division is exact; otherwise they become
+    float32.
 
     Args:
         tensors: Tensors under our names.

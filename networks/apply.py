@@ -206,10 +206,10 @@ class Change:
         return replace(self, delta=replace(self.delta, factors=layer_factors), row_slice=layer_rows)
 
     def _fit_to_related_module(self, related: RelatedModule, weight: Tensor) -> "Change":
-        """Return the change for a weight that contains the LoRA's module, or is a part of it.
+        """Return the change for a weight that contains the LoRA's module, or that is a part of it.
 
         A LoRA for q gets the rows of q in a qkv weight. A LoRA for qkv is cut to the rows of a q weight. If
-        the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
+        the row counts do not match, the change is returned unchanged, and `fit` reports its shape.
 
         Raises:
             MismatchError: If the part has as many rows as the whole, or if magnitudes need the whole weight.
@@ -473,11 +473,11 @@ class LoraPatch:
         is_masked: bool = False,
         family: str | None = None,
     ) -> None:
-        """Read the changes of all files by parameter name.
+        """Collect the changes of all files by parameter name.
 
         Args:
             weighted_loras: LoRA files in the order in which they are added.
-            parameter_names: Tensor names of a model file in another layout, such as that of diffusers.
+            parameter_names: Tensor names of a model file in another layout, such as diffusers'.
             model: File of the model, for messages.
             rounding: How changed 16-bit weights are rounded; None rounds to the nearest.
             is_masked: Whether the changes cannot be merged because their ranks are masked by the noise level.
@@ -485,7 +485,7 @@ class LoraPatch:
         """
         self._is_masked = is_masked
         self._family = family
-        # family of the model and of all files, whose layouts alone are searched; None searches all families
+        # family of the model and of all files, to search only its layouts; None searches all families
         self._common_family: FamilyNames | None = None
         lora_families = {weighted_lora.lora.trusted_family for weighted_lora in weighted_loras}
         if len(lora_families) == 1:
@@ -512,7 +512,7 @@ class LoraPatch:
         }
         # id of a `WeightedLora` -> clause about its first layer, if the model has other input channels
         self._channel_errors: dict[int, str] = {}
-        self._modules: dict[str, None] = {}  # modules of the weights passed in so far, as an ordered set
+        self._modules: dict[str, None] = {}  # modules of the weights passed in so far, in order
         # parameter -> its changes that match the patterns; filled by `_find_changes`
         self._changes_by_parameter: dict[str, list[FoundChange]] = {}
         # module name in the model's file -> our name; {} if no family has such modules

@@ -86,13 +86,13 @@ class BlockSettings:
         return bool(self.rate_factors) and self.rate_factor_of(path) <= self.threshold
 
     def rank_and_alpha_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
-        """Return the rank and alpha of a module; None if no list gives a rank.
+        """Return the rank and alpha of a module; None if no per-block list gives a rank.
 
         An alpha of None means the network's alpha.
 
         Args:
             path: Dotted path of the module.
-            is_convolution: Whether the module is a convolution larger than 1 x 1.
+            is_convolution: Whether the module is a convolution with a kernel larger than 1 x 1.
         """
         index = self.number_of(path)
         ranks = self.values_by_argument.get(CONV_DIMS if is_convolution else DIMS)

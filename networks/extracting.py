@@ -189,7 +189,7 @@ def _extract_blocks(
     Args:
         options: Options of the run.
         weights: Selects the weights.
-        get_base_model_entries: Returns the metadata entries about the original model.
+        get_base_model_entries: Returns the LoRA metadata that describes the original model.
 
     Raises:
         CheckpointError: If these tensors are missing or differ in shape.
@@ -503,7 +503,7 @@ def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Te
 
 
 def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: Sequence[str]) -> None:
-    """Raise CheckpointError if the two models do not have the same tensors with the same shapes.
+    """Raise CheckpointError unless both models have the same tensors with the same shapes.
 
     Args:
         pair: Files of both models.

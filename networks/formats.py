@@ -183,7 +183,7 @@ def _metadata_of_scalings(scalings: Mapping[int, set[float]]) -> dict[str, str]:
 def select_format(
     options: NetworkOptions, family_name: str, module: str, texts: Mapping[str, str]
 ) -> LoraFormat | None:
-    """Return the format of --lora_format, or the family's default; None for another package's network.
+    """Return the file format of --lora_format, or the family's default; None for another package's network.
 
     If the default format cannot express the network, KNOWN (the names of the known tuners) is used, and the
     reason is logged.
@@ -192,7 +192,7 @@ def select_format(
         options: Options of the network.
         family_name: Name of the family.
         module: Name of the module that builds the network.
-        texts: Names of the text encoders that are trained, by the prefix of their modules' names.
+        texts: Names of the trained text encoders, by the prefix of their module names.
 
     Raises:
         OptionError: If the format of --lora_format cannot express the network.

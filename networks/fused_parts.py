@@ -647,7 +647,7 @@ def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None],
 
 
 def _restore_layer(parts: Sequence[Factors]) -> Factors | None:
-    """Return the factors of the layer that was split by rows into these parts; None if they are unrelated."""
+    """Return the factors of the layer that was split by rows into these parts; None if they do not match."""
     first = parts[0]
     names = first.keys()
     delta = read_delta(first)

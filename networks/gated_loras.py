@@ -247,7 +247,7 @@ class LoraBranch:
         return addition
 
     def _apply_low_rank(self, x: Tensor) -> Tensor:
-        """Return what the LoRA adds to the output of its layer for x, in the layer's dtype."""
+        """Return what the LoRA adds to its layer's output for input x, in the dtype of the factors."""
         down, *core, up = self._low_rank_factors
         if self.target.is_linear:
             hidden = self._apply_down(x, down)  # includes the multiplier
@@ -346,7 +346,7 @@ class LoraWrapper(nn.Module):
             branch.release()
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Run the module, and add the outputs of the active branches, each within its region of the image."""
+        """Run the module, and add the output of each active LoRA within its image region."""
         active: list[LoraBranch] = []
         if self.is_on:
             active = [branch for branch in self.branches if branch.multiplier != 0]
@@ -359,7 +359,7 @@ class LoraWrapper(nn.Module):
             return self._run_with_replacement(active, x)
         rotations = [branch for branch in active if branch.rotates_input]
         if rotations and self._is_innermost:  # other wrappers inside need the original input
-            # the changes of the input add up, so the module runs once for all rotations
+            # changes of the input can be summed, so the module runs once for all rotations
             change = functools.reduce(torch.add, [branch.compute_input_change(x) for branch in rotations])
             out = self._inner_forward(x + change)
             active = [branch for branch in active if not branch.rotates_input]

@@ -86,9 +86,9 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, sizes: Sequence[int
 
     Args:
         total: Tensor to add to, M x (C of all parts), contiguous.
-        left: Left matrices side by side, M x P R.
-        right: Right matrices, transposed, one below another, (C of all parts) x R.
-        sizes: Sizes C of the parts; if they are equal, one batched product computes all parts.
+        left: Left matrices side by side, M x P R for P parts.
+        right: Right matrices, transposed and stacked vertically, (C of all parts) x R.
+        sizes: Number of columns C of each part; if all are equal, one batched product computes all parts.
     """
     count = len(sizes)
     if len(set(sizes)) == 1:

@@ -223,7 +223,7 @@ class LoraLayer(nn.Module):
         factors = self._factors_in(x.dtype)
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
         if shared is None:
-            # the same tensor as x; in the backward pass, the LoRA's gradient is added to the frozen module's
+            # a view of x; in the backward pass, the LoRA's gradient is added to the frozen module's gradient
             frozen_input, hidden = project_in_place_gradient(x, down)
         else:
             frozen_input, hidden = shared.multiply(self, x, adds_gradient_in_place=True)

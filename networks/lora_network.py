@@ -221,12 +221,12 @@ class OwnNetwork(nn.Module):
         """Return parameter groups for the optimizer, and the name of each group for logs.
 
         Modules with a rate of 0 are left out. With LoRA+, the up factors have their own groups. If patterns
-        of network_reg_lrs match a module, the last one sets its rate.
+        in network_reg_lrs match a module, the last match sets its rate.
 
         Args:
             learning_rate: Default learning rate.
             unet_lr: Rate of the DiT's modules; None for `learning_rate`.
-            text_encoder_lr: Rates of the trained text encoders in order; the last rate applies to all further
+            text_encoder_lr: Rates of the trained text encoders in order; the last rate applies to all other
                 encoders. None for `learning_rate`.
         """
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
@@ -244,7 +244,7 @@ class OwnNetwork(nn.Module):
             prefix = prefix_of(name)
             rate = rates[prefix]
             label = prefix
-            lora_plus_ratio = self.settings.loraplus_encoder_ratio  # rate of the up factor to the other
+            lora_plus_ratio = self.settings.loraplus_encoder_ratio  # up rate / down rate
             if prefix == UNET:
                 label = "unet"
                 lora_plus_ratio = self.settings.loraplus_lr_ratio
@@ -264,7 +264,7 @@ class OwnNetwork(nn.Module):
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
         labels = [*groups]
-        if any(label.endswith(" plus") for label in labels):  # groups of LoRA+ follow those of their modules
+        if any(label.endswith(" plus") for label in labels):  # each LoRA+ group follows its modules' group
             labels = _sort_labels(labels)
         return [groups[label] for label in labels], labels
 

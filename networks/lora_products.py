@@ -220,11 +220,11 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def rows_of_fused_parts(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
-    """Return the number of rows of each part of a fused layer: q, k, v, or q, k, v and the MLP's first layer.
+    """Return the row count of each part of a fused layer: q, k, v, or q, k, v and the MLP's first layer.
 
     With 3 parts, queries have as many rows as the weight has columns, but at least a third of all rows (heads
     may be wider than their input). Keys and values, which may have fewer heads, share the remaining rows.
-    With 4 parts, q, k and v all have as many rows as the weight has columns.
+    With 4 parts, q, k and v each have as many rows as the weight has columns.
 
     Args:
         num_parts: Number of parts.
@@ -232,7 +232,7 @@ def rows_of_fused_parts(num_parts: int, rows: int, columns: int) -> tuple[int, .
         columns: Number of columns of the layer's weight.
 
     Returns:
-        The numbers of rows, or () if the sizes do not fit.
+        The row counts; () if the sizes do not fit.
     """
     split_sizes: tuple[int, ...] = ()
     if num_parts == 3:

@@ -562,12 +562,12 @@ class _LowRank(NamedTuple):
 
 
 def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowRank:
-    """Return the factors of a sum, with the ranks of all summands concatenated; alpha is the rank.
+    """Return the factors of a weighted sum, with the ranks of all LoRAs concatenated; alpha is the rank.
 
     Args:
         name: Name of the module, for messages.
         summands: The factors of each LoRA for the module.
-        device: Device that computes.
+        device: Device to compute on.
 
     Raises:
         CheckpointError: If the sizes of the summands differ.

@@ -497,10 +497,10 @@ def _make_layers_of_file(
     modules_by_name: Mapping[str, ModuleWithPath],
     settings: LoraSettings,
 ) -> dict[str, nn.Module]:
-    """Return a layer, with the sizes of a file's factors, for each of its modules that the model has.
+    """Return a trainable layer for each module in a file that the model has, with the same factor shapes.
 
     Raises:
-        CheckpointError: If a module has factors of another kind of network.
+        CheckpointError: If a module has factors of a different network kind.
     """
     layers: dict[str, nn.Module] = {}
     for name, factors in factors_by_module.items():

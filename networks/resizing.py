@@ -253,10 +253,10 @@ def _plain_file_command(source: Path, *options: str) -> str:
 
 
 def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
-    """Return the modules of a file that have both factors of a LoRA.
+    """Return the modules in a file that have both factors of a LoRA.
 
     Args:
-        shapes: Shapes of its tensors, by name.
+        shapes: Shapes of the file's tensors, by name.
     """
     modules: list[FactorNames] = []
     for down in shapes:
@@ -409,7 +409,7 @@ def _divide(dividend: Any, divisor: Any) -> float:
 def _change_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
-    """Return the changed metadata entries: ranks, alphas, and a comment that describes the change.
+    """Return the metadata that changes: ranks, alphas, and a comment that describes the resizing.
 
     Args:
         metadata: Metadata of the old file.
@@ -418,7 +418,7 @@ def _change_metadata(
     """
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
-    # ss_network_dim describes the linear layers, or the convolutions if there are no others
+    # ss_network_dim describes the linear layers, or the convolutions if there are no linear layers
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:
@@ -466,8 +466,8 @@ def _describe_module(module: ResizedModule) -> str:
 
 
 def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> None:
-    """Print a summary: sizes, ranks, and how much of the norm was kept."""
-    # modules that learned nothing would only distort the averages
+    """Print a summary: sizes, ranks, and how much of the norm is preserved."""
+    # modules that have learned nothing would only distort the averages
     learned = [module for module in modules if module.has_learned] or modules
     kept_percentages = [100 * module.kept_norm for module in learned]
     mean = float(np.mean(kept_percentages))

@@ -199,7 +199,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
 def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     """Join the numbered LoRAs of each module into one LoRA with a block-diagonal up factor.
 
-    Modules without their own alpha have the alpha for all modules, if the file has one.
+    Modules without their own alpha get the file's global alpha, if it has one.
     """
     joined = dict(tensors)
     joined_lora_counts: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
@@ -210,7 +210,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
         loras = _order_loras(keys_by_number, tensors, alpha)
-        # numbered factors that cannot be joined are left as they are
+        # numbered factors that cannot be joined are unchanged
         if not _can_be_joined(module, list(keys_by_number), loras):
             continue
         # the joined LoRA replaces the numbered factors and the module's alpha

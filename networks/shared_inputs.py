@@ -84,16 +84,16 @@ class SharedInput:
         return self._cast_input
 
     def multiply(self, layer: GroupedLayer, x: Tensor, adds_gradient_in_place: bool) -> tuple[Tensor, Tensor]:
-        """Return the input for the frozen module of a layer, and the input times the layer's down factor.
+        """Return the input for a layer's frozen module, and the input times the layer's down factor.
 
         Args:
             layer: One of the layers.
-            x: Input, ... in, in the dtype of the factors.
+            x: Input, ... x in, in the dtype of the factors.
             adds_gradient_in_place: Whether the gradient of the input is added in place; the value for the
-                first layer counts for all.
+                first layer applies to all layers.
 
         Returns:
-            The input, ... in, and the product, ... R.
+            The input, ... x in, and the product, ... x R.
         """
         # the first layer of the group in this pass computes the products for all layers
         if self._input_of_products is not x or layer not in self._products:

@@ -128,9 +128,9 @@ def find_expert_prefixes() -> Mapping[str, str]:
 
 @cache
 def _known_prefixes() -> _KnownPrefixes:
-    """Return the known prefixes of names in LoRA files."""
+    """Return the known prefixes of names in LoRA files, and what each of them shows."""
     expert_prefixes = find_expert_prefixes()
-    # prefixes of other networks with the same modules in diffusers' pipelines
+    # prefixes of other networks in diffusers' pipelines that have the same modules
     diffusers_prefixes = tuple(prefix for family in FAMILIES for prefix in family.more_diffusers_prefixes)
     dialects_of_kinds = {prefix: dialect for kind in KINDS for prefix, dialect in kind.starts.items()}
     dialects = {
@@ -156,7 +156,7 @@ def _known_prefixes() -> _KnownPrefixes:
     underscored = {prefix.replace(".", "_"): dialect for prefix, dialect in dialects.items()}
     return _KnownPrefixes(
         for_undotted_names={**dialects, **underscored},
-        # only with dots: with an underscore, the first of these two is our own prefix
+        # only with dots: with an underscore, the first of them is our own prefix
         for_dotted_names={**dialects, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
         # such as `lora_transformer_`
         underscored_tool_prefixes=tuple(prefix for prefix in dialects if prefix.endswith("_")),

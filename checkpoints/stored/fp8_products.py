@@ -59,12 +59,12 @@ def row_scaled_product(
     dtype: torch.dtype,
     uses_fast_accumulation: bool,
 ) -> Tensor:
-    """Return a @ b times both scales, plus bias, applying scales and bias while sums are in registers.
+    """Return a @ b times both scales, plus bias; scales and bias are applied while sums are in registers.
 
-    a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
+    a is M x K and b is K x N, both e4m3; scale_a is M x 1, scale_b is 1 x N, bias is N.
 
     The result is rounded to bfloat16 even if `dtype` is float16, because only Hopper GPUs support other
-    results with row-wise scales. Up to MAX_TOKENS_WITHOUT_ROW_SCALES rows are left to
+    result dtypes with row-wise scales. Up to MAX_TOKENS_WITHOUT_ROW_SCALES rows are left to
     `tensor_scaled_product`, because torch lacks row-wise kernels for some sizes of so few rows.
     """
     if len(a) <= MAX_TOKENS_WITHOUT_ROW_SCALES:

@@ -90,7 +90,8 @@ class PackedRowFormat:
         """Concatenate packed weights along their rows.
 
         Returns:
-            None if an additional tensor covers all rows of a part, or is missing in some parts.
+            The joined weight; None if a companion (such as a scale) covers all rows of a part, or if some
+            parts lack it.
         """
         joined: list[Tensor | None] = []  # the packed weight, then its companions, such as scales
         for index in range(1 + len(self.companions)):

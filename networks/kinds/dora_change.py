@@ -42,22 +42,21 @@ class DoraAlgebra(Algebra):
 
 
 def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool = False) -> Tensor:
-    """Return DoRA's addition to a weight at multiplier 1, float32.
+    """Return DoRA's float32 addition to a weight at multiplier 1.
 
-    The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
-    Multipliers scale this difference, so that 0 changes nothing.
+    The sum of weight and delta gets new row or column norms: `magnitudes * sum / norm - weight`. Multipliers
+    scale this difference, so that 0 changes nothing.
 
     Args:
         weight: Frozen weight, out x in (x kernel).
         delta: Change of the weight, of the same shape.
         magnitudes: New norms, out x 1 (x 1 ...) or 1 x in (x 1 ...).
-        uses_frozen_norms: Whether norms by output are divided by those of the frozen weight alone, as in
-            ComfyUI.
+        uses_frozen_norms: Whether row norms are divided by the frozen weight's norms, as in ComfyUI.
     """
     weight = weight.float()
     magnitudes = magnitudes.to(weight.device, torch.float32)
     changed = weight + delta.reshape(weight.shape)
-    # the axis whose rows or columns keep a norm each
+    # axis with one norm per index
     axis = 1 if is_by_input(magnitudes) else 0
     uses_frozen = uses_frozen_norms and axis == 0  # ComfyUI does so only for norms by output
     norms = norms_of(weight if uses_frozen else changed, axis)

@@ -70,11 +70,11 @@ class TLoraKind(NetworkKind):
     )
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> TLoraRule | None:
-        """Return the rule that --network_args describe; None unless the switch is on.
+        """Return the T-LoRA rule that --network_args describe; None unless T-LoRA is switched on.
 
         Raises:
-            OptionError: If other arguments are given without the switch, or if all ranks would be active at
-                all noise levels.
+            OptionError: If other arguments are set without the switch, or if all ranks would be active at all
+                noise levels.
         """
         if not values.get(SWITCH, False):
             unused = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
