@@ -213,7 +213,7 @@ def rename(name: str, change: CheckpointChange) -> str:
 
 
 def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
-    """Raise OptionError if options select no tensor, or if a prefix matches or leaves nothing."""
+    """Raise OptionError if options select no tensor, or if a prefix matches nothing or an entire name."""
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
@@ -306,10 +306,10 @@ def _rename_layers(
 
 
 def existing_shards(path: Path) -> list[Path]:
-    """Return the files of an existing sharded model: its index, if any, then all shards.
+    """Return the files of an existing sharded model: its index, if it has one, then all shards.
 
-    Remove them in this order, so that the index never names missing files. `path` is the name that a single
-    file of the model would have.
+    Remove them in this order, so that the index never refers to missing files. `path` is the name that a
+    single file of the model would have.
     """
     digits = "[0-9]" * 5
     shard_ending = f"-00000-of-00000{path.suffix}"

@@ -62,18 +62,18 @@ def load_planned(
 
     Args:
         plan: The plan; its checkpoint must be open.
-        build: Makes the network from the plan's dimensions; called on the meta device.
+        build: Builds the network from the plan's configuration; called on the meta device.
         device: Device of the network.
-        dtype: Dtype of all tensors, or a function of our name and the dtype in the file that returns it.
+        dtype: Dtype of all tensors, or a function that maps our name and the dtype in the file to it.
         label: Option or name of the network, for messages.
         form: Module of `checkpoints.stored` that quantizes linear layers; None keeps the file's format,
             except that fp8 is dequantized.
         host: Keeps some of the tensors in host memory.
-        blocks: Splits blocks over processes; None for all blocks here.
+        blocks: Shards blocks across processes; None keeps all blocks in this process.
 
     Raises:
         CheckpointError: If tensors are missing, unexpected, misshaped, NaN or infinite, or if the file stores
-            weights in a format other than `form`.
+            weights in a quantized format other than `form`.
     """
     with on_meta_device():
         network = build(plan.config)

@@ -166,13 +166,13 @@ def open_file(path: Path) -> TensorFile:
             from checkpoints.gguf_files import GgufFile  # only for GGUF
 
             return GgufFile(path)
-        if start[8:9] == b"{":  # checked first: the 8 bytes of length before it may look like a pickle
+        if start[8:9] == b"{":  # checked first: the 8 length bytes before it may look like a pickle
             return SafetensorsFile(path)
         if start[:4] == ZIP or start[:1] == PICKLE:
             return TorchFile(path)
         if is_pointer_or_page(start):
             raise CheckpointError(f"{path} {describe_kind(start)}", path)
-        if path.suffix in {".safetensors", ".sft"}:  # damaged; opening it says how
+        if path.suffix in {".safetensors", ".sft"}:  # damaged; opening it raises an error that says how
             return SafetensorsFile(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error

@@ -510,7 +510,7 @@ class LoraPatch:
         self._applied_keys: dict[int, set[str]] = {
             id(weighted_lora): set() for weighted_lora in weighted_loras
         }
-        # id of a `WeightedLora` -> clause about its first layer, if the model has other input channels
+        # id of a `WeightedLora` -> clause about its first layer if the input channels differ
         self._channel_errors: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # modules of the weights passed in so far, in order
         # parameter -> its changes that match the patterns; filled by `_find_changes`
@@ -759,9 +759,9 @@ class LoraPatch:
         )
 
     def _find_changes(self, name: str) -> list[FoundChange]:
-        """Return the changes of a parameter of the model (cached), and record its keys and module as present.
+        """Return the changes of a model parameter (cached), and record its keys and module as present.
 
-        A LoRA may name the parameter's module itself, a part of it (q for qkv), or a module around it.
+        A LoRA may name the parameter's module itself, a part of it (q for qkv), or a module that contains it.
         """
         if name in self._changes_by_parameter:
             return self._changes_by_parameter[name]
@@ -824,18 +824,18 @@ class OriginalWeights:
         self._originals: dict[str, Tensor] = {}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Keep a copy of the weight if a LoRA changes it, and return the weight unchanged.
+        """Keep a copy of the weight if a LoRA changes it; return the weight unchanged.
 
         Args:
             name: Name of the weight.
             weight: The weight.
-            target: Unused here: `switch` reads the dtype from the network.
+            target: Not used: `switch` reads the dtype from the network.
 
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
         name_in_file = self._to_published_name(name)
-        # on the meta device, `add_to` only compares shapes and notes which changes apply
+        # on the meta device, `add_to` only compares shapes and records which changes apply
         self._patch_of_all_loras.add_to(name_in_file, deltas.to_meta_tensor(weight))
         if self._patch_of_all_loras.changes_parameter(name_in_file):
             self._originals[name] = weight.detach().to(CPU, copy=True)

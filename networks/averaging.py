@@ -167,7 +167,7 @@ def _list_decays(count: int, options: AveragingOptions) -> list[float]:
 def find_gamma(sigma_rel: float) -> float:
     """Return the gamma >= 0 for which t^gamma has the standard deviation `sigma_rel` on 0..1, by bisection.
 
-    Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
+    Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which decreases with gamma.
     """
     low = 0.0
     high = 1.0
@@ -179,7 +179,7 @@ def find_gamma(sigma_rel: float) -> float:
     while is_too_wide(high):  # find a range that contains the solution
         low = high
         high = 2 * high
-    # far more halvings than a double has bits
+    # more halvings than a double has mantissa bits
     for _ in range(100):
         middle = (low + high) / 2
         if is_too_wide(middle):

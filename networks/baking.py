@@ -253,13 +253,13 @@ def read_weight_of_module(
 
 @contextmanager
 def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
-    """Open model files of any layout, and yield their weights by the module names that LoRAs have.
+    """Open model files of any layout, and yield their weights by module name as in LoRA files.
 
     Only the headers of the files are read.
 
     Args:
         paths: Files of the model.
-        family: Family whose names in LoRA files the modules get; None keeps the names in the files.
+        family: Family whose LoRA names the modules get; None keeps the names in the files.
     """
     weights: dict[str, list[StoredWeight]] = {}
     with ExitStack() as stack:
@@ -271,7 +271,7 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
                     continue
                 if family is not None:
                     module = alias(module, family)
-                # files of several text encoders may have modules of one name
+                # files of different text encoders may have modules with the same name
                 weights.setdefault(module, []).append(stored)
         yield weights
 

@@ -43,10 +43,10 @@ class BlockSettings:
         return float(self.arguments.get(THRESHOLD, 0))
 
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
-        """Return the settings with the blocks of a model and, if learning rates are set, a factor for each.
+        """Return a copy for the blocks of a model, with each block's learning rate factor if any are set.
 
         Args:
-            numbered: The model's blocks; None if they have no numbers for this purpose.
+            numbered: The model's blocks; None if they cannot be addressed by number.
 
         Raises:
             OptionError: If the model has no numbered blocks, or if a list has the wrong length.

@@ -161,7 +161,7 @@ class _Cast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of the factors; None for layers that did not run in this pass."""
-        narrow_gradients: list[Tensor | None] = []  # of the cast factors
+        narrow_gradients: list[Tensor | None] = []  # for the cast factors
         for gradient, split_sizes in zip(gradients, ctx.split_sizes, strict=True):
             if gradient is None:
                 narrow_gradients += [None] * len(split_sizes)

@@ -365,13 +365,13 @@ class ExtractionAccuracy:
 def _extract_factors(
     options: ExtractOptions, pair: Pair, plan: Plan, accuracy: ExtractionAccuracy
 ) -> dict[str, Tensor]:
-    """Return the tensors of the LoRA for the difference of two models.
+    """Return the LoRA tensors that approximate the difference between two models.
 
     Args:
         options: Options of the run.
         pair: Files of both models.
         plan: Modules to extract, by tensor.
-        accuracy: Accumulates how much of the change the LoRA keeps.
+        accuracy: Accumulates how much of the change the LoRA reproduces.
 
     Raises:
         CheckpointError: If the models are equal.

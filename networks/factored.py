@@ -85,7 +85,7 @@ class FactoredLayer(nn.Module):
     alpha: Tensor
 
     def __init__(self, original: Factored, shapes: Shapes, rank: int, alpha: float, product: Product) -> None:
-        """Make the factors for a frozen module; a Conv2d must have one group and pad with zeros.
+        """Create the factors for a frozen module; a Conv2d must have one group and zero padding.
 
         Args:
             original: The frozen module.

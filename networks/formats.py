@@ -118,7 +118,7 @@ class LoraFormat:
                 text_modules[module] = factors
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
-        folded_scalings: dict[int, set[float]] = {}  # rank in the file -> alpha / rank that were folded
+        folded_scalings: dict[int, set[float]] = {}  # rank in the file -> folded values of alpha / rank
         for scaling, group in self._group_by_scaling(in_dit).items():
             converted = self._convert_dit(group, is_folded=scaling is not None)
             written |= converted.tensors
@@ -223,7 +223,7 @@ def find_error(
         family: Names of the model's modules; None if unknown.
         options: Options of the network.
         module: Module that builds the network.
-        texts: Names of the text encoders that are trained, by the prefix of their modules' names.
+        texts: Names of the trained text encoders, by the prefix of their module names.
     """
     own_module = OWN_MODULES.get(module)
     if own_module is None:

@@ -123,9 +123,8 @@ def split_fused(
 ) -> dict[str, Tensor]:
     """Split LoRAs for fused modules into LoRAs for their parts; warn of LoRAs that cannot be split.
 
-    Each part gets the full down factor and alpha, and its rows of the up factor. Parts that the model does
-    not have are left out. Modules that are not fused, that cannot be split, or that have no part in the model
-    are unchanged.
+    Each part gets the full down factor and alpha, and its rows of the up factor. Parts that the model lacks
+    are left out. Modules that are not fused, cannot be split, or have no part in the model are unchanged.
 
     Args:
         tensors: Tensors under our names, with our prefix.
@@ -215,7 +214,7 @@ def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | 
 def _find_slices_of_parts(
     delta: Delta, known_rows: Mapping[RelatedModule, int], model_has_all: bool
 ) -> dict[RelatedModule, slice | Tensor]:
-    """Return the rows of each part in a fused weight; raise FusionError if the numbers of rows do not fit.
+    """Return the rows of each part in a fused weight; raise FusionError if the row counts do not match.
 
     Args:
         delta: Change of the fused weight.
@@ -767,7 +766,7 @@ def correct_split_alphas(
     part, so alpha / rank would be k times too small. These modules have block-diagonal up factors.
     """
     corrected = dict(tensors)
-    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as `:g` writes a number below
+    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as formatted by `:g` below
     num_corrected = 0
     for name, factors in deltas.group_by_module(tensors).items():
         is_plain_lora = set(factors) == {"alpha", *LORA_FACTORS}

@@ -18,9 +18,9 @@ MAX_JOINED = 1 << 26
 
 @torch.no_grad()
 def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device) -> None:
-    """Place the weights of linear modules one after the other in memory, for a single product; biases too.
+    """Make the weights of linear modules adjacent in memory, for a single product; biases too.
 
-    Modules are left unchanged if their weights are on another device, are views of a larger storage, or have
+    Modules are unchanged if their weights are on another device, are views of a larger storage, or have
     different dtypes.
 
     Args:
@@ -46,7 +46,7 @@ def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor], device: 
     all_or_none_have_biases = len(biases) in (0, len(weights))
     tensors = [*weights, *biases]
     dtype = weights[0].dtype
-    # weights in other dtypes are cast in each pass, so they are not multiplied directly
+    # weights in other dtypes are cast in each pass, so joining them would not help
     is_half = dtype in (torch.bfloat16, torch.float16)
     are_alike = all(tensor.device == device and tensor.dtype == dtype for tensor in tensors)
     have_equal_inputs = len({weight.shape[1:] for weight in weights}) == 1

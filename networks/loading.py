@@ -210,14 +210,14 @@ def read_lora(
     family: str | None = None,
     with_embeddings: bool = False,
 ) -> LoraFile:
-    """Read a LoRA file (or a PEFT folder) of any dialect; a warning lists keys that cannot be used.
+    """Read a LoRA file (or a PEFT folder) with any program's names; warn of keys that cannot be used.
 
     Args:
         path: The file or folder.
         by_expert: Whether to accept a file that contains a LoRA for each expert; the result then has
             `loras_by_expert`.
         with_texts: Whether to read changes of text encoders too.
-        family: Family that the user named; None if none was named.
+        family: Family named by the user; None if none was named.
         with_embeddings: Whether to read trained words (embeddings) too.
 
     Raises:
@@ -299,15 +299,15 @@ def _recognize_lora(
         path: Path of the file.
         stored: Tensors as stored in the file.
         metadata: Metadata of the file.
-        expert: Expert of the LoRA; None if names in the file do not show it.
+        expert: Expert of the LoRA; None if names in the file do not reveal it.
         with_texts: Whether to read changes of text encoders.
-        is_written_here: Whether the file was written by us.
-        family: Family that the user named; None if none was named.
+        is_written_here: Whether we wrote the file.
+        family: Family named by the user; None if none was named.
     """
     if expert is not None:
         metadata = _metadata_of_expert(path, metadata, expert)
     has_no_family = read_family(metadata) is None
-    # the returned metadata also name the family that was recognized
+    # the returned metadata also names the recognized family
     native, metadata = _recognize(path, stored, metadata, family=family, with_texts=with_texts)
     part = _build_lora(path, native, metadata, expert=expert, is_written_here=is_written_here)
     return replace(part, is_family_by_names=has_no_family and native.family_name is not None)
@@ -492,7 +492,7 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
     Args:
         path: Path of the file.
         modules: Factors of each module, by name.
-        unknown: Keys that are not read.
+        unknown: Keys that are not used.
     """
     for module, delta in read_deltas(modules).items():
         reason = delta.find_error()

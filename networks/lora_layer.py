@@ -188,11 +188,11 @@ class LoraLayer(nn.Module):
         return torch.where(is_dropped, out, total)
 
     def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
-        """Return the output of the LoRA alone, which is added to the frozen module's output.
+        """Return the LoRA's output, which is added to the frozen module's output.
 
         Args:
-            x: Input, ... in, or B in H W, in the dtype of the products.
-            dropouts: Dropouts; None outside training.
+            x: Input, ... x in, or B x in x H x W, in the dtype of the products.
+            dropouts: Dropout probabilities; None outside training.
             shared: Multiplies the input by the down factors of several layers; None if no other layer has
                 this input.
         """
@@ -203,7 +203,7 @@ class LoraLayer(nn.Module):
         if shared is None:
             hidden = _multiply(self.lora_down, x, down)
         else:
-            # the frozen module has already run, with x itself, so its gradient cannot be added in place
+            # the frozen module has already run on x itself, so its gradient cannot be added in place
             _, hidden = shared.multiply(self, x, adds_gradient_in_place=False)
         if self.rank_mask is not None or dropouts is not None:
             hidden = self._masked(hidden, dropouts)

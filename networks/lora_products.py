@@ -272,7 +272,7 @@ def row_strengths(
     base_norm: Tensor,
     sigma_and_beta: tuple[float, float],
 ) -> Tensor:
-    """Return the standard deviation of the noise in each row of a weight.
+    """Return the standard deviation of LoRA-GGPO's noise for each row of a weight.
 
     It is (sigma * w + beta * g^2) / sqrt(out), with w = sqrt(base_norm^2 + |row of up @ down|^2) and g =
     |row of scale * (up @ d_down + d_up @ down)|. No matrix of the weight's size is computed.
@@ -281,8 +281,8 @@ def row_strengths(
         factors: Down factor, R x in, and up factor, out x R.
         gradients: Gradients of both factors.
         scale: Scale of the LoRA.
-        base_norm: Mean norm of the frozen weight's rows.
-        sigma_and_beta: Factors of the norm and of the squared gradient.
+        base_norm: Mean row norm of the frozen weight.
+        sigma_and_beta: Multipliers of the norm and of the squared gradient.
     """
     down, up = factors
     d_down, d_up = gradients

@@ -376,7 +376,7 @@ def _show_merge(
     dequantized_dtype: torch.dtype,
     size_bytes: int,
 ) -> None:
-    """Print the files of a merge, what becomes of quantized weights, and the size of the result."""
+    """Print the files of a merge, the new dtype of quantized weights, and the size of the result."""
     rows = [("model", str(model)), ("LoRAs", _list_files(weighted_loras)), ("result", str(output))]
     if num_quantized:
         change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"

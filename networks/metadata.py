@@ -252,16 +252,16 @@ def _read_stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[flo
 
 
 def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", expert: str | None) -> set[float]:
-    """Return the alphas that are not tensors, from metadata or PEFT's settings; empty if they are unusable.
+    """Return alphas that are not tensors, from metadata or PEFT's settings; an empty set if they are invalid.
 
     Args:
         checkpoint: The opened checkpoint.
         native: Tensors under our names.
-        expert: The expert, if the file has a LoRA for each; else None.
+        expert: The expert if the file has a LoRA for each expert; otherwise None.
     """
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
-    # the hash in the metadata shows that the tensors are laid out as they were written here
+    # the hash in the metadata shows that the file still has the layout that we wrote
     is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
     # rank -> alpha / rank, which is multiplied into the factors of our files without alphas
     folded = read_folded(checkpoint.metadata) if is_written_here else {}

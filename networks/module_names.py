@@ -490,7 +490,7 @@ class _Tables(NamedTuple):
 
 @cache
 def _tables(family: FamilyNames) -> _Tables:
-    """Return the lookup tables between a family's names in our layout and in the other one."""
+    """Return the lookup tables between a family's module names in our layout and in the other layout."""
     # one of our bare parameters may be the weight of a module in the other layout
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]

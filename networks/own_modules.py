@@ -367,7 +367,7 @@ def _make_layers_from_tensors(
 def _merge_in_order(
     layers: dict[str, nn.Module], added: Mapping[str, nn.Module], names: Iterable[str]
 ) -> dict[str, nn.Module]:
-    """Merge the default layers with added ones, in the order of the model's modules.
+    """Merge default layers with added layers, in the order of the model's modules.
 
     Args:
         layers: Default layers by name.

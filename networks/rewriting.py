@@ -164,7 +164,7 @@ def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]
 
 
 def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
-    """Return the number of rows of each part of a fused layer; () if its factors cannot be split.
+    """Return the row count of each part of a fused layer; () if its factors cannot be split.
 
     Queries have as many rows as the layer has inputs. Keys and values, which may have fewer heads, share the
     remaining rows equally.
@@ -178,7 +178,7 @@ def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     # a fused layer of keys and values has no queries
     query_rows = () if layer == "kv" else (width,)
     key_rows, remainder = divmod(full_height - sum(query_rows), 2)
-    # a head of keys and values serves a whole number of heads of queries
+    # the number of query heads is a multiple of the number of key and value heads
     if remainder or key_rows <= 0 or width % key_rows:
         return ()
     return (*query_rows, key_rows, key_rows)

@@ -100,9 +100,9 @@ class OftKind(NetworkKind):
         return OftAlgebra(PART)
 
     def check_file(self, path: "Path") -> None:
-        """Raise CheckpointError if PEFT's settings say that rotations are not the 5-term series.
+        """Raise CheckpointError if PEFT's settings say that rotations do not use the 5-term series.
 
-        The tensors do not show how rotations were computed in training. PEFT's exact rotations have the
+        The tensors do not reveal how rotations were computed in training. PEFT's exact rotations have the
         opposite direction.
 
         Args:
