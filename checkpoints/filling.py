@@ -149,13 +149,13 @@ def load_module(
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor.
 
-    Each tensor is loaded directly to its device and dtype. Parameters have `requires_grad` off. If `device`
+    Each tensor is loaded directly to its device and dtype. Parameters need no gradients. If `device`
     is the meta device, no tensor is read.
 
     Args:
         module: Network to fill.
         checkpoint: Open file.
-        sources: How each tensor is made from tensors of the file, by name in the module's state dict.
+        sources: How each tensor is built from the file's tensors, by name in the module's state dict.
         device: Device of the network.
         dtype: Takes a state-dict name and the dtype in the file, and returns the target dtype.
         patch: Takes a state-dict name, the weight before rounding, and the target dtype, and returns the
@@ -165,12 +165,12 @@ def load_module(
         quantized: Which weights stay or become quantized, in which format; None if there are none.
         host: Keeps some of the tensors in host memory; their values are still computed on `device`.
         check: Called before each tensor, and may raise to stop loading; replaces the progress bar.
-        on_tensor_loaded: Called with each name once its tensor is loaded.
+        on_tensor_loaded: Called with each name after its tensor is loaded.
 
     Raises:
         CheckpointError: If tensors are missing, unexpected or misshaped (checked before any is read), or if
             values are NaN or infinite.
-        OptionError: If the device does not support the quantized form.
+        OptionError: If the device does not support the quantization format.
     """
     if quantized is not None and quantized.format is not None:
         quantized.format.check_device(device)
@@ -344,7 +344,7 @@ class _TensorLoader:
             layer._buffers[parameter_name] = tensor
 
     def _load_quantized(self, name: str, layer: nn.Linear, plan: QuantizedLoading) -> QuantizedWeight:
-        """Return a quantized weight: as in the file, or quantized after the patch.
+        """Return a quantized weight: as in the file, or quantized after LoRAs were added.
 
         If processes on one machine share weights in host memory, one of them writes the packed weight. Each
         process has its own scales, which are small.
@@ -357,7 +357,7 @@ class _TensorLoader:
             assert plan.format is not None
             loaded = self._quantize(name, plan.format)
         form = loaded.format
-        if plan.format is not None:  # products are computed as the user chose
+        if plan.format is not None:  # use the compute settings that the user chose
             form = form.with_compute_settings_of(plan.format)
         weight, *scales = loaded.tensors
         assert weight is not None

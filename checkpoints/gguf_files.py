@@ -290,7 +290,7 @@ class _HeaderReader:
         return tuple(self.read_number(_NUMBERS[value_type]) for _ in range(count))
 
     def read_value(self, value_type: int) -> str | float | None:
-        """Read a string or a number, or skip an array, for which None is returned."""
+        """Read a string or a number; skip an array and return None."""
         if value_type in _NUMBERS:
             number: float = self.read_number(_NUMBERS[value_type])
             return number

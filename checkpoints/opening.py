@@ -91,8 +91,7 @@ class Checkpoint(contextlib.ExitStack):
         info = self.tensors[name]
         if tensor is None:
             tensor = torch.empty((info.packing or info).shape, dtype=info.dtype)
-        # safetensors files read into the memory that is passed; a memory-mapped file returns a view of its
-        # own
+        # safetensors files read into the given memory; a memory-mapped file returns a view of its own
         borrowed = self.borrow(name, tensor.view(-1).view(torch.uint8))
         if borrowed.data_ptr() != tensor.data_ptr():
             tensor.copy_(borrowed)

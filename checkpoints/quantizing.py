@@ -137,7 +137,7 @@ class RecognizedModel:
 
 
 def quantize_file(options: QuantizeOptions) -> None:
-    """Write a model's file with quantized layers, or with --form bf16 a quantized one in 16 bits.
+    """Write a model file with quantized layers, or with --form bf16, write a quantized file in 16 bits.
 
     Raises:
         CheckpointError: If the model is unknown or already quantized (for --form bf16: not quantized).

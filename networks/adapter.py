@@ -276,8 +276,8 @@ def make_network(
         seed: Seed of the initial values, which are the same on every machine.
         encoders: Loaded networks of the trained text encoders, by `LearningEncoder.lora_prefix`, in the order
             of their learning rates.
-        trains_dit: Whether the DiT is trained too, not only text encoders.
-        resumed: Tensors of the state that will be loaded into the network; None if the run starts anew.
+        trains_dit: Whether the DiT is trained, not only text encoders.
+        resumed: Tensors of the state that will be loaded into the network; None without resuming.
 
     Raises:
         OptionError: If the module or its settings cannot be used.
@@ -386,15 +386,14 @@ def _read_network_weights(
 def tie_network(network: nn.Module, twin: nn.Module) -> None:
     """Make `twin` share the parameters and buffers of `network`; both are on the same device.
 
-    They must have been built with equal options, for DiTs of one shape.
+    They must have been built with equal options, for DiTs of the same shape.
 
     Args:
         network: The network whose parameters are kept.
         twin: The network whose parameters are replaced.
 
     Raises:
-        OptionError: If their values differ, because they depend on the weights of the DiTs, as DoRA
-            magnitudes do.
+        OptionError: If their values differ because they depend on the DiTs' weights, as DoRA magnitudes do.
     """
     state = network.state_dict(keep_vars=True)
     twin_state = twin.state_dict(keep_vars=True)
@@ -482,14 +481,14 @@ def _create_from_settings(
     """Build another package's network from its settings.
 
     Args:
-        package: Its module.
+        package: The package's module.
         options: Options of the network.
         dit: The transformer; None if only text encoders are trained.
         text_encoders: Trained text encoders; None if there are none.
     """
     rank = options.network_dim or DEFAULT_RANK
     dropouts: dict[str, float | None] = {}
-    # packages have one of two functions, and only the first takes a dropout
+    # packages have one of two functions, and only the first one takes a dropout
     if hasattr(package, "create_arch_network"):
         create = package.create_arch_network
         dropouts = {"neuron_dropout": options.network_dropout}
@@ -503,7 +502,7 @@ def _create_from_settings(
     multiplier = 1.0
     vae = None
     arguments = options.arguments()
-    # by position, as packages name these arguments differently
+    # by position, because packages name these arguments differently
     return create(multiplier, rank, options.network_alpha, vae, text_encoders, dit, **dropouts, **arguments)
 
 

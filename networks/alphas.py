@@ -111,13 +111,13 @@ def find_alphas(
     Args:
         path: Path of the file.
         metadata: Metadata of the file.
-        is_written_here: Whether the file was written by us; its alphas are then tensors or folded into
-            factors, and metadata are not searched.
+        is_written_here: Whether we wrote the file; its alphas are then tensors or folded into factors, and
+            the metadata is not searched.
         network: The factors.
 
     Raises:
         CheckpointError: If two sources of alphas contradict each other.
-        ValueError: If PEFT's settings cannot be used; other errors of parsing may pass through as well.
+        ValueError: If PEFT's settings cannot be used; other parsing errors may propagate too.
     """
     ranks = _ranks_without_alpha(network)
     every_module_has_alpha = not ranks

@@ -183,7 +183,7 @@ class Change:
     def _expand_to_whole_layer(self, related: RelatedModule | None, weight: Tensor) -> "Change":
         """Return the change of the fused LoRA layer of which this change has only some rows.
 
-        DoRA magnitudes by input need the norms of the whole layer, which the weight must therefore contain.
+        Per-input DoRA magnitudes need the norms of the whole layer, which the weight must therefore contain.
 
         Args:
             related: The part's module if the weight contains it; None or a larger module raise an error.
@@ -441,14 +441,14 @@ def _round_into(
         weight: The weight or some of its rows, changed in place.
         original: Values of the same elements before the changes.
         total: Sum of the changes; it is overwritten.
-        random_rounding: Source of stochastic rounding; None rounds to the nearest value.
+        random_rounding: Stochastic rounding; None rounds to the nearest value.
         start: Number of elements of the parameter that precede these.
     """
     is_small_weight = start == 0 and weight.numel() <= SMALL_WEIGHT
     change = total.clone() if random_rounding is not None and is_small_weight else None
     total.add_(original)
     if random_rounding is not None and change is not None:
-        # several draws; the one that alters the change least is used
+        # of several draws, the one that alters the change least is used
         random_rounding.round_small(total, change)
     elif random_rounding is not None:
         random_rounding.round(total, start)

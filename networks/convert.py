@@ -191,7 +191,7 @@ def convert(options: ConvertOptions) -> None:
     """Convert the files of `--input` and `--input_high_noise`; write one or two files.
 
     Raises:
-        CheckpointError: If a file is not a LoRA, or cannot be written in the target dialect.
+        CheckpointError: If a file is not a LoRA, or cannot be converted to the target.
         OptionError: If the files do not fit the options, or the output would replace an input.
     """
     baking = None
@@ -200,7 +200,7 @@ def convert(options: ConvertOptions) -> None:
     names = [family.name for family in module_names.FAMILIES]
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: unknown model; known ones are {', '.join(names)}")
-    target = "other" if options.target == "comfyui" else options.target  # the dialect's name in the code
+    target = "other" if options.target == "comfyui" else options.target  # the code's name for it
     concerns_experts = options.input_high_noise or options.output_high_noise or options.expert
     if not concerns_experts:
         convert_file(

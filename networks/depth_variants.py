@@ -74,7 +74,7 @@ def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
     list_names = [depth_variants.blocks]
     if (
         family is None or family.depth_variants is not None
-    ):  # else the other names are those of another family's list
+    ):  # otherwise the other names belong to another family's list
         list_names += depth_variants.other_list_names
     return max(_find_indices(modules, list_names), default=-1) + 1
 

@@ -37,7 +37,7 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
 
     Raises:
         CheckpointError: If the factors do not fit the module's weight, or have a core (LyCORIS' use_tucker)
-            or magnitudes, which are not trained here.
+            or magnitudes, which cannot be trained.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)

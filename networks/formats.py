@@ -83,7 +83,7 @@ class LoraFormat:
             metadata: Metadata of the file.
             additional_tensors: Additional tensors for the file, by name.
         """
-        # converted in the training dtype, so that values are rounded only once, below
+        # convert in the training dtype, so that values are rounded only once, below
         trained = {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
         converted = self.convert(trained)
         tensors = {}
@@ -93,10 +93,10 @@ class LoraFormat:
         save_tensors(path, tensors, add_hashes(tensors, all_metadata))
 
     def convert(self, tensors: Mapping[str, Tensor]) -> Formatted:
-        """Return tensors under the names of this format.
+        """Return tensors under the names that this format prescribes.
 
         If the format has no alphas, alpha / rank is folded into the factors by powers of two. The metadata
-        entry `FOLDED` records alpha / rank, so that reading the file restores the alphas.
+        entry `FOLDED` stores alpha / rank, so that the alphas can be restored when the file is read.
 
         Args:
             tensors: Tensors under our names, on the CPU.

@@ -546,7 +546,7 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
         is_compiled: Whether blocks will be compiled.
 
     Raises:
-        CheckpointError: If a file does not fit the model or has magnitudes.
+        CheckpointError: If a file does not fit the model or has DoRA magnitudes.
     """
     loras = []
     for path, option in stage_files_of(dit):

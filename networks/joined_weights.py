@@ -42,7 +42,7 @@ def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device)
 
 
 def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether weights and biases of several modules can be one matrix and one vector on a device."""
+    """Return whether weights and biases of several modules can be joined in memory on a device."""
     all_or_none_have_biases = len(biases) in (0, len(weights))
     tensors = [*weights, *biases]
     dtype = weights[0].dtype

@@ -443,7 +443,7 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
 
 
 def _reject_unknown_modules(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
-    """Raise CheckpointError if a file has names with our prefix for modules that the family does not have.
+    """Raise CheckpointError if a file has our names for modules that the family does not have.
 
     Args:
         path: Path of the file.
@@ -546,7 +546,7 @@ def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
-    """Warn about keys of a file that are not read.
+    """Warn of keys in a file that are not used.
 
     Args:
         path: Path of the file.

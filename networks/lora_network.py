@@ -99,14 +99,14 @@ class OwnNetwork(nn.Module):
             layer.multiplier = multiplier
 
     def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
-        """Load initial values, including alphas, from a file of any dialect.
+        """Load initial values, including alphas, from a LoRA file with any program's names.
 
         Args:
             path: Path of the file.
             modules: Names of the model's modules, which show its release.
 
         Returns:
-            One clause per module that is only in the file or only in the network; these are logged too.
+            One clause for each module that only the file or only the network has; these are logged too.
 
         Raises:
             CheckpointError: If a module's factors or sizes differ in this network, or if the network has none
@@ -117,7 +117,7 @@ class OwnNetwork(nn.Module):
         state = self.state_dict()
         network_modules = group_by_module(state)
         lora = self._read_initial_lora(path, network_modules, modules)
-        # the few modules of a network may occur in several families: the file's metadata decide
+        # the few modules of a network may occur in several families: the file's metadata decides
         lora_family = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in network_modules)
         family = select_family(names, None if lora_family is None else lora_family.name)
@@ -330,11 +330,11 @@ def _factors_for_network(
 
 
 def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) -> CheckpointError:
-    """Return the error for a file if the network has none of its modules.
+    """Return the error for a LoRA file if the network has none of its modules.
 
     Args:
         lora: The LoRA file.
-        file_modules: Modules of the file.
+        file_modules: Factors in the file, by module.
     """
     from networks import unused_tensors  # only for --network_weights
 

@@ -85,7 +85,7 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
 
 
 def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ...]:
-    """Read one rank for each of `paths` from a string such as `[4,2,0]`; 0 leaves a module out.
+    """Parse one rank for each of `paths` from a string such as `[4,2,0]`; 0 leaves a module out.
 
     Args:
         paths: Paths of the modules.

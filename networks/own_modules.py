@@ -73,10 +73,10 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
 
 
 def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[ModuleWithPath]:
-    """Yield the modules of a DiT that patterns and ranks of --network_args then select from."""
+    """Yield the modules of a DiT that may get a LoRA, before patterns and ranks in --network_args apply."""
     spec = spec_of(unet)
     rules = settings.family_rules
-    # beginnings of the paths of the blocks; groups are in the order of the layers
+    # path prefixes of the blocks; groups are in the order of the layers
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if rules is not None:
         if settings.train_blocks is not None:
@@ -215,9 +215,9 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
 
 
 def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
-    """Return rank and alpha by the block and the type of a module; None if it gets no layer.
+    """Return a module's rank and alpha by its block and type; None if it gets no LoRA.
 
-    A rank for the block takes precedence over conv_dim, and these over the rules of the family.
+    A rank for the block takes precedence over conv_dim, and both take precedence over the family's rules.
     """
     # 1x1 convolutions count as linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)

@@ -239,14 +239,14 @@ class LoraRounding:
         """Return the stochastic rounding of a weight.
 
         Args:
-            dtype: Dtype of the result.
+            dtype: Dtype to which the weight is rounded.
             device: Device of the run.
             seed: Seed from `seed_of`.
         """
         key = dtype, device
         if key not in self._noise:
-            # The noise fills the bits that rounding drops; all weights of the dtype share one block. With a
-            # fixed seed, merging twice gives equal weights
+            # The noise fills the bits that rounding drops; all weights of the dtype share one block. Its
+            # fixed seed makes repeated merges equal
             generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
             noise = torch.randint(
                 1 << _DROPPED_BITS[dtype], (_NOISE,), generator=generator, dtype=torch.int32

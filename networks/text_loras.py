@@ -166,14 +166,14 @@ class TextLoras:
 
 
 def with_words_of(family: Family, weighted_loras: Iterable[Iterable[WeightedLora]]) -> Family:
-    """Return a copy of the family whose prompts may contain the learned words of LoRAs.
+    """Return a copy of the family whose prompts may contain the trained words (embeddings) of LoRAs.
 
     Args:
         family: The model family.
         weighted_loras: LoRA files by expert.
 
     Raises:
-        CheckpointError: If a word does not fit its text encoders.
+        CheckpointError: If a word's embedding does not fit the family's text encoders.
     """
     files = {
         weighted_lora.lora.path: weighted_lora.lora.embeddings

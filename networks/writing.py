@@ -133,7 +133,7 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
 
 
 def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> dict[str, Tensor]:
-    """Rename text encoders' `lora_te_layers_...` to `text_encoders.NAME.transformer.model.layers. ...`.
+    """Rename `lora_te_layers_...` of text encoders to `text_encoders.NAME.transformer.model.layers. ...`.
 
     Encoders that ComfyUI reads under our names keep these names; missing alphas are added.
     """

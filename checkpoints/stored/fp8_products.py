@@ -136,9 +136,9 @@ def select_product(
     supported: Callable[[torch.device], bool] = supports_fp8,
     products: Sequence[Product] = (row_scaled_product, tensor_scaled_product),
 ) -> Product:
-    """Return the first of `products` that works on the device; each is tried once on a small tile.
+    """Return the first of `products` that works on the device; each is tried once on small tiles.
 
-    Logs the reason if it is not the first one.
+    Logs the reason if it is not the first product.
 
     Raises:
         OptionError: If the device has no fp8 units, or torch cannot use them.
@@ -152,7 +152,7 @@ def select_product(
     reasons = []
     for product in products:
         try:
-            # few and many tokens are computed differently
+            # few and many tokens use different kernels
             for tokens in (FEATURE_ALIGNMENT, MAX_TOKENS_WITHOUT_ROW_SCALES + FEATURE_ALIGNMENT):
                 tile = torch.ones(tokens, FEATURE_ALIGNMENT, device=device).to(WEIGHT_DTYPE)
                 rows = torch.ones(tokens, 1, device=device)

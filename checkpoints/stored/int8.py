@@ -143,7 +143,7 @@ class _Int8Product(torch.autograd.Function):
         dtype: torch.dtype,
         form: Int8,
     ) -> Tensor:
-        """Multiply x by an int8 weight in 8 bits: rows of x are rotated, and rounded with a scale each."""
+        """Multiply x by an int8 weight in 8 bits; rows of x are rotated and rounded with one scale each."""
         ctx.save_for_backward(codes, scale)
         ctx.form = form
         ctx.dtype = x.dtype

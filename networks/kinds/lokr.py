@@ -33,16 +33,16 @@ _BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": Fal
 
 
 def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_both: bool = False) -> Shapes:
-    """Return the shapes of the factors.
+    """Return the shapes of the factors `lokr_w1`, `lokr_w2` and so on.
 
     A matrix is stored as two factors only if its larger side is more than twice the rank.
 
     Args:
-        weight: Shape of the weight, out in (kernel).
+        weight: Shape of the weight, out x in (x kernel).
         rank: Rank of the factors.
-        factor: One of the two numbers into which each axis is split, if it divides the axis; -1 makes the two
-            as equal as possible.
-        decompose_both: Whether the small matrix gets two factors too.
+        factor: One of the two numbers into which each axis is split, if it divides the axis; -1 makes them as
+            equal as possible.
+        decompose_both: Whether the small matrix is stored as two factors too.
     """
     kernel = weight[2:]
     # the weight is kron(w1, w2): out = l * k, in = m * n

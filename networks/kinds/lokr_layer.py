@@ -28,10 +28,10 @@ class LokrAlgebra(Algebra):
         return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of the Kronecker product, out in (kernel).
+        """Return the shape of the Kronecker product, out x in (x kernel).
 
         Raises:
-            MismatchError: If the small matrix has kernel axes that the large one lacks.
+            MismatchError: If the small matrix has kernel axes that the large matrix lacks.
         """
         if not any(name in shapes for name in _FIRST):
             return None
