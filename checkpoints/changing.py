@@ -263,7 +263,7 @@ def _cast(
 def _make_metadata(
     checkpoint: Checkpoint, change: CheckpointChange, dequantized: set[str], stale_metadata: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on metadata that is left out."""
+    """Return the metadata of the new file, and notes on omitted metadata."""
     metadata = {"format": "pt"}  # default, because transformers rejects files without a format
     notes = []
     for key, text in checkpoint.metadata.items():

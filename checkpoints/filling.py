@@ -399,12 +399,12 @@ class _TensorLoader:
         return empty
 
     def _write_values(self, name: str, tensor: Tensor) -> None:
-        """Write the values of one network tensor into `tensor`, which is already allocated."""
+        """Write the values of one network tensor into the preallocated `tensor`."""
         if tensor.device.type == "meta":
             return
         source = self._sources[name]
         stored_name = source.names[0]
-        # without `build`, the tensor is one of the file, unchanged
+        # without `build`, the tensor is read from the file unchanged
         is_unchanged = source.build is None and self._checkpoint.tensors[stored_name].dtype == tensor.dtype
         if self._patch is not None or not is_unchanged:
             tensor.copy_(self._compute_unrounded(name, tensor.dtype))

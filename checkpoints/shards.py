@@ -51,7 +51,7 @@ def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, T
 
 
 def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], max_bytes: int, option: str) -> ShardPlan:
-    """Plan the shards of a model, of at most `max_bytes` each.
+    """Plan a model's shards of at most `max_bytes` each.
 
     `path` is the name that a single file would have.
 

@@ -158,12 +158,12 @@ class _Term:
 def _add_up(name: str, first_tensor: Tensor, terms: Sequence[_Term]) -> Tensor:
     """Return the weighted sum of one tensor over all models, in float32.
 
-    Where a model lacks the tensor, or some of its input channels, the values of the first model are used.
+    If a model lacks the tensor, or some of its input channels, the first model's values are used instead.
     """
     first = first_tensor.float()
     total = first * terms[0].share
     for term in terms[1:]:
-        values = first  # if this model lacks the tensor
+        values = first  # used if this model lacks the tensor
         if name in term.model.tensors:
             tensor = term.model.read(name)
             check_finite(term.model.path, name, tensor)

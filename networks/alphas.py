@@ -429,12 +429,12 @@ def _parse_key(key: str) -> _Key:
 
 
 def _belongs_to(network: str, network_prefix: str) -> bool:
-    """Return whether a key that names `network` (or none) is for the network with this prefix."""
+    """Return whether a key for `network` ("" if it names none) applies to the network with this prefix."""
     if not network or f"{network}." == network_prefix:
         return True
     text_encoder = _TEXT_ENCODER.fullmatch(network)
     if text_encoder is not None:
-        # in LoRA files, CLIP-L is 1, CLIP-G 2 and T5 3; a pipeline calls the last two text_encoder_2
+        # in LoRA files, CLIP-L is 1, CLIP-G 2 and T5 3; in pipelines, 2 and 3 are text_encoder_2
         is_second = text_encoder[1] in ("2", "3")
         return network_prefix == ("text_encoder_2." if is_second else "text_encoder.")
     # a transformer has many names: any name except those of text encoders and of other experts

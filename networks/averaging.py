@@ -282,7 +282,7 @@ def _advise(file: Checkpoint, first: Checkpoint) -> str:
 
 
 def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
-    """Return a function that reads a tensor from all files and averages it, in the last file's dtype."""
+    """Return a function that averages a tensor over all files, in the last file's dtype."""
 
     def average_tensor(name: str) -> Tensor:
         last = files[-1].read(name)

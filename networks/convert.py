@@ -318,9 +318,9 @@ def _replace_by_plain_loras(
 
 
 def convert_z_image(options: ZImageConvertOptions) -> None:
-    """Convert a LoRA of Z-Image to ComfyUI's layout, where queries, keys and values are one module, or back.
+    """Convert a Z-Image LoRA to ComfyUI's layout, which fuses queries, keys and values, or back.
 
-    A joined LoRA has the sum of the three ranks, and its alpha grows by the same factor. Metadata are kept;
+    A joined LoRA has the sum of the three ranks, and its alpha grows by the same factor. Metadata is kept;
     hashes are recomputed.
 
     Raises:

@@ -87,12 +87,12 @@ class Delta:
     # --- the change
 
     def compute_change(self, device: torch.device) -> Tensor | None:
-        """Return the change of the weight at multiplier 1, out in (kernel), float32, as a new tensor.
+        """Return the change of the weight at multiplier 1, out x in (x kernel), as a new float32 tensor.
 
-        Magnitudes of DoRA are not applied.
+        DoRA magnitudes are not applied.
 
         Returns:
-            None for an input rotation, for a replacement weight, and if only the bias changes.
+            The change; None for an input rotation, for a replacement weight, and if only the bias changes.
 
         Raises:
             RuntimeError: If the shapes of the factors do not match.
@@ -236,7 +236,7 @@ class Delta:
         for name in _FULL_SIZE_FACTORS & self.factors.keys():
             factors[name] = self.factors[name][rows]
         for kind in self.kinds:
-            # the rows of the factors that have one for each output, such as up
+            # slice the factors that have one row per output, such as up
             sliced_factors = kind.select_rows(self.factors, rows)
             if sliced_factors is None:
                 return None

@@ -389,7 +389,7 @@ def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | Non
 
 
 def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
-    """Return factors for a fused weight from those of its parts.
+    """Return factors for a fused weight, given the factors of its parts.
 
     Args:
         pieces: Factors of the parts.
@@ -671,13 +671,13 @@ def _restore_layer(parts: Sequence[Factors]) -> Factors | None:
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Turn parts with a `ROW_RANGE` entry, which files cannot contain, into parts with their own factors.
+    """Convert parts with a `ROW_RANGE`, which files cannot contain, to parts with their own factors.
 
-    Such a part has the factors of the whole fused layer, and this entry says which rows are its own.
-    If the factors cannot be cut into rows, the part gets the full difference of its rows.
+    Such a part has the factors of the whole fused layer, and `ROW_RANGE` says which rows are its own. If the
+    factors cannot be cut by rows, the part gets the full difference of its rows.
 
     Raises:
-        CheckpointError: If a part has magnitudes by input, because they belong to the full layer.
+        CheckpointError: If a part has per-input magnitudes, because they belong to the full layer.
     """
     modules = deltas.group_by_module(tensors)
     if not any(ROW_RANGE in factors for factors in modules.values()):

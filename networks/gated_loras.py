@@ -516,7 +516,7 @@ def add_loras(
 def _drop_changes_of_parameters(
     lora: LoraFile, deltas_by_module: Mapping[str, Delta], parameters: Mapping[str, ChangedParameter]
 ) -> dict[str, Delta]:
-    """Return the changes without those that replace a parameter, for compiled blocks; warn of these."""
+    """Return the changes that compiled blocks support: additions to outputs; warn of all other changes."""
     remaining: dict[str, Delta] = {}
     left_out: list[str] = []
     for name, delta in deltas_by_module.items():

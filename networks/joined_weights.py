@@ -65,10 +65,10 @@ def _owns_storage(tensor: Tensor) -> bool:
 
 
 def view_as_one_matrix(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return a view of the rows of all tensors if they are adjacent in memory; else None."""
+    """Return a view of the rows of all tensors as one matrix if they are adjacent in memory; else None."""
     first = tensors[0]
     storage = first.untyped_storage().data_ptr()
-    end = first.storage_offset()  # of the tensors before, in the storage
+    end = first.storage_offset()  # end of the previous tensors in the storage
     num_rows = 0
     for tensor in tensors:
         is_adjacent = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == storage

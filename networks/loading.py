@@ -744,16 +744,16 @@ def warn_of_absent(
     modules: Iterable[str] = (),
     encoder: str = "",
 ) -> None:
-    """Warn of changes by a LoRA for modules that a model does not have, once for each reason.
+    """Warn of LoRA changes to modules that a model lacks, once for each reason.
 
     Args:
-        path: File of the LoRA.
+        path: LoRA file.
         absent: Names of the absent modules or weights, `lora_unet_x` or `lora_unet_x.weight`.
         total: Number of all modules or weights that the LoRA changes.
         statement: Plural noun and verb for the message, such as "weights are not in this model".
         model: Family of the model; None if unknown.
         modules: Names of the model's modules, without our prefix.
-        encoder: Prefix of the text encoder that they are in; "" for the transformer.
+        encoder: Prefix of the text encoder that contains them; "" for the transformer.
     """
     modules = list(modules)
     if encoder:

@@ -368,8 +368,8 @@ def _multiply(factor: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tenso
 def _make_factors(
     original: nn.Linear | nn.Conv2d, rank: int, split_sizes: Sequence[int]
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
-    """Return uninitialized modules for the down and the up factor, float32 on the CPU."""
-    # meta: `_make_empty` allocates them, without torch's own initial values
+    """Return uninitialized modules for the down and up factors, float32 on the CPU."""
+    # on the meta device: `_make_empty` allocates them without torch's initialization
     common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
         down = _make_empty(nn.Linear(original.in_features, rank, **common))

@@ -32,7 +32,7 @@ class OwnNetwork(nn.Module):
     """The trained layers by our module names. The state dict contains the tensors of a LoRA file."""
 
     def __init__(self, layers: Mapping[str, Any], settings: LoraSettings) -> None:
-        """Collect the layers of the network; `attach` puts them into the models.
+        """Collect the layers of the network; `attach` attaches them to the models.
 
         Args:
             layers: Layers by name. Each has `attach`, `norm`, `shrink`, its `kind`, `rank`, `size_word` and
@@ -51,7 +51,7 @@ class OwnNetwork(nn.Module):
                 layer.dropouts = settings.dropouts
                 layer.seed = self._seed
                 layer.index = index
-        # LoRA-GGPO: layer name -> mean norm of the frozen weight's rows
+        # LoRA-GGPO: layer name -> mean row norm of the frozen weight
         self._base_norms: dict[str, Tensor] = {}
         # modules whose state is saved with the training state, not in the LoRA file
         self.additional_state: dict[str, nn.Module] = {}
@@ -153,7 +153,7 @@ class OwnNetwork(nn.Module):
     def _read_initial_lora(
         self, path: Path, network_modules: Mapping[str, Factors], modules: Collection[str]
     ) -> "LoraFile":
-        """Read the file of --network_weights with its blocks mapped to those of the model.
+        """Read the file of --network_weights, with its blocks mapped to the model's blocks.
 
         Args:
             path: Path of the file.
@@ -161,8 +161,7 @@ class OwnNetwork(nn.Module):
             modules: Names of the model's modules, which show how many blocks it has.
 
         Raises:
-            CheckpointError: If the file is not a LoRA, or is a DoRA whose magnitudes depend on the model's
-                weights.
+            CheckpointError: If the file is not a LoRA, or is a DoRA whose magnitudes refer to frozen norms.
         """
         from networks import loading  # only for --network_weights
         from networks.depth_variants import fit_depths
@@ -173,7 +172,7 @@ class OwnNetwork(nn.Module):
         )
         (weighted_lora,) = fit_depths([weighted_lora], modules)
         lora = weighted_lora.lora
-        # its magnitudes are relative to different norms than in training
+        # training uses magnitudes that refer to different norms
         if lora.has_frozen_norms:
             raise CheckpointError(
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which depends on the model's "

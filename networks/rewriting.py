@@ -97,7 +97,7 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
     end = f"lora_{match['factor']}.weight"
     if match["list"] == "double" and match["stream"]:
         return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]
-    # only double blocks have streams (image and text), and each of their layers belongs to one
+    # only double blocks have streams (image and text), and each of their layers belongs to one of them
     if match["list"] == "double" or match["stream"]:
         return []
     if layer == "proj":

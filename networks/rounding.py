@@ -286,11 +286,11 @@ class LoraRounding:
         return {METADATA_KEY: self.describe()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
-        """Log how the weights merged since the last report were rounded, and reset the counts.
+        """Log how weights merged since the last report were rounded, and reset the counts.
 
         Args:
-            num_unmerged: Number of 8-bit or 4-bit weights that are not merged: their LoRAs are computed next
-                to them.
+            num_unmerged: Number of 8-bit or 4-bit weights that are not merged; their LoRAs are computed
+                separately.
         """
         sentence = self.describe()
         if num_unmerged and not self._num_changed and self._rule != AUTO:

@@ -103,13 +103,13 @@ def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
 def explain_absent_module(
     model: FamilyNames | None, has_text_modules: bool, names_without_numbers: Collection[str], name: str
 ) -> UnusedReason:
-    """Return why the model has no module for a part of a LoRA.
+    """Return why the model has no module for a LoRA's tensor or module.
 
     Args:
         model: Family of the model; None if unknown.
         has_text_modules: Whether the model has modules that are loaded with the text encoder.
         names_without_numbers: Results of `without_numbers` for the model's modules.
-        name: Name of the part, such as `lora_unet_x.weight` or `lora_unet_x`.
+        name: Name of the tensor or module, such as `lora_unet_x.weight` or `lora_unet_x`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
     # such as connectors between text encoder and transformer
@@ -120,7 +120,7 @@ def explain_absent_module(
             "here. To use them, merge the LoRA into the model's file with merge_lora.py, and cache texts "
             "with that file"
         )
-    # the model has the same layers in blocks of other numbers, so it has another depth
+    # the model has the same layer in blocks with other indices, so its depth differs
     is_other_size = without_numbers(module) in names_without_numbers
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return UnusedReason(f": they are for {model.optional_description}; the rest is used without them")

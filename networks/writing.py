@@ -167,16 +167,16 @@ def write_modules(
     split_module: Callable[[str, Factors], Pieces | str],
     convert_factors: Callable[[Factors], ConvertedFactors],
 ) -> TranslatedModules:
-    """Return the tensors of a network in another dialect.
+    """Return a network's tensors under another program's names.
 
     A module is written completely, or left out with a reason.
 
     Args:
-        modules: Factors by our names of the modules.
-        prefix: Prefix of the names in that dialect.
+        modules: Factors by our module names.
+        prefix: Prefix of the program's names.
         split_module: Takes our name of a module, without prefix, and its factors; returns factors by path in
-            the dialect, or the reason why the dialect cannot express them.
-        convert_factors: Converts factors to tensors of the dialect, or returns the reason why that is
+            the program, or the reason why the program cannot express them.
+        convert_factors: Converts factors to the program's tensors, or returns the reason why that is
             impossible.
     """
     written: dict[str, Tensor] = {}
@@ -326,10 +326,10 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
-    """Return the factors of each part of a fused weight, or the reason why it cannot be split.
+    """Return {path: factors} for the parts of a fused weight, or the reason why it cannot be split.
 
     Args:
-        factors: Factors of the module, by name of the part.
+        factors: Factors of the module, by factor name.
         paths: Paths of the parts.
     """
     # an input rotation is the same for all rows, so each part gets a copy
@@ -341,7 +341,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
     row_counts = rows_of_fused_parts(len(paths), rows=rows, columns=columns)
-    # two parts are keys and values, or the two layers of a gated feed-forward: they have equal heights
+    # two parts are keys and values, or the two layers of a gated feed-forward: both have half of the rows
     if len(paths) == 2 and rows % 2 == 0:
         row_counts = (rows // 2, rows // 2)
     if not row_counts:
@@ -356,7 +356,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
     if len(pieces) < len(paths):
         return "its magnitudes belong to the whole weight"
-    # a LoRA that was joined from only some of the parts is zero in the other rows: leave these parts out
+    # a LoRA that was joined from only some of the parts is zero in the other rows: drop those parts
     changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
     return changing or pieces
 
@@ -396,12 +396,12 @@ def convert_to_dialect(
     target: str,
     diffusers_prefix: str = IN_DIFFUSERS,
 ) -> TranslatedModules:
-    """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
+    """Return a DiT's LoRA under a target's names: "default" (ours), "other" (ComfyUI) or "diffusers".
 
     Args:
         native: Tensors by name, for modules in the family's own layout, from `convert_to_our_layout`.
         family: The model family; None if unknown.
-        target: The target dialect.
+        target: The target.
         diffusers_prefix: Prefix of names in diffusers: the name of the network in the pipeline.
     """
     if target == "other":

@@ -206,11 +206,11 @@ class _Product(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
-        """Multiply by a weight that is stored in a quantized format, without keeping the dequantized weight.
+        """Multiply by a quantized weight without saving its dequantized value for the backward pass.
 
         `first` to `fourth` are the tensors that belong to the stored weight, such as its scale.
         """
-        # autograd needs a fixed number of tensors: arguments that the format does not have are None
+        # autograd needs a fixed number of tensors: arguments that the format does not use are None
         tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)
         ctx.form, ctx.shape = form, shape

@@ -87,9 +87,9 @@ def tensor_scaled_product(
     uses_fast_accumulation: bool,
     max_float32_elements: int = MAX_FLOAT32_ELEMENTS,
 ) -> Tensor:
-    """Return a @ b times both scales, plus bias, for a torch without row-wise scales (Windows).
+    """Return a @ b times both scales, plus bias, without torch's row-wise scales (missing on Windows).
 
-    a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
+    a is M x K and b is K x N, both e4m3; scale_a is M x 1, scale_b is 1 x N, bias is N.
 
     The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
     second rounding of 2^-9, which is small compared with the rounding to e4m3. `max_float32_elements` is the

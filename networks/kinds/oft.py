@@ -150,7 +150,7 @@ class OftKind(NetworkKind):
 
         Args:
             settings: Settings of the network.
-            has_lora_arguments: Whether any of the arguments in `LORA_ONLY_ARGUMENTS` is given.
+            has_lora_arguments: Whether any argument in `LORA_ONLY_ARGUMENTS` is set.
         """
         if has_lora_arguments or settings.conv_rank is not None:
             raise OptionError(
