@@ -189,7 +189,7 @@ def _check_scale_pairs(
 
 
 def _map_new_to_old_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
-    """Map each new tensor name to the old one.
+    """Map each new tensor name to the old name.
 
     Raises:
         OptionError: If two tensors would have the same name.

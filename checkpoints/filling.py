@@ -558,15 +558,15 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Shorten a list of tensor names: names that differ only in their first number become one with a range.
+    """Merge tensor names that differ only in their first number into one name with a range; sort the result.
 
-    `blocks.0.weight` to `blocks.39.weight` become `blocks.{0..39}.weight`. The result is sorted.
+    `blocks.0.weight` to `blocks.39.weight` become `blocks.{0..39}.weight`.
     """
     groups: dict[tuple[str, str], list[int]] = {}  # text before and after the number -> numbers
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
-            groups.setdefault((name, ""), [])  # a name without a number is a group by itself
+            groups.setdefault((name, ""), [])  # a name without a number is a group of its own
         else:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match[0]))

@@ -183,17 +183,17 @@ class GgufFile(HeaderFile):
         return TensorInfo(torch.uint8, value_shape, _make_packing(kind, file_shape, shape))
 
     def _rename_like_transformers(self) -> None:
-        """Translate llama.cpp's names of tensors to those of transformers; undo the permutation of q and k.
+        """Rename tensors from llama.cpp's names to transformers'; undo the permutation of q and k rows.
 
         Raises:
-            CheckpointError: If llama.cpp changes the weights of this model irreversibly.
+            CheckpointError: If llama.cpp has changed the weights of this model irreversibly.
         """
         has_names_of_llama_cpp = "token_embd.weight" in self.tensors
         if not has_names_of_llama_cpp:
             return
         self._reject_unsupported_models()
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
-        # Qwen2 has biases and Qwen3 norms of q and k; only Llama's rows are permuted
+        # Qwen2 has biases, and Qwen3 has norms of q and k; only Llama's rows are permuted
         is_qwen = "blk.0.attn_q.bias" in self.tensors or "blk.0.attn_q_norm.weight" in self.tensors
         is_llama = not is_t5 and not is_qwen
         if is_t5:

@@ -407,7 +407,7 @@ def _make_w4a8(
     row_scales: Tensor,
     codebook: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Return a weight of 4 or 6 bits with its tensors in the order that `PackedRowFormat` reads."""
+    """Return a 4- or 6-bit weight with its tensors in the order that `PackedRowFormat` expects."""
     read_rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
     form = PackedRowFormat(
         "asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), read_rows, rotation

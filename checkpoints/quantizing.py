@@ -359,7 +359,7 @@ class _LayerQuantizer:
     """Quantizes a layer to one of ComfyUI's formats: fp8, int8, or int8 with rotated columns (ConvRot)."""
 
     def __init__(self, form: str, shape: Shape) -> None:
-        """Select dtype, shape of the scale and ComfyUI's settings for a weight of this shape, out x in."""
+        """Select the dtype, the scale's shape and ComfyUI's settings for a weight of this shape, out x in."""
         self.shape = shape
         self.scale_shape: tuple[int, ...]
         if form == "fp8":
@@ -370,7 +370,7 @@ class _LayerQuantizer:
             self.comfy_settings = {"format": "int8_tensorwise"}
             self.dtype = torch.int8
             self.scale_shape = (shape[0], 1)
-        # rotations act on groups of columns; a width that no group size divides is not rotated
+        # rotations act on groups of columns; a weight is not rotated if no group size divides its width
         group_size = next((size for size in GROUPS if shape[1] % size == 0), 0)
         if form == "convrot" and group_size:
             self.comfy_settings |= {"convrot": True, "convrot_groupsize": group_size}

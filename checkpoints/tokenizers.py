@@ -40,7 +40,7 @@ class TokenizerFiles:
     ambiguous_folders: tuple[str, ...] = (".",)
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
-        """Return the tokenizer's file, or None if no file is found.
+        """Return the tokenizer file, or None if no file is found.
 
         Args:
             path: Value of the option, a file or folder; None searches `folders` next to the text encoder.
@@ -58,7 +58,7 @@ class TokenizerFiles:
             file = self._find_file(candidate.joinpath(*further))
             if file is None:
                 continue
-            # single-file encoders of several models may be in one folder, together with their tokenizers
+            # one folder may contain single-file encoders of several models, together with their tokenizers
             may_be_another_model = relative_folder in self.ambiguous_folders and not checkpoint_path.is_dir()
             if not may_be_another_model or self.unique_token.encode() in self.read_bytes(file):
                 return file

@@ -250,7 +250,7 @@ def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
 
 
 def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
-    """Raise CheckpointError if a file has other names or shapes than the first one."""
+    """Raise CheckpointError if a file's tensor names or shapes differ from the first file's."""
     names_in_only_one = sorted(first.tensors.keys() ^ file.tensors.keys())
     different_shapes: list[str] = []
     for name, info in file.tensors.items():

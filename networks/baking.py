@@ -200,14 +200,14 @@ def _compute_change(
         factors: The module's factors.
         lora: The LoRA file.
         weights: Weights of the model, for changes that depend on them.
-        device: Device that computes.
+        device: Device to compute on.
     """
     delta = read_delta(factors)
     if not delta.depends_on_weight:
         change_of_factors = delta.compute_change(device)
         assert change_of_factors is not None
         return change_of_factors
-    num_rows: int | None = None  # unknown for a rotation of inputs
+    num_rows: int | None = None  # unknown for an input rotation
     if delta.rotation is None:
         shape = delta.change_shape()
         assert shape is not None

@@ -589,10 +589,10 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
 
     Args:
         lora: The LoRA file.
-        name: Family that the user or a family's own script names; None if none is named.
+        name: Family named by the user or by a family's own script; None if none is named.
 
     Raises:
-        CheckpointError: If the file is of another family, or if several are possible and none is named.
+        CheckpointError: If the file is for a different family, or if several are possible and none is named.
     """
     likely = lora.families()  # by the names and sizes of modules
     likely_names = " or ".join(family.name for family in likely) or "no known model"

@@ -222,13 +222,13 @@ class Delta:
     # --- rows
 
     def select_rows(self, rows: slice | Tensor) -> "Delta | None":
-        """Return a delta for some rows of the change, such as those of q in qkv; None if that is impossible.
+        """Return a delta for some rows of the change, such as q's rows in qkv; None if that is impossible.
 
-        It is impossible for LoKr, in which a row of the change does not belong to a row of one factor, and
-        for magnitudes by input, whose norms need all rows.
+        It is impossible for LoKr, whose factors have no row for each row of the change, for per-input
+        magnitudes, whose norms need all rows, and for a delta that already has a row range.
 
         Args:
-            rows: A slice, for views, or row indices in any order.
+            rows: A slice, which gives views, or row indices in any order.
         """
         if self.has_row_range:
             return None

@@ -227,7 +227,7 @@ def _extract_blocks(
 
 
 def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
-    """Return two models with dequantized weights; warn if one was quantized."""
+    """Return two models with dequantized weights; warn if either was quantized."""
     dequantized = Pair(dequantized_on_read(original), dequantized_on_read(tuned))
     quantized: list[str] = []
     # `dequantized_on_read` returns the same object if no weight is quantized
@@ -241,7 +241,7 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
             "was learned. Give 16-bit files if they exist",
             " and ".join(quantized),
         )
-    # some released shards order the rows of fused weights by head: bring both models into one order
+    # some released shards order the rows of fused weights by head: use one order for both models
     return Pair(with_stacked_rows(dequantized.original), with_stacked_rows(dequantized.tuned))
 
 
@@ -578,13 +578,13 @@ def _make_metadata(
     is_v2: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the metadata of an extracted LoRA; --no_metadata keeps only what loaders need.
+    """Return the metadata of an extracted LoRA; --no_metadata keeps only what is needed for loading.
 
     Args:
         options: Options of the run.
-        names: Entries about the base model.
+        names: Metadata values for the base model.
         is_v2: Whether the base model is Stable Diffusion 2.
-        arguments: Network arguments that would train such a LoRA; None for none.
+        arguments: --network_args for training a LoRA with the same modules; None if there are none.
     """
     metadata = {
         "ss_v2": str(is_v2),

@@ -98,23 +98,23 @@ class LoraBranch:
         multiplier: float = 1.0,
         uses_frozen_norms: bool = False,
     ) -> None:
-        """Store the change of one module; it has an effect only after `place_on`.
+        """Store the change of one module; it has no effect before `place_on`.
 
         Args:
             target: Parameter that is changed.
             delta: The change, on the CPU.
             multiplier: Strength of the LoRA.
-            uses_frozen_norms: Whether DoRA magnitudes are relative to the frozen weight's norms (ComfyUI).
+            uses_frozen_norms: Whether DoRA magnitudes refer to the frozen weight's norms, as in ComfyUI.
         """
         self.target = target
         self.delta = delta
         self.multiplier = multiplier
         self._uses_frozen_norms = uses_frozen_norms
-        # masks the addition, so that it acts only in a region of the image; None: everywhere
+        # limits the addition to a region of the image; None: everywhere
         self.apply_region: Callable[[Tensor], Tensor] | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
         self.rotation = delta.rotation
-        self.output_rows: slice | None = None  # outputs that the rotation affects; None: all
+        self.output_rows: slice | None = None  # output rows that the rotation affects; None: all rows
         self._rotation_values: Tensor | None = None  # parameters of the rotation, float32
         self._low_rank_factors: list[Tensor] = []  # in the order of application: down, (core,) up
         # factors of other kinds, whose full matrix is computed in each pass

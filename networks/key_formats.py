@@ -436,7 +436,7 @@ def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
     """Return the U-Net family with the text width of a LoRA's cross-attention; None if there is none."""
     widths: set[int] = set()
     for name, factors in modules.items():
-        if not name.endswith(("attn2_to_k", "attn2_to_v")):  # the layers that take text states
+        if not name.endswith(("attn2_to_k", "attn2_to_v")):  # these layers take text states
             continue
         size = _size_of(read_delta(factors))
         if size is not None:

@@ -446,7 +446,7 @@ def _parse_number(number_type: type[int] | type[float], text: Any) -> float | No
 
 
 def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) -> PatternValues:
-    """Read pairs `pattern=number,pattern=number`. Raises OptionError if one is malformed.
+    """Parse pairs `pattern=number,pattern=number`. Raises OptionError if a pair is malformed.
 
     Args:
         number_type: Type of the numbers.

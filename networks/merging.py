@@ -53,10 +53,10 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 
 def merge_dit(options: MergeOptions) -> None:
-    """Merge LoRAs into a transformer's file, and write the result.
+    """Merge LoRAs into a transformer file, and write the result.
 
     Raises:
-        CheckpointError: If a file is unusable, or if the model has no modules of a LoRA.
+        CheckpointError: If a file is unusable, or if the model lacks all modules of a LoRA.
         OptionError: If the output would replace an input.
         OutputError: If it cannot be written.
     """
@@ -81,10 +81,10 @@ def merge_dit(options: MergeOptions) -> None:
 
 
 def merge_full(options: FullMergeOptions) -> None:
-    """Merge LoRAs of Stable Diffusion into a checkpoint (--sd_model), or into one LoRA without a checkpoint.
+    """Merge Stable Diffusion LoRAs into a checkpoint (--sd_model), or without a checkpoint, into one LoRA.
 
     Raises:
-        CheckpointError: If a file cannot be used, or if the model has no modules of a LoRA.
+        CheckpointError: If a file cannot be used, or if the model lacks all modules of a LoRA.
     """
     weighted_loras = _read_uses(options)
     if options.sd_model is None:
@@ -102,10 +102,10 @@ def merge_full(options: FullMergeOptions) -> None:
 
 
 def merge_flux(options: FluxMergeOptions) -> None:
-    """Merge LoRAs of FLUX into the given transformer and text encoders, or into one LoRA without models.
+    """Merge FLUX LoRAs into the given transformer and text encoders, or without models, into one LoRA.
 
     Raises:
-        CheckpointError: If a file cannot be used, or if a model has no modules of a LoRA.
+        CheckpointError: If a file cannot be used, or if a model lacks all modules of a LoRA.
         OptionError: If no LoRA changes a given model.
     """
     device = torch.device(options.working_device)
@@ -116,7 +116,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
         _write_sum(options, options.save_to, weighted_loras, device)
         return
     encoder_prefixes = {prefix for prefix in MODEL_PREFIXES.values() if prefix}
-    # option that names a model -> the LoRAs that change it
+    # option that sets a model -> the LoRAs that change it
     loras_by_model = {
         name: select_for_network(weighted_loras, prefix, encoder_prefixes)
         for name, prefix in MODEL_PREFIXES.items()
@@ -521,7 +521,7 @@ def _reject_other_families(loras: Sequence[LoraFile]) -> None:
 
 
 def _list_summands(weighted_loras: Sequence[WeightedLora]) -> dict[str, list[_Summand]]:
-    """Return the factors of all files by module. Raises CheckpointError for anything but plain LoRAs."""
+    """Return the factors from all files by module. Raises CheckpointError for anything but plain LoRAs."""
     modules: dict[str, list[_Summand]] = {}
     for weighted_lora in weighted_loras:
         lora = weighted_lora.lora

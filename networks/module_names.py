@@ -51,12 +51,12 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families with most of these module names; only the family `hint` if it is one of these."""
+    """Return the families with most of these module names; only the family `hint` if it is among them."""
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
     if hinted is not None and all(_find_module(name, hinted) for name in names):
-        return [hinted]  # saves building the tables of the other families
+        return [hinted]  # avoids building the tables of other families
     # fast path: `all` stops at the first unknown name; count only if no family knows all names
     families = [family for family in FAMILIES if all(_find_module(name, family) for name in names)]
     if not families:

@@ -192,11 +192,11 @@ def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[Mo
 
 
 def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
-    """Raise OptionError if a block number exceeds the blocks of a model.
+    """Raise OptionError if --network_args list block indices that the model does not have.
 
     Args:
         settings: Settings of the network.
-        depths: Attribute of the block list -> number of blocks; lists of unknown depth are missing.
+        depths: Number of blocks by attribute name of the block list; lists of unknown depth are missing.
     """
     rules = settings.family_rules
     if rules is None:

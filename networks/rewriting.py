@@ -86,10 +86,10 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
 
 
 def _translate_xlabs(match: re.Match[str]) -> list[str]:
-    """Return FLUX's names for an XLabs tensor; [] for an impossible name.
+    """Return our LoRA tensor names for an XLabs tensor of FLUX; [] for an impossible name.
 
-    In single blocks, XLabs' qkv are only some rows of our weight linear1, which no name says. So the tensor
-    is named as the three layers q, k and v of diffusers, whose rows are known.
+    In single blocks, XLabs' qkv covers only some rows of our weight linear1, which no name of ours says. So
+    the tensor is named like diffusers' three layers q, k and v, whose rows are known.
     """
     start = match["start"]
     number = match["n"]

@@ -187,13 +187,13 @@ def _name(device: torch.device) -> str:
 def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     """Return whether `fp8_linear` supports this layer and input.
 
-    It needs an e4m3 weight with one scale or one per row, sizes that are multiples of 16, and at least 16
-    tokens. Only shapes and dtypes matter, not values.
+    It needs an e4m3 weight with one scale or one scale per row, sizes that are multiples of 16, and at least
+    16 tokens. Only shapes and dtypes matter, not values.
 
     Args:
-        x: Input, ... K.
-        weight: Weight, N K.
-        scale: One number, or one per row (N 1), or None.
+        x: Input, ... x K.
+        weight: Weight, N x K.
+        scale: One number, one per row (N x 1), or None.
     """
     rows, columns = weight.shape
     is_by_tensor = scale is None or scale.numel() == 1

@@ -177,10 +177,10 @@ class OftKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
-        """Build the layers of a network; log block sizes that do not divide the inputs of a layer.
+        """Build the layers of a network; log block sizes that do not divide a layer's input width.
 
         Raises:
-            OptionError: If no layer is left.
+            OptionError: If the model has no layer that can be rotated.
         """
         from torch import nn
 
