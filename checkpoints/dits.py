@@ -155,11 +155,11 @@ class DitFormat(Generic[Config, Dit]):
         Args:
             path: File of the transformer.
             placement: Device, dtypes and patch. The patch is called with published parameter names.
-            *settings: Further arguments of `network`.
+            *settings: Other arguments of `network`.
             second_file: File with additional tensors of the transformer, if any.
 
         Raises:
-            CheckpointError: If the file contains another model, is incomplete or has unknown tensors, or if
+            CheckpointError: If the file has a different model, is incomplete or has unknown tensors, or if
                 fp8 weights would have to be rounded again.
         """
         with contextlib.ExitStack() as opened:
@@ -205,12 +205,12 @@ class DitFormat(Generic[Config, Dit]):
                 if placement.block_sharder is None
                 else placement.block_sharder.watch(dit),
             )
-            # record what a full fine-tuning needs to save the file like its source
+            # record what full fine-tuning needs to save the model like the source file
             saved_dtypes = _select_saved_dtypes(checkpoint, sources, weight_dtype, header.block_dtype)
             dit.saved_dtypes = saved_dtypes  # type: ignore[assignment]
             names = dit.state_dict().keys()
             unused = {name: source for name, source in sources.items() if name not in names}
-            if unused:  # full fine-tuning copies them into its result, and opens the file again for that
+            if unused:  # full fine-tuning copies them to its output, for which it opens the file again
                 reopen = functools.partial(self._open, path, second_file)
                 dit.unused_tensors = UnusedTensors(unused, reopen)  # type: ignore[assignment]
         return dit.eval()

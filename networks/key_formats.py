@@ -433,7 +433,7 @@ def _size_of(delta: Delta) -> tuple[int, int] | None:
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
-    """Return the U-Net family with the text width of a LoRA's cross-attention; None if there is none."""
+    """Return the U-Net family with the text width of a LoRA's cross-attention; None if no family has it."""
     widths: set[int] = set()
     for name, factors in modules.items():
         if not name.endswith(("attn2_to_k", "attn2_to_v")):  # these layers take text states

@@ -449,20 +449,20 @@ def build_from_tensors(
     dit: nn.Module,
     encoders: Mapping[str, nn.Module],
 ) -> OwnNetwork:
-    """Build one of our networks with the modules, ranks and alphas of a file's tensors, but not their values.
+    """Build one of our networks with the modules, ranks and alphas of a file's tensors, not their values.
 
-    Modules of the file that the model does not have are logged.
+    Modules in the file that the model lacks are logged.
 
     Args:
-        name: Value of --network_module, one of OWN_MODULES.
+        name: Value of --network_module, a key of OWN_MODULES.
         tensors: Tensors under our names.
         typed: Unparsed settings from the command line; only dropout and arguments are used.
         dit: The transformer.
         encoders: Trained text encoders, by their `lora_prefix`.
 
     Raises:
-        CheckpointError: If the model has none of the modules, or if the file contains another kind of
-        network.
+        CheckpointError: If the model has none of the modules, or if the file contains a different network
+            kind.
     """
     settings = _settings_with_file(name, typed)
     modules_by_name = _modules_by_name(dit, encoders)

@@ -158,13 +158,13 @@ class RandomRounding:
                 chunk.sub_(shift)
 
     def round_small(self, values: Tensor, change: Tensor) -> None:
-        """Round a small weight stochastically several times; keep the draw that changes the effect least.
+        """Round a small weight stochastically several times; keep the draw that alters the change least.
 
         With few elements, a single draw may lose or add more than 1 % of the change by chance.
 
         Args:
             values: All values of the weight, float32, rounded in place.
-            change: Sum of the changes by LoRAs, float32.
+            change: Sum of the LoRAs' changes, float32.
         """
         min_loss = math.inf
         best = values
