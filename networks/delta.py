@@ -273,8 +273,8 @@ class Delta:
     def factors_of_rows(self, start: int, stop: int) -> Factors | None:
         """Return the factors for the rows from `start` to `stop`; None if their kind cannot be cut there.
 
-        A LoKr can be cut only between blocks of rows. The result lacks `ROW_RANGE`, the entry that says which
-        rows of a layer the factors are for.
+        A LoKr can be cut only between blocks of rows. The result has no `ROW_RANGE`, the tensor that says
+        which rows of a layer a part covers.
         """
         size = self.matrix_size()
         if size is None:
