@@ -1,8 +1,8 @@
-"""Read files of named tensors: safetensors, and zip or pickle files of torch without running code.
+"""Read files of named tensors: safetensors, and torch's zip or pickle files without running code.
 
-Each reader lists its tensors without reading them. `borrow` then reads one at a time, to be copied
-immediately. A read error on an unreliable volume is thus an exception; in a memory-mapped file it would crash
-the process.
+Each reader lists its tensors without reading them. `borrow` then reads one tensor at a time, to be copied
+immediately. A read error on an unreliable volume therefore raises an exception; in a memory-mapped file it
+would crash the process.
 """
 
 import itertools
@@ -73,7 +73,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-# further dtypes of safetensors, which are not supported: 4 and 6 bits, complex numbers
+# other dtypes of safetensors, which are not supported: 4 and 6 bits, complex numbers
 OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 

@@ -1,6 +1,6 @@
 """Translate tensor names of model files, join and split tensors, and read dimensions from shapes.
 
-Also load a network by a plan, and report files of another kind. "Our" names are those of our modules.
+Also load a network from a plan, and report files of the wrong kind. "Our" names are our modules' names.
 """
 
 import functools

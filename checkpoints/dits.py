@@ -100,7 +100,7 @@ class DitFormat(Generic[Config, Dit]):
     # takes a checkpoint without prefixes; raises CheckpointError for files of other families
     read_bare: Callable[[Checkpoint], DitHeader[Config]]
     describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"
-    network: Callable[..., Dit]  # takes the config, the attention, and further arguments of `load`
+    network: Callable[..., Dit]  # takes the config, the attention, and other arguments of `load`
     # returns how each tensor is made from the file, by published name
     sources: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, TensorSource]]
     option: str = "--dit"

@@ -1,4 +1,4 @@
-"""Hashes by which other programs identify a model file; that of the full file is cached next to it."""
+"""Hashes by which other programs identify a model file; the full file's hash is cached next to it."""
 
 import contextlib
 import hashlib

@@ -1,7 +1,7 @@
 """Fill a network from an open model file, tensor by tensor.
 
     with open_checkpoint(path) as checkpoint:
-        sources = plain_sources(checkpoint)              # or a dialect's table of Sources
+        sources = list_tensor_sources(checkpoint)        # or sources renamed by a model family
         with on_meta_device():
             network = Network(config)
         dtype = lambda name, stored: torch.bfloat16
@@ -531,7 +531,7 @@ def _find_unexpected(
     for name in checkpoint.tensors:
         if name in read_names:
             continue
-        # scales of quantized weights are ignored, unless the name is that of a weight
+        # scales of quantized weights are ignored, unless the name belongs to a weight
         patterns = ignore if name in unneeded_names else (*ignore, *QUANTIZATION_EXTRAS)
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             unexpected.append(name)

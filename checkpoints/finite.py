@@ -1,6 +1,6 @@
 """Find NaN and infinite weights while a file is read.
 
-The check is one pass over a tensor that is in memory anyway.
+The check takes one pass over a tensor that is in memory anyway.
 """
 
 from collections.abc import Sequence

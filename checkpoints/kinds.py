@@ -1,4 +1,4 @@
-"""Recognize a model file by the names of its tensors, for messages about a file of another kind."""
+"""Recognize a model file by its tensor names, for messages about files of the wrong kind."""
 
 import re
 from collections.abc import Iterable

@@ -4,8 +4,8 @@ The `TensorInfo` of a packed weight gets the shape of the unpacked weight, and a
 ComfyUI's `quant_ops.py`, comfy-kitchen's layouts, bitsandbytes' `QuantState`.
 
 For each layout there are two functions: `_describe_...` checks the tensors of a layer and returns how it is
-packed, and `_make_...` later makes a `QuantizedWeight` from them. A suffix is what follows the layer in a
-tensor's name.
+packed, and `_make_...` later builds a `QuantizedWeight` from them. A suffix is what follows the layer's name
+in a tensor's name.
 """
 # Letters: N rows (output channels) of a weight, K columns (input channels)
 

@@ -1,4 +1,4 @@
-"""Find and check model files and folders that options name; read latent files of generation."""
+"""Find and check model files and folders set by options; read latent files written by generation."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -2,7 +2,7 @@
 
 Libraries trust a settings file: an image size of 100,000 pixels takes gigabytes, and building a million
 layers takes forever. Therefore JSON files are limited in size, their values are compared with the headers of
-the weights, and the network is built on the meta device first.
+the weight files, and the network is built on the meta device first.
 """
 
 import math

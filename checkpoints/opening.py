@@ -1,7 +1,7 @@
-"""Find and open model files in any format, list their tensors, and describe how to make plain tensors.
+"""Find and open model files in any format, list their tensors, and describe how to read unquantized tensors.
 
 with open_checkpoint(path) as checkpoint:
-    sources = plain_sources(checkpoint)              # or a dialect's table of Sources
+    sources = list_tensor_sources(checkpoint)        # or sources renamed by a model family
     ...                                              # `filling.load_module` fills a network with them
 """
 

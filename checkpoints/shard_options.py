@@ -1,4 +1,4 @@
-"""Names of the files of a sharded model, and maximum sizes as users type them.
+"""File names of sharded models, and maximum sizes as users type them.
 
 Standard library only.
 """

@@ -1,4 +1,4 @@
-"""Cut a model into several safetensors files with an index, named as diffusers and transformers name them.
+"""Split a model into several safetensors files with an index, named as in diffusers and transformers.
 
 model-00001-of-00003.safetensors, ..., model.safetensors.index.json
 """

@@ -36,7 +36,7 @@ class TokenizerFiles:
     # token that only this tokenizer has; it identifies files in folders that models share
     unique_token: str = ""
     hub_filename: str = "tokenizer.json"  # name of the file to download
-    # those of `folders` that may contain tokenizers of other models too
+    # subset of `folders` that may contain tokenizers of other models too
     ambiguous_folders: tuple[str, ...] = (".",)
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:

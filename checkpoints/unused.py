@@ -1,4 +1,4 @@
-"""Tensors of a transformer's file that its network does not use; a fine-tuned file has them again."""
+"""Tensors of a transformer file that its network does not use; fine-tuned files contain them again."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Merge whole checkpoints of one model into their weighted sum, tensor by tensor."""
+"""Merge full checkpoints of one model into their weighted sum, tensor by tensor."""
 
 import logging
 import math

@@ -376,7 +376,7 @@ def _read_network_weights(
 
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders), with_embeddings=True)
-    # blocks of a LoRA for a deeper or shallower model are mapped to those of the DiT
+    # blocks of a LoRA for a deeper or shallower model are mapped to the DiT's blocks
     weighted_lora = WeightedLora(lora)
     with quiet():  # `load_weights` makes the same call and logs its messages
         (weighted_lora,) = fit_depths([weighted_lora], dict(dit.named_parameters()))

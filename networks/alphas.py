@@ -1,7 +1,7 @@
-"""Find alphas that are not tensors: in a file's metadata, or in PEFT's settings (in metadata or a file).
+"""Find alphas that are not stored as tensors: in a LoRA's metadata, or in PEFT's settings (metadata or file).
 
-A source is one place with settings, such as a metadata key. A file may have several networks;
-`network_prefix` is the prefix that a network has in diffusers' pipelines, such as `text_encoder_2.`.
+A source is one place with settings, such as a metadata key. A file may contain LoRAs for several networks;
+`network_prefix` is a network's prefix in diffusers' pipelines, such as `text_encoder_2.`.
 """
 
 import math
@@ -437,7 +437,7 @@ def _belongs_to(network: str, network_prefix: str) -> bool:
         # in LoRA files, CLIP-L is 1, CLIP-G 2 and T5 3; in pipelines, 2 and 3 are text_encoder_2
         is_second = text_encoder[1] in ("2", "3")
         return network_prefix == ("text_encoder_2." if is_second else "text_encoder.")
-    # a transformer has many names: any name except those of text encoders and of other experts
+    # a transformer has many names: accept any name except names of text encoders and other experts
     experts = find_expert_prefixes()
     if network_prefix not in experts or network.startswith(_TEXT_ENCODER_PREFIXES):
         return False

@@ -43,7 +43,7 @@ FACTORS_OF_OTHER_KINDS = {
     MID,
     *(mark for mark, kind in KIND_BY_FACTOR.items() if kind is not LORA),
 }
-_PLAIN = "networks.lora"  # ss_network_module of plain LoRAs, and the prefix of those of single families
+_PLAIN = "networks.lora"  # ss_network_module of plain LoRAs, and the prefix of family-specific modules
 HIGH_LOSS = 0.1  # lost fraction of the change above which messages advise a higher rank
 
 

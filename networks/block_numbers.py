@@ -1,8 +1,8 @@
 """Ranks and learning rates of a LoRA by block number, as in trainers of U-Nets.
 
-The lists block_dims, block_alphas, conv_block_dims and conv_block_alphas of --network_args have a number for
-each block. The arguments down_lr_weight, mid_lr_weight and up_lr_weight have factors on the learning rates of
-the blocks of one part of the U-Net, or the name of a curve.
+In --network_args, block_dims, block_alphas, conv_block_dims and conv_block_alphas list one number per block.
+down_lr_weight, mid_lr_weight and up_lr_weight list learning rate factors for the blocks in one part of the
+U-Net, or name a curve.
 """
 
 import math

@@ -4,7 +4,7 @@ If each layer casts its own factors, it launches two kernels in the forward pass
 block is recomputed, and two for the gradients; another kernel applies the scale. On a fast GPU, a step with
 few tokens waits for the host to launch these. Here, all layers are cast together before the model runs, and
 up factors are multiplied by `multiplier * alpha / rank`. All gradients of a pass are cast back together. The
-down factors of layers with a common input become one matrix (networks/shared_inputs.py).
+down factors of layers with the same input become one matrix (networks/shared_inputs.py).
 """
 
 from collections.abc import Sequence

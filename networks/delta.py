@@ -49,7 +49,7 @@ class Delta:
     # whether the factors belong to a larger layer, of which only the rows in `ROW_RANGE` are used
     has_row_range: bool = field(init=False)
     rotation: InputRotation | None = field(init=False)  # rotation of the input; None: the change is added
-    normalization: Magnitudes | None = field(init=False)  # that of DoRA; None: the weight is not normalized
+    normalization: Magnitudes | None = field(init=False)  # DoRA's; None: the weight is not normalized
 
     def __post_init__(self) -> None:
         rotations = (kind.rotation for kind in self.kinds if kind.rotation is not None)

@@ -1,8 +1,8 @@
-"""LoRAs of a model for its deeper variants, in which copies of some blocks follow the originals.
+"""Fit LoRAs of a model to its deeper variants, in which copies of some blocks follow the originals.
 
-`FamilyNames.grown` describes for a family which blocks were copied. The change of a block is applied to the
-block and its copies, unscaled. A LoRA is refused if it is for more blocks than the model has, or if the
-number of its blocks is unknown.
+`FamilyNames.depth_variants` says which blocks of a family's models were copied. The change of a block is
+applied to the block and its copies, unscaled. A LoRA is rejected if it is for more blocks than the model has.
+If its depth is unknown, it is rejected for deeper variants only.
 """
 
 import logging

@@ -1,8 +1,8 @@
-"""The trained layer of networks whose change of a frozen weight is a product of small factors: LoHa, LoKr.
+"""The trained layer for adapters whose weight change is a product of small factors: LoHa, LoKr.
 
 The layer extends a Linear or a Conv2d. It does not read the frozen weight, which may be quantized, and does
-not keep the full change for the backward pass. Factors have the names and shapes of LyCORIS: those of a
-convolution are matrices too, whose columns include the kernel.
+not keep the full change for the backward pass. Factors have LyCORIS' names and shapes; a convolution's
+factors are matrices too, whose columns include the kernel.
 """
 # Letters: B images, H W their size
 

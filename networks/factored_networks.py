@@ -1,4 +1,4 @@
-"""Build the layers of networks whose change of a weight is a product of factors: LoHa, LoKr."""
+"""Build the layers of adapters whose weight change is a product of factors: LoHa, LoKr."""
 
 import math
 from collections.abc import Mapping

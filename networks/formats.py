@@ -1,4 +1,4 @@
-"""Write the LoRA of a training under the names of the known tuners, of ComfyUI or of diffusers."""
+"""Write the LoRA of a training run under the names of the known trainers, ComfyUI or diffusers."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Split LoRAs for fused weights (such as qkv) into LoRAs for their parts, and join LoRAs for parts.
+"""Split LoRAs for fused weights (such as qkv) into LoRAs for their parts, and join LoRAs of parts.
 
 The height of a weight is its number of rows (output channels).
 """

@@ -1,4 +1,4 @@
-"""Read model files whose fused queries, keys and values order their rows by head: MiniMax-H3's shards."""
+"""Read model files whose fused qkv weights have their rows ordered by head: MiniMax-H3's shards."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,7 @@
-"""Join the frozen weights of layers with a common input in memory, so that one product computes all layers.
+"""Join the frozen weights of layers with the same input in memory, so that one product computes all layers.
 
 Each module keeps its own parameter, which becomes a view of the joined memory. Code that replaces, moves or
-reads a weight does not have to know this: each pass checks by their addresses whether weights are still
+reads a weight need not know this: each pass checks by memory address whether the weights are still
 adjacent.
 """
 # Letters: P parts, M rows of all samples, R rank of a part, C width of a part's output

@@ -1,4 +1,4 @@
-"""One LoRA layer: its addition to the output of a frozen Linear or Conv2d, and its dropouts.
+"""One LoRA layer: its addition to the output of a frozen Linear or Conv2d, and its dropout.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """

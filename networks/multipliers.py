@@ -1,4 +1,4 @@
-"""LoRA files with a multiplier after a colon. Standard library only."""
+"""Parse LoRA files with a multiplier after a colon. Standard library only."""
 
 import math
 from collections.abc import Sequence

@@ -277,7 +277,7 @@ def build_network(
     Raises:
         OptionError: If settings are invalid, or if they select no module.
     """
-    # 1. the modules that may get a layer: those of the trained text encoders, and of the DiT
+    # 1. modules that may get a layer, in the trained text encoders and the DiT
     settings, kind_settings = read_own(name, typed)
     trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.disabled_encoders

@@ -1,7 +1,7 @@
 """Regular expressions for module names, which have dots in models and underscores in LoRA files.
 
-Examples of names are `blocks.0.ffn.2` and `lora_unet_blocks_0_ffn_2`. A pattern that fits nothing as its
-option reads it is tried in the other spelling.
+Examples of names are `blocks.0.ffn.2` and `lora_unet_blocks_0_ffn_2`. A pattern that matches nothing as
+written is tried in the other spelling.
 """
 
 import difflib

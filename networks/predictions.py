@@ -1,4 +1,4 @@
-"""What metadata of model files and LoRAs say that the model predicts: noise, or v (Stable Diffusion)."""
+"""Read from metadata what a Stable Diffusion model predicts: noise, or v."""
 
 import logging
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from modules.control_codes import shorten
 
 logger = logging.getLogger(__name__)
 
-# a metadata value -> whether it means v. `v` and `epsilon` are the words of ModelSpec
-# (github.com/Stability-AI/ModelSpec), the others those of diffusers and of other programs
+# a metadata value -> whether it means v. `v` and `epsilon` are ModelSpec's words
+# (github.com/Stability-AI/ModelSpec); diffusers and other programs use the others
 _PREDICTIONS = {
     "v": True,
     "v_prediction": True,

@@ -1,7 +1,7 @@
 """Mask ranks of LoRAs by the noise level of each sample (T-LoRA).
 
-The metadata of a file record the rule of its training. Loops call `set_levels` before each pass. The levels
-stay until the next pass, so a checkpointed block is recomputed with the masks of its forward pass.
+A file's metadata contains the rule it was trained with. Training and sampling call `set_levels` before each
+pass. The levels stay until the next pass, so a checkpointed block is recomputed with the same masks.
 """
 # Letters: S samples, R rank
 

@@ -1,6 +1,6 @@
 """Reduce the rank of a LoRA: the best approximation of each module's change at a smaller rank.
 
-The change of a module is the product of its factors. Keeping its largest singular values gives the nearest
+A module's change is the product of its factors. Keeping its largest singular values gives the nearest
 product of that rank (Eckart and Young 1936). Names, other tensors and alpha / rank are unchanged.
 """
 # Letters: R rank, K values of a kernel

@@ -1,7 +1,7 @@
 """Round 16-bit weights after a merge, so that LoRAs with small changes keep their effect.
 
 Rounding to the nearest loses changes below half the distance of two neighboring numbers: in bfloat16, changes
-of 0.03 % keep 18 % of their effect. Stochastic rounding, with probabilities by the distance to either
+of 0.03 % keep 18 % of their effect. Stochastic rounding, whose probabilities depend on the distance to either
 neighbor, keeps all of it on average. Source: Gupta et al. 2015, arXiv 1502.02551.
 """
 

@@ -1,4 +1,4 @@
-"""Compute LoRA layers whose frozen modules get the same tensor (such as those for q, k and v) together.
+"""Compute LoRA layers whose frozen modules get the same tensor (such as q, k and v) together.
 
 Three separate layers cast their input three times, multiply it by three down factors, and add three products
 to its gradient. Here, the first layer that gets the tensor casts it and multiplies it by a matrix of all down

@@ -1,4 +1,4 @@
-"""Merge LoRAs into one of a smaller rank: their exact sum, of which the strongest directions are kept."""
+"""Merge LoRAs into one LoRA of a smaller rank, which keeps the strongest directions of their exact sum."""
 
 import logging
 from pathlib import Path

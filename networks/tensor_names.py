@@ -58,7 +58,7 @@ _TEXT = re.compile(
     r"(?:lora_|lycoris_)te(?P<ours>[1-4]?)[_.]|lora_(?:clip|t5)[_-]|te(?P<short>[1-4])[_.]|text_encoder(?:_(?P<pipeline>[2-4]))?[_.]"
     r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
-# prefixes between that of a text encoder and the path of its layer
+# prefixes between a text encoder's prefix and the path of its layer
 _TEXT_LAYER_PREFIXES = tuple(
     spelling
     for prefix in ("transformer.", "language_model.", "model.", "base_model.model.", "module.", "qwen3.")

@@ -1,4 +1,4 @@
-"""Add LoRAs around layers that stay in 8 or 4 bits, and around all layers if the noise level masks ranks.
+"""Wrap layers that stay in 8 or 4 bits with LoRAs, and all layers if the noise level masks ranks.
 
 All other LoRAs are merged.
 """

@@ -1,4 +1,4 @@
-"""Options to use LoRAs: to add files to a model, and to say how they are merged. Standard library only."""
+"""Options to use LoRAs: files to add to a model, and how to merge them. Standard library only."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Report the size of a LoRA's weights, tensor by tensor, and tensors with NaN or infinite values."""
+"""Report the magnitude of a LoRA's weights, tensor by tensor, and tensors with NaN or infinite values."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Write LoRAs in the dialects of ComfyUI and diffusers.
 
-A function that cannot convert a module returns the reason, a string.
+A function that cannot convert a module returns the reason as a string.
 """
 
 import math

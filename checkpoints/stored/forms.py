@@ -1,12 +1,12 @@
-"""Stored weights: the protocol of all formats in which linear layers keep their weights, and such layers.
+"""The protocol of all quantization formats of linear layers, and the layers that use them.
 
-A stored layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the format's dtype and shape, which
-in packed formats differs from the layer's (see `out_features` and `in_features`). The format's companions,
-such as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
-compilation) find it.
+A quantized layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the format's dtype and shape;
+packed shapes differ from the layer's (see `out_features` and `in_features`). The format's companions, such as
+scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA, compilation)
+find it.
 
-A format is a frozen dataclass in a module of this folder; it implements `QuantizationFormat`. A format that
-options ask for has the name of its file in `Quantization.form`; the file has `form_of`, `prepare` and
+A format is a frozen dataclass in a module of this folder; it implements `QuantizationFormat`. If options can
+request a format, `Quantization.form` is the name of its module, which defines `form_of`, `prepare` and
 `rehearsed`.
 """
 

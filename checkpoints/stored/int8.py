@@ -8,7 +8,7 @@ to 1. The effective weight is (q * scale) H; the input is rotated too, so that b
     input gradient   dx = (dy (q * scale)) H in 16 bits, or with dy * scale rounded by tokens to int8 too
 
 For up to 16 tokens, which int8 hardware does not speed up, x is not rounded. Rounding x counts as the
-identity for gradients. Source: ConvRot, arXiv 2512.03673; H as there, a Kronecker power of the one of size 4.
+identity for gradients. Source: ConvRot, arXiv 2512.03673; H is a Kronecker power of its 4 x 4 matrix.
 """
 # Letters: M tokens, K input features, N output features
 
@@ -209,7 +209,7 @@ def rotate(x: Tensor, group: int | None) -> Tensor:
     x = x.float()
     if not group:
         return x
-    # H of a group is the Kronecker product of those of group / 16 and of 16: an eighth of the operations
+    # H of size group is the Kronecker product of H of sizes group / 16 and 16: an eighth of the operations
     with torch.autocast(x.device.type, enabled=False):
         inner = x.reshape(-1, group // 16, 16) @ hadamard(16, x.device)
         return (inner if group == 16 else hadamard(group // 16, x.device) @ inner).view(x.shape)

@@ -1,8 +1,8 @@
 """Weights in 4 bits: bitsandbytes' nf4, with nested statistics.
 
-The weight is cut row by row into blocks of 64, which may cross rows. A code is the nearest of 16 levels to
-w / max|block|; two codes form a byte, the first in its high half. The maxima are stored in 8 bits themselves:
-their difference from their mean, in blocks of 256, as one of 256 values. So a weight takes 0.516 bytes.
+The weight is cut row by row into blocks of 64, which may span rows. A code is the nearest of 16 levels to
+w / max|block|; two codes form a byte, the first in its high half. The maxima are quantized to 8 bits too:
+minus their mean, in blocks of 256, as one of 256 values. So a weight takes 0.516 bytes.
 Sources: QLoRA, Dettmers et al. 2023, arXiv 2305.14314; the 8-bit values: Dettmers et al. 2022, arXiv
 2110.02861. Torch formulas are used here; on CUDA, bitsandbytes' kernel dequantizes if it is installed.
 """

@@ -1,8 +1,8 @@
-"""Weights as other programs pack them, which are read but not made here: mxfp8, nvfp4, int4 in three layouts.
+"""Weights packed by other programs, which are read but not written: mxfp8, nvfp4, int4 in three layouts.
 
-The weight and each companion have a row for each output, or a single row for all, so that all are cut and
-joined by rows; scales that a file has in tiles are put in rows while loading. Formulas and nibble orders:
-comfy-kitchen 0.2.40, against whose CPU back end the tests compare.
+The weight and each companion have one row per output, or a single row for all outputs, so that all can be
+cut and joined by rows; tiled scales are converted to rows while loading. Formulas and nibble orders:
+comfy-kitchen 0.2.40, whose CPU back end the tests compare with.
 """
 
 # Letters: N rows (outputs), K columns (inputs), G columns that share a scale

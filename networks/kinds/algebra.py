@@ -1,7 +1,7 @@
-"""The computations with the factors of a module that `networks.delta` needs from each kind of network.
+"""Protocols for computing with a module's factors, which each network kind (LoRA, LoHa, ...) implements.
 
-A kind implements `Algebra` in the file that imports torch, such as `loha_layer.py`. Most kinds add a product
-of factors to the weight. One normalizes the sum (`Magnitudes`), and one rotates inputs (`InputRotation`).
+A kind implements `Algebra` in its file that imports torch, such as `loha_layer.py`. Most kinds add a product
+of factors to the weight. DoRA normalizes the sum (`Magnitudes`), and OFT rotates inputs (`InputRotation`).
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Values and functions that combine all kinds of networks, for tools and trainings. Standard library only."""
+"""Values and functions that combine all network kinds, for tools and training. Standard library only."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

@@ -1,8 +1,8 @@
-"""The class that describes a kind of network (LoRA, LoKr, DoRA, ...) to tools and trainings.
+"""The class that describes a network kind (LoRA, LoKr, DoRA, ...) to tools and training.
 
-A kind has one file that does not import torch, further files that do, and two lines in
-`networks/kinds/__init__.py`. If these are removed, everything else still works: no tool names a kind except
-LoRA. Functions over all kinds are in `composing.py`.
+A kind has one file that does not import torch, other files that do, and two lines in
+`networks/kinds/__init__.py`. If all of them are removed, everything else still works: no tool names a kind
+except LoRA. Functions over all kinds are in `composing.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # --help must not import torch
     from networks.names.layouts import FamilyNames
 
 LoraModule: TypeAlias = "nn.Linear | nn.Conv2d"
-# Metadata key for the norms that rows are divided by before magnitudes by output multiply them, and its value
-# for the norms of the frozen weights (ComfyUI). Otherwise, they are those of the changed weights. Other tools
-# write this key too
+# Metadata key for the norms by which rows are divided before per-row magnitudes multiply them, and its value
+# for the frozen weights' norms (ComfyUI). Without it, the changed weights' norms are used. Other tools write
+# this key too
 NORMS_FORM = "ss_dora_scale_format"
 FROZEN_NORMS = "comfy_weight_norm"
 # arguments of --network_args that other kinds do not have, as messages list them
@@ -105,7 +105,7 @@ class NetworkKind:
 
     # --- tensors
     parts: tuple[str, ...] = ()  # endings of tensor names that only this kind has
-    marks: tuple[str, ...] = ()  # those parts of which each of its modules has at least one
+    marks: tuple[str, ...] = ()  # subset of `parts`; each of its modules has at least one of them
     pairs: tuple[tuple[str, str], ...] = ()  # parts that are only valid together
     rank_parts: tuple[str, ...] = ()  # parts whose first axis is the rank; the first that exists is used
     magnitudes = ""  # part for `Algebra.magnitudes`; only one kind has it
@@ -139,7 +139,7 @@ class NetworkKind:
     algorithms: tuple[str, ...] = ()  # values of `algo` in LyCORIS for the same network
     # orders of a layer's parameters in optimizer states, here and in other programs
     orders: tuple[tuple[str, ...], ...] = ()
-    # for a kind that --network_args of a LoRA enable: the argument that enables it, and the types of further
+    # for a kind that a LoRA's --network_args enable: the argument that enables it, and the types of its other
     # arguments (integers are at least 1)
     switch = ""
     numbers: Mapping[str, type[int] | type[float]] = MappingProxyType({})

@@ -1,4 +1,4 @@
-"""The change of a weight by a DoRA, and norms of weights; the part of `dora.py` that imports torch."""
+"""Compute DoRA's change of a weight, and norms of weights; the part of `dora.py` that imports torch."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Convert the magnitudes of DoRAs to ComfyUI's form and back; a part of `dora.py` that imports torch."""
+"""Convert DoRA magnitudes to ComfyUI's norms and back; a part of `dora.py` that imports torch."""
 
 from logging import getLogger
 

@@ -1,4 +1,4 @@
-"""Train magnitudes in the layer of a LoRA; a part of `dora.py` that imports torch."""
+"""Train DoRA magnitudes in a LoRA layer; a part of `dora.py` that imports torch."""
 
 import torch
 from torch import Tensor, nn

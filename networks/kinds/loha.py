@@ -1,6 +1,6 @@
 """LoHa: the change of a weight is (w1_a w1_b) * (w2_a w2_b), element by element.
 
-`loha_layer.py` has the computations and the trained layer. Factors have the names and shapes of LyCORIS.
+`loha_layer.py` has the computations and the trained layer. Factors have LyCORIS' names and shapes.
 Files may have cores (hada_t1, hada_t2), which can be used but not trained.
 Source: Yeh et al. 2023, arXiv 2309.14859.
 """

@@ -1,7 +1,7 @@
 """LoKr: the change of a weight is the Kronecker product of a small and a large matrix, kron(w1, w2).
 
-`lokr_layer.py` has the computations and the trained layer. Factors have the names and shapes of LyCORIS: each
-matrix is stored itself or as two factors. The large matrix may have a core (lokr_t2), which can be used but
+`lokr_layer.py` has the computations and the trained layer. Factors have LyCORIS' names and shapes: each
+matrix is stored as is or as two factors. The large matrix may have a core (lokr_t2), which can be used but
 not trained.
 Source: Yeh et al. 2023, arXiv 2309.14859.
 """

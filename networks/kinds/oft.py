@@ -1,4 +1,4 @@
-"""OFT: networks that rotate the inputs of frozen layers, block by block.
+"""OFT: adapters that rotate the inputs of frozen layers, block by block.
 
 `oft_rotation.py` computes the rotations, and `oft_layer.py` is the trained layer. A file has one tensor for
 each layer, `oft_R.weight`: blocks x b (b - 1) / 2 values, for blocks of b inputs.

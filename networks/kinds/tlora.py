@@ -1,8 +1,8 @@
 """T-LoRA: the noisier a sample is, the fewer ranks of a LoRA are active.
 
 On few images, a LoRA overfits first at high noise levels, so only its first ranks are active there. The file
-is an ordinary LoRA, whose metadata record the rule of its training. `networks/rank_masks.py` masks the ranks
-in each pass.
+is an ordinary LoRA whose metadata contains the rule it was trained with. `networks/rank_masks.py` masks the
+ranks in each pass.
 Source: Soboleva et al. 2025, arXiv 2507.05964.
 """
 # Letters: S samples, R rank

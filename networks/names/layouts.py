@@ -1,7 +1,7 @@
-"""Records of the module names of a family, and patterns that rename the tensors of a checkpoint.
+"""Dataclasses for a family's module names, and patterns that rename the tensors of a checkpoint.
 
 "Our" layout is the layout of our networks. In paths, `{n}` is replaced by the index of a block. LoRA files
-under our names have paths with "_" instead of "."; these records restore the path.
+under our names have paths with "_" instead of "."; the dataclasses restore the path.
 """
 
 import re
@@ -17,7 +17,7 @@ REST = -1
 SWAPPED = -2
 BEFORE_REST = -3
 # prefixes of module names in LoRA files
-OURS = "lora_unet_"  # ours, and that of most trainers
+OURS = "lora_unet_"  # used by us and most trainers
 OF_LTX_FORK = "lora_unet_model_"  # musubi-tuner's fork for LTX-2
 IN_COMFYUI = "diffusion_model."
 IN_DIFFUSERS = "transformer."
@@ -63,13 +63,13 @@ class WeightPart:
 
 
 # Order of a LoRA's modules in other trainers, by which their optimizer states number parameters: (prefix,
-# endings), all blocks of the first prefix, then those of the next.
+# endings), all blocks of the first prefix, then all blocks of the next.
 # Source: lists of modules recorded with the trainers (`tests/golden`), the published model code
 Numbering = tuple[tuple[str, str], ...]
 Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.relative_sizes`
 # published models: (width of a block, (list of blocks in our layout, number of blocks) for each list)
 Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
-# `sides` of blocks with two streams in diffusers' layout
+# `relative_sizes` of blocks with two streams in diffusers' layout
 IN_TWO_STREAMS: Sides = (
     *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0", "add_out")),
     *((f".add_{x}_proj", 1, 1) for x in "qkv"),
@@ -90,7 +90,7 @@ class LoraRules:
     """
 
     # Arguments that set the rank of some modules: (argument, types of modules). A type is a tuple of words,
-    # all of which occur in a module's path. The first argument that is given and matches a module sets its
+    # all of which occur in a module's path. The first argument that is set and matches a module sets its
     # rank
     rank_arguments: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     # value of the argument train_blocks -> prefixes of the modules that it selects, such as "double_blocks."
@@ -113,8 +113,8 @@ class RowsByHead:
 
     file_pattern: str  # regular expression that matches names only in files of that program
     ending: str  # ending of our paths of the layers
-    norm_ending: str  # ending of our paths of norms whose width is that of a head, in model files
-    head_width: int  # width of a head in released models; LoRAs do not show it
+    norm_ending: str  # ending of our paths of norms that are as wide as a head, in model files
+    head_width: int  # width of a head in released models; LoRAs do not reveal it
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class FamilyNames:
     underscored_in_comfyui: bool = False
     # kinds of networks besides LoRA that diffusers reads under ComfyUI's names
     kinds_in_diffusers: tuple[str, ...] = ()
-    # whether our paths are those of diffusers; `aliases` then belong to another layout
+    # whether our paths equal diffusers'; `aliases` then belong to another layout
     is_as_in_diffusers: bool = False
     # which names with underscores all tools except diffusers use for its LoRAs: "ours" or "aliases"; "":
     # tools differ
@@ -206,9 +206,9 @@ class FamilyNames:
     # files `{path}.diff`
     parameters: tuple[tuple[str, str], ...] = ()
     optional_paths: tuple[str, ...] = ()  # our paths of modules and parameters that only some models have
-    optional_description: str = ""  # description of `optional`, for messages
+    optional_description: str = ""  # description of `optional_paths`, for messages
     # `ss_base_model_version` to write, as other trainers do, if it is not `name`; `ss_network_module` is then
-    # written as theirs too
+    # written as in other trainers too
     written_base_model: str = ""
     version_prefixes: tuple[str, ...] = ()  # other prefixes of `ss_base_model_version`, in lower case
     # (regular expression for the metadata of a LoRA that cannot be used, reason); see networks/loading.py
@@ -223,7 +223,7 @@ class FamilyNames:
     # Sizes that distinguish families with equal names: (ending of "." + our path, rows of the weight,
     # columns), as multiples of a block's width; 0 means any size
     relative_sizes: Sides = ()
-    released_sizes: Released = ()  # published models; the width of a U-Net is that of its text states
+    released_sizes: Released = ()  # published models; a U-Net's width is the width of its text states
     # (name of an expert's network in diffusers' pipelines, the expert), if there are several experts
     experts: tuple[tuple[str, str], ...] = ()
     more_experts: tuple[tuple[str, str], ...] = ()  # the same, with other names in files with several experts
@@ -232,7 +232,7 @@ class FamilyNames:
     # prefixes of our paths of modules that are loaded with the text encoder, and their description
     text_module_prefixes: tuple[str, ...] = ()
     text_module_description: str = ""
-    # other prefixes than "transformer." in diffusers' dialect, for networks with the same modules
+    # prefixes other than "transformer." in diffusers' names, for networks with the same modules
     more_diffusers_prefixes: tuple[str, ...] = ()
     rows_by_head: RowsByHead | None = None
     # whether a file is rejected if an underscored name belongs to no module; otherwise the name is ignored
