@@ -20,8 +20,8 @@ META = torch.device("meta")
 
 LORA_FACTORS = (DOWN, UP)
 SET_WEIGHT = "set_weight"  # in files of ComfyUI: replaces the model's weight, at any strength except 0
-# Factor that is only used in memory, for a part of a fused layer if the kind (LoKr) cannot be cut by rows. The
-# other factors are the fused layer's; this tensor has the part's rows (first, last + 1)
+# Factor used only in memory, for a part of a fused layer if its kind (LoKr) cannot be cut by rows. The other
+# factors are the fused layer's; this tensor has the part's rows (first, last + 1)
 ROW_RANGE = "reelsmith_rows"
 FACTOR_NAMES = (*composing.PARTS, "alpha", "diff", "diff_b", SET_WEIGHT, ROW_RANGE)
 BIAS_FACTORS = {"diff_b": None, "lora_up.bias": None}.keys()  # an ordered set: the first that exists is used
