@@ -48,17 +48,13 @@ _COMPANIONS = (".scale_input", ".input_scale", COMFY_QUANT_SUFFIX)
 
 @dataclass(frozen=True)
 class Selection:
-    """Select tensors whose names contain given substrings."""
+    """Selects tensors whose names contain given substrings."""
 
     targets: tuple[str, ...] = ()  # (): all names
     excluded: tuple[str, ...] = ()
 
     def selects(self, name: str) -> bool:
-        """Return whether a tensor is selected by its name.
-
-        The name must contain one of `targets`, or `targets` must be empty, and it must contain none of
-        `excluded`.
-        """
+        """Return whether a tensor's name contains one of `targets`, if any, and none of `excluded`."""
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
 
@@ -68,7 +64,7 @@ ALL = Selection()
 
 @dataclass(frozen=True)
 class CheckpointChange:
-    """Changes to the tensors of a checkpoint, which are selected by their names in the source file."""
+    """What to change in a checkpoint; tensors are selected by their names in the source file."""
 
     dtype: torch.dtype | None = None  # None: dtypes are kept
     cast: Selection = ALL  # tensors that are cast to `dtype`
@@ -79,7 +75,7 @@ class CheckpointChange:
 
 @dataclass(frozen=True)
 class NewFile:
-    """Tensors, metadata and notes of a file that is about to be written."""
+    """Tensors and metadata of a file to write, and notes for the user."""
 
     tensors: Mapping[str, TensorInfo]  # in the order of the old file
     metadata: Mapping[str, str]
@@ -88,12 +84,12 @@ class NewFile:
 
     @property
     def size_bytes(self) -> int:
-        """Size of all tensors in bytes."""
+        """Total size of all tensors in bytes."""
         return sum(info.size_bytes for info in self.tensors.values())
 
 
 def reject_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if a weight is packed in a different shape, because it cannot be copied."""
+    """Raise CheckpointError if a weight is stored in a packed shape, because it cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
@@ -114,7 +110,7 @@ def plan_change(
         stale_metadata: Prefixes of metadata keys that describe only the old tensors and are dropped.
 
     Raises:
-        OptionError: If a selection or a prefix matches no name, or if two tensors would get one name.
+        OptionError: If a selection or a prefix matches no name, or if two tensors would get the same name.
         CheckpointError: If the file has packed weights, or if dtypes change and the file's quantization is
             unknown.
     """
@@ -154,7 +150,7 @@ def plan_change(
 
 
 def _list_notes(checkpoint: Checkpoint, change: CheckpointChange, num_dequantized: int) -> list[str]:
-    """Return notes for the user on dequantized weights, and on what is left out of the new file."""
+    """Return notes for the user about dequantized weights and omitted tensors of the new file."""
     notes: list[str] = []
     if num_dequantized:
         weights = format_count(num_dequantized, "weight")
@@ -168,7 +164,7 @@ def _list_notes(checkpoint: Checkpoint, change: CheckpointChange, num_dequantize
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]) -> list[str]:
-    """Return tensor names without the scales and other companions of the weights in `dequantized`."""
+    """Return tensor names without the scales and companion tensors of the weights in `dequantized`."""
     unneeded = {scales[weight] for weight in dequantized}
     for weight in dequantized:
         layer = weight.removesuffix(".weight")
@@ -182,7 +178,7 @@ def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized
 def _check_scale_pairs(
     checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]
 ) -> None:
-    """Raise OptionError if only one of an 8-bit weight and its scale would be written."""
+    """Raise OptionError if a new file would have an 8-bit weight without its scale, or the reverse."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)
@@ -193,7 +189,7 @@ def _check_scale_pairs(
 
 
 def _map_new_to_old_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
-    """Map each new tensor name to the old one.
+    """Map each new tensor name to the old name.
 
     Raises:
         OptionError: If two tensors would have the same name.
@@ -210,14 +206,14 @@ def _map_new_to_old_names(names: Sequence[str], change: CheckpointChange) -> dic
 
 
 def rename(name: str, change: CheckpointChange) -> str:
-    """Return a tensor's new name: prefixes are stripped, then one is added."""
+    """Return a tensor's new name: `strip_prefixes` are removed, then `add_prefix` is added."""
     for prefix in change.strip_prefixes:
         name = name.removeprefix(prefix)
     return change.add_prefix + name
 
 
 def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
-    """Raise OptionError if options select no tensor, or if a prefix matches or leaves nothing."""
+    """Raise OptionError if options select no tensor, or if a prefix matches nothing or an entire name."""
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
@@ -232,7 +228,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError(
             f"--strip_prefix {' '.join(change.strip_prefixes)} removes the complete name of a tensor"
         )
-    # safetensors headers have this key for metadata
+    # safetensors headers use this key for metadata
     if METADATA_ENTRY in {rename(name, change) for name in names}:
         raise OptionError(
             f"a tensor would be called {METADATA_ENTRY}, which is reserved for the metadata: leave it out "
@@ -267,7 +263,7 @@ def _cast(
 def _make_metadata(
     checkpoint: Checkpoint, change: CheckpointChange, dequantized: set[str], stale_metadata: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on metadata that is left out."""
+    """Return the metadata of the new file, and notes on omitted metadata."""
     metadata = {"format": "pt"}  # default, because transformers rejects files without a format
     notes = []
     for key, text in checkpoint.metadata.items():
@@ -293,7 +289,7 @@ def _make_metadata(
 def _rename_layers(
     checkpoint: Checkpoint, change: CheckpointChange, dequantized: set[str], layers: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return ComfyUI's record of 8-bit layers by new name, without layers that are no longer in 8 bits."""
+    """Return ComfyUI's record of 8-bit layers by new name, without layers that are no longer 8-bit."""
     renamed = {}
     for layer_name, settings in layers.items():
         # tensor names may have a prefix that layer names in the record lack
@@ -310,15 +306,15 @@ def _rename_layers(
 
 
 def existing_shards(path: Path) -> list[Path]:
-    """Return the files of an existing sharded model: its index, if any, then all shards.
+    """Return the files of an existing sharded model: its index, if it has one, then all shards.
 
-    Remove them in this order, so that the index never names missing files. `path` is the name that a single
-    file of the model would have.
+    Remove them in this order, so that the index never refers to missing files. `path` is the name that a
+    single file of the model would have.
     """
     digits = "[0-9]" * 5
     shard_ending = f"-00000-of-00000{path.suffix}"
     shards = []
-    # the stem is compared instead of put into the pattern, because it may have characters such as [ or *
+    # the stem is not put into the pattern, because it may contain characters such as [ or *
     for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}"):
         if file.name[: -len(shard_ending)] == path.stem:
             shards.append(file)
@@ -335,7 +331,7 @@ def write_shards(
 ) -> list[Path]:
     """Write shards of at most `max_bytes` and their index, all of them or none; return their paths.
 
-    Files of an existing model of this name are replaced; `existing_shards` lists further files of it. If the
+    Files of an existing model with this name are replaced; `existing_shards` lists its other files. If the
     process is killed, an incomplete set may remain, which `open_checkpoint` rejects, but never a mixture of
     two models.
 
@@ -364,12 +360,12 @@ def write_shards(
 def gather(path: Path) -> Checkpoint:
     """Open a model file, any shard of a model, an index of shards, or a folder.
 
-    If a folder has no index, all model files in it are one model. A tensor may be in two files if its values
+    If a folder has no index, all model files in it form one model. A tensor may be in two files if its values
     are equal in both.
 
     Raises:
         CheckpointError: If a file is missing, damaged or not a model, if two files have different values for
-            a tensor, or if tensors of the index are in no file.
+            a tensor, or if the index lists tensors that no file contains.
     """
     parts, index = _find_parts_and_index(path)
     repeated: list[str] = []  # names of tensors that are in two files
@@ -399,7 +395,7 @@ def gather(path: Path) -> Checkpoint:
 
 
 def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
-    """Return the files of a model and its index; None without an index."""
+    """Return the files of a model, and the path of its index; None as the path if it has no index."""
     if not path.is_dir():
         return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
     indexes = sorted(path.glob(f"*{INDEX}"))
@@ -415,7 +411,7 @@ def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
 
 
 def _check_index(checkpoint: Checkpoint, index: Path) -> None:
-    """Raise CheckpointError if tensors of the checkpoint's index are missing from its files."""
+    """Raise CheckpointError if the checkpoint's files lack tensors that its index lists."""
     names = parse_json(read_text(index))["weight_map"]
     missing = [name for name in names if name not in checkpoint.tensors]
     if missing:

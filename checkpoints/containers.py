@@ -1,8 +1,8 @@
-"""Read files of named tensors: safetensors, and zip or pickle files of torch without running code.
+"""Read files of named tensors: safetensors, and torch's zip or pickle files without running code.
 
-Each reader lists its tensors without reading them. `borrow` then reads one at a time, to be copied
-immediately. A read error on an unreliable volume is thus an exception; in a memory-mapped file it would crash
-the process.
+Each reader lists its tensors without reading them. `borrow` then reads one tensor at a time, to be copied
+immediately. A read error on an unreliable volume therefore raises an exception; in a memory-mapped file it
+would crash the process.
 """
 
 import itertools
@@ -73,12 +73,12 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-# further dtypes of safetensors, which are not supported: 4 and 6 bits, complex numbers
+# other dtypes of safetensors, which are not supported: 4 and 6 bits, complex numbers
 OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 def check_count(path: Path, tensors: int) -> None:
-    """Raise CheckpointError if a file lists more tensors than any model has."""
+    """Raise CheckpointError if a file lists more tensors than any known model has."""
     if tensors > MAX_TENSORS:
         raise CheckpointError(
             f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
@@ -88,7 +88,7 @@ def check_count(path: Path, tensors: int) -> None:
 
 
 class HeaderFile:
-    """Base of files with a header that lists their tensors."""
+    """Base class of files whose header lists the tensors."""
 
     left_out: Sequence[str] = ()  # names of entries that are not tensors
     header_name = "header"  # description of the header, for messages
@@ -115,17 +115,17 @@ class HeaderFile:
             ) from error
 
     def _read_header(self, size: int) -> None:
-        """Read the header into `tensors`, `metadata` and `_offsets`; `size` is the file's size in bytes."""
+        """Read the header into `tensors`, `metadata` and `_offsets`; `size` is the file size in bytes."""
         raise NotImplementedError
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a tensor that must be copied immediately; it may be a view of `read_buffer` (uint8)."""
+        """Return a tensor that must be copied at once, because it may be a view of `read_buffer` (uint8)."""
         info = self.tensors[name]
         return info.read(self._file, self._offsets[name], read_buffer=read_buffer, path=self.path, name=name)
 
 
 class SafetensorsFile(HeaderFile):
-    """Safetensors file that is read without the safetensors library, which maps the full file.
+    """Safetensors file read without the safetensors library, which memory-maps the whole file.
 
     Windows reserves as much memory for such a mapping and may fail with "the paging file is too small".
     """
@@ -188,7 +188,7 @@ def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
         spans: First byte, end and name of each tensor.
 
     Raises:
-        ValueError: If a tensor does not begin where the previous one ends.
+        ValueError: If a tensor does not begin where the previous tensor ends.
     """
     previous_end = 0
     for begin, end, name in sorted(spans):
@@ -199,7 +199,7 @@ def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
 
 
 class TorchFile:
-    """A file written by `torch.save` that is memory-mapped and unpickled without running code."""
+    """A file written by `torch.save`; it is memory-mapped, and unpickled without running code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -239,7 +239,7 @@ class TorchFile:
                 )
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a tensor of the memory-mapped file; `read_buffer` is not needed."""
+        """Return a view of the memory-mapped tensor; `read_buffer` is not used."""
         # the dtype in `tensors` is fp8 if `checkpoints.marks` has recognized fp8 stored as uint8
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 
@@ -252,7 +252,7 @@ TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 
 
 def load_pickled(path: Path, limit_factor: int = 1) -> Any:
-    """Load a file written by `torch.save` without running code, memory-mapped if its format allows that.
+    """Load a file written by `torch.save` without running code, memory-mapped if its format allows it.
 
     `limit_factor` multiplies the allowed length of the pickle program, for files with more objects than a
     model has.
@@ -270,11 +270,11 @@ def load_pickled(path: Path, limit_factor: int = 1) -> Any:
         raise CheckpointError(f"{path} {describe_kind(start)}", path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol
+            warnings.simplefilter("ignore")  # warnings about the pickle protocol
             if start[:4] == ZIP:
                 _check_program(path, limit_factor)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            else:  # the older format cannot be mapped
+            else:  # the older format cannot be memory-mapped
                 with path.open("rb") as file:
                     limited_file = cast(Any, _ReadLimitedFile(file, limit_factor))
                     content = torch.load(limited_file, map_location="cpu", weights_only=True)
@@ -289,7 +289,7 @@ def load_pickled(path: Path, limit_factor: int = 1) -> Any:
 
 
 def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """Return the error for a damaged file, or for one with program code; only torch's message shows which."""
+    """Return the error for a damaged file or a file with code; only torch's message tells them apart."""
     damaged_opcode = re.search(r"Unsupported operand \d+", str(error))
     if damaged_opcode is not None:
         return _make_damage_error(path, damaged_opcode[0])
@@ -305,7 +305,7 @@ def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> Chec
 
 
 class _ReadLimitedFile:
-    """File that limits the number of reads, because torch reads a pickle one instruction at a time."""
+    """File that limits the number of reads: torch reads a pickle one instruction at a time."""
 
     def __init__(self, file: BinaryIO, limit_factor: int) -> None:
         self._file = file
@@ -351,7 +351,7 @@ _DENSE_ONLY_ADVICE = (
 
 
 def _check_dense(content: Any, path: Path) -> None:
-    """Raise CheckpointError if a tensor of a pickled file is sparse, nested, quantized or without data."""
+    """Raise CheckpointError if a tensor in a pickled file is sparse, nested, quantized or without data."""
     waiting: list[tuple[str, Any]] = [("", content)]
     visited: set[int] = set()  # a malicious file may nest a container in itself
     while waiting:
@@ -367,7 +367,7 @@ def _check_dense(content: Any, path: Path) -> None:
 
 
 def _name_special_kind(tensor: Tensor) -> str | None:
-    """Return the kind of a tensor that is not a plain dense one, such as sparse; None for a plain tensor."""
+    """Return what makes a tensor unusual, such as "sparse"; None for a plain dense tensor."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:
@@ -380,7 +380,7 @@ def _name_special_kind(tensor: Tensor) -> str | None:
 
 
 def _make_damage_error(path: Path, reason: str) -> CheckpointError:
-    """Return the error for a damaged file, with only the first sentence of torch's reason."""
+    """Return the error for a damaged file, with the first sentence of torch's reason."""
     first_sentence = reason.strip().splitlines()[0].split(". ")[0]
     return CheckpointError(
         f"{path} is damaged or incomplete: {first_sentence}. Download or copy it again.", path
@@ -388,7 +388,7 @@ def _make_damage_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a file's content, and the names of all other entries.
+    """Return the tensors in a file's content, and the names of everything else.
 
     If the content has a wrapper dictionary such as `state_dict`, only the tensors in it are returned, because
     tensors next to it may be step counts.

@@ -1,6 +1,6 @@
 """Translate tensor names of model files, join and split tensors, and read dimensions from shapes.
 
-Also load a network by a plan, and report files of another kind. "Our" names are those of our modules.
+Also load a network from a plan, and report files of the wrong kind. "Our" names are our modules' names.
 """
 
 import functools
@@ -40,7 +40,7 @@ Cuts = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """How to load a network from an open file: its configuration, and the source of each tensor."""
+    """How to load a network from an open file: its configuration, and what each tensor is built from."""
 
     config: Config  # dimensions of the network
     checkpoint: Checkpoint  # names have no prefix
@@ -62,18 +62,18 @@ def load_planned(
 
     Args:
         plan: The plan; its checkpoint must be open.
-        build: Makes the network from the plan's dimensions; called on the meta device.
+        build: Builds the network from the plan's configuration; called on the meta device.
         device: Device of the network.
-        dtype: Dtype of all tensors, or a function of our name and the dtype in the file that returns it.
+        dtype: Dtype of all tensors, or a function that maps our name and the dtype in the file to it.
         label: Option or name of the network, for messages.
         form: Module of `checkpoints.stored` that quantizes linear layers; None keeps the file's format,
             except that fp8 is dequantized.
         host: Keeps some of the tensors in host memory.
-        blocks: Splits blocks over processes; None for all blocks here.
+        blocks: Shards blocks across processes; None keeps all blocks in this process.
 
     Raises:
         CheckpointError: If tensors are missing, unexpected, misshaped, NaN or infinite, or if the file stores
-            weights in a format other than `form`.
+            weights in a quantized format other than `form`.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -97,9 +97,10 @@ def load_planned(
 def _select_quantized_layers(
     plan: LoadPlan[Any], network: nn.Module, form: str | None, device: torch.device
 ) -> QuantizedLoading | None:
-    """Select the linear layers that are quantized once the network is loaded; None if there are none.
+    """Select the linear layers that are quantized after the network is loaded; None if there are none.
 
-    Layers that are quantized in the file stay so. The others are quantized to `form`, if it is not None.
+    Layers that are quantized in the file stay quantized. The others are quantized to `form` unless it is
+    None.
     """
     file_is_quantized = any(source.build_quantized is not None for source in plan.sources.values())
     if form is None and not file_is_quantized:
@@ -118,12 +119,12 @@ def _select_quantized_layers(
 
 
 def text_quantization(form: str) -> Quantization:
-    """Return the quantization of a text encoder to `form`, the name of a module in `checkpoints.stored`."""
+    """Return the quantization of text encoder weights to `form`, a module name in `checkpoints.stored`."""
     return Quantization("rows", float32_scales=True, form=form)
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
-    """Return the bytes that a linear weight takes once it is loaded.
+    """Return the bytes that a linear weight takes after loading.
 
     Args:
         plan: The plan to load the network.
@@ -146,7 +147,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError if a weight in `names` is stored in another quantized format than `form`."""
+    """Raise CheckpointError if any weight in `names` is stored in a quantized format other than `form`."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
         weight = read_quantized_on_meta(plan.sources[name], tensors)
@@ -161,7 +162,7 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
 
 
 def translate_name(name: str, table: Names) -> str:
-    """Translate a tensor name of a file to ours; an unknown name is kept and later reported."""
+    """Translate a tensor name in a file to ours; an unknown name is kept, and reported later."""
     # one combined pattern first, because most names of an all-in-one file match none
     if not _join_patterns(tuple(pattern for pattern, _ in table)).fullmatch(name):
         return name
@@ -174,14 +175,14 @@ def translate_name(name: str, table: Names) -> str:
 
 @functools.cache
 def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Combine patterns without backreferences into one that matches if any of them does."""
+    """Combine patterns without backreferences into one pattern that matches if any of them does."""
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
 
 def rename_sources(
     sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
 ) -> dict[str, TensorSource]:
-    """Rename sources; `name_of` maps an old name to the new one."""
+    """Rename sources; `name_of` maps an old name to the new name."""
     return {name_of(name): source for name, source in sources.items()}
 
 
@@ -190,7 +191,7 @@ def count(names: Iterable[str], block_pattern: str, path: Path | None = None) ->
 
     Args:
         names: Names of the tensors.
-        block_pattern: Pattern of a block prefix with its index, to match prefixes such as blocks.0.
+        block_pattern: Regular expression for a block prefix with its index, such as blocks.0.
         path: The file, for the message.
 
     Raises:
@@ -213,7 +214,7 @@ def make_shape_reader(
     sources: Mapping[str, TensorSource],
     misshapen_error: CheckpointError | None = None,
 ) -> Callable[..., tuple[int, ...]]:
-    """Return a function that takes our name and returns the tensor's shape in the file.
+    """Return a function that maps our name of a tensor to its shape in the file.
 
     The function raises CheckpointError if the file lacks the tensor. With `misshapen_error`, it also takes a
     number of axes (default 4), and raises that error if the number of axes differs or there are no values.
@@ -239,7 +240,7 @@ def make_shape_reader(
 
 @dataclass(frozen=True)
 class DitShapes:
-    """Read a transformer's dimensions from the shapes of its tensors."""
+    """Reads a transformer's dimensions from the shapes of its tensors."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
@@ -249,7 +250,7 @@ class DitShapes:
         """Return the shape of a tensor with `axes` axes; the file may lack leading axes of length 1.
 
         Raises:
-            CheckpointError: If the tensor is missing or has another number of axes.
+            CheckpointError: If the tensor is missing or has a different number of axes.
         """
         if name not in self.shapes:
             raise CheckpointError(
@@ -267,7 +268,7 @@ class DitShapes:
         return shape
 
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
-        """Return hidden size, latent channels and patch size (F, H, W) of a transformer.
+        """Return the hidden size, latent channels and patch size (F, H, W) of a transformer.
 
         `name` is the weight of the layer that turns latents into tokens.
         """
@@ -275,7 +276,7 @@ class DitShapes:
         return dim, in_dim, (frames, rows, columns)
 
     def count_blocks(self, start: str) -> int:
-        """Count the blocks with names that consist of `start` and an index."""
+        """Count the blocks whose names consist of `start`, a dot and an index."""
         return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 
@@ -286,11 +287,11 @@ def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, 
         checkpoint: The open file.
         right_kind: Description of the kind that the option takes.
         option: The option.
-        give: Description of files of the right kind.
+        give: Description of files that the option takes.
 
     Raises:
-        CheckpointError: If the file is quantized in an unsupported format, because its tensors may then be
-            those of the right kind under other names.
+        CheckpointError: If the file is quantized in an unsupported format; its tensors may then have other
+            names although the kind is right.
     """
     reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)
@@ -308,13 +309,13 @@ def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, 
 def join_parts(
     file_sources: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
 ) -> dict[str, TensorSource]:
-    """Translate the names of sources to ours, and concatenate tensors that the file has in parts.
+    """Rename sources to our names, and concatenate tensors that the file stores in parts.
 
     Args:
         file_sources: Sources by name in the file.
         table: Translates these names. A translated name that ends in #n is the n-th part of a tensor; parts
             are concatenated along rows.
-        swapped: Our names of tensors whose two halves are in the opposite order in the file.
+        swapped: Our names of tensors whose two halves are swapped in the file.
     """
     parts_by_index: dict[str, dict[int, TensorSource]] = {}  # our name -> index of a part -> its source
     for name_in_file, source in file_sources.items():
@@ -335,12 +336,12 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 
 def stack_heads(rows: Tensor, head_width: int) -> Tensor:
-    """Reorder rows from [q0; k0; v0; q1; k1; v1; ...], one per head, to [all q; all k; all v]."""
+    """Reorder the rows of each head, [q0; k0; v0; q1; k1; v1; ...], to [all q; all k; all v]."""
     return rows.unflatten(0, (-1, 3, head_width)).transpose(0, 1).flatten(0, 2)
 
 
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
-    """Compute the shapes of our tensors, which `join_parts` makes, from the shapes in the file."""
+    """Return the shapes of the tensors that `join_parts` returns, given the shapes in the file."""
     joined: dict[str, tuple[int, ...]] = {}
     for stored_name, shape in shapes.items():
         name = translate_name(stored_name, table).partition("#")[0]
@@ -352,12 +353,12 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
 
 
 def _concatenate(parts: list[TensorSource]) -> TensorSource:
-    """Return one source whose tensor concatenates the tensors of several sources along their rows."""
+    """Return a source that concatenates the tensors of several sources along their rows."""
     if len(parts) == 1:
         return parts[0]
 
     def build(*file_tensors: Tensor) -> Tensor:
-        """Concatenate tensors; use float32 if some are fp8, because torch cannot promote fp8 dtypes."""
+        """Concatenate tensors, in float32 if any is fp8, because torch cannot promote fp8 dtypes."""
         tensors = [part.build_tensor(group) for part, group in _group_by_part(parts, file_tensors)]
         dtype = tensors[0].dtype
         if any(tensor.dtype.itemsize == 1 for tensor in tensors):
@@ -365,7 +366,7 @@ def _concatenate(parts: list[TensorSource]) -> TensorSource:
         return torch.cat([tensor.to(dtype) for tensor in tensors])
 
     def build_quantized(*file_tensors: Tensor) -> QuantizedWeight | None:
-        """Concatenate quantized weights along their rows; return None if their formats differ."""
+        """Concatenate quantized weights along their rows; return None if their formats cannot be joined."""
         weights: list[QuantizedWeight] = []
         for part, group in _group_by_part(parts, file_tensors):
             weight = part.make_quantized(group)
@@ -382,7 +383,7 @@ def _concatenate(parts: list[TensorSource]) -> TensorSource:
 def _group_by_part(
     parts: Iterable[TensorSource], file_tensors: Sequence[Tensor]
 ) -> Iterator[tuple[TensorSource, Sequence[Tensor]]]:
-    """Yield each source with those of the concatenated file tensors that it is built from."""
+    """Yield each part with those of the file tensors that it is built from."""
     first = 0
     for part in parts:
         end = first + len(part.names)
@@ -391,7 +392,7 @@ def _group_by_part(
 
 
 def cut_parts(file_sources: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
-    """Split fused weights, which the file stacks by rows, into one source per part; keep the others.
+    """Split fused weights of a file by rows into one source per part; keep all other sources.
 
     A quantized weight stays quantized; each part gets the scales of its rows.
     """
@@ -406,7 +407,7 @@ def cut_parts(file_sources: Mapping[str, TensorSource], cuts: Cuts) -> dict[str,
 
 
 def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
-    """Compute the shapes of our tensors, which `cut_parts` makes, from the shapes in the file."""
+    """Return the shapes of the tensors that `cut_parts` returns, given the shapes in the file."""
     shapes_of_parts: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         parts = _list_parts(name, cuts) if shape else ()
@@ -418,7 +419,7 @@ def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str
 
 
 def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
-    """Return our names of the parts that a fused tensor is split into; () if it is not split."""
+    """Return our names of the parts into which a fused tensor is split; () if it is not split."""
     for pattern, parts in cuts:
         match = re.fullmatch(pattern, name)
         if match:
@@ -427,9 +428,9 @@ def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
 
 
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
-    """Return the source of one of `count` equal parts of the rows of a tensor.
+    """Return the source of one of `count` equal row ranges of a tensor.
 
-    If the rows cannot be divided, the source reads all of them, and the comparison of shapes reports that.
+    If the rows cannot be divided, the source reads all of them; the shape check then reports the mismatch.
     """
 
     def build(*file_tensors: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ FP8_COMPUTE = torch.bfloat16  # compute dtype of an fp8 file
 
 
 class DitConfig(Protocol):
-    """Dimensions of a transformer, read from the shapes of its tensors."""
+    """Dimensions of a transformer, read from its tensor shapes."""
 
     @property
     def dim(self) -> int:
@@ -68,7 +68,7 @@ class DitConfig(Protocol):
 
     @property
     def kind(self) -> str:
-        """Return the conditioning of the model, such as t2v or i2v."""
+        """Return what the model is conditioned on, such as t2v or i2v."""
 
 
 Config = TypeVar("Config", bound=DitConfig)
@@ -77,7 +77,7 @@ Dit = TypeVar("Dit", bound=nn.Module)
 
 @dataclass(frozen=True)
 class DitHeader(Generic[Config]):
-    """Dimensions, naming scheme and dtype of a transformer, read from the header of its file."""
+    """Dimensions, naming and dtype of a transformer, read from the header of its file."""
 
     config: Config
     dialect: str  # naming scheme in the file, such as official or diffusers
@@ -85,7 +85,7 @@ class DitHeader(Generic[Config]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Compute dtype of the blocks: the dtype of their weights, or bfloat16 if these have 8 bits."""
+        """Compute dtype of the blocks: the dtype of their weights, or bfloat16 if the weights are 8-bit."""
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
 
 
@@ -95,12 +95,12 @@ def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
 
 @dataclass(frozen=True)
 class DitFormat(Generic[Config, Dit]):
-    """How to recognize and read the transformer files of a family."""
+    """How to recognize and read the transformer files of a model family."""
 
     # takes a checkpoint without prefixes; raises CheckpointError for files of other families
     read_bare: Callable[[Checkpoint], DitHeader[Config]]
     describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"
-    network: Callable[..., Dit]  # takes the config, the attention, and further arguments of `load`
+    network: Callable[..., Dit]  # takes the config, the attention, and other arguments of `load`
     # returns how each tensor is made from the file, by published name
     sources: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, TensorSource]]
     option: str = "--dit"
@@ -114,13 +114,13 @@ class DitFormat(Generic[Config, Dit]):
     add_second: Callable[[Checkpoint, Checkpoint], Checkpoint] | None = None
 
     def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
-        """Read dimensions, dialect and dtype of an open file.
+        """Read the dimensions, naming and dtype of a transformer from an open file.
 
         Raises:
             CheckpointError: If the file is not a supported transformer.
         """
         checkpoint = bare_names(checkpoint)
-        # checked first, because some unsupported models have all the tensors of a supported one
+        # checked first, because some unsupported models have all tensors of a supported model
         kind = next(
             (description for name, description in UNSUPPORTED_MODELS if name in checkpoint.tensors), None
         )
@@ -139,7 +139,7 @@ class DitFormat(Generic[Config, Dit]):
         )
 
     def identify(self, path: Path) -> str | None:
-        """Describe a file if it is a transformer of this family; otherwise return None."""
+        """Return a description of a transformer file of this family; None for any other file."""
         try:
             with open_checkpoint(path) as checkpoint:
                 return f"it is {self.describe(self.read_header(checkpoint))} ({self.option})"
@@ -155,11 +155,11 @@ class DitFormat(Generic[Config, Dit]):
         Args:
             path: File of the transformer.
             placement: Device, dtypes and patch. The patch is called with published parameter names.
-            *settings: Further arguments of `network`.
+            *settings: Other arguments of `network`.
             second_file: File with additional tensors of the transformer, if any.
 
         Raises:
-            CheckpointError: If the file contains another model, is incomplete or has unknown tensors, or if
+            CheckpointError: If the file has a different model, is incomplete or has unknown tensors, or if
                 fp8 weights would have to be rounded again.
         """
         with contextlib.ExitStack() as opened:
@@ -178,7 +178,7 @@ class DitFormat(Generic[Config, Dit]):
             sources = self.sources(checkpoint, header)
 
             def dtype_of(name: str, file_dtype: torch.dtype) -> torch.dtype:
-                """Return the dtype to load a tensor in; `file_dtype` is its dtype in the file."""
+                """Return the dtype to load a tensor in, given its dtype in the file."""
                 if name.startswith(spec.keep_float32):
                     return torch.float32
                 if not placement.keep_file_dtypes:
@@ -205,18 +205,18 @@ class DitFormat(Generic[Config, Dit]):
                 if placement.block_sharder is None
                 else placement.block_sharder.watch(dit),
             )
-            # record what a full fine-tuning needs to save the file like its source
+            # record what full fine-tuning needs to save the model like the source file
             saved_dtypes = _select_saved_dtypes(checkpoint, sources, weight_dtype, header.block_dtype)
             dit.saved_dtypes = saved_dtypes  # type: ignore[assignment]
             names = dit.state_dict().keys()
             unused = {name: source for name, source in sources.items() if name not in names}
-            if unused:  # full fine-tuning copies them into its result, and opens the file again for that
+            if unused:  # full fine-tuning copies them to its output, for which it opens the file again
                 reopen = functools.partial(self._open, path, second_file)
                 dit.unused_tensors = UnusedTensors(unused, reopen)  # type: ignore[assignment]
         return dit.eval()
 
     def _open(self, path: Path, second_file: Path | None) -> Checkpoint:
-        """Open the one or two files of a transformer as one checkpoint, which closes both."""
+        """Open a transformer's file, or its two files, as one checkpoint, which closes all of them."""
         checkpoint = bare_names(open_checkpoint(path))
         if second_file is None:
             return checkpoint
@@ -238,9 +238,9 @@ def _select_saved_dtypes(
 ) -> dict[str, torch.dtype]:
     """Return the dtypes in which a trained 16-bit transformer is saved, by published name.
 
-    Tensors that are float32 in the file stay so; all others are saved in `weight_dtype`, even those that are
-    float32 in memory. The result is empty if the file or the transformer is not in 16 bits: weights are then
-    saved in the dtypes that they have in memory.
+    Tensors that are float32 in the file stay float32; all others are saved in `weight_dtype`, even if they
+    are float32 in memory. Returns {} if the file or the transformer is not in 16 bits: weights are then saved
+    in their dtypes in memory.
     """
     if weight_dtype.itemsize != 2 or block_dtype.itemsize != 2:
         return {}
@@ -254,25 +254,25 @@ def _select_saved_dtypes(
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
     """Return the sources of a checkpoint whose tensors already have their published names.
 
-    The second argument, the header that formats with other names need, is ignored.
+    The second argument, the file header that other formats need, is ignored.
     """
     return list_tensor_sources(checkpoint)
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint without the prefixes that trainers and all-in-one files add to tensor names."""
+    """Return a checkpoint without the name prefixes that trainers and all-in-one files add."""
     return checkpoint.without_prefix(*PREFIXES, ignored_prefixes=OTHER_NETWORKS)
 
 
 def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
-    """Return the weight dtype: `compute_dtype`, `storage_dtype`, or the dtype in the file, in this order."""
+    """Return the weight dtype: `compute_dtype` if set, else `storage_dtype` if set, else the file's dtype."""
     if block_dtype.itemsize == 1:
         block_dtype = placement.fp8_compute_dtype or FP8_COMPUTE
     return placement.compute_dtype or placement.storage_dtype or block_dtype
 
 
 def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:
-    """Set --dit_dtype as the compute dtype of a placement, unless it already has one."""
+    """Set --dit_dtype as the compute dtype of a placement that has none."""
     has_dtype = placement.compute_dtype is not None or placement.storage_dtype is not None
     return placement if has_dtype else replace(placement, compute_dtype=dit_dtype)
 
@@ -285,12 +285,12 @@ def select_quantized_layers(
     placement: Placement,
     spec: DitSpec,
 ) -> QuantizedLoading | None:
-    """Select the linear layers to load in 8 or 4 bits: those quantized in the file, or selected by options.
+    """Select the linear layers to load in 8 or 4 bits: quantized in the file, or selected by options.
 
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
 
     Raises:
-        CheckpointError: If the options would quantize weights that are quantized in another format already.
+        CheckpointError: If the options would quantize weights that already have a different quantized format.
     """
     if placement.quantization is not None:
         return _select_requested_layers(dit, checkpoint, sources, placement, spec, placement.quantization)
@@ -313,7 +313,7 @@ def _select_requested_layers(
     spec: DitSpec,
     quantization: Quantization,
 ) -> QuantizedLoading:
-    """Select the layers to load quantized if an option sets `quantization`; see `select_quantized_layers`."""
+    """Select the layers to load in the quantized format that an option sets."""
     blocks_in_16_bits = _list_blocks_in_16_bits(dit, spec) if quantization.fp8_matmul else ()
 
     def without_16_bit_blocks(names: frozenset[str]) -> frozenset[str]:
@@ -339,13 +339,13 @@ def _select_requested_layers(
         infos = [checkpoint.tensors[sources[name].names[0]] for name in quantized_in_file]
         is_packed = any(info.packing is not None for info in infos)
         raise _make_quantized_error(checkpoint.path, quantization.option_name, is_packed)
-    # layers that a quantized file has in 16 bits stay so
+    # layers that are in 16 bits in a quantized file stay in 16 bits
     unmerged = _without_merged_weights(quantized_in_file, dit, checkpoint.path, placement)
     return QuantizedLoading(new_format, quantized_in_file=unmerged)
 
 
 def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Return name prefixes of the last `LAST_IN_16_BITS` blocks that run; () if there are few blocks."""
+    """Return name prefixes of the `LAST_IN_16_BITS` blocks that run last; () if there are few blocks."""
     counts = []
     names = []
     for name, blocks in spec.blocks(dit).items():
@@ -358,7 +358,7 @@ def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
 
 
 def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
-    """Return the error for a quantized file that the option `flag` would quantize again."""
+    """Return the error for a file that is already quantized, which the option `flag` cannot quantize."""
     state = "quantized"
     instead = "layers stay as the file has them."
     if not is_packed:
@@ -383,7 +383,7 @@ def have_chosen_form(
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
-    """Return whether all quantized weights of a file have the format that the options select."""
+    """Return whether all quantized weights in a file already have the format that the options select."""
     if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
     stored = [read_quantized_on_meta(sources[name], checkpoint.tensors) for name in names]
@@ -393,7 +393,7 @@ def have_chosen_form(
 def _without_merged_weights(
     names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
 ) -> frozenset[str]:
-    """Return the quantized weights of a file that no LoRA is merged into; the others become 16-bit."""
+    """Return the quantized weights of a file into which no LoRA is merged; all others become 16-bit."""
     if placement.patch is None:
         return names
     weights = dit.state_dict()

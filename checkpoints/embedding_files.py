@@ -25,7 +25,7 @@ def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
 
     Args:
         path: The file.
-        option: Option that names the file.
+        option: Option that sets the path.
         why: Reason, for the message.
     """
     return CheckpointError(
@@ -36,11 +36,11 @@ def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
 
 
 def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
-    """Return all entries of an embedding file for one word: tensors, or dictionaries of tensors.
+    """Return everything in a one-word embedding file by name: tensors, or dictionaries of tensors.
 
     Args:
         path: The file.
-        option: Option that names the file, for messages.
+        option: Option that sets the path, for messages.
 
     Raises:
         CheckpointError: If the file is missing, damaged or too large, or if it contains code.
@@ -54,7 +54,7 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
     if path.suffix.lower() in _SAFETENSORS:
         with open_checkpoint(path) as checkpoint:
             return {name: checkpoint.read(name) for name in checkpoint.tensors}
-    with torch.serialization.safe_globals([ParameterDict]):  # files of the paper's own code contain one
+    with torch.serialization.safe_globals([ParameterDict]):  # files written by the paper's code contain one
         content = load_pickled(path)
     if not isinstance(content, Mapping):
         raise reject_embedding(path, option, f"it contains a {type(content).__name__}")
@@ -68,12 +68,12 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
 
 
 def list_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return only the entries of a file that are tensors, by name."""
+    """Return only those values of an unpickled file that are tensors, by name."""
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def describe_content(content: Mapping[str, Any]) -> str:
-    """List the first entries of a file, for the error that it is not an embedding."""
+    """List the first names in a file, for the error message that it is not an embedding."""
     if not content:
         return "it is empty"
     first_names = ", ".join(shorten(name, 60) for name in sorted(content)[:4])
@@ -87,21 +87,21 @@ def to_rows(
     tensors: Mapping[str, Tensor],
     reject: Callable[[Path, str, str], CheckpointError] = reject_embedding,
 ) -> dict[str, Tensor]:
-    """Return tensors as rows of vectors under the same names, each V C float32.
+    """Return tensors as rows of vectors under the same names, each V x C float32.
 
     Args:
         path: The file.
-        option: Option that names the file.
+        option: Option that sets the path.
         tensors: Tensors of the file.
-        reject: Makes the error for a file of another kind, from the path, the option and the reason.
+        reject: Returns the error for a file that is not an embedding, given path, option and reason.
 
     Raises:
-        CheckpointError: If a tensor has another shape, or values that are not finite.
+        CheckpointError: If a tensor has a different shape, or non-finite values.
     """
     for name, tensor in tensors.items():
         is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
-        # checked again, because rows with a stride of 0 share memory and may be larger than the file
+        # checked again: rows with a stride of 0 share memory, so a tensor may be larger than the file
         size_bytes = tensor.numel() * tensor.element_size()
         if not is_rows or not 0 < size_bytes <= MAX_EMBEDDING_BYTES:
             raise reject(path, option, f"{shorten(name, 60)} is not a row of vectors: {tuple(tensor.shape)}")

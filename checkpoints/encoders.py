@@ -32,7 +32,7 @@ TOKENIZER_JSON = "tokenizer_json"
 def find_network(
     checkpoint: Checkpoint, embeddings: str, layer: str, excluded: tuple[str, ...]
 ) -> Checkpoint | None:
-    """Find a network by two of its tensors and remove its prefix; return None if the file does not have them.
+    """Find a network by two of its tensors, and remove its prefix; return None if the file lacks them.
 
     Args:
         checkpoint: The opened file.
@@ -50,7 +50,7 @@ def find_network(
     other_prefixes = (*excluded, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
-        reject_quantized(checkpoint)  # a better message, if they are tensors of a quantized format
+        reject_quantized(checkpoint)  # a better message if they belong to a quantized format
         raise CheckpointError(
             f"{checkpoint.path}: in addition to {prefix}{embeddings} and its network, it has {len(strange)} "
             f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give a file with only this "
@@ -66,8 +66,8 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: 
     Args:
         path: File of the network, for messages.
         rows: Number of rows of the query projection.
-        config: Content of config.json, which may have the number of heads.
-        default_width: Width if config.json does not have the number of heads.
+        config: Content of config.json, which may contain the number of heads.
+        default_width: Width if config.json does not contain the number of heads.
 
     Raises:
         CheckpointError: If `rows` cannot be divided among the heads.
@@ -122,7 +122,7 @@ def read_network_config(
         kind: Prefix of the network's model_type.
         dim: Width of the network according to its tensors.
         defaults: Values of keys that config.json leaves out.
-        embedded_config: Content of a config.json inside the model's file; None reads the one in the folder.
+        embedded_config: Content of a config.json inside the model file; None reads config.json in the folder.
 
     Raises:
         CheckpointError: If config.json cannot be read.
@@ -135,7 +135,7 @@ def read_network_config(
             content = parse_json(embedded_config)
         config = content.get(part, content)
         model_type = config.get("model_type")
-        # configurations of transformers, which have a model_type, leave out keys with default values
+        # configurations of transformers, which have a model_type, omit keys with default values
         settings: dict[str, Any] = {**(defaults if model_type is not None else {}), **config}
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -151,10 +151,10 @@ def read_network_config(
 def check_state_width(
     option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, fits: str
 ) -> None:
-    """Raise CheckpointError if the transformer takes hidden states of a different width than the encoder's.
+    """Raise CheckpointError if the transformer does not take hidden states as wide as the encoder's.
 
     Args:
-        option: Option that names the encoder.
+        option: Option that sets the encoder.
         path: File of the encoder.
         width: Width of the encoder's hidden states.
         dit_path: File of the transformer.
@@ -183,9 +183,9 @@ def declared_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple
 
 
 def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
-    """Return the number of groups of GroupNorm from the config.json next to a file; None if it has none.
+    """Return GroupNorm's number of groups from the config.json next to a file; None if it is not set there.
 
-    `classes` are the values of `_class_name` that this model has.
+    `classes` are the values of `_class_name` that this model may have.
 
     Raises:
         CheckpointError: If the config.json cannot be read, or if the number is below 1.

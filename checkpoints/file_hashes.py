@@ -1,4 +1,4 @@
-"""Hashes by which other programs identify a model file; that of the full file is cached next to it."""
+"""Hashes by which other programs identify a model file; the full file's hash is cached next to it."""
 
 import contextlib
 import hashlib
@@ -15,21 +15,21 @@ _ENTRY = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})\n")  # size, time of the last c
 
 
 def short_hash(path: Path) -> str:
-    """Return the hash of 64 KiB at offset 1 MiB, which early versions of A1111 used to name checkpoints."""
+    """Return the hash of 64 KiB at offset 1 MiB, by which early versions of A1111 identified checkpoints."""
     with path.open("rb") as file:
         file.seek(_SHORT_HASH_START)
         return hashlib.sha256(file.read(_SHORT_HASH_BYTES)).hexdigest()[:8]
 
 
 def name_base(file: Path) -> str:
-    """Return the name and short hash of a base model's file, in the form of adapter metadata."""
+    """Return a base model's file name with a short hash, as adapter metadata stores it."""
     return f"{file.name} {short_hash(file)}" if file.is_file() else file.name
 
 
 def full_hash(path: Path) -> str:
-    """Return the SHA-256 of a file.
+    """Return the SHA-256 hash of a file as hexadecimal digits.
 
-    A checkpoint may be 7 GB large, so the hash is cached in `.NAME.sha256` next to it, with its size and
+    A checkpoint may have 7 GB, so the hash is cached in `.NAME.sha256` next to it, with its size and
     modification time. It is computed again if these differ, and each time if the folder is read-only.
     """
     info = path.stat()
@@ -47,7 +47,7 @@ def full_hash(path: Path) -> str:
 
 
 def _read_entry(path: Path) -> str | None:
-    """Return the content of a cache file of `full_hash`; None if it is missing or malformed."""
+    """Return the hash in a cache file of `full_hash`; None if the file is missing or malformed."""
     try:
         text = read_text(path, limit_bytes=1000)
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """Fill a network from an open model file, tensor by tensor.
 
     with open_checkpoint(path) as checkpoint:
-        sources = plain_sources(checkpoint)              # or a dialect's table of Sources
+        sources = list_tensor_sources(checkpoint)        # or sources renamed by a model family
         with on_meta_device():
             network = Network(config)
         dtype = lambda name, stored: torch.bfloat16
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizedLoading:
-    """Which linear weights of a network stay or become quantized to 8 or 4 bits while it is loaded."""
+    """Which linear weights stay quantized, or are quantized to 8 or 4 bits, while a network is loaded."""
 
     format: QuantizationFormat | None  # of `to_quantize`, from the options; None if they set none
     to_quantize: frozenset[str] = frozenset()  # names of weights that are quantized while loading
@@ -58,7 +58,7 @@ def linear_weights(
     Args:
         module: The network.
         lists: Names of block lists to which the result is limited; None: all layers.
-        exclude: Substrings; weights whose names contain one are skipped.
+        exclude: Substrings; weights whose names contain any of them are skipped.
     """
     prefixes = None if lists is None else tuple(f"{name}." for name in lists)
     names = set()
@@ -77,16 +77,16 @@ def find_quantized_weights(
     tensors: Mapping[str, TensorInfo],
     format_is_requested: bool,
 ) -> frozenset[str]:
-    """Return those of the weights `names` that stay quantized as in the file.
+    """Return which of the weights `names` stay quantized as in the file.
 
-    If an option asks for a quantization format, these are all quantized weights. Otherwise, only those whose
-    format is kept without an option; the others are dequantized.
+    If an option requests a quantization format, all quantized weights stay quantized. Otherwise, only formats
+    that are kept by default do; other weights are dequantized.
 
     Args:
         names: Names of the network's weights.
-        sources: How each tensor of the network is made from the file, by name.
+        sources: How each tensor of the network is built from the file, by name.
         tensors: Dtype and shape of the file's tensors.
-        format_is_requested: Whether an option asks for a quantization format.
+        format_is_requested: Whether an option requests a quantization format.
     """
     quantized_in_file = set()
     for name in names:
@@ -99,7 +99,7 @@ def find_quantized_weights(
 
 
 def read_quantized_on_meta(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> QuantizedWeight | None:
-    """Return the quantized weight that a source reads, on the meta device; None if it is not quantized."""
+    """Return a source's quantized weight on the meta device; None if the weight is not quantized."""
     if source.build_quantized is None:
         return None
     return source.build_quantized(*[tensors[part].hollow() for part in source.names])
@@ -116,13 +116,13 @@ INITIALIZERS = {init.constant_, init.kaiming_uniform_, init.normal_, init.unifor
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Create modules on the meta device and skip initializers, which would load torch's compiler."""
+    """Create modules on the meta device without running initializers, which would load torch's compiler."""
     with torch.device("meta"), _SkipInitializers():
         yield
 
 
 class _SkipInitializers(TorchFunctionMode):
-    """Replace torch's weight initializers by functions that return the tensor unchanged."""
+    """Replace torch's weight initializers with functions that return the tensor unchanged."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -149,13 +149,13 @@ def load_module(
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor.
 
-    Each tensor is loaded directly to its device and dtype. Parameters have `requires_grad` off. If `device`
+    Each tensor is loaded directly to its device and dtype. Parameters need no gradients. If `device`
     is the meta device, no tensor is read.
 
     Args:
         module: Network to fill.
         checkpoint: Open file.
-        sources: How each tensor is made from tensors of the file, by name in the module's state dict.
+        sources: How each tensor is built from the file's tensors, by name in the module's state dict.
         device: Device of the network.
         dtype: Takes a state-dict name and the dtype in the file, and returns the target dtype.
         patch: Takes a state-dict name, the weight before rounding, and the target dtype, and returns the
@@ -165,12 +165,12 @@ def load_module(
         quantized: Which weights stay or become quantized, in which format; None if there are none.
         host: Keeps some of the tensors in host memory; their values are still computed on `device`.
         check: Called before each tensor, and may raise to stop loading; replaces the progress bar.
-        on_tensor_loaded: Called with each name once its tensor is loaded.
+        on_tensor_loaded: Called with each name after its tensor is loaded.
 
     Raises:
         CheckpointError: If tensors are missing, unexpected or misshaped (checked before any is read), or if
             values are NaN or infinite.
-        OptionError: If the device does not support the quantized form.
+        OptionError: If the device does not support the quantization format.
     """
     if quantized is not None and quantized.format is not None:
         quantized.format.check_device(device)
@@ -232,7 +232,7 @@ def _reject_non_finite_errors(
 ) -> None:
     """Raise CheckpointError if a layer's rounding error is NaN or infinite, as after merging a damaged LoRA.
 
-    Values of the model's file are checked when they are read.
+    Values in the model's file are checked when they are read.
     """
     for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
         if not is_finite_error:
@@ -269,7 +269,7 @@ _ALIGNMENT = 64  # bytes; tensors begin at multiples of it in the buffer for rea
 
 
 class _TensorLoader:
-    """Load the tensors of one network and assign them to its parameters."""
+    """Loads the tensors of one network and assigns them to its parameters."""
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class _TensorLoader:
         quantized: QuantizedLoading | None,
         host: HostWeightMemory | None,
     ) -> None:
-        """Store the arguments of `load_module`, and allocate host memory and the buffer for reading."""
+        """Store the arguments of `load_module`, and allocate host memory and the read buffer."""
         self._module = module
         self._checkpoint = checkpoint
         self._sources = sources
@@ -296,7 +296,7 @@ class _TensorLoader:
         if host is not None and device.type != "meta":
             infos = {name: self._describe_target(name) for name in self._shapes}
             self.on_host = host.allocate_on_host(module, infos)
-        # False if another process writes the weights into memory that both share
+        # False if another process writes the weights into shared memory
         self._is_written_by_this_process = host is None or host.is_written_by_this_process
         # scalar bools by name in the file; empty on the CPU, where values are checked immediately
         self.finite_checks: dict[str, Tensor] = {}
@@ -314,7 +314,7 @@ class _TensorLoader:
             self.read_buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
 
     def _describe_target(self, name: str) -> TensorInfo:
-        """Return the dtype and shape that a tensor has once it is loaded."""
+        """Return the dtype and shape that a tensor will have in the loaded model."""
         if self._quantized is not None and name in self._quantized:
             weight = self._empty_quantized(name, self._quantized).weight
             return TensorInfo(weight.dtype, tuple(weight.shape))
@@ -335,7 +335,7 @@ class _TensorLoader:
         elif self._is_written_by_this_process:
             self._write_values(name, tensor)
         elif self._patch is not None:
-            # another process writes the values; the patch is called only so that it records that it was used
+            # another process writes the values; this call only records that the patch was used
             dtype = self._dtypes[name]
             self._patch(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), dtype)
         if parameter_name in layer._parameters:
@@ -344,7 +344,7 @@ class _TensorLoader:
             layer._buffers[parameter_name] = tensor
 
     def _load_quantized(self, name: str, layer: nn.Linear, plan: QuantizedLoading) -> QuantizedWeight:
-        """Return a quantized weight: as in the file, or quantized after the patch.
+        """Return a quantized weight: as in the file, or quantized after LoRAs were added.
 
         If processes on one machine share weights in host memory, one of them writes the packed weight. Each
         process has its own scales, which are small.
@@ -357,7 +357,7 @@ class _TensorLoader:
             assert plan.format is not None
             loaded = self._quantize(name, plan.format)
         form = loaded.format
-        if plan.format is not None:  # products are computed as the user chose
+        if plan.format is not None:  # use the compute settings that the user chose
             form = form.with_compute_settings_of(plan.format)
         weight, *scales = loaded.tensors
         assert weight is not None
@@ -370,7 +370,7 @@ class _TensorLoader:
         return QuantizedWeight(form, loaded.shape, (weight, *scale_copies))
 
     def _read_quantized(self, name: str, layer: nn.Linear) -> QuantizedWeight:
-        """Read a quantized weight unchanged; its tensors may be views of `read_buffer`."""
+        """Read a quantized weight without changing it; its tensors may be views of `read_buffer`."""
         source = self._sources[name]
         padded_weight = source.make_quantized(self._read_parts(source))
         assert padded_weight is not None
@@ -379,7 +379,7 @@ class _TensorLoader:
         return QuantizedWeight(padded_weight.format, shape, padded_weight.tensors)
 
     def _quantize(self, name: str, form: QuantizationFormat) -> QuantizedWeight:
-        """Quantize a weight after LoRAs have been folded in, and record its rounding error."""
+        """Quantize a weight after LoRAs were merged into it, and record its rounding error."""
         first_part = self._sources[name].names[0]
         weight = self._compute_unrounded(name, self._checkpoint.tensors[first_part].dtype)
         quantized_weight = form.quantize(weight)
@@ -388,7 +388,7 @@ class _TensorLoader:
         return quantized_weight
 
     def _empty_quantized(self, name: str, plan: QuantizedLoading) -> QuantizedWeight:
-        """Return the quantized format of a layer's weight on the meta device."""
+        """Return a layer's weight as an empty quantized weight on the meta device."""
         empty: QuantizedWeight | None = None
         if name in plan.quantized_in_file:
             empty = read_quantized_on_meta(self._sources[name], self._checkpoint.tensors)
@@ -399,12 +399,12 @@ class _TensorLoader:
         return empty
 
     def _write_values(self, name: str, tensor: Tensor) -> None:
-        """Write the values of one network tensor into `tensor`, which is already allocated."""
+        """Write the values of one network tensor into the preallocated `tensor`."""
         if tensor.device.type == "meta":
             return
         source = self._sources[name]
         stored_name = source.names[0]
-        # without `build`, the tensor is one of the file, unchanged
+        # without `build`, the tensor is read from the file unchanged
         is_unchanged = source.build is None and self._checkpoint.tensors[stored_name].dtype == tensor.dtype
         if self._patch is not None or not is_unchanged:
             tensor.copy_(self._compute_unrounded(name, tensor.dtype))
@@ -423,7 +423,7 @@ class _TensorLoader:
         if tensor.ndim != len(self._shapes[name]):
             tensor = tensor.view(add_leading_axes(tuple(tensor.shape), len(self._shapes[name])))
         if self._checkpoint.tensors[source.names[0]].packing is not None:
-            # packed weights may be padded: only the first rows and columns belong to the network
+            # packed weights may be padded, so keep only the network's rows and columns
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
             return tensor
@@ -433,7 +433,7 @@ class _TensorLoader:
         return self._patch(name, tensor, target)
 
     def _read_parts(self, source: TensorSource) -> list[Tensor]:
-        """Read the stored tensors of one source to the device; they may be views of `read_buffer`."""
+        """Read the stored tensors that a source is built from; they may be views of `read_buffer`."""
         parts: list[Tensor] = []
         start = 0
         for part in source.names:
@@ -447,8 +447,8 @@ class _TensorLoader:
     def _check_finite(self, part: str, tensor: Tensor) -> None:
         """Check a tensor of the file for NaN and infinite values.
 
-        On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading a
-        check would wait for them; so those checks are collected and read after loading.
+        On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading the
+        result of a check would wait for them, so these results are collected and read after loading.
         """
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)
@@ -457,7 +457,7 @@ class _TensorLoader:
 
 
 def _measure_rounding_error(weight: Tensor, quantized_weight: QuantizedWeight) -> Tensor:
-    """Return sum |error| / sum |weight| of a quantized weight on some rows; NaN if a scale is not finite."""
+    """Return sum |error| / sum |weight| of a quantized weight, on sampled rows; NaN for non-finite scales."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
     rounded = quantized_weight.format.quantize(sample).dequantize()
     exact = sample.float()
@@ -477,7 +477,7 @@ def _check_fit(
     ignore: Sequence[str],
     label: str,
 ) -> None:
-    """Raise CheckpointError, with up to MAX_ERRORS lines, if tensors are missing, unexpected or misshaped."""
+    """Raise CheckpointError with up to MAX_ERRORS lines for missing, unexpected or misshaped tensors."""
     # compare the names
     missing = set()
     for name in targets:
@@ -519,9 +519,9 @@ def _find_unexpected(
     sources: Mapping[str, TensorSource],
     ignore: Sequence[str],
 ) -> list[str]:
-    """Return names in the file that no target uses and no pattern ignores."""
+    """Return tensor names in the file that no target uses and no pattern ignores."""
     read_names: set[str] = set()  # names in the file that tensors of the network are read from
-    unneeded_names: set[str] = set()  # those from which only tensors that this network lacks would be read
+    unneeded_names: set[str] = set()  # names from which only tensors that this network lacks would be read
     for name, source in sources.items():
         if name in targets:
             read_names.update(source.names)
@@ -531,7 +531,7 @@ def _find_unexpected(
     for name in checkpoint.tensors:
         if name in read_names:
             continue
-        # scales of quantized weights are ignored, unless the name is that of a weight
+        # scales of quantized weights are ignored, unless the name belongs to a weight
         patterns = ignore if name in unneeded_names else (*ignore, *QUANTIZATION_EXTRAS)
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             unexpected.append(name)
@@ -539,7 +539,7 @@ def _find_unexpected(
 
 
 def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int, ...] | None:
-    """Return the shape of a tensor that is built from stored tensors; None if their shapes do not match."""
+    """Return the shape of a tensor built from stored tensors; None if their shapes do not match."""
     try:
         return tuple(source.build_tensor([info.hollow() for info in infos]).shape)
     except (RuntimeError, IndexError):
@@ -558,15 +558,15 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Shorten a list of tensor names: names that differ only in their first number become one with a range.
+    """Merge tensor names that differ only in their first number into one name with a range; sort the result.
 
-    `blocks.0.weight` to `blocks.39.weight` become `blocks.{0..39}.weight`. The result is sorted.
+    `blocks.0.weight` to `blocks.39.weight` become `blocks.{0..39}.weight`.
     """
     groups: dict[tuple[str, str], list[int]] = {}  # text before and after the number -> numbers
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
-            groups.setdefault((name, ""), [])  # a name without a number is a group by itself
+            groups.setdefault((name, ""), [])  # a name without a number is a group of its own
         else:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match[0]))
@@ -581,7 +581,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
 
 
 def _find_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Group sorted numbers into runs of consecutive numbers; return the first and last number of each."""
+    """Group sorted numbers into runs of consecutive numbers; return (first, last) of each run."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -1,6 +1,6 @@
 """Find NaN and infinite weights while a file is read.
 
-The check is one pass over a tensor that is in memory anyway.
+The check takes one pass over a tensor that is in memory anyway.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ def is_finite(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     if tensor.dtype == torch.float8_e8m0fnu:
-        return tensor.view(torch.uint8).max() < 0xFF  # its only code that is not finite: NaN
+        return tensor.view(torch.uint8).max() < 0xFF  # its only non-finite code is NaN
     if tensor.dtype in _FIRST_NON_FINITE:
         bound = _FIRST_NON_FINITE[tensor.dtype]
-        # as int8, negative values are below all positive ones; as uint8, they are above
+        # as int8, negative values are below all positive values; as uint8, they are above
         are_positive_finite = tensor.view(torch.int8).max() < bound
         are_negative_finite = tensor.view(torch.uint8).max() < _SIGN_BIT + bound
         return are_positive_finite & are_negative_finite
@@ -39,14 +39,14 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError if a CPU tensor that was read from a file contains NaN or infinite values."""
+    """Raise CheckpointError if a CPU tensor read from a file contains NaN or infinite values."""
     if not is_finite(tensor):
         num_non_finite = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
         raise make_non_finite_error(path, [f"{name} ({num_non_finite} of {tensor.numel()} values)"])
 
 
 def make_non_finite_error(path: Path, names: Sequence[str]) -> CheckpointError:
-    """Return the error for tensors with NaN or infinite values."""
+    """Return the error to raise for tensors with NaN or infinite values."""
     tail = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return CheckpointError(
         f"{path} has weights that are NaN or infinite: {', '.join(names[:3])}{tail}.\n"

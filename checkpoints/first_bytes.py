@@ -14,7 +14,7 @@ def is_pointer_or_page(start: bytes) -> bool:
 
 
 def describe_kind(start: bytes) -> str:
-    """Describe the kind of a file that is not a model, from its first bytes, and say what to do."""
+    """Return the end of an error message about a file that is not a model: what it is, and what to do."""
     if start.startswith(GGUF):
         return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
     if ONNX.match(start):

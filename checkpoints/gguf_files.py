@@ -61,13 +61,13 @@ _UNSUPPORTED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of e
 
 
 class GgufFile(HeaderFile):
-    """GGUF file in which text encoder tensors get the names and the row order of transformers."""
+    """GGUF file that presents text encoder tensors with the names and row order of transformers."""
 
     header_name = "GGUF header"
     damage_errors = (ValueError, struct.error)
 
     def _read_header(self, size: int) -> None:
-        """Read magic and version, keys and values, then name, shape, type and offset of each tensor."""
+        """Read version, metadata and counts, then name, shape, type and offset of each tensor."""
         reader = _HeaderReader(self._file, min(size, MAX_HEADER_BYTES))
         reader.read_bytes(4)
         version = reader.read_number("I")
@@ -80,7 +80,7 @@ class GgufFile(HeaderFile):
         for _ in range(num_tensors):
             name = self._read_tensor(reader, model_shapes)
             relative_offsets[name] = reader.read_number("Q")
-        # tensor data begin after the header, at a multiple of the alignment; 32 is the format's default
+        # tensor data begins after the header, at a multiple of the alignment; 32 is the format's default
         align = int(self.metadata.get("general.alignment", 32))
         if align < 1:
             raise ValueError(f"its alignment is {align}")
@@ -91,7 +91,7 @@ class GgufFile(HeaderFile):
     def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Read the name, shape and type of the next tensor from the header; return its name.
 
-        The caller reads the offset that follows. `model_shapes` are the original shapes of tensors that were
+        The caller reads the offset that follows. `model_shapes` has the original shapes of tensors that were
         reshaped for quantization, by name.
         """
         check_count(self.path, len(self.tensors))
@@ -114,7 +114,7 @@ class GgufFile(HeaderFile):
     def _compute_offsets(
         self, relative_offsets: Mapping[str, int], data_start: int, size: int
     ) -> dict[str, int]:
-        """Return the offset of each tensor in the file; raise ValueError if some overlap or end beyond it.
+        """Return the offset of each tensor in the file; raise ValueError for overlaps or data beyond the end.
 
         Args:
             relative_offsets: Offsets from the end of the header, by name.
@@ -133,7 +133,7 @@ class GgufFile(HeaderFile):
         return offsets
 
     def _read_keys(self, reader: "_HeaderReader", num_keys: int) -> dict[str, tuple[int, ...]]:
-        """Read metadata keys into `metadata`; return the original shapes of reshaped tensors by name."""
+        """Read metadata into `metadata`; return the original shapes of reshaped tensors by name."""
         model_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(num_keys):
             key = reader.read_string()
@@ -155,7 +155,7 @@ class GgufFile(HeaderFile):
             name: Name of the tensor.
             type_number: Its GGUF type.
             file_shape: Its shape in the file.
-            shape: Its shape from the metadata, if it was reshaped for quantization; else `file_shape`.
+            shape: Its shape from the metadata if it was reshaped for quantization; otherwise `file_shape`.
         """
         is_reshaped = shape != file_shape
         value_shape = shape if is_reshaped else _restore_shape(name, file_shape)
@@ -183,17 +183,17 @@ class GgufFile(HeaderFile):
         return TensorInfo(torch.uint8, value_shape, _make_packing(kind, file_shape, shape))
 
     def _rename_like_transformers(self) -> None:
-        """Translate llama.cpp's names of tensors to those of transformers; undo the permutation of q and k.
+        """Rename tensors from llama.cpp's names to transformers'; undo the permutation of q and k rows.
 
         Raises:
-            CheckpointError: If llama.cpp changes the weights of this model irreversibly.
+            CheckpointError: If llama.cpp has changed the weights of this model irreversibly.
         """
         has_names_of_llama_cpp = "token_embd.weight" in self.tensors
         if not has_names_of_llama_cpp:
             return
         self._reject_unsupported_models()
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
-        # Qwen2 has biases and Qwen3 norms of q and k; only Llama's rows are permuted
+        # Qwen2 has biases, and Qwen3 has norms of q and k; only Llama's rows are permuted
         is_qwen = "blk.0.attn_q.bias" in self.tensors or "blk.0.attn_q_norm.weight" in self.tensors
         is_llama = not is_t5 and not is_qwen
         if is_t5:
@@ -217,7 +217,7 @@ class GgufFile(HeaderFile):
             self._rename_tensor(old, new)
 
     def _reject_unsupported_models(self) -> None:
-        """Raise CheckpointError if llama.cpp changes the weights of the model irreversibly."""
+        """Raise CheckpointError for models whose weights llama.cpp has changed irreversibly."""
         for layer, model_name in _UNSUPPORTED.items():
             if any(f".{layer}." in name for name in self.tensors):
                 raise CheckpointError(
@@ -227,7 +227,7 @@ class GgufFile(HeaderFile):
                 )
 
     def _rename_tensor(self, old: str, new: str) -> None:
-        """Rename a tensor; raise ValueError if another tensor has the new name."""
+        """Rename a tensor; raise ValueError if the new name is already taken."""
         if new != old and new in self.tensors:
             raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
         self.tensors[new] = self.tensors.pop(old)
@@ -242,7 +242,7 @@ class GgufFile(HeaderFile):
         return heads
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a tensor with its rows in the order of transformers; it may be a view of `read_buffer`."""
+        """Return a tensor with rows in transformers' order; it may be a view of `read_buffer`."""
         tensor = super().borrow(name, read_buffer)
         if name in self._num_permuted_heads:
             # rotary pairs of rows are adjacent in the file; transformers has the first halves of all pairs,
@@ -254,7 +254,7 @@ class GgufFile(HeaderFile):
 
 
 class _HeaderReader:
-    """Read values from a file's header; raise ValueError beyond `max_bytes`."""
+    """Read values from a GGUF header; raise ValueError if it is longer than `max_bytes`."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._file = file
@@ -281,7 +281,7 @@ class _HeaderReader:
         """Read a tensor shape from a short array of integers.
 
         Raises:
-            ValueError: If the array is long or has values of another type.
+            ValueError: If the array is too long or its values are not integers.
         """
         value_type = self.read_number("I")
         count = self.read_number("Q")
@@ -290,7 +290,7 @@ class _HeaderReader:
         return tuple(self.read_number(_NUMBERS[value_type]) for _ in range(count))
 
     def read_value(self, value_type: int) -> str | float | None:
-        """Read a string or a number, or skip an array, for which None is returned."""
+        """Read a string or a number; skip an array and return None."""
         if value_type in _NUMBERS:
             number: float = self.read_number(_NUMBERS[value_type])
             return number
@@ -311,7 +311,7 @@ class _HeaderReader:
 
 
 def _make_packing(kind: Kind, file_shape: tuple[int, ...], shape: tuple[int, ...]) -> Packing:
-    """Return how a tensor is packed, from its shapes in the file and in the model."""
+    """Return how a tensor is packed, based on its shapes in the file and in the model."""
     # if each row of the model has whole quantization blocks, a layer can use them directly
     has_full_rows = shape[-1] % kind.weights == 0
     *leading, columns = shape if has_full_rows else file_shape

@@ -1,4 +1,4 @@
-"""Recognize a model file by the names of its tensors, for messages about a file of another kind."""
+"""Recognize a model file by its tensor names, for messages about files of the wrong kind."""
 
 import re
 from collections.abc import Iterable
@@ -146,7 +146,7 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def kind_by_name(path: Path, is_sharded: bool) -> str | None:
-    """Return the kind of an unsupported transformer by its file name; None if the name says nothing.
+    """Return the name of an unsupported transformer that the file name reveals; None if it reveals none.
 
     For sharded files, the names of the two enclosing folders are checked too, because shards have generic
     names such as diffusion_pytorch_model.
@@ -160,10 +160,12 @@ def kind_by_name(path: Path, is_sharded: bool) -> str | None:
 
 
 def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
-    """Recognize a file by its tensor names, such as "a RetinaFace face detector"; return None if unknown.
+    """Describe a file by its tensor names, for example as "a RetinaFace face detector"; None if unknown.
 
-    `marks` lists the kinds to recognize, each with a tensor name; the first that is in the file counts. None
-    means all known kinds.
+    Args:
+        names: Names of the tensors.
+        marks: Pairs of a tensor name and the description of files that contain it; the first match counts.
+            None: all known files.
     """
     if marks is None:
         marks = (*UNSUPPORTED_MODELS, *family_marks(), *OF_PARTS, *OF_TOOLS)

@@ -4,8 +4,8 @@ The `TensorInfo` of a packed weight gets the shape of the unpacked weight, and a
 ComfyUI's `quant_ops.py`, comfy-kitchen's layouts, bitsandbytes' `QuantState`.
 
 For each layout there are two functions: `_describe_...` checks the tensors of a layer and returns how it is
-packed, and `_make_...` later makes a `QuantizedWeight` from them. A suffix is what follows the layer in a
-tensor's name.
+packed, and `_make_...` later builds a `QuantizedWeight` from them. A suffix is what follows the layer's name
+in a tensor's name.
 """
 # Letters: N rows (output channels) of a weight, K columns (input channels)
 
@@ -39,7 +39,7 @@ _MAX_GROUP = 1 << 16  # largest group of columns
 def find_packed(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, TensorInfo]:
-    """Return new infos, by name, of packed weights and of their companions, such as scales.
+    """Return new dtypes and shapes, by name, of packed weights and of their companions, such as scales.
 
     The info of a packed weight has the shape of the unpacked weight and a `Packing`. The info of a companion
     differs only if it is fp8 but stored as uint8.
@@ -50,7 +50,7 @@ def find_packed(
         read: Returns a tensor by name.
 
     Raises:
-        ValueError: If a layer's quantization format is unknown, or if its tensors do not have that format.
+        ValueError: If a layer's quantization format is unknown, or if its tensors do not match the format.
     """
     new_infos: dict[str, TensorInfo] = {}
     for layer_name, settings in _read_comfy_settings(tensors, metadata, read).items():
@@ -70,7 +70,7 @@ def find_packed(
 
 
 def _describe_comfy_layer(layer: "_QuantizedLayer") -> dict[str, TensorInfo]:
-    """Return the new infos of a layer with ComfyUI's quantization settings; {} for fp8, which needs none."""
+    """Return new dtypes and shapes of a layer with ComfyUI's quantization settings; {} if it is fp8."""
     try:
         layout = layer.settings["format"]
         if layout in FP8:
@@ -121,7 +121,7 @@ def _read_comfy_settings(
 
 
 def _find_prefix(layers: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the prefix of tensor names that layer names in the metadata lack; "" if there is none."""
+    """Return the prefix that tensor names have and layer names in the metadata lack; "" without one."""
     first = next((f"{layer}.weight" for layer in layers if layer not in tensors), None)
     if first is None or first in tensors:
         return ""
@@ -130,16 +130,16 @@ def _find_prefix(layers: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def _require_table(value: Any) -> dict[str, Any]:
-    """Return the value if it is a dictionary; raise ValueError if it is not."""
+    """Return the value if it is a dictionary; otherwise raise ValueError."""
     if not isinstance(value, dict):
         raise ValueError(f"its quantization record has {str(value)[:60]!r} instead of a table")
     return value
 
 
 def _read_settings(entry: Any) -> dict[str, Any]:
-    """Return a layer's quantization settings from ComfyUI's entry, a format name or a dictionary.
+    """Return a layer's quantization settings from ComfyUI's value for it: a format name or a dictionary.
 
-    The entries of the inner dictionary `params` are moved to the top level.
+    The items of the inner dictionary `params` are moved to the top level.
     """
     settings = {"format": entry} if isinstance(entry, str) else dict(_require_table(entry))
     parameters = _require_table(settings.pop("params", None) or {})
@@ -147,7 +147,7 @@ def _read_settings(entry: Any) -> dict[str, Any]:
 
 
 def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
-    """Parse the JSON object that a tensor contains as text; raise ValueError if there is none."""
+    """Parse the JSON object that a tensor stores as text; raise ValueError if there is none."""
     info = tensors[name]
     if info.dtype != torch.uint8 or info.size_bytes > _MAX_BYTES:
         raise ValueError(f"{name} is not text: {info.dtype} of {info.size_bytes:,} bytes")
@@ -163,7 +163,7 @@ def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _QuantizedLayer:
-    """A quantized layer of a file; messages of its errors continue the sentence "the layer NAME ..."."""
+    """A quantized layer in a file; its error messages continue the sentence "the layer NAME ..."."""
 
     name: str  # name of the layer in the file
     settings: Mapping[str, Any]  # ComfyUI's or bitsandbytes' settings of the layer's quantization
@@ -181,7 +181,7 @@ class _QuantizedLayer:
         return value
 
     def get_rotation(self, columns: int) -> int:
-        """Return the number of columns that ConvRot rotates together; raise ValueError if it does not fit."""
+        """Return how many columns ConvRot rotates together; raise ValueError if this is not supported."""
         size = self.get_number("convrot_groupsize", default=256)
         if size not in GROUPS or columns % size:
             raise ValueError(
@@ -190,7 +190,7 @@ class _QuantizedLayer:
         return size
 
     def check_matrix(self, *dtypes: torch.dtype) -> tuple[int, int]:
-        """Return the rows and columns of the stored weight.
+        """Return the number of rows and columns of the stored weight.
 
         Raises:
             ValueError: If the weight is not a matrix, or if its dtype is not one of `dtypes`.
@@ -205,17 +205,17 @@ class _QuantizedLayer:
     def check_companion(
         self, suffix: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
     ) -> dict[str, TensorInfo]:
-        """Return the info of an additional tensor of the layer, such as a scale, by its suffix.
+        """Return {suffix: dtype and shape} of an additional tensor of the layer, such as a scale.
 
-        Some programs store fp8 as uint8: if the first of `dtypes` has 8 bits, uint8 is reinterpreted as it.
+        Some programs store fp8 as uint8. If the first of `dtypes` has 8 bits, uint8 is reinterpreted as it.
 
         Args:
-            suffix: Name of the tensor after the layer's name.
-            dtypes: Possible dtypes.
-            *shapes: Possible shapes; any shape if there are none.
+            suffix: Tensor name without the layer's name.
+            dtypes: Allowed dtypes.
+            *shapes: Allowed shapes; any shape if there are none.
 
         Raises:
-            ValueError: If the tensor is missing or has another dtype or shape.
+            ValueError: If the tensor is missing or has a different dtype or shape.
         """
         name = f"{self.name}.{suffix}"
         info = self.tensors.get(name)
@@ -228,11 +228,11 @@ class _QuantizedLayer:
         return {suffix: info}
 
     def check_scale(self, *shapes: tuple[int, ...]) -> dict[str, TensorInfo]:
-        """Return the info of the layer's scale by its suffix; its shape must be one of `shapes`."""
+        """Return the scale's dtype and shape by suffix; raise ValueError if the shape is not in `shapes`."""
         return self.check_companion(self.find_scale_suffix(), _FLOATS, *shapes)
 
     def find_scale_suffix(self) -> str:
-        """Return the suffix of the layer's scale; raise ValueError if there is no scale."""
+        """Return the name suffix of the layer's scale; raise ValueError if the layer has no scale."""
         for suffix in ("weight_scale", "scale_weight"):
             if f"{self.name}.{suffix}" in self.tensors:
                 return suffix
@@ -245,13 +245,13 @@ class _QuantizedLayer:
         make_quantized: Callable[..., QuantizedWeight],
         pad: int = 1,
     ) -> dict[str, TensorInfo]:
-        """Return new infos, by name, of the layer's packed weight and of its companions.
+        """Return new dtypes and shapes, by name, of the layer's packed weight and of its companions.
 
         Args:
             shape: Shape of the unpacked weight.
             companions: The layer's additional tensors, such as scales, by name suffix.
-            make_quantized: Builds a `QuantizedWeight` from the weight and the companions, in their order.
-            pad: Number that padded rows and columns are a multiple of.
+            make_quantized: Builds a `QuantizedWeight` from the weight and the companions, in this order.
+            pad: Padded row and column counts are multiples of this number.
         """
         packed_weight = self.weight
         packing = Packing(packed_weight.shape, tuple(companions), make_quantized, pad)
@@ -267,7 +267,7 @@ _E8M0 = torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Expand a scale per layer or per row to float32, N 1.
+    """Expand a per-layer or per-row scale to float32, N x 1.
 
     Raises:
         ValueError: If a scale is not positive and finite.
@@ -278,7 +278,7 @@ def _expand_scale(scale: Tensor, rows: int) -> Tensor:
 
 
 def _describe_int8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer in int8, rotated or not; raise ValueError if its tensors do not fit."""
+    """Return dtypes and shapes of an int8 layer, rotated or not; raise ValueError for misfitting tensors."""
     shape = layer.weight.shape
     if layer.weight.dtype != torch.int8 or len(shape) < 2 or 0 in shape:
         raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which does not fit its format")
@@ -305,13 +305,13 @@ def _make_int8(rotation: int, multiplies_in_16_bits: bool, weight: Tensor, scale
 def _check_tiled_scale(
     layer: _QuantizedLayer, dtype: torch.dtype, rows: int, columns: int
 ) -> dict[str, TensorInfo]:
-    """Return the info of block scales that are stored in the tiles of Blackwell GPUs: 128 x 4."""
+    """Return dtype and shape of block scales that are stored in the 128 x 4 tiles of Blackwell GPUs."""
     padded_shape = (round_up(rows, 128), round_up(columns, 4))
     return layer.check_companion("weight_scale", (dtype,), padded_shape)
 
 
 def _describe_mxfp8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer in MXFP8: e4m3 values with an e8m0 scale for each block of 32 columns."""
+    """Return dtypes and shapes of an MXFP8 layer: e4m3 values with an e8m0 scale for each 32 columns."""
     rows, columns = layer.check_matrix(_E4M3, torch.uint8)
     if rows % 32 or columns % 32:
         raise ValueError(f"has {rows} x {columns} weights, but its format pads both to multiples of 32")
@@ -327,7 +327,7 @@ def _make_mxfp8(weight: Tensor, scales: Tensor) -> QuantizedWeight:
 
 
 def _describe_nvfp4(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer in NVFP4: 4-bit values, scales per 16 columns, and a scale per layer.
+    """Return dtypes and shapes of an NVFP4 layer: 4-bit values, scales per 16 columns, and a layer scale.
 
     Raises ValueError if the tensors of the layer do not have this format.
     """
@@ -361,7 +361,7 @@ def _make_nvfp4(
 
 
 def _describe_w4a4(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer with a 4-bit weight with rotated columns and one scale per row."""
+    """Return dtypes and shapes of a 4-bit layer with rotated columns and one scale per row."""
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     columns = 2 * num_bytes
     scale = layer.check_scale((rows,), (rows, 1))
@@ -376,11 +376,11 @@ def _make_w4a4(rotation: int, weight: Tensor, scale: Tensor) -> QuantizedWeight:
 
 
 def _describe_w4a8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a layer in 4 or 6 bits with scales per row and relative scales per column group."""
+    """Return dtypes and shapes of a 4- or 6-bit layer with row scales and relative scales per group."""
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     if f"{layer.name}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
-    # the file says neither the number of columns nor the bits: the relative scales, one per group, give the
+    # the file has neither the number of columns nor the bits: the relative scales, one per group, give the
     # columns; the bytes per column give the bits
     companions = layer.check_companion("weight_s_rel", (_E4M3, torch.float32))
     group_shape = companions["weight_s_rel"].shape
@@ -391,7 +391,7 @@ def _describe_w4a8(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
         raise ValueError(f"has {num_bytes} bytes for {columns} columns, instead of 4 or 6 bits for each")
     companions |= layer.check_companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
     if f"{layer.name}.weight_codebook" in layer.tensors:
-        if bits == 6:  # its codes are whole numbers from -32
+        if bits == 6:  # its codes are integers from -32 on
             raise ValueError("has a codebook for 6 bits, which only weights in 4 bits may have")
         companions |= layer.check_companion("weight_codebook", _FLOATS, (16,))
     make_quantized = partial(_make_w4a8, bits, columns, layer.get_rotation(columns))
@@ -407,7 +407,7 @@ def _make_w4a8(
     row_scales: Tensor,
     codebook: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Return a weight of 4 or 6 bits with its tensors in the order that `PackedRowFormat` reads."""
+    """Return a 4- or 6-bit weight with its tensors in the order that `PackedRowFormat` expects."""
     read_rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
     form = PackedRowFormat(
         "asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), read_rows, rotation
@@ -421,7 +421,7 @@ def _make_w4a8(
 
 
 def _describe_awq(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
-    """Return the infos of a 4-bit AWQ layer with a scale and a zero point per group of columns."""
+    """Return dtypes and shapes of a 4-bit AWQ layer with a scale and a zero point per group of columns."""
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     columns = 2 * num_bytes
     group = layer.get_number("group_size", default=64)
@@ -452,10 +452,10 @@ LAYOUTS: Mapping[str, Callable[[_QuantizedLayer], dict[str, TensorInfo]]] = {
 
 
 def _describe_bitsandbytes(layer: _QuantizedLayer, read: Callable[[str], Tensor]) -> dict[str, TensorInfo]:
-    """Return the infos of a layer with a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`.
+    """Return dtypes and shapes of a bitsandbytes 4-bit layer; `layer.settings` is its `QuantState`.
 
-    A block of weights has a scale, the largest absolute value of the block (absmax). With double
-    quantization, these scales are quantized to 8 bits, with scales per group of blocks.
+    The scale of a block of weights is its largest absolute value (absmax). With double quantization, these
+    scales are quantized to 8 bits, with one scale per group of blocks.
     """
     state = layer.settings
     block_size = layer.get_number("blocksize", default=64)
@@ -482,7 +482,7 @@ def _describe_bitsandbytes(layer: _QuantizedLayer, read: Callable[[str], Tensor]
 
 
 def _check_four_bits(layer: _QuantizedLayer, rows: Any, columns: Any, block: int) -> None:
-    """Raise ValueError if a bitsandbytes 4-bit weight does not match the sizes in its `QuantState`."""
+    """Raise ValueError if a bitsandbytes 4-bit weight does not match the shape in its `QuantState`."""
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the format {str(form)[:60]!r}; nf4 and fp4 are read")
@@ -504,7 +504,7 @@ def _make_four_bits(
     absmax: Tensor,
     *nested_tensors: Tensor,
 ) -> QuantizedWeight:
-    """Return a 4-bit weight of bitsandbytes with float32 scales, one for each block of a row."""
+    """Return a bitsandbytes 4-bit weight with one float32 scale for each block of a row."""
     if nested_tensors:
         # double quantization: absmax contains 8-bit indices into `levels`, scaled per group of blocks
         group_scales, levels = nested_tensors

@@ -43,7 +43,7 @@ def show_metadata(options: ShowMetadataOptions) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """Parse a metadata value as JSON if it is an object or a list; return other values unchanged."""
+    """Parse a metadata value if it is a JSON object or list; return any other value unchanged."""
     if not text.startswith(("{", "[")) or text.count("{") + text.count("[") > MAX_DEPTH**2:
         return text
     try:

@@ -1,4 +1,4 @@
-"""Find and check model files and folders that options name; read latent files of generation."""
+"""Find and check model files and folders set by options; read latent files written by generation."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
     Args:
         path: Value of the option.
         option: The option, which both errors name.
-        why: Reason why the file is needed, for the message.
+        why: Why the file is needed, for the message.
         default: Default of the option, so that the error can say that the path was not typed.
 
     Raises:
@@ -61,15 +61,15 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
-    """Call `read` with an open file and further arguments, and cache the result until the file changes.
+    """Call `read` with the opened file and `arguments`, and cache the result until the file changes.
 
     Args:
         path: The file to open.
         read: Module-level function such as `read_vae`, which takes a `Checkpoint` and `arguments`.
-        *arguments: Further arguments of `read`; they must be hashable.
+        *arguments: Other arguments of `read`; they must be hashable.
 
     Raises:
-        CheckpointError: If the file contains another kind of network.
+        CheckpointError: If the file contains a different kind of network.
     """
     stat = path.stat()
     stamp = (stat.st_mtime_ns, stat.st_size)
@@ -86,7 +86,7 @@ def _read_once(
     read: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> Any:
-    """Read the file at `path`, the name for messages, and cache the result.
+    """Read the file at `path`, which error messages name, and cache the result.
 
     `absolute_path` and `stamp` only identify the file and its version in the cache.
     """
@@ -95,12 +95,12 @@ def _read_once(
 
 
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
-    """Return the folder `name`; if there is none, download the repository `owner/name` and return its folder.
+    """Return the folder `name`; if it does not exist, download the repository `owner/name`.
 
     `patterns` are the names of the files to download, with wildcards.
 
     Raises:
-        CheckpointError: If `name` is neither a folder nor the name of a repository.
+        CheckpointError: If `name` is neither a folder nor a repository name.
         DownloadError: If the repository cannot be downloaded.
     """
     folder = to_path(option, name)
@@ -137,8 +137,8 @@ class SavedLatents:
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
     """Read a latent file: safetensors, or a pickled tensor.
 
-    `option` names the file in messages. With `only_shape`, only the file's header is read: the latents are on
-    the meta device, and the audio is None.
+    `option` is the option that sets the path, for messages. With `only_shape`, only the header is read: the
+    latents are on the meta device, and the audio is None.
 
     Raises:
         CheckpointError: If the file is damaged or has no latents.
@@ -146,7 +146,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
     if path.suffix == ".safetensors":
         latents, metadata, audio = _read_safetensors_latents(path, only_shape)
     else:
-        content = load_pickled(path)  # mapped: nothing is read yet
+        content = load_pickled(path)  # memory-mapped: nothing is read yet
         latents = content.get("latent") if isinstance(content, dict) else content
         if only_shape and isinstance(latents, Tensor):
             latents = latents.to("meta")
@@ -173,7 +173,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
 def _read_safetensors_latents(
     path: Path, only_shape: bool
 ) -> tuple[Tensor | None, Mapping[str, str], Tensor | None]:
-    """Return the latents, metadata and audio latents of a safetensors file; see `load_latents`."""
+    """Return latents, metadata and audio latents from a safetensors file; see `load_latents`."""
     with open_checkpoint(path) as file:
         latents = None
         info = file.tensors.get("latent")
@@ -186,7 +186,7 @@ def _read_safetensors_latents(
 
 
 def _check_latent_shapes(path: Path, option: str, latents: Tensor, audio: Tensor | None) -> None:
-    """Raise CheckpointError unless video latents are 1 C F H W, and audio latents, if any, 1 C T M."""
+    """Raise CheckpointError unless video latents are 1 x C x F x H x W and audio latents 1 x C x T x M."""
     is_empty = latents.numel() == 0 and audio is None  # a file of audio alone has no video latents
     if latents.ndim != 5 or len(latents) != 1 or is_empty:
         raise CheckpointError(

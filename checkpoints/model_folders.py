@@ -2,7 +2,7 @@
 
 Libraries trust a settings file: an image size of 100,000 pixels takes gigabytes, and building a million
 layers takes forever. Therefore JSON files are limited in size, their values are compared with the headers of
-the weights, and the network is built on the meta device first.
+the weight files, and the network is built on the meta device first.
 """
 
 import math
@@ -29,12 +29,12 @@ Shape = tuple[int, ...]
 
 
 def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[Shape]:
-    """Check the settings of a model's folder; return the shapes of the tensors in its weights.
+    """Check the settings in a model's folder; return the shapes of the tensors in its weight files.
 
     Args:
-        folder: Folder of the model.
-        option: Option that names the folder, for messages.
-        max_side: Largest side of images that the network accepts, in pixels.
+        folder: The folder.
+        option: Option that sets the folder, for messages.
+        max_side: Longest image side that the network accepts, in pixels.
 
     Raises:
         CheckpointError: If a JSON file is too large, nested too deeply or invalid, or if it has numbers that
@@ -60,11 +60,11 @@ def check_vision_language_settings(folder: Path, option: str) -> list[Shape]:
     therefore also calls `require_matching_shapes` with the network that the settings describe.
 
     Args:
-        folder: Folder of the model.
-        option: Option that names the folder, for messages.
+        folder: The model's folder.
+        option: Option that sets the folder, for messages.
 
     Raises:
-        CheckpointError: If a JSON file is too large, nested too deeply or invalid, or if it asks for more
+        CheckpointError: If a JSON file is too large, nested too deeply or invalid, or if it specifies more
             layers, or larger images, than any such model has.
     """
     shapes = read_shapes(folder, option)
@@ -79,7 +79,7 @@ def check_vision_language_settings(folder: Path, option: str) -> list[Shape]:
 
 
 def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
-    """Yield path and content of each JSON settings file in a folder."""
+    """Yield (path, parsed content) of each JSON file in a folder."""
     for path in sorted(folder.glob("*.json")):
         try:
             yield path, parse_json(read_text(path, MAX_TOKENIZER_BYTES))
@@ -88,9 +88,9 @@ def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def read_shapes(folder: Path, option: str) -> list[Shape]:
-    """Return the shapes of all tensors in the safetensors files of a folder, from the headers alone.
+    """Return the shapes of all tensors in a folder's safetensors files, reading only the headers.
 
-    Raises CheckpointError if a file is damaged.
+    Raises CheckpointError if a file is damaged or if there is none.
     """
     shapes: list[Shape] = []
     paths = sorted(folder.glob("*.safetensors"))
@@ -120,15 +120,15 @@ def require_matching_shapes(
     """Raise CheckpointError if a network built from settings does not match the weights.
 
     Args:
-        folder: Folder of the model.
-        option: Option that names the folder, for messages.
-        network: The network, on the device "meta".
+        folder: The model's folder.
+        option: Option that sets the folder, for messages.
+        network: The network, on the meta device.
         shapes: Shapes of the tensors in the weights.
         is_exact: Whether each parameter is a tensor of the file. Otherwise tensors may be split or joined
             when they are loaded, and only the number of elements is compared.
     """
     parameters = dict(network.named_parameters())
-    # a quarter more is allowed, because a file stores tied weights once and leaves buffers out
+    # a quarter more is allowed, because a file stores tied weights once and omits buffers
     num_described = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))
     num_stored = sum(map(math.prod, shapes))
     if num_described > num_stored + num_stored // 4 + SPARE_ELEMENTS:
@@ -148,7 +148,7 @@ def require_matching_shapes(
 
 
 def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
-    """Call `build` with a transformers configuration on the meta device, without memory for weights."""
+    """Call `build` with a transformers configuration on the meta device, which allocates no weights."""
     with torch.device("meta"):
         return build(config)
 
@@ -156,7 +156,7 @@ def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
 def _check_numbers(path: Path, content: Any, maximum: int, maximum_description: str) -> None:
     """Raise CheckpointError if a size in a settings file exceeds `maximum`.
 
-    The message ends with `maximum_description` and the number.
+    The message ends with `maximum_description` and the maximum.
     """
     for name, number in _list_numbers(content):
         is_size = not any(word in name for word in NOT_SIZES)
@@ -167,10 +167,10 @@ def _check_numbers(path: Path, content: Any, maximum: int, maximum_description: 
 
 
 def _check_sides(path: Path, content: Any) -> None:
-    """Raise CheckpointError if images would have longer sides than any network accepts.
+    """Raise CheckpointError if a processor's settings allow longer image sides than any network accepts.
 
-    If an object has both `shortest_edge` and `longest_edge`, these are numbers of pixels, as in Qwen's
-    processors. One of the two alone is the length of a side.
+    If an object has both `shortest_edge` and `longest_edge`, these are pixel counts, as in Qwen's processors.
+    If it has only one of them, that is the length of a side.
     """
     unvisited = [content]
     while unvisited:
@@ -193,7 +193,7 @@ def _check_sides(path: Path, content: Any) -> None:
 
 
 def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MAX_BLOCKS) -> None:
-    """Raise CheckpointError if settings ask for more layers or attention heads than are allowed."""
+    """Raise CheckpointError if settings specify more layers or attention heads than allowed."""
     for name, number in _list_numbers(content):
         if "heads" in name and number > max_heads:
             raise CheckpointError(f"{path}: {name} is {number:,}, but at most {max_heads} are allowed", path)
@@ -205,7 +205,7 @@ def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MA
 
 
 def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield all numbers in a JSON value with their keys; numbers in a list have the key of the list."""
+    """Yield (key, number) for all numbers in a JSON value; numbers in a list get the key of the list."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _list_numbers(value, str(key)[:100])

@@ -1,7 +1,7 @@
-"""Find and open model files in any format, list their tensors, and describe how to make plain tensors.
+"""Find and open model files in any format, list their tensors, and describe how to read unquantized tensors.
 
 with open_checkpoint(path) as checkpoint:
-    sources = plain_sources(checkpoint)              # or a dialect's table of Sources
+    sources = list_tensor_sources(checkpoint)        # or sources renamed by a model family
     ...                                              # `filling.load_module` fills a network with them
 """
 
@@ -48,7 +48,7 @@ Location: TypeAlias = tuple[TensorFile, str]
 
 
 class Checkpoint(contextlib.ExitStack):
-    """Tensors of one or several files, read on demand by name; use it as a context manager."""
+    """Tensors of one or more files, read on demand by name; to be used as a context manager."""
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class Checkpoint(contextlib.ExitStack):
 
         Args:
             path: The file or folder, for messages.
-            locations: Where each tensor is, by name.
+            locations: File of each tensor and the name there, by name.
             files: All open files.
-            rejection: Why packed weights of the file cannot be read; "" if they can.
+            rejection: Why packed weights of the file cannot be read; "" if they can be read.
         """
         super().__init__()
         for file in files:
@@ -78,7 +78,7 @@ class Checkpoint(contextlib.ExitStack):
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= file.metadata
-        # names in the files that have no tensor
+        # names in the files that are not tensors
         self.left_out = tuple(name for file in files for name in file.left_out)
         self.metadata_by_file = {file.path: file.metadata for file in files}
 
@@ -91,8 +91,7 @@ class Checkpoint(contextlib.ExitStack):
         info = self.tensors[name]
         if tensor is None:
             tensor = torch.empty((info.packing or info).shape, dtype=info.dtype)
-        # safetensors files read into the memory that is passed; a memory-mapped file returns a view of its
-        # own
+        # safetensors files read into the given memory; a memory-mapped file returns a view of its own
         borrowed = self.borrow(name, tensor.view(-1).view(torch.uint8))
         if borrowed.data_ptr() != tensor.data_ptr():
             tensor.copy_(borrowed)
@@ -116,15 +115,14 @@ class Checkpoint(contextlib.ExitStack):
             raise CheckpointError(message, self.path) from error
 
     def stored_name(self, name: str) -> str:
-        """Return the full name of a tensor in its file, including removed prefixes."""
+        """Return the full name of a tensor in its file, with the prefix that was stripped on opening."""
         return self._locations[name][1]
 
     def without_prefix(self, *prefixes: str, ignored_prefixes: Sequence[str] = ()) -> "Checkpoint":
         """Return a checkpoint with prefixes removed, each only if all tensors of the network have it.
 
-        Tensors of other networks in an all-in-one file, whose prefixes are `others`, are ignored in this
-        check; they are left out if a prefix is removed. Both checkpoints share the open files: close only one
-        of them.
+        This check ignores tensors of other networks in an all-in-one file (`ignored_prefixes`); they are left
+        out if a prefix is removed. Both checkpoints share the open files: close only one of them.
         """
         locations: Mapping[str, Location] = self._locations
         for prefix in prefixes:
@@ -135,17 +133,17 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def select_by_prefix(self, *prefixes: str) -> "Checkpoint":
-        """Return a checkpoint of only the tensors with one of the prefixes; it shares the open files."""
+        """Return a checkpoint with only the tensors that have one of the prefixes; it shares open files."""
         locations = {name: where for name, where in self._locations.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def rename(self, name_of: Callable[[str], str]) -> "Checkpoint":
-        """Return a checkpoint with renamed tensors, without those renamed to ""; it shares the open files."""
+        """Return a checkpoint with renamed tensors, without tensors renamed to ""; it shares open files."""
         locations = {name_of(name): where for name, where in self._locations.items() if name_of(name)}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
-        """Return a checkpoint with the tensors of both; `self` takes precedence. Open files are shared."""
+        """Return a checkpoint with the tensors of both; `self` takes precedence. Both share open files."""
         locations = {**second._locations, **self._locations}
         files = [*self._files, *second._files]
         return Checkpoint(self.path, locations, files, self.rejection or second.rejection)
@@ -167,13 +165,13 @@ def open_file(path: Path) -> TensorFile:
             from checkpoints.gguf_files import GgufFile  # only for GGUF
 
             return GgufFile(path)
-        if start[8:9] == b"{":  # checked first: the 8 bytes of length before it may look like a pickle
+        if start[8:9] == b"{":  # checked first: the 8 length bytes before it may look like a pickle
             return SafetensorsFile(path)
         if start[:4] == ZIP or start[:1] == PICKLE:
             return TorchFile(path)
         if is_pointer_or_page(start):
             raise CheckpointError(f"{path} {describe_kind(start)}", path)
-        if path.suffix in {".safetensors", ".sft"}:  # damaged; opening it says how
+        if path.suffix in {".safetensors", ".sft"}:  # damaged; opening it raises an error that says how
             return SafetensorsFile(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
@@ -190,8 +188,8 @@ def open_checkpoint(
     Args:
         path: The file or folder.
         parts: All files of the model, if `path` alone does not identify them.
-        are_equal: Called with two files that have a tensor of the same name, and the name; returns whether
-            the tensors are equal, so that the first one can be used. By default such files are rejected.
+        are_equal: Gets two files that both have a tensor, and its name; returns whether both tensors are
+            equal, so that the first can be used. By default, such files are rejected.
 
     Raises:
         CheckpointError: If a file is missing, incomplete, damaged, not a model, or contains code.
@@ -253,10 +251,10 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 
 def _list_folder_files(folder: Path) -> list[Path]:
-    """Return the files of the only model in a folder: those of an index, all shards, or a single file.
+    """Return the files of the only model in a folder: files in an index, all shards, or a single file.
 
     Raises:
-        CheckpointError: If the folder has no model or several, or if a file is missing.
+        CheckpointError: If the folder has no model or several models, or if a file is missing.
     """
     indexes = sorted(folder.glob("*.index.json"))
     if len(indexes) == 1:
@@ -281,12 +279,12 @@ def _list_folder_files(folder: Path) -> list[Path]:
 
 
 def is_sharded(path: Path) -> bool:
-    """Return whether a path names a sharded model: a shard, an index, or a folder."""
+    """Return whether a path is part of a sharded model: a shard, an index or a folder."""
     return path.is_dir() or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
 
 
 def require_all_shards(files: Sequence[Path]) -> None:
-    """Raise CheckpointError if the file names, such as 2 of 3, show that shards are missing."""
+    """Raise CheckpointError if shards are missing, as file names such as 00002-of-00003 show."""
     for file in files:
         if _SHARD.fullmatch(file.name):
             _require_neighbors(file, _list_shards(file.name))
@@ -294,7 +292,7 @@ def require_all_shards(files: Sequence[Path]) -> None:
 
 @lru_cache(maxsize=4)
 def _list_shards(name: str) -> list[str]:
-    """Return the names of all shards of a model, given the name of one."""
+    """Return the file names of all shards of a model, given the file name of one shard."""
     shard = _SHARD.fullmatch(name)
     assert shard is not None
     count = int(shard["count"])
@@ -302,7 +300,7 @@ def _list_shards(name: str) -> list[str]:
 
 
 def _read_index(path: Path) -> list[Path]:
-    """Return the files that an index of shards names, all of them in the folder of the index or below."""
+    """Return the files listed in an index of shards; all must be in the index's folder or below."""
     try:
         names = set()
         for name in parse_json(read_text(path))["weight_map"].values():
@@ -397,9 +395,9 @@ _UNSUPPORTED = {
 
 
 def reject_quantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if weights are quantized in a format that is not supported.
+    """Raise CheckpointError if weights are quantized in an unsupported format.
 
-    Call it before shapes are compared, because packed weights have other shapes. No weights are read.
+    Call it before shapes are compared, because packed weights have different shapes. No weights are read.
     """
     if checkpoint.rejection:
         remedy = "Download or copy it again, or give the bf16 file of the model."
@@ -416,7 +414,7 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
 def _register_packed_weights(
     path: Path, locations: Mapping[str, Location], files: Sequence[TensorFile]
 ) -> str:
-    """Record in the open files which tensors are packed; return why if a packing is unknown, else ""."""
+    """Mark packed (quantized) tensors in the open files; return an error message for later, or ""."""
     from checkpoints.marks import find_packed  # only for packed weights
 
     checkpoint = Checkpoint(path, locations, files)
@@ -430,13 +428,13 @@ def _register_packed_weights(
 
 
 def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
-    """Return the names of a packed weight's additional tensors, such as its scales."""
+    """Return the names of the tensors that a packed weight needs in addition, such as its scales."""
     assert info.packing is not None
     return tuple(name.removesuffix("weight") + end for end in info.packing.companion_suffixes)
 
 
 def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Describe an unsupported quantization by a tensor that has it; return None if there is none."""
+    """Describe an unsupported quantization by a tensor that reveals it; return None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
     unrecognized = _without_packed(tensors) if is_packed else tensors
     for suffix, format_name in _UNSUPPORTED.items():
@@ -461,7 +459,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _without_packed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors without packed weights of known formats and their additional tensors."""
+    """Return the tensors without packed (quantized) weights of known formats and without their scales."""
     packed: set[str] = set()
     for name, info in tensors.items():
         if info.packing is not None:
@@ -474,7 +472,7 @@ _TABLES = ("_ids", "_index", "_ind")  # suffixes of tables of integers, which ar
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether an integer or 8-bit float tensor looks like a layer's quantized weight."""
+    """Return whether an integer or fp8 tensor looks like a layer's quantized weight."""
     info = tensors[name]
     layer, separator, _ = name.partition(".weight.")  # as in blocks.0.q.weight.data
     if not separator:
@@ -490,7 +488,7 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    """Return how each tensor is made from the file, by its name in the file.
+    """Return how each tensor is read from the file, by its name in the file.
 
     Scaled fp8 weights are multiplied by their scales, and packed weights are unpacked. Scales and other
     companions of these weights have no source of their own.
@@ -518,7 +516,7 @@ def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
             continue
         from checkpoints.stored import fp8  # only for fp8 or scaled weights
 
-        # a layer may keep fp8 weights as they are; other scaled weights are always multiplied
+        # a layer may keep fp8 weights as they are; other scaled weights are always dequantized
         build_quantized = fp8.make_fp8_weight if in_fp8 else None
         if scale is not None:
             sources[name] = TensorSource((name, scale), fp8.dequantize, build_quantized)
@@ -528,7 +526,7 @@ def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
 
 def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
-    """Return how a packed weight is read; reading raises CheckpointError if its tensors do not fit."""
+    """Return the source of a packed weight; reading it raises CheckpointError if its tensors do not fit."""
     assert info.packing is not None
     make_quantized = info.packing.make_quantized
 
@@ -549,7 +547,7 @@ def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:
-    """Map each weight name to the name of its scale."""
+    """Map each quantized weight's name to the name of its scale."""
     scales = {}
     for name in names:
         for suffix in _SCALES:

@@ -115,7 +115,7 @@ class QuantizeOptions(Options):
 
 @dataclass(frozen=True)
 class RecognizedModel:
-    """A recognized network and its layers that can be quantized, by their names in the file."""
+    """A recognized model, and the layers that can be quantized, by their tensor names in the file."""
 
     description: str  # description for messages
     family: str | None  # None: a text encoder
@@ -137,7 +137,7 @@ class RecognizedModel:
 
 
 def quantize_file(options: QuantizeOptions) -> None:
-    """Write a model's file with quantized layers, or with --form bf16 a quantized one in 16 bits.
+    """Write a model file with quantized layers, or with --form bf16, write a quantized file in 16 bits.
 
     Raises:
         CheckpointError: If the model is unknown or already quantized (for --form bf16: not quantized).
@@ -175,7 +175,7 @@ def quantize_file(options: QuantizeOptions) -> None:
 
 
 def _drop_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without entries about the old tensors or GGUF, and log the removed entries."""
+    """Return metadata without entries that describe the original tensors or GGUF; log the removed entries."""
     remaining = {
         key: text
         for key, text in metadata.items()
@@ -192,7 +192,7 @@ def _is_quantized(info: TensorInfo) -> bool:
 
 
 def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
-    """Recognize the network of a file, and find the layers that --form `form` quantizes.
+    """Recognize the network in a file, and find the layers that --form `form` quantizes.
 
     Raises:
         CheckpointError: If the file has neither a known transformer nor a known text encoder.
@@ -226,7 +226,7 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
 
 
 def _recognize_text_encoder(checkpoint: Checkpoint) -> RecognizedModel | None:
-    """Recognize a text encoder by one of its tensors, and find its linear layers; None for other files."""
+    """Recognize a text encoder by its tensor names, and list its linear layers; None for other files."""
     names = checkpoint.tensors
     for identifying_pattern, layer_pattern in _TEXT_ENCODERS.items():
         matches = (re.fullmatch(rf"(.*\.)?{identifying_pattern}", name) for name in names)
@@ -264,12 +264,12 @@ def _recognize_transformer(
     layers: set[str] = set()
     unpadded_shapes = {}
     for file_name, our_names in network_names_by_file_name.items():
-        # a fused weight is quantized only if all layers split from it can be
+        # a fused weight is quantized only if all layers split from it can be quantized
         if our_names <= quantizable and len(bare.tensors[file_name].shape) == 2:
             layers.add(prefix + file_name)
         if len(our_names) == 1:
             (our_name,) = our_names
-            if our_name in weights:  # the network computes some tensors of the file instead of loading them
+            if our_name in weights:  # the network computes some of the file's tensors instead of loading them
                 unpadded_shapes[prefix + file_name] = tuple(weights[our_name].shape)
     return RecognizedModel(
         description=dit_format.describe(header),
@@ -283,7 +283,7 @@ def _recognize_transformer(
 
 
 def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
-    """Return the prefix that the tensors named without prefix have in the file."""
+    """Return the prefix that must be added to the bare names to find the tensors in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
             prefix = name.removesuffix(names[0])
@@ -331,7 +331,7 @@ def _write_comfyui(
 
 @dataclass(frozen=True)
 class _PlannedTensor:
-    """A tensor to write, with the function that computes it at the time it is written."""
+    """A tensor to write, and the function that computes it just before it is written."""
 
     info: TensorInfo
     compute: Callable[[], Tensor]
@@ -340,7 +340,7 @@ class _PlannedTensor:
 def _plan_layer(
     weight_name: str, quantizer: "_LayerQuantizer", quantize: Callable[[], tuple[Tensor, Tensor]]
 ) -> dict[str, _PlannedTensor]:
-    """Return the three tensors that a quantized layer is stored as, by their names in the new file.
+    """Return the three tensors in which a quantized layer is stored, by their names in the new file.
 
     `quantize` reads the layer's weight, and returns its codes and scale.
     """
@@ -356,10 +356,10 @@ def _plan_layer(
 
 
 class _LayerQuantizer:
-    """Quantize a layer to one of ComfyUI's formats: fp8, int8, or int8 with rotated columns (convrot)."""
+    """Quantizes a layer to one of ComfyUI's formats: fp8, int8, or int8 with rotated columns (ConvRot)."""
 
     def __init__(self, form: str, shape: Shape) -> None:
-        """Select dtype, shape of the scale and ComfyUI's settings for a weight of this shape, out x in."""
+        """Select the dtype, the scale's shape and ComfyUI's settings for a weight of this shape, out x in."""
         self.shape = shape
         self.scale_shape: tuple[int, ...]
         if form == "fp8":
@@ -370,17 +370,17 @@ class _LayerQuantizer:
             self.comfy_settings = {"format": "int8_tensorwise"}
             self.dtype = torch.int8
             self.scale_shape = (shape[0], 1)
-        # rotations act on groups of columns; a width that no group size divides is not rotated
+        # rotations act on groups of columns; a weight is not rotated if no group size divides its width
         group_size = next((size for size in GROUPS if shape[1] % size == 0), 0)
         if form == "convrot" and group_size:
             self.comfy_settings |= {"convrot": True, "convrot_groupsize": group_size}
 
     def settings_as_tensor(self) -> Tensor:
-        """Return ComfyUI's settings of the quantized layer as JSON in a uint8 tensor."""
+        """Return ComfyUI's settings for the quantized layer as JSON in a uint8 tensor."""
         return torch.tensor(list(json.dumps(self.comfy_settings).encode()), dtype=torch.uint8)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize a weight; return its codes and scale."""
+        """Quantize a weight; return its int8 codes and scales."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
@@ -398,7 +398,7 @@ def _write_gguf(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write layers as Q8_0, small tensors in float32, and all others unchanged; return the number of layers.
+    """Write layers as Q8_0, small tensors in float32, others unchanged; return the number of layers.
 
     `device` is not used: the package gguf rounds on the CPU.
     """
@@ -424,7 +424,7 @@ def _write_gguf(
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
         for key, text in metadata.items():
             writer.add_string(key, text)
-        # the list of all tensors comes first in the file, then their data in the same order
+        # the file starts with the list of all tensors, followed by their data in the same order
         gguf_types = {
             name: _declare_in_gguf(writer, checkpoint, name, name in layers) for name in checkpoint.tensors
         }
@@ -443,7 +443,7 @@ def _write_gguf_data(
     gguf_types: Mapping[str, Any],
     progress_title: str,
 ) -> None:
-    """Write the data of all tensors, converted to their GGUF types, in the order of the checkpoint."""
+    """Write all tensors in the checkpoint's order, converted to their GGUF types."""
     import gguf
 
     sizes = {name: info.size_bytes for name, info in checkpoint.tensors.items()}
@@ -459,13 +459,13 @@ def _write_gguf_data(
         tensor = model.read(checkpoint, name)
         if gguf_types[name] in converted_types:
             data = gguf.quants.quantize(tensor.float().numpy(), gguf_types[name])
-        else:  # the type of the tensor in the checkpoint
+        else:  # keeps the tensor's type
             data = tensor.view(-1).view(torch.uint8).numpy()
         writer.write_tensor_data(data)
 
 
 def _declare_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
-    """Declare a tensor to the GGUF writer, which writes its list of tensors first; return its GGUF type."""
+    """Declare a tensor to the GGUF writer, which writes the list of tensors first; return its GGUF type."""
     import gguf
 
     info = checkpoint.tensors[name]
@@ -498,7 +498,7 @@ def _write_bf16(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write quantized weights in bfloat16 and others unchanged; return the number of quantized weights."""
+    """Write quantized weights in bfloat16 and all others unchanged; return how many were quantized."""
     dequantized = dequantized_on_read(checkpoint, device)
     if dequantized is checkpoint:
         raise CheckpointError(
@@ -523,16 +523,16 @@ def _write_bf16(
 
 
 def dequantized_on_read(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
-    """Return a checkpoint that dequantizes weights to float32 when they are read, and that has no scales.
+    """Return a view of a checkpoint that dequantizes weights to float32 on reading, and that has no scales.
 
     Both checkpoints share the open files: close only one of them.
 
     Args:
-        checkpoint: Open file.
+        checkpoint: Open checkpoint.
         device: Device that dequantizes; None for the CPU.
 
     Returns:
-        `checkpoint` itself if nothing in it is quantized.
+        The view, or `checkpoint` itself if nothing in it is quantized.
 
     Raises:
         CheckpointError: If a quantization format is not supported, or a weight's unpadded size is unknown.
@@ -550,7 +550,7 @@ def dequantized_on_read(checkpoint: Checkpoint, device: torch.device | None = No
 
 
 class _DequantizedFile:
-    """View of an open checkpoint file that dequantizes tensors to float32 when they are read."""
+    """View of an open checkpoint that dequantizes tensors to float32 when they are read."""
 
     def __init__(
         self, checkpoint: Checkpoint, unpadded_shapes: Mapping[str, tuple[int, ...]], device: torch.device
@@ -560,7 +560,7 @@ class _DequantizedFile:
         Args:
             checkpoint: The open checkpoint.
             unpadded_shapes: Unpadded shapes of weights that may be padded, by name.
-            device: Device that dequantizes.
+            device: Device to dequantize on.
         """
         self.path = checkpoint.path
         self.left_out = checkpoint.left_out
@@ -613,7 +613,7 @@ class _DequantizedFile:
         return shape
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a dequantized tensor; one that is not quantized may be a view of `read_buffer`."""
+        """Return a dequantized tensor; an unquantized tensor may be a view of `read_buffer`."""
         if name in self.unquantized:
             return self._checkpoint.borrow(name, read_buffer)
         source = self._sources[name]

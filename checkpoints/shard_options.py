@@ -1,4 +1,4 @@
-"""Names of the files of a sharded model, and maximum sizes as users type them.
+"""File names of sharded models, and maximum sizes as users type them.
 
 Standard library only.
 """
@@ -20,7 +20,7 @@ def read_shard_size(option: str, text: str) -> int:
     """Parse a size such as 5GB, 500MB or 2GiB into bytes.
 
     Raises:
-        OptionError: If the text is not such a size.
+        OptionError: If the text is not a valid size.
     """
     match = _SIZE.fullmatch(text.strip())
     base = 1024 if match is not None and match["binary"] else 1000
@@ -31,5 +31,5 @@ def read_shard_size(option: str, text: str) -> int:
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Return whether a folder contains a transformer under diffusers' file names, as one file or an index."""
+    """Return whether a folder contains a diffusers transformer, as one file or as shards with an index."""
     return any((folder / name).is_file() for name in (MODEL, f"{MODEL}{INDEX}"))

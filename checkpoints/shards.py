@@ -1,4 +1,4 @@
-"""Cut a model into several safetensors files with an index, named as diffusers and transformers name them.
+"""Split a model into several safetensors files with an index, named as in diffusers and transformers.
 
 model-00001-of-00003.safetensors, ..., model.safetensors.index.json
 """
@@ -21,23 +21,23 @@ ReadTensor = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """File names of shards, and which tensor is in which shard."""
+    """File names of a model's shards, and the tensors in each shard."""
 
     files: Mapping[str, Mapping[str, TensorInfo]]  # file name -> tensors of the file by name
     index_name: str
     total_bytes: int  # of all tensors
 
     def index(self) -> str:
-        """Return the JSON content of the index, which maps each tensor to its file."""
+        """Return the index as JSON text, which maps each tensor name to its file name."""
         weight_map = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
-    """Split tensors, in their order, into groups of at most `max_bytes`.
+    """Split tensors in order into groups of at most `max_bytes`.
 
-    A tensor larger than `max_bytes` forms its own group.
+    A tensor larger than `max_bytes` gets its own group.
     """
     groups: list[dict[str, TensorInfo]] = []
     bytes_left = 0  # in the last group
@@ -51,7 +51,7 @@ def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, T
 
 
 def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], max_bytes: int, option: str) -> ShardPlan:
-    """Plan the shards of a model, of at most `max_bytes` each.
+    """Plan a model's shards of at most `max_bytes` each.
 
     `path` is the name that a single file would have.
 
@@ -73,7 +73,7 @@ def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Map
 
     Args:
         folder: The temporary folder.
-        plan: Which tensors each shard has.
+        plan: Which shard contains which tensors.
         read: Returns a tensor by name.
         metadata: Metadata of every shard.
     """
@@ -84,13 +84,13 @@ def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Map
 
 @dataclass(frozen=True)
 class SavedForm:
-    """Whether a trained model is saved as one file or as a folder of shards with an index."""
+    """How a trained model is saved: as a single file, or as a folder of shards with an index."""
 
     max_bytes: int = 0  # largest shard; 0: one file
     option: str = "--max_shard_size"
 
     def order(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
-        """Return tensor names in the order in which they are written."""
+        """Return tensor names in the order in which their data is written, shard by shard."""
         groups = split(tensors, self.max_bytes) if self.max_bytes else [tensors]
         return [name for group in groups for name in order_of(group)]
 

@@ -26,7 +26,7 @@ SUFFIXES = (".json", ".model")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Names and possible locations of one text encoder's tokenizer files."""
+    """File names of a text encoder's tokenizer, and the folders in which to look for them."""
 
     option: str  # such as "--t5_tokenizer"
     names: tuple[str, ...]  # file names; the first that exists is used
@@ -36,11 +36,11 @@ class TokenizerFiles:
     # token that only this tokenizer has; it identifies files in folders that models share
     unique_token: str = ""
     hub_filename: str = "tokenizer.json"  # name of the file to download
-    # those of `folders` that may contain tokenizers of other models too
+    # subset of `folders` that may contain tokenizers of other models too
     ambiguous_folders: tuple[str, ...] = (".",)
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
-        """Return the tokenizer's file, or None if no file is found.
+        """Return the tokenizer file, or None if no file is found.
 
         Args:
             path: Value of the option, a file or folder; None searches `folders` next to the text encoder.
@@ -58,14 +58,14 @@ class TokenizerFiles:
             file = self._find_file(candidate.joinpath(*further))
             if file is None:
                 continue
-            # single-file encoders of several models may be in one folder, together with their tokenizers
+            # one folder may contain single-file encoders of several models, together with their tokenizers
             may_be_another_model = relative_folder in self.ambiguous_folders and not checkpoint_path.is_dir()
             if not may_be_another_model or self.unique_token.encode() in self.read_bytes(file):
                 return file
         return None
 
     def check_option_value(self, path: Path) -> None:
-        """Raise CheckpointError if the first bytes of the option's file are not those of a tokenizer."""
+        """Raise CheckpointError if the option's file does not start like a tokenizer file."""
         file = self._find_from_option(path)
         self.check_bytes(file)
         try:
@@ -83,13 +83,13 @@ class TokenizerFiles:
             raise self.unreadable(file, ValueError(f"its extension is not one of {', '.join(SUFFIXES)}"))
 
     def identity(self, file: Path | None) -> str:
-        """Return a tokenizer's identity for cache records; `file` None means the hub's tokenizer."""
+        """Return what identifies a tokenizer in cache records; `file` None means the tokenizer on the hub."""
         if file is not None:
             return fingerprint(file)
         return f"{self.repository}/{self.folder}" if self.folder else self.repository
 
     def download(self, checkpoint_path: Path, may_download: bool = True) -> Path:
-        """Return the path of the tokenizer in the cache of the hub; download it if the cache lacks it.
+        """Return the path of the tokenizer in the hub's cache; download it if it is not in the cache.
 
         Raises:
             CheckpointError: If the cache lacks the tokenizer, and the hub cannot be reached or `may_download`
@@ -117,9 +117,9 @@ class TokenizerFiles:
             ) from error
 
     def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
-        """Read a tokenizer.json; the tokenizer does not pad or truncate.
+        """Read a tokenizer.json; the returned tokenizer does not pad or truncate.
 
-        `content` is the bytes of the tokenizer.json if it is stored inside another file, `file`.
+        `content` contains the bytes of the tokenizer.json if it is stored inside another file, `file`.
 
         Raises:
             CheckpointError: If the tokenizer cannot be read.
@@ -146,7 +146,7 @@ class TokenizerFiles:
             raise self.unreadable(file, OSError(error.strerror)) from error
 
     def check_bytes(self, file: Path) -> None:
-        """Raise CheckpointError if a file is too large for a tokenizer or is not a regular file."""
+        """Raise CheckpointError if a tokenizer file is too large or not a regular file."""
         try:
             require_regular_file(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
@@ -164,7 +164,7 @@ class TokenizerFiles:
             raise self.unreadable(file, error) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        """Return the error for a file that is not a tokenizer, with the option and the accepted files."""
+        """Return the error for a file that is not a tokenizer; it names the option and the accepted files."""
         return CheckpointError(
             f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
             f"{self._describe()}.",
@@ -172,7 +172,7 @@ class TokenizerFiles:
         )
 
     def _find_from_option(self, path: Path) -> Path:
-        """Return the tokenizer's file from the option's value, which is the file or a folder."""
+        """Return the tokenizer file for the option's value, which is the file itself or a folder."""
         if not path.is_dir():
             try:
                 require_regular_file(path)
@@ -183,8 +183,7 @@ class TokenizerFiles:
             except OSError as error:
                 raise self.unreadable(path, OSError(error.strerror)) from error
             return path
-        # folders that begin with .. are next to an encoder's folder, not inside a folder that the option
-        # names
+        # folders that begin with .. are next to an encoder's folder, not inside the option's folder
         inner_folders = [path / folder for folder in self.folders if not folder.startswith("..")]
         for candidate in (path, *inner_folders):
             file = self._find_file(candidate)
@@ -201,7 +200,7 @@ class TokenizerFiles:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
     def _describe(self) -> str:
-        """Describe which files are accepted, for the end of an error message."""
+        """Describe the tokenizer files that are accepted, for the end of an error message."""
         source = f"the files of {self.repository}"
         if self.folder:
             source = f"the folder {self.folder} of {self.repository}"
@@ -209,7 +208,7 @@ class TokenizerFiles:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class name if the message is empty."""
+    """Return the first line of an error message, or the class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -231,7 +230,7 @@ def check_sentencepiece(model: bytes) -> None:
 def piece_surfaces(encoded: bytes) -> list[str]:
     """Return the text of each token (piece) in a tokenized text.
 
-    If the bytes of one character are separate pieces, only the last of these has the character. Source:
+    If the bytes of one character are separate pieces, only the last piece has the character. Source:
     sentencepiece.proto: pieces are field 2 of SentencePieceText, and the surface is field 3 of a piece.
 
     Args:
@@ -245,7 +244,7 @@ def piece_surfaces(encoded: bytes) -> list[str]:
 
 
 def _check_growth(growth: float) -> None:
-    """Raise ValueError if one character could become more than MAX_TOKENIZER_GROWTH characters."""
+    """Raise ValueError if one character could expand to more than MAX_TOKENIZER_GROWTH characters."""
     if growth > MAX_TOKENIZER_GROWTH:
         raise ValueError(
             f"its normalizer makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"
@@ -253,7 +252,7 @@ def _check_growth(growth: float) -> None:
 
 
 def _measure_growth(normalizer: Mapping[str, Any]) -> float:
-    """Return into how many characters a tokenizer.json's normalizer may turn one character."""
+    """Return the largest number of characters that a tokenizer.json normalizer may produce from one."""
     match normalizer.get("type"):
         case "Sequence":
             product = 1.0
@@ -274,7 +273,7 @@ def _measure_growth(normalizer: Mapping[str, Any]) -> float:
 
 
 def _measure_charsmap(charsmap: bytes) -> float:
-    """Return the length in bytes of the longest replacement text in SentencePiece's charsmap.
+    """Return the length in bytes of the longest replacement in SentencePiece's charsmap.
 
     A charsmap is the size of an index (4 bytes), the index, and strings that end in NUL.
     """
@@ -295,7 +294,7 @@ def _read_field(message: bytes, number: int) -> Iterator[bytes]:
     last = len(message) - 1
     try:
         while offset <= last:
-            # skip short entries of the vocabulary without calls: umT5 has 256,000 of them
+            # skip short vocabulary items without function calls: umT5 has 256,000 of them
             while offset < last and message[offset] == _PIECE and message[offset + 1] < 0x80:
                 offset += 2 + message[offset + 1]
             if offset == last + 1:

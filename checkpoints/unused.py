@@ -1,4 +1,4 @@
-"""Tensors of a transformer's file that its network does not use; a fine-tuned file has them again."""
+"""Tensors of a transformer file that its network does not use; fine-tuned files contain them again."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from protocols.loading import TensorInfo, TensorSource
 
 @dataclass(frozen=True)
 class UnusedTensors:
-    """Tensors of a transformer file that its network does not use, by their published names.
+    """Tensors of a transformer file that our network does not use, by their published names.
 
-    Full fine-tuning copies them into its result, so that the result has the same names as the source.
+    Full fine-tuning copies them to its output, so that it contains the same tensors as the source file.
     """
 
     sources: Mapping[str, TensorSource]
     open: Callable[[], Checkpoint]  # opens the file again
 
     def opened(self) -> "OpenedTensors":
-        """Open the file and return its unused tensors, described by their published dtypes and shapes."""
+        """Open the file and return its unused tensors, with dtypes and shapes as in the published model."""
         checkpoint = self.open()
         infos = {}
         for name, source in self.sources.items():
@@ -32,7 +32,7 @@ class UnusedTensors:
 
 @dataclass(frozen=True, eq=False)
 class OpenedTensors:
-    """Unused tensors of a transformer file that is kept open, so that it cannot be deleted before copying."""
+    """Unused tensors of a transformer file, which is kept open so that they can still be copied later."""
 
     sources: Mapping[str, TensorSource]
     checkpoint: Checkpoint

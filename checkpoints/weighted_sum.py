@@ -1,4 +1,4 @@
-"""Merge whole checkpoints of one model into their weighted sum, tensor by tensor."""
+"""Merge full checkpoints of one model into their weighted sum, tensor by tensor."""
 
 import logging
 import math
@@ -66,7 +66,7 @@ class MergeModelsOptions(Options, title="what to do"):
     precision = not_needed("it is computed in float.", choices=tuple(DTYPES))
 
     def __post_init__(self) -> None:
-        """Raise OptionError unless there are two models or more, and ratios whose sum is 1."""
+        """Raise OptionError unless there are at least two models, and ratios whose sum is 1."""
         if len(self.models) < 2:
             raise OptionError("--models names only one file: give at least two")
         if self.ratios is None:
@@ -87,15 +87,15 @@ class MergeModelsOptions(Options, title="what to do"):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Return the weight of each model in the sum; equal weights by default."""
+        """Return the coefficient of each model in the weighted sum; equal coefficients by default."""
         return self.ratios or (1 / len(self.models),) * len(self.models)
 
 
 def merge_models(options: MergeModelsOptions) -> None:
-    """Write the weighted sum of several checkpoints. One tensor of each is in memory at a time.
+    """Write the weighted sum of several checkpoints, reading one tensor of each at a time.
 
     Raises:
-        CheckpointError: If a file cannot be read, or is a checkpoint of another model.
+        CheckpointError: If a file cannot be read, or is a checkpoint of a different model.
         OutputError: If the result cannot be written.
     """
     device = select_device(options.device)
@@ -129,7 +129,7 @@ def merge_models(options: MergeModelsOptions) -> None:
 
 
 def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:
-    """Log how many averages of training (EMA) in a checkpoint are left out."""
+    """Log how many training averages (EMA weights) in a checkpoint are left out."""
     if num_averages:
         count = format_count(num_averages, "average")
         verb = "is" if num_averages == 1 else "are"
@@ -137,7 +137,7 @@ def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:
 
 
 def _reject_loras(models: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError for LoRA files, because averaging their factors does not average their deltas."""
+    """Raise CheckpointError for LoRA files: averaging LoRA factors does not average the weight changes."""
     for model in models:
         if is_lora(model.tensors):
             raise CheckpointError(
@@ -149,7 +149,7 @@ def _reject_loras(models: Sequence[Checkpoint]) -> None:
 
 @dataclass(frozen=True)
 class _Term:
-    """A checkpoint and its weight in the sum."""
+    """A checkpoint and its coefficient in the weighted sum."""
 
     model: Checkpoint
     share: float
@@ -158,12 +158,12 @@ class _Term:
 def _add_up(name: str, first_tensor: Tensor, terms: Sequence[_Term]) -> Tensor:
     """Return the weighted sum of one tensor over all models, in float32.
 
-    Where a model lacks the tensor, or some of its input channels, the values of the first model are used.
+    If a model lacks the tensor, or some of its input channels, the first model's values are used instead.
     """
     first = first_tensor.float()
     total = first * terms[0].share
     for term in terms[1:]:
-        values = first  # if this model lacks the tensor
+        values = first  # used if this model lacks the tensor
         if name in term.model.tensors:
             tensor = term.model.read(name)
             check_finite(term.model.path, name, tensor)
@@ -175,7 +175,7 @@ def _add_up(name: str, first_tensor: Tensor, terms: Sequence[_Term]) -> Tensor:
 
 
 def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_only: bool) -> None:
-    """Raise CheckpointError if a checkpoint is not of the same model and layout as the first."""
+    """Raise CheckpointError if a checkpoint differs from the first one in model or layout."""
     common = merged & other.tensors.keys()
     if not common:
         tensor_kind = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"
@@ -199,7 +199,7 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
 
 
 def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
-    """Return whether shapes are equal, or the other model's first layer has fewer input channels."""
+    """Return whether the shapes are equal, or the other model's first layer has fewer input channels."""
     shape = first.tensors[name].shape
     its_shape = other.tensors[name].shape
     if shape == its_shape:
@@ -215,7 +215,7 @@ def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
 def _warn_of_skipped(
     models: Sequence[Checkpoint], saved: Mapping[str, TensorInfo], options: MergeModelsOptions
 ) -> None:
-    """Warn about tensors that only some of the models contain."""
+    """Warn of tensors that only some of the models contain."""
     first, *others = models
     for other in others:
         skipped = [
@@ -242,7 +242,7 @@ def _warn_of_skipped(
 
 
 def _make_metadata(models: Sequence[Checkpoint]) -> dict[str, str]:
-    """Return the first model's metadata without hashes, with the names of the merged files."""
+    """Return the first model's metadata without its hashes, plus the names of the merged files."""
     metadata = {key: text for key, text in models[0].metadata.items() if not key.startswith(_STALE)}
     metadata["modelspec.merged_from"] = ", ".join(model.path.name for model in models)
     return metadata

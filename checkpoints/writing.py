@@ -31,7 +31,7 @@ def stream_tensors(
 
     Args:
         path: File to write.
-        tensors: Dtype and shape of each tensor, from which the header is made.
+        tensors: Dtype and shape of each tensor, for the header.
         read: Returns a tensor by name, on any device. It is called once for each name, in the order of
             the safetensors library: largest element size first, then by name.
         metadata: Metadata of the file.
@@ -60,7 +60,7 @@ def stream_tensors(
                     f"{name} was announced as {tensors[name]}, but is {tensor.dtype} {tuple(tensor.shape)}"
                 )
             _write_data(file, tensor)
-            del tensor  # before the next one is read
+            del tensor  # before the next tensor is read
         late = {} if late_metadata is None else late_metadata()
         if late:  # the header has the same length as before, thanks to the spare bytes
             file.seek(0)
@@ -91,7 +91,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return tensor names in the order of a safetensors file: largest element size first, then by name."""
+    """Return tensor names in the order of a safetensors file: by descending element size, then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
@@ -101,7 +101,7 @@ def _make_header(
     file_label: Path | str,
     spare_bytes: int = 0,
 ) -> tuple[list[str], bytes]:
-    """Return the names in the order of the file, and the header.
+    """Return the tensor names in file order, and the header.
 
     The header is 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
     huggingface.co/docs/safetensors.

@@ -1,65 +1,65 @@
-"""LoRAs and their like: train, read, convert, merge and extract them.
+"""LoRAs and similar adapters: train, read, convert, merge and extract them.
 
 adapter: the trainer's interface to a network, ours or foreign
-gated_loras: LoRAs around modules that act at times
-alphas: scales that are next to the tensors
-apply: put LoRAs into weights while they are loaded
-averaging: average saved files of a run after it
-cast_factors: factors of LoRAs in autocast's dtype, once a pass
-baking: plain LoRAs from networks of other kinds
-block_numbers: ranks and rates by numbers of a model's blocks
-convert: LoRA files in another dialect; join, split experts
+gated_loras: wrap modules with LoRAs that are switched on
+alphas: find alphas in metadata or PEFT's settings
+apply: merge LoRAs into weights while they are loaded
+averaging: average the saved files of a finished run
+cast_factors: cast LoRA factors to autocast's dtype, once a pass
+baking: convert networks of other kinds to plain LoRAs
+block_numbers: ranks and learning rates by block number
+convert: convert LoRA files to another program's names
 check_lora_weights: command: print the size of a LoRA's weights
 convert_anima_lora_to_comfy: command: Anima LoRAs to ComfyUI's names, or back
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back
-depth_variants: LoRAs for deeper variants of their model
-delta: what the factors of a module add to a weight
-deltas: factors by module, their ranks and strengths
+depth_variants: fit LoRAs to deeper variants of their model
+delta: the change that a module's factors make
+deltas: group factors by module; ranks, alphas and biases
 extract_lora_from_models: command: a LoRA from any fine-tuned model
-extracting: the low-rank change of a fine-tuned model
-factored: the layer of networks that are products of factors
-factored_networks: build such layers, also like those of files
+extracting: extract a LoRA from a fine-tuned model
+factored: the trained layer of LoHa and LoKr
+factored_networks: build the layers of LoHa and LoKr
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
 fused_rows: rows of fused weights, stacked or interleaved by head
-formats: names of the files that a training saves
-joined_weights: frozen weights of q, k and v, together in memory
-key_formats: bring files of any dialect under our names
+formats: tensor names in the files that training saves
+joined_weights: frozen weights of q, k and v, adjacent in memory
+key_formats: rename tensors from any program's names to ours
 kinds/: each kind of network: LoRA, DoRA, LoHa, LoKr, OFT, T-LoRA
-unused_tensors: what tensors of LoRA files that are not used
-loading: read LoRA files of any dialect, with strength and patterns
-lora_layer: one LoRA layer: its addition and its dropouts
-lora_network: the LoRAs of a training, in DiT and encoders
-lora_products: the computation of LoRA layers: products, noise
-lora_settings: dimension, alpha, dropout and arguments of a network
+unused_tensors: describe unused tensors in LoRA files
+loading: read LoRA files with any program's names
+lora_layer: one LoRA layer: its addition and its dropout
+lora_network: the trained network, in DiT and text encoders
+lora_products: compute LoRA layers: products in place, noise
+lora_settings: rank, alpha, dropout and arguments of a network
 merge_lora: command: merge LoRAs of Stable Diffusion checkpoints, by another name
 merging: add LoRAs to model files or to each other
-metadata: experts, checksums and description of files
-module_names: modules by their names in LoRA files
-multipliers: LoRA files with a number behind a colon
+metadata: expert, checksums and description of LoRA files
+module_names: look up modules by their names in LoRA files
+multipliers: LoRA files with a multiplier after a colon
 names/: module names of each family in every layout
 options: options to train a network
 own_kinds: our network modules by name, and their settings
-own_modules: networks of `--network_module networks.lora` and the like
-fused_parts: LoRAs of split fused weights: split and join
-patterns: regular expressions for names of modules, with dots or underscores
-predictions: what files say that their model predicts
-rank_masks: which ranks act, by the noise of each sample
-resize_lora: command: fewer ranks for a LoRA
+own_modules: build the networks of our values of --network_module
+fused_parts: split and join LoRAs for fused weights
+patterns: regular expressions for module names, with dots or underscores
+predictions: what a model predicts according to its metadata
+rank_masks: mask ranks by the noise level of each sample
+resize_lora: command: reduce the rank of a LoRA
 resizing: the best factors of a smaller rank
-rewriting: arrangements of other programs into usual ones
-rounding: merged weights in 16 bits, nearest or at random
+rewriting: rearrange other programs' factors into one LoRA per module
+rounding: round merged weights to 16 bits, nearest or stochastic
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 shared_inputs: LoRAs for q, k and v multiply their input once
 svd_merge_lora: command: merge LoRAs into one of a smaller rank
 svd_merging: merge LoRAs into one of a smaller rank
-tensor_names: dialects: what stands before and behind modules' paths
-text_loras: LoRAs of text encoders, and words that they bring
+tensor_names: prefixes and endings that programs add to module paths
+text_loras: merge LoRAs into text encoders and full checkpoints
 tool_options: options to merge and extract LoRAs
 use_options: options to add LoRAs to a model
-unmerged_loras: LoRAs around layers in 8 or 4 bits, masked ones
-weight_checking: size of a LoRA's weights
-writing: write the dialects of ComfyUI and diffusers
+unmerged_loras: wrap quantized layers with LoRAs, and masked LoRAs
+weight_checking: report the magnitude of a LoRA's weights
+writing: write LoRAs under ComfyUI's and diffusers' names
 """

@@ -42,7 +42,7 @@ OWN_NETWORKS = "Use --lora_per_expert to train one for each"
 
 @dataclass(frozen=True)
 class NormReport:
-    """Result of `--scale_weight_norms` at a step: the number of scaled modules, and the norms afterwards."""
+    """Result of `--scale_weight_norms` in a step: number of scaled modules, and norms after scaling."""
 
     keys_scaled: int
     mean_norm: float
@@ -50,14 +50,14 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
-        """Return the report of its three fields as numbers, which `scale_norms` returns as one tensor."""
+        """Build the report from its three values in order, which `scale_norms` returns as one tensor."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 
 
 @dataclass(frozen=True)
 class ForeignNetwork:
-    """Adapt another package's network, attached to its DiT, to the interface of `OwnNetwork`.
+    """Adapts another package's network, attached to its transformer, to the interface of `OwnNetwork`.
 
     `module` contains the parameters; its state dict has the tensors of a LoRA file.
     """
@@ -97,16 +97,16 @@ class ForeignNetwork:
 
     @property
     def additional_state(self) -> Mapping[str, nn.Module]:
-        """Return modules by name whose state is saved with the training state; {} if there are none."""
+        """Return modules by name whose state belongs to the training state but not to the LoRA file."""
         modules: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
         return modules
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Seed torch's global generators, from which the network's dropout draws."""
+        """Seed torch's global generators, which the network's dropout uses."""
         getattr(self.module, "set_dropout_seed", torch.manual_seed)(seed)
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength by the network's own method, or on each submodule that has a `multiplier`."""
+        """Set the strength with the network's own method, or on each submodule that has a `multiplier`."""
         if hasattr(self.module, "set_multiplier"):
             self.module.set_multiplier(multiplier)
             return
@@ -115,26 +115,26 @@ class ForeignNetwork:
                 setattr(submodule, "multiplier", multiplier)  # noqa: B010
 
     def on_epoch_start(self) -> None:
-        """Call `on_epoch_start` of the other package's network, if it has such a hook."""
+        """Call the hook `on_epoch_start` of the other package's network if it has one."""
         if hasattr(self.module, "on_epoch_start"):
             _call_with_known_arguments(
                 self.module.on_epoch_start, text_encoder=None, unet=self.dit, transformer=self.dit
             )
 
     def on_step_start(self) -> None:
-        """Call `on_step_start` of the other package's network, if it has such a hook."""
+        """Call the hook `on_step_start` of the other package's network if it has one."""
         if hasattr(self.module, "on_step_start"):
             self.module.on_step_start()
 
     def before_optimizer_step(self) -> None:
-        """Call after gradients are clipped, before each optimizer step."""
+        """Call the network's hook before each optimizer step, after gradients are clipped."""
         if hasattr(self.module, "before_optimizer_step"):
             self.module.before_optimizer_step()
 
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """Scale down modules whose norm exceeds `max_norm` (`--scale_weight_norms`).
+        """Scale down modules whose change has a norm above `max_norm` (`--scale_weight_norms`).
 
-        Call after an optimizer step. Returns the three numbers of a `NormReport` on `device`.
+        Call it after an optimizer step. Returns the three numbers of a `NormReport` on `device`.
         """
         report: Sequence[Any] = self.module.apply_max_norm_regularization(max_norm, device)
         if all(isinstance(number, Tensor) for number in report):
@@ -142,10 +142,10 @@ class ForeignNetwork:
         return tensor_on(device, [float(number) for number in report], torch.float32)
 
     def load_weights(self, path: Path) -> object:
-        """Start from a file; return the network's own report.
+        """Load a file's weights into the network; return what its own loading function returns.
 
         Raises:
-            CheckpointError: If the file is damaged, has other sizes, or has no tensor of this network.
+            CheckpointError: If the file is damaged, has different sizes, or has no tensor of this network.
         """
         from networks.loading import read_lora  # only for --network_weights
 
@@ -161,7 +161,7 @@ class ForeignNetwork:
 
 
 def _read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. Raises CheckpointError if values are NaN or infinite."""
+    """Return the shapes of a file's tensors. Raises CheckpointError for NaN or infinite values."""
     with open_checkpoint(path) as checkpoint:
         for name in checkpoint.tensors:
             check_finite(path, name, checkpoint.read(name))
@@ -169,10 +169,10 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise CheckpointError if a file's tensors differ in size from a network's, or have no common name.
+    """Raise CheckpointError if a file's tensors differ in size from the network's, or share no name with it.
 
     Args:
-        path: Path of the file.
+        path: The file.
         state: State dict of the network.
         shapes: Shapes of the file's tensors.
     """
@@ -196,9 +196,9 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
 
 
 def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if the alphas in a file's header or PEFT settings differ from a network's alphas.
+    """Raise CheckpointError if the alphas in a file's header or PEFT settings differ from the network's.
 
-    Loading a state dict sets only tensors; each layer computed its scale from alpha when it was built.
+    Loading a state dict sets only tensors, but each layer computed its scale from alpha when it was built.
 
     Args:
         path: Path of the file.
@@ -212,7 +212,7 @@ def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
     alphas = {name: alpha for name, alpha in native.items() if name.endswith(".alpha")}
     if not alphas:
         return
-    # `read_lora` adds the alphas of header and settings as tensors
+    # `read_lora` adds alphas from header and settings as tensors
     for name, tensor in read_lora(path).tensors.items():
         if name not in alphas:
             continue
@@ -236,8 +236,8 @@ def check_network(
 
     Args:
         options: Options of the run.
-        name: Name of the module.
-        depths: Attribute of the block list -> number of blocks; lists of unknown depth are missing.
+        name: Value of --network_module.
+        depths: Number of blocks by attribute name of the block list; lists of unknown depth are missing.
         numbered: Blocks that --network_args address by number; None if the model has none.
     """
     if name in OWN_MODULES:
@@ -245,7 +245,7 @@ def check_network(
         if settings.block_numbers:
             check_blocks(settings, depths)
         if settings.block_settings is not None:
-            settings.block_settings.fit(numbered)  # only for its errors: the result is not used here
+            settings.block_settings.fit(numbered)  # called only to raise errors
         if not OWN_MODULES[name].kind.has_norms and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
@@ -276,8 +276,8 @@ def make_network(
         seed: Seed of the initial values, which are the same on every machine.
         encoders: Loaded networks of the trained text encoders, by `LearningEncoder.lora_prefix`, in the order
             of their learning rates.
-        trains_dit: Whether the DiT is trained too, not only text encoders.
-        resumed: Tensors of the state that will be loaded into the network; None if the run starts anew.
+        trains_dit: Whether the DiT is trained, not only text encoders.
+        resumed: Tensors of the state that will be loaded into the network; None without resuming.
 
     Raises:
         OptionError: If the module or its settings cannot be used.
@@ -323,7 +323,7 @@ def _build_own(
     trains_dit: bool,
     resumed: Mapping[str, Tensor] | None,
 ) -> OwnNetwork:
-    """Build one of our networks from its options, with further modules that a file or a resumed state has."""
+    """Build one of our networks from its options, including modules that only a file or resumed state has."""
     arguments = _read_arguments(options)
     if options.dim_from_weights:
         tensors = _read_network_weights(options, dit, encoders)
@@ -341,7 +341,7 @@ def _build_own(
 
 
 def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
-    """Load `--network_weights` into a network and log the number of modules that do not fit."""
+    """Load `--network_weights` into a network, and log how many modules could not be loaded."""
     errors: list[str] = []
     if isinstance(network, OwnNetwork):
         errors = network.load_weights(path, dict(dit.named_parameters()))
@@ -352,7 +352,7 @@ def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
 
 
 def _read_arguments(options: NetworkOptions) -> NetworkArguments:
-    """Return the options that describe one of our networks."""
+    """Return rank, alpha, dropout and arguments for one of our own networks from the options."""
     return NetworkArguments(
         rank=options.network_dim,
         alpha=options.network_alpha,
@@ -364,7 +364,7 @@ def _read_arguments(options: NetworkOptions) -> NetworkArguments:
 def _read_network_weights(
     options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """Return the tensors of `--network_weights` under our names, for the blocks that the DiT has.
+    """Return the tensors of `--network_weights` under our names, mapped to the transformer's blocks.
 
     Args:
         options: Options of the network.
@@ -376,7 +376,7 @@ def _read_network_weights(
 
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders), with_embeddings=True)
-    # blocks of a LoRA for a deeper or shallower model are mapped to those of the DiT
+    # blocks of a LoRA for a deeper or shallower model are mapped to the DiT's blocks
     weighted_lora = WeightedLora(lora)
     with quiet():  # `load_weights` makes the same call and logs its messages
         (weighted_lora,) = fit_depths([weighted_lora], dict(dit.named_parameters()))
@@ -386,15 +386,14 @@ def _read_network_weights(
 def tie_network(network: nn.Module, twin: nn.Module) -> None:
     """Make `twin` share the parameters and buffers of `network`; both are on the same device.
 
-    They must have been built with equal options, for DiTs of one shape.
+    They must have been built with equal options, for DiTs of the same shape.
 
     Args:
         network: The network whose parameters are kept.
         twin: The network whose parameters are replaced.
 
     Raises:
-        OptionError: If their values differ, because they depend on the weights of the DiTs, as DoRA
-            magnitudes do.
+        OptionError: If their values differ because they depend on the DiTs' weights, as DoRA magnitudes do.
     """
     state = network.state_dict(keep_vars=True)
     twin_state = twin.state_dict(keep_vars=True)
@@ -414,12 +413,12 @@ def tie_network(network: nn.Module, twin: nn.Module) -> None:
 
 
 def import_network_module(name: str) -> ModuleType:
-    """Import another package's module with `create_network(...)`.
+    """Import another package's module that defines `create_network` or `create_arch_network`.
 
-    The working folder is searched too.
+    The working directory is searched too.
 
     Raises:
-        OptionError: If it cannot be imported or builds no network.
+        OptionError: If it cannot be imported or defines neither function.
     """
     if name in _NOT_BUILT:
         raise OptionError(f"--network_module {name}: {_NOT_BUILT[name]}")
@@ -445,14 +444,14 @@ def _build_foreign(
     encoders: Mapping[str, nn.Module],
     trains_dit: bool,
 ) -> Any:
-    """Build another package's network as other LoRA trainers do, and put it into the models.
+    """Build another package's network as other LoRA trainers do, and attach it to the models.
 
     Args:
-        package: Its module.
+        package: The package's module.
         options: Options of the network.
         dit: The transformer.
         encoders: Trained text encoders, by the prefix of their modules in LoRA files.
-        trains_dit: Whether the DiT is trained too, not only text encoders.
+        trains_dit: Whether the DiT is trained, not only text encoders.
     """
     text_encoders = list(encoders.values()) or None
     if options.dim_from_weights:
@@ -462,7 +461,7 @@ def _build_foreign(
     models = [dit, *encoders.values()]
     parameters_by_model = [dict(model.named_parameters()) for model in models]
     module.apply_to(text_encoders, dit, apply_text_encoder=bool(encoders), apply_unet=trains_dit)
-    # LyCORIS' `algo=full` deletes the frozen weights of layers and computes with its own. They are restored,
+    # LyCORIS' `algo=full` deletes the layers' frozen weights and computes with its own. They are restored,
     # because the model reads dtypes from its layers
     for model, parameters in zip(models, parameters_by_model, strict=True):
         for name, parameter in parameters.items():
@@ -482,14 +481,14 @@ def _create_from_settings(
     """Build another package's network from its settings.
 
     Args:
-        package: Its module.
+        package: The package's module.
         options: Options of the network.
         dit: The transformer; None if only text encoders are trained.
         text_encoders: Trained text encoders; None if there are none.
     """
     rank = options.network_dim or DEFAULT_RANK
     dropouts: dict[str, float | None] = {}
-    # packages have one of two functions, and only the first takes a dropout
+    # packages have one of two functions, and only the first one takes a dropout
     if hasattr(package, "create_arch_network"):
         create = package.create_arch_network
         dropouts = {"neuron_dropout": options.network_dropout}
@@ -503,14 +502,14 @@ def _create_from_settings(
     multiplier = 1.0
     vae = None
     arguments = options.arguments()
-    # by position, as packages name these arguments differently
+    # by position, because packages name these arguments differently
     return create(multiplier, rank, options.network_alpha, vae, text_encoders, dit, **dropouts, **arguments)
 
 
 def _create_from_file(
     package: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> Any:
-    """Build another package's network with the modules of `--network_weights`."""
+    """Build another package's network with the modules and ranks of `--network_weights`."""
     text_encoders = list(encoders.values()) or None
     # packages have one of these two functions
     create = getattr(package, "create_arch_network_from_weights", None)
@@ -532,12 +531,12 @@ def _create_from_file(
         neuron_dropout=options.network_dropout,
         **options.arguments(),
     )
-    # some packages also return the tensors of the file
+    # some packages return the file's tensors too
     return created[0] if isinstance(created, tuple) else created
 
 
 def _call_with_known_arguments(function: Callable[..., Any], **values: Any) -> Any:
-    """Call a function with only the values that it has parameters for, because other packages differ."""
+    """Call a function of another package with only those values for which it has parameters."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(**values)

@@ -1,7 +1,7 @@
-"""Find alphas that are not tensors: in a file's metadata, or in PEFT's settings (in metadata or a file).
+"""Find alphas that are not stored as tensors: in a LoRA's metadata, or in PEFT's settings (metadata or file).
 
-A source is one place with settings, such as a metadata key. A file may have several networks;
-`network_prefix` is the prefix that a network has in diffusers' pipelines, such as `text_encoder_2.`.
+A source is one place with settings, such as a metadata key. A file may contain LoRAs for several networks;
+`network_prefix` is a network's prefix in diffusers' pipelines, such as `text_encoder_2.`.
 """
 
 import math
@@ -54,7 +54,7 @@ _MAX_SHOWN = 20  # characters of a value that a message shows
 
 @dataclass(frozen=True)
 class _AlphaSource:
-    """Settings with alphas, and the metadata entry or file that contains them."""
+    """Settings that contain alphas, and the metadata key or file where they were found."""
 
     location: str  # where they were found, for messages
     settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
@@ -65,21 +65,21 @@ class _AlphaSource:
         return _to_finite_or_none(self.settings.get("r"))
 
     def can_be_for(self, ranks: Collection[int]) -> bool:
-        """Return whether the settings can be for factors of these ranks."""
+        """Return whether the settings may belong to a file whose factors have these ranks."""
         if self.rank is None:
             return self.surely_belongs
         return self.rank in ranks or bool(self.settings.get("rank_pattern"))
 
 
 class _FoundSources(NamedTuple):
-    """Settings that may apply, and warnings about unusable ones."""
+    """Alpha settings that may apply to a network, and warnings about unusable settings."""
 
     sources: list[_AlphaSource]
     warnings: list[str]
 
 
 class _Key(NamedTuple):
-    """A metadata key, split and spelled uniformly: `loraalpha` for `transformer.LoRA_alpha`."""
+    """A metadata key, split and normalized: `loraalpha` for `transformer.LoRA_alpha`."""
 
     network: str  # prefix of the key that names a network; "" if it has none
     name: str  # rest of the key, in lower case, letters and digits only
@@ -87,7 +87,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Alphas for modules that have no alpha tensor next to their factors, and where they were found."""
+    """Alphas found elsewhere for modules that lack alpha tensors, and a description of where."""
 
     tensors: Mapping[str, Tensor]  # by name: "lora_unet_x.alpha"
     description: str  # description for the log; "" if every module has an alpha tensor
@@ -95,7 +95,7 @@ class FoundAlphas:
 
 
 class NetworkFactors(NamedTuple):
-    """The factors for one network of a pipeline: for the transformer, or for one text encoder."""
+    """LoRA factors for one network of a pipeline: the transformer or one text encoder."""
 
     modules: Mapping[str, Factors]  # by module name
     module_paths: Mapping[str, str]  # module name -> path of the module in the file
@@ -111,13 +111,13 @@ def find_alphas(
     Args:
         path: Path of the file.
         metadata: Metadata of the file.
-        is_written_here: Whether the file was written by us; its alphas are then tensors or folded into
-            factors, and metadata are not searched.
+        is_written_here: Whether we wrote the file; its alphas are then tensors or folded into factors, and
+            the metadata is not searched.
         network: The factors.
 
     Raises:
         CheckpointError: If two sources of alphas contradict each other.
-        ValueError: If PEFT's settings cannot be used; other errors of parsing may pass through as well.
+        ValueError: If PEFT's settings cannot be used; other parsing errors may propagate too.
     """
     ranks = _ranks_without_alpha(network)
     every_module_has_alpha = not ranks
@@ -140,7 +140,7 @@ def find_alphas(
 
 
 def _require_one_alpha(path: Path, sources: Sequence[_AlphaSource]) -> float | None:
-    """Return the alpha in the sources; None without one. Raises CheckpointError if they differ."""
+    """Return the only alpha in the sources; None without one. Raises CheckpointError if they differ."""
     with_alpha = [source for source in sources if source.settings.get("lora_alpha")]
     alphas = [_to_finite(source.settings["lora_alpha"]) for source in with_alpha]
     if len(set(alphas)) > 1:
@@ -158,7 +158,7 @@ def _require_one_alpha(path: Path, sources: Sequence[_AlphaSource]) -> float | N
 def _describe_alphas(
     sources: Sequence[_AlphaSource], network: NetworkFactors, num_found: int, num_missing: int
 ) -> str:
-    """Return where the alphas come from and how many modules have none, for the log."""
+    """Describe where the alphas come from and how many modules have none, for the log."""
     descriptions: list[str] = []
     with_alpha = next((source for source in sources if source.settings.get("lora_alpha")), None)
     if with_alpha is not None:
@@ -174,7 +174,7 @@ def _describe_alphas(
 
 
 def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collection[int]) -> list[str]:
-    """Return a warning for each source whose alpha is for a rank that no module of the file has."""
+    """Return a warning for each alpha source that states a rank which no module in the file has."""
     rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
@@ -187,7 +187,7 @@ def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collec
 
 
 def _ranks_without_alpha(network: NetworkFactors) -> dict[str, int]:
-    """Return the trained rank of each module that has a rank but no alpha."""
+    """Return the rank of each module without alpha; for joined LoRAs, the rank of each of them."""
     ranks: dict[str, int] = {}
     for name, factors in network.modules.items():
         rank = None if "alpha" in factors else rank_of(factors)
@@ -197,7 +197,7 @@ def _ranks_without_alpha(network: NetworkFactors) -> dict[str, int]:
 
 
 def _merge_settings(sources: Sequence[_AlphaSource], alpha: float | None) -> dict[str, Any]:
-    """Merge the settings of all sources into one PEFT configuration; earlier sources take precedence."""
+    """Merge the settings from all sources into one PEFT configuration; earlier sources take precedence."""
     patterns: dict[str, Any] = {}
     use_rslora = None
     for source in sources:
@@ -209,8 +209,8 @@ def _merge_settings(sources: Sequence[_AlphaSource], alpha: float | None) -> dic
 def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Restore alphas that were folded into the factors of a file written by us; return all tensors.
 
-    The changes of the weights stay the same. Factors keep their dtype if the division is exact; otherwise
-    they become float32.
+    The weight changes stay the same. Factors keep their dtype if the division is exact; otherwise they become
+    float32.
 
     Args:
         tensors: Tensors under our names.
@@ -242,7 +242,7 @@ def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
-    """Return alpha / rank by rank, from the metadata entry `FOLDED`; {} if it is missing or unusable."""
+    """Return {rank: alpha / rank} from the metadata entry `FOLDED`; {} if it is missing or invalid."""
     try:
         entries = parse_json(metadata.get(FOLDED, "{}"))
         scalings = {int(rank): float(scaling) for rank, scaling in entries.items()}
@@ -252,7 +252,7 @@ def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
 
 
 def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without alphas, for a file with alphas as tensors or folded into the factors."""
+    """Return metadata without alphas, for a file that stores alphas as tensors or in the factors."""
     remaining: dict[str, str] = {}
     for key, value in metadata.items():
         # trainers also record the training alpha, which readers ignore if alphas are tensors
@@ -264,7 +264,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _holds_settings(key: str, text: str) -> bool:
-    """Return whether a metadata key contains PEFT settings; for `config`, only if its JSON has an alpha."""
+    """Return whether metadata under a key are PEFT settings; `config` must be JSON that contains an alpha."""
     if key != "config":
         return key in _SETTINGS_KEYS
     try:
@@ -275,7 +275,7 @@ def _holds_settings(key: str, text: str) -> bool:
 
 
 def _find_sources(path: Path, metadata: Mapping[str, str], network: NetworkFactors) -> _FoundSources:
-    """Return the settings that may apply to a network, and warnings about non-numeric values."""
+    """Return the alpha settings that may apply to a network, and warnings about non-numeric values."""
     in_keys = _find_in_metadata_keys(metadata, network.module_paths, network.prefix)
     in_json = _find_in_metadata_json(metadata, network.prefix)
     in_file = _find_in_settings_file(path, network.prefix)
@@ -288,7 +288,7 @@ def _find_sources(path: Path, metadata: Mapping[str, str], network: NetworkFacto
 def _find_in_metadata_keys(
     metadata: Mapping[str, str], module_paths: Mapping[str, str], network_prefix: str
 ) -> _FoundSources:
-    """Return the alphas that are separate keys of a file's metadata, such as `transformer.lora_alpha`."""
+    """Return alphas stored as separate metadata keys, such as `transformer.lora_alpha`."""
     sources: list[_AlphaSource] = []
     warnings: list[str] = []
     # programs that write ss_network_module store alphas as tensors, under names without dots; if names have
@@ -318,12 +318,12 @@ def _find_in_metadata_keys(
 
 
 def _get_first(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
-    """Return the value of the first of `keys` that `values` has; None if it has none of them."""
+    """Return the value of the first key that `values` contains; None if it contains none of them."""
     return next((values[key] for key in keys if key in values), None)
 
 
 def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> _FoundSources:
-    """Return the alphas in JSON settings of a file's metadata, such as `lora_adapter_metadata`."""
+    """Return the alphas in JSON settings in a file's metadata, such as `lora_adapter_metadata`."""
     sources: list[_AlphaSource] = []
     warnings: list[str] = []
     for key in _SETTINGS_KEYS:
@@ -343,7 +343,7 @@ def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> 
 def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
     """Return the alphas in PEFT's `adapter_config.json` in the folder of a LoRA.
 
-    The folder may contain several LoRA files. PEFT writes the settings for `adapter_model`; for a file of
+    The folder may contain several LoRA files. PEFT writes these settings for `adapter_model`; for a file with
     another name, unreadable settings only cause a warning.
     """
     folder = path if path.is_dir() else path.parent
@@ -364,16 +364,16 @@ def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
 def _parse_settings(
     location: str, settings: Mapping[str, Any], network_prefix: str, network: str = ""
 ) -> list[_AlphaSource]:
-    """Return the sources in JSON settings for one network, with keys in any spelling.
+    """Return the alpha sources for one network in JSON settings, with keys in any spelling.
 
     If the settings have no alpha, nested objects are searched, because PEFT nests settings of several
     adapters.
 
     Args:
-        location: Description of where the settings are, for messages.
+        location: Where the settings were found, for messages.
         settings: The settings.
         network_prefix: Prefix of the network in diffusers' pipelines.
-        network: Network of keys that do not name one themselves.
+        network: Network that keys without a network name belong to.
 
     Raises:
         AttributeError: If `settings` is not a JSON object.
@@ -405,7 +405,7 @@ def _parse_settings(
 def _parse_nested_settings(
     location: str, settings: Mapping[str, Any], network_prefix: str, network: str
 ) -> list[_AlphaSource]:
-    """Return the sources in the values of JSON settings, each of which may be for one adapter or network."""
+    """Return the alpha sources in nested JSON settings, where each key may name an adapter or a network."""
     sources: list[_AlphaSource] = []
     for key, value in settings.items():
         if not isinstance(value, Mapping):
@@ -418,7 +418,7 @@ def _parse_nested_settings(
 
 
 def _parse_key(key: str) -> _Key:
-    """Split a metadata key into the name of a network ("" without one) and the name of the setting."""
+    """Split a metadata key into the prefix of a network ("" if it has none) and the setting's name."""
     match = _KEY_WITH_NETWORK.fullmatch(key)
     network = ""
     name = key
@@ -429,15 +429,15 @@ def _parse_key(key: str) -> _Key:
 
 
 def _belongs_to(network: str, network_prefix: str) -> bool:
-    """Return whether a key that names `network` (or none) is for the network with this prefix."""
+    """Return whether a key for `network` ("" if it names none) applies to the network with this prefix."""
     if not network or f"{network}." == network_prefix:
         return True
     text_encoder = _TEXT_ENCODER.fullmatch(network)
     if text_encoder is not None:
-        # in LoRA files, CLIP-L is 1, CLIP-G 2 and T5 3; a pipeline calls the last two text_encoder_2
+        # in LoRA files, CLIP-L is 1, CLIP-G 2 and T5 3; in pipelines, 2 and 3 are text_encoder_2
         is_second = text_encoder[1] in ("2", "3")
         return network_prefix == ("text_encoder_2." if is_second else "text_encoder.")
-    # a transformer has many names: any name except those of text encoders and of other experts
+    # a transformer has many names: accept any name except names of text encoders and other experts
     experts = find_expert_prefixes()
     if network_prefix not in experts or network.startswith(_TEXT_ENCODER_PREFIXES):
         return False
@@ -453,15 +453,15 @@ def read_alphas(
     is_written_here: bool,
     warns: bool = True,
 ) -> FoundAlphas:
-    """Find the alphas that are not tensors for the transformer and each text encoder of a file.
+    """Find the alphas that a file does not store as tensors, for the transformer and each text encoder.
 
     Args:
         path: Path of the file.
         metadata: Metadata of the file.
         native: Tensors under our names.
         expert: Expert of these tensors; None if the file is for a single network.
-        is_written_here: Whether the file was written by us.
-        warns: Whether warnings are logged.
+        is_written_here: Whether we wrote the file.
+        warns: Whether to log warnings.
 
     Raises:
         CheckpointError: If settings are unusable.
@@ -485,7 +485,7 @@ def read_alphas(
 
 
 def _collect_dit_factors(native: NativeTensors, expert: str | None) -> NetworkFactors:
-    """Return a file's factors for the transformer or one of its experts."""
+    """Return the LoRA factors in a file for the transformer, or for one of its experts."""
     # the prefix of this expert's network in diffusers' pipelines
     prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
     return NetworkFactors(
@@ -497,7 +497,7 @@ def _collect_dit_factors(native: NativeTensors, expert: str | None) -> NetworkFa
 
 
 def _collect_text_encoder_factors(native: NativeTensors) -> list[NetworkFactors]:
-    """Return a file's factors for each text encoder."""
+    """Return the LoRA factors in a file for each text encoder."""
     text_encoders: list[NetworkFactors] = []
     text_modules = group_by_module(native.text_tensors)
     for encoder_prefix, module_paths in _paths_by_encoder(text_modules).items():
@@ -507,7 +507,7 @@ def _collect_text_encoder_factors(native: NativeTensors) -> list[NetworkFactors]
 
 
 def _join_alphas(dit_alphas: FoundAlphas, encoder_alphas: Sequence[FoundAlphas]) -> FoundAlphas:
-    """Join the alphas of all networks; equal descriptions and warnings are listed once."""
+    """Join the alphas of all networks, without repeating equal descriptions and warnings."""
     tensors: dict[str, Tensor] = {}
     warnings: dict[str, None] = {}  # an ordered set
     for alphas in (dit_alphas, *encoder_alphas):
@@ -521,7 +521,7 @@ def _join_alphas(dit_alphas: FoundAlphas, encoder_alphas: Sequence[FoundAlphas])
 
 
 def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return the paths of text encoders' modules by name, grouped by the encoder's prefix in diffusers."""
+    """Return {text encoder prefix in diffusers: {module name: module path}}."""
     module_paths: dict[str, dict[str, str]] = {}
     for name in texts:
         encoder_prefix = ""
@@ -536,10 +536,10 @@ def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class _AlphaRules:
-    """The alphas in PEFT settings.
+    """Alphas in PEFT settings.
 
-    A key of `alpha_pattern` is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for
-    it. If several keys match, PEFT uses the first.
+    A key of `alpha_pattern` is the end of a module path (`to_q`, `attn1.to_q`) or a regular expression for
+    the path. If several keys match, PEFT uses the first.
     """
 
     values: Mapping[str, float]  # the setting alpha_pattern
@@ -549,7 +549,7 @@ class _AlphaRules:
     default: float | None  # the setting lora_alpha, for modules that no key matches
 
     def alpha_of(self, path: str) -> float | None:
-        """Return the alpha of the module with a path such as `blocks.0.attn1.to_q`."""
+        """Return the alpha of the module at a path such as `blocks.0.attn1.to_q`."""
         names = path.split(".")
         endings = [".".join(names[first:]) for first in range(len(names))]
         matching = [ending for ending in endings if ending in self.values]
@@ -561,7 +561,7 @@ class _AlphaRules:
 
 
 def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
-    """Read the alphas in PEFT settings; raise ValueError if they cannot be used."""
+    """Parse the alphas in PEFT settings; raise ValueError if they cannot be used."""
     values = {key: _to_finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     keys = [key for key in values if not _PLAIN_PATH.fullmatch(key)]
     if sum(map(len, keys)) > MAX_EXPRESSIONS:
@@ -582,9 +582,9 @@ def peft_alphas(
 
     Args:
         modules: Factors by module name.
-        module_paths: Paths of these modules, as in the file.
+        module_paths: Paths of these modules as in the file.
         config: Content of PEFT's adapter_config.json.
-        joined_lora_counts: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
+        joined_lora_counts: Number of LoRAs joined into a module's factors, by module; 1 by default.
 
     Raises:
         ValueError: If the settings cannot be used.
@@ -624,7 +624,7 @@ def _to_finite(value: Any) -> float:
 
 
 def _compile_expression(key: str) -> Callable[[str], bool]:
-    """Compile a key of PEFT's `alpha_pattern` to a function that tests whether it matches a module's path.
+    """Compile a key of PEFT's `alpha_pattern` to a function that tests whether a module path matches.
 
     Raises:
         ValueError: If the key is not a regular expression. The returned function raises ValueError if

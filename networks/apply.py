@@ -61,7 +61,7 @@ _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at a time: 4 
 
 @dataclass(frozen=True)
 class Change:
-    """The effect of one LoRA on one parameter of a model, scaled by `weighted_lora.multiplier`."""
+    """What one LoRA changes about one model parameter, scaled by `weighted_lora.multiplier`."""
 
     weighted_lora: WeightedLora
     delta: Delta
@@ -70,7 +70,7 @@ class Change:
     rotations: Tensor | None = None  # R - I of an input rotation; None until `to` computes it
 
     def change_shape(self) -> tuple[int, ...]:
-        """Return the shape of the addition, or of the replacement weight.
+        """Return the shape of the change: of the addition, or of the weight that replaces the old weight.
 
         Raises:
             MismatchError: If the shapes of the factors do not match.
@@ -88,22 +88,22 @@ class Change:
     def fit(
         self, related: RelatedModule | None, weight: Tensor, name: str, model: str, option: str = ""
     ) -> "Change":
-        """Return the change with the rows of a weight, and check that its shape fits.
+        """Return the change for those rows of a weight that it has, and check that its shape fits.
 
-        A LoRA for q alone changes some rows of a fused qkv weight; a LoRA for qkv is cut for a q weight.
+        A LoRA for q changes only some rows of a fused qkv weight; a LoRA for qkv is cut for a q weight.
 
         Args:
             related: The LoRA's module if it is a part of the weight (q of qkv) or contains it; else None.
             weight: The weight.
             name: Name of the weight, for messages.
             model: Name of the model, for messages.
-            option: Option that names the file, for messages.
+            option: Option that sets the LoRA file, for messages.
 
         Raises:
             CheckpointError: If the shapes differ.
         """
         path = self.weighted_lora.lora.path
-        if self.delta.rotation is not None:  # its shape is not that of the weight
+        if self.delta.rotation is not None:  # its shape differs from the weight's
             return self._fit_rotation(related, weight, name, f"{option}{path} does not fit {model}")
         try:
             if self.delta.has_row_range and self.delta.has_input_magnitudes:
@@ -131,7 +131,7 @@ class Change:
     def _fit_rotation(
         self, related: RelatedModule | None, weight: Tensor, name: str, error_prefix: str
     ) -> "Change":
-        """Return an input rotation (OFT) limited to the rows of the weight that the LoRA's module has.
+        """Return an input rotation (OFT) limited to those rows of the weight that the LoRA's module covers.
 
         Args:
             related: The LoRA's module if it is a part of the weight (q of qkv) or contains it; else None.
@@ -164,7 +164,7 @@ class Change:
 
         Args:
             shape: Shape of the change.
-            expected: Shape of the rows of the parameter that the change is for.
+            expected: Shape of the parameter's rows that the LoRA changes.
         """
         can_be_reshaped = math.prod(shape) == math.prod(expected) and shape[:1] == expected[:1]
         if not can_be_reshaped:
@@ -183,7 +183,7 @@ class Change:
     def _expand_to_whole_layer(self, related: RelatedModule | None, weight: Tensor) -> "Change":
         """Return the change of the fused LoRA layer of which this change has only some rows.
 
-        DoRA magnitudes by input need the norms of the whole layer, which the weight must therefore contain.
+        Per-input DoRA magnitudes need the norms of the whole layer, which the weight must therefore contain.
 
         Args:
             related: The part's module if the weight contains it; None or a larger module raise an error.
@@ -206,10 +206,10 @@ class Change:
         return replace(self, delta=replace(self.delta, factors=layer_factors), row_slice=layer_rows)
 
     def _fit_to_related_module(self, related: RelatedModule, weight: Tensor) -> "Change":
-        """Return the change for a weight that contains the LoRA's module, or is a part of it.
+        """Return the change for a weight that contains the LoRA's module, or that is a part of it.
 
         A LoRA for q gets the rows of q in a qkv weight. A LoRA for qkv is cut to the rows of a q weight. If
-        the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
+        the row counts do not match, the change is returned unchanged, and `fit` reports its shape.
 
         Raises:
             MismatchError: If the part has as many rows as the whole, or if magnitudes need the whole weight.
@@ -225,12 +225,12 @@ class Change:
         if self.delta.has_input_magnitudes:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         sliced_delta = self.delta.select_rows(rows)
-        if sliced_delta is None:  # a LoKr has no factors for single rows: compute the full matrix, then slice
+        if sliced_delta is None:  # a LoKr has no factors per row: compute the full matrix, then slice
             sliced_delta = self.delta.compute_rows(rows, weight.device)
         return replace(self, delta=sliced_delta)
 
     def _find_rows_of_part(self, related: RelatedModule, weight: Tensor) -> slice | Tensor | None:
-        """Return the rows of the smaller of module and weight in the larger; None if they do not match.
+        """Return which rows of the larger of LoRA and weight are the smaller one; None if they do not match.
 
         Raises:
             MismatchError: If the part has as many rows as the whole.
@@ -253,7 +253,7 @@ class Change:
 
     @property
     def replaces_weight(self) -> bool:
-        """Return whether this change replaces the weight and all earlier changes, as in ComfyUI."""
+        """Return whether this LoRA replaces the weight with the changes of earlier LoRAs, as in ComfyUI."""
         return (
             self.delta.replaces_weight
             and self.parameter_name == "weight"
@@ -261,13 +261,12 @@ class Change:
         )
 
     def add_to(self, total: Tensor, block_rows: slice | None, weight: Tensor) -> None:
-        """Add the change of one block of rows to `total`, the float32 sum of changes of these rows.
+        """Add the LoRA's change of one block of rows to `total`.
 
         Args:
-            total: Sum of changes of these rows, changed in place.
-            block_rows: Rows of the parameter in the block, possibly with a step; None for all.
-            weight: These rows before any change, float32. A change that replaces the weight is written into
-                them.
+            total: Float32 sum of all changes of these rows, modified in place.
+            block_rows: Rows of the parameter in the block, possibly with a step; None for all rows.
+            weight: These rows before any change, float32. A change that replaces the weight overwrites them.
         """
         if self.row_slice is not None:
             overlap = _find_overlap(self.row_slice, block_rows, len(total))
@@ -305,21 +304,21 @@ class Change:
         total.add_(addition.reshape(total.shape), alpha=self.weighted_lora.multiplier)
 
     def _make_rotations(self, device: torch.device) -> Tensor:
-        """Return R - I of the input rotation at the strength of the LoRA, on a device."""
+        """Return R - I of the input rotation, scaled by the LoRA's strength, on the device."""
         rotation = self.delta.rotation
         assert rotation is not None
         values = self.delta.factors[rotation.factor_name].to(device)
         return rotation.compute_rotations(values, self.weighted_lora.multiplier)
 
     def to(self, device: torch.device) -> "Change":
-        """Return the change with its factors on a device; an input rotation also gets its matrices."""
+        """Return a copy on the device; an input rotation gets its matrices R - I computed there."""
         if self.delta.rotation is not None:
             return replace(self, rotations=self._make_rotations(device))
         return replace(self, delta=self.delta.to(device))
 
 
 def changes_of(weighted_lora: WeightedLora, delta: Delta) -> list[Change]:
-    """Return the changes that a LoRA makes to a module's bias and weight."""
+    """Return the changes that a LoRA makes to a module's bias and weight, as up to two `Change` objects."""
     changes: list[Change] = []
     parts = delta.factors.keys()
     if parts & deltas.BIAS_FACTORS:
@@ -330,7 +329,7 @@ def changes_of(weighted_lora: WeightedLora, delta: Delta) -> list[Change]:
 
 
 class FoundChange(NamedTuple):
-    """A change that applies to a parameter, possibly under the module name of another layout."""
+    """A LoRA's change that applies to a parameter, possibly under a module name of another layout."""
 
     key: str  # module and parameter as the LoRA names them: `lora_unet_x.weight`
     change: Change
@@ -338,18 +337,18 @@ class FoundChange(NamedTuple):
 
 
 class _Overlap(NamedTuple):
-    """The rows that a block of a parameter and a change have in common."""
+    """Rows that both a block of a parameter and a LoRA's change cover."""
 
     in_block: slice  # indices into the block
     in_change: slice  # indices into the change's own rows; has the step of the block
 
 
 def _find_overlap(changed_rows: slice, block_rows: slice | None, block_length: int) -> _Overlap | None:
-    """Return the rows that a block of a parameter and a change of some rows have in common; None for none.
+    """Return the rows that both a block of a parameter and a LoRA's change cover; None if there are none.
 
     Args:
-        changed_rows: Rows of the parameter that the change is for.
-        block_rows: Rows of the parameter in the block, possibly with a step; None for all.
+        changed_rows: Rows of the parameter that the LoRA changes.
+        block_rows: Rows of the parameter in the block, possibly with a step; None for all rows.
         block_length: Number of rows in the block.
     """
     block_start = 0 if block_rows is None else block_rows.start
@@ -365,7 +364,7 @@ def _find_overlap(changed_rows: slice, block_rows: slice | None, block_length: i
 
 
 def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundChange]:
-    """Replace one LoRA file's equal rotations of q, k and v by a single rotation of the fused qkv weight.
+    """Replace one LoRA's equal rotations of q, k and v with a single rotation of the fused qkv weight.
 
     Parts with different rotations stay separate; `Change.fit` then finds the rows of each.
     """
@@ -392,12 +391,12 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
 
 
 def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
-    """Split the rows of a weight into blocks, which are changed one after another to save memory.
+    """Split the rows of a weight into blocks that are changed one after another to save memory.
 
-    A small weight, one that is replaced, or a change that cannot be cut by rows (LoKr) is not split.
+    Small weights are not split, nor are weights that are replaced or whose change cannot be cut (LoKr).
 
     Returns:
-        [None] for all rows together; [] if there is nothing to change.
+        The blocks; [None] for all rows together; [] if there is nothing to change.
     """
     if not changes or not weight.numel():
         return []
@@ -415,14 +414,14 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
 def _sum_changes(
     changes: Sequence[Change], rows: slice | None, weight: Tensor, sample: SampledRows | None = None
 ) -> Tensor:
-    """Return the sum of changes for some rows of a parameter, float32.
+    """Return the float32 sum of all changes to some rows of a parameter.
 
     Args:
         changes: Changes of the parameter.
-        rows: Rows of the parameter to compute; None for all.
-        weight: Original values of these rows. A change that replaces the weight is written into them.
-        sample: Records what each file adds to the sampled rows; None to record nothing. If `rows` is given
-            too, the rows must be the sampled ones.
+        rows: Rows of the parameter to compute; None for all rows.
+        weight: Original values of these rows. A change that replaces the weight overwrites them.
+        sample: Records what each file adds to the sampled rows; None to record nothing. If `rows` is also
+            given, it must be the sampled rows.
     """
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for change in changes:
@@ -442,14 +441,14 @@ def _round_into(
         weight: The weight or some of its rows, changed in place.
         original: Values of the same elements before the changes.
         total: Sum of the changes; it is overwritten.
-        random_rounding: Source of stochastic rounding; None rounds to the nearest value.
+        random_rounding: Stochastic rounding; None rounds to the nearest value.
         start: Number of elements of the parameter that precede these.
     """
     is_small_weight = start == 0 and weight.numel() <= SMALL_WEIGHT
     change = total.clone() if random_rounding is not None and is_small_weight else None
     total.add_(original)
     if random_rounding is not None and change is not None:
-        # several draws; the one that alters the change least is used
+        # of several draws, the one that alters the change least is used
         random_rounding.round_small(total, change)
     elif random_rounding is not None:
         random_rounding.round(total, start)
@@ -457,12 +456,12 @@ def _round_into(
 
 
 class LoraPatch:
-    """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
+    """Weight patch that adds LoRAs to weights by name: `patch(name, weight) -> weight`.
 
     The result is W + multiplier * (alpha / rank) * up @ down, or W R^T for an input rotation R. The changes
     of all files are computed from the original W, summed in float32 on the weight's device and rounded once.
     DoRA adds multiplier * (new weight - W). A `set_weight` replaces W for its own file and all later files.
-    After loading, `check()` reports changes without a weight, and the share that rounding keeps.
+    After loading, `check()` reports changes without a weight, and the share that survives rounding.
     """
 
     def __init__(
@@ -474,11 +473,11 @@ class LoraPatch:
         is_masked: bool = False,
         family: str | None = None,
     ) -> None:
-        """Read the changes of all files by parameter name.
+        """Collect the changes of all files by parameter name.
 
         Args:
             weighted_loras: LoRA files in the order in which they are added.
-            parameter_names: Tensor names of a model file in another layout, such as that of diffusers.
+            parameter_names: Tensor names of a model file in another layout, such as diffusers'.
             model: File of the model, for messages.
             rounding: How changed 16-bit weights are rounded; None rounds to the nearest.
             is_masked: Whether the changes cannot be merged because their ranks are masked by the noise level.
@@ -486,7 +485,7 @@ class LoraPatch:
         """
         self._is_masked = is_masked
         self._family = family
-        # family of the model and of all files, whose layouts alone are searched; None searches all families
+        # family of the model and of all files, to search only its layouts; None searches all families
         self._common_family: FamilyNames | None = None
         lora_families = {weighted_lora.lora.trusted_family for weighted_lora in weighted_loras}
         if len(lora_families) == 1:
@@ -511,9 +510,9 @@ class LoraPatch:
         self._applied_keys: dict[int, set[str]] = {
             id(weighted_lora): set() for weighted_lora in weighted_loras
         }
-        # id of a `WeightedLora` -> clause about its first layer, if the model has other input channels
+        # id of a `WeightedLora` -> clause about its first layer if the input channels differ
         self._channel_errors: dict[int, str] = {}
-        self._modules: dict[str, None] = {}  # modules of the weights passed in so far, as an ordered set
+        self._modules: dict[str, None] = {}  # modules of the weights passed in so far, in order
         # parameter -> its changes that match the patterns; filled by `_find_changes`
         self._changes_by_parameter: dict[str, list[FoundChange]] = {}
         # module name in the model's file -> our name; {} if no family has such modules
@@ -528,24 +527,24 @@ class LoraPatch:
 
         Args:
             name: Name of the weight.
-            weight: The weight; it is not changed.
-            target: Dtype to which the caller rounds the changed weight; None for the weight's dtype.
+            weight: The weight; it is not modified.
+            target: Dtype to which the caller will round the result; None for the weight's dtype.
 
         Raises:
-            CheckpointError: If the shape of a LoRA does not fit the weight.
+            CheckpointError: If a LoRA's shape does not match the weight.
         """
         return self.add_to(name, weight.clone(), target) if self._find_changes(name) else weight
 
     def add_to(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        Rows are processed in blocks, so that no second copy of the weight is needed. A change of the first
+        Rows are processed in blocks, so no second copy of the weight is needed. A change of the first
         layer for a different number of input channels is skipped, and `check` reports it.
 
         Args:
             name: Name of the weight.
             weight: The weight.
-            target: Dtype to which the caller rounds the changed weight; None for the weight's dtype.
+            target: Dtype to which the caller will round the result; None for the weight's dtype.
 
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
@@ -587,18 +586,18 @@ class LoraPatch:
     def _select_rounding(
         self, name: str, device: torch.device, dtype: torch.dtype | None, sample: SampledRows | None
     ) -> RandomRounding | None:
-        """Return the random rounding of a parameter; None if it is rounded to the nearest.
+        """Return the stochastic rounding of a parameter; None if it is rounded to the nearest.
 
         Args:
             name: Name of the parameter.
             device: Device of the parameter.
-            dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
-            sample: Rows on which rounding to the nearest is judged; None if no sample is needed.
+            dtype: 16-bit dtype to which the weight is rounded; None if it stays in float32.
+            sample: Rows that show how much rounding to the nearest would lose; None if no sample is needed.
         """
         if self._rounding is None or not self._rounding.decide_and_count(dtype, sample):
             return None
         assert dtype is not None
-        # the seed depends on our name and the factors only: a model in any layout is rounded alike
+        # the seed depends only on our name and the factors, so a model is rounded equally in any layout
         module, parameter_name = module_of_tensor(name)
         factors: list[Tensor] = []
         for found in self._find_changes(name):
@@ -607,7 +606,7 @@ class LoraPatch:
         return self._rounding.make_random_rounding(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Record the changes of a weight kept in 8 or 4 bits in `unmerged`, to be applied at run time.
+        """Record changes of a weight that stays quantized in `unmerged`, to be applied at run time.
 
         Some changes must be merged instead: DoRA, which depends on the weight; a full matrix, which is as
         large as the weight; a change that replaces the weight.
@@ -632,7 +631,7 @@ class LoraPatch:
 
         Args:
             name: Name of the parameter.
-            weight: The parameter, or a stand-in of its shape.
+            weight: The parameter, or a placeholder of its shape.
         """
         found_changes = self._find_changes(name)
         for key, change, _ in found_changes:
@@ -662,18 +661,18 @@ class LoraPatch:
 
         Args:
             network: The network.
-            to_published_name: Returns the name that a parameter has in published files.
+            to_published_name: Maps a parameter name of the network to the name in published checkpoints.
         """
         for name, parameter in network.named_parameters(remove_duplicate=False):
             if self.changes_parameter(to_published_name(name)):
                 set_weight(parameter, self(to_published_name(name), gather_weight(parameter.data)))
 
     def changes_parameter(self, name: str) -> bool:
-        """Return whether any file changes the parameter of this name."""
+        """Return whether any LoRA file changes the parameter of this name."""
         return bool(self._find_changes(name))
 
     def check(self) -> None:
-        """Warn of LoRA modules that the model lacks, and of LoRAs trained for another model.
+        """Warn of LoRA modules that the model lacks, and of LoRAs trained for a different model.
 
         Raises:
             CheckpointError: If the model lacks all modules of a LoRA.
@@ -699,7 +698,7 @@ class LoraPatch:
             if not are_all_absent:
                 logger.info(f"{path}: {num_applied} weights changed, multiplier {weighted_lora.multiplier:g}")
             rank_rule = rank_rule_of(weighted_lora.lora.metadata)
-            # a T-LoRA that is merged acts with all ranks at all levels
+            # a merged T-LoRA has all ranks active at all noise levels
             if rank_rule is not None and not self._is_masked:
                 logger.warning(f"{path} {rank_rule.kind.merged}")
             warn_of_other_family(weighted_lora.lora, family, self._modules)
@@ -746,7 +745,7 @@ class LoraPatch:
                 "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
-        # the file's names have the prefix of the text encoder
+        # in the file, names have the text encoder's prefix
         if lora.encoder:
             keys = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
         lora_family = lora.family()
@@ -760,9 +759,9 @@ class LoraPatch:
         )
 
     def _find_changes(self, name: str) -> list[FoundChange]:
-        """Return the changes of a parameter of the model (cached), and record its keys and module as present.
+        """Return the changes of a model parameter (cached), and record its keys and module as present.
 
-        A LoRA may name the parameter's module itself, a part of it (q for qkv), or a module around it.
+        A LoRA may name the parameter's module itself, a part of it (q for qkv), or a module that contains it.
         """
         if name in self._changes_by_parameter:
             return self._changes_by_parameter[name]
@@ -784,7 +783,7 @@ class LoraPatch:
         return changes
 
     def _list_selected_keys(self, weighted_lora: WeightedLora) -> list[str]:
-        """Return the keys of a LoRA's changes that match its patterns."""
+        """Return the keys of those changes of a LoRA that its patterns select."""
         applied_keys = self._applied_keys[id(weighted_lora)]
         selected_keys: list[str] = []
         for key, changes in self._changes_by_key.items():
@@ -799,11 +798,11 @@ class LoraPatch:
 
 
 class OriginalWeights:
-    """Keep the original weights of all modules that LoRAs change, for switching LoRAs; a `WeightPatch`.
+    """Weight patch that keeps the original weights of all modules that LoRAs change, for switching LoRAs.
 
     Load the model with this as `Placement.patch`; then `switch` adds LoRAs to the originals, in the same
-    dtype, on the same device and in the same order as loading does, so that the weights are equal to the bit.
-    The originals are kept in host memory. Weights in 8 bits and swapped blocks are not supported.
+    dtype, on the same device and in the same order as loading does, so the weights are bit-identical.
+    The originals are kept in host memory. 8-bit weights and swapped blocks are not supported.
     """
 
     def __init__(
@@ -812,11 +811,11 @@ class OriginalWeights:
         to_published_name: Callable[[str], str] = str,
         rounding: str = NEAREST,
     ) -> None:
-        """Prepare to keep the weights that any of the LoRAs changes.
+        """Prepare to keep the original weights that any of the LoRAs changes.
 
         Args:
             weighted_loras: All LoRAs that may be switched to.
-            to_published_name: Returns the name that a parameter has in published files.
+            to_published_name: Maps a parameter name of the network to the name in published files.
             rounding: A value of --lora_rounding.
         """
         self._patch_of_all_loras = LoraPatch(weighted_loras)
@@ -825,35 +824,35 @@ class OriginalWeights:
         self._originals: dict[str, Tensor] = {}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Keep a copy of the weight if a LoRA changes it, and return the weight unchanged.
+        """Keep a copy of the weight if a LoRA changes it; return the weight unchanged.
 
         Args:
             name: Name of the weight.
             weight: The weight.
-            target: Unused here: `switch` reads the dtype from the network.
+            target: Not used: `switch` reads the dtype from the network.
 
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
         name_in_file = self._to_published_name(name)
-        # on the meta device, `add_to` only compares shapes and notes which changes apply
+        # on the meta device, `add_to` only compares shapes and records which changes apply
         self._patch_of_all_loras.add_to(name_in_file, deltas.to_meta_tensor(weight))
         if self._patch_of_all_loras.changes_parameter(name_in_file):
             self._originals[name] = weight.detach().to(CPU, copy=True)
         return weight
 
     def keep(self, network: nn.Module) -> None:
-        """Keep the originals of a network that was loaded without this patch."""
+        """Keep the original weights of a network that was loaded without this patch."""
         for name, parameter in network.named_parameters():
             self(name, parameter)
 
     def check(self) -> None:
-        """Warn of LoRA modules that the model lacks; raise CheckpointError if it lacks all of a LoRA."""
+        """Warn of LoRA modules that the model lacks; raise CheckpointError if it lacks a whole LoRA."""
         self._patch_of_all_loras.check()
 
     @torch.no_grad()
     def switch(self, network: nn.Module, weighted_loras: Sequence[WeightedLora]) -> None:
-        """Reset the loaded network to its original weights, with these LoRAs added."""
+        """Restore the original weights of the loaded network and add these LoRAs to them."""
         patch = LoraPatch(weighted_loras, rounding=self._rounding)
         for name, original in self._originals.items():
             parameter = network.get_parameter(name)
@@ -868,10 +867,10 @@ def check_loras_fit(
     companion: Path | None = None,
     family: str | None = None,
 ) -> None:
-    """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
+    """Compare names and shapes of LoRAs with the header of a transformer file before it is loaded.
 
     Args:
-        model: File of the transformer.
+        model: The transformer file.
         weighted_loras: LoRA files with their strengths.
         companion: File with additional tensors of the model; None if there is none.
         family: Family of the model if the caller knows it.
@@ -892,6 +891,6 @@ def check_loras_fit(
             # `to_meta_tensor`: only the shape of the tensor, no values
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.to_meta_tensor(info))
-            else:  # padded rows: the stored shape may exceed that of the weight, so only compare names
+            else:  # padded rows: the stored shape may exceed the weight's, so only compare names
                 patch.changes_parameter(name)
     patch.reject_misfits()

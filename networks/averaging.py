@@ -90,13 +90,13 @@ class AveragingOptions(Options):
 
 
 def average_files(options: AveragingOptions) -> None:
-    """Write the weighted average of the files, in the dtypes and with the metadata of the last one.
+    """Write the weighted average of the files, with the dtypes and metadata of the last file.
 
     Sums are computed in float64. Alphas and integer tensors are not averaged and must be equal. The result is
-    held in memory; above `LARGEST_HASHED` only one tensor is, and the file gets no hashes.
+    kept in memory to add hashes; above `LARGEST_HASHED`, it is written tensor by tensor without hashes.
 
     Raises:
-        CheckpointError: If the files are not of one network or contain NaN or infinite values.
+        CheckpointError: If the files belong to different networks or contain NaN or infinite values.
     """
     output = options.output_file
     with contextlib.ExitStack() as stack:
@@ -121,7 +121,7 @@ def average_files(options: AveragingOptions) -> None:
 
 
 def _sort_by_step(files: list[Checkpoint]) -> None:
-    """Sort files by the step in their metadata, or all by modification time if any file lacks a step."""
+    """Sort files by the step in their metadata, or all by modification time if one of them lacks a step."""
     steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
     # a number of 19 digits or more is not a step of a training run
     if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
@@ -132,7 +132,7 @@ def _sort_by_step(files: list[Checkpoint]) -> None:
 
 
 def _make_note(files: Sequence[Checkpoint], weights: Sequence[float], options: AveragingOptions) -> str:
-    """Return the rule of the average and the weight of each file as JSON, for the metadata."""
+    """Return the decay settings and each file's weight in the average as JSON, for the metadata."""
     note: dict[str, object] = {"sigma_rel": options.sigma_rel}
     if options.sigma_rel is None:
         note = {"beta": options.beta, "beta2": options.beta2}
@@ -141,7 +141,7 @@ def _make_note(files: Sequence[Checkpoint], weights: Sequence[float], options: A
 
 
 def compute_file_weights(count: int, options: AveragingOptions) -> list[float]:
-    """Return the weight of each of `count` files in the average; the sum is 1.
+    """Return the weight of each of `count` files in the moving average; the weights sum to 1.
 
     For each file k from 2 on, the average so far is multiplied by a decay, and the file by 1 - decay. The
     decay goes from --beta to --beta2; with --sigma_rel it is (1 - 1/k)^(gamma + 1).
@@ -153,7 +153,7 @@ def compute_file_weights(count: int, options: AveragingOptions) -> list[float]:
 
 
 def _list_decays(count: int, options: AveragingOptions) -> list[float]:
-    """Return the factors on the average so far when the files 2 to `count` are added."""
+    """Return by what the average so far is multiplied when each of the files 2 to `count` is added."""
     files = range(2, count + 1)
     if options.sigma_rel is not None:
         power = find_gamma(options.sigma_rel) + 1
@@ -167,7 +167,7 @@ def _list_decays(count: int, options: AveragingOptions) -> list[float]:
 def find_gamma(sigma_rel: float) -> float:
     """Return the gamma >= 0 for which t^gamma has the standard deviation `sigma_rel` on 0..1, by bisection.
 
-    Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
+    Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which decreases with gamma.
     """
     low = 0.0
     high = 1.0
@@ -179,7 +179,7 @@ def find_gamma(sigma_rel: float) -> float:
     while is_too_wide(high):  # find a range that contains the solution
         low = high
         high = 2 * high
-    # far more halvings than a double has bits
+    # more halvings than a double has mantissa bits
     for _ in range(100):
         middle = (low + high) / 2
         if is_too_wide(middle):
@@ -190,7 +190,7 @@ def find_gamma(sigma_rel: float) -> float:
 
 
 def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files without copies, and without averages (EMA) if there are other files.
+    """Return the files without duplicates, and without averages (EMA) if there are other files.
 
     Raises:
         CheckpointError: If fewer than two are left, if names or shapes differ, or if the files are for
@@ -202,7 +202,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are from different runs; an average of those rarely makes sense.")
     first = selected[0]
-    is_network = any("." in name for name in first.tensors)  # names in a cache of latents have no dots
+    is_network = any("." in name for name in first.tensors)  # names in a latent cache have no dots
     if not is_network:
         raise CheckpointError(
             f"{first.path} does not contain a network: it has {list_some(list(first.tensors), 3)}.\n"
@@ -216,13 +216,13 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files without copies, and without averages (EMA) if there are other files; warn of both."""
+    """Return the files without duplicates, and without averages (EMA) if there are other files; log both."""
     selected: list[Checkpoint] = []
     has_plain_files = any("ss_ema_decay" not in file.metadata for file in files)
     path_by_hash: dict[str, Path] = {}  # hash of the tensors -> the first file with it
     for file in files:
         is_ema = "ss_ema_decay" in file.metadata
-        model_hash = file.metadata.get("sshs_model_hash", "")  # "" is never taken for a copy
+        model_hash = file.metadata.get("sshs_model_hash", "")  # "" never counts as a duplicate
         if is_ema and has_plain_files:
             logger.warning("%s is left out: it is already an average (EMA).", file.path)
         elif model_hash and model_hash in path_by_hash:
@@ -236,7 +236,7 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if the files are LoRAs of different experts."""
+    """Raise CheckpointError if the LoRA files were trained for different experts."""
     experts: dict[Path, str] = {}
     for file in files:
         expert = expert_of(file.metadata, file.path)
@@ -250,7 +250,7 @@ def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
 
 
 def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
-    """Raise CheckpointError if a file has other names or shapes than the first one."""
+    """Raise CheckpointError if a file's tensor names or shapes differ from the first file's."""
     names_in_only_one = sorted(first.tensors.keys() ^ file.tensors.keys())
     different_shapes: list[str] = []
     for name, info in file.tensors.items():
@@ -270,7 +270,7 @@ def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
 
 
 def _advise(file: Checkpoint, first: Checkpoint) -> str:
-    """Return the remedy for a file whose names or sizes differ from the first file's."""
+    """Return advice on a LoRA file whose tensor names or shapes differ from the first file's."""
     file_format = file.metadata.get(LORA_FORMAT, KNOWN)
     first_format = first.metadata.get(LORA_FORMAT, KNOWN)
     if file_format == first_format or first_format not in _TARGETS:
@@ -282,7 +282,7 @@ def _advise(file: Checkpoint, first: Checkpoint) -> str:
 
 
 def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
-    """Return a function that reads a tensor from all files and averages it, in the last file's dtype."""
+    """Return a function that averages a tensor over all files, in the last file's dtype."""
 
     def average_tensor(name: str) -> Tensor:
         last = files[-1].read(name)

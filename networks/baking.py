@@ -43,13 +43,13 @@ FACTORS_OF_OTHER_KINDS = {
     MID,
     *(mark for mark, kind in KIND_BY_FACTOR.items() if kind is not LORA),
 }
-_PLAIN = "networks.lora"  # ss_network_module of plain LoRAs, and the prefix of those of single families
+_PLAIN = "networks.lora"  # ss_network_module of plain LoRAs, and the prefix of family-specific modules
 HIGH_LOSS = 0.1  # lost fraction of the change above which messages advise a higher rank
 
 
 @dataclass(frozen=True)
 class Baking:
-    """Settings of the conversion: the rank of the plain LoRAs, and the model that a network was trained for.
+    """How to convert LoRAs of other kinds: the rank of the plain LoRAs, and the model they were trained for.
 
     Without a rank, modules keep their kind, and only the norms that DoRA magnitudes refer to change.
     """
@@ -60,14 +60,14 @@ class Baking:
 
 
 class Baked(NamedTuple):
-    """A converted LoRA, and a description of how much of the change was lost."""
+    """A LoRA converted to plain low-rank factors, and a note on how much of the change was lost."""
 
     lora: LoraFile
     loss_note: str  # "" if nothing was approximated
 
 
 class StoredWeight(NamedTuple):
-    """A weight in a model's file."""
+    """A model weight on disk: its checkpoint, and the tensors that it is read from."""
 
     checkpoint: Checkpoint
     source: TensorSource
@@ -79,7 +79,7 @@ Weights = Mapping[str, Sequence[StoredWeight]]
 
 
 class Loss(NamedTuple):
-    """Frobenius norms of a change, and of the part of it that the plain LoRA lacks."""
+    """Frobenius norm of a weight change, and of the difference that a plain LoRA cannot represent."""
 
     change: float
     lost: float
@@ -87,14 +87,14 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
-    """Approximate each module that is not a plain LoRA by the best LoRA of a given rank.
+    """Approximate each module that is not a plain LoRA with the best LoRA of a given rank.
 
-    Changes are taken at multiplier 1; plain LoRAs are unchanged. Memory: the LoRA, and one weight with its
+    Changes are computed at multiplier 1; plain LoRAs are unchanged. Memory: the LoRA, and one weight with its
     change in float32.
 
     Args:
-        lora: The network's file.
-        family: Family of the network; None if unknown.
+        lora: The LoRA file.
+        family: Family of the LoRA; None if unknown.
         baking: Settings of the conversion, with a rank.
 
     Raises:
@@ -129,7 +129,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
 
 
 def _make_missing_model_error(path: Path, modules: Mapping[str, Factors]) -> OptionError:
-    """Return the error for a network whose change depends on weights (DoRA), if no model is given."""
+    """Return the error for a LoRA whose change depends on the model (DoRA) if no model is given."""
     name = next(name for name, factors in modules.items() if factors.keys() & {*FACTORS_NEEDING_WEIGHT})
     kind = next(kind for kind in kinds_of_parts(modules[name]) if kind.needs_weight)
     return OptionError(
@@ -139,7 +139,7 @@ def _make_missing_model_error(path: Path, modules: Mapping[str, Factors]) -> Opt
 
 
 def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
-    """Return the metadata of a LoRA after its modules were converted to plain LoRAs."""
+    """Return a LoRA's metadata for the file in which its modules are plain low-rank factors."""
     ranks = {len(factors[DOWN]) for factors in modules.values() if DOWN in factors}
     rank = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
     network_module = metadata.get("ss_network_module", _PLAIN)
@@ -155,7 +155,7 @@ def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factor
 
 
 def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
-    """Return the LoRA with other factors, of the DiT and of text encoders, and other metadata."""
+    """Return the LoRA with new factors (for the transformer and text encoders) and new metadata."""
     text_modules = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
     in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
     return replace(
@@ -164,12 +164,12 @@ def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Ma
 
 
 def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[dict[str, Tensor], Loss]:
-    """Return the best LoRA of a rank for a change, and the loss.
+    """Return the best LoRA of a rank for a weight change, and how much of the change it loses.
 
     Args:
         name: Name of the module, which seeds the decomposition.
         factors: The module's factors, whose bias the LoRA keeps.
-        change: What the factors add to the weight, out x in (x kernel), overwritten.
+        change: What the factors add to the weight, out x in (x kernel); overwritten.
         rank: Rank of the LoRA.
     """
     dtype = next(tensor.dtype for part, tensor in factors.items() if part != "alpha")
@@ -200,14 +200,14 @@ def _compute_change(
         factors: The module's factors.
         lora: The LoRA file.
         weights: Weights of the model, for changes that depend on them.
-        device: Device that computes.
+        device: Device to compute on.
     """
     delta = read_delta(factors)
     if not delta.depends_on_weight:
         change_of_factors = delta.compute_change(device)
         assert change_of_factors is not None
         return change_of_factors
-    num_rows: int | None = None  # unknown for a rotation of inputs
+    num_rows: int | None = None  # unknown for an input rotation
     if delta.rotation is None:
         shape = delta.change_shape()
         assert shape is not None
@@ -241,7 +241,7 @@ def read_weight_of_module(
             weight = stored.source.build_tensor(
                 [stored.checkpoint.read(tensor) for tensor in stored.source.names]
             )
-            # separate files of text encoders may have equal module names, but other sizes
+            # separate text encoder files may have equal module names but different sizes
             if num_rows is None or num_rows == len(weight):
                 return weight, stored.checkpoint.path
     raise CheckpointError(
@@ -253,13 +253,13 @@ def read_weight_of_module(
 
 @contextmanager
 def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
-    """Open model files of any layout, and yield their weights by the module names that LoRAs have.
+    """Open model files of any layout, and yield their weights by module name as in LoRA files.
 
     Only the headers of the files are read.
 
     Args:
         paths: Files of the model.
-        family: Family whose names in LoRA files the modules get; None keeps the names in the files.
+        family: Family whose LoRA names the modules get; None keeps the names in the files.
     """
     weights: dict[str, list[StoredWeight]] = {}
     with ExitStack() as stack:
@@ -271,13 +271,13 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
                     continue
                 if family is not None:
                     module = alias(module, family)
-                # files of several text encoders may have modules of one name
+                # files of different text encoders may have modules with the same name
                 weights.setdefault(module, []).append(stored)
         yield weights
 
 
 def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
-    """Yield the tensors of text encoders inside a whole checkpoint, by their names in LoRA files."""
+    """Yield the text encoder weights inside a full checkpoint, by their module names in LoRA files."""
     if not is_full(checkpoint.tensors):
         return
     for name in checkpoint.tensors:
@@ -288,7 +288,7 @@ def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeigh
 
 
 def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
-    """Yield the tensors of a transformer in our layout, by our names, with their sources in the file."""
+    """Yield a transformer's tensors by our names (fused weights are split), each with where it is stored."""
     bare = bare_names(checkpoint)
     sources = list_tensor_sources(bare)
     if family is not None:
@@ -304,7 +304,7 @@ def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Itera
 
 
 def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) -> str:
-    """Describe the relative error (Frobenius norm) of all modules together, and of the worst one.
+    """Describe the relative error (Frobenius norm) of all modules together, and of the worst module.
 
     Args:
         losses: Loss of each converted module.

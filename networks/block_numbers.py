@@ -1,8 +1,8 @@
 """Ranks and learning rates of a LoRA by block number, as in trainers of U-Nets.
 
-The lists block_dims, block_alphas, conv_block_dims and conv_block_alphas of --network_args have a number for
-each block. The arguments down_lr_weight, mid_lr_weight and up_lr_weight have factors on the learning rates of
-the blocks of one part of the U-Net, or the name of a curve.
+In --network_args, block_dims, block_alphas, conv_block_dims and conv_block_alphas list one number per block.
+down_lr_weight, mid_lr_weight and up_lr_weight list learning rate factors for the blocks in one part of the
+U-Net, or name a curve.
 """
 
 import math
@@ -25,7 +25,7 @@ _CURVES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """Settings of numbered blocks in --network_args; `fit` applies them to the blocks of a model."""
+    """Settings in --network_args for each transformer block; `fit` matches them to the blocks of a model."""
 
     arguments: Mapping[str, str]  # as typed
     values_by_argument: Mapping[str, tuple[float, ...]]  # ranks and alphas: one for each block
@@ -34,19 +34,19 @@ class BlockSettings:
 
     @property
     def has_convolutions(self) -> bool:
-        """Whether convolutions have separate ranks."""
+        """Whether convolutions have a rank of their own (`conv_dim`)."""
         return CONV_DIMS in self.arguments
 
     @property
     def threshold(self) -> float:
-        """Return the learning rate factor up to which a block gets no LoRA modules."""
+        """Return the learning rate factor at or below which a block gets no LoRA."""
         return float(self.arguments.get(THRESHOLD, 0))
 
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
-        """Return the settings with the blocks of a model and, if learning rates are set, a factor for each.
+        """Return a copy for the blocks of a model, with each block's learning rate factor if any are set.
 
         Args:
-            numbered: The model's blocks; None if they have no numbers for this purpose.
+            numbered: The model's blocks; None if they cannot be addressed by number.
 
         Raises:
             OptionError: If the model has no numbered blocks, or if a list has the wrong length.
@@ -73,26 +73,26 @@ class BlockSettings:
         return replace(self, rate_factors=tuple(rate_factors), numbered=numbered)
 
     def number_of(self, path: str) -> int | None:
-        """Return the index of the block that contains a module; None outside of blocks, and before `fit`."""
+        """Return the index of the block that contains a module; None outside of blocks and before `fit`."""
         return None if self.numbered is None else self.numbered.number_of(path)
 
     def rate_factor_of(self, path: str) -> float:
-        """Return the factor on the learning rate of a module; 1 outside of numbered blocks."""
+        """Return the learning rate multiplier of a module; 1 outside of numbered blocks."""
         number = self.number_of(path)
         return 1.0 if number is None or not self.rate_factors else self.rate_factors[number]
 
     def is_left_out(self, path: str) -> bool:
-        """Return whether a module gets no LoRA because the learning rate of its block is too low."""
+        """Return whether a module gets no LoRA because its block's learning rate is below the threshold."""
         return bool(self.rate_factors) and self.rate_factor_of(path) <= self.threshold
 
     def rank_and_alpha_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
-        """Return the rank and alpha of a module; None if no list gives a rank.
+        """Return the rank and alpha of a module; None if no per-block list gives a rank.
 
         An alpha of None means the network's alpha.
 
         Args:
             path: Dotted path of the module.
-            is_convolution: Whether the module is a convolution larger than 1 x 1.
+            is_convolution: Whether the module is a convolution with a kernel larger than 1 x 1.
         """
         index = self.number_of(path)
         ranks = self.values_by_argument.get(CONV_DIMS if is_convolution else DIMS)
@@ -103,10 +103,10 @@ class BlockSettings:
 
 
 def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
-    """Return the numbered-block settings in --network_args; None if there are none.
+    """Return the settings for numbered blocks in --network_args; None if there are none.
 
     Raises:
-        OptionError: If a value is not a number, or if an argument needs another one that is missing.
+        OptionError: If a value is not a number, or if an argument requires another argument that is missing.
     """
     arguments = {key: str(network_args[key]) for key in KEYS if network_args.get(key) is not None}
     if not arguments:
@@ -126,7 +126,7 @@ def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
 
 
 def _check_rates(arguments: Mapping[str, str]) -> None:
-    """Raise OptionError if a learning rate factor or the threshold cannot be read; `fit` reads them later."""
+    """Raise OptionError if learning rate factors or the threshold, which `fit` reads, are invalid."""
     for name in RATES:
         if name in arguments:
             any_count = 2
@@ -136,15 +136,16 @@ def _check_rates(arguments: Mapping[str, str]) -> None:
 
 
 def read_rate_factors(name: str, text: str, count: int, warns: bool = True) -> list[float]:
-    """Return the factor of each block of one part of a U-Net: typed numbers, or a curve such as cosine+.25.
+    """Return the learning rate factor of each block in one part of a U-Net.
 
-    As in other trainers, surplus numbers are ignored, and missing ones are 1.
+    The text has one number per block, or a curve such as cosine+.25. As in other trainers, surplus numbers
+    are ignored and missing numbers are 1.
 
     Args:
         name: Name of the argument, for messages.
         text: Value of the argument.
         count: Number of blocks.
-        warns: Whether a wrong count of numbers is logged.
+        warns: Whether to warn of a wrong count of numbers.
 
     Raises:
         OptionError: If the text is neither numbers nor a curve.
@@ -168,7 +169,7 @@ def read_rate_factors(name: str, text: str, count: int, warns: bool = True) -> l
 
 
 def _compute_curve(curve: str, count: int) -> list[float]:
-    """Return the values of a curve at `count` evenly spaced positions from 0 to 1."""
+    """Return the values of a named curve at `count` evenly spaced positions from 0 to 1."""
     if curve == "zeros":
         return [0.0] * count
     positions = [index / max(count - 1, 1) for index in range(count)]
@@ -180,12 +181,12 @@ def _compute_curve(curve: str, count: int) -> list[float]:
 
 
 def _read_numbers(name: str, arguments: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
-    """Return numbers of at least 0. Raises OptionError if a string is anything else.
+    """Parse numbers that are at least 0. Raises OptionError for anything else.
 
     Args:
         name: Name of the argument, for messages.
         arguments: The numbers as strings.
-        is_integer: Whether the numbers are integers.
+        is_integer: Whether the numbers must be integers.
     """
     numbers = []
     for text in arguments:

@@ -4,7 +4,7 @@ If each layer casts its own factors, it launches two kernels in the forward pass
 block is recomputed, and two for the gradients; another kernel applies the scale. On a fast GPU, a step with
 few tokens waits for the host to launch these. Here, all layers are cast together before the model runs, and
 up factors are multiplied by `multiplier * alpha / rank`. All gradients of a pass are cast back together. The
-down factors of layers with a common input become one matrix (networks/shared_inputs.py).
+down factors of layers with the same input become one matrix (networks/shared_inputs.py).
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from networks.shared_inputs import SharedInput
 def cast_before_pass(
     model: nn.Module, layers: Sequence[nn.Module], shared_inputs: Sequence[Sequence[str]] = ()
 ) -> None:
-    """Cast the factors of LoRAs whenever `model`, which contains their frozen layers, is called.
+    """Cast LoRA factors before each forward pass of `model`, which contains their frozen layers.
 
-    Without autocast, or with factors in its dtype, layers use their own factors.
+    Without autocast, or if factors already have its dtype, layers use the factors themselves.
 
     Args:
         model: The network.
-        layers: Layers on it; those that are not LoRAs are ignored.
+        layers: Its trainable layers; layers that are not LoRAs are ignored.
         shared_inputs: For each group of modules that get the same tensor, the endings of their paths.
     """
     lora_layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
@@ -39,10 +39,10 @@ def cast_before_pass(
 
 
 def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
-    """Join the frozen weights of each group in memory, except for those that `join_weights` cannot join.
+    """Make the frozen weights of each group adjacent in memory, except those that `join_weights` refuses.
 
     Args:
-        groups: Groups of layers with a common input.
+        groups: Groups of layers with the same input.
     """
     for group in groups:
         if len(group) > 1:
@@ -52,11 +52,11 @@ def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
 def group_layers(
     model: nn.Module, layers: Sequence[LoraLayer], shared_inputs: Sequence[Sequence[str]]
 ) -> list[list[LoraLayer]]:
-    """Group the layers of a model that get the same tensor and have equal ranks; most groups have one layer.
+    """Group layers that get the same tensor and have equal ranks; most groups have one layer.
 
     Args:
         model: Network that contains the frozen modules.
-        layers: LoRAs on them; those with a common input are linear.
+        layers: LoRA layers of these modules; layers with a shared input are linear.
         shared_inputs: For each group of modules that get the same tensor, the endings of their paths.
     """
     input_by_ending = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
@@ -78,7 +78,7 @@ def group_layers(
 def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     """Set `cast_factors` and `shared_input` of all layers for a pass under the current autocast.
 
-    A layer's `cast_factors` are its down and up factor in autocast's dtype. Layers that get the same tensor
+    A layer's `cast_factors` are its down and up factors in autocast's dtype. Layers that get the same tensor
     also get a `shared_input`, which multiplies it by all their down factors in one product. Before the first
     pass on a GPU, the frozen weights of each group are joined in memory.
 
@@ -93,11 +93,11 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
         dtype = torch.get_autocast_dtype(device_type)
     is_first_pass = layers[0].cast_factors is None
     for layer in layers:
-        layer.cast_factors = None  # frees the copies of the last pass before new ones are made
+        layer.cast_factors = None  # free the copies of the last pass before new copies are made
         layer.shared_input = None
     if dtype == parameter.dtype:
         return
-    # not on a CPU, which gains nothing from fewer kernels, and whose weights may be mapped from the file
+    # not on a CPU, which gains nothing from fewer kernels, and whose weights may be memory-mapped
     if is_first_pass and device_type != "cpu":
         join_groups(groups)
     downs = [layer.lora_down.weight for layer in layers]
@@ -121,7 +121,7 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
 
 
 class _Cast(torch.autograd.Function):
-    """Cast the factors of each group into one matrix, multiplied by their scales, with few kernels."""
+    """Stack each group of factors to one matrix, cast and multiplied by their scales, with few kernels."""
 
     @staticmethod
     def forward(
@@ -161,7 +161,7 @@ class _Cast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of the factors; None for layers that did not run in this pass."""
-        narrow_gradients: list[Tensor | None] = []  # of the cast factors
+        narrow_gradients: list[Tensor | None] = []  # for the cast factors
         for gradient, split_sizes in zip(gradients, ctx.split_sizes, strict=True):
             if gradient is None:
                 narrow_gradients += [None] * len(split_sizes)

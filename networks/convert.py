@@ -157,7 +157,7 @@ class FluxConvertOptions(Options, must_give=True):
 
 
 class ComfyConvertOptions(Options):
-    """Options that the scripts `networks/convert_*_to_comfy.py` share."""
+    """Options shared by the scripts `networks/convert_*_to_comfy.py`."""
 
     src_path: Path = option("LoRA file to read", positional=True, place="there")
     dst_path: Path = option(
@@ -180,7 +180,7 @@ class ZImageConvertOptions(ComfyConvertOptions):
 
 @dataclass(frozen=True)
 class Conversion:
-    """Dialect to convert to: ours (target "default"), ComfyUI's ("other") or diffusers' ("diffusers")."""
+    """What to convert a LoRA to: our names (target "default"), ComfyUI's ("other") or "diffusers"."""
 
     target: str
     family: str | None = None  # the LoRA's family, if the user or a family's own script names it
@@ -191,7 +191,7 @@ def convert(options: ConvertOptions) -> None:
     """Convert the files of `--input` and `--input_high_noise`; write one or two files.
 
     Raises:
-        CheckpointError: If a file is not a LoRA, or cannot be written in the target dialect.
+        CheckpointError: If a file is not a LoRA, or cannot be converted to the target.
         OptionError: If the files do not fit the options, or the output would replace an input.
     """
     baking = None
@@ -200,7 +200,7 @@ def convert(options: ConvertOptions) -> None:
     names = [family.name for family in module_names.FAMILIES]
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: unknown model; known ones are {', '.join(names)}")
-    target = "other" if options.target == "comfyui" else options.target  # the dialect's name in the code
+    target = "other" if options.target == "comfyui" else options.target  # the code's name for it
     concerns_experts = options.input_high_noise or options.output_high_noise or options.expert
     if not concerns_experts:
         convert_file(
@@ -225,10 +225,10 @@ def convert(options: ConvertOptions) -> None:
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
     """Return the LoRAs of both experts, from one or two files.
 
-    Raises OptionError if the only file contains a single LoRA.
+    Raises OptionError if only one file is given and it contains a single LoRA.
     """
     low = read_lora(options.input, by_expert=True, family=options.family)
-    high = low  # one file has both, unless a second one is given
+    high = low  # one file contains both, unless a second file is given
     if options.input_high_noise is not None:
         high = read_lora(options.input_high_noise, by_expert=True, family=options.family)
     elif not low.loras_by_expert:
@@ -243,10 +243,10 @@ def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
 
 
 def convert_flux(options: FluxConvertOptions) -> None:
-    """Convert a LoRA of FLUX.1 or Chroma to the names of diffusers, or back.
+    """Convert a FLUX.1 or Chroma LoRA to diffusers' names, or back.
 
     Raises:
-        CheckpointError: If the file is not a LoRA for these models, or if none of it can be written.
+        CheckpointError: If the file is not a LoRA for these models, or if no module can be converted.
         OptionError: If the output would replace the source.
     """
     assert options.src_path is not None
@@ -256,10 +256,10 @@ def convert_flux(options: FluxConvertOptions) -> None:
 
 
 def convert_anima(options: ComfyConvertOptions) -> None:
-    """Convert a LoRA of Anima to ComfyUI's names, or back.
+    """Convert an Anima LoRA to ComfyUI's names, or back.
 
     Raises:
-        CheckpointError: If the file is not a LoRA for this model, or if none of it can be written.
+        CheckpointError: If the file is not an Anima LoRA, or if none of its modules can be converted.
         OptionError: If the output would replace the source.
     """
     target = "default" if options.reverse else "other"
@@ -267,9 +267,9 @@ def convert_anima(options: ComfyConvertOptions) -> None:
 
 
 def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
-    """Convert a LoRA of HunyuanImage-2.1 to ComfyUI's module names, or back.
+    """Convert a HunyuanImage-2.1 LoRA to ComfyUI's module names, or back.
 
-    Tensors and metadata are unchanged, except that hashes in the metadata are recomputed.
+    Values and metadata are unchanged, except that hashes in the metadata are recomputed.
 
     Raises:
         CheckpointError: If nothing in the file has a name to change.
@@ -310,7 +310,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
 def _replace_by_plain_loras(
     lora: LoraFile, tensors: Mapping[str, Tensor], modules: Mapping[str, Factors], rank: int | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors with plain LoRAs of a rank instead of the given modules, and a note on the loss."""
+    """Return tensors with the given modules converted to plain LoRAs, and a note on what was lost."""
     replaced = ungroup(modules)
     plain = bake(replace(lora, tensors=replaced), Z_IMAGE, Baking(rank, select_device(None)))
     unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
@@ -318,9 +318,9 @@ def _replace_by_plain_loras(
 
 
 def convert_z_image(options: ZImageConvertOptions) -> None:
-    """Convert a LoRA of Z-Image to ComfyUI's layout, where queries, keys and values are one module, or back.
+    """Convert a Z-Image LoRA to ComfyUI's layout, which fuses queries, keys and values, or back.
 
-    A joined LoRA has the sum of the three ranks, and its alpha grows by the same factor. Metadata are kept;
+    A joined LoRA has the sum of the three ranks, and its alpha grows by the same factor. Metadata is kept;
     hashes are recomputed.
 
     Raises:
@@ -372,7 +372,7 @@ def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
 
 
 def _find_modules_to_bake(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """Return the modules, with their factors, that ComfyUI fuses but whose kind (LoKr) cannot be joined."""
+    """Return modules (with factors) that ComfyUI fuses but whose kind, such as LoKr, cannot be joined."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
         is_other_kind = bool(factors.keys() & (FACTORS_OF_OTHER_KINDS - {MAGNITUDES}))
@@ -384,21 +384,21 @@ def _find_modules_to_bake(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
 def convert_file(
     source: Path, output: Path, target: str, family: str | None = None, baking: Baking | None = None
 ) -> None:
-    """Write the LoRA of `source`, of any dialect, in the dialect `target`.
+    """Read a LoRA under any program's names, and write it under the names of `target`.
 
-    Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. A
-    warning lists modules that the target dialect cannot express. LoRAs for parts of a fused module are
-    joined. Only diffusers' dialect can store the LoRAs of both experts in one file.
+    Metadata is copied, with new hashes; the family is added if tensor names alone no longer reveal it. A
+    warning lists modules that the target cannot express. LoRAs for parts of a fused module are joined. Only
+    diffusers' format can store the LoRAs of both experts in one file.
 
     Args:
         source: File of the LoRA.
         output: File to write.
-        target: Dialect to write.
+        target: "default" (ours), "other" (ComfyUI) or "diffusers".
         family: Family of the LoRA, if the user or a family's own script names it.
         baking: How to convert other kinds to plain LoRAs, or DoRA magnitudes, before writing.
 
     Raises:
-        CheckpointError: If the file is not a LoRA, if none of it can be written, or if its model is
+        CheckpointError: If the file is not a LoRA, if no module can be converted, or if its model is
             ambiguous or not `family`.
         OptionError: If the output would replace the source.
     """
@@ -423,7 +423,7 @@ def convert_file(
 
 
 def _convert_one(lora: LoraFile, output: Path, conversion: Conversion) -> None:
-    """Write a LoRA in another dialect."""
+    """Convert a LoRA to the names of another program, and write it."""
     family = _find_family(lora, conversion.family)
     prepared = _bake_or_convert_magnitudes(lora, family, conversion)
     result = convert_lora(prepared.lora, conversion.target, family)
@@ -433,7 +433,7 @@ def _convert_one(lora: LoraFile, output: Path, conversion: Conversion) -> None:
 def _convert_both_experts(
     lora_by_expert: Mapping[str, LoraFile], output: Path, conversion: Conversion
 ) -> None:
-    """Write one file of diffusers' dialect with a LoRA for each expert.
+    """Write one file in diffusers' format with a LoRA for each expert.
 
     Args:
         lora_by_expert: LoRA of each expert.
@@ -468,7 +468,7 @@ def _convert_both_experts(
 
 
 def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Join the metadata of two experts' LoRAs; entries that differ become JSON in one additional entry."""
+    """Join the metadata of two experts' LoRAs; values that differ are stored as JSON under one extra key."""
     entries_by_expert = {expert: _without_stale(metadata) for expert, metadata in metadata_by_expert.items()}
     common: dict[str, str] = {}
     for key, value in next(iter(entries_by_expert.values())).items():
@@ -483,14 +483,14 @@ def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without the entries that are wrong in a converted file: expert and hashes."""
+    """Return metadata without entries that no longer hold for a converted file: the expert and hashes."""
     return {
         key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
     }
 
 
 def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conversion: Conversion) -> Baked:
-    """Return the LoRA with plain factors (--bake), or with its DoRA magnitudes for the norms of the target.
+    """Return the LoRA with plain factors (--bake), or with DoRA magnitudes for the norms the target expects.
 
     Args:
         lora: The LoRA file.
@@ -500,7 +500,7 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
     baking = conversion.baking
     if baking is not None and baking.rank is not None:
         return bake(lora, family, baking)
-    # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
+    # FramePack's own layout is diffusers', so ComfyUI's kind of norms does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.path_prefix == IN_DIFFUSERS
     is_for_comfyui = conversion.target == "other" and not in_diffusers
     for kind in KINDS:  # only DoRA changes the file
@@ -509,7 +509,7 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
 
 
 class ConvertedLora(NamedTuple):
-    """The tensors of a LoRA in another dialect, and their metadata."""
+    """The tensors of a LoRA under another program's names, and their metadata."""
 
     tensors: Mapping[str, Tensor]
     metadata: dict[str, str]
@@ -518,16 +518,16 @@ class ConvertedLora(NamedTuple):
 def convert_lora(
     lora: LoraFile, target: str, family: FamilyNames | None, start: str = IN_DIFFUSERS
 ) -> ConvertedLora:
-    """Convert a LoRA to another dialect; warn of modules that the dialect cannot express.
+    """Convert a LoRA to another program's names; warn of modules that cannot be converted.
 
     Args:
         lora: The LoRA file.
-        target: Dialect to write.
+        target: "default" (ours), "other" (ComfyUI) or "diffusers".
         family: Family of the LoRA.
-        start: Prefix of the names in diffusers' dialect.
+        start: Prefix of the names in diffusers' format.
 
     Raises:
-        CheckpointError: If no module can be written.
+        CheckpointError: If no module can be converted.
     """
     native = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
     written = convert_to_dialect(native, family, target, start)
@@ -549,7 +549,7 @@ def convert_lora(
 
 
 def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:
-    """Return the advice for modules that the other dialect cannot express; "" if there is none.
+    """Return how to convert modules that the other format cannot express; "" if they cannot be converted.
 
     Args:
         native: Tensors under our names.
@@ -564,7 +564,7 @@ def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str])
 
 
 def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
-    """Return the metadata of a LoRA that was converted to another dialect."""
+    """Return the metadata for a LoRA after its conversion to another program's names."""
     # the converted tensors include all alphas
     metadata = without_alphas(lora.metadata)
     if LORA_FORMAT in metadata:
@@ -578,7 +578,7 @@ def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | No
 
 
 def _warn_of_left_out(path: Path, left_out: Mapping[str, str], advice: str = "") -> None:
-    """Warn of modules that are left out, each with its reason."""
+    """Warn which modules are left out of the converted file, and why."""
     if left_out:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
         logger.warning(f"{path}: {len(reasons)} modules are left out: {list_some(reasons)}{advice}")
@@ -589,10 +589,10 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
 
     Args:
         lora: The LoRA file.
-        name: Family that the user or a family's own script names; None if none is named.
+        name: Family named by the user or by a family's own script; None if none is named.
 
     Raises:
-        CheckpointError: If the file is of another family, or if several are possible and none is named.
+        CheckpointError: If the file is for a different family, or if several are possible and none is named.
     """
     likely = lora.families()  # by the names and sizes of modules
     likely_names = " or ".join(family.name for family in likely) or "no known model"
@@ -620,7 +620,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
 def _find_evidence_against(
     name: str, lora: LoraFile, named_families: Sequence[FamilyNames], likely: Sequence[FamilyNames]
 ) -> str:
-    """Return the evidence that a file is not for the named family: names, metadata or sizes; "" for none.
+    """Return what shows that a file is not for the named family: "names", "metadata" or "sizes"; else "".
 
     Args:
         name: Name of the family.
@@ -634,7 +634,7 @@ def _find_evidence_against(
     if trained_family is not None and trained_family.name != name:
         return "metadata"
     family = named_families[0]
-    # with other sizes, fused rows would be cut in the wrong places
+    # with different sizes, fused rows would be cut in the wrong places
     if family not in likely and not can_be_for(family, lora.modules()):
         return "sizes"
     return ""
@@ -647,14 +647,14 @@ def _save(
     family: FamilyNames | None,
     loss_note: str = "",
 ) -> None:
-    """Write a converted LoRA, and show what was written.
+    """Write a converted LoRA, and show a summary.
 
     Args:
         output: File to write.
         result: The converted LoRA.
         sources: Source files, for the summary.
         family: Family of the LoRA; None if unknown.
-        loss_note: Description of the loss by conversion to plain factors; "" if there was no conversion.
+        loss_note: What the conversion to plain factors lost; "" if there was no such conversion.
     """
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [

@@ -38,7 +38,7 @@ _NOT_IN_PRODUCT = {"alpha", "diff", SET_WEIGHT, MAGNITUDES, ROW_RANGE, *BIAS_FAC
 
 @dataclass
 class Delta:
-    """The factors of one module in a file, and how they change the module's weight and bias."""
+    """The factors of one module in a LoRA file, and how they change the module's weight and bias."""
 
     factors: Factors  # by the ending of the tensor's name: "lora_up.weight" -> tensor
     kinds: tuple[Algebra, ...]  # how each kind (LoRA, LoKr, DoRA) computes with its factors
@@ -49,7 +49,7 @@ class Delta:
     # whether the factors belong to a larger layer, of which only the rows in `ROW_RANGE` are used
     has_row_range: bool = field(init=False)
     rotation: InputRotation | None = field(init=False)  # rotation of the input; None: the change is added
-    normalization: Magnitudes | None = field(init=False)  # that of DoRA; None: the weight is not normalized
+    normalization: Magnitudes | None = field(init=False)  # DoRA's; None: the weight is not normalized
 
     def __post_init__(self) -> None:
         rotations = (kind.rotation for kind in self.kinds if kind.rotation is not None)
@@ -62,22 +62,22 @@ class Delta:
 
     @property
     def magnitudes(self) -> Tensor | None:
-        """The norms of the changed weight, out x 1 (x 1 ...) or 1 x in (x 1 ...); None without DoRA."""
+        """Trained norms of the changed weight, out x 1 (x 1 ...) or 1 x in (x 1 ...); None without DoRA."""
         return None if self.normalization is None else self.factors[self.normalization.factor_name]
 
     @property
     def has_input_magnitudes(self) -> bool:
-        """Whether magnitudes are norms of columns, which all rows of a weight share."""
+        """Whether DoRA magnitudes are norms of columns, which all rows of a weight share."""
         magnitudes = self.magnitudes
         return magnitudes is not None and len(magnitudes) < magnitudes.numel()
 
     @property
     def depends_on_weight(self) -> bool:
-        """Whether the frozen weight is needed to compute the change."""
+        """Whether the change cannot be computed without the frozen weight (DoRA, OFT)."""
         return self.rotation is not None or self.normalization is not None
 
     def to(self, device: torch.device) -> "Delta":
-        """Return the delta with its factors on a device, except alpha and `ROW_RANGE` (read by the host)."""
+        """Return a copy with factors on the device; alpha and `ROW_RANGE`, read by the host, stay."""
         moved = dict(self.factors)
         for name, tensor in self.factors.items():
             if name not in ("alpha", ROW_RANGE):
@@ -87,12 +87,12 @@ class Delta:
     # --- the change
 
     def compute_change(self, device: torch.device) -> Tensor | None:
-        """Return the change of the weight at multiplier 1, out in (kernel), float32, as a new tensor.
+        """Return the change of the weight at multiplier 1, out x in (x kernel), as a new float32 tensor.
 
-        Magnitudes of DoRA are not applied.
+        DoRA magnitudes are not applied.
 
         Returns:
-            None for an input rotation, for a replacement weight, and if only the bias changes.
+            The change; None for an input rotation, for a replacement weight, and if only the bias changes.
 
         Raises:
             RuntimeError: If the shapes of the factors do not match.
@@ -116,10 +116,10 @@ class Delta:
         return total[start:stop]
 
     def change_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of the change, out in (kernel), from the shapes of the factors.
+        """Return the shape of the change, out x in (x kernel), from the shapes of the factors.
 
-        It is None for an input rotation, for a replacement weight, and if only the bias changes. Meta tensors
-        are avoided, because the first operation on them loads torch's compiler, which takes seconds.
+        Returns None for an input rotation, for a replacement weight, and if only the bias changes. Meta
+        tensors are avoided, because the first operation on them loads torch's compiler, which takes seconds.
 
         Raises:
             MismatchError: If the shapes of the factors do not match.
@@ -148,15 +148,15 @@ class Delta:
     def compute_normalized_change(
         self, weight: Tensor, device: torch.device, uses_frozen_norms: bool
     ) -> Tensor | None:
-        """Return the change of a weight at multiplier 1, float32, with magnitudes applied.
+        """Return the float32 change of a weight at multiplier 1, with DoRA magnitudes applied.
 
-        It is None for an input rotation, for a replacement weight, and if only the bias changes.
+        Returns None for an input rotation, for a replacement weight, and if only the bias changes.
 
         Args:
-            weight: Weight before any change, out in (kernel); used only if there are magnitudes.
+            weight: Weight before any change, out x in (x kernel); used only if there are magnitudes.
             device: Device to compute on, the weight's own.
-            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
-                one.
+            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight instead of the norms
+                of the changed weight.
         """
         delta = self.compute_change(device)
         if delta is None or self.normalization is None:
@@ -165,7 +165,7 @@ class Delta:
         return self.normalization.decompose(weight, delta, magnitudes, uses_frozen_norms)
 
     def compute_rows(self, rows: slice | Tensor, device: torch.device) -> "Delta":
-        """Return some rows of this delta as a dense difference, as the factors of LoKr cannot be sliced."""
+        """Return some rows of this change as a dense difference, for factors (LoKr) that cannot be sliced."""
         dense = self.compute_change(device)
         assert dense is not None
         factors = {"diff": dense[rows]}
@@ -175,11 +175,11 @@ class Delta:
         return read_delta(factors)
 
     def compute_bias_change(self, device: torch.device) -> Tensor | None:
-        """Return the change of the bias at multiplier 1, float32, as a new tensor; None if there is none."""
+        """Return the change of the bias at multiplier 1 as a new float32 tensor; None if there is none."""
         return bias_of(self.factors, device)
 
     def bias_in_file_dtype(self) -> Tensor | None:
-        """Return the change of the module's bias in the dtype of the file; None without one."""
+        """Return the change of the module's bias in the file's dtype; None if the bias is not changed."""
         bias = self.compute_bias_change(CPU)
         if bias is None:
             return None
@@ -189,9 +189,9 @@ class Delta:
     # --- sizes
 
     def matrix_size(self) -> tuple[int, int] | None:
-        """Return rows and columns of the changed matrix; None if the weight is not a matrix or is unknown.
+        """Return the rows and columns of the changed weight; None if it is unknown or not a matrix.
 
-        If the factors belong to a larger layer (`has_row_range`), these are the sizes of that layer.
+        If the factors belong to a larger layer (`has_row_range`), the size of that layer is returned.
         """
         names_in_product = [
             name for name in self.factors if name in FACTOR_NAMES and name not in _NOT_IN_PRODUCT
@@ -212,7 +212,7 @@ class Delta:
         return None if shape is None else (shape[0], math.prod(shape[1:]))
 
     def count_rows(self) -> int | None:
-        """Return the number of rows of the module's weight; None if the factors do not show it."""
+        """Return the number of rows of the module's weight; None if the factors do not reveal it."""
         if self.has_row_range:
             first, last = read_row_range(self.factors)
             return last - first
@@ -222,13 +222,13 @@ class Delta:
     # --- rows
 
     def select_rows(self, rows: slice | Tensor) -> "Delta | None":
-        """Return a delta for some rows of the change, such as those of q in qkv; None if that is impossible.
+        """Return a delta for some rows of the change, such as q's rows in qkv; None if that is impossible.
 
-        It is impossible for LoKr, in which a row of the change does not belong to a row of one factor, and
-        for magnitudes by input, whose norms need all rows.
+        It is impossible for LoKr, whose factors have no row for each row of the change, for per-input
+        magnitudes, whose norms need all rows, and for a delta that already has a row range.
 
         Args:
-            rows: A slice, for views, or row indices in any order.
+            rows: A slice, which gives views, or row indices in any order.
         """
         if self.has_row_range:
             return None
@@ -236,7 +236,7 @@ class Delta:
         for name in _FULL_SIZE_FACTORS & self.factors.keys():
             factors[name] = self.factors[name][rows]
         for kind in self.kinds:
-            # the rows of the factors that have one for each output, such as up
+            # slice the factors that have one row per output, such as up
             sliced_factors = kind.select_rows(self.factors, rows)
             if sliced_factors is None:
                 return None
@@ -246,8 +246,8 @@ class Delta:
     def slice_rows(self, start: int, stop: int) -> "Delta":
         """Return a delta for the rows from `start` to `stop` (exclusive) of a fused layer, such as q in qkv.
 
-        Factors are cut if their kind allows that. Otherwise (LoKr), all factors stay, and `ROW_RANGE` records
-        the rows; only biases, and magnitudes by output, are cut.
+        Factors are cut if their kind allows it. Otherwise (LoKr), all factors stay, and `ROW_RANGE` records
+        the rows; only biases and per-row magnitudes are cut.
         """
         sliced = self.select_rows(slice(start, stop))
         if sliced is not None:
@@ -261,7 +261,7 @@ class Delta:
         return replace(self, factors={name: tensor.clone() for name, tensor in factors.items()})
 
     def find_factors_with_rows(self) -> set[str] | None:
-        """Return the names of factors with one row per row of the weight; None if rows cannot be cut out."""
+        """Return the factors that have one row per row of the weight; None if rows cannot be cut out."""
         all_names = set(self.factors.keys() & _FULL_SIZE_FACTORS)
         for kind in self.kinds:
             factor_names = kind.find_factors_with_rows(self.factors)
@@ -273,8 +273,8 @@ class Delta:
     def factors_of_rows(self, start: int, stop: int) -> Factors | None:
         """Return the factors for the rows from `start` to `stop`; None if their kind cannot be cut there.
 
-        A LoKr can be cut only between blocks of rows. The result lacks `ROW_RANGE`, the entry that says which
-        rows of a layer the factors are for.
+        A LoKr can be cut only between blocks of rows. The result has no `ROW_RANGE`, the tensor that says
+        which rows of a layer a part covers.
         """
         size = self.matrix_size()
         if size is None:
@@ -288,14 +288,14 @@ class Delta:
         return None
 
     def describe_indivisible_kind(self) -> str:
-        """Return the name of the kind that cannot be cut by rows, such as "a LoKr"."""
+        """Return the kind that prevents cutting these factors by rows, with its article: "a LoKr"."""
         titles = (kind.indivisible for kind in self.kinds if kind.indivisible)
         return next(titles, "this network")
 
     # --- errors
 
     def find_error(self) -> str | None:
-        """Return why the factors are unusable, such as "it has ..."; None if they are usable."""
+        """Return why the factors are unusable, for a message: "it has ..."; None if they are usable."""
         error = self._find_incomplete()
         if error is not None:
             return error
@@ -309,7 +309,7 @@ class Delta:
         return self._find_wrong_value() or self._find_mismatch()
 
     def _find_incomplete(self) -> str | None:
-        """Return why the factors are incomplete or exclude each other; None if they are complete."""
+        """Return an error message if factors are missing or exclude each other; otherwise None."""
         factors = self.factors
         # factors that are only useful together, such as up and down
         for first, second in composing.FACTOR_PAIRS:
@@ -328,7 +328,7 @@ class Delta:
         return None
 
     def _find_wrong_value(self) -> str | None:
-        """Return what is wrong with the values of the factors; None if all are finite numbers."""
+        """Return an error message if a factor has a wrong dtype or non-finite values; otherwise None."""
         if "alpha" in self.factors and not is_number(self.factors["alpha"]):
             return "its alpha is NaN or infinite, or more than one number"
         for name, tensor in self.factors.items():
@@ -342,7 +342,7 @@ class Delta:
         return None
 
     def _find_mismatch(self) -> str | None:
-        """Return why the shapes of the factors contradict each other; None if they match."""
+        """Return an error message if the shapes of the factors contradict each other; otherwise None."""
         try:
             shape = self.change_shape()
         except MismatchError:
@@ -357,18 +357,18 @@ class Delta:
         return None
 
     def _show_shapes(self) -> str:
-        """Return the shapes of the factors for messages."""
+        """Describe the shapes of the factors, for error messages."""
         sized = without_alpha(self.factors)
         return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sized.items())
 
     def describe_channel_mismatch(self, weight: Tensor) -> str | None:
-        """Return a message if only the number of input channels keeps this change from fitting a first layer.
+        """Return a message if this change fits a first layer except for its number of input channels.
 
-        It is None if the change fits, or does not fit for other reasons. Image-to-video models have more
-        input channels than the text-to-video models that many LoRAs are for.
+        Returns None if the change fits, or if it does not fit for other reasons. Image-to-video models have
+        more input channels than the text-to-video models that many LoRAs are trained for.
 
         Args:
-            weight: Weight of the layer, out in kernel.
+            weight: Weight of the layer, out x in x kernel.
         """
         shape = self.change_shape()
         if shape is None or len(shape) != weight.ndim or len(shape) < 2:
@@ -383,7 +383,7 @@ class Delta:
 
 
 def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the change of each module of a file; kinds are looked up once for modules with equal factors."""
+    """Return the change (`Delta`) of each module; modules with equal factors share the kinds' lookup."""
     kinds_by_names: dict[frozenset[str], tuple[Algebra, ...]] = {}
     deltas: dict[str, Delta] = {}
     for module, factors in modules.items():
@@ -395,12 +395,12 @@ def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 
 def read_delta(factors: Factors) -> Delta:
-    """Return the change of one module by its factors. For a whole file, `read_deltas` is faster."""
+    """Return the change of one module, given its factors. `read_deltas` is faster for a whole file."""
     return Delta(factors, _find_algebras(factors))
 
 
 def _find_algebras(factor_names: Iterable[str]) -> tuple[Algebra, ...]:
-    """Return the computations (`Algebra`) of each kind that has one of these factors, or several."""
+    """Return the `Algebra` of each network kind that has one or more of these factors."""
     factor_names = set(factor_names)
     algebras: list[Algebra] = []
     for kind in KINDS:

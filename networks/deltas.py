@@ -20,9 +20,8 @@ META = torch.device("meta")
 
 LORA_FACTORS = (DOWN, UP)
 SET_WEIGHT = "set_weight"  # in files of ComfyUI: replaces the model's weight, at any strength except 0
-# Part that is only used in memory, for a module that other programs fuse with others, if its kind (LoKr)
-# cannot be cut by rows. The factors are those of the fused layer; this tensor has the module's rows (first,
-# last + 1)
+# Factor used only in memory, for a part of a fused layer if its kind (LoKr) cannot be cut by rows. The other
+# factors are the fused layer's; this tensor has the part's rows (first, last + 1)
 ROW_RANGE = "reelsmith_rows"
 FACTOR_NAMES = (*composing.PARTS, "alpha", "diff", "diff_b", SET_WEIGHT, ROW_RANGE)
 BIAS_FACTORS = {"diff_b": None, "lora_up.bias": None}.keys()  # an ordered set: the first that exists is used
@@ -32,7 +31,7 @@ UNTRAINABLE_FACTORS = {*composing.TUCKER_CORES, MAGNITUDES, "diff", "diff_b"}
 
 
 def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group tensors by module and factor: {"x.lora_down.weight": t} -> {"x": {"lora_down.weight": t}}."""
+    """Group tensors by module: {"x.lora_down.weight": t} -> {"x": {"lora_down.weight": t}}."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, factor_name = name.partition(".")
@@ -55,7 +54,7 @@ def without_alpha(factors: Factors) -> Factors:
 
 
 def to_meta_tensor(like: Tensor | TensorInfo) -> Tensor:
-    """Return a tensor of the same shape and dtype on the meta device, to compute shapes without memory."""
+    """Return an empty tensor of the same shape and dtype on the meta device."""
     return torch.empty(like.shape, dtype=like.dtype, device=META)
 
 
@@ -70,7 +69,7 @@ def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop NaN or infinite alphas of modules without a rank, in which alpha has no effect."""
+    """Drop NaN or infinite alphas from modules without a rank, where alpha has no effect."""
     remaining = dict(tensors)
     for module, factors in group_by_module(tensors).items():
         if len(factors) > 1 and rank_of(factors) is None and not is_number(factors.get("alpha")):
@@ -79,7 +78,7 @@ def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Drop the changes of weights that `set_weight` replaces; return the tensors and the affected modules.
+    """Drop changes of weights that `set_weight` replaces; return the tensors and the affected modules.
 
     As in ComfyUI, only the replacement and the change of the bias remain.
     """
@@ -97,12 +96,12 @@ def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
 
 
 def is_number(alpha: Tensor | None) -> bool:
-    """Return whether alpha is a single finite number."""
+    """Return whether alpha is a single finite number; False for None."""
     return alpha is not None and alpha.numel() == 1 and math.isfinite(float(alpha))
 
 
 def rank_of(factors: Factors) -> int | None:
-    """Return the rank of the factors; None for kinds without a rank, and for full matrices."""
+    """Return the rank of the factors; None for full matrices and for kinds without a rank."""
     for name in composing.FACTORS_WITH_RANK_AXIS:
         if name in factors and factors[name].ndim:
             return int(factors[name].shape[0])
@@ -110,7 +109,7 @@ def rank_of(factors: Factors) -> int | None:
 
 
 def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
-    """Return the distinct ranks (or sizes, for kinds without a rank) and alphas in files, sorted."""
+    """Return the sorted distinct ranks (or block sizes and so on, without a rank) and alphas in files."""
     ranks: set[int] = set()
     alphas: set[float] = set()
     for tensors in files:
@@ -126,13 +125,13 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
 
 
 def read_row_range(factors: Factors) -> tuple[int, int]:
-    """Return the first row of a part in its fused layer, and the row after its last one, from `ROW_RANGE`."""
+    """Return (start, stop) of the rows of the fused layer that a part covers, from `ROW_RANGE`."""
     first, last = factors[ROW_RANGE].tolist()
     return int(first), int(last)
 
 
 def scaling_of(factors: Factors) -> float:
-    """Return alpha / rank; 1 for a missing or zero alpha, and for factors without a rank."""
+    """Return alpha / rank; 1 if alpha is missing or 0, or if the factors have no rank."""
     rank = rank_of(factors)
     if rank is None or "alpha" not in factors:
         return 1.0
@@ -140,9 +139,9 @@ def scaling_of(factors: Factors) -> float:
 
 
 def split_scaling(scaling: float) -> tuple[float, float]:
-    """Split alpha / rank into two similar factors: for the down and for the up matrix.
+    """Split alpha / rank into two factors of similar size, for the down and the up matrix.
 
-    The second is a power of two. If `scaling` is a power of two, both are, and multiplying by them is exact.
+    The second factor is a power of two. If `scaling` is a power of two, both are, so multiplying is exact.
     """
     down_factor = scaling
     up_factor = 1.0
@@ -153,7 +152,7 @@ def split_scaling(scaling: float) -> tuple[float, float]:
 
 
 def fold_scaling(factors: Factors) -> Factors:
-    """Multiply alpha / rank into both factors of a LoRA, a power of two into the up factor; drop alpha."""
+    """Multiply alpha / rank into both factors (the up factor gets a power of two), and drop alpha."""
     down_factor, up_factor = split_scaling(scaling_of(factors))
     multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": scaling_of(factors)}
     folded: dict[str, Tensor] = {}
@@ -166,7 +165,7 @@ def fold_scaling(factors: Factors) -> Factors:
 
 
 def bias_of(factors: Factors, device: torch.device) -> Tensor | None:
-    """Return the change of the module's bias at multiplier 1, float32, as a new tensor; None without one."""
+    """Return the change of the module's bias at multiplier 1 as a new float32 tensor; None without one."""
     if "diff_b" in factors:
         return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:

@@ -1,8 +1,8 @@
-"""LoRAs of a model for its deeper variants, in which copies of some blocks follow the originals.
+"""Fit LoRAs of a model to its deeper variants, in which copies of some blocks follow the originals.
 
-`FamilyNames.grown` describes for a family which blocks were copied. The change of a block is applied to the
-block and its copies, unscaled. A LoRA is refused if it is for more blocks than the model has, or if the
-number of its blocks is unknown.
+`FamilyNames.depth_variants` says which blocks of a family's models were copied. The change of a block is
+applied to the block and its copies, unscaled. A LoRA is rejected if it is for more blocks than the model has.
+If its depth is unknown, it is rejected for deeper variants only.
 """
 
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def fit_depths(
     weighted_loras: Sequence[WeightedLora], names: Iterable[str], model: Path | str = "the model"
 ) -> list[WeightedLora]:
-    """Map the blocks of LoRAs to those of a deeper or shallower model; LoRAs of the same depth are unchanged.
+    """Map LoRA blocks to the blocks of a deeper or shallower model; LoRAs of the same depth are unchanged.
 
     Args:
         weighted_loras: LoRA files with their strengths.
@@ -34,7 +34,7 @@ def fit_depths(
         model: File of the model, for messages.
 
     Raises:
-        CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
+        CheckpointError: For a LoRA whose blocks cannot be mapped to the model's blocks.
     """
     # None: the LoRA's model has no deeper variants
     variants_of_loras = [weighted_lora.lora.depth_variants for weighted_lora in weighted_loras]
@@ -55,7 +55,7 @@ def fit_depths(
 
 
 def fit_to_file(weighted_loras: Sequence[WeightedLora], model: Path) -> list[WeightedLora]:
-    """Map the blocks of LoRAs to those of a deeper or shallower transformer, whose header shows its depth."""
+    """Map LoRA blocks to the blocks of a deeper or shallower transformer, whose file shows its depth."""
     if not any(weighted_lora.lora.depth_variants for weighted_lora in weighted_loras):
         return [*weighted_loras]
     with open_checkpoint(model) as checkpoint:
@@ -74,7 +74,7 @@ def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
     list_names = [depth_variants.blocks]
     if (
         family is None or family.depth_variants is not None
-    ):  # else the other names are those of another family's list
+    ):  # otherwise the other names belong to another family's list
         list_names += depth_variants.other_list_names
     return max(_find_indices(modules, list_names), default=-1) + 1
 
@@ -83,15 +83,15 @@ def _find_indices(modules: Iterable[str], list_names: Iterable[str]) -> set[int]
     """Return the block indices in underscored module names, with or without our prefix.
 
     Args:
-        modules: Names of the modules.
-        list_names: Underscored names of the lists of blocks.
+        modules: Module names.
+        list_names: Underscored names of block lists, such as `blocks`.
     """
     pattern = re.compile(rf"(?:{OURS})?(?:{'|'.join(map(re.escape, list_names))})_(\d+)_")
     return {int(match[1]) for match in map(pattern.match, modules) if match}
 
 
 def read_depth(lora: LoraFile, depth_variants: DepthVariants) -> int | None:
-    """Return the number of blocks of a LoRA, from metadata or its highest block index; None if unknown."""
+    """Return the block count of a LoRA's model, from metadata or the highest block index; None if unknown."""
     last_index = max(_find_indices(lora.modules(), [depth_variants.blocks]), default=-1)
     for key in depth_variants.keys:
         text = lora.metadata.get(key, "")
@@ -101,12 +101,12 @@ def read_depth(lora: LoraFile, depth_variants: DepthVariants) -> int | None:
 
 
 def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model: Path | str) -> LoraFile:
-    """Map a LoRA's blocks to those of a model with another depth; raise CheckpointError if impossible.
+    """Map a LoRA's blocks to a model with a different depth; raise CheckpointError if that is impossible.
 
     Args:
         lora: The LoRA file.
         variants: How the family's deeper variants repeat blocks.
-        model_depth: Number of blocks of the model; 0 if its names show none.
+        model_depth: Number of blocks of the model; 0 if its tensor names reveal none.
         model: File of the model, for messages.
     """
     indices = _find_indices(lora.modules(), [variants.blocks])
@@ -144,12 +144,12 @@ def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model
 def _copy_blocks(
     tensors: Mapping[str, Tensor], list_name: str, indices_in_model: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Return a LoRA's tensors with those of each block under the indices of its copies in a deeper model.
+    """Return a LoRA's tensors, with each block's tensors repeated for its copies in a deeper model.
 
     Args:
         tensors: Tensors under our names.
-        list_name: Underscored name of the list of blocks.
-        indices_in_model: Indices in the model of each block of the LoRA.
+        list_name: Underscored name of the block list.
+        indices_in_model: For each block of the LoRA, its indices in the model.
     """
     pattern = re.compile(rf"({OURS}{re.escape(list_name)}_)(\d+)(_.*)")
     copied: dict[str, Tensor] = {}

@@ -49,7 +49,7 @@ _IN_TEXT = re.compile(rf"_(encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])|{T
 
 
 class ExtractedModule(NamedTuple):
-    """A module for which a LoRA is extracted, and the tensor (or part of one) that contains its weight."""
+    """A module for which a LoRA is extracted, and the tensor (or part of it) that is its weight."""
 
     name: str  # in LoRA files
     rank: int
@@ -61,14 +61,14 @@ Plan = Mapping[str, Sequence[ExtractedModule]]  # tensor name -> modules whose w
 
 
 class Pair(NamedTuple):
-    """The model before and after fine-tuning."""
+    """A model before and after fine-tuning."""
 
     original: Checkpoint
     tuned: Checkpoint
 
 
 class BaseModelEntries(NamedTuple):
-    """The entries in a LoRA's metadata about its base model."""
+    """Metadata of a LoRA file that describes its base model."""
 
     module: str  # ss_network_module, which trains such LoRAs
     version: str  # ss_base_model_version
@@ -76,19 +76,19 @@ class BaseModelEntries(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """Selects the weights to extract from a transformer: the matrices in its blocks."""
+    """Selects the transformer weights that are extracted: all 2D weights in its blocks."""
 
     model: str  # name of the model, for messages
     prefixes: tuple[str, ...]  # of the tensor names of its blocks
     example: str  # a tensor that every such model has
 
     def list_in(self, checkpoint: Checkpoint) -> list[str]:
-        """Return the names of the matrices in the blocks of a checkpoint."""
+        """Return the names of a checkpoint's 2D weights inside blocks."""
         return [name for name in _list_matrices(checkpoint) if name.startswith(self.prefixes)]
 
 
 def _list_matrices(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of all weights of a checkpoint that are matrices."""
+    """Return the names of all 2D weights in a checkpoint."""
     return [
         name for name, info in checkpoint.tensors.items() if name.endswith(".weight") and len(info.shape) == 2
     ]
@@ -104,7 +104,7 @@ QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.
 
 
 def extract_flux(options: ExtractOptions) -> None:
-    """Write the difference of two FLUX.1, FLUX.2 or Chroma models as a LoRA."""
+    """Write the difference between two FLUX.1, FLUX.2 or Chroma models as a LoRA."""
 
     def get_base_model_entries(original: Checkpoint) -> BaseModelEntries:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
@@ -121,12 +121,12 @@ def _base_model_entries_of(family: FamilyNames) -> BaseModelEntries:
 
 
 def extract_qwen(options: ExtractOptions) -> None:
-    """Write the difference of two Qwen-Image models as a LoRA; modulation layers are included."""
+    """Write the difference between two Qwen-Image models as a LoRA, including modulation layers."""
     _extract_blocks(options, QWEN, lambda _: _base_model_entries_of(QWEN_IMAGE))
 
 
 def extract_model(options: ExtractOptions) -> None:
-    """Write the difference of two transformers of any family, or of two full checkpoints, as a LoRA."""
+    """Write the difference between two transformers of any family, or two full checkpoints, as a LoRA."""
     with open_checkpoint(options.model_org) as original:
         if is_full(original.tensors):
             return extract_full(options)
@@ -142,7 +142,7 @@ def extract_model(options: ExtractOptions) -> None:
             "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
             options.model_org,
         )
-    if family.network_module == FLUX_MODULE:  # its metadata depend on the variant
+    if family.network_module == FLUX_MODULE:  # its metadata depends on the variant
         return extract_flux(options)
     is_stable_diffusion = bool(family.written_base_model)
     if is_stable_diffusion:
@@ -166,7 +166,7 @@ def _drop_networks_missing_in(model_tuned: Path, weights: Sequence[str]) -> list
 
     Args:
         model_tuned: File of the fine-tuned model.
-        weights: Names of weights, which begin with the name of their network.
+        weights: Weight names, which begin with the name of their network.
     """
     with open_checkpoint(model_tuned) as tuned:
         networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}
@@ -189,7 +189,7 @@ def _extract_blocks(
     Args:
         options: Options of the run.
         weights: Selects the weights.
-        get_base_model_entries: Returns the metadata entries about the original model.
+        get_base_model_entries: Returns the LoRA metadata that describes the original model.
 
     Raises:
         CheckpointError: If these tensors are missing or differ in shape.
@@ -227,7 +227,7 @@ def _extract_blocks(
 
 
 def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
-    """Return two models with dequantized weights; warn if one was quantized."""
+    """Return two models with dequantized weights; warn if either was quantized."""
     dequantized = Pair(dequantized_on_read(original), dequantized_on_read(tuned))
     quantized: list[str] = []
     # `dequantized_on_read` returns the same object if no weight is quantized
@@ -241,12 +241,12 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
             "was learned. Give 16-bit files if they exist",
             " and ".join(quantized),
         )
-    # some released shards order the rows of fused weights by head: bring both models into one order
+    # some released shards order the rows of fused weights by head: use one order for both models
     return Pair(with_stacked_rows(dequantized.original), with_stacked_rows(dequantized.tuned))
 
 
 def extract_full(options: ExtractOptions) -> None:
-    """Write the difference of two Stable Diffusion checkpoints as a LoRA.
+    """Write the difference between two Stable Diffusion checkpoints as a LoRA.
 
     A text encoder is left out if none of its values has changed by more than `min_diff`.
 
@@ -283,7 +283,7 @@ def extract_full(options: ExtractOptions) -> None:
 def _select_module(
     piece: TensorPiece, options: ExtractOptions, family: FamilyNames
 ) -> ExtractedModule | None:
-    """Return the module whose weight this piece of a full checkpoint is; None if it gets no LoRA."""
+    """Return the module whose weight is this piece of a full checkpoint; None if it gets no LoRA."""
     if not piece.name.endswith(".weight"):
         return None
     is_of_text_encoder = bool(piece.text_encoder)
@@ -311,7 +311,7 @@ def _write_lora_of_difference(
     metadata: Mapping[str, str],
     family: FamilyNames | None,
 ) -> None:
-    """Write a LoRA that approximates the difference of two models, tensor by tensor.
+    """Write a LoRA that approximates the difference between two models, tensor by tensor.
 
     The factors are U * S and V^T, clamped to a quantile of their values; alpha is the rank. Peak memory: one
     weight of each model, and the LoRA.
@@ -343,21 +343,21 @@ def _write_lora_of_difference(
 
 @dataclass
 class ExtractionAccuracy:
-    """Accumulate how much of a model's change the LoRA keeps."""
+    """Accumulates how much of the models' difference the extracted LoRA reproduces."""
 
     total: float = 0.0  # sum of the squares of the change
     lost: float = 0.0  # sum of the squares of what the LoRA leaves out
 
     @property
     def fraction(self) -> float:
-        """Norm of the kept change divided by the norm of the change; 1 if nothing changed."""
+        """Norm of the preserved change divided by the norm of the change; 1 if nothing changed."""
         if self.total == 0:
             return 1.0
         # kept and lost change are orthogonal in a truncated SVD, so their squares sum to the total
         return max(1 - self.lost / self.total, 0.0) ** 0.5
 
     def add(self, change: Tensor, product: Tensor) -> None:
-        """Count a module's change, out x in, and its difference from the product of the LoRA factors."""
+        """Add a module's change (out x in), and its difference from the LoRA's product, to the totals."""
         self.total += float(torch.linalg.vector_norm(change)) ** 2
         self.lost += float(torch.linalg.vector_norm(change - product)) ** 2
 
@@ -365,13 +365,13 @@ class ExtractionAccuracy:
 def _extract_factors(
     options: ExtractOptions, pair: Pair, plan: Plan, accuracy: ExtractionAccuracy
 ) -> dict[str, Tensor]:
-    """Return the tensors of the LoRA for the difference of two models.
+    """Return the LoRA tensors that approximate the difference between two models.
 
     Args:
         options: Options of the run.
         pair: Files of both models.
         plan: Modules to extract, by tensor.
-        accuracy: Accumulates how much of the change the LoRA keeps.
+        accuracy: Accumulates how much of the change the LoRA reproduces.
 
     Raises:
         CheckpointError: If the models are equal.
@@ -412,11 +412,11 @@ def _extract_module(
     Args:
         module: The module, its rank, and the piece of the tensor that is its weight.
         difference: Change of the tensor.
-        quantile: Quantile of the factors' values to which they are limited.
+        quantile: Quantile of the factors' values at which they are clamped.
         dtype: Dtype of the factors.
-        accuracy: Accumulates how much of the change the LoRA keeps.
+        accuracy: Accumulates how much of the change the LoRA reproduces.
     """
-    # the rows of the tensor that are this module's weight
+    # the part of the tensor that is this module's weight
     change = module.piece.take_rows(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
     accuracy.add(change.flatten(1), up @ down)
@@ -424,7 +424,7 @@ def _extract_module(
 
 
 def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
-    """Reshape two matrices to LoRA factors for a weight of this shape, on the CPU; alpha is the rank."""
+    """Reshape two matrices to LoRA factors for a weight of this shape, on the CPU, with alpha = rank."""
     kernel_axes = [1] * (len(shape) - 2)
     return {
         DOWN: down.unflatten(1, shape[1:]).cpu().contiguous(),
@@ -434,7 +434,7 @@ def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tens
 
 
 def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
-    """Return the change of a tensor, float32. Raises CheckpointError if it has NaN or infinite values."""
+    """Return a tensor's float32 difference. Raises CheckpointError for NaN or infinite values."""
     before = pair.original.read(name)
     after = pair.tuned.read(name)
     check_finite(pair.original.path, name, before)
@@ -443,15 +443,15 @@ def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
 
 
 def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> tuple[Tensor, Tensor]:
-    """Return down R x in and up out x R whose product approximates a change of a weight, out x in.
+    """Return down R x in and up out x R whose product approximates a weight change, out x in.
 
     Large matrices use a randomized SVD (Halko et al. 2011, arXiv 0909.4061). Small matrices use an exact SVD.
 
     Args:
         change: The change, out x in.
         rank: Rank of the factors, R; at most the smaller side of the change.
-        quantile: Quantile of the factors' values to which they are limited; 1 for no limit.
-        name: Name that alone seeds the random numbers.
+        quantile: Quantile of the factors' values at which they are clamped; 1 for no clamping.
+        name: Name of the module, which alone seeds the random numbers.
     """
     rank = min(rank, *change.shape)
     if min(change.shape) <= MAX_EXACT:
@@ -471,9 +471,9 @@ def _compute_randomized_svd(change: Tensor, rank: int, name: str) -> tuple[Tenso
     Args:
         change: The matrix.
         rank: Number of accurate singular values.
-        name: Name that seeds the random numbers.
+        name: Name of the module, which seeds the random numbers.
     """
-    # some columns more than the rank make the first singular values accurate
+    # a few more columns than the rank make the first singular values accurate
     width = min(rank + OVERSAMPLING, *change.shape)
     generator = torch.Generator().manual_seed(derive_seed(0, name))
     # columns that span the range of the matrix; each power iteration weakens small singular values
@@ -503,7 +503,7 @@ def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Te
 
 
 def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: Sequence[str]) -> None:
-    """Raise CheckpointError if the two models do not have the same tensors with the same shapes.
+    """Raise CheckpointError unless both models have the same tensors with the same shapes.
 
     Args:
         pair: Files of both models.
@@ -527,7 +527,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
 
 
 def _find_family_of_both(pair: Pair) -> FamilyNames:
-    """Return the family of both checkpoints. Raises CheckpointError if they are of different models."""
+    """Return the family of both checkpoints. Raises CheckpointError if their models differ."""
     for checkpoint in pair:
         if not is_full(checkpoint.tensors):
             raise CheckpointError(
@@ -548,12 +548,12 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
 
 
 def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of weights and biases; position ids are left out, because many files lack them."""
+    """Return the names of weights and biases, without position ids, which many files lack."""
     return [name for name in checkpoint.tensors if name.endswith(_WEIGHTS) and pieces_of(name)]
 
 
 def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
-    """Return the prefixes of text encoders in which no value changed by more than `minimum`."""
+    """Return the prefixes of text encoders in which no value changes by more than `minimum`."""
     is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []
@@ -578,13 +578,13 @@ def _make_metadata(
     is_v2: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the metadata of an extracted LoRA; --no_metadata keeps only what loaders need.
+    """Return the metadata of an extracted LoRA; --no_metadata keeps only what is needed for loading.
 
     Args:
         options: Options of the run.
-        names: Entries about the base model.
+        names: Metadata values for the base model.
         is_v2: Whether the base model is Stable Diffusion 2.
-        arguments: Network arguments that would train such a LoRA; None for none.
+        arguments: --network_args for training a LoRA with the same modules; None if there are none.
     """
     metadata = {
         "ss_v2": str(is_v2),

@@ -1,8 +1,8 @@
-"""The trained layer of networks whose change of a frozen weight is a product of small factors: LoHa, LoKr.
+"""The trained layer for adapters whose weight change is a product of small factors: LoHa, LoKr.
 
 The layer extends a Linear or a Conv2d. It does not read the frozen weight, which may be quantized, and does
-not keep the full change for the backward pass. Factors have the names and shapes of LyCORIS: those of a
-convolution are matrices too, whose columns include the kernel.
+not keep the full change for the backward pass. Factors have LyCORIS' names and shapes; a convolution's
+factors are matrices too, whose columns include the kernel.
 """
 # Letters: B images, H W their size
 
@@ -25,7 +25,7 @@ Factors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Kernel, stride, padding and dilation of a convolution with one group."""
+    """Kernel size, stride, padding and dilation of a convolution with one group."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -34,17 +34,16 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> "Geometry":
-        """Return the geometry of a convolution; its padding must be given as numbers, not as "same"."""
+        """Return the stride, padding and so on of a Conv2d; its padding must be numeric, not "same"."""
         assert not isinstance(module.padding, str)
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution of x, B in H W.
+        """Return the convolution of x, B x in x H x W.
 
         Args:
-            x: Input, B in H W.
-            weight: Weight with the axes out, in and those of the kernel, which may be flattened to out and
-                (in * kernel).
+            x: Input, B x in x H x W.
+            weight: Weight, out x in x kernel, which may be flattened to out x (in * kernel).
         """
         shaped = weight.view(weight.shape[0], x.shape[1], *self.kernel)
         return functional.conv2d(x, shaped, None, self.stride, self.padding, self.dilation)
@@ -52,7 +51,7 @@ class Geometry:
     def gradients(
         self, x: Tensor, weight: Tensor, gradient: Tensor, needs_input: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Return the gradients of x (None unless `needs_input`) and of the weight, out x in * kernel."""
+        """Return the gradients of x (None unless `needs_input`) and of the weight, out x (in * kernel)."""
         shaped = weight.view(weight.shape[0], x.shape[1], *self.kernel)
         grad_weight = conv2d_weight(x, shaped.shape, gradient, self.stride, self.padding, self.dilation)
         grad_x = None
@@ -63,7 +62,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Product:
-    """How a kind of network computes with its factors, without forming the change."""
+    """How a network kind (LoHa, LoKr) computes with its factors, without building the full change."""
 
     kind: str  # name of the kind, for messages
     # takes an input ... in, the factors, and a multiplier of the change; returns ... out
@@ -77,16 +76,16 @@ class Product:
 
 
 class FactoredLayer(nn.Module):
-    """Replacement for the forward of a Linear or Conv2d: `y + multiplier * scale * x @ change(factors)`.
+    """Replaces the forward of a Linear or Conv2d: `y + multiplier * scale * x @ change(factors)`.
 
-    The factors are float32 and compute in autocast's dtype, or in float32 without autocast.
+    The factors are float32; they compute in autocast's dtype, or in float32 without autocast.
     """
 
     size_word = "rank"
     alpha: Tensor
 
     def __init__(self, original: Factored, shapes: Shapes, rank: int, alpha: float, product: Product) -> None:
-        """Make the factors for a frozen module; a Conv2d must have one group and pad with zeros.
+        """Create the factors for a frozen module; a Conv2d must have one group and zero padding.
 
         Args:
             original: The frozen module.
@@ -118,11 +117,11 @@ class FactoredLayer(nn.Module):
         self.read_alpha()
 
     def read_alpha(self) -> None:
-        """Update the scale alpha / rank from the buffer alpha after loading; an alpha of 0 means the rank."""
+        """Recompute the scale alpha / rank after loading the buffer `alpha`; an alpha of 0 means the rank."""
         self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
     def attach(self) -> None:
-        """Replace the frozen module's forward with this layer's."""
+        """Replace the forward method of the frozen module with this layer's."""
         self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
@@ -146,7 +145,7 @@ class FactoredLayer(nn.Module):
         return self._norm({name: self.get_parameter(name) for name in self.factors}) * self.scale
 
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply the change by `ratio`; one factor is enough, because the change is a product of all."""
+        """Multiply the change by `ratio`: only the first factor, because the change is a product of all."""
         self.get_parameter(self.factors[0]).mul_(ratio)
 
 
@@ -154,7 +153,7 @@ def product_with_core(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     """Return a @ b, out x in.
 
     With a core, r x r x kernel, the result is out x in x kernel: `a`, stored r x out, multiplies the first
-    axis of the core, and `b`, r x in, the second.
+    axis of the core, and `b`, r x in, the second axis.
     """
     if core is None:
         return a @ b
@@ -167,7 +166,7 @@ def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...
     Args:
         a: Shape of the left factor, out x r; with a core, r x out.
         b: Shape of the right factor, r x in.
-        core: Shape of the core, r x r x kernel; None for none.
+        core: Shape of the core, r x r x kernel; None without a core.
 
     Raises:
         MismatchError: If the factors cannot be multiplied.

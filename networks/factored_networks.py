@@ -1,4 +1,4 @@
-"""Build the layers of networks whose change of a weight is a product of factors: LoHa, LoKr."""
+"""Build the layers of adapters whose weight change is a product of factors: LoHa, LoKr."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from networks.kinds.factors import Factors
 def make_layers(
     targets: Mapping[str, Target], make_shapes: MakeShapes, product: Product
 ) -> dict[str, nn.Module]:
-    """Build a layer for each target; `make_shapes` maps a weight's shape to the shapes of its factors."""
+    """Build a `FactoredLayer` for each target; `make_shapes` maps a weight's shape to factor shapes."""
     layers: dict[str, nn.Module] = {}
     for name, target in targets.items():
         module = target.module
@@ -26,7 +26,7 @@ def make_layers(
 
 
 def _shape_of(module: Factored) -> tuple[int, ...]:
-    """Return the shape of a module's weight, out in (kernel)."""
+    """Return the shape of a module's weight, out x in (x kernel)."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features  # a quantized weight may have another shape
     return tuple(module.weight.shape)
@@ -37,7 +37,7 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
 
     Raises:
         CheckpointError: If the factors do not fit the module's weight, or have a core (LyCORIS' use_tucker)
-            or magnitudes, which are not trained here.
+            or magnitudes, which cannot be trained.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)

@@ -1,4 +1,4 @@
-"""Write the LoRA of a training under the names of the known tuners, of ComfyUI or of diffusers."""
+"""Write the LoRA of a training run under the names of the known trainers, ComfyUI or diffusers."""
 
 import json
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ _OTHERWISE = "Use --lora_format known"
 
 
 class Formatted(NamedTuple):
-    """The tensors of a LoRA, renamed for a value of `--lora_format`."""
+    """Tensors of a LoRA under the names that a value of `--lora_format` prescribes."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]  # additional metadata about the tensors
@@ -49,13 +49,13 @@ class Formatted(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraFormat:
-    """Naming scheme for the layers in the LoRA files of a training run, for a family's model."""
+    """How LoRA files of a training run name their modules (--lora_format), for one model family."""
 
     name: str = KNOWN
     family: FamilyNames | None = None
 
     def check(self, network: nn.Module) -> None:
-        """Raise OptionError if this format cannot express a module of the network."""
+        """Raise OptionError if this file format cannot express a module of the network."""
         tensors = {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
         left_out = self.convert(tensors).left_out
         if left_out:
@@ -83,7 +83,7 @@ class LoraFormat:
             metadata: Metadata of the file.
             additional_tensors: Additional tensors for the file, by name.
         """
-        # converted in the training dtype, so that values are rounded only once, below
+        # convert in the training dtype, so that values are rounded only once, below
         trained = {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
         converted = self.convert(trained)
         tensors = {}
@@ -93,10 +93,10 @@ class LoraFormat:
         save_tensors(path, tensors, add_hashes(tensors, all_metadata))
 
     def convert(self, tensors: Mapping[str, Tensor]) -> Formatted:
-        """Return tensors under the names of this format.
+        """Return tensors under the names that this format prescribes.
 
         If the format has no alphas, alpha / rank is folded into the factors by powers of two. The metadata
-        entry `FOLDED` records alpha / rank, so that reading the file restores the alphas.
+        entry `FOLDED` stores alpha / rank, so that the alphas can be restored when the file is read.
 
         Args:
             tensors: Tensors under our names, on the CPU.
@@ -118,7 +118,7 @@ class LoraFormat:
                 text_modules[module] = factors
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
-        folded_scalings: dict[int, set[float]] = {}  # rank in the file -> alpha / rank that were folded
+        folded_scalings: dict[int, set[float]] = {}  # rank in the file -> folded values of alpha / rank
         for scaling, group in self._group_by_scaling(in_dit).items():
             converted = self._convert_dit(group, is_folded=scaling is not None)
             written |= converted.tensors
@@ -135,7 +135,7 @@ class LoraFormat:
         return Formatted(written, _metadata_of_scalings(folded_scalings), left_out)
 
     def _group_by_scaling(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
-        """Group the tensors of modules by alpha / rank; None is the key of modules that keep their alphas."""
+        """Group module tensors by alpha / rank; modules that keep their alphas are under None."""
         # if ComfyUI reads names with underscores (HunyuanImage-2.1), it reads alphas too
         keeps_alphas = self.name == COMFYUI and self.family is not None and self.family.underscored_in_comfyui
         groups: dict[float | None, dict[str, Tensor]] = {}
@@ -146,11 +146,11 @@ class LoraFormat:
         return groups
 
     def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> TranslatedModules:
-        """Return the tensors of a DiT.
+        """Rename a transformer LoRA's tensors to this format.
 
         Args:
             tensors: Tensors by name.
-            is_folded: Whether alpha / rank is folded into the factors.
+            is_folded: Whether to fold alpha / rank into the factors.
         """
         from networks.writing import convert_to_dialect, convert_to_our_layout  # not for the default format
 
@@ -164,7 +164,7 @@ class LoraFormat:
 def _record_scaling(
     scalings: dict[int, set[float]], written: Mapping[str, Tensor], scaling: float | None
 ) -> None:
-    """Add `scaling`, the alpha / rank folded into the written modules, to `scalings`; None adds nothing."""
+    """Add `scaling`, the alpha / rank folded into the written modules, to the set of each written rank."""
     if scaling is None:
         return
     from networks.tensor_names import PEFT_ENDS  # only if strengths were folded
@@ -175,7 +175,7 @@ def _record_scaling(
 
 
 def _metadata_of_scalings(scalings: Mapping[int, set[float]]) -> dict[str, str]:
-    """Return the metadata entry `FOLDED`, for ranks whose modules all had the same alpha / rank."""
+    """Return the metadata entry `FOLDED`: alpha / rank for each rank whose modules all share one value."""
     single = {rank: min(values) for rank, values in scalings.items() if len(values) == 1}
     return {FOLDED: json.dumps(single)} if single else {}
 
@@ -183,7 +183,7 @@ def _metadata_of_scalings(scalings: Mapping[int, set[float]]) -> dict[str, str]:
 def select_format(
     options: NetworkOptions, family_name: str, module: str, texts: Mapping[str, str]
 ) -> LoraFormat | None:
-    """Return the format of --lora_format, or the family's default; None for another package's network.
+    """Return the file format of --lora_format, or the family's default; None for another package's network.
 
     If the default format cannot express the network, KNOWN (the names of the known tuners) is used, and the
     reason is logged.
@@ -192,7 +192,7 @@ def select_format(
         options: Options of the network.
         family_name: Name of the family.
         module: Name of the module that builds the network.
-        texts: Names of the text encoders that are trained, by the prefix of their modules' names.
+        texts: Names of the trained text encoders, by the prefix of their module names.
 
     Raises:
         OptionError: If the format of --lora_format cannot express the network.
@@ -223,7 +223,7 @@ def find_error(
         family: Names of the model's modules; None if unknown.
         options: Options of the network.
         module: Module that builds the network.
-        texts: Names of the text encoders that are trained, by the prefix of their modules' names.
+        texts: Names of the trained text encoders, by the prefix of their module names.
     """
     own_module = OWN_MODULES.get(module)
     if own_module is None:

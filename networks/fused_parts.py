@@ -1,4 +1,4 @@
-"""Split LoRAs for fused weights (such as qkv) into LoRAs for their parts, and join LoRAs for parts.
+"""Split LoRAs for fused weights (such as qkv) into LoRAs for their parts, and join LoRAs of parts.
 
 The height of a weight is its number of rows (output channels).
 """
@@ -29,11 +29,11 @@ _BIAS = "lora_up.bias"
 
 
 class FusionError(Exception):
-    """The LoRA of a fused module cannot be split, or those of its parts cannot be joined, for this reason."""
+    """Why the LoRA of a fused module cannot be split, or why the LoRAs of its parts cannot be joined."""
 
 
 class FusedPiece(NamedTuple):
-    """The factors for one part of a fused module."""
+    """The factors for one part (such as q, k or v) of a fused module."""
 
     name: str  # module name of the part in its own layout
     part: WeightPart
@@ -41,14 +41,14 @@ class FusedPiece(NamedTuple):
 
 
 class FactorsOfRows(NamedTuple):
-    """The factors for some rows of a fused weight."""
+    """LoRA factors for some rows of a fused weight."""
 
     row_slice: slice
     factors: Factors
 
 
 def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slice | Tensor | None:
-    """Return the rows of a part (such as k) in a fused weight (such as qkv).
+    """Return the rows that a part (such as k) has in a fused weight (such as qkv).
 
     Args:
         part: The part.
@@ -56,8 +56,8 @@ def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slic
         fused_rows: Number of rows of the fused weight.
 
     Returns:
-        A slice; for a part that is the fused weight with swapped halves, the index of each row; None if the
-        rows do not fit.
+        A slice; if the part is the fused weight with swapped halves, the index of each row; None if the rows
+        do not fit.
     """
     if not is_row_slice(part):
         if part_rows != fused_rows:
@@ -66,7 +66,7 @@ def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slic
             return torch.arange(fused_rows).roll(fused_rows // 2)
         return slice(0, fused_rows)  # the part is the whole weight under another name
     assert part.index is not None
-    # the last parts are counted from the end, because the parts before them may have other numbers of rows
+    # the last parts are counted from the end, because earlier parts may have different row counts
     if part.index == REST:
         start = fused_rows - part_rows
     elif part.index == BEFORE_REST:
@@ -79,8 +79,8 @@ def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slic
 def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
     """Return the rows of a part if the fused weight has the proportions of the published model; else None.
 
-    This is for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
-    weight are swapped, all rows are returned, because the rotation is the same for each row.
+    This is for input rotations, whose tensors do not reveal how many rows a module has. If a weight's halves
+    are swapped, all rows are returned, because the rotation is the same for each row.
 
     Args:
         part: The part.
@@ -102,14 +102,14 @@ def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
 
 
 def is_row_slice(part: WeightPart) -> bool:
-    """Return whether a part is a slice of the fused weight, not all of its rows (possibly swapped)."""
+    """Return whether a part is some rows of the fused weight, not all rows in equal or swapped order."""
     return part.index is not None and part.index != SWAPPED
 
 
 def convert_fused_layers(
     tensors: Mapping[str, Tensor], rows_in_model: Callable[[str], int | None]
 ) -> dict[str, Tensor]:
-    """Fit LoRAs of another layout to the modules of a model: split fused modules and join parts.
+    """Fit LoRAs of another layout to a model's modules: split fused modules and join parts.
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
@@ -123,9 +123,8 @@ def split_fused(
 ) -> dict[str, Tensor]:
     """Split LoRAs for fused modules into LoRAs for their parts; warn of LoRAs that cannot be split.
 
-    Each part gets the full down factor and alpha, and its rows of the up factor. Parts that the model does
-    not have are left out. Modules that are not fused, that cannot be split, or that have no part in the model
-    are unchanged.
+    Each part gets the full down factor and alpha, and its rows of the up factor. Parts that the model lacks
+    are left out. Modules that are not fused, cannot be split, or have no part in the model are unchanged.
 
     Args:
         tensors: Tensors under our names, with our prefix.
@@ -152,9 +151,9 @@ def split_fused(
 def _count_rows_of_parts(
     name: str, modules_in_file: Collection[str], rows_in_model: Callable[[str], int | None]
 ) -> dict[RelatedModule, int | None]:
-    """Return the parts of a module that have no LoRA of their own, with their numbers of rows.
+    """Return the parts of a module that have no LoRA of their own, with their row counts.
 
-    The number is None for a part that the model does not have.
+    The row count is None for a part that the model lacks.
 
     Args:
         name: Name of the module.
@@ -167,19 +166,19 @@ def _count_rows_of_parts(
         if not related.is_part or related_name in modules_in_file:
             continue
         num_rows = rows_in_model(related_name)
-        # Families split modules differently. A part with all rows that the model lacks is just another name
-        # of the module, not a missing part.
+        # Families split modules differently. If the model lacks a part with all rows, that part is just
+        # another name of the module, not a missing part.
         if num_rows is not None or is_row_slice(related.part):
             rows_by_part[related] = num_rows
     return rows_by_part
 
 
 def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | None]) -> dict[str, Factors]:
-    """Split the factors of a fused module; return those of each part by module name.
+    """Split the factors of a fused module; return {module name of each part: factors}.
 
     Args:
         factors: Factors of the fused module.
-        rows_by_part: Number of rows of each part; None for a part that the model does not have.
+        rows_by_part: Number of rows of each part; None for a part that the model lacks.
 
     Raises:
         FusionError: If the factors cannot be split.
@@ -194,7 +193,7 @@ def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | 
             f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the whole weight"
         )
     ordered = sorted(slices, key=lambda part: _start_of(slices[part]))
-    # a LoRA that was joined from LoRAs of the parts is split into these, with their own ranks
+    # a LoRA that was joined from LoRAs of the parts is split into them again, with their own ranks
     separate_loras = joined_blocks(factors, [known_rows[part] for part in ordered])
     if separate_loras:
         return {OURS + part.name: lora for part, lora in zip(ordered, separate_loras, strict=True)}
@@ -215,7 +214,7 @@ def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | 
 def _find_slices_of_parts(
     delta: Delta, known_rows: Mapping[RelatedModule, int], model_has_all: bool
 ) -> dict[RelatedModule, slice | Tensor]:
-    """Return the rows of each part in a fused weight; raise FusionError if the numbers of rows do not fit.
+    """Return the rows of each part in a fused weight; raise FusionError if the row counts do not match.
 
     Args:
         delta: Change of the fused weight.
@@ -244,13 +243,11 @@ def _find_slices_of_parts(
 
 
 def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
-    """Return the LoRAs of the parts that this LoRA was joined from; [] if it was not joined.
-
-    A joined LoRA has a block-diagonal up factor.
+    """Return the LoRAs that were joined into this one, which has a block-diagonal up factor; [] if none were.
 
     Args:
-        factors: Factors of the module, by name of the part.
-        split_sizes: Numbers of rows of the parts.
+        factors: Factors of the module, by factor name.
+        split_sizes: Number of rows of each part.
     """
     is_plain = UP in factors and factors.keys() <= {"alpha", *LORA_FACTORS}
     if not is_plain or len(split_sizes) < 2:
@@ -260,7 +257,7 @@ def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]
 
 
 def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
-    """Return a LoRA for each block of a block-diagonal up factor, with equal ranks."""
+    """Return one LoRA for each block of a block-diagonal up factor; all have the same rank."""
     downs = factors[DOWN].chunk(len(blocks))
     pieces: list[Factors] = [{DOWN: down, UP: up} for down, up in zip(downs, blocks, strict=True)]
     if "alpha" not in factors:
@@ -271,7 +268,7 @@ def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
 
 
 def _start_of(rows: slice | Tensor) -> int:
-    """Return the first row of a part; 0 for swapped halves, which are all rows."""
+    """Return the first row of a part; 0 for swapped halves, which cover all rows."""
     return int(rows.start) if isinstance(rows, slice) else 0
 
 
@@ -282,8 +279,8 @@ def join_parts(
 ) -> dict[str, Tensor]:
     """Join the LoRAs for parts of a module into one for the module; warn of LoRAs that cannot be joined.
 
-    The changes of the weights stay the same. The rank of a joined LoRA is the sum of the parts' ranks, or
-    their common rank if they share one down factor.
+    The weight changes stay the same. The rank of a joined LoRA is the sum of the parts' ranks, or their
+    common rank if they share one down factor.
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
@@ -320,7 +317,7 @@ def join_parts(
 def _find_fused_module(
     name: str, rows_in_model: Callable[[str], int | None] | None, family: FamilyNames | None
 ) -> RelatedModule | None:
-    """Return the fused module that contains a module; None if there is none, or if the model lacks it."""
+    """Return the fused module that contains a module; None if there is none or the model does not have it."""
     for related in related_modules(name.removeprefix(OURS), family):
         contains_module = not related.is_part
         if contains_module and (rows_in_model is None or rows_in_model(OURS + related.name) is not None):
@@ -329,14 +326,14 @@ def _find_fused_module(
 
 
 def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
-    """Estimate the number of rows of fused weights, by path with `{n}`, from their parts in all blocks."""
+    """Estimate the row counts of fused weights, by path with `{n}`, from their parts in all blocks."""
     # path of the weight -> index of a part -> number of its rows
     rows_by_path: dict[str, dict[int | None, int]] = {}
     part_paths: set[str] = set()  # in the layout of the parts
     for piece in itertools.chain.from_iterable(pieces_of_weights):
         part_paths.add(piece.part.part_path)
         rows_by_index = rows_by_path.setdefault(piece.part.fused_path, {})
-        # None for an input rotation, whose tensors do not show it
+        # None for an input rotation, whose tensors do not reveal it
         num_rows = read_delta(piece.factors).count_rows()
         if num_rows is not None:
             rows_by_index[piece.part.index] = num_rows
@@ -347,7 +344,7 @@ def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]])
 
 
 def _list_parts_of_weight(fused_path: str, paths: Collection[str]) -> list[WeightPart]:
-    """Return the parts of a fused weight, in the families that have a part with one of the given paths.
+    """Return the parts of a fused weight, for the families in which one of the given paths is a part.
 
     Other families may fuse different parts under the same name.
     """
@@ -363,9 +360,9 @@ def _list_parts_of_weight(fused_path: str, paths: Collection[str]) -> list[Weigh
 
 
 def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | None, int]) -> int:
-    """Estimate the number of rows of a fused weight from the parts in a file; 0 if the file has none.
+    """Estimate the number of rows of a fused weight from its parts in a file; 0 if the file has none.
 
-    Missing parts are scaled from a known one by the ratio that both have in published models.
+    The rows of missing parts are estimated from a known part, by the ratio of their rows in published models.
 
     Args:
         siblings: All parts of the weight.
@@ -392,7 +389,7 @@ def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | Non
 
 
 def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
-    """Return factors for a fused weight from those of its parts.
+    """Return factors for a fused weight, given the factors of its parts.
 
     Args:
         pieces: Factors of the parts.
@@ -426,7 +423,7 @@ def _swap_halves(factors: Factors, row_indices: Tensor) -> Factors:
 
 
 def _join_low_rank_pieces(pieces: Sequence[FusedPiece], num_rows: int) -> Factors:
-    """Join plain LoRAs or DoRAs of parts such as q, k and v; raise FusionError if their rows do not fit."""
+    """Join plain LoRAs or DoRAs of parts such as q, k and v; raise FusionError if row counts disagree."""
     slices: list[slice] = []
     for piece in pieces:
         rows = find_rows_of_part(piece.part, len(piece.factors[UP]), num_rows)
@@ -465,19 +462,19 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
-    """Return whether these are the factors of a LoRA or DoRA for a linear layer, without a core."""
+    """Return whether these are a linear layer's LoRA or DoRA factors, without a core matrix between them."""
     further_factors = set(factors) - {"alpha", *LORA_FACTORS, MAGNITUDES, _BIAS}
     return not further_factors and factors[UP].ndim == 2
 
 
 def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[FactorsOfRows]:
-    """Pair the factors of each part of a fused layer with its rows in the fused weight; sort by rows."""
+    """Pair the factors of each part with its rows of the fused weight, sorted by rows."""
     parts = [FactorsOfRows(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
     return sorted(parts, key=lambda part: part.row_slice.start)
 
 
 def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> None:
-    """Raise FusionError if the DoRA magnitudes of parts cannot be joined into those of `num_rows` rows."""
+    """Raise FusionError if the parts' DoRA magnitudes cannot be joined to one magnitude per row."""
     if not any(MAGNITUDES in factors for factors in factors_of_parts):
         return
     for factors in factors_of_parts:
@@ -494,11 +491,11 @@ def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> Non
 def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
     """Return a single LoRA for all parts of a weight.
 
-    Its up factor is block-diagonal (each part's up factor is in the rows of the part), unless all parts share
-    one down factor.
+    Its up factor is block-diagonal (each part's up factor in the part's rows), unless all parts share one
+    down factor.
 
     Args:
-        parts: Factors with their rows, in the order of the rows; ranks are joined in the same order.
+        parts: Factors of each part, ordered by rows; ranks are joined in the same order.
         num_rows: Number of rows of the weight.
     """
     scales = [scaling_of(part.factors) for part in parts]  # alpha / rank
@@ -525,10 +522,10 @@ def _join_up_factors(parts: Sequence[FactorsOfRows], num_rows: int, rank: int, s
     """Return the joined up factor, num_rows x rank.
 
     Args:
-        parts: Factors with their rows.
+        parts: Factors of each part, with their rows.
         num_rows: Number of rows of the weight.
         rank: Rank of the joined LoRA.
-        shares_down: Whether the parts share their down factor, and thus all columns.
+        shares_down: Whether the parts share one down factor, and thus all columns.
     """
     joined = parts[0].factors[UP].new_zeros(num_rows, rank)
     first_column = 0
@@ -551,11 +548,11 @@ def _fold_into_up(factors: Factors) -> Factors:
 
 
 def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> Tensor:
-    """Stack one tensor of each part of a fused weight along rows; rows of parts without this tensor are 0.
+    """Stack one factor of each part of a fused weight along rows, with zeros for parts that lack it.
 
     Args:
         parts: Factors of each part, with the part's rows in the fused weight.
-        name: Name of the tensor in the factors, such as the name of the up factor.
+        name: Name of the factor, such as the up factor.
         num_rows: Number of rows of the fused weight.
     """
     parts_with_tensor = [part for part in parts if name in part.factors]
@@ -569,7 +566,7 @@ def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> T
 def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
     """Return the factors of a weight whose parts are not all plain LoRAs, or raise FusionError.
 
-    Parts that were cut from one layer get that layer's factors again. Otherwise, a model gets the full matrix
+    Parts that were cut from one layer get that layer's factors back. Otherwise, a model gets the full matrix
     of the change, which is too large for a file.
     """
     slices: list[slice] = []
@@ -592,17 +589,17 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
 
 
 def _cover_all_rows(ranges: Sequence[tuple[int, int]], num_rows: int) -> bool:
-    """Return whether ranges of rows, in order, cover a weight without gaps or overlaps."""
+    """Return whether sorted row ranges cover all rows of a weight without gaps or overlaps."""
     starts = [start for start, _ in ranges]
     stops = [stop for _, stop in ranges]
     return starts == [0, *stops[:-1]] and stops[-1] == num_rows
 
 
 def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
-    """Return the full change of a weight with `num_rows` rows, float32, from the changes of its parts.
+    """Return the full float32 change of a weight with `num_rows` rows from the changes of its parts.
 
     Args:
-        parts: Factors with their rows, in the order of the rows.
+        parts: Factors of each part, ordered by rows.
         num_rows: Number of rows of the weight.
 
     Raises:
@@ -611,7 +608,7 @@ def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factor
     part_deltas = [read_delta(part.factors) for part in parts]
     _check_full_matrices(part_deltas, parts, num_rows)
     changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
-    # None: a part without a change of the weight
+    # None for a part that does not change the weight
     input_shapes = {None if change is None else change.shape[1:] for change in changes}
     input_shape = input_shapes.pop()
     if input_shapes or input_shape is None:
@@ -627,7 +624,7 @@ def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factor
 
 
 def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOfRows], num_rows: int) -> None:
-    """Raise FusionError if parts replace the weight, or have DoRA magnitudes for only some of its rows."""
+    """Raise FusionError if a part replaces the weight, or if only some rows would have DoRA magnitudes."""
     if any(delta.replaces_weight for delta in part_deltas):
         raise FusionError(f"{deltas.SET_WEIGHT} is only for some of its rows")
     if any(delta.has_input_magnitudes for delta in part_deltas):
@@ -641,7 +638,7 @@ def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOf
 
 
 def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
-    """Write the values of each part into its rows of `total`, and return it."""
+    """Write the values of each part into its rows of `total`; return `total`."""
     for part, part_values in zip(parts, values, strict=True):
         if part_values is not None:
             total[part.row_slice] = part_values
@@ -649,7 +646,7 @@ def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None],
 
 
 def _restore_layer(parts: Sequence[Factors]) -> Factors | None:
-    """Return the factors of the layer that was split by rows into these parts; None if they are unrelated."""
+    """Return the factors of the layer that was split by rows into these parts; None if they do not match."""
     first = parts[0]
     names = first.keys()
     delta = read_delta(first)
@@ -674,13 +671,13 @@ def _restore_layer(parts: Sequence[Factors]) -> Factors | None:
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Turn parts with a `ROW_RANGE` entry, which files cannot contain, into parts with their own factors.
+    """Convert parts with a `ROW_RANGE`, which files cannot contain, to parts with their own factors.
 
-    Such a part has the factors of the whole fused layer, and this entry says which rows are its own.
-    If the factors cannot be cut into rows, the part gets the full difference of its rows.
+    Such a part has the factors of the whole fused layer, and `ROW_RANGE` says which rows are its own. If the
+    factors cannot be cut by rows, the part gets the full difference of its rows.
 
     Raises:
-        CheckpointError: If a part has magnitudes by input, because they belong to the full layer.
+        CheckpointError: If a part has per-input magnitudes, because they belong to the full layer.
     """
     modules = deltas.group_by_module(tensors)
     if not any(ROW_RANGE in factors for factors in modules.values()):
@@ -692,7 +689,7 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return one part's factors from those of the fused layer, whose `ROW_RANGE` has the part's rows."""
+    """Return a part's own factors, given the fused layer's factors and the part's `ROW_RANGE`."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(
@@ -727,7 +724,7 @@ def stack_rows(
     Args:
         path: Path of the file.
         tensors: Tensors under our names.
-        rule: Layers whose rows some programs order by head, and the pattern of these programs' names.
+        rule: Layers whose rows some programs order by head, and a pattern of these programs' names.
         names_in_file: Names in the file.
 
     Raises:
@@ -743,7 +740,7 @@ def stack_rows(
             continue
         delta = read_delta(factors)
         num_rows = delta.count_rows()
-        if num_rows is None:  # the factors do not show it
+        if num_rows is None:  # the factors do not reveal it
             continue
         reordered = None
         if num_rows % (3 * rule.head_width) == 0:  # q, k and v of each head
@@ -769,7 +766,7 @@ def correct_split_alphas(
     part, so alpha / rank would be k times too small. These modules have block-diagonal up factors.
     """
     corrected = dict(tensors)
-    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as `:g` writes a number below
+    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as formatted by `:g` below
     num_corrected = 0
     for name, factors in deltas.group_by_module(tensors).items():
         is_plain_lora = set(factors) == {"alpha", *LORA_FACTORS}

@@ -1,4 +1,4 @@
-"""Read model files whose fused queries, keys and values order their rows by head: MiniMax-H3's shards."""
+"""Read model files whose fused qkv weights have their rows ordered by head: MiniMax-H3's shards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,8 @@ from networks.module_names import FAMILIES
 def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose fused weights have their rows in our order, [q; k; v].
 
-    Released shards of some models order them by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`);
-    for other files `checkpoint` itself is returned. Both share the open files: close only one of them.
+    Some models' shards order rows by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`). For other
+    files, `checkpoint` itself is returned. Both share the open files: close only one of them.
     """
     if not is_sharded(checkpoint.path):
         return checkpoint
@@ -26,7 +26,7 @@ def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the width of a head for each fused weight whose rows are ordered by head, by tensor name."""
+    """Return the head width of each fused weight whose rows are ordered by head, by tensor name."""
     widths: dict[str, int] = {}
     for family in FAMILIES:
         rule = family.rows_by_head
@@ -36,7 +36,7 @@ def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
         for name in checkpoint.tensors:
             if not name.endswith(suffix):
                 continue
-            # the norm of each head's queries has the width of a head
+            # the norm of the queries is as wide as a head
             norm = checkpoint.tensors.get(f"{name.removesuffix(suffix)}{rule.norm_ending}.weight")
             if norm is not None:
                 widths[name] = norm.shape[0]
@@ -44,7 +44,7 @@ def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 class _StackedFile:
-    """File of a `Checkpoint` that reads another checkpoint, with the rows of fused weights in our order."""
+    """View of another checkpoint's file in which the rows of fused weights have our order."""
 
     def __init__(self, checkpoint: Checkpoint, head_widths: Mapping[str, int]) -> None:
         self.path = checkpoint.path
@@ -55,7 +55,7 @@ class _StackedFile:
         self._head_widths = head_widths
 
     def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
-        """Return a tensor, which may use the memory of `read_buffer` if its rows need no reordering."""
+        """Return a tensor, which may be a view of `read_buffer` if its rows need no reordering."""
         if name not in self._head_widths:
             return self._checkpoint.borrow(name, read_buffer)
         rows = stack_heads(self._checkpoint.read(name), self._head_widths[name])

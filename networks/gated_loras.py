@@ -42,7 +42,7 @@ _TUCKER_CORE = "lora_mid.weight"
 
 @dataclass(frozen=True)
 class ChangedParameter:
-    """A parameter that LoRAs change; the parameter `weight` includes the bias of its module."""
+    """A model parameter that LoRAs change; for `weight`, LoRAs may change the module's bias too."""
 
     path: str  # path of the parameter
     module: nn.Module
@@ -50,19 +50,19 @@ class ChangedParameter:
 
     @property
     def module_path(self) -> str:
-        """Path of the module if its weight is changed, else the full path of the parameter."""
+        """Path of the module if its weight is changed, otherwise the full path of the parameter."""
         return self.path.removesuffix(".weight")
 
     @property
     def parameter(self) -> Tensor:
-        """The current parameter of the module."""
+        """The module's current parameter."""
         parameter = getattr(self.module, self.parameter_name)
         assert isinstance(parameter, Tensor)
         return parameter
 
     @property
     def unpacked(self) -> Tensor:
-        """Return the parameter; for a weight in 8 or 4 bits, a placeholder with the unpacked shape."""
+        """Return the parameter; for an 8-bit or 4-bit weight, a placeholder with the original shape."""
         stored = quantized_weight_of(self.module) if self.parameter_name == "weight" else None
         return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
 
@@ -89,7 +89,7 @@ class ChangedParameter:
 
 
 class LoraBranch:
-    """One LoRA's addition to one module, scaled by `multiplier`; it has no tensors until `place_on`."""
+    """One LoRA's addition to one module, scaled by `multiplier`; it has no tensors before `place_on`."""
 
     def __init__(
         self,
@@ -98,23 +98,23 @@ class LoraBranch:
         multiplier: float = 1.0,
         uses_frozen_norms: bool = False,
     ) -> None:
-        """Store the change of one module; it has an effect only after `place_on`.
+        """Store the change of one module; it has no effect before `place_on`.
 
         Args:
             target: Parameter that is changed.
             delta: The change, on the CPU.
             multiplier: Strength of the LoRA.
-            uses_frozen_norms: Whether DoRA magnitudes are relative to the frozen weight's norms (ComfyUI).
+            uses_frozen_norms: Whether DoRA magnitudes refer to the frozen weight's norms, as in ComfyUI.
         """
         self.target = target
         self.delta = delta
         self.multiplier = multiplier
         self._uses_frozen_norms = uses_frozen_norms
-        # masks the addition, so that it acts only in a region of the image; None: everywhere
+        # limits the addition to a region of the image; None: everywhere
         self.apply_region: Callable[[Tensor], Tensor] | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
         self.rotation = delta.rotation
-        self.output_rows: slice | None = None  # outputs that the rotation affects; None: all
+        self.output_rows: slice | None = None  # output rows that the rotation affects; None: all rows
         self._rotation_values: Tensor | None = None  # parameters of the rotation, float32
         self._low_rank_factors: list[Tensor] = []  # in the order of application: down, (core,) up
         # factors of other kinds, whose full matrix is computed in each pass
@@ -122,7 +122,7 @@ class LoraBranch:
         self._bias: Tensor | None = None
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors to the device; low-rank factors also to the compute dtype."""
+        """Copy the factors to the device, and low-rank factors also to the compute dtype."""
         self.release()
         factors = self.delta.factors
         if self.rotation is not None:
@@ -140,7 +140,7 @@ class LoraBranch:
         self._bias = self.delta.compute_bias_change(device)
 
     def release(self) -> None:
-        """Release the tensors that `place_on` made."""
+        """Release the tensors that `place_on` created."""
         self._rotation_values = None
         self._low_rank_factors = []
         self._full_delta = None
@@ -148,21 +148,21 @@ class LoraBranch:
 
     @property
     def needs_full_matrix(self) -> bool:
-        """Return whether the addition is computed as a full matrix instead of by low-rank factors."""
+        """Return whether the change is added as a full matrix instead of by low-rank factors."""
         return self._full_delta is not None
 
     @property
     def replaces_weight(self) -> bool:
-        """Return whether this change replaces the weight and all earlier changes."""
+        """Return whether this LoRA replaces the weight, together with the changes of earlier LoRAs."""
         return self.delta.replaces_weight
 
     @property
     def rotates_input(self) -> bool:
-        """Return whether the branch rotates the input for all outputs and the whole image."""
+        """Return whether the LoRA rotates the layer's input, for all output rows and all image regions."""
         return self.rotation is not None and self.apply_region is None and self.output_rows is None
 
     def compute_input_change(self, x: Tensor) -> Tensor:
-        """Return how the rotation changes the input: x R - x, of the shape of x."""
+        """Return x R - x, the change of the input by the rotation R."""
         assert self.rotation is not None
         assert self._rotation_values is not None
         with torch.autocast(x.device.type, enabled=False):
@@ -170,15 +170,15 @@ class LoraBranch:
             return self.rotation.input_change(x, rotations.to(x.dtype))
 
     def add_to(self, out: Tensor, x: Tensor, includes_weight: bool = True) -> Tensor:
-        """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
+        """Add the LoRA's contribution for input x to the module's output, and return it.
 
         Args:
             out: Output of the module; it may be changed in place.
             x: Input of the module.
-            includes_weight: Whether the change of the weight is added, and not only the change of the bias.
+            includes_weight: Whether to add the change of the weight, not only the change of the bias.
         """
         if includes_weight and self._adds_in_place(out):
-            # the last product is added to `out` in place: one pass over it, not three
+            # adding the last product to `out` in place takes one pass over it instead of three
             down, *_, up = self._low_rank_factors
             hidden = self._apply_down(x, down).view(-1, len(down))
             return add_product(out, hidden, up.flatten(1).t())
@@ -205,7 +205,7 @@ class LoraBranch:
         return is_plain and out.dtype == self._low_rank_factors[-1].dtype
 
     def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
-        """Return what the change of the weight adds to the output; None if only the bias changes."""
+        """Return what the weight's change adds to the layer's output; None if only the bias changes."""
         if self._rotation_values is not None:
             input_change = self.compute_input_change(x)
             added = frozen_product(self.target.module, input_change).to(out.dtype)
@@ -226,7 +226,7 @@ class LoraBranch:
         return self._run_operation(x.to(out.dtype), weight)
 
     def changes(self) -> dict[str, Tensor]:
-        """Return what is added to each parameter, by name, float32; or the weight that replaces it."""
+        """Return the addition to each parameter by name in float32; for a `set_weight`, the new weight."""
         if self.rotation is not None and self._rotation_values is not None:
             rotations = self.rotation.compute_rotations(self._rotation_values, self.multiplier)
             return {self.target.parameter_name: self.rotation.weight_change(self.target.parameter, rotations)}
@@ -241,13 +241,13 @@ class LoraBranch:
         return changes
 
     def _compute_full_addition(self, delta: Delta, device: torch.device) -> Tensor:
-        """Return the full matrix that a change adds to the weight at multiplier 1, float32."""
+        """Return the float32 matrix that the LoRA adds to the weight at multiplier 1."""
         addition = delta.compute_normalized_change(self.target.parameter, device, self._uses_frozen_norms)
         assert addition is not None
         return addition
 
     def _apply_low_rank(self, x: Tensor) -> Tensor:
-        """Return what the LoRA adds to the output of its layer for x, in the layer's dtype."""
+        """Return what the LoRA adds to its layer's output for input x, in the dtype of the factors."""
         down, *core, up = self._low_rank_factors
         if self.target.is_linear:
             hidden = self._apply_down(x, down)  # includes the multiplier
@@ -264,9 +264,9 @@ class LoraBranch:
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _apply_down(self, x: Tensor, down: Tensor) -> Tensor:
-        """Return the input times the multiplier and the down factor (of a matrix or a 1x1 convolution).
+        """Multiply x by the down factor (of a matrix or a 1x1 convolution) and by the LoRA's multiplier.
 
-        Ranks that are inactive at the current noise level are 0.
+        Ranks that are inactive at the current noise level become 0.
         """
         # one 2-D product even if x is strided: torch computes the trained factors this way, and both results
         # are then equal to the bit
@@ -275,16 +275,16 @@ class LoraBranch:
         return self._mask_ranks(hidden * self.multiplier)
 
     def _mask_ranks(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Return values between the down and the up factor, with inactive ranks set to 0.
+        """Set inactive ranks of the down factor's output to 0.
 
         Args:
-            hidden: The values.
+            hidden: Output of the down factor.
             axis: Axis of the ranks.
         """
         return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
 
     def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
-        """Mask ranks by noise level if the metadata say that the LoRA was trained as a T-LoRA.
+        """Mask ranks by noise level if the metadata says that the LoRA was trained as a T-LoRA.
 
         Args:
             network: Network that contains the module.
@@ -296,7 +296,7 @@ class LoraBranch:
             self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
 
     def _run_operation(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Apply the module's operation with another weight and without bias."""
+        """Apply the module's operation (linear or convolution) with another weight and without bias."""
         module = self.target.module
         if not isinstance(module, nn.Conv2d):
             return functional.linear(x, weight)
@@ -314,7 +314,7 @@ def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class LoraWrapper(nn.Module):
-    """Run a module, and add the outputs of LoRAs to its output while `is_on`."""
+    """Runs a module, and adds the outputs of LoRAs to its output while `is_on`."""
 
     def __init__(self, target: ChangedParameter, branches: Sequence[LoraBranch]) -> None:
         super().__init__()
@@ -325,12 +325,12 @@ class LoraWrapper(nn.Module):
         self._inner_forward: Callable[..., Tensor] = target.module.forward
 
     def attach(self) -> None:
-        """Replace the module's forward by this one's. Call before compilation."""
+        """Replace the module's forward method with this wrapper's. Call it before compilation."""
         self._inner_forward = self._original_module[0].forward
         self._original_module[0].forward = self.forward
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors of all LoRAs to a device in a dtype."""
+        """Copy the factors of all LoRAs to a device and dtype."""
         for branch in self.branches:
             branch.place_on(device, dtype)
 
@@ -340,13 +340,13 @@ class LoraWrapper(nn.Module):
         self.is_on = True
 
     def switch_off(self) -> None:
-        """Stop adding the LoRAs, and release their factors."""
+        """Stop adding the LoRAs' outputs, and release their factors."""
         self.is_on = False
         for branch in self.branches:
             branch.release()
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Run the module, and add the outputs of the active branches, each within its region of the image."""
+        """Run the module, and add the output of each active LoRA within its image region."""
         active: list[LoraBranch] = []
         if self.is_on:
             active = [branch for branch in self.branches if branch.multiplier != 0]
@@ -359,7 +359,7 @@ class LoraWrapper(nn.Module):
             return self._run_with_replacement(active, x)
         rotations = [branch for branch in active if branch.rotates_input]
         if rotations and self._is_innermost:  # other wrappers inside need the original input
-            # the changes of the input add up, so the module runs once for all rotations
+            # changes of the input can be summed, so the module runs once for all rotations
             change = functools.reduce(torch.add, [branch.compute_input_change(x) for branch in rotations])
             out = self._inner_forward(x + change)
             active = [branch for branch in active if not branch.rotates_input]
@@ -370,7 +370,7 @@ class LoraWrapper(nn.Module):
         return out
 
     def _run_with_changed_weights(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
-        """Run a module that is not a linear layer, such as a norm, with the weights that branches change."""
+        """Run a module that is not linear, such as a norm, with the weights changed by the branches."""
         if all(branch.apply_region is None for branch in branches):
             return self._run_with(branches, *inputs, **named)
         original_out = self._inner_forward(*inputs, **named)
@@ -385,11 +385,11 @@ class LoraWrapper(nn.Module):
 
     @property
     def _is_innermost(self) -> bool:
-        """Return whether this wraps the frozen module directly; other wrappers need the original input."""
+        """Return whether this wraps the frozen module itself rather than another LoRA wrapper."""
         return getattr(self._inner_forward, "__self__", None) is self._original_module[0]
 
     def _run_with_replacement(self, branches: Sequence[LoraBranch], x: Tensor) -> Tensor:
-        """Run a layer whose weight one branch replaces; earlier branches then add only their biases."""
+        """Run a layer whose weight one LoRA replaces; earlier LoRAs then add only their biases."""
         original_out = self._inner_forward(x)
         out = original_out.clone()  # `add_to` may change it in place
         for index, branch in enumerate(branches):
@@ -407,7 +407,7 @@ class LoraWrapper(nn.Module):
         return out
 
     def _run_with(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
-        """Run the module with changed weights, then restore the original weights."""
+        """Run the module with the weights changed by the branches, then restore the original weights."""
         parameters = self._original_module[0]._parameters
         names = [name for name in (self._target.parameter_name, "bias") if self._target.has(name)]
         originals = {name: parameters[name] for name in names}
@@ -430,19 +430,19 @@ class LoraWrapper(nn.Module):
 
 
 class AddedLoras:
-    """The LoRAs that wrap a model's modules; they can be switched on and off."""
+    """LoRAs that wrap the modules of a model, and that can be switched on and off."""
 
     def __init__(self, layers: Sequence[LoraWrapper] = ()) -> None:
         self.layers = layers
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors of all layers to a device in a dtype."""
+        """Copy the factors of all layers to a device and dtype."""
         for layer in self.layers:
             layer.place_on(device, dtype)
 
     @contextlib.contextmanager
     def switched_to(self, is_on: bool) -> Iterator[None]:
-        """Switch the LoRAs on or off within a `with` statement; factors stay on their device."""
+        """Switch the LoRAs on or off within a `with` statement; their factors stay on the device."""
         previous = [layer.is_on for layer in self.layers]
         for layer in self.layers:
             layer.is_on = is_on
@@ -456,7 +456,7 @@ class AddedLoras:
     def switched_on(
         self, device: torch.device, dtype: torch.dtype, strength: float | None = None
     ) -> Iterator[None]:
-        """Add the LoRAs while the model computes in `dtype`.
+        """Add the LoRAs to the model's outputs within a `with` statement.
 
         Args:
             device: Device of the run.
@@ -483,21 +483,21 @@ def add_loras(
 ) -> AddedLoras:
     """Wrap the modules of a model with LoRAs, switched off.
 
-    Call after a network was attached, before compilation.
+    Call it after a network was attached, and before compilation.
 
     Args:
         dit: The transformer.
         weighted_loras: LoRA files with their strengths.
         is_compiled: Whether blocks will be compiled; changes of norms are then left out, because compiled
             code keeps their weights.
-        option: The option with the files, for messages.
+        option: Option that sets the files, for messages.
 
     Raises:
-        CheckpointError: If a file does not fit the model or has magnitudes.
+        CheckpointError: If a file does not fit the model or has DoRA magnitudes.
     """
     parameters = find_parameters(dit)
     branches_of_loras: list[dict[str, LoraBranch]] = []
-    # `fit_depths` maps the blocks of a LoRA for a deeper or shallower model to those of this one
+    # `fit_depths` maps blocks of LoRAs for deeper or shallower models to this model's blocks
     for weighted_lora in fit_depths(weighted_loras, parameters):
         reject_magnitudes(weighted_lora.lora, option)
         deltas_by_module = fit_lora(weighted_lora.lora, parameters, option)
@@ -516,7 +516,7 @@ def add_loras(
 def _drop_changes_of_parameters(
     lora: LoraFile, deltas_by_module: Mapping[str, Delta], parameters: Mapping[str, ChangedParameter]
 ) -> dict[str, Delta]:
-    """Return the changes without those that replace a parameter, for compiled blocks; warn of these."""
+    """Return the changes that compiled blocks support: additions to outputs; warn of all other changes."""
     remaining: dict[str, Delta] = {}
     left_out: list[str] = []
     for name, delta in deltas_by_module.items():
@@ -546,7 +546,7 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
         is_compiled: Whether blocks will be compiled.
 
     Raises:
-        CheckpointError: If a file does not fit the model or has magnitudes.
+        CheckpointError: If a file does not fit the model or has DoRA magnitudes.
     """
     loras = []
     for path, option in stage_files_of(dit):
@@ -556,7 +556,7 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
 
 
 def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
-    """Return the LoRAs that `add_stage_loras` put into a network, in the order of its files."""
+    """Return the LoRAs that `add_stage_loras` added to a network, in file order."""
     loras: Sequence[AddedLoras] = dit.__dict__[_STAGE_LORAS]
     return loras
 
@@ -567,7 +567,7 @@ def attach_branches(
     """Wrap modules of a model with the branches of several LoRAs, switched off; return the wrappers.
 
     Args:
-        branches_of_loras: For each LoRA, its branches by our module names.
+        branches_of_loras: For each LoRA, its additions to modules (`LoraBranch`) by our module names.
         parameters: Result of `find_parameters` for the model.
     """
     branches_by_module: dict[str, list[LoraBranch]] = {}
@@ -581,7 +581,7 @@ def attach_branches(
 
 
 def reject_magnitudes(lora: LoraFile, option: str) -> None:
-    """Raise CheckpointError if a file has DoRA magnitudes, which depend on all changes of the weight."""
+    """Raise CheckpointError if a LoRA has DoRA magnitudes, which depend on all changes of the weight."""
     deltas_by_name = read_deltas(deltas.group_by_module(lora.tensors))
     decomposed = [name for name, delta in deltas_by_name.items() if delta.normalization is not None]
     if decomposed:
@@ -599,7 +599,7 @@ def find_parameters(
 
     Args:
         dit: The transformer.
-        to_published_name: Returns the path that a module has in published files.
+        to_published_name: Maps a module path of the network to the path in published files.
     """
     parameters: dict[str, ChangedParameter] = {}
     for path, module in dit.named_modules():
@@ -617,12 +617,12 @@ def find_parameters(
 
 
 def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option: str) -> dict[str, Delta]:
-    """Return the changes that a file makes to the modules of a model; warn of modules that the model lacks.
+    """Return the changes that a LoRA makes to a model's modules; warn of modules that the model lacks.
 
     Args:
         lora: The LoRA file.
         parameters: Result of `find_parameters` for the model.
-        option: The option with the file, for messages.
+        option: Option that sets the file, for messages.
 
     Raises:
         CheckpointError: If the file does not fit the model.
@@ -658,13 +658,13 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
 def _make_misfit_error(
     lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
 ) -> CheckpointError:
-    """Return the error for a LoRA file if the model has none of its modules.
+    """Return the error for a LoRA file if the model lacks all its modules.
 
     Args:
         lora: The LoRA file.
         absent: Modules of the file.
         family: Family of the model.
-        option: Option that names the file, for messages.
+        option: Option that sets the path, for messages.
     """
     lora_family = lora.family()
     advice = ""
@@ -673,7 +673,7 @@ def _make_misfit_error(
     text_parts = text_side_of(absent)
     if text_parts:
         advice = f" It changes only {text_parts}: merge it into the model's file with merge_lora.py."
-    # the file's names have the prefix of the text encoder
+    # in the file, names have the text encoder's prefix
     if lora.encoder:
         absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
     return CheckpointError(
@@ -684,14 +684,14 @@ def _make_misfit_error(
 
 
 def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParameter, option: str) -> Delta:
-    """Return the change of a module; factors of a first layer with other input channels are dropped.
+    """Return the change of a module; factors for a first layer with other input channels are dropped.
 
     Args:
         lora: The LoRA file.
         name: Our name of the module.
         delta: The change in the file.
         parameter: Parameter of the model that is changed.
-        option: The option with the file, for messages.
+        option: Option that sets the file, for messages.
 
     Raises:
         CheckpointError: If the factors do not fit the module.

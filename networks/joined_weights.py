@@ -1,7 +1,7 @@
-"""Join the frozen weights of layers with a common input in memory, so that one product computes all layers.
+"""Join the frozen weights of layers with the same input in memory, so that one product computes all layers.
 
 Each module keeps its own parameter, which becomes a view of the joined memory. Code that replaces, moves or
-reads a weight does not have to know this: each pass checks by their addresses whether weights are still
+reads a weight need not know this: each pass checks by memory address whether the weights are still
 adjacent.
 """
 # Letters: P parts, M rows of all samples, R rank of a part, C width of a part's output
@@ -18,9 +18,9 @@ MAX_JOINED = 1 << 26
 
 @torch.no_grad()
 def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device) -> None:
-    """Place the weights of linear modules one after the other in memory, for a single product; biases too.
+    """Make the weights of linear modules adjacent in memory, for a single product; biases too.
 
-    Modules are left unchanged if their weights are on another device, are views of a larger storage, or have
+    Modules are unchanged if their weights are on another device, are views of a larger storage, or have
     different dtypes.
 
     Args:
@@ -42,11 +42,11 @@ def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device)
 
 
 def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether weights and biases of several modules can be one matrix and one vector on a device."""
+    """Return whether weights and biases of several modules can be joined in memory on a device."""
     all_or_none_have_biases = len(biases) in (0, len(weights))
     tensors = [*weights, *biases]
     dtype = weights[0].dtype
-    # weights in other dtypes are cast in each pass, so they are not multiplied directly
+    # weights in other dtypes are cast in each pass, so joining them would not help
     is_half = dtype in (torch.bfloat16, torch.float16)
     are_alike = all(tensor.device == device and tensor.dtype == dtype for tensor in tensors)
     have_equal_inputs = len({weight.shape[1:] for weight in weights}) == 1
@@ -65,10 +65,10 @@ def _owns_storage(tensor: Tensor) -> bool:
 
 
 def view_as_one_matrix(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return a view of the rows of all tensors if they are adjacent in memory; else None."""
+    """Return a view of the rows of all tensors as one matrix if they are adjacent in memory; else None."""
     first = tensors[0]
     storage = first.untyped_storage().data_ptr()
-    end = first.storage_offset()  # of the tensors before, in the storage
+    end = first.storage_offset()  # end of the previous tensors in the storage
     num_rows = 0
     for tensor in tensors:
         is_adjacent = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == storage
@@ -86,9 +86,9 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, sizes: Sequence[int
 
     Args:
         total: Tensor to add to, M x (C of all parts), contiguous.
-        left: Left matrices side by side, M x P R.
-        right: Right matrices, transposed, one below another, (C of all parts) x R.
-        sizes: Sizes C of the parts; if they are equal, one batched product computes all parts.
+        left: Left matrices side by side, M x P R for P parts.
+        right: Right matrices, transposed and stacked vertically, (C of all parts) x R.
+        sizes: Number of columns C of each part; if all are equal, one batched product computes all parts.
     """
     count = len(sizes)
     if len(set(sizes)) == 1:
@@ -102,12 +102,12 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, sizes: Sequence[int
 
 
 def multiply_parts(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the product of each part, side by side, M x P R.
+    """Return left @ right for each part, side by side: M x P R for P parts.
 
     Args:
         left: Left matrices side by side, M x (C of all parts).
-        right: Right matrices one below another, (C of all parts) x R.
-        sizes: Sizes C of the parts.
+        right: Right matrices stacked vertically, (C of all parts) x R.
+        sizes: Width C of each part's left matrix.
     """
     count = len(sizes)
     rank = right.shape[1]
@@ -124,12 +124,12 @@ def multiply_parts(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def multiply_transposed(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return left^T times right of each part, one below another, (C of all parts) x R.
+    """Return left^T @ right for each part, stacked vertically: (C of all parts) x R.
 
     Args:
         left: Left matrices side by side, M x (C of all parts).
-        right: Right matrices side by side, M x P R.
-        sizes: Sizes C of the parts.
+        right: Right matrices side by side, M x P R for P parts.
+        sizes: Width C of each part's left matrix.
     """
     count = len(sizes)
     if len(set(sizes)) == 1:
@@ -142,10 +142,10 @@ def multiply_transposed(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Te
 
 
 def _unstack_columns(matrix: Tensor, count: int) -> Tensor:
-    """Return a view of matrices side by side, M x P C, as P M C."""
+    """Return horizontally stacked matrices, M x P C, as a view P x M x C."""
     return matrix.unflatten(-1, (count, -1)).transpose(0, 1)
 
 
 def _unstack_rows(matrix: Tensor, count: int) -> Tensor:
-    """Return a view of matrices one below another, P C x R, as P C R."""
+    """Return vertically stacked matrices, P C x R, as a view P x C x R."""
     return matrix.unflatten(0, (count, -1))

@@ -59,7 +59,7 @@ _UNSUPPORTED_KINDS = {
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """Tensors of a LoRA file under our names, and the keys in the file that we have no names for."""
+    """Tensors of a LoRA file renamed to our module names, and the keys that could not be renamed."""
 
     tensors: dict[str, Tensor]  # of the transformer, by our name
     dialect: str  # for messages
@@ -77,14 +77,14 @@ class NativeTensors:
 
     @property
     def family(self) -> FamilyNames | None:
-        """The family; None if it is unknown, or if families with different module names are possible."""
+        """The family; None if unknown, or if several families with different module names are possible."""
         if not self.families or not have_same_names(self.families):
             return None
         return self.families[0]
 
 
 class _ParsedKeys(NamedTuple):
-    """The parsed keys of a file, by key, and the keys that do not belong to a LoRA."""
+    """The keys of a LoRA file, parsed, and the keys that do not belong to a LoRA."""
 
     of_dit: dict[str, ParsedKey]
     of_text_encoders: dict[str, ParsedTextKey]
@@ -94,14 +94,14 @@ class _ParsedKeys(NamedTuple):
 def to_native(
     tensors: Mapping[str, Tensor], family_hint: str | None = None, with_texts: bool = True
 ) -> NativeTensors:
-    """Rename tensors from any dialect to our names.
+    """Rename tensors from any dialect (program's naming scheme) to our names.
 
     Values are unchanged, except that `rewrite` joins some, and that magnitudes become columns. Missing alphas
     are not added.
 
     Args:
         tensors: Tensors by name.
-        family_hint: Family that the user or the metadata name.
+        family_hint: Family named by the user or the metadata.
         with_texts: Whether to rename tensors of text encoders too.
     """
     internal_keys = tuple(key for key in tensors if ROW_RANGE in key)  # files must not contain them
@@ -132,7 +132,7 @@ def to_native(
         text_family = _find_family_for_texts(keys.of_text_encoders, families, hint)
         text_names = _map_text_keys_to_our_names(keys.of_text_encoders, text_family)
     key_by_name = _find_first_keys(our_names | text_names)
-    duplicate_keys: dict[str, str] = {}  # further keys of a name -> its first key
+    duplicate_keys: dict[str, str] = {}  # other keys of a name -> its first key
     for key, name in (our_names | text_names).items():
         if key_by_name[name] != key:
             duplicate_keys[key] = key_by_name[name]
@@ -153,7 +153,7 @@ def to_native(
 
 
 def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
-    """Map each of our names to the first key in the file with this name; `names` maps keys to our names."""
+    """Map each of our names to the first key in the file that has it; `names` maps keys to our names."""
     key_by_name: dict[str, str] = {}
     for key, name in names.items():
         key_by_name.setdefault(name, key)
@@ -161,10 +161,10 @@ def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
-    """Return how many LoRAs were joined into each module's factors, by our name of the module.
+    """Return how many LoRAs were joined into each module's factors, by our module name.
 
     Args:
-        joined_lora_counts: Key of a joined factor -> number of factors that were joined into it.
+        joined_lora_counts: Key of a joined factor -> number of LoRAs in it.
         names: Key -> our name of the tensor.
     """
     counts: dict[str, int] = {}
@@ -178,11 +178,11 @@ def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[st
 def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
     """Return the tensors of a file that uses only our names; None if it uses any other name.
 
-    Our own files are read this way, which is fast because no other program's names are tried.
+    Files written by us are read this way, which is fast because no other program's names are tried.
 
     Args:
         tensors: Tensors by name.
-        family: Family that the metadata name.
+        family: Family named in the metadata.
     """
     paths: dict[str, str] = {}
     for key in tensors:
@@ -210,7 +210,7 @@ def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> Native
 
 
 def _parse_keys(names: Iterable[str]) -> _ParsedKeys:
-    """Parse the keys of a file."""
+    """Parse the keys of a LoRA file."""
     keys = _ParsedKeys({}, {}, [])
     for key in names:
         parsed_text = split_text(key)
@@ -236,7 +236,7 @@ def _find_families(
 
 
 def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
-    """Narrow the possible families down, first by the text encoders, then by the spelling of module names.
+    """Narrow down the possible families by the text encoders, then by the spelling of module names.
 
     A step that would leave no family is skipped.
     """
@@ -247,24 +247,24 @@ def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list
 
 
 def _has_text_encoder(family: FamilyNames, number: int) -> bool:
-    """Return whether a family may have the text encoder of this number, such as 2 for `lora_te2_`."""
+    """Return whether a family may have the text encoder with this number, such as 2 for `lora_te2_`."""
     # prefixes may skip a number: FLUX.1 has lora_te1 and lora_te3
     has_prefix = any(prefix.endswith(str(number)) for prefix, _ in family.encoders)
     return has_prefix or len(family.encoders) >= number
 
 
 def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
-    """Return whether a family's files may have these underscored paths.
+    """Return whether LoRA files of a family may contain these paths with underscores instead of dots.
 
-    Underscored paths of another layout (`input_blocks_1_1_proj_in`) occur only in files of families whose
-    LoRAs all tools write in this way (SDXL).
+    For paths of another layout (`input_blocks_1_1_proj_in`), only families whose LoRAs all tools write in
+    this way (SDXL) have such files.
     """
     has_aliases = any(alias(path, family) != path for path in paths)
     return not has_aliases or family.underscored_names == "aliases"
 
 
 def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
-    """Map paths of modules in the file, such as `blocks.0.attn1.to_q`, to our names with our prefix.
+    """Map module paths in the file, such as `blocks.0.attn1.to_q`, to our names with our prefix.
 
     A path of another layout is translated only if all possible families translate it in the same way.
     """
@@ -283,15 +283,15 @@ def _find_family_for_texts(
 ) -> FamilyNames | None:
     """Return the family whose text encoders a file changes.
 
-    The result is None if the possible families have different text encoders; these then keep their names from
-    the file.
+    Returns None if the possible families have different text encoders; the file's names for them are kept
+    then.
 
     Args:
         keys: Parsed keys of text encoders.
         families: Possible families by the names of the DiT's modules; none if the file has no such modules.
-        hint: Family that the user or the metadata name, for a file of text encoders alone.
+        hint: Family named by the user or the metadata, for a file that has only text encoders.
     """
-    num_encoders = max((parsed.number for parsed in keys.values()), default=1)  # they count from 1
+    num_encoders = max((parsed.number for parsed in keys.values()), default=1)  # encoders are numbered from 1
     likely = [family for family in families if len(family.encoders) >= num_encoders] or families[:1]
     if likely:
         has_same_encoders = len({family.encoders for family in likely}) == 1
@@ -302,7 +302,7 @@ def _find_family_for_texts(
 def _map_text_keys_to_our_names(
     keys: Mapping[str, ParsedTextKey], family: FamilyNames | None
 ) -> dict[str, str]:
-    """Map keys of text encoders to our names; keys that we have no name for are left out."""
+    """Map text encoder keys of a file to our names, leaving out keys that have none."""
     names: dict[str, str] = {}
     for key, parsed in keys.items():
         name = name_text(parsed, family)
@@ -314,14 +314,14 @@ def _map_text_keys_to_our_names(
 def _rename(
     names: Iterable[str], key_by_name: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors under our names; modules without an alpha get the alpha that a file has for all modules.
+    """Return tensors under our names; modules without an alpha get the file's global alpha, if it has one.
 
     Magnitudes that a file stores as vectors become columns.
 
     Args:
         names: Our names of the tensors to return.
-        key_by_name: Our name -> key in the file; the first one if several keys mean the same tensor.
-        tensors: Tensors of the full file, by key.
+        key_by_name: Our name -> key in the file; the first key if several keys mean the same tensor.
+        tensors: All tensors of the file, by key.
     """
     modules = dict.fromkeys(name.partition(".")[0] for name in names)
     renamed: dict[str, Tensor] = {}
@@ -343,7 +343,9 @@ def _find_conflicting_keys(
 ) -> tuple[str, str] | None:
     """Return two keys with the same meaning but different values; None if there are none.
 
-    `repeated` maps each repeated key to the first key with the same meaning.
+    Args:
+        repeated: Each repeated key, and the first key with the same meaning.
+        tensors: Tensors of the file.
     """
     for key, first_key in repeated.items():
         first = tensors[first_key]
@@ -357,7 +359,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """Group the tensor names of a LoRA file by expert; {None: all names} if the file has a single network.
 
     Experts are recognized by the prefixes of additional networks in diffusers' pipelines, such as
-    `transformer_2`. The key of an alpha for all modules is in each group.
+    `transformer_2`. A key for a global alpha is in every group.
     """
     names = list(names)
     experts = {name: further_expert(name) for name in names}  # None for names of the first network
@@ -374,7 +376,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Return an unsupported kind of network and a key that shows it; None if there is no such key."""
+    """Return (unsupported network kind, a key that shows it); None if no key shows one."""
     for key in keys:
         for kind, endings in _UNSUPPORTED_KINDS.items():
             if key.endswith(endings):
@@ -383,7 +385,7 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
 
 
 def module_of_tensor(name: str) -> tuple[str, str]:
-    """Split a tensor's name: `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
+    """Split a tensor name: `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
 
     A parameter that is not a module's weight or bias counts as a module, as in LoRA files:
     `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
@@ -398,25 +400,25 @@ def module_of_tensor(name: str) -> tuple[str, str]:
 
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
-    """Return the families that a LoRA may be for, by our names of its modules and by their sizes."""
+    """Return the families that a LoRA may be for, judging by our names and the sizes of its modules."""
     in_dit = _read_deltas_of_dit(modules)
     return likely_families(in_dit, lambda name: _size_of(in_dit[name]), hint)
 
 
 def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
-    """Return whether the sizes of a LoRA's modules, under our names, are possible in the family."""
+    """Return whether a LoRA's modules, under our names, may have their sizes in the family."""
     in_dit = _read_deltas_of_dit(modules)
     return sizes_fit(family, in_dit, lambda name: _size_of(in_dit[name]))
 
 
 def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the changes of the modules of a DiT, by our names without the prefix."""
+    """Return the changes of a transformer's modules, by our names without the prefix."""
     in_dit = {name.removeprefix(OURS): factors for name, factors in modules.items() if name.startswith(OURS)}
     return read_deltas(in_dit)
 
 
 def _size_of(delta: Delta) -> tuple[int, int] | None:
-    """Return rows and columns of the change of a weight; None if nothing is added, or for damaged factors."""
+    """Return the rows and columns of a weight change; None if nothing is added or factors are damaged."""
     if delta.has_row_range:  # the factors belong to a larger layer
         size = delta.matrix_size()
         return None if size is None else (delta.count_rows() or 0, size[1])
@@ -431,10 +433,10 @@ def _size_of(delta: Delta) -> tuple[int, int] | None:
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
-    """Return the U-Net family with the text width of a LoRA's cross-attention; None if there is none."""
+    """Return the U-Net family with the text width of a LoRA's cross-attention; None if no family has it."""
     widths: set[int] = set()
     for name, factors in modules.items():
-        if not name.endswith(("attn2_to_k", "attn2_to_v")):  # the layers that take text states
+        if not name.endswith(("attn2_to_k", "attn2_to_v")):  # these layers take text states
             continue
         size = _size_of(read_delta(factors))
         if size is not None:

@@ -76,10 +76,10 @@ MAX_UNUSED = 0.1  # fraction of a file's tensors; if more are unused, a second w
 
 @dataclass(frozen=True)
 class LoraFile:
-    """An adapter of any kind under our tensor names, on the CPU, in the dtype of the file.
+    """An adapter (LoRA, LoHa, ...) under our tensor names, on the CPU, in the file's dtype.
 
     Names look like `lora_unet_blocks_0_self_attn_q.lora_down.weight`. If a file contains one LoRA for each
-    expert of a model, `tensors` is empty and `loras_by_expert` has these LoRAs: `for_expert` returns one.
+    expert of a model, `tensors` is empty, and `for_expert` returns one of `loras_by_expert`.
     """
 
     path: Path
@@ -102,7 +102,7 @@ class LoraFile:
 
     @property
     def expert(self) -> str | None:
-        """Return the expert that the LoRA was trained for, by its metadata or file name.
+        """Return the expert that the LoRA was trained for, according to its metadata or file name.
 
         Returns:
             FOR_BOTH for a LoRA for both experts; None if unknown or if the file has a LoRA for each expert.
@@ -111,14 +111,14 @@ class LoraFile:
 
     @property
     def evidence(self) -> str:
-        """Return what revealed the family, for messages: "its metadata" or "its names"."""
+        """Return where the family was found, for messages: "its metadata" or "its names"."""
         return "its names" if self.is_family_by_names else "its metadata"
 
     def may_lack(self, names: Iterable[str]) -> bool:
         """Return whether a network may lack all of these modules without an error.
 
-        It may if they are projections of a text encoder, which some checkpoints lack, and if the file also
-        changes other networks.
+        True for projections of a text encoder, which some checkpoints lack, if the file also changes other
+        networks.
 
         Args:
             names: Names of all modules that the file changes in the network.
@@ -127,14 +127,14 @@ class LoraFile:
 
     @property
     def has_frozen_norms(self) -> bool:
-        """Return whether DoRA magnitudes by output are relative to the frozen weights' norms (ComfyUI)."""
+        """Return whether DoRA's row magnitudes refer to the norms of the frozen weight, as in ComfyUI."""
         return self.metadata.get(NORMS_FORM) == FROZEN_NORMS
 
     def for_expert(self, expert: str | None) -> "LoraFile":
-        """Return the LoRA for an expert if the file has one for each expert, else the file itself.
+        """Return the LoRA for an expert if the file has one for each expert, otherwise the file itself.
 
         Args:
-            expert: Name of the expert; empty or None if the model has no experts or its expert is unknown.
+            expert: Name of the expert; "" or None if the model has no experts or the expert is unknown.
 
         Raises:
             CheckpointError: If the file has LoRAs for experts, but none for this one.
@@ -149,7 +149,7 @@ class LoraFile:
         """Return the factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
 
         Raises:
-            CheckpointError: If the file has a LoRA for each expert and none was chosen.
+            CheckpointError: If the file has a LoRA for each expert and no expert was chosen.
         """
         if self.loras_by_expert:
             raise _make_several_error(self.path)
@@ -158,10 +158,10 @@ class LoraFile:
     def families(self, hint: str | None = None) -> list[FamilyNames]:
         """Return the families that the file may be for.
 
-        There are several if names, sizes, block numbers and metadata do not decide.
+        There are several if names, sizes, block indices and metadata do not decide.
 
         Args:
-            hint: Family to prefer if several are possible; None for the one in the metadata.
+            hint: Family to prefer if several are possible; None for the family in the metadata.
         """
         if hint is None and self.trusted_family is not None:
             return [self.trusted_family]
@@ -178,9 +178,9 @@ class LoraFile:
 
     @property
     def depth_variants(self) -> DepthVariants | None:
-        """Return how deeper variants of the file's model repeat blocks.
+        """Return how deeper variants of the LoRA's base model repeat blocks.
 
-        None if the model has no deeper variants or is unknown.
+        None if the model is unknown or has no deeper variants.
         """
         if self.trusted_family is not None:
             return self.trusted_family.depth_variants
@@ -188,13 +188,13 @@ class LoraFile:
         return next((family.depth_variants for family in families if family.depth_variants is not None), None)
 
     def family(self) -> FamilyNames | None:
-        """Return the family that the file was trained for; None if unknown or if several are possible."""
+        """Return the family that the file was trained for; None if unknown or ambiguous."""
         families = self.families()
         return families[0] if families and have_same_names(families) else None
 
 
 def _make_several_error(path: Path) -> CheckpointError:
-    """Return the error for a file with a LoRA for each expert, where one LoRA is needed."""
+    """Return the error for a file with a LoRA for each expert where a single LoRA is required."""
     return CheckpointError(
         f"{path} contains two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
         "  Take them apart with convert_lora.py --input FILE --output LOW --output_high_noise HIGH --target "
@@ -210,14 +210,14 @@ def read_lora(
     family: str | None = None,
     with_embeddings: bool = False,
 ) -> LoraFile:
-    """Read a LoRA file (or a PEFT folder) of any dialect; a warning lists keys that cannot be used.
+    """Read a LoRA file (or a PEFT folder) with any program's names; warn of keys that cannot be used.
 
     Args:
         path: The file or folder.
         by_expert: Whether to accept a file that contains a LoRA for each expert; the result then has
             `loras_by_expert`.
         with_texts: Whether to read changes of text encoders too.
-        family: Family that the user named; None if none was named.
+        family: Family named by the user; None if none was named.
         with_embeddings: Whether to read trained words (embeddings) too.
 
     Raises:
@@ -276,7 +276,7 @@ def read_lora(
 
 
 def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
-    """Return the error for a file of an unsupported kind of network, recognized by the tensor name `key`."""
+    """Return the error for a file of an unsupported network kind, which the tensor name `key` shows."""
     return CheckpointError(
         f"{path} is a network of the kind {kind}, which is not supported: it has {key}.\n"
         f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
@@ -299,15 +299,15 @@ def _recognize_lora(
         path: Path of the file.
         stored: Tensors as stored in the file.
         metadata: Metadata of the file.
-        expert: Expert of the LoRA; None if names in the file do not show it.
+        expert: Expert of the LoRA; None if names in the file do not reveal it.
         with_texts: Whether to read changes of text encoders.
-        is_written_here: Whether the file was written by us.
-        family: Family that the user named; None if none was named.
+        is_written_here: Whether we wrote the file.
+        family: Family named by the user; None if none was named.
     """
     if expert is not None:
         metadata = _metadata_of_expert(path, metadata, expert)
     has_no_family = read_family(metadata) is None
-    # the returned metadata also name the family that was recognized
+    # the returned metadata also names the recognized family
     native, metadata = _recognize(path, stored, metadata, family=family, with_texts=with_texts)
     part = _build_lora(path, native, metadata, expert=expert, is_written_here=is_written_here)
     return replace(part, is_family_by_names=has_no_family and native.family_name is not None)
@@ -320,14 +320,14 @@ def _build_lora(
     expert: str | None,
     is_written_here: bool,
 ) -> LoraFile:
-    """Build the `LoraFile` of a file or of one expert, with missing alphas added; reject unusable factors.
+    """Build a `LoraFile` from a file or one expert's part of it; add missing alphas, reject invalid factors.
 
     Args:
         path: Path of the file.
         native: Tensors under our names.
         metadata: Metadata of the file, or of the expert's LoRA.
-        expert: Expert of the LoRA; None if names in the file do not show it.
-        is_written_here: Whether the file was written by us.
+        expert: Expert of the LoRA; None if names in the file do not reveal it.
+        is_written_here: Whether we wrote the file.
     """
     tensors = dict(native.tensors)
     text_tensors = dict(native.text_tensors)
@@ -351,7 +351,7 @@ def _build_lora(
         tensors = {**tensors, **dit_alphas}
         text_tensors = {**text_tensors, **text_alphas}
     logger.info(f"{path}: {_describe_lora(native, metadata, alpha_clause, expert)}")
-    # sd-scripts with the argument split_qkv saves the alphas of single parts for joined factors
+    # sd-scripts with the argument split_qkv saves the alpha of a single part for joined factors
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = correct_split_alphas(path, tensors, metadata)
     return LoraFile(
@@ -367,7 +367,7 @@ def _build_lora(
 def _drop_tensors_without_effect(
     path: Path, tensors: dict[str, Tensor], text_tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Drop unused alphas, and changes of weights that the file replaces; warn of these changes."""
+    """Drop unused alphas, and changes of weights that the file itself replaces; warn of the latter."""
     remaining, replaced = drop_replaced(drop_unused_alphas(tensors))
     remaining_texts, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
     names = [*replaced, *replaced_in_texts]
@@ -386,10 +386,10 @@ def _recognize(
     family: str | None,
     with_texts: bool,
 ) -> tuple[key_formats.NativeTensors, Mapping[str, str]]:
-    """Return the tensors under our names, and the metadata with entries that the tensors reveal.
+    """Return the tensors under our names, and the metadata with what the tensors reveal added.
 
-    The tensors may reveal the family, recorded under `TRAINED_ON`, and that DoRA magnitudes are in ComfyUI's
-    form, recorded under `NORMS_FORM`.
+    The tensors may reveal the family, stored under `TRAINED_ON`, and that DoRA magnitudes refer to frozen
+    norms as in ComfyUI, stored under `NORMS_FORM`.
 
     Raises:
         CheckpointError: If the tensors are not a LoRA, or if a layer is changed under two names.
@@ -420,7 +420,7 @@ def _recognize(
 
 
 def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
-    """Return the metadata of one expert's LoRA in a file. Raises CheckpointError if they are unreadable."""
+    """Return the metadata of one expert's LoRA in a file. Raises CheckpointError if it is invalid."""
     try:
         return metadata_of(metadata, expert)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -430,7 +430,7 @@ def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) ->
 
 
 def _reject_clash(path: Path, native: NativeTensors) -> None:
-    """Raise CheckpointError if a file changes one layer under two names."""
+    """Raise CheckpointError if a LoRA file changes the same layer under two names."""
     clash = native.conflicting_keys or _named_twice(native)
     if clash:
         first, second = clash
@@ -443,7 +443,7 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
 
 
 def _reject_unknown_modules(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
-    """Raise CheckpointError if a file has names with our prefix for modules that the family does not have.
+    """Raise CheckpointError if a file has our names for modules that the family does not have.
 
     Args:
         path: Path of the file.
@@ -469,8 +469,8 @@ def _describe_lora(
     Args:
         native: Tensors under our names.
         metadata: Metadata of the file, or of the expert's LoRA.
-        alphas: Clause about alphas that were added; "" if none were.
-        expert: Expert of the LoRA; None if names in the file do not show it.
+        alphas: Clause about added alphas; "" if none were added.
+        expert: Expert of the LoRA; None if names in the file do not reveal it.
     """
     modules = format_count(len(group_by_module(native.tensors)), "module")
     num_text_modules = len(group_by_module(native.text_tensors))
@@ -492,7 +492,7 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
     Args:
         path: Path of the file.
         modules: Factors of each module, by name.
-        unknown: Keys that are not read.
+        unknown: Keys that are not used.
     """
     for module, delta in read_deltas(modules).items():
         reason = delta.find_error()
@@ -517,10 +517,10 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two paths in a file, one of a fused weight and one of a part of it, which contradict each other.
+    """Return two paths in a file that clash because one is a fused weight and the other a part of it.
 
     Returns:
-        The paths; None if there are none, or if they are separate modules in one of the possible families.
+        The paths; None if no paths clash, or if they are separate modules in one of the possible families.
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
@@ -546,7 +546,7 @@ def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
-    """Warn about keys of a file that are not read.
+    """Warn of keys in a file that are not used.
 
     Args:
         path: Path of the file.
@@ -573,7 +573,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
 
 
 def _make_no_lora_error(path: Path, names: Iterable[str]) -> CheckpointError:
-    """Return the error for a file that is not a LoRA; `names` are those of its tensors."""
+    """Return the error for a file that is not a LoRA; `names` are its tensor names."""
     return CheckpointError(
         f"{path} is not a LoRA for a video or image model: it has tensors such as "
         f"{list_some(sorted(names), 3)}. Give a LoRA file.",
@@ -584,11 +584,11 @@ def _make_no_lora_error(path: Path, names: Iterable[str]) -> CheckpointError:
 def reject_unknown(lora: LoraFile, option: str = "") -> None:
     """Raise CheckpointError if no known model has modules with a LoRA's names.
 
-    Call if none of the LoRA's modules was found in the model.
+    Call it if the model has none of the LoRA's modules.
 
     Args:
         lora: The LoRA file.
-        option: Option that names the file, for messages.
+        option: Option that sets the path, for messages.
     """
     if lora.unknown_names:
         file = f"{option} {lora.path}" if option else str(lora.path)
@@ -603,14 +603,14 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
 def warn_of_unused_parts(
     path: Path, unused: Sequence[str], total: int, statement: str, consequence: str = ""
 ) -> None:
-    """Warn of unused names; if more than MAX_UNUSED of all are unused, a second line states the consequence.
+    """Warn of unused names; if their fraction exceeds MAX_UNUSED, a second line states the consequence.
 
     Args:
-        path: File of the LoRA.
+        path: LoRA file.
         unused: Unused names.
         total: Number of all names.
         statement: Plural noun and verb for the message, as in "4 of 24 {statement}: a, b, c".
-        consequence: Sentence for the second line; "" for none.
+        consequence: Sentence for the second line; "" for no second line.
     """
     logger.warning(f"{path}: {len(unused)} of {total} {statement}: {list_some(unused)}")
     if consequence and len(unused) > MAX_UNUSED * total:
@@ -619,11 +619,10 @@ def warn_of_unused_parts(
 
 @dataclass(frozen=True)
 class WeightedLora:
-    """One LoRA file with its multiplier and patterns.
+    """One LoRA file with its multiplier and two regular expressions that include or exclude tensors by name.
 
-    A pattern is a regular expression that selects tensors by name. It may use the name in the LoRA file or
-    the name in the model (they differ for FramePack and HunyuanVideo), and may select a part of a fused
-    module.
+    A pattern may match the name in the LoRA file or the name in the model (they differ for FramePack and
+    HunyuanVideo), and may select a part of a fused module.
     """
 
     lora: LoraFile
@@ -638,7 +637,7 @@ class WeightedLora:
         return replace(self, lora=lora)
 
     def selects(self, factors: Iterable[str], *names: str) -> bool:
-        """Return whether the patterns select any factor of a module.
+        """Return whether the include and exclude patterns select any factor of a module.
 
         Args:
             factors: Names of the factors.
@@ -659,11 +658,11 @@ def read_weighted_loras(
     with_texts: bool = False,
     with_embeddings: bool = False,
 ) -> list[WeightedLora]:
-    """Read LoRA files; return each with its multiplier and patterns.
+    """Read LoRA files; return each with its multiplier and its include and exclude patterns.
 
     Args:
         files: Files with their multipliers.
-        patterns: Patterns, one per file in the same order; None for none.
+        patterns: One include and one exclude pattern per file in the same order; None for no patterns.
         with_texts: Whether to read changes of text encoders.
         with_embeddings: Whether to read the trained words (embeddings) in the files.
     """
@@ -693,7 +692,7 @@ def read_weighted_loras(
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
-    """Return the tensor names that patterns are searched in: the file's own, and those of other layouts."""
+    """Return all names that include and exclude patterns may match: the file's and other layouts'."""
     names: set[str] = set()
     for part in (lora, *lora.loras_by_expert.values()):
         for tensor in (*part.tensors, *part.text_tensors):
@@ -705,13 +704,13 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
-    """Return a pattern that matches names in a file, if the typed pattern only differs in its separators.
+    """Return the typed pattern, rewritten if names match it only with other separators (dots, underscores).
 
     Another option may have added an alternative: `typed|ADDED_PATTERN added`, or `ADDED_PATTERN added` if
-    nothing was typed. The added pattern may match nothing, so only the typed one is rewritten.
+    nothing was typed. The added pattern may match nothing, so only the typed pattern is rewritten.
 
     Args:
-        pattern: The pattern; None for none.
+        pattern: The pattern; None if there is none.
         names: Names that the pattern is searched in.
         where: Path of the file, for the warning.
     """
@@ -726,7 +725,7 @@ def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str 
 
 
 def _fit_typed_pattern(typed: str, names: Collection[str], where: str) -> str:
-    """Make dots and underscores equal in a pattern that matches no name; warn if it still matches none."""
+    """Let dots and underscores match each other in a pattern that matches no name; warn if that fails too."""
     if any(re.search(typed, name) for name in names):
         return typed
     any_spelling = in_any_spelling(typed)
@@ -745,16 +744,16 @@ def warn_of_absent(
     modules: Iterable[str] = (),
     encoder: str = "",
 ) -> None:
-    """Warn of changes by a LoRA for modules that a model does not have, once for each reason.
+    """Warn of LoRA changes to modules that a model lacks, once for each reason.
 
     Args:
-        path: File of the LoRA.
+        path: LoRA file.
         absent: Names of the absent modules or weights, `lora_unet_x` or `lora_unet_x.weight`.
         total: Number of all modules or weights that the LoRA changes.
         statement: Plural noun and verb for the message, such as "weights are not in this model".
         model: Family of the model; None if unknown.
         modules: Names of the model's modules, without our prefix.
-        encoder: Prefix of the text encoder that they are in; "" for the transformer.
+        encoder: Prefix of the text encoder that contains them; "" for the transformer.
     """
     modules = list(modules)
     if encoder:
@@ -777,15 +776,15 @@ def warn_of_absent(
 
 
 def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders: bool) -> list[WeightedLora]:
-    """Return the LoRAs reduced to one side: modules of the transformer, or modules loaded with text encoders.
+    """Return the LoRAs reduced to the transformer's modules, or to modules loaded with the text encoders.
 
-    A LoRA is left out if it has no modules on the side, or if its patterns select none of them. If the
+    A LoRA is left out if it has no modules on that side, or if its patterns select none of them. If the
     patterns select nothing on either side, the LoRA stays on the transformer's side, so that the merge
     reports it once.
 
     Args:
         weighted_loras: LoRA files with their patterns.
-        of_text_encoders: Whether to return the side of the text encoder.
+        of_text_encoders: Whether to return the text encoders' side.
     """
     loras_on_side = []
     for weighted_lora in weighted_loras:
@@ -816,12 +815,12 @@ def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders
 
 
 def _keeps_any(weighted_lora: WeightedLora, modules: Mapping[str, Factors]) -> bool:
-    """Return whether the patterns of a LoRA select any of these modules."""
+    """Return whether the LoRA's include and exclude patterns select any of these modules."""
     return any(weighted_lora.selects(factors, name) for name, factors in modules.items())
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
-    """Warn if a LoRA's tensor names fit but its metadata name another model.
+    """Warn if a LoRA's module names fit but it was trained for a different model family.
 
     Args:
         lora: The LoRA file.
@@ -829,7 +828,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         modules: Names of the model's modules, which show its release.
 
     Raises:
-        CheckpointError: If the metadata show that the LoRA needs a feature that is not supported.
+        CheckpointError: If the metadata shows that the LoRA needs an unsupported feature.
     """
     if model is None:
         return
@@ -858,7 +857,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
 
 
 def read_weighted_lora(path: Path, expert: str, multiplier: float) -> WeightedLora:
-    """Read the LoRA of one expert from a file; warn if the file was trained for another expert."""
+    """Read one expert's LoRA from a file; warn if the file was trained for another expert."""
     lora = read_lora(path, by_expert=True).for_expert(expert)
     warn_of_other_expert(lora, expert)
     return WeightedLora(lora, multiplier)
@@ -869,7 +868,7 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
 
     Args:
         lora: The LoRA file.
-        expert: Expert that the LoRA is loaded into; empty or None if the model has no experts or its expert
+        expert: Expert that the LoRA is loaded into; "" or None if the model has no experts or its expert
             is unknown.
     """
     if not expert or lora.expert in (None, FOR_BOTH, expert):

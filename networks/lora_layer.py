@@ -1,4 +1,4 @@
-"""One LoRA layer: its addition to the output of a frozen Linear or Conv2d, and its dropouts.
+"""One LoRA layer: its addition to the output of a frozen Linear or Conv2d, and its dropout.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
@@ -34,7 +34,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Dropout probabilities during training, at least one above 0; eval mode drops nothing."""
+    """Dropout probabilities in training, at least one of them above 0; in eval mode nothing is dropped."""
 
     neuron: float = 0.0  # of single values between the factors
     rank: float = 0.0  # of a rank, for all tokens of a sample
@@ -42,29 +42,29 @@ class Dropouts:
 
 
 class DropoutSeed:
-    """The seed of all dropout masks in one micro-batch, shared by the layers of a network."""
+    """Seed for all dropout masks of one micro-batch, shared by the layers of a network."""
 
     value: int | None = None
 
     def derive(self, layer: int, kind: str, part: int = 0) -> int:
-        """Return the seed of a mask; it is random in each call if `value` is None.
+        """Return the seed of a mask; a random seed in each call if `value` is None.
 
         Args:
             layer: Index of the layer.
-            kind: Kind of random decision, such as one of KINDS.
-            part: Index of the part of the tokens, if processes split them.
+            kind: What is drawn, such as one of KINDS ("neuron", ...).
+            part: Index of this process's part of the tokens, if processes split them.
         """
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
 
     def tables(self, layers: "Sequence[LoraLayer]", device: torch.device) -> Tensor:
-        """Return the seeds of all layers, layers x KINDS x (lower, upper 32 bits), int64, in one transfer."""
+        """Return the seeds of all layers as layers x KINDS x (low, high 32 bits), int64, copied at once."""
         seeds = [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers]
         return tensor_on(device, seeds)
 
 
 class LoraLayer(nn.Module):
-    """Replacement for the forward of a frozen module: `y + multiplier * alpha / rank * up(down(x))`.
+    """Replaces the forward of a frozen module: `y + multiplier * alpha / rank * up(down(x))`.
 
     The factors are float32 for every dtype of the model. They compute in autocast's dtype, or in float32
     without autocast.
@@ -85,15 +85,14 @@ class LoraLayer(nn.Module):
     ) -> None:
         """Create the factors for a frozen module; initially their product is 0.
 
-        Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
+        Initial values are drawn from torch's global CPU generator, as in other tools' LoRA modules.
 
         Args:
             original: The frozen module.
             rank: Rank (of each part, if there are `split_sizes`).
             alpha: Numerator of the scale alpha / rank; 0 means the rank.
-            split_sizes: Numbers of rows of the parts of a fused weight, each of which gets its own factors.
-                The layer's `rank` and `alpha` are then the sums over all parts, so their quotient is
-                unchanged.
+            split_sizes: Number of rows of each part of a fused weight; each part gets its own factors. The
+                layer's `rank` and `alpha` are then the sums over all parts, so their quotient is unchanged.
         """
         super().__init__()
         num_parts = max(len(split_sizes), 1)
@@ -105,7 +104,7 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
-        # larger outputs get the product added in place
+        # the product is added in place to outputs larger than this
         self.min_in_place_numel = MIN_IN_PLACE_NUMEL
         # for DoRA, a function that replaces the addition: (layer, output of the frozen module, output of the
         # LoRA, dtype of the input) -> output
@@ -129,22 +128,22 @@ class LoraLayer(nn.Module):
         self.read_alpha()
 
     def read_alpha(self) -> None:
-        """Update the scale alpha / rank from the buffer alpha after loading; an alpha of 0 means the rank."""
+        """Recompute the scale alpha / rank after loading the buffer `alpha`; an alpha of 0 means the rank."""
         self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def attach(self) -> None:
-        """Replace the frozen module's forward with this layer's."""
+        """Replace the forward method of the frozen module with this layer's."""
         self._original_forward = self._original[0].forward
         # masks depend on an element's index in the input, so chunks of the input would get identical masks
         self._original[0].sees_whole_input = bool(self.dropouts and self.dropouts.neuron)  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the frozen module's output plus the product of the factors, with dropouts and noise."""
-        # x: B L in, or B in H W
+        """Return the frozen module's output plus the product of the factors, with dropout and noise."""
+        # x: B x L x in, or B x in x H x W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # compute dtype of the factors
-        # not in compiled code, where torch.compile fuses the products of a common input by itself
+        # not in compiled code: torch.compile fuses products with the same input by itself
         shared = None if torch.compiler.is_compiling() else self.shared_input
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -152,7 +151,7 @@ class LoraLayer(nn.Module):
                 # cast once for both the frozen module and the LoRA
                 x = x.to(dtype) if shared is None else shared.cast(x)
         dropouts = self.dropouts if self.training else None
-        # compiled code cannot branch on a random value: it computes the LoRA, then selects one of two outputs
+        # compiled code cannot branch on a random value: it computes the LoRA, then selects an output
         selects_output = (
             dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
         )
@@ -160,7 +159,7 @@ class LoraLayer(nn.Module):
             return self._original_forward(x)
         if dropouts and not selects_output and self._skips(dropouts.module):
             return self._original_forward(x)
-        # the layers with this input compute their outputs together
+        # layers with the same input compute their outputs together
         if shared is not None and shared.computes_outputs and x.dtype == dtype:
             return shared.compute(self, x)
         if self._adds_in_place(x, dtype):
@@ -183,17 +182,17 @@ class LoraLayer(nn.Module):
         return total
 
     def _without_dropped(self, out: Tensor, total: Tensor, probability: float) -> Tensor:
-        """Return the frozen module's output `out` if module dropout drops this LoRA, else `total`."""
+        """Return the frozen module's output `out` if module dropout skips this LoRA, else `total`."""
         assert self.seed_table is not None
         is_dropped = self.seed_table[KINDS.index("module"), 0] < probability * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
 
     def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
-        """Return the output of the LoRA alone, which is added to the frozen module's output.
+        """Return the LoRA's output, which is added to the frozen module's output.
 
         Args:
-            x: Input, ... in, or B in H W, in the dtype of the products.
-            dropouts: Dropouts; None outside training.
+            x: Input, ... x in, or B x in x H x W, in the dtype of the products.
+            dropouts: Dropout probabilities; None outside training.
             shared: Multiplies the input by the down factors of several layers; None if no other layer has
                 this input.
         """
@@ -204,7 +203,7 @@ class LoraLayer(nn.Module):
         if shared is None:
             hidden = _multiply(self.lora_down, x, down)
         else:
-            # the frozen module has already run, with x itself, so its gradient cannot be added in place
+            # the frozen module has already run on x itself, so its gradient cannot be added in place
             _, hidden = shared.multiply(self, x, adds_gradient_in_place=False)
         if self.rank_mask is not None or dropouts is not None:
             hidden = self._masked(hidden, dropouts)
@@ -214,7 +213,7 @@ class LoraLayer(nn.Module):
         return _multiply(self.lora_up, hidden, up)
 
     def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return the factors that were cast before the pass; None if they were not cast to this dtype."""
+        """Return the factors cast for this forward pass; None if they were not cast to `dtype`."""
         if self.cast_factors is None or self.cast_factors[0].dtype != dtype:
             return None
         return self.cast_factors
@@ -224,7 +223,7 @@ class LoraLayer(nn.Module):
         factors = self._factors_in(x.dtype)
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
         if shared is None:
-            # the same tensor as x; in the backward pass, the LoRA's gradient is added to the frozen module's
+            # a view of x; in the backward pass, the LoRA's gradient is added to the frozen module's gradient
             frozen_input, hidden = project_in_place_gradient(x, down)
         else:
             frozen_input, hidden = shared.multiply(self, x, adds_gradient_in_place=True)
@@ -240,8 +239,8 @@ class LoraLayer(nn.Module):
     def is_plain(self, dtype: torch.dtype) -> bool:
         """Return whether the layer only adds the product of its factors to a frozen linear layer.
 
-        It does more with rank masks, dropouts, noise, DoRA or a split up factor, and if other code has
-        replaced the forward of the frozen module or added hooks.
+        It does more if it has rank masks, dropout, noise, DoRA or a split up factor. False also if other code
+        has replaced the frozen module's forward or added hooks.
 
         Args:
             dtype: Dtype that the frozen weight must have.
@@ -265,7 +264,7 @@ class LoraLayer(nn.Module):
         )
 
     def run_frozen(self, x: Tensor) -> Tensor:
-        """Return the output of the frozen module alone."""
+        """Return the output of the frozen module without the LoRA."""
         return self._original_forward(x)
 
     @property
@@ -274,14 +273,14 @@ class LoraLayer(nn.Module):
         return self._original[0]
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (down R x in, up out x R) of each part of a fused weight; one pair for other weights."""
+        """Return (down R x in, up out x R) for each part of a fused weight; else a single pair."""
         if isinstance(self.lora_up, BlockUp):
             ups = self.lora_up.weight.split(self.lora_up.split_sizes)
             return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
         return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
 
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of alpha / rank * up @ down, from R x R products."""
+        """Return the Frobenius norm of alpha / rank * up @ down, computed from R x R products."""
         squares = []
         for down, up in self.factor_pairs():  # R x in, out x R
             # Apple GPUs have no float64
@@ -294,15 +293,15 @@ class LoraLayer(nn.Module):
         return self.scale * torch.stack(squares).sum().sqrt()
 
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply the change by `ratio`, and thus each factor by its square root."""
+        """Multiply the change by `ratio`, that is, each factor by its square root."""
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 
     def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's product may be added in place to the output of the frozen module.
 
-        It may not in compiled code, which fuses the operations by itself, with `combine_outputs`, which
-        needs both outputs, and for small tensors.
+        Not in compiled code, which fuses the operations by itself, nor with `combine_outputs`, which needs
+        both outputs, nor for small tensors.
 
         Args:
             x: Input of the layer.
@@ -316,11 +315,11 @@ class LoraLayer(nn.Module):
         return self.combine_outputs is None and largest_numel >= self.min_in_place_numel
 
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return the down factor's output, ... R, times multiplier and scale, after masks and dropouts."""
+        """Multiply the down factor's output by multiplier and scale, then apply masks and dropout."""
         return self._masked(hidden * (self.multiplier * self.scale), dropouts)
 
     def _masked(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Apply the rank mask of a T-LoRA and dropouts to the output of the down factor."""
+        """Apply T-LoRA's rank mask and dropout to the output of the down factor."""
         rank_axis = -1 if isinstance(self.lora_down, nn.Linear) else 1
         if self.rank_mask is not None:
             hidden = self.rank_mask.apply(hidden, rank_axis)
@@ -334,7 +333,7 @@ class LoraLayer(nn.Module):
         return hidden
 
     def seed_of(self, kind: str) -> int:
-        """Return the seed of a dropout mask of this layer.
+        """Return the seed of this layer's dropout mask of a kind, such as "neuron".
 
         If processes split the tokens, they have different neuron masks; all other masks are equal.
         """
@@ -342,11 +341,11 @@ class LoraLayer(nn.Module):
         return self.seed.derive(self.index, kind, part)
 
     def _skips(self, probability: float) -> bool:
-        """Return whether module dropout drops this LoRA."""
+        """Return whether module dropout skips this LoRA in the current step."""
         return probability > 0 and (self.seed_of("module") & _32_BITS) < probability * (_32_BITS + 1)
 
     def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], probability: float) -> Tensor:
-        """Set dropped elements to 0 and divide the others by 1 - probability."""
+        """Apply dropout: set random elements to 0 and divide the others by 1 - probability."""
         seed: Halves
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
@@ -360,7 +359,7 @@ class LoraLayer(nn.Module):
 
 
 def _multiply(factor: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Apply a factor to x with `weight` instead of its own weight."""
+    """Apply a factor's layer to x with `weight` in place of the layer's own weight."""
     if isinstance(factor, nn.Linear):
         return functional.linear(x, weight)
     return functional.conv2d(x, weight, None, factor.stride, factor.padding, factor.dilation)
@@ -369,8 +368,8 @@ def _multiply(factor: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tenso
 def _make_factors(
     original: nn.Linear | nn.Conv2d, rank: int, split_sizes: Sequence[int]
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
-    """Return uninitialized modules for the down and the up factor, float32 on the CPU."""
-    # meta: `_make_empty` allocates them, without torch's own initial values
+    """Return uninitialized modules for the down and up factors, float32 on the CPU."""
+    # on the meta device: `_make_empty` allocates them without torch's initialization
     common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
         down = _make_empty(nn.Linear(original.in_features, rank, **common))
@@ -389,7 +388,7 @@ def _make_factors(
 
 
 def _make_empty(layer: Layer) -> Layer:
-    """Move a layer from the meta device to the CPU, uninitialized; works with fake tensors too."""
+    """Move a layer from the meta device to the CPU with an uninitialized weight (may be a fake tensor)."""
     layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=layer.weight.dtype))
     return layer
 
@@ -402,8 +401,8 @@ def halves(seed: int) -> tuple[int, int]:
 def keep_mask(shape: Sequence[int], probability: float, seed: Halves, device: torch.device) -> Tensor:
     """Draw booleans, False with the given probability; the same seed gives the same mask on every device.
 
-    The index of each element is hashed on the device, so a mask needs no transfer. Recomputing a checkpointed
-    block draws the same mask as its first pass.
+    The index of each element is hashed on the device, so no mask has to be transferred. A checkpointed block
+    draws the same mask again when its forward pass is recomputed.
     """
     hashes = torch.arange(math.prod(shape), device=device)  # int64
     low, high = seed
@@ -413,7 +412,7 @@ def keep_mask(shape: Sequence[int], probability: float, seed: Halves, device: to
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Mix the bits of 32-bit numbers in int64. Source: C. Wellons, "Prospecting for hash functions"."""
+    """Mix the bits of 32-bit integers in int64. Source: C. Wellons, "Prospecting for hash functions"."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _32_BITS
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _32_BITS
     return x ^ (x >> 16)

@@ -29,10 +29,10 @@ UNET = OURS.removesuffix("_")
 
 
 class OwnNetwork(nn.Module):
-    """The trained layers by our module names. The state dict is a LoRA file in our dialect."""
+    """The trained layers by our module names. The state dict contains the tensors of a LoRA file."""
 
     def __init__(self, layers: Mapping[str, Any], settings: LoraSettings) -> None:
-        """Collect the layers of the network; `attach` puts them into the models.
+        """Collect the layers of the network; `attach` attaches them to the models.
 
         Args:
             layers: Layers by name. Each has `attach`, `norm`, `shrink`, its `kind`, `rank`, `size_word` and
@@ -51,7 +51,7 @@ class OwnNetwork(nn.Module):
                 layer.dropouts = settings.dropouts
                 layer.seed = self._seed
                 layer.index = index
-        # LoRA-GGPO: layer name -> mean norm of the frozen weight's rows
+        # LoRA-GGPO: layer name -> mean row norm of the frozen weight
         self._base_norms: dict[str, Tensor] = {}
         # modules whose state is saved with the training state, not in the LoRA file
         self.additional_state: dict[str, nn.Module] = {}
@@ -65,7 +65,7 @@ class OwnNetwork(nn.Module):
         )
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
-        """Give each layer of a Linear a buffer for the strengths of LoRA-GGPO's noise, one per row."""
+        """Give each Linear's layer a buffer with the strength of LoRA-GGPO's noise for each row."""
         linear = {name: layer for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
         strengths = nn.Module()  # buffers, which are saved with the state of a training run
         for index, (name, layer) in enumerate(linear.items()):
@@ -75,22 +75,22 @@ class OwnNetwork(nn.Module):
         self.additional_state = {"ggpo": strengths}
 
     def attach(self, in_dit: bool = True) -> None:
-        """Put the layers into the models they were built for.
+        """Attach the layers to the models they were built for.
 
         Args:
-            in_dit: Whether layers are put into the DiT too.
+            in_dit: Whether to attach the transformer's layers too.
         """
         for name, layer in zip(self.names, self.layers, strict=True):
             if in_dit or prefix_of(name) != UNET:
                 layer.attach()
 
     def layers_of_dit(self) -> list[Any]:
-        """Return only the layers in the DiT, not those in text encoders."""
+        """Return only the layers in the transformer, not those in text encoders."""
         return [layer for name, layer in zip(self.names, self.layers, strict=True) if prefix_of(name) == UNET]
 
     @property
     def module(self) -> nn.Module:
-        """The network itself; a `ForeignNetwork` has a separate object here."""
+        """The network as a module, which is the object itself; `ForeignNetwork` wraps a separate module."""
         return self
 
     def set_multiplier(self, multiplier: float) -> None:
@@ -99,14 +99,14 @@ class OwnNetwork(nn.Module):
             layer.multiplier = multiplier
 
     def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
-        """Load initial values, including alphas, from a file of any dialect.
+        """Load initial values, including alphas, from a LoRA file with any program's names.
 
         Args:
             path: Path of the file.
             modules: Names of the model's modules, which show its release.
 
         Returns:
-            One clause per module that is only in the file or only in the network; these are logged too.
+            One clause for each module that only the file or only the network has; these are logged too.
 
         Raises:
             CheckpointError: If a module's factors or sizes differ in this network, or if the network has none
@@ -117,7 +117,7 @@ class OwnNetwork(nn.Module):
         state = self.state_dict()
         network_modules = group_by_module(state)
         lora = self._read_initial_lora(path, network_modules, modules)
-        # the few modules of a network may occur in several families: the file's metadata decide
+        # the few modules of a network may occur in several families: the file's metadata decides
         lora_family = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in network_modules)
         family = select_family(names, None if lora_family is None else lora_family.name)
@@ -153,7 +153,7 @@ class OwnNetwork(nn.Module):
     def _read_initial_lora(
         self, path: Path, network_modules: Mapping[str, Factors], modules: Collection[str]
     ) -> "LoraFile":
-        """Read the file of --network_weights with its blocks mapped to those of the model.
+        """Read the file of --network_weights, with its blocks mapped to the model's blocks.
 
         Args:
             path: Path of the file.
@@ -161,8 +161,7 @@ class OwnNetwork(nn.Module):
             modules: Names of the model's modules, which show how many blocks it has.
 
         Raises:
-            CheckpointError: If the file is not a LoRA, or is a DoRA whose magnitudes depend on the model's
-                weights.
+            CheckpointError: If the file is not a LoRA, or is a DoRA whose magnitudes refer to frozen norms.
         """
         from networks import loading  # only for --network_weights
         from networks.depth_variants import fit_depths
@@ -173,7 +172,7 @@ class OwnNetwork(nn.Module):
         )
         (weighted_lora,) = fit_depths([weighted_lora], modules)
         lora = weighted_lora.lora
-        # its magnitudes are relative to different norms than in training
+        # training uses magnitudes that refer to different norms
         if lora.has_frozen_norms:
             raise CheckpointError(
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which depends on the model's "
@@ -192,7 +191,8 @@ class OwnNetwork(nn.Module):
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Scale down each layer whose change has a norm above `max_norm`; call after an optimizer step.
 
-        Returns the three numbers of a `NormReport` on the device, without synchronizing.
+        Returns:
+            The three numbers of a `NormReport` as a tensor on the device, without synchronizing.
         """
         norms = torch.stack([layer.norm() for layer in self.layers])
         # the inner clamp only avoids a division by 0: ratios above 1 become 1
@@ -204,7 +204,7 @@ class OwnNetwork(nn.Module):
         return torch.stack([number.to(device, torch.float32) for number in report])
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Seed all dropout masks until the next call; call before each micro-batch."""
+        """Seed all dropout masks until the next call; call it before each micro-batch."""
         self._seed.value = seed
         if self.settings.dropouts:
             tables = self._seed.tables(self.layers, next(self.parameters()).device)
@@ -220,12 +220,12 @@ class OwnNetwork(nn.Module):
         """Return parameter groups for the optimizer, and the name of each group for logs.
 
         Modules with a rate of 0 are left out. With LoRA+, the up factors have their own groups. If patterns
-        of network_reg_lrs match a module, the last one sets its rate.
+        in network_reg_lrs match a module, the last match sets its rate.
 
         Args:
             learning_rate: Default learning rate.
             unet_lr: Rate of the DiT's modules; None for `learning_rate`.
-            text_encoder_lr: Rates of the trained text encoders in order; the last rate applies to all further
+            text_encoder_lr: Rates of the trained text encoders in order; the last rate applies to all other
                 encoders. None for `learning_rate`.
         """
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
@@ -243,7 +243,7 @@ class OwnNetwork(nn.Module):
             prefix = prefix_of(name)
             rate = rates[prefix]
             label = prefix
-            lora_plus_ratio = self.settings.loraplus_encoder_ratio  # rate of the up factor to the other
+            lora_plus_ratio = self.settings.loraplus_encoder_ratio  # up rate / down rate
             if prefix == UNET:
                 label = "unet"
                 lora_plus_ratio = self.settings.loraplus_lr_ratio
@@ -255,7 +255,7 @@ class OwnNetwork(nn.Module):
                 label = f"{label} x {factor:g}"
                 rate = rate * factor
             if rate == 0 and any(rates.values()):
-                continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs one
+                continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs a group
             for parameter in layer.parameters():
                 if lora_plus_ratio is not None and parameter is layer.lora_up.weight:
                     group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * lora_plus_ratio})
@@ -263,26 +263,26 @@ class OwnNetwork(nn.Module):
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
         labels = [*groups]
-        if any(label.endswith(" plus") for label in labels):  # groups of LoRA+ follow those of their modules
+        if any(label.endswith(" plus") for label in labels):  # each LoRA+ group follows its modules' group
             labels = _sort_labels(labels)
         return [groups[label] for label in labels], labels
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
-        """Return for each layer the indices of the patterns in network_reg_lrs that match its name."""
+        """Return the indices of the patterns in network_reg_lrs that match the name of each layer."""
         matches = [find_by_pattern(self.settings.pattern_learning_rates, name) for name in self.names]
         log_overlaps("network_reg_lrs", self.settings.pattern_learning_rates, matches)
         return matches
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
-        """Set the noise of LoRA-GGPO from weights and gradients; call after clipping, before the step."""
+        """Update LoRA-GGPO's noise from weights and gradients; call it after clipping, before the step."""
         sigma_and_beta = self.settings.ggpo_sigma_and_beta
         for name, base_norm in self._base_norms.items():
             assert sigma_and_beta is not None
             layer = getattr(self, name)
             down = layer.lora_down.weight
             up = layer.lora_up.weight
-            # the layer did not run since the last step
+            # the layer has not run since the last step
             if down.grad is None or up.grad is None:
                 continue
             strengths = row_strengths(
@@ -296,7 +296,7 @@ class OwnNetwork(nn.Module):
 
 
 def _sort_labels(labels: Collection[str]) -> list[str]:
-    """Sort the labels of parameter groups so that each LoRA+ group follows the group of its modules."""
+    """Sort parameter group labels so that each LoRA+ group follows the group of the same modules."""
     indices = {label: index for index, label in enumerate(labels)}
 
     def key(label: str) -> tuple[int, bool]:
@@ -309,7 +309,7 @@ def _sort_labels(labels: Collection[str]) -> list[str]:
 def _factors_for_network(
     lora: "LoraFile", network_modules: Mapping[str, Factors]
 ) -> dict[str, dict[str, Tensor]]:
-    """Convert a file's tensors to the modules of the network; return module name -> factors.
+    """Convert a LoRA file's tensors to the network's modules; return {module name: factors}.
 
     Args:
         lora: The LoRA file.
@@ -318,22 +318,22 @@ def _factors_for_network(
     from networks.fused_parts import convert_fused_layers  # only for --network_weights
 
     num_rows = {name: len(factors[UP]) for name, factors in network_modules.items() if UP in factors}
-    # a rotation applies to all rows, so any number will do
+    # an OFT rotation applies to all rows, so any number of rows will do
     for name, delta in read_deltas(network_modules).items():
         if delta.rotation is not None:
             num_rows[name] = 1
     text_tensors = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
-    # split or joined as the network's modules are; it asks for their rows by name
+    # split or join them to match the network's modules
     tensors = convert_fused_layers({**lora.tensors, **text_tensors}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
 
 def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) -> CheckpointError:
-    """Return the error for a file if the network has none of its modules.
+    """Return the error for a LoRA file if the network has none of its modules.
 
     Args:
         lora: The LoRA file.
-        file_modules: Modules of the file.
+        file_modules: Factors in the file, by module.
     """
     from networks import unused_tensors  # only for --network_weights
 
@@ -353,7 +353,7 @@ def _warn_of_unusable(
     modules: Collection[str],
     family: FamilyNames | None,
 ) -> list[str]:
-    """Warn of modules of a file that this model cannot have a LoRA for, and return them.
+    """Warn of a LoRA file's modules for which this model cannot have a LoRA, and return them.
 
     Args:
         path: Path of the file.
@@ -374,7 +374,7 @@ def _warn_of_unusable(
 def _reject_other_sizes(
     path: Path, file_modules: Mapping[str, Factors], network_modules: Mapping[str, Factors]
 ) -> None:
-    """Raise CheckpointError if factors or sizes of modules differ between file and network.
+    """Raise CheckpointError if factor names or shapes of modules differ between file and network.
 
     Args:
         path: Path of the file.
@@ -401,7 +401,7 @@ def _reject_other_sizes(
 
 
 def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) -> str:
-    """Return advice for the error message if a module of a file does not fit the network.
+    """Return advice for the error that a file's module does not fit the network.
 
     Args:
         file_modules: Factors in the file, by module.
@@ -425,20 +425,20 @@ def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) ->
 
 
 def _read_outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
-    """Return the input size (with the kernel) and the output size of the layer that the factors are for."""
+    """Return the input size (with the kernel) and the output size of the layer that the factors change."""
     return factors[DOWN].shape[1:], len(factors[UP])
 
 
 def prefix_of(name: str) -> str:
-    """Return the prefix of a module's name, by its network: `lora_unet`, `lora_te1`."""
+    """Return the prefix of a module name, which shows its network: `lora_unet`, `lora_te1`."""
     return "_".join(name.split("_", 2)[:2])
 
 
 def rename_texts(texts: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors of text encoders under the prefixes that a model has.
+    """Return text encoder tensors with the prefixes that a model uses.
 
-    Some models call their only or first encoder `lora_te`, others `lora_te1`. In models with two CLIPs the
-    name `lora_te` is not renamed, because it can only come from another model.
+    Some models call their only or first encoder `lora_te`, others `lora_te1`. In models with two CLIPs,
+    `lora_te` is not renamed, because it can only come from a different model.
 
     Args:
         texts: Tensors of text encoders.

@@ -22,13 +22,13 @@ from modules.private_torch import disable_dynamo
 
 
 def project_in_place_gradient(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x, which the frozen layer must take, and x @ down^T, ... R.
+    """Return (x for the frozen layer, x @ down^T, ... x R).
 
     The frozen layer must be linear, and nothing else may use the first result, because its gradient is
-    overwritten by the sum of both gradients.
+    overwritten with the sum of both gradients.
 
     Args:
-        x: Input, ... in.
+        x: Input, ... x in.
         down: Down factor, R x in, in the dtype of x.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -38,7 +38,7 @@ def project_in_place_gradient(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Branch(torch.autograd.Function):
-    """Receive both gradients of x in one call, so that a product can add one to the other in place."""
+    """Receives both gradients of x in one call, so that a product can be added to one of them in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def save_for_add_up(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ())
 
 
 class _SaveForAddUp(torch.autograd.Function):
-    """Compute the gradients of `add_up`; `_AddUp` passes the gradient of the output on."""
+    """Autograd function for the backward pass of `add_up`; forward saves its inputs and returns a dummy."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
@@ -100,14 +100,14 @@ class _SaveForAddUp(torch.autograd.Function):
 def add_up(
     out: Tensor, hidden: Tensor, up: Tensor, split_sizes: Sequence[int], saved: Tensor | None
 ) -> Tensor:
-    """Return out + hidden @ up^T, in the memory of `out`.
+    """Add hidden @ up^T to `out` in place and return it.
 
     Args:
-        out: Output of a frozen layer, ... out; nothing else may use it.
-        hidden: Values between the factors, ... R.
+        out: Output of a frozen layer, ... x out; nothing else may use it.
+        hidden: Output of the down factor, ... x R.
         up: Up factor, out x R, in the dtype of `hidden`.
-        split_sizes: Numbers of rows of the parts of `up`, each of which multiplies its own group of values of
-            `hidden`; () for a single part.
+        split_sizes: Number of rows of each part of `up`; each part multiplies its own group of values of
+            `hidden`. () for a single part.
         saved: Result of `save_for_add_up` for the same arguments.
     """
     split_sizes = tuple(split_sizes or up.shape[:1])  # a single part has all rows
@@ -119,10 +119,10 @@ def add_up(
 
 
 class _AddUp(torch.autograd.Function):
-    """Add in place to the first input, which is not marked as changed (`ctx.mark_dirty`).
+    """Add to the first input in place, without marking it as changed (`ctx.mark_dirty`).
 
-    Marking it would cost a copy of its gradient if it is a view, as outputs of linear layers often are. If
-    another operation has saved the input, its version counter makes the backward pass raise an error.
+    Marking a view, as outputs of linear layers often are, would copy its gradient. If another operation has
+    saved the input, its version counter still makes the backward pass raise an error.
     """
 
     @staticmethod
@@ -138,7 +138,7 @@ class _AddUp(torch.autograd.Function):
 
 
 def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
-    """Return out + hidden @ up^T, in the memory of `out`, part by part; no gradients are recorded."""
+    """Add hidden @ up^T to `out` in place, part by part, without autograd; return `out`."""
     if len(split_sizes) == 1:
         return add_product(out, rows_of(hidden), up.t())
     outputs = out.view(-1, out.shape[-1]).split(split_sizes, -1)
@@ -149,12 +149,12 @@ def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, 
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right, ... C, in place of `total` if that is contiguous.
+    """Return total + left @ right, ... x C, in place of `total` if it is contiguous.
 
     Args:
-        total: Tensor to add to, ... C.
-        left: Left matrix, M K.
-        right: Right matrix, K C.
+        total: Tensor to add to, ... x C.
+        left: Left matrix, M x K.
+        right: Right matrix, K x C.
     """
     # in place, because without that, addmm first copies `total` to its result
     total = total.contiguous()
@@ -172,16 +172,16 @@ def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 
 class BlockUp(nn.Module):
-    """Block-diagonal up factor of P parts; the rows of the p-th part multiply the p-th group of R values.
+    """Block-diagonal up factor of P parts; part p maps the p-th group of R values to its output rows.
 
-    `weight` has only the blocks, out x R. State dicts and files have the full matrix, out x P R.
+    `weight` contains only the blocks, out x R. State dicts and files have the full matrix, out x P R.
     """
 
     def __init__(self, rank: int, split_sizes: Sequence[int]) -> None:
-        """Make uninitialized blocks, float32 on the CPU.
+        """Allocate uninitialized blocks, float32 on the CPU.
 
         Args:
-            rank: Sum of the parts' ranks, P R.
+            rank: Sum of the parts' ranks, P x R for P parts of rank R.
             split_sizes: Number of rows of each part.
         """
         super().__init__()
@@ -191,24 +191,24 @@ class BlockUp(nn.Module):
         self.register_load_state_dict_pre_hook(_gather)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the product of values, ... P R, and this module's blocks, as ... out."""
+        """Multiply values, ... x P R, by this module's blocks; return ... x out."""
         return self.multiply(hidden, self.weight)
 
     def multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Return the product of values, ... P R, and the given blocks, out x R, as ... out."""
+        """Multiply values, ... x P R, by the given blocks, out x R; return ... x out."""
         groups = hidden.chunk(len(self.split_sizes), -1)
         blocks = weight.split(self.split_sizes)
         return torch.cat([functional.linear(x, w) for x, w in zip(groups, blocks, strict=True)], -1)
 
 
 def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Replace the blocks of an up factor in a state dict by the full matrix."""
+    """Replace the blocks of an up factor in a state dict with the full matrix."""
     assert isinstance(module, BlockUp)
     state[f"{prefix}weight"] = torch.block_diag(*state[f"{prefix}weight"].split(module.split_sizes))
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Replace the full matrix of an up factor in a state dict by its blocks."""
+    """Replace the full matrix of an up factor in a state dict with only its blocks."""
     assert isinstance(module, BlockUp)
     weight = state.get(f"{prefix}weight")
     if weight is None:
@@ -220,11 +220,11 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def rows_of_fused_parts(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
-    """Return the number of rows of each part of a fused layer: q, k, v, or q, k, v and the MLP's first layer.
+    """Return the row count of each part of a fused layer: q, k, v, or q, k, v and the MLP's first layer.
 
     With 3 parts, queries have as many rows as the weight has columns, but at least a third of all rows (heads
     may be wider than their input). Keys and values, which may have fewer heads, share the remaining rows.
-    With 4 parts, q, k and v all have as many rows as the weight has columns.
+    With 4 parts, q, k and v each have as many rows as the weight has columns.
 
     Args:
         num_parts: Number of parts.
@@ -232,7 +232,7 @@ def rows_of_fused_parts(num_parts: int, rows: int, columns: int) -> tuple[int, .
         columns: Number of columns of the layer's weight.
 
     Returns:
-        The numbers of rows, or () if the sizes do not fit.
+        The row counts; () if the sizes do not fit.
     """
     split_sizes: tuple[int, ...] = ()
     if num_parts == 3:
@@ -245,18 +245,18 @@ def rows_of_fused_parts(num_parts: int, rows: int, columns: int) -> tuple[int, .
 
 
 def diagonal_blocks(up: Tensor, num_rows: Sequence[int]) -> list[Tensor] | None:
-    """Return the blocks of a block-diagonal up factor; None if it has values outside the blocks.
+    """Return the blocks of a block-diagonal up factor; None if it has nonzero values outside the blocks.
 
     Args:
         up: Up factor, out x P R.
-        num_rows: Rows of each of the P parts.
+        num_rows: Number of rows of each of the P parts.
     """
     if up.ndim != 2 or sum(num_rows) != len(up) or up.shape[1] % len(num_rows):
         return None
     rank = up.shape[1] // len(num_rows)
     rows = up.split(list(num_rows))
     blocks = [part[:, index * rank : (index + 1) * rank] for index, part in enumerate(rows)]
-    # equal counts mean that no value outside the blocks differs from 0
+    # equal counts mean that all values outside the blocks are 0
     nonzero_in_rows = sum(int(part.count_nonzero()) for part in rows)
     nonzero_in_blocks = sum(int(block.count_nonzero()) for block in blocks)
     return blocks if nonzero_in_rows == nonzero_in_blocks else None
@@ -272,7 +272,7 @@ def row_strengths(
     base_norm: Tensor,
     sigma_and_beta: tuple[float, float],
 ) -> Tensor:
-    """Return the standard deviation of the noise in each row of a weight.
+    """Return the standard deviation of LoRA-GGPO's noise for each row of a weight.
 
     It is (sigma * w + beta * g^2) / sqrt(out), with w = sqrt(base_norm^2 + |row of up @ down|^2) and g =
     |row of scale * (up @ d_down + d_up @ down)|. No matrix of the weight's size is computed.
@@ -281,8 +281,8 @@ def row_strengths(
         factors: Down factor, R x in, and up factor, out x R.
         gradients: Gradients of both factors.
         scale: Scale of the LoRA.
-        base_norm: Mean norm of the frozen weight's rows.
-        sigma_and_beta: Factors of the norm and of the squared gradient.
+        base_norm: Mean row norm of the frozen weight.
+        sigma_and_beta: Multipliers of the norm and of the squared gradient.
     """
     down, up = factors
     d_down, d_up = gradients
@@ -294,20 +294,20 @@ def row_strengths(
 
 
 def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
-    """Return the squared norms of the rows of left @ right: out x R, R x in -> out."""
+    """Return the squared norm of each row of left @ right (out x R times R x in)."""
     return ((left @ (right @ right.T)) * left).sum(1).clamp(min=0)
 
 
 @torch.no_grad()
 def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
-    """Return the mean norm of up to MAX_ROWS rows of a frozen weight, chosen by the seed; float32, CPU."""
+    """Return the mean norm of up to MAX_ROWS rows of a frozen weight, sampled by seed; float32, CPU."""
     rows = torch.randperm(layer.out_features, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS]
     chosen = dequantized_weight_of(layer, layer.weight)[rows.to(layer.weight.device)]
     return torch.linalg.vector_norm(chosen, dim=1, dtype=torch.float32).mean().cpu()
 
 
 class _Noise(torch.autograd.Function):
-    """Compute x @ noise^T; the noise, out x in, is drawn again from its seed in the backward pass."""
+    """Compute x @ noise^T; the backward pass draws the noise, out x in, again from its seed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:
@@ -323,7 +323,7 @@ class _Noise(torch.autograd.Function):
 
 
 def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Return normal numbers, out x width, row i with the standard deviation `deviations[i]`."""
+    """Return normal noise, out x width, whose row i has the standard deviation `deviations[i]`."""
     generator = torch.Generator(deviations.device).manual_seed(seed)
     numbers = torch.randn(
         len(deviations), width, generator=generator, device=deviations.device, dtype=torch.float32
@@ -334,12 +334,12 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
 # not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
 @disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
-    """Return what noise on a weight adds to a layer's output, ... out.
+    """Return the change of a layer's output due to noise on its weight, ... x out.
 
     Gradients flow to x; the noise is a constant.
 
     Args:
-        x: Input, ... in.
+        x: Input, ... x in.
         deviations: Standard deviation of the noise in each row of the weight, out.
         seed: Seed of the noise.
     """

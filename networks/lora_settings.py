@@ -37,13 +37,13 @@ ALGORITHMS = {name: kind.network_module for kind in KINDS for name in kind.algor
 
 
 def family_readers(rules: LoraRules) -> dict[str, Reader]:
-    """Return the readers of the --network_args that only a family's network module has."""
+    """Return parsers for the --network_args that only one family's network module has."""
     readers: dict[str, Reader] = {}
     for argument, _ in rules.rank_arguments:  # ranks by type of module
         readers[argument] = partial(_read_number, int)
     if rules.train_blocks_choices:
         readers["train_blocks"] = partial(_read_choice, rules.train_blocks_choices)
-    # arguments that choose blocks by number
+    # arguments that select blocks by index
     for argument in rules.block_lists_by_argument:
         readers[argument] = read_block_numbers
     # one rank for each module outside the blocks
@@ -57,7 +57,7 @@ def family_readers(rules: LoraRules) -> dict[str, Reader]:
 
 
 def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
-    """Read block numbers from `all`, `none` or a list such as `0,1,8-12`; return None for all blocks.
+    """Parse block indices from `all`, `none` or a list such as `0,1,8-12`; return None for all blocks.
 
     Args:
         argument: Name of the argument, for messages.
@@ -85,7 +85,7 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
 
 
 def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ...]:
-    """Read one rank for each of `paths` from a string such as `[4,2,0]`; 0 leaves a module out.
+    """Parse one rank for each of `paths` from a string such as `[4,2,0]`; 0 leaves a module out.
 
     Args:
         paths: Paths of the modules.
@@ -108,7 +108,7 @@ def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ..
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Parsed settings of a LoRA network: ranks, dropouts, learning rates and selection of modules."""
+    """Parsed settings of a LoRA: ranks, dropout rates, learning rates, and which modules get a LoRA."""
 
     rank: int = DEFAULT_RANK
     alpha: float = DEFAULT_ALPHA
@@ -138,27 +138,30 @@ class LoraSettings:
 
     @property
     def has_convolutions(self) -> bool:
-        """Return whether convolutions larger than 1 x 1 get a LoRA."""
+        """Return whether convolutions with kernels larger than 1 x 1 get a LoRA."""
         return self.conv_rank is not None or (
             self.block_settings is not None and self.block_settings.has_convolutions
         )
 
     @property
     def has_rank_dropout(self) -> bool:
-        """Return whether whole ranks are dropped."""
+        """Return whether rank dropout is used."""
         return self.dropouts is not None and self.dropouts.rank > 0
 
     @property
     def ranks_by_pattern(self) -> list[int]:
-        """The ranks in network_reg_dims."""
+        """Ranks in the value of network_reg_dims."""
         return [int(rank) for _, rank in self.pattern_ranks]
 
     def split_sizes_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
-        """Return the number of rows of each part of a fused layer; () if its parts share their factors.
+        """Return the number of rows of each part of a fused layer, such as q, k and v.
 
         Args:
-            path: Dotted path of the module.
-            module: The module.
+            path: Dotted path of the layer.
+            module: The layer.
+
+        Returns:
+            Row counts; () if the layer is not fused, or if its parts share one pair of factors.
         """
         if not self.splits_fused_layers or self.family_rules is None or not isinstance(module, nn.Linear):
             return ()
@@ -176,7 +179,7 @@ def read_settings(
     arguments: Mapping[str, Any],
     rules: LoraRules | None = None,
 ) -> LoraSettings:
-    """Read settings from the options and from `--network_args`, whose values may be strings.
+    """Parse settings from the options and from `--network_args`, whose values may be strings.
 
     Args:
         rank: Value of --network_dim.
@@ -196,7 +199,7 @@ def read_settings(
         block_settings = read_blocks(arguments)  # reads the arguments in KEYS
         values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
         rank_rule = _read_rank_rule(values, rank)
-    plus_ratio = values.get("loraplus_lr_ratio")  # for both networks, unless they have their own
+    plus_ratio = values.get("loraplus_lr_ratio")  # unless a network has its own
     ggpo_sigma_and_beta = None
     if "ggpo_sigma" in values:
         ggpo_sigma_and_beta = (values["ggpo_sigma"], values["ggpo_beta"])
@@ -244,7 +247,7 @@ def read_settings(
 
 
 def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[str, Any]:
-    """Return the values of `--network_args` that are not None. Raises OptionError if one is invalid.
+    """Parse the `--network_args` that are not None. Raises OptionError if one is invalid.
 
     Args:
         arguments: Values of the arguments by name: strings, None, numbers or lists.
@@ -267,7 +270,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 
 
 def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Reader]) -> None:
-    """Raise OptionError for an argument that is mistyped or belongs to another program."""
+    """Raise OptionError for --network_args that are mistyped or belong to another program."""
     unknown = [key for key in typed if key not in readers]
     if "algo" in unknown:
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
@@ -283,13 +286,13 @@ def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Re
 
 
 def _reject_conflicts(values: Mapping[str, Any]) -> None:
-    """Raise OptionError for arguments that need or exclude each other."""
+    """Raise OptionError for --network_args that require or exclude each other."""
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
             "ggpo_beta=0.01"
         )
-    # `is not False`: ggpo_sigma is a number, and 0 counts as given
+    # `is not False`: ggpo_sigma is a number, and 0 counts as set
     exclusive = [
         name for name in ("split_qkv", "ggpo_sigma", *SWITCHES) if values.get(name, False) is not False
     ]
@@ -300,7 +303,7 @@ def _reject_conflicts(values: Mapping[str, Any]) -> None:
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
-    """Return the rule that selects the active ranks by noise level; None if all ranks are active.
+    """Return the rule that selects active ranks by noise level (T-LoRA); None if all ranks are active.
 
     Args:
         values: Values of --network_args.
@@ -320,13 +323,13 @@ def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
 
 
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:
-    """Return settings whose patterns match names with dots or underscores; warn of patterns that match none.
+    """Return settings whose patterns match names with dots or underscores; warn of patterns without a match.
 
     Patterns that match a module as written are unchanged; the others are tried in all spellings.
 
     Args:
         settings: Settings of the network.
-        modules: Modules of all networks that may get a LoRA: prefix of the name in files, and dotted path.
+        modules: Modules of all networks that may get a LoRA: (prefix of the name in files, dotted path).
     """
     paths = [path for _, path in modules]
     names = [prefix + path.replace(".", "_") for prefix, path in modules]
@@ -357,15 +360,15 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
 
 def _fit_pattern(argument: str, pattern: Pattern, paths: Sequence[str], names: Sequence[str]) -> Pattern:
-    """Return a pattern that matches the modules that `pattern` matches if dots and underscores are equal.
+    """Return a pattern that matches the modules that `pattern` would match if dots equaled underscores.
 
-    If there are none, the pattern itself is returned, with a warning unless there are no modules at all.
+    If there are no such modules, `pattern` itself is returned, with a warning unless there are no modules.
 
     Args:
         argument: Name of the argument, for the warning.
         pattern: Pattern that matches no module as written.
         paths: Dotted paths of all modules.
-        names: Names of these modules in LoRA files, with underscores.
+        names: Underscored names of these modules in LoRA files.
     """
     if not paths:
         return pattern
@@ -381,12 +384,12 @@ def _fit_pattern(argument: str, pattern: Pattern, paths: Sequence[str], names: S
 
 
 def find_by_pattern(pairs: PatternValues, name: str) -> tuple[int, ...]:
-    """Return the indices of the patterns that a name matches."""
+    """Return the indices of all pairs (pattern, value) whose pattern matches the module name."""
     return tuple(index for index, (pattern, _) in enumerate(pairs) if pattern.search(name))
 
 
 def log_overlaps(argument: str, pairs: PatternValues, matches: Sequence[tuple[int, ...]]) -> None:
-    """Log which patterns override earlier ones.
+    """Log which patterns override earlier patterns.
 
     Args:
         argument: Name of the argument.
@@ -411,14 +414,14 @@ def _read_number(
     minimum: float = 0,
     below: float = math.inf,
 ) -> float | None:
-    """Return the number of an argument; None for the string "None".
+    """Parse a number from --network_args; return None for the string "None".
 
     Args:
         number_type: Type of the number.
         argument: Name of the argument, for messages.
         text: Value of the argument, usually a string.
         minimum: Smallest valid number.
-        below: Number that all valid numbers are less than.
+        below: Exclusive upper limit.
 
     Raises:
         OptionError: If the value is not a number or is out of range.
@@ -434,7 +437,7 @@ def _read_number(
 
 
 def _parse_number(number_type: type[int] | type[float], text: Any) -> float | None:
-    """Parse a finite number of at least 0; return None for anything else."""
+    """Parse a finite number that is at least 0; return None for anything else."""
     try:
         value = number_type(text)
     except (ValueError, TypeError):
@@ -443,7 +446,7 @@ def _parse_number(number_type: type[int] | type[float], text: Any) -> float | No
 
 
 def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) -> PatternValues:
-    """Read pairs `pattern=number,pattern=number`. Raises OptionError if one is malformed.
+    """Parse pairs `pattern=number,pattern=number`. Raises OptionError if a pair is malformed.
 
     Args:
         number_type: Type of the numbers.
@@ -477,7 +480,7 @@ def _read_choice(choices: Collection[str], argument: str, text: Any) -> Any:
 
 
 def _read_patterns(argument: str, typed: Any) -> tuple[re.Pattern[str], ...]:
-    """Compile a list of regular expressions; the list may be typed as Python writes it, `['a', 'b']`."""
+    """Compile regular expressions from a list, which may be written as in Python: `['a', 'b']`."""
     patterns = typed
     if isinstance(typed, str):
         try:
@@ -504,12 +507,12 @@ REG_RATES = "network_reg_lrs"
 
 
 def read_rates(argument: str, text: Any) -> PatternValues:
-    """Return the pairs of pattern and learning rate in a string. Raises OptionError if one is malformed."""
+    """Parse (pattern, learning rate) pairs from a string. Raises OptionError if a pair is malformed."""
     return _read_pairs(float, argument, text)
 
 
 def _make_readers_of_kinds() -> dict[str, Reader]:
-    """Return the readers of the --network_args that enable kinds of networks and set their parameters."""
+    """Return parsers for the --network_args that enable network kinds and set their parameters."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
         if kind.numbers:

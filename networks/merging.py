@@ -53,10 +53,10 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 
 def merge_dit(options: MergeOptions) -> None:
-    """Merge LoRAs into a transformer's file, and write the result.
+    """Merge LoRAs into a transformer file, and write the result.
 
     Raises:
-        CheckpointError: If a file is unusable, or if the model has no modules of a LoRA.
+        CheckpointError: If a file is unusable, or if the model lacks all modules of a LoRA.
         OptionError: If the output would replace an input.
         OutputError: If it cannot be written.
     """
@@ -81,10 +81,10 @@ def merge_dit(options: MergeOptions) -> None:
 
 
 def merge_full(options: FullMergeOptions) -> None:
-    """Merge LoRAs of Stable Diffusion into a checkpoint (--sd_model), or into one LoRA without a checkpoint.
+    """Merge Stable Diffusion LoRAs into a checkpoint (--sd_model), or without a checkpoint, into one LoRA.
 
     Raises:
-        CheckpointError: If a file cannot be used, or if the model has no modules of a LoRA.
+        CheckpointError: If a file cannot be used, or if the model lacks all modules of a LoRA.
     """
     weighted_loras = _read_uses(options)
     if options.sd_model is None:
@@ -102,10 +102,10 @@ def merge_full(options: FullMergeOptions) -> None:
 
 
 def merge_flux(options: FluxMergeOptions) -> None:
-    """Merge LoRAs of FLUX into the given transformer and text encoders, or into one LoRA without models.
+    """Merge FLUX LoRAs into the given transformer and text encoders, or without models, into one LoRA.
 
     Raises:
-        CheckpointError: If a file cannot be used, or if a model has no modules of a LoRA.
+        CheckpointError: If a file cannot be used, or if a model lacks all modules of a LoRA.
         OptionError: If no LoRA changes a given model.
     """
     device = torch.device(options.working_device)
@@ -116,7 +116,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
         _write_sum(options, options.save_to, weighted_loras, device)
         return
     encoder_prefixes = {prefix for prefix in MODEL_PREFIXES.values() if prefix}
-    # option that names a model -> the LoRAs that change it
+    # option that sets a model -> the LoRAs that change it
     loras_by_model = {
         name: select_for_network(weighted_loras, prefix, encoder_prefixes)
         for name, prefix in MODEL_PREFIXES.items()
@@ -141,13 +141,13 @@ def merge_flux(options: FluxMergeOptions) -> None:
 
 
 def _read_uses(options: FluxMergeOptions | FullMergeOptions) -> list[WeightedLora]:
-    """Return the LoRAs with their strengths."""
+    """Read the LoRA files to merge, each with its strength."""
     files = zip(options.models or (), options.ratios or (), strict=True)
     return [WeightedLora(read_lora(path, with_texts=True), ratio) for path, ratio in files]
 
 
 def _select_dtype(options: FluxMergeOptions | FullMergeOptions) -> torch.dtype | None:
-    """Return the dtype to write; None for the dtype of the base file."""
+    """Return the dtype of the merged file; None to keep the base file's dtype."""
     return None if options.save_precision is None else DTYPES[options.save_precision]
 
 
@@ -157,7 +157,7 @@ def _write_sum(
     weighted_loras: Sequence[WeightedLora],
     device: torch.device,
 ) -> None:
-    """Write the sum of LoRAs as one LoRA, and show what was written."""
+    """Write the weighted sum of LoRAs as one LoRA file, and show a summary."""
     metadata = save_sum(options, output, weighted_loras, device)
     rows = [
         ("LoRAs", _list_files(weighted_loras)),
@@ -173,13 +173,13 @@ def save_sum(
     weighted_loras: Sequence[WeightedLora],
     device: torch.device,
 ) -> dict[str, str]:
-    """Save the sum of LoRAs as one LoRA.
+    """Save the weighted sum of LoRAs as one LoRA.
 
     Args:
-        options: How the sum is computed and written.
+        options: How to compute and write the sum.
         output: File to write.
         weighted_loras: The LoRAs with their strengths.
-        device: Device that computes.
+        device: Device to compute on.
 
     Returns:
         The metadata of the file, without hashes.
@@ -205,15 +205,15 @@ def _metadata_of_sum(
     family: FamilyNames | None,
     no_metadata: bool,
 ) -> dict[str, str]:
-    """Return the metadata of the sum of LoRAs.
+    """Return the metadata for a sum of LoRAs.
 
     Args:
-        loras: The LoRAs that are summed.
+        loras: The LoRAs in the sum.
         tensors: Tensors of the sum, by name.
         family: Family of the LoRAs; None if unknown.
-        no_metadata: Whether to keep only what loaders need.
+        no_metadata: Whether to keep only what is needed for loading.
     """
-    # down factors have one row for each rank
+    # a down factor has as many rows as its rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     if family is None or family.name == "flux":
@@ -242,7 +242,7 @@ def _metadata_of_sum(
 
 
 def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
-    """Return the value of a metadata key from the first LoRA that has it; None if no LoRA does."""
+    """Return the value of a metadata key from the first LoRA that has the key; None if no LoRA has it."""
     return next(filter(None, (lora.metadata.get(key) for lora in loras)), None)
 
 
@@ -261,7 +261,7 @@ def _find_family_of_sum(
     hint = None if by_metadata is None else by_metadata.name
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
-        return FLUX  # of several families, the one that this tool is for
+        return FLUX  # if several families are possible, this tool's own
     # only text encoders change
     if not families and by_metadata is None:
         families = _find_families_of_texts(tensors)
@@ -277,14 +277,14 @@ def _find_family_of_sum(
 
 
 def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
-    """Return the families of Stable Diffusion that have all text encoders of these tensors."""
+    """Return the Stable Diffusion families that have all the text encoders that these tensors change."""
     prefixes = {prefix_of(name) for name in tensors}
     families = map(family_named, tool_options.MERGED_FAMILIES)
     return [family for family in families if prefixes <= {prefix for prefix, _ in family.encoders}]
 
 
 def _list_files(weighted_loras: Sequence[WeightedLora]) -> str:
-    """Return lines with the path and the strength of each LoRA."""
+    """Return a text with one line per LoRA: its path and strength."""
     return "\n".join(
         f"{weighted_lora.lora.path}, strength {weighted_lora.multiplier:g}"
         for weighted_lora in weighted_loras
@@ -303,7 +303,7 @@ def merge_into_file(
 ) -> None:
     """Write the model with the LoRAs merged in as one safetensors file; keep names, dtypes and metadata.
 
-    Peak memory: the LoRAs, one tensor of the model and some MB (for LoKr: the change of the tensor in
+    Peak memory: the LoRAs, one tensor of the model and some MB (for LoKr, also the tensor's change in
     float32).
 
     Args:
@@ -312,12 +312,12 @@ def merge_into_file(
         output: File to write.
         device: Device of the run.
         in_channels: Required input channels of the model's first layer.
-        dtype: Dtype of the result's weights; None for that in the model, bfloat16 for quantized weights.
-        option: Option that names `output`, for messages.
+        dtype: Dtype of the result's weights; None keeps the model's, or bfloat16 for quantized weights.
+        option: Option that sets `output`, for messages.
         rounding: A value of `--lora_rounding`.
 
     Raises:
-        CheckpointError: If a file is unusable, or if the model has no modules of a LoRA.
+        CheckpointError: If a file is unusable, or if the model lacks all modules of a LoRA.
         OptionError: If the output would replace an input.
         OutputError: If it cannot be written.
     """
@@ -334,17 +334,17 @@ def merge_into_file(
         # the patch adds the LoRAs to a weight by its name
         patch = _make_patch(weighted_loras, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
-        # `dequantized_on_read` replaces the infos of quantized weights, so these are other objects now
+        # `dequantized_on_read` replaces the infos of quantized weights, so these are now different objects
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
         written = _list_written_tensors(checkpoint, quantized, dtype)
 
         def read(name: str) -> Tensor:
-            tensor = checkpoint.read(name)  # not mapped from the file, so it may be changed in place
+            tensor = checkpoint.read(name)  # not memory-mapped, so it may be changed in place
             check_finite(model, name, tensor)
             written_dtype = written[name].dtype
             if not patch.changes_parameter(name):
                 return tensor.to(written_dtype)
-            # for another dtype, the sum stays in float32 and is rounded once
+            # if the dtype changes, the sum stays in float32 and is rounded once
             weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, weight, written_dtype).to(written_dtype)
 
@@ -376,7 +376,7 @@ def _show_merge(
     dequantized_dtype: torch.dtype,
     size_bytes: int,
 ) -> None:
-    """Print the files of a merge, what becomes of quantized weights, and the size of the result."""
+    """Print the files of a merge, the new dtype of quantized weights, and the size of the result."""
     rows = [("model", str(model)), ("LoRAs", _list_files(weighted_loras)), ("result", str(output))]
     if num_quantized:
         change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"
@@ -389,11 +389,11 @@ def _show_merge(
 def _make_patch(
     weighted_loras: Sequence[WeightedLora], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
-    """Return the patch for a file with a single network, or for a full checkpoint.
+    """Return the weight patch for a file with a single network, or for a full checkpoint.
 
     Args:
         weighted_loras: LoRA files with their strengths.
-        checkpoint: The model's file, opened.
+        checkpoint: The opened model file.
         model: Path of the file, for messages.
         rounding: How changed 16-bit weights are rounded.
     """
@@ -401,7 +401,7 @@ def _make_patch(
         return FullPatch(weighted_loras, checkpoint.tensors, model, rounding)
     for weighted_lora in weighted_loras:
         warn_of_other_encoders(weighted_lora, weighted_lora.lora.text_tensors, str(model), prefixes=())
-    # LoRAs of a deeper or shallower model: their blocks are mapped to the blocks here
+    # blocks of LoRAs for a deeper or shallower model are mapped to this model's blocks
     weighted_loras = fit_depths(weighted_loras, checkpoint.tensors, model)
     return LoraPatch(weighted_loras, checkpoint.tensors, model, rounding=rounding)
 
@@ -409,7 +409,7 @@ def _make_patch(
 def _metadata_of_merged(
     checkpoint: Checkpoint, model: Path, weighted_loras: Sequence[WeightedLora]
 ) -> dict[str, str]:
-    """Return the model's own metadata, without hashes, and the names of the merged files."""
+    """Return the model's metadata without its hashes, plus the names of the merged files."""
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
     if weighted_loras:
         metadata["modelspec.merged_from"] = ", ".join(
@@ -425,8 +425,8 @@ def _list_written_tensors(
 
     Args:
         checkpoint: The opened checkpoint.
-        quantized: Names of weights that are quantized in the model's file.
-        dtype: Dtype of the result's weights; None for that in the model, bfloat16 for quantized weights.
+        quantized: Names of weights that are quantized in the model file.
+        dtype: Dtype of the result's weights; None keeps the model's, or bfloat16 for quantized weights.
     """
     written: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
@@ -438,14 +438,14 @@ def _list_written_tensors(
 
 
 def _check_fits(patch: LoraPatch | FullPatch, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if a LoRA does not fit the model, before anything is written."""
+    """Raise CheckpointError before anything is written if a LoRA does not fit the model."""
     for name, info in checkpoint.tensors.items():
         patch.add_to(name, to_meta_tensor(info))
     patch.check()
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
-    """Raise CheckpointError if the first layer does not have `in_channels` inputs; None allows any number."""
+    """Raise CheckpointError unless the first layer has `in_channels` inputs; None allows any number."""
     if in_channels is None:
         return
     layer = next((name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)), None)
@@ -462,7 +462,7 @@ def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
 
 
 class _Summand(NamedTuple):
-    """The factors of one LoRA for a module, and the LoRA's strength."""
+    """One LoRA's factors for a module, and the multiplier of the LoRA."""
 
     lora: LoraFile
     factors: Factors
@@ -487,7 +487,7 @@ def _sum_loras(
     _reject_other_families([weighted_lora.lora for weighted_lora in weighted_loras])
     for weighted_lora in weighted_loras:
         rule = rank_rule_of(weighted_lora.lora.metadata)
-        if rule is not None:  # trained with masked ranks, which a sum cannot mask
+        if rule is not None:  # trained with a rank mask, which a sum cannot apply
             logger.warning(f"{weighted_lora.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
     for name, summands in _list_summands(weighted_loras).items():
@@ -502,7 +502,7 @@ def _sum_loras(
 
 
 def _reject_other_families(loras: Sequence[LoraFile]) -> None:
-    """Raise CheckpointError if the metadata of the LoRAs name different families."""
+    """Raise CheckpointError if the LoRAs' metadata names different model families."""
     first: LoraFile | None = None
     first_family: FamilyNames | None = None
     for lora in loras:
@@ -521,7 +521,7 @@ def _reject_other_families(loras: Sequence[LoraFile]) -> None:
 
 
 def _list_summands(weighted_loras: Sequence[WeightedLora]) -> dict[str, list[_Summand]]:
-    """Return the factors of all files by module. Raises CheckpointError for anything but plain LoRAs."""
+    """Return the factors from all files by module. Raises CheckpointError for anything but plain LoRAs."""
     modules: dict[str, list[_Summand]] = {}
     for weighted_lora in weighted_loras:
         lora = weighted_lora.lora
@@ -538,21 +538,21 @@ def _list_summands(weighted_loras: Sequence[WeightedLora]) -> dict[str, list[_Su
 
 
 class _LowRank(NamedTuple):
-    """The factors of a change of a weight, up @ down."""
+    """Factors up @ down of a weight change."""
 
     down: Tensor  # R x in (x kernel)
     up: Tensor  # out x R (x 1 x 1)
 
     @property
     def size(self) -> tuple[torch.Size, int]:
-        """Return the input axes of the weight (with the kernel), and the number of outputs."""
+        """Return the input axes of the weight (including the kernel) and the number of output rows."""
         return self.down.shape[1:], len(self.up)
 
     def describe_size(self) -> str:
         return f"{len(self.up)} x {self.down.shape[1]}"
 
     def reshaped_as(self, first: "_LowRank") -> "_LowRank":
-        """Return factors with the axes of `first`: a matrix and a 1x1 convolution are interchangeable."""
+        """Return the factors reshaped to the axes of `first` (a matrix equals a 1x1 convolution)."""
         inputs, outputs = self.size
         first_inputs, first_outputs = first.size
         if inputs.numel() != first_inputs.numel() or outputs != first_outputs:
@@ -562,12 +562,12 @@ class _LowRank(NamedTuple):
 
 
 def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowRank:
-    """Return the factors of a sum, with the ranks of all summands concatenated; alpha is the rank.
+    """Return the factors of a weighted sum, with the ranks of all LoRAs concatenated; alpha is the rank.
 
     Args:
         name: Name of the module, for messages.
         summands: The factors of each LoRA for the module.
-        device: Device that computes.
+        device: Device to compute on.
 
     Raises:
         CheckpointError: If the sizes of the summands differ.
@@ -598,7 +598,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
 
 
 class DecomposedProduct(NamedTuple):
-    """The singular value decomposition of a product: (left @ u) diag(singular_values) (vh @ right^T)."""
+    """Singular value decomposition of a product: (left @ u) diag(singular_values) (vh @ right^T)."""
 
     left: Tensor  # out x R, orthogonal columns
     u: Tensor
@@ -608,7 +608,7 @@ class DecomposedProduct(NamedTuple):
 
 
 def decompose_product(up: Tensor, down: Tensor) -> DecomposedProduct:
-    """Decompose up @ down, out x R and R x in, without computing the product: by two QR decompositions."""
+    """Decompose up @ down (out x R times R x in) by two QR decompositions, without computing the product."""
     left, small_left = torch.linalg.qr(up)
     right, small_right = torch.linalg.qr(down.T)
     u, singular_values, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
@@ -616,7 +616,7 @@ def decompose_product(up: Tensor, down: Tensor) -> DecomposedProduct:
 
 
 def _truncate(change: _LowRank, rank: int) -> _LowRank:
-    """Return the best approximation of up @ down at this rank. Source: Eckart and Young 1936."""
+    """Return the best rank-`rank` approximation of up @ down (Eckart and Young, 1936)."""
     down, up = change
     product = decompose_product(up.flatten(1), down.flatten(1))
     rank = min(rank, len(product.singular_values))
@@ -630,7 +630,7 @@ def _truncate(change: _LowRank, rank: int) -> _LowRank:
 
 
 def in_known_names(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Return the tensors under the names that other tools use for the family."""
+    """Return tensors under the names that other tools use for the family's LoRAs."""
     if family is None or family.underscored_names != "aliases":
         return tensors
     return rename_to_aliases(tensors, family)

@@ -36,7 +36,7 @@ PARTS_METADATA = "reelsmith_experts"
 def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
     """Return the expert that a LoRA was trained for, or FOR_BOTH; None if unknown.
 
-    Metadata take precedence over the file's name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
+    Metadata takes precedence over the file name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
     """
     value = metadata.get(TRAINED_EXPERT, "").strip().lower()
     if value == FOR_BOTH:
@@ -45,15 +45,15 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
 
 
 def in_words(expert: str) -> str:
-    """Return an expert's name as words, such as "high-noise expert"."""
+    """Return an expert's name in words, such as "high-noise expert"."""
     return f"{expert.replace('_', '-')} expert"
 
 
 def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
-    """Return the metadata for one expert's part of a file; they name the expert.
+    """Return the metadata of one expert's LoRA in a file for several experts, including the expert's name.
 
     Raises:
-        ValueError: If the file's metadata of its parts are unreadable.
+        ValueError: If the file's metadata for its experts cannot be parsed.
     """
     common = {key: value for key, value in metadata.items() if key != PARTS_METADATA}
     expert_entries = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
@@ -72,8 +72,8 @@ STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)
 def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Return `sshs_model_hash` and `sshs_legacy_hash` of these tensors.
 
-    Both are SHA-256 of a safetensors file whose only metadata are those with `ss_*` keys. The first covers
-    the tensors' bytes. The second covers 64 KiB from offset 1 MiB, and keeps 8 hexadecimal digits.
+    Both are SHA-256 hashes of a safetensors file whose metadata contains only the `ss_*` keys. The first
+    covers the bytes of the tensors. The second covers 64 KiB at offset 1 MiB, cut to 8 hexadecimal digits.
     """
     training_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -86,20 +86,20 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata with the hashes of these tensors, replacing older ones; `is_damaged` reads them."""
+    """Return metadata with new hashes of the tensors, by which `is_damaged` checks the file."""
     return {**metadata, **model_hashes(tensors, metadata), LAYOUT_KEY: layout_hash(tensors)}
 
 
 def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
-    """Return 16 hexadecimal digits of a hash of names, dtypes and shapes, to recognize our own files."""
+    """Return a hash (16 hex digits) of tensor names, dtypes and shapes, which identifies our files."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
 
 
 def is_damaged(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Return whether the data of a safetensors file written by us differ from its checksum.
+    """Return whether the data of a safetensors file written by us differs from its checksum.
 
-    Tools that rename or cast tensors may copy old hashes: call only if the layout is as we wrote it.
+    Tools that rename or cast tensors may copy old hashes, so call this only if the layout is unchanged.
     """
     if "sshs_model_hash" not in metadata:
         return False
@@ -138,7 +138,7 @@ MAX_HASHED = 4 << 30  # bytes of tensors that are hashed in memory
 def describe_lora(checkpoint: Checkpoint) -> str | None:
     """Describe the LoRA in an open file: kind, model, ranks, layers; None if it is not a LoRA.
 
-    Only scales are read.
+    The only tensor values that are read are alphas.
     """
     from networks import key_formats  # only for LoRAs
 
@@ -157,7 +157,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checksums that browsers find a LoRA by; {} if the file is not a LoRA or too large."""
+    """Return the hashes by which browsers find a LoRA; {} if the file is too large or not a LoRA."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > MAX_HASHED or describe_lora(checkpoint) is None:
         return {}
@@ -169,8 +169,8 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
 
     Args:
         checkpoint: The opened checkpoint.
-        names: Names of its tensors.
-        expert: The expert, if the file has a LoRA for each; else None.
+        names: Names of the LoRA's tensors.
+        expert: The expert if the file has a LoRA for each expert; otherwise None.
     """
     from networks import key_formats  # only for LoRAs
     from networks.tensor_names import dialect_in_words
@@ -183,11 +183,11 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
     in_dit = group_by_module(native.tensors)
     in_texts = group_by_module(native.text_tensors)
     modules = in_dit | in_texts
-    # in a whole model, some names may look like those of a LoRA
+    # in a full model, some names may look like LoRA keys
     if not modules or 2 * len(native.unknown_keys) > len(names):
         return None
     families = [family.name for family in key_formats.families_of(in_dit, hint)]
-    # no family has these names: believe the metadata
+    # no family has these names: trust the metadata
     if not families and hint is not None:
         families = [hint]
     model = f" for {' or '.join(families)}" if families else ""
@@ -207,7 +207,7 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
 
 
 def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
-    """Return one clause each for the ranks, block sizes and alphas of a network; none for those it lacks."""
+    """Describe a network's ranks, block sizes and alphas in one clause each, leaving out what it lacks."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
     clauses = [describe_numbers("rank", ranks)]
     for word, sizes in sizes_by_word(modules.values()).items():
@@ -219,7 +219,7 @@ def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) ->
 
 
 def _describe_kinds(modules: Mapping[str, Factors]) -> str:
-    """Return the kinds of a network by the factors of its modules: `a LoHa and LoRA`."""
+    """Return the network kinds that the modules' factors show, for messages: `a LoHa and LoRA`."""
     parts = {part for factors in modules.values() for part in factors}
     if MAGNITUDES in parts:
         return f"a {MAGNITUDE_KIND_NAME}"
@@ -231,7 +231,7 @@ def _describe_kinds(modules: Mapping[str, Factors]) -> str:
 
 
 def _describe_layers(modules: Iterable[str]) -> str:
-    """Count the layers of each kind, in words: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
+    """List modules with their numbers of blocks: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
     counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
     layers = [f"{name} ({count})" for name, count in counts.most_common(MAX_LISTED)]
     description = ", ".join(layers)
@@ -242,7 +242,7 @@ def _describe_layers(modules: Iterable[str]) -> str:
 
 
 def _read_stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[float]:
-    """Return the alphas among a file's tensors."""
+    """Return the distinct scalar alphas stored as tensors in a file."""
     alphas: set[float] = set()
     for name in names:
         info = checkpoint.tensors[name]
@@ -252,16 +252,16 @@ def _read_stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[flo
 
 
 def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", expert: str | None) -> set[float]:
-    """Return the alphas that are not tensors, from metadata or PEFT's settings; empty if they are unusable.
+    """Return alphas that are not tensors, from metadata or PEFT's settings; an empty set if they are invalid.
 
     Args:
         checkpoint: The opened checkpoint.
         native: Tensors under our names.
-        expert: The expert, if the file has a LoRA for each; else None.
+        expert: The expert if the file has a LoRA for each expert; otherwise None.
     """
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
-    # the hash in the metadata shows that the tensors are laid out as they were written here
+    # the hash in the metadata shows that the file still has the layout that we wrote
     is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
     # rank -> alpha / rank, which is multiplied into the factors of our files without alphas
     folded = read_folded(checkpoint.metadata) if is_written_here else {}
@@ -282,7 +282,7 @@ def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", expert: 
 
 
 def describe_numbers(word: str, numbers: Collection[float]) -> str:
-    """Return "rank 4, 8" for the word "rank", or "rank 4 to 64" for many numbers; "" if there are none."""
+    """Return "rank 4, 8" for the word "rank", or "rank 4 to 64" for many numbers; "" without numbers."""
     if not numbers:
         return ""
     if len(numbers) > MAX_LISTED:

@@ -16,7 +16,7 @@ _DIGITS = re.compile(r"\d+")
 
 
 class _Families:
-    """The names of all families; iteration imports one family's file at a time."""
+    """Iterable of the `FamilyNames` of all model families, which imports one family's module at a time."""
 
     def __iter__(self) -> Iterator[FamilyNames]:
         for folder in FOLDERS.values():
@@ -27,16 +27,16 @@ FAMILIES: Iterable[FamilyNames] = _Families()
 
 
 def family_named(name: str) -> FamilyNames:
-    """Return the family of this name."""
+    """Return the model family with this name."""
     return next(family for family in FAMILIES if family.name == name)
 
 
 def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
     """Return the family of a model with these underscored module names; None if no family has any of them.
 
-    Ties go to the family named `hint`, then to the one with most names as modules instead of aliases, then
-    to the first (only SD 1 and 2 have equal names). For LoRAs, which have only some of a model's modules,
-    use `likely_families`.
+    Ties go to the family named `hint`, then to the family that has most names as modules instead of aliases,
+    then to the first (only SD 1 and 2 have equal names). For LoRAs, which have only some of a model's
+    modules, use `likely_families`.
     """
     names = list(names)
     # the families that know most of the names, or `hint` alone if it is one of them
@@ -51,12 +51,12 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families with most of these module names; only the family `hint` if it is one of these."""
+    """Return the families with most of these module names; only the family `hint` if it is among them."""
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
     if hinted is not None and all(_find_module(name, hinted) for name in names):
-        return [hinted]  # saves building the tables of the other families
+        return [hinted]  # avoids building the tables of other families
     # fast path: `all` stops at the first unknown name; count only if no family knows all names
     families = [family for family in FAMILIES if all(_find_module(name, family) for name in names)]
     if not families:
@@ -69,10 +69,10 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
 
 
 def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
-    """Return the families whose LoRAs the scripts of a family accept.
+    """Return the families whose LoRAs a family's scripts accept.
 
     A variant in a subfolder (FLUX.1 Kontext, Stable Diffusion XL) has no names of its own. It accepts the
-    family of its name in the parent folder, or all families there if none has that name.
+    family with its name in the parent folder, or all families there if none has that name.
 
     Args:
         name: Name of a family that has scripts.
@@ -96,9 +96,9 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     """Return the families that a LoRA may be for; several if nothing distinguishes them.
 
     Args:
-        names: Names of the LoRA's modules, with underscores.
+        names: Underscored names of the LoRA's modules.
         size_of: Maps a name to the rows and columns of its change, or to None if they are unknown.
-        hint: Family that the metadata or the user names.
+        hint: Family named by the metadata or the user.
 
     Returns:
         The families, or [] if no family has modules with these names.
@@ -115,12 +115,12 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     chosen = [family for family in families if levels[family] == best]
     if len(chosen) == 1:
         return chosen
-    # if block numbers do not decide among the best, families of other released sizes are possible too
+    # if block indices do not single out one, families with other released sizes are possible too
     return [family for family in families if levels[family] >= min(best, _AS_RELEASED)]
 
 
 def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, int]]:
-    """Return the rows and columns of each module's change, leaving out unknown ones."""
+    """Return the rows and columns of each module's change, leaving out modules of unknown size."""
     sizes: dict[str, tuple[int, int]] = {}
     for name in names:
         size = size_of(name)
@@ -130,12 +130,12 @@ def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, 
 
 
 def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> bool:
-    """Return whether the sizes of a LoRA's modules are possible in the family."""
+    """Return whether the family may have modules of these names with the sizes of the LoRA's changes."""
     return _rate_agreement(family, [], _known_sizes(names, size_of)) != _CONTRADICTS
 
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
-    """Return whether all of these families have the same module names, as Stable Diffusion 1 and 2 do."""
+    """Return whether all families share the same module names, as Stable Diffusion 1 and 2 do."""
     layouts = {(family.aliases, family.parts, family.joined, family.more_modules) for family in families}
     return len(layouts) == 1
 
@@ -146,7 +146,7 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Rate how well a file's sizes and block numbers fit a family, from `_CONTRADICTS` to `_COMPLETE`."""
+    """Rate how well a file's sizes and block indices fit a family, from `_CONTRADICTS` to `_COMPLETE`."""
     expected_sizes = list(_expected_sizes(family, sizes))
     block_numbers = _block_numbers(family, names)
     level = _CONTRADICTS
@@ -156,7 +156,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
         if not width or all(_agrees(expected, width) for expected in expected_sizes):
             level = max(level, _rate_block_numbers(block_numbers, dict(depths)))
     if level == _CONTRADICTS and expected_sizes:
-        # perhaps an unreleased model, whose sizes are all in proportion to another width
+        # perhaps an unreleased model, whose sizes are all proportional to another width
         first = expected_sizes[0]
         rows, columns = first.size
         scaled_width = (
@@ -168,7 +168,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
 
 
 def _rate_block_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
-    """Rate how well block numbers agree with a released model; `depths` is its number of blocks by list."""
+    """Score how well block indices match a released model; `depths` is its block count per block list."""
     for name, blocks in numbers.items():
         if name in depths and max(blocks) >= depths[name]:
             return _CONTRADICTS
@@ -180,7 +180,7 @@ def _rate_block_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, in
 
 
 def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[int]]:
-    """Return the block numbers in the names: attribute of the block list -> numbers."""
+    """Return the block indices in module names, by the attribute name of the block list."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         found = _find_module(name, family)
@@ -190,7 +190,7 @@ def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[i
 
 
 class _ExpectedSize(NamedTuple):
-    """Size of a module's change, and the expected rows and columns in block widths; 0 allows any."""
+    """Size of a module's weight change, and its expected size as multiples of the block width (0: any)."""
 
     size: tuple[int, int]  # rows and columns
     rows_per_width: float
@@ -198,7 +198,7 @@ class _ExpectedSize(NamedTuple):
 
 
 def _expected_sizes(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterator[_ExpectedSize]:
-    """Yield the expected size of each module whose path matches an entry of the family's `sides`."""
+    """Yield the expected size of each module whose path matches an item of the family's `relative_sizes`."""
     for name, size in sizes.items():
         found = _find_module(name, family)
         path = "" if found is None else found.path
@@ -210,7 +210,7 @@ def _expected_sizes(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -
 
 
 def _agrees(expected: _ExpectedSize, width: float) -> bool:
-    """Return whether the rows and columns of a module's change are those of a model with this block width."""
+    """Return whether the size of a module's change fits a model with this block width."""
     rows, columns = expected.size
     fits_rows = not expected.rows_per_width or abs(rows - expected.rows_per_width * width) < 1
     fits_columns = not expected.columns_per_width or abs(columns - expected.columns_per_width * width) < 1
@@ -218,7 +218,7 @@ def _agrees(expected: _ExpectedSize, width: float) -> bool:
 
 
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
-    """Return the family named in a LoRA file's metadata; None if no family or an unknown one is named."""
+    """Return the family named in a LoRA file's metadata; None if no known family is named."""
     version = metadata.get(TRAINED_ON, "")
     architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
     for family in FAMILIES:
@@ -239,20 +239,20 @@ def module_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
     A parameter that is not a module's weight counts as a module: `blocks.0.modulation`. If a module is part
-    of a stacked one in another layout, the path is the one in that layout.
+    of a stacked module in another layout, its path in that layout is returned.
     """
     tables = _tables(family)
     return _find(tables.ours, name) or (_find(tables.renamed, name) if family.joined else None)
 
 
 def is_optional(name: str, family: FamilyNames) -> bool:
-    """Return whether only some models of the family have the module of this name."""
+    """Return whether only some models of the family have a module of this name."""
     return _tables(family).optional.first(name) is not None
 
 
 @cache
 def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
-    """Describe the part of the model that a module belongs to, if it loads with the text encoder; else "".
+    """Describe a module that loads together with the text encoder; return "" for all other modules.
 
     Args:
         name: Underscored name of a module.
@@ -266,47 +266,47 @@ def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
 
 
 def is_unprefixed(path: str) -> bool:
-    """Return whether some family's files have this path without a prefix such as `diffusion_model.`."""
+    """Return whether a family's LoRA files have this path without a prefix such as `diffusion_model.`."""
     return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed_paths))
 
 
 def alias(name: str, family: FamilyNames) -> str:
-    """Translate the underscored name of a module from another layout to ours; unknown names are unchanged."""
+    """Translate another layout's underscored module name to ours; return unknown names unchanged."""
     path = _find(_tables(family).by_alias, name)
     return name if path is None else path.replace(".", "_")
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
-    """Translate the underscored name of a module from our layout to another; unknown names are unchanged."""
+    """Translate our underscored module name to another layout's; return unknown names unchanged."""
     path = _find(_tables(family).alias_of, name)
     return name if path is None else path.replace(".", "_")
 
 
 def find_fused_path(name: str, family: FamilyNames) -> str | None:
-    """Return a module's path in the layout that fuses some of our modules; None if the family lacks it."""
+    """Return a module's path in the layout that fuses some of our modules; None if it is not there."""
     return _find(_tables(family).alias_of, name) or module_path(name, family)
 
 
 def is_fused_elsewhere(name: str, family: FamilyNames) -> bool:
-    """Return whether another layout of the family fuses this module with others."""
+    """Return whether another layout of the family fuses this module with other modules."""
     return _tables(family).fused_elsewhere.first(name) is not None
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
-    """Return whether the family has a module of this name, in our layout or another one."""
+    """Return whether the family has a module of this name, in our layout or in that of another program."""
     tables = _tables(family)
     return any(table.first(name) is not None for table in (tables.ours, tables.by_alias, tables.by_part))
 
 
 def is_known_module(name: str, dotted: bool = False) -> bool:
-    """Return whether any family has a module of this underscored name, or dotted path, in any layout."""
+    """Return whether any family has a module of this name in any layout; `dotted` names contain dots."""
     paths = _all_paths() if dotted else _all_names()
     return not paths.isdisjoint(_templates(name))
 
 
 @cache
 def _all_paths() -> frozenset[str]:
-    """Return the dotted paths of all families' modules in all layouts, with templates for block numbers."""
+    """Return the dotted module paths of all families in all layouts, with `{n}` for block indices."""
     paths: set[str] = set()
     for family in FAMILIES:
         paths.update(family.modules)
@@ -321,14 +321,14 @@ def _all_paths() -> frozenset[str]:
 
 @cache
 def _all_names() -> frozenset[str]:
-    """Return the underscored names of all families' modules in all layouts, with templates for numbers."""
+    """Return the underscored module names of all families in all layouts, with `{n}` for block indices."""
     return frozenset(path.replace(".", "_") for path in _all_paths())
 
 
 def count_parts(path: str) -> set[int]:
-    """Return into how many layers other layouts divide the layer at `path`: a set, as families differ.
+    """Return the possible numbers of layers into which other layouts split the layer at `path`.
 
-    `path` may have prefixes.
+    The numbers differ between families. `path` may have prefixes.
     """
     name = path.replace(".", "_")
     # the path without each possible prefix
@@ -339,7 +339,7 @@ def count_parts(path: str) -> set[int]:
 
 @dataclass(frozen=True)
 class RelatedModule:
-    """A module of another layout whose weight is a part of a given module's weight, or contains it."""
+    """A module of another layout whose weight is part of a given module's weight, or contains it."""
 
     name: str  # underscored
     part: WeightPart
@@ -348,9 +348,10 @@ class RelatedModule:
 
 @cache
 def related_modules(name: str, family: FamilyNames | None = None) -> tuple[RelatedModule, ...]:
-    """Return the modules in other layouts that are part of this one or contain it, in one family or in all.
+    """Return the modules of other layouts that are part of this module or contain it.
 
-    A name may belong to our layout in one family and to another layout in a second family; both count.
+    Without a family, all families are searched. A name may belong to our layout in one family and to another
+    layout in a second family; both count.
     """
     distinct: dict[tuple[str, int | None, bool], RelatedModule] = {}  # families share names and parts
     for template, number in _find_relations(family).all(name):
@@ -363,9 +364,9 @@ def related_modules(name: str, family: FamilyNames | None = None) -> tuple[Relat
 
 @cache
 def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
-    """Return a table from modules in any layout of a family (or all) to their parts and fused modules.
+    """Return a table from module names in all layouts of a family (or of all) to parts and fused modules.
 
-    Names have `{n}` for the block number.
+    Names have `{n}` for the block index.
     """
     pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):
@@ -386,7 +387,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
 
 
 class PartPath(NamedTuple):
-    """Part of a module, and its path in another layout."""
+    """A module's path in another layout, such as diffusers', and how its rows map to our module."""
 
     path: str
     part: WeightPart
@@ -394,7 +395,7 @@ class PartPath(NamedTuple):
 
 @cache
 def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
-    """Return the parts of a module in the family's other layout, in the order of their rows.
+    """Return the modules of the family's other layout that are parts of this module, ordered by rows.
 
     If the other layout fuses several of our modules into this one, these modules are returned.
     """
@@ -410,7 +411,7 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
-    """Return the dotted path of a module of another layout, from its underscored name; None if unknown."""
+    """Return the dotted path of another layout's module from its underscored name; None if it is unknown."""
     return _find(_tables(family).part_paths_elsewhere, name)
 
 
@@ -418,29 +419,29 @@ Entry = TypeVar("Entry")
 
 
 class _Found(NamedTuple, Generic[Entry]):
-    """A table's entry for a module name, and the block number in this name."""
+    """The table entry whose template a module name matches, and the block index in this name."""
 
     entry: Entry
     number: str  # "" if its template has none
 
 
 class _Table(Generic[Entry]):
-    """Look up entries by underscored name through templates: `blocks_0_ffn_0` fits `blocks.{n}.ffn.0`.
+    """Look up values by underscored module name with templates: `blocks_0_ffn_0` matches `blocks.{n}.ffn.0`.
 
-    A dictionary is used instead of one regular expression, because there are thousands of templates.
+    It uses a dictionary instead of one regular expression, because there are thousands of templates.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Entry]]) -> None:
-        """Index `pairs` of a template and its entry, in order of precedence, by underscored template.
+        """Index (template, entry) pairs by underscored template; earlier pairs take precedence.
 
-        A template is a module name with `{n}` instead of the block's number.
+        A template is a module name with `{n}` in place of the block index.
         """
         self._entries: dict[str, list[tuple[int, Entry]]] = {}
         for position, (template, entry) in enumerate(pairs):
             self._entries.setdefault(template.replace(".", "_"), []).append((position, entry))
 
     def all(self, name: str) -> list[_Found[Entry]]:
-        """Return all entries for a name, in the table's order."""
+        """Return all entries whose template matches a name, in the table's order."""
         matches: list[tuple[int, _Found[Entry]]] = []
         for template, number in _templates(name).items():
             for position, entry in self._entries.get(template, ()):
@@ -453,16 +454,16 @@ class _Table(Generic[Entry]):
 
 
 def _find(table: _Table[str], name: str) -> str | None:
-    """Look a name up in a table of paths and fill in its block number; None for unknown names."""
+    """Return the path for a module name, with the block index filled in; None if the name is unknown."""
     found = table.first(name)
     return None if found is None else found.entry.replace("{n}", found.number)
 
 
 @lru_cache(1 << 14)
 def _templates(name: str) -> Mapping[str, str]:
-    """Return the templates that fit a name: the name itself, and the name with one number replaced by `{n}`.
+    """Return the templates that match a name: the name itself, and versions with one number as `{n}`.
 
-    The values are the replaced numbers; "" for the name itself.
+    Each template is mapped to the number that it replaces; "" for the name itself.
     """
     templates = {name: ""}
     for match in _DIGITS.finditer(name):
@@ -471,9 +472,9 @@ def _templates(name: str) -> Mapping[str, str]:
 
 
 class _Tables(NamedTuple):
-    """Lookup tables from names of a family's modules, in our layout and in the other one, to paths.
+    """Lookup tables from a family's module names, in our layout and in the other one, to paths.
 
-    A module with all rows of ours is only renamed in the other layout; a part has some of its rows.
+    In the other layout, a module with all rows of ours is only renamed; a part has some of our rows.
     """
 
     ours: _Table[str]  # our name -> our path
@@ -489,7 +490,7 @@ class _Tables(NamedTuple):
 
 @cache
 def _tables(family: FamilyNames) -> _Tables:
-    """Return the lookup tables between a family's names in our layout and in the other one."""
+    """Return the lookup tables between a family's module names in our layout and in the other layout."""
     # one of our bare parameters may be the weight of a module in the other layout
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]
@@ -516,7 +517,7 @@ def _tables(family: FamilyNames) -> _Tables:
 
 
 class _ModuleMatch(NamedTuple):
-    """Our module that a name in any layout refers to."""
+    """The module of ours that a name in some layout refers to."""
 
     path: str  # our path, with `{n}` for the block number
     number: str  # block number; "" if there is none
@@ -524,7 +525,7 @@ class _ModuleMatch(NamedTuple):
 
 
 def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
-    """Find the module of an underscored name in any layout of a family; None if the family lacks it."""
+    """Find a module by its underscored name in any layout of a family; return None if it has none."""
     tables = _tables(family)
     for table in (tables.ours, tables.by_alias, tables.renamed, tables.by_part):
         found = table.first(name)
@@ -536,7 +537,7 @@ def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
 def diffusers_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.attn1.to_q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
-    Use it only for families whose weights are divided into modules in the same way in both layouts.
+    Use it only for families whose weights are split into the same modules in both layouts.
     """
     path = module_path(name, family)
     if path is None or family.is_as_in_diffusers:
@@ -560,7 +561,7 @@ def _numbering(family: FamilyNames | None) -> _Table[tuple[int, int]]:
 
 
 def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
-    """Sort names of modules with our prefixes as known trainers do; None if their order is unknown."""
+    """Sort prefixed module names in the order of other trainers; return None if a name has no known place."""
     table = _numbering(family)
     places: dict[str, tuple[int, int, int]] = {}
     for name in names:

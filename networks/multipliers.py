@@ -1,4 +1,4 @@
-"""LoRA files with a multiplier after a colon. Standard library only."""
+"""Parse LoRA files with a multiplier after a colon. Standard library only."""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from modules.paths import explain_missing
 
 
 def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Path, float]]:
-    """Return the file and the multiplier in each string `FILE[:MULTIPLIER]`.
+    """Split each string `FILE[:MULTIPLIER]` into a path and a multiplier.
 
     Args:
-        option: Option with the strings, for messages.
+        option: Option that sets the strings, for messages.
         texts: The strings.
 
     Raises:
@@ -28,12 +28,12 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
 
 
 def split_multiplier(option: str, text: Path) -> tuple[Path, float]:
-    r"""Split `FILE:0.8` into a path and a multiplier, which is 1 without a number.
+    r"""Split `FILE:0.8` into a path and a multiplier; the multiplier is 1 if there is no number.
 
     The colon of a drive (`C:\x`) belongs to the path, because no number follows it.
     """
     name, colon, number = str(text).rpartition(":")
-    if not colon or text.exists():  # the name of a file may have a colon itself
+    if not colon or text.exists():  # a file name may contain a colon itself
         return text, 1.0
     try:
         multiplier = float(number)

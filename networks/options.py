@@ -26,7 +26,7 @@ _WITHOUT_ALPHA: Mapping[str, Any] = {
 
 
 class FrozenModelOptions(Options, title="frozen model"):
-    """Options for additions to the frozen model that are active only in training steps."""
+    """Options for changes of the frozen model that are active only in training steps."""
 
     training_adapter: Path | None = option(
         "LoRA file that is applied only in training steps, such as one that reverses a distillation; "
@@ -49,7 +49,7 @@ NOTHING_FROZEN = FrozenModelOptions()
 
 
 class NetworkOptions(Options, title="network"):
-    """Options of the network that `--network_module` builds and trains."""
+    """Options for the network that `--network_module` builds and trains."""
 
     network_module: str | None = option(
         f"module that builds the network: {', '.join(_MODULES)}, or another package's, such as "
@@ -122,26 +122,26 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def variants(self) -> list[NetworkKind]:
-        """Return the kinds, such as DoRA, that switches in --network_args enable."""
+        """Return the network kinds, such as DoRA, that switches in --network_args enable."""
         arguments = self.arguments()
         return [kind for switch, kind in SWITCHES.items() if arguments.get(switch, "").lower() == "true"]
 
     @property
     def kind(self) -> NetworkKind:
-        """Return the kind that --network_module trains."""
+        """Return the network kind (LoRA, LoHa, ...) that --network_module trains."""
         return kind_of_module(self.network_module)
 
     @property
     def kinds(self) -> list[NetworkKind]:
-        """Return the variants, and the kind that --network_module trains."""
+        """Return the enabled variants, such as DoRA, and the kind that --network_module trains."""
         return [*self.variants, self.kind]
 
     @property
     def rank(self) -> int:
-        """Return --network_dim, or its default for the kind; for some kinds this is a size, not a rank."""
+        """Return --network_dim or the kind's default; for some kinds this is a block size, not a rank."""
         return self.network_dim or self.kind.default_size or DEFAULT_RANK
 
     @property
     def decomposes(self) -> bool:
-        """Return whether weight norms are learned; they must then be taken from the merged model."""
+        """Return whether weight norms are trained (DoRA); they are initialized from the merged weights."""
         return any(kind.magnitudes for kind in self.variants)

@@ -13,7 +13,7 @@ from networks.names.layouts import LoraRules
 
 @dataclass(frozen=True)
 class NetworkArguments:
-    """Values of the options that describe a network, such as `--network_dim`; None means the default."""
+    """Option values that describe a network, such as `--network_dim`; None means the default."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -23,7 +23,7 @@ class NetworkArguments:
 
 @dataclass(frozen=True)
 class OwnModule:
-    """One of our network modules: its kind of network, and the rules of the family that it is for."""
+    """What a value of --network_module trains: the network kind, and the family whose rules it follows."""
 
     rules: LoraRules | None = None  # a family's arguments that choose among the modules of its `DitSpec`
     kind: NetworkKind = LORA
@@ -31,9 +31,9 @@ class OwnModule:
 
 
 class _OwnModules(Mapping[str, OwnModule]):
-    """Our network modules by the value of --network_module: one per kind, and LoRAs for single families.
+    """Our values of --network_module: one for each network kind, and one for each family with its own rules.
 
-    A lookup imports the names of the families one by one, up to the one with this module.
+    A lookup imports the names of the families one by one until one of them has this module.
     """
 
     kinds: ClassVar = {kind.network_module: OwnModule(kind=kind) for kind in KINDS if kind.network_module}
@@ -72,15 +72,15 @@ WITH_FILE = {
 
 
 def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
-    """Read the settings that all our network modules share, and those of this module's kind (such as LoKr).
+    """Parse the settings that all our network modules share, and those of this module's kind (such as LoKr).
 
     Raises:
-        OptionError: For a setting that is unknown or out of range, or that only LoRAs have.
+        OptionError: For a setting that is unknown, out of range, or supported only by LoRAs.
     """
     module = OWN_MODULES[name]
     kind = module.kind
     arguments = dict(typed.arguments)
-    own_settings = kind.read_arguments(arguments)  # takes them out of `arguments`
+    own_settings = kind.read_arguments(arguments)  # removes them from `arguments`
     rank = kind.default_size if typed.rank is None else typed.rank
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
@@ -88,7 +88,7 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     has_lora_settings = any(
         (settings.variants, settings.pattern_learning_rates, settings.ggpo_sigma_and_beta, has_ratio)
     )
-    # kinds other than LoRA reject the settings that only LoRAs have
+    # other kinds reject the settings that only LoRAs support
     if not kind.takes_all_settings:
         kind.check_settings(settings, has_lora_settings)
     return settings, own_settings

@@ -28,24 +28,24 @@ logger = getLogger(__name__)
 
 
 class ModuleWithPath(NamedTuple):
-    """A module of a network, and its path in the network."""
+    """A module, and its path in the network that contains it."""
 
     path: str
     module: LoraModule
 
 
 class LoraSize(NamedTuple):
-    """Rank and alpha of the LoRA of a module."""
+    """Rank and alpha of a module's LoRA."""
 
     rank: int
     alpha: float
 
 
 def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
-    """Return the modules of a DiT that get a layer, by our names.
+    """Return the modules of a DiT that get a LoRA, by our names.
 
     Raises:
-        OptionError: If no module is left, or if a block number exceeds the DiT's blocks.
+        OptionError: If no module is left, or if a block index exceeds the number of blocks.
     """
     spec = spec_of(unet)
     rules = settings.family_rules
@@ -73,10 +73,10 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
 
 
 def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[ModuleWithPath]:
-    """Yield the modules of a DiT that patterns and ranks of --network_args then select from."""
+    """Yield the modules of a DiT that may get a LoRA, before patterns and ranks in --network_args apply."""
     spec = spec_of(unet)
     rules = settings.family_rules
-    # beginnings of the paths of the blocks; groups are in the order of the layers
+    # path prefixes of the blocks; groups are in the order of the layers
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if rules is not None:
         if settings.train_blocks is not None:
@@ -101,14 +101,14 @@ def _select_targets(
     prefix: str,
     optional_parts: tuple[str, ...] = (),
 ) -> dict[str, Target]:
-    """Select the modules that get a layer, with rank and alpha; return them by our names.
+    """Select the modules that get a LoRA, with rank and alpha; return them by our names.
 
     Args:
         candidates: Modules with their paths.
         settings: Settings of the network.
         prefix: Prefix of our names.
-        optional_parts: Parts of paths of modules that get no layer unless a pattern, or a rank for their
-            type, selects them.
+        optional_parts: Parts of module paths that get no LoRA unless a pattern, or a rank for their type,
+            selects them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
@@ -146,7 +146,7 @@ def _select_size(
     matching_patterns: tuple[int, ...],
     optional_parts: tuple[str, ...],
 ) -> LoraSize | None:
-    """Return the rank and alpha of a module; None if it gets no layer.
+    """Return the rank and alpha of a module's LoRA; None if the module gets no LoRA.
 
     Args:
         path: Path of the module.
@@ -154,8 +154,8 @@ def _select_size(
         settings: Settings of the network.
         matching_patterns: Indices of the patterns in `settings.pattern_ranks` that match the module; the
             last one sets the rank.
-        optional_parts: Parts of paths of modules that get no layer unless a pattern, or a rank for their
-            type, selects them.
+        optional_parts: Parts of module paths that get no LoRA unless a pattern, or a rank for their type,
+            selects them.
     """
     is_optional = any(part in f".{path}" for part in optional_parts)
     if is_optional and settings.family_rules is not None:
@@ -173,7 +173,7 @@ def _select_size(
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
-    """Return whether a module is excluded by a pattern or optional, and no include pattern matches it.
+    """Return whether a module is optional or excluded by a pattern, and matches no include pattern.
 
     Args:
         path: Path of the module.
@@ -185,18 +185,18 @@ def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -
 
 
 def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[ModuleWithPath]:
-    """Yield each Linear and Conv2d whose path has one of these prefixes, in the model's order."""
+    """Yield each Linear and Conv2d whose path starts with one of the prefixes, in model order."""
     for path, module in unet.named_modules():
         if f"{path}.".startswith(starts) and isinstance(module, (nn.Linear, nn.Conv2d)):
             yield ModuleWithPath(path, module)
 
 
 def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
-    """Raise OptionError if a block number exceeds the blocks of a model.
+    """Raise OptionError if --network_args list block indices that the model does not have.
 
     Args:
         settings: Settings of the network.
-        depths: Attribute of the block list -> number of blocks; lists of unknown depth are missing.
+        depths: Number of blocks by attribute name of the block list; lists of unknown depth are missing.
     """
     rules = settings.family_rules
     if rules is None:
@@ -215,9 +215,9 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
 
 
 def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
-    """Return rank and alpha by the block and the type of a module; None if it gets no layer.
+    """Return a module's rank and alpha by its block and type; None if it gets no LoRA.
 
-    A rank for the block takes precedence over conv_dim, and these over the rules of the family.
+    A rank for the block takes precedence over conv_dim, and both take precedence over the family's rules.
     """
     # 1x1 convolutions count as linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
@@ -235,7 +235,7 @@ def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSetting
 
 
 def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraSize | None:
-    """Return rank and alpha of a layer by the family's rules; None if its block gets no layer."""
+    """Return a layer's rank and alpha by the family's rules; None if its block is not trained."""
     for outside_path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
         if path == outside_path or path.startswith(f"{outside_path}."):
             return LoraSize(rank, settings.alpha)
@@ -248,7 +248,7 @@ def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraS
 
 
 def _find_rank_of_type(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
-    """Return the rank that --network_args set for the type of a module; None if they set none."""
+    """Return the rank that --network_args sets for a module's type (words in its path); None if unset."""
     for argument, types in rules.rank_arguments:
         is_of_type = any(all(word in path for word in fragments) for fragments in types)
         if argument in settings.type_ranks and is_of_type:
@@ -266,18 +266,18 @@ def build_network(
     """Build one of our networks on the modules that the settings select.
 
     Args:
-        name: Value of --network_module, one of OWN_MODULES.
+        name: Value of --network_module, a key of OWN_MODULES.
         typed: Unparsed settings from the command line.
         dit: The transformer; None if only text encoders are trained.
         encoders: Trained text encoders, by their `lora_prefix`.
-        initial_tensors: Tensors of the file or state that training continues from, under our names. Their
+        initial_tensors: Tensors of the file or state from which training continues, under our names. Their
             modules get layers too, with the rank and alpha of the tensors, unless `typed.arguments` exclude
             them.
 
     Raises:
-        OptionError: If settings are invalid, or if no module is left.
+        OptionError: If settings are invalid, or if they select no module.
     """
-    # 1. the modules that may get a layer: those of the trained text encoders, and of the DiT
+    # 1. modules that may get a layer, in the trained text encoders and the DiT
     settings, kind_settings = read_own(name, typed)
     trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.disabled_encoders
@@ -292,7 +292,7 @@ def build_network(
             modules += [(prefix, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
     kind = OWN_MODULES[name].kind
-    # this kind of network has no layers for text encoders
+    # some network kinds have no layers for text encoders
     if not kind.is_for_texts:
         trained_encoders = {}
         text_candidates = {}
@@ -321,7 +321,7 @@ def build_network(
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
-    """Add rank masks to the LoRAs of a DiT; text encoders have no noise level, so their LoRAs get none.
+    """Add T-LoRA's rank masks to a transformer's LoRAs; text encoders have no noise level and get none.
 
     Raises:
         OptionError: If only text encoders are trained.
@@ -343,7 +343,7 @@ def _make_layers_from_tensors(
     tensors: Mapping[str, Tensor],
     modules_by_name: Mapping[str, ModuleWithPath],
 ) -> dict[str, nn.Module]:
-    """Return layers, by our names, for modules that tensors have and the network does not have yet.
+    """Return new layers, by our names, for modules that have factors in `tensors` but no layer yet.
 
     Args:
         layers: Layers of the network by name.
@@ -367,7 +367,7 @@ def _make_layers_from_tensors(
 def _merge_in_order(
     layers: dict[str, nn.Module], added: Mapping[str, nn.Module], names: Iterable[str]
 ) -> dict[str, nn.Module]:
-    """Merge the default layers with added ones, in the order of the model's modules.
+    """Merge default layers with added layers, in the order of the model's modules.
 
     Args:
         layers: Default layers by name.
@@ -385,7 +385,7 @@ def _merge_in_order(
 
 
 def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, settings: LoraSettings) -> bool:
-    """Return whether --network_args exclude a module that a file has.
+    """Return whether --network_args exclude a module for which a file has a LoRA.
 
     Args:
         module_with_path: The module and its path.
@@ -403,16 +403,16 @@ def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, setti
         return True
     matching_patterns = find_by_pattern(settings.pattern_ranks, name)
     if matching_patterns:
-        _, pattern_rank = settings.pattern_ranks[matching_patterns[-1]]  # the last matching pattern wins
+        _, pattern_rank = settings.pattern_ranks[matching_patterns[-1]]  # the last match counts
         return pattern_rank == 0
-    # convolutions get no LoRA by default, but those of a file are kept, so give them any rank
+    # convolutions get no LoRA by default, but a file's LoRAs for them are kept, so give them any rank
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
     size = _size_by_block_and_type(module_with_path.path, module_with_path.module, with_convolutions)
     return size is None or size.rank == 0
 
 
 def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, ModuleWithPath]:
-    """Return all modules that can have a layer, by our names, with their published paths."""
+    """Return all Linear and Conv2d modules by our names, with their published paths."""
     networks = {} if dit is None else {OURS: dit}
     networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
     modules_by_name: dict[str, ModuleWithPath] = {}
@@ -428,7 +428,7 @@ def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -
 def _factors_for(
     modules_by_name: Mapping[str, ModuleWithPath], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Convert tensors of any layout to the model's modules; return the factors by module name."""
+    """Convert tensors of any layout to the model's modules; return {module name: {factor name: tensor}}."""
     from networks.fused_parts import convert_fused_layers  # only for a file or a state
 
     num_rows = {name: len(target.module.weight) for name, target in modules_by_name.items()}
@@ -436,7 +436,7 @@ def _factors_for(
 
 
 def _list_encoder_modules(encoder: nn.Module) -> Iterator[ModuleWithPath]:
-    """Yield the modules of a text encoder's blocks, with their published paths."""
+    """Yield the modules of a text encoder's blocks with their paths in published checkpoints."""
     prefixes = tuple(f"{name}." for name in spec_of(encoder).block_lists)
     for path, module in _list_modules_below(encoder, prefixes):
         yield ModuleWithPath(published_path(path), module)
@@ -449,20 +449,20 @@ def build_from_tensors(
     dit: nn.Module,
     encoders: Mapping[str, nn.Module],
 ) -> OwnNetwork:
-    """Build one of our networks with the modules, ranks and alphas of a file's tensors, but not their values.
+    """Build one of our networks with the modules, ranks and alphas of a file's tensors, not their values.
 
-    Modules of the file that the model does not have are logged.
+    Modules in the file that the model lacks are logged.
 
     Args:
-        name: Value of --network_module, one of OWN_MODULES.
+        name: Value of --network_module, a key of OWN_MODULES.
         tensors: Tensors under our names.
         typed: Unparsed settings from the command line; only dropout and arguments are used.
         dit: The transformer.
         encoders: Trained text encoders, by their `lora_prefix`.
 
     Raises:
-        CheckpointError: If the model has none of the modules, or if the file contains another kind of
-        network.
+        CheckpointError: If the model has none of the modules, or if the file contains a different network
+            kind.
     """
     settings = _settings_with_file(name, typed)
     modules_by_name = _modules_by_name(dit, encoders)
@@ -497,10 +497,10 @@ def _make_layers_of_file(
     modules_by_name: Mapping[str, ModuleWithPath],
     settings: LoraSettings,
 ) -> dict[str, nn.Module]:
-    """Return a layer, with the sizes of a file's factors, for each of its modules that the model has.
+    """Return a trainable layer for each module in a file that the model has, with the same factor shapes.
 
     Raises:
-        CheckpointError: If a module has factors of another kind of network.
+        CheckpointError: If a module has factors of a different network kind.
     """
     layers: dict[str, nn.Module] = {}
     for name, factors in factors_by_module.items():
@@ -517,7 +517,7 @@ def _make_layers_of_file(
 
 
 def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
-    """Return the settings that still apply if modules and ranks come from a file; warn of ignored ones."""
+    """Return the settings that apply if a file sets modules and ranks; warn of settings that are ignored."""
     rules = OWN_MODULES[name].rules
     with_effect = {*WITH_FILE}
     if rules is not None:
@@ -537,7 +537,7 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:
-    """Return a lower bound for the size of a LoRA in bytes, from the header of the model's file.
+    """Return a lower bound for the size of a LoRA in bytes, computed from the model file's header.
 
     It counts one byte per value for all matrices of the blocks. A real LoRA has two or four bytes per value,
     but not for all matrices.

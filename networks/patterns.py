@@ -1,7 +1,7 @@
 """Regular expressions for module names, which have dots in models and underscores in LoRA files.
 
-Examples of names are `blocks.0.ffn.2` and `lora_unet_blocks_0_ffn_2`. A pattern that fits nothing as its
-option reads it is tried in the other spelling.
+Examples of names are `blocks.0.ffn.2` and `lora_unet_blocks_0_ffn_2`. A pattern that matches nothing as
+written is tried in the other spelling.
 """
 
 import difflib
@@ -16,24 +16,24 @@ MAX_CHARACTERS = 200  # of a pattern that are compared with names
 
 @dataclass(frozen=True)
 class NamePattern:
-    """Substitute for a compiled pattern that matches a fixed set of names.
+    """Stands in for a compiled regular expression, but matches a fixed set of names.
 
-    Module names are written with dots or with underscores (`blocks.0.attn`, `blocks_0_attn`); the names here
-    are those that the typed pattern matches in either spelling.
+    LoRA files write module names with dots or underscores (`blocks.0.attn`, `blocks_0_attn`); the set
+    contains the names that the typed pattern matches in either spelling.
     """
 
     pattern: str  # as it was typed
     names: frozenset[str]  # with dots and with underscores
 
     def match(self, name: str) -> bool:
-        """Return whether the typed pattern matches this name in another spelling."""
+        """Return whether the typed pattern matches this name as written with dots or with underscores."""
         return name in self.names
 
     search = match
 
 
 def in_any_spelling(pattern: str) -> str:
-    r"""Return the regular expression with each `\.` and `_` matching both a dot and an underscore."""
+    r"""Return the regular expression with each `\.` and `_` matching either a dot or an underscore."""
     tokens: list[str] = []
     in_class = False  # inside [...]
     for token in re.findall(r"\\.|.", pattern, re.DOTALL):
@@ -49,7 +49,7 @@ def in_any_spelling(pattern: str) -> str:
 
 
 def describe_unfit(pattern: str, names: Iterable[str]) -> str:
-    """Return a sentence about a pattern that matches none of these names, with the most similar names.
+    """Return a sentence that a pattern matches none of these names, with the most similar names.
 
     Args:
         pattern: The pattern.
@@ -59,7 +59,7 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
     text = re.sub(r"\\[a-zA-Z]", "_", pattern)
     text = re.sub(r"[\W_]+", "_", text)
     text = re.sub(r"\d+", "N", text).strip("_")
-    # the names without repeats for each block, as ordered sets
+    # each name once instead of once per block, in order
     numberless_names = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
     # compared with pieces of names, because patterns match pieces of names
     runs = dict.fromkeys(run for name in numberless_names for run in _list_runs(name.split("_")))
@@ -69,7 +69,7 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
 
 
 def _list_runs(words: list[str]) -> Iterator[str]:
-    """Yield all runs of up to MAX_WORDS consecutive words that do not begin with a number."""
+    """Yield all runs of up to MAX_WORDS consecutive words, except runs that start with a number."""
     for start, word in enumerate(words):
         if word == "N":
             continue

@@ -1,4 +1,4 @@
-"""What metadata of model files and LoRAs say that the model predicts: noise, or v (Stable Diffusion)."""
+"""Read from metadata what a Stable Diffusion model predicts: noise, or v."""
 
 import logging
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from modules.control_codes import shorten
 
 logger = logging.getLogger(__name__)
 
-# a metadata value -> whether it means v. `v` and `epsilon` are the words of ModelSpec
-# (github.com/Stability-AI/ModelSpec), the others those of diffusers and of other programs
+# a metadata value -> whether it means v. `v` and `epsilon` are ModelSpec's words
+# (github.com/Stability-AI/ModelSpec); diffusers and other programs use the others
 _PREDICTIONS = {
     "v": True,
     "v_prediction": True,
@@ -29,7 +29,7 @@ MAX_SHOWN = 60  # characters of a metadata value in a message
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction type of a model by its metadata; a LoRA's metadata describe its base model."""
+    """Prediction type of a model according to its metadata; a LoRA's metadata describes its base model."""
 
     velocity: bool | None  # whether it predicts v, not noise; None: not in the metadata
     zero_terminal_snr: bool
@@ -37,12 +37,12 @@ class Prediction:
 
 
 def read_prediction(metadata: Mapping[str, str]) -> Prediction:
-    """Return what the metadata of a file say that its model predicts."""
+    """Return what a file's model predicts (noise or v) according to the file's metadata."""
     velocity: bool | None = None
     unknown = ""
     for key in _KEYS:
         text = metadata.get(key, "").strip()
-        # None for an unknown or empty text; the first key with a known one counts
+        # None for an unknown or empty value; the first key with a known value counts
         predicts_v = _PREDICTIONS.get(text.lower().replace("-", "_"))
         if velocity is None:
             velocity = predicts_v
@@ -57,7 +57,7 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
 
 
 def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: bool) -> None:
-    """Report LoRAs that were trained on a model that predicts something else.
+    """Report LoRAs that were trained on a model with a different prediction type (noise or v).
 
     Args:
         loras: Metadata of each file.
@@ -65,7 +65,7 @@ def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: boo
     """
     for path, metadata in loras.items():
         prediction = read_prediction(metadata)
-        # velocity: whether the model predicts v; None: the metadata do not say
+        # velocity: whether the model predicts v; None if the metadata does not say
         if prediction.velocity is None or prediction.velocity is predicts_v:
             continue
         if prediction.velocity:

@@ -1,7 +1,7 @@
 """Mask ranks of LoRAs by the noise level of each sample (T-LoRA).
 
-The metadata of a file record the rule of its training. Loops call `set_levels` before each pass. The levels
-stay until the next pass, so a checkpointed block is recomputed with the masks of its forward pass.
+A file's metadata contains the rule it was trained with. Training and sampling call `set_levels` before each
+pass. The levels stay until the next pass, so a checkpointed block is recomputed with the same masks.
 """
 # Letters: S samples, R rank
 
@@ -20,13 +20,13 @@ _MASKS = "_rank_masks"  # attribute of a network
 
 
 class RankMask:
-    """The active ranks in the current pass, for all LoRAs of one rank in a network."""
+    """Mask of the ranks that T-LoRA activates in the current forward pass, shared by LoRAs of equal rank."""
 
     def __init__(self, rule: RankRule, rank: int, num_parts: int = 1) -> None:
-        """Start without a mask; `set_levels` computes it before each pass.
+        """Start without a mask; `set_levels` computes it before each forward pass.
 
         Args:
-            rule: How many ranks are active at a noise level.
+            rule: Number of active ranks as a function of the noise level.
             rank: Rank of the LoRA.
             num_parts: Number of LoRAs of equal rank that were joined; the first ranks of each are active.
         """
@@ -36,7 +36,7 @@ class RankMask:
         self.masks: Tensor | None = None  # S x R, or 1 x R for equal levels; booleans
 
     def set_levels(self, levels: Tensor) -> None:
-        """Compute the mask of each sample's ranks for the next pass from its noise level, S."""
+        """Compute the rank mask of each sample for the next forward pass from noise levels, S."""
         rank = self.rank // self.num_parts
         indices = torch.arange(rank, device=levels.device)
         is_active = indices < self.rule.active(rank, levels)[:, None]  # S x rank
@@ -46,8 +46,8 @@ class RankMask:
         """Return the output of the down factor with the values of inactive ranks set to 0.
 
         Args:
-            hidden: Values, B ... R, or B R ... if `axis` is 1. B is the number of samples S, or a multiple of
-                S if each sample has several rows.
+            hidden: Values, B x ... x R, or B x R x ... if `axis` is 1. B is the number of samples S, or a
+                multiple of S if each sample has several rows.
             axis: Axis of the ranks.
         """
         masks = self.masks
@@ -64,7 +64,7 @@ class RankMask:
 
 
 def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) -> RankMask:
-    """Return the mask for LoRAs of this rank on a network; `set_levels` sets its noise levels.
+    """Return a network's mask for LoRAs of this rank; `set_levels` sets its noise levels.
 
     `num_parts` is the number of LoRAs of equal rank that were joined into each LoRA.
     """
@@ -73,7 +73,7 @@ def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) 
 
 
 def set_levels(network: nn.Module, levels: Tensor) -> None:
-    """Set the noise levels for the next forward pass of a network; do nothing if it has no rank masks.
+    """Set the noise levels for the network's next forward pass; do nothing if it has no rank masks.
 
     Args:
         network: The network.
@@ -86,7 +86,7 @@ def set_levels(network: nn.Module, levels: Tensor) -> None:
 
 
 def set_level(network: nn.Module, level: float, device: torch.device) -> None:
-    """Set one noise level for all samples of the next forward pass.
+    """Set the same noise level for all samples of the next forward pass.
 
     Args:
         network: The network.
@@ -98,14 +98,14 @@ def set_level(network: nn.Module, level: float, device: torch.device) -> None:
 
 
 def rank_rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
-    """Return the rank rule in a LoRA's metadata; None if all ranks are always active.
+    """Return the rank rule (T-LoRA) in a LoRA's metadata; None if all ranks are always active.
 
     Args:
         metadata: Metadata of the file.
         path: Path of the file, for messages.
 
     Raises:
-        CheckpointError: If the numbers of the rule cannot be read.
+        CheckpointError: If the values of the rule cannot be read.
     """
     arguments = metadata.get("ss_network_args", "")
     for kind in VARIANTS:
@@ -120,7 +120,7 @@ def rank_rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankR
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
     """Return how many LoRAs of the trained rank were joined into one of this rank, such as 3 for q, k and v.
 
-    The result is 1 for files whose modules were trained with different ranks, because those are never joined.
+    Returns 1 if modules were trained with different ranks, because such modules are never joined.
     """
     trained_rank = metadata.get("ss_network_dim", "")
     has_several_ranks = "_dim" in metadata.get("ss_network_args", "")
@@ -131,7 +131,7 @@ def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
 
 
 def has_rule(paths: Iterable[Path]) -> bool:
-    """Return whether any of these LoRA files was trained with a rank rule; only headers are read."""
+    """Return whether any of these LoRA files was trained with a rank rule (T-LoRA); reads only headers."""
     for path in paths:
         with open_checkpoint(path) as checkpoint:
             if rank_rule_of(checkpoint.metadata) is not None:

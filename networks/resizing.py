@@ -1,6 +1,6 @@
 """Reduce the rank of a LoRA: the best approximation of each module's change at a smaller rank.
 
-The change of a module is the product of its factors. Keeping its largest singular values gives the nearest
+A module's change is the product of its factors. Keeping its largest singular values gives the nearest
 product of that rank (Eckart and Young 1936). Names, other tensors and alpha / rank are unchanged.
 """
 # Letters: R rank, K values of a kernel
@@ -104,7 +104,7 @@ class ResizeOptions(Options):
 
 @dataclass(frozen=True)
 class FactorNames:
-    """The names of the tensors of one module in a file."""
+    """Tensor names of one module's factors in a LoRA file."""
 
     module: str
     down: str
@@ -115,7 +115,7 @@ class FactorNames:
 
 @dataclass(frozen=True)
 class ResizedModule:
-    """A module's new factors, and how much of the change they keep."""
+    """A module's factors at the new rank, and how much of the old change they preserve."""
 
     names: FactorNames
     down: Tensor  # R in (kernel), float64
@@ -129,26 +129,26 @@ class ResizedModule:
 
     @property
     def rank(self) -> int:
-        """The new rank."""
+        """The rank after resizing."""
         return len(self.down)
 
     @property
     def alpha(self) -> float:
-        """Alpha that keeps the strength, alpha / rank, at the new rank."""
+        """Alpha that keeps the strength alpha / rank at the new rank."""
         return self.strength * self.rank
 
     @property
     def is_convolution(self) -> bool:
-        """Whether the module is a convolution: its down factor has kernel axes."""
+        """Whether the module is a convolution, so that its down factor has kernel axes."""
         return self.down.ndim > 2
 
 
 def resize_file(options: ResizeOptions) -> None:
-    """Write a LoRA of smaller rank; both LoRAs are held in memory.
+    """Write a LoRA with a smaller rank; both LoRAs are kept in memory.
 
     Raises:
-        CheckpointError: If the file is of another kind of network, has alphas in metadata or settings
-            instead of tensors, or contains NaN or infinite values.
+        CheckpointError: If the file is not a plain LoRA, has alphas in metadata or settings instead of
+            tensors, or contains NaN or infinite values.
     """
     tensors, metadata, modules = _read_plain_lora(options.model)
     resized = [_resize_module(names, tensors, options, options.model) for names in modules]
@@ -190,7 +190,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
             _reject_other_alphas(path, checkpoint.metadata)
         tensors = {name: checkpoint.read(name) for name in shapes}
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
-    metadata.pop(FOLDED, None)  # alpha / rank by old rank, which the factors include already
+    metadata.pop(FOLDED, None)  # alpha / rank by old rank, already multiplied into the factors
     for name, tensor in tensors.items():
         check_finite(path, name, tensor)
     return tensors, metadata, modules
@@ -199,7 +199,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
 def _reject_other_kinds(
     source: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> None:
-    """Raise CheckpointError if a file is not a LoRA, or if the noise level decides which ranks are active.
+    """Raise CheckpointError if a file is not a plain LoRA, or if its active ranks depend on the noise level.
 
     Args:
         source: Path of the file.
@@ -212,7 +212,7 @@ def _reject_other_kinds(
         if kind is LORA or not kind.parts:
             continue
         has_parts = any(name.endswith((*kind.parts, *kind.ends)) for name in names)
-        # names with the kind's word may also be in a form that is not supported
+        # names with the kind's word may also belong to an unsupported format
         if has_parts or re.search(rf"[._]{kind.word}_", all_names):
             command = _plain_file_command(source, "--bake", "RANK")
             raise CheckpointError(
@@ -247,16 +247,16 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _plain_file_command(source: Path, *options: str) -> str:
-    """Return the convert_lora.py command that stores a LoRA's alphas as tensors."""
+    """Return the convert_lora.py command that writes the LoRA again with its alphas as tensors."""
     command = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
     return quote_command([*command, "--output", "PLAIN.safetensors"])
 
 
 def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
-    """Return the modules of a file that have both factors of a LoRA.
+    """Return the modules in a file that have both factors of a LoRA.
 
     Args:
-        shapes: Shapes of its tensors, by name.
+        shapes: Shapes of the file's tensors, by name.
     """
     modules: list[FactorNames] = []
     for down in shapes:
@@ -284,7 +284,7 @@ def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
 
 @dataclass(frozen=True)
 class FactorProduct:
-    """The change of a module as a product of two matrices, without alpha / rank."""
+    """A module's change as a product of two matrices, not yet multiplied by alpha / rank."""
 
     up: Tensor  # out R
     down: Tensor  # R in*K
@@ -293,7 +293,7 @@ class FactorProduct:
 
 
 def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
-    """Return the two factors of a module as matrices, float64; a core is multiplied into the down factor.
+    """Return a module's two factors as float64 matrices; a core is multiplied into the down factor.
 
     The core is the third factor of a convolution, `lora_mid`.
 
@@ -305,9 +305,9 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
     Raises:
         CheckpointError: If the sizes of the factors contradict each other.
     """
-    down = tensors[names.down].double()  # rank in (kernel), or in_rank in with a core
-    up = tensors[names.up].double()  # out rank (1 ...)
-    core = None if names.core is None else tensors[names.core].double()  # out_rank in_rank (kernel)
+    down = tensors[names.down].double()  # rank x in (x kernel), or in_rank x in with a core
+    up = tensors[names.up].double()  # out x rank (x 1 ...)
+    core = None if names.core is None else tensors[names.core].double()  # out_rank x in_rank (x kernel)
     rank = len(down) if core is None else core.shape[0]
     has_axes = min(down.ndim, up.ndim) >= 2
     fits_up = math.prod(up.shape[1:]) == rank
@@ -330,7 +330,7 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
 def _resize_module(
     names: FactorNames, tensors: Mapping[str, Tensor], options: ResizeOptions, source: Path
 ) -> ResizedModule:
-    """Return a module with factors of its new rank; raise CheckpointError if its factors do not fit.
+    """Return a module with factors of its new rank; raise CheckpointError if its factors do not match.
 
     Args:
         names: Names of the module's tensors.
@@ -349,7 +349,7 @@ def _resize_module(
         singular_values, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param
     )
     kept_values = singular_values[:rank]
-    # the singular vectors of the product are left @ u and right @ vh^T; the values go into the up factor
+    # the product's singular vectors are left @ u and right @ vh^T; its singular values go into the up factor
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.singular_values[:rank])
     kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
@@ -372,12 +372,12 @@ def _resize_module(
 def select_rank(
     singular_values: np.ndarray[Any, Any], maximum: int, method: str | None, param: float | None
 ) -> int:
-    """Return the rank of a module, 1 to `maximum`, from its singular values, the largest first.
+    """Return the new rank of a module, 1 to `maximum`, given its singular values.
 
-    A module that learned nothing has rank 1.
+    A module that has learned nothing gets rank 1.
 
     Args:
-        singular_values: Singular values, the largest first.
+        singular_values: Singular values in descending order.
         maximum: Largest rank.
         method: Value of --dynamic_method; None for the largest rank.
         param: Value of --dynamic_param.
@@ -402,14 +402,14 @@ def select_rank(
 
 
 def _divide(dividend: Any, divisor: Any) -> float:
-    """Return a quotient; 1 if the divisor is 0, as in modules that learned nothing."""
+    """Return the quotient; 1 if the divisor is 0, as for modules that have learned nothing."""
     return float(dividend / divisor) if divisor else 1.0
 
 
 def _change_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
-    """Return the changed metadata entries: ranks, alphas, and a comment that describes the change.
+    """Return the metadata that changes: ranks, alphas, and a comment that describes the resizing.
 
     Args:
         metadata: Metadata of the old file.
@@ -418,7 +418,7 @@ def _change_metadata(
     """
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
-    # ss_network_dim describes the linear layers, or the convolutions if there are no others
+    # ss_network_dim describes the linear layers, or the convolutions if there are no linear layers
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:
@@ -440,7 +440,7 @@ def _change_metadata(
 
 
 def _read_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the network's arguments from the metadata; {} if they are not a JSON object."""
+    """Return the --network_args stored in the metadata; {} if they are not a JSON object."""
     try:
         arguments = parse_json(metadata.get("ss_network_args", ""))
     except ValueError:
@@ -449,7 +449,7 @@ def _read_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _common_sizes(modules: Sequence[ResizedModule], options: ResizeOptions) -> tuple[str, str]:
-    """Return rank and alpha for the metadata, "Dynamic" if those of modules with a change differ."""
+    """Return rank and alpha for the metadata; "Dynamic" if they differ between modules with a change."""
     pairs = {(module.rank, module.alpha) for module in modules if module.has_learned}
     if options.dynamic_method is not None or len(pairs) != 1:
         return DIFFERENT_RANKS, DIFFERENT_RANKS
@@ -466,8 +466,8 @@ def _describe_module(module: ResizedModule) -> str:
 
 
 def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> None:
-    """Print a summary: sizes, ranks, and how much of the norm was kept."""
-    # modules that learned nothing would only distort the averages
+    """Print a summary: sizes, ranks, and how much of the norm is preserved."""
+    # modules that have learned nothing would only distort the averages
     learned = [module for module in modules if module.has_learned] or modules
     kept_percentages = [100 * module.kept_norm for module in learned]
     mean = float(np.mean(kept_percentages))

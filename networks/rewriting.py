@@ -46,7 +46,7 @@ GLOBAL_ALPHA_KEYS = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
-    """The tensors of a LoRA file after fused and numbered factors became one LoRA per module."""
+    """Tensors of a LoRA file after its fused and numbered factors were joined to one LoRA per module."""
 
     tensors: dict[str, Tensor]
     joined_lora_counts: dict[str, int]  # key of a joined factor -> number of factors that were joined into it
@@ -60,10 +60,10 @@ NEEDS_REWRITING = re.compile(
 
 
 def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
-    """Convert XLabs', fused and numbered factors to one LoRA for each module; other tensors are unchanged.
+    """Convert XLabs', fused and numbered factors to one LoRA per module; other tensors are unchanged.
 
-    The change of the weights stays the same: n numbered factors become one LoRA with n times the rank and
-    alpha, whose up factor is block-diagonal.
+    The weight changes stay the same: n numbered factors become one LoRA with n times the rank and alpha,
+    whose up factor is block-diagonal.
     """
     rewritten: dict[str, Tensor] = {}
     family_name = ""
@@ -86,10 +86,10 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
 
 
 def _translate_xlabs(match: re.Match[str]) -> list[str]:
-    """Return FLUX's names for an XLabs tensor; [] for an impossible name.
+    """Return our LoRA tensor names for an XLabs tensor of FLUX; [] for an impossible name.
 
-    In single blocks, XLabs' qkv are only some rows of our weight linear1, which no name says. So the tensor
-    is named as the three layers q, k and v of diffusers, whose rows are known.
+    In single blocks, XLabs' qkv covers only some rows of our weight linear1, which no name of ours says. So
+    the tensor is named like diffusers' three layers q, k and v, whose rows are known.
     """
     start = match["start"]
     number = match["n"]
@@ -97,7 +97,7 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
     end = f"lora_{match['factor']}.weight"
     if match["list"] == "double" and match["stream"]:
         return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]
-    # only double blocks have streams (image and text), and each of their layers belongs to one
+    # only double blocks have streams (image and text), and each of their layers belongs to one of them
     if match["list"] == "double" or match["stream"]:
         return []
     if layer == "proj":
@@ -106,7 +106,7 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
 
 
 def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split the tensors for fused queries, keys and values into tensors for each of them.
+    """Split fused queries, keys and values in a LoRA file into separate LoRAs.
 
     A fused LoRA with a block-diagonal up factor was joined from separate LoRAs: it is split into these again,
     with their rank. Layers whose change is not a matrix, or whose factors do not fit it, are not split.
@@ -119,7 +119,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         split_sizes = _count_rows_of_parts(layer.name, factors)
         if not split_sizes:
             continue
-        # LoRAs that were joined into a block-diagonal one; else each part gets its rows of the up factor
+        # undo a block-diagonal join if there was one; else each part gets its rows of the up factor
         loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
         fused_prefix = f"{layer.start}to_{layer.name}."
         # name of the factor -> its ending as spelled in the file
@@ -134,7 +134,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
-    """Return the factors of consecutive groups of rows of a layer, with `split_sizes` rows each."""
+    """Return the factors for consecutive groups of a layer's rows, with `split_sizes` rows each."""
     delta = read_delta(factors)
     parts: list[Factors] = []
     first_row = 0
@@ -145,14 +145,14 @@ def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
 
 
 class _FusedLayer(NamedTuple):
-    """A fused layer of another program's file, such as `to_qkv` or `to_kv`."""
+    """A fused layer in a LoRA file of another trainer, such as `to_qkv` or `to_kv`."""
 
     start: str  # prefix of its names
     name: str  # a key of `_FUSED_PARTS`
 
 
 def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]:
-    """Return the fused layers of a file, each with the keys of its factors by our name of the factor."""
+    """Return the fused layers of a file, each with its keys by factor name."""
     layers: dict[_FusedLayer, dict[str, str]] = {}
     for key in keys:
         match = _FUSED.fullmatch(key)
@@ -164,7 +164,7 @@ def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]
 
 
 def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
-    """Return the number of rows of each part of a fused layer; () if its factors cannot be split.
+    """Return the row count of each part of a fused layer; () if its factors cannot be split.
 
     Queries have as many rows as the layer has inputs. Keys and values, which may have fewer heads, share the
     remaining rows equally.
@@ -178,14 +178,14 @@ def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     # a fused layer of keys and values has no queries
     query_rows = () if layer == "kv" else (width,)
     key_rows, remainder = divmod(full_height - sum(query_rows), 2)
-    # a head of keys and values serves a whole number of heads of queries
+    # the number of query heads is a multiple of the number of key and value heads
     if remainder or key_rows <= 0 or width % key_rows:
         return ()
     return (*query_rows, key_rows, key_rows)
 
 
 def _fit_rows(factors: Factors, height: int) -> bool:
-    """Return whether all factors that are cut by rows have the rows of the full layer."""
+    """Return whether all factors that have the weight's rows have `height` rows."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
     by_rows = (read_delta(factors).find_factors_with_rows() or set()) | factors.keys() & {
@@ -199,7 +199,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
 def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     """Join the numbered LoRAs of each module into one LoRA with a block-diagonal up factor.
 
-    Modules without their own alpha have the alpha for all modules, if the file has one.
+    Modules without their own alpha get the file's global alpha, if it has one.
     """
     joined = dict(tensors)
     joined_lora_counts: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
@@ -210,7 +210,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
         loras = _order_loras(keys_by_number, tensors, alpha)
-        # numbered factors that cannot be joined are left as they are
+        # numbered factors that cannot be joined are unchanged
         if not _can_be_joined(module, list(keys_by_number), loras):
             continue
         # the joined LoRA replaces the numbered factors and the module's alpha
@@ -227,7 +227,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
 def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]) -> bool:
     """Return whether numbered factors are LoRAs for the parts of a layer that some model fuses.
 
-    They may also be adapters of PEFT that have numbers as names.
+    Otherwise, the numbers are names of PEFT adapters.
     """
     if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
         return False
@@ -239,12 +239,12 @@ def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]
 def _order_loras(
     keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
 ) -> list[Factors]:
-    """Return the numbered LoRAs of a module, sorted by their numbers.
+    """Return a module's numbered LoRAs, sorted by number.
 
     Args:
-        keys: Number -> our name of the factor -> key.
+        keys: {number: {our factor name: key}}.
         tensors: Tensors by key.
-        alpha: Alpha for LoRAs without their own.
+        alpha: Alpha for LoRAs without their own; None if the file has none.
     """
     default = {} if alpha is None else {"alpha": alpha}
     loras: list[Factors] = []
@@ -256,7 +256,7 @@ def _order_loras(
 
 
 def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
-    """Group the keys of numbered factors: module -> number -> our name of the factor -> key."""
+    """Group keys of numbered factors: {module: {number: {our factor name: key}}}."""
     modules: dict[str, dict[int, dict[str, str]]] = {}
     for key in keys:
         matches = (pattern.fullmatch(key) for pattern in _NUMBERED)
@@ -269,7 +269,7 @@ def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str,
 
 
 def _build_diagonal(loras: Sequence[Factors]) -> dict[str, Tensor]:
-    """Join LoRAs for consecutive rows into one LoRA with a block-diagonal up factor."""
+    """Join LoRAs of consecutive row ranges into one LoRA with a block-diagonal up factor."""
     scales = [scaling_of(piece) for piece in loras]  # alpha / rank
     scale = scales[0]
     ups = [piece[UP] for piece in loras]

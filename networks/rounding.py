@@ -1,7 +1,7 @@
 """Round 16-bit weights after a merge, so that LoRAs with small changes keep their effect.
 
 Rounding to the nearest loses changes below half the distance of two neighboring numbers: in bfloat16, changes
-of 0.03 % keep 18 % of their effect. Stochastic rounding, with probabilities by the distance to either
+of 0.03 % keep 18 % of their effect. Stochastic rounding, whose probabilities depend on the distance to either
 neighbor, keeps all of it on average. Source: Gupta et al. 2015, arXiv 1502.02551.
 """
 
@@ -36,7 +36,7 @@ MAX_METADATA = 300  # characters of the metadata value
 
 
 def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype | None:
-    """Return the 16-bit dtype that a changed weight is rounded to; None if it stays in float32.
+    """Return the 16-bit dtype to which a changed weight is rounded; None if it stays in float32.
 
     Args:
         stored: Dtype of the weight when it is changed.
@@ -50,10 +50,10 @@ def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype
 
 @dataclass
 class RoundingLoss:
-    """Sums over the elements of a weight that measure how much of a file's change survives rounding.
+    """Sums over a weight's elements that measure how much of a LoRA's change survives rounding.
 
-    With the change c by a file and the rounding error e, the fraction of the change that survives rounding is
-    <c + e, c> / <c, c>: the projection of the rounded change on the exact one.
+    For the exact change c and the rounding error e, the fraction that survives is <c + e, c> / <c, c>: the
+    projection of the rounded change on the exact change.
     """
 
     error_dot_change: float = 0.0  # sum of e c
@@ -62,13 +62,13 @@ class RoundingLoss:
 
     @property
     def kept_fraction(self) -> float:
-        """Fraction of the change that survives rounding; 1 if there is no change."""
+        """Fraction of the LoRA's change that is left after rounding the weight; 1 if nothing changes."""
         if self.squared_change <= 0:
             return 1.0
         return 1 + self.error_dot_change / self.squared_change
 
     def is_notable(self) -> bool:
-        """Return whether the fraction differs from 1 by more than the tolerance and two standard errors."""
+        """Return whether the fraction differs from 1 by more than the tolerance plus two standard errors."""
         if self.squared_change <= 0:
             return False
         standard_error = math.sqrt(self.squared_products) / self.squared_change
@@ -91,22 +91,22 @@ class SampledRows:
         self._total = torch.zeros_like(self.weight)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the sampled rows of a tensor with all rows; a scalar is returned unchanged."""
+        """Return the sampled rows of a tensor, or the tensor itself if it is a scalar."""
         return tensor[self.rows] if tensor.ndim else tensor
 
     def record_sum(self, path: Path, total: Tensor) -> None:
-        """Record what a file adds: the difference between this sum and the previous call's.
+        """Record what a LoRA file adds: the difference between this sum and that of the previous call.
 
         Args:
-            path: File of the LoRA.
-            total: Sum of all changes of these rows so far.
+            path: The LoRA file.
+            total: Sum of all changes to these rows so far.
         """
         added = total - self._total
         self.additions[path] = self.additions[path] + added if path in self.additions else added
         self._total = total.clone()
 
     def losses(self, dtype: torch.dtype) -> dict[Path, RoundingLoss]:
-        """Return how much of each file's change is lost by rounding the weight to the nearest value."""
+        """Return how much of each LoRA's change is lost if the weight is rounded to the nearest value."""
         exact = self.weight + self._total
         error = exact.to(dtype).float() - exact
         sums_by_file = []
@@ -121,17 +121,17 @@ class SampledRows:
 
 @dataclass(frozen=True)
 class RandomRounding:
-    """Stochastic rounding of one weight, reproducible in every run and on all devices."""
+    """Stochastic rounding of one weight, reproducible in every run and on every device."""
 
     dtype: torch.dtype  # 16-bit dtype of the result
     seed: bytes  # result of `seed_of` for the weight
     noise: Tensor  # _NOISE uniform integers that fill the dropped bits of the dtype, on the weight's device
 
     def round(self, values: Tensor, start: int) -> None:
-        """Round float32 values stochastically, in place, to values of the dtype.
+        """Round float32 values stochastically, in place, to values that the 16-bit dtype can represent.
 
         All chunks use the same noise, each from a different offset, because drawing new random numbers would
-        take longer than the rest of merging.
+        take longer than the rest of the merge.
 
         Args:
             values: The values.
@@ -146,7 +146,7 @@ class RandomRounding:
             offset = int.from_bytes(position_hash, "little") % (_NOISE - _CHUNK)
             shift = None
             if self.dtype == torch.float16:
-                # move subnormal values up, to where the spacing is the same and equals the dropped bits
+                # shift subnormal values to where the spacing is constant and equals the dropped bits
                 is_small = chunk.abs() < _SMALLEST_FP16
                 shift = torch.copysign(is_small * _SMALLEST_FP16, chunk)
                 chunk.add_(shift)
@@ -158,13 +158,13 @@ class RandomRounding:
                 chunk.sub_(shift)
 
     def round_small(self, values: Tensor, change: Tensor) -> None:
-        """Round a small weight stochastically several times; keep the draw that changes the effect least.
+        """Round a small weight stochastically several times; keep the draw that alters the change least.
 
         With few elements, a single draw may lose or add more than 1 % of the change by chance.
 
         Args:
             values: All values of the weight, float32, rounded in place.
-            change: Sum of the changes by LoRAs, float32.
+            change: Sum of the LoRAs' changes, float32.
         """
         min_loss = math.inf
         best = values
@@ -180,7 +180,7 @@ class RandomRounding:
 
 
 def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
-    """Return the seed of a weight: a hash of its name and of the factors that change it, on the CPU."""
+    """Return the rounding seed of a weight: a hash of its name and of the factors (CPU) that change it."""
     digest = hashlib.blake2b(name.encode("utf-8"), digest_size=16)
     for factor in factors:
         data = factor.detach().contiguous().view(-1).view(torch.uint8)
@@ -189,14 +189,14 @@ def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
 
 
 class LoraRounding:
-    """Select the rounding of each changed weight by `--lora_rounding`, and record the losses.
+    """Choose how to round each changed weight (`--lora_rounding`), and record what rounding loses.
 
-    A sample of a weight's rows shows during the merge whether rounding to the nearest is good enough. No
-    weight is read twice, and stochastic rounding is used only where it helps.
+    While weights are merged, a sample of their rows shows whether rounding to the nearest is good enough.
+    No weight is read twice, and stochastic rounding is used only where it helps.
     """
 
     def __init__(self, rule: str) -> None:
-        """Prepare to round by `rule`, a value of `--lora_rounding`."""
+        """Prepare to round with a value of `--lora_rounding`."""
         self._rule = rule
         # whether rows are sampled: not needed if every weight is rounded stochastically anyway
         self.needs_samples = rule != STOCHASTIC
@@ -215,9 +215,9 @@ class LoraRounding:
         The counts are for the summary that is logged after merging.
 
         Args:
-            dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
-            sample: Some rows of the weight and of its change, which show how much of the change rounding to
-                the nearest loses; None without them (`needs_samples` says whether they are needed).
+            dtype: 16-bit dtype to which the weight is rounded; None if it stays in float32.
+            sample: Some rows of the weight and of its change, which show how much of the change is lost by
+                rounding to the nearest; None if no sample was taken (see `needs_samples`).
         """
         self._num_changed += 1
         if dtype is None:
@@ -229,7 +229,7 @@ class LoraRounding:
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
                 file_loss = self._losses.setdefault(path, RoundingLoss())
-                # scaled up from the sampled rows to the whole weight
+                # extrapolated from the sampled rows to the whole weight
                 file_loss.error_dot_change += loss.error_dot_change / sample.sampled_fraction
                 file_loss.squared_change += loss.squared_change / sample.sampled_fraction
         self._num_random += is_random
@@ -239,14 +239,14 @@ class LoraRounding:
         """Return the stochastic rounding of a weight.
 
         Args:
-            dtype: Dtype of the result.
+            dtype: Dtype to which the weight is rounded.
             device: Device of the run.
             seed: Seed from `seed_of`.
         """
         key = dtype, device
         if key not in self._noise:
-            # The noise fills the bits that rounding drops; all weights of the dtype share one block. With a
-            # fixed seed, merging twice gives equal weights
+            # The noise fills the bits that rounding drops; all weights of the dtype share one block. Its
+            # fixed seed makes repeated merges equal
             generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
             noise = torch.randint(
                 1 << _DROPPED_BITS[dtype], (_NOISE,), generator=generator, dtype=torch.int32
@@ -255,7 +255,7 @@ class LoraRounding:
         return RandomRounding(dtype, seed, self._noise[key])
 
     def describe(self) -> str:
-        """Describe the rounding since the last report, and its effect; "" if there is nothing to report."""
+        """Describe how weights were rounded since the last report, and the effect; "" if none were."""
         if not self._num_changed or (self._rule == AUTO and not self._num_random):
             return ""
         option = f"--lora_rounding {self._rule}"
@@ -263,7 +263,7 @@ class LoraRounding:
             return f"{option} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
             return f"{self._num_16_bit} weights are rounded at random, as set by {option}"
-        # no rows were sampled, so the loss is not known
+        # no rows were sampled, so the loss is unknown
         if self._rule == NEAREST and not self._losses:
             return f"weights are rounded to the nearest, as set by {option}"
         percentages = []
@@ -282,15 +282,15 @@ class LoraRounding:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return the metadata on rounding for a merged file; {} if all weights are rounded to the nearest."""
+        """Return metadata about stochastic rounding for a merged file; {} if no weight needed it."""
         return {METADATA_KEY: self.describe()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
-        """Log how the weights merged since the last report were rounded, and reset the counts.
+        """Log how weights merged since the last report were rounded, and reset the counts.
 
         Args:
-            num_unmerged: Number of 8-bit or 4-bit weights that are not merged: their LoRAs are computed next
-                to them.
+            num_unmerged: Number of 8-bit or 4-bit weights that are not merged; their LoRAs are computed
+                separately.
         """
         sentence = self.describe()
         if num_unmerged and not self._num_changed and self._rule != AUTO:

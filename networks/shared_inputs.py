@@ -1,4 +1,4 @@
-"""Compute LoRA layers whose frozen modules get the same tensor (such as those for q, k and v) together.
+"""Compute LoRA layers whose frozen modules get the same tensor (such as q, k and v) together.
 
 Three separate layers cast their input three times, multiply it by three down factors, and add three products
 to its gradient. Here, the first layer that gets the tensor casts it and multiplies it by a matrix of all down
@@ -28,7 +28,7 @@ from networks.lora_products import add_product, project_in_place_gradient, rows_
 
 
 class GroupedLayer(Protocol):
-    """A LoRA layer whose products `SharedInput` computes together with those of other layers."""
+    """LoRA layer that `SharedInput` multiplies together with other layers that have the same input."""
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
@@ -36,12 +36,12 @@ class GroupedLayer(Protocol):
         ...
 
     def is_plain(self, dtype: torch.dtype) -> bool:
-        """Return whether the layer only adds the product of its factors to a linear layer in a dtype."""
+        """Return whether the layer only adds a LoRA product to a Linear with a weight of this dtype."""
         ...
 
 
 class SharedInput:
-    """The products of layers with a common input; they are stored until each layer has taken its part."""
+    """LoRA products of layers with the same input, computed together and kept until they are used."""
 
     def __init__(
         self,
@@ -51,14 +51,14 @@ class SharedInput:
         ups: Sequence[Tensor],
         stacked_up: Tensor,
     ) -> None:
-        """Prepare a pass of the model.
+        """Prepare a forward pass of the model.
 
         Args:
-            layers: Layers without dropouts, whose frozen modules get the same tensor.
+            layers: Layers without dropout, whose frozen modules get the same tensor.
             ranks: Rank of each layer.
-            down: The down factors one below another, in the dtype of the pass.
+            down: The down factors stacked vertically, in the dtype of the pass.
             ups: The up factor of each layer, times its scale, in the dtype of the pass.
-            stacked_up: The matrices `ups` one below another.
+            stacked_up: The matrices `ups` stacked vertically.
         """
         self.layers = tuple(layers)
         self.ranks = list(ranks)
@@ -77,25 +77,25 @@ class SharedInput:
         self._products: dict[GroupedLayer, Tensor] = {}  # not yet taken by the layers
 
     def cast(self, x: Tensor) -> Tensor:
-        """Return the input in the dtype of the factors; the same tensor is cast only once."""
+        """Return the input in the factors' dtype; the same tensor is cast only once."""
         if self._uncast_input is not x or self._cast_input is None:
             self._uncast_input = x
             self._cast_input = x.to(self.down.dtype)
         return self._cast_input
 
     def multiply(self, layer: GroupedLayer, x: Tensor, adds_gradient_in_place: bool) -> tuple[Tensor, Tensor]:
-        """Return the input for the frozen module of a layer, and the input times the layer's down factor.
+        """Return the input for a layer's frozen module, and the input times the layer's down factor.
 
         Args:
             layer: One of the layers.
-            x: Input, ... in, in the dtype of the factors.
+            x: Input, ... x in, in the dtype of the factors.
             adds_gradient_in_place: Whether the gradient of the input is added in place; the value for the
-                first layer counts for all.
+                first layer applies to all layers.
 
         Returns:
-            The input, ... in, and the product, ... R.
+            The input, ... x in, and the product, ... x R.
         """
-        # the first layer of the group in this pass computes the products of all
+        # the first layer of the group in this pass computes the products for all layers
         if self._input_of_products is not x or layer not in self._products:
             self._input_of_products = x
             self._frozen_input = x
@@ -106,17 +106,17 @@ class SharedInput:
             parts = product.split(self.ranks, -1)
             self._products = dict(zip(self.layers, parts, strict=True))
         assert self._frozen_input is not None
-        frozen_input = self._frozen_input  # read first, because `_pop_product` may forget it
+        frozen_input = self._frozen_input  # read first, because `_pop_product` may release it
         return frozen_input, self._pop_product(layer)
 
     def compute(self, layer: GroupedLayer, x: Tensor) -> Tensor:
-        """Return the output of a layer's frozen module and its LoRA, ... out; only if `computes_outputs`.
+        """Return the output of a layer's frozen module and its LoRA, ... x out; only if `computes_outputs`.
 
         Args:
             layer: One of the layers.
-            x: Input, ... in, in the dtype of the factors.
+            x: Input, ... x in, in the dtype of the factors.
         """
-        # the first layer with this input computes for all
+        # the first layer that gets this input computes for all layers
         if self._input_of_products is not x or layer not in self._products:
             self._input_of_products = x
             modules = [layer.original for layer in self.layers]
@@ -136,13 +136,13 @@ class SharedInput:
                     split_sizes, x, self.down, self.stacked_up, joined_weight, joined_bias
                 )
             else:
-                all_biases = [module.bias for module in modules]  # None for modules without one
+                all_biases = [module.bias for module in modules]  # None for modules without bias
                 outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *all_biases)
             self._products = dict(zip(self.layers, outputs, strict=True))
         return self._pop_product(layer)
 
     def _pop_product(self, layer: GroupedLayer) -> Tensor:
-        """Return the product or output of a layer; after the last layer, all tensors are released."""
+        """Return a layer's product or output and forget it; after the last layer, release all tensors."""
         product = self._products.pop(layer)
         if not self._products:
             self._reset()
@@ -150,7 +150,7 @@ class SharedInput:
 
 
 class _Outputs(torch.autograd.Function):
-    """Frozen linear layers and their LoRAs; sums are rounded once, because products are added in place.
+    """Frozen linear layers with their LoRAs; products are added in place, so each sum is rounded only once.
 
     The inputs after `down` are the up factors, the weights and the biases of all layers.
     """
@@ -178,7 +178,7 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        """Return the gradients of x and of the down and up factors; the frozen weights have none."""
+        """Return the gradients of x, the down factor and the up factors; frozen weights get none."""
         x, product, down, *ups_and_weights = ctx.saved_tensors
         num_layers = len(ctx.ranks)
         ups = ups_and_weights[:num_layers]
@@ -207,12 +207,12 @@ class _Outputs(torch.autograd.Function):
         grad_down = grad_product.t() @ rows_of(x) if needs_down else None
         if grad_x is not None:
             grad_x = grad_x.addmm_(grad_product, down).view(x.shape)
-        no_gradients = [None] * (2 * num_layers)  # of weights and biases
+        no_gradients = [None] * (2 * num_layers)  # for weights and biases
         return None, grad_x, grad_down, *grad_ups, *no_gradients
 
 
 class _JoinedOutputs(torch.autograd.Function):
-    """Compute the outputs of all layers as one product; requires weights that are adjacent in memory."""
+    """Compute all layers' outputs in a single product; their weights must be adjacent in memory."""
 
     @staticmethod
     def forward(
@@ -236,7 +236,7 @@ class _JoinedOutputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Return the gradients of x and of the down and up factors; the frozen weights have none."""
+        """Return the gradients of x, the down factor and the up factors; frozen weights get none."""
         x, product, down, up, weight = ctx.saved_tensors
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
         gradient = torch.cat([rows_of(each) for each in gradients], -1)

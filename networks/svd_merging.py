@@ -1,4 +1,4 @@
-"""Merge LoRAs into one of a smaller rank: their exact sum, of which the strongest directions are kept."""
+"""Merge LoRAs into one LoRA of a smaller rank, which keeps the strongest directions of their exact sum."""
 
 import logging
 from pathlib import Path
@@ -45,10 +45,10 @@ class SvdMergeOptions(Options):
 
 
 def merge_and_resize(options: SvdMergeOptions) -> None:
-    """Write the sum of LoRAs as one LoRA of rank `new_rank`.
+    """Write the weighted sum of LoRAs as one LoRA of rank `new_rank`.
 
     Raises:
-        CheckpointError: If a file cannot be used, or they do not fit each other.
+        CheckpointError: If a file cannot be used, or if the files do not match each other.
     """
     pairs = list(zip(options.models, options.ratios, strict=True))
     weighted_loras = [WeightedLora(read_lora(path, with_texts=True), ratio) for path, ratio in pairs]

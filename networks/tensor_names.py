@@ -58,7 +58,7 @@ _TEXT = re.compile(
     r"(?:lora_|lycoris_)te(?P<ours>[1-4]?)[_.]|lora_(?:clip|t5)[_-]|te(?P<short>[1-4])[_.]|text_encoder(?:_(?P<pipeline>[2-4]))?[_.]"
     r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
-# prefixes between that of a text encoder and the path of its layer
+# prefixes between a text encoder's prefix and the path of its layer
 _TEXT_LAYER_PREFIXES = tuple(
     spelling
     for prefix in ("transformer.", "language_model.", "model.", "base_model.model.", "module.", "qwen3.")
@@ -98,7 +98,7 @@ _MODULATION = ".diff_m"  # ending in LightX2V for the parameter `modulation` of 
 
 
 class _KnownPrefixes(NamedTuple):
-    """Known prefixes of tensor names, and the dialect that each prefix reveals ("" for none)."""
+    """Known prefixes of tensor names, and the dialect (program) that each prefix shows; "" for none."""
 
     for_undotted_names: Mapping[str, str]  # prefix -> dialect
     for_dotted_names: Mapping[str, str]  # prefix of names with dots -> dialect
@@ -108,7 +108,7 @@ class _KnownPrefixes(NamedTuple):
 
 @cache
 def find_networks() -> Mapping[str, str]:
-    """Map the prefix of each expert's network in diffusers' pipelines to the name of the expert."""
+    """Map each expert's network prefix in diffusers' pipelines to the name of the expert."""
     experts = {}
     for family in FAMILIES:
         for network, expert in family.experts:
@@ -118,7 +118,7 @@ def find_networks() -> Mapping[str, str]:
 
 @cache
 def find_expert_prefixes() -> Mapping[str, str]:
-    """Map each prefix that marks an expert's names in a file of several experts to this expert."""
+    """Map each name prefix of an expert, in LoRA files for several experts, to the name of the expert."""
     experts = dict(find_networks())
     for family in FAMILIES:
         for name, expert in family.more_experts:
@@ -128,9 +128,9 @@ def find_expert_prefixes() -> Mapping[str, str]:
 
 @cache
 def _known_prefixes() -> _KnownPrefixes:
-    """Return the known prefixes of names in LoRA files."""
+    """Return the known prefixes of names in LoRA files, and what each of them shows."""
     expert_prefixes = find_expert_prefixes()
-    # prefixes of other networks with the same modules in diffusers' pipelines
+    # prefixes of other networks in diffusers' pipelines that have the same modules
     diffusers_prefixes = tuple(prefix for family in FAMILIES for prefix in family.more_diffusers_prefixes)
     dialects_of_kinds = {prefix: dialect for kind in KINDS for prefix, dialect in kind.starts.items()}
     dialects = {
@@ -156,7 +156,7 @@ def _known_prefixes() -> _KnownPrefixes:
     underscored = {prefix.replace(".", "_"): dialect for prefix, dialect in dialects.items()}
     return _KnownPrefixes(
         for_undotted_names={**dialects, **underscored},
-        # only with dots: with an underscore, the first of these two is our own prefix
+        # only with dots: with an underscore, the first of them is our own prefix
         for_dotted_names={**dialects, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
         # such as `lora_transformer_`
         underscored_tool_prefixes=tuple(prefix for prefix in dialects if prefix.endswith("_")),
@@ -165,7 +165,7 @@ def _known_prefixes() -> _KnownPrefixes:
 
 
 class ParsedKey(NamedTuple):
-    """A tensor name in a LoRA for a DiT, split into module path and part, with its dialect."""
+    """A tensor name in a transformer LoRA, split into module path and factor name, with its dialect."""
 
     path: str  # path of the module in the file, without prefixes: `blocks.0.attn1.to_q`
     full_path: str  # path of the module in the file, with prefixes
@@ -174,7 +174,7 @@ class ParsedKey(NamedTuple):
 
 
 class ParsedTextKey(NamedTuple):
-    """A tensor name in a LoRA for a text encoder, split into prefix, number of the encoder, and path."""
+    """A tensor name in a text encoder's LoRA, split into prefix, encoder number, and module path."""
 
     start: str  # prefix that names the encoder
     number: int  # number of the encoder, from 1
@@ -182,14 +182,14 @@ class ParsedTextKey(NamedTuple):
 
 
 class StrippedPath(NamedTuple):
-    """A module's path without its prefixes, and the dialect that the removed prefixes reveal."""
+    """A module path without prefixes, and the dialect (program) that the removed prefixes show."""
 
     path: str
     dialect: str
 
 
 def split_key(key: str) -> ParsedKey | None:
-    """Split the key of a transformer's LoRA into module path, part and dialect; None for any other key."""
+    """Split a transformer LoRA's key into module path, factor name and dialect; None for other keys."""
     key = _PROCESSOR.sub(lambda match: f".{_OF_PROCESSOR[match['layer']]}.lora_{match['factor']}.weight", key)
     if key.endswith(_MODULATION):
         key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
@@ -215,7 +215,7 @@ def split_end(key: str) -> tuple[str, str]:
 
 
 def in_default_spelling(key: str) -> str:
-    """Replace the ending of a tensor's name by ours if another program spells it differently."""
+    """Replace the ending of a tensor name with ours if another program spells it differently."""
     for spelling, replacement in SPELLINGS:
         key = spelling.sub(replacement, key)
     return key
@@ -242,10 +242,10 @@ def list_stripped_paths(path: str) -> list[StrippedPath]:
 
 
 def strip_known_prefixes(path: str) -> StrippedPath:
-    """Return a module's path without prefixes, and the dialect.
+    """Return a module path without prefixes, and the dialect (program) that the prefixes show.
 
-    Prefixes are removed one by one until the path is that of a module of a known family. If it never is, its
-    underscored form is compared instead. If that is unknown too, all prefixes are removed.
+    Prefixes are removed one by one until the path belongs to a module of a known family. If that never
+    happens, paths with underscores are compared instead; if none is known, all prefixes are removed.
     """
     stages = list_stripped_paths(path)
     stripped = next((stage for stage in stages if is_known_module(stage.path, dotted=True)), None)
@@ -257,13 +257,13 @@ def strip_known_prefixes(path: str) -> StrippedPath:
 
 
 def dialect_in_words(dialect: str) -> str:
-    """Describe a dialect by the program that uses it: `names as in ComfyUI`."""
+    """Describe a naming dialect by the program that uses it: `names as in ComfyUI`."""
     words = [_IN_WORDS.get(name, name) for name in dialect.split(" + ")]
     return "names as in " + " + ".join(words)
 
 
 def further_expert(key: str) -> str | None:
-    """Return the expert if a key starts with a pipeline's name for its second transformer, else None."""
+    """Return the expert that a key of a pipeline's second transformer is for, by its prefix; else None."""
     for stripped in list_stripped_paths(key):
         for start, expert in _known_prefixes().experts.items():
             if stripped.path.startswith(start):
@@ -272,7 +272,7 @@ def further_expert(key: str) -> str | None:
 
 
 def split_text(key: str) -> ParsedTextKey | None:
-    """Split a key for a text encoder into its parts; None for other keys."""
+    """Split a text encoder's key into prefix, encoder number and module path; None for other keys."""
     for stripped in list_stripped_paths(key):
         match = _TEXT.match(stripped.path)
         if match is not None:
@@ -288,9 +288,9 @@ def split_text(key: str) -> ParsedTextKey | None:
 
 
 def name_text(key: ParsedTextKey, family: FamilyNames | None) -> str | None:
-    """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown.
+    """Return our name for a text encoder LoRA's tensor: `lora_te1_text_model_...`; None if unknown.
 
-    The names of the layers identify the encoder, because programs number encoders differently.
+    Layer names identify the encoder, because programs number encoders differently.
     """
     path, part = split_end(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", key.path))
     if not part:
@@ -303,12 +303,12 @@ def name_text(key: ParsedTextKey, family: FamilyNames | None) -> str | None:
 def _text_layer(path: str) -> tuple[str, str]:
     """Return the kind of encoder ("" if unknown) and the underscored name of the layer.
 
-    Prefixes are removed one by one until the layer is known. An unknown layer keeps all prefixes.
+    Prefixes are removed one by one until the layer is known. An unknown layer keeps all its prefixes.
     """
-    full_name = ""  # the first name, with all prefixes
+    full_name = ""  # the name with all prefixes
     while True:
         name = path.replace(".", "_")
-        if name.startswith(_CLIP_WITHOUT_TEXT_MODEL):  # CLIP, as transformers 5 and later has it
+        if name.startswith(_CLIP_WITHOUT_TEXT_MODEL):  # CLIP as in transformers 5 and later
             name = OF_CLIP + name
         full_name = full_name or name
         if name.removeprefix(OF_CLIP) == TEXT_PROJECTION:  # some files have it inside `text_model`
@@ -333,7 +333,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
         family: The family; None if unknown.
 
     Returns:
-        None if the family has another kind of encoder under the prefix of the file.
+        The prefix; None if the family uses the file's prefix for a different kind of encoder.
     """
     kind_by_prefix = dict(_ENCODERS_OF_UNKNOWN_FAMILY if family is None else family.encoders)
     prefixes_of_kind = [prefix for prefix, layers in kind_by_prefix.items() if layers == kind]
@@ -352,8 +352,8 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
 def describe_unknown(paths: Iterable[str]) -> str:
     """Describe unknown names, for a message.
 
-    The result names an unknown prefix or ending of a known module's path, else how all names begin. It is ""
-    if there are no paths.
+    The result names an unknown prefix or ending of a known module's path, or else how all names begin. It is
+    "" if there are no paths.
 
     Args:
         paths: Paths with their prefixes.

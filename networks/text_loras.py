@@ -29,14 +29,14 @@ logger = getLogger(__name__)
 def select_for_network(
     weighted_loras: Iterable[WeightedLora], prefix: str = "", prefixes: Collection[str] | None = None
 ) -> list[WeightedLora]:
-    """Return LoRAs reduced to their changes of one network, under names as in a LoRA for a transformer.
+    """Return LoRAs reduced to their changes of one network, named as in a LoRA for a transformer.
 
     LoRAs that do not change the network are left out.
 
     Args:
         weighted_loras: LoRA files with their strengths.
         prefix: Prefix of a text encoder in LoRA files; "" for the DiT or U-Net.
-        prefixes: Prefixes of all text encoders of the model; None if the LoRAs use these prefixes already, as
+        prefixes: Prefixes of all text encoders of the model; None if the LoRAs already use these prefixes, as
             after `rename_for_encoders`.
     """
     loras_for_network = []
@@ -51,12 +51,12 @@ def select_for_network(
 
 
 def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | None) -> LoraFile:
-    """Return the part of a LoRA for one text encoder, with names and without metadata as for a transformer.
+    """Return a LoRA's part for one text encoder, named as in a LoRA for a transformer, without its metadata.
 
     Args:
         lora: The LoRA file.
         prefix: Prefix of the text encoder in LoRA files.
-        prefixes: Prefixes of all text encoders of the model; None if the LoRA uses these prefixes already.
+        prefixes: Prefixes of all text encoders of the model; None if the LoRA already uses these prefixes.
     """
     text_tensors = lora.text_tensors
     if prefixes is not None:
@@ -79,7 +79,7 @@ def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | Non
 
 
 class TextLoras:
-    """Merge LoRAs into text encoders, and into layers loaded with them, once after each encoder is loaded."""
+    """Merges LoRAs into text encoders, and into layers loaded with them, after each encoder is loaded."""
 
     def __init__(self, weighted_loras: Sequence[WeightedLora], rounding: str = NEAREST) -> None:
         """Prepare to add LoRAs to text encoders.
@@ -92,7 +92,7 @@ class TextLoras:
         self._weighted_loras = [
             weighted_lora for weighted_lora in weighted_loras if weighted_lora.lora.text_tensors
         ]
-        # changes of the transformer's modules that are loaded with a text encoder
+        # changes of transformer modules that are loaded together with a text encoder
         self._connector_loras = select_network_part(weighted_loras, of_text_encoders=True)
         self._known_prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
         self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
@@ -119,7 +119,7 @@ class TextLoras:
             self._warn_of_missing_connectors()
 
     def _warn_of_missing_connectors(self) -> None:
-        """Warn of changes of modules between text encoder and transformer, which this model lacks."""
+        """Warn of changes to modules between text encoder and transformer that this model lacks."""
         for weighted_lora in self._connector_loras:
             names = [*weighted_lora.lora.tensors]
             logger.warning(
@@ -128,10 +128,10 @@ class TextLoras:
             )
 
     def add_to(self, encoder: TextEncoder) -> None:
-        """Merge the encoder's LoRAs into its weights; do nothing if they are merged already.
+        """Merge the encoder's LoRAs into its weights; do nothing if they are already merged.
 
         Raises:
-            CheckpointError: If a LoRA does not fit, or if the encoder is in 8 bits.
+            CheckpointError: If a LoRA does not fit, or if the encoder is quantized to 8 bits.
         """
         if self._weighted_loras and can_learn(encoder):
             prefix = encoder.lora_prefix
@@ -141,14 +141,14 @@ class TextLoras:
             self._merge(self._connector_loras, encoder.text_layers, encoder.name)
 
     def _merge(self, weighted_loras: Sequence[WeightedLora], network: nn.Module, label: str) -> None:
-        """Merge the LoRAs into a network once. Raises CheckpointError if weights in 8 bits would change.
+        """Merge LoRAs into a text encoder, once. Raises CheckpointError if 8-bit weights would change.
 
         Args:
             weighted_loras: LoRA files with their strengths.
-            network: The network.
+            network: The text encoder.
             label: Name of the text encoder, for messages.
         """
-        # merged before: a network stays merged
+        # already merged
         if not weighted_loras or network in self._merged:
             return
         patch = LoraPatch(weighted_loras, rounding=self._rounding)
@@ -166,14 +166,14 @@ class TextLoras:
 
 
 def with_words_of(family: Family, weighted_loras: Iterable[Iterable[WeightedLora]]) -> Family:
-    """Return a copy of the family whose prompts may contain the learned words of LoRAs.
+    """Return a copy of the family whose prompts may contain the trained words (embeddings) of LoRAs.
 
     Args:
         family: The model family.
         weighted_loras: LoRA files by expert.
 
     Raises:
-        CheckpointError: If a word does not fit its text encoders.
+        CheckpointError: If a word's embedding does not fit the family's text encoders.
     """
     files = {
         weighted_lora.lora.path: weighted_lora.lora.embeddings
@@ -197,7 +197,7 @@ _CLIP_LEVEL = "text_model."  # first level of the names in transformers' CLIP
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """A tensor in a checkpoint, or one third of a tensor that fuses q, k and v."""
+    """A tensor in a Stable Diffusion checkpoint, or one third of a tensor that fuses q, k and v."""
 
     text_encoder: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
     name: str  # dotted name as in LoRA files; for the U-Net, the name in the checkpoint
@@ -205,7 +205,7 @@ class TensorPiece:
     is_transposed: bool = False
 
     def take_rows(self, tensor: Tensor) -> Tensor:
-        """Return a view of the piece in the file's tensor."""
+        """Return a view of this piece of the tensor: all rows, one third of the rows, or the transpose."""
         if self.is_transposed:
             return tensor.t()
         return tensor if self.third is None else tensor.chunk(3)[self.third]
@@ -231,7 +231,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
         if is_open_clip:
             # third: OpenCLIP stacks q, k and v in one tensor
             return [TensorPiece(prefix, _CLIP_LEVEL + ours, third) for ours, third in open_clip_names(path)]
-        # old and merged files leave this level out
+        # old and merged files omit this level
         if not path.startswith(_CLIP_LEVEL):
             path = _CLIP_LEVEL + path
         return [TensorPiece(prefix, path)]
@@ -239,7 +239,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
 
 
 class FullPatch:
-    """Add LoRAs to the weights of a whole checkpoint; it has the methods of `LoraPatch`."""
+    """Weight patch with the methods of `LoraPatch` for a full Stable Diffusion checkpoint."""
 
     def __init__(
         self,
@@ -270,28 +270,28 @@ class FullPatch:
             self._patches[prefix] = LoraPatch(text_loras, model=model, rounding=rounding)
 
     def changes_parameter(self, name: str) -> bool:
-        """Return whether any file changes the tensor of this name."""
+        """Return whether any LoRA file changes the tensor of this name."""
         return any(patch.changes_parameter(piece.name) for piece, patch in self._list_pieces(name))
 
     def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Add the changes to the tensor in place, one piece (the weight of one module) at a time.
+        """Add the LoRAs' changes to a tensor in place, one piece (the weight of one module) at a time.
 
         Args:
             name: Name of the tensor in the checkpoint.
             tensor: The tensor.
-            target: Dtype to which the caller rounds the tensor; None for the tensor's dtype.
+            target: Dtype to which the caller will round the tensor; None if it keeps its dtype.
         """
         for piece, patch in self._list_pieces(name):
             patch.add_to(piece.name, piece.take_rows(tensor), target)
         return tensor
 
     def check(self) -> None:
-        """Warn of LoRA modules that a network lacks; raise CheckpointError if it lacks all of a LoRA."""
+        """Warn of LoRA modules that a network lacks; raise CheckpointError if it lacks a whole LoRA."""
         for patch in self._patches.values():
             patch.check()
 
     def _list_pieces(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
-        """Yield each piece of a checkpoint's tensor, with the `LoraPatch` of the network that has it."""
+        """Yield each piece of a tensor, such as q, k or v, with the `LoraPatch` that changes it."""
         for piece in pieces_of(name):
             yield piece, self._patches[piece.text_encoder]
 
@@ -299,7 +299,7 @@ class FullPatch:
 def rename_for_encoders(
     weighted_loras: Iterable[WeightedLora], model: str, prefixes: Collection[str]
 ) -> list[WeightedLora]:
-    """Rename LoRAs to the prefixes of a model's text encoders; warn of changes for other encoders.
+    """Rename LoRAs to the prefixes of a model's text encoders; warn of changes to other encoders.
 
     Args:
         weighted_loras: LoRA files with their strengths.
@@ -320,7 +320,7 @@ def rename_for_encoders(
 def warn_of_other_encoders(
     weighted_lora: WeightedLora, text_tensors: Iterable[str], model: str, prefixes: Collection[str]
 ) -> None:
-    """Warn of changes for text encoders that a model lacks.
+    """Warn of changes to text encoders that a model lacks.
 
     Args:
         weighted_lora: The LoRA file.
@@ -329,7 +329,7 @@ def warn_of_other_encoders(
         prefixes: Prefixes of the model's text encoders in LoRA files.
 
     Raises:
-        CheckpointError: If the LoRA changes only such text encoders.
+        CheckpointError: If the LoRA changes nothing but such text encoders.
     """
     text_names = list(text_tensors)
     path = weighted_lora.lora.path

@@ -59,7 +59,7 @@ class MergeOptions(Options):
 
 
 class ExtractOptions(Options):
-    """Options to extract a LoRA; scripts of a single transformer leave out those in `OF_FULL`."""
+    """Options for extracting a LoRA; scripts for a single transformer omit the options in `OF_FULL`."""
 
     model_org: Path = option(
         "the model before fine-tuning: a file, or the folder of a transformer", place="there", required=True
@@ -158,7 +158,7 @@ class FluxMergeOptions(Options, must_give=True):
 
     @property
     def targets(self) -> dict[str, Path]:
-        """Files to write, by the option that names them."""
+        """Files to write, by the name of the option that sets the path."""
         models = {name: getattr(self, name) for name in FLUX_OUTPUTS}
         return {name: path for name, path in models.items() if path is not None}
 
@@ -207,11 +207,11 @@ class FullMergeOptions(Options):
 
 
 def check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
-    """Raise OptionError if the number of strengths differs from the number of LoRAs.
+    """Raise OptionError unless there is one strength for each LoRA.
 
     Args:
-        models: Files of the LoRAs.
-        ratios: Their strengths.
+        models: LoRA files.
+        ratios: Strengths.
     """
     if len(models) != len(ratios):
         raise OptionError(

@@ -1,4 +1,4 @@
-"""Add LoRAs around layers that stay in 8 or 4 bits, and around all layers if the noise level masks ranks.
+"""Wrap layers that stay in 8 or 4 bits with LoRAs, and all layers if the noise level masks ranks.
 
 All other LoRAs are merged.
 """
@@ -21,9 +21,9 @@ from networks.rank_masks import rank_rule_of
 def add_unmerged(
     dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Wrap layers with quantized weights so that the changes of LoRAs are added to their outputs.
+    """Wrap layers with quantized weights so that LoRAs are added to their outputs.
 
-    Call before a network is attached and before compilation.
+    Call it before a network is attached and before compilation.
 
     Args:
         dit: The transformer.
@@ -39,7 +39,7 @@ def add_unmerged(
         ]
         for branch, change in zip(branches, weight_changes, strict=True):
             branch.mask_ranks(dit, change.weighted_lora.lora.metadata)
-            # a rotation takes all inputs, and selects its outputs itself
+            # a rotation uses all inputs, and selects its output rows itself
             if branch.rotation is not None:
                 branch.output_rows = change.row_slice
             elif change.row_slice is not None:  # only some of the outputs change: pad the others with zeros
@@ -51,7 +51,7 @@ def add_unmerged(
 
 
 def split_masked(weighted_loras: Iterable[WeightedLora]) -> tuple[list[WeightedLora], list[WeightedLora]]:
-    """Return the LoRAs that can be merged, and those that were trained with a mask of ranks (T-LoRA)."""
+    """Return (LoRAs that can be merged into weights, LoRAs trained with a rank mask by T-LoRA)."""
     plain: list[WeightedLora] = []
     masked: list[WeightedLora] = []
     for weighted_lora in weighted_loras:
@@ -63,7 +63,7 @@ def split_masked(weighted_loras: Iterable[WeightedLora]) -> tuple[list[WeightedL
 
 
 def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Mapping[str, Sequence[Change]]:
-    """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing parts.
+    """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing modules.
 
     Raises:
         CheckpointError: If a file does not fit, or if it changes anything besides weights of layers.
@@ -75,7 +75,7 @@ def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Ma
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
             rule = rank_rule_of(weighted_loras[0].lora.metadata)
-            assert rule is not None  # else it is merged
+            assert rule is not None  # otherwise it would be merged
             raise CheckpointError(
                 f"{weighted_loras[0].lora.path} is {named(rule.kind)} according to its metadata, but has "
                 f"more for {name} than the two factors of a layer, which rank masks do not support.\n  Give "

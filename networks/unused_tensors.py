@@ -22,7 +22,7 @@ _LEAVES = (".weight", ".bias")
 
 
 class UnusedReason(NamedTuple):
-    """Reason why tensors are ignored, worded for a warning, such as "are of another network"."""
+    """Why tensors of a LoRA file are ignored, as the end of a warning, such as "are of another network"."""
 
     description: str
     consequence: str = ""  # sentence to add if many tensors are of this kind
@@ -31,7 +31,7 @@ class UnusedReason(NamedTuple):
 def group_by_reason(
     names: Iterable[str], explain: Callable[[str], UnusedReason]
 ) -> dict[UnusedReason, list[str]]:
-    """Group tensor names by why they are unused."""
+    """Group tensor names by the reason that `explain` returns for each."""
     names_by_reason: dict[UnusedReason, list[str]] = {}
     for name in names:
         names_by_reason.setdefault(explain(name), []).append(name)
@@ -39,7 +39,7 @@ def group_by_reason(
 
 
 def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
-    """Return why a tensor is not part of a LoRA; the description follows "tensors" in messages.
+    """Return why a tensor is not part of a LoRA; the description follows the word "tensors" in messages.
 
     Args:
         family: Family of the LoRA; None if unknown.
@@ -57,7 +57,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
     if module_names.is_known_module(name):
         return _explain_whole_weight(name, leaf)
     module, dot, part = path.rpartition(".")
-    # a known module with an unknown part: a kind of network that is not supported
+    # a known module with an unknown factor: an unsupported kind of adapter
     if dot and module_names.is_known_module(module.replace(".", "_")):
         return UnusedReason(
             f"are parts of layers called {part}, which are not supported, and are ignored",
@@ -71,7 +71,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
 
 
 def _advise_on_word(key: str) -> str:
-    """Return the advice for the embedding of a word in a LoRA file; "" if the key names no word."""
+    """Return advice on a key that is a trained word (embedding) in a LoRA file; "" for other keys."""
     word = word_of(key)
     if not word:
         return ""
@@ -82,7 +82,7 @@ def _advise_on_word(key: str) -> str:
 
 
 def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
-    """Return why a whole weight of the model, instead of a change, is ignored.
+    """Return why a complete weight of the model, instead of a change, is ignored.
 
     Args:
         name: Our name of the module.
@@ -103,13 +103,13 @@ def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
 def explain_absent_module(
     model: FamilyNames | None, has_text_modules: bool, names_without_numbers: Collection[str], name: str
 ) -> UnusedReason:
-    """Return why the model has no module for a part of a LoRA.
+    """Return why the model has no module for a LoRA's tensor or module.
 
     Args:
         model: Family of the model; None if unknown.
         has_text_modules: Whether the model has modules that are loaded with the text encoder.
         names_without_numbers: Results of `without_numbers` for the model's modules.
-        name: Name of the part, such as `lora_unet_x.weight` or `lora_unet_x`.
+        name: Name of the tensor or module, such as `lora_unet_x.weight` or `lora_unet_x`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
     # such as connectors between text encoder and transformer
@@ -120,7 +120,7 @@ def explain_absent_module(
             "here. To use them, merge the LoRA into the model's file with merge_lora.py, and cache texts "
             "with that file"
         )
-    # the model has the same layers in blocks of other numbers, so it has another depth
+    # the model has the same layer in blocks with other indices, so its depth differs
     is_other_size = without_numbers(module) in names_without_numbers
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return UnusedReason(f": they are for {model.optional_description}; the rest is used without them")
@@ -153,10 +153,10 @@ _ENCODERS = {
 
 
 def explain_absent_text_module(name: str) -> UnusedReason:
-    """Return why the text encoder has no module for a part of a LoRA.
+    """Return why the text encoder has no module for a LoRA's tensor or module.
 
     Args:
-        name: Name of the part, such as `lora_te2_text_projection.weight`.
+        name: Name of the tensor or module, such as `lora_te2_text_projection.weight`.
     """
     module = name.partition(".")[0]
     # such as `lora_te2`
@@ -171,22 +171,22 @@ def explain_absent_text_module(name: str) -> UnusedReason:
 
 
 def is_projection(names: Iterable[str]) -> bool:
-    """Return whether these names of a text encoder's modules or weights all belong to its projection."""
+    """Return whether all of these module or weight names belong to a text encoder's projection."""
     return all(module_of(name) == TEXT_PROJECTION for name in names)
 
 
 def without_numbers(module: str) -> str:
-    """Replace each number in a name by 0, so that equal modules of all blocks have one name."""
+    """Replace each number in a name with 0, so that the same module has the same name in all blocks."""
     return re.sub(r"\d+", "0", module)
 
 
 def module_of(name: str) -> str:
-    """Return the name of the module that a LoRA tensor belongs to, without our prefix."""
+    """Return the module that a LoRA tensor belongs to, without our name prefix."""
     return name.removeprefix(OURS).partition(".")[0]
 
 
 def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
-    """Return the names of a LoRA's changes for optional modules that a model lacks.
+    """Return those names of a LoRA that belong to optional modules that a model lacks.
 
     Args:
         names: Names of the LoRA's tensors or modules.
@@ -206,7 +206,7 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
 
 
 def text_side_of(names: Iterable[str]) -> str:
-    """Return the model part that all names belong to, if it loads with the text encoder; else ""."""
+    """Describe the module group that all names belong to if it loads with the text encoder; else ""."""
     model_parts = {
         module_names.describe_text_module(module_of(name)) for name in names
     }  # "": of the transformer

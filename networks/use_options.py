@@ -1,4 +1,4 @@
-"""Options to use LoRAs: to add files to a model, and to say how they are merged. Standard library only."""
+"""Options to use LoRAs: files to add to a model, and how to merge them. Standard library only."""
 
 import logging
 import math
@@ -24,9 +24,9 @@ AUTO, NEAREST, STOCHASTIC = "auto", "nearest", "stochastic"
 def lora_rounding_option(
     needs: str | tuple[str, ...] = (), title: str = "", facts: Mapping[str, Any] | None = None
 ) -> Any:
-    """Return the field of --lora_rounding.
+    """Return the dataclass field for --lora_rounding.
 
-    `needs` is the option (or one of the options) that must be given too, `title` the heading in the help.
+    `needs` is the option (or one of the options) that must be set too, `title` the heading in the help.
     `facts` are additional facts about the option, such as FREE.
     """
     return option(
@@ -41,12 +41,12 @@ def lora_rounding_option(
 
 
 def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option: str) -> None:
-    """Raise OptionError if --lora_rounding is given although no LoRA is merged.
+    """Raise OptionError if --lora_rounding is set although no LoRA is merged.
 
     Args:
         rounding: Value of --lora_rounding.
         files: LoRA files that are merged.
-        option: Option that names LoRAs, for the message.
+        option: Option that sets LoRA files, for the message.
     """
     if rounding != AUTO and not any(files):
         raise OptionError(
@@ -74,7 +74,7 @@ class LoraOptions(Options):
         self.multipliers(warns=True)
 
     def multipliers(self, warns: bool = False) -> tuple[float, ...]:
-        """Return one multiplier for each LoRA file; `warns` reports multipliers without a file."""
+        """Return one multiplier per LoRA file; with `warns`, warn of surplus multipliers."""
         return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier", warns)
 
 
@@ -89,7 +89,7 @@ ADDED_PATTERN = "(?#of another option)"
 
 
 class LoraPatternOptions(Options):
-    """Which parts of each LoRA file are used: one regular expression per file, searched in tensor names."""
+    """One regular expression per LoRA file that selects the tensors to use by name."""
 
     include_patterns: tuple[str, ...] | None = option(f"use only tensors that match: one {PATTERN}")
     exclude_patterns: tuple[str, ...] | None = option(f"leave out tensors that match: one {PATTERN}")
@@ -103,7 +103,7 @@ class LoraPatternOptions(Options):
                     raise OptionError(f"--{name} {pattern!r} is not a regular expression: {error}") from None
 
     def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
-        """Return these options with `pattern`, which the user did not type, also excluded from each file."""
+        """Return these options with `pattern`, which the user did not type, excluded from each file too."""
         typed = self.exclude_patterns or ()
         num_untyped = max(files - len(typed), 0)
         patterns = [f"(?:{typed_pattern})|{ADDED_PATTERN}{pattern}" for typed_pattern in typed]
@@ -115,9 +115,9 @@ def require_files(option: str, paths: Sequence[Path], folder_advice: str | None 
     """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
 
     Args:
-        option: Option that names the file, for messages.
+        option: Option that sets the paths, for messages.
         paths: Paths of the files.
-        folder_advice: Advice for users who give a folder; None accepts folders.
+        folder_advice: Advice for a path that is a folder; None accepts folders.
     """
     for path in paths:
         if not path.exists():
@@ -138,12 +138,12 @@ def multipliers_for(
     Args:
         files: The files.
         multipliers: Multipliers that the user typed.
-        option: Option that names the file, for messages.
-        warns: Whether multipliers without a file are logged; without any file they are not, because they may
-            be the default.
+        option: Option that sets the multipliers, for messages.
+        warns: Whether to warn of surplus multipliers; there is no warning without files, because the
+            multipliers may be the default.
 
     Raises:
-        OptionError: If a multiplier is infinite or NaN.
+        OptionError: If a multiplier is too large, infinite or NaN.
     """
     surplus = multipliers[len(files) :] if files and warns else ()
     if surplus:
@@ -155,5 +155,5 @@ def multipliers_for(
             raise OptionError(f"{option} {value}: give a finite number")
         if abs(value) > MAX_MULTIPLIER:
             raise OptionError(f"{option} {value:g}: give at most {MAX_MULTIPLIER}; 0 to 2 are usual")
-    # the typed ones, then 1 for each further file
+    # the typed multipliers, then 1 for each file without one
     return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

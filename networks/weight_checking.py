@@ -1,4 +1,4 @@
-"""Report the size of a LoRA's weights, tensor by tensor, and tensors with NaN or infinite values."""
+"""Report the magnitude of a LoRA's weights, tensor by tensor, and tensors with NaN or infinite values."""
 
 import sys
 from pathlib import Path
@@ -21,15 +21,15 @@ class WeightCheckOptions(Options, title="what to do"):
 
 
 def check_weights(options: WeightCheckOptions) -> None:
-    """Print the mean and the least absolute value of each tensor of a LoRA.
+    """Print the mean and the smallest absolute value of each tensor of a LoRA.
 
     Raises:
-        CheckpointError: If a tensor contains values that are NaN or infinite.
+        CheckpointError: If a tensor contains NaN or infinite values.
     """
     damaged = []
     with open_checkpoint(options.file) as checkpoint:
         names = [name for name in sorted(checkpoint.tensors) if options.show_all_keys or _is_matrix(name)]
-        # down and up factor count as one module
+        # down and up factors count as one module
         modules = {name.rpartition(".lora_")[0] for name in checkpoint.tensors if _is_matrix(name)}
         sys.stdout.write(f"{format_count(len(modules), 'LoRA module')}\n")
         for name in names:

@@ -1,6 +1,6 @@
 """Write LoRAs in the dialects of ComfyUI and diffusers.
 
-A function that cannot convert a module returns the reason, a string.
+A function that cannot convert a module returns the reason as a string.
 """
 
 import math
@@ -79,7 +79,7 @@ def in_dialect(
 def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> TranslatedModules:
     """Return modules under ComfyUI's names.
 
-    Plain LoRAs of weights that diffusers splits are written as for diffusers, all others with our modules.
+    Plain LoRAs of weights that diffusers splits are written as for diffusers, all others under our modules.
     """
     is_split_in_diffusers = family.parts and family.path_prefix == IN_DIFFUSERS
     plain_loras: dict[str, Factors] = {}
@@ -90,7 +90,7 @@ def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> Translat
         else:
             other_modules[name] = factors
     as_diffusers = in_dialect(deltas.ungroup(plain_loras), family, "diffusers")
-    # plain LoRAs that cannot be split stay under our modules
+    # plain LoRAs that cannot be split are written under our modules
     for name in as_diffusers.left_out:
         other_modules[name] = plain_loras[name]
     as_ours = write_modules(
@@ -110,7 +110,7 @@ def write_pieces_for_diffusers(
     Args:
         modules: Factors of each module, by name.
         family: The model family.
-        start: Prefix of the names.
+        start: Prefix of the names in the file, such as `transformer.`.
     """
     return write_modules(
         modules, start, lambda name, factors: _split_for_diffusers(name, factors, family), _in_diffusers
@@ -118,9 +118,9 @@ def write_pieces_for_diffusers(
 
 
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
-    """Rename LoRAs of text encoders to `text_encoder.text_model. ... .lora_A.weight`, as diffusers has them.
+    """Rename text encoder LoRAs to diffusers' names, `text_encoder.text_model. ... .lora_A.weight`.
 
-    CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders for which no pipeline of diffusers loads LoRAs are
+    CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders for which no diffusers pipeline loads LoRAs are
     left out.
     """
     reason = "diffusers has no such text encoder"
@@ -133,7 +133,7 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
 
 
 def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> dict[str, Tensor]:
-    """Rename text encoders' `lora_te_layers_...` to `text_encoders.NAME.transformer.model.layers. ...`.
+    """Rename `lora_te_layers_...` of text encoders to `text_encoders.NAME.transformer.model.layers. ...`.
 
     Encoders that ComfyUI reads under our names keep these names; missing alphas are added.
     """
@@ -151,12 +151,12 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
 
 
 def single_piece(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
-    """Return the unsplit factors of a module by its path in the other dialect, or why it has no path.
+    """Return {path: factors} for a module that is not split, or `reason` if it has no path.
 
     Args:
-        path: Path of the module in the dialect; None if the dialect lacks the module.
-        factors: Factors of the module, by name of the part.
-        reason: Returned if there is no path.
+        path: Path of the module under the other program's names; None if the program lacks the module.
+        factors: Factors of the module, by factor name.
+        reason: Why there is no path.
     """
     return reason if path is None else {path: factors}
 
@@ -167,16 +167,16 @@ def write_modules(
     split_module: Callable[[str, Factors], Pieces | str],
     convert_factors: Callable[[Factors], ConvertedFactors],
 ) -> TranslatedModules:
-    """Return the tensors of a network in another dialect.
+    """Return a network's tensors under another program's names.
 
     A module is written completely, or left out with a reason.
 
     Args:
-        modules: Factors by our names of the modules.
-        prefix: Prefix of the names in that dialect.
+        modules: Factors by our module names.
+        prefix: Prefix of the program's names.
         split_module: Takes our name of a module, without prefix, and its factors; returns factors by path in
-            the dialect, or the reason why the dialect cannot express them.
-        convert_factors: Converts factors to tensors of the dialect, or returns the reason why that is
+            the program, or the reason why the program cannot express them.
+        convert_factors: Converts factors to the program's tensors, or returns the reason why that is
             impossible.
     """
     written: dict[str, Tensor] = {}
@@ -197,7 +197,7 @@ def write_modules(
 def _name_tensors(
     pieces: Pieces, prefix: str, convert_factors: Callable[[Factors], ConvertedFactors]
 ) -> ConvertedFactors:
-    """Return the tensors of all pieces of a module by their full names, or why one cannot be converted."""
+    """Return the tensors of a module's pieces by full name, or the reason why a piece cannot be converted."""
     named: dict[str, Tensor] = {}
     for path, factors in pieces.items():
         converted = convert_factors(factors)
@@ -210,7 +210,7 @@ def _name_tensors(
 
 
 def in_comfyui(factors: Factors) -> dict[str, Tensor]:
-    """Return the tensors of a module as ComfyUI reads them; a bias becomes a full difference."""
+    """Return a module's tensors as ComfyUI reads them; a change of the bias becomes `diff_b`."""
     tensors = {
         part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.BIAS_FACTORS)
     }
@@ -220,7 +220,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         others = {part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS}
         tensors = _fold(factors) | others
     elif rank is not None:
-        # an alpha of 0 means the rank, and is written as the rank
+        # an alpha of 0 means the rank, so the rank is written
         tensors["alpha"] = torch.tensor(deltas.scaling_of(factors) * rank)
     bias = read_delta(factors).bias_in_file_dtype()
     if bias is not None:
@@ -229,10 +229,10 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_diffusers(factors: Factors) -> ConvertedFactors:
-    """Return the tensors of a module as diffusers and PEFT read them, or why they cannot read the module."""
+    """Return a module's tensors as diffusers and PEFT read them, or why they cannot read the module."""
     delta = read_delta(factors)
     rotation = delta.rotation
-    if rotation is not None:  # one tensor, which is written unchanged
+    if rotation is not None:  # a single tensor, which is written unchanged
         return {rotation.factor_name: factors[rotation.factor_name]}
     is_full_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
     if is_full_difference and factors["diff"].ndim == 2:
@@ -263,7 +263,7 @@ def _to_peft_magnitudes(magnitudes: Tensor) -> Tensor:
 
 
 def _to_full_rank(factors: Factors) -> Factors:
-    """Write the full difference of a matrix, out x in, as a LoRA: the difference times an identity matrix."""
+    """Convert a full matrix difference, out x in, to a LoRA whose other factor is an identity matrix."""
     difference = factors["diff"]
     out_features, in_features = difference.shape
     identity = torch.eye(min(out_features, in_features), dtype=difference.dtype)
@@ -278,7 +278,7 @@ def _to_full_rank(factors: Factors) -> Factors:
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
-    """Return LoRA factors, each multiplied by the square root of alpha / rank, under PEFT's names."""
+    """Return LoRA factors under PEFT's names, each scaled by sqrt(alpha / rank) to make alpha superfluous."""
     scale = deltas.scaling_of(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}
@@ -292,7 +292,7 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_toolkit(factors: Factors) -> ConvertedFactors:
-    """Return the tensors as diffusers reads them, with alpha / rank folded in exactly, by powers of two."""
+    """Return diffusers' tensors with alpha / rank folded into the factors, by a power of two in up."""
     if DOWN not in factors:
         return _in_diffusers(factors)
     folded = deltas.fold_scaling(factors)
@@ -300,7 +300,7 @@ def _in_toolkit(factors: Factors) -> ConvertedFactors:
 
 
 def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
-    """Return the factors of each part of a module by its path in diffusers, or why it cannot be split."""
+    """Return {path in diffusers: factors} for each part of a module, or why it cannot be split."""
     path = module_path(name, family) if family.parts else module_names.diffusers_path(name, family)
     if path is None:
         return _UNKNOWN
@@ -313,7 +313,7 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
         return _cut(factors, [part_path for part_path, _ in parts])
     ((renamed_path, part),) = parts
     delta = read_delta(factors)
-    # a rotation of inputs is the same for all rows, so their order does not matter
+    # an input rotation is the same for all rows, so their order does not matter
     if part.index != SWAPPED or delta.rotation is not None:
         return {renamed_path: factors}
     # the scale and shift of a norm: the two layouts have these halves in opposite orders
@@ -326,10 +326,10 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
-    """Return the factors of each part of a fused weight, or the reason why it cannot be split.
+    """Return {path: factors} for the parts of a fused weight, or the reason why it cannot be split.
 
     Args:
-        factors: Factors of the module, by name of the part.
+        factors: Factors of the module, by factor name.
         paths: Paths of the parts.
     """
     # an input rotation is the same for all rows, so each part gets a copy
@@ -341,7 +341,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
     row_counts = rows_of_fused_parts(len(paths), rows=rows, columns=columns)
-    # two parts are keys and values, or the two layers of a gated feed-forward: they have equal heights
+    # two parts are keys and values, or the two layers of a gated feed-forward: both have half of the rows
     if len(paths) == 2 and rows % 2 == 0:
         row_counts = (rows // 2, rows // 2)
     if not row_counts:
@@ -356,13 +356,13 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
     if len(pieces) < len(paths):
         return "its magnitudes belong to the whole weight"
-    # a LoRA that was joined from only some of the parts is zero in the other rows: leave these parts out
+    # a LoRA that was joined from only some of the parts is zero in the other rows: drop those parts
     changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
     return changing or pieces
 
 
 def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
-    """Return rows and columns of a change that can be cut into parts; None for other factors."""
+    """Return the rows and columns of a change that can be cut into parts; None if it cannot be cut."""
     if DOWN in factors and factors[UP].ndim == 2:
         return len(factors[UP]), factors[DOWN].shape[1]
     full = factors.get("diff", factors.get(SET_WEIGHT))
@@ -372,7 +372,7 @@ def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
 
 
 def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | None]:
-    """Return the factors of consecutive groups of rows; None for a group that cannot be cut out."""
+    """Return the factors for each consecutive group of rows; None for a group that cannot be cut out."""
     delta = read_delta(factors)
     parts: list[Factors | None] = []
     start = 0
@@ -384,7 +384,7 @@ def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | No
 
 
 def _changes_any(factors: Factors) -> bool:
-    """Return whether the factors change the weight: a tensor other than down factor and alpha is not zero."""
+    """Return whether any factor other than the down factor and alpha is nonzero, so the weight changes."""
     if SET_WEIGHT in factors:  # replaces the weight, perhaps by zeros
         return True
     return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"})
@@ -396,12 +396,12 @@ def convert_to_dialect(
     target: str,
     diffusers_prefix: str = IN_DIFFUSERS,
 ) -> TranslatedModules:
-    """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
+    """Return a DiT's LoRA under a target's names: "default" (ours), "other" (ComfyUI) or "diffusers".
 
     Args:
         native: Tensors by name, for modules in the family's own layout, from `convert_to_our_layout`.
         family: The model family; None if unknown.
-        target: The target dialect.
+        target: The target.
         diffusers_prefix: Prefix of names in diffusers: the name of the network in the pipeline.
     """
     if target == "other":
@@ -425,7 +425,7 @@ def convert_to_dialect(
 
 
 def _select_underscored_names(family: FamilyNames | None, target: str) -> str:
-    """Return the underscored names that a target uses: "ours", "aliases", or "" for dotted paths."""
+    """Return which underscored names a target uses: "ours", "aliases", or "" for dotted paths."""
     if family is None or target == "diffusers":
         return ""
     if target == "other" and family.underscored_in_comfyui:
@@ -434,7 +434,7 @@ def _select_underscored_names(family: FamilyNames | None, target: str) -> str:
 
 
 def _find_unreadable_in_comfyui(native: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the modules of kinds that ComfyUI cannot read, with the reasons."""
+    """Return the modules that ComfyUI cannot read, each with the reason."""
     unreadable: dict[str, str] = {}
     for name, factors in deltas.group_by_module(native).items():
         reasons = [kind.not_in_comfyui for kind in kinds_of_parts(factors) if kind.not_in_comfyui]
@@ -449,7 +449,7 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
     A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
     fused: dict[str, Factors] = {}
-    unfused: list[str] = []  # modules that could not be joined, which still have the name of a part
+    unfused: list[str] = []  # modules that could not be joined and therefore still have a part's name
     for name, factors in deltas.group_by_module(join_parts(native, family=family)).items():
         if is_fused_elsewhere(name.removeprefix(OURS), family):
             unfused.append(name)
@@ -480,7 +480,7 @@ def convert_to_our_layout(tensors: Mapping[str, Tensor], family: FamilyNames | N
 def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
     """Convert modules of a layout that fuses some of our modules, or names them differently, to ours.
 
-    A module that cannot be split is left unsplit, with a warning.
+    A module that cannot be split stays fused, with a warning.
     """
     split: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():
@@ -498,7 +498,7 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
 def rename_to_aliases(
     tensors: Mapping[str, Tensor], family: FamilyNames, change: Callable[[str, FamilyNames], str] = to_alias
 ) -> dict[str, Tensor]:
-    """Return the tensors of our LoRA renamed to the family's aliases where modules have one.
+    """Rename a LoRA's tensors from our names to the family's aliases, for modules that have one.
 
     Args:
         tensors: Tensors by name.

@@ -1,12 +1,12 @@
-"""Stored weights: the protocol of all formats in which linear layers keep their weights, and such layers.
+"""The protocol of all quantization formats of linear layers, and the layers that use them.
 
-A stored layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the format's dtype and shape, which
-in packed formats differs from the layer's (see `out_features` and `in_features`). The format's companions,
-such as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
-compilation) find it.
+A quantized layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the format's dtype and shape;
+packed shapes differ from the layer's (see `out_features` and `in_features`). The format's companions, such as
+scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA, compilation)
+find it.
 
-A format is a frozen dataclass in a module of this folder; it implements `QuantizationFormat`. A format that
-options ask for has the name of its file in `Quantization.form`; the file has `form_of`, `prepare` and
+A format is a frozen dataclass in a module of this folder; it implements `QuantizationFormat`. If options can
+request a format, `Quantization.form` is the name of its module, which defines `form_of`, `prepare` and
 `rehearsed`.
 """
 
@@ -40,11 +40,11 @@ class QuantizationFormat(Protocol):
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """Names of the buffers that a layer has in addition to its weight."""
+        """Names of the buffers, such as scales, that a layer gets in addition to its quantized weight."""
 
     @property
     def is_kept_by_default(self) -> bool:
-        """Whether layers keep this format of a file's weights even if no option asks for it."""
+        """Whether weights that a file stores in this format stay quantized without an option."""
 
     def quantize(self, weight: Tensor) -> "QuantizedWeight":
         """Quantize a weight, out x in, of any floating-point dtype."""
@@ -59,10 +59,10 @@ class QuantizationFormat(Protocol):
         ...
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + b in autocast's dtype, or in that of x without autocast; differentiable in x and b.
+        """Compute x W^T + b in autocast's dtype, or in x's dtype without autocast; differentiable in x and b.
 
-        Implementations must not save a 16-bit copy of the weight for the backward pass;
-        `dequantize_and_multiply` is an implementation for any form.
+        Implementations must not save a 16-bit copy of the weight for the backward pass.
+        `dequantize_and_multiply` works for any format.
         """
         ...
 
@@ -71,11 +71,11 @@ class QuantizationFormat(Protocol):
         ...
 
     def join(self, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight | None":
-        """Concatenate weights of this format along their rows; return None if they have no common format."""
+        """Concatenate weights of this format along their rows; return None if they cannot be combined."""
         ...
 
     def with_compute_settings_of(self, chosen: "QuantizationFormat") -> "QuantizationFormat":
-        """Return the format found in a file with the compute settings of the format that the user chose."""
+        """Return this format (of a file) with the compute settings of the format that the user chose."""
         ...
 
     def check_device(self, device: torch.device) -> None:
@@ -85,7 +85,7 @@ class QuantizationFormat(Protocol):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight with its format, before or after it is put into a layer."""
+    """A quantized weight and its format, whether or not a layer contains it yet."""
 
     format: QuantizationFormat
     shape: Shape
@@ -103,13 +103,13 @@ class QuantizedWeight:
 
 
 def form_of(quantization: Quantization) -> QuantizationFormat:
-    """Return the storage format of a quantization; the module of that format builds it."""
+    """Return the quantization format that the options select, from the module of that format."""
     form: QuantizationFormat = import_own(f"checkpoints.stored.{quantization.form}").form_of(quantization)
     return form
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Return the quantization with a format whose `prepare` has selected the device's matrix product.
+    """Return the quantization with the matrix product that its format selects for the device.
 
     Raises:
         OptionError: If the device or the installed libraries do not support the format.
@@ -119,7 +119,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization | None) -> Quantization | None:
-    """Return the quantization to use in a dry run, where some kernels only allocate; None stays None."""
+    """Return the quantization for a dry run, in which some kernels only allocate; None stays None."""
     if quantization is None:
         return None
     result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").rehearsed(quantization)
@@ -127,7 +127,7 @@ def rehearsed(quantization: Quantization | None) -> Quantization | None:
 
 
 def attach(layer: nn.Linear, stored: QuantizedWeight) -> None:
-    """Replace the weight of a linear layer with a stored weight, which the layer uses from then on."""
+    """Replace the weight of a linear layer with a quantized weight, which the layer then computes with."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
     for name, tensor in zip(stored.format.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)
@@ -159,7 +159,7 @@ def quantized_weight_of(layer: nn.Module) -> QuantizedWeight | None:
 
 
 def dequantized_weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return a layer's weight, dequantized to float32 if it is quantized.
+    """Return a layer's weight in float32, dequantized if necessary.
 
     `weight` is the layer's own full weight.
     """
@@ -174,7 +174,7 @@ def dequantize_and_multiply(
 ) -> Tensor:
     """Compute x W^T + b in the dtype of x with a quantized weight W.
 
-    The backward pass dequantizes W again, so that its value is not stored.
+    The backward pass dequantizes W again, so the dequantized weight is not saved.
     """
     filled = (*tensors, *[None] * (MAX_TENSORS - len(tensors)))
     out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
@@ -182,7 +182,7 @@ def dequantize_and_multiply(
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a layer computes in: autocast's if enabled, otherwise the input's."""
+    """Return the dtype that a layer computes in: autocast's if it is enabled, otherwise x's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -206,11 +206,11 @@ class _Product(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
-        """Multiply by a weight that is stored in a quantized format, without keeping the dequantized weight.
+        """Multiply by a quantized weight without saving its dequantized value for the backward pass.
 
         `first` to `fourth` are the tensors that belong to the stored weight, such as its scale.
         """
-        # autograd needs a fixed number of tensors: arguments that the format does not have are None
+        # autograd needs a fixed number of tensors: arguments that the format does not use are None
         tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)
         ctx.form, ctx.shape = form, shape

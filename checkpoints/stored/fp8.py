@@ -33,7 +33,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor | None]:
-    """Round a weight to float8_e4m3fn and return it with its scale (float32): weight ~ fp8 * scale.
+    """Round a weight to float8_e4m3fn; return it with its float32 scale, so that weight ~ fp8 * scale.
 
     `weight` is out x in. The kind "cast" clamps it to +-448 and rounds it, without a scale. "tensor" and
     "rows" divide it by scale = max|weight| / 448, one number [1] or one per row [out, 1]; the scale of zeros
@@ -59,7 +59,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor
 
 
 def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
-    """Return the fp8 scale max|weight| / 448, one value or one per row; 1 where all weights are 0."""
+    """Return the fp8 scale max|weight| / 448 as one value or one per row; 1 where all weights are 0."""
     peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
     if not by_row:
         peak = peak.amax().reshape(1)
@@ -73,7 +73,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
     `weight` is rows x columns. `scale` is one number, one per row, or one per block of a row (rows x blocks x
     1).
     """
-    values = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
+    values = weight.to(dtype, copy=True)  # multiplied in place, to need one copy instead of two
     if scale is None:
         return values
     if not scale.is_floating_point() or scale.ndim == 0 or scale.dtype != torch.float32:
@@ -88,7 +88,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
 
 
 def store_scale(scale: Tensor) -> Tensor:
-    """Convert the scale of a file to float32 in a layer's shape: [1], [out, 1] or [out, blocks, 1]."""
+    """Convert a scale from a file to float32 in the layer's shape: [1], [out, 1] or [out, blocks, 1]."""
     if scale.numel() == 1:
         return scale.float().reshape(1)
     return scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1)
@@ -96,9 +96,9 @@ def store_scale(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fp8:
-    """Weights stored in fp8.
+    """Format of weights stored in fp8.
 
-    Layers compute in float32 if `float32_linear` is set. With a `product` they multiply in 8 bits whenever
+    Layers compute in float32 if `float32_linear` is set. If `product` is set, they multiply in fp8 whenever
     `suits_fp8` accepts their inputs.
     """
 
@@ -113,12 +113,12 @@ class Fp8:
         return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Store a weight in fp8: cast directly, or divided by its scales first, as the options say."""
+        """Quantize a weight to fp8: cast it, or first divide it by its scales, depending on the options."""
         rows, columns = weight.shape
         return QuantizedWeight(self, (rows, columns), quantize(weight, self.quantization))
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Return a weight on the meta device, to plan memory; its negligible scales are left out."""
+        """Return a weight on the meta device, to plan memory; its negligible scales are omitted."""
         return QuantizedWeight(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -128,7 +128,7 @@ class Fp8:
         return dequantize(weight, scale, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply in fp8 if the inputs and the device allow it, otherwise by the dequantized weight."""
+        """Multiply in fp8 if the inputs and the device allow it, otherwise with the dequantized weight."""
         weight, scale = tensors
         if self.quantization.product is not None:
             from checkpoints.stored.fp8_products import fp8_linear, suits_fp8  # of no use without the units
@@ -143,9 +143,9 @@ class Fp8:
             return dequantize_and_multiply(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
-        """Return `count` rows of an fp8 weight, starting at row `first`, with their scales.
+        """Return `count` rows of an fp8 weight with their scales, starting at row `first`.
 
-        Scales of blocks of rows are cut too, which requires full blocks; a scale for the full weight stays.
+        Per-block scales are cut too, which requires whole blocks; a scale for the entire weight is kept.
         """
         scale = stored.tensors[1]
         part = stored.weight[first : first + count].contiguous()
@@ -157,7 +157,7 @@ class Fp8:
         return QuantizedWeight(self, (count, stored.shape[1]), (part, scale))
 
     def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-        """Concatenate fp8 weights along rows, with a scale for each row; return None if dtypes differ."""
+        """Concatenate fp8 weights along rows, with one scale per row; return None if dtypes differ."""
         dtypes = {part.weight.dtype for part in parts}
         if len(dtypes) > 1:
             return None
@@ -172,14 +172,14 @@ class Fp8:
         return QuantizedWeight(self, shape, (weight, torch.cat(scales)))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return the chosen format if it is fp8 too, for its compute settings; otherwise this format."""
+        """Return `chosen`, which has the compute settings, if it is fp8 too; otherwise this format."""
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
         """Check that the device supports fp8.
 
         Raises:
-            OptionError: For Apple's GPUs.
+            OptionError: For Apple GPUs.
         """
         if device.type == "mps":
             raise OptionError(
@@ -191,13 +191,13 @@ form_of = Fp8
 
 
 def make_fp8_weight(weight: Tensor, scale: Tensor | None = None) -> QuantizedWeight:
-    """Convert an fp8 weight of a file, and its scale if it has one, to the format of layers."""
+    """Convert a file's fp8 weight, with its scale if it has one, to the format that layers use."""
     rows, columns = weight.shape
     return QuantizedWeight(Fp8(), (rows, columns), (weight, None if scale is None else store_scale(scale)))
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Add the device's fp8 matrix product for --fp8_fast; raise OptionError if the device has none."""
+    """Add the device's fp8 matrix product for --fp8_fast; raise OptionError if the device lacks fp8 units."""
     if not quantization.fp8_matmul:
         return quantization
     from checkpoints.stored.fp8_products import select_product  # of no use without the units
@@ -206,8 +206,8 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization) -> Quantization:
-    """Return the quantization to use in a dry run: unchanged.
+    """Return the quantization unchanged for a dry run.
 
-    Products in 8 bits take the same memory as those in 16 bits.
+    8-bit matrix products take as much memory as 16-bit products.
     """
     return quantization

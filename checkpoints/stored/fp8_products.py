@@ -59,12 +59,12 @@ def row_scaled_product(
     dtype: torch.dtype,
     uses_fast_accumulation: bool,
 ) -> Tensor:
-    """Return a @ b times both scales, plus bias, applying scales and bias while sums are in registers.
+    """Return a @ b times both scales, plus bias; scales and bias are applied while sums are in registers.
 
-    a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
+    a is M x K and b is K x N, both e4m3; scale_a is M x 1, scale_b is 1 x N, bias is N.
 
     The result is rounded to bfloat16 even if `dtype` is float16, because only Hopper GPUs support other
-    results with row-wise scales. Up to MAX_TOKENS_WITHOUT_ROW_SCALES rows are left to
+    result dtypes with row-wise scales. Up to MAX_TOKENS_WITHOUT_ROW_SCALES rows are left to
     `tensor_scaled_product`, because torch lacks row-wise kernels for some sizes of so few rows.
     """
     if len(a) <= MAX_TOKENS_WITHOUT_ROW_SCALES:
@@ -87,9 +87,9 @@ def tensor_scaled_product(
     uses_fast_accumulation: bool,
     max_float32_elements: int = MAX_FLOAT32_ELEMENTS,
 ) -> Tensor:
-    """Return a @ b times both scales, plus bias, for a torch without row-wise scales (Windows).
+    """Return a @ b times both scales, plus bias, without torch's row-wise scales (missing on Windows).
 
-    a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
+    a is M x K and b is K x N, both e4m3; scale_a is M x 1, scale_b is 1 x N, bias is N.
 
     The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
     second rounding of 2^-9, which is small compared with the rounding to e4m3. `max_float32_elements` is the
@@ -114,7 +114,7 @@ def _scale_sums(sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | N
 
 
 def _split_rows(x: Tensor, max_float32_elements: int) -> list[slice]:
-    """Split the rows of x, M K, into groups that get float32 copies in turn; one group while compiling."""
+    """Split the rows of x, M x K, so that only one slice at a time needs float32; one slice in a compile."""
     rows = len(x) if torch.compiler.is_compiling() else max(1, max_float32_elements // x.shape[1])
     if len(x) <= rows:
         return [slice(None)]
@@ -122,9 +122,9 @@ def _split_rows(x: Tensor, max_float32_elements: int) -> list[slice]:
 
 
 def supports_fp8(device: torch.device) -> bool:
-    """Return whether torch can multiply in fp8 on the device: NVIDIA GPUs from compute capability 8.9 on.
+    """Return whether torch can multiply in fp8 on the device: NVIDIA GPUs of compute capability 8.9 or later.
 
-    AMD's GPUs use another fp8 format.
+    AMD GPUs use a different fp8 format.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -136,9 +136,9 @@ def select_product(
     supported: Callable[[torch.device], bool] = supports_fp8,
     products: Sequence[Product] = (row_scaled_product, tensor_scaled_product),
 ) -> Product:
-    """Return the first of `products` that works on the device; each is tried once on a small tile.
+    """Return the first of `products` that works on the device; each is tried once on small tiles.
 
-    Logs the reason if it is not the first one.
+    Logs the reason if it is not the first product.
 
     Raises:
         OptionError: If the device has no fp8 units, or torch cannot use them.
@@ -152,7 +152,7 @@ def select_product(
     reasons = []
     for product in products:
         try:
-            # few and many tokens are computed differently
+            # few and many tokens use different kernels
             for tokens in (FEATURE_ALIGNMENT, MAX_TOKENS_WITHOUT_ROW_SCALES + FEATURE_ALIGNMENT):
                 tile = torch.ones(tokens, FEATURE_ALIGNMENT, device=device).to(WEIGHT_DTYPE)
                 rows = torch.ones(tokens, 1, device=device)
@@ -187,13 +187,13 @@ def _name(device: torch.device) -> str:
 def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     """Return whether `fp8_linear` supports this layer and input.
 
-    It needs an e4m3 weight with one scale or one per row, sizes that are multiples of 16, and at least 16
-    tokens. Only shapes and dtypes matter, not values.
+    It needs an e4m3 weight with one scale or one scale per row, sizes that are multiples of 16, and at least
+    16 tokens. Only shapes and dtypes matter, not values.
 
     Args:
-        x: Input, ... K.
-        weight: Weight, N K.
-        scale: One number, or one per row (N 1), or None.
+        x: Input, ... x K.
+        weight: Weight, N x K.
+        scale: One number, one per row (N x 1), or None.
     """
     rows, columns = weight.shape
     is_by_tensor = scale is None or scale.numel() == 1
@@ -212,9 +212,9 @@ def fp8_linear(
 ) -> Tensor:
     """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only.
 
-    The inputs must satisfy `suits_fp8`. `x` is ... K, of any magnitude; a row with NaN or an infinite value
-    results in a row of NaN. `weight` is N K e4m3. `scale` is one number, N 1, or None for 1. `bias` is N.
-    Returns ... N in autocast's dtype if it is on, else in the dtype of x.
+    The inputs must satisfy `suits_fp8`. `x` is ... x K, of any magnitude; a row with NaN or an infinite value
+    results in a row of NaN. `weight` is N x K e4m3. `scale` is one number, N x 1, or None for 1. `bias` is N.
+    Returns ... x N in autocast's dtype if it is on, else in the dtype of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -222,7 +222,7 @@ def fp8_linear(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Linear layer with an fp8 weight that saves only the weight and its scale for the backward pass."""
+    """Linear layer with an fp8 weight; for the backward pass, it saves only the weight and its scale."""
 
     @staticmethod
     def forward(
@@ -234,7 +234,7 @@ class _FrozenLinear(torch.autograd.Function):
         dtype: torch.dtype,
         product: Product,
     ) -> Tensor:
-        """Quantize rows of x to fp8 and multiply them by the weight, with a result in `dtype`."""
+        """Quantize rows of x to fp8 and multiply them by the weight; return the result in `dtype`."""
         ctx.save_for_backward(weight, scale)
         ctx.product, ctx.dtype = product, x.dtype
         quantized, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]))
@@ -251,7 +251,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of x, computed in fp8 too; all other arguments of `forward` have none."""
+        """Return the gradient of x, also computed in fp8; the other arguments of `forward` get none."""
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
         (gradient,) = gradients
@@ -259,9 +259,9 @@ class _FrozenLinear(torch.autograd.Function):
         quantized, row_scales = quantize_rows(
             gradient.reshape(-1, gradient.shape[-1]), _expand_scale(weight, scale)
         )
-        # N K, column-major as the fp8 units need it; freed when this call ends
+        # N x K, column-major as the fp8 units need it; freed when this call ends
         columns = weight.t().contiguous().t()
-        # no further scales: the gradient was multiplied by those of the weight before it was rounded
+        # no more scales: the gradient was multiplied by the weight's scales before it was rounded
         ones = torch.ones(1, weight.shape[1], device=weight.device)
         out = ctx.product(
             quantized,
@@ -278,19 +278,19 @@ class _FrozenLinear(torch.autograd.Function):
 def quantize_rows(
     x: Tensor, column_scales: Tensor | None = None, max_float32_elements: int = MAX_FLOAT32_ELEMENTS
 ) -> tuple[Tensor, Tensor]:
-    """Quantize x * column_scales to e4m3 with one scale per row: their product is the input up to rounding.
+    """Quantize x * column_scales to e4m3 with one scale per row, by which the row is divided first.
 
-    A row of zeros stays zeros; a NaN or infinite value makes the scale NaN or infinite, and so the row of any
-    product NaN.
+    A row of zeros stays zeros. A NaN or infinite value makes the row's scale NaN or infinite, and thus every
+    product with the row NaN.
 
     Args:
-        x: Values, M K.
-        column_scales: Factors of the columns, 1 K float32; None for 1.
+        x: Values, M x K.
+        column_scales: Factors of the columns, 1 x K float32; None for 1.
         max_float32_elements: How many values have a float32 copy at a time; unlimited while compiling,
             because the copy is fused away.
 
     Returns:
-        The quantized values, M K e4m3, and their scales, M 1 float32.
+        The quantized values, M x K e4m3, and their scales, M x 1 float32.
     """
     parts = _split_rows(x, max_float32_elements)
     if len(parts) == 1:
@@ -313,12 +313,12 @@ def _quantize(x: Tensor, column_scales: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Return the weight's scale as one float32 value for each output feature, 1 N."""
+    """Return the weight's scale as one float32 value per output channel, 1 x N."""
     if scale is None:
         return torch.ones(1, weight.shape[0], device=weight.device)
     return scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
 
 
 def _select_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that fp8 products are computed in: 16 bits are more precise than the product."""
+    """Return the dtype to compute fp8 products in; even 16 bits are more precise than the product."""
     return dtype if dtype == torch.float16 else torch.bfloat16

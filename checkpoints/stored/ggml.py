@@ -16,18 +16,18 @@ from torch import Tensor
 
 
 def _read_float16(blocks: Tensor, start: int) -> Tensor:
-    """Read one float16 number per block, B 1, at byte offset `start`."""
+    """Read a float16 value from each block at byte offset `start`, B x 1."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
 def _unpack_fields(codes: Tensor, bits: int) -> Tensor:
-    """Unpack bytes, B n, into fields of `bits` bits, B 8/bits n: the lowest field of all bytes first."""
+    """Unpack bytes, B x n, into `bits`-bit fields, B x 8/bits x n; all lowest fields come first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes[:, None] >> shifts[:, None]) & ((1 << bits) - 1)
 
 
 def _unpack_fifth_bits(blocks: Tensor, start: int) -> Tensor:
-    """Unpack the 32 bits in four bytes of each of B blocks, from byte `start` on, as values 16 or 0, B 32."""
+    """Unpack the 32 fifth bits of B blocks from four bytes at `start`; return 0 or 16 for each, B x 32."""
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
     return ((blocks[:, start : start + 4, None] >> shifts & 1) << 4).flatten(1)
 
@@ -55,7 +55,7 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 
 def _unpack_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Unpack the 6-bit scales and minima of Q4_K or Q5_K blocks from 12 bytes each: two tensors, B 8."""
+    """Unpack the 6-bit scales and minima of Q4_K or Q5_K blocks from 12 bytes each: two tensors, B x 8."""
     first = packed[:, :4]
     second = packed[:, 4:8]
     third = packed[:, 8:]
@@ -64,7 +64,7 @@ def _unpack_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_minima(blocks: Tensor, codes: Tensor) -> Tensor:
-    """Dequantize 8 x 32 codes, B 8 32, with the scale and minimum of each group of 32."""
+    """Dequantize codes, B x 8 x 32, with the scale and minimum of each group of 32."""
     scales, minima = _unpack_six_bits(blocks[:, 4:16])
     scales, minima = _read_float16(blocks, 0) * scales, _read_float16(blocks, 2) * minima
     return (scales[..., None] * codes - minima[..., None]).flatten(1)
@@ -108,7 +108,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A GGUF quantization type: the layout of a block, and the function that decodes it.
+    """A GGUF quantization type: the layout of its blocks, and the function that dequantizes them.
 
     `weights` is the number of weights in a block, `size` its bytes, and `halves` the byte offsets of its
     float16 values.
@@ -121,7 +121,7 @@ class Kind:
     values: Callable[[Tensor], Tensor]
 
     def rows(self, packed: Tensor) -> Tensor:
-        """Return the values of packed rows, N x K.
+        """Dequantize packed rows to N x K values.
 
         Args:
             packed: Bytes of N rows; each row has K / weights blocks of `size` bytes.
@@ -129,7 +129,7 @@ class Kind:
         return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
 
     def is_sound(self, packed: Tensor) -> bool:
-        """Return whether all float16 numbers in packed rows are finite."""
+        """Return whether all float16 values (scales) in packed rows are finite."""
         blocks = packed.reshape(-1, self.size)
         return all(bool(_read_float16(blocks, start).isfinite().all()) for start in self.halves)
 
@@ -148,9 +148,9 @@ KINDS = {  # by the number in files
 }
 
 
-@cache  # equal kinds are one object
+@cache  # so that equal types are one object
 def kind_of_package(number: int) -> Kind | None:
-    """Return the quantization type with this number if the package `gguf` can decode it, else None.
+    """Return the GGUF quantization type with this number; None if the package `gguf` cannot decode it.
 
     Raises:
         ImportError: If the package is missing.

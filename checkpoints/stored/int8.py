@@ -8,7 +8,7 @@ to 1. The effective weight is (q * scale) H; the input is rotated too, so that b
     input gradient   dx = (dy (q * scale)) H in 16 bits, or with dy * scale rounded by tokens to int8 too
 
 For up to 16 tokens, which int8 hardware does not speed up, x is not rounded. Rounding x counts as the
-identity for gradients. Source: ConvRot, arXiv 2512.03673; H as there, a Kronecker power of the one of size 4.
+identity for gradients. Source: ConvRot, arXiv 2512.03673; H is a Kronecker power of its 4 x 4 matrix.
 """
 # Letters: M tokens, K input features, N output features
 
@@ -40,7 +40,7 @@ PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Int8:
-    """Weights stored in int8, with a float32 scale per row in the buffer `scale_weight`, out x 1."""
+    """Format of weights stored in int8, with a float32 scale per row (buffer `scale_weight`, out x 1)."""
 
     group: int | None = None  # columns that are rotated together; 0: none; None: by the width of a layer
     rounds_gradients: bool = False
@@ -60,7 +60,7 @@ class Int8:
         return replace(self, group=next((group for group in GROUPS if columns % group == 0), 0))
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Rotate a weight in groups of columns and quantize its rows to int8, each with a scale."""
+        """Rotate a weight in groups of columns, then quantize it to int8 with one scale per row."""
         rows, columns = weight.shape
         form = self._for_width(columns)
         codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -70,19 +70,19 @@ class Int8:
         return QuantizedWeight(form, (rows, columns), (codes, scales))
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Allocate codes and scales on the meta device, to plan memory."""
+        """Return a quantized weight with codes and scales on the meta device, to plan memory."""
         codes = torch.empty(shape, dtype=torch.int8, device="meta")
         return QuantizedWeight(
             self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta"))
         )
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Dequantize the weight in `dtype`: multiply by the scales and rotate back."""
+        """Dequantize the weight to `dtype`: multiply the codes by the scales, then undo the rotation."""
         codes, scale = _pair(tensors)
         return _by_parts(lambda part: rotate(_scale_codes(codes, scale, part), self.group), codes, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply in int8, except for few tokens and Apple's GPUs, which use the dequantized weight."""
+        """Multiply in int8; for few tokens and on Apple GPUs, use the dequantized weight instead."""
         dtype = computed_dtype(x)
         codes, scale = _pair(tensors)
         if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
@@ -97,7 +97,7 @@ class Int8:
         return QuantizedWeight(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
 
     def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-        """Concatenate several int8 weights and their scales along their rows."""
+        """Concatenate int8 weights and their scales along rows."""
         pairs = [_pair(part.tensors) for part in parts]
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
         return QuantizedWeight(self, (len(codes), parts[0].shape[1]), (codes, scales))
@@ -109,29 +109,29 @@ class Int8:
         return replace(self, rounds_gradients=chosen.rounds_gradients)
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device, because every device can store int8."""
+        """Accept any device: every device can store int8."""
 
 
 def form_of(quantization: Quantization) -> Int8:
-    """Return the format that the quantization's options describe."""
+    """Return the int8 format for the quantization options."""
     return Int8(rounds_gradients=quantization.int8_backward)
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Return the quantization unchanged, because int8 runs on any device."""
+    """Return the quantization unchanged, because int8 works on any device."""
     return quantization
 
 
 def rehearsed(quantization: Quantization) -> Quantization:
-    """Return the quantization to use in a dry run: unchanged.
+    """Return the quantization unchanged for a dry run.
 
-    Products in 8 bits take the same memory as those in 16 bits.
+    8-bit matrix products take as much memory as 16-bit products.
     """
     return quantization
 
 
 class _Int8Product(torch.autograd.Function):
-    """Linear layer that multiplies in int8 and saves only its quantized weight for the backward pass."""
+    """Linear layer that multiplies in int8; for the backward pass, it saves only its quantized weight."""
 
     @staticmethod
     def forward(
@@ -143,7 +143,7 @@ class _Int8Product(torch.autograd.Function):
         dtype: torch.dtype,
         form: Int8,
     ) -> Tensor:
-        """Multiply x by an int8 weight in 8 bits: rows of x are rotated, and rounded with a scale each."""
+        """Multiply x by an int8 weight in 8 bits; rows of x are rotated and rounded with one scale each."""
         ctx.save_for_backward(codes, scale)
         ctx.form = form
         ctx.dtype = x.dtype
@@ -178,7 +178,7 @@ class _Int8Product(torch.autograd.Function):
 def _multiply_in_int8(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that maps a slice of output gradients to input gradients, multiplied in int8."""
+    """Return a function that computes input gradients from a slice of the output gradients in int8."""
     # column-major, as int8 units need it; freed with the function that is returned
     columns = codes.t().contiguous().t()
 
@@ -192,7 +192,7 @@ def _multiply_in_int8(
 def _multiply_dequantized(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that maps a slice of output gradients to input gradients, by dequantized weights."""
+    """Return a function that multiplies a slice of output gradients by the dequantized weight."""
     plain = _by_parts(lambda part: _scale_codes(codes, scale, part), codes, gradients.dtype)
 
     def product(part: slice) -> Tensor:
@@ -202,14 +202,14 @@ def _multiply_dequantized(
 
 
 def rotate(x: Tensor, group: int | None) -> Tensor:
-    """Multiply each group of columns by the Hadamard matrix, in float32; group 0 or None changes nothing.
+    """Multiply each group of columns by the Hadamard matrix in float32; do nothing for group 0 or None.
 
     `x` is rows x columns. In bf16, 9 % of the codes would change.
     """
     x = x.float()
     if not group:
         return x
-    # H of a group is the Kronecker product of those of group / 16 and of 16: an eighth of the operations
+    # H of size group is the Kronecker product of H of sizes group / 16 and 16: an eighth of the operations
     with torch.autocast(x.device.type, enabled=False):
         inner = x.reshape(-1, group // 16, 16) @ hadamard(16, x.device)
         return (inner if group == 16 else hadamard(group // 16, x.device) @ inner).view(x.shape)
@@ -234,7 +234,7 @@ _hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # it would be eight laun
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize float32 rows to int8, rounding half to even; return codes and row scales, M 1 float32."""
+    """Quantize float32 rows to int8 (round half to even); return codes and row scales, M x 1 float32."""
     scales = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(MIN_SCALE)
     return (x / scales).round().clamp(-128, 127).to(torch.int8), scales
 
@@ -251,7 +251,7 @@ def _scale_codes(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
 
 
 def _split_rows(x: Tensor) -> list[slice]:
-    """Split the rows of x into groups that get float32 copies in turn; one group while compiling."""
+    """Split the rows of x into slices, so that only one at a time needs float32; one slice in a compile."""
     rows = len(x) if torch.compiler.is_compiling() else max(FEW_TOKENS + 1, PIECE // max(1, x.shape[1]))
     if len(x) <= rows:
         return [slice(None)]
@@ -261,7 +261,7 @@ def _split_rows(x: Tensor) -> list[slice]:
 def _by_parts(
     make: Callable[[slice], Tensor], x: Tensor, dtype: torch.dtype, columns: int | None = None
 ) -> Tensor:
-    """Apply `make` to groups of rows of x, and join the results in a dtype.
+    """Apply `make` to slices of the rows of x, and join the results in a dtype.
 
     `columns` is the number of columns of the result; None if it equals that of x.
     """

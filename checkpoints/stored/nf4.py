@@ -1,8 +1,8 @@
 """Weights in 4 bits: bitsandbytes' nf4, with nested statistics.
 
-The weight is cut row by row into blocks of 64, which may cross rows. A code is the nearest of 16 levels to
-w / max|block|; two codes form a byte, the first in its high half. The maxima are stored in 8 bits themselves:
-their difference from their mean, in blocks of 256, as one of 256 values. So a weight takes 0.516 bytes.
+The weight is cut row by row into blocks of 64, which may span rows. A code is the nearest of 16 levels to
+w / max|block|; two codes form a byte, the first in its high half. The maxima are quantized to 8 bits too:
+minus their mean, in blocks of 256, as one of 256 values. So a weight takes 0.516 bytes.
 Sources: QLoRA, Dettmers et al. 2023, arXiv 2305.14314; the 8-bit values: Dettmers et al. 2022, arXiv
 2110.02861. Torch formulas are used here; on CUDA, bitsandbytes' kernel dequantizes if it is installed.
 """
@@ -42,7 +42,7 @@ PIECE = 1 << 24  # weights rounded at a time
 
 @lru_cache(maxsize=4)
 def _make_value_pairs(device: torch.device) -> Tensor:
-    """Return the two values of each byte, 256 2; cached, because each copy to a GPU waits for it."""
+    """Return the two 4-bit values of each byte, 256 x 2; cached, because copying to a GPU synchronizes."""
     return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
 
 
@@ -62,9 +62,9 @@ class Nf4:
     log_description = "in nf4 with nested statistics"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Round a weight to the 16 values of nf4, in blocks of 64 that are divided by their maximum.
+        """Round a weight to the 16 values of nf4, in blocks of 64 divided by their largest magnitude.
 
-        The maxima, less their mean, are rounded to 8 bits in blocks of 256.
+        These maxima, minus their mean, are quantized to 8 bits in blocks of 256.
         """
         rows, columns = weight.shape
         shape = (rows, columns)
@@ -75,7 +75,7 @@ class Nf4:
         return QuantizedWeight(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Return a quantized weight and its statistics on the meta device, to plan memory."""
+        """Return a quantized weight with its block statistics on the meta device, to plan memory."""
         blocks = ceil_div(shape[0] * shape[1], BLOCK)
         packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
         codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
@@ -83,7 +83,7 @@ class Nf4:
         return QuantizedWeight(self, shape, (packed, codes, *statistics))
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Dequantize the weight in `dtype`: code values times the maxima of their blocks."""
+        """Dequantize the weight to `dtype`: the value of each code times the maximum of its block."""
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
         wide = _pad_rows(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
         peaks = wide.view(-1)[: len(codes)] + offset
@@ -95,29 +95,29 @@ class Nf4:
         return (_pad_rows(flat, BLOCK) * peaks[:, None]).to(dtype).view(-1)[:count].view(shape)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply by the dequantized weight."""
+        """Multiply with the dequantized weight."""
         return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
-        """Return None, because quantization blocks may cross row ends, so rows cannot be cut."""
+        """Return None: a quantization block may span the end of one row and the start of the next."""
         return None
 
     def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-        """Return None, because quantization blocks may cross row ends, so weights cannot be stacked."""
+        """Return None: quantization blocks may span row ends, so weights cannot be stacked."""
         return None
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return the chosen format if it is nf4 too, for its compute settings; otherwise this format."""
+        """Return `chosen`, which has the compute settings, if it is nf4 too; otherwise this format."""
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device, because every device can store bytes."""
+        """Accept any device: every device can store bytes."""
 
 
 def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nf4 codes of a weight, two to a byte (uint8), and the maximum of each block (float32).
+    """Return the nf4 codes of a weight (uint8, two per byte) and the maximum of each block (float32).
 
-    The weight is rounded piece by piece, so that only a piece has a float32 copy.
+    The weight is rounded piece by piece, so that only one piece at a time has a float32 copy.
     """
     device = flat_weight.device
     packed = torch.empty(ceil_div(len(flat_weight), 2), dtype=torch.uint8, device=device)
@@ -132,7 +132,7 @@ def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the maxima of blocks, less their mean, to 8 bits in nested blocks.
+    """Quantize block maxima, after subtracting their mean, to 8 bits in nested blocks.
 
     Returns:
         The codes (uint8), and the maximum of each nested block (float32).
@@ -145,12 +145,12 @@ def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def form_of(quantization: Quantization) -> Nf4:
-    """Return the format that the quantization's options describe."""
+    """Return the nf4 format for the quantization options."""
     return Nf4(quantization.product)
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Add bitsandbytes' dequantization for CUDA devices, if the package is installed."""
+    """Add bitsandbytes' dequantization function for CUDA devices if the package is installed."""
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         return quantization
     importlib.import_module("bitsandbytes")  # it registers its operations
@@ -160,7 +160,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 def rehearsed(quantization: Quantization) -> Quantization:
     """Return the quantization to use in a dry run.
 
-    With bitsandbytes installed, the dry run allocates only the resulting value, as its kernel does. Without
+    With bitsandbytes installed, the dry run only allocates the result, as bitsandbytes' kernel does. Without
     it, torch's formulas need several float32 copies of a weight.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -176,7 +176,7 @@ def _allocate_value(
 
 
 def nested_values(device: torch.device) -> Tensor:
-    """Return the 256 sorted values of an 8-bit code with dynamic exponent: 0, 1, and both signs of 127.
+    """Return the 256 sorted values of an 8-bit code with a dynamic exponent: 0, 1, and both signs of 127.
 
     The decade from 10^(i - 7) to 10^(i - 6) has the midpoints of 2^i equal parts of its upper nine tenths.
     """
@@ -189,7 +189,7 @@ def nested_values(device: torch.device) -> Tensor:
 
 
 def _round_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize blocks to 4 bits; return the packed codes and the largest magnitude of each block."""
+    """Quantize blocks to 4 bits; return the packed codes and the largest magnitude in each block."""
     blocks = _pad_rows(flat, BLOCK)
     peaks = blocks.abs().amax(1)
     levels = torch.tensor(LEVELS, device=flat.device)

@@ -1,8 +1,8 @@
-"""Weights as other programs pack them, which are read but not made here: mxfp8, nvfp4, int4 in three layouts.
+"""Weights packed by other programs, which are read but not written: mxfp8, nvfp4, int4 in three layouts.
 
-The weight and each companion have a row for each output, or a single row for all, so that all are cut and
-joined by rows; scales that a file has in tiles are put in rows while loading. Formulas and nibble orders:
-comfy-kitchen 0.2.40, against whose CPU back end the tests compare.
+The weight and each companion have one row per output, or a single row for all outputs, so that all can be
+cut and joined by rows; tiled scales are converted to rows while loading. Formulas and nibble orders:
+comfy-kitchen 0.2.40, whose CPU back end the tests compare with.
 """
 
 # Letters: N rows (outputs), K columns (inputs), G columns that share a scale
@@ -30,7 +30,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 @dataclass(frozen=True)
 class PackedRowFormat:
-    """Packed format that decodes any of its N rows to float32; each tensor has N rows or one."""
+    """Quantization format that can dequantize any of its N rows; each stored tensor has N rows or one row."""
 
     name: str
     companions: tuple[str, ...] = ()
@@ -44,25 +44,25 @@ class PackedRowFormat:
         return f"in {self.name}"
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Raise NotImplementedError, because these formats can only be read from files."""
+        """Raise NotImplementedError, because this format can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> QuantizedWeight:
-        """Raise NotImplementedError, because these formats can only be read from files."""
+        """Raise NotImplementedError, because this format can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Dequantize the weight; rows and columns of padding, beyond `shape`, are left out."""
+        """Dequantize the weight, without padding rows and columns beyond `shape`."""
         assert tensors[0] is not None
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
             return out
-        num_rows = max(1, _PIECE // max(1, shape[1]))  # that are decoded at a time
+        num_rows = max(1, _PIECE // max(1, shape[1]))  # decoded at a time
         for start in range(0, shape[0], num_rows):
             rows = slice(start, min(start + num_rows, shape[0]))
             row_tensors: list[Tensor | None] = []
             for tensor in tensors:
-                if tensor is None or len(tensor) == 1:  # it applies to all rows, such as a scale of one row
+                if tensor is None or len(tensor) == 1:  # applies to all rows, such as a single scale
                     row_tensors.append(tensor)
                 else:
                     row_tensors.append(tensor[rows])
@@ -73,11 +73,11 @@ class PackedRowFormat:
         return out
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply by the dequantized weight."""
+        """Multiply with the dequantized weight."""
         return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
-        """Return `count` rows from `first` on; a tensor with one row, such as a common scale, is not cut."""
+        """Return `count` rows from row `first` on; a tensor with one row (a common scale) is not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
         for tensor in stored.tensors:
@@ -90,7 +90,8 @@ class PackedRowFormat:
         """Concatenate packed weights along their rows.
 
         Returns:
-            None if an additional tensor covers all rows of a part, or is missing in some parts.
+            The joined weight; None if a companion (such as a scale) covers all rows of a part, or if some
+            parts lack it.
         """
         joined: list[Tensor | None] = []  # the packed weight, then its companions, such as scales
         for index in range(1 + len(self.companions)):
@@ -106,19 +107,19 @@ class PackedRowFormat:
         return QuantizedWeight(self, shape, tuple(joined))
 
     def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
-        """Return this format, because no option changes how it computes."""
+        """Return this format: no option changes how it computes."""
         return self
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device, because every device can dequantize these forms."""
+        """Accept any device: every device can dequantize these formats."""
         pass
 
 
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
     """Undo cuBLAS's tiling of block scales; return a matrix of `rows` x `columns`.
 
-    A tile of 128 x 4 is stored as 32 lines of 16 values: row 32 a + b of the tile is in line b, from column
-    4 a on. Stored rows and columns are rounded up to whole tiles. Source: cuBLAS, "1D block scaling factors
+    A tile of 128 x 4 is stored as 32 lines of 16 values: row 32 a + b of the tile is in line b, starting at
+    column 4 a. Stored rows and columns are padded to whole tiles. Source: cuBLAS, "1D block scaling factors
     layout".
     """
     down, across = scales.shape[0] // 128, scales.shape[1] // 4
@@ -128,13 +129,13 @@ def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
-    """Unpack the two 4-bit codes of each byte, N K, as integers 0 to 15, uint8 N 2K."""
+    """Unpack the two 4-bit codes of each byte, N x K, to integers 0 to 15, uint8 N x 2K."""
     low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
     return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
 
 
 def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
-    """Multiply values, N K, by one scale for each group of G neighboring columns, N K/G."""
+    """Multiply values, N x K, by scales, N x K/G, one for each group of G neighboring columns."""
     return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
 
@@ -144,14 +145,14 @@ def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize N rows of K mxfp8 weights (e4m3), with one scale per 32 columns, N K/32 (e8m0)."""
+    """Dequantize N rows of an mxfp8 weight (e4m3, K columns); scales (e8m0, N x K/32) apply to 32 columns."""
     return _scale_groups(weight.float(), scales)
 
 
 def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
-    """Dequantize N rows of K nvfp4 weights, N K/2 bytes, with block scales N K/16 (e4m3) and row scales N 1.
+    """Dequantize N rows of nvfp4 (N x K/2 bytes); block scales N x K/16 (e4m3), row scales N x 1.
 
-    `input_scale`, 1 K, are factors of the layer's input, which are multiplied into the weight instead.
+    `input_scale`, 1 x K, contains factors for the layer's input, which are multiplied into the weight.
     """
     values = _scale_groups(
         _levels(weight.device)[_unpack_nibbles(weight, high_first=True).int()], scales.float() * scale
@@ -160,23 +161,24 @@ def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tenso
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Dequantize N rows of K signed int4 weights, N K/2 bytes, with one scale per row, N 1."""
+    """Dequantize N rows of a signed int4 weight (N x K/2 bytes) with one scale per row, N x 1."""
     codes = _unpack_nibbles(weight)
     return ((codes ^ 8).float() - 8) * scale
 
 
 def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Dequantize N rows of K weights in w4a8 (4 bits).
+    """Dequantize N rows of a w4a8 weight (4 bits) with K columns.
 
-    The weight is N K/2 bytes, block scales are N K/16, row scales N 1, the codebook of values 1 16 or None.
+    The weight is N x K/2 bytes, block scales are N x K/16, row scales N x 1; the codebook is 1 x 16 values or
+    None.
     """
     return _w8(_unpack_nibbles(weight), 8, scales, scale, codebook=codebook)
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Dequantize N rows of K weights in w6a8 (6 bits).
+    """Dequantize N rows of a w6a8 weight (6 bits) with K columns.
 
-    The weight is N 3K/4 bytes, block scales are N K/16, row scales N 1; `codebook` is None.
+    The weight is N x 3K/4 bytes, block scales are N x K/16, row scales N x 1; `codebook` is None.
     """
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4
@@ -192,13 +194,13 @@ def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Ten
 
 
 def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Dequantize N rows of K AWQ weights, N K/2 bytes, with scales and zero points per 64 columns, N K/64."""
+    """Dequantize N rows of AWQ (N x K/2 bytes), with a scale and zero point per 64 columns (N x K/64)."""
     values = _scale_groups(_unpack_nibbles(weight).float() - 8, scales)
     return (values.unflatten(1, (zeros.shape[1], -1)) + zeros.float()[..., None]).flatten(1)
 
 
 def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Dequantize N rows of K int8 weights with one scale per row, N 1."""
+    """Dequantize N rows of an int8 weight with K columns and one scale per row, N x 1."""
     return weight.float() * scale
 
 

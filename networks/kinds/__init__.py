@@ -1,23 +1,23 @@
-"""Kinds of networks. Each, except LoRA, can be removed: delete its files and its two lines below.
+"""Network kinds. Each, except LoRA, can be removed: delete its files and its two lines below.
 
 algebra: how a kind computes with factors
 composing: values and functions that combine all kinds
-contract: what a kind of network is
-dora: magnitudes of rows or columns
-dora_change: the change of a weight by a DoRA
-dora_files: magnitudes in ComfyUI's form, and back
-dora_layer: train magnitudes in the layer of a LoRA
-factors: parts of a plain LoRA, and their types
+contract: properties and functions of a network kind
+dora: DoRA: magnitudes of rows or columns
+dora_change: compute DoRA's change of a weight
+dora_files: convert magnitudes to ComfyUI's norms and back
+dora_layer: train magnitudes in a LoRA layer
+factors: factor names of a plain LoRA, and types
 loha: element-wise products of two low-rank matrices
 loha_layer: the products of a LoHa, and its layer
 lokr: Kronecker products of two matrices
 lokr_layer: the products of a LoKr, and its layer
 lora: the product of two low-rank matrices
 lora_algebra: the product of a LoRA's factors
-oft: inputs that are rotated block by block
-oft_layer: the layer of an OFT
-oft_rotation: the rotations of an OFT
-tlora: ranks that act by the noise of each sample
+oft: rotate layer inputs block by block
+oft_layer: the trained layer of an OFT
+oft_rotation: compute the rotations of an OFT
+tlora: ranks that depend on each sample's noise level
 """
 
 import os

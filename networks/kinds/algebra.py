@@ -1,7 +1,7 @@
-"""The computations with the factors of a module that `networks.delta` needs from each kind of network.
+"""Protocols for computing with a module's factors, which each network kind (LoRA, LoHa, ...) implements.
 
-A kind implements `Algebra` in the file that imports torch, such as `loha_layer.py`. Most kinds add a product
-of factors to the weight. One normalizes the sum (`Magnitudes`), and one rotates inputs (`InputRotation`).
+A kind implements `Algebra` in its file that imports torch, such as `loha_layer.py`. Most kinds add a product
+of factors to the weight. DoRA normalizes the sum (`Magnitudes`), and OFT rotates inputs (`InputRotation`).
 """
 
 from collections.abc import Callable
@@ -13,50 +13,50 @@ from networks.kinds.factors import Factors, Shapes
 
 
 class MismatchError(RuntimeError):
-    """The shapes of factors do not match."""
+    """The shapes of a module's factors do not match each other."""
 
 
 class Magnitudes(Protocol):
-    """Norms for the changed weight: one for each output (out x 1 ...) or each input (1 x in ...)."""
+    """Trained norms of the changed weight: one per output (out x 1 ...) or per input (1 x in ...)."""
 
     @property
     def factor_name(self) -> str:
-        """Ending of the tensor's name."""
+        """End of the tensor's name."""
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool) -> Tensor:
-        """Return the addition to a weight, float32, after which its rows or columns have the new norms.
+        """Return the float32 addition to a weight that gives its rows or columns the new norms.
 
         Args:
-            weight: The frozen weight, out in (kernel).
+            weight: The frozen weight, out x in (x kernel).
             delta: Change by the other factors, of the same shape.
             magnitudes: New norms of the rows or columns.
-            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
-                one.
+            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight instead of the norms
+                of the changed weight.
         """
 
 
 class InputRotation(Protocol):
-    """Rotate the input of a layer, y = W (x R), instead of adding to its weight.
+    """Rotates a layer's input, y = W (x R), instead of adding to its weight.
 
-    The tensors do not depend on the number of outputs, so all parts of a fused layer can share them.
+    The tensors do not depend on the number of output rows, so all parts of a fused layer can share them.
     """
 
     @property
     def factor_name(self) -> str:
-        """Name of the only tensor of a module, which contains the values of its rotation."""
+        """Name of the module's only tensor, which contains the rotation parameters."""
 
     @property
     def title(self) -> str:
-        """Name with its article for messages, such as "an OFT"."""
+        """Name with an article for messages, such as "an OFT"."""
 
     def compute_rotations(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I at a strength of the LoRA, for `input_change` and `weight_change`."""
+        """Return R - I at a LoRA strength, as input for `input_change` and `weight_change`."""
 
     def input_change(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """Return x (R - I) for inputs `x`, ... in; `rotations` is the result of `compute_rotations`."""
+        """Return x (R - I) for inputs `x`, ... x in; `rotations` is the result of `compute_rotations`."""
 
     def weight_change(self, weight: Tensor, rotations: Tensor) -> Tensor:
-        """Return W (R^T - I), float32; `rotations` is the result of `compute_rotations`."""
+        """Return W (R^T - I) in float32; `rotations` is the result of `compute_rotations`."""
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
         """Return why the values do not fit a weight of this name; "" if they do.
@@ -66,7 +66,7 @@ class InputRotation(Protocol):
 
 
 class Algebra:
-    """Computations with the factors of one kind of network. A kind overrides only what applies to it."""
+    """Computations with the factors of one network kind (LoHa, ...). Kinds override only what they need."""
 
     magnitudes: Magnitudes | None = None
     rotation: InputRotation | None = None
@@ -76,10 +76,10 @@ class Algebra:
     find_error: Callable[[Factors], str | None] | None = None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of the change, out in (kernel); None if nothing is added to the weight.
+        """Return the shape of the change, out x in (x kernel); None if nothing is added to the weight.
 
         Args:
-            shapes: Shapes of the factors by part.
+            shapes: Shapes by factor name.
 
         Raises:
             MismatchError: If the factors cannot be multiplied.
@@ -89,7 +89,7 @@ class Algebra:
         return None
 
     def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return the change of a weight, out in (kernel), as a new tensor; None if there is no change.
+        """Return the change of a weight, out x in (x kernel), as a new tensor; None if there is no change.
 
         Args:
             factors: Factors in float32 on one device.
@@ -98,22 +98,22 @@ class Algebra:
         return None
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the parts whose first axis is the weight's rows; None if rows are another axis of a part."""
+        """Return the factors whose axis 0 is the weight's rows; None if rows are another axis of a factor."""
         return set()
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return the factors to replace so that only some rows of the change remain; None if there are none.
+        """Return the factors to replace to keep only some rows of the change; None if that is impossible.
 
         Args:
             factors: Factors of the full change.
-            rows: A slice, for views, or row indices in any order.
+            rows: A slice, which gives views, or row indices in any order.
         """
         return {}
 
     def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
-        """Return the factors of the rows from `start` to `stop`; None if the kind cannot cut there.
+        """Return factors for the rows from `start` to `stop`; None if the kind cannot cut at these rows.
 
-        This is for kinds whose `select_rows` returns None, but which can be cut between blocks of rows.
+        For kinds that can be cut only between blocks of rows, and whose `select_rows` therefore returns None.
 
         Args:
             factors: Factors of the full change.

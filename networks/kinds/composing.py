@@ -1,4 +1,4 @@
-"""Values and functions that combine all kinds of networks, for tools and trainings. Standard library only."""
+"""Values and functions that combine all network kinds, for tools and training. Standard library only."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -43,47 +43,47 @@ OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_m
 
 
 def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
-    """Return the kinds that have one of the parts of a module, even if other parts are missing."""
+    """Return the kinds (LoRA, LoHa, ...) that use any of these factor names, even if others are missing."""
     return [kind for kind in KINDS if any(part in parts for part in kind.parts)]
 
 
 def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
-    """Return the first of `kinds` that a file with these tensor names has; None if it has none of them."""
+    """Return the first of `kinds` that the tensor names show; None if they show none of them."""
     names = tuple(names)
     return next((kind for kind in kinds if any(name.endswith(kind.marks) for name in names)), None)
 
 
 def list_kinds(is_listed: Callable[[NetworkKind], object], last: str = "or") -> str:
-    """Return the names of the kinds that `is_listed` selects, as in "LoRA, LoHa or LoKr"."""
+    """Return the names of the network kinds that `is_listed` selects, such as "LoRA, LoHa or LoKr"."""
     return in_series([kind.name for kind in KINDS if is_listed(kind)], last)
 
 
 def in_series(names: Sequence[str], last: str = "or") -> str:
-    """Return names as in "LoRA, LoHa or LoKr"; "" if there are none."""
+    """Join names as in "LoRA, LoHa or LoKr"; return "" if there are no names."""
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} {last} {names[-1]}"
 
 
 def list_additive() -> str:
-    """Return the names of the trainable kinds whose change does not depend on the frozen weight."""
+    """Return the names of trainable kinds (LoRA, ...) whose change does not depend on the frozen weight."""
     return list_kinds(lambda kind: kind.network_module and not kind.needs_weight)
 
 
 def list_read_kinds() -> str:
-    """Return the names of all kinds of files that can be loaded, with their variants."""
+    """Return the names of all network kinds (LoRA, LoHa, ...) that can be loaded, with their variants."""
     return ", ".join(
         f"{kind.name} ({kind.read_form})" if kind.read_form else kind.name for kind in KINDS if kind.parts
     )
 
 
 def kind_of_module(name: str | None) -> NetworkKind:
-    """Return the kind that a network module trains; other packages' modules count as LoRAs."""
+    """Return the kind (LoRA, LoHa, ...) that a network module trains; LoRA for modules of other packages."""
     return BY_MODULE.get(name or "", LORA)
 
 
 def sizes_by_word(modules: Iterable[Factors]) -> Mapping[str, list[int]]:
-    """Return the sizes of modules that have no rank, by the name of the size, such as `block size`."""
+    """Return the sizes of modules without a rank, by the name of the size, such as `block size`."""
     modules = list(modules)
     sizes_by_word: dict[str, list[int]] = {}
     for kind in KINDS:

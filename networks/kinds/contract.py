@@ -1,8 +1,8 @@
-"""The class that describes a kind of network (LoRA, LoKr, DoRA, ...) to tools and trainings.
+"""The class that describes a network kind (LoRA, LoKr, DoRA, ...) to tools and training.
 
-A kind has one file that does not import torch, further files that do, and two lines in
-`networks/kinds/__init__.py`. If these are removed, everything else still works: no tool names a kind except
-LoRA. Functions over all kinds are in `composing.py`.
+A kind has one file that does not import torch, other files that do, and two lines in
+`networks/kinds/__init__.py`. If all of them are removed, everything else still works: no tool names a kind
+except LoRA. Functions over all kinds are in `composing.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # --help must not import torch
     from networks.names.layouts import FamilyNames
 
 LoraModule: TypeAlias = "nn.Linear | nn.Conv2d"
-# Metadata key for the norms that rows are divided by before magnitudes by output multiply them, and its value
-# for the norms of the frozen weights (ComfyUI). Otherwise, they are those of the changed weights. Other tools
-# write this key too
+# Metadata key for the norms by which rows are divided before per-row magnitudes multiply them, and its value
+# for the frozen weights' norms (ComfyUI). Without it, the changed weights' norms are used. Other tools write
+# this key too
 NORMS_FORM = "ss_dora_scale_format"
 FROZEN_NORMS = "comfy_weight_norm"
 # arguments of --network_args that other kinds do not have, as messages list them
@@ -31,7 +31,7 @@ LORA_ONLY_ARGUMENTS = ("dora_wd", "loraplus_...", "network_reg_lrs", "ggpo_...",
 
 
 class Target(NamedTuple):
-    """A module that gets a layer of a network."""
+    """A module of the model that gets a trainable adapter layer."""
 
     module: LoraModule
     rank: int
@@ -41,14 +41,14 @@ class Target(NamedTuple):
 
 
 class TranslatedModules(NamedTuple):
-    """A LoRA in another dialect, and the modules that the dialect cannot express."""
+    """A LoRA under another program's names, and the modules that this program has no names for."""
 
     tensors: "dict[str, Tensor]"
     left_out: dict[str, str]  # module -> reason
 
 
 class Settings(Protocol):
-    """The settings of a network that kinds read; `networks.lora_settings` implements them."""
+    """Network settings that kinds (LoRA, LoHa, ...) read; `networks.lora_settings` implements them."""
 
     @property
     def rank(self) -> int:
@@ -56,37 +56,37 @@ class Settings(Protocol):
 
     @property
     def conv_rank(self) -> int | None:
-        """Rank of convolutions with a kernel; None if they get no LoRA."""
+        """Rank of convolutions with kernels larger than 1 x 1; None if they get no LoRA."""
 
     @property
     def variants(self) -> Sequence["NetworkKind"]:
-        """Kinds that extend the layers, such as DoRA."""
+        """Network kinds that extend the layers, such as DoRA."""
 
     @property
     def dropouts(self) -> object:
-        """The dropouts; None if there are none."""
+        """Dropout probabilities; None without dropout."""
 
     @property
     def has_rank_dropout(self) -> bool:
-        """Whether whole ranks are dropped."""
+        """Whether rank dropout is used."""
 
     @property
     def ranks_by_pattern(self) -> Sequence[int]:
-        """Ranks that patterns of --network_args assign to modules."""
+        """Ranks that regular expressions in --network_args assign to modules."""
 
     def split_sizes_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
-        """Return the rows of each part if a fused layer gets separate factors for its parts; () otherwise."""
+        """Return the row count of each part if a fused layer gets separate factors per part; otherwise ()."""
 
 
 class RankRule(Protocol):
-    """How many ranks of a LoRA are active at a noise level. Rules can be compared and hashed."""
+    """Number of active ranks of a LoRA as a function of the noise level; can be compared and hashed."""
 
     @property
     def kind(self) -> "NetworkKind":
-        """The kind that the rule belongs to."""
+        """The network kind whose LoRAs use this rule (T-LoRA)."""
 
     def in_words(self) -> str:
-        """Return the rule as arguments of --network_args."""
+        """Return the rule as it is written in --network_args."""
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
         """Return the number of active ranks for each sample, S.
@@ -98,14 +98,14 @@ class RankRule(Protocol):
 
 
 class NetworkKind:
-    """Properties and functions of a kind of network, such as LoKr; defaults fit LoRA or disable a feature."""
+    """Properties and functions of a kind of adapter, such as LoKr; defaults fit LoRA or disable a feature."""
 
     name: str  # for messages
     article = "a"
 
     # --- tensors
     parts: tuple[str, ...] = ()  # endings of tensor names that only this kind has
-    marks: tuple[str, ...] = ()  # those parts of which each of its modules has at least one
+    marks: tuple[str, ...] = ()  # subset of `parts`; each of its modules has at least one of them
     pairs: tuple[tuple[str, str], ...] = ()  # parts that are only valid together
     rank_parts: tuple[str, ...] = ()  # parts whose first axis is the rank; the first that exists is used
     magnitudes = ""  # part for `Algebra.magnitudes`; only one kind has it
@@ -139,7 +139,7 @@ class NetworkKind:
     algorithms: tuple[str, ...] = ()  # values of `algo` in LyCORIS for the same network
     # orders of a layer's parameters in optimizer states, here and in other programs
     orders: tuple[tuple[str, ...], ...] = ()
-    # for a kind that --network_args of a LoRA enable: the argument that enables it, and the types of further
+    # for a kind that a LoRA's --network_args enable: the argument that enables it, and the types of its other
     # arguments (integers are at least 1)
     switch = ""
     numbers: Mapping[str, type[int] | type[float]] = MappingProxyType({})
@@ -155,28 +155,28 @@ class NetworkKind:
     plain_title = ""  # title of the command that makes plain LoRAs, if other programs need them
 
     def load_algebra(self) -> "Algebra | None":
-        """Return the computations with a module's factors; None if the kind has no factors."""
+        """Return the object that computes with a module's factors; None if the kind has no factors."""
         return None
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether a file has magnitudes for frozen norms, as in ComfyUI, without a metadata entry."""
+        """Return whether magnitudes refer to frozen norms, as in ComfyUI, although no metadata says so."""
         return False
 
     def convert_magnitudes(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
-        """Return a LoRA whose DoRA magnitudes refer to the norms that the target dialect uses.
+        """Return a LoRA with its DoRA magnitudes converted to the norms that the target format expects.
 
         By default, the LoRA is returned unchanged.
         """
         return lora
 
     def size_of(self, factors: Factors) -> int | None:
-        """Return the --network_dim of a module if it is not a rank; None for modules of other kinds."""
+        """Return a module's --network_dim for kinds without ranks (such as a block size); else None."""
         return None
 
     def read_arguments(self, arguments: dict[str, Any]) -> Any:
-        """Remove the kind's own arguments from --network_args; return their values for `make_layers`.
+        """Remove this kind's own arguments from --network_args; return their values for `make_layers`.
 
         Raises:
             OptionError: If a value is out of range.
@@ -188,7 +188,7 @@ class NetworkKind:
 
         Args:
             settings: All settings.
-            has_lora_arguments: Whether any of the arguments in `LORA_ONLY_ARGUMENTS` is given.
+            has_lora_arguments: Whether any argument in `LORA_ONLY_ARGUMENTS` is set.
 
         Raises:
             OptionError: If the kind does not support one of the settings.
@@ -203,7 +203,7 @@ class NetworkKind:
     def make_layers(
         self, targets: "Mapping[str, Target]", settings: "Settings", kind_arguments: Any
     ) -> "dict[str, nn.Module]":
-        """Return the layers of a network.
+        """Return a trainable layer for each target module.
 
         Args:
             targets: Modules that get a layer, by name.
@@ -213,7 +213,7 @@ class NetworkKind:
         raise AssertionError(f"{self.name} has no layers of its own")
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: "Settings") -> "nn.Module":
-        """Return a trainable layer for a module, with the sizes of the factors in a file.
+        """Return a trainable layer for a module, with factors of the same shapes as in a file.
 
         Raises:
             CheckpointError: If the factors do not fit the module, or cannot be trained.
@@ -221,10 +221,10 @@ class NetworkKind:
         raise AssertionError(f"{self.name} has no layers of its own")
 
     def extend_layer(self, layer: Any) -> None:
-        """Extend the layer of a LoRA by this kind, which --network_args or the factors of a file ask for."""
+        """Add this kind's parameters to a LoRA layer, as --network_args or the factors of a file require."""
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> "RankRule | None":
-        """Return the rule for active ranks from the values of --network_args; None: all are active.
+        """Return the rule for active ranks from the values of --network_args; None if all ranks are active.
 
         Raises:
             OptionError: If a value is out of range.
@@ -232,7 +232,7 @@ class NetworkKind:
         return None
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> "RankRule | None":
-        """Return the rule for active ranks from a file's metadata; None: all are active.
+        """Return the rule for active ranks from a file's metadata; None if all ranks are active.
 
         Raises:
             CheckpointError: If a value of the rule cannot be read.
@@ -240,7 +240,7 @@ class NetworkKind:
         return None
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why files of a format cannot contain the kind; "" if they can.
+        """Return why files of a --lora_format cannot contain this network kind; "" if they can.
 
         Args:
             name: Value of --lora_format.
@@ -252,10 +252,10 @@ class NetworkKind:
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> "TranslatedModules | None":
-        """Return modules of this kind in the form that diffusers reads; None if there is no such form."""
+        """Return modules of this kind as diffusers reads them; None if diffusers needs no special format."""
         return None
 
 
 def named(kind: NetworkKind) -> str:
-    """Return the name of a kind with its article, for messages."""
+    """Return the name of a network kind with its article, for messages."""
     return f"{kind.article} {kind.name}"

@@ -28,7 +28,7 @@ _MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
 
 
 class DoraKind(NetworkKind):
-    """DoRA: a LoRA, LoHa or LoKr with trained magnitudes, the norms of the changed weight."""
+    """DoRA: a LoRA, LoHa or LoKr that also trains magnitudes (the norms of the changed weight)."""
 
     name = NAME
     parts = (PART,)
@@ -50,17 +50,17 @@ class DoraKind(NetworkKind):
     plain_title = "Make a plain LoRA of the DoRA"
 
     def load_algebra(self) -> "DoraAlgebra":
-        """Return the computations with magnitudes."""
+        """Return the object that computes with DoRA magnitudes."""
         from networks.kinds.dora_change import DoraAlgebra  # torch
 
         return DoraAlgebra(PART)
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether a file in ComfyUI's dialect is a DoRA that musubi-tuner's fork for LTX-2 wrote.
+        """Return whether a file in ComfyUI's format is a DoRA that musubi-tuner's fork for LTX-2 wrote.
 
-        Such a file has magnitudes for the frozen norms without saying so. Its metadata name the fork's
-        network module. Our own files may name the same module, but their metadata have a hash of the layout
-        too.
+        The magnitudes in such a file refer to frozen norms, which the file does not state. Its metadata names
+        the fork's network module. Our files may name the same module, but their metadata also has a layout
+        hash.
         """
         from networks.metadata import LAYOUT_KEY  # torch
 
@@ -78,19 +78,19 @@ class DoraKind(NetworkKind):
         are_frozen: bool,
         target: str,
     ) -> "LoraFile":
-        """Convert the magnitudes of a file between norms of frozen and of changed weights."""
+        """Convert a file's DoRA magnitudes between norms of frozen weights and norms of changed weights."""
         from networks.kinds.dora_files import convert_to_norms  # torch
 
         return convert_to_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)
 
     def extend_layer(self, layer: "LoraLayer") -> None:
-        """Give the layer of a LoRA magnitudes."""
+        """Add trainable magnitudes to a LoRA layer."""
         from networks.kinds.dora_layer import extend  # torch
 
         extend(layer)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why files of a format cannot contain a DoRA; "" if they can."""
+        """Return why files of a --lora_format cannot contain a DoRA; "" if they can."""
         if family is None:  # such networks have their own formats, and check them
             return ""
         if name == COMFYUI:

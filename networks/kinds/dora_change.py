@@ -1,4 +1,4 @@
-"""The change of a weight by a DoRA, and norms of weights; the part of `dora.py` that imports torch."""
+"""Compute DoRA's change of a weight, and norms of weights; the part of `dora.py` that imports torch."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from networks.kinds.factors import Factors
 
 
 def is_by_input(magnitudes: Tensor) -> bool:
-    """Return whether there is a magnitude for each input (1 in ...), not for each output (out 1 ...)."""
+    """Return whether there is one magnitude per input (1 x in ...), not one per output (out x 1 ...)."""
     return len(magnitudes) < magnitudes.numel()
 
 
 class DoraAlgebra(Algebra):
-    """Magnitudes: new norms for the sum of weight and change, by output or by input."""
+    """DoRA magnitudes: new row or column norms for the sum of weight and change."""
 
     def __init__(self, factor_name: str) -> None:
         """Set the name of the tensor with the magnitudes, such as `dora_scale`."""
@@ -21,43 +21,42 @@ class DoraAlgebra(Algebra):
         self.magnitudes = self  # this class implements the protocol `Magnitudes` too
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return the error if the number of magnitudes is neither that of rows nor of columns; else None."""
+        """Return an error message unless there is one magnitude per row or one per column; otherwise None."""
         shape = factors[self.factor_name].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:
             return f"its {self.factor_name} has the shape {list(shape)}"
         return None
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the part whose values belong to rows: the magnitudes, or none if they belong to inputs."""
+        """Return the factors with one value per row: the magnitudes, or none if they are per column."""
         return set() if is_by_input(factors[self.factor_name]) else {self.factor_name}
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return the magnitudes of some rows; None if there is one for each input, which all rows share."""
+        """Return the magnitudes of some rows; None if they are per input, because all rows share these."""
         magnitudes = factors[self.factor_name]
         return None if is_by_input(magnitudes) else {self.factor_name: magnitudes[rows]}
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool) -> Tensor:
-        """Return the float32 addition that gives a weight its new norms."""
+        """Return the float32 addition that rescales the changed weight to the trained magnitudes."""
         return decompose(weight, delta, magnitudes, uses_frozen_norms)
 
 
 def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool = False) -> Tensor:
-    """Return DoRA's addition to a weight at multiplier 1, float32.
+    """Return DoRA's float32 addition to a weight at multiplier 1.
 
-    The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
-    Multipliers scale this difference, so that 0 changes nothing.
+    The sum of weight and delta gets new row or column norms: `magnitudes * sum / norm - weight`. Multipliers
+    scale this difference, so that 0 changes nothing.
 
     Args:
         weight: Frozen weight, out x in (x kernel).
         delta: Change of the weight, of the same shape.
         magnitudes: New norms, out x 1 (x 1 ...) or 1 x in (x 1 ...).
-        uses_frozen_norms: Whether norms by output are divided by those of the frozen weight alone, as in
-            ComfyUI.
+        uses_frozen_norms: Whether row norms are divided by the frozen weight's norms, as in ComfyUI.
     """
     weight = weight.float()
     magnitudes = magnitudes.to(weight.device, torch.float32)
     changed = weight + delta.reshape(weight.shape)
-    # the axis whose rows or columns keep a norm each
+    # axis with one norm per index
     axis = 1 if is_by_input(magnitudes) else 0
     uses_frozen = uses_frozen_norms and axis == 0  # ComfyUI does so only for norms by output
     norms = norms_of(weight if uses_frozen else changed, axis)
@@ -65,7 +64,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_nor
 
 
 def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
-    """Return a weight's norms by output (axis 0) or input (axis 1), float32, never 0."""
+    """Return the float32 norms of a weight's rows (axis 0) or columns (axis 1), plus epsilon."""
     summed_axes = [other for other in range(weight.ndim) if other != axis]
     norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
     return norms + torch.finfo(torch.float32).eps  # as in LyCORIS and ComfyUI

@@ -1,4 +1,4 @@
-"""Convert the magnitudes of DoRAs to ComfyUI's form and back; a part of `dora.py` that imports torch."""
+"""Convert DoRA magnitudes to ComfyUI's norms and back; a part of `dora.py` that imports torch."""
 
 from logging import getLogger
 
@@ -25,21 +25,21 @@ PART = "dora_scale"
 def convert_to_norms(
     lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
 ) -> LoraFile:
-    """Convert a DoRA's magnitudes by output between the norms of frozen and of changed weights.
+    """Convert a DoRA's row magnitudes between the norms of frozen and of changed weights.
 
-    ComfyUI divides by the norms of the frozen weights W, training by those of the changed weights W + dW. The
-    conversion m' = m * |W| / |W + dW|, row by row, is exact, and the metadata record the new form. Other
-    LoRAs are returned unchanged.
+    ComfyUI divides by the norms of the frozen weights W; training divides by the norms of W + dW. The
+    conversion m' = m * |W| / |W + dW|, row by row, is exact, and the metadata records which norms apply.
+    Other LoRAs are returned unchanged.
 
     Args:
-        lora: The file.
+        lora: The LoRA.
         family: Names of the model's modules.
         baking: The model whose weights W are read; None if none is given.
         are_frozen: Convert to the norms of the frozen weights (True) or of the changed weights (False).
         target: Value of --target, for messages.
 
     Raises:
-        OptionError: If a model is given although nothing is to be converted.
+        OptionError: If a model is given although there is nothing to convert.
         CheckpointError: If a model is needed but missing, or does not fit.
     """
     tensors = {**lora.tensors, **lora.text_tensors}
@@ -57,7 +57,7 @@ def convert_to_norms(
 
 
 def _keep_norms(lora: LoraFile, target: str) -> LoraFile:
-    """Return a DoRA that cannot be converted without a model; warn or raise if it acts differently there."""
+    """Return a DoRA without converting it; warn or raise if the target reads its magnitudes differently."""
     if target == "default":
         return lora
     if lora.has_frozen_norms:
@@ -74,7 +74,7 @@ def _keep_norms(lora: LoraFile, target: str) -> LoraFile:
 
 
 def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
-    """Return a DoRA whose magnitudes refer to the norms of frozen (`are_frozen`) or of changed weights."""
+    """Return a DoRA whose magnitudes refer to norms of frozen (`are_frozen`) or changed weights."""
     tensors = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     with open_weights(baking.models, family) as weights:
@@ -96,7 +96,7 @@ def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, a
 def _compute_ratio_of_norms(
     name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
 ) -> Tensor:
-    """Return |W| / |W + change| for each row of a weight W, on the CPU."""
+    """Return |W| / |W + change| for each row of the frozen weight W, on the CPU."""
     delta = read_delta(factors)
     change = delta.compute_change(device)
     assert change is not None

@@ -1,4 +1,4 @@
-"""Train magnitudes in the layer of a LoRA; a part of `dora.py` that imports torch."""
+"""Train DoRA magnitudes in a LoRA layer; a part of `dora.py` that imports torch."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from runtime.offload.sharding import gather_weight
 
 
 def extend(layer: LoraLayer) -> None:
-    """Add magnitudes to a layer; their initial values are the norms of the frozen weight's rows."""
+    """Add trainable magnitudes to a layer, initialized to the norms of the frozen weight's rows."""
     original = layer.original
     weight = dequantized_weight_of(original, gather_weight(original.weight))
     rows = weight.detach().flatten(1)
@@ -23,12 +23,12 @@ def extend(layer: LoraLayer) -> None:
 def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`, with its bias.
 
-    With r = magnitude / norm, it is (out - bias) * r + bias + added * r. Gradients treat the norm as a
-    constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
+    With r = magnitude / norm and multiplier 1, it is (out - bias) * r + bias + added * r. Gradients treat the
+    norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
 
     Args:
         layer: The layer.
-        out: Output of the frozen module, ... out or B out H W.
+        out: Output of the frozen module, ... x out or B x out x H x W.
         added: Output of the LoRA times its multiplier, of the same shape.
         dtype: Dtype of the module's input.
     """
@@ -47,7 +47,7 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
-    """Return the norms of the rows of W + change, float32, without computing the change.
+    """Return the row norms of W + change, float32, without computing the change.
 
     For a row w of W, a row b of the up factor, the down factor A, and s = alpha / rank:
     |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
@@ -70,13 +70,13 @@ def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply_by_frozen_weight(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the product A W^T of the down factor A and the frozen weight W, R out, float32.
+    """Return A W^T for the down factor A and the frozen weight W as float32, R x out.
 
     For a linear layer, the frozen module's forward computes it, because its weight may be quantized.
 
     Args:
         layer: The layer.
-        down: Down factor, R in, or R in * kernel for a convolution.
+        down: Down factor, R x in, or R x (in * kernel) for a convolution.
         dtype: Dtype to compute in.
     """
     original = layer.original

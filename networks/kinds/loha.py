@@ -1,6 +1,6 @@
 """LoHa: the change of a weight is (w1_a w1_b) * (w2_a w2_b), element by element.
 
-`loha_layer.py` has the computations and the trained layer. Factors have the names and shapes of LyCORIS.
+`loha_layer.py` has the computations and the trained layer. Factors have LyCORIS' names and shapes.
 Files may have cores (hada_t1, hada_t2), which can be used but not trained.
 Source: Yeh et al. 2023, arXiv 2309.14859.
 """
@@ -24,10 +24,10 @@ CORES = ("hada_t1", "hada_t2")
 
 
 def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
-    """Return the shapes of the factors.
+    """Return the shapes of the factors `hada_w1_a`, `hada_w1_b` and so on.
 
     Args:
-        weight: Shape of the weight, out in (kernel).
+        weight: Shape of the weight, out x in (x kernel).
         rank: Rank of the factors.
     """
     left = (weight[0], rank)
@@ -36,7 +36,7 @@ def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
 
 
 class LohaKind(NetworkKind):
-    """LoHa: a weight's change is the element-wise product of two low-rank matrices."""
+    """LoHa: the change of a weight is the element-wise product of two low-rank matrices."""
 
     name = "LoHa"
     parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *CORES)
@@ -56,7 +56,7 @@ class LohaKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LohaAlgebra":
-        """Return the computations with the factors of an element-wise product."""
+        """Return the object that computes with the factors of a LoHa."""
         from networks.kinds.loha_layer import LohaAlgebra  # torch
 
         return LohaAlgebra()
@@ -64,7 +64,7 @@ class LohaKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target."""
+        """Return a trainable layer for each target module."""
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.loha_layer import PRODUCT
 
@@ -73,14 +73,14 @@ class LohaKind(NetworkKind):
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
-        """Return the layer of a module with the sizes of a file's factors."""
+        """Return a trainable layer for a module, with factors of the same shapes as in a file."""
         from networks.factored_networks import layer_of  # torch
         from networks.kinds.loha_layer import PRODUCT
 
         return layer_of(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why diffusers cannot read a LoHa; "" for other formats."""
+        """Return why diffusers cannot read a LoHa; "" for formats of other programs."""
         if name != DIFFUSERS or family is None:
             return ""
         return (

@@ -17,14 +17,14 @@ MATRICES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "h
 
 
 class LohaAlgebra(Algebra):
-    """(w1_a w1_b) * (w2_a w2_b), element by element; left factors with a core are stored r x out."""
+    """Element-wise (w1_a w1_b) * (w2_a w2_b); if there is a core, left factors are stored r x out."""
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return an error if the second product is missing; else None."""
+        """Return an error message if the second low-rank product is missing; otherwise None."""
         return "it has hada_w1_a but no hada_w2_a" if "hada_w2_a" not in factors else None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of both products; raise MismatchError if they differ."""
+        """Return the shape of the two low-rank products; raise MismatchError if their shapes differ."""
         if "hada_w1_a" not in shapes:
             return None
         first, second = (
@@ -35,7 +35,7 @@ class LohaAlgebra(Algebra):
         return first
 
     def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return the element-wise product of the two low-rank matrices."""
+        """Return the element-wise product of the two low-rank matrices, which is the change of the weight."""
         if "hada_w1_a" not in factors:
             return None
         first = product_with_core(factors["hada_w1_a"] * scale, factors["hada_w1_b"], factors.get("hada_t1"))
@@ -43,13 +43,13 @@ class LohaAlgebra(Algebra):
         return first.mul_(second)
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the names of the left factors; None with a core: rows are then the second axis of these."""
+        """Return the left factors; None if there is a core, because rows are then their second axis."""
         if any(core in factors for _, _, core in MATRICES):
             return None
         return factors.keys() & {"hada_w1_a", "hada_w2_a"}
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return some rows of the left factors; with a core, the rows are their second axis."""
+        """Return some rows of the left factors; with a core, these rows are on axis 1."""
         selected: dict[str, Tensor] = {}
         for left, _, core in MATRICES:
             if left in factors:
@@ -58,21 +58,21 @@ class LohaAlgebra(Algebra):
 
 
 def _matrices(factors: Mapping[str, Tensor], strength: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return w1_a, w1_b, w2_a and w2_b in a dtype, the first one times the strength."""
+    """Return w1_a, w1_b, w2_a and w2_b in a dtype, with w1_a multiplied by the strength."""
     w1_a = (factors["hada_w1_a"] * strength).to(dtype)
     return w1_a, *(factors[name].to(dtype) for name in ("hada_w1_b", "hada_w2_a", "hada_w2_b"))
 
 
 def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
-    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T.
+    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T, the LoHa's addition to the layer's output.
 
     Args:
-        x: Input, ... in.
-        factors: Factors of the module, by name of the part.
-        strength: Factor on the change.
+        x: Input, ... x in.
+        factors: Factors of the module, by name (`hada_w1_a`, ...).
+        strength: Multiplier of the change.
 
     Returns:
-        ... out.
+        The addition, ... x out.
     """
     matrices = _matrices(factors, strength, x.dtype)
     result: Tensor = _HadamardLinear.apply(x, *matrices)
@@ -80,7 +80,7 @@ def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 
 
 class _HadamardLinear(torch.autograd.Function):
-    """A linear layer with a LoHa, whose backward pass recomputes the matrices from the factors.
+    """Linear layer with a LoHa, whose backward pass recomputes the matrices from the factors.
 
     This saves the memory of three matrices of the weight's size.
     """
@@ -104,16 +104,16 @@ class _HadamardLinear(torch.autograd.Function):
 
 
 def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
-    """Return the convolution of x with (w1_a w1_b) * (w2_a w2_b).
+    """Return the convolution of x with (w1_a w1_b) * (w2_a w2_b), the LoHa's addition to the output.
 
     Args:
-        x: Input, B in H W.
-        factors: Factors of the module, by name of the part.
-        strength: Factor on the change.
+        x: Input, B x in x H x W.
+        factors: Factors of the module, by name (`hada_w1_a`, ...).
+        strength: Multiplier of the change.
         geometry: Geometry of the convolution.
 
     Returns:
-        B out H' W'.
+        B x out x H' x W'.
     """
     matrices = _matrices(factors, strength, x.dtype)
     result: Tensor = _HadamardConvolution.apply(geometry, x, *matrices)
@@ -121,7 +121,7 @@ def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geo
 
 
 class _HadamardConvolution(torch.autograd.Function):
-    """A convolution with a LoHa, whose backward pass recomputes the matrices from the factors."""
+    """Convolution with a LoHa; the backward pass recomputes the matrices from the factors."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """LoKr: the change of a weight is the Kronecker product of a small and a large matrix, kron(w1, w2).
 
-`lokr_layer.py` has the computations and the trained layer. Factors have the names and shapes of LyCORIS: each
-matrix is stored itself or as two factors. The large matrix may have a core (lokr_t2), which can be used but
+`lokr_layer.py` has the computations and the trained layer. Factors have LyCORIS' names and shapes: each
+matrix is stored as is or as two factors. The large matrix may have a core (lokr_t2), which can be used but
 not trained.
 Source: Yeh et al. 2023, arXiv 2309.14859.
 """
@@ -33,16 +33,16 @@ _BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": Fal
 
 
 def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_both: bool = False) -> Shapes:
-    """Return the shapes of the factors.
+    """Return the shapes of the factors `lokr_w1`, `lokr_w2` and so on.
 
     A matrix is stored as two factors only if its larger side is more than twice the rank.
 
     Args:
-        weight: Shape of the weight, out in (kernel).
+        weight: Shape of the weight, out x in (x kernel).
         rank: Rank of the factors.
-        factor: One of the two numbers into which each axis is split, if it divides the axis; -1 makes the two
-            as equal as possible.
-        decompose_both: Whether the small matrix gets two factors too.
+        factor: One of the two numbers into which each axis is split, if it divides the axis; -1 makes them as
+            equal as possible.
+        decompose_both: Whether the small matrix is stored as two factors too.
     """
     kernel = weight[2:]
     # the weight is kron(w1, w2): out = l * k, in = m * n
@@ -57,7 +57,7 @@ def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_
 
 
 def split_size(size: int, factor: int) -> tuple[int, int]:
-    """Return two numbers whose product is `size`, the smaller one first.
+    """Return two numbers whose product is `size`, smaller number first.
 
     Args:
         size: Number to split.
@@ -79,9 +79,9 @@ def _translate_to_diffusers(
 
     Args:
         name: Name of the module.
-        factors: Factors of the module, by name of the part.
+        factors: Factors of the module, by factor name.
         family: The model family.
-        is_in_diffusers: Whether the modules of the file are in diffusers' layout, which splits some of ours.
+        is_in_diffusers: Whether the file's modules are in diffusers' layout, which splits some of ours.
     """
     from networks import module_names
     from networks.names.layouts import SWAPPED
@@ -99,7 +99,7 @@ def _translate_to_diffusers(
 
 
 class LokrKind(NetworkKind):
-    """LoKr: a weight's change is the Kronecker product of two matrices."""
+    """LoKr: the change of a weight is the Kronecker product of two matrices."""
 
     name = NAME
     parts = (*FACTORS, CORE)
@@ -114,16 +114,16 @@ class LokrKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LokrAlgebra":
-        """Return the computations with the factors of a Kronecker product."""
+        """Return the object that computes with the factors of a Kronecker product (LoKr)."""
         from networks.kinds.lokr_layer import LokrAlgebra  # torch
 
         return LokrAlgebra()
 
     def read_arguments(self, arguments: dict[str, Any]) -> "MakeShapes":
-        """Return a function that computes the shapes of factors.
+        """Remove LoKr's arguments; return a function that computes the shapes of factors.
 
-        `factor=8` splits axes into 8 and the remaining number; the default -1 makes both as equal as
-        possible. With `decompose_both=True`, the small matrix gets two factors too.
+        `factor=8` splits each axis into 8 and the quotient; the default -1 makes both as equal as possible.
+        With `decompose_both=True`, the small matrix is stored as two factors too.
 
         Raises:
             OptionError: If the value of an argument is invalid.
@@ -145,10 +145,10 @@ class LokrKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: "MakeShapes"
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target.
+        """Return a trainable layer for each target module.
 
-        `kind_arguments`, the result of `read_arguments`, computes the shapes of a layer's factors from the
-        shape of its weight and the rank.
+        `kind_arguments`, the result of `read_arguments`, computes factor shapes from the shape of a weight
+        and the rank.
         """
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.lokr_layer import PRODUCT
@@ -158,7 +158,7 @@ class LokrKind(NetworkKind):
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
-        """Return the layer of a module with the sizes of a file's factors."""
+        """Return a trainable layer for a module, with factors of the same shapes as in a file."""
         from networks.factored_networks import layer_of  # torch
         from networks.kinds.lokr_layer import PRODUCT
 
@@ -176,9 +176,9 @@ class LokrKind(NetworkKind):
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> TranslatedModules | None:
-        """Return the modules in the form that diffusers and ComfyUI read.
+        """Return modules in the format that both diffusers and ComfyUI read.
 
-        The result is None if the family has no such form, or if a module has a core, magnitudes or a bias.
+        Returns None if the family has no such format, or if a module has a core, magnitudes or a bias.
         """
         from networks import writing  # only if a file is written
         from networks.module_names import part_path

@@ -16,22 +16,22 @@ _FIRST = ("lokr_w1", "lokr_w1_a")  # the small matrix, or its left factor
 
 
 class LokrAlgebra(Algebra):
-    """kron(w1, w2), where each matrix is stored itself or as two factors.
+    """kron(w1, w2), where each matrix is stored as is or as two factors.
 
-    No factor has the rows of the change: these are products of rows of both matrices.
+    No factor has the change's rows: each row is a product of rows of both matrices.
     """
 
     indivisible = "a LoKr"
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return an error if the large matrix is missing; else None."""
+        """Return an error message if the large LoKr matrix is missing; otherwise None."""
         return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of the Kronecker product, out in (kernel).
+        """Return the shape of the Kronecker product, out x in (x kernel).
 
         Raises:
-            MismatchError: If the small matrix has kernel axes that the large one lacks.
+            MismatchError: If the small matrix has kernel axes that the large matrix lacks.
         """
         if not any(name in shapes for name in _FIRST):
             return None
@@ -47,7 +47,7 @@ class LokrAlgebra(Algebra):
         return tuple(a * b for a, b in zip((*small, *kernel_axes), large, strict=True))
 
     def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return the Kronecker product of the two matrices."""
+        """Return the Kronecker product of the two matrices, which is the change of the weight."""
         if not any(part in factors for part in _FIRST):
             return None
         first = factors.get("lokr_w1")
@@ -61,11 +61,11 @@ class LokrAlgebra(Algebra):
         return torch.kron(scaled, second.contiguous())
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return None for a LoKr, because a row of the change comes from rows of both matrices."""
+        """Return None: each row of a LoKr's change depends on rows of both matrices."""
         return None if any(part in factors for part in _FIRST) else {}
 
     def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
-        """Return the factors of rows that begin and end between copies of the large matrix; else None."""
+        """Return the factors of rows that cover whole copies of the large LoKr matrix; else None."""
         first = next(part for part in _FIRST if part in factors)
         block_height = height // len(factors[first])  # rows of the large matrix, k
         if start % block_height or stop % block_height:
@@ -75,17 +75,17 @@ class LokrAlgebra(Algebra):
 
 
 def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
-    """Return x @ kron(w1, w2)^T without forming the product.
+    """Return x @ kron(w1, w2)^T without computing the Kronecker product.
 
     Args:
-        x: Input, ... m*n.
-        factors: Factors of the module, by name of the part.
-        strength: Factor on the change.
+        x: Input, ... x m*n.
+        factors: Factors of the module, by name (`lokr_w1`, ...).
+        strength: Multiplier of the change.
 
     Returns:
-        ... l*k.
+        The LoKr's addition to the layer's output, ... x l*k.
     """
-    # each matrix is stored itself, or as two low-rank factors
+    # each matrix is stored as is, or as two low-rank factors
     w1_factors = _in_order(factors, "lokr_w1")
     w2_factors = _in_order(factors, "lokr_w2")
     n = w2_factors[0].shape[1]
@@ -100,18 +100,18 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 
 
 def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
-    """Return the convolution of x with kron(w1, w2) without forming it.
+    """Return the convolution of x with kron(w1, w2) without computing the Kronecker product.
 
-    w2, which has the kernel, acts on n of the m*n channels at a time; then w1 mixes the m groups.
+    w2, which has the kernel, is applied to n of the m*n channels at a time; then w1 mixes the m groups.
 
     Args:
-        x: Input, B m*n H W.
-        factors: Factors of the module, by name of the part.
-        strength: Factor on the change.
+        x: Input, B x m*n x H x W.
+        factors: Factors of the module, by name (`lokr_w1`, ...).
+        strength: Multiplier of the change.
         geometry: Geometry of the convolution.
 
     Returns:
-        B l*k H' W'.
+        B x l*k x H' x W'.
     """
     w1_factors = _in_order(factors, "lokr_w1")
     w2_factors = _in_order(factors, "lokr_w2")
@@ -146,7 +146,7 @@ def _is_scaled(shapes: Shapes) -> bool:
 
 
 def _in_order(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """Return a matrix, or its two factors, in the order in which they multiply an input."""
+    """Return [matrix], or its two low-rank factors in the order in which they multiply an input."""
     return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
 
 

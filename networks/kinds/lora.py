@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # --help must not import torch
 
 
 class LoraKind(NetworkKind):
-    """LoRA: a weight's change is the product of two low-rank matrices."""
+    """LoRA: the change of a weight is the product of two low-rank matrices."""
 
     name = "LoRA"
     parts = (DOWN, UP, MID, BIAS)
@@ -32,7 +32,7 @@ class LoraKind(NetworkKind):
     takes_all_settings = True
 
     def load_algebra(self) -> "LoraAlgebra":
-        """Return the computations with low-rank factors."""
+        """Return the object that computes with low-rank factors."""
         from networks.kinds.lora_algebra import LoraAlgebra  # torch
 
         return LoraAlgebra()
@@ -40,7 +40,7 @@ class LoraKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target, extended by the variants in the settings, such as DoRA."""
+        """Return a trainable layer for each target, extended by the settings' variants, such as DoRA."""
         from networks.lora_layer import LoraLayer  # torch
 
         layers: dict[str, nn.Module] = {}
@@ -52,7 +52,7 @@ class LoraKind(NetworkKind):
         return layers
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
-        """Return a layer with the rank and alpha of the factors in a file.
+        """Return a LoRA layer with the rank and alpha of the factors in a file.
 
         If the settings split fused layers and the up factor is block-diagonal, each part has its own factors.
         """
@@ -66,7 +66,7 @@ class LoraKind(NetworkKind):
         alpha = float(factors["alpha"])
         split_sizes = settings.split_sizes_of(path, module)
         if split_sizes and diagonal_blocks(factors[UP], split_sizes) is not None:
-            num_parts = len(split_sizes)  # the file has their factors joined, with the sum of their ranks
+            num_parts = len(split_sizes)  # the file has their factors joined, with the sum of the ranks
             return LoraLayer(module, rank // num_parts, alpha / num_parts, split_sizes=split_sizes)
         layer = LoraLayer(module, rank, alpha)
         # such as DoRA, which adds magnitudes to the layer

@@ -10,10 +10,10 @@ from networks.kinds.factors import BIAS, DOWN, MID, UP, Factors, Shapes
 
 
 class LoraAlgebra(Algebra):
-    """up @ down, and for convolutions also with a core (`MID`) in between."""
+    """up @ down, with a core (`MID`) in between for some convolutions."""
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of the product, out in (kernel); raise MismatchError if the ranks differ."""
+        """Return the shape of the change, out x in (x kernel); raise MismatchError if the ranks differ."""
         if DOWN not in shapes:
             return None
         out_features, *up_columns = shapes[UP]
@@ -25,13 +25,13 @@ class LoraAlgebra(Algebra):
             if core_inputs != rank:
                 raise MismatchError(f"{MID} {list(shapes[MID])} is not for the rank {rank}")
             rank = core_rank
-        # the up factor of a convolution has further axes of size 1
+        # the up factor of a convolution has more axes of size 1
         if math.prod(up_columns) != rank:
             raise MismatchError(f"{UP} {list(shapes[UP])} is not for the rank {rank}")
         return out_features, in_features, *kernel
 
     def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return up @ down, or up @ core @ down for a convolution with a core."""
+        """Return up @ down, or up @ core @ down if the convolution has a core."""
         if DOWN not in factors:
             return None
         down = factors[DOWN]  # r x in (x kernel)
@@ -41,9 +41,9 @@ class LoraAlgebra(Algebra):
         return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
 
     def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
-        """Return the names of the parts with one row per output: the up factor and its bias."""
+        """Return the factors with one row per output row: the up factor and its bias."""
         return factors.keys() & {UP, BIAS}
 
     def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return some rows of the up factor and of the bias; all rows share the down factor."""
+        """Return some rows of the up factor and of the bias; the down factor is shared by all rows."""
         return {part: factors[part][rows] for part in (UP, BIAS) if part in factors}

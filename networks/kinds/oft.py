@@ -1,4 +1,4 @@
-"""OFT: networks that rotate the inputs of frozen layers, block by block.
+"""OFT: adapters that rotate the inputs of frozen layers, block by block.
 
 `oft_rotation.py` computes the rotations, and `oft_layer.py` is the trained layer. A file has one tensor for
 each layer, `oft_R.weight`: blocks x b (b - 1) / 2 values, for blocks of b inputs.
@@ -45,14 +45,14 @@ BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
 def fit_block_size(width: int, size: int) -> int | None:
     """Return the divisor of a width that is nearest to a block size; None for a width of 1.
 
-    Ties go to the smaller one, as in OneTrainer (modules/module/LoRAModule.py).
+    Ties go to the smaller divisor, as in OneTrainer (modules/module/LoRAModule.py).
     """
     divisors = [number for number in range(2, width + 1) if width % number == 0]
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)
 
 
 class OftKind(NetworkKind):
-    """OFT: a rotation of a layer's inputs, block by block, instead of an added change."""
+    """OFT: rotates blocks of a layer's input channels instead of adding a change to its weight."""
 
     name = "OFT"
     article = "an"
@@ -94,15 +94,15 @@ class OftKind(NetworkKind):
     plain_title = "Make a plain LoRA of the OFT"
 
     def load_algebra(self) -> "OftAlgebra":
-        """Return the computations with block rotations."""
+        """Return the object that computes block rotations from the factors (OFT)."""
         from networks.kinds.oft_rotation import OftAlgebra  # torch
 
         return OftAlgebra(PART)
 
     def check_file(self, path: "Path") -> None:
-        """Raise CheckpointError if PEFT's settings say that rotations are not the 5-term series.
+        """Raise CheckpointError if PEFT's settings say that rotations do not use the 5-term series.
 
-        The tensors do not show how rotations were computed in training. PEFT's exact rotations have the
+        The tensors do not reveal how rotations were computed in training. PEFT's exact rotations have the
         opposite direction.
 
         Args:
@@ -138,7 +138,7 @@ class OftKind(NetworkKind):
         )
 
     def size_of(self, factors: Factors) -> int | None:
-        """Return the block size of a module's rotations; None if it has none."""
+        """Return the block size of a module's OFT rotations; None if it has no rotations."""
         from networks.kinds.oft_rotation import block_size_of  # torch
 
         if PART not in factors or factors[PART].ndim != 2:
@@ -150,7 +150,7 @@ class OftKind(NetworkKind):
 
         Args:
             settings: Settings of the network.
-            has_lora_arguments: Whether any of the arguments in `LORA_ONLY_ARGUMENTS` is given.
+            has_lora_arguments: Whether any argument in `LORA_ONLY_ARGUMENTS` is set.
         """
         if has_lora_arguments or settings.conv_rank is not None:
             raise OptionError(
@@ -177,10 +177,10 @@ class OftKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
-        """Build the layers of a network; log block sizes that do not divide the inputs of a layer.
+        """Build the layers of a network; log block sizes that do not divide a layer's input width.
 
         Raises:
-            OptionError: If no layer is left.
+            OptionError: If the model has no layer that can be rotated.
         """
         from torch import nn
 
@@ -213,7 +213,7 @@ class OftKind(NetworkKind):
         return layers
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
-        """Return a layer whose blocks have the size of those in a file.
+        """Return a trainable layer with the same block size as the factors in a file.
 
         Raises:
             CheckpointError: If the blocks do not fit the layer's inputs.
@@ -235,7 +235,7 @@ class OftKind(NetworkKind):
         )
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why ComfyUI cannot read an OFT of this form; "" for other formats."""
+        """Return why ComfyUI cannot read this kind of OFT; "" for other formats."""
         if name != COMFYUI:
             return ""
         return (
@@ -246,7 +246,7 @@ class OftKind(NetworkKind):
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> TranslatedModules | None:
-        """Return the modules under PEFT's names; None if a module is not an OFT."""
+        """Return the modules under PEFT's names; None if any module is not an OFT."""
         from networks.writing import write_pieces_for_diffusers  # only if a file is written
 
         if not all(PART in factors for factors in modules.values()):

@@ -10,7 +10,7 @@ from networks.lora_layer import KINDS, Dropouts, DropoutSeed, Halves, halves, ke
 
 
 class Rotation(nn.Module):
-    """The trained values of a layer's blocks; they are zero at first, which means no rotation."""
+    """Trainable OFT parameters of a layer's blocks; initialized to zeros, which rotate nothing."""
 
     def __init__(self, num_blocks: int, size: int) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Rotation(nn.Module):
 
 
 class OftLayer(nn.Module):
-    """Replacement for a frozen module's forward, which rotates the input first.
+    """Replaces a frozen module's forward to rotate the input first (OFT).
 
     The rotation is computed in float32 from float32 values. The input is rotated in autocast's dtype, or in
     float32 without autocast.
@@ -28,7 +28,7 @@ class OftLayer(nn.Module):
     size_word = "block size"
 
     def __init__(self, original: nn.Linear, size: int) -> None:
-        """Make an identity rotation for a frozen module; the block size `size` must divide its inputs."""
+        """Create an identity rotation; the frozen module's input width must be divisible by `size`."""
         super().__init__()
         self.oft_R = Rotation(original.in_features // size, size)
         self.rank = size  # for logs and messages
@@ -46,12 +46,12 @@ class OftLayer(nn.Module):
         return self._original[0]
 
     def attach(self) -> None:
-        """Replace the frozen module's forward with this layer's."""
+        """Replace the forward method of the frozen module with this layer's."""
         self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate the input, then run the frozen module."""
+        """Rotate the input, then run the frozen module on it."""
         # x: ... in
         if self.multiplier == 0:
             return self._original_forward(x)
@@ -66,11 +66,11 @@ class OftLayer(nn.Module):
         return self._original_forward(rotated if is_autocast else rotated.to(x.dtype))
 
     def seed_of(self, kind: str) -> int:
-        """Return the seed of a random decision of this layer in this step."""
+        """Return the seed of this layer's random values of one kind, such as "neuron", in this step."""
         return self.seed.derive(self.index, kind)
 
     def _drop(self, rotations: Tensor, dropouts: Dropouts) -> Tensor:
-        """Set R - I, n b b, to zero for dropped blocks, or for all blocks if the layer is dropped."""
+        """Set R - I, n x b x b, to zero for dropped blocks, or for all blocks if the layer is dropped."""
         device = rotations.device
         if dropouts.neuron > 0:
             keep = keep_mask((len(rotations), 1, 1), dropouts.neuron, self._split_halves("neuron"), device)
@@ -81,7 +81,7 @@ class OftLayer(nn.Module):
         return rotations
 
     def _split_halves(self, kind: str) -> Halves:
-        """Return the two halves of the seed of a random decision; compiled code reads them from a tensor."""
+        """Return both halves of the seed for a kind of dropout; compiled code reads them from a tensor."""
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             return low, high

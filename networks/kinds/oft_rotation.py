@@ -21,20 +21,20 @@ from networks.kinds.factors import Factors
 
 
 def block_size_of(columns: int) -> int | None:
-    """Return b from the number of values of a block, b (b - 1) / 2; None if no b has so many."""
+    """Return the block size b for a row of b (b - 1) / 2 values; None if no b fits."""
     size = (1 + math.isqrt(1 + 8 * columns)) // 2
     return size if columns and size * (size - 1) // 2 == columns else None
 
 
 def compute_rotations(values: Tensor, strength: float = 1.0) -> Tensor:
-    """Return R - I of each block, n b b, float32, for the rotation R(strength * Q).
+    """Return R - I for the rotation R(strength * Q) of each block, n x b x b, float32.
 
     R is I + 2Q + 2Q^2 + 2Q^3 + Q^4, a truncated series for (I + Q) (I - Q)^-1: PEFT's `use_cayley_neumann`
-    with its 5 terms. I is subtracted because 16 bits would round small angles away next to it.
+    with its 5 terms. I is subtracted because 16-bit rounding would lose small angles next to it.
 
     Args:
         values: Upper triangle of Q row by row, n x b(b-1)/2.
-        strength: Factor on Q.
+        strength: Multiplier of Q.
     """
     num_blocks, columns = values.shape
     size = block_size_of(columns)
@@ -50,11 +50,11 @@ def compute_rotations(values: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Return x (R - I), the change of an input by rotations.
+    """Return x (R - I), the change of the input by block rotations R.
 
     Args:
-        x: Input, ... in.
-        rotations: R - I of each block, n b b, or 1 b b if all blocks share one rotation.
+        x: Input, ... x in.
+        rotations: R - I of each block, n x b x b, or 1 x b x b if all blocks share one rotation.
     """
     size = rotations.shape[-1]
     blocks = x.reshape(-1, x.shape[-1] // size, size)  # N n b
@@ -63,12 +63,12 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def rotate_weight(weight: Tensor, rotations: Tensor) -> Tensor:
-    """Return the change W (R^T - I) of a weight, out x in, float32."""
+    """Return the change W (R^T - I) of a weight, out x in, in float32."""
     return rotate(weight.float(), rotations.float().transpose(1, 2))
 
 
 class OftAlgebra(Algebra):
-    """Rotation of inputs: nothing is added to the weight, and all of its rows share the values."""
+    """OFT: rotates the input. Nothing is added to the weight, and all of its rows share the factors."""
 
     title = "an OFT"
 
@@ -78,22 +78,22 @@ class OftAlgebra(Algebra):
         self.rotation = self  # this class implements the protocol `InputRotation` too
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return the error if no block size has this number of values; else None."""
+        """Return an error message if no block size has this number of values; otherwise None."""
         shape = factors[self.factor_name].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None
         return f"its {self.factor_name} has the shape {list(shape)}, but no block size has so many values"
 
     def compute_rotations(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I of all blocks, n b b."""
+        """Return R - I for the rotation R of each block, as a tensor n x b x b."""
         return compute_rotations(values, strength)
 
     def input_change(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """Return x (R - I), the change of an input."""
+        """Return x (R - I), the change of the layer's input x; `rotations` contains R - I of each block."""
         return rotate(x, rotations)
 
     def weight_change(self, weight: Tensor, rotations: Tensor) -> Tensor:
-        """Return W (R^T - I), the change of a weight; `rotations` is R - I of each block."""
+        """Return W (R^T - I), the change of a weight; `rotations` contains R - I of each block."""
         return rotate_weight(weight, rotations)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
@@ -102,7 +102,7 @@ class OftAlgebra(Algebra):
 
 
 def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:
-    """Return why rotations do not fit a weight, as the end of a sentence; "" if they do."""
+    """Return why rotations do not fit a weight, as the end of an error message; "" if they fit."""
     num_blocks, columns = values.shape
     size = block_size_of(columns)
     assert size is not None

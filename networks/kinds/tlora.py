@@ -1,8 +1,8 @@
 """T-LoRA: the noisier a sample is, the fewer ranks of a LoRA are active.
 
 On few images, a LoRA overfits first at high noise levels, so only its first ranks are active there. The file
-is an ordinary LoRA, whose metadata record the rule of its training. `networks/rank_masks.py` masks the ranks
-in each pass.
+is an ordinary LoRA whose metadata contains the rule it was trained with. `networks/rank_masks.py` masks the
+ranks in each pass.
 Source: Soboleva et al. 2025, arXiv 2507.05964.
 """
 # Letters: S samples, R rank
@@ -30,22 +30,22 @@ _ROUNDING = 1e-4  # added before rounding down, because (1 - 0.3) * 10 is a litt
 
 @dataclass(frozen=True)
 class TLoraRule:
-    """How many of R ranks are active: floor((1 - level)^power * (R - minimum)) + minimum."""
+    """Number of active ranks out of R in T-LoRA: floor((1 - noise level)^power * (R - minimum)) + minimum."""
 
     minimum: int = 1  # number of active ranks at pure noise
     power: float = 1.0
 
     @property
     def kind(self) -> NetworkKind:
-        """The kind T-LoRA."""
+        """The network kind T-LoRA."""
         return TLORA
 
     def in_words(self) -> str:
-        """Return the rule as arguments of --network_args."""
+        """Return the rule as it is written in --network_args."""
         return f"{SWITCH}=True {MIN_RANK}={self.minimum} {ALPHA}={self.power:g}"
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
-        """Return the number of active ranks of each sample, S.
+        """Return the number of active ranks for each sample, S.
 
         Args:
             rank: Rank of the LoRA.
@@ -57,7 +57,7 @@ class TLoraRule:
 
 
 class TLoraKind(NetworkKind):
-    """A LoRA whose number of active ranks depends on the noise level of each sample."""
+    """T-LoRA: a LoRA whose number of active ranks depends on the noise level of each sample."""
 
     name = "T-LoRA"
     switch = SWITCH
@@ -70,11 +70,11 @@ class TLoraKind(NetworkKind):
     )
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> TLoraRule | None:
-        """Return the rule that --network_args describe; None unless the switch is on.
+        """Return the T-LoRA rule that --network_args describe; None unless T-LoRA is switched on.
 
         Raises:
-            OptionError: If other arguments are given without the switch, or if all ranks would be active at
-                all noise levels.
+            OptionError: If other arguments are set without the switch, or if all ranks would be active at all
+                noise levels.
         """
         if not values.get(SWITCH, False):
             unused = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
@@ -101,7 +101,7 @@ class TLoraKind(NetworkKind):
         return TLoraRule(minimum, power)
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
-        """Return the rule from a file's metadata; None if all ranks are always active.
+        """Return T-LoRA's rule from a file's metadata; None if all ranks are always active.
 
         Raises:
             CheckpointError: If a value of the rule cannot be read or is out of range.

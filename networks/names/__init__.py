@@ -1,5 +1,5 @@
-"""Describe the names of networks' modules in every layout; each family lists its own in names.py.
+"""Module names in every layout; each model family lists its own in names.py.
 
-layouts: how names and their order are written down, renaming tensors
-texts: published paths of text encoders' modules, and diffusers' ones
+layouts: dataclasses for module names, and patterns that rename tensors
+texts: module paths of text encoders, published and in diffusers
 """

@@ -1,7 +1,7 @@
-"""Records of the module names of a family, and patterns that rename the tensors of a checkpoint.
+"""Dataclasses for a family's module names, and patterns that rename the tensors of a checkpoint.
 
 "Our" layout is the layout of our networks. In paths, `{n}` is replaced by the index of a block. LoRA files
-under our names have paths with "_" instead of "."; these records restore the path.
+under our names have paths with "_" instead of "."; the dataclasses restore the path.
 """
 
 import re
@@ -17,7 +17,7 @@ REST = -1
 SWAPPED = -2
 BEFORE_REST = -3
 # prefixes of module names in LoRA files
-OURS = "lora_unet_"  # ours, and that of most trainers
+OURS = "lora_unet_"  # used by us and most trainers
 OF_LTX_FORK = "lora_unet_model_"  # musubi-tuner's fork for LTX-2
 IN_COMFYUI = "diffusion_model."
 IN_DIFFUSERS = "transformer."
@@ -51,7 +51,7 @@ OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
 
 @dataclass(frozen=True)
 class WeightPart:
-    """A module of one layout whose weight is some or all rows of a weight in another layout."""
+    """A module in one layout whose weight is all or some rows of a weight in another layout."""
 
     part_path: str
     # path of the module with all rows; of the same module under another name if index is None
@@ -63,13 +63,13 @@ class WeightPart:
 
 
 # Order of a LoRA's modules in other trainers, by which their optimizer states number parameters: (prefix,
-# endings), all blocks of the first prefix, then those of the next.
+# endings), all blocks of the first prefix, then all blocks of the next.
 # Source: lists of modules recorded with the trainers (`tests/golden`), the published model code
 Numbering = tuple[tuple[str, str], ...]
 Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.relative_sizes`
 # published models: (width of a block, (list of blocks in our layout, number of blocks) for each list)
 Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
-# `sides` of blocks with two streams in diffusers' layout
+# `relative_sizes` of blocks with two streams in diffusers' layout
 IN_TWO_STREAMS: Sides = (
     *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0", "add_out")),
     *((f".add_{x}_proj", 1, 1) for x in "qkv"),
@@ -84,13 +84,13 @@ NUMBERED_ATTENTION = (
 
 @dataclass(frozen=True)
 class LoraRules:
-    """Arguments of --network_args that only one family has, and the modules that they select.
+    """--network_args that only one family has, and the modules that they select.
 
     Paths are module paths in the network.
     """
 
     # Arguments that set the rank of some modules: (argument, types of modules). A type is a tuple of words,
-    # all of which occur in a module's path. The first argument that is given and matches a module sets its
+    # all of which occur in a module's path. The first argument that is set and matches a module sets its
     # rank
     rank_arguments: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     # value of the argument train_blocks -> prefixes of the modules that it selects, such as "double_blocks."
@@ -109,19 +109,19 @@ class LoraRules:
 
 @dataclass(frozen=True)
 class RowsByHead:
-    """Fused layers whose rows another program orders by head: [q0 k0 v0, q1 k1 v1, ...], not [q; k; v]."""
+    """Fused layers whose rows another program orders by head: [q0 k0 v0, q1 k1 v1, ...] for our [q; k; v]."""
 
     file_pattern: str  # regular expression that matches names only in files of that program
     ending: str  # ending of our paths of the layers
-    norm_ending: str  # ending of our paths of norms whose width is that of a head, in model files
-    head_width: int  # width of a head in released models; LoRAs do not show it
+    norm_ending: str  # ending of our paths of norms that are as wide as a head, in model files
+    head_width: int  # width of a head in released models; LoRAs do not reveal it
 
 
 @dataclass(frozen=True)
 class DepthVariants:
-    """Variants of a model that differ in depth: deeper ones repeat some blocks of the shallowest.
+    """Variants of a model with different depths: deeper variants repeat some blocks of the shallowest one.
 
-    The copies of a block follow it directly.
+    Copies of a block directly follow it.
     """
 
     blocks: str  # name of the list in our layout
@@ -132,7 +132,7 @@ class DepthVariants:
     maximum: int = 1000  # largest valid number of blocks in metadata
 
     def list_originals(self, depth: int) -> list[int]:
-        """Return, for each block of the variant with `depth` blocks, its original in the shortest variant."""
+        """Return the block of the shortest variant that each block of the `depth`-block variant copies."""
         num_copies = self.depths.index(depth)
         originals = []
         for block in range(self.depths[0]):
@@ -142,10 +142,10 @@ class DepthVariants:
         return originals
 
     def map_to_deeper(self, depth: int, deeper: int) -> list[list[int]]:
-        """Return, for each block of a variant, the indices of its counterparts in a deeper variant.
+        """Return, for each block of a variant, the indices of its copies in a deeper variant.
 
         With depths 2, 3 and 4 and block 0 repeated, `map_to_deeper(2, 4)` is [[0, 1, 2], [3]]. If the variant
-        itself has several copies of a block, the additional ones belong to the last of these:
+        itself has several copies of a block, the additional copies belong to the last one:
         `map_to_deeper(3, 4)` is [[0], [1, 2], [3]].
 
         Args:
@@ -169,7 +169,7 @@ class DepthVariants:
 
 @dataclass(frozen=True, eq=False)  # eq=False: compared and hashed by identity, because the lists are long
 class FamilyNames:
-    """The module paths of a family's network in all layouts, and how LoRA files name them."""
+    """All module paths of a model family, in our layout and in those of other programs."""
 
     name: str  # value of `ss_base_model_version`
     architecture: str  # value of `modelspec.architecture`, without its "/lora"
@@ -197,7 +197,7 @@ class FamilyNames:
     underscored_in_comfyui: bool = False
     # kinds of networks besides LoRA that diffusers reads under ComfyUI's names
     kinds_in_diffusers: tuple[str, ...] = ()
-    # whether our paths are those of diffusers; `aliases` then belong to another layout
+    # whether our paths equal diffusers'; `aliases` then belong to another layout
     is_as_in_diffusers: bool = False
     # which names with underscores all tools except diffusers use for its LoRAs: "ours" or "aliases"; "":
     # tools differ
@@ -206,9 +206,9 @@ class FamilyNames:
     # files `{path}.diff`
     parameters: tuple[tuple[str, str], ...] = ()
     optional_paths: tuple[str, ...] = ()  # our paths of modules and parameters that only some models have
-    optional_description: str = ""  # description of `optional`, for messages
+    optional_description: str = ""  # description of `optional_paths`, for messages
     # `ss_base_model_version` to write, as other trainers do, if it is not `name`; `ss_network_module` is then
-    # written as theirs too
+    # written as in other trainers too
     written_base_model: str = ""
     version_prefixes: tuple[str, ...] = ()  # other prefixes of `ss_base_model_version`, in lower case
     # (regular expression for the metadata of a LoRA that cannot be used, reason); see networks/loading.py
@@ -223,7 +223,7 @@ class FamilyNames:
     # Sizes that distinguish families with equal names: (ending of "." + our path, rows of the weight,
     # columns), as multiples of a block's width; 0 means any size
     relative_sizes: Sides = ()
-    released_sizes: Released = ()  # published models; the width of a U-Net is that of its text states
+    released_sizes: Released = ()  # published models; a U-Net's width is the width of its text states
     # (name of an expert's network in diffusers' pipelines, the expert), if there are several experts
     experts: tuple[tuple[str, str], ...] = ()
     more_experts: tuple[tuple[str, str], ...] = ()  # the same, with other names in files with several experts
@@ -232,7 +232,7 @@ class FamilyNames:
     # prefixes of our paths of modules that are loaded with the text encoder, and their description
     text_module_prefixes: tuple[str, ...] = ()
     text_module_description: str = ""
-    # other prefixes than "transformer." in diffusers' dialect, for networks with the same modules
+    # prefixes other than "transformer." in diffusers' names, for networks with the same modules
     more_diffusers_prefixes: tuple[str, ...] = ()
     rows_by_head: RowsByHead | None = None
     # whether a file is rejected if an underscored name belongs to no module; otherwise the name is ignored
@@ -245,7 +245,7 @@ class FamilyNames:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """All module paths of the network in our layout, each once."""
+        """All module paths of the network in our layout, without duplicates."""
         named = (
             *(ours for _, ours in self.aliases),
             *(part.fused_path for part in self.parts),
@@ -255,27 +255,33 @@ class FamilyNames:
 
 
 def with_endings(start: str, endings: str) -> tuple[str, ...]:
-    """Return `start` + ending for each word of `endings`."""
+    """Return `start` + ending for each whitespace-separated word of `endings`."""
     return tuple(start + ending for ending in endings.split())
 
 
 def in_both_streams(endings: str) -> str:
-    """Return the endings with `{x}` replaced by img, then by txt."""
+    """Return the endings twice, with {x} replaced by img and then by txt."""
     return " ".join(endings.replace("{x}", stream) for stream in ("img", "txt"))
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
-    """Return the parts of our fused weight [q; k; v]; {x} in `theirs` is replaced by q, k and v."""
+    """Return the parts of our fused weight [q; k; v]; q, k and v replace {x} in the other layout's path."""
     return tuple(WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
-    """Return a part for each pair of endings, for modules of another layout that only differ in name."""
+    """Return one `WeightPart` for each pair of endings (theirs, ours), for modules that are only renamed.
+
+    Args:
+        theirs: Start of the path in the other layout.
+        ours: Start of the path in our layout.
+        endings: Pairs of path endings to append.
+    """
     return tuple(WeightPart(theirs + their_ending, ours + our_ending) for their_ending, our_ending in endings)
 
 
 def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
-    """Return our names of tensors whose two halves are in the opposite order in the family's other layout.
+    """Return our names of the tensors whose two halves are swapped in the family's other layout.
 
     `tensor_patterns` only renames them; the code that reads the file swaps the halves.
     """
@@ -284,7 +290,7 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return (pattern, our names in the order of the rows) for each weight that a checkpoint fuses."""
+    """Return (pattern, our names in row order) for each weight that a checkpoint fuses."""
     our_names: dict[str, list[str]] = {}
     for part in names.joined:  # here the parts are our modules
         pattern = _pattern(part.fused_path) + r"\.weight"
@@ -293,19 +299,19 @@ def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...
 
 
 def _pattern(path: str) -> str:
-    """Return a regular expression for a path with `{n}`."""
+    """Return a regular expression for a path in which `{n}` matches any number."""
     return re.escape(path).replace(re.escape("{n}"), r"(\d+)")
 
 
 def _replacement(path: str) -> str:
-    """Return a replacement text for a path with `{n}`, which becomes the number that `_pattern` matched."""
+    """Return the `re.sub` replacement for a path with `{n}`, which becomes the matched number."""
     return path.replace("{n}", r"\1")
 
 
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
-    """Return (pattern, replacement) for the tensors of a checkpoint in the family's other layout.
+    """Return (pattern, replacement) pairs that rename a checkpoint's tensors from the family's other layout.
 
-    If the layout splits our tensor by rows, the replacement of the n-th part ends in #n.
+    If that layout splits our tensor by rows, the replacement for the n-th part ends in #n.
     """
     parts = names.parts or tuple(WeightPart(theirs, ours) for theirs, ours in names.aliases)
     counts: Counter[str] = Counter()  # our module -> parts so far
@@ -315,7 +321,7 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
         if part.index is not None and part.index != SWAPPED:
             suffix = f"#{counts[part.fused_path]}"
             counts[part.fused_path] += 1
-        leaf = r".\2" if "{n}" in part.part_path else r".\1"  # the group after that of the block index
+        leaf = r".\2" if "{n}" in part.part_path else r".\1"  # the group after the block index
         pattern = _pattern(part.part_path) + r"\.(\w+)"
         patterns.append((pattern, _replacement(part.fused_path) + leaf + suffix))
     for theirs, ours in names.parameters:

@@ -18,7 +18,7 @@ _PUBLISHED = (
 
 
 def _translate(table: Pairs, name: str) -> str | None:
-    """Rename with the first pattern of a table that matches; return None if none does."""
+    """Rename with the first matching pattern of a table; return None if no pattern matches."""
     for pattern, replacement in table:
         match = re.fullmatch(pattern, name)
         if match is not None:
@@ -27,12 +27,12 @@ def _translate(table: Pairs, name: str) -> str | None:
 
 
 def published_path(path: str) -> str:
-    """Return the published path of a text encoder's module; a path that is not ours is returned unchanged."""
+    """Return the published path of our text encoder's module; return other paths unchanged."""
     return _translate(_PUBLISHED, path) or path
 
 
 def published_parameter(name: str) -> str:
-    """Return the published name of a text encoder's parameter."""
+    """Return the name that published checkpoints use for our name of a text encoder's parameter."""
     path, _, leaf = name.rpartition(".")
     return f"{published_path(path)}.{leaf}".lstrip(".")
 
@@ -52,14 +52,14 @@ _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)
 
 
 def open_clip_names(name: str) -> list[tuple[str, int | None]]:
-    """Return the parameters that a tensor of OpenCLIP's text encoder contains.
+    """Return the Hugging Face parameters that a tensor of OpenCLIP's text encoder contains.
 
     Args:
         name: Name of the tensor.
 
     Returns:
-        Pairs of Hugging Face's name, without `text_model.`, and the index of the third of the rows that is
-        the parameter (None for all rows). [] for unknown tensors.
+        Pairs of Hugging Face's name, without `text_model.`, and the third of the rows (0 to 2) that is the
+        parameter, or None for all rows. [] for unknown tensors.
     """
     fused = _FUSED.fullmatch(name)
     if fused is not None:
@@ -86,7 +86,7 @@ _IN_DIFFUSERS = (
 
 
 def diffusers_path_of_text(name: str) -> str | None:
-    """Return the path of a text encoder's module in diffusers' pipelines; None if these do not have it."""
+    """Return the path of our text encoder module in diffusers; None if diffusers lacks the module."""
     return _translate(_IN_DIFFUSERS, name)
 
 
