@@ -305,7 +305,7 @@ def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> Chec
 
 
 class _ReadLimitedFile:
-    """File that limits the number of reads: torch reads a pickle one instruction at a time."""
+    """Wraps a file and limits the number of reads: torch reads a pickle instruction by instruction."""
 
     def __init__(self, file: BinaryIO, limit_factor: int) -> None:
         self._file = file

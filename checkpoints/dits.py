@@ -68,7 +68,7 @@ class DitConfig(Protocol):
 
     @property
     def kind(self) -> str:
-        """Return what the model is conditioned on, such as t2v or i2v."""
+        """Return the task of the model, such as t2v or i2v."""
 
 
 Config = TypeVar("Config", bound=DitConfig)
@@ -358,7 +358,7 @@ def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
 
 
 def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
-    """Return the error for a file that is already quantized, which the option `flag` cannot quantize."""
+    """Return the error for an already quantized file, which the option `flag` cannot quantize again."""
     state = "quantized"
     instead = "layers stay as the file has them."
     if not is_packed:

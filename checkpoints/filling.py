@@ -122,7 +122,7 @@ def on_meta_device() -> Iterator[None]:
 
 
 class _SkipInitializers(TorchFunctionMode):
-    """Replace torch's weight initializers with functions that return the tensor unchanged."""
+    """Mode in which torch's weight initializers return the tensor unchanged."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -380,7 +380,7 @@ class _LayerQuantizer:
         return torch.tensor(list(json.dumps(self.comfy_settings).encode()), dtype=torch.uint8)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize a weight; return its int8 codes and scales."""
+        """Quantize a weight; return its codes (fp8 or int8) and its scale."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))

@@ -174,7 +174,7 @@ def _describe_alphas(
 
 
 def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collection[int]) -> list[str]:
-    """Return a warning for each alpha source that states a rank which no module in the file has."""
+    """Return a warning for each alpha source whose rank no module in the file has."""
     rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
@@ -264,7 +264,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _holds_settings(key: str, text: str) -> bool:
-    """Return whether metadata under a key are PEFT settings; `config` must be JSON that contains an alpha."""
+    """Return whether a metadata value contains PEFT settings; `config` must be JSON with an alpha."""
     if key != "config":
         return key in _SETTINGS_KEYS
     try:
@@ -405,7 +405,7 @@ def _parse_settings(
 def _parse_nested_settings(
     location: str, settings: Mapping[str, Any], network_prefix: str, network: str
 ) -> list[_AlphaSource]:
-    """Return the alpha sources in nested JSON settings, where each key may name an adapter or a network."""
+    """Return the alpha sources in nested JSON settings, whose keys may name adapters or networks."""
     sources: list[_AlphaSource] = []
     for key, value in settings.items():
         if not isinstance(value, Mapping):
@@ -536,7 +536,7 @@ def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class _AlphaRules:
-    """Alphas in PEFT settings.
+    """The alphas in PEFT settings, by module path.
 
     A key of `alpha_pattern` is the end of a module path (`to_q`, `attn1.to_q`) or a regular expression for
     the path. If several keys match, PEFT uses the first.

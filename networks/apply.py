@@ -473,7 +473,7 @@ class LoraPatch:
         is_masked: bool = False,
         family: str | None = None,
     ) -> None:
-        """Collect the changes of all files by parameter name.
+        """Collect the changes of all LoRA files by parameter name.
 
         Args:
             weighted_loras: LoRA files in the order in which they are added.

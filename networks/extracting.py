@@ -434,7 +434,7 @@ def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tens
 
 
 def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
-    """Return a tensor's float32 difference. Raises CheckpointError for NaN or infinite values."""
+    """Return tuned - original of a tensor, float32. Raises CheckpointError for NaN or infinite values."""
     before = pair.original.read(name)
     after = pair.tuned.read(name)
     check_finite(pair.original.path, name, before)

@@ -409,7 +409,7 @@ def _divide(dividend: Any, divisor: Any) -> float:
 def _change_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
-    """Return the metadata that changes: ranks, alphas, and a comment that describes the resizing.
+    """Return the metadata to update: ranks, alphas, and a comment that describes the resizing.
 
     Args:
         metadata: Metadata of the old file.

@@ -350,7 +350,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
 
 
 def describe_unknown(paths: Iterable[str]) -> str:
-    """Describe unknown names, for a message.
+    """Describe what is unknown about tensor names, for a message.
 
     The result names an unknown prefix or ending of a known module's path, or else how all names begin. It is
     "" if there are no paths.

@@ -178,7 +178,7 @@ class _Int8Product(torch.autograd.Function):
 def _multiply_in_int8(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that computes input gradients from a slice of the output gradients in int8."""
+    """Return a function that maps a slice of output gradients to input gradients, in int8."""
     # column-major, as int8 units need it; freed with the function that is returned
     columns = codes.t().contiguous().t()
 
@@ -251,7 +251,7 @@ def _scale_codes(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
 
 
 def _split_rows(x: Tensor) -> list[slice]:
-    """Split the rows of x into slices, so that only one at a time needs float32; one slice in a compile."""
+    """Split the rows of x into slices, so that only one needs float32 at a time; no split while compiling."""
     rows = len(x) if torch.compiler.is_compiling() else max(FEW_TOKENS + 1, PIECE // max(1, x.shape[1]))
     if len(x) <= rows:
         return [slice(None)]

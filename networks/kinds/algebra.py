@@ -59,7 +59,7 @@ class InputRotation(Protocol):
         """Return W (R^T - I) in float32; `rotations` is the result of `compute_rotations`."""
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
-        """Return why the values do not fit a weight of this name; "" if they do.
+        """Return why the rotation parameters do not fit a weight of this name; "" if they fit.
 
         The result is the end of an error message that begins with the path of the file.
         """

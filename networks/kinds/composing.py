@@ -48,7 +48,7 @@ def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
 
 
 def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
-    """Return the first of `kinds` that the tensor names show; None if they show none of them."""
+    """Return the first of `kinds` whose factor names occur in the tensor names; None if there is none."""
     names = tuple(names)
     return next((kind for kind in kinds if any(name.endswith(kind.marks) for name in names)), None)
 

@@ -257,5 +257,5 @@ class NetworkKind:
 
 
 def named(kind: NetworkKind) -> str:
-    """Return the name of a network kind with its article, for messages."""
+    """Return a network kind's name with its article for messages, such as "an OFT"."""
     return f"{kind.article} {kind.name}"

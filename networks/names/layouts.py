@@ -84,7 +84,7 @@ NUMBERED_ATTENTION = (
 
 @dataclass(frozen=True)
 class LoraRules:
-    """--network_args that only one family has, and the modules that they select.
+    """The --network_args that only one family has, and the modules that they select.
 
     Paths are module paths in the network.
     """
@@ -169,7 +169,7 @@ class DepthVariants:
 
 @dataclass(frozen=True, eq=False)  # eq=False: compared and hashed by identity, because the lists are long
 class FamilyNames:
-    """All module paths of a model family, in our layout and in those of other programs."""
+    """All module paths of a model family, in our layout and in other programs' layouts."""
 
     name: str  # value of `ss_base_model_version`
     architecture: str  # value of `modelspec.architecture`, without its "/lora"
