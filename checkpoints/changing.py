@@ -68,8 +68,8 @@ class CheckpointChange:
 
     dtype: torch.dtype | None = None  # None: dtypes are kept
     cast: Selection = ALL  # tensors that are cast to `dtype`
-    selected: Selection = ALL  # tensors that the new file has
-    strip_prefixes: tuple[str, ...] = ()  # prefixes to remove from names, one after the other
+    selected: Selection = ALL  # tensors in the new file
+    strip_prefixes: tuple[str, ...] = ()  # prefixes to remove from names, one after another
     add_prefix: str = ""  # prefix to add to all names afterwards
 
 

@@ -34,7 +34,7 @@ _PLAIN_PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # metadata keys under which programs store these settings
 _SETTINGS_KEYS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
 _TRAINED_ALPHA_KEY = "ss_network_alpha"
-# beginnings of the names of text encoders
+# prefixes of text encoder names
 _TEXT_ENCODER_PREFIXES = ("text_encoder", "lora_te", "te1", "te2", "te3")
 # a key with the name of a network in front: `transformer.lora_alpha`, `lora_te1_alpha`
 _KEY_WITH_NETWORK = re.compile(
@@ -58,7 +58,7 @@ class _AlphaSource:
 
     location: str  # where they were found, for messages
     settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
-    surely_belongs: bool = True  # whether they certainly belong to this LoRA; else the rank has to match
+    surely_belongs: bool = True  # whether they certainly belong to this LoRA; otherwise the rank must match
 
     @property
     def rank(self) -> float | None:
@@ -601,7 +601,7 @@ def peft_alphas(
             continue
         num_joined = joined_lora_counts.get(module, 1)
         if config.get("use_rslora"):
-            # rank-stabilized LoRA scales by alpha / sqrt(rank), we by alpha / rank
+            # rank-stabilized LoRA scales by alpha / sqrt(rank) instead of alpha / rank
             alpha = alpha * (rank // num_joined) ** 0.5
         # joined factors have the sum of the ranks, so alpha / rank stays the same
         alphas[f"{module}.alpha"] = torch.tensor(alpha * num_joined)

@@ -171,7 +171,7 @@ class LoraFile:
         if hint is None and trained_family is not None:
             hint = trained_family.name
         families = key_formats.families_of(lora.modules(), hint)
-        # names of no known family: believe the metadata
+        # names of no known family: trust the metadata
         if not families and trained_family is not None:
             return [trained_family]
         return families

@@ -29,7 +29,7 @@ from protocols.rules import parse_expert
 if TYPE_CHECKING:  # of a file that is described alone
     from networks.key_formats import NativeTensors
 
-# metadata of the single parts in a LoRA file with a part for each expert: {"high_noise": {...}, ...} as JSON
+# metadata of each expert's LoRA in a file for several experts: {"high_noise": {...}, ...} as JSON
 PARTS_METADATA = "reelsmith_experts"
 
 

@@ -88,7 +88,7 @@ def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
 
 
 SizeOf = Callable[[str], tuple[int, int] | None]
-# a complete list of blocks identifies a model only from this length: shorter ones may be chosen blocks
+# a complete list of blocks identifies a model only from this length: the user may have chosen fewer blocks
 _LONG = 16
 
 
@@ -343,7 +343,7 @@ class RelatedModule:
 
     name: str  # underscored
     part: WeightPart
-    is_part: bool  # True: its weight is a part of the given module's weight; False: contains it
+    is_part: bool  # True: its weight is part of the given module's weight; False: it contains it
 
 
 @cache
@@ -401,7 +401,7 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
     """
     entries = _tables(family).parts.all(name)
     parts = [PartPath(part.part_path.replace("{n}", number), part) for part, number in entries]
-    from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered ones (far below 100)
+    from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered parts (far below 100)
 
     def position(path_and_part: PartPath) -> int:
         index = path_and_part.part.index or 0

@@ -192,7 +192,7 @@ def _multiply_in_int8(
 def _multiply_dequantized(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that multiplies a slice of output gradients by the dequantized weight."""
+    """Return a function that maps a slice of output gradients to input gradients, without int8."""
     plain = _by_parts(lambda part: _scale_codes(codes, scale, part), codes, gradients.dtype)
 
     def product(part: slice) -> Tensor:

@@ -35,7 +35,7 @@ class OftLayer(nn.Module):
         self.multiplier = 1.0
         self.dropouts: Dropouts | None = None  # `neuron` is the fraction of blocks that do not rotate
         self.seed = DropoutSeed()
-        self.index = 0  # index of this layer in the network, so that each layer has other dropout masks
+        self.index = 0  # index of this layer in the network, so that dropout masks differ between layers
         self.seed_table: Tensor | None = None  # seeds of dropout masks as a tensor, for compiled code
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
