@@ -25,7 +25,7 @@ class NetworkArguments:
 class OwnModule:
     """What a value of --network_module trains: the network kind, and the family whose rules it follows."""
 
-    rules: LoraRules | None = None  # a family's arguments that choose among the modules of its `DitSpec`
+    rules: LoraRules | None = None  # a family's --network_args that select modules of its `DitSpec`
     kind: NetworkKind = LORA
     family: str = ""  # the only family it supports, as named in LoRA files; "": all families
 

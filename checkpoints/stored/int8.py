@@ -230,7 +230,7 @@ def _make_hadamard(size: int, device: torch.device) -> Tensor:
     return sign / size**0.5
 
 
-_hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # it would be eight launches for each layer
+_hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # each call would launch eight kernels per layer
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

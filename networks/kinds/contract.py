@@ -36,7 +36,7 @@ class Target(NamedTuple):
     module: LoraModule
     rank: int
     alpha: float
-    split_sizes: tuple[int, ...]  # numbers of rows that get separate factors; (): one pair of factors for all
+    split_sizes: tuple[int, ...]  # rows of parts that get separate factors; (): one pair of factors
     rate_factor: float = 1.0  # multiplies the learning rate
 
 
