@@ -270,13 +270,7 @@ def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
-    """Return one `WeightPart` for each pair of endings (theirs, ours), for modules that are only renamed.
-
-    Args:
-        theirs: Start of the path in the other layout.
-        ours: Start of the path in our layout.
-        endings: Pairs of path endings to append.
-    """
+    """Return WeightPart(theirs + ending, ours + ending) for each pair of endings of renamed modules."""
     return tuple(WeightPart(theirs + their_ending, ours + our_ending) for their_ending, our_ending in endings)
 
 
