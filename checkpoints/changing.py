@@ -68,8 +68,8 @@ class CheckpointChange:
 
     dtype: torch.dtype | None = None  # None: dtypes are kept
     cast: Selection = ALL  # tensors that are cast to `dtype`
-    selected: Selection = ALL  # tensors that the new file has
-    strip_prefixes: tuple[str, ...] = ()  # prefixes to remove from names, one after the other
+    selected: Selection = ALL  # tensors in the new file
+    strip_prefixes: tuple[str, ...] = ()  # prefixes to remove from names, one after another
     add_prefix: str = ""  # prefix to add to all names afterwards
 
 
@@ -178,7 +178,7 @@ def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized
 def _check_scale_pairs(
     checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]
 ) -> None:
-    """Raise OptionError if a new file would have an 8-bit weight without its scale, or the reverse."""
+    """Raise OptionError if only one of an 8-bit weight and its scale would be written to the new file."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)

@@ -39,11 +39,11 @@ from protocols.loading import TensorInfo
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
 # what marks quantized layers
-COMFY_QUANT_SUFFIX = ".comfy_quant"  # suffix of tensors of ComfyUI
-COMFY_QUANT_KEY = "_quantization_metadata"  # metadata key of ComfyUI
-BNB_STATE_INFIX = ".quant_state.bitsandbytes__"  # part of tensor names of bitsandbytes
+COMFY_QUANT_SUFFIX = ".comfy_quant"  # suffix of ComfyUI's tensors
+COMFY_QUANT_KEY = "_quantization_metadata"  # ComfyUI's metadata key
+BNB_STATE_INFIX = ".quant_state.bitsandbytes__"  # part of bitsandbytes' tensor names
 
-# keys under which trainers store the tensors; averaged weights come first, because they are the ones to use
+# keys under which trainers store the tensors; averaged weights come first, because they are preferred
 WRAPPERS = (
     "params_ema",
     "params-ema",
@@ -284,7 +284,7 @@ def load_pickled(path: Path, limit_factor: int = 1) -> Any:
         raise _explain_unpickling_error(path, error) from error
     except (MemoryError, CheckpointError):
         raise
-    except Exception as error:  # torch raises errors of many kinds for a damaged file
+    except Exception as error:  # torch raises many types of errors for a damaged file
         raise _make_damage_error(path, str(error) or type(error).__name__) from error
 
 
@@ -305,7 +305,7 @@ def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> Chec
 
 
 class _ReadLimitedFile:
-    """File that limits the number of reads: torch reads a pickle one instruction at a time."""
+    """Wraps a file and limits the number of reads: torch reads a pickle instruction by instruction."""
 
     def __init__(self, file: BinaryIO, limit_factor: int) -> None:
         self._file = file

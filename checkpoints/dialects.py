@@ -97,7 +97,7 @@ def load_planned(
 def _select_quantized_layers(
     plan: LoadPlan[Any], network: nn.Module, form: str | None, device: torch.device
 ) -> QuantizedLoading | None:
-    """Select the linear layers that are quantized after the network is loaded; None if there are none.
+    """Select the linear layers that will be quantized in the loaded network; None if there are none.
 
     Layers that are quantized in the file stay quantized. The others are quantized to `form` unless it is
     None.

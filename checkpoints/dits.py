@@ -68,7 +68,7 @@ class DitConfig(Protocol):
 
     @property
     def kind(self) -> str:
-        """Return what the model is conditioned on, such as t2v or i2v."""
+        """Return the task of the model, such as t2v or i2v."""
 
 
 Config = TypeVar("Config", bound=DitConfig)
@@ -101,11 +101,11 @@ class DitFormat(Generic[Config, Dit]):
     read_bare: Callable[[Checkpoint], DitHeader[Config]]
     describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"
     network: Callable[..., Dit]  # takes the config, the attention, and other arguments of `load`
-    # returns how each tensor is made from the file, by published name
+    # returns how each tensor is built from the file, by published name
     sources: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, TensorSource]]
     option: str = "--dit"
-    ignore: tuple[str, ...] = ()  # patterns of tensors in files that the network does not have
-    # Some releases have rows of fused tensors in another order in their shards than in their single file.
+    ignore: tuple[str, ...] = ()  # patterns of tensor names in files that the network lacks
+    # Some releases order the rows of fused tensors differently in their shards and in their single file.
     # Returns functions, by name in the file, that restore the order of the single file
     single_file_row_orders: Callable[
         [Checkpoint, DitHeader[Config]], Mapping[str, Callable[[Tensor], Tensor]]
@@ -164,7 +164,7 @@ class DitFormat(Generic[Config, Dit]):
         """
         with contextlib.ExitStack() as opened:
             checkpoint = opened.enter_context(self._open(path, second_file))
-            # build the network without values
+            # build the network without allocating weights
             header = self.read_header(checkpoint)
             description = self.describe(header)
             weight_dtype = select_dtype(header.block_dtype, placement)
@@ -358,7 +358,7 @@ def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
 
 
 def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
-    """Return the error for a file that is already quantized, which the option `flag` cannot quantize."""
+    """Return the error for an already quantized file, which the option `flag` cannot quantize again."""
     state = "quantized"
     instead = "layers stay as the file has them."
     if not is_packed:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class QuantizedLoading:
     """Which linear weights stay quantized, or are quantized to 8 or 4 bits, while a network is loaded."""
 
-    format: QuantizationFormat | None  # of `to_quantize`, from the options; None if they set none
+    format: QuantizationFormat | None  # for `to_quantize`, from the options; None if they set none
     to_quantize: frozenset[str] = frozenset()  # names of weights that are quantized while loading
     quantized_in_file: frozenset[str] = frozenset()  # names of weights that keep the format of the file
 
@@ -122,7 +122,7 @@ def on_meta_device() -> Iterator[None]:
 
 
 class _SkipInitializers(TorchFunctionMode):
-    """Replace torch's weight initializers with functions that return the tensor unchanged."""
+    """Mode in which torch's weight initializers return the tensor unchanged."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -265,7 +265,7 @@ def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", netw
 
 
 MAX_ERRORS = 100  # lines of a message about missing and unexpected tensors
-_ALIGNMENT = 64  # bytes; tensors begin at multiples of it in the buffer for reading
+_ALIGNMENT = 64  # bytes; tensors begin at multiples of it in the read buffer
 
 
 class _TensorLoader:
@@ -302,7 +302,7 @@ class _TensorLoader:
         self.finite_checks: dict[str, Tensor] = {}
         self.rounding_errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
         self.rounded_formats: dict[str, str] = {}  # description of the format for the log, by state-dict name
-        self.kept_formats: list[str] = []  # format of each weight that stays as in the file
+        self.kept_formats: list[str] = []  # format of each weight that is loaded as stored
         # one buffer for all reads, because temporary tensors would fragment the heap
         buffer_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
@@ -428,7 +428,7 @@ class _TensorLoader:
         if self._patch is None:
             return tensor
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
-            # fp8 would round the small change of a LoRA away
+            # rounding to fp8 would lose a LoRA's small change
             tensor = tensor.to(target if target.itemsize > 1 else torch.float32)
         return self._patch(name, tensor, target)
 

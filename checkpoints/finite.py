@@ -33,7 +33,7 @@ def is_finite(tensor: Tensor) -> Tensor:
         are_positive_finite = tensor.view(torch.int8).max() < bound
         are_negative_finite = tensor.view(torch.uint8).max() < _SIGN_BIT + bound
         return are_positive_finite & are_negative_finite
-    if tensor.dtype.itemsize == 1:  # other 8-bit dtypes have no aminmax either
+    if tensor.dtype.itemsize == 1:  # other 8-bit dtypes lack aminmax too
         tensor = tensor.float()
     return torch.isfinite(torch.stack(tensor.aminmax())).all()  # minimum and maximum are NaN if any value is
 

@@ -351,7 +351,7 @@ def _make_nvfp4(
     rows, num_bytes = weight.shape
     columns = 2 * num_bytes
     form = PackedRowFormat("nvfp4", ("scale_blocks", "scale_weight", "scale_of_input"), packed.nvfp4_rows)
-    if input_scale is not None:  # has no values for padding columns
+    if input_scale is not None:  # it lacks values for padding columns
         missing = columns - len(input_scale)
         input_scale = functional.pad(input_scale.float(), (0, missing), value=1.0).reshape(1, -1)
     block_scales = packed.untile(block_scales, rows, columns // 16)
@@ -435,7 +435,7 @@ def _describe_awq(layer: _QuantizedLayer) -> dict[str, TensorInfo]:
 def _make_awq(weight: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
     form = PackedRowFormat("awq_w4a16", ("scale_blocks", "zeros"), packed.awq_rows)
     rows, num_bytes = weight.shape
-    # the file has a row of scales per group, the format a row per row of the weight
+    # the file has one row of scales per group, the format one row per row of the weight
     return QuantizedWeight(
         form, (rows, 2 * num_bytes), (weight, scales.t().contiguous(), zeros.t().contiguous())
     )

@@ -48,7 +48,7 @@ Location: TypeAlias = tuple[TensorFile, str]
 
 
 class Checkpoint(contextlib.ExitStack):
-    """Tensors of one or more files, read on demand by name; to be used as a context manager."""
+    """The tensors of one or more files, read on demand by name; also a context manager that closes them."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Checkpoint(contextlib.ExitStack):
             raise CheckpointError(message, self.path) from error
 
     def stored_name(self, name: str) -> str:
-        """Return the full name of a tensor in its file, with the prefix that was stripped on opening."""
+        """Return a tensor's full name in its file, including prefixes that `without_prefix` removed."""
         return self._locations[name][1]
 
     def without_prefix(self, *prefixes: str, ignored_prefixes: Sequence[str] = ()) -> "Checkpoint":
@@ -143,7 +143,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
-        """Return a checkpoint with the tensors of both; `self` takes precedence. Both share open files."""
+        """Return a checkpoint with the tensors of both; `self` takes precedence. It shares the open files."""
         locations = {**second._locations, **self._locations}
         files = [*self._files, *second._files]
         return Checkpoint(self.path, locations, files, self.rejection or second.rejection)

@@ -203,7 +203,7 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
     bare = bare_names(checkpoint)
     # Wan is tried last, because it accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
-        # how to recognize the family's transformer
+        # describes how to recognize the family's transformer
         files = import_own(f"{entry.room}.files") if entry.own_files else None
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
         if dit_format is None:
@@ -380,7 +380,7 @@ class _LayerQuantizer:
         return torch.tensor(list(json.dumps(self.comfy_settings).encode()), dtype=torch.uint8)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize a weight; return its int8 codes and scales."""
+        """Quantize a weight; return its codes (fp8 or int8) and its scale."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
@@ -483,7 +483,7 @@ def _declare_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: b
     else:
         type_name = _GGUF_TYPE_NAMES[info.dtype]
     gguf_type = gguf.GGMLQuantizationType[type_name]
-    *rows, columns = info.shape or (1,)  # the package gguf has no scalars
+    *rows, columns = info.shape or (1,)  # the package gguf does not support scalars
     # a block is one value if the type is not quantized
     block_width, block_bytes = gguf.GGML_QUANT_SIZES[gguf_type]
     byte_shape = (*rows, columns // block_width * block_bytes)

@@ -212,7 +212,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-# first byte of an entry of the vocabulary (a piece) in a SentencePiece model: field 1, wire type 2 (length)
+# first byte of a vocabulary item (piece) in a SentencePiece model: field 1, wire type 2 (length)
 _PIECE = 1 << 3 | 2
 
 

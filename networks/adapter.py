@@ -78,7 +78,7 @@ class ForeignNetwork:
         if not hasattr(self.module, "prepare_optimizer_params"):
             trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return [{"params": trainable, "lr": learning_rate}], ["unet"]
-        # packages differ in the names of the learning rates, and in whether they name the groups
+        # packages differ in how they name learning rates, and in whether they return group names
         result = _call_with_known_arguments(
             self.module.prepare_optimizer_params,
             text_encoder_lr=[learning_rate] if text_encoder_lr is None else list(text_encoder_lr),

@@ -34,7 +34,7 @@ _PLAIN_PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # metadata keys under which programs store these settings
 _SETTINGS_KEYS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
 _TRAINED_ALPHA_KEY = "ss_network_alpha"
-# beginnings of the names of text encoders
+# prefixes of text encoder names
 _TEXT_ENCODER_PREFIXES = ("text_encoder", "lora_te", "te1", "te2", "te3")
 # a key with the name of a network in front: `transformer.lora_alpha`, `lora_te1_alpha`
 _KEY_WITH_NETWORK = re.compile(
@@ -58,7 +58,7 @@ class _AlphaSource:
 
     location: str  # where they were found, for messages
     settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
-    surely_belongs: bool = True  # whether they certainly belong to this LoRA; else the rank has to match
+    surely_belongs: bool = True  # whether they certainly belong to this LoRA; otherwise the rank must match
 
     @property
     def rank(self) -> float | None:
@@ -174,7 +174,7 @@ def _describe_alphas(
 
 
 def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collection[int]) -> list[str]:
-    """Return a warning for each alpha source that states a rank which no module in the file has."""
+    """Return a warning for each alpha source whose rank no module in the file has."""
     rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
@@ -264,7 +264,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _holds_settings(key: str, text: str) -> bool:
-    """Return whether metadata under a key are PEFT settings; `config` must be JSON that contains an alpha."""
+    """Return whether a metadata value contains PEFT settings; `config` must be JSON with an alpha."""
     if key != "config":
         return key in _SETTINGS_KEYS
     try:
@@ -405,7 +405,7 @@ def _parse_settings(
 def _parse_nested_settings(
     location: str, settings: Mapping[str, Any], network_prefix: str, network: str
 ) -> list[_AlphaSource]:
-    """Return the alpha sources in nested JSON settings, where each key may name an adapter or a network."""
+    """Return the alpha sources in nested JSON settings, whose keys may name adapters or networks."""
     sources: list[_AlphaSource] = []
     for key, value in settings.items():
         if not isinstance(value, Mapping):
@@ -536,7 +536,7 @@ def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class _AlphaRules:
-    """Alphas in PEFT settings.
+    """The alphas in PEFT settings, by module path.
 
     A key of `alpha_pattern` is the end of a module path (`to_q`, `attn1.to_q`) or a regular expression for
     the path. If several keys match, PEFT uses the first.
@@ -601,7 +601,7 @@ def peft_alphas(
             continue
         num_joined = joined_lora_counts.get(module, 1)
         if config.get("use_rslora"):
-            # rank-stabilized LoRA scales by alpha / sqrt(rank), we by alpha / rank
+            # rank-stabilized LoRA scales by alpha / sqrt(rank) instead of alpha / rank
             alpha = alpha * (rank // num_joined) ** 0.5
         # joined factors have the sum of the ranks, so alpha / rank stays the same
         alphas[f"{module}.alpha"] = torch.tensor(alpha * num_joined)

@@ -66,7 +66,7 @@ class Change:
     weighted_lora: WeightedLora
     delta: Delta
     parameter_name: str = "weight"  # or bias
-    row_slice: slice | None = None  # rows of the parameter that the LoRA is for; None: all
+    row_slice: slice | None = None  # rows of the parameter that the LoRA changes; None: all
     rotations: Tensor | None = None  # R - I of an input rotation; None until `to` computes it
 
     def change_shape(self) -> tuple[int, ...]:
@@ -253,7 +253,7 @@ class Change:
 
     @property
     def replaces_weight(self) -> bool:
-        """Return whether this LoRA replaces the weight with the changes of earlier LoRAs, as in ComfyUI."""
+        """Return whether this LoRA replaces the weight and discards earlier LoRAs' changes, as in ComfyUI."""
         return (
             self.delta.replaces_weight
             and self.parameter_name == "weight"
@@ -473,7 +473,7 @@ class LoraPatch:
         is_masked: bool = False,
         family: str | None = None,
     ) -> None:
-        """Collect the changes of all files by parameter name.
+        """Collect the changes of all LoRA files by parameter name.
 
         Args:
             weighted_loras: LoRA files in the order in which they are added.
@@ -515,7 +515,7 @@ class LoraPatch:
         self._modules: dict[str, None] = {}  # modules of the weights passed in so far, in order
         # parameter -> its changes that match the patterns; filled by `_find_changes`
         self._changes_by_parameter: dict[str, list[FoundChange]] = {}
-        # module name in the model's file -> our name; {} if no family has such modules
+        # module name in the model file -> our name; {} if no family has such modules
         self._our_module_names: dict[str, str] = {}
         modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
         model_family = select_family(modules, family)
@@ -635,7 +635,7 @@ class LoraPatch:
         """
         found_changes = self._find_changes(name)
         for key, change, _ in found_changes:
-            if change.delta.rotation is not None:  # equal ones are joined next, which leaves only one key
+            if change.delta.rotation is not None:  # equal rotations are joined below, which leaves one key
                 self._applied_keys[id(change.weighted_lora)].add(key)
         fitted_changes: list[Change] = []
         for key, change, related in _join_equal_rotations(found_changes):
@@ -770,7 +770,7 @@ class LoraPatch:
         self._modules.setdefault(module)  # a dictionary as an ordered set
         lora_modules: list[tuple[str, RelatedModule | None]] = [(module, None)]  # None: the module itself
         family = self._common_family
-        if family is None or family.parts or family.joined:  # else it has no fused weights
+        if family is None or family.parts or family.joined:  # otherwise it has no fused weights
             lora_modules += [(related.name, related) for related in related_modules(module, family)]
         changes: list[FoundChange] = []
         for lora_module, related in lora_modules:

@@ -153,7 +153,7 @@ def compute_file_weights(count: int, options: AveragingOptions) -> list[float]:
 
 
 def _list_decays(count: int, options: AveragingOptions) -> list[float]:
-    """Return by what the average so far is multiplied when each of the files 2 to `count` is added."""
+    """Return the decay of the average so far at each of the files 2 to `count`."""
     files = range(2, count + 1)
     if options.sigma_rel is not None:
         power = find_gamma(options.sigma_rel) + 1

@@ -73,8 +73,8 @@ class StoredWeight(NamedTuple):
     source: TensorSource
 
 
-# module name in LoRA files -> weights of modules with this name. The name has no prefix if the model file
-# does not show to which network it belongs
+# module name in LoRA files -> weights of modules with this name. It has no prefix if the model file
+# does not reveal which network it belongs to
 Weights = Mapping[str, Sequence[StoredWeight]]
 
 

@@ -121,7 +121,7 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
 
 
 class _Cast(torch.autograd.Function):
-    """Stack each group of factors to one matrix, cast and multiplied by their scales, with few kernels."""
+    """Stacks each group of factors to one matrix, cast and multiplied by their scales, with few kernels."""
 
     @staticmethod
     def forward(

@@ -180,7 +180,7 @@ class ZImageConvertOptions(ComfyConvertOptions):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert a LoRA to: our names (target "default"), ComfyUI's ("other") or "diffusers"."""
+    """How to convert a LoRA; `target` is "default" (our names), "other" (ComfyUI's) or "diffusers"."""
 
     target: str
     family: str | None = None  # the LoRA's family, if the user or a family's own script names it
@@ -483,7 +483,7 @@ def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without entries that no longer hold for a converted file: the expert and hashes."""
+    """Return metadata without what no longer applies to a converted file: the expert and hashes."""
     return {
         key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
     }

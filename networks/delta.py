@@ -383,7 +383,7 @@ class Delta:
 
 
 def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the change (`Delta`) of each module; modules with equal factors share the kinds' lookup."""
+    """Return the `Delta` of each module; kinds are looked up only once for modules with equal factors."""
     kinds_by_names: dict[frozenset[str], tuple[Algebra, ...]] = {}
     deltas: dict[str, Delta] = {}
     for module, factors in modules.items():
@@ -395,7 +395,7 @@ def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 
 def read_delta(factors: Factors) -> Delta:
-    """Return the change of one module, given its factors. `read_deltas` is faster for a whole file."""
+    """Return the `Delta` of one module, given its factors. `read_deltas` is faster for a whole file."""
     return Delta(factors, _find_algebras(factors))
 
 

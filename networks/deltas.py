@@ -24,7 +24,7 @@ SET_WEIGHT = "set_weight"  # in files of ComfyUI: replaces the model's weight, a
 # factors are the fused layer's; this tensor has the part's rows (first, last + 1)
 ROW_RANGE = "reelsmith_rows"
 FACTOR_NAMES = (*composing.PARTS, "alpha", "diff", "diff_b", SET_WEIGHT, ROW_RANGE)
-BIAS_FACTORS = {"diff_b": None, "lora_up.bias": None}.keys()  # an ordered set: the first that exists is used
+BIAS_FACTORS = {"diff_b": None, "lora_up.bias": None}.keys()  # an ordered set: the first existing one is used
 PLAIN_LORA_FACTORS = {"alpha", *LORA_FACTORS, *BIAS_FACTORS}  # parts of plain LoRAs
 # parts that our LoHas and LoKrs do not train: Tucker cores, magnitudes, full differences
 UNTRAINABLE_FACTORS = {*composing.TUCKER_CORES, MAGNITUDES, "diff", "diff_b"}

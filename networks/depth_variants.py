@@ -63,7 +63,7 @@ def fit_to_file(weighted_loras: Sequence[WeightedLora], model: Path) -> list[Wei
 
 
 def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
-    """Return the number of blocks of a model.
+    """Return the number of blocks of a model, judging by its tensor names.
 
     Args:
         names: Names of the model's tensors, in any layout.

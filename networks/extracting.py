@@ -80,7 +80,7 @@ class BlockWeights(NamedTuple):
 
     model: str  # name of the model, for messages
     prefixes: tuple[str, ...]  # of the tensor names of its blocks
-    example: str  # a tensor that every such model has
+    example: str  # a tensor that all these models have
 
     def list_in(self, checkpoint: Checkpoint) -> list[str]:
         """Return the names of a checkpoint's 2D weights inside blocks."""
@@ -346,7 +346,7 @@ class ExtractionAccuracy:
     """Accumulates how much of the models' difference the extracted LoRA reproduces."""
 
     total: float = 0.0  # sum of the squares of the change
-    lost: float = 0.0  # sum of the squares of what the LoRA leaves out
+    lost: float = 0.0  # sum of the squares of what the LoRA does not reproduce
 
     @property
     def fraction(self) -> float:
@@ -434,7 +434,7 @@ def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tens
 
 
 def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
-    """Return a tensor's float32 difference. Raises CheckpointError for NaN or infinite values."""
+    """Return tuned - original of a tensor, float32. Raises CheckpointError for NaN or infinite values."""
     before = pair.original.read(name)
     after = pair.tuned.read(name)
     check_finite(pair.original.path, name, before)

@@ -164,7 +164,7 @@ class LoraFormat:
 def _record_scaling(
     scalings: dict[int, set[float]], written: Mapping[str, Tensor], scaling: float | None
 ) -> None:
-    """Add `scaling`, the alpha / rank folded into the written modules, to the set of each written rank."""
+    """Add `scaling` (alpha / rank folded into the written modules) to the set for each of their ranks."""
     if scaling is None:
         return
     from networks.tensor_names import PEFT_ENDS  # only if strengths were folded
@@ -175,7 +175,7 @@ def _record_scaling(
 
 
 def _metadata_of_scalings(scalings: Mapping[int, set[float]]) -> dict[str, str]:
-    """Return the metadata entry `FOLDED`: alpha / rank for each rank whose modules all share one value."""
+    """Return metadata with the key `FOLDED`: alpha / rank for each rank whose modules share one value."""
     single = {rank: min(values) for rank, values in scalings.items() if len(values) == 1}
     return {FOLDED: json.dumps(single)} if single else {}
 

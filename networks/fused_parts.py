@@ -102,7 +102,7 @@ def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
 
 
 def is_row_slice(part: WeightPart) -> bool:
-    """Return whether a part is some rows of the fused weight, not all rows in equal or swapped order."""
+    """Return whether a part is only some rows of the fused weight, rather than all (perhaps swapped)."""
     return part.index is not None and part.index != SWAPPED
 
 

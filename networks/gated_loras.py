@@ -153,7 +153,7 @@ class LoraBranch:
 
     @property
     def replaces_weight(self) -> bool:
-        """Return whether this LoRA replaces the weight, together with the changes of earlier LoRAs."""
+        """Return whether this LoRA replaces the weight, which also discards changes by earlier LoRAs."""
         return self.delta.replaces_weight
 
     @property
@@ -196,7 +196,7 @@ class LoraBranch:
         return out + added
 
     def _adds_in_place(self, out: Tensor) -> bool:
-        """Return whether the addition is a plain product, and neither autograd nor a compiler traces it."""
+        """Return whether the addition is a plain product that neither autograd nor a compiler traces."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
         if not self._low_rank_factors or self._bias is not None:

@@ -171,7 +171,7 @@ class LoraFile:
         if hint is None and trained_family is not None:
             hint = trained_family.name
         families = key_formats.families_of(lora.modules(), hint)
-        # names of no known family: believe the metadata
+        # names of no known family: trust the metadata
         if not families and trained_family is not None:
             return [trained_family]
         return families
@@ -367,7 +367,7 @@ def _build_lora(
 def _drop_tensors_without_effect(
     path: Path, tensors: dict[str, Tensor], text_tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Drop unused alphas, and changes of weights that the file itself replaces; warn of the latter."""
+    """Drop unused alphas, and (with a warning) changes of weights that the file itself replaces."""
     remaining, replaced = drop_replaced(drop_unused_alphas(tensors))
     remaining_texts, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
     names = [*replaced, *replaced_in_texts]
@@ -386,7 +386,7 @@ def _recognize(
     family: str | None,
     with_texts: bool,
 ) -> tuple[key_formats.NativeTensors, Mapping[str, str]]:
-    """Return the tensors under our names, and the metadata with what the tensors reveal added.
+    """Return the tensors under our names, and the metadata plus what the tensors reveal.
 
     The tensors may reveal the family, stored under `TRAINED_ON`, and that DoRA magnitudes refer to frozen
     norms as in ComfyUI, stored under `NORMS_FORM`.
@@ -725,7 +725,7 @@ def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str 
 
 
 def _fit_typed_pattern(typed: str, names: Collection[str], where: str) -> str:
-    """Let dots and underscores match each other in a pattern that matches no name; warn if that fails too."""
+    """Let dots and underscores match each other in a pattern without a match; warn if that fails too."""
     if any(re.search(typed, name) for name in names):
         return typed
     any_spelling = in_any_spelling(typed)

@@ -22,7 +22,7 @@ from runtime.offload.sharding import TOKEN_PART
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")  # kinds of dropout
-# Number of values from which on products are added in place. For so many, that saves four passes over 16 MiB,
+# Minimum number of values for adding products in place. For so many, that saves four passes over 16 MiB,
 # about 16 microseconds on a fast GPU; for smaller tensors, the autograd functions cost the host more than
 # that.
 MIN_IN_PLACE_NUMEL = 1 << 23

@@ -119,7 +119,7 @@ def add_up(
 
 
 class _AddUp(torch.autograd.Function):
-    """Add to the first input in place, without marking it as changed (`ctx.mark_dirty`).
+    """Adds to the first input in place, without marking it as changed (`ctx.mark_dirty`).
 
     Marking a view, as outputs of linear layers often are, would copy its gradient. If another operation has
     saved the input, its version counter still makes the backward pass raise an error.
@@ -334,7 +334,7 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
 # not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
 @disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
-    """Return the change of a layer's output due to noise on its weight, ... x out.
+    """Return what random noise on a layer's weight adds to the output, ... x out.
 
     Gradients flow to x; the noise is a constant.
 

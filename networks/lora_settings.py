@@ -112,10 +112,10 @@ class LoraSettings:
 
     rank: int = DEFAULT_RANK
     alpha: float = DEFAULT_ALPHA
-    conv_rank: int | None = None  # None: convolutions larger than 1 x 1 get no LoRA
+    conv_rank: int | None = None  # None: convolutions with kernels larger than 1 x 1 get no LoRA
     conv_alpha: float = DEFAULT_ALPHA
     dropouts: Dropouts | None = None
-    # matched at the start of module paths; `include` brings excluded modules back
+    # matched at the start of module paths; `include` takes precedence over `exclude`
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
     loraplus_lr_ratio: float | None = None

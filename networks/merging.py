@@ -46,7 +46,7 @@ from protocols.rules import expert_of_file
 logger = getLogger(__name__)
 FLUX = family_named("flux")
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# option that names a model -> prefix of the text encoder's modules in LoRA files; "": the transformer
+# option that sets a model -> prefix of the text encoder's modules in LoRA files; "": the transformer
 MODEL_PREFIXES = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
 _FLOAT_DTYPES = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
@@ -588,7 +588,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
                     summand.lora.path,
                 )
         scale = summand.multiplier * scaling_of(summand.factors)
-        root = abs(scale) ** 0.5  # split between both factors, so that neither underflows in 16 bits
+        root = abs(scale) ** 0.5  # split between both factors so that neither underflows in 16 bits
         signed_root = root if scale >= 0 else -root  # the sign goes into one factor only
         scaled.append(_LowRank(change.down * signed_root, change.up * root))
     return _LowRank(

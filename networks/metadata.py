@@ -29,12 +29,12 @@ from protocols.rules import parse_expert
 if TYPE_CHECKING:  # of a file that is described alone
     from networks.key_formats import NativeTensors
 
-# metadata of the single parts in a LoRA file with a part for each expert: {"high_noise": {...}, ...} as JSON
+# metadata of each expert's LoRA in a file for several experts: {"high_noise": {...}, ...} as JSON
 PARTS_METADATA = "reelsmith_experts"
 
 
 def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
-    """Return the expert that a LoRA was trained for, or FOR_BOTH; None if unknown.
+    """Return the expert (high or low noise) that a LoRA was trained for, or FOR_BOTH; None if unknown.
 
     Metadata takes precedence over the file name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
     """
@@ -86,7 +86,7 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata with new hashes of the tensors, by which `is_damaged` checks the file."""
+    """Return metadata with new hashes of the tensors, which `is_damaged` compares with the file."""
     return {**metadata, **model_hashes(tensors, metadata), LAYOUT_KEY: layout_hash(tensors)}
 
 
@@ -157,7 +157,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the hashes by which browsers find a LoRA; {} if the file is too large or not a LoRA."""
+    """Return the hashes by which model browsers find a LoRA; {} if it is too large or not a LoRA."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > MAX_HASHED or describe_lora(checkpoint) is None:
         return {}

@@ -51,7 +51,7 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families with most of these module names; only the family `hint` if it is among them."""
+    """Return the families that have the most of these module names; only `hint` if it is among them."""
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
@@ -88,7 +88,7 @@ def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
 
 
 SizeOf = Callable[[str], tuple[int, int] | None]
-# a complete list of blocks identifies a model only from this length: shorter ones may be chosen blocks
+# a complete list of blocks identifies a model only from this length: the user may have chosen fewer blocks
 _LONG = 16
 
 
@@ -293,7 +293,7 @@ def is_fused_elsewhere(name: str, family: FamilyNames) -> bool:
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
-    """Return whether the family has a module of this name, in our layout or in that of another program."""
+    """Return whether the family has a module of this name, in our layout or in another program's."""
     tables = _tables(family)
     return any(table.first(name) is not None for table in (tables.ours, tables.by_alias, tables.by_part))
 
@@ -343,7 +343,7 @@ class RelatedModule:
 
     name: str  # underscored
     part: WeightPart
-    is_part: bool  # True: its weight is a part of the given module's weight; False: contains it
+    is_part: bool  # True: its weight is part of the given module's weight; False: it contains it
 
 
 @cache
@@ -401,7 +401,7 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
     """
     entries = _tables(family).parts.all(name)
     parts = [PartPath(part.part_path.replace("{n}", number), part) for part, number in entries]
-    from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered ones (far below 100)
+    from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered parts (far below 100)
 
     def position(path_and_part: PartPath) -> int:
         index = path_and_part.part.index or 0
@@ -419,14 +419,14 @@ Entry = TypeVar("Entry")
 
 
 class _Found(NamedTuple, Generic[Entry]):
-    """The table entry whose template a module name matches, and the block index in this name."""
+    """The value of a matching template in a `_Table`, and the block index in the module name."""
 
     entry: Entry
     number: str  # "" if its template has none
 
 
 class _Table(Generic[Entry]):
-    """Look up values by underscored module name with templates: `blocks_0_ffn_0` matches `blocks.{n}.ffn.0`.
+    """Looks up values by underscored module name and template: `blocks_0_ffn_0` matches `blocks.{n}.ffn.0`.
 
     It uses a dictionary instead of one regular expression, because there are thousands of templates.
     """
@@ -517,7 +517,7 @@ def _tables(family: FamilyNames) -> _Tables:
 
 
 class _ModuleMatch(NamedTuple):
-    """The module of ours that a name in some layout refers to."""
+    """Our module that a name in any layout refers to."""
 
     path: str  # our path, with `{n}` for the block number
     number: str  # block number; "" if there is none
@@ -525,7 +525,7 @@ class _ModuleMatch(NamedTuple):
 
 
 def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
-    """Find a module by its underscored name in any layout of a family; return None if it has none."""
+    """Find a module by its underscored name in any layout of a family; return None if none matches."""
     tables = _tables(family)
     for table in (tables.ours, tables.by_alias, tables.renamed, tables.by_part):
         found = table.first(name)

@@ -28,7 +28,7 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
 
 
 def split_multiplier(option: str, text: Path) -> tuple[Path, float]:
-    r"""Split `FILE:0.8` into a path and a multiplier; the multiplier is 1 if there is no number.
+    r"""Split `FILE:0.8` into a path and a multiplier (1 if there is no number).
 
     The colon of a drive (`C:\x`) belongs to the path, because no number follows it.
     """

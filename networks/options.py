@@ -128,20 +128,20 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def kind(self) -> NetworkKind:
-        """Return the network kind (LoRA, LoHa, ...) that --network_module trains."""
+        """Return the network kind (LoRA, ...) that --network_module trains."""
         return kind_of_module(self.network_module)
 
     @property
     def kinds(self) -> list[NetworkKind]:
-        """Return the enabled variants, such as DoRA, and the kind that --network_module trains."""
+        """Return the enabled variants, and the kind that --network_module trains."""
         return [*self.variants, self.kind]
 
     @property
     def rank(self) -> int:
-        """Return --network_dim or the kind's default; for some kinds this is a block size, not a rank."""
+        """Return --network_dim or the kind's default; for some kinds a block size, not a rank."""
         return self.network_dim or self.kind.default_size or DEFAULT_RANK
 
     @property
     def decomposes(self) -> bool:
-        """Return whether weight norms are trained (DoRA); they are initialized from the merged weights."""
+        """Return whether weight norms are trained (DoRA), starting from the merged weights."""
         return any(kind.magnitudes for kind in self.variants)

@@ -25,9 +25,9 @@ class NetworkArguments:
 class OwnModule:
     """What a value of --network_module trains: the network kind, and the family whose rules it follows."""
 
-    rules: LoraRules | None = None  # a family's arguments that choose among the modules of its `DitSpec`
+    rules: LoraRules | None = None  # a family's --network_args that select modules of its `DitSpec`
     kind: NetworkKind = LORA
-    family: str = ""  # the only one that it is for, as LoRA files name it; "": it is for any
+    family: str = ""  # the only family it supports, as named in LoRA files; "": all families
 
 
 class _OwnModules(Mapping[str, OwnModule]):
@@ -72,7 +72,7 @@ WITH_FILE = {
 
 
 def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
-    """Parse the settings that all our network modules share, and those of this module's kind (such as LoKr).
+    """Parse the settings shared by all our network modules, and the settings of this kind (such as LoKr).
 
     Raises:
         OptionError: For a setting that is unknown, out of range, or supported only by LoRAs.

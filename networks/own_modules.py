@@ -248,7 +248,7 @@ def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraS
 
 
 def _find_rank_of_type(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
-    """Return the rank that --network_args sets for a module's type (words in its path); None if unset."""
+    """Return the rank that --network_args set for a module's type (words in its path); None if unset."""
     for argument, types in rules.rank_arguments:
         is_of_type = any(all(word in path for word in fragments) for fragments in types)
         if argument in settings.type_ranks and is_of_type:

@@ -49,7 +49,7 @@ def in_any_spelling(pattern: str) -> str:
 
 
 def describe_unfit(pattern: str, names: Iterable[str]) -> str:
-    """Return a sentence that a pattern matches none of these names, with the most similar names.
+    """Return a sentence saying that a pattern matches none of these names, with similar names.
 
     Args:
         pattern: The pattern.

@@ -21,7 +21,7 @@ _PREDICTIONS = {
     "eps_pred": False,
     "noise": False,
 }
-# ModelSpec's key, which most trainers write; ComfyUI's key for the same
+# ModelSpec's key, which most trainers write; ComfyUI's equivalent
 _KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 _V_ARCHITECTURE = "stable-diffusion-v2-768-v"  # a ModelSpec name that says so too
 MAX_SHOWN = 60  # characters of a metadata value in a message
@@ -50,7 +50,7 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
             unknown = f"{key} = {shorten(text, MAX_SHOWN)}"
     if metadata.get("modelspec.architecture", "").partition("/")[0] == _V_ARCHITECTURE:
         velocity = True
-    # trainers in the style of sd-scripts write their options: False only means that an option was not given
+    # trainers based on sd-scripts write their options: False only means that an option was not set
     if velocity is None and metadata.get("ss_v_parameterization") == "True":
         velocity = True
     return Prediction(velocity, metadata.get("ss_zero_terminal_snr") == "True", unknown)

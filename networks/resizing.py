@@ -43,7 +43,7 @@ _DOWN_NAME = re.compile(
     r"(?P<module>.*?)[._](lora[._]|lora_linear_layer\.)(?P<factor>down|A|a)(?P<suffix>(\.[^.]+)*)"
 )
 _UP_NAMES = {"down": "up", "A": "B", "a": "b"}
-MIN_LEARNED = 1e-6  # a module learned nothing if its largest singular value is at most this
+MIN_LEARNED = 1e-6  # a module has learned nothing if its largest singular value is at most this
 TOLERANCE = 1e-12  # of cumulative fractions, which may end slightly below 1
 DIFFERENT_RANKS = "Dynamic"  # ss_network_dim of a LoRA whose modules have different ranks
 # values of --dynamic_method
@@ -152,7 +152,7 @@ def resize_file(options: ResizeOptions) -> None:
     """
     tensors, metadata, modules = _read_plain_lora(options.model)
     resized = [_resize_module(names, tensors, options, options.model) for names in modules]
-    # the new factors get the names of the old ones; other tensors stay
+    # new factors get the names of the old factors; other tensors are unchanged
     dtype = DTYPES[options.save_precision]
     for module in resized:
         tensors[module.names.down] = module.down.to(dtype).contiguous()
@@ -409,7 +409,7 @@ def _divide(dividend: Any, divisor: Any) -> float:
 def _change_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
-    """Return the metadata that changes: ranks, alphas, and a comment that describes the resizing.
+    """Return the metadata to update: ranks, alphas, and a comment that describes the resizing.
 
     Args:
         metadata: Metadata of the old file.

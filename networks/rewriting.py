@@ -41,7 +41,7 @@ _FUSED_PARTS = {
     "added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "kv": ("to_k", "to_v"),
 }
-# names of a tensor that is the alpha of all modules without their own
+# names of a global alpha, for all modules without their own alpha
 GLOBAL_ALPHA_KEYS = ("alpha", "lora_alpha", "network_alpha")
 
 
@@ -53,7 +53,7 @@ class Rewritten(NamedTuple):
     family_name: str = ""  # the only family with files of this form; "" if there are several
 
 
-# matches a name in files that `rewrite` changes; of numbered factors, the one with the number 1
+# matches a name in files that `rewrite` changes; for numbered factors, the name with number 1
 NEEDS_REWRITING = re.compile(
     r"\.processor\.|to_(?:added_)?q?kv\.|\.lora_(?:A|B|down|up)\.1\.weight|[._]1\.lora_(?:A|B|down|up)\.weight"
 )

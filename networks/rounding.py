@@ -95,7 +95,7 @@ class SampledRows:
         return tensor[self.rows] if tensor.ndim else tensor
 
     def record_sum(self, path: Path, total: Tensor) -> None:
-        """Record what a LoRA file adds: the difference between this sum and that of the previous call.
+        """Record what a LoRA file adds: the difference between this sum and the previous call's.
 
         Args:
             path: The LoRA file.
@@ -189,14 +189,14 @@ def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
 
 
 class LoraRounding:
-    """Choose how to round each changed weight (`--lora_rounding`), and record what rounding loses.
+    """Chooses how to round each changed weight (`--lora_rounding`), and records what rounding loses.
 
     While weights are merged, a sample of their rows shows whether rounding to the nearest is good enough.
     No weight is read twice, and stochastic rounding is used only where it helps.
     """
 
     def __init__(self, rule: str) -> None:
-        """Prepare to round with a value of `--lora_rounding`."""
+        """Set the value of `--lora_rounding`."""
         self._rule = rule
         # whether rows are sampled: not needed if every weight is rounded stochastically anyway
         self.needs_samples = rule != STOCHASTIC

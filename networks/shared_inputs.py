@@ -212,7 +212,7 @@ class _Outputs(torch.autograd.Function):
 
 
 class _JoinedOutputs(torch.autograd.Function):
-    """Compute all layers' outputs in a single product; their weights must be adjacent in memory."""
+    """Computes all layers' outputs in a single product; their weights must be adjacent in memory."""
 
     @staticmethod
     def forward(

@@ -41,7 +41,7 @@ from networks.names.layouts import (
 from networks.names.texts import TEXT_PROJECTION
 
 IN_OUR_NAMES = "ours"  # dialect of the names that established trainers write
-# prefixes that show a dialect as a whole; they are removed in several steps, like other prefixes
+# prefixes that reveal a dialect only as a whole; they are removed in several steps, like other prefixes
 _SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
 # parts of a path added by wrappers of modules: torch.compile, checkpointing, FSDP
 _WRAPPERS = re.compile(
@@ -64,9 +64,9 @@ _TEXT_LAYER_PREFIXES = tuple(
     for prefix in ("transformer.", "language_model.", "model.", "base_model.model.", "module.", "qwen3.")
     for spelling in (prefix, prefix.replace(".", "_"))
 )
-# beginnings of names in CLIP without `text_model.`, as in transformers 5
+# prefixes of names in CLIP without `text_model.`, as in transformers 5
 _CLIP_WITHOUT_TEXT_MODEL = ("encoder_layers_", "embeddings_", "final_layer_norm")
-# beginnings of names of text encoders in files without a prefix for them
+# prefixes of layer names that reveal a text encoder in files that do not name the encoder
 _UNPREFIXED_TEXT_LAYERS = ("text_model.encoder.", "encoder.block.")
 # text encoders to assume if the family is unknown
 _ENCODERS_OF_UNKNOWN_FAMILY = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))
@@ -343,14 +343,14 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     elif kind == OF_CLIP and file_prefix == "lora_te" and (family is None or len(prefixes_of_kind) > 1):
         return file_prefix  # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
     if prefixes_of_kind:
-        # a number above the family's count of such encoders means the last one
+        # a number above the family's count of such encoders means the last encoder
         return prefixes_of_kind[min(key.number, len(prefixes_of_kind)) - 1]
     is_prefix_of_other_kind = kind != "" and file_prefix in kind_by_prefix
     return None if is_prefix_of_other_kind else file_prefix
 
 
 def describe_unknown(paths: Iterable[str]) -> str:
-    """Describe unknown names, for a message.
+    """Describe what is unknown about tensor names, for a message.
 
     The result names an unknown prefix or ending of a known module's path, or else how all names begin. It is
     "" if there are no paths.

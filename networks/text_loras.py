@@ -82,7 +82,7 @@ class TextLoras:
     """Merges LoRAs into text encoders, and into layers loaded with them, after each encoder is loaded."""
 
     def __init__(self, weighted_loras: Sequence[WeightedLora], rounding: str = NEAREST) -> None:
-        """Prepare to add LoRAs to text encoders.
+        """Select the LoRAs that change text encoders or modules loaded with them.
 
         Args:
             weighted_loras: LoRA files with their strengths.
@@ -248,7 +248,7 @@ class FullPatch:
         model: Path,
         rounding: LoraRounding | None = None,
     ) -> None:
-        """Split the LoRAs by the networks of a checkpoint.
+        """Create a weight patch for each network in a checkpoint.
 
         Args:
             weighted_loras: LoRA files with their strengths.

@@ -24,7 +24,7 @@ EXACT_SUM = (
 )
 MERGED_FAMILIES = ("sd1", "sd2", "sdxl")
 OF_LORAS = "it is for merging LoRAs into one"
-# option of a model to merge into -> of its result
+# option of a model to merge into -> option of the result
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 MIN_DIFF = 0.01

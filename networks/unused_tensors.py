@@ -71,7 +71,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
 
 
 def _advise_on_word(key: str) -> str:
-    """Return advice on a key that is a trained word (embedding) in a LoRA file; "" for other keys."""
+    """Return the end of a warning about a trained word (embedding) in a LoRA file; "" for other keys."""
     word = word_of(key)
     if not word:
         return ""
@@ -206,7 +206,7 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
 
 
 def text_side_of(names: Iterable[str]) -> str:
-    """Describe the module group that all names belong to if it loads with the text encoder; else ""."""
+    """Describe the module group of all names if it is loaded with the text encoder; else ""."""
     model_parts = {
         module_names.describe_text_module(module_of(name)) for name in names
     }  # "": of the transformer

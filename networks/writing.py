@@ -37,7 +37,7 @@ def in_dialect(
     target: str,
     diffusers_prefix: str = IN_DIFFUSERS,
 ) -> TranslatedModules:
-    """Convert our names to ComfyUI's ("other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
+    """Convert our names to ComfyUI's (target "other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
 
     alpha / rank is multiplied into the factors of a LoRA (folded), and alpha is dropped. Other kinds keep
     their factors and alphas; only ComfyUI reads them, except for kinds with
@@ -278,7 +278,7 @@ def _to_full_rank(factors: Factors) -> Factors:
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
-    """Return LoRA factors under PEFT's names, each scaled by sqrt(alpha / rank) to make alpha superfluous."""
+    """Return LoRA factors under PEFT's names, each multiplied by sqrt(alpha / rank) to need no alpha."""
     scale = deltas.scaling_of(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}

@@ -127,7 +127,7 @@ def rehearsed(quantization: Quantization | None) -> Quantization | None:
 
 
 def attach(layer: nn.Linear, stored: QuantizedWeight) -> None:
-    """Replace the weight of a linear layer with a quantized weight, which the layer then computes with."""
+    """Replace a linear layer's weight with a quantized weight, and its forward with the format's product."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
     for name, tensor in zip(stored.format.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)

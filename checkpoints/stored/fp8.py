@@ -105,7 +105,7 @@ class Fp8:
     quantization: Quantization = Quantization("cast")
     name = "fp8"
     companions = ("scale_weight",)
-    is_kept_by_default = False  # without an option the model computes as the 16-bit file does
+    is_kept_by_default = False  # without an option, the model computes like the 16-bit file
 
     @property
     def log_description(self) -> str:
@@ -150,7 +150,7 @@ class Fp8:
         scale = stored.tensors[1]
         part = stored.weight[first : first + count].contiguous()
         if scale is not None:
-            # it may be for the whole weight; for blocks of rows it has a row for each
+            # either for the whole weight, or with one row per block of rows
             block, remainder = divmod(stored.shape[0], len(scale))
             if not (remainder or first % block or count % block):
                 scale = scale[first // block : (first + count) // block]

@@ -114,7 +114,7 @@ def _scale_sums(sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | N
 
 
 def _split_rows(x: Tensor, max_float32_elements: int) -> list[slice]:
-    """Split the rows of x, M x K, so that only one slice at a time needs float32; one slice in a compile."""
+    """Split the rows of x, M x K, so that only one slice at a time needs float32; no split in a compile."""
     rows = len(x) if torch.compiler.is_compiling() else max(1, max_float32_elements // x.shape[1])
     if len(x) <= rows:
         return [slice(None)]

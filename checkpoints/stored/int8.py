@@ -178,7 +178,7 @@ class _Int8Product(torch.autograd.Function):
 def _multiply_in_int8(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that computes input gradients from a slice of the output gradients in int8."""
+    """Return a function that maps a slice of output gradients to input gradients, in int8."""
     # column-major, as int8 units need it; freed with the function that is returned
     columns = codes.t().contiguous().t()
 
@@ -192,7 +192,7 @@ def _multiply_in_int8(
 def _multiply_dequantized(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that multiplies a slice of output gradients by the dequantized weight."""
+    """Return a function that maps a slice of output gradients to input gradients, without int8."""
     plain = _by_parts(lambda part: _scale_codes(codes, scale, part), codes, gradients.dtype)
 
     def product(part: slice) -> Tensor:
@@ -230,7 +230,7 @@ def _make_hadamard(size: int, device: torch.device) -> Tensor:
     return sign / size**0.5
 
 
-_hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # it would be eight launches for each layer
+_hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # each call would launch eight kernels per layer
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +251,7 @@ def _scale_codes(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
 
 
 def _split_rows(x: Tensor) -> list[slice]:
-    """Split the rows of x into slices, so that only one at a time needs float32; one slice in a compile."""
+    """Split the rows of x into slices, so that only one needs float32 at a time; no split while compiling."""
     rows = len(x) if torch.compiler.is_compiling() else max(FEW_TOKENS + 1, PIECE // max(1, x.shape[1]))
     if len(x) <= rows:
         return [slice(None)]

@@ -42,7 +42,7 @@ PIECE = 1 << 24  # weights rounded at a time
 
 @lru_cache(maxsize=4)
 def _make_value_pairs(device: torch.device) -> Tensor:
-    """Return the two 4-bit values of each byte, 256 x 2; cached, because copying to a GPU synchronizes."""
+    """Return the two nf4 levels of each byte, 256 x 2; cached, because copying to a GPU synchronizes."""
     return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
 
 

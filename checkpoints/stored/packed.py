@@ -141,7 +141,7 @@ def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
-    return torch.tensor(values, device=device)  # once: each copy to a GPU waits for it
+    return torch.tensor(values, device=device)  # cached: each copy to a GPU synchronizes
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class InputRotation(Protocol):
         """Return W (R^T - I) in float32; `rotations` is the result of `compute_rotations`."""
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
-        """Return why the values do not fit a weight of this name; "" if they do.
+        """Return why the rotation parameters do not fit a weight of this name; "" if they fit.
 
         The result is the end of an error message that begins with the path of the file.
         """
@@ -70,7 +70,7 @@ class Algebra:
 
     magnitudes: Magnitudes | None = None
     rotation: InputRotation | None = None
-    indivisible: str = ""  # for a kind whose factors cannot be cut into rows, its name, such as "a LoKr"
+    indivisible: str = ""  # name of a kind whose factors cannot be cut by rows, such as "a LoKr"
     # Returns which required part is missing (other than `NetworkKind.pairs`), or which has an impossible
     # shape; None if there is no error. None instead of a function means that the kind has no such rules
     find_error: Callable[[Factors], str | None] | None = None

@@ -20,7 +20,7 @@ FACTOR_PAIRS = tuple(pair for kind in KINDS for pair in kind.pairs)
 MAGNITUDE_KIND = next((kind for kind in KINDS if kind.magnitudes), None)
 MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.magnitudes
 MAGNITUDE_KIND_NAME = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.name
-# kinds whose change of a weight is a product of other factors than a LoRA's
+# kinds whose weight change is a product of factors other than a LoRA's
 PRODUCT_KIND_NAMES = tuple(
     kind.name for kind in KINDS if kind.marks and kind is not LORA and not kind.needs_weight
 )
@@ -34,10 +34,10 @@ SPELLINGS = tuple((re.compile(old), new) for kind in KINDS for old, new in kind.
 # values of --network_module whose files grow with --network_dim
 RANKED_NETWORKS = tuple(kind.network_module for kind in KINDS if kind.is_sized_by_rank)
 BY_MODULE = {kind.network_module: kind for kind in KINDS if kind.network_module}
-# kinds that extend a LoRA if --network_args ask for it
+# kinds that extend a LoRA if --network_args enable them
 VARIANTS = tuple(kind for kind in KINDS if kind.switch)
 SWITCHES = {kind.switch: kind for kind in VARIANTS}
-# arguments of LoRAs that have an effect with --dim_from_weights too
+# --network_args of LoRAs that are used with --dim_from_weights too
 WITH_FILE = {name for kind in KINDS if kind.is_with_file for name in (kind.switch, *kind.numbers)}
 OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_modules.items()}
 
@@ -48,7 +48,7 @@ def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
 
 
 def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
-    """Return the first of `kinds` that the tensor names show; None if they show none of them."""
+    """Return the first of `kinds` whose factor names occur in the tensor names; None if there is none."""
     names = tuple(names)
     return next((kind for kind in kinds if any(name.endswith(kind.marks) for name in names)), None)
 

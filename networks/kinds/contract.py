@@ -36,7 +36,7 @@ class Target(NamedTuple):
     module: LoraModule
     rank: int
     alpha: float
-    split_sizes: tuple[int, ...]  # numbers of rows that get separate factors; (): one pair of factors for all
+    split_sizes: tuple[int, ...]  # rows of parts that get separate factors; (): one pair of factors
     rate_factor: float = 1.0  # multiplies the learning rate
 
 
@@ -104,9 +104,9 @@ class NetworkKind:
     article = "a"
 
     # --- tensors
-    parts: tuple[str, ...] = ()  # endings of tensor names that only this kind has
+    parts: tuple[str, ...] = ()  # factor names (endings of tensor names) that only this kind has
     marks: tuple[str, ...] = ()  # subset of `parts`; each of its modules has at least one of them
-    pairs: tuple[tuple[str, str], ...] = ()  # parts that are only valid together
+    pairs: tuple[tuple[str, str], ...] = ()  # factors that are only valid together
     rank_parts: tuple[str, ...] = ()  # parts whose first axis is the rank; the first that exists is used
     magnitudes = ""  # part for `Algebra.magnitudes`; only one kind has it
     cores: tuple[str, ...] = ()  # parts of its Tucker form, which is read but not trained
@@ -123,7 +123,7 @@ class NetworkKind:
     unread: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # unsupported form -> endings of its names
     read_form = ""  # name of the supported form, if there are several
 
-    # --- networks that are trained
+    # --- training
     network_module = ""  # value of --network_module; "": it extends the layers of a LoRA
     module_note = ""  # text after the module's name in --help
     dropout_note = ""  # meaning of --network_dropout, for --help
@@ -143,14 +143,14 @@ class NetworkKind:
     # arguments (integers are at least 1)
     switch = ""
     numbers: Mapping[str, type[int] | type[float]] = MappingProxyType({})
-    is_with_file = False  # whether these arguments have an effect with --dim_from_weights
+    is_with_file = False  # whether these arguments are used with --dim_from_weights
     merged = ""  # what is lost if a file is merged, as a sentence that follows its path
 
     # --- other programs
     not_in_comfyui = ""  # why ComfyUI cannot express a module of this kind
     rejection_by_comfyui = ""  # error if a file is to be written for ComfyUI, after the file's path
     no_two_experts = ""  # why a file in diffusers' dialect cannot store the networks of two experts
-    is_for_comfyui_alone = False  # whether only ComfyUI reads its files without conversion
+    is_for_comfyui_alone = False  # whether ComfyUI is the only program that reads its files unconverted
     elsewhere = ""  # sentences about what other programs do with its files
     plain_title = ""  # title of the command that makes plain LoRAs, if other programs need them
 
@@ -257,5 +257,5 @@ class NetworkKind:
 
 
 def named(kind: NetworkKind) -> str:
-    """Return the name of a network kind with its article, for messages."""
+    """Return a network kind's name with its article for messages, such as "an OFT"."""
     return f"{kind.article} {kind.name}"

@@ -58,7 +58,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_nor
     changed = weight + delta.reshape(weight.shape)
     # axis with one norm per index
     axis = 1 if is_by_input(magnitudes) else 0
-    uses_frozen = uses_frozen_norms and axis == 0  # ComfyUI does so only for norms by output
+    uses_frozen = uses_frozen_norms and axis == 0  # ComfyUI does so only for row norms
     norms = norms_of(weight if uses_frozen else changed, axis)
     return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
 

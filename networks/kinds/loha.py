@@ -47,7 +47,7 @@ class LohaKind(NetworkKind):
     word = "hada"
     network_module = "networks.loha"
     algorithms = ("loha",)
-    # programs have different orders, which the shapes of the parameters tell apart
+    # programs use different orders, which differ in the parameters' shapes
     orders = (
         ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"),

@@ -89,7 +89,7 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
     w1_factors = _in_order(factors, "lokr_w1")
     w2_factors = _in_order(factors, "lokr_w2")
     n = w2_factors[0].shape[1]
-    # kron(w1, w2) acts as w2 on the last axis and w1 on the one before it
+    # kron(w1, w2) applies w2 to the last axis and w1 to the axis before it
     hidden = x.unflatten(-1, (x.shape[-1] // n, n))  # ... m n
     for factor in w2_factors:
         hidden = functional.linear(hidden, factor.to(x.dtype))
@@ -141,7 +141,7 @@ def _initialize(name: str, weight: nn.Parameter) -> None:
 
 
 def _is_scaled(shapes: Shapes) -> bool:
-    # as in LyCORIS, alpha / rank does not apply if neither matrix has factors, because there is no rank then
+    # as in LyCORIS, alpha / rank does not apply if neither matrix is factored, because there is no rank
     return not {"lokr_w1", "lokr_w2"} <= shapes.keys()
 
 

@@ -18,7 +18,7 @@ class Rotation(nn.Module):
 
 
 class OftLayer(nn.Module):
-    """Replaces a frozen module's forward to rotate the input first (OFT).
+    """Replaces the forward of a frozen Linear to rotate its input first (OFT).
 
     The rotation is computed in float32 from float32 values. The input is rotated in autocast's dtype, or in
     float32 without autocast.
@@ -35,7 +35,7 @@ class OftLayer(nn.Module):
         self.multiplier = 1.0
         self.dropouts: Dropouts | None = None  # `neuron` is the fraction of blocks that do not rotate
         self.seed = DropoutSeed()
-        self.index = 0  # index of this layer in the network, so that each layer has other dropout masks
+        self.index = 0  # index of this layer in the network, so that dropout masks differ between layers
         self.seed_table: Tensor | None = None  # seeds of dropout masks as a tensor, for compiled code
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
@@ -66,7 +66,7 @@ class OftLayer(nn.Module):
         return self._original_forward(rotated if is_autocast else rotated.to(x.dtype))
 
     def seed_of(self, kind: str) -> int:
-        """Return the seed of this layer's random values of one kind, such as "neuron", in this step."""
+        """Return the seed of this layer's dropout mask of a kind, such as "neuron", in this step."""
         return self.seed.derive(self.index, kind)
 
     def _drop(self, rotations: Tensor, dropouts: Dropouts) -> Tensor:

@@ -97,7 +97,7 @@ class OftAlgebra(Algebra):
         return rotate_weight(weight, rotations)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
-        """Return why the values do not fit a weight, as the end of a sentence; "" if they do."""
+        """Return why the parameters do not fit a weight, as the end of an error message; "" if they fit."""
         return find_misfit(values, weight, name)
 
 

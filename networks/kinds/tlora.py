@@ -112,7 +112,7 @@ class TLoraKind(NetworkKind):
         try:
             arguments = dict(parse_json(text))
         except (ValueError, TypeError, RecursionError):
-            return None  # written by another program, in another form
+            return None  # written by another program in a different format
         if str(arguments.get(SWITCH, "")).lower() != "true":
             return None
         default = TLoraRule()

@@ -84,7 +84,7 @@ NUMBERED_ATTENTION = (
 
 @dataclass(frozen=True)
 class LoraRules:
-    """--network_args that only one family has, and the modules that they select.
+    """The --network_args that only one family has, and the modules that they select.
 
     Paths are module paths in the network.
     """
@@ -169,7 +169,7 @@ class DepthVariants:
 
 @dataclass(frozen=True, eq=False)  # eq=False: compared and hashed by identity, because the lists are long
 class FamilyNames:
-    """All module paths of a model family, in our layout and in those of other programs."""
+    """All module paths of a model family, in our layout and in other programs' layouts."""
 
     name: str  # value of `ss_base_model_version`
     architecture: str  # value of `modelspec.architecture`, without its "/lora"
@@ -270,13 +270,7 @@ def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
-    """Return one `WeightPart` for each pair of endings (theirs, ours), for modules that are only renamed.
-
-    Args:
-        theirs: Start of the path in the other layout.
-        ours: Start of the path in our layout.
-        endings: Pairs of path endings to append.
-    """
+    """Return WeightPart(theirs + ending, ours + ending) for each pair of endings of renamed modules."""
     return tuple(WeightPart(theirs + their_ending, ours + our_ending) for their_ending, our_ending in endings)
 
 
