@@ -27,6 +27,6 @@ relocating: replaces paths of this machine in a folder's texts
 unpacking: makes a folder from a packed file again
 script_facts: options of a script that trains, asked from the script
 foreign/: projects of other trainers, which `new --from` reads
-recipes/: values of a training run in a file, for `new --recipe`
+recipes/: values of a training run in a shareable file
 tracing: keeps a trace of a run for the browser
 """
