@@ -320,8 +320,10 @@ def _select_requested_layers(
         return frozenset(name for name in names if not name.startswith(blocks_in_16_bits))
 
     new_format: QuantizationFormat | None = form_of(quantization)
-    linear = without_16_bit_blocks(linear_weights(dit, spec.block_lists))
-    quantized_in_file = find_quantized_weights(linear, sources, checkpoint.tensors, format_is_requested=True)
+    linear_names = without_16_bit_blocks(linear_weights(dit, spec.block_lists))
+    quantized_in_file = find_quantized_weights(
+        linear_names, sources, checkpoint.tensors, format_is_requested=True
+    )
     is_file_unquantized = not quantized_in_file
     if is_file_unquantized:
         exclude = spec.form_exclude.get(quantization.form, spec.fp8_exclude)

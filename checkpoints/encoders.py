@@ -48,12 +48,12 @@ def find_network(
     if prefix is None:
         return None
     other_prefixes = (*excluded, *ALL_IN_ONE)
-    strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
-    if strange:
+    unknown = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
+    if unknown:
         reject_quantized(checkpoint)  # a better message if they belong to a quantized format
         raise CheckpointError(
-            f"{checkpoint.path}: in addition to {prefix}{embeddings} and its network, it has {len(strange)} "
-            f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give a file with only this "
+            f"{checkpoint.path}: in addition to {prefix}{embeddings} and its network, it has {len(unknown)} "
+            f"tensors of an unknown network, such as {', '.join(unknown[:3])}. Give a file with only this "
             "encoder.",
             checkpoint.path,
         )

@@ -481,8 +481,8 @@ def _check_fit(
     # compare the names
     missing = set()
     for name in targets:
-        parts = sources[name].names if name in sources else ()
-        if not parts or any(part not in checkpoint.tensors for part in parts):
+        stored_names = sources[name].names if name in sources else ()
+        if not stored_names or any(stored_name not in checkpoint.tensors for stored_name in stored_names):
             missing.add(name)
     unexpected = _find_unexpected(targets, checkpoint, sources, ignore)
     lines = []
@@ -493,16 +493,16 @@ def _check_fit(
     for name, tensor in targets.items():
         if name in missing:
             continue
-        infos = [checkpoint.tensors[part] for part in sources[name].names]
-        needed = tuple(tensor.shape)
+        infos = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
+        needed_shape = tuple(tensor.shape)
         shape: tuple[int, ...] | None = infos[0].shape
         if sources[name].build is not None:
             shape = _infer_shape(sources[name], infos)
-        if shape is not None and len(shape) < len(needed):
-            shape = add_leading_axes(shape, len(needed))
+        if shape is not None and len(shape) < len(needed_shape):
+            shape = add_leading_axes(shape, len(needed_shape))
         packing = infos[0].packing
-        if shape != needed and (packing is None or shape != packing.padded(needed)):
-            lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
+        if shape != needed_shape and (packing is None or shape != packing.padded(needed_shape)):
+            lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed_shape)} is needed")
     if lines:
         if len(lines) > MAX_ERRORS:
             lines = [*lines[:MAX_ERRORS], f"  and {len(lines) - MAX_ERRORS:,} lines like these"]

@@ -69,7 +69,7 @@ class GgufFile(HeaderFile):
     def _read_header(self, size: int) -> None:
         """Read version, metadata and counts, then name, shape, type and offset of each tensor."""
         reader = _HeaderReader(self._file, min(size, MAX_HEADER_BYTES))
-        reader.read_bytes(4)
+        reader.read_bytes(4)  # the magic number
         version = reader.read_number("I")
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, but only 2 and 3 are supported")
@@ -183,7 +183,7 @@ class GgufFile(HeaderFile):
         return TensorInfo(torch.uint8, value_shape, _make_packing(kind, file_shape, shape))
 
     def _rename_like_transformers(self) -> None:
-        """Rename tensors from llama.cpp's names to transformers'; undo the permutation of q and k rows.
+        """Rename tensors from llama.cpp's names to transformers'; note which have permuted q and k rows.
 
         Raises:
             CheckpointError: If llama.cpp has changed the weights of this model irreversibly.

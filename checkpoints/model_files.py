@@ -158,7 +158,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
             path,
         )
     if latents.ndim == 4:
-        latents = latents[None]
+        latents = latents[None]  # add the batch axis
     _check_latent_shapes(path, option, latents, audio)
     tensors = [latents] if audio is None else [latents, audio]
     if not only_shape and not all(map(is_finite, tensors)):

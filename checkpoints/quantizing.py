@@ -154,21 +154,21 @@ def quantize_file(options: QuantizeOptions) -> None:
         if options.form == "bf16":
             write = _write_bf16
         elif quantized:
-            form = dtype_name(checkpoint.tensors[quantized[0]].dtype)
+            dtype = dtype_name(checkpoint.tensors[quantized[0]].dtype)
             raise CheckpointError(
-                f"{options.model} is quantized already ({quantized[0]}: {form}); rounding it again would "
+                f"{options.model} is quantized already ({quantized[0]}: {dtype}); rounding it again would "
                 "only lose more. Give the file in 16 bits.",
                 options.model,
             )
         else:
             write = _write_gguf if options.form == GGUF else _write_comfyui
-        count = write(options, checkpoint, model, metadata=metadata, device=device)
-        unchanged = len(sources) - count
+        num_layers = write(options, checkpoint, model, metadata=metadata, device=device)
+        num_unchanged = len(sources) - num_layers
     size = format_size(options.output.stat().st_size)
     rows = [
         ("model", f"{options.model}: {model.description}"),
         ("form", options.form),
-        ("layers", f"{count}; {unchanged} other tensors unchanged"),
+        ("layers", f"{num_layers}; {num_unchanged} other tensors unchanged"),
         ("file", f"{options.output} ({size})"),
     ]
     show_box("The model is written", rows)
@@ -204,8 +204,8 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
     # Wan is tried last, because it accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
         # describes how to recognize the family's transformer
-        files = import_own(f"{entry.room}.files") if entry.own_files else None
-        dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
+        files_module = import_own(f"{entry.room}.files") if entry.own_files else None
+        dit_format: DitFormat[Any, Any] | None = getattr(files_module, "FORMAT", None)
         if dit_format is None:
             continue
         try:

@@ -297,7 +297,7 @@ def _read_field(message: bytes, number: int) -> Iterator[bytes]:
             # skip short vocabulary items without function calls: umT5 has 256,000 of them
             while offset < last and message[offset] == _PIECE and message[offset + 1] < 0x80:
                 offset += 2 + message[offset + 1]
-            if offset == last + 1:
+            if offset == last + 1:  # the message ends with a vocabulary item
                 return
             key, offset = read_varint(message, offset)
             wire_type = key & 7

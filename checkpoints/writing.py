@@ -61,10 +61,10 @@ def stream_tensors(
                 )
             _write_data(file, tensor)
             del tensor  # before the next tensor is read
-        late = {} if late_metadata is None else late_metadata()
-        if late:  # the header has the same length as before, thanks to the spare bytes
+        added_metadata = {} if late_metadata is None else late_metadata()
+        if added_metadata:  # the header has the same length as before, thanks to the spare bytes
             file.seek(0)
-            file.write(_add_metadata(header, late))
+            file.write(_add_metadata(header, added_metadata))
 
 
 def save_tensors(

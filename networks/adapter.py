@@ -299,6 +299,7 @@ def make_network(
         layers_of_dit = network.layers_of_dit()
         if layers_of_dit:
             cast_before_pass(dit, layers_of_dit, spec_of(dit).shared_inputs)
+    # another package's network must bring its own function to scale norms
     elif options.scale_weight_norms is not None and not hasattr(
         network.module, "apply_max_norm_regularization"
     ):

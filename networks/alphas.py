@@ -128,6 +128,7 @@ def find_alphas(
     if not is_written_here:
         sources, warnings = _find_sources(path, metadata, network)
     distinct_ranks = set(ranks.values())
+    # ignore alphas that were set for ranks which no module has
     warnings += _list_warnings_of_other_ranks(sources, distinct_ranks)
     sources = [source for source in sources if source.can_be_for(distinct_ranks)]
     alpha = _require_one_alpha(path, sources)
@@ -160,16 +161,16 @@ def _describe_alphas(
 ) -> str:
     """Describe where the alphas come from and how many modules have none, for the log."""
     descriptions: list[str] = []
-    with_alpha = next((source for source in sources if source.settings.get("lora_alpha")), None)
-    if with_alpha is not None:
-        alpha = _to_finite(with_alpha.settings["lora_alpha"])
-        descriptions.append(f"alpha {alpha:g} of {with_alpha.location}")
-    elif num_found:  # only patterns
+    source_with_alpha = next((source for source in sources if source.settings.get("lora_alpha")), None)
+    if source_with_alpha is not None:
+        alpha = _to_finite(source_with_alpha.settings["lora_alpha"])
+        descriptions.append(f"alpha {alpha:g} of {source_with_alpha.location}")
+    elif num_found:  # PEFT's settings have only alphas by pattern
         descriptions.append(f"alphas of {sources[0].location}")
     if num_missing:
         has_alphas = num_found or any("alpha" in factors for factors in network.modules.values())
-        location = f"for {num_missing} modules" if has_alphas else "in it"
-        descriptions.append(f"no alpha {location}: the rank is used instead")
+        modules_clause = f"for {num_missing} modules" if has_alphas else "in it"
+        descriptions.append(f"no alpha {modules_clause}: the rank is used instead")
     return ", ".join(descriptions)
 
 
@@ -388,16 +389,16 @@ def _parse_settings(
     for key, value in entries:
         if _belongs_to(key.network or network, network_prefix):
             values[key.name] = value
-    common = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
-    if "use_rslora" in common:
-        common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
+    common_settings = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
+    if "use_rslora" in common_settings:
+        common_settings["use_rslora"] = str(common_settings["use_rslora"]).lower() == "true"
     alpha_names = [name for name in _RANK_NAMES_BY_ALPHA if name in values]  # spellings of alpha
     for alpha_name in alpha_names:
         rank = _get_first(values, _RANK_NAMES_BY_ALPHA[alpha_name])
-        peft_settings = {"lora_alpha": values[alpha_name], "r": rank, **common}
+        peft_settings = {"lora_alpha": values[alpha_name], "r": rank, **common_settings}
         sources.append(_AlphaSource(location, peft_settings))
-    if not alpha_names and common:  # only patterns, with alphas for some modules
-        peft_settings = {"lora_alpha": None, "r": _get_first(values, _RANK_NAMES), **common}
+    if not alpha_names and common_settings:  # only patterns, with alphas for some modules
+        peft_settings = {"lora_alpha": None, "r": _get_first(values, _RANK_NAMES), **common_settings}
         sources.append(_AlphaSource(location, peft_settings))
     return sources
 

@@ -445,11 +445,11 @@ def _round_into(
         start: Number of elements of the parameter that precede these.
     """
     is_small_weight = start == 0 and weight.numel() <= SMALL_WEIGHT
-    change = total.clone() if random_rounding is not None and is_small_weight else None
+    exact_change = total.clone() if random_rounding is not None and is_small_weight else None
     total.add_(original)
-    if random_rounding is not None and change is not None:
+    if random_rounding is not None and exact_change is not None:
         # of several draws, the one that alters the change least is used
-        random_rounding.round_small(total, change)
+        random_rounding.round_small(total, exact_change)
     elif random_rounding is not None:
         random_rounding.round(total, start)
     weight.copy_(total)
@@ -888,7 +888,7 @@ def check_loras_fit(
             weighted_loras = fit_depths(weighted_loras, checkpoint.tensors, model)
         patch = LoraPatch(weighted_loras, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
-            # `to_meta_tensor`: only the shape of the tensor, no values
+            # on the meta device, `add_to` only compares shapes; both calls record which modules exist
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.to_meta_tensor(info))
             else:  # padded rows: the stored shape may exceed the weight's, so only compare names

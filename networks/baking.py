@@ -89,8 +89,11 @@ class Loss(NamedTuple):
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     """Approximate each module that is not a plain LoRA with the best LoRA of a given rank.
 
-    Changes are computed at multiplier 1; plain LoRAs are unchanged. Memory: the LoRA, and one weight with its
-    change in float32.
+    1. Find the modules that are not plain LoRAs.
+    2. Compute the change of each at multiplier 1, with the model's weight if the change depends on it.
+    3. Approximate the change with two factors, and update the metadata.
+
+    Memory: the LoRA, and one weight with its change in float32.
 
     Args:
         lora: The LoRA file.

@@ -320,8 +320,8 @@ def _replace_by_plain_loras(
 def convert_z_image(options: ZImageConvertOptions) -> None:
     """Convert a Z-Image LoRA to ComfyUI's layout, which fuses queries, keys and values, or back.
 
-    A joined LoRA has the sum of the three ranks, and its alpha grows by the same factor. Metadata is kept;
-    hashes are recomputed.
+    A joined LoRA has the sum of the three ranks, and its alpha grows by the same factor, so the change stays
+    the same. Metadata is kept; hashes are recomputed.
 
     Raises:
         CheckpointError: If the file is not a LoRA for this model.
@@ -501,8 +501,10 @@ def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conv
     if baking is not None and baking.rank is not None:
         return bake(lora, family, baking)
     # FramePack's own layout is diffusers', so ComfyUI's kind of norms does not apply to it
-    in_diffusers = family is not None and family.is_as_in_diffusers and family.path_prefix == IN_DIFFUSERS
-    is_for_comfyui = conversion.target == "other" and not in_diffusers
+    has_diffusers_layout = (
+        family is not None and family.is_as_in_diffusers and family.path_prefix == IN_DIFFUSERS
+    )
+    is_for_comfyui = conversion.target == "other" and not has_diffusers_layout
     for kind in KINDS:  # only DoRA changes the file
         lora = kind.convert_magnitudes(lora, family, baking, is_for_comfyui, conversion.target)
     return Baked(lora, "")
@@ -530,22 +532,22 @@ def convert_lora(
         CheckpointError: If no module can be converted.
     """
     native = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
-    written = convert_to_dialect(native, family, target, start)
+    dit_part = convert_to_dialect(native, family, target, start)
     text_tensors: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
     left_out_texts: Mapping[str, str] = {}
     if target == "diffusers":
         text_tensors, left_out_texts = texts_to_diffusers(lora.text_tensors)
     elif target == "other":
         text_tensors = texts_to_comfyui(lora.text_tensors, family)
-    advice = _advise_on_left_out(native, written.left_out)
-    left_out = {**written.left_out, **left_out_texts}
-    if left_out and not written.tensors and not text_tensors:
+    advice = _advise_on_left_out(native, dit_part.left_out)
+    left_out = {**dit_part.left_out, **left_out_texts}
+    if left_out and not dit_part.tensors and not text_tensors:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
         raise CheckpointError(f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{advice}", lora.path)
-    _warn_of_left_out(lora.path, written.left_out, advice)
+    _warn_of_left_out(lora.path, dit_part.left_out, advice)
     _warn_of_left_out(lora.path, left_out_texts)
     metadata = _metadata_of_converted(lora, target, family)
-    return ConvertedLora({**written.tensors, **text_tensors}, metadata)
+    return ConvertedLora({**dit_part.tensors, **text_tensors}, metadata)
 
 
 def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:
@@ -594,20 +596,21 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
     Raises:
         CheckpointError: If the file is for a different family, or if several are possible and none is named.
     """
-    likely = lora.families()  # by the names and sizes of modules
-    likely_names = " or ".join(family.name for family in likely) or "no known model"
+    likely_families = lora.families()  # by the names and sizes of modules
+    likely_names = " or ".join(family.name for family in likely_families) or "no known model"
     if name is None:
-        if not likely:
+        if not likely_families:
             return None
-        if module_names.have_same_names(likely):
-            return likely[0]
+        # families with the same module names are converted alike, so any of them will do
+        if module_names.have_same_names(likely_families):
+            return likely_families[0]
         raise CheckpointError(
             f"{lora.path} can be for {likely_names}: all of them have layers of these names and sizes.\n"
-            f"  Say which one it was trained for, such as --family {likely[0].name}.",
+            f"  Say which one it was trained for, such as --family {likely_families[0].name}.",
             lora.path,
         )
     named_families = lora.families(name)
-    evidence = _find_evidence_against(name, lora, named_families, likely)
+    evidence = _find_evidence_against(name, lora, named_families, likely_families)
     if evidence:
         raise CheckpointError(
             f"{lora.path} is a LoRA for {likely_names} according to its {evidence}, not for {name}.\n"

@@ -319,10 +319,10 @@ class Delta:
                 return f"it has {second} but no {first}"
         if self.rotation is not None:
             rotation_name = self.rotation.factor_name
-            further_names = [name for name in factors if name not in (rotation_name, "alpha")]
-            if further_names:
-                further = ", ".join(further_names)
-                return f"it has {further} next to a rotation ({rotation_name}), which is not supported"
+            other_names = [name for name in factors if name not in (rotation_name, "alpha")]
+            if other_names:
+                other_list = ", ".join(other_names)
+                return f"it has {other_list} next to a rotation ({rotation_name}), which is not supported"
         if not factors.keys() & {*composing.KIND_BY_FACTOR, *_FULL_SIZE_FACTORS}:
             return f"it has only {', '.join(factors)}"
         return None

@@ -72,9 +72,8 @@ def _count_blocks(names: Iterable[str], depth_variants: DepthVariants) -> int:
     modules = dict.fromkeys(module_of_tensor(name)[0] for name in names)
     family = select_family(modules)
     list_names = [depth_variants.blocks]
-    if (
-        family is None or family.depth_variants is not None
-    ):  # otherwise the other names belong to another family's list
+    # in a family without deeper variants, the other names mean different blocks
+    if family is None or family.depth_variants is not None:
         list_names += depth_variants.other_list_names
     return max(_find_indices(modules, list_names), default=-1) + 1
 

@@ -48,7 +48,7 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
             f"--dim_from_weights: {path} has {shapes}, which cannot be trained on this layer of "
             f"shape {list(shape)}"
         )
-    rank = rank_of(factors)
+    rank = rank_of(factors)  # None for full matrices, which get 1 below
     alpha: float = rank or 1  # by default, alpha / rank is 1
     if rank and "alpha" in factors:
         alpha = float(factors["alpha"])

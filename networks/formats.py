@@ -119,6 +119,7 @@ class LoraFormat:
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         folded_scalings: dict[int, set[float]] = {}  # rank in the file -> folded values of alpha / rank
+        # `scaling` is the alpha / rank to fold into the group's factors; None keeps the alphas
         for scaling, group in self._group_by_scaling(in_dit).items():
             converted = self._convert_dit(group, is_folded=scaling is not None)
             written |= converted.tensors

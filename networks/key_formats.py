@@ -109,7 +109,7 @@ def to_native(
     # some programs' fused or numbered factors become one LoRA for each module
     if any(NEEDS_REWRITING.search(key) for key in rewritten.tensors):
         rewritten = rewrite(rewritten.tensors)
-
+    # find the families that have these modules
     keys = _parse_keys(rewritten.tensors)
     dialects = sorted({parsed.dialect for parsed in keys.of_dit.values()})
     family_name: str | None = rewritten.family_name or None
@@ -124,7 +124,7 @@ def to_native(
     unknown_names = ""
     if not families:
         unknown_names = describe_unknown(parsed.full_path for parsed in keys.of_dit.values())
-
+    # rename; several keys of a file may get the same name, and the first one is used
     our_modules = _map_paths_to_our_names(keys.of_dit, families)
     our_names = {key: f"{our_modules[parsed.path]}.{parsed.suffix}" for key, parsed in keys.of_dit.items()}
     text_names: dict[str, str] = {}
@@ -292,10 +292,10 @@ def _find_family_for_texts(
         hint: Family named by the user or the metadata, for a file that has only text encoders.
     """
     num_encoders = max((parsed.number for parsed in keys.values()), default=1)  # encoders are numbered from 1
-    likely = [family for family in families if len(family.encoders) >= num_encoders] or families[:1]
-    if likely:
-        has_same_encoders = len({family.encoders for family in likely}) == 1
-        return likely[0] if has_same_encoders else None
+    candidates = [family for family in families if len(family.encoders) >= num_encoders] or families[:1]
+    if candidates:
+        has_same_encoders = len({family.encoders for family in candidates}) == 1
+        return candidates[0] if has_same_encoders else None
     return next((family for family in FAMILIES if family.name == hint), None)
 
 

@@ -139,7 +139,12 @@ class LoraLayer(nn.Module):
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the frozen module's output plus the product of the factors, with dropout and noise."""
+        """Return the frozen module's output plus the product of the factors, with dropout and noise.
+
+        1. Return only the frozen output if the multiplier is 0 or dropout skips the layer.
+        2. Compute together with the layers that have the same input, if these are plain.
+        3. Otherwise add the LoRA in place or to a new tensor, with DoRA's norms and GGPO's noise.
+        """
         # x: B x L x in, or B x in x H x W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # compute dtype of the factors

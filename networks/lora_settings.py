@@ -334,6 +334,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
     paths = [path for _, path in modules]
     names = [prefix + path.replace(".", "_") for prefix, path in modules]
 
+    # include and exclude patterns match a path from its start; patterns with values match anywhere in a name
     def fit_path_patterns(argument: str, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
         fitted = []
         for pattern in patterns:

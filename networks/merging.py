@@ -303,6 +303,10 @@ def merge_into_file(
 ) -> None:
     """Write the model with the LoRAs merged in as one safetensors file; keep names, dtypes and metadata.
 
+    1. Open the model, and check that the LoRAs fit it.
+    2. Plan the dtype of each written tensor.
+    3. Read, change and write one tensor at a time.
+
     Peak memory: the LoRAs, one tensor of the model and some MB (for LoKr, also the tensor's change in
     float32).
 

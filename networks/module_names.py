@@ -111,12 +111,12 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     name_by_template = {_DIGITS.sub("n", name): name for name in reversed(names)}
     sizes = _known_sizes(name_by_template.values(), size_of)
     levels = {family: _rate_agreement(family, names, sizes) for family in families}
-    best = max(levels.values())
-    chosen = [family for family in families if levels[family] == best]
-    if len(chosen) == 1:
-        return chosen
+    best_level = max(levels.values())
+    best_families = [family for family in families if levels[family] == best_level]
+    if len(best_families) == 1:
+        return best_families
     # if block indices do not single out one, families with other released sizes are possible too
-    return [family for family in families if levels[family] >= min(best, _AS_RELEASED)]
+    return [family for family in families if levels[family] >= min(best_level, _AS_RELEASED)]
 
 
 def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, int]]:
@@ -225,14 +225,14 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
         if version == family.name or architecture == family.architecture:
             return family
     longest = 0  # the longest matching prefix wins: "flux_2_dev" also begins with FLUX.1's "flux"
-    likely: FamilyNames | None = None
+    best_family: FamilyNames | None = None
     for family in FAMILIES:
-        for start in family.version_prefixes:
-            begins = version.lower().startswith(start) or architecture.lower().startswith(start)
-            if begins and len(start) > longest:
-                longest = len(start)
-                likely = family
-    return likely
+        for prefix in family.version_prefixes:
+            has_prefix = version.lower().startswith(prefix) or architecture.lower().startswith(prefix)
+            if has_prefix and len(prefix) > longest:
+                longest = len(prefix)
+                best_family = family
+    return best_family
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:

@@ -519,14 +519,14 @@ def _make_layers_of_file(
 def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     """Return the settings that apply if a file sets modules and ranks; warn of settings that are ignored."""
     rules = OWN_MODULES[name].rules
-    with_effect = {*WITH_FILE}
+    used_keys = {*WITH_FILE}
     if rules is not None:
-        with_effect.update(rules.encoder_switches)  # they select the trained text encoders
-    ignored = {
-        key: value for key, value in typed.arguments.items() if value is not None and key not in with_effect
+        used_keys.update(rules.encoder_switches)  # they select the trained text encoders
+    ignored_arguments = {
+        key: value for key, value in typed.arguments.items() if value is not None and key not in used_keys
     }
-    read_own(name, NetworkArguments(arguments=ignored))  # raises if an ignored value is invalid
-    for key in sorted(ignored):
+    read_own(name, NetworkArguments(arguments=ignored_arguments))  # raises if an ignored value is invalid
+    for key in sorted(ignored_arguments):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"

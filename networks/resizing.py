@@ -186,6 +186,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
                 path,
             )
         is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+        # in our own files, an alpha that is not a tensor is already in the factors
         if not is_written_here and any(names.alpha is None for names in modules):
             _reject_other_alphas(path, checkpoint.metadata)
         tensors = {name: checkpoint.read(name) for name in shapes}

@@ -54,18 +54,19 @@ def merge_and_resize(options: SvdMergeOptions) -> None:
     weighted_loras = [WeightedLora(read_lora(path, with_texts=True), ratio) for path, ratio in pairs]
     logger.info("merging %s", ", ".join(f"{path} (strength {ratio:g})" for path, ratio in pairs))
     with temporary_folder() as folder:
-        exact = folder / "sum.safetensors"
+        # with concat, the sum is exact and has all ranks; it is then resized to the new rank
+        sum_path = folder / "sum.safetensors"
         summing = FullMergeOptions.from_defaults(
             models=options.models,
             ratios=options.ratios,
-            save_to=exact,
+            save_to=sum_path,
             family=options.family,
             concat=True,
         )
-        save_sum(summing, exact, weighted_loras, CPU)
+        save_sum(summing, sum_path, weighted_loras, CPU)
         resize_file(
             ResizeOptions.from_defaults(
-                model=exact,
+                model=sum_path,
                 save_to=options.save_to,
                 new_rank=options.new_rank,
                 new_conv_rank=options.new_conv_rank,

@@ -336,7 +336,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
         The prefix; None if the family uses the file's prefix for a different kind of encoder.
     """
     kind_by_prefix = dict(_ENCODERS_OF_UNKNOWN_FAMILY if family is None else family.encoders)
-    prefixes_of_kind = [prefix for prefix, layers in kind_by_prefix.items() if layers == kind]
+    prefixes_of_kind = [prefix for prefix, encoder_kind in kind_by_prefix.items() if encoder_kind == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
     if not file_prefix.startswith("lora_te"):  # another program's prefix
         file_prefix = next(iter(kind_by_prefix)) if key.number == 1 else f"lora_te{key.number}"

@@ -82,5 +82,5 @@ def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Ma
                 "the file as the training wrote it.",
                 weighted_loras[0].lora.path,
             )
-    patch.check()
-    return patch.unmerged
+    patch.check()  # raises or warns if the model lacks modules
+    return patch.unmerged  # filled by `leave_unmerged` above

@@ -133,17 +133,16 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
 
 
 def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> dict[str, Tensor]:
-    """Rename `lora_te_layers_...` of text encoders to `text_encoders.NAME.transformer.model.layers. ...`.
+    """Rename text encoder tensors to ComfyUI's dotted names, `text_encoders.NAME.transformer.model...`.
 
-    Encoders that ComfyUI reads under our names keep these names; missing alphas are added.
+    Encoders that ComfyUI reads under our names (`lora_te_...`) keep them; missing alphas are added.
     """
     starts = () if family is None else family.texts_in_comfyui
     unchanged: dict[str, Tensor] = {}
     renamed: dict[str, Tensor] = {}
     for name, factors in deltas.group_by_module(tensors).items():
         path = comfyui_path_of_text(name, starts)
-        # an encoder that ComfyUI reads under our names
-        if path is None:
+        if path is None:  # an encoder that ComfyUI reads under our names
             unchanged |= deltas.ungroup({name: factors})
         else:
             renamed |= {f"{path}.{part}": tensor for part, tensor in in_comfyui(factors).items()}
@@ -217,8 +216,8 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     rank = deltas.rank_of(factors)
     can_fold_alpha = tensors.keys() <= {*LORA_FACTORS, "diff", MAGNITUDES}
     if can_fold_alpha:
-        others = {part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS}
-        tensors = _fold(factors) | others
+        unchanged = {part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS}
+        tensors = _fold(factors) | unchanged
     elif rank is not None:
         # an alpha of 0 means the rank, so the rank is written
         tensors["alpha"] = torch.tensor(deltas.scaling_of(factors) * rank)
@@ -238,8 +237,8 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
     if is_full_difference and factors["diff"].ndim == 2:
         factors = _to_full_rank(factors)
     if factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
-        parts = sorted(factors.keys() - {"alpha"})
-        return f"{', '.join(parts)} cannot be expressed in this dialect"
+        factor_names = sorted(factors.keys() - {"alpha"})
+        return f"{', '.join(factor_names)} cannot be expressed in this dialect"
     if delta.has_input_magnitudes:
         return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, but diffusers has them by output"
     # alpha / rank goes into the factors, because PEFT's files have no alpha tensors
@@ -354,7 +353,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     else:  # joined from LoRAs of the parts, which get their own ranks again
         parts = cut_blocks(factors, blocks)
     pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
-    if len(pieces) < len(paths):
+    if len(pieces) < len(paths):  # DoRA magnitudes by input cannot be cut by rows
         return "its magnitudes belong to the whole weight"
     # a LoRA that was joined from only some of the parts is zero in the other rows: drop those parts
     changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
@@ -406,7 +405,7 @@ def convert_to_dialect(
     """
     if target == "other":
         unreadable = _find_unreadable_in_comfyui(native)
-        if unreadable:
+        if unreadable:  # convert all other modules, and report these as left out
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
             }

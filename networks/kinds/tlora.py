@@ -106,7 +106,7 @@ class TLoraKind(NetworkKind):
         Raises:
             CheckpointError: If a value of the rule cannot be read or is out of range.
         """
-        text = metadata["ss_network_args"]
+        text = metadata["ss_network_args"]  # the caller has found SWITCH in it
         from modules.text_files import parse_json  # only for files with such arguments
 
         try:
