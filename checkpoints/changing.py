@@ -104,6 +104,10 @@ def plan_change(
 ) -> NewFile:
     """Plan the tensors, metadata and notes of a changed checkpoint, without reading tensors.
 
+    1. Select the tensors, and drop the scales of fp8 weights that are cast.
+    2. Map new names to old names, and plan the dtype of each tensor.
+    3. Update the metadata, and list notes for the user.
+
     Args:
         checkpoint: The opened source file.
         change: What to change.

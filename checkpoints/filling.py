@@ -149,8 +149,9 @@ def load_module(
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor.
 
-    Each tensor is loaded directly to its device and dtype. Parameters need no gradients. If `device`
-    is the meta device, no tensor is read.
+    1. Compare names and shapes of the module and the file.
+    2. Load each tensor directly to its device and dtype, without gradients; read none on the meta device.
+    3. Reject values that are NaN or infinite, and release temporary memory.
 
     Args:
         module: Network to fill.

@@ -266,6 +266,10 @@ def make_network(
 ) -> TrainableNetwork:
     """Build the network from the options, load `--network_weights`, and attach it to the models.
 
+    1. Build one of our networks or another package's, with a seed of its own.
+    2. Attach it to the models.
+    3. Load the weights, and make the parameters trainable.
+
     Modules that only the file or the resumed state has are added to the network. Parameters are on the CPU;
     move `.module` to the device.
 

@@ -536,10 +536,13 @@ class LoraPatch:
         return self.add_to(name, weight.clone(), target) if self._find_changes(name) else weight
 
     def add_to(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Change the weight in place and return it; on the meta device, only compare shapes.
+        """Add the LoRAs to a weight in place and return it; on the meta device, only compare shapes.
 
-        Rows are processed in blocks, so no second copy of the weight is needed. A change of the first
-        layer for a different number of input channels is skipped, and `check` reports it.
+        1. Find the changes of this weight, and split its rows into blocks to save memory.
+        2. If some rows are sampled, use them to select how the sums are rounded.
+        3. For each block, sum the changes and round the changed values to the weight's dtype.
+
+        A change of the first layer for a different number of input channels is skipped; `check` reports it.
 
         Args:
             name: Name of the weight.
@@ -690,6 +693,7 @@ class LoraPatch:
                 logger.warning(
                     f"{path}: {self._channel_errors[id(weighted_lora)]}; the rest is used without it"
                 )
+            # a LoRA without any module in the model has been rejected above, unless it may lack all of them
             are_all_absent = bool(selected_keys) and len(absent_keys) == len(selected_keys)
             num_applied = len(self._applied_keys[id(weighted_lora)])
             if not are_all_absent and num_applied == 0:

@@ -186,6 +186,10 @@ def _extract_blocks(
 ) -> None:
     """Write the difference between the blocks of two transformers as a LoRA.
 
+    1. Check that both files have the same tensors in their blocks.
+    2. Plan one LoRA module for each of these weights.
+    3. Decompose the differences, and write the factors.
+
     Args:
         options: Options of the run.
         weights: Selects the weights.

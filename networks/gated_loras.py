@@ -595,7 +595,9 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
 def find_parameters(
     dit: nn.Module, to_published_name: Callable[[str], str] = str
 ) -> dict[str, ChangedParameter]:
-    """Return the parameters that LoRAs may change, by our module names: `lora_unet_blocks_0_ffn_0`.
+    """Return the parameters that LoRAs may change, by name in our LoRA files: `lora_unet_blocks_0_ffn_0`.
+
+    Such a name is the published path with underscores.
 
     Args:
         dit: The transformer.

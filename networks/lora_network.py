@@ -101,6 +101,10 @@ class OwnNetwork(nn.Module):
     def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
         """Load initial values, including alphas, from a LoRA file with any program's names.
 
+        1. Read the file, and convert its modules to the network's.
+        2. Reject other sizes, then load the modules that both have.
+        3. Log the modules that only one of the two has.
+
         Args:
             path: Path of the file.
             modules: Names of the model's modules, which show its release.
@@ -219,8 +223,11 @@ class OwnNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and the name of each group for logs.
 
-        Modules with a rate of 0 are left out. With LoRA+, the up factors have their own groups. If patterns
-        in network_reg_lrs match a module, the last match sets its rate.
+        1. Select the rate of each network: the DiT and the trained text encoders.
+        2. For each layer, prefer the rate of the last matching pattern in network_reg_lrs, and multiply by
+           the factor of the layer's block.
+        3. Group the parameters by rate. With LoRA+, up factors have their own groups. Layers with a rate of 0
+           are left out.
 
         Args:
             learning_rate: Default learning rate.

@@ -335,7 +335,6 @@ def merge_into_file(
         checkpoint = with_stacked_rows(dequantized_on_read(opened))
         _check_in_channels(checkpoint, in_channels)
         lora_rounding = LoraRounding(rounding)
-        # the patch adds the LoRAs to a weight by its name
         patch = _make_patch(weighted_loras, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
         # `dequantized_on_read` replaces the infos of quantized weights, so these are now different objects

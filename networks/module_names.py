@@ -152,7 +152,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     level = _CONTRADICTS
     if not family.released_sizes:  # no known widths or depths to contradict
         level = _rate_block_numbers(block_numbers, {})
-    for width, depths in family.released_sizes:
+    for width, depths in family.released_sizes:  # a width of 0 fits any size
         if not width or all(_agrees(expected, width) for expected in expected_sizes):
             level = max(level, _rate_block_numbers(block_numbers, dict(depths)))
     if level == _CONTRADICTS and expected_sizes:

@@ -451,7 +451,9 @@ def build_from_tensors(
 ) -> OwnNetwork:
     """Build one of our networks with the modules, ranks and alphas of a file's tensors, not their values.
 
-    Modules in the file that the model lacks are logged.
+    1. Make a layer for each module in the file that the model has too; log the others.
+    2. Fit typed patterns to the names of these layers.
+    3. Mask ranks by noise level if the settings have a rule for it (T-LoRA).
 
     Args:
         name: Value of --network_module, a key of OWN_MODULES.
@@ -521,7 +523,7 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     rules = OWN_MODULES[name].rules
     used_keys = {*WITH_FILE}
     if rules is not None:
-        used_keys.update(rules.encoder_switches)  # they select the trained text encoders
+        used_keys.update(rules.encoder_switches)  # read by the training run, to select the text encoders
     ignored_arguments = {
         key: value for key, value in typed.arguments.items() if value is not None and key not in used_keys
     }
