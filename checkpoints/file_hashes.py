@@ -32,12 +32,12 @@ def full_hash(path: Path) -> str:
     A checkpoint may have 7 GB, so the hash is cached in `.NAME.sha256` next to it, with its size and
     modification time. It is computed again if these differ, and each time if the folder is read-only.
     """
-    info = path.stat()
-    size_and_time = f"{info.st_size} {info.st_mtime_ns}"
+    file_stat = path.stat()
+    size_and_time = f"{file_stat.st_size} {file_stat.st_mtime_ns}"
     entry_path = path.with_name(f".{path.name}.sha256")
-    entry = _read_entry(entry_path)
-    if entry is not None and entry.startswith(f"{size_and_time} "):
-        return entry.split()[-1]
+    cached_entry = _read_entry(entry_path)
+    if cached_entry is not None and cached_entry.startswith(f"{size_and_time} "):
+        return cached_entry.split()[-1]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     # a read-only folder or a full disk is no reason to end a training run

@@ -307,8 +307,10 @@ class _TensorLoader:
         # one buffer for all reads, because temporary tensors would fragment the heap
         buffer_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
-            parts = [self._checkpoint.tensors[part] for part in self._sources[name].names]
-            buffer_bytes = max(buffer_bytes, sum(info.size_bytes + _ALIGNMENT for info in parts))
+            stored_infos = [
+                self._checkpoint.tensors[stored_name] for stored_name in self._sources[name].names
+            ]
+            buffer_bytes = max(buffer_bytes, sum(info.size_bytes + _ALIGNMENT for info in stored_infos))
         if self._device.type == "cuda":
             self.read_buffer = empty_pinned([buffer_bytes], torch.uint8)
         else:
@@ -357,9 +359,9 @@ class _TensorLoader:
         else:
             assert plan.format is not None
             loaded = self._quantize(name, plan.format)
-        form = loaded.format
+        weight_format = loaded.format
         if plan.format is not None:  # use the compute settings that the user chose
-            form = form.with_compute_settings_of(plan.format)
+            weight_format = weight_format.with_compute_settings_of(plan.format)
         weight, *scales = loaded.tensors
         assert weight is not None
         host_weight = self.on_host.get(name)
@@ -368,7 +370,7 @@ class _TensorLoader:
         elif name in plan.quantized_in_file and self._device.type != "meta":
             weight = weight.clone()  # it may be a view of the buffer, which the next tensor overwrites
         scale_copies = [None if scale is None else scale.clone() for scale in scales]
-        return QuantizedWeight(form, loaded.shape, (weight, *scale_copies))
+        return QuantizedWeight(weight_format, loaded.shape, (weight, *scale_copies))
 
     def _read_quantized(self, name: str, layer: nn.Linear) -> QuantizedWeight:
         """Read a quantized weight without changing it; its tensors may be views of `read_buffer`."""

@@ -174,4 +174,4 @@ def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
         bare_names.add(name)
-    return next((what for mark, what in marks if mark in bare_names), None)
+    return next((description for mark, description in marks if mark in bare_names), None)

@@ -409,14 +409,14 @@ def _make_w4a8(
 ) -> QuantizedWeight:
     """Return a 4- or 6-bit weight with its tensors in the order that `PackedRowFormat` expects."""
     read_rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
-    form = PackedRowFormat(
+    row_format = PackedRowFormat(
         "asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), read_rows, rotation
     )
     if codebook is not None:
         codebook = codebook.float().reshape(1, 16)
     rows = len(weight)
     return QuantizedWeight(
-        form, (rows, columns), (weight, group_scales, _expand_scale(row_scales, rows), codebook)
+        row_format, (rows, columns), (weight, group_scales, _expand_scale(row_scales, rows), codebook)
     )
 
 
@@ -457,12 +457,12 @@ def _describe_bitsandbytes(layer: _QuantizedLayer, read: Callable[[str], Tensor]
     The scale of a block of weights is its largest absolute value (absmax). With double quantization, these
     scales are quantized to 8 bits, with one scale per group of blocks.
     """
-    state = layer.settings
+    quant_state = layer.settings
     block_size = layer.get_number("blocksize", default=64)
-    rows, columns = state["shape"]
+    rows, columns = quant_state["shape"]
     _check_four_bits(layer, rows, columns, block_size)
     num_blocks = rows * columns // block_size
-    if "nested_offset" in state:  # double quantization
+    if "nested_offset" in quant_state:  # double quantization
         num_groups = ceil_div(num_blocks, layer.get_number("nested_blocksize", default=256))
         nested = layer.check_companion("weight.nested_absmax", _FLOATS, (num_groups,))
         nested |= layer.check_companion("weight.nested_quant_map", _FLOATS, (256,))
@@ -472,12 +472,12 @@ def _describe_bitsandbytes(layer: _QuantizedLayer, read: Callable[[str], Tensor]
     layer.check_companion("weight.quant_map", _FLOATS, (16,))
     quant_map = read(f"{layer.name}.weight.quant_map")
     levels = tuple(quant_map.float().tolist())  # the values of the 16 codes
-    offset = float(state.get("nested_offset", 0))
+    offset = float(quant_state.get("nested_offset", 0))
     group_size = layer.get_number("nested_blocksize", default=256)
     if not all(map(math.isfinite, (offset, *levels))):
         raise ValueError("its levels or its nested_offset are NaN or infinite")
-    form = PackedRowFormat(state["quant_type"], ("largest",), four_bits(levels))
-    make_quantized = partial(_make_four_bits, form, (rows, columns), offset, group_size)
+    row_format = PackedRowFormat(quant_state["quant_type"], ("largest",), four_bits(levels))
+    make_quantized = partial(_make_four_bits, row_format, (rows, columns), offset, group_size)
     return layer.packed_infos((rows, columns), companions, make_quantized)
 
 

@@ -315,10 +315,10 @@ def _write_comfyui(
     for name, info in checkpoint.tensors.items():
         if name in model.layers:
             quantizer = _LayerQuantizer(options.form, (info.shape[0], info.shape[1]))
-            added = _plan_layer(name, quantizer, partial(quantize, name, quantizer))
+            new_tensors = _plan_layer(name, quantizer, partial(quantize, name, quantizer))
         else:
-            added = {name: _PlannedTensor(info, partial(copy, name))}
-        for new_name, tensor in added.items():
+            new_tensors = {name: _PlannedTensor(info, partial(copy, name))}
+        for new_name, tensor in new_tensors.items():
             if new_name in planned:
                 raise CheckpointError(
                     f"{checkpoint.path} has a tensor {new_name}, which belongs to a quantized layer."

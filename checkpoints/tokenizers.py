@@ -53,9 +53,9 @@ class TokenizerFiles:
             return self._find_from_option(path)
         folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
         for relative_folder in self.folders:
-            first, *further = relative_folder.split("/")
-            candidate = folder.parent if first == ".." else folder / first
-            file = self._find_file(candidate.joinpath(*further))
+            first_folder, *inner_folders = relative_folder.split("/")
+            candidate = folder.parent if first_folder == ".." else folder / first_folder
+            file = self._find_file(candidate.joinpath(*inner_folders))
             if file is None:
                 continue
             # one folder may contain single-file encoders of several models, together with their tokenizers

@@ -104,28 +104,28 @@ def merge_models(options: MergeModelsOptions) -> None:
         models = [dequantized_on_read(opened.enter_context(open_checkpoint(path))) for path in options.models]
         first, *others = models
         _reject_loras(models)
-        saved = {name: info for name, info in first.tensors.items() if not name.startswith(EMA_PREFIX)}
-        merged = {name for name, info in saved.items() if info.dtype.is_floating_point}
+        saved_infos = {name: info for name, info in first.tensors.items() if not name.startswith(EMA_PREFIX)}
+        merged_names = {name for name, info in saved_infos.items() if info.dtype.is_floating_point}
         if options.unet_only:
-            merged = {name for name in merged if name.startswith(UNET)}
+            merged_names = {name for name in merged_names if name.startswith(UNET)}
         for other in others:
-            _check_fits(first, other, merged, options.unet_only)
-        _warn_of_skipped(models, saved, options)
-        _log_averages(first, len(first.tensors) - len(saved))
-        written: dict[str, TensorInfo] = {}
-        for name, info in saved.items():
-            written[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+            _check_fits(first, other, merged_names, options.unet_only)
+        _warn_of_skipped(models, saved_infos, options)
+        _log_averages(first, len(first.tensors) - len(saved_infos))
+        written_infos: dict[str, TensorInfo] = {}
+        for name, info in saved_infos.items():
+            written_infos[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
         terms = [_Term(model, share) for model, share in zip(models, options.shares, strict=True)]
 
         def read(name: str) -> Tensor:
             tensor = first.read(name)
             check_finite(first.path, name, tensor)
-            if name in merged:
+            if name in merged_names:
                 tensor = _add_up(name, tensor.to(device), terms)
-            return tensor.to(written[name].dtype)
+            return tensor.to(written_infos[name].dtype)
 
-        stream_tensors(options.output, written, read, _make_metadata(models))
-    _show(options, len(merged))
+        stream_tensors(options.output, written_infos, read, _make_metadata(models))
+    _show(options, len(merged_names))
 
 
 def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:
@@ -176,24 +176,24 @@ def _add_up(name: str, first_tensor: Tensor, terms: Sequence[_Term]) -> Tensor:
 
 def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_only: bool) -> None:
     """Raise CheckpointError if a checkpoint differs from the first one in model or layout."""
-    common = merged & other.tensors.keys()
-    if not common:
+    common_names = merged & other.tensors.keys()
+    if not common_names:
         tensor_kind = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"
         raise CheckpointError(
             f"{other.path} and {first.path} have no {tensor_kind} in common: they are different models, or "
             "one is a single file and the other in diffusers' layout. Give single files of one model.",
             other.path,
         )
-    wrong = [name for name in sorted(common) if not _has_fitting_shape(first, other, name)]
-    if not wrong:
+    misshapen_names = [name for name in sorted(common_names) if not _has_fitting_shape(first, other, name)]
+    if not misshapen_names:
         return
-    shapes = (first.tensors[wrong[0]].shape, other.tensors[wrong[0]].shape)
+    shapes = (first.tensors[misshapen_names[0]].shape, other.tensors[misshapen_names[0]].shape)
     hint = "They are different models. Give checkpoints of one model."
-    if wrong[0] in FIRST_LAYERS and len(wrong) == 1:
+    if misshapen_names[0] in FIRST_LAYERS and len(misshapen_names) == 1:
         hint = f"{other.path.name} is an inpainting model: give it as the first of --models."
     raise CheckpointError(
-        f"{other.path} does not fit {first.path}: {format_count(len(wrong), 'tensor')} have other sizes, "
-        f"such as {wrong[0]}, {list(shapes[1])} instead of {list(shapes[0])}. {hint}",
+        f"{other.path} does not fit {first.path}: {format_count(len(misshapen_names), 'tensor')} have other sizes, "
+        f"such as {misshapen_names[0]}, {list(shapes[1])} instead of {list(shapes[0])}. {hint}",
         other.path,
     )
 

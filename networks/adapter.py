@@ -79,7 +79,7 @@ class ForeignNetwork:
             trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return [{"params": trainable, "lr": learning_rate}], ["unet"]
         # packages differ in how they name learning rates, and in whether they return group names
-        result = _call_with_known_arguments(
+        groups_and_names = _call_with_known_arguments(
             self.module.prepare_optimizer_params,
             text_encoder_lr=[learning_rate] if text_encoder_lr is None else list(text_encoder_lr),
             unet_lr=learning_rate if unet_lr is None else unet_lr,
@@ -87,7 +87,7 @@ class ForeignNetwork:
             default_lr=learning_rate,
             lr=learning_rate,
         )
-        groups, names = result if isinstance(result, tuple) else (result, None)
+        groups, names = groups_and_names if isinstance(groups_and_names, tuple) else (groups_and_names, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
         if not names and len(groups) == 1:
             names = ["unet"]
@@ -176,15 +176,17 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
         state: State dict of the network.
         shapes: Shapes of the file's tensors.
     """
-    common = [name for name in state if name in shapes]
+    common_names = [name for name in state if name in shapes]
     # elements are compared, not shapes: an alpha may be a list of one element
-    different = [name for name in common if state[name].numel() != math.prod(shapes[name])]
+    different = [name for name in common_names if state[name].numel() != math.prod(shapes[name])]
     if different:
         lines = [
             f"  {name} has {shapes[name]}, the network {list(state[name].shape)}\n" for name in different[:3]
         ]
-        reason = f"does not fit this network in {len(different)} of {len(common)} tensors:\n{''.join(lines)}"
-    elif not common:
+        reason = (
+            f"does not fit this network in {len(different)} of {len(common_names)} tensors:\n{''.join(lines)}"
+        )
+    elif not common_names:
         reason = f"has none of this network's {len(state)} tensors, such as {next(iter(state), 'none')}.\n"
     else:
         return

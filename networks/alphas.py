@@ -234,10 +234,10 @@ def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, 
             UP: up_factor,
             "lora_up.bias": scaling,
         }
-        for part, divisor in divisors.items():
-            if part in factors:
-                unfolded = factors[part].float() / divisor
-                factors[part] = unfolded.to(factors[part].dtype) if is_exact else unfolded
+        for factor_name, divisor in divisors.items():
+            if factor_name in factors:
+                unfolded = factors[factor_name].float() / divisor
+                factors[factor_name] = unfolded.to(factors[factor_name].dtype) if is_exact else unfolded
         factors["alpha"] = torch.tensor(scaling * rank)
     return ungroup(modules)
 
@@ -304,8 +304,8 @@ def _find_in_metadata_keys(
         if full_key == _TRAINED_ALPHA_KEY and is_folded:
             continue
         if _to_finite_or_none(text) is None:
-            value = repr(str(text)[:_MAX_SHOWN])
-            warnings.append(f"its metadata have {full_key} {value}, which is not a number: not used")
+            shown_value = repr(str(text)[:_MAX_SHOWN])
+            warnings.append(f"its metadata have {full_key} {shown_value}, which is not a number: not used")
             continue
         rank_keys = [_Key(network, rank_name) for rank_name in _RANK_NAMES_BY_ALPHA[name]]
         use_rslora = text_by_key.get(_Key(network, "userslora"), "")
@@ -478,11 +478,11 @@ def read_alphas(
             "  Fix lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
-    found = _join_alphas(dit_alphas, encoder_alphas)
+    found_alphas = _join_alphas(dit_alphas, encoder_alphas)
     if warns:
-        for warning in found.warnings:
+        for warning in found_alphas.warnings:
             logger.warning(f"{path}: {warning}")
-    return found
+    return found_alphas
 
 
 def _collect_dit_factors(native: NativeTensors, expert: str | None) -> NetworkFactors:

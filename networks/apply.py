@@ -380,13 +380,13 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
             join_rotations(parts)  # raises if they are not equal
             equal_parts[lora_id] = [part.name for part in parts]
     remaining: list[FoundChange] = []
-    for found in found_changes:
-        joined_keys = equal_parts.get(id(found.change.weighted_lora), [])
-        if found.key not in joined_keys:
-            remaining.append(found)
-        elif found.key == joined_keys[0]:
+    for found_change in found_changes:
+        joined_keys = equal_parts.get(id(found_change.change.weighted_lora), [])
+        if found_change.key not in joined_keys:
+            remaining.append(found_change)
+        elif found_change.key == joined_keys[0]:
             # the first part now represents the whole weight; the other parts are dropped
-            remaining.append(found._replace(related=None))
+            remaining.append(found_change._replace(related=None))
     return remaining
 
 
@@ -603,8 +603,8 @@ class LoraPatch:
         # the seed depends only on our name and the factors, so a model is rounded equally in any layout
         module, parameter_name = module_of_tensor(name)
         factors: list[Tensor] = []
-        for found in self._find_changes(name):
-            factors += found.change.delta.factors.values()
+        for found_change in self._find_changes(name):
+            factors += found_change.change.delta.factors.values()
         seed = seed_of(f"{self._our_module_names.get(module, module)}.{parameter_name}", factors)
         return self._rounding.make_random_rounding(dtype, device, seed)
 

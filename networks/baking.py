@@ -175,7 +175,7 @@ def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tupl
         change: What the factors add to the weight, out x in (x kernel); overwritten.
         rank: Rank of the LoRA.
     """
-    dtype = next(tensor.dtype for part, tensor in factors.items() if part != "alpha")
+    dtype = next(tensor.dtype for factor_name, tensor in factors.items() if factor_name != "alpha")
     matrix = change.flatten(1)
     down, up = decompose_change(matrix, rank, quantile=1.0, name=name)
     # the singular values are in the up factor: divide them between both, so that neither loses precision in

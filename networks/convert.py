@@ -455,9 +455,9 @@ def _convert_both_experts(
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for expert, baked in prepared.items():
-        result = convert_lora(baked.lora, "diffusers", families[expert], prefixes[expert])
-        tensors |= result.tensors
-        metadata[expert] = result.metadata
+        converted = convert_lora(baked.lora, "diffusers", families[expert], prefixes[expert])
+        tensors |= converted.tensors
+        metadata[expert] = converted.metadata
     _save(
         output,
         ConvertedLora(tensors, _join_metadata(metadata)),

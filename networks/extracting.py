@@ -327,7 +327,7 @@ def _write_lora_of_difference(
         metadata: Metadata of the LoRA.
         family: Family whose aliases name the modules; None keeps their names.
     """
-    start = time.monotonic()
+    start_time = time.monotonic()
     output = options.save_to
     accuracy = ExtractionAccuracy()
     factors = _extract_factors(options, pair, plan, accuracy)
@@ -340,7 +340,7 @@ def _write_lora_of_difference(
         ("LoRA", f"{output} ({format_size(output.stat().st_size)}), rank {options.dim}"),
         ("modules", f"{len(factors) // 3}{of_family}"),  # down, up and alpha of each
         ("kept", f"{accuracy.fraction:.1%} of the change of these modules, by its norm"),
-        ("time", format_duration(time.monotonic() - start)),
+        ("time", format_duration(time.monotonic() - start_time)),
     ]
     show_box("The LoRA is extracted", rows)
 
@@ -393,7 +393,7 @@ def _extract_factors(
             factors = _extract_module(
                 module, difference, quantile=options.clamp_quantile, dtype=dtype, accuracy=accuracy
             )
-            lora |= {f"{module.name}.{part}": tensor for part, tensor in factors.items()}
+            lora |= {f"{module.name}.{factor_name}": tensor for factor_name, tensor in factors.items()}
     if lora and not is_changed:
         raise CheckpointError(
             f"{options.model_tuned} has the weights of {options.model_org}: there is no change to extract. "

@@ -116,24 +116,24 @@ class LoraFormat:
                 in_dit[module] = factors
             else:
                 text_modules[module] = factors
-        written: dict[str, Tensor] = {}
+        written_tensors: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         folded_scalings: dict[int, set[float]] = {}  # rank in the file -> folded values of alpha / rank
         # `scaling` is the alpha / rank to fold into the group's factors; None keeps the alphas
         for scaling, group in self._group_by_scaling(in_dit).items():
             converted = self._convert_dit(group, is_folded=scaling is not None)
-            written |= converted.tensors
+            written_tensors |= converted.tensors
             left_out |= converted.left_out
             _record_scaling(folded_scalings, converted.tensors, scaling)
         if self.name == COMFYUI:
-            written |= texts_to_comfyui(deltas.ungroup(text_modules), self.family)
+            written_tensors |= texts_to_comfyui(deltas.ungroup(text_modules), self.family)
         if self.name == DIFFUSERS:
             for module, text_factors in text_modules.items():
                 text = texts_to_diffusers(deltas.ungroup({module: text_factors}))
-                written |= text.tensors
+                written_tensors |= text.tensors
                 left_out |= text.left_out
                 _record_scaling(folded_scalings, text.tensors, deltas.scaling_of(text_factors))
-        return Formatted(written, _metadata_of_scalings(folded_scalings), left_out)
+        return Formatted(written_tensors, _metadata_of_scalings(folded_scalings), left_out)
 
     def _group_by_scaling(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group module tensors by alpha / rank; modules that keep their alphas are under None."""

@@ -131,21 +131,21 @@ def split_fused(
         rows_in_model: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
     modules = deltas.group_by_module(tensors)
-    result: dict[str, Factors] = {}
+    new_modules: dict[str, Factors] = {}
     for name, factors in modules.items():
         rows_by_part: dict[RelatedModule, int | None] = {}
         if rows_in_model(name) is None:
             rows_by_part = _count_rows_of_parts(name, modules, rows_in_model)
         model_has_parts = any(rows_by_part.values())
         if not model_has_parts:
-            result[name] = factors
+            new_modules[name] = factors
             continue
         try:
-            result.update(_split_factors(factors, rows_by_part))
+            new_modules.update(_split_factors(factors, rows_by_part))
         except FusionError as reason:
             logger.warning(f"{name}: {reason}; it is not split")
-            result[name] = factors
-    return deltas.ungroup(result)
+            new_modules[name] = factors
+    return deltas.ungroup(new_modules)
 
 
 def _count_rows_of_parts(
@@ -290,12 +290,12 @@ def join_parts(
         family: Family of the modules; None for any.
     """
     modules = deltas.group_by_module(tensors)
-    result: dict[str, Factors] = {}
+    new_modules: dict[str, Factors] = {}
     pieces_by_module: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
         fused_module = _find_fused_module(name, rows_in_model, family)
         if fused_module is None or OURS + fused_module.name in modules:
-            result[name] = factors
+            new_modules[name] = factors
             continue
         piece = FusedPiece(name, fused_module.part, factors)
         pieces_by_module.setdefault(OURS + fused_module.name, []).append(piece)
@@ -307,11 +307,11 @@ def join_parts(
         else:
             num_rows = rows_in_model(name) or 0
         try:
-            result[name] = _join_pieces(pieces, num_rows, allows_full_matrix=is_for_model)
+            new_modules[name] = _join_pieces(pieces, num_rows, allows_full_matrix=is_for_model)
         except FusionError as reason:
             logger.warning(f"{name}: {reason}; they are not joined")
-            result.update({piece.name: piece.factors for piece in pieces})
-    return deltas.ungroup(result)
+            new_modules.update({piece.name: piece.factors for piece in pieces})
+    return deltas.ungroup(new_modules)
 
 
 def _find_fused_module(
@@ -704,7 +704,7 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
     # the kind cannot be cut there: compute the full matrix of the part's rows
     change = delta.compute_change(deltas.CPU)
     assert change is not None
-    dtype = next(factors[part].dtype for part in factors if part in KIND_BY_FACTOR)
+    dtype = next(factors[factor_name].dtype for factor_name in factors if factor_name in KIND_BY_FACTOR)
     resolved: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
     if MAGNITUDES in factors:
         resolved[MAGNITUDES] = factors[MAGNITUDES]

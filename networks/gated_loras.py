@@ -182,18 +182,18 @@ class LoraBranch:
             down, *_, up = self._low_rank_factors
             hidden = self._apply_down(x, down).view(-1, len(down))
             return add_product(out, hidden, up.flatten(1).t())
-        added = self._compute_weight_addition(out, x) if includes_weight else None
+        addition = self._compute_weight_addition(out, x) if includes_weight else None
         if self._bias is not None:
             bias = (self._bias * self.multiplier).to(out.dtype)
             is_convolution = not self.target.is_linear
             if is_convolution:
                 bias = bias[:, None, None]  # outputs are ... C H W
-            added = bias.expand_as(out) if added is None else added + bias
-        if added is None:
+            addition = bias.expand_as(out) if addition is None else addition + bias
+        if addition is None:
             return out
         if self.apply_region is not None:
-            added = self.apply_region(added)
-        return out + added
+            addition = self.apply_region(addition)
+        return out + addition
 
     def _adds_in_place(self, out: Tensor) -> bool:
         """Return whether the addition is a plain product that neither autograd nor a compiler traces."""

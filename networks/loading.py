@@ -241,9 +241,9 @@ def read_lora(
     if unsupported is not None:
         raise _make_unsupported_error(path, *unsupported)
     rank_rule_of(metadata, path)  # raises if the file's rank masks (T-LoRA) cannot be read
-    words: BundledWords = {}
+    embeddings: BundledWords = {}
     if with_embeddings and any(name.startswith(BUNDLE) for name in stored):
-        words = find_words(stored)
+        embeddings = find_words(stored)
         stored = without_words(stored)
     # fast path for files written by us, which use only our names
     trained_family = read_family(metadata) if is_written_here else None
@@ -251,7 +251,7 @@ def read_lora(
         native = key_formats.read_own_names(stored, trained_family)
         if native is not None:
             lora = _build_lora(path, native, metadata, expert=None, is_written_here=True)
-            return replace(lora, embeddings=words, trusted_family=trained_family)
+            return replace(lora, embeddings=embeddings, trusted_family=trained_family)
     # any other file: recognize the dialect of each expert's names
     names_by_expert = key_formats.split_names(stored)
     if len(names_by_expert) > 1 and not by_expert:
@@ -267,7 +267,7 @@ def read_lora(
             is_written_here=is_written_here,
             family=family,
         )
-        loras[expert] = replace(lora, embeddings=words)
+        loras[expert] = replace(lora, embeddings=embeddings)
     if len(loras) == 1:
         return next(iter(loras.values()))
     dialects = sorted({lora.dialect for lora in loras.values()})
@@ -591,9 +591,9 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
         option: Option that sets the path, for messages.
     """
     if lora.unknown_names:
-        file = f"{option} {lora.path}" if option else str(lora.path)
+        file_label = f"{option} {lora.path}" if option else str(lora.path)
         raise CheckpointError(
-            f"{file} cannot be used: its names {lora.unknown_names}, which is not known, and no known model "
+            f"{file_label} cannot be used: its names {lora.unknown_names}, which is not known, and no known model "
             "has modules of these names.\n"
             "  Give the file as its program wrote it, or remove that from its names.",
             lora.path,

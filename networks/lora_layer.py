@@ -172,11 +172,11 @@ class LoraLayer(nn.Module):
             total = out
         else:
             out = self._original_forward(x)
-            added = self._compute_addition(x.to(dtype), dropouts, shared).to(out.dtype)
+            addition = self._compute_addition(x.to(dtype), dropouts, shared).to(out.dtype)
             if self.combine_outputs is None:
-                total = out + added
+                total = out + addition
             else:  # DoRA
-                total = self.combine_outputs(self, out, added, input_dtype)
+                total = self.combine_outputs(self, out, addition, input_dtype)
         if self.training and self.ggpo_noise_buffer is not None:  # LoRA-GGPO
             module, buffer_name = self.ggpo_noise_buffer
             seed = self.seed.derive(self.index, "noise")
@@ -375,12 +375,12 @@ def _make_factors(
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
     """Return uninitialized modules for the down and up factors, float32 on the CPU."""
     # on the meta device: `_make_empty` allocates them without torch's initialization
-    common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
+    common_arguments: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
-        down = _make_empty(nn.Linear(original.in_features, rank, **common))
+        down = _make_empty(nn.Linear(original.in_features, rank, **common_arguments))
         if split_sizes:
             return down, BlockUp(rank, split_sizes)
-        return down, _make_empty(nn.Linear(rank, original.out_features, **common))
+        return down, _make_empty(nn.Linear(rank, original.out_features, **common_arguments))
     assert not split_sizes
     geometry: Any = {
         "kernel_size": original.kernel_size,
@@ -388,8 +388,8 @@ def _make_factors(
         "padding": original.padding,
         "dilation": original.dilation,
     }
-    down_conv = _make_empty(nn.Conv2d(original.in_channels, rank, **geometry, **common))
-    return down_conv, _make_empty(nn.Conv2d(rank, original.out_channels, 1, **common))
+    down_conv = _make_empty(nn.Conv2d(original.in_channels, rank, **geometry, **common_arguments))
+    return down_conv, _make_empty(nn.Conv2d(rank, original.out_channels, 1, **common_arguments))
 
 
 def _make_empty(layer: Layer) -> Layer:

@@ -72,8 +72,8 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
     if text.strip() == "none":
         return frozenset()
     numbers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
+    for list_item in text.split(","):
+        first, dash, last = list_item.strip().partition("-")
         if not dash:
             last = first
         if not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
@@ -455,13 +455,13 @@ def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) 
         text: Value of the argument.
     """
     pairs = []
-    for part in str(text).split(","):
-        pattern, equals, number_text = part.strip().partition("=")
+    for pair in str(text).split(","):
+        pattern, equals, number_text = pair.strip().partition("=")
         number = _parse_number(number_type, number_text)
         if not equals or not pattern.strip() or number is None:
             restriction = " that are whole" if number_type is int else ""
             raise OptionError(
-                f"--network_args {argument}: {part.strip()!r} is not a pair; write pattern=number,"
+                f"--network_args {argument}: {pair.strip()!r} is not a pair; write pattern=number,"
                 f"pattern=number, with numbers of at least 0{restriction}"
             )
         pairs.append((_compile(argument, pattern.strip()), number))

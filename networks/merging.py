@@ -64,14 +64,15 @@ def merge_dit(options: MergeOptions) -> None:
     # `transformer/` and `transformer_2/` in diffusers
     folders = {prefix.removesuffix("."): expert for prefix, expert in find_networks().items()}
     expert = options.expert or expert_of_file(options.dit, folders)
-    files = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
+    files_and_multipliers = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
     in_channels: int | None = options.dit_in_channels
     if in_channels == tool_options.MERGE_CHANNELS_UNCHECKED:
         in_channels = None
     merge_into_file(
         model=options.dit,
         weighted_loras=[
-            weighted_lora.for_expert(expert) for weighted_lora in read_weighted_loras(files, with_texts=True)
+            weighted_lora.for_expert(expert)
+            for weighted_lora in read_weighted_loras(files_and_multipliers, with_texts=True)
         ],
         output=options.save_merged_model,
         device=select_device(options.device),
@@ -325,7 +326,7 @@ def merge_into_file(
         OptionError: If the output would replace an input.
         OutputError: If it cannot be written.
     """
-    start = time.monotonic()
+    start_time = time.monotonic()
     reject_replacing(
         option,
         output,
@@ -339,26 +340,26 @@ def merge_into_file(
         _check_fits(patch, checkpoint)
         # `dequantized_on_read` replaces the infos of quantized weights, so these are now different objects
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
-        written = _list_written_tensors(checkpoint, quantized, dtype)
+        written_infos = _list_written_tensors(checkpoint, quantized, dtype)
 
         def read(name: str) -> Tensor:
             tensor = checkpoint.read(name)  # not memory-mapped, so it may be changed in place
             check_finite(model, name, tensor)
-            written_dtype = written[name].dtype
+            written_dtype = written_infos[name].dtype
             if not patch.changes_parameter(name):
                 return tensor.to(written_dtype)
             # if the dtype changes, the sum stays in float32 and is rounded once
             weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, weight, written_dtype).to(written_dtype)
 
-        size_bytes = sum(info.size_bytes for info in written.values())
+        size_bytes = sum(info.size_bytes for info in written_infos.values())
         _show_merge(model, weighted_loras, output, len(quantized), dtype or torch.bfloat16, size_bytes)
         if not weighted_loras:
-            state = "has the values" if quantized else "becomes a copy"
-            logger.warning(f"no --lora_weight is given: {output} {state} of {model}")
+            outcome = "has the values" if quantized else "becomes a copy"
+            logger.warning(f"no --lora_weight is given: {output} {outcome} of {model}")
         stream_tensors(
             output,
-            written,
+            written_infos,
             read,
             metadata=_metadata_of_merged(checkpoint, model, weighted_loras),
             late_metadata=lambda: lora_rounding.metadata,  # complete only after all weights are rounded
@@ -366,7 +367,7 @@ def merge_into_file(
         lora_rounding.report()
     rows = [
         ("Merged model", f"{output} ({format_size(output.stat().st_size)})"),
-        ("time", format_duration(time.monotonic() - start)),
+        ("time", format_duration(time.monotonic() - start_time)),
     ]
     show_box("Merging is finished", rows)
 

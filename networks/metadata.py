@@ -146,14 +146,14 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
     if unsupported is not None:
         kind, _ = unsupported
         return f"a network of the kind {kind}, which is not supported"
-    parts = []
+    descriptions = []
     for expert, names in key_formats.split_names(checkpoint.tensors).items():
         description = _describe_lora(checkpoint, names, expert)
         if description is None:
             return None
         # no expert: the file has a single network
-        parts.append(description if expert is None else f"{description}, for the {in_words(expert)}")
-    return "; ".join(parts) or None
+        descriptions.append(description if expert is None else f"{description}, for the {in_words(expert)}")
+    return "; ".join(descriptions) or None
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:

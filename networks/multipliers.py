@@ -18,13 +18,13 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
     Raises:
         OptionError: If a file is missing or a multiplier is not finite.
     """
-    files = [split_multiplier(option, text) for text in texts]
-    for path, _ in files:
+    files_and_multipliers = [split_multiplier(option, text) for text in texts]
+    for path, _ in files_and_multipliers:
         if not path.exists():
             raise OptionError(
                 f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing file"
             )
-    return files
+    return files_and_multipliers
 
 
 def split_multiplier(option: str, text: Path) -> tuple[Path, float]:

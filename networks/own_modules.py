@@ -124,8 +124,8 @@ def _select_targets(
         )
         blocks = settings.block_settings
         if settings.verbose:
-            state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
-            logger.info(f"  {path}: {state}")
+            description = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
+            logger.info(f"  {path}: {description}")
         if size is not None:
             targets[name] = Target(
                 module=module,
@@ -307,10 +307,10 @@ def build_network(
     layers = kind.make_layers(targets, settings, kind_settings)
     if initial_tensors:  # 4. layers that only the file or state has
         modules_by_name = _modules_by_name(dit, trained_encoders)
-        added = _make_layers_from_tensors(
+        new_layers = _make_layers_from_tensors(
             layers, name, settings, tensors=initial_tensors, modules_by_name=modules_by_name
         )
-        layers = _merge_in_order(layers, added, modules_by_name)
+        layers = _merge_in_order(layers, new_layers, modules_by_name)
     # a target's `rate_factor` multiplies the learning rate of its layer
     for layer_name, target in targets.items():
         if layer_name in layers:
@@ -353,15 +353,15 @@ def _make_layers_from_tensors(
         modules_by_name: All modules that can have a layer, by name.
     """
     kind = OWN_MODULES[name].kind
-    added: dict[str, nn.Module] = {}
+    new_layers: dict[str, nn.Module] = {}
     for module_name, factors in _factors_for(modules_by_name, tensors).items():
-        is_of_kind = any(part in factors for part in kind.marks)
+        is_of_kind = any(factor_name in factors for factor_name in kind.marks)
         if module_name not in modules_by_name or module_name in layers or not is_of_kind:
             continue
         target = modules_by_name[module_name]
         if not _is_excluded_by_arguments(target, module_name, settings):
-            added[module_name] = kind.layer_of(target.module, module_name, factors, settings)
-    return added
+            new_layers[module_name] = kind.layer_of(target.module, module_name, factors, settings)
+    return new_layers
 
 
 def _merge_in_order(
@@ -506,7 +506,7 @@ def _make_layers_of_file(
     """
     layers: dict[str, nn.Module] = {}
     for name, factors in factors_by_module.items():
-        is_of_kind = any(part in factors for part in kind.marks)
+        is_of_kind = any(factor_name in factors for factor_name in kind.marks)
         if not is_of_kind:
             raise CheckpointError(
                 f"--dim_from_weights: {name} has {', '.join(factors)}, which are for another kind of "

@@ -91,18 +91,18 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
     In single blocks, XLabs' qkv covers only some rows of our weight linear1, which no name of ours says. So
     the tensor is named like diffusers' three layers q, k and v, whose rows are known.
     """
-    start = match["start"]
+    prefix = match["start"]
     number = match["n"]
     layer = match["layer"]
-    end = f"lora_{match['factor']}.weight"
+    suffix = f"lora_{match['factor']}.weight"
     if match["list"] == "double" and match["stream"]:
-        return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]
+        return [f"{prefix}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{suffix}"]
     # only double blocks have streams (image and text), and each of their layers belongs to one of them
     if match["list"] == "double" or match["stream"]:
         return []
     if layer == "proj":
-        return [f"{start}single_blocks.{number}.linear2.{end}"]
-    return [f"{start}single_transformer_blocks.{number}.attn.to_{x}.{end}" for x in "qkv"]
+        return [f"{prefix}single_blocks.{number}.linear2.{suffix}"]
+    return [f"{prefix}single_transformer_blocks.{number}.attn.to_{x}.{suffix}" for x in "qkv"]
 
 
 def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,9 +111,9 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     A fused LoRA with a block-diagonal up factor was joined from separate LoRAs: it is split into these again,
     with their rank. Layers whose change is not a matrix, or whose factors do not fit it, are not split.
     """
-    result = dict(tensors)
+    new_tensors = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
-        factors = {part: tensors[key] for part, key in keys.items()}
+        factors = {factor: tensors[key] for factor, key in keys.items()}
         if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
             factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
         split_sizes = _count_rows_of_parts(layer.name, factors)
@@ -123,14 +123,14 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
         fused_prefix = f"{layer.start}to_{layer.name}."
         # name of the factor -> its ending as spelled in the file
-        endings = {part: key.removeprefix(fused_prefix) for part, key in keys.items()}
+        endings = {factor: key.removeprefix(fused_prefix) for factor, key in keys.items()}
         for part_name, lora in zip(_FUSED_PARTS[layer.name], loras, strict=True):
             for factor_name, tensor in lora.items():
                 ending = endings.get(factor_name, factor_name)
-                result[f"{layer.start}{part_name}.{ending}"] = tensor
+                new_tensors[f"{layer.start}{part_name}.{ending}"] = tensor
         for key in keys.values():
-            del result[key]
-    return result
+            del new_tensors[key]
+    return new_tensors
 
 
 def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
@@ -218,8 +218,8 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
             for key in keys.values():
                 del joined[key]
         joined.pop(f"{module}.alpha", None)
-        for part, tensor in _build_diagonal(loras).items():
-            joined[f"{module}.{part}"] = tensor
+        for factor_name, tensor in _build_diagonal(loras).items():
+            joined[f"{module}.{factor_name}"] = tensor
         joined_lora_counts[f"{module}.{DOWN}"] = len(loras)
     return Rewritten(joined, joined_lora_counts)
 
@@ -246,12 +246,12 @@ def _order_loras(
         tensors: Tensors by key.
         alpha: Alpha for LoRAs without their own; None if the file has none.
     """
-    default = {} if alpha is None else {"alpha": alpha}
+    default_factors = {} if alpha is None else {"alpha": alpha}
     loras: list[Factors] = []
     for number in sorted(keys):
-        factors = {part: tensors[key] for part, key in keys[number].items()}
+        factors = {factor_name: tensors[key] for factor_name, key in keys[number].items()}
         # a piece's own alpha replaces the default
-        loras.append({**default, **factors})
+        loras.append({**default_factors, **factors})
     return loras
 
 

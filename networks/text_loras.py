@@ -175,12 +175,12 @@ def with_words_of(family: Family, weighted_loras: Iterable[Iterable[WeightedLora
     Raises:
         CheckpointError: If a word's embedding does not fit the family's text encoders.
     """
-    files = {
+    embeddings_by_path = {
         weighted_lora.lora.path: weighted_lora.lora.embeddings
         for weighted_lora in chain(*weighted_loras)
         if weighted_lora.lora.embeddings
     }
-    return with_words(family, files, "--lora_weight") if files else family
+    return with_words(family, embeddings_by_path, "--lora_weight") if embeddings_by_path else family
 
 
 UNET = "model.diffusion_model."

@@ -62,9 +62,9 @@ def in_dialect(
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
     if target == "diffusers":
         for kind in KINDS:
-            written = kind.write_for_diffusers(modules, family)
-            if written is not None:  # None: the kind is written like LoRAs
-                return written
+            translated = kind.write_for_diffusers(modules, family)
+            if translated is not None:  # None: the kind is written like LoRAs
+                return translated
     # ComfyUI reads diffusers' names for some families (their path prefix is not `diffusion_model.`)
     elif not (family.is_as_in_diffusers and family.path_prefix != IN_COMFYUI):
         return _to_comfyui(modules, family)
@@ -145,7 +145,9 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
         if path is None:  # an encoder that ComfyUI reads under our names
             unchanged |= deltas.ungroup({name: factors})
         else:
-            renamed |= {f"{path}.{part}": tensor for part, tensor in in_comfyui(factors).items()}
+            renamed |= {
+                f"{path}.{factor_name}": tensor for factor_name, tensor in in_comfyui(factors).items()
+            }
     return {**renamed, **add_missing_alphas(unchanged)}
 
 
@@ -178,7 +180,7 @@ def write_modules(
         convert_factors: Converts factors to the program's tensors, or returns the reason why that is
             impossible.
     """
-    written: dict[str, Tensor] = {}
+    written_tensors: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}  # name of a module -> reason
     for name, factors in modules.items():
         pieces = split_module(name.removeprefix(OURS), factors)
@@ -189,8 +191,8 @@ def write_modules(
         if isinstance(module_tensors, str):
             left_out[name] = module_tensors
         else:
-            written |= module_tensors
-    return TranslatedModules(written, left_out)
+            written_tensors |= module_tensors
+    return TranslatedModules(written_tensors, left_out)
 
 
 def _name_tensors(
@@ -211,12 +213,16 @@ def _name_tensors(
 def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """Return a module's tensors as ComfyUI reads them; a change of the bias becomes `diff_b`."""
     tensors = {
-        part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.BIAS_FACTORS)
+        factor_name: tensor
+        for factor_name, tensor in factors.items()
+        if factor_name not in ("alpha", *deltas.BIAS_FACTORS)
     }
     rank = deltas.rank_of(factors)
     can_fold_alpha = tensors.keys() <= {*LORA_FACTORS, "diff", MAGNITUDES}
     if can_fold_alpha:
-        unchanged = {part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS}
+        unchanged = {
+            factor_name: tensor for factor_name, tensor in tensors.items() if factor_name not in LORA_FACTORS
+        }
         tensors = _fold(factors) | unchanged
     elif rank is not None:
         # an alpha of 0 means the rank, so the rank is written
@@ -409,8 +415,8 @@ def convert_to_dialect(
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
             }
-            written = convert_to_dialect(readable, family, target, diffusers_prefix)
-            return TranslatedModules(written.tensors, written.left_out | unreadable)
+            translated = convert_to_dialect(readable, family, target, diffusers_prefix)
+            return TranslatedModules(translated.tensors, translated.left_out | unreadable)
         if family is not None and family.stacked_in_comfyui:
             return _write_fused(native, family)
     underscored_names = _select_underscored_names(family, target)
@@ -454,14 +460,14 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
             unfused.append(name)
         else:
             fused[name] = factors
-    written = write_modules(
+    translated = write_modules(
         fused,
         IN_COMFYUI,
         lambda name, factors: single_piece(find_fused_path(name, family), factors),
         in_comfyui,
     )
     reason = "ComfyUI stacks this layer with others, and only plain LoRAs can be stacked"
-    return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(unfused, reason))
+    return TranslatedModules(translated.tensors, translated.left_out | dict.fromkeys(unfused, reason))
 
 
 def convert_to_our_layout(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
@@ -507,7 +513,7 @@ def rename_to_aliases(
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(OURS):
-            module, dot, part = name.removeprefix(OURS).partition(".")
-            name = f"{OURS}{change(module, family)}{dot}{part}"
+            module, dot, factor_name = name.removeprefix(OURS).partition(".")
+            name = f"{OURS}{change(module, family)}{dot}{factor_name}"
         renamed[name] = tensor
     return renamed

@@ -71,9 +71,15 @@ def row_scaled_product(
         return tensor_scaled_product(
             a, b, scale_a, scale_b, bias=bias, dtype=dtype, uses_fast_accumulation=uses_fast_accumulation
         )
-    added = None if bias is None else bias.to(torch.bfloat16)
+    half_bias = None if bias is None else bias.to(torch.bfloat16)
     return scaled_product(
-        a, b, scale_a, scale_b, bias=added, out_dtype=torch.bfloat16, use_fast_accum=uses_fast_accumulation
+        a,
+        b,
+        scale_a,
+        scale_b,
+        bias=half_bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=uses_fast_accumulation,
     ).to(dtype)
 
 

@@ -51,8 +51,10 @@ def convert_to_norms(
             return _keep_norms(lora, target)
         return _convert_norms(lora, family, baking, are_frozen)
     if baking is not None:
-        state = "already has this form" if is_dora_by_output else "has no DoRA magnitudes by output"
-        raise OptionError(f"--dit: {lora.path} {state}, so --target {target} needs no model. Leave --dit out")
+        reason = "already has this form" if is_dora_by_output else "has no DoRA magnitudes by output"
+        raise OptionError(
+            f"--dit: {lora.path} {reason}, so --target {target} needs no model. Leave --dit out"
+        )
     return lora
 
 
