@@ -184,16 +184,16 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
             "one is a single file and the other in diffusers' layout. Give single files of one model.",
             other.path,
         )
-    misshapen_names = [name for name in sorted(common_names) if not _has_fitting_shape(first, other, name)]
-    if not misshapen_names:
+    misshapen = [name for name in sorted(common_names) if not _has_fitting_shape(first, other, name)]
+    if not misshapen:
         return
-    shapes = (first.tensors[misshapen_names[0]].shape, other.tensors[misshapen_names[0]].shape)
+    shapes = (first.tensors[misshapen[0]].shape, other.tensors[misshapen[0]].shape)
     hint = "They are different models. Give checkpoints of one model."
-    if misshapen_names[0] in FIRST_LAYERS and len(misshapen_names) == 1:
+    if misshapen[0] in FIRST_LAYERS and len(misshapen) == 1:
         hint = f"{other.path.name} is an inpainting model: give it as the first of --models."
     raise CheckpointError(
-        f"{other.path} does not fit {first.path}: {format_count(len(misshapen_names), 'tensor')} have other sizes, "
-        f"such as {misshapen_names[0]}, {list(shapes[1])} instead of {list(shapes[0])}. {hint}",
+        f"{other.path} does not fit {first.path}: {format_count(len(misshapen), 'tensor')} have other sizes, "
+        f"such as {misshapen[0]}, {list(shapes[1])} instead of {list(shapes[0])}. {hint}",
         other.path,
     )
 

@@ -591,9 +591,9 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
         option: Option that sets the path, for messages.
     """
     if lora.unknown_names:
-        file_label = f"{option} {lora.path}" if option else str(lora.path)
+        file = f"{option} {lora.path}" if option else str(lora.path)
         raise CheckpointError(
-            f"{file_label} cannot be used: its names {lora.unknown_names}, which is not known, and no known model "
+            f"{file} cannot be used: its names {lora.unknown_names}, which is not known, and no known model "
             "has modules of these names.\n"
             "  Give the file as its program wrote it, or remove that from its names.",
             lora.path,

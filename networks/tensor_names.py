@@ -367,9 +367,9 @@ def describe_unknown(paths: Iterable[str]) -> str:
         for count in range(1, len(pieces)):
             if is_known_module("".join(pieces[count:]).replace(".", "_")):
                 return f"begin with {''.join(pieces[:count])}"
-        module_path, dot, ending = path.rpartition(".")
+        module_path, dot, end = path.rpartition(".")
         if dot and is_known_module(strip_known_prefixes(module_path).path.replace(".", "_")):
-            return f"have .{ending} after the module name"
+            return f"have .{end} after the module name"
     # no known module in any path: show what all paths begin with, up to a separator
     common_start = os.path.commonprefix(paths)
     last_separator = max(common_start.rfind("."), common_start.rfind("_"))

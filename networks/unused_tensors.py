@@ -56,12 +56,12 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
         return UnusedReason(f"are word embeddings and are ignored{_advise_on_word(key)}")
     if module_names.is_known_module(name):
         return _explain_whole_weight(name, leaf)
-    module, dot, ending = path.rpartition(".")
+    module, dot, part = path.rpartition(".")
     # a known module with an unknown factor: an unsupported kind of adapter
     if dot and module_names.is_known_module(module.replace(".", "_")):
         return UnusedReason(
-            f"are parts of layers called {ending}, which are not supported, and are ignored",
-            f"the effect of {ending} on a layer is not known. Save a plain LoRA with the program that made it.",
+            f"are parts of layers called {part}, which are not supported, and are ignored",
+            f"the effect of {part} on a layer is not known. Save a plain LoRA with the program that made it.",
         )
     if leaf and dot:  # a weight or bias of an unknown module
         network_prefix = path.partition(".")[0]
