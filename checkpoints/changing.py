@@ -222,7 +222,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
-    # prefixes are removed one after another
+    # each prefix is removed from the result of the previous one
     for index, prefix in enumerate(change.strip_prefixes):
         earlier_prefixes = replace(change, strip_prefixes=change.strip_prefixes[:index], add_prefix="")
         if not any(rename(name, earlier_prefixes).startswith(prefix) for name in names):

@@ -140,7 +140,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
     if not stays_quantized:
         if form is None:
             return math.prod(shape) * dtype.itemsize
-        # quantized on the meta device, to count the bytes of codes and scales
+        # quantize on the meta device, only to add up the bytes of codes and scales
         weight = form_of(text_quantization(form)).empty((shape[0], shape[1]))
     assert weight is not None
     return sum(tensor.nbytes for tensor in weight.tensors if tensor is not None)

@@ -40,7 +40,7 @@ def full_hash(path: Path) -> str:
         return cached_entry.split()[-1]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # a read-only folder or a full disk is no reason to end a training run
+    # a read-only folder or a full disk must not stop a training run
     with contextlib.suppress(UserError, OSError):
         write_text(entry_path, f"{size_and_time} {digest}\n")
     return digest

@@ -523,8 +523,8 @@ def _find_unexpected(
     ignore: Sequence[str],
 ) -> list[str]:
     """Return tensor names in the file that no target uses and no pattern ignores."""
-    read_names: set[str] = set()  # names in the file that tensors of the network are read from
-    unneeded_names: set[str] = set()  # names from which only tensors that this network lacks would be read
+    read_names: set[str] = set()  # names in the file that this network's tensors are read from
+    unneeded_names: set[str] = set()  # names in the file for tensors that this network does not have
     for name, source in sources.items():
         if name in targets:
             read_names.update(source.names)
@@ -569,7 +569,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
-            groups.setdefault((name, ""), [])  # a name without a number is a group of its own
+            groups.setdefault((name, ""), [])  # a name without a number has its own group
         else:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match[0]))

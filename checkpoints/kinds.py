@@ -164,7 +164,7 @@ def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
 
     Args:
         names: Names of the tensors.
-        marks: Pairs of a tensor name and the description of files that contain it; the first match counts.
+        marks: Pairs of a tensor name and a description of files that contain it; the first match wins.
             None: all known files.
     """
     if marks is None:

@@ -169,7 +169,7 @@ def _check_numbers(path: Path, content: Any, maximum: int, maximum_description: 
 def _check_sides(path: Path, content: Any) -> None:
     """Raise CheckpointError if a processor's settings allow longer image sides than any network accepts.
 
-    If an object has both `shortest_edge` and `longest_edge`, these are pixel counts, as in Qwen's processors.
+    If an object has both `shortest_edge` and `longest_edge`, they are pixel counts, as in Qwen's processors.
     If it has only one of them, that is the length of a side.
     """
     unvisited = [content]

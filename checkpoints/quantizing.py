@@ -340,7 +340,7 @@ class _PlannedTensor:
 def _plan_layer(
     weight_name: str, quantizer: "_LayerQuantizer", quantize: Callable[[], tuple[Tensor, Tensor]]
 ) -> dict[str, _PlannedTensor]:
-    """Return the three tensors in which a quantized layer is stored, by their names in the new file.
+    """Return the three tensors that store a quantized layer (codes, scale, settings), by their new names.
 
     `quantize` reads the layer's weight, and returns its codes and scale.
     """

@@ -177,7 +177,7 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
         shapes: Shapes of the file's tensors.
     """
     common_names = [name for name in state if name in shapes]
-    # elements are compared, not shapes: an alpha may be a list of one element
+    # compare element counts, not shapes, because some files store alpha as a list with one element
     different = [name for name in common_names if state[name].numel() != math.prod(shapes[name])]
     if different:
         lines = [

@@ -367,7 +367,7 @@ def _parse_settings(
 ) -> list[_AlphaSource]:
     """Return the alpha sources for one network in JSON settings, with keys in any spelling.
 
-    If the settings have no alpha, nested objects are searched, because PEFT nests settings of several
+    If the settings have no alpha, nested objects are searched, because PEFT nests the settings of multiple
     adapters.
 
     Args:

@@ -181,7 +181,7 @@ class Change:
         return f"{magnitudes.numel()} {MAGNITUDE_KIND_NAME} magnitudes, the model {expected}."
 
     def _expand_to_whole_layer(self, related: RelatedModule | None, weight: Tensor) -> "Change":
-        """Return the change of the fused LoRA layer of which this change has only some rows.
+        """Return the change of the whole fused LoRA layer; this change covers only some of its rows.
 
         Per-input DoRA magnitudes need the norms of the whole layer, which the weight must therefore contain.
 
@@ -261,7 +261,7 @@ class Change:
         )
 
     def add_to(self, total: Tensor, block_rows: slice | None, weight: Tensor) -> None:
-        """Add the LoRA's change of one block of rows to `total`.
+        """Add the LoRA's change for one block of rows to `total`.
 
         Args:
             total: Float32 sum of all changes of these rows, modified in place.
@@ -391,7 +391,7 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
 
 
 def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
-    """Split the rows of a weight into blocks that are changed one after another to save memory.
+    """Split the rows of a weight into blocks, which are changed one at a time to save memory.
 
     Small weights are not split, nor are weights that are replaced or whose change cannot be cut (LoKr).
 
@@ -448,7 +448,7 @@ def _round_into(
     exact_change = total.clone() if random_rounding is not None and is_small_weight else None
     total.add_(original)
     if random_rounding is not None and exact_change is not None:
-        # of several draws, the one that alters the change least is used
+        # rounds several times, and keeps the draw that alters the change least
         random_rounding.round_small(total, exact_change)
     elif random_rounding is not None:
         random_rounding.round(total, start)
@@ -528,7 +528,7 @@ class LoraPatch:
         Args:
             name: Name of the weight.
             weight: The weight; it is not modified.
-            target: Dtype to which the caller will round the result; None for the weight's dtype.
+            target: Dtype that the caller will round the result to; None for the weight's dtype.
 
         Raises:
             CheckpointError: If a LoRA's shape does not match the weight.
@@ -547,7 +547,7 @@ class LoraPatch:
         Args:
             name: Name of the weight.
             weight: The weight.
-            target: Dtype to which the caller will round the result; None for the weight's dtype.
+            target: Dtype that the caller will round the result to; None for the weight's dtype.
 
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
@@ -559,10 +559,10 @@ class LoraPatch:
         if not blocks:
             return weight
         if weight.device != CPU or any(change.delta.rotation is not None for change in changes):
-            # once for all blocks; even on the CPU, this computes the matrices of rotations
+            # once for all blocks; this also computes the matrices of rotations, even on the CPU
             changes = [change.to(weight.device) for change in changes]
         dtype = narrow_dtype(weight.dtype, target)
-        sample = None  # some rows, from which `_select_rounding` estimates how much rounding would lose
+        sample = None  # some rows; `_select_rounding` uses them to estimate how much rounding would lose
         original = weight
         if any(change.replaces_weight for change in changes):
             # the replacement is written into this copy in float32, so that it is rounded only once
@@ -693,7 +693,7 @@ class LoraPatch:
                 logger.warning(
                     f"{path}: {self._channel_errors[id(weighted_lora)]}; the rest is used without it"
                 )
-            # a LoRA without any module in the model has been rejected above, unless it may lack all of them
+            # True only for projections of a text encoder; `reject_misfits` has rejected all other such LoRAs
             are_all_absent = bool(selected_keys) and len(absent_keys) == len(selected_keys)
             num_applied = len(self._applied_keys[id(weighted_lora)])
             if not are_all_absent and num_applied == 0:

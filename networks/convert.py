@@ -601,7 +601,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
     if name is None:
         if not likely_families:
             return None
-        # families with the same module names are converted alike, so any of them will do
+        # the result is the same for all families with these module names, so take the first
         if module_names.have_same_names(likely_families):
             return likely_families[0]
         raise CheckpointError(

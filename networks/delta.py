@@ -139,7 +139,7 @@ class Delta:
             raise MismatchError(f"changes of {' and '.join(str(list(shape)) for shape in change_shapes)}")
         if not self.has_row_range:
             return change_shapes[0]
-        # the factors of a fused layer, such as qkv, of which only the rows of q are used
+        # the factors are for a fused layer, such as qkv, but this change uses only some rows, such as q
         num_layer_rows, *columns = change_shapes[0]
         start, stop = read_row_range(self.factors)
         num_rows = len(range(num_layer_rows)[start:stop])

@@ -557,7 +557,7 @@ def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
-    """Return the prefixes of text encoders in which no value changes by more than `minimum`."""
+    """Return the prefixes of text encoders whose values all change by at most `minimum`."""
     is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []

@@ -77,7 +77,7 @@ def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slic
 
 
 def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
-    """Return the rows of a part if the fused weight has the proportions of the published model; else None.
+    """Return the rows of a part if the fused weight has the proportions of the published model, or None.
 
     This is for input rotations, whose tensors do not reveal how many rows a module has. If a weight's halves
     are swapped, all rows are returned, because the rotation is the same for each row.
@@ -151,7 +151,7 @@ def split_fused(
 def _count_rows_of_parts(
     name: str, modules_in_file: Collection[str], rows_in_model: Callable[[str], int | None]
 ) -> dict[RelatedModule, int | None]:
-    """Return the parts of a module that have no LoRA of their own, with their row counts.
+    """Return the row counts of a module's parts, without parts that have their own LoRA.
 
     The row count is None for a part that the model lacks.
 
@@ -525,7 +525,7 @@ def _join_up_factors(parts: Sequence[FactorsOfRows], num_rows: int, rank: int, s
         parts: Factors of each part, with their rows.
         num_rows: Number of rows of the weight.
         rank: Rank of the joined LoRA.
-        shares_down: Whether the parts share one down factor, and thus all columns.
+        shares_down: Whether the parts share one down factor, so that all use the same columns.
     """
     joined = parts[0].factors[UP].new_zeros(num_rows, rank)
     first_column = 0
@@ -762,8 +762,8 @@ def correct_split_alphas(
 ) -> dict[str, Tensor]:
     """Correct the alphas of a LoRA that was trained with sd-scripts' `split_qkv`; return all tensors.
 
-    sd-scripts joins the factors of k parts into one LoRA with k times the rank, but saves the alpha of one
-    part, so alpha / rank would be k times too small. These modules have block-diagonal up factors.
+    sd-scripts joins the factors of k parts into one LoRA with k times the rank, but saves the alpha of
+    one part, so alpha / rank would be k times too small. These modules have block-diagonal up factors.
     """
     corrected = dict(tensors)
     trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as formatted by `:g` below

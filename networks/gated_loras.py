@@ -98,7 +98,7 @@ class LoraBranch:
         multiplier: float = 1.0,
         uses_frozen_norms: bool = False,
     ) -> None:
-        """Store the change of one module; it has no effect before `place_on`.
+        """Store the change of one module; it has no effect until `place_on` is called.
 
         Args:
             target: Parameter that is changed.
@@ -461,7 +461,7 @@ class AddedLoras:
         Args:
             device: Device of the run.
             dtype: Dtype in which the model computes.
-            strength: Multiplier to set for all LoRAs, which they keep afterwards; None for no change.
+            strength: Multiplier to set for all LoRAs, also after the `with` statement; None for no change.
         """
         try:
             for layer in self.layers:

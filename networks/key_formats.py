@@ -328,7 +328,7 @@ def _rename(
     for key in GLOBAL_ALPHA_KEYS:
         if key in tensors:
             renamed |= {f"{module}.alpha": tensors[key] for module in modules}
-    for name in names:  # an alpha of a module replaces the alpha for all
+    for name in names:  # a module's own alpha replaces the global one
         key = key_by_name[name]
         tensor = tensors[key]
         if STORED_AS_VECTOR.search(key):

@@ -148,7 +148,7 @@ class LoraLayer(nn.Module):
         # x: B x L x in, or B x in x H x W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # compute dtype of the factors
-        # not in compiled code: torch.compile fuses products with the same input by itself
+        # not in compiled code: torch.compile already fuses products with the same input
         shared = None if torch.compiler.is_compiling() else self.shared_input
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -305,8 +305,8 @@ class LoraLayer(nn.Module):
     def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's product may be added in place to the output of the frozen module.
 
-        Not in compiled code, which fuses the operations by itself, nor with `combine_outputs`, which needs
-        both outputs, nor for small tensors.
+        False in compiled code, which fuses the operations anyway, with `combine_outputs`, which needs
+        both outputs, and for small tensors.
 
         Args:
             x: Input of the layer.

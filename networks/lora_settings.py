@@ -64,7 +64,7 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
         typed: Value of the argument.
 
     Raises:
-        OptionError: If the value is anything else.
+        OptionError: If the value has another form.
     """
     text = str(typed)
     if text.strip() == "all":
@@ -85,7 +85,7 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
 
 
 def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ...]:
-    """Parse one rank for each of `paths` from a string such as `[4,2,0]`; 0 leaves a module out.
+    """Parse one rank per item of `paths` from a string such as `[4,2,0]`; 0 leaves a module out.
 
     Args:
         paths: Paths of the modules.
@@ -93,7 +93,7 @@ def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ..
         typed: Value of the argument.
 
     Raises:
-        OptionError: If the value is anything else.
+        OptionError: If the value has another form.
     """
     text = str(typed)
     list_items = text.strip().removeprefix("[").removesuffix("]").split(",")

@@ -165,7 +165,7 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None) -> str | None:
-    """Describe the LoRA of one expert, or of a model without experts; None if it is not a LoRA.
+    """Describe one expert's LoRA, or the only LoRA of a file; None if the tensors are not a LoRA.
 
     Args:
         checkpoint: The opened checkpoint.

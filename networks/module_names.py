@@ -372,7 +372,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
     for each_family in FAMILIES if family is None else (family,):
         parts = [*each_family.parts, *each_family.joined]
         if parts:  # the family's layouts differ in how weights are fused
-            # an alias counts only if it is also the name of another family's module
+            # use an alias only if another family has a module of this name
             names_of_other_families: set[str] = set()
             for other in FAMILIES:
                 if other is not each_family:

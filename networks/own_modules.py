@@ -219,7 +219,7 @@ def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSetting
 
     A rank for the block takes precedence over conv_dim, and both take precedence over the family's rules.
     """
-    # 1x1 convolutions count as linear layers
+    # 1x1 convolutions are treated like linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
     if settings.block_settings is not None:
         block_size = settings.block_settings.rank_and_alpha_of(path, is_convolution)
@@ -403,7 +403,7 @@ def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, setti
         return True
     matching_patterns = find_by_pattern(settings.pattern_ranks, name)
     if matching_patterns:
-        _, pattern_rank = settings.pattern_ranks[matching_patterns[-1]]  # the last match counts
+        _, pattern_rank = settings.pattern_ranks[matching_patterns[-1]]  # the last match wins
         return pattern_rank == 0
     # convolutions get no LoRA by default, but a file's LoRAs for them are kept, so give them any rank
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)

@@ -42,7 +42,7 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
     unknown = ""
     for key in _KEYS:
         text = metadata.get(key, "").strip()
-        # None for an unknown or empty value; the first key with a known value counts
+        # None for an unknown or empty value; the first key with a known value wins
         predicts_v = _PREDICTIONS.get(text.lower().replace("-", "_"))
         if velocity is None:
             velocity = predicts_v

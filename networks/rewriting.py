@@ -88,8 +88,8 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
 def _translate_xlabs(match: re.Match[str]) -> list[str]:
     """Return our LoRA tensor names for an XLabs tensor of FLUX; [] for an impossible name.
 
-    In single blocks, XLabs' qkv covers only some rows of our weight linear1, which no name of ours says. So
-    the tensor is named like diffusers' three layers q, k and v, whose rows are known.
+    In single blocks, XLabs' qkv covers only some rows of our weight linear1, which our names cannot
+    express. So the tensor is named like diffusers' three layers q, k and v, whose rows are known.
     """
     prefix = match["start"]
     number = match["n"]

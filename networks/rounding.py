@@ -210,7 +210,7 @@ class LoraRounding:
         self._num_random = 0  # 16-bit weights that are rounded stochastically
 
     def decide_and_count(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
-        """Decide whether to round a weight stochastically instead of to the nearest value, and count it.
+        """Return whether to round a weight stochastically instead of to the nearest value; update the counts.
 
         The counts are for the summary that is logged after merging.
 

@@ -29,7 +29,7 @@ logger = getLogger(__name__)
 def select_for_network(
     weighted_loras: Iterable[WeightedLora], prefix: str = "", prefixes: Collection[str] | None = None
 ) -> list[WeightedLora]:
-    """Return LoRAs reduced to their changes of one network, named as in a LoRA for a transformer.
+    """Return each LoRA's changes to one network, with names as in a LoRA for a transformer.
 
     LoRAs that do not change the network are left out.
 

@@ -66,7 +66,7 @@ def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Ma
     """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing modules.
 
     Raises:
-        CheckpointError: If a file does not fit, or if it changes anything besides weights of layers.
+        CheckpointError: If a file does not fit, or if it changes more than the weights of layers.
     """
     patch = LoraPatch(weighted_loras, is_masked=True)
     for parameter in find_parameters(dit).values():

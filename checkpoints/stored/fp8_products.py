@@ -284,10 +284,10 @@ class _FrozenLinear(torch.autograd.Function):
 def quantize_rows(
     x: Tensor, column_scales: Tensor | None = None, max_float32_elements: int = MAX_FLOAT32_ELEMENTS
 ) -> tuple[Tensor, Tensor]:
-    """Quantize x * column_scales to e4m3 with one scale per row, by which the row is divided first.
+    """Quantize x * column_scales to e4m3 with one scale per row; each row is divided by its scale.
 
-    A row of zeros stays zeros. A NaN or infinite value makes the row's scale NaN or infinite, and thus every
-    product with the row NaN.
+    A row of zeros stays zeros. A NaN or infinite value makes the row's scale NaN or infinite, so that
+    every product with the row is NaN.
 
     Args:
         x: Values, M x K.

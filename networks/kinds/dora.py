@@ -91,7 +91,7 @@ class DoraKind(NetworkKind):
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
         """Return why files of a --lora_format cannot contain a DoRA; "" if they can."""
-        if family is None:  # such networks have their own formats, and check them
+        if family is None:  # networks without known names have their own formats, which check them
             return ""
         if name == COMFYUI:
             return (

@@ -58,7 +58,7 @@ def open_clip_names(name: str) -> list[tuple[str, int | None]]:
         name: Name of the tensor.
 
     Returns:
-        Pairs of Hugging Face's name, without `text_model.`, and the third of the rows (0 to 2) that is the
+        Pairs of Hugging Face's name, without `text_model.`, and which third of the rows (0 to 2) contains the
         parameter, or None for all rows. [] for unknown tensors.
     """
     fused = _FUSED.fullmatch(name)
