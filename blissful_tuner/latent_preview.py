@@ -299,7 +299,7 @@ def make_previews(
     device: torch.device,
     has_room: Callable[[int | None], bool],
 ) -> LatentPreviews | None:
-    """Return the previews that the options request; None without --preview_latent_every.
+    """Return the object that saves previews during denoising; None without --preview_latent_every.
 
     Args:
         options: Options of previews.

@@ -271,7 +271,9 @@ def read_language_model(
 ) -> LoadPlan[LanguageConfig]:
     """Plan how to load a language model up to the last state that is used.
 
-    Files may have any published prefix, and weights in 16 or 8 bits.
+    1. Find the model's tensors in the file, under any published prefix; weights may have 16 or 8 bits.
+    2. Read the dimensions from the tensor shapes.
+    3. Read what shapes do not show from a config.json, if there is one.
 
     Args:
         checkpoint: The opened file.
@@ -451,6 +453,8 @@ def _read_config_constants(
 ) -> ConfigConstants:
     """Read settings that tensors do not show from config.json; the released model's are the defaults.
 
+    `width` is the number of channels of an attention head.
+
     Raises:
         CheckpointError: If config.json is invalid or has scaled frequencies, as in Llama 3.1 and later.
     """
@@ -460,8 +464,8 @@ def _read_config_constants(
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
         eps = float(config_json.get("rms_norm_eps", model.eps))
-        rotated = int(width * model.partial_rotary_factor)
-        sections = () if model.mrope_sixteenths is None else _read_sections(rope, rotated)
+        rotary_dim = int(width * model.partial_rotary_factor)
+        sections = () if model.mrope_sixteenths is None else _read_sections(rope, rotary_dim)
         if not (0 < theta < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
         settings = model.read_settings(config_json, num_layers, width, shapes)

@@ -168,6 +168,7 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
     paths = prepared.request.control_images
     prompt_set = prepared.prompts[0]  # an image has a single section
 
+    # without a negative prompt, guidance compares with an empty text and the same images
     def with_images(prompt: Prompt | None) -> Prompt:
         return replace(prompt or Prompt(""), images=paths, image_size=size)
 

@@ -561,7 +561,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         all_tokens: Sequence[Tokens],
         cut_tokens: Sequence[Tokens],
     ) -> None:
-        """Log each prompt that is too long."""
+        """Log each prompt that is too long, with the number of tokens that were cut off."""
         for prompt, tokens, cut in zip(templated_prompts, all_tokens, cut_tokens, strict=True):
             left_out = len(tokens.ids) - len(cut.ids)
             if left_out > 0:

@@ -276,7 +276,7 @@ def _read_attention_settings(
         text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
     is_linear = unet_config["use_linear_projection"]
     projection = f"{levels.attentions[0]}.proj_in.weight" if levels.attentions else ""
-    if projection in sources:
+    if projection in sources:  # a linear layer's weight has two dimensions, a 1x1 convolution's has four
         is_linear = len(checkpoint.tensors[sources[projection].names[0]].shape) == 2
     return {"cross_attention_dim": text_width, "use_linear_projection": is_linear}
 

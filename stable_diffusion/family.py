@@ -598,7 +598,7 @@ class StableDiffusion(ModelOfImages):
             # float32, because bf16 only has multiples of 8 above 1024; the U-Net rounds the embedded sizes
             added_conditions = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         sample = noisy.squeeze(2)
-        if INPAINTING in cond:
+        if INPAINTING in cond:  # the mask and the masked image, as additional channels
             sample = torch.cat([sample, send_tensor(cond, INPAINTING, device).to(sample).squeeze(2)], dim=1)
         arguments: dict[str, Any] = {
             "sample": sample.to(dtype),

@@ -92,7 +92,7 @@ def load_vgg16(path: Path, last_layer: int, device: torch.device, dtype: torch.d
             for name in (f"{_START}{number}.weight", f"{_START}{number}.bias"):
                 if name in sources:
                     needed[name] = sources[name]
-        plan = LoadPlan(layers, checkpoint, needed, ("*",))
+        plan = LoadPlan(layers, checkpoint, needed, ("*",))  # later layers in the file are ignored
         return load_planned(plan, Vgg16, device=device, dtype=dtype, label=OPTION)
 
 

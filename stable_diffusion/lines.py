@@ -304,6 +304,7 @@ def find_inputs(options: ImageInputOptions, num_control_nets: int) -> Inputs:
         guides=tuple(chain.from_iterable(guides)),
         guides_per_image=max(num_control_nets, 1),
     )
+    # a single guide serves all ControlNets and images
     if len(inputs.guides) > 1 and len(inputs.guides) % inputs.guides_per_image:
         raise OptionError(
             f"--guide_image_path: {len(inputs.guides)} pictures for {num_control_nets} ControlNets. Give "

@@ -99,7 +99,7 @@ def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> li
         "--tokenizer_cache_dir": model.tokenizer_cache_dir,
         "--fp16": model.fp16,
         "--bf16": model.bf16,
-        "--no_half_vae": model.fp16 or model.bf16,
+        "--no_half_vae": model.fp16 or model.bf16,  # the VAE always computes in float32
         "--network_weights": [path for path, _ in model.loras],
         "--network_mul": [strength for _, strength in model.loras],
         "--image_path": image.image,

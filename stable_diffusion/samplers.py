@@ -324,7 +324,7 @@ class UnetPasses:
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Call the U-Net; return noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
+        """Call the U-Net; return noise or v, R 4 1 h w, float32. R is images * guidance passes."""
         step = overrides.step_position  # index of this step, number of steps, and timestep
         assert step is not None  # the loop sets it
         call = UnetCall(
