@@ -103,7 +103,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
         num_template_tokens: int,
         *_: Any,
     ) -> list[Conditions]:
-        """Return each prompt's states, `maximum` x C, and their int64 mask; both are 0 after its tokens.
+        """Return each prompt's states, `max_length` x C, and their int64 mask; both are 0 after its tokens.
 
         A prompt without tokens is not run: all of its states are zeros.
         """

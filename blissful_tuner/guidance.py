@@ -343,7 +343,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
             )
         else:
             standard_scale = scale + offset_to_standard
-            # at 1 the formula returns the positive velocity
+            # at 1 the formula returns the positive velocity; video and audio may have scales of their own
             step_scale = standard_scale if standard_scale != 1 or guides_streams else None
             scales = tuple(step_scale if has_guidance else None for has_guidance in guided_steps)
         scales_by_expert.append(scales)

@@ -482,13 +482,13 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
         paths = changing.write_shards(
             output, plan.tensors, plan.read, metadata=plan.metadata, max_bytes=shard_bytes
         )
-        what = f"{paths[-1]} and {len(paths) - 1} files"
+        written = f"{paths[-1]} and {len(paths) - 1} files"  # the index and its shards
     else:
         if shard_bytes:
             logger.info("Everything fits into one file of that size, so there is no index")
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
         paths = [output]
-        what = str(output)
-    kinds = ", ".join(f"{name} {format_size(size)}" for name, _, size in count_dtypes(plan.tensors))
-    logger.info("Written: %s (%s: %s)", what, format_count(len(plan.tensors), "tensor"), kinds)
+        written = str(output)
+    dtypes = ", ".join(f"{name} {format_size(size)}" for name, _, size in count_dtypes(plan.tensors))
+    logger.info("Written: %s (%s: %s)", written, format_count(len(plan.tensors), "tensor"), dtypes)
     return paths

@@ -45,7 +45,7 @@ class SourceDefaults:
     takes_video: bool = True  # whether there is a --video_path
 
     def declared(self) -> dict[str, Any]:
-        """Return the settings of `SourceOptions` for `add_options` in the script."""
+        """Return keyword arguments for `add_options`, which fit `SourceOptions` to what a script can do."""
         refused = {} if self.takes_image else {"i2i_path": _NO_IMAGE}
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
         spelled = tuple(dict.fromkeys((f"--{self.denoise_option}", *SPELLINGS)))

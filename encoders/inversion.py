@@ -294,7 +294,7 @@ class Inversion:
         if path is None:
             return None
         vectors = self.read_vectors(path, option)
-        if vectors is None:
+        if vectors is None:  # a LoRA without the word
             return None
         needed_keys = [key for encoder in self.encoders for key in encoder.vector_keys]
         missing = [key for key in needed_keys if key not in vectors]

@@ -166,12 +166,12 @@ class LanguageEncoderSettings:
     final_norm: bool = False  # whether the final norm is applied to the last state even if it is not -1
     pre_norm: bool = False  # whether state -1 is the one before the final norm
     keeps_template_suffix: bool = False  # whether `after` is kept if a prompt is too long
-    # padding token: prompts are padded to `maximum` tokens, and padding has states; None: no padding
+    # padding token: prompts are padded to `max_length` tokens, and padding has states; None: no padding
     pad_token: str | None = None
     # If `pad` is set, each prompt is padded to a multiple of this number of tokens instead. Padding has
     # position 1, as in the version of transformers that models were trained with
     pad_to_multiple_of: int = 0
-    pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
+    pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `max_length`
     mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
     batch_size: int = 8  # number of prompts in a batch; limits memory
     image_format: ImagePromptFormat | None = None  # how images are put into a prompt; None: no images
@@ -414,7 +414,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         Returns:
             For each prompt, its states by key: T nC, with n layers concatenated, if all prompts are padded to
-            `maximum` tokens. Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt
+            `max_length` tokens. Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt
             and of the template after it. Stacked states have n C instead of nC.
         """
         pad = self.find_pad(tokenizer)
@@ -568,14 +568,14 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if settings.pad_to_multiple_of:  # all padding has position 1
             return torch.arange(length).masked_fill(mask == 0, 1)
         if settings.pad_token is None and settings.pads_left:
-            # the prompt is not padded, but has the positions as if padding before it filled `maximum` tokens
+            # the prompt is not padded, but has the positions as if padding before it filled `max_length` tokens
             return torch.arange(settings.max_length - length, settings.max_length)[None]
         return None
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's states and mask, by condition key.
 
-        If prompts are padded to `maximum`, the tensors contain all tokens. Otherwise they contain the first
+        If prompts are padded to `max_length`, the tensors contain all tokens. Otherwise they contain the first
         `length` tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
         """
         settings = self.settings
@@ -590,7 +590,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the conditions of each prompt and its images, on the CPU.
 
-        Image tokens do not count towards `maximum`.
+        Image tokens do not count towards `max_length`.
 
         Raises:
             MediaError: If an image cannot be used.

@@ -359,9 +359,9 @@ def load_t5(
             stored_dtype == torch.float16 and device.type != "cpu"
         )
         compute_dtype = dtype or (stored_dtype if keeps_dtype else torch.bfloat16)
-        what = f"the {kind.name} text encoder ({kind.option})"
+        label = f"the {kind.name} text encoder ({kind.option})"
         t5 = load_planned(
-            plan, T5Network, device=device, dtype=compute_dtype, label=what, form=form, blocks=blocks
+            plan, T5Network, device=device, dtype=compute_dtype, label=label, form=form, blocks=blocks
         )
     logger.info(
         "T5: %s, stored as %s, computing in %s", path, dtype_name(stored_dtype), dtype_name(compute_dtype)

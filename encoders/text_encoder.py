@@ -57,7 +57,7 @@ class Tokens(NamedTuple):
         return number
 
     def cut(self, maximum: int, end: float = math.inf) -> "Tokens":
-        """Truncate the text that ends at character `end`, so that `maximum` tokens remain in total."""
+        """Truncate the text that ends at character `end`, so that `max_length` tokens remain in total."""
         if len(self.ids) <= maximum:
             return self
         num_after = self.count_after(end)
@@ -210,12 +210,12 @@ class TokenizerSource:
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.convert_errors(file):
             # an empty text has only the ids that the tokenizer itself adds
-            empty: list[int] = tokenizer.encode("").ids
+            ids_of_empty_text: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
         added_begin = []  # the begin token, unless the tokenizer adds it
-        if begin is not None and empty[:1] != [begin]:
+        if begin is not None and ids_of_empty_text[:1] != [begin]:
             added_begin.append(begin)
-        if self.end and empty[-1:] != [tokenizer.token_to_id(self.end)]:
+        if self.end and ids_of_empty_text[-1:] != [tokenizer.token_to_id(self.end)]:
             logger.warning(
                 "tokenizer %s does not end texts with %s, but the encoder was trained with it", file, self.end
             )
@@ -352,7 +352,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     source: TokenizerSource
     max_length: int  # longest prompt in tokens, not counting dropped template tokens
     weighted_states_key: str = ""  # key of the states that prompt weights multiply; "": no weights
-    pads_left: bool = False  # padding is on the left, up to `maximum`
+    pads_left: bool = False  # padding is on the left, up to `max_length`
     logs_truncation: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
     # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
@@ -446,7 +446,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
             characters_read = count_covered_characters(ends, max_tokens_read, length)
             num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
-            # caches contain the states of these tokens; encoders of fixed length pad to `maximum`
+            # caches contain the states of these tokens; encoders of fixed length pad to `max_length`
             num_stored = min(num_tokens, self.max_length) if self.variable_length else self.max_length
             return TokenCount(
                 templated.prompt,

@@ -112,7 +112,7 @@ def make_control_net(
         gradient_checkpointing: Whether to use gradient checkpointing, as in the U-Net.
         kind: Kind of the checkpoint.
         unet: The U-Net.
-        reads_weights: Whether to read the weights of `path`; otherwise the U-Net is copied in any case.
+        reads_weights: Whether to read the weights of `path`; otherwise the U-Net is always copied.
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.

@@ -644,7 +644,10 @@ class StableDiffusion(ModelOfImages):
         return replace(prepared, prompts=padded_prompts)
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the checkpoint. Raises OptionError for a folder or an inpainting model."""
+        """Return the settings of ComfyUI nodes that run the checkpoint, for --save_workflow.
+
+        Raises OptionError for a folder, an inpainting model, or a run that trains a network of its own.
+        """
         if self.inpaints or self.custom_network is not None:
             raise OptionError("only workflows for LoRAs of text-to-image checkpoints can be written")
         if not self.is_of_one_file:

@@ -121,12 +121,12 @@ def create_upscaler(**args: str) -> LatentUpscaler:
     """
     unknown = sorted(args.keys() - {"weights"})
     if unknown or "weights" not in args:
-        what = f"{unknown[0]} is not known; " if unknown else ""
-        raise OptionError(f"{ARGS}: {what}give weights=FILE, a latent upscaler of sd-scripts")
+        problem = f"{unknown[0]} is not known; " if unknown else ""
+        raise OptionError(f"{ARGS}: {problem}give weights=FILE, a latent upscaler of sd-scripts")
     path = Path(args["weights"])
     if not path.exists():
-        near = explain_missing(path)
-        raise OptionError(f"{ARGS} weights={path}: no such file.{near} Give a latent upscaler of sd-scripts")
+        hint = explain_missing(path)
+        raise OptionError(f"{ARGS} weights={path}: no such file.{hint} Give a latent upscaler of sd-scripts")
     refiner = LatentRefiner()
     refiner.load_state_dict(_read_state(path, refiner), strict=False)
     return LatentUpscaler(refiner.eval())

@@ -470,6 +470,7 @@ def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[L
                 f"{name}: the prompter returned {type(prompts).__name__}. Make it return a list of "
                 "texts, or None at the end"
             )
+        # a single prompt is repeated --images_per_prompt times, several are used once each
         for text in prompts:
             number += 1
             yield Line(f"prompt {number}", text, num_images=1 if len(prompts) > 1 else None)

@@ -195,7 +195,7 @@ def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) 
             "%s: %d averaged tensors (model_ema.) are not used, only the U-Net itself", path, num_averages
         )
     text_encoders = plan_text_encoders(checkpoint, model_type.kind)
-    # others=("",): leave out all tensors without this prefix, which belong to other networks
+    # ignored_prefixes=("",): leave out all tensors without this prefix, which belong to other networks
     unet_checkpoint = checkpoint.without_prefix(UNET, ignored_prefixes=("",))
     unet = checkpoints.read_unet(unet_checkpoint, model_type.kind, _find_pooled_width(text_encoders))
     if options.vae is None:

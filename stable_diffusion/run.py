@@ -197,6 +197,7 @@ class Run:
         paths = []
         requests = self.request_builder.build_requests(lines, failures)
         for batch in batches(requests, self.options.prompts.batch_size):
+            # None if the batch fails: its images are then generated one at a time
             batch_paths = self._try_batch(batch) if len(batch) > 1 else None
             if batch_paths is not None:
                 paths += batch_paths

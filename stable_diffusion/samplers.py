@@ -88,7 +88,7 @@ def make_scheduler(
 
 
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: int) -> float:
-    """Return the multistep weight of the derivative from `steps_ago` steps ago (0 is the latest).
+    """Return LMS's weight of the derivative from `steps_ago` steps ago (0 is the latest).
 
     This integrates over the step the Lagrange polynomial that is 1 at this derivative's noise level and 0 at
     the other derivatives' levels. Three Gauss points are exact, because the degree is at most 3.

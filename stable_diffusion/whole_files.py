@@ -94,7 +94,7 @@ class CheckpointFiles:
         source_infos = dict({} if self.source is None else self.source.tensors)
         source_infos |= {name: tensor.info for name, tensor in self.computed_tensors.items()}
         for name, info in source_infos.items():
-            if name.startswith(EMA):
+            if name.startswith(EMA):  # averages of the untrained U-Net
                 continue
             is_weight = info.dtype.is_floating_point and name.startswith(NETWORKS)
             saved_dtype = dtype if dtype is not None and is_weight else info.dtype
@@ -219,7 +219,8 @@ def _list_markers(model_type: ModelType) -> list[str]:
 
 def _plan_trained_tensors(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, SavedTensor]:
     """Map each tensor name of a single-file checkpoint to the network weights that it is computed from."""
-    weights: dict[str, list[str]] = {}  # by tensor name in the file
+    # by tensor name in the file; several weights if it fuses them, as OpenCLIP's query, key and value
+    weights: dict[str, list[str]] = {}
     infos: dict[str, TensorInfo] = {}
     for weight, trained in network.state_dict().items():
         (stored_name,) = plan.sources[weight].names
