@@ -241,7 +241,7 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
     network_weights: Path | None = option(name="network_weights", facts=FREE)
 
     def __post_init__(self) -> None:
-        read_targets(self.lllite_target_layers)
+        read_targets(self.lllite_target_layers)  # raises if a target is unknown
         if self.lllite_cond_dim % 2:
             raise OptionError(
                 f"--lllite_cond_dim {self.lllite_cond_dim} is odd: its first convolutions have half as many "

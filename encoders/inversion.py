@@ -342,9 +342,9 @@ class Inversion:
         """
         names = self.word.list_ids(0)  # the word, and its single vectors, which also count
         pattern = compile_words([*names])
-        without = [caption for caption in captions if not pattern.search(caption)]
+        lacking = [caption for caption in captions if not pattern.search(caption)]
         word = self.word.text
-        if len(without) == len(captions):
+        if len(lacking) == len(captions):
             option_names = self.word_options.option_names
             alternative = ""
             if option_names.without_captions:
@@ -354,10 +354,10 @@ class Inversion:
                 f'Write it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
                 f"{alternative}"
             )
-        if not without:
+        if not lacking:
             return ""
         count = format_count(len(captions), "caption")
-        return f"{len(without)} of {count} lack the word {word} and teach it nothing, such as {without[0]!r}."
+        return f"{len(lacking)} of {count} lack the word {word} and teach it nothing, such as {lacking[0]!r}."
 
 
 def find_in_lora(path: Path, word: str) -> WordContent | None:

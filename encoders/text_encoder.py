@@ -57,7 +57,7 @@ class Tokens(NamedTuple):
         return number
 
     def cut(self, maximum: int, end: float = math.inf) -> "Tokens":
-        """Truncate the text that ends at character `end`, so that `max_length` tokens remain in total."""
+        """Truncate the text that ends at character `end`, so that `maximum` tokens remain in total."""
         if len(self.ids) <= maximum:
             return self
         num_after = self.count_after(end)

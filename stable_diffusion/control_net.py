@@ -103,7 +103,7 @@ class ControlNets:
         dtype = self._model.dtype
         num_rows = len(call.sample)
         part_length = call.context.shape[1] // num_parts
-        last_part = call.context[:, -part_length:]
+        last_part = call.context[:, -part_length:]  # a ControlNet reads only this part of the prompt
         down, middle = network(
             # without the channels of mask and masked image
             call.sample[:, : network.config.in_channels].to(dtype),

@@ -339,14 +339,14 @@ def _check_fits_unet(
             f"those of inpainting models. Give {EXPECTED_FILE} to {OPTION}.",
             checkpoint.path,
         )
-    sizes = {
+    descriptions = {
         "cross_attention_dim": "text states",
         "block_out_channels": "channels of its levels",
         "layers_per_block": "layers of a level",
         "projection_class_embeddings_input_dim": "pooled text and sizes",
     }
     differences = ""
-    for name, description in sizes.items():
+    for name, description in descriptions.items():
         in_control_net = _list_values(config, name)
         in_unet = _list_values(unet_config, name)
         if in_control_net != in_unet:

@@ -134,6 +134,7 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
     folder = target.parent / CLIP_L
     make_folder(folder, "--output_dir")
     merges = find_merges(file)
+    # merges.txt first: without vocab.json, an interrupted copy does not count as a tokenizer
     for part in (file,) if merges is None else (merges, file):
         write_bytes(folder / part.name, files.read_bytes(part))
     logger.info("The tokenizer of %s was copied to %s, for the trained checkpoints", source, folder)

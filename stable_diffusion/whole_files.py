@@ -115,7 +115,7 @@ class CheckpointFiles:
             ]
             return join_released(name, weights).reshape(computed.info.shape)
         if self.source is None or name in self.prediction_markers:
-            return torch.empty(0)
+            return torch.empty(0)  # only the marker's name matters
         return self.source.read(name)
 
 
@@ -270,10 +270,12 @@ def _plan_ldm_tensor(released: str, network: str, weights: Sequence[str], plans:
         plans: Load plans of the folder's networks.
     """
     plan = plans[network]
-    hollow = []
+    meta_tensors = []  # for dtype and shape
     for weight in weights:
         source = plan.sources[weight]
-        hollow.append(source.build_tensor([plan.checkpoint.tensors[name].hollow() for name in source.names]))
-    joined = join_released(released, hollow)
+        meta_tensors.append(
+            source.build_tensor([plan.checkpoint.tensors[name].hollow() for name in source.names])
+        )
+    joined = join_released(released, meta_tensors)
     shape = ldm_vae_shape(released, tuple(joined.shape))
     return SavedTensor(network, weights, TensorInfo(joined.dtype, shape))
