@@ -48,7 +48,7 @@ class AutoencoderKind:
 
 FLUX_KIND = AutoencoderKind()
 
-DIFFUSERS: dialects.Names = (  # for decoder levels, which diffusers numbers in reverse, see `_our_name`
+DIFFUSERS: dialects.Names = (  # for decoder levels, which diffusers numbers in reverse, see `_from_diffusers`
     (r"encoder\.down_blocks\.(\d+)\.(.+)", r"encoder.down.\1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.mid.block_1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.mid.block_2.\2"),

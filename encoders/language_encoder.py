@@ -151,7 +151,7 @@ class LanguageEncoderSettings:
     template_prefix: str = ""  # the template before the prompt
     template_suffix: str = ""  # the template after the prompt
     # Number of template tokens before the prompt whose states are dropped, with the model's own tokenizer.
-    # None: the tokens of `system` (a prefix of `before`) are counted, or those of `before` if `system` is ""
+    # None: the tokens of `system`, the start of `template_prefix`, are counted, or of all of it if that is ""
     num_dropped_tokens: int | None = 0
     system: str = ""
     empty_prompt_text: str = ""  # replaces an empty prompt
@@ -165,7 +165,7 @@ class LanguageEncoderSettings:
     ] = ()  # hidden states that are stacked, L n C, instead of concatenating `states`
     final_norm: bool = False  # whether the final norm is applied to the last state even if it is not -1
     pre_norm: bool = False  # whether state -1 is the one before the final norm
-    keeps_template_suffix: bool = False  # whether `after` is kept if a prompt is too long
+    keeps_template_suffix: bool = False  # whether `template_suffix` is kept if a prompt is too long
     # padding token: prompts are padded to `max_length` tokens, and padding has states; None: no padding
     pad_token: str | None = None
     # If `pad_token` is set, each prompt is padded to a multiple of this number of tokens instead. Padding has
@@ -321,7 +321,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return len(tokenizer.read(self.settings.system or self.settings.template_prefix).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn unless the template before the prompt has `settings.dropped` tokens."""
+        """Warn unless the template before the prompt has `settings.num_dropped_tokens` tokens."""
         counted = len(tokenizer.read(self.settings.template_prefix).ids)
         expected = self.settings.num_dropped_tokens
         if expected and counted != expected:
