@@ -310,19 +310,19 @@ def translate_training(args: argparse.Namespace) -> None:
 
     Raises OptionError if two options to keep activations in host memory are given.
     """
-    names = dict(typed_names(args))
+    typed_text_by_flag = dict(typed_names(args))
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
         setattr(args, flag.removeprefix("--"), True)
         # error messages then name the option that the user typed
-        names[flag] = f"--attn_mode {args.attn_mode}"
+        typed_text_by_flag[flag] = f"--attn_mode {args.attn_mode}"
     if args.unsloth_offload_checkpointing:
         if args.cpu_offload_checkpointing or args.blocks_to_swap:
             other = "--cpu_offload_checkpointing" if args.cpu_offload_checkpointing else "--blocks_to_swap"
             raise OptionError(f"--unsloth_offload_checkpointing and {other}: leave one of them out")
         args.gradient_checkpointing_cpu_offload = True
-        names["--gradient_checkpointing_cpu_offload"] = "--unsloth_offload_checkpointing"
-    args.typed_names = names
+        typed_text_by_flag["--gradient_checkpointing_cpu_offload"] = "--unsloth_offload_checkpointing"
+    args.typed_names = typed_text_by_flag
 
 
 TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageTrainerDefaults`

@@ -591,6 +591,10 @@ def load_language_model(
 ) -> nn.Module:
     """Load a language model up to the last state that is used.
 
+    1. Read the dimensions from the file's header.
+    2. Decide how many layers stay in host memory because they do not fit on the device.
+    3. Load the weights, and hook those layers so that each is copied to the device before it runs.
+
     Args:
         path: File or folder of the model.
         model: Kind of model that the file must contain.
@@ -601,8 +605,7 @@ def load_language_model(
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form, except
             that fp8 weights are dequantized.
-        free_bytes: Free bytes on the device. Layers that do not fit stay in host memory, and each is copied
-            to the device before it runs. None means that all layers fit.
+        free_bytes: Free bytes on the device; None means that all layers fit.
         blocks: Splits the layers over processes; None for all layers here.
         pre_norm: Whether to omit the final norm even if the last state is -1.
 

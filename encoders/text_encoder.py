@@ -415,7 +415,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         return TemplatedPrompt(prompt.text, prompt.text, prompt.weighted_spans)
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens, including the template's; loads no weights.
+        """Return a function that counts a prompt's tokens as `max_length` limits them; loads no weights.
+
+        For each prompt it also returns how many characters the encoder reads before it truncates, and how
+        many bytes the states take in a cache.
 
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.

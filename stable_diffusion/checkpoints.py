@@ -283,6 +283,10 @@ _OLD_ATTENTION: dialects.Names = (  # names in diffusers before 0.17
 def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialects.LoadPlan[VaeSizes]:
     """Plan how to load a VAE from its own file or a full checkpoint, with released or diffusers names.
 
+    1. Find the VAE's tensors, and rename them to diffusers' names.
+    2. Reject other networks by tensor names and dimensions.
+    3. Infer the config of diffusers' AutoencoderKL from the tensor shapes.
+
     Args:
         checkpoint: The opened checkpoint.
         option: Option that names the file.

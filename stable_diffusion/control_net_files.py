@@ -147,9 +147,10 @@ def _read_control_net(
         raise make_wrong_kind_error(checkpoint, "a ControlNet", OPTION, EXPECTED_FILE)
     # published files number all convolutions of the hint encoder; diffusers calls the last one conv_out
     if f"{_HINT_EMBEDDING}.conv_out.weight" not in sources:
-        last = f"{_HINT_EMBEDDING}.blocks.{count(sources, _HINT_BLOCKS) - 1}."
+        last_block = f"{_HINT_EMBEDDING}.blocks.{count(sources, _HINT_BLOCKS) - 1}."
         sources = {
-            name.replace(last, f"{_HINT_EMBEDDING}.conv_out."): source for name, source in sources.items()
+            name.replace(last_block, f"{_HINT_EMBEDDING}.conv_out."): source
+            for name, source in sources.items()
         }
     config = _read_config(control_net, sources, unet_config)
     _check_fits_unet(checkpoint, config, unet_config, model_title)
@@ -222,7 +223,10 @@ class _LevelAttentions:
 def _read_config(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the configuration of ControlNetModel: sizes from the file, the rest from the U-Net."""
+    """Return the configuration of diffusers' ControlNetModel.
+
+    Sizes are inferred from the file's tensor shapes; what shapes do not show is copied from the U-Net.
+    """
     unknown_sizes = CheckpointError(
         f"{checkpoint.path} is not a ControlNet of a supported kind: its tensors have unexpected sizes. "
         f"Give {EXPECTED_FILE} to {OPTION}.",

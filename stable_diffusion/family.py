@@ -156,7 +156,7 @@ RELEASES: Mapping[ModelKind, ModelRelease] = {
 def latent_spec(kind: ModelKind) -> LatentSpec:
     """Return the sizes and file names of latents for a kind of checkpoint."""
     tag = _TAGS[kind]
-    texts = "_te_outputs" if kind is SDXL else f"_{tag}_te_outputs"
+    text_cache_suffix = "_te_outputs" if kind is SDXL else f"_{tag}_te_outputs"
     return LatentSpec(
         channels=4,
         stride=(1, 8, 8),
@@ -165,7 +165,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         scale=kind.latent_scale,
         preview_factors=_COLORS_OF_XL if kind is SDXL else _COLORS_OF_SD,
         preview_bias=_BIAS_OF_XL if kind is SDXL else (0.0, 0.0, 0.0),
-        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, reads_untagged_files=True),
+        npz=NpzFormat(f"_{tag}", text_cache_suffix, has_resolutions=False, reads_untagged_files=True),
         has_size_conditions=kind is SDXL,
     )
 
@@ -590,8 +590,8 @@ class StableDiffusion(ModelOfImages):
         """
         device = noisy.device
         dtype = compute_dtype_of(dit)
-        names = sorted(self.text_keys - {POOLED})
-        text_states = torch.cat([send_tensor(cond, name, device).to(dtype) for name in names], dim=-1)
+        state_names = sorted(self.text_keys - {POOLED})
+        text_states = torch.cat([send_tensor(cond, name, device).to(dtype) for name in state_names], dim=-1)
         added_conditions: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = send_tensor(cond, POOLED, device).to(dtype)

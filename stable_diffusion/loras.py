@@ -211,6 +211,9 @@ def load_networks(
 ) -> AdjustableLoras | None:
     """Add the LoRAs of `--network_weights` to a model; return those whose strengths can change.
 
+    There are three ways: --network_merge merges LoRAs into the weights once, --network_pre_calc merges them
+    again for each new strength, and otherwise LoRAs compute next to the layers.
+
     Args:
         options: Options of the run.
         model: The loaded model.

@@ -270,8 +270,8 @@ class ImageGenerator:
         """
         joined = []
         for request, texts in zip(requests, texts_by_image, strict=True):
-            parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
-            joined.append(self._join_parts(request, parts))
+            part_states = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
+            joined.append(self._join_parts(request, part_states))
         return joined
 
     def _join_parts(

@@ -93,7 +93,7 @@ def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> li
     line = image.prompt
     if image.negative_prompt:
         line = f"{line} --n {image.negative_prompt}"
-    values = {
+    arguments = {
         "--ckpt": model.ckpt_path,
         "--sdxl": model.sdxl,
         "--tokenizer_cache_dir": model.tokenizer_cache_dir,
@@ -114,4 +114,4 @@ def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> li
         "--outdir": image.output_dir,
     }
     # a single argument, because a prompt may begin with a dash
-    return [*option_argv(values), f"--prompt={line}"]
+    return [*option_argv(arguments), f"--prompt={line}"]

@@ -242,6 +242,9 @@ class Run:
 def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
     """Generate all images that the options request.
 
+    Prompts come from the console (--interactive), from a Python module (--from_module), or from a list: a
+    file, an option or the metadata of input images. Only a list is checked before a model is loaded.
+
     Args:
         options: Options of the run.
         load: Loads the checkpoint and returns an `ImageGenerator`.

@@ -120,17 +120,17 @@ def merge_lora_words(
     words: Sequence[LearnedWord], lora_words: Sequence[LearnedWord]
 ) -> tuple[LearnedWord, ...]:
     """Combine words from embedding files and LoRAs; warn about LoRA words that already exist."""
-    chosen = {word.text.lower(): word for word in words}
+    word_by_name = {word.text.lower(): word for word in words}
     for word in lora_words:
-        first = chosen.setdefault(word.text.lower(), word)
-        if first is not word:
+        known_word = word_by_name.setdefault(word.text.lower(), word)
+        if known_word is not word:
             logger.warning(
                 "%s: the word %s of %s is used instead of the one in this file.",
                 word.path,
-                first.text,
-                first.path,
+                known_word.text,
+                known_word.path,
             )
-    return tuple(chosen.values())
+    return tuple(word_by_name.values())
 
 
 def add_words(

@@ -96,8 +96,8 @@ def find_tokenizer_files(
         diffusers_name = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
         # subfolders in search order; "." is the folder itself
         subfolders = (diffusers_name, *cache_names, "tokenizer", CLIP_L, "clip_l", ".")
-        files = clip_tokenizer_files(OPTION, subfolders)
-        sources.append((files, _find_in(folders, files)))
+        description = clip_tokenizer_files(OPTION, subfolders)
+        sources.append((description, _find_in(folders, description)))
     return sources
 
 
