@@ -169,7 +169,7 @@ class Inversion:
             architecture_suffix="textual-inversion",
             make=self.make,
             check=self.check,
-            generate=_leave_command,
+            generate=_leave_command,  # the LoRA's file contains the word too
             default_rate=DEFAULT_RATE,
             write=write_vectors,
             report=report_norms,

@@ -134,7 +134,7 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: M
     Raises:
         CheckpointError: If a ControlNet does not fit the U-Net.
     """
-    for spec in options.specs if options.control_net_models else ():
+    for spec in options.specs if options.control_net_models else ():  # else they are LLLites
         load_control_net(
             spec.path, unet, model_title=kind.title, device=torch.device("meta"), dtype=torch.float32
         )

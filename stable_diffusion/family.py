@@ -627,6 +627,7 @@ class StableDiffusion(ModelOfImages):
         """
         prepared = self.resolve_image(request, flow_shift=1.0)  # 1, because these models have no shift
         if request.source is None:
+            # a training run's samples are prompt lines, which only have the short name
             option_name = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
             check_sampler_steps(option_name, prepared.solver, prepared.steps)
         else:

@@ -199,7 +199,7 @@ class ImageGenerator:
                 solver=sampler,
                 guidance=guidance,
                 watchers=[update_bar],
-                split=False,
+                split=False,  # guidance passes run as one batch
                 first_step=sampler.first_index,
             )
         return latents.squeeze(2)  # without the axis of frames
