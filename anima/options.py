@@ -27,8 +27,8 @@ FLOW_SHIFT = 3.0  # default for generations and samples
 GUIDANCE_SCALE = 4.0
 STEPS = 30
 ATTENTION = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode in training
-# learning rates of the parts of a transformer that is trained whole: option -> what names of its parameters
-# contain, the first that fits counts
+# learning rates of the parts of a transformer in full training: option -> substring of parameter names; the
+# first match counts
 PARTS = {
     "llm_adapter_lr": "llm_adapter.",
     "mod_lr": "adaln_modulation",

@@ -87,7 +87,7 @@ class LatestWriter(Generic[Item]):
                 return
             start = time.monotonic()
             self._write(item)
-            del item  # else its memory stays taken during the pause
+            del item  # otherwise its memory is held during the pause
             took = time.monotonic() - start
             self._ending.wait(self._pause * took)
 

@@ -308,8 +308,8 @@ SAFETENSORS = (".safetensors", ".sft")
 class ModelFunctions:
     """Functions for model files, passed in because this package must not import theirs."""
 
-    identify: Callable[[Path], str | None]  # returns such as "it is a Wan transformer ..."
-    describe_lora: Callable[[Checkpoint], str | None]  # returns None for a file that is no LoRA
+    identify: Callable[[Path], str | None]  # returns text such as "it is a Wan transformer ..."
+    describe_lora: Callable[[Checkpoint], str | None]  # returns None if the file is not a LoRA
     compute_lora_hashes: Callable[[Checkpoint], Mapping[str, str]]  # by their keys in a LoRA's metadata
     # prefixes of metadata that become wrong if a LoRA's tensors change
     stale_metadata_prefixes: tuple[str, ...]

@@ -335,7 +335,7 @@ def _expand_groups(text: str, groups: Sequence[_Group], choose: Choose, start: i
     pieces: list[str] = []
     position = start
     while True:
-        # the first group from here on: those inside of an expanded group start before its end
+        # the first group from here on: those inside an expanded group start before its end
         index = bisect.bisect_left(groups, position, key=lambda group: group.start)
         if index == len(groups) or groups[index].start >= end:
             return "".join([*pieces, text[position:end]])

@@ -29,7 +29,7 @@ from protocols.rules import Source, SourceRules
 
 logger = logging.getLogger(__name__)
 
-# a stretching by more, as the factor on the aspect ratio, is visible and logged as a warning
+# a larger change of the aspect ratio, as a factor, is visible: it is logged as a warning
 MAX_UNSEEN_STRETCHING = 1.05
 
 

@@ -417,7 +417,7 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
         return num_layers
-    # the state was typed, as a number of layers to skip
+    # the user chose the state, as a number of layers to skip
     if model.skip_option:
         raise CheckpointError(
             f"{model.skip_option} {-1 - state}: {path} has only {all_layers} layers. Give a smaller number.",
@@ -541,7 +541,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
     if config.model.partial_rotary_factor != 1:
         settings["rope_scaling"]["partial_rotary_factor"] = config.model.partial_rotary_factor
-    # the class of transformers, which older versions may lack
+    # older versions of transformers may lack this class
     classes = config.model.class_prefix
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(

@@ -198,7 +198,7 @@ class ModelOfImages(OneTransformer):
     vae_of_clips: ClassVar[bool] = False
     noise_dtype: torch.dtype | None = None  # dtype of drawn noise; None: the dtype of the transformer
 
-    if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
+    if TYPE_CHECKING:  # a dataclass that inherits a property takes it as the default of its field
 
         @property
         @abstractmethod

@@ -179,7 +179,7 @@ class StableDiffusion(ModelOfImages):
     max_chunks: int = 1  # number of 75-token chunks of each caption
     clip_skip: int | None = None
     sampler: str = DEFAULT_SAMPLER  # sampler for a training run's samples
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set for training runs only
     warns_if_cut: bool = False  # whether to warn if a prompt is cut off
     text_training: TextEncoderTraining | None = None  # set for full training only
     # the network that a training run makes instead of a LoRA; None for a LoRA
@@ -463,7 +463,7 @@ class StableDiffusion(ModelOfImages):
 
     def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
         """Return the model with embedding rows for a word to train in its text encoders."""
-        assert self.text_training is not None  # as for each training run
+        assert self.text_training is not None  # every training run has it
         text_training = replace(self.text_training, word=NewWord(word.text, word.count))
         return replace(self, text_training=text_training)
 
@@ -864,7 +864,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
     network = describe_extended_inversion(word, files, list(cross_attentions))
     network = with_templates_and_command(network, model.options, XTI_OPTION)
     model = model.with_word_in_texts(word)
-    assert model.text_training is not None  # as for each training run
+    assert model.text_training is not None  # every training run has it
     text_training = replace(model.text_training, cross_attentions=cross_attentions)
     return replace(model, text_training=text_training, custom_network=network, lora_module=MODULE)
 

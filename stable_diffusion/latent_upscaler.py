@@ -109,7 +109,7 @@ class LatentUpscaler:
             vae.encode(batch.to(vae_weight.device, vae_weight.dtype)).latent_dist.mean.float()
             for batch in pixels.split(vae_batch_size)
         ]
-        refiner = self.refiner.to(vae_weight.device)  # float32: it is small
+        refiner = self.refiner.to(vae_weight.device)  # float32, because it is small
         refined = [refiner(batch) for batch in torch.cat(encoded).split(batch_size)]
         return torch.cat(refined) * LATENT_SCALE
 

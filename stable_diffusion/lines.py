@@ -32,7 +32,7 @@ from stable_diffusion.sampling_options import read_unsharp
 SEEDS = "seeds"
 MULTIPLIERS = "network_mul"
 SEED_BITS = 64
-# most bytes of a name: "_0_1234.png" and the suffix of a temporary file are appended to it
+# maximum bytes of a name: "_0_1234.png" and the suffix of a temporary file are appended to it
 LONGEST_NAME = MAX_OF_NAME - 35
 
 

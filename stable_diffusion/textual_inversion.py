@@ -50,7 +50,7 @@ class LearnedWord:
     text: str  # the word in prompts
     placeholder_token: str | None  # the word that the file itself names, as diffusers' training writes it
     vectors: tuple[Tensor, ...]  # each V C, float32; one for each text encoder
-    # extended textual inversion: A cross-attentions; vectors are A*V C, those for a cross-attention in a row
+    # extended textual inversion: A cross-attentions; `vectors` are A*V C, layer by layer
     num_cross_attentions: int = 1
     option: str = OPTION
     is_from_lora: bool = False  # `path` is a LoRA file, which names the word in its tensors

@@ -68,7 +68,7 @@ def fetch_tokenizer_files(
     fetched: list[tuple[TokenizerFiles, Path]] = []
     for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
         if file is None:
-            # both encoders share the tokenizer of the first
+            # both encoders share the first one's tokenizer
             file = fetched[0][1] if fetched else _download(source, cache, checkpoint)
         fetched.append((source, file))
     return fetched
