@@ -70,7 +70,7 @@ class AnimaConfig:
 
 
 _DROPOUT = "caption_dropout_rate"
-# Qwen-Image's VAE. Training has the mean of its posterior
+# Qwen-Image's VAE. Caches contain the mean of its posterior
 LATENT: LatentSpec = replace(
     QWEN_LATENT, npz=NpzFormat("_anima", "_anima_te", table_settings={_DROPOUT: _DROPOUT})
 )
@@ -83,7 +83,7 @@ DIT = DitSpec(
     ),
     fp8_exclude=("norm", "adaln_modulation"),
     lora_lists=(ADAPTER, "x_embedder", "t_embedder", "final_layer"),
-    # as the known trainer; the adapter's blocks with train_llm_adapter=True
+    # as in the known trainer; train_llm_adapter=True adds the adapter's blocks
     lora_exclude=(
         *("_modulation", "_norm", "_embedder", ".final_layer"),
         *(f".{ADAPTER}.blocks.", f".{ADAPTER}.out_proj"),
@@ -92,6 +92,6 @@ DIT = DitSpec(
     token_wise_methods=("feed",),
     modulated_input="modulated_input",
     num_unswapped=2,
-    # as they compute; 1 % of the model
+    # they compute in float32; 1 % of the model
     keep_float32=("t_embedder.", "t_embedding_norm."),
 )

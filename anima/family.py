@@ -67,8 +67,8 @@ class Anima(ModelOfImages):
     """Description of Anima for one run, built by the `family_for_...` functions below."""
 
     files: AnimaFiles
-    options: Any = NO_OPTIONS  # set for trainings only
-    # what a training makes in place of a LoRA, which sees the control images
+    options: Any = NO_OPTIONS  # set for training runs only
+    # the network that a training run makes instead of a LoRA; it takes control images
     custom_network: CustomNetwork | None = None
     stores_controls: bool = False  # latents are cached together with the control images of a table
     lora_module: str = LORA[0].network_module

@@ -78,7 +78,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
 
 
 def _read_config(shapes: DitShapes) -> AnimaConfig:
-    """Return the dimensions of an Anima transformer; raise CheckpointError for another model."""
+    """Return the dimensions of an Anima transformer, read from its tensor shapes.
+
+    Raises CheckpointError for another model, such as Cosmos-Predict2, which has the same tensor names.
+    """
     dim, input_width = shapes.shape_of("x_embedder.proj.1.weight")
     output_width, _ = shapes.shape_of("final_layer.linear.weight")
     # other models with the same tensor names
@@ -126,9 +129,9 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
     """
     if f"{ADAPTER_PREFIX}{ADAPTER_NORM}" not in shapes.shapes:
         return None
-    start = f"{ADAPTER_PREFIX}blocks.0."
+    first_block = f"{ADAPTER_PREFIX}blocks.0."
     vocabulary, dim = shapes.shape_of(f"{ADAPTER_PREFIX}embed.weight")
-    (head_dim,) = shapes.shape_of(f"{start}cross_attn.q_norm.weight", axes=1)
+    (head_dim,) = shapes.shape_of(f"{first_block}cross_attn.q_norm.weight", axes=1)
     text_width = shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1]
     if dim % head_dim or head_dim % 2 or dim != text_width:
         raise CheckpointError(
@@ -138,8 +141,8 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
         )
     return AdapterConfig(
         dim=dim,
-        text_dim=shapes.shape_of(f"{start}cross_attn.k_proj.weight")[1],
-        ffn_dim=shapes.shape_of(f"{start}mlp.0.weight")[0],
+        text_dim=shapes.shape_of(f"{first_block}cross_attn.k_proj.weight")[1],
+        ffn_dim=shapes.shape_of(f"{first_block}mlp.0.weight")[0],
         num_heads=dim // head_dim,
         num_layers=shapes.count_blocks(f"{ADAPTER_PREFIX}blocks"),
         vocabulary=vocabulary,

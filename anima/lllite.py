@@ -99,12 +99,12 @@ class AttachedLllite(AnimaLllite):
 
         Raises CheckpointError if they do not fit the transformer.
         """
-        by_name = {
+        layers_by_name = {
             PREFIX + module_path.replace(".", "_"): layer for module_path, layer in dit.named_modules()
         }
         for name, module in self.named_children():
-            if isinstance(module, AnimaLlliteModule):
-                layer: Any = by_name.get(name)
+            if isinstance(module, AnimaLlliteModule):  # not the shared encoder of the control image
+                layer: Any = layers_by_name.get(name)
                 _check_layer(name, layer, module.down.in_features, path)
                 layer.register_forward_pre_hook(partial(self._change_input, module))
         # `predict` passes the control images through this attribute
@@ -360,7 +360,7 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
         return
     stored = check_file(path, WEIGHTS).config
     new = _config_from_options(options)
-    sizes = {
+    values_by_option = {  # (value of the options, value in the file)
         "cond_emb_dim": (new.cond_emb_dim, stored.cond_emb_dim),
         "lllite_cond_dim": (new.cond_dim, stored.cond_dim),
         "lllite_cond_resblocks": (new.resblocks, stored.resblocks),
@@ -370,7 +370,7 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
         "lllite_use_aspp": (new.use_aspp, stored.use_aspp),
         "lllite_target_layers": (sorted(new.layers), sorted(stored.layers)),
     }
-    for name, (new_value, stored_value) in sizes.items():
+    for name, (new_value, stored_value) in values_by_option.items():
         if new_value != stored_value:
             raise OptionError(
                 f"--{name} is {new_value}, but {path}, whose training continues, has {stored_value}. "

@@ -27,8 +27,8 @@ FLOW_SHIFT = 3.0  # default for generations and samples
 GUIDANCE_SCALE = 4.0
 STEPS = 30
 ATTENTION = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode in training
-# learning rates of the parts of a transformer that is trained whole: option -> what names of its parameters
-# contain, the first that fits counts
+# learning rates of the parts of a transformer in full training: option -> substring of parameter names; the
+# first match counts
 PARTS = {
     "llm_adapter_lr": "llm_adapter.",
     "mod_lr": "adaln_modulation",
@@ -241,7 +241,7 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
     network_weights: Path | None = option(name="network_weights", facts=FREE)
 
     def __post_init__(self) -> None:
-        read_targets(self.lllite_target_layers)
+        read_targets(self.lllite_target_layers)  # raises if a target is unknown
         if self.lllite_cond_dim % 2:
             raise OptionError(
                 f"--lllite_cond_dim {self.lllite_cond_dim} is odd: its first convolutions have half as many "
@@ -310,19 +310,19 @@ def translate_training(args: argparse.Namespace) -> None:
 
     Raises OptionError if two options to keep activations in host memory are given.
     """
-    names = dict(typed_names(args))
+    typed_text_by_flag = dict(typed_names(args))
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
         setattr(args, flag.removeprefix("--"), True)
         # error messages then name the option that the user typed
-        names[flag] = f"--attn_mode {args.attn_mode}"
+        typed_text_by_flag[flag] = f"--attn_mode {args.attn_mode}"
     if args.unsloth_offload_checkpointing:
         if args.cpu_offload_checkpointing or args.blocks_to_swap:
             other = "--cpu_offload_checkpointing" if args.cpu_offload_checkpointing else "--blocks_to_swap"
             raise OptionError(f"--unsloth_offload_checkpointing and {other}: leave one of them out")
         args.gradient_checkpointing_cpu_offload = True
-        names["--gradient_checkpointing_cpu_offload"] = "--unsloth_offload_checkpointing"
-    args.typed_names = names
+        typed_text_by_flag["--gradient_checkpointing_cpu_offload"] = "--unsloth_offload_checkpointing"
+    args.typed_names = typed_text_by_flag
 
 
 TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageTrainerDefaults`

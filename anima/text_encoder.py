@@ -103,7 +103,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
         num_template_tokens: int,
         *_: Any,
     ) -> list[Conditions]:
-        """Return each prompt's states, `maximum` x C, and their int64 mask; both are 0 after its tokens.
+        """Return each prompt's states, `max_length` x C, and their int64 mask; both are 0 after its tokens.
 
         A prompt without tokens is not run: all of its states are zeros.
         """
@@ -130,15 +130,17 @@ class AnimaTextEncoder(LanguageModelEncoder):
         for prompt, conditions in zip(prompts, super().encode(prompts), strict=True):
             templated = self.apply_template(prompt)
             tokens = tokenizer.read(templated.text)
-            used = tokens.cut(self.t5_max_tokens)
-            if len(used.ids) < len(tokens.ids):
-                left_out = len(tokens.ids) - len(used.ids)
+            cut_tokens = tokens.cut(self.t5_max_tokens)
+            if len(cut_tokens.ids) < len(tokens.ids):
+                left_out = len(tokens.ids) - len(cut_tokens.ids)
                 text = "%d of T5's tokens of the prompt are cut off; %d are used: %.60s"
                 logger.info(text, left_out, self.t5_max_tokens, prompt.text)
-            ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
+            ids, mask = (
+                rows[0].to(torch.int32) for rows in fill_rows([cut_tokens.ids], self.t5_max_tokens, PAD)
+            )
             if prompt.weighted_spans:
                 mask = mask.float()
-                mask[: len(used.ids)] *= torch.tensor(weights_of(templated, used.char_spans))
+                mask[: len(cut_tokens.ids)] *= torch.tensor(weights_of(templated, cut_tokens.char_spans))
             encoded.append({**conditions, IDS: ids, WEIGHTS: mask})
         return encoded
 

@@ -343,7 +343,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
             )
         else:
             standard_scale = scale + offset_to_standard
-            # at 1 the formula returns the positive velocity
+            # at 1 the formula returns the positive velocity; video and audio may have scales of their own
             step_scale = standard_scale if standard_scale != 1 or guides_streams else None
             scales = tuple(step_scale if has_guidance else None for has_guidance in guided_steps)
         scales_by_expert.append(scales)
@@ -404,9 +404,9 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     for entry in filter(None, (part.strip() for part in text.split(","))):
         numbers, colon, scale_text = entry.removeprefix("!").partition(":")
         try:
-            chosen = _parse_steps(numbers, num_steps=steps)
+            entry_steps = _parse_steps(numbers, num_steps=steps)
             if entry.startswith("!"):
-                excluded.update(chosen)
+                excluded.update(entry_steps)
                 continue
             scale = guidance_scale
             if colon:
@@ -418,7 +418,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
                 f"--cfg_schedule entry {entry!r}: {error}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, "
                 "!5"
             ) from None
-        scales.update(dict.fromkeys(chosen, scale))
+        scales.update(dict.fromkeys(entry_steps, scale))
     return {step: scales[step] for step in sorted(scales.keys() - excluded)}
 
 

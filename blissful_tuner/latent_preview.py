@@ -87,7 +87,7 @@ class LatestWriter(Generic[Item]):
                 return
             start = time.monotonic()
             self._write(item)
-            del item  # else its memory stays taken during the pause
+            del item  # otherwise its memory is held during the pause
             took = time.monotonic() - start
             self._ending.wait(self._pause * took)
 
@@ -299,7 +299,7 @@ def make_previews(
     device: torch.device,
     has_room: Callable[[int | None], bool],
 ) -> LatentPreviews | None:
-    """Return the previews that the options request; None without --preview_latent_every.
+    """Return the object that saves previews during denoising; None without --preview_latent_every.
 
     Args:
         options: Options of previews.

@@ -52,6 +52,10 @@ def output_metadata(
 ) -> dict[str, str]:
     """Return the metadata of one output: everything its pixels depend on, with file names, not paths.
 
+    1. Record the request: prompts, seed, size and guidance.
+    2. Add the LoRAs, and what only some models have, such as several transformers.
+    3. Add the other options of the run and of the prompt line, and prefix all names with bt_.
+
     Args:
         prepared: The request.
         model: `Family.metadata`.
@@ -153,12 +157,12 @@ def read_decoded_metadata(
         fps: Frames per second.
     """
     replaced = {*decoding_options, "fps"}
-    texts = {name: text for name, text in latent_metadata.items() if name.removeprefix("bt_") not in replaced}
+    tags = {name: text for name, text in latent_metadata.items() if name.removeprefix("bt_") not in replaced}
     # a latent file stores some bt_ values without the prefix, too: drop these copies
-    texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
-    values = {name: text for name, text in _record(settings).items() if name in decoding_options}
-    values["fps"] = f"{fps:g}"
-    return texts | {f"bt_{name}": replace_surrogates(text) for name, text in values.items()}
+    tags = {name: text for name, text in tags.items() if f"bt_{name}" not in tags}
+    decoding_values = {name: text for name, text in _record(settings).items() if name in decoding_options}
+    decoding_values["fps"] = f"{fps:g}"
+    return tags | {f"bt_{name}": replace_surrogates(text) for name, text in decoding_values.items()}
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, str]:

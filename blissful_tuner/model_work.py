@@ -308,8 +308,8 @@ SAFETENSORS = (".safetensors", ".sft")
 class ModelFunctions:
     """Functions for model files, passed in because this package must not import theirs."""
 
-    identify: Callable[[Path], str | None]  # returns such as "it is a Wan transformer ..."
-    describe_lora: Callable[[Checkpoint], str | None]  # returns None for a file that is no LoRA
+    identify: Callable[[Path], str | None]  # returns text such as "it is a Wan transformer ..."
+    describe_lora: Callable[[Checkpoint], str | None]  # returns None if the file is not a LoRA
     compute_lora_hashes: Callable[[Checkpoint], Mapping[str, str]]  # by their keys in a LoRA's metadata
     # prefixes of metadata that become wrong if a LoRA's tensors change
     stale_metadata_prefixes: tuple[str, ...]
@@ -482,13 +482,13 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
         paths = changing.write_shards(
             output, plan.tensors, plan.read, metadata=plan.metadata, max_bytes=shard_bytes
         )
-        what = f"{paths[-1]} and {len(paths) - 1} files"
+        written = f"{paths[-1]} and {len(paths) - 1} files"  # the index and its shards
     else:
         if shard_bytes:
             logger.info("Everything fits into one file of that size, so there is no index")
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
         paths = [output]
-        what = str(output)
-    kinds = ", ".join(f"{name} {format_size(size)}" for name, _, size in count_dtypes(plan.tensors))
-    logger.info("Written: %s (%s: %s)", what, format_count(len(plan.tensors), "tensor"), kinds)
+        written = str(output)
+    dtypes = ", ".join(f"{name} {format_size(size)}" for name, _, size in count_dtypes(plan.tensors))
+    logger.info("Written: %s (%s: %s)", written, format_count(len(plan.tensors), "tensor"), dtypes)
     return paths

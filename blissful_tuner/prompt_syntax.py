@@ -200,14 +200,14 @@ def find_wildcard_file(folder: Path, key: str, prompt_name: str) -> Path:
         OptionError: If there is no such file.
     """
     wildcard = f"__{shorten(key, 80)}__"
-    parts = key.split("/")
-    if _FORBIDDEN.search(key) or any(part.strip() in {"", ".", ".."} for part in parts):
+    path_parts = key.split("/")
+    if _FORBIDDEN.search(key) or any(part.strip() in {"", ".", ".."} for part in path_parts):
         raise OptionError(
             f"{prompt_name}: {wildcard} does not name a file in --prompt_wildcards {folder}. Write the "
             "file's name without .txt, and folders below that one with /: __animals/birds__. For a plain __ "
             "write \\__"
         )
-    path = folder.joinpath(*parts[:-1], f"{parts[-1]}.txt")
+    path = folder.joinpath(*path_parts[:-1], f"{path_parts[-1]}.txt")
     try:
         real_path = path.resolve(strict=True)
         real_folder = folder.resolve(strict=True)
@@ -335,7 +335,7 @@ def _expand_groups(text: str, groups: Sequence[_Group], choose: Choose, start: i
     pieces: list[str] = []
     position = start
     while True:
-        # the first group from here on: those inside of an expanded group start before its end
+        # the first group from here on: those inside an expanded group start before its end
         index = bisect.bisect_left(groups, position, key=lambda group: group.start)
         if index == len(groups) or groups[index].start >= end:
             return "".join([*pieces, text[position:end]])

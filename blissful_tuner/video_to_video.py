@@ -29,7 +29,7 @@ from protocols.rules import Source, SourceRules
 
 logger = logging.getLogger(__name__)
 
-# a stretching by more, as the factor on the aspect ratio, is visible and logged as a warning
+# a larger change of the aspect ratio, as a factor, is visible: it is logged as a warning
 MAX_UNSEEN_STRETCHING = 1.05
 
 
@@ -231,11 +231,11 @@ def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: boo
     size = prepared.width, prepared.height
     resize = reading.resize_stretched if stretches else reading.resize_cover
     if source.option == IMAGE:
-        read: Iterable[reading.Frame] = [reading.read_image(source.path, alpha)]
+        source_frames: Iterable[reading.Frame] = [reading.read_image(source.path, alpha)]
     else:
-        read = reading.video_frames(source.path)
+        source_frames = reading.video_frames(source.path)
     sizes = reading.FrameSizes()  # notes whether the size changes within the video
-    measured_frames = sizes.watch(islice(read, prepared.frames))
+    measured_frames = sizes.watch(islice(source_frames, prepared.frames))
     frames = torch.from_numpy(numpy.stack([resize(frame, size) for frame in measured_frames]))
     if sizes.change is not None:
         logger.warning(

@@ -45,10 +45,10 @@ class SourceDefaults:
     takes_video: bool = True  # whether there is a --video_path
 
     def declared(self) -> dict[str, Any]:
-        """Return the settings of `SourceOptions` for `add_options` in the script."""
+        """Return keyword arguments for `add_options`, which fit `SourceOptions` to what a script can do."""
         refused = {} if self.takes_image else {"i2i_path": _NO_IMAGE}
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
-        spelled = tuple(dict.fromkeys((f"--{self.denoise_option}", *SPELLINGS)))
+        denoise_flags = tuple(dict.fromkeys((f"--{self.denoise_option}", *SPELLINGS)))
         unused_denoise_option = next(name for name in DENOISE_OPTIONS if name != self.denoise_option)
         rejected_if_short = {"v2v_pad_mode": {"help": f"{_PAD}; default: it is refused"}}
         defaults = {
@@ -58,7 +58,7 @@ class SourceDefaults:
         return {
             "refused": refused,
             "settings": {
-                self.denoise_option: {"flags": spelled},
+                self.denoise_option: {"flags": denoise_flags},
                 **({} if self.pad_mode else rejected_if_short),
             },
             "defaults": defaults,

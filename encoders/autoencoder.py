@@ -48,7 +48,7 @@ class AutoencoderKind:
 
 FLUX_KIND = AutoencoderKind()
 
-DIFFUSERS: dialects.Names = (  # for decoder levels, which diffusers numbers in reverse, see `_our_name`
+DIFFUSERS: dialects.Names = (  # for decoder levels, which diffusers numbers in reverse, see `_from_diffusers`
     (r"encoder\.down_blocks\.(\d+)\.(.+)", r"encoder.down.\1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.mid.block_1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.mid.block_2.\2"),
@@ -83,8 +83,8 @@ def read_autoencoder(
     as_matrices(sources, ATTENTION)
     shape_of = dialects.make_shape_reader(checkpoint, sources, wrong_model)
     channels = shape_of("decoder.conv_in.weight")[1]
-    is_quantized = "quant_conv.weight" in sources or "encoder.quant_conv.weight" in sources
-    _check_kind(checkpoint, kind, channels, is_quantized)
+    has_quant_conv = "quant_conv.weight" in sources or "encoder.quant_conv.weight" in sources
+    _check_kind(checkpoint, kind, channels, has_quant_conv)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
     widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))

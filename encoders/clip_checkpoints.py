@@ -199,6 +199,10 @@ class ClipVisionConfig:
 def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadPlan[ClipVisionConfig]:
     """Plan how to load a CLIP image tower with its projection; the file may also contain the text tower.
 
+    1. Check that the file has an image tower.
+    2. Infer patch size and image size from the shapes of the patch embedding and the positions.
+    3. Read what shapes do not show, such as the activation, from a config.json next to the file.
+
     Args:
         checkpoint: The opened file.
         option: Option that names the file, for messages.

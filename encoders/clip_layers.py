@@ -345,5 +345,5 @@ def load_clip_vision(
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_vision(checkpoint, option, release)
         check_activation(plan.config, path, "OpenCLIP has gelu")
-        what = f"the CLIP image encoder ({option})"
-        return load_planned(plan, ClipVision, device=device, dtype=dtype, label=what)
+        label = f"the CLIP image encoder ({option})"
+        return load_planned(plan, ClipVision, device=device, dtype=dtype, label=label)

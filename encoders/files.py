@@ -175,7 +175,7 @@ class OneTransformer:
     ] = {}  # metadata with the model's name, if it is always the same
     few_steps: ClassVar[FewSteps] = FewSteps()  # releases distilled to few steps
 
-    if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
+    if TYPE_CHECKING:  # a dataclass that inherits a property takes it as the default of its field
 
         @property
         def name(self) -> str:

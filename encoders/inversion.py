@@ -169,7 +169,7 @@ class Inversion:
             architecture_suffix="textual-inversion",
             make=self.make,
             check=self.check,
-            generate=_leave_command,
+            generate=_leave_command,  # the LoRA's file contains the word too
             default_rate=DEFAULT_RATE,
             write=write_vectors,
             report=report_norms,
@@ -294,7 +294,7 @@ class Inversion:
         if path is None:
             return None
         vectors = self.read_vectors(path, option)
-        if vectors is None:
+        if vectors is None:  # a LoRA without the word
             return None
         needed_keys = [key for encoder in self.encoders for key in encoder.vector_keys]
         missing = [key for key in needed_keys if key not in vectors]
@@ -342,9 +342,9 @@ class Inversion:
         """
         names = self.word.list_ids(0)  # the word, and its single vectors, which also count
         pattern = compile_words([*names])
-        without = [caption for caption in captions if not pattern.search(caption)]
+        lacking = [caption for caption in captions if not pattern.search(caption)]
         word = self.word.text
-        if len(without) == len(captions):
+        if len(lacking) == len(captions):
             option_names = self.word_options.option_names
             alternative = ""
             if option_names.without_captions:
@@ -354,10 +354,10 @@ class Inversion:
                 f'Write it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
                 f"{alternative}"
             )
-        if not without:
+        if not lacking:
             return ""
         count = format_count(len(captions), "caption")
-        return f"{len(without)} of {count} lack the word {word} and teach it nothing, such as {without[0]!r}."
+        return f"{len(lacking)} of {count} lack the word {word} and teach it nothing, such as {lacking[0]!r}."
 
 
 def find_in_lora(path: Path, word: str) -> WordContent | None:

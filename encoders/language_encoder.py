@@ -147,11 +147,11 @@ class LanguageEncoderSettings:
     states_key: str  # key of the states in the conditions that `encode` returns
     model: LanguageModel
     source: TokenizerSource
-    max_length: int  # longest prompt in tokens, without the template tokens that `dropped` counts
+    max_length: int  # longest prompt in tokens, without the template tokens whose states are dropped
     template_prefix: str = ""  # the template before the prompt
     template_suffix: str = ""  # the template after the prompt
     # Number of template tokens before the prompt whose states are dropped, with the model's own tokenizer.
-    # None: the tokens of `system` (a prefix of `before`) are counted, or those of `before` if `system` is ""
+    # None: the tokens of `system`, the start of `template_prefix`, are counted, or of all of it if that is ""
     num_dropped_tokens: int | None = 0
     system: str = ""
     empty_prompt_text: str = ""  # replaces an empty prompt
@@ -165,13 +165,14 @@ class LanguageEncoderSettings:
     ] = ()  # hidden states that are stacked, L n C, instead of concatenating `states`
     final_norm: bool = False  # whether the final norm is applied to the last state even if it is not -1
     pre_norm: bool = False  # whether state -1 is the one before the final norm
-    keeps_template_suffix: bool = False  # whether `after` is kept if a prompt is too long
-    # padding token: prompts are padded to `maximum` tokens, and padding has states; None: no padding
+    keeps_template_suffix: bool = False  # whether `template_suffix` is kept if a prompt is too long
+    # padding token: prompts are padded to `max_length` tokens, and padding has states; None: no padding
     pad_token: str | None = None
-    # If `pad` is set, each prompt is padded to a multiple of this number of tokens instead. Padding has
+    # If `pad_token` is set, each prompt is padded to a multiple of this number of tokens instead. Padding has
     # position 1, as in the version of transformers that models were trained with
     pad_to_multiple_of: int = 0
-    pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
+    # without `pad_token`: positions are those after padding on the left to `max_length`
+    pads_left: bool = False
     mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
     batch_size: int = 8  # number of prompts in a batch; limits memory
     image_format: ImagePromptFormat | None = None  # how images are put into a prompt; None: no images
@@ -320,7 +321,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return len(tokenizer.read(self.settings.system or self.settings.template_prefix).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn unless the template before the prompt has `settings.dropped` tokens."""
+        """Warn unless the template before the prompt has `settings.num_dropped_tokens` tokens."""
         counted = len(tokenizer.read(self.settings.template_prefix).ids)
         expected = self.settings.num_dropped_tokens
         if expected and counted != expected:
@@ -414,7 +415,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         Returns:
             For each prompt, its states by key: T nC, with n layers concatenated, if all prompts are padded to
-            `maximum` tokens. Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt
+            `max_length` tokens. Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt
             and of the template after it. Stacked states have n C instead of nC.
         """
         pad = self.find_pad(tokenizer)
@@ -568,15 +569,15 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if settings.pad_to_multiple_of:  # all padding has position 1
             return torch.arange(length).masked_fill(mask == 0, 1)
         if settings.pad_token is None and settings.pads_left:
-            # the prompt is not padded, but has the positions as if padding before it filled `maximum` tokens
+            # the prompt is not padded, but has positions as if padding before it filled `max_length` tokens
             return torch.arange(settings.max_length - length, settings.max_length)[None]
         return None
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's states and mask, by condition key.
 
-        If prompts are padded to `maximum`, the tensors contain all tokens. Otherwise they contain the first
-        `length` tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
+        If prompts are padded to `max_length`, the tensors contain all tokens. Otherwise they contain the
+        first `length` tokens (including the padding of `pad_to_multiple_of`), each tensor in a list.
         """
         settings = self.settings
         if settings.pad_token is not None and not settings.pad_to_multiple_of:
@@ -590,7 +591,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the conditions of each prompt and its images, on the CPU.
 
-        Image tokens do not count towards `maximum`.
+        Image tokens do not count towards `max_length`.
 
         Raises:
             MediaError: If an image cannot be used.

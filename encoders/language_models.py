@@ -271,7 +271,9 @@ def read_language_model(
 ) -> LoadPlan[LanguageConfig]:
     """Plan how to load a language model up to the last state that is used.
 
-    Files may have any published prefix, and weights in 16 or 8 bits.
+    1. Find the model's tensors in the file, under any published prefix; weights may have 16 or 8 bits.
+    2. Read the dimensions from the tensor shapes.
+    3. Read what shapes do not show from a config.json, if there is one.
 
     Args:
         checkpoint: The opened file.
@@ -415,7 +417,7 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
         return num_layers
-    # the state was typed, as a number of layers to skip
+    # the user chose the state, as a number of layers to skip
     if model.skip_option:
         raise CheckpointError(
             f"{model.skip_option} {-1 - state}: {path} has only {all_layers} layers. Give a smaller number.",
@@ -451,6 +453,8 @@ def _read_config_constants(
 ) -> ConfigConstants:
     """Read settings that tensors do not show from config.json; the released model's are the defaults.
 
+    `width` is the number of channels of an attention head.
+
     Raises:
         CheckpointError: If config.json is invalid or has scaled frequencies, as in Llama 3.1 and later.
     """
@@ -460,8 +464,8 @@ def _read_config_constants(
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
         eps = float(config_json.get("rms_norm_eps", model.eps))
-        rotated = int(width * model.partial_rotary_factor)
-        sections = () if model.mrope_sixteenths is None else _read_sections(rope, rotated)
+        rotary_dim = int(width * model.partial_rotary_factor)
+        sections = () if model.mrope_sixteenths is None else _read_sections(rope, rotary_dim)
         if not (0 < theta < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
         settings = model.read_settings(config_json, num_layers, width, shapes)
@@ -537,7 +541,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
     if config.model.partial_rotary_factor != 1:
         settings["rope_scaling"]["partial_rotary_factor"] = config.model.partial_rotary_factor
-    # the class of transformers, which older versions may lack
+    # older versions of transformers may lack this class
     classes = config.model.class_prefix
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(
@@ -587,6 +591,10 @@ def load_language_model(
 ) -> nn.Module:
     """Load a language model up to the last state that is used.
 
+    1. Read the dimensions from the file's header.
+    2. Decide how many layers stay in host memory because they do not fit on the device.
+    3. Load the weights, and hook those layers so that each is copied to the device before it runs.
+
     Args:
         path: File or folder of the model.
         model: Kind of model that the file must contain.
@@ -597,8 +605,7 @@ def load_language_model(
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form, except
             that fp8 weights are dequantized.
-        free_bytes: Free bytes on the device. Layers that do not fit stay in host memory, and each is copied
-            to the device before it runs. None means that all layers fit.
+        free_bytes: Free bytes on the device; None means that all layers fit.
         blocks: Splits the layers over processes; None for all layers here.
         pre_norm: Whether to omit the final norm even if the last state is -1.
 

@@ -212,6 +212,8 @@ def read_images(
 ) -> PatchedImages:
     """Resize images to multiples of a token's size, normalize their colors, and cut them into patches.
 
+    transformers' image processor does this, with the limits of the family's prompt format.
+
     Args:
         tower: The vision tower.
         images: Images, each H W 3 uint8 RGB.

@@ -168,6 +168,7 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
     paths = prepared.request.control_images
     prompt_set = prepared.prompts[0]  # an image has a single section
 
+    # without a negative prompt, guidance compares with an empty text and the same images
     def with_images(prompt: Prompt | None) -> Prompt:
         return replace(prompt or Prompt(""), images=paths, image_size=size)
 
@@ -197,7 +198,7 @@ class ModelOfImages(OneTransformer):
     vae_of_clips: ClassVar[bool] = False
     noise_dtype: torch.dtype | None = None  # dtype of drawn noise; None: the dtype of the transformer
 
-    if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
+    if TYPE_CHECKING:  # a dataclass that inherits a property takes it as the default of its field
 
         @property
         @abstractmethod

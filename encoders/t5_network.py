@@ -89,6 +89,10 @@ _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     """Plan how to load a T5 or umT5 encoder from a file in 16 or 8 bits.
 
+    1. Translate the tensor names to the official ones.
+    2. Reject other models: T5 instead of umT5 or vice versa, and T5 version 1.0.
+    3. Read the dimensions from the tensor shapes.
+
     Tensors may have Wan's official names (also used by Kijai) or Hugging Face's (ComfyUI, transformers), in
     a separate file or an all-in-one file.
 
@@ -105,11 +109,11 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
         list_tensor_sources(checkpoint),
         lambda name: name if name == duplicate else translate_name(name, HF_T5),
     )
-    # reject other models, T5 instead of umT5 and vice versa, and the first version of T5
     num_layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
         raise make_wrong_kind_error(checkpoint, kind.description, kind.option, kind.release)
     is_umt5 = "blocks.1.pos_embedding.embedding.weight" in sources  # each block has a table of positions
+    # in a single block, T5 and umT5 cannot be told apart
     if num_layers > 1 and is_umt5 != kind.has_own_tables:
         found_kind = "a T5 encoder, not an umT5: only its first block has"
         if is_umt5:
@@ -355,9 +359,9 @@ def load_t5(
             stored_dtype == torch.float16 and device.type != "cpu"
         )
         compute_dtype = dtype or (stored_dtype if keeps_dtype else torch.bfloat16)
-        what = f"the {kind.name} text encoder ({kind.option})"
+        label = f"the {kind.name} text encoder ({kind.option})"
         t5 = load_planned(
-            plan, T5Network, device=device, dtype=compute_dtype, label=what, form=form, blocks=blocks
+            plan, T5Network, device=device, dtype=compute_dtype, label=label, form=form, blocks=blocks
         )
     logger.info(
         "T5: %s, stored as %s, computing in %s", path, dtype_name(stored_dtype), dtype_name(compute_dtype)

@@ -210,12 +210,12 @@ class TokenizerSource:
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.convert_errors(file):
             # an empty text has only the ids that the tokenizer itself adds
-            empty: list[int] = tokenizer.encode("").ids
+            ids_of_empty_text: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
         added_begin = []  # the begin token, unless the tokenizer adds it
-        if begin is not None and empty[:1] != [begin]:
+        if begin is not None and ids_of_empty_text[:1] != [begin]:
             added_begin.append(begin)
-        if self.end and empty[-1:] != [tokenizer.token_to_id(self.end)]:
+        if self.end and ids_of_empty_text[-1:] != [tokenizer.token_to_id(self.end)]:
             logger.warning(
                 "tokenizer %s does not end texts with %s, but the encoder was trained with it", file, self.end
             )
@@ -352,7 +352,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     source: TokenizerSource
     max_length: int  # longest prompt in tokens, not counting dropped template tokens
     weighted_states_key: str = ""  # key of the states that prompt weights multiply; "": no weights
-    pads_left: bool = False  # padding is on the left, up to `maximum`
+    pads_left: bool = False  # padding is on the left, up to `max_length`
     logs_truncation: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
     # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
@@ -415,7 +415,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         return TemplatedPrompt(prompt.text, prompt.text, prompt.weighted_spans)
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens, including the template's; loads no weights.
+        """Return a function that counts a prompt's tokens as `max_length` limits them; loads no weights.
+
+        For each prompt it also returns how many characters the encoder reads before it truncates, and how
+        many bytes the states take in a cache.
 
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
@@ -446,7 +449,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
             characters_read = count_covered_characters(ends, max_tokens_read, length)
             num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
-            # caches contain the states of these tokens; encoders of fixed length pad to `maximum`
+            # caches contain the states of these tokens; encoders of fixed length pad to `max_length`
             num_stored = min(num_tokens, self.max_length) if self.variable_length else self.max_length
             return TokenCount(
                 templated.prompt,
@@ -561,7 +564,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         all_tokens: Sequence[Tokens],
         cut_tokens: Sequence[Tokens],
     ) -> None:
-        """Log each prompt that is too long."""
+        """Log each prompt that is too long, with the number of tokens that were cut off."""
         for prompt, tokens, cut in zip(templated_prompts, all_tokens, cut_tokens, strict=True):
             left_out = len(tokens.ids) - len(cut.ids)
             if left_out > 0:

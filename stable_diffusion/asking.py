@@ -295,6 +295,7 @@ def _warn_of_ignored_options(
         )
     if sampling.scale < 1:
         _warn_of_low_scale(sampling.scale, sampling.negative_scale)
+    # "dsd1" and "glt": names of --ds_depth_1 and --gradual_latent_timesteps in prompt lines
     if options.deep_shrink.ds_depth_1 is None:
         _warn_if_inactive(values, "dsd1", options.deep_shrink)
     if options.gradual_latent.gradual_latent_timesteps is None:

@@ -39,6 +39,10 @@ def _check_painting(options: GenImgOptions, checkpoint_plan: CheckpointPlan) -> 
 def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     """Load the checkpoint and everything that modifies it, such as LoRAs; return the image generator.
 
+    1. Read the files' headers and check that they fit each other and the options.
+    2. Load the checkpoint, then ControlNets or LLLites, then LoRAs.
+    3. Build what encodes prompts, limits them to regions and steers by images.
+
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """
     check_attention(options.model, device)

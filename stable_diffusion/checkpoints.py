@@ -117,6 +117,10 @@ class UnetDepths(NamedTuple):
 def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled_width: int) -> dialects.LoadPlan[UnetSizes]:
     """Infer the config of diffusers' U-Net from a single file's tensor shapes, and plan how to load it.
 
+    1. Rename the tensors to diffusers' names, and check that no level lacks a block.
+    2. Read widths, depths and the text width from the tensor shapes.
+    3. Check that the levels have the widths of the checkpoint's kind.
+
     Args:
         checkpoint: Tensors of the U-Net, without their prefix.
         kind: Kind of the checkpoint.
@@ -279,6 +283,10 @@ _OLD_ATTENTION: dialects.Names = (  # names in diffusers before 0.17
 def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialects.LoadPlan[VaeSizes]:
     """Plan how to load a VAE from its own file or a full checkpoint, with released or diffusers names.
 
+    1. Find the VAE's tensors, and rename them to diffusers' names.
+    2. Reject other networks by tensor names and dimensions.
+    3. Infer the config of diffusers' AutoencoderKL from the tensor shapes.
+
     Args:
         checkpoint: The opened checkpoint.
         option: Option that names the file.
@@ -342,7 +350,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     vae = checkpoint
     for prefix in (VAE, "vae."):
         if any(name.startswith(prefix) for name in checkpoint.tensors):
-            # others=("",): all tensors without this prefix belong to other networks
+            # ignored_prefixes=("",): all tensors without this prefix belong to other networks
             vae = checkpoint.without_prefix(prefix, ignored_prefixes=("",))
             break
     stored_sources = list_tensor_sources(vae)

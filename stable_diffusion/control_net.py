@@ -103,7 +103,7 @@ class ControlNets:
         dtype = self._model.dtype
         num_rows = len(call.sample)
         part_length = call.context.shape[1] // num_parts
-        last_part = call.context[:, -part_length:]
+        last_part = call.context[:, -part_length:]  # a ControlNet reads only this part of the prompt
         down, middle = network(
             # without the channels of mask and masked image
             call.sample[:, : network.config.in_channels].to(dtype),
@@ -134,7 +134,7 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: M
     Raises:
         CheckpointError: If a ControlNet does not fit the U-Net.
     """
-    for spec in options.specs if options.control_net_models else ():
+    for spec in options.specs if options.control_net_models else ():  # else they are LLLites
         load_control_net(
             spec.path, unet, model_title=kind.title, device=torch.device("meta"), dtype=torch.float32
         )

@@ -147,9 +147,10 @@ def _read_control_net(
         raise make_wrong_kind_error(checkpoint, "a ControlNet", OPTION, EXPECTED_FILE)
     # published files number all convolutions of the hint encoder; diffusers calls the last one conv_out
     if f"{_HINT_EMBEDDING}.conv_out.weight" not in sources:
-        last = f"{_HINT_EMBEDDING}.blocks.{count(sources, _HINT_BLOCKS) - 1}."
+        last_block = f"{_HINT_EMBEDDING}.blocks.{count(sources, _HINT_BLOCKS) - 1}."
         sources = {
-            name.replace(last, f"{_HINT_EMBEDDING}.conv_out."): source for name, source in sources.items()
+            name.replace(last_block, f"{_HINT_EMBEDDING}.conv_out."): source
+            for name, source in sources.items()
         }
     config = _read_config(control_net, sources, unet_config)
     _check_fits_unet(checkpoint, config, unet_config, model_title)
@@ -222,7 +223,10 @@ class _LevelAttentions:
 def _read_config(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the configuration of ControlNetModel: sizes from the file, the rest from the U-Net."""
+    """Return the configuration of diffusers' ControlNetModel.
+
+    Sizes are inferred from the file's tensor shapes; what shapes do not show is copied from the U-Net.
+    """
     unknown_sizes = CheckpointError(
         f"{checkpoint.path} is not a ControlNet of a supported kind: its tensors have unexpected sizes. "
         f"Give {EXPECTED_FILE} to {OPTION}.",
@@ -276,7 +280,7 @@ def _read_attention_settings(
         text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
     is_linear = unet_config["use_linear_projection"]
     projection = f"{levels.attentions[0]}.proj_in.weight" if levels.attentions else ""
-    if projection in sources:
+    if projection in sources:  # a linear layer's weight has two dimensions, a 1x1 convolution's has four
         is_linear = len(checkpoint.tensors[sources[projection].names[0]].shape) == 2
     return {"cross_attention_dim": text_width, "use_linear_projection": is_linear}
 
@@ -339,14 +343,14 @@ def _check_fits_unet(
             f"those of inpainting models. Give {EXPECTED_FILE} to {OPTION}.",
             checkpoint.path,
         )
-    sizes = {
+    descriptions = {
         "cross_attention_dim": "text states",
         "block_out_channels": "channels of its levels",
         "layers_per_block": "layers of a level",
         "projection_class_embeddings_input_dim": "pooled text and sizes",
     }
     differences = ""
-    for name, description in sizes.items():
+    for name, description in descriptions.items():
         in_control_net = _list_values(config, name)
         in_unet = _list_values(unet_config, name)
         if in_control_net != in_unet:

@@ -112,7 +112,7 @@ def make_control_net(
         gradient_checkpointing: Whether to use gradient checkpointing, as in the U-Net.
         kind: Kind of the checkpoint.
         unet: The U-Net.
-        reads_weights: Whether to read the weights of `path`; otherwise the U-Net is copied in any case.
+        reads_weights: Whether to read the weights of `path`; otherwise the U-Net is always copied.
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.
@@ -195,10 +195,12 @@ def _write(
     """Write a ControlNet, with diffusers' tensor names for XL, or the released names for 1.x and 2.x."""
     assert isinstance(module, TrainedControlNet)
     state = module.network.state_dict()
-    names = {name: name for name in state}
+    name_in_file = {name: name for name in state}
     if files.kind is not SDXL:
-        names = ldm_control_net_names(count_layers(module.network.config), [*state])
-    tensors = {names[name]: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+        name_in_file = ldm_control_net_names(count_layers(module.network.config), [*state])
+    tensors = {
+        name_in_file[name]: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()
+    }
     save_tensors(path, tensors, metadata)
 
 
@@ -232,5 +234,5 @@ def _ldm_name_of_control_layer(name: str, names: Collection[str]) -> str:
     numbered = re.fullmatch(r"controlnet_down_blocks\.(\d+)\.(\w+)", name)
     if numbered is not None:
         return f"zero_convs.{numbered[1]}.0.{leaf}"
-    start = "input_hint_block.0" if "conv_in" in name else "middle_block_out.0"
-    return f"{start}.{leaf}"
+    published_path = "input_hint_block.0" if "conv_in" in name else "middle_block_out.0"
+    return f"{published_path}.{leaf}"

@@ -156,7 +156,7 @@ RELEASES: Mapping[ModelKind, ModelRelease] = {
 def latent_spec(kind: ModelKind) -> LatentSpec:
     """Return the sizes and file names of latents for a kind of checkpoint."""
     tag = _TAGS[kind]
-    texts = "_te_outputs" if kind is SDXL else f"_{tag}_te_outputs"
+    text_cache_suffix = "_te_outputs" if kind is SDXL else f"_{tag}_te_outputs"
     return LatentSpec(
         channels=4,
         stride=(1, 8, 8),
@@ -165,7 +165,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         scale=kind.latent_scale,
         preview_factors=_COLORS_OF_XL if kind is SDXL else _COLORS_OF_SD,
         preview_bias=_BIAS_OF_XL if kind is SDXL else (0.0, 0.0, 0.0),
-        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, reads_untagged_files=True),
+        npz=NpzFormat(f"_{tag}", text_cache_suffix, has_resolutions=False, reads_untagged_files=True),
         has_size_conditions=kind is SDXL,
     )
 
@@ -179,7 +179,7 @@ class StableDiffusion(ModelOfImages):
     max_chunks: int = 1  # number of 75-token chunks of each caption
     clip_skip: int | None = None
     sampler: str = DEFAULT_SAMPLER  # sampler for a training run's samples
-    options: Any = NO_OPTIONS  # set for trainings only
+    options: Any = NO_OPTIONS  # set for training runs only
     warns_if_cut: bool = False  # whether to warn if a prompt is cut off
     text_training: TextEncoderTraining | None = None  # set for full training only
     # the network that a training run makes instead of a LoRA; None for a LoRA
@@ -463,7 +463,7 @@ class StableDiffusion(ModelOfImages):
 
     def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
         """Return the model with embedding rows for a word to train in its text encoders."""
-        assert self.text_training is not None  # as for each training run
+        assert self.text_training is not None  # every training run has it
         text_training = replace(self.text_training, word=NewWord(word.text, word.count))
         return replace(self, text_training=text_training)
 
@@ -590,15 +590,15 @@ class StableDiffusion(ModelOfImages):
         """
         device = noisy.device
         dtype = compute_dtype_of(dit)
-        names = sorted(self.text_keys - {POOLED})
-        text_states = torch.cat([send_tensor(cond, name, device).to(dtype) for name in names], dim=-1)
+        state_names = sorted(self.text_keys - {POOLED})
+        text_states = torch.cat([send_tensor(cond, name, device).to(dtype) for name in state_names], dim=-1)
         added_conditions: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = send_tensor(cond, POOLED, device).to(dtype)
             # float32, because bf16 only has multiples of 8 above 1024; the U-Net rounds the embedded sizes
             added_conditions = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         sample = noisy.squeeze(2)
-        if INPAINTING in cond:
+        if INPAINTING in cond:  # the mask and the masked image, as additional channels
             sample = torch.cat([sample, send_tensor(cond, INPAINTING, device).to(sample).squeeze(2)], dim=1)
         arguments: dict[str, Any] = {
             "sample": sample.to(dtype),
@@ -627,6 +627,7 @@ class StableDiffusion(ModelOfImages):
         """
         prepared = self.resolve_image(request, flow_shift=1.0)  # 1, because these models have no shift
         if request.source is None:
+            # a training run's samples are prompt lines, which only have the short name
             option_name = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
             check_sampler_steps(option_name, prepared.solver, prepared.steps)
         else:
@@ -644,7 +645,10 @@ class StableDiffusion(ModelOfImages):
         return replace(prepared, prompts=padded_prompts)
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the checkpoint. Raises OptionError for a folder or an inpainting model."""
+        """Return the settings of ComfyUI nodes that run the checkpoint, for --save_workflow.
+
+        Raises OptionError for a folder, an inpainting model, or a run that trains a network of its own.
+        """
         if self.inpaints or self.custom_network is not None:
             raise OptionError("only workflows for LoRAs of text-to-image checkpoints can be written")
         if not self.is_of_one_file:
@@ -860,7 +864,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
     network = describe_extended_inversion(word, files, list(cross_attentions))
     network = with_templates_and_command(network, model.options, XTI_OPTION)
     model = model.with_word_in_texts(word)
-    assert model.text_training is not None  # as for each training run
+    assert model.text_training is not None  # every training run has it
     text_training = replace(model.text_training, cross_attentions=cross_attentions)
     return replace(model, text_training=text_training, custom_network=network, lora_module=MODULE)
 

@@ -270,16 +270,16 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
     text_width = config["cross_attention_dim"]
     are_lists = all(isinstance(names, list | tuple) and len(names) for names in (down, up))
     if not are_lists or not all(isinstance(name, str) for name in (*down, *up)):
-        wrong = f"down_block_types or up_block_types is not a list of names ({down!r}, {up!r})"
+        problem = f"down_block_types or up_block_types is not a list of names ({down!r}, {up!r})"
     elif not len(down) == len(up) == len(config["block_out_channels"]):
-        wrong = "down_block_types, up_block_types and block_out_channels have different lengths"
+        problem = "down_block_types, up_block_types and block_out_channels have different lengths"
     elif type(layers) is not int and not _are_counts(layers, len(down)):
-        wrong = f"layers_per_block is {layers!r}, neither a number nor one for each level"
+        problem = f"layers_per_block is {layers!r}, neither a number nor one for each level"
     elif type(text_width) is not int:
-        wrong = f"cross_attention_dim is {text_width!r}, not a number"
+        problem = f"cross_attention_dim is {text_width!r}, not a number"
     else:
         return
-    raise CheckpointError(f"{file}: {shorten(wrong, MAX_QUOTED)}. Copy the file again.", file)
+    raise CheckpointError(f"{file}: {shorten(problem, MAX_QUOTED)}. Copy the file again.", file)
 
 
 def _are_counts(value: object, length: int) -> bool:

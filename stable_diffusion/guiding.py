@@ -36,7 +36,7 @@ from stable_diffusion.tokenizers import CHUNK_SIZE, cut_into_chunks, parse_weigh
 logger = logging.getLogger(__name__)
 
 
-# VGG16's features of images, with torchvision's weights: convolutions with ReLUs, and poolings.
+# VGG16's features of images, with torchvision's weights: convolutions with ReLUs, and pooling layers.
 #
 # Layers have torchvision's numbers (`features.19` is conv4_2, 20 its ReLU), and all sizes are read off the
 # file: where it has no weights, a ReLU follows a convolution and a pooling follows a ReLU. Source: Simonyan
@@ -92,7 +92,7 @@ def load_vgg16(path: Path, last_layer: int, device: torch.device, dtype: torch.d
             for name in (f"{_START}{number}.weight", f"{_START}{number}.bias"):
                 if name in sources:
                     needed[name] = sources[name]
-        plan = LoadPlan(layers, checkpoint, needed, ("*",))
+        plan = LoadPlan(layers, checkpoint, needed, ("*",))  # later layers in the file are ignored
         return load_planned(plan, Vgg16, device=device, dtype=dtype, label=OPTION)
 
 

@@ -179,6 +179,11 @@ def make_images(
 ) -> Iterator[SavedStage]:
     """Generate a batch in one or two stages; yield the images of each stage that is saved, once finished.
 
+    With --highres_fix_scale:
+    1. Generate small images.
+    2. Enlarge them, or their latents.
+    3. Add noise to the result, and denoise it at the final size.
+
     Args:
         image_generator: Generates the images of one stage.
         highres: Options and upscaler of the second stage; None for one stage.
@@ -193,24 +198,25 @@ def make_images(
     options, upscaler = highres
     settings = requests[0].settings
     first_settings = _make_first_settings(options, settings)
-    first = [replace(request, settings=first_settings) for request in requests]
+    first_requests = [replace(request, settings=first_settings) for request in requests]
     enlarges_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
     wants_images = options.highres_fix_save_1st or not enlarges_latents
-    first_result = image_generator.make(first, None, wants_images)
+    first_result = image_generator.make(first_requests, None, wants_images)
     if options.highres_fix_save_1st:
-        yield SavedStage(first, first_result, FIRST)
+        yield SavedStage(first_requests, first_result, FIRST)
     start = enlarge(image_generator, highres, first_result, settings)
     del first_result
     if options.highres_fix_strength is not None:
         settings = replace(settings, strength=options.highres_fix_strength)
-    second = [replace(request, settings=settings) for request in requests]
+    second_requests = [replace(request, settings=settings) for request in requests]
     if options.highres_fix_disable_control_net:
-        second = [replace(request, guides=()) for request in second]
+        second_requests = [replace(request, guides=()) for request in second_requests]
     # another seed: with the first stage's noise, the second would add the same pattern once more
     reseeded = [
-        replace(request, seed=request.seed + 1 if request.seed < 2**64 - 1 else 0) for request in second
+        replace(request, seed=request.seed + 1 if request.seed < 2**64 - 1 else 0)
+        for request in second_requests
     ]
-    yield SavedStage(second, image_generator.make(reseeded, start), SECOND)
+    yield SavedStage(second_requests, image_generator.make(reseeded, start), SECOND)
 
 
 def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> ImageSettings:

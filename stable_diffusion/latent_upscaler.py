@@ -109,7 +109,7 @@ class LatentUpscaler:
             vae.encode(batch.to(vae_weight.device, vae_weight.dtype)).latent_dist.mean.float()
             for batch in pixels.split(vae_batch_size)
         ]
-        refiner = self.refiner.to(vae_weight.device)  # float32: it is small
+        refiner = self.refiner.to(vae_weight.device)  # float32, because it is small
         refined = [refiner(batch) for batch in torch.cat(encoded).split(batch_size)]
         return torch.cat(refined) * LATENT_SCALE
 
@@ -121,12 +121,12 @@ def create_upscaler(**args: str) -> LatentUpscaler:
     """
     unknown = sorted(args.keys() - {"weights"})
     if unknown or "weights" not in args:
-        what = f"{unknown[0]} is not known; " if unknown else ""
-        raise OptionError(f"{ARGS}: {what}give weights=FILE, a latent upscaler of sd-scripts")
+        problem = f"{unknown[0]} is not known; " if unknown else ""
+        raise OptionError(f"{ARGS}: {problem}give weights=FILE, a latent upscaler of sd-scripts")
     path = Path(args["weights"])
     if not path.exists():
-        near = explain_missing(path)
-        raise OptionError(f"{ARGS} weights={path}: no such file.{near} Give a latent upscaler of sd-scripts")
+        hint = explain_missing(path)
+        raise OptionError(f"{ARGS} weights={path}: no such file.{hint} Give a latent upscaler of sd-scripts")
     refiner = LatentRefiner()
     refiner.load_state_dict(_read_state(path, refiner), strict=False)
     return LatentUpscaler(refiner.eval())

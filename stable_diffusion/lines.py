@@ -32,7 +32,7 @@ from stable_diffusion.sampling_options import read_unsharp
 SEEDS = "seeds"
 MULTIPLIERS = "network_mul"
 SEED_BITS = 64
-# most bytes of a name: "_0_1234.png" and the suffix of a temporary file are appended to it
+# maximum bytes of a name: "_0_1234.png" and the suffix of a temporary file are appended to it
 LONGEST_NAME = MAX_OF_NAME - 35
 
 
@@ -304,6 +304,7 @@ def find_inputs(options: ImageInputOptions, num_control_nets: int) -> Inputs:
         guides=tuple(chain.from_iterable(guides)),
         guides_per_image=max(num_control_nets, 1),
     )
+    # a single guide serves all ControlNets and images
     if len(inputs.guides) > 1 and len(inputs.guides) % inputs.guides_per_image:
         raise OptionError(
             f"--guide_image_path: {len(inputs.guides)} pictures for {num_control_nets} ControlNets. Give "
@@ -469,6 +470,7 @@ def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[L
                 f"{name}: the prompter returned {type(prompts).__name__}. Make it return a list of "
                 "texts, or None at the end"
             )
+        # a single prompt is repeated --images_per_prompt times, several are used once each
         for text in prompts:
             number += 1
             yield Line(f"prompt {number}", text, num_images=1 if len(prompts) > 1 else None)

@@ -122,7 +122,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
 
     Raises CheckpointError if one does not fit.
     """
-    for spec in options.specs if options.control_net_lllite_models else ():
+    for spec in options.specs if options.control_net_lllite_models else ():  # else they are ControlNets
         if kind is not SDXL:
             raise CheckpointError(
                 f"{OPTION} {spec.path}: ControlNet-LLLite is for {SDXL.title}, but --ckpt is {kind.title}. "

@@ -56,6 +56,10 @@ class CheckpointPlan:
 def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, device: torch.device) -> Model:
     """Load the networks planned by `plan_checkpoint`, in evaluation mode; its files must still be open.
 
+    1. Load the tokenizers, and check that the text encoders have an embedding for each token.
+    2. Check all networks on the meta device, so that errors come before the slow part.
+    3. Load the weights, and join each text encoder with its tokenizer.
+
     Raises CheckpointError, before anything is loaded, if a file is damaged or of a different kind.
     """
     dtype = _select_dtype(options)
@@ -195,7 +199,7 @@ def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) 
             "%s: %d averaged tensors (model_ema.) are not used, only the U-Net itself", path, num_averages
         )
     text_encoders = plan_text_encoders(checkpoint, model_type.kind)
-    # others=("",): leave out all tensors without this prefix, which belong to other networks
+    # ignored_prefixes=("",): leave out all tensors without this prefix, which belong to other networks
     unet_checkpoint = checkpoint.without_prefix(UNET, ignored_prefixes=("",))
     unet = checkpoints.read_unet(unet_checkpoint, model_type.kind, _find_pooled_width(text_encoders))
     if options.vae is None:
@@ -214,10 +218,10 @@ def find_checkpoint(ckpt: Path) -> Path:
     if ckpt.is_dir():
         if (ckpt / "unet").is_dir() or (ckpt / "model_index.json").is_file():
             return ckpt
-        names = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
+        first_files = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"--ckpt {ckpt}: the folder is not in the layout of diffusers; it has no unet (it contains "
-            f"{names}).\n  Give {EXPECTED_FILE}.",
+            f"{first_files}).\n  Give {EXPECTED_FILE}.",
             ckpt,
         )
     if ckpt.exists() or not _is_of_hub(ckpt):
@@ -319,7 +323,9 @@ def _make_networks(
     for plan in checkpoint_plan.text_encoders:
         check_activation(plan.load_plan.config, checkpoint_plan.path, "CLIP has quick_gelu or gelu")
     with META:
-        texts = [(ClipText(plan.load_plan.config), plan.load_plan) for plan in checkpoint_plan.text_encoders]
+        text_networks = [
+            (ClipText(plan.load_plan.config), plan.load_plan) for plan in checkpoint_plan.text_encoders
+        ]
     unet = checkpoints.build_network(
         unet_class(), checkpoint_plan.unet.config, checkpoint_plan.unet.checkpoint.path
     )
@@ -327,7 +333,10 @@ def _make_networks(
         vae_class(), checkpoint_plan.vae.config, checkpoint_plan.vae.checkpoint.path
     )
     return [
-        *(_NetworkToLoad(network, plan, dtype, "the text encoder of --ckpt") for network, plan in texts),
+        *(
+            _NetworkToLoad(network, plan, dtype, "the text encoder of --ckpt")
+            for network, plan in text_networks
+        ),
         _NetworkToLoad(unet, checkpoint_plan.unet, dtype, "the U-Net of --ckpt"),
         _NetworkToLoad(vae, checkpoint_plan.vae, vae_dtype, "the VAE"),
     ]

@@ -121,10 +121,10 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     loras = []
     for path in options.files:
         lora = read_lora(path, with_texts=True, with_embeddings=True)
-        names = [family.name for family in lora.families()]
-        if names and not {kind.name for kind in KINDS}.intersection(names):
+        family_names = [family.name for family in lora.families()]  # empty if nothing tells the family
+        if family_names and not {kind.name for kind in KINDS}.intersection(family_names):
             raise CheckpointError(
-                f"{OPTION} {path} is a LoRA for {' or '.join(names)}, not for Stable Diffusion.\n"
+                f"{OPTION} {path} is a LoRA for {' or '.join(family_names)}, not for Stable Diffusion.\n"
                 "  Give a LoRA that was trained for Stable Diffusion 1.x, 2.x or XL.",
                 path,
             )
@@ -210,6 +210,9 @@ def load_networks(
     options: AddedNetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
 ) -> AdjustableLoras | None:
     """Add the LoRAs of `--network_weights` to a model; return those whose strengths can change.
+
+    There are three ways: --network_merge merges LoRAs into the weights once, --network_pre_calc merges them
+    again for each new strength, and otherwise LoRAs compute next to the layers.
 
     Args:
         options: Options of the run.

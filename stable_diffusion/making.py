@@ -199,7 +199,7 @@ class ImageGenerator:
                 solver=sampler,
                 guidance=guidance,
                 watchers=[update_bar],
-                split=False,
+                split=False,  # guidance passes run as one batch
                 first_step=sampler.first_index,
             )
         return latents.squeeze(2)  # without the axis of frames
@@ -270,8 +270,8 @@ class ImageGenerator:
         """
         joined = []
         for request, texts in zip(requests, texts_by_image, strict=True):
-            parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
-            joined.append(self._join_parts(request, parts))
+            part_states = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
+            joined.append(self._join_parts(request, part_states))
         return joined
 
     def _join_parts(

@@ -93,13 +93,13 @@ def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> li
     line = image.prompt
     if image.negative_prompt:
         line = f"{line} --n {image.negative_prompt}"
-    values = {
+    arguments = {
         "--ckpt": model.ckpt_path,
         "--sdxl": model.sdxl,
         "--tokenizer_cache_dir": model.tokenizer_cache_dir,
         "--fp16": model.fp16,
         "--bf16": model.bf16,
-        "--no_half_vae": model.fp16 or model.bf16,
+        "--no_half_vae": model.fp16 or model.bf16,  # the VAE always computes in float32
         "--network_weights": [path for path, _ in model.loras],
         "--network_mul": [strength for _, strength in model.loras],
         "--image_path": image.image,
@@ -114,4 +114,4 @@ def gen_img_argv(options: MinimalInpaintingOptions, mask: Path, seed: int) -> li
         "--outdir": image.output_dir,
     }
     # a single argument, because a prompt may begin with a dash
-    return [*option_argv(values), f"--prompt={line}"]
+    return [*option_argv(arguments), f"--prompt={line}"]

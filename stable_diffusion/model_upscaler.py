@@ -67,19 +67,19 @@ def create_upscaler(**args: str) -> ModelUpscaler:
     unknown = sorted(args.keys() - set(SETTING_NAMES))
     if unknown or "model" not in args:
         problem = f"{unknown[0]} is not known; " if unknown else ""
-        further = ", ".join(SETTING_NAMES[1:])  # without `model`, which the message names first
+        other_names = ", ".join(SETTING_NAMES[1:])  # without `model`, which the message names first
         raise OptionError(
-            f"{ARGS}: {problem}give model=FILE, a SwinIR or ESRGAN file, and where needed {further}, "
+            f"{ARGS}: {problem}give model=FILE, a SwinIR or ESRGAN file, and where needed {other_names}, "
             "joined by ;"
         )
     parser = _Parser(prog=ARGS)
     add_options(parser, UpscalerOptions)
     options = read_options(UpscalerOptions, parser.parse_args(_as_argv(args)))
     if not options.network.model.exists():
-        near = explain_missing(options.network.model)
-        raise OptionError(f"{ARGS} model={args['model']}: no such file.{near} Give a SwinIR or ESRGAN file")
+        hint = explain_missing(options.network.model)
+        raise OptionError(f"{ARGS} model={args['model']}: no such file.{hint} Give a SwinIR or ESRGAN file")
     kind, config = check_file(options.network.model)
-    options = replace(options, mode=kind.mode, scale=config.factor)
+    options = replace(options, mode=kind.mode, scale=config.factor)  # both are read from the file
     select_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     return ModelUpscaler(options)
 

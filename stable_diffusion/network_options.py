@@ -21,7 +21,7 @@ KNOWN_MODULES = (
     "lycoris",
     "lycoris.kohya",
 )
-VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
+VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling layer
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ class GenImgOptions(Options, title="run"):
             sampling_options.check_sampler_steps(
                 "--highres_fix_steps", sampler, self.highres.highres_fix_steps
             )
-        elif self.prompts.image_path is None:
+        elif self.prompts.image_path is None:  # an input image's --strength skips some of the steps
             sampling_options.check_sampler_steps("--steps", sampler, self.sampling.steps)
         is_gradual = self.gradual_latent.gradual_latent_timesteps is not None
         if is_gradual and not sampler.endswith("euler_a"):

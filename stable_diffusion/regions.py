@@ -47,12 +47,12 @@ def read_regions(
     Raises:
         MediaError: If the image cannot be read.
     """
-    pixels = Image.fromarray(read_image(path))
+    mask_image = Image.fromarray(read_image(path))
     # colors must not blend into other codes
     method = Image.Resampling.BILINEAR if num_colors is None else Image.Resampling.NEAREST
-    if pixels.size != (width, height):
-        pixels = pixels.resize((width, height), method)
-    colors = np.asarray(pixels)
+    if mask_image.size != (width, height):
+        mask_image = mask_image.resize((width, height), method)
+    colors = np.asarray(mask_image)
     codes = ((colors >= 128) * np.array([1, 2, 4])).sum(-1)  # H W
     regions = torch.ones(num_parts, height, width)
     for part in range(min(num_parts, num_colors or _CHANNELS)):

@@ -197,6 +197,7 @@ class Run:
         paths = []
         requests = self.request_builder.build_requests(lines, failures)
         for batch in batches(requests, self.options.prompts.batch_size):
+            # None if the batch fails: its images are then generated one at a time
             batch_paths = self._try_batch(batch) if len(batch) > 1 else None
             if batch_paths is not None:
                 paths += batch_paths
@@ -240,6 +241,9 @@ class Run:
 
 def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
     """Generate all images that the options request.
+
+    Prompts come from the console (--interactive), from a Python module (--from_module), or from a list: a
+    file, an option or the metadata of input images. Only a list is checked before a model is loaded.
 
     Args:
         options: Options of the run.

@@ -88,7 +88,7 @@ def make_scheduler(
 
 
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, steps_ago: int) -> float:
-    """Return the multistep weight of the derivative from `steps_ago` steps ago (0 is the latest).
+    """Return LMS's weight of the derivative from `steps_ago` steps ago (0 is the latest).
 
     This integrates over the step the Lagrange polynomial that is 1 at this derivative's noise level and 0 at
     the other derivatives' levels. Three Gauss points are exact, because the degree is at most 3.
@@ -324,7 +324,7 @@ class UnetPasses:
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Call the U-Net; return noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
+        """Call the U-Net; return noise or v, R 4 1 h w, float32. R is images * guidance passes."""
         step = overrides.step_position  # index of this step, number of steps, and timestep
         assert step is not None  # the loop sets it
         call = UnetCall(

@@ -117,7 +117,7 @@ class _ShrinkHooks:
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
-    depth: int | None = None  # depth at which features are made smaller in this call; None for nowhere
+    depth: int | None = None  # depth at which features are made smaller in this call; None if they are not
     has_acted: bool = False
     sample_size: Size = (0, 0)  # size of the sample
     # sizes of the skips that the running output block takes, in order of use

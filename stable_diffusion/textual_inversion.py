@@ -50,7 +50,7 @@ class LearnedWord:
     text: str  # the word in prompts
     placeholder_token: str | None  # the word that the file itself names, as diffusers' training writes it
     vectors: tuple[Tensor, ...]  # each V C, float32; one for each text encoder
-    # extended textual inversion: A cross-attentions; vectors are A*V C, those for a cross-attention in a row
+    # extended textual inversion: A cross-attentions; `vectors` are A*V C, layer by layer
     num_cross_attentions: int = 1
     option: str = OPTION
     is_from_lora: bool = False  # `path` is a LoRA file, which names the word in its tensors
@@ -120,17 +120,17 @@ def merge_lora_words(
     words: Sequence[LearnedWord], lora_words: Sequence[LearnedWord]
 ) -> tuple[LearnedWord, ...]:
     """Combine words from embedding files and LoRAs; warn about LoRA words that already exist."""
-    chosen = {word.text.lower(): word for word in words}
+    word_by_name = {word.text.lower(): word for word in words}
     for word in lora_words:
-        first = chosen.setdefault(word.text.lower(), word)
-        if first is not word:
+        known_word = word_by_name.setdefault(word.text.lower(), word)
+        if known_word is not word:
             logger.warning(
                 "%s: the word %s of %s is used instead of the one in this file.",
                 word.path,
-                first.text,
-                first.path,
+                known_word.text,
+                known_word.path,
             )
-    return tuple(chosen.values())
+    return tuple(word_by_name.values())
 
 
 def add_words(

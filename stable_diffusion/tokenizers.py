@@ -68,7 +68,7 @@ def fetch_tokenizer_files(
     fetched: list[tuple[TokenizerFiles, Path]] = []
     for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
         if file is None:
-            # both encoders share the tokenizer of the first
+            # both encoders share the first one's tokenizer
             file = fetched[0][1] if fetched else _download(source, cache, checkpoint)
         fetched.append((source, file))
     return fetched
@@ -96,8 +96,8 @@ def find_tokenizer_files(
         diffusers_name = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
         # subfolders in search order; "." is the folder itself
         subfolders = (diffusers_name, *cache_names, "tokenizer", CLIP_L, "clip_l", ".")
-        files = clip_tokenizer_files(OPTION, subfolders)
-        sources.append((files, _find_in(folders, files)))
+        description = clip_tokenizer_files(OPTION, subfolders)
+        sources.append((description, _find_in(folders, description)))
     return sources
 
 
@@ -134,6 +134,7 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
     folder = target.parent / CLIP_L
     make_folder(folder, "--output_dir")
     merges = find_merges(file)
+    # merges.txt first: without vocab.json, an interrupted copy does not count as a tokenizer
     for part in (file,) if merges is None else (merges, file):
         write_bytes(folder / part.name, files.read_bytes(part))
     logger.info("The tokenizer of %s was copied to %s, for the trained checkpoints", source, folder)

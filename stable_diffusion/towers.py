@@ -321,7 +321,7 @@ class LazyTextEncoder:
         return results
 
     def _run_encoder(self, chunk_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Encode chunks of 77 token ids; return states, B*K 77 C, and for SDXL's last encoder pooled states.
+        """Encode chunks of 77 token ids; return states, N 77 C, and for SDXL's last encoder pooled states.
 
         If a word has vectors for each cross-attention, the states for all cross-attentions are concatenated.
         """

@@ -209,7 +209,7 @@ class TrainingFiles:
             return checkpoint.path
 
     def load_unet(self, placement: Placement, spec: DitSpec) -> nn.Module:
-        """Load the U-Net according to a placement, in evaluation mode, without gradients.
+        """Load the U-Net with the device, dtype and quantization of a placement, for inference.
 
         Raises:
             CheckpointError: If the file is damaged.

@@ -94,7 +94,7 @@ class CheckpointFiles:
         source_infos = dict({} if self.source is None else self.source.tensors)
         source_infos |= {name: tensor.info for name, tensor in self.computed_tensors.items()}
         for name, info in source_infos.items():
-            if name.startswith(EMA):
+            if name.startswith(EMA):  # averages of the untrained U-Net
                 continue
             is_weight = info.dtype.is_floating_point and name.startswith(NETWORKS)
             saved_dtype = dtype if dtype is not None and is_weight else info.dtype
@@ -115,7 +115,7 @@ class CheckpointFiles:
             ]
             return join_released(name, weights).reshape(computed.info.shape)
         if self.source is None or name in self.prediction_markers:
-            return torch.empty(0)
+            return torch.empty(0)  # only the marker's name matters
         return self.source.read(name)
 
 
@@ -219,7 +219,8 @@ def _list_markers(model_type: ModelType) -> list[str]:
 
 def _plan_trained_tensors(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, SavedTensor]:
     """Map each tensor name of a single-file checkpoint to the network weights that it is computed from."""
-    weights: dict[str, list[str]] = {}  # by tensor name in the file
+    # by tensor name in the file; several weights if it fuses them, as OpenCLIP's query, key and value
+    weights: dict[str, list[str]] = {}
     infos: dict[str, TensorInfo] = {}
     for weight, trained in network.state_dict().items():
         (stored_name,) = plan.sources[weight].names
@@ -269,10 +270,12 @@ def _plan_ldm_tensor(released: str, network: str, weights: Sequence[str], plans:
         plans: Load plans of the folder's networks.
     """
     plan = plans[network]
-    hollow = []
+    meta_tensors = []  # for dtype and shape
     for weight in weights:
         source = plan.sources[weight]
-        hollow.append(source.build_tensor([plan.checkpoint.tensors[name].hollow() for name in source.names]))
-    joined = join_released(released, hollow)
+        meta_tensors.append(
+            source.build_tensor([plan.checkpoint.tensors[name].hollow() for name in source.names])
+        )
+    joined = join_released(released, meta_tensors)
     shape = ldm_vae_shape(released, tuple(joined.shape))
     return SavedTensor(network, weights, TensorInfo(joined.dtype, shape))

@@ -6,7 +6,7 @@ from typing import Any
 from modules.errors import OptionError
 from modules.options import CHANGEABLE, IDENTITY, option
 
-LARGEST_RATE = 1000.0  # as of --learning_rate
+LARGEST_RATE = 1000.0  # the same limit as for --learning_rate
 
 
 def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = None) -> Any:
