@@ -92,10 +92,12 @@ def denoise(
         ).float()
         if section.fixed_latents is not None:  # so that the prediction of fixed latents is their value
             velocity = section.fixed_latents.mix_prediction(step, velocity)
-        done = steps.CompletedStep(step, velocity, section)
-        wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
+        completed_step = steps.CompletedStep(step, velocity, section)
+        wants_to_stop = [
+            watch(completed_step) for watch in watchers
+        ]  # a list, so that every watcher is called
         if any(wants_to_stop):
-            return done.clean
+            return completed_step.clean
         if has_edit_reference:  # undo small deviations from the original image, which would add up
             latents = restore_unchanged_regions(section, latents, schedule, index)
         if audio_sigmas is not None:

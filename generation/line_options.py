@@ -17,7 +17,7 @@ DEFAULT_NAMES = (
 
 
 def key_of(word: str, keys: Collection[str]) -> str | None:
-    """Return the key of an option by its long name in any spelling; None if there is no such option.
+    """Return the key of the option with a long name, in any spelling; None if there is no such option.
 
     Args:
         word: The long name.

@@ -111,14 +111,16 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             device=device,
         )
     run.on_phase("reading the prompt")
-    texts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
+    encoded_prompts = run.session.encode_texts(
+        [select_prompts(job.prepared, options.guidance) for job in jobs]
+    )
     if has_media:
         run.on_phase("reading the pictures")
-    inputs = encode_all_inputs(run, jobs, failures)
+    encoded_inputs = encode_all_inputs(run, jobs, failures)
     encoded_jobs = [
-        EncodedJob(job, job_texts, inputs[job.label])
-        for job, job_texts in zip(jobs, texts, strict=True)
-        if job.label in inputs
+        EncodedJob(job, job_texts, encoded_inputs[job.label])
+        for job, job_texts in zip(jobs, encoded_prompts, strict=True)
+        if job.label in encoded_inputs
     ]
     denoised: list[GenerationJob] = []
     if encoded_jobs:
@@ -126,18 +128,18 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         requests = [job.prepared for job, _, _ in encoded_jobs]
         with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
             denoised += denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)])
-    del texts, inputs, encoded_jobs  # free the memory for decoding
+    del encoded_prompts, encoded_inputs, encoded_jobs  # free the memory for decoding
     clips: Mapping[str, Path] = {}
     if denoised and output.output_type not in UNDECODED:
         run.on_phase("decoding")
         are_named = len(denoised) > 1 or options.interactive
         clips = decode_all(run, denoised, failures, are_named)
-    written: list[Path] = []
+    output_paths: list[Path] = []
     if output.output_type in LATENT_OUTPUTS:
-        written = [job.latent_path for job in denoised if job.latent_path is not None]
-    written += clips.values()
-    if written and not options.interactive:
-        show_end(written, time.monotonic() - start, device, len(failures.reasons))
+        output_paths = [job.latent_path for job in denoised if job.latent_path is not None]
+    output_paths += clips.values()
+    if output_paths and not options.interactive:
+        show_end(output_paths, time.monotonic() - start, device, len(failures.reasons))
     if denoised and run.predicted is not None and device.type == "cuda":
         _compare_memory(run, run.predicted)
     return clips

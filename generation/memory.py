@@ -76,7 +76,7 @@ class PhasePrediction:
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
-        """Return the denoising phase with its peak memory for a number of swapped blocks."""
+        """Return what uses the memory at the peak of denoising if `count` blocks are swapped."""
         swap = self.swaps[count]
         peak_name, bytes_by_kind = dry.peak_of_phases(self.peaks_by_phase)
         weights = bytes_by_kind[dry.WEIGHTS]

@@ -280,7 +280,7 @@ def _check_experts(loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_
     for key, loras in loras_by_key.items():
         if key in expert_keys:
             continue
-        # a file with a LoRA for each expert is used for the other experts too
+        # --lora_weight (key "") may list files that contain a LoRA for each expert
         is_for_missing_expert = any(not lora_use.lora.loras_by_expert for lora_use in loras)
         names_missing_expert = bool(key and loras)
         if is_for_missing_expert or names_missing_expert:

@@ -97,14 +97,14 @@ def output_stem(
         own_name = OWN_LATENTS.fullmatch(origin.stem)
         if own_name:
             return own_name[1]
-    parts = [
+    name_parts = [
         start,
         f"{when:%Y%m%d-%H%M%S}",
         str(seed),
         "" if origin is None else origin.stem,
         words_of(prompt) if prompt else "",
     ]
-    return "_".join(part for part in parts if part)
+    return "_".join(part for part in name_parts if part)
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
@@ -155,7 +155,7 @@ def reserve_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) ->
 def save_latents(
     path: Path, latents: Tensor, metadata: Mapping[str, str] | None, audio: Tensor | None = None
 ) -> None:
-    """Write latents as `latent` (C F H W) in float32, in the sampler's space.
+    """Write latents to a file, as a float32 tensor `latent` (C F H W) in the sampler's space.
 
     Args:
         path: Path of the file.

@@ -380,7 +380,7 @@ class GenerationRun:
         return replace(self, previews=previews)
 
     def metadata(self, prepared: Prepared, loras: LorasInWords | None = None) -> Mapping[str, str] | None:
-        """Return the metadata of an output; None with --no_metadata.
+        """Return the metadata to write into an output file; None with --no_metadata.
 
         Args:
             prepared: The request with all values resolved.

@@ -476,8 +476,8 @@ def make_prompt(run: GenerationRun) -> None:
     request = run.options.request
     count = run.options.num_videos
     # options of a prompt line that the user typed into the text of --prompt
-    words = re.findall(r" --([A-Za-z_]+) \S", f" {request.prompt}")
-    line_options = [f"--{word}" for word in words if find_option(word, run.options.line_options)]
+    option_words = re.findall(r" --([A-Za-z_]+) \S", f" {request.prompt}")
+    line_options = [f"--{word}" for word in option_words if find_option(word, run.options.line_options)]
     if line_options:
         logger.warning(
             "%s in --prompt is text that the model reads: such options are for lines of --from_file and "
@@ -572,7 +572,7 @@ def save_merged_model(
 
 
 def make_lines(run: GenerationRun) -> None:
-    """Generate all prompt lines (or their sheets) phase by phase, so that each network is loaded once."""
+    """Generate all lines of --from_file, or their sheets, phase by phase: each network is loaded once."""
     path = run.options.from_file
     failures = Failures()
     lines = lines_of(path)

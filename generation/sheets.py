@@ -317,9 +317,9 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
     """
     output = run.options.output
     first_index = next(iter(paths))
-    first = cells[first_index].prepared
-    prompt = first.request.prompt
-    grid = _make_grid(run.options.axes, paths, prompt, first.fps)
+    first_request = cells[first_index].prepared
+    prompt = first_request.request.prompt
+    grid = _make_grid(run.options.axes, paths, prompt, first_request.fps)
     metadata = {} if output.no_metadata else _make_metadata(run, cells, paths)
     name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
     prompt_name = words_of(prompt) if output.prompt_in_name else ""  # first words of the prompt
@@ -332,7 +332,11 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
         else:
             path = output.save_path / f"{stem}{output.format.suffix}"
             write_video(
-                path, play_side_by_side(grid), first.fps, codec=output.format.codec, tags=as_tags(metadata)
+                path,
+                play_side_by_side(grid),
+                first_request.fps,
+                codec=output.format.codec,
+                tags=as_tags(metadata),
             )
     return path
 

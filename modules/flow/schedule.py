@@ -39,7 +39,7 @@ class Schedule:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | None = None) -> Tensor:
-    """Blend latents with noise; without `alphas` on the straight path that rectified flow trains on.
+    """Blend latents with noise, along the straight path of rectified flow unless `alphas` is given.
 
     `latents` and `noise` are B C F H W in model space. `sigmas` is B, from 0 (clean) to 1 (pure noise).
     `alphas` is B, factors of the latents; None means 1 - sigmas. Returns B C F H W in the dtype of `latents`;

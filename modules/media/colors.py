@@ -398,7 +398,7 @@ def _make_curve(info: dict[Any, Any]) -> list[int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float | None, chromaticities: tuple[float, ...]) -> bytes | None:
-    """Make an ICC profile from gAMA (None: the curve of sRGB) and cHRM.
+    """Make an ICC profile from a PNG's gamma (None: the sRGB curve) and its chromaticities.
 
     Source: ICC.1, 8.3.
 

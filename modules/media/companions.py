@@ -251,10 +251,11 @@ class OtherStreams:
         return open_delayed(stream, samples) if samples > 0 else None
 
     def _supports(self, stream: Any) -> bool:
-        """Return whether the new file supports the stream, by writing a small file in memory."""
+        """Return whether the output format can hold the stream, by writing its first packet to a file in memory."""
         rarely_played = _RARELY_PLAYED.get(self._suffix)
         context = stream.codec_context
         is_audio = stream.type == "audio" and context is not None
+        # audio codecs that the format allows but few players decode
         if is_audio and rarely_played and rarely_played.match(context.name):
             return False
         try:
@@ -262,13 +263,15 @@ class OtherStreams:
                 open_container(self._path) as reopened,
                 av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial,
             ):
-                added = trial.add_stream_from_template(stream, opaque=True)
+                trial_stream = trial.add_stream_from_template(stream, opaque=True)
                 trial.start_encoding()
                 # the first text may come late in a long file
-                first = None if stream.type == "subtitle" else _read_first_packet(reopened, stream.index)
-                if first is not None:
-                    first.stream = added
-                    trial.mux(first)
+                first_packet = (
+                    None if stream.type == "subtitle" else _read_first_packet(reopened, stream.index)
+                )
+                if first_packet is not None:
+                    first_packet.stream = trial_stream
+                    trial.mux(first_packet)
         except (av.FFmpegError, ValueError):
             return False
         return True

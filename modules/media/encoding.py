@@ -230,9 +230,9 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
                 f"the pictures of a video change their size: picture {index + 1} has {width} x "
                 f"{height} pixels, those before it {stream.width} x {stream.height}"
             )
-        even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
-        exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
-        frame = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24")
+        even_sized: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
+        rgb: Any = in_sixteen_bits(even_sized) if is_deep else in_eight_bits(even_sized)
+        frame = av.VideoFrame.from_ndarray(rgb, format="rgb48le" if is_deep else "rgb24")
         converted = frame.reformat(
             format=stream.pix_fmt,
             dst_colorspace=colors.Colorspace.ITU709,
@@ -243,7 +243,7 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
         converted.time_base = 1 / stream.codec_context.framerate
         # ProRes reads the colors from the frames
         converted.colorspace = converted.color_primaries = converted.color_trc = bt709
-        del even, exact, frame  # free memory before encoding
+        del even_sized, rgb, frame  # free memory before encoding
         with _name_encoder(stream):
             packets = stream.encode(converted)
         yield from packets

@@ -208,7 +208,10 @@ class MaskChannelDetector:
         self._is_transparent = False
 
     def add(self, frame: Frame) -> tuple[Frame, Frame]:
-        """Examine a mask frame, H W 3 or 4; return its colors on white, H W 3, and its alpha, H W."""
+        """Record the transparency and the range of colors of a mask frame, H W 3 or 4.
+
+        Returns its colors on white, H W 3, and its alpha, H W.
+        """
         if frame.shape[2] == 3:
             opacity = np.full(frame.shape[:2], 255, np.uint8)
             on_white = frame

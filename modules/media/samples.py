@@ -160,8 +160,8 @@ def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samp
         channels: Number of channels of the result.
 
     Raises:
-        MediaError: If there is no audio, if it is shorter than MIN_REFERENCE_SECONDS and the clip, or if it
-            is damaged.
+        MediaError: If there is no audio, if it is shorter than both MIN_REFERENCE_SECONDS and `seconds`, or
+            if it is damaged.
     """
     beginning = read_beginning(path, seconds, channels, rate)
     count = 0 if beginning is None else beginning.samples.shape[1]

@@ -318,7 +318,7 @@ def write_timed_video(
         ValueError: If their times do not increase.
         OutputError: If the file cannot be written.
     """
-    selected = encoding.select_codec(path, codec)
+    selected_codec = encoding.select_codec(path, codec)
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
@@ -327,12 +327,12 @@ def write_timed_video(
     rate = rate.limit_denominator(MAX_TICKS)
     suffix = path.suffix.lower()
     timing = Timing(rate)
-    generated = None if track is None else TrackAudio(track, lambda: timing.seconds)
+    generated_audio = None if track is None else TrackAudio(track, lambda: timing.seconds)
     with (
         atomic_path(path) as temporary,
         encoding.name_write_errors(),
         _open_stream_writers(
-            generated, copied_video, audio_section, suffix=suffix, rate=rate, with_images=with_images
+            generated_audio, copied_video, audio_section, suffix=suffix, rate=rate, with_images=with_images
         ) as writers,
     ):
         all_tags = dict(tags or {})
@@ -342,7 +342,7 @@ def write_timed_video(
             temporary, suffix, all_tags, _select_mux_options(suffix, rate, all_tags)
         ) as container:
             stream = encoding.add_video_stream(
-                container, selected, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
+                container, selected_codec, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
             stream.time_base = 1 / Fraction(ticks_per_second(rate))
             images = timing.record(itertools.chain(iter([first]), remaining))
