@@ -351,11 +351,11 @@ def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
 def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
     """Denoise the clips of a comparison; each latent file is written as soon as its clip is finished."""
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
-    texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
+    encoded_prompts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
     encoded_jobs: list[tuple[Variant, list[making.EncodedJob]]] = []
     for variant, cells in columns:
-        variant_texts = texts[variant.label]
+        variant_texts = encoded_prompts[variant.label]
         cells_ready = [
             making.EncodedJob(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells
         ]
@@ -390,9 +390,9 @@ def load_for_columns(
 ) -> making.JobsWithNetworks:
     """Yield the clips of each column with networks that have the column's LoRAs.
 
-    The network is loaded once, and its weights are changed for each column. It is loaded for every column if
-    it is quantized, swapped or compiled, with T-LoRAs, or with several experts, as copies of the original
-    weights would double the host memory.
+    A plain network is loaded once, and its weights are changed for each column. A quantized, swapped or
+    compiled network, one with T-LoRAs, and several experts (copies of whose original weights would double
+    the host memory) are loaded again for each column.
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None

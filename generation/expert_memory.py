@@ -224,15 +224,15 @@ def load_dit_with_unmerged_loras(
     if files is None or not (is_stored or has_rule(files)):
         return dit, {}
     first_loras = select_network_part(expert_loras(family, options)[0], of_text_encoders=False)
-    # T-LoRAs are `masked`
-    uses, masked = split_masked(first_loras)
+    # T-LoRAs mask ranks by timestep, so they always stay separate
+    plain_loras, t_loras = split_masked(first_loras)
     changes: dict[str, list[Change]] = {}
-    if uses and is_stored:  # load again: the patch collects the changes that cannot be merged
-        patch = LoraPatch(uses)
+    if plain_loras and is_stored:  # load again: the patch collects the changes that cannot be merged
+        patch = LoraPatch(plain_loras)
         patched_placement = replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)
         dit = family.load_dit(patched_placement)
         changes = {name: [*weight_changes] for name, weight_changes in patch.unmerged.items()}
-    if masked:
-        for name, weight_changes in masked_changes(dit, masked).items():
+    if t_loras:
+        for name, weight_changes in masked_changes(dit, t_loras).items():
             changes.setdefault(name, []).extend(weight_changes)
     return dit, changes

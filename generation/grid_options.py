@@ -202,11 +202,11 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
         if pattern.is_dir():
             raise OptionError(f"{flag} {pattern} is a folder: give {pattern / '*.safetensors'}")
         matches = [Path(name) for name in glob.glob(str(pattern))]  # noqa: PTH207 (of any folder)
-        files = sort_by_numbers(match for match in matches if match.is_file())
-        if not files:
+        matching_files = sort_by_numbers(match for match in matches if match.is_file())
+        if not matching_files:
             hint = explain_missing(pattern) or " Give LoRA files or a pattern that matches some."
             raise OptionError(f"{flag} {pattern}: no such file.{hint}")
-        paths |= dict.fromkeys(files)
+        paths |= dict.fromkeys(matching_files)
     return tuple(paths)
 
 

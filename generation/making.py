@@ -111,15 +111,13 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             device=device,
         )
     run.on_phase("reading the prompt")
-    encoded_prompts = run.session.encode_texts(
-        [select_prompts(job.prepared, options.guidance) for job in jobs]
-    )
+    all_prompts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
     if has_media:
         run.on_phase("reading the pictures")
     encoded_inputs = encode_all_inputs(run, jobs, failures)
     encoded_jobs = [
         EncodedJob(job, job_texts, encoded_inputs[job.label])
-        for job, job_texts in zip(jobs, encoded_prompts, strict=True)
+        for job, job_texts in zip(jobs, all_prompts, strict=True)
         if job.label in encoded_inputs
     ]
     denoised: list[GenerationJob] = []
@@ -128,7 +126,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         requests = [job.prepared for job, _, _ in encoded_jobs]
         with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
             denoised += denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)])
-    del encoded_prompts, encoded_inputs, encoded_jobs  # free the memory for decoding
+    del all_prompts, encoded_inputs, encoded_jobs  # free the memory for decoding
     clips: Mapping[str, Path] = {}
     if denoised and output.output_type not in UNDECODED:
         run.on_phase("decoding")
@@ -248,7 +246,7 @@ def denoise_all(
     for group, dit_at in networks:
         if start is None:
             start = time.monotonic()  # the first network is loaded by now, and its time is not counted
-        for job, texts, job_inputs in group:
+        for job, encoded_prompts, job_inputs in group:
             with failures.collect_errors(job.label, run.fatal):
                 if len(requests) > 1:
                     log_job_progress(job.label, requests, num_begun, time.monotonic() - start)
@@ -260,7 +258,7 @@ def denoise_all(
                             run.family,
                             dit_at,
                             job.prepared,
-                            texts,
+                            encoded_prompts,
                             inputs=job_inputs,
                             device=run.session.device,
                             cpu_noise=run.options.cpu_noise,
@@ -274,8 +272,8 @@ def denoise_all(
                         raise UserError(NOT_FINITE)
                     if output.output_type == NOTHING:  # of several processes only the first one writes
                         continue
-                    denoised = _save_latents(run, job, latents, stem)
-                yield denoised
+                    denoised_job = _save_latents(run, job, latents, stem)
+                yield denoised_job
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:

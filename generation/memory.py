@@ -232,10 +232,10 @@ def _with_fewer_weights(
         note = offloaded.describe(0, "").removeprefix("; ")  # "; " separates it from a note before it
         weights = replace(weights, device=weights.device - offloaded.saved_device_bytes, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
-        waiting = encoder.offloaded_bytes(device_memory.usable)
-        if waiting:
-            on_device = weights.device - waiting
-            weights = replace(weights, device=on_device, host=waiting, note="copied layer by layer")
+        host_bytes = encoder.offloaded_bytes(device_memory.usable)
+        if host_bytes:
+            on_device = weights.device - host_bytes
+            weights = replace(weights, device=on_device, host=host_bytes, note="copied layer by layer")
     return memory_plan.Phase(phase.name, (weights, *phase.parts[1:]))
 
 
@@ -520,7 +520,7 @@ def suggest_options(
     device_memory: DeviceMemory,
     device: torch.device,
 ) -> list[str]:
-    """Return option changes that make all phases fit, cheapest first; apply them cumulatively."""
+    """Suggest options with which all phases fit in GPU memory, cheapest first; they add up."""
     lines = _suggest_for_other_phases(prediction, device_memory.usable)
     if prediction.device_bytes(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines

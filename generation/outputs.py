@@ -300,7 +300,7 @@ def _save_frames(
     with atomic_folder(path) as folder:
         name = f"{path.name}_{{:03d}}.png"
         for _ in write_frames(frames, folder, name, as_png_texts(metadata or {})):
-            pass
+            pass  # each iteration writes a frame
     return path
 
 

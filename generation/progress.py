@@ -73,8 +73,8 @@ def show_start(
         folder: Folder of the files.
         device: Device of the run.
     """
-    first_request = requests[0]
-    source = first_request.request.source
+    first = requests[0]
+    source = first.request.source
     is_single = len(requests) == 1
     has_names = any(expert.name for expert in family.experts)
     num_values = 0  # of the latents, including audio
@@ -91,15 +91,15 @@ def show_start(
         lora_lines += [f"{name}, strength {strength:g}{purpose}" for name, strength in files]
     origin = None
     if is_single and source is not None:
-        origin = f"{source.path}, the last {first_request.num_steps} of {format_count(first_request.steps, 'step')}"
+        origin = f"{source.path}, the last {first.num_steps} of {format_count(first.steps, 'step')}"
     model_names = filter(None, map(family.metadata.get, NAMING))
     box: list[Row] = [
         ("model", ", ".join(model_names)),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
         ("LoRAs", "\n".join(lora_lines)),
         _describe_results(requests, family.latent.has_layers),
-        ("turns", turns_in_words(family, first_request) if has_names else None),
-        ("prompt", shorten_prompt(first_request.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
+        ("turns", turns_in_words(family, first) if has_names else None),
+        ("prompt", shorten_prompt(first.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
         ("from", origin),
         ("device", str(device)),
         ("disk", f"latents {latents_size}; {free} free"),

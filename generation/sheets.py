@@ -280,9 +280,9 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
     """
     sheets = map_lines(run, lines, failures, partial(make_cell_jobs, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
-    clips = make_outputs(run, jobs, failures) if jobs else {}
+    outputs = make_outputs(run, jobs, failures) if jobs else {}
     for label, cells in sheets.items():
-        paths = {indices: clips[job.label] for indices, job in cells.items() if job.label in clips}
+        paths = {indices: outputs[job.label] for indices, job in cells.items() if job.label in outputs}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
     cells_of_sheet = sum(1 for _ in list_cells(run.options.axes, {}))
@@ -317,9 +317,9 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
     """
     output = run.options.output
     first_index = next(iter(paths))
-    first_request = cells[first_index].prepared
-    prompt = first_request.request.prompt
-    grid = _make_grid(run.options.axes, paths, prompt, first_request.fps)
+    request = cells[first_index].prepared
+    prompt = request.request.prompt
+    grid = _make_grid(run.options.axes, paths, prompt, request.fps)
     metadata = {} if output.no_metadata else _make_metadata(run, cells, paths)
     name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
     prompt_name = words_of(prompt) if output.prompt_in_name else ""  # first words of the prompt
@@ -334,7 +334,7 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
             write_video(
                 path,
                 play_side_by_side(grid),
-                first_request.fps,
+                request.fps,
                 codec=output.format.codec,
                 tags=as_tags(metadata),
             )

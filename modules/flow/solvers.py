@@ -54,7 +54,7 @@ def solver_for(
         table: Sigma of each training timestep, which replaces the shifted schedule; empty: the schedule is
             computed.
         draw: Draws noise; called only in steps that add noise.
-        levels: `steps` falling noise levels and then 0, which replace the solver's own; empty: its own.
+        levels: `steps` decreasing noise levels followed by 0, which replace the solver's own; empty: its own.
         audio_shift: Shift of the noise levels for audio; only Euler can follow two schedules.
 
     Raises:

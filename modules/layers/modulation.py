@@ -139,6 +139,7 @@ class _Modulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the normalized input, the shift and the factor, then None twice."""
         normed, factor = ctx.saved_tensors
         needs_normed, needs_shift, needs_factor, *_ = ctx.needs_input_grad
         if needs_shift or needs_factor or factor.dtype != torch.float32:

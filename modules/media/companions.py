@@ -52,7 +52,7 @@ class OtherStreams:
     """Copies all streams of a source video except its images to a new video, while that is written."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, with_images: bool) -> None:
-        """Keep the source; the streams are selected later.
+        """Prepare to copy streams of an opened file; `add_streams` selects them.
 
         Args:
             path: Path of the opened file.
@@ -145,7 +145,7 @@ class OtherStreams:
             )
 
     def _write_packet(self, target: Any, packet: Any) -> None:
-        """Write a packet to `target`, converted and relative to the new time 0; damaged ones are counted."""
+        """Convert a packet, shift it to the new file's time and write it; packets that fail are counted."""
         track = self._tracks[packet.stream.index]
         try:
             converted = list(track.convert(packet))
@@ -204,11 +204,11 @@ class OtherStreams:
             self._skip(name, "only the main stream of pictures is written", remedy="")
         elif not self._with_images:
             self._skip(name, "it is a picture that no tool has processed", remedy="")
-        elif self._suffix == ".mkv" and codec in _COVER_FILES:
-            with open_container(self._path) as again:
-                image = _read_first_packet(again, stream.index)
-            if image is not None:
-                target.add_attachment(*_COVER_FILES[codec], bytes(image))
+        elif self._suffix == ".mkv" and codec in _COVER_FILES:  # Matroska stores covers as attachments
+            with open_container(self._path) as reopened:
+                cover = _read_first_packet(reopened, stream.index)
+            if cover is not None:
+                target.add_attachment(*_COVER_FILES[codec], bytes(cover))
         elif self._suffix == ".mp4" and codec in _COVER_FILES and not needs_own_tags(self.tags):
             self._add_copy(target, stream, name)
         else:
@@ -251,7 +251,7 @@ class OtherStreams:
         return open_delayed(stream, samples) if samples > 0 else None
 
     def _supports(self, stream: Any) -> bool:
-        """Return whether the output format can hold the stream, by writing its first packet to a file in memory."""
+        """Return whether the new file's format can hold the stream, by writing one packet to a test file."""
         rarely_played = _RARELY_PLAYED.get(self._suffix)
         context = stream.codec_context
         is_audio = stream.type == "audio" and context is not None
@@ -266,12 +266,10 @@ class OtherStreams:
                 trial_stream = trial.add_stream_from_template(stream, opaque=True)
                 trial.start_encoding()
                 # the first text may come late in a long file
-                first_packet = (
-                    None if stream.type == "subtitle" else _read_first_packet(reopened, stream.index)
-                )
-                if first_packet is not None:
-                    first_packet.stream = trial_stream
-                    trial.mux(first_packet)
+                packet = None if stream.type == "subtitle" else _read_first_packet(reopened, stream.index)
+                if packet is not None:
+                    packet.stream = trial_stream
+                    trial.mux(packet)
         except (av.FFmpegError, ValueError):
             return False
         return True

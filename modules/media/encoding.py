@@ -267,11 +267,11 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     encoder.time_base = Fraction(1)
     encoder.thread_count = 1
     encoder.options = {**X264, "crf": str(crf), "preset": "veryfast"}
-    even: Any = np.ascontiguousarray(frame[:height, :width])
-    image = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
+    even_sized: Any = np.ascontiguousarray(frame[:height, :width])
+    image = av.VideoFrame.from_ndarray(even_sized, format="rgb24").reformat(format="yuv420p", threads=1)
     packets = [*encoder.encode(image), *encoder.encode(), None]  # None flushes the decoder
-    (shown,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
-    return np.asarray(shown.reformat(format="rgb24", threads=1).to_ndarray())
+    (decoded_frame,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
+    return np.asarray(decoded_frame.reformat(format="rgb24", threads=1).to_ndarray())
 
 
 @contextlib.contextmanager

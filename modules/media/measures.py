@@ -233,7 +233,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) ->
 
 
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
-    """Return the correlation of the shifted first thumbnail with the second, over cells white in neither.
+    """Correlate the first thumbnail, shifted by y and x, with the second, without cells white in either.
 
     The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
     """

@@ -535,7 +535,7 @@ _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
 
 
 def read_tags(path: Path) -> dict[str, str]:
-    """Return the text stored in a PNG, a video or a WAV file, {} if there is none.
+    """Return the text metadata of a PNG, a video or a WAV file, by name; {} if there is none.
 
     Keys of videos are lower case, because mkv stores them in upper case. The comment of a WAV file is read as
     a JSON table of further tags.

@@ -91,7 +91,7 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
         if previous is not None:
             # a frame is shown until the next one starts
             yield OutputFrame(previous.pixels, previous.start, frame.start - previous.start)
-        if index == limit:
+        if index == limit:  # this frame was read only for the duration of the previous one
             return
         if previous is not None and frame.pixels.shape != previous.pixels.shape:
             sizes = " to ".join(
