@@ -39,6 +39,9 @@ def denoise(
 ) -> Tensor:
     """Denoise latents by following the predicted velocity.
 
+    Each step predicts a velocity with guidance, shows it to the watchers, moves the latents with the solver,
+    and restores what must not change: fixed latents, and the masked regions of an edited image.
+
     Args:
         family: The model family, whose `predict` is called.
         dit_at: Returns the network to call at a timestep.

@@ -97,9 +97,9 @@ def split_values(text: str) -> list[str]:
 
 def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
     """Parse one axis of --sheet, such as `seed=1,2,3`."""
-    name, sign, values_text = text.partition("=")
+    name, equals, values_text = text.partition("=")
     name = name.strip().lstrip("-")
-    if not sign:
+    if not equals:
         raise OptionError(f"--sheet {text}: no values are given. Write AXIS=VALUE,VALUE, such as seed=1,2,3")
     if name in REJECTED:
         raise OptionError(f"--sheet {name}: {REJECTED[name]}")

@@ -82,7 +82,7 @@ def warn_of_unused_sources(
 
 
 def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
-    """Encode all prompts, then all images and videos, denoise all jobs, and decode all latents.
+    """Run all jobs phase by phase: encode all prompts, encode all media, denoise, then decode all latents.
 
     Returns:
         Label of the job -> path of the finished video or image.
@@ -111,13 +111,13 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             device=device,
         )
     run.on_phase("reading the prompt")
-    all_prompts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
+    encoded_texts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
     if has_media:
         run.on_phase("reading the pictures")
     encoded_inputs = encode_all_inputs(run, jobs, failures)
     encoded_jobs = [
         EncodedJob(job, job_texts, encoded_inputs[job.label])
-        for job, job_texts in zip(jobs, all_prompts, strict=True)
+        for job, job_texts in zip(jobs, encoded_texts, strict=True)
         if job.label in encoded_inputs
     ]
     denoised: list[GenerationJob] = []
@@ -126,7 +126,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         requests = [job.prepared for job, _, _ in encoded_jobs]
         with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
             denoised += denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)])
-    del all_prompts, encoded_inputs, encoded_jobs  # free the memory for decoding
+    del encoded_texts, encoded_inputs, encoded_jobs  # free the memory for decoding
     clips: Mapping[str, Path] = {}
     if denoised and output.output_type not in UNDECODED:
         run.on_phase("decoding")
@@ -204,8 +204,8 @@ def encode_all_inputs(
             inputs[job.label] = encode_inputs(run.family, NO_ENCODERS, job.prepared)
     if with_media:
         # the VAE is needed again if the results are decoded
-        again = run.options.output.output_type not in UNDECODED
-        with run.session.media(with_image_encoder=True, needed_again=again) as encoders:
+        needed_again = run.options.output.output_type not in UNDECODED
+        with run.session.media(with_image_encoder=True, needed_again=needed_again) as encoders:
             for job in with_media:
                 with failures.collect_errors(job.label, run.fatal):
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
@@ -404,7 +404,7 @@ def decode_all(
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
     # with --save_audio also for families without audio, to warn that there is none
-    has_audio = run.family.abilities.trains_audio and trains_audio(run.family)
+    has_audio = run.family.abilities.trains_audio and trains_audio(run.family)  # the model and this run
     if has_audio or output.save_audio is not None:
         jobs_by_label = {job.label: job for job in denoised}
         tracks = _decode_audio(run, jobs_by_label, failures)
@@ -482,7 +482,7 @@ def make_tracks(
     """
     audios = {label: audio for label, audio in latents.items() if audio is not None}
     output = run.options.output
-    if not audios or not trains_audio(run.family):
+    if not audios or not trains_audio(run.family):  # no clip has audio, or this run has none
         if output.save_audio is not None:
             logger.warning("--save_audio %s is ignored because no result has sound", output.save_audio)
         return {}

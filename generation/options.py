@@ -375,8 +375,8 @@ def read_generation(
     # likewise for options that need an image to edit
     has_reference_options = any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values())
     # options to record in the metadata of outputs
-    recorded = _select_recorded(parser, args, info)
-    settings = {name: value for name, value in values.items() if name in recorded}
+    recorded_names = _select_recorded(parser, args, info)
+    settings = {name: value for name, value in values.items() if name in recorded_names}
     # a --save_path with a file name is split into folder and name
     output = options.output.in_folder() if options.output.names_file else options.output
     options = replace(

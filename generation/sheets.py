@@ -317,9 +317,9 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
     """
     output = run.options.output
     first_index = next(iter(paths))
-    request = cells[first_index].prepared
-    prompt = request.request.prompt
-    grid = _make_grid(run.options.axes, paths, prompt, request.fps)
+    prepared = cells[first_index].prepared
+    prompt = prepared.request.prompt
+    grid = _make_grid(run.options.axes, paths, prompt, prepared.fps)
     metadata = {} if output.no_metadata else _make_metadata(run, cells, paths)
     name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
     prompt_name = words_of(prompt) if output.prompt_in_name else ""  # first words of the prompt
@@ -332,11 +332,7 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
         else:
             path = output.save_path / f"{stem}{output.format.suffix}"
             write_video(
-                path,
-                play_side_by_side(grid),
-                request.fps,
-                codec=output.format.codec,
-                tags=as_tags(metadata),
+                path, play_side_by_side(grid), prepared.fps, codec=output.format.codec, tags=as_tags(metadata)
             )
     return path
 

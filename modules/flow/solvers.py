@@ -176,9 +176,9 @@ class UniPC:
         if self.corrected is None:
             self.corrected = sample.float()
         else:
-            last = self._history[-1]
+            previous = self._history[-1]
             change = self._weigh_differences(current, prediction)
-            self.corrected = _move(last.level, current, self.corrected, last.x0, change=change)
+            self.corrected = _move(previous.level, current, self.corrected, previous.x0, change=change)
         self._history = [*self._history, prediction][-self.variant.order :]
         self._last_order = len(self._history) if following.sigma > 0 else 1
         change = self._weigh_differences(following)

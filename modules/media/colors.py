@@ -135,7 +135,7 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
         elif keeps_alpha:
             pixels[rows, :, :3] = colors
             pixels[rows, :, 3] = opacity
-        elif int(opacity.min()) == 255:
+        elif int(opacity.min()) == 255:  # nothing to blend
             pixels[rows] = colors
         else:
             pixels[rows] = _blend_rows(np.dstack([colors, opacity]))

@@ -179,7 +179,7 @@ class OtherStreams:
         elif stream.type == "attachment":
             self._add_attachment(target, stream, name)
         elif _is_generated(stream):
-            return
+            return  # FFmpeg writes it itself
         elif self._supports(stream):
             self._add_copy(target, stream, name)
         elif stream.type == "audio" and stream.codec_context is not None:
@@ -209,6 +209,7 @@ class OtherStreams:
                 cover = _read_first_packet(reopened, stream.index)
             if cover is not None:
                 target.add_attachment(*_COVER_FILES[codec], bytes(cover))
+        # .mp4 keeps a cover as a video stream, but only if all tags are standard ones
         elif self._suffix == ".mp4" and codec in _COVER_FILES and not needs_own_tags(self.tags):
             self._add_copy(target, stream, name)
         else:

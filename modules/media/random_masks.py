@@ -60,9 +60,9 @@ def draw_polygons(height: int, width: int, rng: random.Random) -> BoolMask:
     area = height * width
     for _ in range(rng.randint(1, 2)):
         radius = rng.uniform(*(math.sqrt(fraction * area / math.pi) for fraction in AREA))
-        edge = 0.2 * radius
-        x = rng.uniform(edge, width - edge)
-        y = rng.uniform(edge, height - edge)
+        margin = 0.2 * radius
+        x = rng.uniform(margin, width - margin)
+        y = rng.uniform(margin, height - margin)
         corners = []
         for corner in range(CORNERS):
             angle = 2 * math.pi * corner / CORNERS

@@ -399,32 +399,32 @@ def frames_at(
     than MAX_SHOWN_SECONDS.
     """
     times = iter(seconds)
-    time = next(times)
+    requested_time = next(times)
     first_start = 0.0
-    shown: Frame | None = None  # decoded last; it is shown from `start` until the next frame starts
-    start = end = 0.0
+    shown_frame: Frame | None = None  # decoded last; shown from `shown_start` until the next frame starts
+    shown_start = shown_end = 0.0
     index = -1
     has_yielded = False
     for frame, frame_start, frame_end in timed_frames(path, alpha):
-        if shown is None:
+        if shown_frame is None:
             first_start = frame_start
-        while shown is not None and time < frame_start - first_start:
-            _check_duration(path, frame_start - start)
-            yield shown, index, time
+        while shown_frame is not None and requested_time < frame_start - first_start:
+            _check_duration(path, frame_start - shown_start)
+            yield shown_frame, index, requested_time
             has_yielded = True
-            time = next(times, math.inf)
-        if time == math.inf:
+            requested_time = next(times, math.inf)
+        if requested_time == math.inf:
             return
-        shown = frame
-        start = frame_start
-        end = frame_end
+        shown_frame = frame
+        shown_start = frame_start
+        shown_end = frame_end
         index += 1
-    assert shown is not None  # otherwise `timed_frames` raises
-    _check_duration(path, end - start)
-    while not has_yielded or time < end - first_start:
-        yield shown, index, time
+    assert shown_frame is not None  # otherwise `timed_frames` raises
+    _check_duration(path, shown_end - shown_start)
+    while not has_yielded or requested_time < shown_end - first_start:
+        yield shown_frame, index, requested_time
         has_yielded = True
-        time = next(times, math.inf)
+        requested_time = next(times, math.inf)
 
 
 def video_info(path: Path) -> VideoInfo:

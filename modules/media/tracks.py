@@ -40,11 +40,11 @@ class TrackAudio:
         """Encode the audio up to a time of the new file in seconds; None encodes the rest and flushes."""
         end = round((self._duration_seconds() if seconds is None else seconds) * self._rate)
         if end > self._written:
-            part = self._samples[:, self._written : end]
+            new_samples = self._samples[:, self._written : end]
             # silence after the end of the samples
-            part = np.pad(part, ((0, 0), (0, end - self._written - part.shape[1])))
+            new_samples = np.pad(new_samples, ((0, 0), (0, end - self._written - new_samples.shape[1])))
             frame = av.AudioFrame.from_ndarray(
-                np.ascontiguousarray(part), format="fltp", layout=self._stream.layout.name
+                np.ascontiguousarray(new_samples), format="fltp", layout=self._stream.layout.name
             )
             frame.sample_rate = self._rate
             frame.pts = self._written
