@@ -375,14 +375,14 @@ def _encode_texts(
     """
     prompts = [select_prompts(job.prepared, run.options.guidance) for job in jobs.values()]
     texts_without_loras = dict(zip(jobs, run.session.encode_texts(prompts), strict=True))
-    texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
+    encoded_by_label: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
     for variant in variants:
-        texts[variant.label] = texts_without_loras
+        encoded_by_label[variant.label] = texts_without_loras
         loras = TextLoras(variant.uses[0], run.options.lora_rounding)
         if not loras.is_empty:
             encoded = run.session.encode_with_loras(loras, prompts)
-            texts[variant.label] = dict(zip(jobs, encoded, strict=True))
-    return texts
+            encoded_by_label[variant.label] = dict(zip(jobs, encoded, strict=True))
+    return encoded_by_label
 
 
 def load_for_columns(
@@ -439,18 +439,18 @@ def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str
 
     Latent files are removed unless --output_type asks for them.
     """
-    files = {cell.label: _files(run, cell) for cell in cells}
+    cell_files = {cell.label: _files(run, cell) for cell in cells}
 
     def read_latents(cell: GenerationJob, path: Path) -> GenerationJob:
         saved = load_latents(path)
         preview = path.with_name(f"{cell.stem}{PREVIEW_SUFFIX}")
         return replace(cell, latent_path=path, preview=preview, latents=saved.latents, audio=saved.audio)
 
-    missing = [cell for cell in cells if not files[cell.label].video.exists()]
+    missing = [cell for cell in cells if not cell_files[cell.label].video.exists()]
     if missing:
-        denoised = (read_latents(cell, files[cell.label].latents) for cell in missing)
+        denoised = (read_latents(cell, cell_files[cell.label].latents) for cell in missing)
         making.decode_all(run, denoised, Failures(strict=True), are_named=False)
-    return {label: paths.video for label, paths in files.items()}
+    return {label: paths.video for label, paths in cell_files.items()}
 
 
 def write_grid(

@@ -219,9 +219,9 @@ def load_dit_with_unmerged_loras(
         The network, and the changes by LoRAs that stay separate, by name of the weight.
     """
     dit = family.load_dit(placement)
-    files = options.lora.lora_weight
+    lora_files = options.lora.lora_weight
     is_stored = any(map(quantized_weight_of, dit.modules()))
-    if files is None or not (is_stored or has_rule(files)):
+    if lora_files is None or not (is_stored or has_rule(lora_files)):
         return dit, {}
     first_loras = select_network_part(expert_loras(family, options)[0], of_text_encoders=False)
     # T-LoRAs mask ranks by timestep, so they always stay separate

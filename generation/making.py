@@ -318,17 +318,17 @@ def progress_callbacks(
     """Yield the callbacks of one job for each step and each section: progress bars and previews."""
     prepared = job.prepared
     output = run.options.output
-    preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
+    preview_path = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
     section_preview: _SectionPreview | None = None
-    with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
+    with name_preview_on_failure(preview_path), ExitStack() as preview_stack, ExitStack() as bar_stack:
         watchers: list[StepCallback] = []
         preview_section: OnSection | None = None
         if run.previews is not None:
             from blissful_tuner.latent_preview import preview_clip  # only with previews
 
-            steps = run.options.guidance.scaled_steps
-            watchers, preview_section = previews.enter_context(
-                preview_clip(run.previews, prepared.fps, steps)
+            scaled_steps = run.options.guidance.scaled_steps
+            watchers, preview_section = preview_stack.enter_context(
+                preview_clip(run.previews, prepared.fps, scaled_steps)
             )
         bar: Bar | None = None  # progress of the current section's steps
 
@@ -345,14 +345,14 @@ def progress_callbacks(
         def on_section(section: Section) -> None:
             """Preview the finished sections, and start the progress bar of the next section."""
             nonlocal bar, section_preview
-            bars.close()
+            bar_stack.close()
             if preview_section is not None:
                 preview_section(section)
             if section.count > 1 or section.previous_piece is not None:
-                section_preview = section_preview or _SectionPreview(run, job, preview)
+                section_preview = section_preview or _SectionPreview(run, job, preview_path)
                 section_preview.add_previous(section)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
-            bar = bars.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
+            bar = bar_stack.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
 
         yield [advance, *watchers, *run.watchers], on_section
 

@@ -349,10 +349,10 @@ def _save_video(
     height, width = first_frames[0].shape[:2]
     codec = resolve_codec(options.format.codec, width, height)  # an encoder may reject small frames
     frames = chain(first_frames, frames)
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         if options.format.keep_pngs:
             pngs = options.save_path / free_stem(options.save_path, "frames", [""])
-            folder = opened.enter_context(atomic_folder(pngs))
+            folder = stack.enter_context(atomic_folder(pngs))
             frames = write_frames(frames, folder, "{:06d}.png", as_png_texts(metadata or {}))
         write_video(path, frames, fps, codec=codec, tags=as_tags(metadata or {}), track=track)
     if options.format.keep_pngs:
@@ -378,17 +378,17 @@ def write_frames(
 
 def drop_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
     """Yield all but the last `count` frames; a shorter video keeps its first frame."""
-    waiting: deque[Frame] = deque()
+    held_back: deque[Frame] = deque()
     has_yielded = False
     for frame in frames:
-        waiting.append(frame)
-        if len(waiting) > count:
+        held_back.append(frame)
+        if len(held_back) > count:
             has_yielded = True
-            yield waiting.popleft()
-    if not has_yielded and waiting:
+            yield held_back.popleft()
+    if not has_yielded and held_back:
         logger.warning(
             "--trim_tail_frames %d would leave nothing of %d frames; the first one is kept",
             count,
-            len(waiting),
+            len(held_back),
         )
-        yield waiting[0]
+        yield held_back[0]

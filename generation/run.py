@@ -68,12 +68,12 @@ logger = logging.getLogger(__name__)
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; outputs have the files' metadata and the settings of this decoding."""
-    files = {path: check_latents(run.family, path) for path in paths}
-    _check_lengths(run, files)
+    saved_latents = {path: check_latents(run.family, path) for path in paths}
+    _check_lengths(run, saved_latents)
     failures = Failures(strict=len(paths) == 1)
     start = time.monotonic()
     make_folder(run.options.output.save_path, "--save_path")
-    audios = {str(path): files[path].audio for path in paths}
+    audios = {str(path): saved_latents[path].audio for path in paths}
     tracks = make_tracks(run, audios, failures.collect_errors)
     decoded: list[Path] = []
     with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
@@ -82,7 +82,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
             if label in failures.reasons:  # its audio could not be decoded
                 continue
             with failures.collect_errors(label):
-                video = _decode_file(run, encoders, path, saved=files[path], track=tracks.get(label))
+                video = _decode_file(run, encoders, path, saved=saved_latents[path], track=tracks.get(label))
                 decoded.append(video)
                 if len(paths) > 1:
                     logger.info("%s: %s", path, video)

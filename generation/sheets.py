@@ -188,7 +188,7 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     sheet = _make_blank_sheet(column_width * len(grid.columns), top + sum(row_heights))
     pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
     pen.write((0, 0), grid.title, sheet.width)
-    left = 0
+    left = 0  # of the current column; `top` is that of the current row
     for heading in grid.columns:
         pen.write((left, top - HEADING_HEIGHT), heading, column_width)
         left += column_width

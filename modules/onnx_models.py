@@ -93,7 +93,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
     memory_bytes: int | None = max_bytes
     if may_use_cuda and _CUDA in onnxruntime.get_available_providers():
         providers.insert(0, _CUDA)
-        memory_bytes = None
+        memory_bytes = None  # the GPU has its own limit
     settings = _make_settings(onnxruntime, max_bytes)
     try:
         with limited_memory(memory_bytes):

@@ -231,16 +231,16 @@ def _score_east_asian(char: str, encoding: str) -> float:
     The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and the
     Hangul of KS X 1001. The first bytes of their codes are in the ranges below.
     """
-    lead = char.encode(encoding)[0]
+    lead_byte = char.encode(encoding)[0]
     match encoding:
         case "gb18030":  # contains GB 2312
-            is_common = 0xB0 <= lead <= 0xD7 and char.encode(encoding)[1] >= 0xA1
+            is_common = 0xB0 <= lead_byte <= 0xD7 and char.encode(encoding)[1] >= 0xA1
         case "big5":
-            is_common = 0xA4 <= lead <= 0xC6
+            is_common = 0xA4 <= lead_byte <= 0xC6
         case "cp932":
-            is_common = 0x88 <= lead <= 0x97
+            is_common = 0x88 <= lead_byte <= 0x97
         case "euc_jp":
-            is_common = 0xB0 <= lead <= 0xCF
+            is_common = 0xB0 <= lead_byte <= 0xCF
         case _:
-            is_common = 0xB0 <= lead <= 0xC8 and char.encode(encoding)[1] >= 0xA1
+            is_common = 0xB0 <= lead_byte <= 0xC8 and char.encode(encoding)[1] >= 0xA1
     return 0.4 if is_common else -1.0

@@ -37,9 +37,9 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
         default, name = home / "Library" / "Application Support", ""  # macOS has no variable for it
     else:
         default, name = home / ".local" / "state", "XDG_STATE_HOME"
-    chosen = environment.get(name, "")
+    from_environment = environment.get(name, "")
     # a relative or empty value counts as unset
-    return (Path(chosen) if os.path.isabs(chosen) else default) / FOLDER  # noqa: PTH117
+    return (Path(from_environment) if os.path.isabs(from_environment) else default) / FOLDER  # noqa: PTH117
 
 
 def write_user_file(name: str, text: str) -> Path:

@@ -385,23 +385,23 @@ def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
     """
     _skip_colors(file, _read_exactly(file, 7)[4])  # byte 4 states the size of the color table
     hundredths = 0
-    while (kind := _read_exactly(file, 1)) != b";":
-        if kind == b"!":  # an extension
-            label = _read_exactly(file, 1)
+    while (block_type := _read_exactly(file, 1)) != b";":
+        if block_type == b"!":  # an extension
+            extension_label = _read_exactly(file, 1)
             size = _read_exactly(file, 1)[0]
             block = _read_exactly(file, size)
-            if label == b"\xf9" and size >= 3:  # graphic control extension: delay of the next frame
+            if extension_label == b"\xf9" and size >= 3:  # graphic control extension: delay of the next frame
                 hundredths = int.from_bytes(block[1:3], "little")
             if size:
                 _skip_blocks(file)
-        elif kind == b",":  # an image
+        elif block_type == b",":  # an image
             _skip_colors(file, _read_exactly(file, 9)[8])
             _read_exactly(file, 1)  # size of the codes
             _skip_blocks(file)
             yield hundredths / 100
             hundredths = 0
         else:
-            raise ValueError(f"a GIF block of an unknown kind, {kind.hex()}")
+            raise ValueError(f"a GIF block of an unknown kind, {block_type.hex()}")
 
 
 def _skip_colors(file: BinaryIO, flags: int) -> None:

@@ -66,14 +66,14 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
     samples, rate = track
     # samples: channels x time in -1..1; WAV interleaves the channels
     values = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
-    with atomic_path(path, values.nbytes) as temporary, temporary.open("wb+") as opened:
-        with wave.open(opened, "wb") as file:
-            file.setnchannels(values.shape[1])
-            file.setsampwidth(2)
-            file.setframerate(rate)
-            file.writeframes(values.tobytes())
+    with atomic_path(path, values.nbytes) as temporary, temporary.open("wb+") as raw_file:
+        with wave.open(raw_file, "wb") as wav_file:
+            wav_file.setnchannels(values.shape[1])
+            wav_file.setsampwidth(2)
+            wav_file.setframerate(rate)
+            wav_file.writeframes(values.tobytes())
         if tags:
-            _append_comment(opened, json.dumps(dict(tags)).encode("ascii") + b"\0")
+            _append_comment(raw_file, json.dumps(dict(tags)).encode("ascii") + b"\0")
 
 
 def _append_comment(file: BinaryIO, text: bytes) -> None:
