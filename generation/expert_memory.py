@@ -62,7 +62,7 @@ class ExpertSchedule:
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
-        """Return the peak host memory of all experts in bytes, if the host has enough.
+        """Return the peak host memory of all experts in bytes, on a host that has room for it.
 
         Replays `order`. While an expert denoises, the next one is read into host memory. Afterwards the
         expert waits in host memory if it is needed again; otherwise it is freed.

@@ -164,7 +164,7 @@ def _predict_input_encoding(
 def _predict_all_decoding(
     family: Family, options: GenerationOptions, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
 ) -> list[memory_plan.Phase]:
-    """Predict the memory of decoding the audio, then the pixels, as far as the run writes them."""
+    """Predict the memory of decoding the audio and then the pixels, if the run writes them."""
     pixels: list[memory_plan.Phase] = []
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         pixels.append(predict_decoding(family, prepared, cublas_workspace))
@@ -324,7 +324,7 @@ class _HeaviestStep:
         self._splits_passes = options.splits_guidance and not family.defaults.one_batch
 
     def measure(self, counts: dry.Counts) -> Mapping[str, dry.BytesByKind]:
-        """Run the step with these numbers of blocks in each list; return the peak of each of its phases."""
+        """Run the step with `counts` blocks in each block list; return the peak memory of each phase."""
         dry.truncate_blocks(self._dit, self._blocks, counts, self._ledger)
         overrides = self._section.overrides
         if overrides.section_cache is not None:

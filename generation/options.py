@@ -317,7 +317,7 @@ class GenerationOptions(Options, title="run"):
         _ = self.axes  # parsed only to raise its OptionError now
 
     def warn_of_ignored(self) -> None:
-        """Warn about options that other options disable; call it once, because records are rebuilt."""
+        """Warn about options that other options disable; not in a check, because records are rebuilt."""
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
             logger.warning("--prompt is ignored because the prompts come from %s", source)

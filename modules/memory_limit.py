@@ -11,7 +11,7 @@ _STATUS = Path("/proc/self/status")  # exists only on Linux
 
 @contextlib.contextmanager
 def limited_memory(more_bytes: int | None) -> Iterator[None]:
-    """Limit the memory that this process may allocate in the block to `more_bytes` more; None: no limit.
+    """Let this process allocate at most `more_bytes` more memory in the block; None sets no limit.
 
     Allocations beyond the limit fail. Only Linux can enforce it; elsewhere nothing is limited.
     """

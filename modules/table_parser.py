@@ -249,7 +249,7 @@ def _default_help(rejection: Rejection) -> str:
 def describe_parser(parser: Parser) -> dict[str, Any]:
     """Return a description of a script's parser that can be stored as JSON: its options in sections.
 
-    A section contains consecutive options of one group, so a group whose options are apart has several.
+    A section contains consecutive options of one group; a group may have several sections.
     """
     groups = [group for group in parser._action_groups if group.title is not None]
     title_of = {id(action): group.title for group in groups for action in group._group_actions}

@@ -137,7 +137,7 @@ def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | No
 
 
 def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
-    """Guess the encoding of each of several files, probably written in one encoding; None if not text.
+    """Guess the encoding of each file in a group that probably shares one; None for a file that is not text.
 
     A short text alone says little, so a file with an uncertain encoding gets the most probable encoding of
     all files together, if its bytes can be decoded with it.

@@ -151,7 +151,7 @@ def read_beginning(
 
 
 def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samples:
-    """Read the beginning of a file's audio as a reference: channels S, of at most `seconds`.
+    """Read at most `seconds` from the beginning of a file's audio as a reference: channels S.
 
     Args:
         path: Path of the file.
@@ -189,7 +189,7 @@ def _find_origin(container: Any) -> Fraction:
 def read_filled(
     path: Path, index: int, begin: Fraction, seconds: Fraction, rate: int, layout: str, lenient: bool = False
 ) -> Iterator[Samples]:
-    """Yield `seconds` of a stream's samples from `begin` on, in the file's own time.
+    """Yield `seconds` of a stream's samples, starting at `begin` in the file's timestamps.
 
     Gaps are filled with silence.
 

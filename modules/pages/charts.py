@@ -188,7 +188,7 @@ def _draw_text(x: float, y: float, text: str, attributes: str = "") -> str:
 def smooth(values: Sequence[float], weight: float) -> list[float]:
     """Return the exponential moving average with the bias of its start removed, as TensorBoard draws it.
 
-    `weight` is 0 (the values themselves) to below 1. NaN and infinite values are passed through and not
+    `weight` is at least 0 (no smoothing) and below 1. NaN and infinite values are passed through and not
     averaged. Source: Kingma and Ba 2015, arXiv 1412.6980, section 3 (bias correction).
     """
     average, debias, smoothed = 0.0, 0.0, []
