@@ -390,9 +390,9 @@ def load_for_columns(
 ) -> making.JobsWithNetworks:
     """Yield the clips of each column with networks that have the column's LoRAs.
 
-    A plain network is loaded once, and its weights are changed for each column. A quantized, swapped or
-    compiled network, one with T-LoRAs, and several experts (copies of whose original weights would double
-    the host memory) are loaded again for each column.
+    A plain network is loaded once, and its weights are changed for each column. It is loaded again for each
+    column if it is quantized, swapped or compiled, has T-LoRAs, or consists of several experts: copies of
+    their original weights would double the host memory.
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None

@@ -199,7 +199,7 @@ def predictor(
         for group in groups:
             noisy_batch = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(group) * len(noisy),), step.timestep, device=noisy.device)
-            # images and audio have timesteps of their own, which are 0 for a stream without noise
+            # video and audio have separate timesteps; a stream without noise has timestep 0
             if step.audio_sigma is not None or any(clean_streams):
                 timesteps = _split_timesteps(timesteps, step, clean_streams)
             # for code in the network that keeps state between steps, such as a step cache

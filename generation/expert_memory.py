@@ -80,13 +80,13 @@ class ExpertSchedule:
             host_bytes_by_expert.setdefault(expert, swapped)
             if later_experts:
                 host_bytes_by_expert.setdefault(later_experts[0], weights)
-            peak = max(peak, sum(host_bytes_by_expert.values()))
+            peak = max(peak, sum(host_bytes_by_expert.values()))  # while the expert denoises
             is_needed_again = self.keep or expert in later_experts  # `keep`: for the next prompt
             if is_needed_again:
                 host_bytes_by_expert[expert] = weights
             else:
                 del host_bytes_by_expert[expert]
-            peak = max(peak, sum(host_bytes_by_expert.values()))
+            peak = max(peak, sum(host_bytes_by_expert.values()))  # after its steps
         return peak
 
     def list_idle_parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:

@@ -23,7 +23,7 @@ def limited_memory(more_bytes: int | None) -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bound = used + more_bytes
-    for limit in (soft, hard):
+    for limit in (soft, hard):  # limits that apply already are not raised
         if limit != resource.RLIM_INFINITY:
             bound = min(bound, limit)
     resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))

@@ -34,7 +34,7 @@ def modulate(
     Args:
         normed: Normed tokens, B L C.
         shift: B S C, a row for each of S segments of tokens; None means 0.
-        scale: Likewise.
+        scale: Like `shift`; None leaves `normed` unmodulated, without a shift too.
         dtype: Dtype of the result.
         split: Where the segments begin: one index, several, or the index of the row of each token.
     """

@@ -73,7 +73,7 @@ def draw_polygons(height: int, width: int, rng: random.Random) -> BoolMask:
 
 
 def draw_shape(height: int, width: int, rng: random.Random) -> BoolMask:
-    """Draw a rectangle or an ellipse, H W."""
+    """Draw a rectangle or an ellipse, H W, at a random place and of a random size within AREA."""
     low, high = (math.sqrt(fraction) for fraction in AREA)
     rows = max(1, round(height * rng.uniform(low, high)))
     columns = max(1, round(width * rng.uniform(low, high)))
