@@ -109,8 +109,8 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
         raise OptionError(
             f"--sheet {name}: it is not an option of a prompt line. Use one of prompt, {', '.join(keys)}"
         )
-    texts = split_values(values_text)
-    return Axis(option.key, option, tuple(texts), _read_values(name, option, texts))
+    value_texts = split_values(values_text)
+    return Axis(option.key, option, tuple(value_texts), _read_values(name, option, value_texts))
 
 
 def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[Value, ...]:

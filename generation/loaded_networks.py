@@ -188,13 +188,13 @@ def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
             needed |= {guidance_pass.conditions_name for guidance_pass in plan.passes}
     return {
         section: replace(
-            texts,
-            negative=texts.negative if "negative" in needed else None,
-            blank=(texts.blank or Prompt("")) if "blank" in needed else None,
+            prompts,
+            negative=prompts.negative if "negative" in needed else None,
+            blank=(prompts.blank or Prompt("")) if "blank" in needed else None,
             # NAG steers attention away from a text: by default from the negative prompt
-            nag=(texts.nag or texts.negative or Prompt("")) if options.nag.is_on else None,
+            nag=(prompts.nag or prompts.negative or Prompt("")) if options.nag.is_on else None,
         )
-        for section, texts in prepared.prompts.items()
+        for section, prompts in prepared.prompts.items()
     }
 
 

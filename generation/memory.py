@@ -80,10 +80,10 @@ class PhasePrediction:
         swap = self.swaps[count]
         peak_name, bytes_by_kind = dry.peak_of_phases(self.peaks_by_phase)
         weights = bytes_by_kind[dry.WEIGHTS]
-        work_between, name = max(self.work_between_steps, default=(0, ""))
+        work_between, work_name = max(self.work_between_steps, default=(0, ""))
         # between steps only the weights are in memory
         if work_between > sum(bytes_by_kind.values()) - weights:
-            peak_name = name
+            peak_name = work_name
             bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
         note = self.weights + swap.describe(count, "of buffers")
         parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: peak_name})

@@ -310,14 +310,14 @@ def _select_mode(mode: str, profile: bytes) -> str:
 @functools.lru_cache(maxsize=64)
 def _build_transform(profile: _Profile) -> _ProfileTransform:
     """Return the transform from an ICC profile to sRGB; log once per profile why it cannot be used."""
-    space = profile.data[16:20].decode("latin-1").strip()  # the profile's header names its color space
+    color_space = profile.data[16:20].decode("latin-1").strip()  # the profile's header names its color space
     mode = profile.mode
-    if space != {"L": "GRAY"}.get(mode, mode):
-        rejection = f"its color profile is for {space or 'nothing'}, its pixels are {mode}"
+    if color_space != {"L": "GRAY"}.get(mode, mode):
+        rejection = f"its color profile is for {color_space or 'nothing'}, its pixels are {mode}"
     else:
         try:
-            opened = ImageCms.getOpenProfile(io.BytesIO(profile.data))
-            transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+            source_profile = ImageCms.getOpenProfile(io.BytesIO(profile.data))
+            transform = ImageCms.buildTransform(source_profile, ImageCms.createProfile("sRGB"), mode, "RGB")
             return _ProfileTransform(None if _is_identity(transform, mode) else transform)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             rejection = f"its color profile cannot be used ({error})"
