@@ -31,7 +31,7 @@ def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Calla
         "prompt, quit or Ctrl-D ends.%s",
         help_end,
     )
-    characters = [f"--{character} {name}" for character, name in options]
+    option_lines = [f"--{character} {name}" for character, name in options]
     ask: Callable[[], str] = lambda: input(SIGN)  # noqa: E731
     if sys.stdin.isatty() and importlib.util.find_spec("prompt_toolkit") is not None:
         from prompt_toolkit import PromptSession  # optional: pip install prompt_toolkit
@@ -48,7 +48,7 @@ def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Calla
         line = ask()
         while _HELP.fullmatch(line.strip()):
             logger.info(
-                "A line is a prompt, then options: a cat --w 832 --h 480\n  %s", "\n  ".join(characters)
+                "A line is a prompt, then options: a cat --w 832 --h 480\n  %s", "\n  ".join(option_lines)
             )
             line = ask()
         if _QUIT.fullmatch(line.strip()):

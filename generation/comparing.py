@@ -351,11 +351,11 @@ def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
 def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
     """Denoise the clips of a comparison; each latent file is written as soon as its clip is finished."""
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
-    texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
+    encoded_prompts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
     encoded_jobs: list[tuple[Variant, list[making.EncodedJob]]] = []
     for variant, cells in columns:
-        variant_texts = texts[variant.label]
+        variant_texts = encoded_prompts[variant.label]
         cells_ready = [
             making.EncodedJob(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells
         ]
@@ -375,14 +375,14 @@ def _encode_texts(
     """
     prompts = [select_prompts(job.prepared, run.options.guidance) for job in jobs.values()]
     texts_without_loras = dict(zip(jobs, run.session.encode_texts(prompts), strict=True))
-    texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
+    encoded_by_label: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
     for variant in variants:
-        texts[variant.label] = texts_without_loras
+        encoded_by_label[variant.label] = texts_without_loras
         loras = TextLoras(variant.uses[0], run.options.lora_rounding)
         if not loras.is_empty:
             encoded = run.session.encode_with_loras(loras, prompts)
-            texts[variant.label] = dict(zip(jobs, encoded, strict=True))
-    return texts
+            encoded_by_label[variant.label] = dict(zip(jobs, encoded, strict=True))
+    return encoded_by_label
 
 
 def load_for_columns(
@@ -390,9 +390,9 @@ def load_for_columns(
 ) -> making.JobsWithNetworks:
     """Yield the clips of each column with networks that have the column's LoRAs.
 
-    The network is loaded once, and its weights are changed for each column. It is loaded for every column if
-    it is quantized, swapped or compiled, with T-LoRAs, or with several experts, as copies of the original
-    weights would double the host memory.
+    A plain network is loaded once, and its weights are changed for each column. It is loaded again for each
+    column if it is quantized, swapped or compiled, has T-LoRAs, or consists of several experts: copies of
+    their original weights would double the host memory.
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None
@@ -439,18 +439,18 @@ def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str
 
     Latent files are removed unless --output_type asks for them.
     """
-    files = {cell.label: _files(run, cell) for cell in cells}
+    cell_files = {cell.label: _files(run, cell) for cell in cells}
 
     def read_latents(cell: GenerationJob, path: Path) -> GenerationJob:
         saved = load_latents(path)
         preview = path.with_name(f"{cell.stem}{PREVIEW_SUFFIX}")
         return replace(cell, latent_path=path, preview=preview, latents=saved.latents, audio=saved.audio)
 
-    missing = [cell for cell in cells if not files[cell.label].video.exists()]
+    missing = [cell for cell in cells if not cell_files[cell.label].video.exists()]
     if missing:
-        denoised = (read_latents(cell, files[cell.label].latents) for cell in missing)
+        denoised = (read_latents(cell, cell_files[cell.label].latents) for cell in missing)
         making.decode_all(run, denoised, Failures(strict=True), are_named=False)
-    return {label: paths.video for label, paths in files.items()}
+    return {label: paths.video for label, paths in cell_files.items()}
 
 
 def write_grid(

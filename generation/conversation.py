@@ -29,7 +29,7 @@ class _Conversation:
     remembered: dict[str, Any] = field(default_factory=dict)  # options of earlier lines, by key
 
     def generate_line(self, line: str, failures: Failures) -> None:
-        """Generate the prompt or the sheet of a line."""
+        """Generate the output that a line typed by the user asks for, or its sheet with --sheet."""
         if self.run.options.sheet.sheet is not None:
             from generation.sheets import make_sheets  # only with --sheet
 

@@ -39,6 +39,9 @@ def denoise(
 ) -> Tensor:
     """Denoise latents by following the predicted velocity.
 
+    Each step predicts a velocity with guidance, shows it to the watchers, moves the latents with the solver,
+    and restores what must not change: fixed latents, and the masked regions of an edited image.
+
     Args:
         family: The model family, whose `predict` is called.
         dit_at: Returns the network to call at a timestep.
@@ -92,10 +95,10 @@ def denoise(
         ).float()
         if section.fixed_latents is not None:  # so that the prediction of fixed latents is their value
             velocity = section.fixed_latents.mix_prediction(step, velocity)
-        done = steps.CompletedStep(step, velocity, section)
-        wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
+        completed = steps.CompletedStep(step, velocity, section)
+        wants_to_stop = [watch(completed) for watch in watchers]  # a list, so that every watcher is called
         if any(wants_to_stop):
-            return done.clean
+            return completed.clean
         if has_edit_reference:  # undo small deviations from the original image, which would add up
             latents = restore_unchanged_regions(section, latents, schedule, index)
         if audio_sigmas is not None:
@@ -196,7 +199,7 @@ def predictor(
         for group in groups:
             noisy_batch = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(group) * len(noisy),), step.timestep, device=noisy.device)
-            # images and audio have timesteps of their own, which are 0 for a stream without noise
+            # video and audio have separate timesteps; a stream without noise has timestep 0
             if step.audio_sigma is not None or any(clean_streams):
                 timesteps = _split_timesteps(timesteps, step, clean_streams)
             # for code in the network that keeps state between steps, such as a step cache
@@ -466,23 +469,23 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
 
     Conditions that share one object before the move still share one afterwards.
     """
-    texts = {id(section.positive): section.positive}
+    conditions_by_id = {id(section.positive): section.positive}
     for text in (section.negative, section.blank, section.nag):
         if text is not None:
-            texts[id(text)] = text
-    moved = {key: conditions_to(text, device) for key, text in texts.items()}
+            conditions_by_id[id(text)] = text
+    moved_by_id = {key: conditions_to(text, device) for key, text in conditions_by_id.items()}
     return replace(
         section,
         noise=section.noise.to(device),
-        positive=moved[id(section.positive)],
-        negative=moved.get(id(section.negative)),
-        blank=moved.get(id(section.blank)),
+        positive=moved_by_id[id(section.positive)],
+        negative=moved_by_id.get(id(section.negative)),
+        blank=moved_by_id.get(id(section.blank)),
         source=None if section.source is None else section.source.to(device),
         clean_frames=None if section.clean_frames is None else section.clean_frames.to(device),
         clean_audio=None if section.clean_audio is None else section.clean_audio.to(device),
         fixed_latents=None if section.fixed_latents is None else section.fixed_latents.to(device),
         edit_reference=None if section.edit_reference is None else section.edit_reference.to(device),
-        nag=moved.get(id(section.nag)),
+        nag=moved_by_id.get(id(section.nag)),
     )
 
 

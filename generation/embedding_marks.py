@@ -61,7 +61,7 @@ def warn_of_unknown(text: str, known: Collection[str], remedy: str) -> None:
     lowercase_words = {word.lower() for word in known}
     for name in dict.fromkeys(find_embeddings(text)):
         file_name = re.split(r"[/\\]", name.lower())[-1]  # may be written with folders
-        # a digit after a word means one of its vectors
+        # a digit after a word selects one of its vectors
         possible_words = {file_name, file_name.rpartition(".")[0], file_name.rstrip("0123456789")}
         if not possible_words & lowercase_words:
             logger.warning(

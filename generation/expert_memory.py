@@ -62,7 +62,7 @@ class ExpertSchedule:
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
-        """Return the peak host memory of all experts in bytes, if the host has enough.
+        """Return the peak host memory of all experts in bytes, on a host that has room for it.
 
         Replays `order`. While an expert denoises, the next one is read into host memory. Afterwards the
         expert waits in host memory if it is needed again; otherwise it is freed.
@@ -80,13 +80,13 @@ class ExpertSchedule:
             host_bytes_by_expert.setdefault(expert, swapped)
             if later_experts:
                 host_bytes_by_expert.setdefault(later_experts[0], weights)
-            peak = max(peak, sum(host_bytes_by_expert.values()))
+            peak = max(peak, sum(host_bytes_by_expert.values()))  # while the expert denoises
             is_needed_again = self.keep or expert in later_experts  # `keep`: for the next prompt
             if is_needed_again:
                 host_bytes_by_expert[expert] = weights
             else:
                 del host_bytes_by_expert[expert]
-            peak = max(peak, sum(host_bytes_by_expert.values()))
+            peak = max(peak, sum(host_bytes_by_expert.values()))  # after its steps
         return peak
 
     def list_idle_parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:
@@ -219,20 +219,20 @@ def load_dit_with_unmerged_loras(
         The network, and the changes by LoRAs that stay separate, by name of the weight.
     """
     dit = family.load_dit(placement)
-    files = options.lora.lora_weight
+    lora_files = options.lora.lora_weight
     is_stored = any(map(quantized_weight_of, dit.modules()))
-    if files is None or not (is_stored or has_rule(files)):
+    if lora_files is None or not (is_stored or has_rule(lora_files)):
         return dit, {}
     first_loras = select_network_part(expert_loras(family, options)[0], of_text_encoders=False)
-    # T-LoRAs are `masked`
-    uses, masked = split_masked(first_loras)
+    # T-LoRAs mask ranks by timestep, so they always stay separate
+    plain_loras, t_loras = split_masked(first_loras)
     changes: dict[str, list[Change]] = {}
-    if uses and is_stored:  # load again: the patch collects the changes that cannot be merged
-        patch = LoraPatch(uses)
+    if plain_loras and is_stored:  # load again: the patch collects the changes that cannot be merged
+        patch = LoraPatch(plain_loras)
         patched_placement = replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)
         dit = family.load_dit(patched_placement)
         changes = {name: [*weight_changes] for name, weight_changes in patch.unmerged.items()}
-    if masked:
-        for name, weight_changes in masked_changes(dit, masked).items():
+    if t_loras:
+        for name, weight_changes in masked_changes(dit, t_loras).items():
             changes.setdefault(name, []).extend(weight_changes)
     return dit, changes

@@ -242,7 +242,7 @@ class ExpertOffloader:
     def _may_stay(self, expert: int, next_expert: int) -> bool:
         """Return whether an expert may stay on the device together with the next one.
 
-        The next expert is assumed to be of the same size.
+        The next expert is assumed to have the same size.
         """
         if self.all_stay_on_device:
             return True
@@ -292,7 +292,7 @@ class ExpertOffloader:
         free_memory(self.device)
 
     def _start_prefetch(self, current_expert: int) -> None:
-        """Start reading the next expert into host memory, if the host has enough."""
+        """Start reading the next expert into host memory in a thread, if it fits."""
         later_experts = self._expert_order[self._order_index :]
         next_expert = next((expert for expert in later_experts if expert != current_expert), None)
         if next_expert is None or next_expert in self._dits:
@@ -338,7 +338,7 @@ class ExpertOffloader:
         return ""
 
     def _take_prefetched(self, expert: int, prefetch: ExpertPrefetch) -> None:
-        """Take an expert from the thread that read it, or raise the error of the thread.
+        """Take an expert from the thread that read it, or raise the thread's error.
 
         If the thread only ran out of memory, return without the expert, which is then loaded as usual.
         """

@@ -97,9 +97,9 @@ def split_values(text: str) -> list[str]:
 
 def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
     """Parse one axis of --sheet, such as `seed=1,2,3`."""
-    name, sign, values_text = text.partition("=")
+    name, equals, values_text = text.partition("=")
     name = name.strip().lstrip("-")
-    if not sign:
+    if not equals:
         raise OptionError(f"--sheet {text}: no values are given. Write AXIS=VALUE,VALUE, such as seed=1,2,3")
     if name in REJECTED:
         raise OptionError(f"--sheet {name}: {REJECTED[name]}")
@@ -109,8 +109,8 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
         raise OptionError(
             f"--sheet {name}: it is not an option of a prompt line. Use one of prompt, {', '.join(keys)}"
         )
-    texts = split_values(values_text)
-    return Axis(option.key, option, tuple(texts), _read_values(name, option, texts))
+    value_texts = split_values(values_text)
+    return Axis(option.key, option, tuple(value_texts), _read_values(name, option, value_texts))
 
 
 def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[Value, ...]:
@@ -202,11 +202,11 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
         if pattern.is_dir():
             raise OptionError(f"{flag} {pattern} is a folder: give {pattern / '*.safetensors'}")
         matches = [Path(name) for name in glob.glob(str(pattern))]  # noqa: PTH207 (of any folder)
-        files = sort_by_numbers(match for match in matches if match.is_file())
-        if not files:
+        matching_files = sort_by_numbers(match for match in matches if match.is_file())
+        if not matching_files:
             hint = explain_missing(pattern) or " Give LoRA files or a pattern that matches some."
             raise OptionError(f"{flag} {pattern}: no such file.{hint}")
-        paths |= dict.fromkeys(files)
+        paths |= dict.fromkeys(matching_files)
     return tuple(paths)
 
 

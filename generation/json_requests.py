@@ -203,8 +203,8 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
     def report_phase(phase: str) -> None:
         answers.send("phase", what=phase)
 
-    watched = replace(run, watchers=[report_step], on_phase=report_phase)
-    for path in make_outputs(watched, [job], failures).values():
+    watched_run = replace(run, watchers=[report_step], on_phase=report_phase)
+    for path in make_outputs(watched_run, [job], failures).values():
         answers.send("made", file=str(path.absolute()))
 
 

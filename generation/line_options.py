@@ -17,7 +17,7 @@ DEFAULT_NAMES = (
 
 
 def key_of(word: str, keys: Collection[str]) -> str | None:
-    """Return the key of an option by its long name in any spelling; None if there is no such option.
+    """Return the key of the option with a long name, in any spelling; None if there is no such option.
 
     Args:
         word: The long name.
@@ -25,7 +25,7 @@ def key_of(word: str, keys: Collection[str]) -> str | None:
             --video_size.
     """
     name = word.lower().replace("-", "_")
-    name = SIDES.get(name, name)
+    name = SIDES.get(name, name)  # width and height are sides of --video_size
     if name in keys:
         return name
     from modules.mistyped import find_our_option  # only names of other programs need it

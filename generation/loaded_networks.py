@@ -95,9 +95,9 @@ class Session:
                         encoder.blocks = self.blocks
             if self.text_loras is not None:
                 self.text_loras.warn_of_unused(self._text_encoders)
-        new = [text for text in texts_of(prompts) if text not in self._encoded]
+        new_prompts = [text for text in texts_of(prompts) if text not in self._encoded]
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
-        for encoder in self._text_encoders if new else ():
+        for encoder in self._text_encoders if new_prompts else ():
             is_loaded = False
             try:
                 encoder.load(self.device)
@@ -105,7 +105,7 @@ class Session:
                 with torch.no_grad():
                     if self.text_loras is not None:
                         self.text_loras.add_to(encoder)
-                    for text in track(new, "Encoding texts", len(new), unit="text"):
+                    for text in track(new_prompts, "Encoding texts", len(new_prompts), unit="text"):
                         (conditions,) = encoder.encode([text])
                         outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
             finally:
@@ -188,13 +188,13 @@ def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
             needed |= {guidance_pass.conditions_name for guidance_pass in plan.passes}
     return {
         section: replace(
-            texts,
-            negative=texts.negative if "negative" in needed else None,
-            blank=(texts.blank or Prompt("")) if "blank" in needed else None,
+            prompts,
+            negative=prompts.negative if "negative" in needed else None,
+            blank=(prompts.blank or Prompt("")) if "blank" in needed else None,
             # NAG steers attention away from a text: by default from the negative prompt
-            nag=(texts.nag or texts.negative or Prompt("")) if options.nag.is_on else None,
+            nag=(prompts.nag or prompts.negative or Prompt("")) if options.nag.is_on else None,
         )
-        for section, texts in prepared.prompts.items()
+        for section, prompts in prepared.prompts.items()
     }
 
 

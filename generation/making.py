@@ -82,7 +82,7 @@ def warn_of_unused_sources(
 
 
 def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
-    """Encode all prompts, then all images and videos, denoise all jobs, and decode all latents.
+    """Run all jobs phase by phase: encode all prompts, encode all media, denoise, then decode all latents.
 
     Returns:
         Label of the job -> path of the finished video or image.
@@ -111,14 +111,14 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             device=device,
         )
     run.on_phase("reading the prompt")
-    texts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
+    encoded_texts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
     if has_media:
         run.on_phase("reading the pictures")
-    inputs = encode_all_inputs(run, jobs, failures)
+    encoded_inputs = encode_all_inputs(run, jobs, failures)
     encoded_jobs = [
-        EncodedJob(job, job_texts, inputs[job.label])
-        for job, job_texts in zip(jobs, texts, strict=True)
-        if job.label in inputs
+        EncodedJob(job, job_texts, encoded_inputs[job.label])
+        for job, job_texts in zip(jobs, encoded_texts, strict=True)
+        if job.label in encoded_inputs
     ]
     denoised: list[GenerationJob] = []
     if encoded_jobs:
@@ -126,18 +126,18 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         requests = [job.prepared for job, _, _ in encoded_jobs]
         with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
             denoised += denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)])
-    del texts, inputs, encoded_jobs  # free the memory for decoding
+    del encoded_texts, encoded_inputs, encoded_jobs  # free the memory for decoding
     clips: Mapping[str, Path] = {}
     if denoised and output.output_type not in UNDECODED:
         run.on_phase("decoding")
         are_named = len(denoised) > 1 or options.interactive
         clips = decode_all(run, denoised, failures, are_named)
-    written: list[Path] = []
+    output_paths: list[Path] = []
     if output.output_type in LATENT_OUTPUTS:
-        written = [job.latent_path for job in denoised if job.latent_path is not None]
-    written += clips.values()
-    if written and not options.interactive:
-        show_end(written, time.monotonic() - start, device, len(failures.reasons))
+        output_paths = [job.latent_path for job in denoised if job.latent_path is not None]
+    output_paths += clips.values()
+    if output_paths and not options.interactive:
+        show_end(output_paths, time.monotonic() - start, device, len(failures.reasons))
     if denoised and run.predicted is not None and device.type == "cuda":
         _compare_memory(run, run.predicted)
     return clips
@@ -204,8 +204,8 @@ def encode_all_inputs(
             inputs[job.label] = encode_inputs(run.family, NO_ENCODERS, job.prepared)
     if with_media:
         # the VAE is needed again if the results are decoded
-        again = run.options.output.output_type not in UNDECODED
-        with run.session.media(with_image_encoder=True, needed_again=again) as encoders:
+        needed_again = run.options.output.output_type not in UNDECODED
+        with run.session.media(with_image_encoder=True, needed_again=needed_again) as encoders:
             for job in with_media:
                 with failures.collect_errors(job.label, run.fatal):
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
@@ -246,7 +246,7 @@ def denoise_all(
     for group, dit_at in networks:
         if start is None:
             start = time.monotonic()  # the first network is loaded by now, and its time is not counted
-        for job, texts, job_inputs in group:
+        for job, encoded_prompts, job_inputs in group:
             with failures.collect_errors(job.label, run.fatal):
                 if len(requests) > 1:
                     log_job_progress(job.label, requests, num_begun, time.monotonic() - start)
@@ -258,7 +258,7 @@ def denoise_all(
                             run.family,
                             dit_at,
                             job.prepared,
-                            texts,
+                            encoded_prompts,
                             inputs=job_inputs,
                             device=run.session.device,
                             cpu_noise=run.options.cpu_noise,
@@ -272,8 +272,8 @@ def denoise_all(
                         raise UserError(NOT_FINITE)
                     if output.output_type == NOTHING:  # of several processes only the first one writes
                         continue
-                    denoised = _save_latents(run, job, latents, stem)
-                yield denoised
+                    denoised_job = _save_latents(run, job, latents, stem)
+                yield denoised_job
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
@@ -318,17 +318,17 @@ def progress_callbacks(
     """Yield the callbacks of one job for each step and each section: progress bars and previews."""
     prepared = job.prepared
     output = run.options.output
-    preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
+    preview_path = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
     section_preview: _SectionPreview | None = None
-    with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
+    with name_preview_on_failure(preview_path), ExitStack() as preview_stack, ExitStack() as bar_stack:
         watchers: list[StepCallback] = []
         preview_section: OnSection | None = None
         if run.previews is not None:
             from blissful_tuner.latent_preview import preview_clip  # only with previews
 
-            steps = run.options.guidance.scaled_steps
-            watchers, preview_section = previews.enter_context(
-                preview_clip(run.previews, prepared.fps, steps)
+            scaled_steps = run.options.guidance.scaled_steps
+            watchers, preview_section = preview_stack.enter_context(
+                preview_clip(run.previews, prepared.fps, scaled_steps)
             )
         bar: Bar | None = None  # progress of the current section's steps
 
@@ -345,14 +345,14 @@ def progress_callbacks(
         def on_section(section: Section) -> None:
             """Preview the finished sections, and start the progress bar of the next section."""
             nonlocal bar, section_preview
-            bars.close()
+            bar_stack.close()
             if preview_section is not None:
                 preview_section(section)
             if section.count > 1 or section.previous_piece is not None:
-                section_preview = section_preview or _SectionPreview(run, job, preview)
+                section_preview = section_preview or _SectionPreview(run, job, preview_path)
                 section_preview.add_previous(section)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
-            bar = bars.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
+            bar = bar_stack.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
 
         yield [advance, *watchers, *run.watchers], on_section
 
@@ -404,7 +404,7 @@ def decode_all(
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
     # with --save_audio also for families without audio, to warn that there is none
-    has_audio = run.family.abilities.trains_audio and trains_audio(run.family)
+    has_audio = run.family.abilities.trains_audio and trains_audio(run.family)  # the model and this run
     if has_audio or output.save_audio is not None:
         jobs_by_label = {job.label: job for job in denoised}
         tracks = _decode_audio(run, jobs_by_label, failures)
@@ -482,7 +482,7 @@ def make_tracks(
     """
     audios = {label: audio for label, audio in latents.items() if audio is not None}
     output = run.options.output
-    if not audios or not trains_audio(run.family):
+    if not audios or not trains_audio(run.family):  # no clip has audio, or this run has none
         if output.save_audio is not None:
             logger.warning("--save_audio %s is ignored because no result has sound", output.save_audio)
         return {}

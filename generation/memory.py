@@ -76,14 +76,14 @@ class PhasePrediction:
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
-        """Return the denoising phase with its peak memory for a number of swapped blocks."""
+        """Return what uses the memory at the peak of denoising if `count` blocks are swapped."""
         swap = self.swaps[count]
         peak_name, bytes_by_kind = dry.peak_of_phases(self.peaks_by_phase)
         weights = bytes_by_kind[dry.WEIGHTS]
-        work_between, name = max(self.work_between_steps, default=(0, ""))
+        work_between, work_name = max(self.work_between_steps, default=(0, ""))
         # between steps only the weights are in memory
         if work_between > sum(bytes_by_kind.values()) - weights:
-            peak_name = name
+            peak_name = work_name
             bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
         note = self.weights + swap.describe(count, "of buffers")
         parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: peak_name})
@@ -164,7 +164,7 @@ def _predict_input_encoding(
 def _predict_all_decoding(
     family: Family, options: GenerationOptions, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
 ) -> list[memory_plan.Phase]:
-    """Predict the memory of decoding the audio, then the pixels, as far as the run writes them."""
+    """Predict the memory of decoding the audio and then the pixels, if the run writes them."""
     pixels: list[memory_plan.Phase] = []
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         pixels.append(predict_decoding(family, prepared, cublas_workspace))
@@ -232,10 +232,10 @@ def _with_fewer_weights(
         note = offloaded.describe(0, "").removeprefix("; ")  # "; " separates it from a note before it
         weights = replace(weights, device=weights.device - offloaded.saved_device_bytes, note=note)
     elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
-        waiting = encoder.offloaded_bytes(device_memory.usable)
-        if waiting:
-            on_device = weights.device - waiting
-            weights = replace(weights, device=on_device, host=waiting, note="copied layer by layer")
+        host_bytes = encoder.offloaded_bytes(device_memory.usable)
+        if host_bytes:
+            on_device = weights.device - host_bytes
+            weights = replace(weights, device=on_device, host=host_bytes, note="copied layer by layer")
     return memory_plan.Phase(phase.name, (weights, *phase.parts[1:]))
 
 
@@ -324,7 +324,7 @@ class _HeaviestStep:
         self._splits_passes = options.splits_guidance and not family.defaults.one_batch
 
     def measure(self, counts: dry.Counts) -> Mapping[str, dry.BytesByKind]:
-        """Run the step with these numbers of blocks in each list; return the peak of each of its phases."""
+        """Run the step with `counts` blocks in each block list; return the peak memory of each phase."""
         dry.truncate_blocks(self._dit, self._blocks, counts, self._ledger)
         overrides = self._section.overrides
         if overrides.section_cache is not None:
@@ -520,7 +520,7 @@ def suggest_options(
     device_memory: DeviceMemory,
     device: torch.device,
 ) -> list[str]:
-    """Return option changes that make all phases fit, cheapest first; apply them cumulatively."""
+    """Suggest options with which all phases fit in GPU memory, cheapest first; they add up."""
     lines = _suggest_for_other_phases(prediction, device_memory.usable)
     if prediction.device_bytes(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines

@@ -145,7 +145,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         generate(family, options, select_device(options.device))
         return
     check_together(family, options)
-    if runs_no_transformer:
+    if runs_no_transformer:  # then one process does all the work
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, select_device(options.device))
         return

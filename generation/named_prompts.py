@@ -11,8 +11,8 @@ def read_named_object(text: str) -> str:
     """Replace a prompt such as `@caption.json` by the contents of this file; return other text unchanged.
 
     Raises:
-        OptionError: If the file cannot be read or is not a JSON object, or if this process runs somebody
-            else's folder, so that its prompts must not read files.
+        OptionError: If the file cannot be read or is not a JSON object, or if this process runs a folder
+            from someone else, whose prompts must not read files.
     """
     name = text.strip()
     if not (name.startswith("@") and name.lower().endswith(".json")):

@@ -280,7 +280,7 @@ def _check_experts(loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_
     for key, loras in loras_by_key.items():
         if key in expert_keys:
             continue
-        # a file with a LoRA for each expert is used for the other experts too
+        # --lora_weight (key "") may list files that contain a LoRA for each expert
         is_for_missing_expert = any(not lora_use.lora.loras_by_expert for lora_use in loras)
         names_missing_expert = bool(key and loras)
         if is_for_missing_expert or names_missing_expert:
@@ -352,7 +352,7 @@ def _make_preset_checks(
     family: Family, device: torch.device
 ) -> dict[str, Callable[[GenerationSpeedOptions], object]]:
     """Return a check for each option of --optimized; it raises OptionError if the option is unavailable."""
-    files = family.dit_files  # raises the error for a missing file first
+    dit_files = family.dit_files  # raises the error for a missing file first
 
     def check_attention(speed: GenerationSpeedOptions) -> None:
         placement = Placement(device, attention=speed.attention.choice)
@@ -366,7 +366,7 @@ def _make_preset_checks(
     return {
         "attn_mode": check_attention,
         "compile": check_compile,
-        "fp8_scaled": lambda _: _check_rounding(files, device),
+        "fp8_scaled": lambda _: _check_rounding(dit_files, device),
         "fp8_fast": lambda speed: speed.fp8.quantization and prepare(speed.fp8.quantization, device),
         "fp16_accumulation": lambda _: _check_fp16_sums(device),
     }

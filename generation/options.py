@@ -317,7 +317,7 @@ class GenerationOptions(Options, title="run"):
         _ = self.axes  # parsed only to raise its OptionError now
 
     def warn_of_ignored(self) -> None:
-        """Warn about options that other options disable; call it once, because records are rebuilt."""
+        """Warn about options that other options disable; not in a check, because records are rebuilt."""
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
             logger.warning("--prompt is ignored because the prompts come from %s", source)
@@ -375,8 +375,8 @@ def read_generation(
     # likewise for options that need an image to edit
     has_reference_options = any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values())
     # options to record in the metadata of outputs
-    recorded = _select_recorded(parser, args, info)
-    settings = {name: value for name, value in values.items() if name in recorded}
+    recorded_names = _select_recorded(parser, args, info)
+    settings = {name: value for name, value in values.items() if name in recorded_names}
     # a --save_path with a file name is split into folder and name
     output = options.output.in_folder() if options.output.names_file else options.output
     options = replace(

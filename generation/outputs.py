@@ -97,14 +97,14 @@ def output_stem(
         own_name = OWN_LATENTS.fullmatch(origin.stem)
         if own_name:
             return own_name[1]
-    parts = [
+    name_parts = [
         start,
         f"{when:%Y%m%d-%H%M%S}",
         str(seed),
         "" if origin is None else origin.stem,
         words_of(prompt) if prompt else "",
     ]
-    return "_".join(part for part in parts if part)
+    return "_".join(part for part in name_parts if part)
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
@@ -155,7 +155,7 @@ def reserve_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) ->
 def save_latents(
     path: Path, latents: Tensor, metadata: Mapping[str, str] | None, audio: Tensor | None = None
 ) -> None:
-    """Write latents as `latent` (C F H W) in float32, in the sampler's space.
+    """Write latents to a file, as a float32 tensor `latent` (C F H W) in the sampler's space.
 
     Args:
         path: Path of the file.
@@ -300,7 +300,7 @@ def _save_frames(
     with atomic_folder(path) as folder:
         name = f"{path.name}_{{:03d}}.png"
         for _ in write_frames(frames, folder, name, as_png_texts(metadata or {})):
-            pass
+            pass  # each iteration writes a frame
     return path
 
 
@@ -349,10 +349,10 @@ def _save_video(
     height, width = first_frames[0].shape[:2]
     codec = resolve_codec(options.format.codec, width, height)  # an encoder may reject small frames
     frames = chain(first_frames, frames)
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         if options.format.keep_pngs:
             pngs = options.save_path / free_stem(options.save_path, "frames", [""])
-            folder = opened.enter_context(atomic_folder(pngs))
+            folder = stack.enter_context(atomic_folder(pngs))
             frames = write_frames(frames, folder, "{:06d}.png", as_png_texts(metadata or {}))
         write_video(path, frames, fps, codec=codec, tags=as_tags(metadata or {}), track=track)
     if options.format.keep_pngs:
@@ -378,17 +378,17 @@ def write_frames(
 
 def drop_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
     """Yield all but the last `count` frames; a shorter video keeps its first frame."""
-    waiting: deque[Frame] = deque()
+    held_back: deque[Frame] = deque()
     has_yielded = False
     for frame in frames:
-        waiting.append(frame)
-        if len(waiting) > count:
+        held_back.append(frame)
+        if len(held_back) > count:
             has_yielded = True
-            yield waiting.popleft()
-    if not has_yielded and waiting:
+            yield held_back.popleft()
+    if not has_yielded and held_back:
         logger.warning(
             "--trim_tail_frames %d would leave nothing of %d frames; the first one is kept",
             count,
-            len(waiting),
+            len(held_back),
         )
-        yield waiting[0]
+        yield held_back[0]

@@ -171,10 +171,10 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
         begun: Number of requests before this one.
         seconds: Duration of the earlier requests.
     """
-    done = sum(map(measure_work, requests[:begun]))
-    to_do = sum(map(measure_work, requests[begun:]))
-    left = f", about {format_duration(seconds * to_do / done)} left" if done else ""
-    position = f"{begun + 1} of {len(requests)}{left}"
+    work_done = sum(map(measure_work, requests[:begun]))
+    work_left = sum(map(measure_work, requests[begun:]))
+    remaining = f", about {format_duration(seconds * work_left / work_done)} left" if work_done else ""
+    position = f"{begun + 1} of {len(requests)}{remaining}"
     prompt = shorten_prompt(requests[begun].request.prompt)
     logger.info("%s (%s): %s: %s", position, label, size_in_words(requests[begun]), prompt)
 

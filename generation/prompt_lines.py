@@ -287,16 +287,16 @@ def split_line(line: str) -> SplitLine:
     """
     starts_with_option = line.lstrip().startswith("--")
     # an option is only recognized after a space
-    text, *parts = _cut_options(f" {line.lstrip()}" if starts_with_option else line)
-    prompt_options = [part for part in parts if part.partition(" ")[0].lower() == PROMPT]
+    text, *option_texts = _cut_options(f" {line.lstrip()}" if starts_with_option else line)
+    prompt_options = [part for part in option_texts if part.partition(" ")[0].lower() == PROMPT]
     if not prompt_options:
         # a line that starts with dashes is a prompt, as in other programs, unless a space precedes them
         if line.startswith("--"):
-            return SplitLine(f"--{parts[0]}", parts[1:])
-        return SplitLine(text, parts)
+            return SplitLine(f"--{option_texts[0]}", option_texts[1:])
+        return SplitLine(text, option_texts)
     if len(prompt_options) > 1 or text.strip():
         raise OptionError(f"--{PROMPT}: the line has two prompts. Write one, before or after --{PROMPT}")
-    other_options = [part for part in parts if part is not prompt_options[0]]
+    other_options = [part for part in option_texts if part is not prompt_options[0]]
     return SplitLine(unquote(prompt_options[0].partition(" ")[2].strip()), other_options)
 
 
@@ -368,7 +368,7 @@ def parse_option_line(
     Raises:
         OptionError: If a value cannot be parsed.
     """
-    line = _ONE_DASH.sub("--rcfg ", line)
+    line = _ONE_DASH.sub("--rcfg ", line)  # some guides print it with one dash
     split = split_line(line)
     _check_count(len(split.options))
     displayed_line = f"{source_name} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"

@@ -103,15 +103,15 @@ def make_request(
             "the embedded guidance %g (--g) is ignored: this model has no input for it", line_guidance
         )
     typed_texts: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
-    texts = _expand(typed_texts, prompts, seed)
-    _warn_of_lora_tags(texts)
+    expanded = _expand(typed_texts, prompts, seed)
+    _warn_of_lora_tags(expanded)
     solver = line.get("sample_solver", options.sample_solver)
     if solver not in options.solvers:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(options.solvers)}")
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
     height, width = options.video_size or (None, None)  # None: the model's default, or a reference's size
     request = Request(
-        prompt=texts["prompt"] or "",
+        prompt=expanded["prompt"] or "",
         seed=seed,
         width=line.get("video_size_width", width),
         height=line.get("video_size_height", height),
@@ -123,9 +123,9 @@ def make_request(
         flow_shift=line.get("flow_shift", options.flow_shift),
         solver=options.solvers[solver],
         fps=line.get("fps", options.fps),
-        negative_prompt=texts["negative_prompt"] or None,
-        nag_prompt=texts["nag_prompt"] or None,
-        second_prompt=texts["prompt_2"],
+        negative_prompt=expanded["negative_prompt"] or None,
+        nag_prompt=expanded["nag_prompt"] or None,
+        second_prompt=expanded["prompt_2"],
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
         image_path=_select_media_path(options, line, "image_path"),
         end_image_path=_select_media_path(options, line, "end_image_path"),
@@ -136,7 +136,7 @@ def make_request(
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         # the prompts as typed, if wildcards or a file changed them
         typed_texts={
-            name: text for name, text in typed_texts.items() if text is not None and text != texts[name]
+            name: text for name, text in typed_texts.items() if text is not None and text != expanded[name]
         },
     )
     check_values(request)
@@ -380,7 +380,7 @@ class GenerationRun:
         return replace(self, previews=previews)
 
     def metadata(self, prepared: Prepared, loras: LorasInWords | None = None) -> Mapping[str, str] | None:
-        """Return the metadata of an output; None with --no_metadata.
+        """Return the metadata to write into an output file; None with --no_metadata.
 
         Args:
             prepared: The request with all values resolved.

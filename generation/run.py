@@ -68,12 +68,12 @@ logger = logging.getLogger(__name__)
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; outputs have the files' metadata and the settings of this decoding."""
-    files = {path: check_latents(run.family, path) for path in paths}
-    _check_lengths(run, files)
+    saved_latents = {path: check_latents(run.family, path) for path in paths}
+    _check_lengths(run, saved_latents)
     failures = Failures(strict=len(paths) == 1)
     start = time.monotonic()
     make_folder(run.options.output.save_path, "--save_path")
-    audios = {str(path): files[path].audio for path in paths}
+    audios = {str(path): saved_latents[path].audio for path in paths}
     tracks = make_tracks(run, audios, failures.collect_errors)
     decoded: list[Path] = []
     with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
@@ -82,7 +82,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
             if label in failures.reasons:  # its audio could not be decoded
                 continue
             with failures.collect_errors(label):
-                video = _decode_file(run, encoders, path, saved=files[path], track=tracks.get(label))
+                video = _decode_file(run, encoders, path, saved=saved_latents[path], track=tracks.get(label))
                 decoded.append(video)
                 if len(paths) > 1:
                     logger.info("%s: %s", path, video)
@@ -476,8 +476,8 @@ def make_prompt(run: GenerationRun) -> None:
     request = run.options.request
     count = run.options.num_videos
     # options of a prompt line that the user typed into the text of --prompt
-    words = re.findall(r" --([A-Za-z_]+) \S", f" {request.prompt}")
-    line_options = [f"--{word}" for word in words if find_option(word, run.options.line_options)]
+    option_words = re.findall(r" --([A-Za-z_]+) \S", f" {request.prompt}")
+    line_options = [f"--{word}" for word in option_words if find_option(word, run.options.line_options)]
     if line_options:
         logger.warning(
             "%s in --prompt is text that the model reads: such options are for lines of --from_file and "
@@ -572,7 +572,7 @@ def save_merged_model(
 
 
 def make_lines(run: GenerationRun) -> None:
-    """Generate all prompt lines (or their sheets) phase by phase, so that each network is loaded once."""
+    """Generate all lines of --from_file, or their sheets, phase by phase: each network is loaded once."""
     path = run.options.from_file
     failures = Failures()
     lines = lines_of(path)

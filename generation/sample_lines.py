@@ -267,7 +267,7 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
 
 
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the values of a prompt's table by key, converted; raise OptionError if a type is wrong."""
+    """Convert the values of one prompt's table; return them by key, or raise OptionError for a wrong type."""
     types = _list_types()
     values: dict[str, Any] = {}
     for name, value in entry.items():

@@ -187,8 +187,8 @@ class OutputOptions(Options, title="output"):
     def is_image(self, is_single: bool) -> bool:
         """Return whether a result is written as a single image file.
 
-        With --output_type images it is a folder of images, unless the script generates only images or numbers
-        them, or unless the file name is given.
+        With --output_type images it is a folder of images, unless the script generates only images or
+        numbers its images, or the file name is given.
 
         Args:
             is_single: Whether the result has one frame.

@@ -188,7 +188,7 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     sheet = _make_blank_sheet(column_width * len(grid.columns), top + sum(row_heights))
     pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
     pen.write((0, 0), grid.title, sheet.width)
-    left = 0
+    left = 0  # of the current column; `top` is that of the current row
     for heading in grid.columns:
         pen.write((left, top - HEADING_HEIGHT), heading, column_width)
         left += column_width
@@ -280,9 +280,9 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
     """
     sheets = map_lines(run, lines, failures, partial(make_cell_jobs, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
-    clips = make_outputs(run, jobs, failures) if jobs else {}
+    outputs = make_outputs(run, jobs, failures) if jobs else {}
     for label, cells in sheets.items():
-        paths = {indices: clips[job.label] for indices, job in cells.items() if job.label in clips}
+        paths = {indices: outputs[job.label] for indices, job in cells.items() if job.label in outputs}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
     cells_of_sheet = sum(1 for _ in list_cells(run.options.axes, {}))
@@ -317,9 +317,9 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
     """
     output = run.options.output
     first_index = next(iter(paths))
-    first = cells[first_index].prepared
-    prompt = first.request.prompt
-    grid = _make_grid(run.options.axes, paths, prompt, first.fps)
+    prepared = cells[first_index].prepared
+    prompt = prepared.request.prompt
+    grid = _make_grid(run.options.axes, paths, prompt, prepared.fps)
     metadata = {} if output.no_metadata else _make_metadata(run, cells, paths)
     name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
     prompt_name = words_of(prompt) if output.prompt_in_name else ""  # first words of the prompt
@@ -332,7 +332,7 @@ def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, 
         else:
             path = output.save_path / f"{stem}{output.format.suffix}"
             write_video(
-                path, play_side_by_side(grid), first.fps, codec=output.format.codec, tags=as_tags(metadata)
+                path, play_side_by_side(grid), prepared.fps, codec=output.format.codec, tags=as_tags(metadata)
             )
     return path
 

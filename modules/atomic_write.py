@@ -220,7 +220,7 @@ def remove_leftovers(
     is_removable: Callable[[str], bool] = lambda name: True,
     older_seconds: float = LEFTOVER_SECONDS,
 ) -> None:
-    """Remove temporary files and folders of killed runs, also old ones of processes that seem to run.
+    """Remove temporary files and folders of killed runs, and old ones even if their process seems to run.
 
     `is_removable` takes the final name of a temporary file and returns whether it may be removed. If its name
     does not show whether the process that wrote it still runs, the file must have been unchanged for

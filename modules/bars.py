@@ -111,14 +111,14 @@ class Bar(ExitStack):
         progress = format_amount(self.done)
         if self.total is not None:
             progress += f" of {format_amount(self.total)}"
-        parts = [progress]
+        details = [progress]
         if self.unit == FRAMES and self.done and elapsed > 0:
-            parts.append(f"{self.done / elapsed:.3g} frames a second")
+            details.append(f"{self.done / elapsed:.3g} frames a second")
         if self.total is not None and self.done:
             seconds_left = elapsed * max(0, self.total - self.done) / self.done
-            parts.append(f"about {format_duration(seconds_left)} left")
+            details.append(f"about {format_duration(seconds_left)} left")
         separator = ", step " if self.unit == STEPS else ": "
-        return f"{self.what}{separator}{', '.join(parts)}"
+        return f"{self.what}{separator}{', '.join(details)}"
 
 
 def track(

@@ -313,7 +313,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     """Return " Did you mean NAME?" with one of `names`; "" if none fits.
 
     NAME is the first match among: the most similar name; a name with the letters of `word` in another order;
-    the longest name that `word` continues after an underscore; the only name that continues `word` so.
+    the longest name N such that `word` is N_...; the only name of the form `word`_...
 
     Args:
         word: Unknown word.

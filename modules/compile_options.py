@@ -113,17 +113,17 @@ class CompileOptions(Options):
         Raises:
             OptionError: If a word is unknown, or if two options set the same value.
         """
-        words = dict(zip(COMPILE_ARGS, self.compile_args, strict=True))
-        words |= self._read_separate_options(default)  # these take precedence
-        dynamic = words["DYNAMIC"]
+        settings = dict(zip(COMPILE_ARGS, self.compile_args, strict=True))
+        settings |= self._read_separate_options(default)  # these take precedence
+        dynamic = settings["DYNAMIC"]
         is_dynamic = None
         if dynamic.strip().lower() not in {"auto", "none"}:
             is_dynamic = _switch("DYNAMIC", dynamic, "true, false or auto")
         return Compilation(
-            backend=words["BACKEND"].lower(),
-            mode=words["MODE"].lower(),
+            backend=settings["BACKEND"].lower(),
+            mode=settings["MODE"].lower(),
             dynamic=is_dynamic,
-            fullgraph=_switch("FULLGRAPH", words["FULLGRAPH"], "true or false"),
+            fullgraph=_switch("FULLGRAPH", settings["FULLGRAPH"], "true or false"),
             variants=self.compile_cache_size_limit,
         )
 
@@ -132,21 +132,21 @@ class CompileOptions(Options):
 
         `default` is the value of --compile_args if it is not typed. Raises OptionError if both are typed.
         """
-        words: dict[str, str] = {}
+        settings: dict[str, str] = {}
         if self.compile_backend != INDUCTOR:
-            words["BACKEND"] = self.compile_backend
+            settings["BACKEND"] = self.compile_backend
         if self.compile_mode != DEFAULT_MODE:
-            words["MODE"] = self.compile_mode
+            settings["MODE"] = self.compile_mode
         if self.compile_dynamic is not None:
-            words["DYNAMIC"] = self.compile_dynamic
+            settings["DYNAMIC"] = self.compile_dynamic
         if self.compile_fullgraph:
-            words["FULLGRAPH"] = "true"
-        if words and self.compile_args != default:
+            settings["FULLGRAPH"] = "true"
+        if settings and self.compile_args != default:
             raise OptionError(
-                f"--compile_args and --compile_{next(iter(words)).lower()} both set how to compile: give "
+                f"--compile_args and --compile_{next(iter(settings)).lower()} both set how to compile: give "
                 "either all four values to --compile_args, or an option for each"
             )
-        return words
+        return settings
 
 
 class TrainingCompileOptions(CompileOptions):

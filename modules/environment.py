@@ -190,7 +190,7 @@ def _install(
     torch_flags = []
     if build is not None and build.index is not None:
         torch_flags += ["--index-url", build.index]
-    if is_replacing:
+    if is_replacing:  # uv and pip spell this flag differently
         torch_flags += ["--reinstall-package", "torch"] if uv else ["--force-reinstall"]
     steps: tuple[tuple[list[str], list[str]], ...] = (
         (torch_lines, torch_flags),

@@ -141,7 +141,7 @@ def command_words(argv: Sequence[str]) -> list[str]:
 
 
 def _locate_script(argv: list[str]) -> list[str]:
-    """Return a checkout's command with the path of the script as it is valid in the user's working folder.
+    """Return a checkout's command with a path of the script that works in the user's working folder.
 
     The checkout's folder is spelled as in the command that runs now: `python ../x/a.py` gives `../x/b.py`.
     """

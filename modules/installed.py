@@ -104,9 +104,9 @@ def _list_editable_folders() -> tuple[Path, ...]:
     folders = []
     for distribution in distributions():
         try:
-            note = json.loads(distribution.read_text("direct_url.json") or "{}")
-            is_editable = note.get("dir_info", {}).get("editable", False)
-            address = urlsplit(note.get("url", "")) if is_editable else None
+            origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+            is_editable = origin.get("dir_info", {}).get("editable", False)
+            address = urlsplit(origin.get("url", "")) if is_editable else None
         except (ValueError, AttributeError):  # damaged metadata
             continue
         if address is not None and address.scheme == "file":

@@ -65,7 +65,7 @@ class OtherProcesses:
     """Watches the other processes of a run until the block ends."""
 
     def __init__(self, rank: int, count: int, pace: Pace = DEFAULT) -> None:
-        """Connect this process to the others; every process must do so.
+        """Connect this process to the other processes of a distributed run; every process must do so.
 
         Raises:
             UserError: If a process cannot be reached.

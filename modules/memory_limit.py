@@ -11,7 +11,7 @@ _STATUS = Path("/proc/self/status")  # exists only on Linux
 
 @contextlib.contextmanager
 def limited_memory(more_bytes: int | None) -> Iterator[None]:
-    """Limit the memory that this process may allocate in the block to `more_bytes` more; None: no limit.
+    """Let this process allocate at most `more_bytes` more memory in the block; None sets no limit.
 
     Allocations beyond the limit fail. Only Linux can enforce it; elsewhere nothing is limited.
     """
@@ -23,7 +23,7 @@ def limited_memory(more_bytes: int | None) -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bound = used + more_bytes
-    for limit in (soft, hard):
+    for limit in (soft, hard):  # limits that apply already are not raised
         if limit != resource.RLIM_INFINITY:
             bound = min(bound, limit)
     resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))

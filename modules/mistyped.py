@@ -278,15 +278,15 @@ def explain_number(action: argparse.Action, word: str, expected: str) -> str:
 
     `expected` describes the type of number, such as "a whole number".
     """
-    parts = word.split(",")
-    decimal_advice = f"write a decimal point: {'.'.join(parts)}"
+    number_texts = word.split(",")
+    decimal_advice = f"write a decimal point: {'.'.join(number_texts)}"
     has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
     is_decimal = action.type is float and has_comma
     if action.nargs is None and is_decimal:
         return f"{word}: {decimal_advice}"
-    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
-    if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
-        apart = " ".join(part.strip() for part in parts)
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in number_texts)
+    if len(number_texts) > 1 and action.nargs in ("+", "*") and are_numbers:
+        apart = " ".join(part.strip() for part in number_texts)
         or_decimal = f", or {decimal_advice}" if is_decimal else ""
         return f"{word}: write several numbers apart: {apart}{or_decimal}"
     named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)

@@ -36,7 +36,7 @@ def find_nvidia_cards() -> list[NvidiaCard]:
     if program is None:
         return []
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             [program, QUERY, "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -45,7 +45,7 @@ def find_nvidia_cards() -> list[NvidiaCard]:
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    return read_nvidia_cards(done.stdout)
+    return read_nvidia_cards(completed.stdout)
 
 
 def read_nvidia_cards(text: str) -> list[NvidiaCard]:

@@ -89,12 +89,12 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
             f"{path.name} needs the package onnxruntime. Run: pip install onnxruntime"
         ) from None
     providers = ["CPUExecutionProvider"]
-    bound = limits.MAX_ONNX_MEMORY + 3 * size + more_bytes  # the session stores weights in another layout
-    memory_bytes: int | None = bound
+    max_bytes = limits.MAX_ONNX_MEMORY + 3 * size + more_bytes  # the session stores weights in another layout
+    memory_bytes: int | None = max_bytes
     if may_use_cuda and _CUDA in onnxruntime.get_available_providers():
         providers.insert(0, _CUDA)
-        memory_bytes = None
-    settings = _make_settings(onnxruntime, bound)
+        memory_bytes = None  # the GPU has its own limit
+    settings = _make_settings(onnxruntime, max_bytes)
     try:
         with limited_memory(memory_bytes):
             session = onnxruntime.InferenceSession(str(path), settings, providers=providers)

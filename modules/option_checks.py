@@ -116,13 +116,13 @@ def _check_limits(option: str, number: Any, facts: Info) -> None:
     limits = {name: facts[name] for name in LIMITS if name in facts}
     if all(LIMITS[name].holds(number, limit) for name, limit in limits.items()):  # never true for NaN
         return
-    texts = {
+    limit_texts = {
         name: f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}" for name, limit in limits.items()
     }
-    if "minimum" in texts and "maximum" in texts:
-        expected = f"from {texts['minimum']} to {texts['maximum']}"
+    if "minimum" in limit_texts and "maximum" in limit_texts:
+        expected = f"from {limit_texts['minimum']} to {limit_texts['maximum']}"
     else:
-        expected = " and ".join(f"{LIMITS[name].words} {limit}" for name, limit in texts.items())
+        expected = " and ".join(f"{LIMITS[name].words} {limit}" for name, limit in limit_texts.items())
     raise OptionError(f"{option} {format_number(number)}: give a number {expected}{_find_hint(facts)}")
 
 

@@ -155,12 +155,12 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     accepted = accepted_options(type(options))
     name_by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
     info = info_of(type(options))
-    given = {name for name, _ in _list_given_values(options)}
+    given_names = {name for name, _ in _list_given_values(options)}
     values: dict[str, Any] = {}
     for option in repeated:
         for name in find_names(option, accepted, name_by_flag):
             excluded = {*info[name].get("excludes", ())}
-            if name not in given and not given & excluded:
+            if name not in given_names and not given_names & excluded:
                 values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}
     for candidates in (values, paths):

@@ -183,8 +183,8 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     """
     parsed = _ParsedArguments({action.dest: action for action in parser._actions}, arguments)
     typed: Collection[str] = getattr(arguments, TYPED)
-    checked = [action for action in parser._actions if action.dest in typed or not action.option_strings]
-    for action in checked:
+    actions = [action for action in parser._actions if action.dest in typed or not action.option_strings]
+    for action in actions:
         info: Mapping[str, Any] = getattr(action, "facts", {})
         name = _find_public_name(action)
         value = getattr(arguments, action.dest, None)
@@ -199,7 +199,7 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
             check_relations(name, info, parsed.list_set)
     if is_limited():  # the records first check which paths may be accessed
         return
-    for action in checked:
+    for action in actions:
         if getattr(action, "facts", {}).get("are_paths"):
             _check_option_paths(action, parsed)
 
@@ -249,7 +249,7 @@ def _default_help(rejection: Rejection) -> str:
 def describe_parser(parser: Parser) -> dict[str, Any]:
     """Return a description of a script's parser that can be stored as JSON: its options in sections.
 
-    A section contains consecutive options of one group, so a group whose options are apart has several.
+    A section contains consecutive options of one group; a group may have several sections.
     """
     groups = [group for group in parser._action_groups if group.title is not None]
     title_of = {id(action): group.title for group in groups for action in group._group_actions}

@@ -137,7 +137,7 @@ def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | No
 
 
 def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
-    """Guess the encoding of each of several files, probably written in one encoding; None if not text.
+    """Guess the encoding of each file in a group that probably shares one; None for a file that is not text.
 
     A short text alone says little, so a file with an uncertain encoding gets the most probable encoding of
     all files together, if its bytes can be decoded with it.
@@ -231,16 +231,16 @@ def _score_east_asian(char: str, encoding: str) -> float:
     The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and the
     Hangul of KS X 1001. The first bytes of their codes are in the ranges below.
     """
-    lead = char.encode(encoding)[0]
+    lead_byte = char.encode(encoding)[0]
     match encoding:
         case "gb18030":  # contains GB 2312
-            is_common = 0xB0 <= lead <= 0xD7 and char.encode(encoding)[1] >= 0xA1
+            is_common = 0xB0 <= lead_byte <= 0xD7 and char.encode(encoding)[1] >= 0xA1
         case "big5":
-            is_common = 0xA4 <= lead <= 0xC6
+            is_common = 0xA4 <= lead_byte <= 0xC6
         case "cp932":
-            is_common = 0x88 <= lead <= 0x97
+            is_common = 0x88 <= lead_byte <= 0x97
         case "euc_jp":
-            is_common = 0xB0 <= lead <= 0xCF
+            is_common = 0xB0 <= lead_byte <= 0xCF
         case _:
-            is_common = 0xB0 <= lead <= 0xC8 and char.encode(encoding)[1] >= 0xA1
+            is_common = 0xB0 <= lead_byte <= 0xC8 and char.encode(encoding)[1] >= 0xA1
     return 0.4 if is_common else -1.0

@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 16
 
 
 def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path:
-    """Return the folder of the user's own files of this program, which may not exist.
+    """Return the folder in which this program keeps its files for the current user; it may not exist.
 
     It is in the system's folder for application state: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
     Support.
@@ -34,12 +34,12 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
     if system == "win32":
         default, name = home / "AppData" / "Local", "LOCALAPPDATA"
     elif system == "darwin":
-        default, name = home / "Library" / "Application Support", ""
+        default, name = home / "Library" / "Application Support", ""  # macOS has no variable for it
     else:
         default, name = home / ".local" / "state", "XDG_STATE_HOME"
-    chosen = environment.get(name, "")
+    from_environment = environment.get(name, "")
     # a relative or empty value counts as unset
-    return (Path(chosen) if os.path.isabs(chosen) else default) / FOLDER  # noqa: PTH117
+    return (Path(from_environment) if os.path.isabs(from_environment) else default) / FOLDER  # noqa: PTH117
 
 
 def write_user_file(name: str, text: str) -> Path:

@@ -324,9 +324,9 @@ def check_backend(
     backend = BACKENDS[choice.mode]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if not backend.module:  # torch's own kernels
-        note = None if capability is None else cudnn_note(capability, torch.backends.cudnn.version())
-        if note is not None:
-            logger.warning(note)
+        cudnn_warning = None if capability is None else cudnn_note(capability, torch.backends.cudnn.version())
+        if cudnn_warning is not None:
+            logger.warning(cudnn_warning)
         return
     flag = flag_of(choice.mode, training)
     remedy = f"Leave {flag} out to use torch's own attention."

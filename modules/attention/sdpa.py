@@ -97,7 +97,7 @@ def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
 def list_kernels(
     capability: tuple[int, int], dtype: torch.dtype, width: int, has_mask: bool, cudnn: int | None
 ) -> list[SDPBackend]:
-    """Return the kernels to try, best first; torch skips kernels that do not support the tensors' sizes.
+    """Return torch's attention kernels to try, best first; it skips kernels that do not fit the sizes.
 
     cuDNN's kernel is the fastest on Hopper and Blackwell, forward and backward, and the backward pass uses
     the same kernel as the forward pass. It is left out if it is known to fail instead of being skipped by

@@ -39,7 +39,7 @@ class Schedule:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | None = None) -> Tensor:
-    """Blend latents with noise; without `alphas` on the straight path that rectified flow trains on.
+    """Blend latents with noise, along the straight path of rectified flow unless `alphas` is given.
 
     `latents` and `noise` are B C F H W in model space. `sigmas` is B, from 0 (clean) to 1 (pure noise).
     `alphas` is B, factors of the latents; None means 1 - sigmas. Returns B C F H W in the dtype of `latents`;
@@ -106,12 +106,12 @@ def make_schedule(
     2. Else a `table` (the sigma of each training timestep) is read at timesteps that are evenly spaced from
        the last one to 0, without a shift.
     3. Else the grid of the solver is shifted by `flow_shift`. Euler, unipc-bh1 and lcm feed exact timesteps
-       to the model; the other solvers feed timesteps cut to integers but step by the exact sigmas, as the
+       to the model; the other solvers feed truncated timesteps but step by the exact sigmas, as the
        released code does.
 
     Raises:
         ValueError: For an unknown solver, if steps is below 1, or if `levels` are given and are not `steps`
-            falling numbers and then 0.
+            decreasing numbers followed by 0.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least one is needed")

@@ -54,7 +54,7 @@ def solver_for(
         table: Sigma of each training timestep, which replaces the shifted schedule; empty: the schedule is
             computed.
         draw: Draws noise; called only in steps that add noise.
-        levels: `steps` falling noise levels and then 0, which replace the solver's own; empty: its own.
+        levels: `steps` decreasing noise levels followed by 0, which replace the solver's own; empty: its own.
         audio_shift: Shift of the noise levels for audio; only Euler can follow two schedules.
 
     Raises:
@@ -176,9 +176,9 @@ class UniPC:
         if self.corrected is None:
             self.corrected = sample.float()
         else:
-            last = self._history[-1]
+            previous = self._history[-1]
             change = self._weigh_differences(current, prediction)
-            self.corrected = _move(last.level, current, self.corrected, last.x0, change=change)
+            self.corrected = _move(previous.level, current, self.corrected, previous.x0, change=change)
         self._history = [*self._history, prediction][-self.variant.order :]
         self._last_order = len(self._history) if following.sigma > 0 else 1
         change = self._weigh_differences(following)

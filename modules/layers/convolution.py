@@ -70,8 +70,8 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 def conv3d(layer: nn.Conv3d, x: Tensor) -> Tensor:
     """Compute nn.Conv3d.forward with zero padding, B C T H W to B C' T' H' W'.
 
-    For a single clip with few channels x frames x rows, PyTorch selects a plain kernel that is three to ten
-    times slower than oneDNN's, which this function uses.
+    For a single clip whose product of channels, frames and rows is small, PyTorch selects a plain kernel that
+    is three to ten times slower than oneDNN's, which this function uses.
     """
     padding = layer.padding
     assert not isinstance(padding, str)

@@ -34,7 +34,7 @@ def modulate(
     Args:
         normed: Normed tokens, B L C.
         shift: B S C, a row for each of S segments of tokens; None means 0.
-        scale: Likewise.
+        scale: Like `shift`; None leaves `normed` unmodulated, without a shift too.
         dtype: Dtype of the result.
         split: Where the segments begin: one index, several, or the index of the row of each token.
     """
@@ -139,6 +139,7 @@ class _Modulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the normalized input, the shift and the factor, then None twice."""
         normed, factor = ctx.saved_tensors
         needs_normed, needs_shift, needs_factor, *_ = ctx.needs_input_grad
         if needs_shift or needs_factor or factor.dtype != torch.float32:

@@ -45,7 +45,7 @@ class TwoLayerMlp(nn.Module):
         """Create two linear layers with an activation between them.
 
         Args:
-            names: Names of the two layers in files, separated by a blank, such as "fc1 fc2".
+            names: Names of the two layers in files, separated by a space, such as "fc1 fc2".
             sizes: Widths of the input, between the layers, and of the output.
             activation: Activation between the layers.
             bias: Whether the layers have a bias.

@@ -135,7 +135,7 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
         elif keeps_alpha:
             pixels[rows, :, :3] = colors
             pixels[rows, :, 3] = opacity
-        elif int(opacity.min()) == 255:
+        elif int(opacity.min()) == 255:  # nothing to blend
             pixels[rows] = colors
         else:
             pixels[rows] = _blend_rows(np.dstack([colors, opacity]))
@@ -310,14 +310,14 @@ def _select_mode(mode: str, profile: bytes) -> str:
 @functools.lru_cache(maxsize=64)
 def _build_transform(profile: _Profile) -> _ProfileTransform:
     """Return the transform from an ICC profile to sRGB; log once per profile why it cannot be used."""
-    space = profile.data[16:20].decode("latin-1").strip()  # the profile's header names its color space
+    color_space = profile.data[16:20].decode("latin-1").strip()  # the profile's header names its color space
     mode = profile.mode
-    if space != {"L": "GRAY"}.get(mode, mode):
-        rejection = f"its color profile is for {space or 'nothing'}, its pixels are {mode}"
+    if color_space != {"L": "GRAY"}.get(mode, mode):
+        rejection = f"its color profile is for {color_space or 'nothing'}, its pixels are {mode}"
     else:
         try:
-            opened = ImageCms.getOpenProfile(io.BytesIO(profile.data))
-            transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+            source_profile = ImageCms.getOpenProfile(io.BytesIO(profile.data))
+            transform = ImageCms.buildTransform(source_profile, ImageCms.createProfile("sRGB"), mode, "RGB")
             return _ProfileTransform(None if _is_identity(transform, mode) else transform)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             rejection = f"its color profile cannot be used ({error})"
@@ -398,7 +398,7 @@ def _make_curve(info: dict[Any, Any]) -> list[int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float | None, chromaticities: tuple[float, ...]) -> bytes | None:
-    """Make an ICC profile from gAMA (None: the curve of sRGB) and cHRM.
+    """Make an ICC profile from a PNG's gamma (None: the sRGB curve) and its chromaticities.
 
     Source: ICC.1, 8.3.
 

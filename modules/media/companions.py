@@ -52,7 +52,7 @@ class OtherStreams:
     """Copies all streams of a source video except its images to a new video, while that is written."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, with_images: bool) -> None:
-        """Keep the source; the streams are selected later.
+        """Prepare to copy streams of an opened file; `add_streams` selects them.
 
         Args:
             path: Path of the opened file.
@@ -145,7 +145,7 @@ class OtherStreams:
             )
 
     def _write_packet(self, target: Any, packet: Any) -> None:
-        """Write a packet to `target`, converted and relative to the new time 0; damaged ones are counted."""
+        """Convert a packet, shift it to the new file's time and write it; packets that fail are counted."""
         track = self._tracks[packet.stream.index]
         try:
             converted = list(track.convert(packet))
@@ -179,7 +179,7 @@ class OtherStreams:
         elif stream.type == "attachment":
             self._add_attachment(target, stream, name)
         elif _is_generated(stream):
-            return
+            return  # FFmpeg writes it itself
         elif self._supports(stream):
             self._add_copy(target, stream, name)
         elif stream.type == "audio" and stream.codec_context is not None:
@@ -204,11 +204,12 @@ class OtherStreams:
             self._skip(name, "only the main stream of pictures is written", remedy="")
         elif not self._with_images:
             self._skip(name, "it is a picture that no tool has processed", remedy="")
-        elif self._suffix == ".mkv" and codec in _COVER_FILES:
-            with open_container(self._path) as again:
-                image = _read_first_packet(again, stream.index)
-            if image is not None:
-                target.add_attachment(*_COVER_FILES[codec], bytes(image))
+        elif self._suffix == ".mkv" and codec in _COVER_FILES:  # Matroska stores covers as attachments
+            with open_container(self._path) as reopened:
+                cover = _read_first_packet(reopened, stream.index)
+            if cover is not None:
+                target.add_attachment(*_COVER_FILES[codec], bytes(cover))
+        # .mp4 keeps a cover as a video stream, but only if all tags are standard ones
         elif self._suffix == ".mp4" and codec in _COVER_FILES and not needs_own_tags(self.tags):
             self._add_copy(target, stream, name)
         else:
@@ -251,10 +252,11 @@ class OtherStreams:
         return open_delayed(stream, samples) if samples > 0 else None
 
     def _supports(self, stream: Any) -> bool:
-        """Return whether the new file supports the stream, by writing a small file in memory."""
+        """Return whether the new file's format can hold the stream, by writing one packet to a test file."""
         rarely_played = _RARELY_PLAYED.get(self._suffix)
         context = stream.codec_context
         is_audio = stream.type == "audio" and context is not None
+        # audio codecs that the format allows but few players decode
         if is_audio and rarely_played and rarely_played.match(context.name):
             return False
         try:
@@ -262,13 +264,13 @@ class OtherStreams:
                 open_container(self._path) as reopened,
                 av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial,
             ):
-                added = trial.add_stream_from_template(stream, opaque=True)
+                trial_stream = trial.add_stream_from_template(stream, opaque=True)
                 trial.start_encoding()
                 # the first text may come late in a long file
-                first = None if stream.type == "subtitle" else _read_first_packet(reopened, stream.index)
-                if first is not None:
-                    first.stream = added
-                    trial.mux(first)
+                packet = None if stream.type == "subtitle" else _read_first_packet(reopened, stream.index)
+                if packet is not None:
+                    packet.stream = trial_stream
+                    trial.mux(packet)
         except (av.FFmpegError, ValueError):
             return False
         return True

@@ -224,16 +224,16 @@ def _read_matroska_size(path: Path) -> int:
     """Return the file size that a Matroska header states, or 0. Source: RFC 9559, EBML."""
     with path.open("rb") as file:
         for _ in range(2):  # the header of EBML, and the segment
-            name = file.read(4)
-            first = file.read(1)
-            if len(name) < 4 or not first or not first[0]:
+            element_id = file.read(4)
+            first_byte = file.read(1)
+            if len(element_id) < 4 or not first_byte or not first_byte[0]:
                 return 0
             # the leading zero bits of a size tell its length in bytes; 7 bits of each byte contain the value
-            length = 9 - first[0].bit_length()
-            content = first + file.read(length - 1)
+            length = 9 - first_byte[0].bit_length()
+            size_field = first_byte + file.read(length - 1)
             all_ones = (1 << 7 * length) - 1
-            size = int.from_bytes(content, "big") & all_ones
-            if name == b"\x18\x53\x80\x67":  # the segment
+            size = int.from_bytes(size_field, "big") & all_ones
+            if element_id == b"\x18\x53\x80\x67":  # the segment
                 is_unknown = size == all_ones  # still being written, or a stream
                 return 0 if is_unknown else file.tell() + size
             file.seek(size, 1)
@@ -385,23 +385,23 @@ def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
     """
     _skip_colors(file, _read_exactly(file, 7)[4])  # byte 4 states the size of the color table
     hundredths = 0
-    while (kind := _read_exactly(file, 1)) != b";":
-        if kind == b"!":  # an extension
-            label = _read_exactly(file, 1)
+    while (block_type := _read_exactly(file, 1)) != b";":
+        if block_type == b"!":  # an extension
+            extension_label = _read_exactly(file, 1)
             size = _read_exactly(file, 1)[0]
             block = _read_exactly(file, size)
-            if label == b"\xf9" and size >= 3:  # graphic control extension: delay of the next frame
+            if extension_label == b"\xf9" and size >= 3:  # graphic control extension: delay of the next frame
                 hundredths = int.from_bytes(block[1:3], "little")
             if size:
                 _skip_blocks(file)
-        elif kind == b",":  # an image
+        elif block_type == b",":  # an image
             _skip_colors(file, _read_exactly(file, 9)[8])
             _read_exactly(file, 1)  # size of the codes
             _skip_blocks(file)
             yield hundredths / 100
             hundredths = 0
         else:
-            raise ValueError(f"a GIF block of an unknown kind, {kind.hex()}")
+            raise ValueError(f"a GIF block of an unknown kind, {block_type.hex()}")
 
 
 def _skip_colors(file: BinaryIO, flags: int) -> None:

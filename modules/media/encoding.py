@@ -230,9 +230,9 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
                 f"the pictures of a video change their size: picture {index + 1} has {width} x "
                 f"{height} pixels, those before it {stream.width} x {stream.height}"
             )
-        even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
-        exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
-        frame = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24")
+        even_sized: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
+        rgb: Any = in_sixteen_bits(even_sized) if is_deep else in_eight_bits(even_sized)
+        frame = av.VideoFrame.from_ndarray(rgb, format="rgb48le" if is_deep else "rgb24")
         converted = frame.reformat(
             format=stream.pix_fmt,
             dst_colorspace=colors.Colorspace.ITU709,
@@ -243,7 +243,7 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
         converted.time_base = 1 / stream.codec_context.framerate
         # ProRes reads the colors from the frames
         converted.colorspace = converted.color_primaries = converted.color_trc = bt709
-        del even, exact, frame  # free memory before encoding
+        del even_sized, rgb, frame  # free memory before encoding
         with _name_encoder(stream):
             packets = stream.encode(converted)
         yield from packets
@@ -267,11 +267,11 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     encoder.time_base = Fraction(1)
     encoder.thread_count = 1
     encoder.options = {**X264, "crf": str(crf), "preset": "veryfast"}
-    even: Any = np.ascontiguousarray(frame[:height, :width])
-    image = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
+    even_sized: Any = np.ascontiguousarray(frame[:height, :width])
+    image = av.VideoFrame.from_ndarray(even_sized, format="rgb24").reformat(format="yuv420p", threads=1)
     packets = [*encoder.encode(image), *encoder.encode(), None]  # None flushes the decoder
-    (shown,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
-    return np.asarray(shown.reformat(format="rgb24", threads=1).to_ndarray())
+    (decoded_frame,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
+    return np.asarray(decoded_frame.reformat(format="rgb24", threads=1).to_ndarray())
 
 
 @contextlib.contextmanager

@@ -111,8 +111,8 @@ def perceptual_hash(frame: Frame) -> int:
     """Return a 63-bit hash that hardly changes if a frame is rescaled, recompressed, brightened or darkened.
 
     The luma is reduced to 32 x 32 and transformed by a DCT; each of its 8 x 8 lowest terms except the
-    constant one gives a bit: whether it is above their median. Mirrored images differ. A flat frame gives
-    0.
+    constant one gives a bit, set if the term is above their median. Mirrored images differ. A flat frame
+    gives 0.
     Source: Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1.
     Unlike Zauner, we keep the terms that are constant in one direction, because stripes have no others.
     """
@@ -233,7 +233,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) ->
 
 
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
-    """Return the correlation of the shifted first thumbnail with the second, over cells white in neither.
+    """Correlate the first thumbnail, shifted by y and x, with the second, without cells white in either.
 
     The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
     """

@@ -165,18 +165,18 @@ def reject_cut(path: Path) -> None:
     """
     size = path.stat().st_size
     position = 0  # offset of the next box
-    kinds: set[bytes] = set()
+    box_types: set[bytes] = set()
     with path.open("rb") as file:
         for _ in range(_MAX_BOXES):
             file.seek(position)
             head = file.read(16)
             length = int.from_bytes(head[:4], "big")
-            kind = head[4:8]
-            if not kinds and kind not in _FIRST_BOXES:  # neither MP4 nor MOV
+            box_type = head[4:8]
+            if not box_types and box_type not in _FIRST_BOXES:  # neither MP4 nor MOV
                 return
             if not head or length == 0 and len(head) > 7:  # the last box may extend to the end of the file
                 break
-            kinds.add(kind)
+            box_types.add(box_type)
             if length == 1:  # 64 bits follow the kind
                 length = int.from_bytes(head[8:], "big")
             position += max(length, 8)
@@ -184,7 +184,7 @@ def reject_cut(path: Path) -> None:
                 raise MediaError(
                     f"{path} is cut short: it has {size:,} bytes of at least {position:,}. Download it again."
                 )
-    if b"moov" not in kinds:
+    if b"moov" not in box_types:
         raise MediaError(
             f"{path} is cut short: its index, which is at its end, is missing. Download it again."
         )

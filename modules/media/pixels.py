@@ -135,8 +135,8 @@ def video_pixels(
     maximum = frames + end_frames
     minimum = frames + min(end_frames, 1)
     sizes = FrameSizes()  # notes a change of the size while frames pass through it
-    watched = sizes.watch(islice(video_frames(path), maximum))
-    resized = [resize_cover(frame, (width, height)) for frame in watched]
+    source_frames = sizes.watch(islice(video_frames(path), maximum))
+    resized = [resize_cover(frame, (width, height)) for frame in source_frames]
     if sizes.change is not None:
         logger.warning(
             "%s %s changes its size (%s): all frames are cropped to %dx%d.",

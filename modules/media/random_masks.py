@@ -60,9 +60,9 @@ def draw_polygons(height: int, width: int, rng: random.Random) -> BoolMask:
     area = height * width
     for _ in range(rng.randint(1, 2)):
         radius = rng.uniform(*(math.sqrt(fraction * area / math.pi) for fraction in AREA))
-        edge = 0.2 * radius
-        x = rng.uniform(edge, width - edge)
-        y = rng.uniform(edge, height - edge)
+        margin = 0.2 * radius
+        x = rng.uniform(margin, width - margin)
+        y = rng.uniform(margin, height - margin)
         corners = []
         for corner in range(CORNERS):
             angle = 2 * math.pi * corner / CORNERS
@@ -73,7 +73,7 @@ def draw_polygons(height: int, width: int, rng: random.Random) -> BoolMask:
 
 
 def draw_shape(height: int, width: int, rng: random.Random) -> BoolMask:
-    """Draw a rectangle or an ellipse, H W."""
+    """Draw a rectangle or an ellipse, H W, at a random place and of a random size within AREA."""
     low, high = (math.sqrt(fraction) for fraction in AREA)
     rows = max(1, round(height * rng.uniform(low, high)))
     columns = max(1, round(width * rng.uniform(low, high)))

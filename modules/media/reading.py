@@ -208,7 +208,10 @@ class MaskChannelDetector:
         self._is_transparent = False
 
     def add(self, frame: Frame) -> tuple[Frame, Frame]:
-        """Examine a mask frame, H W 3 or 4; return its colors on white, H W 3, and its alpha, H W."""
+        """Record the transparency and the range of colors of a mask frame, H W 3 or 4.
+
+        Returns its colors on white, H W 3, and its alpha, H W.
+        """
         if frame.shape[2] == 3:
             opacity = np.full(frame.shape[:2], 255, np.uint8)
             on_white = frame
@@ -396,32 +399,32 @@ def frames_at(
     than MAX_SHOWN_SECONDS.
     """
     times = iter(seconds)
-    time = next(times)
+    requested_time = next(times)
     first_start = 0.0
-    shown: Frame | None = None  # decoded last; it is shown from `start` until the next frame starts
-    start = end = 0.0
+    shown_frame: Frame | None = None  # decoded last; shown from `shown_start` until the next frame starts
+    shown_start = shown_end = 0.0
     index = -1
     has_yielded = False
     for frame, frame_start, frame_end in timed_frames(path, alpha):
-        if shown is None:
+        if shown_frame is None:
             first_start = frame_start
-        while shown is not None and time < frame_start - first_start:
-            _check_duration(path, frame_start - start)
-            yield shown, index, time
+        while shown_frame is not None and requested_time < frame_start - first_start:
+            _check_duration(path, frame_start - shown_start)
+            yield shown_frame, index, requested_time
             has_yielded = True
-            time = next(times, math.inf)
-        if time == math.inf:
+            requested_time = next(times, math.inf)
+        if requested_time == math.inf:
             return
-        shown = frame
-        start = frame_start
-        end = frame_end
+        shown_frame = frame
+        shown_start = frame_start
+        shown_end = frame_end
         index += 1
-    assert shown is not None  # otherwise `timed_frames` raises
-    _check_duration(path, end - start)
-    while not has_yielded or time < end - first_start:
-        yield shown, index, time
+    assert shown_frame is not None  # otherwise `timed_frames` raises
+    _check_duration(path, shown_end - shown_start)
+    while not has_yielded or requested_time < shown_end - first_start:
+        yield shown_frame, index, requested_time
         has_yielded = True
-        time = next(times, math.inf)
+        requested_time = next(times, math.inf)
 
 
 def video_info(path: Path) -> VideoInfo:
@@ -532,7 +535,7 @@ _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
 
 
 def read_tags(path: Path) -> dict[str, str]:
-    """Return the text stored in a PNG, a video or a WAV file, {} if there is none.
+    """Return the text metadata of a PNG, a video or a WAV file, by name; {} if there is none.
 
     Keys of videos are lower case, because mkv stores them in upper case. The comment of a WAV file is read as
     a JSON table of further tags.

@@ -85,15 +85,15 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
             begin = start + _find_origin(container)
             channels_read = 1 if stream.codec_context.channels == 1 else channels
         track = np.zeros((channels_read, count), np.float32)
-        place = 0
+        position = 0
         seconds = Fraction(count, rate)
         layout = LAYOUTS[channels_read]
         try:
             for samples in read_filled(path, index, begin, seconds, rate=rate, layout=layout):
-                track[:, place : place + samples.shape[1]] = samples
-                place += samples.shape[1]
+                track[:, position : position + samples.shape[1]] = samples
+                position += samples.shape[1]
         except av.FFmpegError as error:
-            at = float(start + Fraction(place, rate))
+            at = float(start + Fraction(position, rate))
             raise MediaError(
                 f"{path}: its sound is damaged near {at:.1f} s ({error.strerror}). Fetch or convert the file "
                 "again, or leave its sound out"
@@ -129,15 +129,15 @@ def read_beginning(
             rate = rate or int(stream.codec_context.sample_rate)
             layout = LAYOUTS[1 if stream.codec_context.channels == 1 else channels]
         maximum = int(seconds * rate)
-        parts = []
+        blocks = []
         position = 0
         try:
             for first, samples in _decode_blocks(path, index, begin, rate=rate, layout=layout, lenient=False):
                 if first > position:  # a gap
-                    parts.append(np.zeros((samples.shape[0], first - position), np.float32))
+                    blocks.append(np.zeros((samples.shape[0], first - position), np.float32))
                     position = first
-                parts.append(samples[:, max(0, position - first) :])
-                position += parts[-1].shape[1]
+                blocks.append(samples[:, max(0, position - first) :])
+                position += blocks[-1].shape[1]
                 if position >= maximum:
                     break
         except av.FFmpegError as error:
@@ -145,13 +145,13 @@ def read_beginning(
                 f"{path}: its sound is damaged near {position / rate:.1f} s ({error.strerror}). Fetch or "
                 "convert the file again, or leave its sound out"
             ) from error
-    if not parts:
+    if not blocks:
         return None
-    return TrackBeginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :maximum]), rate)
+    return TrackBeginning(np.ascontiguousarray(np.concatenate(blocks, axis=1)[:, :maximum]), rate)
 
 
 def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samples:
-    """Read the beginning of a file's audio as a reference: channels S, of at most `seconds`.
+    """Read at most `seconds` from the beginning of a file's audio as a reference: channels S.
 
     Args:
         path: Path of the file.
@@ -160,8 +160,8 @@ def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samp
         channels: Number of channels of the result.
 
     Raises:
-        MediaError: If there is no audio, if it is shorter than MIN_REFERENCE_SECONDS and the clip, or if it
-            is damaged.
+        MediaError: If there is no audio, if it is shorter than both MIN_REFERENCE_SECONDS and `seconds`, or
+            if it is damaged.
     """
     beginning = read_beginning(path, seconds, channels, rate)
     count = 0 if beginning is None else beginning.samples.shape[1]
@@ -189,7 +189,7 @@ def _find_origin(container: Any) -> Fraction:
 def read_filled(
     path: Path, index: int, begin: Fraction, seconds: Fraction, rate: int, layout: str, lenient: bool = False
 ) -> Iterator[Samples]:
-    """Yield `seconds` of a stream's samples from `begin` on, in the file's own time.
+    """Yield `seconds` of a stream's samples, starting at `begin` in the file's timestamps.
 
     Gaps are filled with silence.
 

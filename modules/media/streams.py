@@ -91,7 +91,7 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
         if previous is not None:
             # a frame is shown until the next one starts
             yield OutputFrame(previous.pixels, previous.start, frame.start - previous.start)
-        if index == limit:
+        if index == limit:  # this frame was read only for the duration of the previous one
             return
         if previous is not None and frame.pixels.shape != previous.pixels.shape:
             sizes = " to ".join(
@@ -146,7 +146,7 @@ def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
             stated_seconds = Fraction(frame.duration * time_base) if frame.duration else None
             seconds = clock.correct_duration(stated_seconds)
             if end is not None and end - start > seconds + 1 / rate:
-                seconds = end - start  # duration of the last frame; others are not known yet
+                seconds = end - start  # right for the last frame; `shown_frames` replaces the others
             yield OutputFrame(pixels, start, seconds)
 
 

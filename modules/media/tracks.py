@@ -40,11 +40,11 @@ class TrackAudio:
         """Encode the audio up to a time of the new file in seconds; None encodes the rest and flushes."""
         end = round((self._duration_seconds() if seconds is None else seconds) * self._rate)
         if end > self._written:
-            part = self._samples[:, self._written : end]
+            new_samples = self._samples[:, self._written : end]
             # silence after the end of the samples
-            part = np.pad(part, ((0, 0), (0, end - self._written - part.shape[1])))
+            new_samples = np.pad(new_samples, ((0, 0), (0, end - self._written - new_samples.shape[1])))
             frame = av.AudioFrame.from_ndarray(
-                np.ascontiguousarray(part), format="fltp", layout=self._stream.layout.name
+                np.ascontiguousarray(new_samples), format="fltp", layout=self._stream.layout.name
             )
             frame.sample_rate = self._rate
             frame.pts = self._written
@@ -66,14 +66,14 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
     samples, rate = track
     # samples: channels x time in -1..1; WAV interleaves the channels
     values = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
-    with atomic_path(path, values.nbytes) as temporary, temporary.open("wb+") as opened:
-        with wave.open(opened, "wb") as file:
-            file.setnchannels(values.shape[1])
-            file.setsampwidth(2)
-            file.setframerate(rate)
-            file.writeframes(values.tobytes())
+    with atomic_path(path, values.nbytes) as temporary, temporary.open("wb+") as raw_file:
+        with wave.open(raw_file, "wb") as wav_file:
+            wav_file.setnchannels(values.shape[1])
+            wav_file.setsampwidth(2)
+            wav_file.setframerate(rate)
+            wav_file.writeframes(values.tobytes())
         if tags:
-            _append_comment(opened, json.dumps(dict(tags)).encode("ascii") + b"\0")
+            _append_comment(raw_file, json.dumps(dict(tags)).encode("ascii") + b"\0")
 
 
 def _append_comment(file: BinaryIO, text: bytes) -> None:

@@ -83,7 +83,7 @@ class SectionAudio:
         layout, rate = stream.layout.name, stream.rate
         section = self._section
         begin = section.start + time_origin(self._source)
-        parts = read_filled(
+        sample_blocks = read_filled(
             section.path,
             index,
             begin,
@@ -93,7 +93,7 @@ class SectionAudio:
             lenient=True,
         )
         position = 0
-        for samples in parts:
+        for samples in sample_blocks:
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
             frame.sample_rate = rate
             frame.pts = position
@@ -172,7 +172,7 @@ class Timing:
             packet.pts, packet.duration = self._image_times[shown_index]
             if decoding_index >= 0:
                 packet.dts = self._image_times[decoding_index].start
-            else:  # counted backwards from the first image
+            else:  # decoded before the first image is shown: counted backwards from that image
                 if ticks_before_start is None:
                     # the shortest duration so far, as a mean of long ones would make the file begin too early
                     ticks_before_start = min(entry.length for entry in self._image_times.values())
@@ -180,7 +180,7 @@ class Timing:
             if first_dts is None:
                 first_dts = packet.dts
             for index in [index for index in self._image_times if index < decoding_index]:
-                del self._image_times[index]  # later packets are decoded and shown after it
+                del self._image_times[index]  # no later packet needs its time
             if held_back is not None:
                 yield held_back
             held_back = packet
@@ -318,7 +318,7 @@ def write_timed_video(
         ValueError: If their times do not increase.
         OutputError: If the file cannot be written.
     """
-    selected = encoding.select_codec(path, codec)
+    selected_codec = encoding.select_codec(path, codec)
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
@@ -327,12 +327,12 @@ def write_timed_video(
     rate = rate.limit_denominator(MAX_TICKS)
     suffix = path.suffix.lower()
     timing = Timing(rate)
-    generated = None if track is None else TrackAudio(track, lambda: timing.seconds)
+    generated_audio = None if track is None else TrackAudio(track, lambda: timing.seconds)
     with (
         atomic_path(path) as temporary,
         encoding.name_write_errors(),
         _open_stream_writers(
-            generated, copied_video, audio_section, suffix=suffix, rate=rate, with_images=with_images
+            generated_audio, copied_video, audio_section, suffix=suffix, rate=rate, with_images=with_images
         ) as writers,
     ):
         all_tags = dict(tags or {})
@@ -342,7 +342,7 @@ def write_timed_video(
             temporary, suffix, all_tags, _select_mux_options(suffix, rate, all_tags)
         ) as container:
             stream = encoding.add_video_stream(
-                container, selected, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
+                container, selected_codec, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
             stream.time_base = 1 / Fraction(ticks_per_second(rate))
             images = timing.record(itertools.chain(iter([first]), remaining))
@@ -414,8 +414,8 @@ def _open_stream_writers(
         if section is None:
             from modules.media.companions import OtherStreams  # only if streams are copied
 
-            copied = OtherStreams(path, source, suffix, rate=rate, with_images=with_images)
-            yield _StreamWriters(side_streams=copied, copied_video=copied)
+            other_streams = OtherStreams(path, source, suffix, rate=rate, with_images=with_images)
+            yield _StreamWriters(side_streams=other_streams, copied_video=other_streams)
         else:
             yield _StreamWriters(side_streams=SectionAudio(section, source), copied_video=None)
 

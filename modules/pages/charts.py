@@ -64,16 +64,16 @@ def draw_chart(chart: Chart) -> Markup:
     x_scale = _Scale(x_values, LEFT, RIGHT)
     y_scale = _Scale(y_values, BOTTOM, TOP)
     colored = list(zip(chart.curves, cycle(COLOURS), strict=False))
-    parts = [START, *_draw_frame(x_scale, y_scale)]
+    svg_parts = [START, *_draw_frame(x_scale, y_scale)]
     for curve, color in colored:
-        parts += _draw_curve(curve, x_scale, y_scale, color)
-    parts += _draw_labels(chart)
+        svg_parts += _draw_curve(curve, x_scale, y_scale, color)
+    svg_parts += _draw_labels(chart)
     if len(chart.curves) > 1:  # a legend of the curves' names
         y = TOP + 15
         for curve, color in colored:
-            parts.append(_draw_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{color}"'))
+            svg_parts.append(_draw_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{color}"'))
             y += 17
-    drawing = as_url("image/svg+xml", "".join([*parts, "</svg>"]).encode())
+    drawing = as_url("image/svg+xml", "".join([*svg_parts, "</svg>"]).encode())
     return Markup('<img class="chart" src="{}" alt="{}">').format(drawing, chart.title)
 
 
@@ -188,7 +188,7 @@ def _draw_text(x: float, y: float, text: str, attributes: str = "") -> str:
 def smooth(values: Sequence[float], weight: float) -> list[float]:
     """Return the exponential moving average with the bias of its start removed, as TensorBoard draws it.
 
-    `weight` is 0 (the values themselves) to below 1. NaN and infinite values are passed through and not
+    `weight` is at least 0 (no smoothing) and below 1. NaN and infinite values are passed through and not
     averaged. Source: Kingma and Ba 2015, arXiv 1412.6980, section 3 (bias correction).
     """
     average, debias, smoothed = 0.0, 0.0, []
