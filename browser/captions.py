@@ -201,7 +201,7 @@ class Captions:
             write_files(new_contents, record_written)
 
     def undo_all(self, checksums: Mapping[Path, str]) -> int:
-        """Undo the last save of many captions, and return how many were skipped as changed since.
+        """Undo the last save of many captions, and return how many were skipped because they have changed.
 
         Args:
             checksums: Checksum that each file had after `save_all` wrote it.

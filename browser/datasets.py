@@ -122,9 +122,9 @@ def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     paths = []
     for text in _list_texts(content, with_companions):
-        begin = re.split(r"[*?\[{]", text)[0]  # the part of a glob pattern before its first wildcard
-        path = folder / begin
-        if begin != text:
+        fixed_part = re.split(r"[*?\[{]", text)[0]  # the part of a glob pattern before its first wildcard
+        path = folder / fixed_part
+        if fixed_part != text:
             path = path.parent
         if is_on_foreign_share(path, folder):
             continue
@@ -233,8 +233,8 @@ def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> Medi
                 clips.append(entry.path)
             elif suffix in AUDIO_SUFFIXES:
                 num_audios += 1
-    first = min([*images, *clips], default=None)
-    return MediaCounts(len(images), len(clips), num_audios, None if first is None else Path(first))
+    first_path = min([*images, *clips], default=None)
+    return MediaCounts(len(images), len(clips), num_audios, None if first_path is None else Path(first_path))
 
 
 def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:

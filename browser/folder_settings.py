@@ -199,6 +199,7 @@ def list_rows(
         )
     set_values = {by_name[key].name: value for key, value in values.items() if key in by_name}
     rows += _list_unset_rows(settings, set_values, proposed_values, dataset)
+    # the sort is stable: it only moves unset options without effect to the end
     return sorted(rows, key=lambda row: row.has_no_effect and not row.value)
 
 
@@ -476,18 +477,18 @@ class FolderSettingsPages:
         folder = run_draft.path.parent
         dataset_keys = read_dataset_keys(read_draft_file(self.site, folder, DATASET_FILE))
         run_text = apply_edits(run_draft.text, self.read_rows(run_draft.text, None, dataset_keys), fields)
-        typed_size = fields.get(name_dataset_field(BATCH), "").strip()
-        shown_size = fields.get(f"{name_dataset_field(BATCH)} before", "")
-        if typed_size == shown_size:
+        typed_batch_size = fields.get(name_dataset_field(BATCH), "").strip()
+        shown_batch_size = fields.get(f"{name_dataset_field(BATCH)} before", "")
+        if typed_batch_size == shown_batch_size:
             return {run_draft: run_text}
-        size = read_batch_field(typed_size)
+        batch_size = read_batch_field(typed_batch_size)
         dataset_draft = read_draft_file(self.site, folder, DATASET_FILE)
-        if dataset_draft.checksum != fields.get("have_dataset", ""):
+        if dataset_draft.checksum != fields.get("have_dataset", ""):  # not the file that the page showed
             raise ChangedMeanwhileError
         # dataset.toml takes precedence: the training run would ignore its own option
         return {
             run_draft: edit_toml(run_text, {BATCH_OPTION: None}),
-            dataset_draft: write_batch(dataset_draft.text, size),
+            dataset_draft: write_batch(dataset_draft.text, batch_size),
         }
 
     def answer_conflict(

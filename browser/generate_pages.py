@@ -591,6 +591,7 @@ class GeneratePages:
         lora_strengths: dict[str, str] = {}  # keyed by the path of the LoRA
         for row in rows:
             used_names = row.names & settings.loras.keys()  # LoRAs of the dropped file
+            # another path of the same LoRA may be selected already
             is_selected = any(Path(path).name in row.names for path in lora_strengths)
             if used_names and not is_selected:
                 lora_strengths[row.path] = settings.loras[min(used_names)]
@@ -780,14 +781,14 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
     for ending in dict.fromkeys((suffix.lower(), ".png", ".mp4", ".wav")):
         if ending not in (".png", ".mp4", ".mkv", ".wav"):
             continue
-        named = path.with_suffix(ending)  # `read_tags` selects the reader by the suffix
-        path.rename(named)
+        renamed_path = path.with_suffix(ending)  # `read_tags` selects the reader by the suffix
+        path.rename(renamed_path)
         try:
-            return read_tags(named)
+            return read_tags(renamed_path)
         except MediaError:
             continue
         finally:
-            named.rename(path)
+            renamed_path.rename(path)
     raise OptionError(say("It is not a readable picture, clip or audio file."))
 
 

@@ -288,11 +288,11 @@ class JobQueue:
         Args:
             argv: The command line.
             folder: Working folder of the command.
-            within: The only folder to which the command may write; None without limits.
+            within: The only folder to which the command may write; None if it may write anywhere.
             typed: Options that may send data despite the limits, because the user has typed them.
 
         Raises:
-            OptionError: If it is not one of this project's commands, or if it never ends.
+            OptionError: If `argv` is not one of this project's commands, or is one that never ends.
             OutputError: If the queue cannot be written.
         """
         launch.find_job_program(argv, folder)

@@ -434,14 +434,14 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
     The job itself checks for a run.toml when it starts, because an earlier job may still write it.
     """
     is_script = [word.endswith(("run_project.py", "run_project")) for word in program]
-    described = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
-    is_typed = described != "" and not described.startswith("-")
-    if is_typed and not (folder / described).exists() and not may_be_created(folder / described, earlier):
+    run_folder = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
+    is_typed = run_folder != "" and not run_folder.startswith("-")
+    if is_typed and not (folder / run_folder).exists() and not may_be_created(folder / run_folder, earlier):
         raise OptionError(
             say(
                 "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
                 "Give its absolute path",
-                described=shorten(described, 80),
+                described=shorten(run_folder, 80),
                 folder=folder,
             )
         )

@@ -180,7 +180,7 @@ def describe_file(text: str) -> str:
 
     Returns the reason if the path is not a model file, and "" if nothing is typed.
     """
-    if not text.strip() or "\0" in text:
+    if not text.strip() or "\0" in text:  # no path contains a null character
         return ""
     try:
         path = expand_path(strip_quotes(text.strip()))

@@ -431,7 +431,7 @@ class NewPages:
     def collect_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
         """Return the template values of the page's section about the models and the selected model.
 
-        `content` is the media of the selected folder; models that suit them come first.
+        `content` is the media of the selected folder; models that generate this kind of media come first.
         """
         rows = list_model_rows(self.site.models, self.memory, content)
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
@@ -955,7 +955,7 @@ class NewPages:
         if action not in FULL_PAGE_ACTIONS:  # the browser replaces only the progress part of the page
             return self.answer_progress(folder, problem)
         if problem:
-            keeps_typed_values = action == "describe"
+            keeps_typed_values = action == "describe"  # Prepare: the user corrects the values
             return self.answer(sent_form if keeps_typed_values else self.read_form(str(folder)), problem)
         return _reopen_page(folder, message)
 

@@ -211,11 +211,12 @@ class ModelRecipe:
         """Return the minimum and maximum of a numeric field."""
         # embedded guidance cannot be negative, a CFG scale can
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
-        seconds = MAX_MADE_FRAMES / self.defaults.fps
+        max_seconds = MAX_MADE_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
             **dict.fromkeys(SIDES, (1, MAX_SIDE)),
             "steps": (1, MAX_STEPS),
-            "frames": (0, seconds) if self.counts_seconds else (1, MAX_MADE_FRAMES),
+            # the field contains seconds or frames, as the script's option does
+            "frames": (0, max_seconds) if self.counts_seconds else (1, MAX_MADE_FRAMES),
             "layers": (1, MAX_MADE_FRAMES),
             "guidance": (minimum, MAX_SCALE),
             "cfg": (-MAX_SCALE, MAX_SCALE),

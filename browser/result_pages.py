@@ -107,15 +107,15 @@ class SettingsCache:
             return cached
         try:
             settings = read_settings(result.path)
-            read = ReadSettings(None if settings is None else settings.shortened())
+            new_entry = ReadSettings(None if settings is None else settings.shortened())
         except (MediaError, OSError, ValueError) as error:
-            read = ReadSettings(None, str(error))
+            new_entry = ReadSettings(None, str(error))
         version = (result.changed, result.size_bytes)
         with self._lock:
-            self._cached[result.path] = (version, read)
+            self._cached[result.path] = (version, new_entry)
             while len(self._cached) > MAX_READ:
                 self._cached.popitem(last=False)
-        return read
+        return new_entry
 
     def read_some(self, results: Sequence[Result], seconds: float) -> int:
         """Read settings from files for at most `seconds`, and return how many files are still to be read."""
@@ -678,17 +678,19 @@ class ResultPages:
             for model in model_sets()
             if "upscale" in model.commands
         ]
-        loading = self.site.background_jobs.find(name_background_job(DOWNLOAD_UPSCALER, self.site.models))
-        options = []
+        download_job = self.site.background_jobs.find(
+            name_background_job(DOWNLOAD_UPSCALER, self.site.models)
+        )
+        installed = []
         for path in self.list_upscalers():
-            options.append((path, format_command(self.make_upscale_argv(result, path))))
+            installed.append((path, format_command(self.make_upscale_argv(result, path))))
         return self.answer_dialog(
             "larger",
             result,
             error,
-            options=options,
+            options=installed,
             to_load=downloadable,
-            loading=loading,
+            loading=download_job,
             models=self.site.models / UPSCALERS,
             is_sound=result.kind == "sound",
             sizes=describe_upscaled_size(result),

@@ -192,11 +192,11 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
     """
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
-    done: dict[int, str] = {}
+    steps_by_number: dict[int, str] = {}
     for name, text in [*tags.items()][: 2 * MAX_TAGS]:  # limited, because the file may come from elsewhere
-        tool = TOOL_TAG.fullmatch(name)
-        if tool is not None:  # number and description of a later processing step
-            done[int(tool[1])] = text
+        tool_tag = TOOL_TAG.fullmatch(name)
+        if tool_tag is not None:  # number and description of a later processing step
+            steps_by_number[int(tool_tag[1])] = text
         if not name.startswith(PREFIX) or text == NOT_SET:
             continue
         name = name.removeprefix(PREFIX)
@@ -210,7 +210,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
     return ResultSettings(
         values=values,
         loras=[loras[key] for key in sorted(loras)],
-        done=[done[number] for number in sorted(done)],
+        done=[steps_by_number[number] for number in sorted(steps_by_number)],
     )
 
 
@@ -296,7 +296,7 @@ def regenerate(
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
         raise OptionError(say("Its texts are too long for the form."))
-    fixed = _make_fixed_options(settings, recipe)
+    fixed_options = _make_fixed_options(settings, recipe)
     line_options = _make_prompt_line_options(settings, recipe, seed, find_media)
     loras = []
     for lora in settings.loras:
@@ -306,12 +306,12 @@ def regenerate(
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
         else:  # the command has separate options for the LoRAs of this expert
-            fixed.setdefault(f"{LORA}_{lora.expert}", []).append(path)
-            fixed.setdefault(f"{STRENGTHS}_{lora.expert}", []).append(lora.strength)
+            fixed_options.setdefault(f"{LORA}_{lora.expert}", []).append(path)
+            fixed_options.setdefault(f"{STRENGTHS}_{lora.expert}", []).append(lora.strength)
     if settings.embeddings:
-        fixed[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
+        fixed_options[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
     render_request = RenderRequest(
-        replace(recipe, fixed_options=fixed),
+        replace(recipe, fixed_options=fixed_options),
         prompt=settings.get("prompt"),
         texts={},
         loras=loras,
@@ -391,8 +391,8 @@ def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, 
     Raises OptionError if the value is a file, because metadata does not contain its folder.
     """
     recipe_words = fixed.pop(flag, None)
-    is_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
-    if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
+    recipe_names_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
+    if recipe_names_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
         raise OptionError(
             say("It was generated with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag)
         )

@@ -180,17 +180,17 @@ def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
     layers.
     """
     stems_and_suffixes = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
-    times = {stem: file.changed for (stem, _), file in zip(stems_and_suffixes, files, strict=True)}
-    clips = {stem for stem, suffix in stems_and_suffixes if KINDS[suffix.lower()] == "clip"}
-    last_frames_of_clips = {f"{clip}{LAST_FRAME_SUFFIX}" for clip in clips}
-    layers = _group_layers(folder, times)
+    times_by_stem = {stem: file.changed for (stem, _), file in zip(stems_and_suffixes, files, strict=True)}
+    clip_stems = {stem for stem, suffix in stems_and_suffixes if KINDS[suffix.lower()] == "clip"}
+    last_frames_of_clips = {f"{clip_stem}{LAST_FRAME_SUFFIX}" for clip_stem in clip_stems}
+    layers = _group_layers(folder, times_by_stem)
     layer_stems = {layer.stem for image_layers in layers.values() for layer in image_layers}
     results = []
     for (stem, suffix), file in zip(stems_and_suffixes, files, strict=True):
         is_last_frame = suffix.lower() == ".png" and stem in last_frames_of_clips
         if stem in layer_stems or is_last_frame:
             continue
-        source_time = _find_source_time(stem, times)
+        source_time = _find_source_time(stem, times_by_stem)
         result = Result(
             folder / file.name,
             file.changed,

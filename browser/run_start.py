@@ -417,7 +417,7 @@ class TrackedRuns:
 
         `preparation` is the history of the downloads and caching before the training run.
         """
-        # a stop was requested
+        # a stop through the queue; `read_run_state` finds the other stops
         is_stop_requested = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = read_run_state(run)

@@ -137,11 +137,13 @@ def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path
     names_folder = options.folders != (Path(),) or options.export is not None
     if names_folder or not (is_home or is_checkout):
         return ServedFolders(options.folders, options.models)
-    default = home / DEFAULT_FOLDER
-    note = "" if default.is_dir() else ", which is made when something is written"
-    logger.info("The folder is %s%s. Type the path of another one to show that.", default, note)
+    default_folder = home / DEFAULT_FOLDER
+    note = "" if default_folder.is_dir() else ", which is made when something is written"
+    logger.info("The folder is %s%s. Type the path of another one to show that.", default_folder, note)
     uses_default_models = is_home and options.models == MODELS and not (working_folder / MODELS).is_dir()
-    return ServedFolders((default,), default / MODELS if uses_default_models else options.models)
+    return ServedFolders(
+        (default_folder,), default_folder / MODELS if uses_default_models else options.models
+    )
 
 
 def may_open_page(options: BrowserOptions) -> bool:

@@ -169,7 +169,7 @@ def note_version(root: Path) -> None:
             path = root / name
             if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_name_error(name):
                 digests[name] = _digest(path)
-        if len(digests) > MAX_FILES:
+        if len(digests) > MAX_FILES:  # more files than any version has
             break
     _write_digests(root, digests)
 
@@ -444,6 +444,7 @@ def _install_files(root: Path, unpacked: Path, digests: Mapping[str, str], chang
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(unpacked / name, target)
+    # remove the old version's files that the new version does not have
     for name in _list_obsolete(root, set(change.replaced) - set(digests), digests):
         (root / name).unlink(missing_ok=True)
     (root / STATE_FOLDER / FILE_LIST).write_text("\n".join(digests), encoding="utf-8")
@@ -586,10 +587,10 @@ def _reject_names(file: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
             )
         seen_names.add(folded)
         folders.update(parent.as_posix() for parent in PurePosixPath(folded).parents)
-    both = sorted(seen_names & folders)
-    if both:
+    both_kinds = sorted(seen_names & folders)
+    if both_kinds:
         raise UserError(
-            f"{file.name} has {both[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
+            f"{file.name} has {both_kinds[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
             "was changed"
         )
 
@@ -774,7 +775,7 @@ def _read_plan(path: Path) -> FileChange:
     """
     try:
         plan = parse_json(read_text(path, MAX_OF_NOTE))
-        edited_copies = plan.pop("beside", {})
+        edited_copies = plan.pop("beside", {})  # `_make_backup` omits the key if there are none
         change = FileChange(**plan, edited_copies=edited_copies)
         names = [
             *change.replaced,

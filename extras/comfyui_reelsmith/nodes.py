@@ -33,27 +33,27 @@ MAX_OF_LOG = 1500  # characters of a failed command's output in its state
 
 
 def find_command() -> list[str]:
-    """Return the program, and with a checkout its script, that starts Reelsmith.
+    """Return the command that starts Reelsmith: a program or, in a checkout, Python and a script.
 
     Raises:
         RuntimeError: If Reelsmith is not found.
     """
-    chosen = os.environ.get(PROGRAM)
-    if not chosen:
-        found = shutil.which("reelsmith")
-        if found is None:
+    configured = os.environ.get(PROGRAM)
+    if not configured:
+        executable = shutil.which("reelsmith")
+        if executable is None:
             raise RuntimeError(
                 f"the command reelsmith is not on the PATH. Install Reelsmith, or set {PROGRAM} to its "
                 "command or to the folder of a checkout, and start ComfyUI again"
             )
-        return [found]
-    path = Path(chosen).expanduser()
+        return [executable]
+    path = Path(configured).expanduser()
     script = path / "reelsmith.py"
     if script.is_file():
         python = path / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         return [str(python if python.is_file() else sys.executable), str(script)]
     if not path.is_file():
-        raise RuntimeError(f"{PROGRAM}={chosen}: this is neither a command nor the folder of a checkout")
+        raise RuntimeError(f"{PROGRAM}={configured}: this is neither a command nor the folder of a checkout")
     return [str(path)]
 
 
