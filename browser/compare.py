@@ -133,6 +133,7 @@ class ComparableRun:
                     paths=paths,
                     step=step,
                     loss=None if validation is None else validation.loss,
+                    # of a pair, the best file may be the one for the high-noise expert
                     is_best=best_name in (paths[-1].name, *equal_names),
                     copies=equal_names[1:],
                 )

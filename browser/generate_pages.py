@@ -272,6 +272,7 @@ class GeneratePages:
             "other_rows": other_rows,
             "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
             "downloaded": list_downloaded((*self.site.runs.root_folders, self.site.models.absolute())),
+            # the template calls it for each row
             "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
         }
 

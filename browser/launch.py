@@ -462,7 +462,7 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
             num_command_words = len(command.words)
             if tuple(argv[1 : 1 + num_command_words]) == command.words:
                 return command, 1 + num_command_words
-        name = " ".join((name, *argv[1:3]))
+        name = " ".join((name, *argv[1:3]))  # for the message
     # a script at the root and a script of the same name in a folder are the same command
     if script is not None and script.parent.as_posix() in (".", *SCRIPT_ROOMS):
         for command in _find_commands(ROOT):

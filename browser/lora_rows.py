@@ -128,6 +128,7 @@ class RunLoras:
         other_networks = _find_other_networks(source)
         rows = []
         for file in source.files:  # by step
+            # None: the run trained no LoRA
             if other_networks is None or file.name in other_networks:
                 continue
             if all(map(self.runs.is_inside, file.paths)):

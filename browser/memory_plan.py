@@ -181,6 +181,7 @@ def _find_used_choice(
 
 def read_switches(values: Mapping[str, Any], option_names: Sequence[str]) -> MemoryOptions:
     """Return the memory options of a run.toml. `option_names` are all options of its training script."""
+    # one switch is enough for a weight format, because scripts have different ones of its switches
     weights = {
         choice: keys
         for choice, keys in SWITCHES_OF_WEIGHT_FORMAT.items()

@@ -320,7 +320,7 @@ class ResultRegenerator:
             folder = run.history.parent
             is_other_run = not result.path.is_relative_to(folder)
             lacks_files = not any((folder / name).is_file() for name in names)
-            return is_other_run, lacks_files, -run.changed  # False sorts first, and newer runs
+            return is_other_run, lacks_files, -run.changed  # False sorts before True
 
         comparable_runs = []
         with self.site.runs.lock:
@@ -396,6 +396,7 @@ class ResultPages:
         self.cache = SettingsCache()
         self.regenerator = ResultRegenerator(site, self.folders)
         self._prompts_lock = threading.Lock()
+        # what a button does, and which dialog it opens, by the action in the URL
         self.changes: dict[str, Callable[[Result, Form], Response]] = {
             "again": self.generate_again,
             "other": self.generate_with_random_seed,
@@ -678,9 +679,7 @@ class ResultPages:
             for model in model_sets()
             if "upscale" in model.commands
         ]
-        download_job = self.site.background_jobs.find(
-            name_background_job(DOWNLOAD_UPSCALER, self.site.models)
-        )
+        loading = self.site.background_jobs.find(name_background_job(DOWNLOAD_UPSCALER, self.site.models))
         installed = []
         for path in self.list_upscalers():
             installed.append((path, format_command(self.make_upscale_argv(result, path))))
@@ -690,7 +689,7 @@ class ResultPages:
             error,
             options=installed,
             to_load=downloadable,
-            loading=download_job,
+            loading=loading,
             models=self.site.models / UPSCALERS,
             is_sound=result.kind == "sound",
             sizes=describe_upscaled_size(result),

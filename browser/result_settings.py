@@ -342,10 +342,10 @@ def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[s
     """
     options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
-    fixed = _select_recipe_options(settings, recipe, options)
+    fixed_options = _select_recipe_options(settings, recipe, options)
     # an option may have several flags: the recipe's flag is kept
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
-    recipe_flags = {option_names[flag]: flag for flag in fixed if flag in option_names}
+    recipe_flags = {option_names[flag]: flag for flag in fixed_options if flag in option_names}
     for name, recorded_text in settings.values.items():
         option = options.get(name)
         # options of the prompt line are not fixed: each result may have other values
@@ -354,10 +354,10 @@ def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[s
         if _is_separate_metadata(name) or name in PROMPT_LINE_KEYS or name == EMBEDDINGS:
             continue
         flag = recipe_flags.get(name, option.flags[0])
-        recipe_words = fixed.get(flag, [str(option.default)])
+        recipe_words = fixed_options.get(flag, [str(option.default)])
         if not _is_equal(recipe_words, recorded_text):  # equal values keep the recipe's spelling
-            _set_recorded_option(fixed, flag, option, recorded_text)
-    return fixed
+            _set_recorded_option(fixed_options, flag, option, recorded_text)
+    return fixed_options
 
 
 def _is_separate_metadata(name: str) -> bool:

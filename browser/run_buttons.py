@@ -274,14 +274,14 @@ class RunButtons:
             )
         if tracked_run.state.name in (DRAFT, FAILED_CHECK):
             actions = replace(actions, check=format_command(make_check_argv(run_config.folder)))
-        if has_run and run_config.steps:
+        if has_run and run_config.steps:  # 0: run.toml sets max_train_epochs instead
             actions = replace(
                 actions,
                 train_on=start_command,
                 initial_steps=suggest_steps(run, run_config.steps),
                 run_checksum=compute_checksum(read_content(run_config.folder / RUN_FILE)),
             )
-        if has_run or not is_draft:
+        if has_run or not is_draft:  # it can be repeated under another name
             actions = replace(actions, next_name=free_name(run_config.output, run_config.name))
         return actions
 

@@ -464,6 +464,7 @@ class TrackedRuns:
         for tracked_run in self.list_all():
             run_config, state = tracked_run.run_config, tracked_run.state
             is_of_folder = run_config is not None and run_config.folder == folder
+            # a check only reads the files, and ends soon
             is_running = state.name in ACTIVE_STATES and state.name != CHECKING
             if is_of_folder and is_running:
                 raise OptionError(

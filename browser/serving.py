@@ -38,7 +38,12 @@ class ServedFolders(NamedTuple):
 
 
 def run_browser(options: BrowserOptions) -> None:
-    """Serve the pages until Ctrl-C, or only write one page with --export. Raises UserError on failure."""
+    """Serve the pages until Ctrl-C, or only write one page with --export. Raises UserError on failure.
+
+    1. With --export, write the page of a run, and return.
+    2. Otherwise open the socket, continue the queue, and print the URL.
+    3. Open the URL in the user's web browser if possible, and serve until Ctrl-C.
+    """
     served = select_folders(options, Path.cwd(), ROOT)
     runs = Runs(served.folders)
     if options.export is not None:
@@ -137,13 +142,11 @@ def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path
     names_folder = options.folders != (Path(),) or options.export is not None
     if names_folder or not (is_home or is_checkout):
         return ServedFolders(options.folders, options.models)
-    default_folder = home / DEFAULT_FOLDER
-    note = "" if default_folder.is_dir() else ", which is made when something is written"
-    logger.info("The folder is %s%s. Type the path of another one to show that.", default_folder, note)
+    default = home / DEFAULT_FOLDER
+    note = "" if default.is_dir() else ", which is made when something is written"
+    logger.info("The folder is %s%s. Type the path of another one to show that.", default, note)
     uses_default_models = is_home and options.models == MODELS and not (working_folder / MODELS).is_dir()
-    return ServedFolders(
-        (default_folder,), default_folder / MODELS if uses_default_models else options.models
-    )
+    return ServedFolders((default,), default / MODELS if uses_default_models else options.models)
 
 
 def may_open_page(options: BrowserOptions) -> bool:

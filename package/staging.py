@@ -104,6 +104,7 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
         rf"(?P<opening>[\"'])?(?P<python>{word_start}python )?{word_start}(?:(?:{rooms})/)?"
         rf"(?P<script>{names})\.py\b(?P<closing>[\"'])?"
     )
+    # launchers first: the pattern for commands would match their scripts, too
     source = re.sub(in_launcher, rf"\1-m {PACKAGE}.\2", source)
     source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
     return re.sub(in_command, _rename_command, source)

@@ -330,7 +330,7 @@ def _read_commits(root: Path) -> UpdateRecord:
 
 def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
     """Raise UserError if the branch has commits that exist only there, or is not the updated branch."""
-    if _git(root, "rev-parse", "HEAD") == record.after:
+    if _git(root, "rev-parse", "HEAD") == record.after:  # nothing was committed since the update
         return
     branch = _git(root, "branch", "--show-current")
     location = f"the branch {branch}" if branch else "this folder"
@@ -587,10 +587,10 @@ def _reject_names(file: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
             )
         seen_names.add(folded)
         folders.update(parent.as_posix() for parent in PurePosixPath(folded).parents)
-    both_kinds = sorted(seen_names & folders)
-    if both_kinds:
+    clashes = sorted(seen_names & folders)
+    if clashes:
         raise UserError(
-            f"{file.name} has {both_kinds[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
+            f"{file.name} has {clashes[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
             "was changed"
         )
 

@@ -275,7 +275,7 @@ class ReelsmithSamples:
         return float("nan")
 
     def load(self, folder: str, count: int) -> tuple[Tensor, str]:
-        """Return the newest samples first, as a (B, H, W, C) tensor in 0..1, and the state of the run.
+        """Return a run's samples as a (B, H, W, C) tensor in 0..1, the newest first, and the run's state.
 
         Args:
             folder: Path of a folder with a run.toml.

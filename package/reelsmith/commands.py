@@ -177,7 +177,7 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
         if command.words[0] == words[0]:
             names_by_ending[" ".join(command.words[1:])] = command.name
     suggestions = _list_matching(commands, typed, Path(words[0]).name.removesuffix(".py"))
-    if not suggestions and names_by_ending:
+    if not suggestions and names_by_ending:  # only the words after the first one are wrong
         suggestions = _list_similar_endings(typed.partition(" ")[2], names_by_ending)
     elif not suggestions:
         suggestions = _list_similar(commands, typed, words[0])
