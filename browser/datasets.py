@@ -255,8 +255,9 @@ class _LocatedRun(NamedTuple):
 def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
     """Return the dataset of a TOML file that runs have trained on.
 
-    If the runs were started in several folders, only the runs of the last folder count.
+    If the runs were started in several folders, only the runs from the folder of the oldest run count.
     """
+    # `located_runs` begins with the newest run
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     families = [located.run.model for located in located_runs]
     default_model = IMAGE_MODELS if families[0] in image_families() else next(iter(MODELS))

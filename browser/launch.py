@@ -286,7 +286,7 @@ def check_options(
         folder: Working folder of the command.
         earlier: Jobs that run before the command. Files that they may create need not exist yet.
         seconds: Time limit for the check; a script that takes longer counts as accepted.
-        checks_files: Whether to require files, too, that the script opens only later.
+        checks_files: Whether to also require files that the script opens only later.
 
     Raises:
         OptionError: If the script rejects its options, with the script's message.
@@ -302,7 +302,7 @@ def check_options(
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", argv, exc_info=error)
         return []  # undecided: the command counts as accepted
-    if process is None:
+    if process is None:  # the script would continue after it has read its options
         return []
     if process.returncode and not _may_be_created_later(process.stderr, argv, folder, earlier):
         raise OptionError(extract_error_message(process.stderr))

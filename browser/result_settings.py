@@ -370,7 +370,7 @@ def _select_recipe_options(
 ) -> dict[str, Any]:
     """Return a recipe's fixed options that the file was generated with, judging by its metadata."""
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
-    fixed: dict[str, Any] = {}
+    selected_options: dict[str, Any] = {}
     for flag, words in recipe.fixed_options.items():
         name = option_names.get(flag, "")
         option = options.get(name)
@@ -381,8 +381,8 @@ def _select_recipe_options(
         # a file generated with such an option does not record it
         is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
         if was_recorded or is_never_recorded:
-            fixed[flag] = list(words) or True  # True: a switch, which has no values
-    return fixed
+            selected_options[flag] = list(words) or True  # True: a switch, which has no values
+    return selected_options
 
 
 def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
@@ -478,7 +478,7 @@ def _make_prompt_line_options(
     Raises OptionError if a value is not valid.
     """
     options = read_script_options(recipe.family)
-    line: dict[str, str | list[str]] = {}
+    line_options: dict[str, str | list[str]] = {}
     for name, text in settings.values.items():
         if _is_separate_metadata(name):
             continue
@@ -493,11 +493,11 @@ def _make_prompt_line_options(
             continue
         if key in MEDIA_OPTIONS or line_option.read is read_path:
             paths = [find_media(media_name) for media_name in text.split("\n")]
-            line[key] = paths if line_option.repeats else paths[0]
+            line_options[key] = paths if line_option.repeats else paths[0]
         else:
-            line[key] = text
-    line["seed"] = seed
-    return line
+            line_options[key] = text
+    line_options["seed"] = seed
+    return line_options
 
 
 def _is_set_without_line(option: KnownOption, text: str, recipe: ModelRecipe) -> bool:

@@ -105,7 +105,11 @@ def _repeats(part: str) -> bool:
 
 
 def read_row(number: int, line: str) -> PromptRow:
-    """Return the row of a prompt line. `more` gets the options without a field, and earlier list items."""
+    """Return the form row of a prompt line. Its last text contains the options that no field shows.
+
+    A field shows the last use of its option. If the option is a list, such as several `--ci`, the earlier
+    items are in this text, too.
+    """
     split = _split(line)
     field_of_key = {key: name for name, (key, _) in FIELDS.items()}
     field_names = [field_of_key.get(_find_key(option)) for option in split.options]

@@ -130,11 +130,11 @@ def go_back(root: Path) -> None:
             if not was_unfinished:  # an unfinished update has just been undone by `_repair`
                 _restore_backup(root)
             return
-        note = _read_commits(root)
+        commits = _read_commits(root)
         _reject_changes(root, "back")
-        _reject_own_commits(root, note)
-        _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_return=True))
-    _say(f"This folder is at {note.before[:9]} again, as before the update. update installs it again.")
+        _reject_own_commits(root, commits)
+        _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), commits.before, is_return=True))
+    _say(f"This folder is at {commits.before[:9]} again, as before the update. update installs it again.")
 
 
 def repair(root: Path) -> None:
