@@ -175,8 +175,8 @@ class Captions:
 
         Args:
             edits: Captions to write, each with the checksum that its file had when it was read.
-            on_saved: Called after each written file with its path and new checksum, because an error, such as
-                a full disk, may occur between two files.
+            on_saved: Called after each written file with its path and new checksum, because an error may
+                leave the remaining files unwritten.
 
         Raises:
             ValueError: If a text cannot be stored. Then no file is written.

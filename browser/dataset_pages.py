@@ -77,7 +77,7 @@ def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> 
     if filter_key == "told":  # files about which the report has a message
         return bool(file["faults"] or file["remarks"])
     if filter_key == "uncaptioned":
-        # a caption edited on the page counts instead of those that the report has read
+        # the report does not contain a caption that was edited on the page later
         if "edited" in file:
             return not file["edited"]
         return not any(file["captions"] or [file["text"]])

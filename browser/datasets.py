@@ -432,8 +432,8 @@ class Datasets:
 
         Args:
             dataset: The dataset.
-            reads_whole_files: Whether to read whole files instead of headers; None: as last time.
-            model: Key of MODELS; None as in the last measurement.
+            reads_whole_files: Whether to read whole files instead of headers; None to keep the setting.
+            model: Key of MODELS; None to keep the model of the last measurement.
 
         Raises:
             OSError: If the configuration does not exist.

@@ -250,6 +250,7 @@ class GeneratePages:
             **self.work_values(),
             "is_part": False,
             "can_write": not self.site.read_only,
+            # the template shows "message" as an error, and "note" as a neutral message
             "message": problem,
             "note": message,
         }
@@ -258,7 +259,7 @@ class GeneratePages:
     def lora_values(
         self, form: GenerateForm, recipe: ModelRecipe | None, loras: Sequence[LoraRow]
     ) -> dict[str, object]:
-        """Return the template values of the list of LoRAs: those that fit the recipe, and others separately.
+        """Return the template values of the list of LoRAs, with the ones that do not fit listed separately.
 
         A selected LoRA is listed among the first, even if it does not fit.
         """

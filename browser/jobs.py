@@ -399,7 +399,7 @@ class JobQueue:
 
         Args:
             stays_open: Whether the next server of these folders continues the queue.
-            only_known: Whether to refuse to start if this user has neither typed nor started a waiting job.
+            only_known: Whether to refuse to start if the user does not know one of the waiting jobs.
 
         Raises:
             OutputError: If another process runs the jobs.
@@ -479,7 +479,7 @@ class JobQueue:
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
-                job.process = {}  # not None: it counts as started and ended
+                job.process = {}  # unlike None, this means that the job was started
                 return
             # environment variables: a job from a folder's run.toml may write only below that folder
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}

@@ -380,7 +380,7 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
             )
         )
     for option in options:
-        # argparse accepts abbreviations; those up to `--in` also begin other options, such as --input
+        # argparse accepts abbreviations; `--in` and shorter ones may also mean other options, such as --input
         if INTERACTIVE_OPTION.startswith(option) and len(option) > len("--in"):
             raise OptionError(
                 say(
@@ -448,7 +448,7 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
 
 
 def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
-    """Return this project's command with which a command line begins, and the number of words in its name."""
+    """Return this project's command at the start of a command line, and the number of words in its name."""
     num_words = 2 if argv[:1] == ["-m"] else 1
     name = " ".join(argv[:num_words])
     # the installed package is run as `python -m reelsmith.tools.mask`
@@ -497,7 +497,7 @@ def _suggest_command(name: str, argv: Sequence[str]) -> str:
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
     """Start a process that waits for a job's command on its stdin, and ends if none arrives.
 
-    A process group of its own lets the job be stopped without its server.
+    It gets its own process group, so that the job can be stopped without the server.
 
     Args:
         log: File for the output.

@@ -128,7 +128,7 @@ class ModelPages:
         return answer_template("models.html", say("Models"), values, is_rejected=error != "")
 
     def task_values(self, files: TaskFiles | None, part_cache: PartCache) -> dict[str, object]:
-        """Return the template values for the files of the selected task (`files`; None without a task)."""
+        """Return the template values for the files of the selected task. `files` is None without a task."""
         models = self.site.models
         if files is None:
             return {

@@ -347,6 +347,7 @@ class NewPages:
             "facts": self.list_info(form, described, duration),
             "shown": "" if described is None else self.make_form(described).address,
             "free_name": _suggest_free_name(form, folder, described),
+            # the template has room for one message: the most urgent one is shown
             "message": unknown_folder_error or error or message or reading_error,
             "refused": error if folder is None else "",  # error of a button whose folder no longer exists
         }
@@ -522,7 +523,12 @@ class NewPages:
             return None, str(reason)
 
     def collect_progress(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the template values of the part of the page that is reloaded while commands run."""
+        """Return the template values of the part of the page that is reloaded while commands run.
+
+        1. Find the folder's background jobs and its jobs in the queue.
+        2. Collect their output, the missing downloads, the checklist, and the progress of the preparation.
+        3. Decide whether the browser reloads this part again.
+        """
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         queue = site.queue.now()
@@ -613,6 +619,7 @@ class NewPages:
             download=download,
             missing_gigabytes=download_values["missing_gigabytes"] if can_download else "",
             download_failure=describe_failure(download) if can_download else "",
+            # parts are missing if there are licenses to show
             downloads_at_start=bool(download_values["licenses"]) and not can_download,
             check_job=check_job,
             is_check_old=command_output["is_check_old"],

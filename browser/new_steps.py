@@ -152,7 +152,7 @@ def _select_after_describing(progress: FolderProgress) -> NextStep:
 
 
 def _find_training_step(progress: FolderProgress) -> NextStep | None:
-    """Return the step that links to the waiting, active or finished training run; None without one."""
+    """Return the step that links to the waiting, running or finished training; None if there is none."""
     job = progress.training_job
     if job is None:
         return None

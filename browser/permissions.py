@@ -39,7 +39,7 @@ class Permission:
 def read_permissions(folder: Path) -> list[Permission]:
     """List the actions that a folder's run.toml permits; actions that `new` never writes come first.
 
-    After MAX_PERMISSIONS actions, a last line counts the others.
+    At most MAX_PERMISSIONS actions are listed; a last entry counts the remaining ones.
 
     Raises:
         OSError: If run.toml cannot be read.

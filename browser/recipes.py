@@ -208,7 +208,7 @@ class ModelRecipe:
         return "" if value in (None, "") else f"{value:g}"
 
     def find_limits(self, name: str) -> tuple[float, float]:
-        """Return the minimum and maximum of a numeric field."""
+        """Return the minimum and maximum of a numeric field, which are infinite if it has no limits."""
         # embedded guidance cannot be negative, a CFG scale can
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         max_seconds = MAX_MADE_FRAMES / self.defaults.fps
@@ -281,6 +281,7 @@ def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) 
     for name, candidates in FIELDS.items():
         if name == "cfg" and defaults.embedded_guidance is None:  # the field `guidance` sets the CFG scale
             continue
+        # with guidance distilled into the model, there is no pass with a negative prompt
         if name in ("negative", "guidance") and defaults.builds_in_guidance:
             continue
         for key in candidates:
@@ -425,6 +426,10 @@ def _make_recipe_of_command(
     file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
     """Return the recipe of a command, in which each option is fixed or the initial value of a form field.
+
+    1. Find the form field that sets each option; options without a field are fixed.
+    2. Words that are placeholders give no value. The user has to fill their fields.
+    3. Take the LoRAs, and the initial values of the fields, from the command.
 
     Args:
         title: Name of the model or run.

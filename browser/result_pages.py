@@ -358,7 +358,7 @@ class ResultRegenerator:
     def find_media(self, name: str, result: Result) -> str:
         """Return the path of the image or clip from which a result was generated.
 
-        Raises OptionError if neither its render job nor the list of results has the file.
+        Raises OptionError if the file is found neither in its render job nor among the results.
         """
         render_job = self.find_render_job(result)
         # the render job names the file's path; without one, any result with this name is used

@@ -283,6 +283,10 @@ def regenerate(
 ) -> RenderJob:
     """Return the render job that generates a result again from its settings with a recipe's model.
 
+    1. Combine the fixed options of the recipe with the options in the metadata.
+    2. Find the files of the LoRAs and embeddings.
+    3. Make the request and the command of the render job. The prompt line sets the seed.
+
     Args:
         settings: Settings of the result.
         recipe: Recipe with the same model.
@@ -336,7 +340,7 @@ def _make_command(render_request: RenderRequest, line_options: Mapping[str, str 
 
 
 def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
-    """Return a recipe's fixed options with the values with which a result was generated.
+    """Return the fixed options of a recipe, changed to the values in a result's metadata.
 
     Raises OptionError if a setting does not fit the model.
     """
@@ -368,7 +372,7 @@ def _is_separate_metadata(name: str) -> bool:
 def _select_recipe_options(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
-    """Return a recipe's fixed options that the file was generated with, judging by its metadata."""
+    """Return the fixed options of a recipe that a result may also have been generated with."""
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
     selected_options: dict[str, Any] = {}
     for flag, words in recipe.fixed_options.items():
@@ -377,8 +381,8 @@ def _select_recipe_options(
         is_expert_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)
         if is_expert_lora:  # taken from the settings of the file instead
             continue
-        was_recorded = name in settings.values or name == "task"
-        # a file generated with such an option does not record it
+        was_recorded = name in settings.values or name == "task"  # `_check_task` has compared the tasks
+        # metadata does not tell whether such an option was used
         is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
         if was_recorded or is_never_recorded:
             selected_options[flag] = list(words) or True  # True: a switch, which has no values
@@ -386,9 +390,10 @@ def _select_recipe_options(
 
 
 def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
-    """Set an option in `fixed` to its recorded value, or remove a switch that was not used.
+    """Set an option in `fixed` to its value in a result's metadata, or remove a switch that was not used.
 
-    Raises OptionError if the value is a file, because metadata does not contain its folder.
+    Raises OptionError if the recipe or the metadata has a file for this option: metadata contains only the
+    name of a file, so the file that was used cannot be found.
     """
     recipe_words = fixed.pop(flag, None)
     recipe_names_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
@@ -486,6 +491,7 @@ def _make_prompt_line_options(
         line_option = find_option(key, recipe.defaults.line_options)
         is_side = key in SIDE_POSITIONS
         is_known = is_side or key in options or key in recipe.extra_options
+        # other metadata is not an option, or an option that prompt lines cannot set
         if not is_known or line_option is None:
             continue
         option = options.get(key)

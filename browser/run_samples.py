@@ -56,7 +56,7 @@ class RunSamples:
             "text": text,
             "have": checksum,
             "is_running": tracked_run.state.name in ACTIVE_STATES,
-            # page on which the interval of the samples is edited
+            # link to the page where the user edits the sampling interval
             "times": f"/new?{urlencode({'folder': path.parent})}#samples" if is_described else "",
             **describe_rows(rows, find_trained_model(tracked_run), find_folder(tracked_run, path), num_rows),
         }

@@ -156,13 +156,13 @@ def repair(root: Path) -> None:
 def note_version(root: Path) -> None:
     """Record digests of the installed files, so that an update can detect files that the user has edited."""
     digests_file = root / STATE_FOLDER / DIGESTS_FILE
-    # an update has recorded them; in a clone, git detects changes
+    # they are recorded already, or not needed because git detects changes
     if digests_file.exists() or (root / ".git").exists():
         return
     digests = {}
     for folder, folders, files in os.walk(root):
         subfolder = Path(folder).relative_to(root)
-        # skip folders in which no version has files
+        # skip folders that no version of the program contains
         folders[:] = [name for name in folders if not _find_name_error((subfolder / name).as_posix())]
         names = [(subfolder / name).as_posix() for name in files]
         for name in names:

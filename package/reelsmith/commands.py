@@ -170,7 +170,11 @@ _SYNONYMS = {
 
 
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
-    """Return the error message for an unknown command, with a likely suggestion."""
+    """Return the error message for an unknown command, with a likely suggestion.
+
+    If commands begin with the first word, such as `train`, only their other words are compared. If this
+    finds none, or no command begins with it, a synonym of the first word is suggested first.
+    """
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
     names_by_ending = {}  # commands whose first word is right, such as `train`, by their other words
     for command in commands:

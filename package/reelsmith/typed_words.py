@@ -81,7 +81,7 @@ class ScriptArguments:
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
         """Parse the options and check them as the command does before it loads a model; return their values.
 
-        Options in the file of --config_file apply unless they are typed, too. Call this method only once.
+        Typed options take precedence over the file of --config_file. Call this method only once.
 
         Raises:
             UserError: If the command itself would reject the options, with its message.
