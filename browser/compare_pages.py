@@ -80,6 +80,7 @@ class ComparePages:
         row_clips = self.find_row_clips(comparison)
         compared_ids = {source.run.id for source in comparison.sources}
         models = {source.run.model for source in comparison.sources}
+        # only runs of the same model can be added to a comparison
         other_runs = [
             run for run in runs if run.id not in compared_ids and (not models or run.model in models)
         ]

@@ -171,6 +171,7 @@ def describe_underived_intervals(before: str, after: str) -> str:
     underived = {}
     for name, derived_value in change_steps(old_options, steps).new_values.items():
         is_untouched = new_options.get(name) == old_options.get(name)
+        # None: `change_steps` would remove this key
         if name != MAX_TRAIN_STEPS and derived_value is not None and is_untouched:
             underived[name] = derived_value
     if not underived:

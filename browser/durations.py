@@ -93,7 +93,7 @@ def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collecti
     sizes = _read_sizes(described.folder / DATASET_FILE)
     if not network or sizes is None:
         return None
-    for run in runs.list_all():
+    for run in runs.list_all():  # the newest first
         is_measured = run.state == FINISHED and run.step_seconds is not None
         if not is_measured or run.network != network or not _is_from_this_machine(run, cards):
             continue

@@ -659,6 +659,7 @@ class GeneratePages:
         kind, _, name = source.partition(" ")
         if not settings.family:
             return -1
+        # before the recipe of a run, which takes longer to make
         if kind == "run" and self.run_loras.find_run_family(name) != settings.family:
             return -1
         try:

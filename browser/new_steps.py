@@ -82,6 +82,7 @@ def select_step(form: NewForm, progress: FolderProgress, is_saved: bool) -> Next
 
     `is_saved` is True if the folder's files contain the values of the form.
     """
+    # required fields: phrase for the message -> value
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
         fields[say("a version")] = form.task

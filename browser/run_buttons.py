@@ -419,6 +419,7 @@ class RunButtons:
                 path = expand_path(recorded_path, run.working_folder) if recorded_path else None
         if path is None or path.suffix.lower() not in PROMPT_FILES:
             return None
+        # a missing file can be created if its folder is below the roots
         is_new_file = not (path.exists() or path.is_symlink())
         is_below_roots = self.site.runs.is_below(path.parent if is_new_file else path)
         return path if is_below_roots else None

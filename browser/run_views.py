@@ -101,6 +101,7 @@ def select_runs(
         if query.get("family") and model_title(query["family"]) != run.title:
             continue
         state = (states or {}).get(run.id) or read_run_state(run)
+        # `running` also selects runs that download, cache or load
         wanted_states = (RUNNING, *ACTIVE_STATES) if wanted_state == RUNNING else (wanted_state,)
         if not wanted_state or state.name in wanted_states:
             selected.append(run)
@@ -389,6 +390,7 @@ def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory
         run_history,
         loss=cut(run_history.loss),
         seconds=cut(run_history.seconds),
+        # not by `cut`: a loss of a validation is never None
         validations={step: loss for step, loss in run_history.validations.items() if low <= step <= high},
         rates={name: cut(points) for name, points in run_history.rates.items()},
         experts={name: cut(points) for name, points in run_history.experts.items()},
