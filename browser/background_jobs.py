@@ -96,8 +96,8 @@ class BackgroundJobs:
             self.folder.mkdir(parents=True, exist_ok=True)
             reject_link(self.folder)
             with only_one(self.folder / ".lock"):
-                earlier = self.find(name)
-                if earlier is not None and earlier.state == RUNNING:
+                earlier_job = self.find(name)
+                if earlier_job is not None and earlier_job.state == RUNNING:
                     raise OptionError(say("it is already running: wait until it has ended, or stop it"))
                 check_space(self._record(name), MAX_OF_RECORD)  # before the earlier files are removed
                 process = self._start_waiting_process(name, within, typed)

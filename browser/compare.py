@@ -321,7 +321,8 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
         sampled_prompts=sampled_prompts,
         selected_prompts=selected_prompts,
         typed_lines=typed_lines,
-        problem=sources[0].problem if sources else "",  # its command generates the clips of all columns
+        # the command of the first run generates the clips of all columns
+        problem=sources[0].problem if sources else "",
     )
 
 

@@ -154,9 +154,9 @@ class Thumbnails:
                 self._images.move_to_end(key)
                 return self._images[key]
         with DECODING:
-            reduced = reduce_frame(self._read_frame(part), LARGEST_SIDE)[..., :3]
+            thumbnail = reduce_frame(self._read_frame(part), LARGEST_SIDE)[..., :3]
         jpeg = io.BytesIO()
-        Image.fromarray(reduced).save(jpeg, format="JPEG", quality=80)
+        Image.fromarray(thumbnail).save(jpeg, format="JPEG", quality=80)
         with self._lock:
             self._images[key] = jpeg.getvalue()
             while len(self._images) > MAX_IMAGES:
@@ -224,13 +224,13 @@ class DatasetPages:
         search_terms = query.get("text", "").lower().split()
         filter_key = query.get("only", "")
         chosen_ids = [id for id, file in files.items() if passes_filters(file, search_terms, filter_key)]
-        listed = [self.describe_file(dataset, id, files[id]) for id in chosen_ids[page_slice]]
+        file_values = [self.describe_file(dataset, id, files[id]) for id in chosen_ids[page_slice]]
         return {
             **status,
             "counts": _count_by_filter(files.values()),
             "items": _count_training_items(files.values()),
             "chosen": len(chosen_ids),
-            "files": listed,
+            "files": file_values,
         }
 
     def _explain_hidden_folders(self, folders: Sequence[Path]) -> dict[str, str]:

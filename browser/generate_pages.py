@@ -195,11 +195,11 @@ class GeneratePages:
             # a new form gets the default values of its source
             is_new = "prompt" not in fields and fields.get("source") != [""]  # no source selected before
             return self.answer(form, is_new=is_new, draft=draft)
-        stored = self.drafts.read(draft) or self.drafts.newest()
-        if stored is None:
+        stored_fields = self.drafts.read(draft) or self.drafts.newest()
+        if stored_fields is None:
             return self.answer(GenerateForm(), is_new=True)
         return self.answer(
-            GenerateForm.of_fields(stored), draft=draft, message="".join(stored.get("note", ()))
+            GenerateForm.of_fields(stored_fields), draft=draft, message="".join(stored_fields.get("note", ()))
         )
 
     def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
@@ -280,13 +280,13 @@ class GeneratePages:
     def work_values(self) -> dict[str, object]:
         """Return the template values of the page's list of render jobs."""
         render_jobs = self.render_worker.list_all()
-        mentioned = [render_job for render_job in render_jobs if needs_mention(render_job)]
-        ended = mentioned[-MAX_ENDED_JOBS:][::-1]  # the newest first
+        jobs_to_mention = [render_job for render_job in render_jobs if needs_mention(render_job)]
+        newest_ended = jobs_to_mention[-MAX_ENDED_JOBS:][::-1]  # the newest first
         open_jobs = [render_job for render_job in render_jobs if render_job.state in ("running", "waiting")]
         return {
             "render_jobs": open_jobs,
-            "ended": ended,
-            "ended_words": describe_ended(ended),
+            "ended": newest_ended,
+            "ended_words": describe_ended(newest_ended),
             "waiting": sum(render_job.state == "waiting" for render_job in render_jobs),
             "loaded": self.render_worker.loaded,
             "preview": _preview_address(self.render_worker.preview),
@@ -517,13 +517,15 @@ class GeneratePages:
 
     def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError if an input image is outside the roots and not in the model's own command."""
-        named = {*render_request.recipe.paths}  # files in the model's own command may be anywhere
+        paths_of_command = {*render_request.recipe.paths}  # files in the model's own command may be anywhere
         paths = [
             *render_request.references,
             *(render_request.texts.get(name, "").strip() for name in IMAGES),
         ]
         for path in filter(None, paths):
-            if path not in named and not self.site.runs.is_inside(render_request.recipe.folder / path):
+            if path not in paths_of_command and not self.site.runs.is_inside(
+                render_request.recipe.folder / path
+            ):
                 raise OptionError(
                     say(
                         "%(path)s is outside the folders that this page shows: drop the file on the "
@@ -821,8 +823,8 @@ def select_seeds(form: GenerateForm) -> list[str]:
                 most_at_once=MAX_AT_ONCE,
             )
         )
-    first = int(seed) if seed else secrets.randbits(SEED_BITS)
-    return [str(first + index) for index in range(int(count))]
+    first_seed = int(seed) if seed else secrets.randbits(SEED_BITS)
+    return [str(first_seed + index) for index in range(int(count))]
 
 
 def generate_routes(site: Site) -> list[Route]:

@@ -381,8 +381,8 @@ class JobQueue:
             job = content.find(number, WAITING, *ENDED)
             command, folder = launch.split_folder(line, Path(job.folder))
             argv = launch.split_arguments(command)
-            others = [other for other in content.jobs if other is not job]
-            launch.check_options(argv, folder, list_earlier(others))
+            other_jobs = [other for other in content.jobs if other is not job]
+            launch.check_options(argv, folder, list_earlier(other_jobs))
             content.wait_again(job, as_line(argv))
             job.folder = str(real_path(folder))
             job.within = ""  # a typed line has no limits
@@ -438,9 +438,9 @@ class JobQueue:
         self._continues_in_next_server = False
         with self._edit_files() as content:
             content.worker = None
-            known = recall_queue(self.folder)
-            if pauses and known is not None:
-                remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
+            known_queue = recall_queue(self.folder)
+            if pauses and known_queue is not None:
+                remember_queue(self.folder, is_open=False, jobs=known_queue.jobs.elements())
 
     def _work(self, worker_lock: contextlib.ExitStack) -> None:
         """Run the waiting jobs one after another until the queue is closed, holding the queue's lock."""
@@ -527,23 +527,23 @@ class JobQueue:
             waiting: Number of waiting jobs with each command line after a change.
             waiting_before: The same counts before the change.
         """
-        known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
+        known_queue = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
         is_started_here = self._continues_in_next_server
         if is_started_here:  # then the user knows all waiting jobs
             known_jobs = waiting
         else:
             added = waiting - waiting_before  # jobs that a button has just added
-            still_waiting = known.jobs & waiting  # for each line, the smaller of the two counts
+            still_waiting = known_queue.jobs & waiting  # for each line, the smaller of the two counts
             known_jobs = still_waiting + added
-        updated = KnownQueue(is_open=known.is_open or is_started_here, jobs=known_jobs)
-        if updated != known:
-            remember_queue(self.folder, updated.is_open, updated.jobs.elements())
+        updated_queue = KnownQueue(is_open=known_queue.is_open or is_started_here, jobs=known_jobs)
+        if updated_queue != known_queue:
+            remember_queue(self.folder, updated_queue.is_open, updated_queue.jobs.elements())
 
     def _reject_unknown_jobs(self, content: _QueueContent) -> None:
         """Raise UnknownJobsError if a waiting job was neither typed nor started by the user."""
-        known = recall_queue(self.folder)
+        known_queue = recall_queue(self.folder)
         # a line may wait several times, so lines are counted: jobs beyond the known number are unknown
-        unknown = content.count_waiting() - (Counter() if known is None else known.jobs)
+        unknown = content.count_waiting() - (Counter() if known_queue is None else known_queue.jobs)
         if unknown:
             raise UnknownJobsError(
                 say_count(

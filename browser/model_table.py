@@ -105,11 +105,11 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     )
     num_suggested = 0 if content is None else MAX_SUGGESTED
     suggested = [replace(ranked.row, is_suggested=True) for ranked in ranked_rows[:num_suggested]]
-    others = sorted(
+    other_rows = sorted(
         ranked_rows[num_suggested:],
         key=lambda ranked: (not ranked.suits_media, ranked.row.model.title.lower()),
     )
-    return [*suggested, *(ranked.row for ranked in others)]
+    return [*suggested, *(ranked.row for ranked in other_rows)]
 
 
 def _make_row(model: ModelSet, models: Path, memory: float) -> ModelRow:

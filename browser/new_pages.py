@@ -393,7 +393,7 @@ class NewPages:
             content: Images and clips of the selected folder; None if no folder is selected.
             is_part: Omit the list of folders, because the browser uses only other parts of the page.
         """
-        tops = self.site.runs.root_folders
+        root_folders = self.site.runs.root_folders
         has_files = folder is not None and (content is not None or is_described(folder))
         opened = find_open_folder(self.site.runs, str(folder)) if has_files else None
         folders = [] if is_part else list_media_folders(self.site.runs)
@@ -403,10 +403,10 @@ class NewPages:
             "num_folders": len(folders),
             "next_folder": FOLDERS_PER_PART,
             "tool_folders": [] if opened is None else [opened],
-            "roots": tops,
+            "roots": root_folders,
             "is_chosen": folder is not None,
             # where dropped files go: into the selected folder, or else into a new one
-            "unnamed": str(folder or name_upload_folder(tops[0], date.today())),
+            "unnamed": str(folder or name_upload_folder(root_folders[0], date.today())),
             **self.list_tiles(content),
             "upload": UPLOAD,
             "piece": PIECE,
@@ -435,13 +435,13 @@ class NewPages:
         `content` is the media of the selected folder; models that generate this kind of media come first.
         """
         rows = list_model_rows(self.site.models, self.memory, content)
-        chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
+        selected_row = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
         return {
             "rows": rows,
             "families": list({row.model.family: row.model for row in rows}.values()),  # one model of each
             "tasks": [row for row in rows if row.model.family == form.family],
-            "options": _file_options(chosen),
-            **self.collect_kind_values(form, None if chosen is None else chosen.model),
+            "options": _file_options(selected_row),
+            **self.collect_kind_values(form, None if selected_row is None else selected_row.model),
             "memory": self.memory,
         }
 
@@ -667,7 +667,7 @@ class NewPages:
                 file_names = list_names(folder)
         dry_run_job = background_jobs[DRY_RUN]
         if dry_run_job is not None and folder is not None:
-            # a dry run lists the changes that saving would make: out of date once the files have changed
+            # after the files have changed, the changes that the dry run has listed are out of date
             dry_run_job = dry_run_job if self.is_dry_run_current(dry_run_job, folder) else None
         displayed_job = dry_run_job or background_jobs[DESCRIBE]
         displayed_lines = read_output_lines(displayed_job, file_names)
@@ -1199,10 +1199,12 @@ def list_applied_remedies(
         return set()
     # a log's modification time is the time of the last output
     described_at = description_job.log.stat().st_mtime
-    succeeded = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
-    applied = [_split_line(job.line) for job in succeeded if job.log.stat().st_mtime > described_at]
-    remedies = {line.text for line in lines if line.is_command and _split_line(line.text) in applied}
-    if any("--repair_captions" in argv for argv in applied):
+    succeeded_jobs = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
+    applied_commands = [
+        _split_line(job.line) for job in succeeded_jobs if job.log.stat().st_mtime > described_at
+    ]
+    remedies = {line.text for line in lines if line.is_command and _split_line(line.text) in applied_commands}
+    if any("--repair_captions" in argv for argv in applied_commands):
         remedies.add(REPAIR_CAPTIONS)
     return remedies
 

@@ -364,8 +364,8 @@ class ResultRegenerator:
         # the render job names the file's path; without one, any result with this name is used
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():
-                words = value if isinstance(value, list) else [value]
-                for word in map(str, words):
+                recorded_words = value if isinstance(value, list) else [value]
+                for word in map(str, recorded_words):
                     if Path(word).name == name and Path(render_job.folder, word).is_file():
                         return word
         for candidate in self.folders.list_all():
@@ -493,12 +493,12 @@ class ResultPages:
         for text in (first_text, count_text):
             if not text.isdecimal() or len(text) >= 9:  # long numbers are slow to convert
                 return answer_text("from and count are numbers of results.", 400)
-        first = int(first_text)
+        first_index = int(first_text)
         count = min(int(count_text), 2 * PAGE_SIZE)
         results = self.filter_results(query).accepted
         jobs = self.find_upscale_jobs()
         tiles = []
-        for result in results[first : first + count]:
+        for result in results[first_index : first_index + count]:
             cached = self.cache.get(result)
             job = jobs.get(str(result.path))
             tiles.append(ResultTile(result, cached.settings, problem=cached.problem, job=job))

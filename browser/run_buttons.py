@@ -606,8 +606,8 @@ class RunButtons:
                 return self.answer_panel(
                     tracked_run, "remove", say("Its files have changed in the meantime: review them again.")
                 )
-            root = next(top for top in self.site.runs.root_folders if paths[0].is_relative_to(top))
-            self.bin_folder.move_in(tracked_run.summary.name, base=root, paths=paths)
+            root_folder = next(top for top in self.site.runs.root_folders if paths[0].is_relative_to(top))
+            self.bin_folder.move_in(tracked_run.summary.name, base=root_folder, paths=paths)
             self.forget_jobs(tracked_run)
         except (UserError, OSError, ValueError) as error:
             return self.answer_panel(tracked_run, "remove", str(error))

@@ -535,19 +535,21 @@ def select_image_fields(
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     """Return the message that files have changed while the form was open, with the user's changes."""
-    base = fields.get("base", "")  # text of the prompts that the form was built from
+    base_text = fields.get("base", "")  # text of the prompts that the form was built from
     try:
-        edited = edit_prompts(base, fields, lambda text: None)  # only to compare: accepts every image path
-        typed = describe_difference(base, edited)
+        edited_text = edit_prompts(
+            base_text, fields, lambda text: None
+        )  # only to compare: accepts every image path
+        user_changes = describe_difference(base_text, edited_text)
     except OptionError as error:
-        typed = [str(error)]
+        user_changes = [str(error)]
     return say(
         "%(prompts_file)s or %(run_file)s has changed in the meantime, and nothing was overwritten. "
         "The rows show their current content. What you changed: %(names)s",
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
         # no prompt line differs: only the sampling interval was changed
-        names="; ".join(typed) or "how often",
+        names="; ".join(user_changes) or "how often",
     )
 
 

@@ -337,9 +337,9 @@ def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
     own_commits = _list_own_commits(root, record, branch)
     if own_commits:
         more = f" and {len(own_commits) - 3} more" if len(own_commits) > 3 else ""
-        listed = ", ".join(escape_control_codes(line)[:80] for line in own_commits[:3])
+        shown_commits = ", ".join(escape_control_codes(line)[:80] for line in own_commits[:3])
         raise UserError(
-            f"back would throw away commits of your own, which only {location} has: {listed}{more}. "
+            f"back would throw away commits of your own, which only {location} has: {shown_commits}{more}. "
             "Nothing was changed. Type git branch my-work, which keeps them under that name, and run back "
             "again; or leave this branch with git switch for the one that was updated"
         )
@@ -399,8 +399,8 @@ def _git(root: Path, *arguments: str) -> str:
     )
     if process.returncode:
         output = " ".join(process.stderr.split())[:300]
-        network = " Check the connection and run again." if OFFLINE.search(output) else ""
-        raise UserError(f"git {arguments[0]} failed, and nothing was changed: {output}{network}")
+        advice = " Check the connection and run again." if OFFLINE.search(output) else ""
+        raise UserError(f"git {arguments[0]} failed, and nothing was changed: {output}{advice}")
     return process.stdout.rstrip()
 
 
@@ -522,9 +522,11 @@ def _unpack(file: Path, folder: Path) -> list[str]:
             by_name = {entry.filename: entry for entry in all_entries}
             if len(by_name) < len(all_entries):
                 raise ValueError("it has two files of one name")
-            top = _find_program_folder(file, archive, by_name)
+            top_folder = _find_program_folder(file, archive, by_name)
             entries = {
-                name.removeprefix(top): entry for name, entry in by_name.items() if name.startswith(top)
+                name.removeprefix(top_folder): entry
+                for name, entry in by_name.items()
+                if name.startswith(top_folder)
             }
             _reject_names(file, entries)
             for name, entry in entries.items():
@@ -623,11 +625,13 @@ def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
             f"The new version has a file {blocked}, but a folder has its path, or a file has the path of its "
             "folder. Nothing was changed. Rename the existing one, and run the update again"
         )
-    existing = [name for name in files if (root / name).exists()]
-    differing = [name for name in existing if not filecmp.cmp(root / name, unpacked / name, shallow=False)]
-    removed = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
-    replaced = sorted([*differing, *removed])  # removed files are restored like replaced ones
-    added = sorted(set(files) - set(existing))
+    existing_files = [name for name in files if (root / name).exists()]
+    differing_files = [
+        name for name in existing_files if not filecmp.cmp(root / name, unpacked / name, shallow=False)
+    ]
+    removed_files = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
+    replaced = sorted([*differing_files, *removed_files])  # removed files are restored like replaced ones
+    added = sorted(set(files) - set(existing_files))
     written = set(replaced) | set(added)
     return FileChange(
         replaced=replaced,

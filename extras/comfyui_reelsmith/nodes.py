@@ -104,16 +104,18 @@ class QueuedTraining:
         lines = (
             self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.exists() else []
         )
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        last = last.rpartition("\r")[2]  # a progress bar redraws its line after each carriage return
+        last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last_line = last_line.rpartition("\r")[
+            2
+        ]  # a progress bar redraws its line after each carriage return
         if not self.ended.is_set():
             if self.process is None:
                 return "waiting"
-            return f"{'stopping' if self.is_stopped else 'running'}: {last}"
+            return f"{'stopping' if self.is_stopped else 'running'}: {last_line}"
         if self.is_stopped:
             return "stopped"
         if self.process is not None and self.process.returncode == 0:
-            return f"finished: {last}"
+            return f"finished: {last_line}"
         return "failed:\n" + "\n".join(lines).strip()[-MAX_OF_LOG:]
 
 
