@@ -122,6 +122,7 @@ class BackgroundJobs:
         progress = log.with_suffix(".progress")  # progress of loops, which pages show
         for path in (log, log.with_suffix(".code"), progress):
             path.unlink(missing_ok=True)
+        # a limited process may not write the progress file, which is outside `within`
         variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
         # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
         process = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})

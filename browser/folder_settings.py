@@ -218,6 +218,7 @@ def _list_unset_rows(
     idle_reasons = _explain_idle(settings, set_values)
     rows = []
     for setting in unset_settings:
+        # unused because of the dataset, or idle because of other options
         unused_reason = _explain_unused(dataset, setting.name)
         rows.append(
             SettingRow(

@@ -387,7 +387,7 @@ class TrackedRuns:
             state = self._add_queue_position(state, job, waiting)
         # the list sorts runs by the time of their last change
         change_times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
-        if job is not None and (job.state == RUNNING or state.job is job):
+        if job is not None and (job.state == RUNNING or state.job is job):  # the job determines the state
             change_times.append(job.born)
         if state.name == WAITING:
             with contextlib.suppress(OSError):
