@@ -289,10 +289,10 @@ def group_options(argv: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison:
-    """Return the comparison that a form requests. Raises OptionError if the runs cannot be compared.
+    """Return the comparison of saved LoRA files that a form requests.
 
     The rows are the selected prompts and the typed prompt lines. If the form has none, the first prompts
-    with samples are used.
+    with samples are used. Raises OptionError if the runs cannot be compared.
     """
     sources = _read_sources(runs, form)  # the selected runs
     columns: list[ComparedFile] = []

@@ -71,7 +71,7 @@ class ComparePages:
         return compare.find_row_clips(comparison, self.notes, compare.find_queued_clips(self.queue))
 
     def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
-        """Return the HTML of a comparison. `runs` are all runs that the user can select.
+        """Return the HTML page that compares saved LoRA files. `runs` are all runs that the user can select.
 
         Raises:
             UserError: If the queue cannot be read.

@@ -274,7 +274,9 @@ def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
 
 
 def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]) -> str:
-    """Apply the edits from the table to the text of run.toml. `rows` are the rows before the edits.
+    """Apply the edits from the page's table of training options to the text of run.toml.
+
+    `rows` are the rows of the table before the edits.
 
     Only keys whose text differs are changed. A key whose field is empty is removed.
 

@@ -359,7 +359,9 @@ class GeneratePages:
         return next((rows[0][0] for rows in sources.values() if rows), "")
 
     def find_recipe(self, source: str) -> ModelRecipe:
-        """Return the recipe for a source, which is "run ID" or "model FAMILY TASK".
+        """Return the recipe of the model or run that the Generate page's form selects.
+
+        `source` is "run ID" or "model FAMILY TASK".
 
         Raises OptionError if the source does not exist, OSError if its run's history is missing.
         """

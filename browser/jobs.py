@@ -198,7 +198,7 @@ class _QueueContent:
         )
 
     def find(self, number: int, *states: str) -> Job:
-        """Return the job with this number.
+        """Return the job of the queue with this number.
 
         Raises OptionError if it does not exist, or is not in one of the `states`.
         """
@@ -395,7 +395,7 @@ class JobQueue:
         return known is not None and known.is_open
 
     def begin_work(self, stays_open: bool = True, *, only_known: bool = False) -> None:
-        """Run the jobs one after another in a thread.
+        """Start the thread that runs the waiting jobs one after another.
 
         Args:
             stays_open: Whether the next server of these folders continues the queue.
@@ -425,7 +425,7 @@ class JobQueue:
         self._worker_thread.start()
 
     def end_work(self, pauses: bool = False) -> None:
-        """Stop starting jobs, and wait for the thread that starts them; a running job continues.
+        """End the thread that starts the queue's jobs; a running job continues.
 
         With `pauses`, the queue also stays paused in the next server of these folders.
         """

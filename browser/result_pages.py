@@ -101,7 +101,7 @@ class SettingsCache:
         return settings if version == (result.changed, result.size_bytes) else None
 
     def get(self, result: Result) -> ReadSettings:
-        """Return the settings of a file, from the cache if possible."""
+        """Return the settings with which a file was generated, from the cache if possible."""
         cached = self.find_read(result)
         if cached is not None:
             return cached
@@ -142,7 +142,7 @@ class ResultFilter:
         return bool(self.words or self.model or self.run)
 
     def accepts(self, result: Result, settings: ResultSettings | None) -> bool:
-        """Return whether a result passes the filter."""
+        """Return whether a generated file passes the filter of the Results page."""
         if self.kind and result.kind != self.kind:
             return False
         # bookmarks of older versions contain the internal name of the model
@@ -427,7 +427,7 @@ class ResultPages:
         )
 
     def filter_results(self, query: Mapping[str, str]) -> FilteredResults:
-        """Return the results that pass the filter in a query.
+        """Return the generated files that pass the filter in a query.
 
         If the filter needs settings, files whose settings are not read yet are omitted.
         """
@@ -444,7 +444,7 @@ class ResultPages:
         return FilteredResults(results, accepted, num_unread)
 
     def show_layout(self, request: Request) -> Response:
-        """Respond with the days and the number of results on each as JSON; 204 if nothing has changed.
+        """Respond with the numbers of results by day, as JSON for the Results page; 204 if nothing changed.
 
         The query contains the fields of `read_filter`; `have`, the digest `mark` in the page's last response;
         and `compared`, the ids of results that the user compares. Ids that no longer exist are returned.
@@ -560,7 +560,7 @@ class ResultPages:
         return answer_template("result_sheet.html", result.path.name, shown, is_rejected=error != "")
 
     def show_commands(self, request: Request) -> Response:
-        """Respond with the commands of a result's buttons, as JSON."""
+        """Respond with the commands that the buttons of a generated file run, as JSON."""
         result = self.find(request)
         if result is None:
             return answer_not_found()

@@ -624,7 +624,7 @@ class RunButtons:
     # ---- handling the buttons
 
     def act(self, request: Request, form: Form) -> Response:
-        """Handle a pressed button of a run, and respond with its message."""
+        """Handle a pressed button on the page of a training run, and respond with its message."""
         action = request.path_params["what"]
         tracked_run = self.find(request)
         if tracked_run is None:

@@ -623,7 +623,7 @@ def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | Non
 
 
 def read_run_state(run: RunSummary) -> RunState:
-    """Return the state of a run according to its history.
+    """Return the state of a training run according to its history.
 
     A name that ends with BEFORE_TRAINING belongs to the history of the downloads and caching before training.
     """

@@ -83,7 +83,7 @@ SORT_NAMES = (say("newest"), say("name"), say("loss"), say("progress"))
 def select_runs(
     runs: Sequence[RunSummary], query: Mapping[str, str], states: Mapping[str, RunState] | None = None
 ) -> list[RunSummary]:
-    """Filter and sort the runs for a list.
+    """Filter and sort training runs for the page that lists them.
 
     Args:
         runs: All runs.
@@ -176,7 +176,7 @@ class LiveRunState:
 
     @classmethod
     def of(cls, run: RunSummary, run_history: RunHistory, kill_message: str = "") -> "LiveRunState":
-        """Return the state of a run according to its history.
+        """Return the state of a training run according to its history.
 
         `kill_message` is the text to show for a run that the page has killed; "" for all other runs.
         """
@@ -337,7 +337,7 @@ def mark_page(run_history: RunHistory, live_state: LiveRunState) -> str:
 def collect_news(
     runs: Runs, run: RunSummary, query: Mapping[str, str], kill_message: str = ""
 ) -> dict[str, Any]:
-    """Return the values that a run's page polls, with its curves if they have changed.
+    """Return the values that the page of a training run polls, with its curves if they have changed.
 
     Args:
         runs: Runs below the roots.
