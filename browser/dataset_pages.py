@@ -63,7 +63,7 @@ REPORT_KEYS = (
 
 
 def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> bool:
-    """Return whether a file passes the filters of the page.
+    """Return whether a file of a dataset passes the filters of the dataset page.
 
     Args:
         file: A file of the dataset report.

@@ -166,7 +166,9 @@ def _is_simple(value: Any) -> bool:
 def list_rows(
     text: str, settings: Sequence[Setting], proposed_run: str | None, dataset: DatasetKeys | None = None
 ) -> list[SettingRow]:
-    """Return all rows: the keys in run.toml in its order, then all other options in the order of the help.
+    """Return the rows of the settings table: the keys in run.toml, then all other options.
+
+    The keys are in the order of the file, and the other options in the order of the help.
 
     Among the other options, the ones that `new` proposes come first, and options that have no effect with the
     folder's dataset or with the other settings come last.

@@ -589,7 +589,7 @@ class JobQueue:
         return entries
 
     def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> list[Job]:
-        """Match the jobs in the state file with the lines in the text file, and return the sorted jobs.
+        """Match the jobs in the queue's state file with the lines in its text file; return the sorted jobs.
 
         1. For each command line, match the newest jobs with its occurrences in the text file.
         2. Create a new job for each line without a job.

@@ -100,7 +100,7 @@ def split_arguments(line: str) -> list[str]:
 
 
 def _reject_shell_syntax(line: str) -> None:
-    """Raise OptionError for characters that a shell would interpret, and for paths with backslashes."""
+    """Raise OptionError for a job's line with characters that only a shell interprets, or Windows paths."""
     shell_character = SHELL_CHARACTERS.search(QUOTED.sub("''", line))
     if shell_character:
         raise OptionError(

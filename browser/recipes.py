@@ -180,7 +180,7 @@ class ModelRecipe:
         return list(self.option_keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that applies if the field `name` is empty; "" if it is unknown.
+        """Return the value that applies if the Generate form's field `name` is empty; "" if it is unknown.
 
         `file_defaults` (from the model's files) take precedence, then the defaults of the task, then the
         defaults of the generation script.
@@ -474,7 +474,7 @@ def _make_recipe_of_command(
 
 
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the initial values of the form's fields, by name.
+    """Return the initial values of the Generate form's fields, by name.
 
     They come from the options of a command; width and height default to the script's size.
     """
@@ -512,7 +512,7 @@ class RenderRequest:
     labels: Mapping[str, str] = field(default_factory=dict)  # labels of fields, for messages
 
     def check(self) -> None:
-        """Raise OptionError if a text, the model, a LoRA, a number or an image is not valid."""
+        """Raise OptionError if a text, number, LoRA, image or the model of the Generate form is not valid."""
         if not self.prompt.strip():
             raise OptionError(say("Prompt: describe what to generate."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():

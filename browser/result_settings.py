@@ -145,7 +145,7 @@ class ResultSettings:
         return join(" · ", filter(None, parts))
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return (name, text) for each setting, the most important ones first."""
+        """Return the settings with which a file was generated as pairs (name, text), the main ones first."""
         size = f"{self.get('width')} x {self.get('height')}" if self.get("width") else ""
         main_values: dict[str, str] = {
             say("prompt"): self.get("prompt"),

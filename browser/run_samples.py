@@ -29,7 +29,7 @@ class RunSamples:
     prompts: Captions = field(default_factory=Captions)
 
     def describe(self, tracked_run: TrackedRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
-        """Return the template values of the panel for editing a run's sample prompts.
+        """Return the template values of the panel that edits the sample prompts of a training run.
 
         Args:
             tracked_run: The run.

@@ -302,7 +302,7 @@ class TrackedRuns:
         return None
 
     def list_all(self) -> list[TrackedRun]:
-        """Return all runs, including a run.toml whose run has not begun, with states, the newest first."""
+        """Return all training runs, and each run.toml that was not run yet, with states, the newest first."""
         with self.runs.lock:
             runs_by_history = {run.history: run for run in self.runs.list_all()}
             run_configs = self.list_run_configs()
@@ -323,7 +323,7 @@ class TrackedRuns:
         return sorted(tracked_runs, key=lambda tracked_run: -tracked_run.summary.changed)
 
     def find(self, id: str) -> TrackedRun | None:
-        """Return the run with this id, which may be a run.toml whose run has not begun; None without one."""
+        """Return the training run with this id, or a run.toml that was not run yet; None without one."""
         with self.runs.lock:
             listed_runs = self.runs.list_all()
             run = next((listed for listed in listed_runs if listed.id == id), None)

@@ -386,7 +386,7 @@ class OpenHistory:
     _offset: int = 0
 
     def refresh(self) -> None:
-        """Read the lines that were appended to the history since the last call.
+        """Read the lines that were appended to the history of a training run since the last call.
 
         Raises OSError if the file cannot be read.
         """

@@ -241,7 +241,7 @@ def _update_clone(root: Path) -> None:
 
 
 def _move_clone(root: Path, move: CloneMove) -> None:
-    """Let git change a clone's files to another commit.
+    """Let git move a clone to another commit, for an update or for `back`.
 
     If the process is killed meanwhile, the next start reads both commits from UNFINISHED and completes it.
 
