@@ -214,6 +214,10 @@ class GeneratePages:
     ) -> Response:
         """Return the Generate page with a filled form.
 
+        1. Find the recipe of the selected model or run; an error is shown on the page.
+        2. Fill a new form with the defaults of this recipe.
+        3. Render the form, the LoRAs and the list of render jobs.
+
         Args:
             form: Values of the fields.
             error: Error message to show.

@@ -316,6 +316,10 @@ class NewPages:
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
         """Return the New page with a filled form.
 
+        1. Read the files and count the media of the form's folder.
+        2. Collect the values of the page's sections.
+        3. Select the message to show, and render the page.
+
         Args:
             form: Values of the fields.
             error: Reason why a request was rejected.

@@ -339,6 +339,10 @@ def collect_news(
 ) -> dict[str, Any]:
     """Return the values that the page of a training run polls, with its curves if they have changed.
 
+    1. Read the state of the run.
+    2. Compute a key of everything on which the curves depend.
+    3. Add the curves, unless the browser already has the curves with this key.
+
     Args:
         runs: Runs below the roots.
         run: The run.
