@@ -96,8 +96,8 @@ class BackgroundJobs:
             self.folder.mkdir(parents=True, exist_ok=True)
             reject_link(self.folder)
             with only_one(self.folder / ".lock"):
-                earlier = self.find(name)
-                if earlier is not None and earlier.state == RUNNING:
+                earlier_job = self.find(name)
+                if earlier_job is not None and earlier_job.state == RUNNING:
                     raise OptionError(say("it is already running: wait until it has ended, or stop it"))
                 check_space(self._record(name), MAX_OF_RECORD)  # before the earlier files are removed
                 process = self._start_waiting_process(name, within, typed)
@@ -122,6 +122,7 @@ class BackgroundJobs:
         progress = log.with_suffix(".progress")  # progress of loops, which pages show
         for path in (log, log.with_suffix(".code"), progress):
             path.unlink(missing_ok=True)
+        # a limited process may not write the progress file, which is outside `within`
         variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
         # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
         process = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})

@@ -163,6 +163,7 @@ def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
         else:
             path.rename(target)
     except OSError:
+        # also remove the bin's folder if this call has created it
         _remove_empty(target.parent, bin_folder.parent if is_new else bin_folder)
         raise
 

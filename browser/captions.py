@@ -175,8 +175,8 @@ class Captions:
 
         Args:
             edits: Captions to write, each with the checksum that its file had when it was read.
-            on_saved: Called after each written file with its path and new checksum, because an error, such as
-                a full disk, may occur between two files.
+            on_saved: Called after each written file with its path and new checksum, because an error may
+                leave the remaining files unwritten.
 
         Raises:
             ValueError: If a text cannot be stored. Then no file is written.
@@ -201,7 +201,7 @@ class Captions:
             write_files(new_contents, record_written)
 
     def undo_all(self, checksums: Mapping[Path, str]) -> int:
-        """Undo the last save of many captions, and return how many were skipped as changed since.
+        """Undo the last save of many captions, and return how many were skipped because they have changed.
 
         Args:
             checksums: Checksum that each file had after `save_all` wrote it.

@@ -133,6 +133,7 @@ class ComparableRun:
                     paths=paths,
                     step=step,
                     loss=None if validation is None else validation.loss,
+                    # of a pair, the best file may be the one for the high-noise expert
                     is_best=best_name in (paths[-1].name, *equal_names),
                     copies=equal_names[1:],
                 )
@@ -288,10 +289,10 @@ def group_options(argv: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison:
-    """Return the comparison that a form requests. Raises OptionError if the runs cannot be compared.
+    """Return the comparison of saved LoRA files that a form requests.
 
-    The rows are the selected prompts and the typed prompt lines. If there are neither, they are the first
-    prompts with samples.
+    The rows are the selected prompts and the typed prompt lines. If the form has none, the first prompts
+    with samples are used. Raises OptionError if the runs cannot be compared.
     """
     sources = _read_sources(runs, form)  # the selected runs
     columns: list[ComparedFile] = []
@@ -320,7 +321,8 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
         sampled_prompts=sampled_prompts,
         selected_prompts=selected_prompts,
         typed_lines=typed_lines,
-        problem=sources[0].problem if sources else "",  # its command generates the clips of all columns
+        # the command of the first run generates the clips of all columns
+        problem=sources[0].problem if sources else "",
     )
 
 

@@ -71,7 +71,7 @@ class ComparePages:
         return compare.find_row_clips(comparison, self.notes, compare.find_queued_clips(self.queue))
 
     def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
-        """Return the HTML of a comparison. `runs` are all runs that the user can select.
+        """Return the HTML page that compares saved LoRA files. `runs` are all runs that the user can select.
 
         Raises:
             UserError: If the queue cannot be read.
@@ -80,6 +80,7 @@ class ComparePages:
         row_clips = self.find_row_clips(comparison)
         compared_ids = {source.run.id for source in comparison.sources}
         models = {source.run.model for source in comparison.sources}
+        # only runs of the same model can be added to a comparison
         other_runs = [
             run for run in runs if run.id not in compared_ids and (not models or run.model in models)
         ]

@@ -63,7 +63,7 @@ REPORT_KEYS = (
 
 
 def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> bool:
-    """Return whether a file passes the filters of the page.
+    """Return whether a file of a dataset passes the filters of the dataset page.
 
     Args:
         file: A file of the dataset report.
@@ -77,7 +77,7 @@ def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> 
     if filter_key == "told":  # files about which the report has a message
         return bool(file["faults"] or file["remarks"])
     if filter_key == "uncaptioned":
-        # a caption edited on the page counts instead of those that the report has read
+        # the report does not contain a caption that was edited on the page later
         if "edited" in file:
             return not file["edited"]
         return not any(file["captions"] or [file["text"]])
@@ -154,9 +154,9 @@ class Thumbnails:
                 self._images.move_to_end(key)
                 return self._images[key]
         with DECODING:
-            reduced = reduce_frame(self._read_frame(part), LARGEST_SIDE)[..., :3]
+            thumbnail = reduce_frame(self._read_frame(part), LARGEST_SIDE)[..., :3]
         jpeg = io.BytesIO()
-        Image.fromarray(reduced).save(jpeg, format="JPEG", quality=80)
+        Image.fromarray(thumbnail).save(jpeg, format="JPEG", quality=80)
         with self._lock:
             self._images[key] = jpeg.getvalue()
             while len(self._images) > MAX_IMAGES:
@@ -224,13 +224,13 @@ class DatasetPages:
         search_terms = query.get("text", "").lower().split()
         filter_key = query.get("only", "")
         chosen_ids = [id for id, file in files.items() if passes_filters(file, search_terms, filter_key)]
-        listed = [self.describe_file(dataset, id, files[id]) for id in chosen_ids[page_slice]]
+        file_values = [self.describe_file(dataset, id, files[id]) for id in chosen_ids[page_slice]]
         return {
             **status,
             "counts": _count_by_filter(files.values()),
             "items": _count_training_items(files.values()),
             "chosen": len(chosen_ids),
-            "files": listed,
+            "files": file_values,
         }
 
     def _explain_hidden_folders(self, folders: Sequence[Path]) -> dict[str, str]:

@@ -122,9 +122,9 @@ def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     paths = []
     for text in _list_texts(content, with_companions):
-        begin = re.split(r"[*?\[{]", text)[0]  # the part of a glob pattern before its first wildcard
-        path = folder / begin
-        if begin != text:
+        fixed_part = re.split(r"[*?\[{]", text)[0]  # the part of a glob pattern before its first wildcard
+        path = folder / fixed_part
+        if fixed_part != text:
             path = path.parent
         if is_on_foreign_share(path, folder):
             continue
@@ -233,8 +233,8 @@ def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> Medi
                 clips.append(entry.path)
             elif suffix in AUDIO_SUFFIXES:
                 num_audios += 1
-    first = min([*images, *clips], default=None)
-    return MediaCounts(len(images), len(clips), num_audios, None if first is None else Path(first))
+    first_path = min([*images, *clips], default=None)
+    return MediaCounts(len(images), len(clips), num_audios, None if first_path is None else Path(first_path))
 
 
 def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
@@ -255,8 +255,9 @@ class _LocatedRun(NamedTuple):
 def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
     """Return the dataset of a TOML file that runs have trained on.
 
-    If the runs were started in several folders, only the runs of the last folder count.
+    If the runs were started in several folders, only the runs from the folder of the oldest run count.
     """
+    # `located_runs` begins with the newest run
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     families = [located.run.model for located in located_runs]
     default_model = IMAGE_MODELS if families[0] in image_families() else next(iter(MODELS))
@@ -431,8 +432,8 @@ class Datasets:
 
         Args:
             dataset: The dataset.
-            reads_whole_files: Whether to read whole files instead of headers; None: as last time.
-            model: Key of MODELS; None as in the last measurement.
+            reads_whole_files: Whether to read whole files instead of headers; None to keep the setting.
+            model: Key of MODELS; None to keep the model of the last measurement.
 
         Raises:
             OSError: If the configuration does not exist.

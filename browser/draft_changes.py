@@ -105,7 +105,7 @@ def plan_change(
     Args:
         site: The server's runs and settings.
         section: The section of the page, as in `DraftChange.section`.
-        new_texts: The new text of each file, by the file as it is on disk.
+        new_texts: Maps each file, as it is on disk, to its new text.
         run: The folder's current run.toml, which names the scripts.
         typed_text: Text of a file that the user typed in full; None if it was edited by fields.
     """
@@ -136,8 +136,8 @@ def _check_new_text(site: Site, draft: DraftFile, new_text: str, run_text: str) 
 def save_change(change: DraftChange, new_texts: Mapping[DraftFile, str]) -> DraftChange:
     """Write a change unless it has an error, and return it with the message for the page.
 
-    `new_texts` contains the new text of each file, by the file as it was read. Raises ChangedMeanwhileError
-    if a file has changed since it was read, OutputError if it cannot be written.
+    `new_texts` maps each file, as it was read, to its new text. Raises ChangedMeanwhileError if a file has
+    changed since it was read, OutputError if it cannot be written.
     """
     if change.error:
         return change
@@ -171,6 +171,7 @@ def describe_underived_intervals(before: str, after: str) -> str:
     underived = {}
     for name, derived_value in change_steps(old_options, steps).new_values.items():
         is_untouched = new_options.get(name) == old_options.get(name)
+        # None: `change_steps` would remove this key
         if name != MAX_TRAIN_STEPS and derived_value is not None and is_untouched:
             underived[name] = derived_value
     if not underived:

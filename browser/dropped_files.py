@@ -48,7 +48,7 @@ class InputFolder:
         """
         path = temporary_name(self.folder / "input")
         reject_writing(path)
-        target = self.folder / (clean_name(name) or "input")
+        target = self.folder / (clean_name(name) or "input")  # for messages and the disk check
         with explain_errors(target):
             self.folder.mkdir(parents=True, exist_ok=True)
             if sum(1 for _ in os.scandir(self.folder)) >= MAX_FILES:

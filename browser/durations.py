@@ -89,13 +89,13 @@ def _is_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
 
 def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> RunSummary | None:
     """Return the latest finished run with the same transformer, dataset sizes and work per step, or None."""
-    network = Path(str(described.values.get("dit", ""))).name
+    file_name = Path(str(described.values.get("dit", ""))).name
     sizes = _read_sizes(described.folder / DATASET_FILE)
-    if not network or sizes is None:
+    if not file_name or sizes is None:
         return None
-    for run in runs.list_all():
+    for run in runs.list_all():  # the newest first
         is_measured = run.state == FINISHED and run.step_seconds is not None
-        if not is_measured or run.network != network or not _is_from_this_machine(run, cards):
+        if not is_measured or run.network != file_name or not _is_from_this_machine(run, cards):
             continue
         run_options = {} if run.start is None else dict((*run.start.unchanged, *run.start.changed))
         has_equal_work = _has_equal_work_per_step(described.values, run_options)

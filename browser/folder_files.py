@@ -86,8 +86,8 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
     Raises OSError if the folder cannot be listed.
 
-    The folder is listed once instead of checking each file, because this runs on each scroll for thousands
-    of files.
+    The folder is listed once, which is faster than checking thousands of files, because the page calls this
+    whenever the user scrolls.
     """
     sizes: dict[str, int] = {}
     with os.scandir(folder) as entries:

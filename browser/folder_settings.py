@@ -166,7 +166,9 @@ def _is_simple(value: Any) -> bool:
 def list_rows(
     text: str, settings: Sequence[Setting], proposed_run: str | None, dataset: DatasetKeys | None = None
 ) -> list[SettingRow]:
-    """Return all rows: the keys in run.toml in its order, then all other options in the order of the help.
+    """Return the rows of the settings table: the keys in run.toml, then all other options.
+
+    The keys are in the order of the file, and the other options in the order of the help.
 
     Among the other options, the ones that `new` proposes come first, and options that have no effect with the
     folder's dataset or with the other settings come last.
@@ -199,6 +201,7 @@ def list_rows(
         )
     set_values = {by_name[key].name: value for key, value in values.items() if key in by_name}
     rows += _list_unset_rows(settings, set_values, proposed_values, dataset)
+    # the sort is stable: it only moves unset options without effect to the end
     return sorted(rows, key=lambda row: row.has_no_effect and not row.value)
 
 
@@ -217,6 +220,7 @@ def _list_unset_rows(
     idle_reasons = _explain_idle(settings, set_values)
     rows = []
     for setting in unset_settings:
+        # unused because of the dataset, or idle because of other options
         unused_reason = _explain_unused(dataset, setting.name)
         rows.append(
             SettingRow(
@@ -272,7 +276,9 @@ def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
 
 
 def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]) -> str:
-    """Apply the edits from the table to the text of run.toml. `rows` are the rows before the edits.
+    """Apply the edits from the page's table of training options to the text of run.toml.
+
+    `rows` are the rows of the table before the edits.
 
     Only keys whose text differs are changed. A key whose field is empty is removed.
 
@@ -476,18 +482,18 @@ class FolderSettingsPages:
         folder = run_draft.path.parent
         dataset_keys = read_dataset_keys(read_draft_file(self.site, folder, DATASET_FILE))
         run_text = apply_edits(run_draft.text, self.read_rows(run_draft.text, None, dataset_keys), fields)
-        typed_size = fields.get(name_dataset_field(BATCH), "").strip()
-        shown_size = fields.get(f"{name_dataset_field(BATCH)} before", "")
-        if typed_size == shown_size:
+        typed_batch_size = fields.get(name_dataset_field(BATCH), "").strip()
+        shown_batch_size = fields.get(f"{name_dataset_field(BATCH)} before", "")
+        if typed_batch_size == shown_batch_size:
             return {run_draft: run_text}
-        size = read_batch_field(typed_size)
+        batch_size = read_batch_field(typed_batch_size)
         dataset_draft = read_draft_file(self.site, folder, DATASET_FILE)
-        if dataset_draft.checksum != fields.get("have_dataset", ""):
+        if dataset_draft.checksum != fields.get("have_dataset", ""):  # not the file that the page showed
             raise ChangedMeanwhileError
         # dataset.toml takes precedence: the training run would ignore its own option
         return {
             run_draft: edit_toml(run_text, {BATCH_OPTION: None}),
-            dataset_draft: write_batch(dataset_draft.text, size),
+            dataset_draft: write_batch(dataset_draft.text, batch_size),
         }
 
     def answer_conflict(

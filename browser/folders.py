@@ -221,7 +221,7 @@ def find_file(runs: Runs, text: str) -> Path | None:
 
 
 def find_typed(runs: Runs, text: str) -> Path | None:
-    """Return the path of an existing folder anywhere on the machine; None for any other text.
+    """Return the path of an existing folder, also outside the roots; None for any other text.
 
     A relative `text` refers to the first root folder.
 

@@ -195,11 +195,11 @@ class GeneratePages:
             # a new form gets the default values of its source
             is_new = "prompt" not in fields and fields.get("source") != [""]  # no source selected before
             return self.answer(form, is_new=is_new, draft=draft)
-        stored = self.drafts.read(draft) or self.drafts.newest()
-        if stored is None:
+        stored_fields = self.drafts.read(draft) or self.drafts.newest()
+        if stored_fields is None:
             return self.answer(GenerateForm(), is_new=True)
         return self.answer(
-            GenerateForm.of_fields(stored), draft=draft, message="".join(stored.get("note", ()))
+            GenerateForm.of_fields(stored_fields), draft=draft, message="".join(stored_fields.get("note", ()))
         )
 
     def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
@@ -213,6 +213,10 @@ class GeneratePages:
         self, form: GenerateForm, error: str = "", is_new: bool = False, draft: str = "", message: str = ""
     ) -> Response:
         """Return the Generate page with a filled form.
+
+        1. Find the recipe of the selected model or run; an error is shown on the page.
+        2. Fill a new form with the defaults of this recipe.
+        3. Render the form, the LoRAs and the list of render jobs.
 
         Args:
             form: Values of the fields.
@@ -250,6 +254,7 @@ class GeneratePages:
             **self.work_values(),
             "is_part": False,
             "can_write": not self.site.read_only,
+            # the template shows "message" as an error, and "note" as a neutral message
             "message": problem,
             "note": message,
         }
@@ -258,7 +263,7 @@ class GeneratePages:
     def lora_values(
         self, form: GenerateForm, recipe: ModelRecipe | None, loras: Sequence[LoraRow]
     ) -> dict[str, object]:
-        """Return the template values of the list of LoRAs: those that fit the recipe, and others separately.
+        """Return the template values of the list of LoRAs, with the ones that do not fit listed separately.
 
         A selected LoRA is listed among the first, even if it does not fit.
         """
@@ -272,19 +277,20 @@ class GeneratePages:
             "other_rows": other_rows,
             "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
             "downloaded": list_downloaded((*self.site.runs.root_folders, self.site.models.absolute())),
+            # the template calls it for each row
             "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
         }
 
     def work_values(self) -> dict[str, object]:
         """Return the template values of the page's list of render jobs."""
         render_jobs = self.render_worker.list_all()
-        mentioned = [render_job for render_job in render_jobs if needs_mention(render_job)]
-        ended = mentioned[-MAX_ENDED_JOBS:][::-1]  # the newest first
+        jobs_to_mention = [render_job for render_job in render_jobs if needs_mention(render_job)]
+        newest_ended = jobs_to_mention[-MAX_ENDED_JOBS:][::-1]  # the newest first
         open_jobs = [render_job for render_job in render_jobs if render_job.state in ("running", "waiting")]
         return {
             "render_jobs": open_jobs,
-            "ended": ended,
-            "ended_words": describe_ended(ended),
+            "ended": newest_ended,
+            "ended_words": describe_ended(newest_ended),
             "waiting": sum(render_job.state == "waiting" for render_job in render_jobs),
             "loaded": self.render_worker.loaded,
             "preview": _preview_address(self.render_worker.preview),
@@ -357,7 +363,9 @@ class GeneratePages:
         return next((rows[0][0] for rows in sources.values() if rows), "")
 
     def find_recipe(self, source: str) -> ModelRecipe:
-        """Return the recipe for a source, which is "run ID" or "model FAMILY TASK".
+        """Return the recipe of the model or run that the Generate page's form selects.
+
+        `source` is "run ID" or "model FAMILY TASK".
 
         Raises OptionError if the source does not exist, OSError if its run's history is missing.
         """
@@ -515,13 +523,15 @@ class GeneratePages:
 
     def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError if an input image is outside the roots and not in the model's own command."""
-        named = {*render_request.recipe.paths}  # files in the model's own command may be anywhere
+        paths_of_command = {*render_request.recipe.paths}  # files in the model's own command may be anywhere
         paths = [
             *render_request.references,
             *(render_request.texts.get(name, "").strip() for name in IMAGES),
         ]
         for path in filter(None, paths):
-            if path not in named and not self.site.runs.is_inside(render_request.recipe.folder / path):
+            if path not in paths_of_command and not self.site.runs.is_inside(
+                render_request.recipe.folder / path
+            ):
                 raise OptionError(
                     say(
                         "%(path)s is outside the folders that this page shows: drop the file on the "
@@ -591,6 +601,7 @@ class GeneratePages:
         lora_strengths: dict[str, str] = {}  # keyed by the path of the LoRA
         for row in rows:
             used_names = row.names & settings.loras.keys()  # LoRAs of the dropped file
+            # another path of the same LoRA may be selected already
             is_selected = any(Path(path).name in row.names for path in lora_strengths)
             if used_names and not is_selected:
                 lora_strengths[row.path] = settings.loras[min(used_names)]
@@ -656,6 +667,7 @@ class GeneratePages:
         kind, _, name = source.partition(" ")
         if not settings.family:
             return -1
+        # before the recipe of a run, which takes longer to make
         if kind == "run" and self.run_loras.find_run_family(name) != settings.family:
             return -1
         try:
@@ -780,14 +792,14 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
     for ending in dict.fromkeys((suffix.lower(), ".png", ".mp4", ".wav")):
         if ending not in (".png", ".mp4", ".mkv", ".wav"):
             continue
-        named = path.with_suffix(ending)  # `read_tags` selects the reader by the suffix
-        path.rename(named)
+        renamed_path = path.with_suffix(ending)  # `read_tags` selects the reader by the suffix
+        path.rename(renamed_path)
         try:
-            return read_tags(named)
+            return read_tags(renamed_path)
         except MediaError:
             continue
         finally:
-            named.rename(path)
+            renamed_path.rename(path)
     raise OptionError(say("It is not a readable picture, clip or audio file."))
 
 
@@ -817,8 +829,8 @@ def select_seeds(form: GenerateForm) -> list[str]:
                 most_at_once=MAX_AT_ONCE,
             )
         )
-    first = int(seed) if seed else secrets.randbits(SEED_BITS)
-    return [str(first + index) for index in range(int(count))]
+    first_seed = int(seed) if seed else secrets.randbits(SEED_BITS)
+    return [str(first_seed + index) for index in range(int(count))]
 
 
 def generate_routes(site: Site) -> list[Route]:

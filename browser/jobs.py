@@ -198,7 +198,7 @@ class _QueueContent:
         )
 
     def find(self, number: int, *states: str) -> Job:
-        """Return the job with this number.
+        """Return the job of the queue with this number.
 
         Raises OptionError if it does not exist, or is not in one of the `states`.
         """
@@ -288,11 +288,11 @@ class JobQueue:
         Args:
             argv: The command line.
             folder: Working folder of the command.
-            within: The only folder to which the command may write; None without limits.
+            within: The only folder to which the command may write; None if it may write anywhere.
             typed: Options that may send data despite the limits, because the user has typed them.
 
         Raises:
-            OptionError: If it is not one of this project's commands, or if it never ends.
+            OptionError: If `argv` is not one of this project's commands, or is one that never ends.
             OutputError: If the queue cannot be written.
         """
         launch.find_job_program(argv, folder)
@@ -381,8 +381,8 @@ class JobQueue:
             job = content.find(number, WAITING, *ENDED)
             command, folder = launch.split_folder(line, Path(job.folder))
             argv = launch.split_arguments(command)
-            others = [other for other in content.jobs if other is not job]
-            launch.check_options(argv, folder, list_earlier(others))
+            other_jobs = [other for other in content.jobs if other is not job]
+            launch.check_options(argv, folder, list_earlier(other_jobs))
             content.wait_again(job, as_line(argv))
             job.folder = str(real_path(folder))
             job.within = ""  # a typed line has no limits
@@ -395,11 +395,11 @@ class JobQueue:
         return known is not None and known.is_open
 
     def begin_work(self, stays_open: bool = True, *, only_known: bool = False) -> None:
-        """Run the jobs one after another in a thread.
+        """Start the thread that runs the waiting jobs one after another.
 
         Args:
             stays_open: Whether the next server of these folders continues the queue.
-            only_known: Whether to refuse to start if this user has neither typed nor started a waiting job.
+            only_known: Whether to refuse to start if the user does not know one of the waiting jobs.
 
         Raises:
             OutputError: If another process runs the jobs.
@@ -425,7 +425,7 @@ class JobQueue:
         self._worker_thread.start()
 
     def end_work(self, pauses: bool = False) -> None:
-        """Stop starting jobs, and wait for the thread that starts them; a running job continues.
+        """End the thread that starts the queue's jobs; a running job continues.
 
         With `pauses`, the queue also stays paused in the next server of these folders.
         """
@@ -438,9 +438,9 @@ class JobQueue:
         self._continues_in_next_server = False
         with self._edit_files() as content:
             content.worker = None
-            known = recall_queue(self.folder)
-            if pauses and known is not None:
-                remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
+            known_queue = recall_queue(self.folder)
+            if pauses and known_queue is not None:
+                remember_queue(self.folder, is_open=False, jobs=known_queue.jobs.elements())
 
     def _work(self, worker_lock: contextlib.ExitStack) -> None:
         """Run the waiting jobs one after another until the queue is closed, holding the queue's lock."""
@@ -479,7 +479,7 @@ class JobQueue:
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
-                job.process = {}  # not None: it counts as started and ended
+                job.process = {}  # unlike None, this means that the job was started
                 return
             # environment variables: a job from a folder's run.toml may write only below that folder
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
@@ -527,23 +527,23 @@ class JobQueue:
             waiting: Number of waiting jobs with each command line after a change.
             waiting_before: The same counts before the change.
         """
-        known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
+        known_queue = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
         is_started_here = self._continues_in_next_server
         if is_started_here:  # then the user knows all waiting jobs
             known_jobs = waiting
         else:
             added = waiting - waiting_before  # jobs that a button has just added
-            still_waiting = known.jobs & waiting  # for each line, the smaller of the two counts
+            still_waiting = known_queue.jobs & waiting  # for each line, the smaller of the two counts
             known_jobs = still_waiting + added
-        updated = KnownQueue(is_open=known.is_open or is_started_here, jobs=known_jobs)
-        if updated != known:
-            remember_queue(self.folder, updated.is_open, updated.jobs.elements())
+        updated_queue = KnownQueue(is_open=known_queue.is_open or is_started_here, jobs=known_jobs)
+        if updated_queue != known_queue:
+            remember_queue(self.folder, updated_queue.is_open, updated_queue.jobs.elements())
 
     def _reject_unknown_jobs(self, content: _QueueContent) -> None:
         """Raise UnknownJobsError if a waiting job was neither typed nor started by the user."""
-        known = recall_queue(self.folder)
+        known_queue = recall_queue(self.folder)
         # a line may wait several times, so lines are counted: jobs beyond the known number are unknown
-        unknown = content.count_waiting() - (Counter() if known is None else known.jobs)
+        unknown = content.count_waiting() - (Counter() if known_queue is None else known_queue.jobs)
         if unknown:
             raise UnknownJobsError(
                 say_count(
@@ -589,7 +589,7 @@ class JobQueue:
         return entries
 
     def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> list[Job]:
-        """Match the jobs in the state file with the lines in the text file, and return the sorted jobs.
+        """Match the jobs in the queue's state file with the lines in its text file; return the sorted jobs.
 
         1. For each command line, match the newest jobs with its occurrences in the text file.
         2. Create a new job for each line without a job.

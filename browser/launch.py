@@ -100,7 +100,7 @@ def split_arguments(line: str) -> list[str]:
 
 
 def _reject_shell_syntax(line: str) -> None:
-    """Raise OptionError for characters that a shell would interpret, and for paths with backslashes."""
+    """Raise OptionError for a job's line with characters that only a shell interprets, or Windows paths."""
     shell_character = SHELL_CHARACTERS.search(QUOTED.sub("''", line))
     if shell_character:
         raise OptionError(
@@ -286,7 +286,7 @@ def check_options(
         folder: Working folder of the command.
         earlier: Jobs that run before the command. Files that they may create need not exist yet.
         seconds: Time limit for the check; a script that takes longer counts as accepted.
-        checks_files: Whether to require files, too, that the script opens only later.
+        checks_files: Whether to also require files that the script opens only later.
 
     Raises:
         OptionError: If the script rejects its options, with the script's message.
@@ -302,7 +302,7 @@ def check_options(
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", argv, exc_info=error)
         return []  # undecided: the command counts as accepted
-    if process is None:
+    if process is None:  # the script would continue after it has read its options
         return []
     if process.returncode and not _may_be_created_later(process.stderr, argv, folder, earlier):
         raise OptionError(extract_error_message(process.stderr))
@@ -380,7 +380,7 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
             )
         )
     for option in options:
-        # argparse accepts abbreviations; those up to `--in` also begin other options, such as --input
+        # argparse accepts abbreviations; `--in` and shorter ones may also mean other options, such as --input
         if INTERACTIVE_OPTION.startswith(option) and len(option) > len("--in"):
             raise OptionError(
                 say(
@@ -434,21 +434,21 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
     The job itself checks for a run.toml when it starts, because an earlier job may still write it.
     """
     is_script = [word.endswith(("run_project.py", "run_project")) for word in program]
-    described = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
-    is_typed = described != "" and not described.startswith("-")
-    if is_typed and not (folder / described).exists() and not may_be_created(folder / described, earlier):
+    run_folder = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
+    is_typed = run_folder != "" and not run_folder.startswith("-")
+    if is_typed and not (folder / run_folder).exists() and not may_be_created(folder / run_folder, earlier):
         raise OptionError(
             say(
                 "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
                 "Give its absolute path",
-                described=shorten(described, 80),
+                described=shorten(run_folder, 80),
                 folder=folder,
             )
         )
 
 
 def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
-    """Return this project's command with which a command line begins, and the number of words in its name."""
+    """Return this project's command at the start of a command line, and the number of words in its name."""
     num_words = 2 if argv[:1] == ["-m"] else 1
     name = " ".join(argv[:num_words])
     # the installed package is run as `python -m reelsmith.tools.mask`
@@ -462,7 +462,7 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
             num_command_words = len(command.words)
             if tuple(argv[1 : 1 + num_command_words]) == command.words:
                 return command, 1 + num_command_words
-        name = " ".join((name, *argv[1:3]))
+        name = " ".join((name, *argv[1:3]))  # for the message
     # a script at the root and a script of the same name in a folder are the same command
     if script is not None and script.parent.as_posix() in (".", *SCRIPT_ROOMS):
         for command in _find_commands(ROOT):
@@ -497,7 +497,7 @@ def _suggest_command(name: str, argv: Sequence[str]) -> str:
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
     """Start a process that waits for a job's command on its stdin, and ends if none arrives.
 
-    A process group of its own lets the job be stopped without its server.
+    It gets its own process group, so that the job can be stopped without the server.
 
     Args:
         log: File for the output.

@@ -49,7 +49,7 @@ class LoraRow:
         return {self.name, *(Path(path).name for path in self.copies)}
 
     def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
-        """Return the row as the form shows it for a recipe.
+        """Return the row of a LoRA as the Generate form shows it for a recipe.
 
         If the recipe's command contains this LoRA, the row gets the path as typed there. If the LoRA was
         trained for another task, `reason` says so.
@@ -118,7 +118,7 @@ class RunLoras:
         return [(run, label) for run, label in labeled if loras_of_runs[run.id].family]
 
     def _read(self, run: RunSummary, label: str) -> _RunLoraFiles:
-        """Return a run's family and the rows of its LoRA files, with the title `label`."""
+        """Return a run's family and the Generate form's rows of its LoRA files, with the title `label`."""
         try:
             source = compare.read_source(self.runs, run)
         except OSError:
@@ -128,6 +128,7 @@ class RunLoras:
         other_networks = _find_other_networks(source)
         rows = []
         for file in source.files:  # by step
+            # None: the run trained no LoRA
             if other_networks is None or file.name in other_networks:
                 continue
             if all(map(self.runs.is_inside, file.paths)):

@@ -178,10 +178,10 @@ class MachineLine:
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Return this machine's active work: training runs, other queued jobs, render jobs and downloads."""
         runs = [run for run in all_runs if _is_running_here(run)]
-        things = [_describe_run(run) for run in runs]
-        things += self._list_jobs(runs)
+        active_work = [_describe_run(run) for run in runs]
+        active_work += self._list_jobs(runs)
         if self.site.render_worker.current is not None:
-            things.append(_describe_render_job(self.site.render_worker.current))
+            active_work.append(_describe_render_job(self.site.render_worker.current))
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
                 text = say(
@@ -189,8 +189,8 @@ class MachineLine:
                     title=say(download.files.model.title),
                     progress_words=download.progress_words,
                 )
-                things.append(RunningThing(text, "/models#loading"))
-        return things
+                active_work.append(RunningThing(text, "/models#loading"))
+        return active_work
 
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Describe the running jobs that are not among `runs`, and the waiting jobs of a paused queue."""
@@ -198,10 +198,10 @@ class MachineLine:
             queue_state = self.site.queue.now()
         except UserError:  # the queue's page reports it
             return []
-        things = []
+        active_work = []
         for job in queue_state.jobs:
             if job.state == RUNNING and not any(is_started_by(run, job) for run in runs):
-                things.append(
+                active_work.append(
                     RunningThing(
                         say("job %(id)s: %(line)s", id=job.id, line=_shorten_line(job.line)),
                         f"/queue#j{job.id}",
@@ -212,8 +212,8 @@ class MachineLine:
             text = say_count(
                 num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused"
             )
-            things.append(RunningThing(text, "/queue"))
-        return things
+            active_work.append(RunningThing(text, "/queue"))
+        return active_work
 
 
 def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:

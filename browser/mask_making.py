@@ -108,7 +108,7 @@ class MaskMakingPages:
         if section in ("", "form"):
             values |= self.collect_form(described_folder, folder, fields)
         if section in ("", "progress"):
-            values |= self.tool.collect_progress(folder)
+            values |= self.tool.collect_progress(folder)  # also sets "job"
             values["use"] = self.find_use(folder)
             values["is_first"] = self.offers_training(values["use"], values["job"])
         return answer_template("mask_making.html", say("Masks"), values, is_rejected=error != "")

@@ -58,16 +58,16 @@ class MaskPages:
                 media_files = self.review.list_media(folders[0])
         except (UserError, OSError) as error:
             problem = str(error)
-        first = read_number(query, "from", len(media_files))  # for browsers without scripts
+        first_index = read_number(query, "from", len(media_files))  # for browsers without scripts
         values = {
             "folder": folders[0] if len(folders) == 1 else folder,
             "folders": folders,
             "total": len(media_files),
-            "first": first,
-            "next": first + PAGE_SIZE if first + PAGE_SIZE < len(media_files) else None,
+            "first": first_index,
+            "next": first_index + PAGE_SIZE if first_index + PAGE_SIZE < len(media_files) else None,
             "items": [
                 self.review.describe(folders[0], media_file)
-                for media_file in media_files[first : first + PAGE_SIZE]
+                for media_file in media_files[first_index : first_index + PAGE_SIZE]
             ],
             "can_write": not self.site.read_only,
             "problem": problem,

@@ -181,6 +181,7 @@ def _find_used_choice(
 
 def read_switches(values: Mapping[str, Any], option_names: Sequence[str]) -> MemoryOptions:
     """Return the memory options of a run.toml. `option_names` are all options of its training script."""
+    # one switch is enough for a weight format, because scripts have different ones of its switches
     weights = {
         choice: keys
         for choice, keys in SWITCHES_OF_WEIGHT_FORMAT.items()
@@ -226,7 +227,9 @@ def edit_switches(
 def _select_choice(
     keys_by_choice: Mapping[str, Sequence[str]], choice: str, option_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the changes to run.toml that set the keys of one choice and remove (None) all other keys.
+    """Return the changes to run.toml for a selected memory option, such as fp8 weights.
+
+    They set the keys of this choice, and remove (None) the keys of all other choices.
 
     Only keys in `option_names`, the training script's options, are set. The choice "" removes all keys, and
     an unknown choice changes nothing.

@@ -188,7 +188,7 @@ def _read_task(model: ModelSet, models: Path, in_fp8: bool, part_cache: PartCach
 
 
 def read_model_part(component: Component, models: Path) -> ModelPart:
-    """Return a downloadable part of a model with its size and state in the models folder."""
+    """Return a downloadable part of a model, such as the VAE, with its size and state on disk."""
     sizes = {file: _read_size(models / file.name) for file in component.files}  # None: the file is missing
     size_bytes = sum(size or 0 for size in sizes.values())
     size_bytes += sum(_read_size(path) or 0 for path in _list_partial_paths(component, models))

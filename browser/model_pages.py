@@ -103,7 +103,7 @@ class ModelPages:
                 family=chosen.family,
                 task=chosen.task,
             )
-        on_disk = list_parts_on_disk(models, part_cache)
+        parts_on_disk = list_parts_on_disk(models, part_cache)
         values = {
             "tasks": tasks,
             "memory": find_memory(),
@@ -112,8 +112,8 @@ class ModelPages:
             **self.task_values(files, part_cache),
             "downloads": list_downloads(site.background_jobs, models),
             "is_removing": is_removing,
-            "on_disk": on_disk,
-            "total": gigabytes(sum(part.size_bytes for part in on_disk)),
+            "on_disk": parts_on_disk,
+            "total": gigabytes(sum(part.size_bytes for part in parts_on_disk)),
             "unknown": list_unknown_files(models),
             "gigabytes": gigabytes,
             "unverified": UNVERIFIED,
@@ -128,7 +128,7 @@ class ModelPages:
         return answer_template("models.html", say("Models"), values, is_rejected=error != "")
 
     def task_values(self, files: TaskFiles | None, part_cache: PartCache) -> dict[str, object]:
-        """Return the template values for the files of the selected task (`files`; None without a task)."""
+        """Return the template values for the files of the selected task. `files` is None without a task."""
         models = self.site.models
         if files is None:
             return {
@@ -167,27 +167,31 @@ class ModelPages:
 
     def change(self, request: Request, form: Form) -> Response:
         """Download a model's files, stop a download, or remove parts; then show the page again."""
-        chosen = SelectedTask.of_fields(form)
+        selected_task = SelectedTask.of_fields(form)
         action = request.path_params["what"]
-        files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
+        files = find_task(self.site.models, selected_task.family, selected_task.task, selected_task.in_fp8)
         if files is None:
-            return self.answer(chosen, say("Choose a task from the list."))
-        moved = ""
+            return self.answer(selected_task, say("Choose a task from the list."))
+        bin_entry = ""
         try:
             if action == "load":
                 self.load(files, is_accepted="accept" in form)
             elif action == "stop":
-                name = name_download(self.site.models, chosen.family, chosen.task)
+                name = name_download(self.site.models, selected_task.family, selected_task.task)
                 self.site.background_jobs.stop(name)
             elif action == "remove":
-                moved = self.remove(files, form.get("part", ()))
+                bin_entry = self.remove(files, form.get("part", ()))
             else:
                 return answer_unknown()
         except UserError as error:
-            return self.answer(chosen, str(error), is_removing=action == "remove")
+            return self.answer(selected_task, str(error), is_removing=action == "remove")
         except OSError as error:
-            return self.answer(chosen, f"{error.filename or 'a file'}: {error.strerror or error}")
-        return answer_move(f"{chosen.address}&{urlencode({'moved': moved})}" if moved else chosen.address)
+            return self.answer(selected_task, f"{error.filename or 'a file'}: {error.strerror or error}")
+        return answer_move(
+            f"{selected_task.address}&{urlencode({'moved': bin_entry})}"
+            if bin_entry
+            else selected_task.address
+        )
 
     def load(self, files: TaskFiles, is_accepted: bool) -> None:
         """Start the download of a model's files. Raises UserError if its licenses are not accepted."""
@@ -204,14 +208,18 @@ class ModelPages:
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state != RUNNING:
                 continue
-            loading = find_task(self.site.models, download.family, download.task, files.in_fp8)
+            loading_files = find_task(self.site.models, download.family, download.task, files.in_fp8)
             # parts that a running download still writes
-            shared = [] if loading is None else [part.path for part in loading.parts if part.path in parts]
-            if shared:
+            shared_paths = (
+                []
+                if loading_files is None
+                else [part.path for part in loading_files.parts if part.path in parts]
+            )
+            if shared_paths:
                 raise OptionError(
                     say(
                         "%(shared)s is being downloaded for %(title)s: stop that first.",
-                        shared=shared[0],
+                        shared=shared_paths[0],
                         title=say(download.files.model.title),
                     )
                 )

@@ -105,11 +105,11 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     )
     num_suggested = 0 if content is None else MAX_SUGGESTED
     suggested = [replace(ranked.row, is_suggested=True) for ranked in ranked_rows[:num_suggested]]
-    others = sorted(
+    other_rows = sorted(
         ranked_rows[num_suggested:],
         key=lambda ranked: (not ranked.suits_media, ranked.row.model.title.lower()),
     )
-    return [*suggested, *(ranked.row for ranked in others)]
+    return [*suggested, *(ranked.row for ranked in other_rows)]
 
 
 def _make_row(model: ModelSet, models: Path, memory: float) -> ModelRow:
@@ -180,7 +180,7 @@ def describe_file(text: str) -> str:
 
     Returns the reason if the path is not a model file, and "" if nothing is typed.
     """
-    if not text.strip() or "\0" in text:
+    if not text.strip() or "\0" in text:  # no path contains a null character
         return ""
     try:
         path = expand_path(strip_quotes(text.strip()))

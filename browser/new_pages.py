@@ -316,6 +316,10 @@ class NewPages:
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
         """Return the New page with a filled form.
 
+        1. Read the files and count the media of the form's folder.
+        2. Collect the values of the page's sections.
+        3. Select the message to show, and render the page.
+
         Args:
             form: Values of the fields.
             error: Reason why a request was rejected.
@@ -347,6 +351,7 @@ class NewPages:
             "facts": self.list_info(form, described, duration),
             "shown": "" if described is None else self.make_form(described).address,
             "free_name": _suggest_free_name(form, folder, described),
+            # the template has room for one message: the most urgent one is shown
             "message": unknown_folder_error or error or message or reading_error,
             "refused": error if folder is None else "",  # error of a button whose folder no longer exists
         }
@@ -392,7 +397,7 @@ class NewPages:
             content: Images and clips of the selected folder; None if no folder is selected.
             is_part: Omit the list of folders, because the browser uses only other parts of the page.
         """
-        tops = self.site.runs.root_folders
+        root_folders = self.site.runs.root_folders
         has_files = folder is not None and (content is not None or is_described(folder))
         opened = find_open_folder(self.site.runs, str(folder)) if has_files else None
         folders = [] if is_part else list_media_folders(self.site.runs)
@@ -402,10 +407,10 @@ class NewPages:
             "num_folders": len(folders),
             "next_folder": FOLDERS_PER_PART,
             "tool_folders": [] if opened is None else [opened],
-            "roots": tops,
+            "roots": root_folders,
             "is_chosen": folder is not None,
             # where dropped files go: into the selected folder, or else into a new one
-            "unnamed": str(folder or name_upload_folder(tops[0], date.today())),
+            "unnamed": str(folder or name_upload_folder(root_folders[0], date.today())),
             **self.list_tiles(content),
             "upload": UPLOAD,
             "piece": PIECE,
@@ -431,16 +436,16 @@ class NewPages:
     def collect_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
         """Return the template values of the page's section about the models and the selected model.
 
-        `content` is the media of the selected folder; models that suit them come first.
+        `content` is the media of the selected folder; models that generate this kind of media come first.
         """
         rows = list_model_rows(self.site.models, self.memory, content)
-        chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
+        selected_row = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
         return {
             "rows": rows,
             "families": list({row.model.family: row.model for row in rows}.values()),  # one model of each
             "tasks": [row for row in rows if row.model.family == form.family],
-            "options": _file_options(chosen),
-            **self.collect_kind_values(form, None if chosen is None else chosen.model),
+            "options": _file_options(selected_row),
+            **self.collect_kind_values(form, None if selected_row is None else selected_row.model),
             "memory": self.memory,
         }
 
@@ -522,7 +527,12 @@ class NewPages:
             return None, str(reason)
 
     def collect_progress(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the template values of the part of the page that is reloaded while commands run."""
+        """Return the template values of the part of the page that is reloaded while commands run.
+
+        1. Find the folder's background jobs and its jobs in the queue.
+        2. Collect their output, the missing downloads, the checklist, and the progress of the preparation.
+        3. Decide whether the browser reloads this part again.
+        """
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         queue = site.queue.now()
@@ -613,6 +623,7 @@ class NewPages:
             download=download,
             missing_gigabytes=download_values["missing_gigabytes"] if can_download else "",
             download_failure=describe_failure(download) if can_download else "",
+            # parts are missing if there are licenses to show
             downloads_at_start=bool(download_values["licenses"]) and not can_download,
             check_job=check_job,
             is_check_old=command_output["is_check_old"],
@@ -660,7 +671,7 @@ class NewPages:
                 file_names = list_names(folder)
         dry_run_job = background_jobs[DRY_RUN]
         if dry_run_job is not None and folder is not None:
-            # a dry run lists the changes that saving would make: out of date once the files have changed
+            # after the files have changed, the changes that the dry run has listed are out of date
             dry_run_job = dry_run_job if self.is_dry_run_current(dry_run_job, folder) else None
         displayed_job = dry_run_job or background_jobs[DESCRIBE]
         displayed_lines = read_output_lines(displayed_job, file_names)
@@ -955,7 +966,7 @@ class NewPages:
         if action not in FULL_PAGE_ACTIONS:  # the browser replaces only the progress part of the page
             return self.answer_progress(folder, problem)
         if problem:
-            keeps_typed_values = action == "describe"
+            keeps_typed_values = action == "describe"  # Prepare: the user corrects the values
             return self.answer(sent_form if keeps_typed_values else self.read_form(str(folder)), problem)
         return _reopen_page(folder, message)
 
@@ -1192,10 +1203,12 @@ def list_applied_remedies(
         return set()
     # a log's modification time is the time of the last output
     described_at = description_job.log.stat().st_mtime
-    succeeded = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
-    applied = [_split_line(job.line) for job in succeeded if job.log.stat().st_mtime > described_at]
-    remedies = {line.text for line in lines if line.is_command and _split_line(line.text) in applied}
-    if any("--repair_captions" in argv for argv in applied):
+    succeeded_jobs = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
+    applied_commands = [
+        _split_line(job.line) for job in succeeded_jobs if job.log.stat().st_mtime > described_at
+    ]
+    remedies = {line.text for line in lines if line.is_command and _split_line(line.text) in applied_commands}
+    if any("--repair_captions" in argv for argv in applied_commands):
         remedies.add(REPAIR_CAPTIONS)
     return remedies
 

@@ -82,6 +82,7 @@ def select_step(form: NewForm, progress: FolderProgress, is_saved: bool) -> Next
 
     `is_saved` is True if the folder's files contain the values of the form.
     """
+    # required fields: phrase for the message -> value
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
         fields[say("a version")] = form.task
@@ -152,7 +153,7 @@ def _select_after_describing(progress: FolderProgress) -> NextStep:
 
 
 def _find_training_step(progress: FolderProgress) -> NextStep | None:
-    """Return the step that links to the waiting, active or finished training run; None without one."""
+    """Return the step that links to the waiting, running or finished training; None if there is none."""
     job = progress.training_job
     if job is None:
         return None

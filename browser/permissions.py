@@ -39,7 +39,7 @@ class Permission:
 def read_permissions(folder: Path) -> list[Permission]:
     """List the actions that a folder's run.toml permits; actions that `new` never writes come first.
 
-    After MAX_PERMISSIONS actions, a last line counts the others.
+    At most MAX_PERMISSIONS actions are listed; a last entry counts the remaining ones.
 
     Raises:
         OSError: If run.toml cannot be read.
@@ -55,13 +55,13 @@ def read_permissions(folder: Path) -> list[Permission]:
         *_list_commands(tables),
     ]
     permissions.sort(key=lambda permission: not permission.is_unusual)
-    hidden = permissions[MAX_PERMISSIONS:]
-    if not hidden:
+    unlisted = permissions[MAX_PERMISSIONS:]
+    if not unlisted:
         return permissions
-    num_unusual = sum(permission.is_unusual for permission in hidden)
+    num_unusual = sum(permission.is_unusual for permission in unlisted)
     text = say(
         "and %(n)s more that are not listed, %(num_unusual)s of them unusual: read the files",
-        n=f"{len(hidden):,}",
+        n=f"{len(unlisted):,}",
         num_unusual=f"{num_unusual:,}",
     )
     return [*permissions[:MAX_PERMISSIONS], Permission(text, is_unusual=num_unusual > 0)]

@@ -451,9 +451,10 @@ def _translate_placeholder(name: str, value: str) -> str:
 
 
 def _match_placeholders(key: str, text: str) -> dict[str, str] | None:
-    """Return the values of a pattern's placeholders in a text; None if the text does not match.
+    """Match a printed text with a translatable pattern, and return the values of the pattern's placeholders.
 
-    A placeholder ends at the first occurrence of the text after it, so that no file name can make this slow.
+    Returns None if the text does not match. A placeholder ends at the first occurrence of the
+    text after it, so that no file name can make this slow.
     """
     # `fixed text, name, fixed text, name, ..., fixed text`
     beginning, *names_and_texts = PLACEHOLDER.split(key)

@@ -189,18 +189,18 @@ class QueuePages:
         queue_state = self.queue.now()
         jobs = queue_state.jobs
         worker = queue_state.worker  # the server that runs the jobs; "" if the queue is paused
-        running = [job for job in jobs if job.state == RUNNING]
-        ended = [job for job in jobs if job.state in ENDED]
+        running_jobs = [job for job in jobs if job.state == RUNNING]
+        ended_jobs = [job for job in jobs if job.state in ENDED]
         with self.runs.lock:
-            trainings = self.find_trainings(running)
+            trainings = self.find_trainings(running_jobs)
             edited_command = find_edited_command(self.runs, query)
         shown_runs = self.tracked_runs.find_job_states(jobs)
         values = {
-            "running": running,
+            "running": running_jobs,
             "trainings": trainings,
             "shown_runs": shown_runs,
             "waiting": [job for job in jobs if job.state == WAITING],
-            "ended": sorted(ended, key=lambda job: (job.born, job.id), reverse=True),
+            "ended": sorted(ended_jobs, key=lambda job: (job.born, job.id), reverse=True),
             "worker": worker,
             "can_write": not self.queue.read_only,
             "message": error or self.queue.problem,

@@ -180,7 +180,7 @@ class ModelRecipe:
         return list(self.option_keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that applies if the field `name` is empty; "" if it is unknown.
+        """Return the value that applies if the Generate form's field `name` is empty; "" if it is unknown.
 
         `file_defaults` (from the model's files) take precedence, then the defaults of the task, then the
         defaults of the generation script.
@@ -208,14 +208,15 @@ class ModelRecipe:
         return "" if value in (None, "") else f"{value:g}"
 
     def find_limits(self, name: str) -> tuple[float, float]:
-        """Return the minimum and maximum of a numeric field."""
+        """Return the minimum and maximum of a numeric field, which are infinite if it has no limits."""
         # embedded guidance cannot be negative, a CFG scale can
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
-        seconds = MAX_MADE_FRAMES / self.defaults.fps
+        max_seconds = MAX_MADE_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
             **dict.fromkeys(SIDES, (1, MAX_SIDE)),
             "steps": (1, MAX_STEPS),
-            "frames": (0, seconds) if self.counts_seconds else (1, MAX_MADE_FRAMES),
+            # the field contains seconds or frames, as the script's option does
+            "frames": (0, max_seconds) if self.counts_seconds else (1, MAX_MADE_FRAMES),
             "layers": (1, MAX_MADE_FRAMES),
             "guidance": (minimum, MAX_SCALE),
             "cfg": (-MAX_SCALE, MAX_SCALE),
@@ -280,6 +281,7 @@ def find_field_keys(defaults: ScriptDefaults, extra_options: Mapping[str, str]) 
     for name, candidates in FIELDS.items():
         if name == "cfg" and defaults.embedded_guidance is None:  # the field `guidance` sets the CFG scale
             continue
+        # with guidance distilled into the model, there is no pass with a negative prompt
         if name in ("negative", "guidance") and defaults.builds_in_guidance:
             continue
         for key in candidates:
@@ -425,6 +427,10 @@ def _make_recipe_of_command(
 ) -> ModelRecipe:
     """Return the recipe of a command, in which each option is fixed or the initial value of a form field.
 
+    1. Find the form field that sets each option; options without a field are fixed.
+    2. Words that are placeholders give no value. The user has to fill their fields.
+    3. Take the LoRAs, and the initial values of the fields, from the command.
+
     Args:
         title: Name of the model or run.
         family: Family of the script.
@@ -468,7 +474,7 @@ def _make_recipe_of_command(
 
 
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the initial values of the form's fields, by name.
+    """Return the initial values of the Generate form's fields, by name.
 
     They come from the options of a command; width and height default to the script's size.
     """
@@ -506,7 +512,7 @@ class RenderRequest:
     labels: Mapping[str, str] = field(default_factory=dict)  # labels of fields, for messages
 
     def check(self) -> None:
-        """Raise OptionError if a text, the model, a LoRA, a number or an image is not valid."""
+        """Raise OptionError if a text, number, LoRA, image or the model of the Generate form is not valid."""
         if not self.prompt.strip():
             raise OptionError(say("Prompt: describe what to generate."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():

@@ -146,7 +146,7 @@ class RenderQueue:
         return None if job is None else _fail_if_server_has_ended(job)
 
     def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
-        """Store new render jobs, and return their numbers.
+        """Store new jobs of the Generate page, and return their numbers.
 
         Raises OptionError if too many are waiting, OutputError if they cannot be written.
         """

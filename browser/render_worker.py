@@ -404,7 +404,7 @@ class RenderWorker:
         self._end_process(session)
 
     def _claim_next(self) -> RenderJob | None:
-        """Mark the oldest waiting render job as running, and return it; None if there is none."""
+        """Mark the oldest waiting job of the Generate page as running, and return it; None without one."""
         with self._lock:
             for render_job in self.store.list_all():
                 if render_job.state != WAITING:

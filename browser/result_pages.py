@@ -101,21 +101,21 @@ class SettingsCache:
         return settings if version == (result.changed, result.size_bytes) else None
 
     def get(self, result: Result) -> ReadSettings:
-        """Return the settings of a file, from the cache if possible."""
+        """Return the settings with which a file was generated, from the cache if possible."""
         cached = self.find_read(result)
         if cached is not None:
             return cached
         try:
             settings = read_settings(result.path)
-            read = ReadSettings(None if settings is None else settings.shortened())
+            new_entry = ReadSettings(None if settings is None else settings.shortened())
         except (MediaError, OSError, ValueError) as error:
-            read = ReadSettings(None, str(error))
+            new_entry = ReadSettings(None, str(error))
         version = (result.changed, result.size_bytes)
         with self._lock:
-            self._cached[result.path] = (version, read)
+            self._cached[result.path] = (version, new_entry)
             while len(self._cached) > MAX_READ:
                 self._cached.popitem(last=False)
-        return read
+        return new_entry
 
     def read_some(self, results: Sequence[Result], seconds: float) -> int:
         """Read settings from files for at most `seconds`, and return how many files are still to be read."""
@@ -142,7 +142,7 @@ class ResultFilter:
         return bool(self.words or self.model or self.run)
 
     def accepts(self, result: Result, settings: ResultSettings | None) -> bool:
-        """Return whether a result passes the filter."""
+        """Return whether a generated file passes the filter of the Results page."""
         if self.kind and result.kind != self.kind:
             return False
         # bookmarks of older versions contain the internal name of the model
@@ -320,7 +320,7 @@ class ResultRegenerator:
             folder = run.history.parent
             is_other_run = not result.path.is_relative_to(folder)
             lacks_files = not any((folder / name).is_file() for name in names)
-            return is_other_run, lacks_files, -run.changed  # False sorts first, and newer runs
+            return is_other_run, lacks_files, -run.changed  # False sorts before True
 
         comparable_runs = []
         with self.site.runs.lock:
@@ -358,14 +358,14 @@ class ResultRegenerator:
     def find_media(self, name: str, result: Result) -> str:
         """Return the path of the image or clip from which a result was generated.
 
-        Raises OptionError if neither its render job nor the list of results has the file.
+        Raises OptionError if the file is found neither in its render job nor among the results.
         """
         render_job = self.find_render_job(result)
         # the render job names the file's path; without one, any result with this name is used
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():
-                words = value if isinstance(value, list) else [value]
-                for word in map(str, words):
+                recorded_words = value if isinstance(value, list) else [value]
+                for word in map(str, recorded_words):
                     if Path(word).name == name and Path(render_job.folder, word).is_file():
                         return word
         for candidate in self.folders.list_all():
@@ -396,6 +396,7 @@ class ResultPages:
         self.cache = SettingsCache()
         self.regenerator = ResultRegenerator(site, self.folders)
         self._prompts_lock = threading.Lock()
+        # what a button does, and which dialog it opens, by the action in the URL
         self.changes: dict[str, Callable[[Result, Form], Response]] = {
             "again": self.generate_again,
             "other": self.generate_with_random_seed,
@@ -426,7 +427,7 @@ class ResultPages:
         )
 
     def filter_results(self, query: Mapping[str, str]) -> FilteredResults:
-        """Return the results that pass the filter in a query.
+        """Return the generated files that pass the filter in a query.
 
         If the filter needs settings, files whose settings are not read yet are omitted.
         """
@@ -443,7 +444,7 @@ class ResultPages:
         return FilteredResults(results, accepted, num_unread)
 
     def show_layout(self, request: Request) -> Response:
-        """Respond with the days and the number of results on each as JSON; 204 if nothing has changed.
+        """Respond with the numbers of results by day, as JSON for the Results page; 204 if nothing changed.
 
         The query contains the fields of `read_filter`; `have`, the digest `mark` in the page's last response;
         and `compared`, the ids of results that the user compares. Ids that no longer exist are returned.
@@ -492,12 +493,12 @@ class ResultPages:
         for text in (first_text, count_text):
             if not text.isdecimal() or len(text) >= 9:  # long numbers are slow to convert
                 return answer_text("from and count are numbers of results.", 400)
-        first = int(first_text)
+        first_index = int(first_text)
         count = min(int(count_text), 2 * PAGE_SIZE)
         results = self.filter_results(query).accepted
         jobs = self.find_upscale_jobs()
         tiles = []
-        for result in results[first : first + count]:
+        for result in results[first_index : first_index + count]:
             cached = self.cache.get(result)
             job = jobs.get(str(result.path))
             tiles.append(ResultTile(result, cached.settings, problem=cached.problem, job=job))
@@ -559,7 +560,7 @@ class ResultPages:
         return answer_template("result_sheet.html", result.path.name, shown, is_rejected=error != "")
 
     def show_commands(self, request: Request) -> Response:
-        """Respond with the commands of a result's buttons, as JSON."""
+        """Respond with the commands that the buttons of a generated file run, as JSON."""
         result = self.find(request)
         if result is None:
             return answer_not_found()
@@ -679,14 +680,14 @@ class ResultPages:
             if "upscale" in model.commands
         ]
         loading = self.site.background_jobs.find(name_background_job(DOWNLOAD_UPSCALER, self.site.models))
-        options = []
+        installed = []
         for path in self.list_upscalers():
-            options.append((path, format_command(self.make_upscale_argv(result, path))))
+            installed.append((path, format_command(self.make_upscale_argv(result, path))))
         return self.answer_dialog(
             "larger",
             result,
             error,
-            options=options,
+            options=installed,
             to_load=downloadable,
             loading=loading,
             models=self.site.models / UPSCALERS,

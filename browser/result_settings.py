@@ -145,7 +145,7 @@ class ResultSettings:
         return join(" · ", filter(None, parts))
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return (name, text) for each setting, the most important ones first."""
+        """Return the settings with which a file was generated as pairs (name, text), the main ones first."""
         size = f"{self.get('width')} x {self.get('height')}" if self.get("width") else ""
         main_values: dict[str, str] = {
             say("prompt"): self.get("prompt"),
@@ -192,11 +192,11 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
     """
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
-    done: dict[int, str] = {}
+    steps_by_number: dict[int, str] = {}
     for name, text in [*tags.items()][: 2 * MAX_TAGS]:  # limited, because the file may come from elsewhere
-        tool = TOOL_TAG.fullmatch(name)
-        if tool is not None:  # number and description of a later processing step
-            done[int(tool[1])] = text
+        tool_tag = TOOL_TAG.fullmatch(name)
+        if tool_tag is not None:  # number and description of a later processing step
+            steps_by_number[int(tool_tag[1])] = text
         if not name.startswith(PREFIX) or text == NOT_SET:
             continue
         name = name.removeprefix(PREFIX)
@@ -210,7 +210,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
     return ResultSettings(
         values=values,
         loras=[loras[key] for key in sorted(loras)],
-        done=[done[number] for number in sorted(done)],
+        done=[steps_by_number[number] for number in sorted(steps_by_number)],
     )
 
 
@@ -283,6 +283,10 @@ def regenerate(
 ) -> RenderJob:
     """Return the render job that generates a result again from its settings with a recipe's model.
 
+    1. Combine the fixed options of the recipe with the options in the metadata.
+    2. Find the files of the LoRAs and embeddings.
+    3. Make the request and the command of the render job. The prompt line sets the seed.
+
     Args:
         settings: Settings of the result.
         recipe: Recipe with the same model.
@@ -296,7 +300,7 @@ def regenerate(
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
         raise OptionError(say("Its texts are too long for the form."))
-    fixed = _make_fixed_options(settings, recipe)
+    fixed_options = _make_fixed_options(settings, recipe)
     line_options = _make_prompt_line_options(settings, recipe, seed, find_media)
     loras = []
     for lora in settings.loras:
@@ -306,12 +310,12 @@ def regenerate(
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
         else:  # the command has separate options for the LoRAs of this expert
-            fixed.setdefault(f"{LORA}_{lora.expert}", []).append(path)
-            fixed.setdefault(f"{STRENGTHS}_{lora.expert}", []).append(lora.strength)
+            fixed_options.setdefault(f"{LORA}_{lora.expert}", []).append(path)
+            fixed_options.setdefault(f"{STRENGTHS}_{lora.expert}", []).append(lora.strength)
     if settings.embeddings:
-        fixed[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
+        fixed_options[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
     render_request = RenderRequest(
-        replace(recipe, fixed_options=fixed),
+        replace(recipe, fixed_options=fixed_options),
         prompt=settings.get("prompt"),
         texts={},
         loras=loras,
@@ -336,16 +340,16 @@ def _make_command(render_request: RenderRequest, line_options: Mapping[str, str 
 
 
 def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
-    """Return a recipe's fixed options with the values with which a result was generated.
+    """Return the fixed options of a recipe, changed to the values in a result's metadata.
 
     Raises OptionError if a setting does not fit the model.
     """
     options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
-    fixed = _select_recipe_options(settings, recipe, options)
+    fixed_options = _select_recipe_options(settings, recipe, options)
     # an option may have several flags: the recipe's flag is kept
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
-    recipe_flags = {option_names[flag]: flag for flag in fixed if flag in option_names}
+    recipe_flags = {option_names[flag]: flag for flag in fixed_options if flag in option_names}
     for name, recorded_text in settings.values.items():
         option = options.get(name)
         # options of the prompt line are not fixed: each result may have other values
@@ -354,10 +358,10 @@ def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[s
         if _is_separate_metadata(name) or name in PROMPT_LINE_KEYS or name == EMBEDDINGS:
             continue
         flag = recipe_flags.get(name, option.flags[0])
-        recipe_words = fixed.get(flag, [str(option.default)])
+        recipe_words = fixed_options.get(flag, [str(option.default)])
         if not _is_equal(recipe_words, recorded_text):  # equal values keep the recipe's spelling
-            _set_recorded_option(fixed, flag, option, recorded_text)
-    return fixed
+            _set_recorded_option(fixed_options, flag, option, recorded_text)
+    return fixed_options
 
 
 def _is_separate_metadata(name: str) -> bool:
@@ -368,31 +372,32 @@ def _is_separate_metadata(name: str) -> bool:
 def _select_recipe_options(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
-    """Return a recipe's fixed options that the file was generated with, judging by its metadata."""
+    """Return the fixed options of a recipe that a result may also have been generated with."""
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
-    fixed: dict[str, Any] = {}
+    selected_options: dict[str, Any] = {}
     for flag, words in recipe.fixed_options.items():
         name = option_names.get(flag, "")
         option = options.get(name)
         is_expert_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)
         if is_expert_lora:  # taken from the settings of the file instead
             continue
-        was_recorded = name in settings.values or name == "task"
-        # a file generated with such an option does not record it
+        was_recorded = name in settings.values or name == "task"  # `_check_task` has compared the tasks
+        # metadata does not tell whether such an option was used
         is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
         if was_recorded or is_never_recorded:
-            fixed[flag] = list(words) or True  # True: a switch, which has no values
-    return fixed
+            selected_options[flag] = list(words) or True  # True: a switch, which has no values
+    return selected_options
 
 
 def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
-    """Set an option in `fixed` to its recorded value, or remove a switch that was not used.
+    """Set an option in `fixed` to its value in a result's metadata, or remove a switch that was not used.
 
-    Raises OptionError if the value is a file, because metadata does not contain its folder.
+    Raises OptionError if the recipe or the metadata has a file for this option: metadata contains only the
+    name of a file, so the file that was used cannot be found.
     """
     recipe_words = fixed.pop(flag, None)
-    is_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
-    if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
+    recipe_names_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
+    if recipe_names_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
         raise OptionError(
             say("It was generated with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag)
         )
@@ -478,7 +483,7 @@ def _make_prompt_line_options(
     Raises OptionError if a value is not valid.
     """
     options = read_script_options(recipe.family)
-    line: dict[str, str | list[str]] = {}
+    line_options: dict[str, str | list[str]] = {}
     for name, text in settings.values.items():
         if _is_separate_metadata(name):
             continue
@@ -486,6 +491,7 @@ def _make_prompt_line_options(
         line_option = find_option(key, recipe.defaults.line_options)
         is_side = key in SIDE_POSITIONS
         is_known = is_side or key in options or key in recipe.extra_options
+        # other metadata is not an option, or an option that prompt lines cannot set
         if not is_known or line_option is None:
             continue
         option = options.get(key)
@@ -493,11 +499,11 @@ def _make_prompt_line_options(
             continue
         if key in MEDIA_OPTIONS or line_option.read is read_path:
             paths = [find_media(media_name) for media_name in text.split("\n")]
-            line[key] = paths if line_option.repeats else paths[0]
+            line_options[key] = paths if line_option.repeats else paths[0]
         else:
-            line[key] = text
-    line["seed"] = seed
-    return line
+            line_options[key] = text
+    line_options["seed"] = seed
+    return line_options
 
 
 def _is_set_without_line(option: KnownOption, text: str, recipe: ModelRecipe) -> bool:

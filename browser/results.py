@@ -135,7 +135,7 @@ class _ListedFile(NamedTuple):
 
 
 def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]) -> _ListedFolder:
-    """Return the subfolders and results of a folder. Raises OSError if it cannot be listed.
+    """Return the subfolders and generated files of a folder. Raises OSError if it cannot be listed.
 
     `changed` is its modification time (ns) before the listing; `previous` are the last listing's files.
     """
@@ -174,23 +174,23 @@ def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _Lis
 
 
 def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
-    """Return the results in a folder. A derived file gets the time of its source, to be listed next to it.
+    """Return the generated files in a folder.
 
-    The last frame written next to a clip is not a result, nor is a layer next to the image that shows all
-    layers.
+    A file derived from another one gets the time of its source, to be listed next to it.
+    The last frame written next to a clip is omitted, and so are layers next to the image that shows them all.
     """
     stems_and_suffixes = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
-    times = {stem: file.changed for (stem, _), file in zip(stems_and_suffixes, files, strict=True)}
-    clips = {stem for stem, suffix in stems_and_suffixes if KINDS[suffix.lower()] == "clip"}
-    last_frames_of_clips = {f"{clip}{LAST_FRAME_SUFFIX}" for clip in clips}
-    layers = _group_layers(folder, times)
+    times_by_stem = {stem: file.changed for (stem, _), file in zip(stems_and_suffixes, files, strict=True)}
+    clip_stems = {stem for stem, suffix in stems_and_suffixes if KINDS[suffix.lower()] == "clip"}
+    last_frames_of_clips = {f"{clip_stem}{LAST_FRAME_SUFFIX}" for clip_stem in clip_stems}
+    layers = _group_layers(folder, times_by_stem)
     layer_stems = {layer.stem for image_layers in layers.values() for layer in image_layers}
     results = []
     for (stem, suffix), file in zip(stems_and_suffixes, files, strict=True):
         is_last_frame = suffix.lower() == ".png" and stem in last_frames_of_clips
         if stem in layer_stems or is_last_frame:
             continue
-        source_time = _find_source_time(stem, times)
+        source_time = _find_source_time(stem, times_by_stem)
         result = Result(
             folder / file.name,
             file.changed,

@@ -274,14 +274,14 @@ class RunButtons:
             )
         if tracked_run.state.name in (DRAFT, FAILED_CHECK):
             actions = replace(actions, check=format_command(make_check_argv(run_config.folder)))
-        if has_run and run_config.steps:
+        if has_run and run_config.steps:  # 0: run.toml sets max_train_epochs instead
             actions = replace(
                 actions,
                 train_on=start_command,
                 initial_steps=suggest_steps(run, run_config.steps),
                 run_checksum=compute_checksum(read_content(run_config.folder / RUN_FILE)),
             )
-        if has_run or not is_draft:
+        if has_run or not is_draft:  # it can be repeated under another name
             actions = replace(actions, next_name=free_name(run_config.output, run_config.name))
         return actions
 
@@ -419,6 +419,7 @@ class RunButtons:
                 path = expand_path(recorded_path, run.working_folder) if recorded_path else None
         if path is None or path.suffix.lower() not in PROMPT_FILES:
             return None
+        # a missing file can be created if its folder is below the roots
         is_new_file = not (path.exists() or path.is_symlink())
         is_below_roots = self.site.runs.is_below(path.parent if is_new_file else path)
         return path if is_below_roots else None
@@ -605,8 +606,8 @@ class RunButtons:
                 return self.answer_panel(
                     tracked_run, "remove", say("Its files have changed in the meantime: review them again.")
                 )
-            root = next(top for top in self.site.runs.root_folders if paths[0].is_relative_to(top))
-            self.bin_folder.move_in(tracked_run.summary.name, base=root, paths=paths)
+            root_folder = next(top for top in self.site.runs.root_folders if paths[0].is_relative_to(top))
+            self.bin_folder.move_in(tracked_run.summary.name, base=root_folder, paths=paths)
             self.forget_jobs(tracked_run)
         except (UserError, OSError, ValueError) as error:
             return self.answer_panel(tracked_run, "remove", str(error))
@@ -623,7 +624,7 @@ class RunButtons:
     # ---- handling the buttons
 
     def act(self, request: Request, form: Form) -> Response:
-        """Handle a pressed button of a run, and respond with its message."""
+        """Handle a pressed button on the page of a training run, and respond with its message."""
         action = request.path_params["what"]
         tracked_run = self.find(request)
         if tracked_run is None:

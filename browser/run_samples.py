@@ -29,7 +29,7 @@ class RunSamples:
     prompts: Captions = field(default_factory=Captions)
 
     def describe(self, tracked_run: TrackedRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
-        """Return the template values of the panel for editing a run's sample prompts.
+        """Return the template values of the panel that edits the sample prompts of a training run.
 
         Args:
             tracked_run: The run.
@@ -56,7 +56,7 @@ class RunSamples:
             "text": text,
             "have": checksum,
             "is_running": tracked_run.state.name in ACTIVE_STATES,
-            # page on which the interval of the samples is edited
+            # link to the page where the user edits the sampling interval
             "times": f"/new?{urlencode({'folder': path.parent})}#samples" if is_described else "",
             **describe_rows(rows, find_trained_model(tracked_run), find_folder(tracked_run, path), num_rows),
         }

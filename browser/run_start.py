@@ -302,7 +302,7 @@ class TrackedRuns:
         return None
 
     def list_all(self) -> list[TrackedRun]:
-        """Return all runs, including a run.toml whose run has not begun, with states, the newest first."""
+        """Return all training runs, and each run.toml that was not run yet, with states, the newest first."""
         with self.runs.lock:
             runs_by_history = {run.history: run for run in self.runs.list_all()}
             run_configs = self.list_run_configs()
@@ -323,7 +323,7 @@ class TrackedRuns:
         return sorted(tracked_runs, key=lambda tracked_run: -tracked_run.summary.changed)
 
     def find(self, id: str) -> TrackedRun | None:
-        """Return the run with this id, which may be a run.toml whose run has not begun; None without one."""
+        """Return the training run with this id, or a run.toml that was not run yet; None without one."""
         with self.runs.lock:
             listed_runs = self.runs.list_all()
             run = next((listed for listed in listed_runs if listed.id == id), None)
@@ -387,7 +387,7 @@ class TrackedRuns:
             state = self._add_queue_position(state, job, waiting)
         # the list sorts runs by the time of their last change
         change_times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
-        if job is not None and (job.state == RUNNING or state.job is job):
+        if job is not None and (job.state == RUNNING or state.job is job):  # the job determines the state
             change_times.append(job.born)
         if state.name == WAITING:
             with contextlib.suppress(OSError):
@@ -417,7 +417,7 @@ class TrackedRuns:
 
         `preparation` is the history of the downloads and caching before the training run.
         """
-        # a stop was requested
+        # a stop through the queue; `read_run_state` finds the other stops
         is_stop_requested = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = read_run_state(run)
@@ -464,6 +464,7 @@ class TrackedRuns:
         for tracked_run in self.list_all():
             run_config, state = tracked_run.run_config, tracked_run.state
             is_of_folder = run_config is not None and run_config.folder == folder
+            # a check only reads the files, and ends soon
             is_running = state.name in ACTIVE_STATES and state.name != CHECKING
             if is_of_folder and is_running:
                 raise OptionError(
@@ -622,7 +623,7 @@ def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | Non
 
 
 def read_run_state(run: RunSummary) -> RunState:
-    """Return the state of a run according to its history.
+    """Return the state of a training run according to its history.
 
     A name that ends with BEFORE_TRAINING belongs to the history of the downloads and caching before training.
     """

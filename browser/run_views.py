@@ -83,7 +83,7 @@ SORT_NAMES = (say("newest"), say("name"), say("loss"), say("progress"))
 def select_runs(
     runs: Sequence[RunSummary], query: Mapping[str, str], states: Mapping[str, RunState] | None = None
 ) -> list[RunSummary]:
-    """Filter and sort the runs for a list.
+    """Filter and sort training runs for the page that lists them.
 
     Args:
         runs: All runs.
@@ -92,7 +92,7 @@ def select_runs(
     """
     search_terms = query.get("text", "").lower().split()
     wanted_state = query.get("state") or ""
-    selected = []
+    selected_runs = []
     for run in runs:
         searched_text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
         if not all(term in searched_text for term in search_terms):
@@ -101,11 +101,12 @@ def select_runs(
         if query.get("family") and model_title(query["family"]) != run.title:
             continue
         state = (states or {}).get(run.id) or read_run_state(run)
+        # `running` also selects runs that download, cache or load
         wanted_states = (RUNNING, *ACTIVE_STATES) if wanted_state == RUNNING else (wanted_state,)
         if not wanted_state or state.name in wanted_states:
-            selected.append(run)
+            selected_runs.append(run)
     sort_key = SORTS.get(query.get("sort", ""), SORTS["newest"])
-    return sorted(selected, key=sort_key)
+    return sorted(selected_runs, key=sort_key)
 
 
 def mark_list(runs: Sequence[TrackedRun], query: Mapping[str, str]) -> str:
@@ -126,17 +127,17 @@ def list_page(
     """Return the HTML page that lists the runs. `roots` are the folders in which they were found."""
     runs = [tracked_run.summary for tracked_run in tracked_runs]
     states = {tracked_run.summary.id: tracked_run.state for tracked_run in tracked_runs}
-    chosen = select_runs(runs, query, states)
-    listed_runs = chosen if query.get("all") else chosen[:MAX_RUNS]
+    selected_runs = select_runs(runs, query, states)
+    listed_runs = selected_runs if query.get("all") else selected_runs[:MAX_RUNS]
     families = {run.title for run in runs if run.model}
     view = query.get("view")
     # many runs are listed in a table, unless cards were requested
-    is_table = view == "table" or (len(chosen) > MAX_CARDS and view != "cards")
+    is_table = view == "table" or (len(selected_runs) > MAX_CARDS and view != "cards")
     values = {
         "runs": label_runs(listed_runs),
         "is_table": is_table,
         "date": lambda run: f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
-        "chosen": len(chosen),
+        "chosen": len(selected_runs),
         "count": len(runs),
         "running": sum(state.name in ACTIVE_STATES for state in states.values()),
         "states_of_runs": states,
@@ -175,7 +176,7 @@ class LiveRunState:
 
     @classmethod
     def of(cls, run: RunSummary, run_history: RunHistory, kill_message: str = "") -> "LiveRunState":
-        """Return the state of a run according to its history.
+        """Return the state of a training run according to its history.
 
         `kill_message` is the text to show for a run that the page has killed; "" for all other runs.
         """
@@ -228,7 +229,7 @@ def run_page(
     lower_buttons: str = "",
     kill_message: str = "",
 ) -> str:
-    """Return the page of a run.
+    """Return the HTML of a run's page.
 
     Args:
         runs: Runs below the roots.
@@ -260,7 +261,7 @@ def run_page(
         **_describe_live_run(runs, run, run_history, live_state),
         # whether the training run watches for request files, such as NAME.stop
         "can_ask": can_write and start.listens and live_state.state == RUNNING,
-        "can_sample": bool(dict(start.changed).get("sample_prompts")),
+        "can_sample": bool(dict(start.changed).get("sample_prompts")),  # samples need a prompt file
         "can_queue": can_write,
         "is_paused": is_paused,
         "actions": Markup(actions),
@@ -336,7 +337,11 @@ def mark_page(run_history: RunHistory, live_state: LiveRunState) -> str:
 def collect_news(
     runs: Runs, run: RunSummary, query: Mapping[str, str], kill_message: str = ""
 ) -> dict[str, Any]:
-    """Return the values that a run's page polls, with its curves if they have changed.
+    """Return the values that the page of a training run polls, with its curves if they have changed.
+
+    1. Read the state of the run.
+    2. Compute a key of everything on which the curves depend.
+    3. Add the curves, unless the browser already has the curves with this key.
 
     Args:
         runs: Runs below the roots.
@@ -389,6 +394,7 @@ def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory
         run_history,
         loss=cut(run_history.loss),
         seconds=cut(run_history.seconds),
+        # not by `cut`: a loss of a validation is never None
         validations={step: loss for step, loss in run_history.validations.items() if low <= step <= high},
         rates={name: cut(points) for name, points in run_history.rates.items()},
         experts={name: cut(points) for name, points in run_history.experts.items()},
@@ -469,9 +475,9 @@ def share_page(page: Path, copy: Path) -> None:
 
 def export_run(runs: Runs, path: Path) -> None:
     """Write the only run as a page that needs no server. Raises OptionError if there is not exactly one."""
-    listed = runs.list_all()
+    all_runs = runs.list_all()
     # the preparation by `run` has a separate history, which is rarely meant to be shared
-    candidates = [run for run in listed if not run.name.endswith(BEFORE_TRAINING)] or listed
+    candidates = [run for run in all_runs if not run.name.endswith(BEFORE_TRAINING)] or all_runs
     if not candidates:
         raise OptionError(f"--export {path}: no run there")
     if len(candidates) > 1:

@@ -277,7 +277,7 @@ def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
 
 
 def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
-    """Return the summary of a run from the content of its history."""
+    """Return the summary of a training run from the content of its history file."""
     # a history may be long, so only its last bytes are searched for the newest values
     tail = content[-TAIL_BYTES:]
     end = tail[-LAST_STEP_BYTES:]
@@ -386,7 +386,7 @@ class OpenHistory:
     _offset: int = 0
 
     def refresh(self) -> None:
-        """Read the lines that were appended to the history since the last call.
+        """Read the lines that were appended to the history of a training run since the last call.
 
         Raises OSError if the file cannot be read.
         """

@@ -105,7 +105,11 @@ def _repeats(part: str) -> bool:
 
 
 def read_row(number: int, line: str) -> PromptRow:
-    """Return the row of a prompt line. `more` gets the options without a field, and earlier list items."""
+    """Return the form row of a prompt line. Its last text contains the options that no field shows.
+
+    A field shows the last use of its option. If the option is a list, such as several `--ci`, the earlier
+    items are in this text, too.
+    """
     split = _split(line)
     field_of_key = {key: name for name, (key, _) in FIELDS.items()}
     field_names = [field_of_key.get(_find_key(option)) for option in split.options]
@@ -531,19 +535,21 @@ def select_image_fields(
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     """Return the message that files have changed while the form was open, with the user's changes."""
-    base = fields.get("base", "")  # text of the prompts that the form was built from
+    base_text = fields.get("base", "")  # text of the prompts that the form was built from
     try:
-        edited = edit_prompts(base, fields, lambda text: None)  # only to compare: accepts every image path
-        typed = describe_difference(base, edited)
+        edited_text = edit_prompts(
+            base_text, fields, lambda text: None
+        )  # only to compare: accepts every image path
+        user_changes = describe_difference(base_text, edited_text)
     except OptionError as error:
-        typed = [str(error)]
+        user_changes = [str(error)]
     return say(
         "%(prompts_file)s or %(run_file)s has changed in the meantime, and nothing was overwritten. "
         "The rows show their current content. What you changed: %(names)s",
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
         # no prompt line differs: only the sampling interval was changed
-        names="; ".join(typed) or "how often",
+        names="; ".join(user_changes) or "how often",
     )
 
 

@@ -271,6 +271,7 @@ class Gate:
             return None
         if "text/html" not in request.headers.get("accept", ""):
             return answer_text(NO_TOKEN, 401)
+        # an admitted browser that opened a URL without the root path is redirected by the page's script
         page = REDIRECT_TO_ROOT.format(script=ENTER_SCRIPT, text=escape(show(NO_TOKEN)))
         return HTMLResponse(page, 401)
 

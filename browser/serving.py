@@ -38,7 +38,12 @@ class ServedFolders(NamedTuple):
 
 
 def run_browser(options: BrowserOptions) -> None:
-    """Serve the pages until Ctrl-C, or only write one page with --export. Raises UserError on failure."""
+    """Serve the pages until Ctrl-C, or only write one page with --export. Raises UserError on failure.
+
+    1. With --export, write the page of a run, and return.
+    2. Otherwise open the socket, continue the queue, and print the URL.
+    3. Open the URL in the user's web browser if possible, and serve until Ctrl-C.
+    """
     served = select_folders(options, Path.cwd(), ROOT)
     runs = Runs(served.folders)
     if options.export is not None:
@@ -106,7 +111,7 @@ def start_queue(runs: Runs, options: BrowserOptions) -> JobQueue:
 def reopen_queue(queue: JobQueue) -> bool:
     """Start a queue that was running when its last server ended, and return whether it was started.
 
-    If somebody has added other jobs to its files meanwhile, the queue stays paused, with a log message.
+    If jobs that the user does not know were added to its files, the queue stays paused, with a log message.
     """
     try:
         if queue.is_open:
@@ -195,7 +200,7 @@ def _is_port_taken(error: BaseException | None) -> bool:
 
 
 def make_address(options: BrowserOptions, port: int, token: str | None) -> str:
-    """Return the URL, with the token, at which other machines that can reach this server open the page."""
+    """Return the URL, with the token, under which all machines that can reach this server open the page."""
     if options.public_origin is not None:
         url = f"{options.public_origin}/"
         return f"{url}?token={token}" if token else url

@@ -53,9 +53,9 @@ class SettingsPages:
         worker = self.find_worker()
         settings = site.settings
         can_be_reached = not settings.is_local or settings.public_origin is not None  # by other machines
-        code = ""
+        qr_code = ""
         if settings.address and can_be_reached:
-            code = draw_svg(settings.address, say("QR code of this page's address"))
+            qr_code = draw_svg(settings.address, say("QR code of this page's address"))
         values: dict[str, Any] = {
             "rows": self.list_settings(),
             "worker": worker,
@@ -64,7 +64,7 @@ class SettingsPages:
             "phone_command": format_command(self.phone_argv(worker), Path.cwd()),
             **self._collect_bin_values(asks_to_empty),
             "gigabytes": gigabytes,
-            "code": code,
+            "code": qr_code,
             "is_local": not can_be_reached,
             "can_write": not site.read_only,
             "message": error,

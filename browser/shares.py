@@ -242,7 +242,7 @@ class SharePages:
             if run is None or not run.history.exists():
                 return answer_text(ENDED, 401)
             run_history = self.site.runs.open(run).run_history
-            if self.find(request) is None:  # another run began meanwhile, whose history may have been read
+            if self.find(request) is None:  # a new run began, and its history may have been read instead
                 return answer_text(ENDED, 401)
         live_state = LiveRunState.of(run, run_history)
         headers = {
@@ -274,7 +274,7 @@ class SharePages:
 
         Args:
             run_id: Id of the run.
-            origin: Origin, such as https://my-page.example.org, at which others reach the page.
+            origin: Origin of the links, such as https://my-page.example.org.
             is_open: Whether to show the section unfolded.
             error: Reason why no link was created.
         """

@@ -153,6 +153,7 @@ class TagPages:
         """
         argv = FORM.make_argv(DATASET_FILE if is_described(folder) else ".", texts)
         argv += format_option("model_dir", texts.get("model", "").strip() or self.find_model_folder())
+        # without a dataset.toml, new caption files get the suffix of the existing ones
         if not is_described(folder) and _has_only(folder, ".caption"):
             argv += ["--caption_extension", ".caption"]
         return argv if num_trial_files is None else [*argv, "--try_on", str(num_trial_files)]

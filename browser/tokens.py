@@ -152,9 +152,10 @@ def _look_up_owner(connection: Connection) -> int | None:
 
 
 def _list_endpoints(connection: Connection) -> list[tuple[str, str]]:
-    """Return the hexadecimal (client, server) pairs, each `ADDRESS:PORT`, under which /proc/net may list it.
+    """Return how Linux may list a TCP connection in /proc/net, as pairs of client and server.
 
-    The kernel may list an IPv4 connection as IPv4, or as IPv4 inside IPv6.
+    Both are written as hexadecimal `ADDRESS:PORT`. An IPv4 connection gives two pairs, because the kernel
+    lists it as IPv4 or as an IPv6 address that contains the IPv4 address.
     """
     try:
         hosts = [ipaddress.ip_address(host) for host in (connection.client, connection.server)]

@@ -53,7 +53,7 @@ class ToolForm:
         return "" if value is None else str(value)
 
     def make_argv(self, target: str, texts: Mapping[str, str]) -> list[str]:
-        """Return the tool's command line.
+        """Return the command line of the tool that the form is for.
 
         Args:
             target: File or folder that the tool processes.

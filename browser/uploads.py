@@ -116,7 +116,7 @@ def check_file_name(name: str) -> None:
 
 
 def find_kind(name: str) -> str:
-    """Return the kind of media or caption file that a file name's suffix indicates.
+    """Return the kind of a file (clip, image, audio or caption) according to its name.
 
     Raises OptionError, with advice where possible, if the page does not accept such files.
     """

@@ -47,13 +47,15 @@ def rewrite_imports(source: str, own_names: Collection[str]) -> str:
             In the package, this import would bind `reelsmith` instead.
     """
     tree = ast.parse(source)
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used_names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     lines = source.encode().splitlines(keepends=True)  # the offsets of `ast` count bytes
     # from the end of the text, so that earlier offsets stay valid
     for line, offset, name, is_bound in sorted(_find_imports(tree, lines, own_names), reverse=True):
-        top = name.partition(".")[0]
-        if is_bound and top in used:
-            raise ValueError(f"line {line}: `import {name}` binds {top}, which is used; import from it")
+        top_module = name.partition(".")[0]
+        if is_bound and top_module in used_names:
+            raise ValueError(
+                f"line {line}: `import {name}` binds {top_module}, which is used; import from it"
+            )
         text = lines[line - 1]
         end = offset + len(name.encode())
         assert text[offset:end] == name.encode(), f"line {line}: {name} is not where `ast` says"
@@ -104,6 +106,7 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
         rf"(?P<opening>[\"'])?(?P<python>{word_start}python )?{word_start}(?:(?:{rooms})/)?"
         rf"(?P<script>{names})\.py\b(?P<closing>[\"'])?"
     )
+    # launchers first: the pattern for commands would match their scripts, too
     source = re.sub(in_launcher, rf"\1-m {PACKAGE}.\2", source)
     source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
     return re.sub(in_command, _rename_command, source)

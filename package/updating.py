@@ -130,11 +130,11 @@ def go_back(root: Path) -> None:
             if not was_unfinished:  # an unfinished update has just been undone by `_repair`
                 _restore_backup(root)
             return
-        note = _read_commits(root)
+        commits = _read_commits(root)
         _reject_changes(root, "back")
-        _reject_own_commits(root, note)
-        _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_return=True))
-    _say(f"This folder is at {note.before[:9]} again, as before the update. update installs it again.")
+        _reject_own_commits(root, commits)
+        _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), commits.before, is_return=True))
+    _say(f"This folder is at {commits.before[:9]} again, as before the update. update installs it again.")
 
 
 def repair(root: Path) -> None:
@@ -156,20 +156,20 @@ def repair(root: Path) -> None:
 def note_version(root: Path) -> None:
     """Record digests of the installed files, so that an update can detect files that the user has edited."""
     digests_file = root / STATE_FOLDER / DIGESTS_FILE
-    # an update has recorded them; in a clone, git detects changes
+    # they are recorded already, or not needed because git detects changes
     if digests_file.exists() or (root / ".git").exists():
         return
     digests = {}
     for folder, folders, files in os.walk(root):
         subfolder = Path(folder).relative_to(root)
-        # skip folders in which no version has files
+        # skip folders that no version of the program contains
         folders[:] = [name for name in folders if not _find_name_error((subfolder / name).as_posix())]
         names = [(subfolder / name).as_posix() for name in files]
         for name in names:
             path = root / name
             if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_name_error(name):
                 digests[name] = _digest(path)
-        if len(digests) > MAX_FILES:
+        if len(digests) > MAX_FILES:  # more files than any version has
             break
     _write_digests(root, digests)
 
@@ -241,7 +241,7 @@ def _update_clone(root: Path) -> None:
 
 
 def _move_clone(root: Path, move: CloneMove) -> None:
-    """Let git change a clone's files to another commit.
+    """Let git move a clone to another commit, for an update or for `back`.
 
     If the process is killed meanwhile, the next start reads both commits from UNFINISHED and completes it.
 
@@ -330,16 +330,16 @@ def _read_commits(root: Path) -> UpdateRecord:
 
 def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
     """Raise UserError if the branch has commits that exist only there, or is not the updated branch."""
-    if _git(root, "rev-parse", "HEAD") == record.after:
+    if _git(root, "rev-parse", "HEAD") == record.after:  # nothing was committed since the update
         return
     branch = _git(root, "branch", "--show-current")
     location = f"the branch {branch}" if branch else "this folder"
     own_commits = _list_own_commits(root, record, branch)
     if own_commits:
         more = f" and {len(own_commits) - 3} more" if len(own_commits) > 3 else ""
-        listed = ", ".join(escape_control_codes(line)[:80] for line in own_commits[:3])
+        shown_commits = ", ".join(escape_control_codes(line)[:80] for line in own_commits[:3])
         raise UserError(
-            f"back would throw away commits of your own, which only {location} has: {listed}{more}. "
+            f"back would throw away commits of your own, which only {location} has: {shown_commits}{more}. "
             "Nothing was changed. Type git branch my-work, which keeps them under that name, and run back "
             "again; or leave this branch with git switch for the one that was updated"
         )
@@ -399,8 +399,8 @@ def _git(root: Path, *arguments: str) -> str:
     )
     if process.returncode:
         output = " ".join(process.stderr.split())[:300]
-        network = " Check the connection and run again." if OFFLINE.search(output) else ""
-        raise UserError(f"git {arguments[0]} failed, and nothing was changed: {output}{network}")
+        advice = " Check the connection and run again." if OFFLINE.search(output) else ""
+        raise UserError(f"git {arguments[0]} failed, and nothing was changed: {output}{advice}")
     return process.stdout.rstrip()
 
 
@@ -444,6 +444,7 @@ def _install_files(root: Path, unpacked: Path, digests: Mapping[str, str], chang
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(unpacked / name, target)
+    # remove the old version's files that the new version does not have
     for name in _list_obsolete(root, set(change.replaced) - set(digests), digests):
         (root / name).unlink(missing_ok=True)
     (root / STATE_FOLDER / FILE_LIST).write_text("\n".join(digests), encoding="utf-8")
@@ -521,9 +522,11 @@ def _unpack(file: Path, folder: Path) -> list[str]:
             by_name = {entry.filename: entry for entry in all_entries}
             if len(by_name) < len(all_entries):
                 raise ValueError("it has two files of one name")
-            top = _find_program_folder(file, archive, by_name)
+            top_folder = _find_program_folder(file, archive, by_name)
             entries = {
-                name.removeprefix(top): entry for name, entry in by_name.items() if name.startswith(top)
+                name.removeprefix(top_folder): entry
+                for name, entry in by_name.items()
+                if name.startswith(top_folder)
             }
             _reject_names(file, entries)
             for name, entry in entries.items():
@@ -586,10 +589,10 @@ def _reject_names(file: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
             )
         seen_names.add(folded)
         folders.update(parent.as_posix() for parent in PurePosixPath(folded).parents)
-    both = sorted(seen_names & folders)
-    if both:
+    clashes = sorted(seen_names & folders)
+    if clashes:
         raise UserError(
-            f"{file.name} has {both[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
+            f"{file.name} has {clashes[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
             "was changed"
         )
 
@@ -622,11 +625,13 @@ def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
             f"The new version has a file {blocked}, but a folder has its path, or a file has the path of its "
             "folder. Nothing was changed. Rename the existing one, and run the update again"
         )
-    existing = [name for name in files if (root / name).exists()]
-    differing = [name for name in existing if not filecmp.cmp(root / name, unpacked / name, shallow=False)]
-    removed = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
-    replaced = sorted([*differing, *removed])  # removed files are restored like replaced ones
-    added = sorted(set(files) - set(existing))
+    existing_files = [name for name in files if (root / name).exists()]
+    differing_files = [
+        name for name in existing_files if not filecmp.cmp(root / name, unpacked / name, shallow=False)
+    ]
+    removed_files = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
+    replaced = sorted([*differing_files, *removed_files])  # removed files are restored like replaced ones
+    added = sorted(set(files) - set(existing_files))
     written = set(replaced) | set(added)
     return FileChange(
         replaced=replaced,
@@ -774,7 +779,7 @@ def _read_plan(path: Path) -> FileChange:
     """
     try:
         plan = parse_json(read_text(path, MAX_OF_NOTE))
-        edited_copies = plan.pop("beside", {})
+        edited_copies = plan.pop("beside", {})  # `_make_backup` omits the key if there are none
         change = FileChange(**plan, edited_copies=edited_copies)
         names = [
             *change.replaced,

@@ -33,27 +33,27 @@ MAX_OF_LOG = 1500  # characters of a failed command's output in its state
 
 
 def find_command() -> list[str]:
-    """Return the program, and with a checkout its script, that starts Reelsmith.
+    """Return the command that starts Reelsmith: a program or, in a checkout, Python and a script.
 
     Raises:
         RuntimeError: If Reelsmith is not found.
     """
-    chosen = os.environ.get(PROGRAM)
-    if not chosen:
-        found = shutil.which("reelsmith")
-        if found is None:
+    configured = os.environ.get(PROGRAM)
+    if not configured:
+        executable = shutil.which("reelsmith")
+        if executable is None:
             raise RuntimeError(
                 f"the command reelsmith is not on the PATH. Install Reelsmith, or set {PROGRAM} to its "
                 "command or to the folder of a checkout, and start ComfyUI again"
             )
-        return [found]
-    path = Path(chosen).expanduser()
+        return [executable]
+    path = Path(configured).expanduser()
     script = path / "reelsmith.py"
     if script.is_file():
         python = path / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         return [str(python if python.is_file() else sys.executable), str(script)]
     if not path.is_file():
-        raise RuntimeError(f"{PROGRAM}={chosen}: this is neither a command nor the folder of a checkout")
+        raise RuntimeError(f"{PROGRAM}={configured}: this is neither a command nor the folder of a checkout")
     return [str(path)]
 
 
@@ -104,16 +104,18 @@ class QueuedTraining:
         lines = (
             self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.exists() else []
         )
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        last = last.rpartition("\r")[2]  # a progress bar redraws its line after each carriage return
+        last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last_line = last_line.rpartition("\r")[
+            2
+        ]  # a progress bar redraws its line after each carriage return
         if not self.ended.is_set():
             if self.process is None:
                 return "waiting"
-            return f"{'stopping' if self.is_stopped else 'running'}: {last}"
+            return f"{'stopping' if self.is_stopped else 'running'}: {last_line}"
         if self.is_stopped:
             return "stopped"
         if self.process is not None and self.process.returncode == 0:
-            return f"finished: {last}"
+            return f"finished: {last_line}"
         return "failed:\n" + "\n".join(lines).strip()[-MAX_OF_LOG:]
 
 
@@ -275,7 +277,7 @@ class ReelsmithSamples:
         return float("nan")
 
     def load(self, folder: str, count: int) -> tuple[Tensor, str]:
-        """Return the newest samples first, as a (B, H, W, C) tensor in 0..1, and the state of the run.
+        """Return a run's samples as a (B, H, W, C) tensor in 0..1, the newest first, and the run's state.
 
         Args:
             folder: Path of a folder with a run.toml.

@@ -70,7 +70,7 @@ class CommandRun:
         self._num_recorded = 0  # number of its first events that the attributes already include
         self._folder = tempfile.TemporaryDirectory(prefix="reelsmith-", ignore_cleanup_errors=True)
         output = Path(self._folder.name) / "output.txt"
-        # a process group of its own: Ctrl-C reaches it through `stop` alone, once
+        # with its own process group, Ctrl-C reaches it only once, through `stop`
         with output.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, *program_words(script), *argv],

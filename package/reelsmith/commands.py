@@ -170,17 +170,21 @@ _SYNONYMS = {
 
 
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
-    """Return the error message for an unknown command, with a likely suggestion."""
-    typed = " ".join(word for word in words[:3] if not word.startswith("-"))
+    """Return the error message for an unknown command, with a likely suggestion.
+
+    If commands begin with the first word, such as `train`, only their other words are compared. If this
+    finds none, or no command begins with it, a synonym of the first word is suggested first.
+    """
+    typed_words = " ".join(word for word in words[:3] if not word.startswith("-"))
     names_by_ending = {}  # commands whose first word is right, such as `train`, by their other words
     for command in commands:
         if command.words[0] == words[0]:
             names_by_ending[" ".join(command.words[1:])] = command.name
-    suggestions = _list_matching(commands, typed, Path(words[0]).name.removesuffix(".py"))
-    if not suggestions and names_by_ending:
-        suggestions = _list_similar_endings(typed.partition(" ")[2], names_by_ending)
+    suggestions = _list_matching(commands, typed_words, Path(words[0]).name.removesuffix(".py"))
+    if not suggestions and names_by_ending:  # only the words after the first one are wrong
+        suggestions = _list_similar_endings(typed_words.partition(" ")[2], names_by_ending)
     elif not suggestions:
-        suggestions = _list_similar(commands, typed, words[0])
+        suggestions = _list_similar(commands, typed_words, words[0])
     synonym = _SYNONYMS.get(words[0].lower())
     hint = ""
     # a synonym is a better hint than similar words, unless a command begins with the first word
@@ -190,7 +194,7 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
         hint = f" Did you mean {PROGRAM} {' or '.join(suggestions)}?"
     if names_by_ending and not suggestions:
         hint += f" There are {', '.join(names_by_ending.values())}."
-    return f"{typed or words[0]!r} is not a command.{hint}"
+    return f"{typed_words or words[0]!r} is not a command.{hint}"
 
 
 def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -> list[str]:
@@ -232,13 +236,13 @@ USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists t
 def _format_first_steps(commands: Sequence[ScriptCommand]) -> str:
     """Return the help for beginners with the commands in `BEGINNER_SCRIPTS`; all commands if none exists."""
     by_script = {command.script: command for command in commands}
-    first = [by_script[script] for script in BEGINNER_SCRIPTS if script in by_script]
-    if not first:
+    first_commands = [by_script[script] for script in BEGINNER_SCRIPTS if script in by_script]
+    if not first_commands:
         return _format_commands(commands)
-    width = max(len(command.name) for command in first)
+    width = max(len(command.name) for command in first_commands)
     kinds = dict.fromkeys(command.words[0] for command in commands if len(command.words) > 1)
     lines = [USAGE, "", f"{FIRST_STEPS}:"]
-    lines += [f"  {command.name:{width}}  {BEGINNER_SCRIPTS[command.script]}" for command in first]
+    lines += [f"  {command.name:{width}}  {BEGINNER_SCRIPTS[command.script]}" for command in first_commands]
     if "run_browser" in by_script and has_screen():
         opening = f"{PROGRAM} {by_script['run_browser'].name}"
         lines += ["", f"To do this by clicks, type {opening}: it opens a page in your web browser."]

@@ -81,7 +81,7 @@ class ScriptArguments:
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
         """Parse the options and check them as the command does before it loads a model; return their values.
 
-        Options in the file of --config_file apply unless they are typed, too. Call this method only once.
+        Typed options take precedence over the file of --config_file. Call this method only once.
 
         Raises:
             UserError: If the command itself would reject the options, with its message.
@@ -110,13 +110,15 @@ class ScriptArguments:
 def _format_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
     """Convert one keyword argument to command-line arguments.
 
-    `action` is the parser's option with this name; None if there is none, which the parser will report.
+    None and False give no arguments, and True gives only the flag. A mapping becomes KEY=VALUE words. A list
+    follows one flag, unless the option is typed once for each value. `action` is the parser's option with
+    this name; None if there is none, which the parser will report.
     """
     flag = f"--{name}" if action is None else _find_flag(name, action)
     if action is not None:
         if action.nargs == 0 and not isinstance(value, bool | None):
             raise OptionError(f"{flag} is a switch: give True or False, not {value!r}")
-        if value is True and action.nargs not in (0, "?", "*"):
+        if value is True and action.nargs not in (0, "?", "*"):  # the option needs a value
             raise OptionError(f"{flag} is not a switch: give its value in place of True")
     if value is False and isinstance(action, argparse.BooleanOptionalAction):
         return [f"--no-{flag[2:]}"]
