@@ -130,10 +130,10 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
             "--compile and --dynamo_backend out"
         )
     if choice.backend not in torch.compiler.list_backends(exclude_tags=()):
-        public = ", ".join(sorted({*torch.compiler.list_backends(), "eager", "aot_eager"}))
+        backend_names = ", ".join(sorted({*torch.compiler.list_backends(), "eager", "aot_eager"}))
         raise OptionError(
             f"torch.compile has no backend {choice.backend} here: install the package that provides it, or "
-            f"use one of {public}"
+            f"use one of {backend_names}"
         )
     if choice.backend == INDUCTOR:
         missing = missing_for_inductor(device)

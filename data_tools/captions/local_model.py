@@ -347,21 +347,21 @@ def _without_videos(folder: Path, model_type: str) -> Any:
     from transformers.models.auto import processing_auto
 
     class_names: Any = getattr(processing_auto, "PROCESSOR_MAPPING_NAMES")  # noqa: B009, it is not exported
-    kind = getattr(transformers, class_names.get(model_type, ""), None)
-    if importlib.util.find_spec("torchvision") is not None or kind is None:
+    processor_class = getattr(transformers, class_names.get(model_type, ""), None)
+    if importlib.util.find_spec("torchvision") is not None or processor_class is None:
         return None
 
     def check_component(self: Any, name: str, component: Any) -> Any:
         """Check a processor's component as transformers does, but accept a missing video processor."""
         if name == "video_processor" and component is None:
             return None
-        return kind.check_argument_for_proper_class(self, name, component)
+        return processor_class.check_argument_for_proper_class(self, name, component)
 
     # transformers checks components in the constructor: a subclass with another check accepts None
-    images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check_component})
+    images_only = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": check_component})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **SAFE_LOADING)
-    # both dictionaries may have the chat template
-    settings, unused = kind.get_processor_dict(folder, **SAFE_LOADING)
+    # `unused` holds the settings that the constructor does not take; either may have the chat template
+    settings, unused = processor_class.get_processor_dict(folder, **SAFE_LOADING)
     try:
         return images_only(
             image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **SAFE_LOADING),

@@ -55,12 +55,12 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
         if self.api_base is None:
             return
         try:
-            parts = urlsplit(self.api_base)
-            is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-        except ValueError:
+            url = urlsplit(self.api_base)
+            is_address = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
+        except ValueError:  # such as a port that is not a number
             is_address = False
-            parts = urlsplit("")
-        if "@" in parts.netloc or parts.query or parts.fragment:
+            url = urlsplit("")
+        if "@" in url.netloc or url.query or url.fragment:
             raise OptionError(
                 "--api_base contains a user's name, a password, or what follows ? or #. Give the address "
                 "alone, such as http://localhost:8000/v1, and a key in the environment variable "

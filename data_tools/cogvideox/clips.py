@@ -103,6 +103,7 @@ class PreparedItem:
             self.read_info()
         except (OSError, ValueError, KeyError, TypeError):
             return False
+        # the time of a folder of images does not change when an image is edited, so it is not compared
         is_newer = self.source.is_dir() or self.source.stat().st_mtime_ns <= self.info_file.stat().st_mtime_ns
         return is_newer and all(self.path_of(kind).exists() for kind in kinds)
 

@@ -357,21 +357,21 @@ class Cutter:
             MediaError: If a frame cannot be decoded.
             OutputError: If a clip cannot be written.
         """
-        missing = [written for written in record.clips if not os.path.lexists(self.output / written.name)]
-        if not missing:
+        missing_records = [clip_record for clip_record in record.clips if not os.path.lexists(self.output / clip_record.name)]
+        if not missing_records:
             return 0
         video_format = self.options.clip_format
         info = source_info(source)
         codec = resolve_codec(video_format.codec, info.width, info.height)
         with contextlib.closing(self._decode_frames(source, "clips of", video_format.is_deep)) as frames:
             numbered_frames = enumerate(frames)
-            for written in missing:
-                clip = written.clip
+            for clip_record in missing_records:
+                clip = clip_record.clip
                 # records store seconds as floats; fractions of microseconds are exact
                 start = Fraction(round(clip.start * MICROSECONDS), MICROSECONDS)
                 seconds = Fraction(round(clip.seconds * MICROSECONDS), MICROSECONDS)
                 write_timed_video(
-                    self.output / written.name,
+                    self.output / clip_record.name,
                     _frames_of_clip(numbered_frames, source, clip),
                     info.rate,
                     codec,
@@ -379,7 +379,7 @@ class Cutter:
                     preset=video_format.preset,
                     audio_section=VideoSection(source, start, seconds, not video_format.no_audio),
                 )
-        return len(missing)
+        return len(missing_records)
 
 
 def _frames_of_clip(

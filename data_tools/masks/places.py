@@ -358,6 +358,7 @@ def replace_mask(entry: MaskEntry, pixels: NDArray[np.uint8], frame_index: int |
     frames: Iterable[Gray] = [drawn_mask]
     if frame_index is not None:
         frames = _replace_frame(_require_mask(entry), drawn_mask, frame_index)
+    # without a recorded method the mask counts as drawn by a person
     if not write_mask(entry, frames, is_folder=frame_index is not None, texts={}):
         raise DatasetError(f"The mask of {entry.media_path.name} is all black: nothing would be learned")
 

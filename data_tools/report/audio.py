@@ -127,9 +127,9 @@ def check_audio(
         if audio.mismatch is not None:
             text = f"{plan.source.path}: {audio.mismatch}"
             warnings.append(Fault("have sound that does not fit", text, stem))
-    have = "can be heard" if table.is_audio_only else "clips have it"
+    description = "can be heard" if table.is_audio_only else "clips have it"
     lines = [
-        f"sound: {len(tracks)} of {len(plans)} {have}{_describe_tracks(tracks)}",
+        f"sound: {len(tracks)} of {len(plans)} {description}{_describe_tracks(tracks)}",
         f"caches of sound: {total_valid} files are valid, {pluralize(total_missing, 'items need encoding')}",
     ]
     return AudioFindings(lines, errors, warnings)

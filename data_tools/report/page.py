@@ -242,7 +242,7 @@ def _make_cards(
                 warnings=warnings.get(stem, []),
             )
             jobs.append(job)
-    read = read_ahead(
+    results = read_ahead(
         jobs,
         source_of=lambda job: job.source,
         work=lambda job: _make_card(job, card_settings),
@@ -250,7 +250,7 @@ def _make_cards(
         bar=Bar(len(jobs), "Reading pictures", "file"),
     )
     cards = []
-    for _, card in read:
+    for _, card in results:
         assert not isinstance(card, Failure)  # an error is not raised: the card shows it
         cards.append(card)
     return cards

@@ -190,7 +190,7 @@ def _make_rng(source: MediaSource) -> random.Random:
 
 
 def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
-    """Join an item's frames (F H W 3) with control media and mask at the right; transparency is gray."""
+    """Place an item's frames (F H W 3), control media and mask next to each other; transparency is gray."""
     columns = []
     height = item.frames.shape[1]
     for frames in (item.frames, *item.control):

@@ -221,6 +221,7 @@ class CodeFormer(nn.Module):
     """CodeFormer: restores faces that are aligned to the face template."""
 
     def __init__(self, config: CodeFormerConfig) -> None:
+        """Create CodeFormer's modules with the names of the released file."""
         super().__init__()
         width = config.tokens
         codes, code_width = config.codes
@@ -232,6 +233,7 @@ class CodeFormer(nn.Module):
         self.ft_layers = nn.ModuleList(TransformerLayer(width, config.hidden) for _ in range(config.layers))
         self.idx_pred_layer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes, bias=False))
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, code_width)})
+        # channels of the encoder's last block at each size, which is added to the generator
         widths = {size: config.encoder[block].width for size, block in last_blocks(config).items()}
         self.fuse_convs_dict = nn.ModuleDict(
             {str(size): Fusion(widths[size]) for size in config.fusion_sizes}

@@ -178,14 +178,14 @@ class Restorer:
 def load_networks(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
-    """Load the network that restores faces, and ParseNet, which finds the parts of a face.
+    """Load the network that restores faces, and ParseNet, which finds the face_parser of a face.
 
     Raises:
         CheckpointError: If a file is not valid, or if the sizes of the networks do not match.
     """
     restorer = _load_model(options, model, device, dtype)
-    parts = _load_parsenet(parsenet, device, dtype)
-    size, stride = restorer.config.size, parts.config.stride
+    face_parser = _load_parsenet(parsenet, device, dtype)
+    size, stride = restorer.config.size, face_parser.config.stride
     # reflection padding needs at least two features on a side
     if size % stride or size < 2 * stride:
         raise CheckpointError(
@@ -194,7 +194,7 @@ def load_networks(
             f"pixels, from {2 * stride} on, the second produces faces of {size}. Use the released files.",
             parsenet,
         )
-    return restorer, parts
+    return restorer, face_parser
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:

@@ -293,6 +293,7 @@ class SwinIR(nn.Module):
     """SwinIR, a network that upscales or restores images."""
 
     def __init__(self, config: SwinirConfig) -> None:
+        """Create SwinIR's layers with the module names of its files."""
         super().__init__()
         self.config = config
         self.conv_first = convolution(COLOURS, config.dim)

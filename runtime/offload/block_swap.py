@@ -194,14 +194,14 @@ class BlockSwap:
         if pool is None:  # the block stays on the device
             output = forward(*inputs, **named)
         else:
-            caches = torch.is_autocast_cache_enabled()
+            was_caching = torch.is_autocast_cache_enabled()
             # autocast would keep a copy of every trained weight on the device until the end of the pass
-            torch.set_autocast_cache_enabled(caches and not pool.blocks[position].is_trained)
+            torch.set_autocast_cache_enabled(was_caching and not pool.blocks[position].is_trained)
             try:
                 with saved_tensors_hooks(self._pack, self._unpack):
                     output = forward(*inputs, **named)
             finally:
-                torch.set_autocast_cache_enabled(caches)
+                torch.set_autocast_cache_enabled(was_caching)
         # the gradient of an output arrives right before the block's own backward pass
         for tensor in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:

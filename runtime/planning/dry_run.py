@@ -270,7 +270,7 @@ class OneOfManyPieces(TorchFunctionMode):
         self._computed: dict[tuple[Any, ...], _ComputedPiece] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function; of the pieces that `compute_piece` computes, run only the largest of each kind."""
+        """Run a torch function; let `compute_piece` compute only pieces larger than all before of their kind."""
         if func is not compute_piece:
             return func(*args, **(kwargs or {}))
         compute, piece = args

@@ -170,7 +170,7 @@ def print_layouts(
         if any(layout.fits for layout in layouts):
             break  # options that save more memory are not needed
     plans = [layout.memory for layout in layouts if layout.memory is not None]
-    if not plans:  # no layout is possible
+    if not plans:  # no layout is possible; the first one's reason stands for all
         raise OptionError(layouts[0].rejection)
     total = f"{device_memory.total / GIB:g}"
     lines = _compare_layouts(layouts, cards, device_memory, added_options)
