@@ -169,19 +169,19 @@ def name_output(chain: Chain, source: Path) -> Path:
 
 def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
     """Log a message if results get a different suffix than the user typed."""
-    form = chain.run.format
+    output_format = chain.run.format
     output = chain.run.output_path
-    if any(not job.is_image for job in jobs) and form.suffix != f".{form.container}":
+    if any(not job.is_image for job in jobs) and output_format.suffix != f".{output_format.container}":
         logger.warning(
             "--codec %s is written as %s because %s does not support it",
-            form.codec,
-            form.suffix,
-            form.container,
+            output_format.codec,
+            output_format.suffix,
+            output_format.container,
         )
     if output is None or len(jobs) != 1 or jobs[0].output.parent != output.parent:
         return
     if jobs[0].output.name != output.name:
-        reason = "pictures are PNG files" if jobs[0].is_image else f"--container is {form.container}"
+        reason = "pictures are PNG files" if jobs[0].is_image else f"--container is {output_format.container}"
         logger.info("The result is written to %s: %s", jobs[0].output, reason)
 
 

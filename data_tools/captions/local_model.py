@@ -358,7 +358,9 @@ def _without_videos(folder: Path, model_type: str) -> Any:
         return processor_class.check_argument_for_proper_class(self, name, component)
 
     # transformers checks components in the constructor: a subclass with another check accepts None
-    images_only = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": check_component})
+    images_only = type(
+        processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": check_component}
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **SAFE_LOADING)
     # `unused` holds the settings that the constructor does not take; either may have the chat template
     settings, unused = processor_class.get_processor_dict(folder, **SAFE_LOADING)

@@ -52,6 +52,7 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
     )
 
     def __post_init__(self) -> None:
+        """Raise OptionError if --api_base is no plain http or https address."""
         if self.api_base is None:
             return
         try:
@@ -133,6 +134,7 @@ class WordingOptions(Options, title="the text that is written"):
     )
 
     def __post_init__(self) -> None:
+        """Check the texts to add and the replacements; raise OptionError for an invalid one."""
         for name in ("trigger_word", "caption_prefix", "caption_suffix"):
             text = getattr(self, name)
             if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
@@ -221,6 +223,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
             self._check_edit_only()
 
     def _check_model_or_server(self) -> None:
+        """Raise OptionError unless exactly one of --model and --api_base is given, with options that suit it."""
         has_model = self.model.model is not None
         has_server = self.api.api_base is not None
         if has_model and has_server:

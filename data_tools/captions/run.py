@@ -224,7 +224,7 @@ def _make_recorded_captions(
     reasons: Mapping[CaptionLocation, str],
     records: Mapping[Path, GeneratedCaptions],
 ) -> tuple[list[Failure], int]:
-    """Load the model and make all captions in `reasons`; return the failures and the number of changed captions.
+    """Load the model and make all captions in `reasons`; return the failures, and how many changed meanwhile.
 
     If existing captions are replaced, each folder's record notes when this pass begins and ends. After
     failures no end is noted, so that the same command continues with the failed files.

@@ -99,19 +99,21 @@ class ApiServer:
         self._model = options.api_model
         self._workers = options.api_workers or WORKERS
         assert options.api_base is not None
-        base = options.api_base.rstrip("/")
-        parts = urlsplit(options.api_base)
-        self._address = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
-        self._is_local = parts.hostname in LOCAL_HOSTS
+        base_address = options.api_base.rstrip("/")
+        url = urlsplit(options.api_base)
+        self._address = (
+            base_address if base_address.endswith("/chat/completions") else f"{base_address}/chat/completions"
+        )
+        self._is_local = url.hostname in LOCAL_HOSTS
         key = environment.get(KEY_VARIABLE, "").strip()
         if not all("!" <= character <= "~" for character in key):
             raise OptionError(
                 f"{KEY_VARIABLE} contains a space, a line break or a character that is not valid in a key. "
                 "Set it to the key alone."
             )
-        if key and parts.scheme == "http" and not self._is_local:
+        if key and url.scheme == "http" and not self._is_local:
             logger.warning(
-                "The key in %s is sent to %s without encryption (http).", KEY_VARIABLE, parts.hostname
+                "The key in %s is sent to %s without encryption (http).", KEY_VARIABLE, url.hostname
             )
         self._key = key
         self._stop = threading.Event()
@@ -276,16 +278,16 @@ class ApiServer:
         cause = error
         while cause.__context__ is not None:  # the innermost error is the system's
             cause = cause.__context__
-        why = self._redact(getattr(cause, "strerror", None) or str(cause))
+        reason = self._redact(getattr(cause, "strerror", None) or str(cause))
         is_rejected = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
         if is_rejected and not self._has_answered:
             return UserError(
-                f"--api_base: nothing answers at {self._address}: {why}. Start the server, or correct "
+                f"--api_base: nothing answers at {self._address}: {reason}. Start the server, or correct "
                 "the address."
             )
         if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
-            why = f"there is no complete answer within {self.timeout:g} s (--api_timeout)"
-        return _RetryableError(f"the connection broke: {why}", wait_seconds=None)
+            reason = f"there is no complete answer within {self.timeout:g} s (--api_timeout)"
+        return _RetryableError(f"the connection broke: {reason}", wait_seconds=None)
 
     def _post(self, parameters: Any) -> "_Response":
         """Send a request, and read the whole response within the time limit.

@@ -178,7 +178,7 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
 def _make_plan(images: Sequence[Path], output: Path, method: str, overwrite: bool) -> ControlPlan:
     """Decide for each image whether its control image is made, and list existing ones that stay.
 
-    With `overwrite`, control images that this program has made are made again.
+    With `overwrite`, control images that this program has made are made again, even if nothing has changed.
     """
     existing: dict[str, Path] = {}
     if output.is_dir():

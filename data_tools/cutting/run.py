@@ -333,8 +333,8 @@ class Cutter:
             OutputError: If a new clip would overwrite a file that this program did not write.
         """
         old_names = set() if old is None else {clip.name for clip in old.clips}  # may be replaced
-        names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
-        foreign_names = [name for name in names if name not in old_names]
+        existing_names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
+        foreign_names = [name for name in existing_names if name not in old_names]
         if foreign_names:
             raise OutputError(
                 f"{', '.join(foreign_names[:MAX_NAMED_FILES])} in {self.output} would be written, and there "
@@ -357,7 +357,9 @@ class Cutter:
             MediaError: If a frame cannot be decoded.
             OutputError: If a clip cannot be written.
         """
-        missing_records = [clip_record for clip_record in record.clips if not os.path.lexists(self.output / clip_record.name)]
+        missing_records = [
+            clip_record for clip_record in record.clips if not os.path.lexists(self.output / clip_record.name)
+        ]
         if not missing_records:
             return 0
         video_format = self.options.clip_format

@@ -113,9 +113,9 @@ def write_check_page(
         (findings, _describe_settings(findings.table), _select_cards(cards, findings.table))
         for findings in tables
     ]
-    values = {"result": result, "sections": table_sections, "files": num_files}
+    template_values = {"result": result, "sections": table_sections, "files": num_files}
     title = f"{config.path.name}: {format_count(num_files, 'file')} checked"
-    _write_page(path, title, values, cards=cards, fps=fps)
+    _write_page(path, title, template_values, cards=cards, fps=fps)
 
 
 class _TableSection(NamedTuple):
@@ -276,6 +276,7 @@ def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
     inspections = job.findings.inspections
     measures = inspections[job.index].measures if inspections else None
     token_counts, caption_parts = _split_captions(source, card_settings.counters)
+    # CSS classes by which the page filters its cards; "cut" is for files that lose much to cropping
     belongs_to_class = {
         "faulty": bool(errors),
         "told": bool(warnings),

@@ -91,10 +91,10 @@ class HypoNet(nn.Module):
         last = len(self.params_dict) - 1
         for number in range(last + 1):
             # rows of weights, and the bias as the last row
-            both = self.params_dict[f"linear_wb{number}"]
+            weight_and_bias = self.params_dict[f"linear_wb{number}"]
             # as a 1x1 convolution, which needs no other memory layout
-            weight = normalize(both[:-1], dim=0).t()[:, :, None, None]
-            values = conv2d(values, weight, both[-1])
+            weight = normalize(weight_and_bias[:-1], dim=0).t()[:, :, None, None]
+            values = conv2d(values, weight, weight_and_bias[-1])
             if number < last:
                 values = torch.sin(self._config.frequency * values)
         return values + self._config.output_bias

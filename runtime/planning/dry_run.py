@@ -270,7 +270,7 @@ class OneOfManyPieces(TorchFunctionMode):
         self._computed: dict[tuple[Any, ...], _ComputedPiece] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a torch function; let `compute_piece` compute only pieces larger than all before of their kind."""
+        """Run a torch function; let `compute_piece` compute only the largest piece so far of each kind."""
         if func is not compute_piece:
             return func(*args, **(kwargs or {}))
         compute, piece = args
@@ -433,7 +433,7 @@ FEW_BLOCKS = 3  # both ends of a list, and one block in between
 def truncate_blocks(
     dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger
 ) -> None:
-    """Keep only the first `counts` blocks of each list in a network.
+    """Keep only the first `counts` blocks of each list in a network, so that a dry run is short.
 
     Args:
         dit: The transformer.

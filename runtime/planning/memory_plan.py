@@ -449,7 +449,7 @@ def advise(
         phase: Text after the bytes, such as " while denoising".
 
     Returns:
-        The lines, and the last prediction if even that one does not fit.
+        The lines, and the last prediction if even that one does not fit, else None.
     """
     lines: list[str] = []
     for name, predict in memory_savers:
