@@ -54,7 +54,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
     """
     parts: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
     outer_spec = replace(spec, checkpointed_layers_attribute="")
-    if spec.compiled_layers_attribute and choice.dynamic is False:
+    if spec.compiled_layers_attribute and choice.dynamic is False:  # whole blocks, a variant for each size
         choice = replace(choice, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
     elif spec.compiled_layers_attribute:  # compile layers of the blocks one by one, with dynamic sizes
         outer_spec = spec
@@ -145,7 +145,7 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
 
 
 def missing_for_inductor(device: torch.device) -> str:
-    """Return the parts of torch's compiler that are missing, and how to install them."""
+    """Return the parts of torch's compiler that are missing, and how to install them; "" if none is."""
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":

@@ -161,7 +161,7 @@ def _ask_git(*words: str) -> str:
     if PREFIX or not (ROOT / ".git").exists():
         return ""
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["git", "-C", str(ROOT), *words],
             capture_output=True,
             text=True,
@@ -171,4 +171,4 @@ def _ask_git(*words: str) -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return completed.stdout.strip() if completed.returncode == 0 else ""

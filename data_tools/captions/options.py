@@ -223,7 +223,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
             self._check_edit_only()
 
     def _check_model_or_server(self) -> None:
-        """Raise OptionError unless exactly one of --model and --api_base is given, with options that suit it."""
+        """Raise OptionError if --model and --api_base are both given, or neither although one is needed."""
         has_model = self.model.model is not None
         has_server = self.api.api_base is not None
         if has_model and has_server:

@@ -264,16 +264,16 @@ def try_captions(config: DatasetConfig, backend: CaptionBackend, count: int) -> 
     locations.sort(key=lambda location: location.has_caption)
     captioner = backend.load_captioner()
     failures: list[Failure] = []
-    answers = captioner(locations[:count], backend.read_frames)
-    with contextlib.closing(answers):
-        for location, answer in answers:
-            if isinstance(answer, str):
-                _print([str(location.source.path), f"  {backend.postprocess(location, answer)}"])
+    captions = captioner(locations[:count], backend.read_frames)
+    with contextlib.closing(captions):
+        for location, caption in captions:
+            if isinstance(caption, str):
+                _print([str(location.source.path), f"  {backend.postprocess(location, caption)}"])
                 sys.stdout.flush()
-            elif isinstance(answer, (MediaError, NoCaptionError)):
-                failures.append(Failure.of(location.source, answer))
+            elif isinstance(caption, (MediaError, NoCaptionError)):
+                failures.append(Failure.of(location.source, caption))
             else:  # an error that is not specific to this file
-                raise answer
+                raise caption
     if failures:
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
 

@@ -231,6 +231,7 @@ def _prepare_items(
         _write_captions(missing.without_texts, options, show_progress=is_main)
     elif missing.without_texts:
         _encode_captions(missing.without_texts, networks, device, options, show_progress=is_main)
+    # after the captions, whose text encoders are freed by now
     encode = None if networks is None or not missing.without_media else networks.load_vae(device)
     failures = clips.prepare_clips(
         missing.without_media, encode, device, options=options, show_progress=is_main

@@ -294,9 +294,9 @@ def _generate_masks(
     previous_masks = itertools.repeat(None) if entry.mask is None else _repeat_last(read_frames(entry.mask))
     has_found = False
     for score_map, previous_mask in zip(score_maps, previous_masks, strict=False):
-        found = shaping.shape(score_map, sizes.popleft())
-        has_found = has_found or bool(found.any())
-        yield shaping.combine_with_previous(found, previous_mask, options.mode, options.alpha)
+        found_mask = shaping.shape(score_map, sizes.popleft())
+        has_found = has_found or bool(found_mask.any())
+        yield shaping.combine_with_previous(found_mask, previous_mask, options.mode, options.alpha)
     if not has_found:
         raise _NothingFoundError
 

@@ -519,6 +519,10 @@ def check_training(
 ) -> CheckResult:
     """Report the caches that a training run would use; every cache file is read and verified.
 
+    1. For each table: list cached and missing items, read the caches, and compare them with the media files.
+    2. For the whole dataset: check that references are learned, and split off the validation items.
+    3. Describe an epoch, and name the caching commands if there are errors.
+
     Args:
         config: The dataset.
         cache_tag: Name of the model in its cache files.

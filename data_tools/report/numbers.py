@@ -65,7 +65,7 @@ def collect_statistics(
         captions = by_table[0]["captions"]
     else:
         captions = count_captions(source for findings in tables for source in findings.sources)
-    # errors that have their own list: "broken" for files, "captions" for captions
+    # errors that are not repeated in "faults": "broken" lists the files, "captions" the missing captions
     listed_elsewhere = (CANNOT_BE_READ, NO_CAPTION)
     return {
         "dataset_config": str(config.path),

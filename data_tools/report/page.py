@@ -151,7 +151,7 @@ def write_report_page(
         drawings, num_not_drawn = _draw_crops(table_statistics, findings)
         cards_of_table = _select_cards(cards, findings.table)
         table_sections.append(_TableSection(table_statistics, drawings, num_not_drawn, cards_of_table))
-    values = {
+    template_values = {
         "result": None,  # a page of --check has it instead of `report`
         "report": statistics,
         "sections": table_sections,
@@ -159,7 +159,7 @@ def write_report_page(
         "number": _format_number,
         "in_words": format_duration,
     }
-    _write_page(path, config.path.name, values, cards=cards, fps=options.fps)
+    _write_page(path, config.path.name, template_values, cards=cards, fps=options.fps)
 
 
 def _select_cards(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
@@ -179,7 +179,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         num_cards = sum(filter_class in card.filter_classes for card in cards)
         if num_cards:
             filters.append((filter_class, label, num_cards))
-    shared: dict[str, Any] = {
+    shared_values: dict[str, Any] = {
         "fps": fps,
         "cards": len(cards),
         "filters": filters,
@@ -189,7 +189,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         "references_in_words": references_in_words,
         "count_words": pluralize,
     }
-    write_page(path, TEMPLATE, title, {**shared, **values})
+    write_page(path, TEMPLATE, title, {**shared_values, **values})
     logger.info("wrote %s", path)
 
 
@@ -406,21 +406,21 @@ def _describe_settings(table: DatasetTable) -> str:
     """Return the settings of a table in one line."""
     width, height = table.resolution
     buckets = "buckets" if table.enable_bucket else "one size"
-    parts = [f"{width}x{height}, {buckets}", f"batch_size {table.batch_size}"]
+    settings = [f"{width}x{height}, {buckets}", f"batch_size {table.batch_size}"]
     if table.num_repeats != 1:
-        parts.append(f"num_repeats {table.num_repeats}")
+        settings.append(f"num_repeats {table.num_repeats}")
     if table.kind == "video":
-        targets = f": {', '.join(map(str, table.target_frames))} frames"
-        parts.append(table.frame_extraction + ("" if table.frame_extraction == "full" else targets))
+        frame_counts = f": {', '.join(map(str, table.target_frames))} frames"
+        settings.append(table.frame_extraction + ("" if table.frame_extraction == "full" else frame_counts))
         if table.source_fps is not None:
-            parts.append(f"source_fps {table.source_fps}")
+            settings.append(f"source_fps {table.source_fps}")
     for name in TIMESTEP_KEYS:
         value = getattr(table, name)
         if value is not None:
-            parts.append(f"{name} {value:g}")
+            settings.append(f"{name} {value:g}")
     if table.validation:
-        parts.append("for validation")
-    return "; ".join(parts)
+        settings.append("for validation")
+    return "; ".join(settings)
 
 
 # --- drawings

@@ -71,7 +71,7 @@ class _Viewer:
         # the console shows a limited number of items, windows and files all
         num_left = self.debug.console_num_images if self.display == "console" else None
         sources = find_sources(table)
-        ahead = read_ahead(
+        decoding = read_ahead(
             sources,
             source_of=lambda source: source,
             work=self._decode,
@@ -79,7 +79,7 @@ class _Viewer:
             bar=Bar(len(sources), "Decoding", "source", shown=False),
             decodes=True,
         )
-        with contextlib.closing(ahead) as decoded:
+        with contextlib.closing(decoding) as decoded:
             for source, result in decoded:
                 if isinstance(result, Failure):
                     self.failures.append(result)

@@ -44,8 +44,8 @@ def read_labels(folder: Path) -> tuple[Label, ...]:
         try:
             labels = read(read_text(path))
         except (OSError, ValueError, csv.Error) as error:
-            why = shorten(str(error), 300)
-            raise CheckpointError(f"{path} is not a list of tags: {why}", path) from None
+            reason = shorten(str(error), 300)
+            raise CheckpointError(f"{path} is not a list of tags: {reason}", path) from None
         if not labels:
             raise CheckpointError(f"{path} has no tags", path)
         return labels

@@ -214,14 +214,14 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     def load_float32_parsenet() -> ParseNet:
         return _load_parsenet(parsenet, device, torch.float32)
 
-    restorer, parse = load_networks(options, model, parsenet, device=device, dtype=dtype)
+    restorer, face_parser = load_networks(options, model, parsenet, device=device, dtype=dtype)
     if isinstance(restorer, CodeFormer) and network_options.seed is not None:
         logger.warning("--seed is ignored because CodeFormer uses no random numbers.")
     logger.info("%s; %s.", LICENSES[options.mode], PARSENET_LICENSE)
-    compile_parts(network_options, (restorer, parse))
+    compile_parts(network_options, (restorer, face_parser))
     return Restorer(
         restore=Float32Fallback(_configure(restorer, options), dtype, load_float32_restorer, name),
-        parse=Float32Fallback(parse, dtype, load_float32_parsenet, "ParseNet"),
+        parse=Float32Fallback(face_parser, dtype, load_float32_parsenet, "ParseNet"),
         size=restorer.config.size,
     )
 

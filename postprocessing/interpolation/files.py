@@ -283,6 +283,7 @@ def _parse_settings(path: Path) -> ModeSettings:
     arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
     hyponet = _require_mapping(arch.get("hyponet"))
     activation = hyponet.get("activation", "siren")
+    # either a mapping of settings, or only the name of the type
     sine = _require_mapping(activation) or {"type": activation}
     for name, setting, supported in (
         ("fwarp_type", arch.get("fwarp_type", "linear"), "linear"),

@@ -68,8 +68,8 @@ class SelfAffinity(nn.Module):
             # 8 bytes for each pair: product and softmax in float32
             rows = chunk_rows(8 * len(k), q.device)
             scaled = q * q.shape[1] ** -0.5
-            for part, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
-                part.copy_((queries @ k.T).softmax(dim=1))
+            for weight_rows, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
+                weight_rows.copy_((queries @ k.T).softmax(dim=1))
             return partial(_apply_to_positions, weights.matmul)
 
         def attend(v: Tensor) -> Tensor:

@@ -161,6 +161,7 @@ class BlockSwap:
             return
         block = pool.blocks[position]
         if pool.slot_of(block) is None:
+            # this block is copied even if the pass skips it
             self._skipped_positions = frozenset(skipped) - {position}
             self._prefetch_from(position, backward=False)
         self._activate(pool, block, backward=False)

@@ -403,6 +403,7 @@ def _track_forward(
         return lambda _: ledger.begin_phase(phase)
 
     def tracked_forward(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        """Run the block's `forward`, and begin the phases of the dry run before and after it."""
         if ledger.is_backward:  # checkpointing recomputes the block, which counts as its backward pass
             return forward(x, *inputs, **named)
         # the gradient of the first block's input is ready when the backward pass leaves the blocks
