@@ -165,7 +165,7 @@ def _write_copies(path: Path, folder: Path, options: ResizeImagesOptions, counts
 
 
 def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) -> Frame:
-    """Return an image, reduced if its area exceeds that of `size`; both sides are divisible by the step.
+    """Reduce an image to the area of `size` if it is larger; crop its sides to multiples of --divisible_by.
 
     Raises:
         MediaError: If a side of the image is shorter than --divisible_by.

@@ -163,7 +163,7 @@ def name_output(chain: Chain, source: Path) -> Path:
                 f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
             )
         return output / default_name
-    # the suffix follows from the format, whatever the user typed
+    # the output format determines the suffix, even if the user typed another one
     return output.with_suffix(suffix) if has_media_suffix else output.with_name(f"{output.name}{suffix}")
 
 

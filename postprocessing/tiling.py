@@ -31,7 +31,7 @@ HOST_MEMORY_FRACTION = (
 
 
 def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
-    """Pad images, B C H W, on the right and at the bottom with their reflection, to multiples of `step`.
+    """Pad images, B C H W, on the right and bottom with their reflection, to multiples of `step`.
 
     The reflection is repeated for images smaller than `step`.
 

@@ -274,7 +274,7 @@ class ApiServer:
         return NoCaptionError(f"the server answers {status}: {message}")
 
     def _explain_connection_error(self, error: BaseException) -> UserError | _RetryableError:
-        """Return the exception for a failed connection: fatal if the server never answered, else a retry."""
+        """Return the exception for a failed connection: fatal only if the server has never answered."""
         cause = error
         while cause.__context__ is not None:  # the innermost error is the system's
             cause = cause.__context__

@@ -349,7 +349,7 @@ def _encode_batch(
 def _encode_clips(
     clips: Sequence[Clip], encode: EncodeMoments, device: torch.device, settings: EncodingOptions
 ) -> list[Tensor]:
-    """Encode clips of equal shape to VAE moments, on the CPU in the dtype to save.
+    """Encode clips of the same shape to VAE moments; return them on the CPU, in the dtype for saving.
 
     On a CPU, clips are encoded one by one, which is equally fast and makes results independent of the batch.
     """

@@ -40,7 +40,9 @@ logger = logging.getLogger(__name__)
 def prepare(options: PrepareOptions) -> None:
     """Prepare a dataset for CogVideoX trainers: encode missing files, and write the lists of all files.
 
-    A clip that cannot be read does not stop the run; it is reported at the end.
+    1. The main process checks the output folder and records the settings in it.
+    2. Each process encodes the missing files of its share of the clips.
+    3. The main process writes the lists and reports unreadable clips, which do not stop the run.
 
     Raises:
         DatasetError: If the data cannot be used or a clip failed.

@@ -32,7 +32,7 @@ class DepthModel:
 
     @torch.no_grad()
     def draw(self, image: Frame) -> Frame:
-        """Return the depth map of an image as gray RGB, H W 3 of equal size: black is far, white is near.
+        """Return the depth map of an image in gray, H W 3 of the same size: black is far, white is near.
 
         The nearest point of each image is white and the farthest black, as in the maps that depth ControlNets
         were trained with.

@@ -177,7 +177,7 @@ def _reject_ambiguous_masks(entries: Sequence[MaskEntry]) -> None:
 
 
 def _select_finder_kind(finder: FinderOptions) -> str:
-    """Return what finds the masked areas: a model type for prompts, otherwise the name of the option.
+    """Return what finds the masked areas: the type of the model for prompts, or the name of another option.
 
     Raises:
         CheckpointError: If the model cannot search for prompts.

@@ -162,6 +162,10 @@ def check_caching(
 ) -> CheckResult:
     """Report what caching would do, without loading encoders and without writing anything.
 
+    1. Read what identifies the encoders, and load tokenizers for counting tokens.
+    2. Check the media, caches and captions of each table.
+    3. Check what concerns all tables: unused control media and masks, references, validation, balance.
+
     Args:
         family: Family that would cache.
         config: The dataset.
@@ -192,7 +196,7 @@ def check_caching(
     folders = TableFolders(config)
     tables = [checker.check(find_table(config, table, folders)) for table in config.datasets]
     sources = [source for findings in tables for source in findings.sources]
-    # control media and masks of no source are known only after the sources of all tables are listed
+    # unused control media and masks are known only after the sources of all tables are listed
     log_lone_controls(sources)
     if scope.media:
         find_lone_masks(tables)
@@ -418,7 +422,7 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, cache_settings: LatentCacheSettings, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Plan the caches of all sources; sources whose items are not known yet are decoded and come last."""
+    """Plan the caches of all sources; those with unknown items are decoded and come last in the result."""
     table = findings.table
     store = cache_settings.stores.latent_store(table)
     cached_names = LatentNames(store, cache_settings.tag, table.kind)
@@ -469,7 +473,7 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
         if isinstance(reference_sizes, Failure):
             findings.errors.append(Fault(UNREADABLE, str(reference_sizes), reference_sizes.stem))
             continue
-        # items of a batch must have references of equal sizes
+        # references of one batch must have the same sizes
         sides = tuple(itertools.chain(*reference_sizes)) if table.batch_size > 1 else ()
         for item_size in plan.item_sizes:
             findings.add_items([plan.source.stem], (*item_size, *sides))
@@ -634,7 +638,7 @@ def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem
             yield item, number
     table = items[0].table
     if table.caches_empty_prompt:
-        # the empty prompt once, or for each item if an encoder sees its references
+        # the empty prompt once, or for each item if an encoder also gets its reference images
         for item in items if table.texts_see_references else items[:1]:
             yield item, EMPTY
 

@@ -225,7 +225,7 @@ def count_validation_items(tables: Sequence[TableFindings], share: float, seed: 
 
 
 def balance_regularization(tables: Sequence[TableFindings]) -> None:
-    """Set how often regularization images repeat, so that an epoch has as many of them as of other images.
+    """Set how often regularization images repeat: an epoch gets as many of them as other images.
 
     Args:
         tables: Findings for all tables of a configuration.

@@ -55,6 +55,10 @@ DEFAULT = (16, (4, 8, 8))
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """Check and measure a dataset, then write the report page and the JSON file that the options request.
 
+    1. Measure the media files of each table.
+    2. Find near duplicates over all tables, and collect the statistics.
+    3. Log the errors, and write the page and the JSON file.
+
     Raises:
         DatasetError: If there is nothing to report on.
         OutputError: If a file cannot be written.
@@ -192,7 +196,7 @@ def _inspect(source: MediaSource, options: ReportOptions, latent: LatentSpec) ->
     remote_paths = [path for path, origin in source.latent_inputs if isinstance(origin, Remote)]
     if options.no_download and not all(path.exists() for path in remote_paths):
         raise MediaError("not downloaded yet; caching does that")
-    # precomputed tensors are measured in any case, because only their header is read
+    # precomputed tensors are always measured, because only their header is read
     if options.no_decode and source.precomputed is None:
         return inspect_header(source, options.fps, latent)
     return inspect_and_measure(source, options.fps, latent)

@@ -32,7 +32,7 @@ class Label:
 
 
 def read_labels(folder: Path) -> tuple[Label, ...]:
-    """Read a tagger's labels from the CSV table in its folder, otherwise from the JSON mapping.
+    """Read a tagger's labels from the CSV table in its folder, or from the JSON mapping if there is none.
 
     Raises:
         CheckpointError: If the folder has neither, or if a line cannot be used.

@@ -30,6 +30,8 @@ MAX_PIXELS = 4096**2  # maximum pixels of a frame
 def tag_folder(options: TaggingOptions) -> None:
     """Tag the images and clips of a dataset, and write the tags as captions.
 
+    The tagger takes the place of a captioning model in `write_captions`, which selects the files to tag.
+
     Raises:
         UserError: If the dataset or the tagger cannot be used, or if files got no tags.
     """

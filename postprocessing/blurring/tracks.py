@@ -156,7 +156,7 @@ def _match(
     scores = np.stack([score(track, box_array, index) for track in tracks])  # tracks x boxes
     matches = {}
     while scores.max() > 0:
-        row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal scores the first
+        row, column = np.unravel_index(scores.argmax(), scores.shape)  # the first of equal scores
         matches[tracks[int(row)]] = boxes[int(column)]
         # each track and each box is matched at most once
         scores[row] = 0

@@ -107,7 +107,7 @@ class AttentionBlock(nn.Module):
 
 
 class Halving(nn.Module):
-    """Convolution with stride 2 that pads one pixel at the right and bottom only."""
+    """Convolution with stride 2 that pads only the right and bottom edges, by one pixel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
 
 
 def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
-    """Plan the loading of a CodeFormer, whose sizes are read from its tensors.
+    """Plan the loading of a CodeFormer; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a CodeFormer file.

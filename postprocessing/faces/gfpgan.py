@@ -247,7 +247,7 @@ def _make_condition_layers(width_in: int, width: int) -> nn.Sequential:
 
 
 def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
-    """Plan the loading of a GFPGAN, whose sizes are read from its tensors.
+    """Plan the loading of a GFPGAN; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a GFPGAN file.

@@ -127,7 +127,7 @@ def face_parts(scores: Tensor) -> Tensor:
 
 
 def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
-    """Plan the loading of a ParseNet, whose sizes are read from its tensors.
+    """Plan the loading of a ParseNet; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a ParseNet file.
@@ -368,7 +368,7 @@ def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str,
         CheckpointError: If no file exists.
     """
     files: dict[str, Path] = {}
-    with contextlib.suppress(OSError):  # the folder of a file that is not there
+    with contextlib.suppress(OSError):  # the folder may be missing
         files = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
     for stem in stems:
         for suffix in SUFFIXES:

@@ -137,7 +137,7 @@ class YoloDetector:
 
 
 def _decode_selected(rows: NDArray[np.float32], least_score: float) -> _Rows:
-    """Decode rows of corners, score, class and landmarks, whose overlapping boxes are suppressed already."""
+    """Decode rows of corners, score, class and landmarks, after non-maximum suppression in the network."""
     rows = rows[rows[:, BOX] >= least_score]
     points = _read_points(rows[:, BOX + 2 :], values_per_point=3)
     return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
@@ -297,7 +297,7 @@ class YuNetDetector:
         return faces
 
     def _find_candidates(self, pixels: NDArray[np.uint8]) -> _Faces:
-        """Return a candidate for each grid cell of an image (H W 3, RGB), whatever its score."""
+        """Return a face candidate for each grid cell of an image (H W 3, RGB), without a score threshold."""
         height, width = pixels.shape[:2]
         canvas_width, canvas_height = self.canvas or (
             round_up(width, SIDE_MULTIPLE),
@@ -314,7 +314,7 @@ class YuNetDetector:
         )
 
     def _decode_grid(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
-        """Decode one of YuNet's output grids, whose cells are `step` pixels apart, to faces."""
+        """Decode the YuNet output grid with a cell every `step` pixels to face candidates."""
         rows, columns = height // step, width // step
         class_score = self._read_output(outputs, "cls", step, rows * columns).clip(0, 1)
         object_score = self._read_output(outputs, "obj", step, rows * columns).clip(0, 1)

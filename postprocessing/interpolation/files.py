@@ -48,7 +48,7 @@ WeightShape = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape
 
 
 def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
-    """Plan the loading of GIMM-VFI without its optical flow, with sizes read from its tensors.
+    """Plan the loading of GIMM-VFI without its optical flow; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a GIMM-VFI file.
@@ -191,7 +191,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
             path,
         )
     folder = path if path.is_dir() else path.parent
-    main = _find_main_file(folder, kind) if path.is_dir() else path  # whatever the name of a typed file
+    main = _find_main_file(folder, kind) if path.is_dir() else path  # a given file may have any name
     settings = folder / f"{kind}_arb.yaml"
     return ModeFiles(main, _find_flow_file(main, kind), settings if settings.is_file() else None)
 
@@ -220,7 +220,7 @@ def _find_flow_file(main: Path, kind: str) -> Path:
     Raises CheckpointError if there is none.
     """
     names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
-    # the stem of the released file, with which the names of other copies may begin
+    # stem of the released file; the name of a renamed copy may begin with it
     flow = _find_model(main.parent, names, names[1].partition(".")[0])
     if flow is not None:
         return flow
@@ -239,7 +239,7 @@ def _holds_flow(main: Path) -> bool:
 
 
 def _find_model(folder: Path, names: Sequence[str], start: str) -> Path | None:
-    """Return a model file with one of the released `names`, else the only one that begins with `start`.
+    """Return the model file with the first existing name of `names`, or the only one starting with `start`.
 
     Returns None if there is neither. Raises CheckpointError if several begin with `start`.
     """

@@ -247,7 +247,7 @@ class FlowFormer(nn.Module):
 
 
 def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
-    """Plan the loading of a FlowFormer, whose sizes are read from its tensors.
+    """Plan the loading of a FlowFormer; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a FlowFormer file.

@@ -278,7 +278,7 @@ def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
 
 
 def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
-    """Plan the loading of a large RAFT, whose sizes are read from its tensors.
+    """Plan the loading of a large RAFT; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a RAFT file.

@@ -100,7 +100,7 @@ class RRDBNet(nn.Module):
 
     @property
     def repeated_blocks(self) -> tuple[nn.Module, ...]:
-        """Submodules of equal shape, which share one compilation."""
+        """Submodules of the same shape, which share one compilation."""
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -334,7 +334,7 @@ class SwinIR(nn.Module):
 
     @property
     def repeated_blocks(self) -> tuple[nn.Module, ...]:
-        """Blocks of equal shape, which share one compilation."""
+        """Blocks of the same shape, which share one compilation."""
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ class SwinIR(nn.Module):
         tokens = self.norm(tokens).to(x.dtype)
         features = self.conv_after_body(as_map(tokens)) + first
         del first, tokens  # enlarging takes most memory
-        if self.config.upsampler == "none":  # results of equal size: the network predicts the change
+        if self.config.upsampler == "none":  # same size: the network predicts the change
             enlarged = x + self.conv_last(features)
         else:
             enlarged = self._enlarge(features)

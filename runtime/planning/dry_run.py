@@ -191,7 +191,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator on tensors, some of which are fake: they have no values.
+    """Run an operator on tensors; some of them are fake tensors, which have no values.
 
     1. Real inputs give a real result, except for floating-point data that are copied to the device.
     2. Real and fake inputs give a fake result.
