@@ -114,14 +114,14 @@ class LocalModel:
             prompts.append(self.format_prompt(prompt, num_images=len(frames)))
         inputs = self._make_inputs(prompts, batch) if self.takes_text else self._make_image_inputs(batch)
         answer_tokens = self._generate_tokens(inputs, names=[location.name for location, _ in batch])
-        texts = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
+        answer_texts = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
         end_tokens = self._end_tokens()
         answers = []
-        for prompt, text, tokens in zip(prompts, texts, answer_tokens, strict=True):
+        for prompt, answer_text, tokens in zip(prompts, answer_texts, answer_tokens, strict=True):
             if prompt.rstrip().endswith("<think>"):  # the prompt ends with the opening tag of the thought
-                text = f"<think>{text}"
+                answer_text = f"<think>{answer_text}"
             was_cut = end_tokens.isdisjoint(tokens.tolist())  # no end token: max_new_tokens was reached
-            answers.append(GeneratedAnswer(text, was_cut))
+            answers.append(GeneratedAnswer(answer_text, was_cut))
         return answers
 
     def _generate_tokens(self, inputs: Any, names: Sequence[str]) -> Tensor:

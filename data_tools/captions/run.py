@@ -179,7 +179,7 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
     Raises:
         DatasetError: If the dataset cannot be used, or at the end if sources got no caption.
     """
-    start = time.monotonic()
+    start_seconds = time.monotonic()
     rules = backend.overwrite_rules
     if not dry_run:
         _recover_pending(config)  # captions that a killed run has not put into its list yet
@@ -192,8 +192,8 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
         _print_plan(config, reasons, num_kept)
         return
     _show_start(config, backend.model_name, reasons, num_kept=num_kept, num_done_before=num_done_before)
-    for text in describe_missing_extensions(config):
-        logger.warning("%s", text)
+    for warning in describe_missing_extensions(config):
+        logger.warning("%s", warning)
     failures, num_changed = _make_recorded_captions(backend, reasons, records)
     num_written = len(reasons) - len(failures) - num_changed
     num_not_written = len(locations) - len(reasons) + num_changed
@@ -202,7 +202,7 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
         ("captions", f"{num_written} written, {num_not_written} kept"),
         ("kept", changed_text),
         ("missing keys", backend.describe_missing_keys()),
-        ("time", format_duration(time.monotonic() - start)),
+        ("time", format_duration(time.monotonic() - start_seconds)),
     ]
     show_box("Captioning is finished", rows)
     if failures:

@@ -308,16 +308,16 @@ class ApiServer:
         ):
             if "," in answer.headers.get("Content-Encoding", ""):  # compressed twice, a few bytes can be GiB
                 raise NoCaptionError("the server's answer is packed more than once")
-            content = bytearray()
+            body = bytearray()
             end = start + self.timeout
             for piece in answer.iter_content(1):  # a larger piece would wait until it is full
-                content += piece
+                body += piece
                 if time.monotonic() > end:  # requests restarts its own timeout at each byte
                     raise requests.ReadTimeout
-                if len(content) > MAX_ANSWER_BYTES:
+                if len(body) > MAX_ANSWER_BYTES:
                     raise NoCaptionError(f"the server's answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
             wait_seconds = _read_wait_seconds(answer.headers.get("Retry-After"))
-            return _Response(answer.status_code, wait_seconds, content.decode("utf-8", "replace"))
+            return _Response(answer.status_code, wait_seconds, body.decode("utf-8", "replace"))
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add the API key to a request.

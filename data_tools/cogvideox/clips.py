@@ -174,19 +174,19 @@ def make_list_contents(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) 
         items: Finished items with their number of frames, height and width. Missing files are null in
             data.jsonl.
     """
-    lines = []
+    jsonl_lines = []
     for item, info in items:
-        files = {key: item.path_of(kind) for key, kind in FOLDERS_BY_KEY.items()}
+        path_by_key = {key: item.path_of(kind) for key, kind in FOLDERS_BY_KEY.items()}
         paths_in_folder = {
             key: path.relative_to(item.folder).as_posix() if path.exists() else None
-            for key, path in files.items()
+            for key, path in path_by_key.items()
         }
         record = {"prompt": item.caption, **paths_in_folder, "metadata": dict(info)}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        jsonl_lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return {
         "prompts.txt": "".join(f"{item.caption}\n" for item, _ in items),
         "videos.txt": "".join(f"{VIDEOS}/{item.name}.mp4\n" for item, _ in items),
-        "data.jsonl": "".join(lines),
+        "data.jsonl": "".join(jsonl_lines),
     }
 
 

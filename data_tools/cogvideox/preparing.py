@@ -63,11 +63,11 @@ def prepare(options: PrepareOptions) -> None:
         # called only to make the others wait until the main process has checked the folder
         process.gather(None)
         # each process takes every n-th item
-        missing = _find_missing_files(items[process.rank :: process.num_processes], options, networks)
+        missing_files = _find_missing_files(items[process.rank :: process.num_processes], options, networks)
         if is_main:
-            _show_start(options, process, num_items=len(items), num_to_do=missing.num_items)
-        failures_of_process = _prepare_items(options, networks, process, missing)
-        gathered = process.gather((missing.num_items, failures_of_process))
+            _show_start(options, process, num_items=len(items), num_to_do=missing_files.num_items)
+        failures_of_process = _prepare_items(options, networks, process, missing_files)
+        gathered = process.gather((missing_files.num_items, failures_of_process))
         failures = [failure for _, failures in gathered for failure in failures]
         if not is_main:
             if failures:

@@ -125,9 +125,9 @@ def _parse_record(text: str) -> CutRecord:
     )
     lists = tuple(content.pop("lists"))
     record = CutRecord(**content, clips=clips, lists=lists)
-    names = [record.stem, *(clip.name for clip in clips)]
+    file_names = [record.stem, *(clip.name for clip in clips)]
     # a changed record could name files elsewhere, which cutting again would remove
-    if any(Path(name).name != name or name == ".." for name in names):
+    if any(Path(name).name != name or name == ".." for name in file_names):
         raise ValueError("it names files in other folders")
     return record
 

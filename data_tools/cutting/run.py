@@ -187,8 +187,8 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
         )
     stems = {}
     for video in videos:
-        parts = video.relative_to(root).with_suffix("").parts
-        stems[video] = readable_stem("_".join(parts))
+        path_parts = video.relative_to(root).with_suffix("").parts
+        stems[video] = readable_stem("_".join(path_parts))
     return stems
 
 

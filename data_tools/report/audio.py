@@ -51,16 +51,20 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
     """
     video_seconds = None
     try:
-        with fetch(source) as local:
-            path = find_audio(local)
+        with fetch(source) as local_source:
+            path = find_audio(local_source)
             track = track_info(path)
             if track is None:
                 raise NoAudio(f"{path}: it has no audio track")
             # only a video file has its own duration to compare with
-            is_video = local.precomputed is None and not local.path.is_dir() and not local.table.is_audio_only
+            is_video = (
+                local_source.precomputed is None
+                and not local_source.path.is_dir()
+                and not local_source.table.is_audio_only
+            )
             if is_video:
-                info = video_info(local.path)
-                rate = local.table.declared_fps or info.fps
+                info = video_info(local_source.path)
+                rate = local_source.table.declared_fps or info.fps
                 video_seconds = info.frames / rate if info.frames and rate else None
     except NoAudio as reason:
         return AudioInspection(missing_reason=str(reason))
@@ -167,10 +171,12 @@ def draw_audio(source: MediaSource, fps: float, num_frames: int) -> Markup | Non
     Raises MediaError or OSError if a file cannot be read.
     """
     try:
-        with fetch(source) as local:
+        with fetch(source) as local_source:
             # one channel; no latents are made, so their shape does not matter
             spec = AudioSpec(WAVE_RATE, 1, lambda frames, rate: (1, 1, 1))
-            (samples,) = read_audios(find_audio(local), [(0, num_frames)], kept_rate(local, fps), spec)
+            (samples,) = read_audios(
+                find_audio(local_source), [(0, num_frames)], kept_rate(local_source, fps), spec
+            )
     except NoAudio:
         return None
     amplitudes = np.abs(samples[0].numpy())

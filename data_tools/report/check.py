@@ -564,13 +564,13 @@ def check_training(
     trained, validation_items = split_validation(found_items.items, *validation)
     # the same items are subtracted from the bucket counts of the report
     count_validation_items(tables, *validation)
-    tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
+    closing_lines = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
     if validation_items:
-        tail.append(f"For validation: {format_count(len(validation_items), 'item')}")
+        closing_lines.append(f"For validation: {format_count(len(validation_items), 'item')}")
     if any(findings.errors for findings in tables):
-        tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
-    head = (RECOGNIZED, *indent([*checkpoint_lines, *counters.missing_lines]))
-    return CheckResult(head, tuple(tables), tuple(tail), counters)
+        closing_lines += ["Caches are made by:", *indent([commands.latents, commands.text])]
+    opening_lines = (RECOGNIZED, *indent([*checkpoint_lines, *counters.missing_lines]))
+    return CheckResult(opening_lines, tuple(tables), tuple(closing_lines), counters)
 
 
 def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec) -> None:

@@ -39,7 +39,7 @@ def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
 ) -> list[JsonObject]:
     """Return findings and cache states of all media files as JSON values, table by table."""
-    files = []
+    described_files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
         errors = group_by_stem(findings.errors, with_kind=True)
@@ -52,8 +52,10 @@ def list_files(
                 "remarks": warnings.get(source.stem, []),
                 "caches": states.get(source.stem, {}),
             }
-            files.append({**_describe_source(source), **_describe_inspection(inspection), **findings_of_file})
-    return files
+            described_files.append(
+                {**_describe_source(source), **_describe_inspection(inspection), **findings_of_file}
+            )
+    return described_files
 
 
 def _describe_source(source: MediaSource) -> JsonObject:

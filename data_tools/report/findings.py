@@ -340,16 +340,16 @@ def load_token_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> T
     except (OptionError, CheckpointError) as error:
         return TokenCounters((), (f"tokens of captions are not counted, which is not an error: {error}",))
     counters = []
-    missing = []  # lines about tokenizers that are not on this machine
+    missing_lines = []  # lines about tokenizers that are not on this machine
     offline_errors = {}  # encoder -> error, if offline mode forbids downloading its tokenizer
     for encoder in encoders:
         try:
             counters.append((encoder.name, encoder.token_counter()))
         except CheckpointError as error:
-            missing.append(f"tokens of {encoder.name} are not counted: {error}")
+            missing_lines.append(f"tokens of {encoder.name} are not counted: {error}")
             if constants.HF_HUB_OFFLINE:
                 offline_errors[encoder.name] = str(error)
-    return TokenCounters(tuple(counters), tuple(missing), offline_errors)
+    return TokenCounters(tuple(counters), tuple(missing_lines), offline_errors)
 
 
 def check_captions(
@@ -360,10 +360,10 @@ def check_captions(
     Unreadable captions are reported elsewhere. `are_cached` says that text embeddings are cached, so that
     their size is reported.
     """
-    missing = [
+    sources_without_caption = [
         source for source in findings.sources if source.caption is None and not has_unreadable_caption(source)
     ]
-    for line, source in zip(missing_captions(missing), missing, strict=True):
+    for line, source in zip(missing_captions(sources_without_caption), sources_without_caption, strict=True):
         findings.errors.append(Fault(NO_CAPTION, line, source.stem))
     for source in findings.sources:
         if source.caption == "":

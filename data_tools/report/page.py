@@ -458,10 +458,10 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> JsonObject:
     bottom = max(fit.resized[1] - fit.crop[1] for fit, _ in most_common)
     width, height = right - left, bottom - top
     pad = MARGIN * max(width, height) / 100  # MARGIN is in percent
-    text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around the kept part"
+    summary = f"{fits.total():,} files, outlines of {len(fits):,} sizes around the kept part"
     return {
         "view": f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}",
-        "text": f"{size[0]} x {size[1]}: {text}",
+        "text": f"{size[0]} x {size[1]}: {summary}",
         # x, y, width and height of an outline, number of files
         "boxes": [(-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in most_common],
     }

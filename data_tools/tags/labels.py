@@ -37,12 +37,12 @@ def read_labels(folder: Path) -> tuple[Label, ...]:
     Raises:
         CheckpointError: If the folder has neither, or if a line cannot be used.
     """
-    for name, read in ((TABLE_NAME, _read_table), (MAPPING_NAME, _read_mapping)):
+    for name, parse_labels in ((TABLE_NAME, _read_table), (MAPPING_NAME, _read_mapping)):
         path = folder / name
         if not path.is_file():
             continue
         try:
-            labels = read(read_text(path))
+            labels = parse_labels(read_text(path))
         except (OSError, ValueError, csv.Error) as error:
             reason = shorten(str(error), 300)
             raise CheckpointError(f"{path} is not a list of tags: {reason}", path) from None

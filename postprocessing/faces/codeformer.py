@@ -316,11 +316,11 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     Raises:
         CheckpointError: If the file is not a CodeFormer file.
     """
-    names = checkpoint.tensors
+    tensor_names = checkpoint.tensors
     wrong_kind_error = make_wrong_kind_error(
         checkpoint, "a CodeFormer", "--model with --mode codeformer", RELEASED_FILES
     )
-    if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
+    if "idx_pred_layer.1.weight" not in tensor_names or "quantize.embedding.weight" not in tensor_names:
         raise wrong_kind_error
     sources = list_tensor_sources(checkpoint)
     shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
@@ -329,14 +329,14 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     num_positions, tokens = shape("position_emb", 2)
     codes, code_width = shape("quantize.embedding.weight", 2)
     # sizes at which the decoder takes features of the encoder
-    matches = [re.match(r"fuse_convs_dict\.(\d{1,5})\.", name) for name in names]
+    matches = [re.match(r"fuse_convs_dict\.(\d{1,5})\.", name) for name in tensor_names]
     config = CodeFormerConfig(
         encoder=encoder,
         generator=generator,
         num_positions=num_positions,
         tokens=tokens,
         hidden=shape("ft_layers.0.linear1.weight", 2)[0],
-        layers=count(names, r"ft_layers\.\d+"),
+        layers=count(tensor_names, r"ft_layers\.\d+"),
         codes=(codes, code_width),
         fusion_sizes=tuple(sorted({int(match[1]) for match in matches if match})),
     )

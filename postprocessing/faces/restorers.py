@@ -339,11 +339,11 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
         task = mode if is_default else None  # tools/download.py offers only the default one
         return _find_first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
     if name == YUNET:
-        files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
-        if not files:
+        onnx_files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
+        if not onnx_files:
             file = ".onnx file with yunet in its name"
             raise _make_missing_error(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
-        return files[-1]  # the newest: their names end with a date
+        return onnx_files[-1]  # the newest: their names end with a date
     path = to_path("--detection_model", name)
     if not path.exists():
         raise CheckpointError(
@@ -367,13 +367,13 @@ def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str,
     Raises:
         CheckpointError: If no file exists.
     """
-    files: dict[str, Path] = {}
+    path_by_name: dict[str, Path] = {}
     with contextlib.suppress(OSError):  # the folder may be missing
-        files = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
+        path_by_name = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
     for stem in stems:
         for suffix in SUFFIXES:
-            if f"{stem}{suffix}".lower() in files:
-                return files[f"{stem}{suffix}".lower()]
+            if f"{stem}{suffix}".lower() in path_by_name:
+                return path_by_name[f"{stem}{suffix}".lower()]
     raise _make_missing_error(what, f"{stems[0]}.pth", folder, origin=origin, task=task)
 
 

@@ -190,7 +190,7 @@ class RetinaFaceDetector:
         height, width = pixels.shape[:2]
         scale = 1.0 if self.input_size is None else min(1.0, self.input_size / min(height, width))
         image = self._to_input(shrunk(pixels, scale))
-        scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
+        scores, boxes, landmarks = (output[0].cpu() for output in self._run(image))
         selected = (scores >= least_score).nonzero()[:, 0]
         selected_anchors = anchors(*image.shape[2:])[selected]
         size = torch.tensor(
@@ -214,7 +214,7 @@ class RetinaFaceDetector:
         """
         dtype = next(self.network.parameters()).dtype
         outputs: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
-        if all(bool(part.isfinite().all()) for part in outputs):
+        if all(bool(output.isfinite().all()) for output in outputs):
             return outputs
         if dtype == torch.float32:
             raise CheckpointError(
@@ -240,10 +240,10 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
         CheckpointError: If the file is not a RetinaFace file.
     """
     checkpoint = checkpoint.without_prefix("module.")
-    names = checkpoint.tensors
-    is_resnet = "body.conv1.weight" in names
-    is_mobile = "body.stage1.0.0.weight" in names
-    if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
+    tensor_names = checkpoint.tensors
+    is_resnet = "body.conv1.weight" in tensor_names
+    is_mobile = "body.stage1.0.0.weight" in tensor_names
+    if "BboxHead.0.conv1x1.weight" not in tensor_names or not (is_resnet or is_mobile):
         raise make_wrong_kind_error(checkpoint, "a detector of faces", option, RELEASED_FILES)
     sources = list_tensor_sources(checkpoint)
     shape_error = CheckpointError(
@@ -253,7 +253,7 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     )
     shape = make_shape_reader(checkpoint, sources, shape_error)
     body: ResNetConfig | MobileNetConfig = (
-        _read_resnet(names, shape) if is_resnet else _read_mobile_net(shape)
+        _read_resnet(tensor_names, shape) if is_resnet else _read_mobile_net(shape)
     )
     config = RetinaFaceConfig(body, shape("fpn.output1.0.weight")[0])
     return LoadPlan(config, checkpoint, sources, ignore=("*.num_batches_tracked",))

@@ -201,12 +201,15 @@ def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
     detector = YoloDetector(model.path, model, layout)
     # test run with a black image, neither square nor of the network's size
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
-    names = _parse_literal(model.notes.get("names"))
-    if isinstance(names, dict) and len(names) > 1:
-        listed = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
-        others = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+    class_names = _parse_literal(model.notes.get("names"))
+    if isinstance(class_names, dict) and len(class_names) > 1:
+        first_names = ", ".join(str(name) for name in list(class_names.values())[:CLASSES_SHOWN])
+        others = f" and {len(class_names) - CLASSES_SHOWN} more" if len(class_names) > CLASSES_SHOWN else ""
         logger.warning(
-            "%s finds several kinds of objects, %s%s: all of them count.", model.path.name, listed, others
+            "%s finds several kinds of objects, %s%s: all of them count.",
+            model.path.name,
+            first_names,
+            others,
         )
     return detector
 
@@ -278,9 +281,9 @@ class YuNetDetector:
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in an image (H W 3, RGB) with at least `least_score`, best first."""
         height, width = pixels.shape[:2]
-        small = shrunk(pixels, self._choose_scale(height, width))
-        small_height, small_width = small.shape[:2]
-        candidates = self._find_candidates(small)
+        reduced = shrunk(pixels, self._choose_scale(height, width))
+        small_height, small_width = reduced.shape[:2]
+        candidates = self._find_candidates(reduced)
         # back to the pixels of the image
         scale = np.array([width / small_width, height / small_height], np.float32)
         # only the most likely candidates are compared with each other

@@ -198,16 +198,16 @@ def find_files(path: Path, kind: str) -> ModeFiles:
 
 def _find_main_file(folder: Path, kind: str) -> Path:
     """Return the interpolation network's file in a folder; raise CheckpointError if there is none."""
-    names = tuple(
+    file_names = tuple(
         f"{kind}_arb{perceptual}{ending}"
         # the variant trained with LPIPS is preferred if both are there
         for perceptual in ("_lpips", "")
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
-    main = _find_model(folder, names, kind)
+    main = _find_model(folder, file_names, kind)
     if main is None:
         raise CheckpointError(
-            f"{folder}: there is no file of {kind} in this folder. Put {names[0]} there, or give "
+            f"{folder}: there is no file of {kind} in this folder. Put {file_names[0]} there, or give "
             f"another folder to {MODEL_OPTION} or another --mode.",
             folder,
         )
@@ -337,17 +337,17 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     Raises:
         CheckpointError: If a file is missing or of the wrong kind, or if the two do not match.
     """
-    files = find_files(path, kind)
-    settings = read_settings(files.settings)
+    mode_files = find_files(path, kind)
+    settings = read_settings(mode_files.settings)
 
     def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
         return dtype if name.startswith("synthesis.") else torch.float32
 
-    with open_checkpoint(files.main) as checkpoint:
+    with open_checkpoint(mode_files.main) as checkpoint:
         plan = _plan_gimm(checkpoint, kind, settings)
         gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, label=MODEL_OPTION)
-    with open_checkpoint(files.flow) as checkpoint:
-        if files.flow == files.main:  # the main file contains the optical flow, with a prefix
+    with open_checkpoint(mode_files.flow) as checkpoint:
+        if mode_files.flow == mode_files.main:  # the main file contains the optical flow, with a prefix
             checkpoint = checkpoint.without_prefix("module.").without_prefix(
                 FLOW_PREFIX, ignored_prefixes=("",)
             )
@@ -355,7 +355,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             estimator, channels = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
             estimator, channels = _load_flowformer(checkpoint, device)
-    _check_match(files, plan.config.synthesis, channels)
+    _check_match(mode_files, plan.config.synthesis, channels)
     return InterpolationNetworks(gimm, estimator)
 
 

@@ -326,9 +326,9 @@ class Correlation:
         channels = features.shape[1]
         chunk = chunk_rows(4 * channels * REACH**2, features.device)  # of gathered features
         products = []
-        for indices, first in zip(index.split(chunk), self._first.split(chunk), strict=True):
+        for indices, first_features in zip(index.split(chunk), self._first.split(chunk), strict=True):
             features_around = features.index_select(0, indices.flatten()).view(-1, REACH**2, channels)
-            products.append(features_around @ first[:, :, None])
+            products.append(features_around @ first_features[:, :, None])
         return torch.cat(products).view(-1, REACH, REACH)
 
 

@@ -95,8 +95,8 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     """
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
-        kind, read = _find_kind(checkpoint.tensors)
-        plan = read(checkpoint)
+        kind, make_plan = _find_kind(checkpoint.tensors)
+        plan = make_plan(checkpoint)
 
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
             """Return the dtype to load a tensor in: float32 for norms and attention biases."""

@@ -372,10 +372,10 @@ def _make_slot_pools(
         blocks = {}
         for index in plan.streamed:
             weight_names = [f"{name}.weight" for name, _ in big_layers(dit, f"{plan.name}.{index}")]
-            names = [name for name in weight_names if name in host_weights]
-            weights = [dit.get_parameter(name) for name in names]
+            host_names = [name for name in weight_names if name in host_weights]
+            weights = [dit.get_parameter(name) for name in host_names]
             position = start + index
-            blocks[position] = StreamedBlock(position, weights, [host_weights[name] for name in names])
+            blocks[position] = StreamedBlock(position, weights, [host_weights[name] for name in host_names])
         if blocks:
             pools.append(SlotPool(blocks, [Slot() for _ in range(plan.slots)]))
         start += plan.num_blocks

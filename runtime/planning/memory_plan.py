@@ -231,7 +231,7 @@ def parts_of(
         waiting: Bytes of activations that wait in host memory.
         network: Name of what is trained or added to the transformer.
     """
-    parts = []
+    plan_lines = []
     for kind, name in PART_NAMES.items():
         size = bytes_by_kind.get(kind, 0)
         host = 0
@@ -244,8 +244,8 @@ def parts_of(
         elif kind == dry_run.NETWORK:
             name = f"{name} ({network})"
         if size or host:
-            parts.append(MemoryPart(name, size, host, notes.get(kind, "")))
-    return tuple(parts)
+            plan_lines.append(MemoryPart(name, size, host, notes.get(kind, "")))
+    return tuple(plan_lines)
 
 
 def dtypes_of(dit: nn.Module) -> str:
