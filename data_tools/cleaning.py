@@ -76,7 +76,7 @@ def clean_metadata(options: CleaningOptions) -> None:
     cleaned: dict[str, dict[str, Any]] = {}
     for key, entry in entries.items():
         cleaned[key] = dict(entry)
-        for name, clean in _CLEAN.items():
+        for name, clean in _CLEAN.items():  # the keys of tags and caption, and their functions
             text = entry.get(name)
             if text is None:
                 continue

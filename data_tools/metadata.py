@@ -73,7 +73,7 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
     """
     source = options.in_json
     if source is None and options.out_json.is_file():
-        source = options.out_json
+        source = options.out_json  # texts are added to the output of an earlier run
     entries = {} if source is None else read_metadata(source)
     without_text = []
     num_texts = 0

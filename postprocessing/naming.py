@@ -112,6 +112,7 @@ def list_sources(chain: Chain) -> list[Path]:
         and not path.name.startswith(".")
         and not (chain.needs_video and _is_still(path))
     ]
+    # `_rename_outputs` appends underscores to the names of results
     sources = [path for path in media_files if not path.stem.rstrip("_").endswith(ending)]
     if not sources:
         kinds = "video" if chain.needs_video else "video or picture"

@@ -133,6 +133,7 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
             f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "
             "--compile and --dynamo_backend out"
         )
+    # any registered backend is accepted; the message names only two of the debugging backends
     if choice.backend not in torch.compiler.list_backends(exclude_tags=()):
         backend_names = ", ".join(sorted({*torch.compiler.list_backends(), "eager", "aot_eager"}))
         raise OptionError(

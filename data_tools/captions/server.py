@@ -236,7 +236,7 @@ class ApiServer:
         self._has_answered = True
         if response.status == 200:
             return self._read_caption(response.text)
-        if response.status == 400:
+        if response.status == 400:  # may name a parameter that the model does not support
             refused = _find_refused_parameter(response.text, parameters)
             if refused is not None:
                 self._leave_out(refused)

@@ -224,6 +224,7 @@ def _find_reason_to_drop(analysis: VideoAnalysis, first: int, end: int, choice: 
         return ""
     num_black = sum(measured.is_black for measured in measured_frames)
     if num_black >= MIN_BLACK_FRACTION * len(measured_frames):
+        # black frames also look static and blurred: with --keep_black the clip stays
         return "" if choice.keep_black else BLACK
     frames = [measured.cells for measured in measured_frames]
     if not choice.keep_static and len(frames) > 1 and is_static(frames, choice.static_threshold):

@@ -101,7 +101,7 @@ def cut_footage(options: CuttingOptions) -> None:
             _report_cut(source, result)
             if result.record is not None:
                 clip_list.add(result.record, result.is_new)
-    finally:
+    finally:  # also if the run fails: the clips so far
         clip_list.write()
     if results and not options.dry_run:
         _show_results(results, list_path, seconds=time.monotonic() - started)
@@ -231,7 +231,7 @@ class Cutter:
         if job.record.is_done:
             return CutResult(job.record, (), is_new=False)
         logger.info("%s: continuing where the last run ended", job.source)
-        clips = [written.clip for written in job.record.clips]
+        clips = [clip_record.clip for clip_record in job.record.clips]
         return self._write_recorded_clips(job.source, job.record, clips)
 
     def _cut_anew(self, job: CuttingJob, reason_to_recut: str) -> CutResult:

@@ -152,6 +152,7 @@ def _list_entries(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[Mask
     visible_paths: list[Path] = []
     with contextlib.suppress(FileNotFoundError):
         visible_paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    # all media are in one folder, so the first one is sufficient
     is_next_to_media = any(real_path(folder) == real_path(media_path.parent) for media_path, _ in media[:1])
     masks_of_kind: dict[str, Mapping[str, Sequence[Path]]] = {}
     for kind in {kind for _, kind in media}:

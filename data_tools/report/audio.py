@@ -111,7 +111,7 @@ def check_audio(
     tracks: list[TrackInfo] = []  # the audio track of each clip that has one
     total_valid = 0
     total_missing = 0
-    needs_audio = table.audio == REQUIRED or work.spec.audio_only
+    needs_audio = table.audio == REQUIRED or work.spec.audio_only  # else missing audio is only a warning
     for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
         stem = plan.source.stem
         if isinstance(result, Failure):

@@ -233,6 +233,7 @@ class _CachingChecker:
             self._check_text_caches(findings)
         compares_latents = bool(findings.sources and self.identities.media_identity)
         if self.scope.texts or compares_latents:
+            # only if caches are checked: other checks do not depend on the cache folder
             kind = "shards or folders are incomplete; caching repairs them"
             findings.warnings += [Fault(kind, line) for line in list_shard_errors(table)]
         check_captions(findings, self.counters, are_cached=self.scope.texts)
@@ -427,7 +428,7 @@ def _plan_sources(
     store = cache_settings.stores.latent_store(table)
     cached_names = LatentNames(store, cache_settings.tag, table.kind)
     planned, unreadable = plan_all(findings.sources, {table.index: cached_names}, cache_settings, workers)
-    # `missing_spans` is None if the items of a source are not known without decoding it
+    # `missing_spans` lists the items to cache; None if they are not known without decoding the source
     plans = [plan for plan in planned if plan.missing_spans is not None]
     unknown = [plan for plan in planned if plan.missing_spans is None]
     decoded = read_ahead(

@@ -370,7 +370,7 @@ def check_captions(
             path = source.caption_path or source.path
             findings.warnings.append(Fault("have an empty caption", str(path), source.stem))
     findings.warnings += find_caption_warnings(findings.sources)
-    if not counters.by_encoder:
+    if not counters.by_encoder:  # without tokenizers it is not known which captions are cut
         return
     warnings, sizes_by_encoder = find_cut_captions(findings.sources, dict(counters.by_encoder))
     findings.warnings += warnings

@@ -408,9 +408,9 @@ def _match_contrast(image: NDArray[np.float32], candidates: NDArray[np.float32])
     max_variance = np.maximum(centered_image.variance, centered_candidates.variance)
     covariance = (centered_image.values * centered_candidates.values).mean(axis=(1, 2))
     gain = covariance / np.maximum(max_variance, 1e-9)
-    second_is_stronger = (centered_image.variance < centered_candidates.variance)[:, None, None]
-    strong = np.where(second_is_stronger, centered_candidates.values, centered_image.values)
-    weak = np.where(second_is_stronger, centered_image.values, centered_candidates.values)
+    candidates_are_stronger = (centered_image.variance < centered_candidates.variance)[:, None, None]
+    strong = np.where(candidates_are_stronger, centered_candidates.values, centered_image.values)
+    weak = np.where(candidates_are_stronger, centered_image.values, centered_candidates.values)
     residual = np.abs(weak - gain[:, None, None] * strong)
     worst_residual = residual.mean(axis=1).max(axis=1)  # mean over frames, maximum over color values
     has_same_shapes = worst_residual <= SAME_COLORS

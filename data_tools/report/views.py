@@ -171,7 +171,7 @@ def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug
             image = np.asarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
         cv2.imshow("dataset", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(cv2.waitKey(0) & 0xFF, NEXT)
-    else:
+    else:  # "image", or an item of one frame with "video"
         write_png(file.with_name(f"{file.name}.png"), sheet(frames))
     return NEXT
 

@@ -196,6 +196,7 @@ class Gfpgan(nn.Module):
         levels = len(body) - 1
         self.config = config
         self.conv_body_first = nn.Conv2d(3, body[0], 1)
+        # 0.5 and 2: factors by which the blocks resize the features
         self.conv_body_down = nn.ModuleList(StyleResidualBlock(a, b, 0.5) for a, b in pairwise(body))
         self.final_conv = nn.Conv2d(body[-1], body[-1], 3, padding=1)
         # a style for each convolution of the decoder, and for its last color layer

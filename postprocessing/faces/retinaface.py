@@ -193,10 +193,8 @@ class RetinaFaceDetector:
         scores, boxes, landmarks = (output[0].cpu() for output in self._run(image))
         selected = (scores >= least_score).nonzero()[:, 0]
         selected_anchors = anchors(*image.shape[2:])[selected]
-        size = torch.tensor(
-            [width, height], dtype=torch.float32
-        )  # decoded positions are fractions of the image
-        # `repeat` gives width, height, width, height
+        size = torch.tensor([width, height], dtype=torch.float32)
+        # decoded positions are fractions of the image; `repeat` gives width, height, width, height
         corners = (decode_boxes(boxes[selected], selected_anchors) * size.repeat(2)).numpy()
         points = (decode_landmarks(landmarks[selected], selected_anchors) * size).numpy()
         selected_scores = scores[selected].numpy()

@@ -347,7 +347,8 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
         plan = _plan_gimm(checkpoint, kind, settings)
         gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, label=MODEL_OPTION)
     with open_checkpoint(mode_files.flow) as checkpoint:
-        if mode_files.flow == mode_files.main:  # the main file contains the optical flow, with a prefix
+        # the main file may contain the optical flow network, with a prefix; its other tensors are left out
+        if mode_files.flow == mode_files.main:
             checkpoint = checkpoint.without_prefix("module.").without_prefix(
                 FLOW_PREFIX, ignored_prefixes=("",)
             )

@@ -268,9 +268,8 @@ class Interpolation:
         correlations = PairCorrelations(first.maps, second.maps)
         # the synthesis takes colors from -1 to 1
         images = 2 * torch.cat([first.image, second.image]) - 1
-        small = (
-            2 * torch.cat([first.small_image, second.small_image]) - 1
-        )  # at the size at which motion is computed
+        # at the size for computing motion, --ds_factor times the full size
+        small = 2 * torch.cat([first.small_image, second.small_image]) - 1
         for time in times:
             flow = self.network.motion.predict_motion(motion, time)
             flow = torch.cat([-time * flow, (1 - time) * flow])  # from the new image to the first and second

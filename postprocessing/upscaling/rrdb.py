@@ -115,6 +115,7 @@ class RRDBNet(nn.Module):
         for block in self.body:
             x = block(x)
         x = first + self.conv_body(x)
+        # each doubling repeats pixels and convolves them
         for number in range(1, self.config.doublings + 1):
             convolve = self.get_submodule(f"conv_up{number}")
             x = leaky_relu(convolve(repeat_pixels(x, 2)), SLOPE, inplace=True)

@@ -304,6 +304,7 @@ class SwinIR(nn.Module):
         )
         self.norm = Float32LayerNorm(config.dim, EPSILON, affine=True)
         self.conv_after_body = convolutions(config)
+        # the official SwinIR's four upsamplers; "none" keeps the size
         if config.upsampler == "pixelshuffledirect":
             (factor,) = config.upsampling_factors
             self.upsample = nn.Sequential(

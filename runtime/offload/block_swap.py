@@ -371,6 +371,7 @@ def _make_slot_pools(
     for plan in lists:
         blocks = {}
         for index in plan.streamed:
+            # small tensors, such as biases and norms, stay on the device
             weight_names = [f"{name}.weight" for name, _ in big_layers(dit, f"{plan.name}.{index}")]
             host_names = [name for name in weight_names if name in host_weights]
             weights = [dit.get_parameter(name) for name in host_names]

@@ -84,9 +84,8 @@ class Ledger(TorchDispatchMode):
         self._allocations: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
         self._reads_unknown_as_one = False  # whether code that reads a number from a fake tensor gets 1
         self.block_counts: dict[str, int] = {}  # name of a list of blocks -> number of its blocks that run
-        self.input_bytes: dict[
-            str, int
-        ] = {}  # name of a list of blocks -> bytes of the tokens that a block gets
+        # name of a list of blocks -> bytes of the tokens that a block gets
+        self.input_bytes: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._reads_unknown_as_one and func is READ_NUMBER and isinstance(args[0], FakeTensor):

@@ -269,7 +269,7 @@ def verdict(plan: MemoryPlan, device_memory: DeviceMemory | None, advice: Sequen
         )
     free_gib, total_gib = format_gib(device_memory.free), format_gib(device_memory.total)
     free = f"{device_memory.name}: {free_gib} of {total_gib} GiB are free"
-    if device_memory.is_planned:
+    if device_memory.is_planned:  # a card of the size given to --plan, not the one in this machine
         free = f"{device_memory.name}, all of it free; a screen and other programs take 0.5 to 1.5 GiB of one"
     if plan.device <= device_memory.usable:
         return f"Fits: {needed}. {free}."
@@ -283,7 +283,7 @@ def show(plan: MemoryPlan, last_line: str) -> None:
     """Print the plan as a table in GiB, followed by its notes and `last_line`."""
     rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
-        is_marked = phase is plan.worst and len(plan.phases) > 1
+        is_marked = phase is plan.worst and len(plan.phases) > 1  # a single phase is always the largest
         name = f"{phase.name} (largest)" if is_marked else phase.name
         rows.append(_make_row(MemoryPart(name, phase.device, phase.host)))
         for part in phase.parts:
