@@ -72,8 +72,10 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
             images are written.
     """
     entry_by_key = read_metadata(options.in_json)
-    record = _FAMILY.options_record("LatentCaching")
-    family = _FAMILY.make_family("latent_caching", record.from_defaults(ckpt=options.model_name_or_path))
+    options_class = _FAMILY.options_record("LatentCaching")
+    family = _FAMILY.make_family(
+        "latent_caching", options_class.from_defaults(ckpt=options.model_name_or_path)
+    )
     config = for_family(_make_dataset(options), family)
     # `_make_dataset` writes one table
     (table,) = config.datasets

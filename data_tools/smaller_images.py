@@ -175,12 +175,12 @@ def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) 
     if min(height, width) < step:
         raise MediaError(f"{path} has {width}x{height} pixels: a side is shorter than --divisible_by {step}")
     fit: Fit = fit_within((width, height), size[0] * size[1], step)
-    small = (
+    reduced = (
         image if fit.resized == (width, height) else resize_frame(image, fit.resized, options.interpolation)
     )
     # cut off what exceeds a multiple of the step
     left, top = fit.crop
-    return small[top : top + fit.bucket[1], left : left + fit.bucket[0]].copy()
+    return reduced[top : top + fit.bucket[1], left : left + fit.bucket[0]].copy()
 
 
 def _list_companions(folder: Path, images: Sequence[Path]) -> dict[str, list[Path]]:

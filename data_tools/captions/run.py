@@ -238,7 +238,7 @@ def _make_recorded_captions(
         for record in records_of_pass:
             record.begin_pass(backend.options_hash)
         failures, num_changed = _make_captions(captioner, reasons, records, backend)
-    if not failures:
+    if not failures:  # else the same command makes only the failed captions again
         for record in records_of_pass:
             record.end_pass()
     return failures, num_changed

@@ -253,7 +253,7 @@ class _CachingChecker:
             plans = _check_sources(findings, settings, self.workers)
             # otherwise the latent caches contain the audio too
             has_separate_audio_caches = trains_audio(self.family) and not settings.stores_audio
-            compares_caches = bool(settings.encoder_identity)
+            compares_caches = bool(settings.encoder_identity)  # empty: latents are not checked
             if compares_caches and has_separate_audio_caches and uses_audio(findings.table):
                 family = cast(AudioCachingFamily, self.family)
                 _check_table_audio(findings, family, plans, cache_settings=settings, workers=self.workers)

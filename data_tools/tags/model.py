@@ -147,7 +147,7 @@ class Tagger:
             )
         if self.returns_logits:
             output = np.asarray(1 / (1 + np.exp(-output)), np.float32)
-        return np.nan_to_num(output, nan=0.0)
+        return np.nan_to_num(output, nan=0.0)  # otherwise NaN would pass every threshold
 
 
 def load_tagger(

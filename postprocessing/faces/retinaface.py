@@ -145,7 +145,7 @@ class RetinaFace(nn.Module):
 @lru_cache(maxsize=4)
 def anchors(height: int, width: int) -> Tensor:
     """Return RetinaFace's anchors, N 4: center x and y, width, height as fractions of the image sides."""
-    scales = []
+    anchors_by_stride = []
     for stride, sizes in zip(STEPS, SIZES, strict=True):
         rows = torch.arange(ceil_div(height, stride), dtype=torch.float64)
         columns = torch.arange(ceil_div(width, stride), dtype=torch.float64)
@@ -159,8 +159,8 @@ def anchors(height: int, width: int) -> Tensor:
         extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
         # width and height of each anchor, equal at all positions
         extents = extents.expand(len(centers), -1, -1)
-        scales.append(torch.cat([centers, extents], dim=-1).reshape(-1, 4))
-    return torch.cat(scales).float()
+        anchors_by_stride.append(torch.cat([centers, extents], dim=-1).reshape(-1, 4))
+    return torch.cat(anchors_by_stride).float()
 
 
 def decode_boxes(values: Tensor, priors: Tensor) -> Tensor:

@@ -286,7 +286,7 @@ class YuNetDetector:
         candidates = self._find_candidates(reduced)
         # back to the pixels of the image
         scale = np.array([width / small_width, height / small_height], np.float32)
-        # only the most likely candidates are compared with each other
+        # comparing all candidates with each other would take long, so only the most likely ones are kept
         likely = np.flatnonzero(candidates.scores >= least_score)
         likely = likely[np.argsort(-candidates.scores[likely], kind="stable")[:MAX_CANDIDATES]]
         boxes = candidates.boxes[likely]

@@ -140,9 +140,9 @@ class MemoryDecoder(nn.Module):
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden = torch.tanh(hidden)
         context = relu(context)
-        # computed once, because it is the same in all iterations
         layer: Any = self.decoder_layer["cross_attend"]
         block = self.update_block
+        # computed once, because these are the same in all iterations
         aggregate = self.att(context, stores_table)
         keys_and_values = layer.project_tokens(memory)
         gru_directions = block.gru.apply_context(context)

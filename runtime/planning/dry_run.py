@@ -153,6 +153,7 @@ class Ledger(TorchDispatchMode):
             tensor.device == self.device,
         )
 
+        # called when the storage is freed
         def forget(_: Any) -> None:
             self._add(self._allocations.pop(key)[1], -1)
 
