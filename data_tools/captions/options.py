@@ -52,7 +52,7 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
     )
 
     def __post_init__(self) -> None:
-        """Raise OptionError if --api_base is no plain http or https address."""
+        """Raise OptionError if --api_base is not a plain http or https address."""
         if self.api_base is None:
             return
         try:

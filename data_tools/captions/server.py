@@ -95,7 +95,7 @@ class ApiServer:
         """
         self.ask_options = ask_options
         self.timeout = options.api_timeout or TIMEOUT
-        self.first_retry_seconds = 1.0  # seconds between two requests
+        self.first_retry_seconds = 1.0  # wait before the first retry; it doubles for each further one
         self._model = options.api_model
         self._workers = options.api_workers or WORKERS
         assert options.api_base is not None

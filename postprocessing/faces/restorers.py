@@ -178,7 +178,7 @@ class Restorer:
 def load_networks(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
-    """Load the network that restores faces, and ParseNet, which finds the face_parser of a face.
+    """Load the network that restores faces, and ParseNet, which finds the parts of a face.
 
     Raises:
         CheckpointError: If a file is not valid, or if the sizes of the networks do not match.

@@ -252,8 +252,8 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
         if "conv_up1.weight" in sources:
             return _SwinirEnd("nearest+conv", [2] * count(sources, r"conv_up\d+"), features)
         # the digits are layer numbers: pixel shuffles between the convolutions have no weights
-        names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
-        layers = sorted(int(name.split(".")[1]) for name in names)
+        conv_names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
+        layers = sorted(int(name.split(".")[1]) for name in conv_names)
         upsampling_factors = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
         return _SwinirEnd("pixelshuffle", upsampling_factors, features)
     if "upsample.0.weight" in sources:

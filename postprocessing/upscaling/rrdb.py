@@ -111,10 +111,10 @@ class RRDBNet(nn.Module):
         """
         if self.config.unshuffle > 1:
             x = pixel_unshuffle(x, self.config.unshuffle)
-        first = x = self.conv_first(x)
+        shallow_features = x = self.conv_first(x)
         for block in self.body:
             x = block(x)
-        x = first + self.conv_body(x)
+        x = shallow_features + self.conv_body(x)
         # each doubling repeats pixels and convolves them
         for number in range(1, self.config.doublings + 1):
             convolve = self.get_submodule(f"conv_up{number}")

@@ -346,15 +346,15 @@ class SwinIR(nn.Module):
         """
         mean = tensor_on(x.device, MEAN, x.dtype).view(1, COLOURS, 1, 1)
         x = (x - mean) * self.config.pixel_range
-        first = self.conv_first(x)
-        tokens = as_tokens(first)
+        shallow_features = self.conv_first(x)
+        tokens = as_tokens(shallow_features)
         index = relative_position_index(self.config.window, x.device)
         tokens = self.patch_embed["norm"](tokens).to(x.dtype)
         for layer in self.layers:
             tokens = layer(tokens, index)
         tokens = self.norm(tokens).to(x.dtype)
-        features = self.conv_after_body(as_map(tokens)) + first
-        del first, tokens  # enlarging takes most memory
+        features = self.conv_after_body(as_map(tokens)) + shallow_features
+        del shallow_features, tokens  # enlarging takes most memory
         if self.config.upsampler == "none":  # same size: the network predicts the change
             enlarged = x + self.conv_last(features)
         else:
