@@ -183,7 +183,7 @@ class UpscalerStage:
             return tiling.WHOLE_IMAGE
         width = round_up(clip.width, config.step)
         height = round_up(clip.height, config.step)
-        if batch * width * height * MAX_BYTES_PER_PIXEL <= usable_bytes:
+        if batch * width * height * MAX_BYTES_PER_PIXEL <= usable_bytes:  # fits with any network
             return tiling.WHOLE_IMAGE
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
         # the result is always held whole, even if the network runs on tiles
