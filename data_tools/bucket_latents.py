@@ -71,9 +71,11 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
         UserError: If the file or the checkpoint cannot be used, or if an image failed; entries of the other
             images are written.
     """
-    content = read_metadata(options.in_json)
-    record = _FAMILY.options_record("LatentCaching")
-    family = _FAMILY.make_family("latent_caching", record.from_defaults(ckpt=options.model_name_or_path))
+    entry_by_key = read_metadata(options.in_json)
+    options_class = _FAMILY.options_record("LatentCaching")
+    family = _FAMILY.make_family(
+        "latent_caching", options_class.from_defaults(ckpt=options.model_name_or_path)
+    )
     config = for_family(_make_dataset(options), family)
     # `_make_dataset` writes one table
     (table,) = config.datasets
@@ -85,11 +87,11 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
         keep_cache=True,  # the folder may have caches of other metadata files
     )
     report = cache_media(family, config, caching)
-    buckets = _select_buckets(content, options.train_data_dir, table, family.latent.pixel_step)
-    entries = {}
-    for key, entry in content.items():
-        entries[key] = {**entry, SIZE_KEY: list(buckets[key])} if key in buckets else dict(entry)
-    write_metadata(options.out_json, entries)
+    buckets = _select_buckets(entry_by_key, options.train_data_dir, table, family.latent.pixel_step)
+    entries_with_size = {}
+    for key, entry in entry_by_key.items():
+        entries_with_size[key] = {**entry, SIZE_KEY: list(buckets[key])} if key in buckets else dict(entry)
+    write_metadata(options.out_json, entries_with_size)
     logger.info("wrote %s: %s of %s", options.out_json, SIZE_KEY, format_count(len(buckets), "image"))
     conclude(report)
 
@@ -99,10 +101,10 @@ def _select_buckets(keys: Iterable[str], folder: Path, table: DatasetTable, step
 
     The sides of buckets are multiples of `step`. Unreadable images are reported by caching.
     """
-    listed: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
+    paths_by_folder: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
     buckets = {}
     for key in keys:
-        image = find_image(key, folder, listed)
+        image = find_image(key, folder, paths_by_folder)
         try:
             size = image_size(image)
         except MediaError:

@@ -71,12 +71,12 @@ def clean_metadata(options: CleaningOptions) -> None:
     Raises:
         DatasetError: If the file cannot be read, or if a caption or its tags are not text.
     """
-    content = read_metadata(options.in_json)
+    entries = read_metadata(options.in_json)
     num_changed = 0
     cleaned: dict[str, dict[str, Any]] = {}
-    for key, entry in content.items():
+    for key, entry in entries.items():
         cleaned[key] = dict(entry)
-        for name, clean in _CLEAN.items():
+        for name, clean in _CLEAN.items():  # the keys of tags and caption, and their functions
             text = entry.get(name)
             if text is None:
                 continue

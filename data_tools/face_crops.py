@@ -264,7 +264,7 @@ def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> P
         portrait.rotate(_measure_tilt(face.landmarks))
     if options.resize_face_size is not None:
         portrait.scale(options.resize_face_size / max(portrait.size))
-    factors = options.crop_factors()
+    factors = options.crop_factors()  # of the face's size; then `crop_size` is in pixels
     if factors is not None:
         face_width, face_height = portrait.size
         portrait.crop(

@@ -28,12 +28,14 @@ def make_folder_dataset(folder: Path, extension: str, is_recursive: bool, tempor
     for subfolder in walk_folders(folder, is_recursive):
         # a folder with images and clips gets two tables
         for key in sorted({f"{kind}_directory" for _, kind in list_media(subfolder)}):
-            values = {
+            table_values = {
                 key: str(real_path(subfolder)),
                 "caption_extension": extension,
                 "cache_directory": str(temporary / f"{len(tables)}"),
             }
-            lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+            lines = [
+                f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in table_values.items()
+            ]
             tables.append("\n".join(["[[datasets]]", *lines]))
     if not tables:
         hint = "" if is_recursive else ". --recursive also searches its subfolders"

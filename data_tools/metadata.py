@@ -73,8 +73,8 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
     """
     source = options.in_json
     if source is None and options.out_json.is_file():
-        source = options.out_json
-    content = {} if source is None else read_metadata(source)
+        source = options.out_json  # texts are added to the output of an earlier run
+    entries = {} if source is None else read_metadata(source)
     without_text = []
     num_texts = 0
     for image in _walk_images(options.train_data_dir, options.recursive):
@@ -84,7 +84,7 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
             continue
         key = _name_image(image, options)
         text = _read_caption(file)
-        content[key] = {**content.get(key, {}), name: text}
+        entries[key] = {**entries.get(key, {}), name: text}
         num_texts += 1
         if options.debug:
             sys.stdout.write(escape_control_codes(f"{key}: {text}") + "\n")
@@ -96,7 +96,7 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
     if without_text:
         count = format_count(len(without_text), "image")
         logger.warning("%s without a %s file: %s", count, extension, list_some(without_text))
-    write_metadata(options.out_json, content)
+    write_metadata(options.out_json, entries)
     subject = f"{name} of {format_count(num_texts, 'image')}"
     origin = "" if source is None else f", added to the content of {source}"
     logger.info("wrote %s: %s%s", options.out_json, subject, origin)

@@ -165,7 +165,7 @@ def _write_copies(path: Path, folder: Path, options: ResizeImagesOptions, counts
 
 
 def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) -> Frame:
-    """Return an image, reduced if its area exceeds that of `size`; both sides are divisible by the step.
+    """Reduce an image to the area of `size` if it is larger; crop its sides to multiples of --divisible_by.
 
     Raises:
         MediaError: If a side of the image is shorter than --divisible_by.
@@ -175,12 +175,12 @@ def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) 
     if min(height, width) < step:
         raise MediaError(f"{path} has {width}x{height} pixels: a side is shorter than --divisible_by {step}")
     fit: Fit = fit_within((width, height), size[0] * size[1], step)
-    small = (
+    reduced = (
         image if fit.resized == (width, height) else resize_frame(image, fit.resized, options.interpolation)
     )
     # cut off what exceeds a multiple of the step
     left, top = fit.crop
-    return small[top : top + fit.bucket[1], left : left + fit.bucket[0]].copy()
+    return reduced[top : top + fit.bucket[1], left : left + fit.bucket[0]].copy()
 
 
 def _list_companions(folder: Path, images: Sequence[Path]) -> dict[str, list[Path]]:

@@ -333,8 +333,8 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
                 logger.info("%s: --model is not given; %s is used", tool, path)
                 return path
     command = quote_command(["python", "tools/download.py", "--family", "tools", "--task", tasks[0]])
-    missing = folders[0] / models[tasks[0]].files[0].name
+    absent = folders[0] / models[tasks[0]].files[0].name
     raise OptionError(
-        f"no model is given, and {missing} is not there.\n  Give --model FILE (model=FILE in a chain), or "
+        f"no model is given, and {absent} is not there.\n  Give --model FILE (model=FILE in a chain), or "
         f"download it: {command}"
     )

@@ -104,7 +104,7 @@ def list_sources(chain: Chain) -> list[Path]:
         return [folder]
     media_suffixes = VIDEOS | {".gif"} | image_suffixes()
     ending = f"_{chain.name_suffix}"
-    files = [
+    media_files = [
         path
         for path in sorted(folder.iterdir())
         if path.suffix.lower() in media_suffixes
@@ -112,12 +112,13 @@ def list_sources(chain: Chain) -> list[Path]:
         and not path.name.startswith(".")
         and not (chain.needs_video and _is_still(path))
     ]
-    sources = [path for path in files if not path.stem.rstrip("_").endswith(ending)]
+    # `_rename_outputs` appends underscores to the names of results
+    sources = [path for path in media_files if not path.stem.rstrip("_").endswith(ending)]
     if not sources:
         kinds = "video" if chain.needs_video else "video or picture"
-        results = f", except {len(files)} with {ending}, which are results" if files else ""
+        results = f", except {len(media_files)} with {ending}, which are results" if media_files else ""
         raise MediaError(f"--input {folder} is a folder without a {kinds}{results}. Give another folder.")
-    num_results = len(files) - len(sources)
+    num_results = len(media_files) - len(sources)
     if num_results:
         logger.info(
             "%s with names in %s: left out because they are results",
@@ -163,25 +164,25 @@ def name_output(chain: Chain, source: Path) -> Path:
                 f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
             )
         return output / default_name
-    # the suffix follows from the format, whatever the user typed
+    # the output format determines the suffix, even if the user typed another one
     return output.with_suffix(suffix) if has_media_suffix else output.with_name(f"{output.name}{suffix}")
 
 
 def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
     """Log a message if results get a different suffix than the user typed."""
-    form = chain.run.format
+    output_format = chain.run.format
     output = chain.run.output_path
-    if any(not job.is_image for job in jobs) and form.suffix != f".{form.container}":
+    if any(not job.is_image for job in jobs) and output_format.suffix != f".{output_format.container}":
         logger.warning(
             "--codec %s is written as %s because %s does not support it",
-            form.codec,
-            form.suffix,
-            form.container,
+            output_format.codec,
+            output_format.suffix,
+            output_format.container,
         )
     if output is None or len(jobs) != 1 or jobs[0].output.parent != output.parent:
         return
     if jobs[0].output.name != output.name:
-        reason = "pictures are PNG files" if jobs[0].is_image else f"--container is {form.container}"
+        reason = "pictures are PNG files" if jobs[0].is_image else f"--container is {output_format.container}"
         logger.info("The result is written to %s: %s", jobs[0].output, reason)
 
 
@@ -191,11 +192,11 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
     Raises:
         OutputError: If a result exists and there is nobody to ask.
     """
-    existing = [job for job in jobs if os.path.lexists(job.output)]
-    if not existing:
+    jobs_with_result = [job for job in jobs if os.path.lexists(job.output)]
+    if not jobs_with_result:
         return list(jobs)
-    names = _name_outputs(existing)
-    is_one = len(existing) == 1
+    names = _name_outputs(jobs_with_result)
+    is_one = len(jobs_with_result) == 1
     exist = f"{names} exists already" if is_one else f"{names} exist already"
     answer = ask(f"{exist}. Overwrite")
     if answer is None:
@@ -204,9 +205,9 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
         return list(jobs)
     if answer == "leave":
         logger.info("%s %s as before", names, "stays" if is_one else "stay")
-        return [job for job in jobs if job not in existing]
+        return [job for job in jobs if job not in jobs_with_result]
     # the third answer: write under other names
-    return _rename_outputs(jobs, existing)
+    return _rename_outputs(jobs, jobs_with_result)
 
 
 def _name_outputs(jobs: Sequence[FileJob]) -> str:

@@ -31,7 +31,7 @@ HOST_MEMORY_FRACTION = (
 
 
 def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
-    """Pad images, B C H W, at the right and bottom with their reflection, to multiples of `step`.
+    """Pad images, B C H W, on the right and bottom with their reflection, to multiples of `step`.
 
     The reflection is repeated for images smaller than `step`.
 
@@ -121,7 +121,7 @@ class _TileJoiner:
         self._end = 0  # position up to which the result is filled
 
     def add(self, tile: Tensor, start: int) -> None:
-        """Copy a tile into the result from position `start`; fade from the tile before where they overlap."""
+        """Copy a tile into the result at `start`, and blend it with the previous tile where they overlap."""
         axis = self._axis
         end = start + tile.shape[axis]
         if self._result is None:
@@ -200,8 +200,8 @@ class MemoryFittedRunner:
         """
         while True:
             try:
-                parts = [finish(self._run_tiled(run, part)) for part in images.split(self.batch)]
-                return parts[0] if len(parts) == 1 else torch.cat(parts)
+                results = [finish(self._run_tiled(run, batch)) for batch in images.split(self.batch)]
+                return results[0] if len(results) == 1 else torch.cat(results)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -52,15 +52,19 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
     Returns:
         The spec for checkpointing and other wrappers: with it, a compiled block is recomputed as a whole.
     """
-    parts: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
+    compiled_modules: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
     outer_spec = replace(spec, checkpointed_layers_attribute="")
-    if spec.compiled_layers_attribute and choice.dynamic is False:
+    if spec.compiled_layers_attribute and choice.dynamic is False:  # whole blocks, a variant for each size
         choice = replace(choice, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
     elif spec.compiled_layers_attribute:  # compile layers of the blocks one by one, with dynamic sizes
         outer_spec = spec
-        parts = [layer for part in parts for layer in getattr(part, spec.compiled_layers_attribute, ())]
+        compiled_modules = [
+            layer
+            for block in compiled_modules
+            for layer in getattr(block, spec.compiled_layers_attribute, ())
+        ]
         choice = replace(choice, dynamic=True)
-    compile_each(parts, choice)
+    compile_each(compiled_modules, choice)
     dit.register_forward_pre_hook(_find_clock().report)
     logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
     return outer_spec
@@ -129,23 +133,24 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
             f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "
             "--compile and --dynamo_backend out"
         )
+    # any registered backend is accepted; the message names only two of the debugging backends
     if choice.backend not in torch.compiler.list_backends(exclude_tags=()):
-        public = ", ".join(sorted({*torch.compiler.list_backends(), "eager", "aot_eager"}))
+        backend_names = ", ".join(sorted({*torch.compiler.list_backends(), "eager", "aot_eager"}))
         raise OptionError(
             f"torch.compile has no backend {choice.backend} here: install the package that provides it, or "
-            f"use one of {public}"
+            f"use one of {backend_names}"
         )
     if choice.backend == INDUCTOR:
-        missing = missing_for_inductor(device)
-        if missing:
+        missing_tools = missing_for_inductor(device)
+        if missing_tools:
             raise OptionError(
-                f"compiling with inductor for {device.type} needs {missing}. Or leave --compile and "
+                f"compiling with inductor for {device.type} needs {missing_tools}. Or leave --compile and "
                 "--dynamo_backend out"
             )
 
 
 def missing_for_inductor(device: torch.device) -> str:
-    """Return the parts of torch's compiler that are missing, and how to install them."""
+    """Return the parts of torch's compiler that are missing, and how to install them; "" if none is."""
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":

@@ -34,15 +34,15 @@ def examine(folder: Path) -> list[Finding]:
         folder: Folder of models and caches, whose disk is checked.
     """
     python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
-    free = shutil.disk_usage(folder).free / GIB
-    too_little = ""
-    if free < FEW_GB:
-        too_little = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB"
+    free_gb = shutil.disk_usage(folder).free / GIB
+    hint = ""
+    if free_gb < FEW_GB:
+        hint = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB"
     return [
         Finding("Python", python),
         *_examine_packages(),
         *_examine_torch(),
-        Finding("disk", f"{free:.0f} GB free in {folder}{too_little}"),
+        Finding("disk", f"{free_gb:.0f} GB free in {folder}{hint}"),
     ]
 
 

@@ -72,7 +72,7 @@ def describe_machine() -> SharedMachine:
         cuda=cuda,
         driver=next((clean_version(card.driver) for card in find_nvidia_cards()), ""),
         gpus=gpus,
-        packages={name: found for name in PACKAGES if (found := _find_version(name))},
+        packages={name: package_version for name in PACKAGES if (package_version := _find_version(name))},
     )
 
 
@@ -85,7 +85,7 @@ def list_shared_lines(info: SharedMachine) -> list[str]:
     driver = f", driver {info.driver}" if info.driver else ""
     cards = [f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GB, capability {gpu.capability}" for gpu in info.gpus]
     memory = f", {info.host_bytes / GIB:.0f} GB of memory" if info.host_bytes else ""
-    packages = ", ".join(f"{name} {found}" for name, found in info.packages.items())
+    packages = ", ".join(f"{name} {package_version}" for name, package_version in info.packages.items())
     return [
         f"Reelsmith {info.reelsmith}{commit}{changed}",
         f"Python {info.python} on {info.system} {info.processor}, {info.cores} cores{memory}",
@@ -161,7 +161,7 @@ def _ask_git(*words: str) -> str:
     if PREFIX or not (ROOT / ".git").exists():
         return ""
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["git", "-C", str(ROOT), *words],
             capture_output=True,
             text=True,
@@ -171,4 +171,4 @@ def _ask_git(*words: str) -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return completed.stdout.strip() if completed.returncode == 0 else ""

@@ -41,7 +41,7 @@ class Hidden:
     """
 
     x: Tensor  # B L C
-    tokens: Any  # a record of the other inputs, whose class the model defines
+    tokens: Any  # a record of the other inputs; each model defines its class
     # for each block B L' C, added to the first L' tokens of its result; None: nothing is added
     block_residuals: Sequence[Tensor | None] = ()
     control_tokens: Tensor | None = (

@@ -241,7 +241,7 @@ class TeaCacheRule:
 
         `first_block_input` computes what is compared: the input of the first block's attention.
         """
-        if step_position.step == step_position.num_steps - 1:  # the last step is computed
+        if step_position.step == step_position.num_steps - 1:  # always computed; the next run starts anew
             self._previous_input = None
             return False
         previous_input = self._previous_input

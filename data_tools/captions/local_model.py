@@ -114,14 +114,14 @@ class LocalModel:
             prompts.append(self.format_prompt(prompt, num_images=len(frames)))
         inputs = self._make_inputs(prompts, batch) if self.takes_text else self._make_image_inputs(batch)
         answer_tokens = self._generate_tokens(inputs, names=[location.name for location, _ in batch])
-        texts = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
+        answer_texts = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
         end_tokens = self._end_tokens()
         answers = []
-        for prompt, text, tokens in zip(prompts, texts, answer_tokens, strict=True):
+        for prompt, answer_text, tokens in zip(prompts, answer_texts, answer_tokens, strict=True):
             if prompt.rstrip().endswith("<think>"):  # the prompt ends with the opening tag of the thought
-                text = f"<think>{text}"
+                answer_text = f"<think>{answer_text}"
             was_cut = end_tokens.isdisjoint(tokens.tolist())  # no end token: max_new_tokens was reached
-            answers.append(GeneratedAnswer(text, was_cut))
+            answers.append(GeneratedAnswer(answer_text, was_cut))
         return answers
 
     def _generate_tokens(self, inputs: Any, names: Sequence[str]) -> Tensor:
@@ -347,21 +347,23 @@ def _without_videos(folder: Path, model_type: str) -> Any:
     from transformers.models.auto import processing_auto
 
     class_names: Any = getattr(processing_auto, "PROCESSOR_MAPPING_NAMES")  # noqa: B009, it is not exported
-    kind = getattr(transformers, class_names.get(model_type, ""), None)
-    if importlib.util.find_spec("torchvision") is not None or kind is None:
+    processor_class = getattr(transformers, class_names.get(model_type, ""), None)
+    if importlib.util.find_spec("torchvision") is not None or processor_class is None:
         return None
 
     def check_component(self: Any, name: str, component: Any) -> Any:
         """Check a processor's component as transformers does, but accept a missing video processor."""
         if name == "video_processor" and component is None:
             return None
-        return kind.check_argument_for_proper_class(self, name, component)
+        return processor_class.check_argument_for_proper_class(self, name, component)
 
     # transformers checks components in the constructor: a subclass with another check accepts None
-    images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check_component})
+    images_only = type(
+        processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": check_component}
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **SAFE_LOADING)
-    # both dictionaries may have the chat template
-    settings, unused = kind.get_processor_dict(folder, **SAFE_LOADING)
+    # `unused` holds the settings that the constructor does not take; either may have the chat template
+    settings, unused = processor_class.get_processor_dict(folder, **SAFE_LOADING)
     try:
         return images_only(
             image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **SAFE_LOADING),

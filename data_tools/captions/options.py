@@ -52,15 +52,16 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
     )
 
     def __post_init__(self) -> None:
+        """Raise OptionError if --api_base is not a plain http or https address."""
         if self.api_base is None:
             return
         try:
-            parts = urlsplit(self.api_base)
-            is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-        except ValueError:
+            url = urlsplit(self.api_base)
+            is_address = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
+        except ValueError:  # such as a port that is not a number
             is_address = False
-            parts = urlsplit("")
-        if "@" in parts.netloc or parts.query or parts.fragment:
+            url = urlsplit("")
+        if "@" in url.netloc or url.query or url.fragment:
             raise OptionError(
                 "--api_base contains a user's name, a password, or what follows ? or #. Give the address "
                 "alone, such as http://localhost:8000/v1, and a key in the environment variable "
@@ -133,6 +134,7 @@ class WordingOptions(Options, title="the text that is written"):
     )
 
     def __post_init__(self) -> None:
+        """Check the texts to add and the replacements; raise OptionError for an invalid one."""
         for name in ("trigger_word", "caption_prefix", "caption_suffix"):
             text = getattr(self, name)
             if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
@@ -221,6 +223,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
             self._check_edit_only()
 
     def _check_model_or_server(self) -> None:
+        """Raise OptionError if --model and --api_base are both given, or neither although one is needed."""
         has_model = self.model.model is not None
         has_server = self.api.api_base is not None
         if has_model and has_server:

@@ -179,7 +179,7 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
     Raises:
         DatasetError: If the dataset cannot be used, or at the end if sources got no caption.
     """
-    start = time.monotonic()
+    start_seconds = time.monotonic()
     rules = backend.overwrite_rules
     if not dry_run:
         _recover_pending(config)  # captions that a killed run has not put into its list yet
@@ -192,8 +192,8 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
         _print_plan(config, reasons, num_kept)
         return
     _show_start(config, backend.model_name, reasons, num_kept=num_kept, num_done_before=num_done_before)
-    for text in describe_missing_extensions(config):
-        logger.warning("%s", text)
+    for warning in describe_missing_extensions(config):
+        logger.warning("%s", warning)
     failures, num_changed = _make_recorded_captions(backend, reasons, records)
     num_written = len(reasons) - len(failures) - num_changed
     num_not_written = len(locations) - len(reasons) + num_changed
@@ -202,7 +202,7 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
         ("captions", f"{num_written} written, {num_not_written} kept"),
         ("kept", changed_text),
         ("missing keys", backend.describe_missing_keys()),
-        ("time", format_duration(time.monotonic() - start)),
+        ("time", format_duration(time.monotonic() - start_seconds)),
     ]
     show_box("Captioning is finished", rows)
     if failures:
@@ -224,7 +224,7 @@ def _make_recorded_captions(
     reasons: Mapping[CaptionLocation, str],
     records: Mapping[Path, GeneratedCaptions],
 ) -> tuple[list[Failure], int]:
-    """Load the model and make all captions in `reasons`; return what `_make_captions` returns.
+    """Load the model and make all captions in `reasons`; return the failures, and how many changed meanwhile.
 
     If existing captions are replaced, each folder's record notes when this pass begins and ends. After
     failures no end is noted, so that the same command continues with the failed files.
@@ -238,7 +238,7 @@ def _make_recorded_captions(
         for record in records_of_pass:
             record.begin_pass(backend.options_hash)
         failures, num_changed = _make_captions(captioner, reasons, records, backend)
-    if not failures:
+    if not failures:  # else the same command makes only the failed captions again
         for record in records_of_pass:
             record.end_pass()
     return failures, num_changed
@@ -264,16 +264,16 @@ def try_captions(config: DatasetConfig, backend: CaptionBackend, count: int) -> 
     locations.sort(key=lambda location: location.has_caption)
     captioner = backend.load_captioner()
     failures: list[Failure] = []
-    answers = captioner(locations[:count], backend.read_frames)
-    with contextlib.closing(answers):
-        for location, answer in answers:
-            if isinstance(answer, str):
-                _print([str(location.source.path), f"  {backend.postprocess(location, answer)}"])
+    captions = captioner(locations[:count], backend.read_frames)
+    with contextlib.closing(captions):
+        for location, caption in captions:
+            if isinstance(caption, str):
+                _print([str(location.source.path), f"  {backend.postprocess(location, caption)}"])
                 sys.stdout.flush()
-            elif isinstance(answer, (MediaError, NoCaptionError)):
-                failures.append(Failure.of(location.source, answer))
+            elif isinstance(caption, (MediaError, NoCaptionError)):
+                failures.append(Failure.of(location.source, caption))
             else:  # an error that is not specific to this file
-                raise answer
+                raise caption
     if failures:
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
 

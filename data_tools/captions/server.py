@@ -95,23 +95,25 @@ class ApiServer:
         """
         self.ask_options = ask_options
         self.timeout = options.api_timeout or TIMEOUT
-        self.first_retry_seconds = 1.0  # seconds between two requests
+        self.first_retry_seconds = 1.0  # wait before the first retry; it doubles for each further one
         self._model = options.api_model
         self._workers = options.api_workers or WORKERS
         assert options.api_base is not None
-        base = options.api_base.rstrip("/")
-        parts = urlsplit(options.api_base)
-        self._address = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
-        self._is_local = parts.hostname in LOCAL_HOSTS
+        base_address = options.api_base.rstrip("/")
+        url = urlsplit(options.api_base)
+        self._address = (
+            base_address if base_address.endswith("/chat/completions") else f"{base_address}/chat/completions"
+        )
+        self._is_local = url.hostname in LOCAL_HOSTS
         key = environment.get(KEY_VARIABLE, "").strip()
         if not all("!" <= character <= "~" for character in key):
             raise OptionError(
                 f"{KEY_VARIABLE} contains a space, a line break or a character that is not valid in a key. "
                 "Set it to the key alone."
             )
-        if key and parts.scheme == "http" and not self._is_local:
+        if key and url.scheme == "http" and not self._is_local:
             logger.warning(
-                "The key in %s is sent to %s without encryption (http).", KEY_VARIABLE, parts.hostname
+                "The key in %s is sent to %s without encryption (http).", KEY_VARIABLE, url.hostname
             )
         self._key = key
         self._stop = threading.Event()
@@ -234,7 +236,7 @@ class ApiServer:
         self._has_answered = True
         if response.status == 200:
             return self._read_caption(response.text)
-        if response.status == 400:
+        if response.status == 400:  # may name a parameter that the model does not support
             refused = _find_refused_parameter(response.text, parameters)
             if refused is not None:
                 self._leave_out(refused)
@@ -272,20 +274,20 @@ class ApiServer:
         return NoCaptionError(f"the server answers {status}: {message}")
 
     def _explain_connection_error(self, error: BaseException) -> UserError | _RetryableError:
-        """Return the exception for a failed connection: fatal if the server never answered, else a retry."""
+        """Return the exception for a failed connection: fatal only if the server has never answered."""
         cause = error
         while cause.__context__ is not None:  # the innermost error is the system's
             cause = cause.__context__
-        why = self._redact(getattr(cause, "strerror", None) or str(cause))
+        reason = self._redact(getattr(cause, "strerror", None) or str(cause))
         is_rejected = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
         if is_rejected and not self._has_answered:
             return UserError(
-                f"--api_base: nothing answers at {self._address}: {why}. Start the server, or correct "
+                f"--api_base: nothing answers at {self._address}: {reason}. Start the server, or correct "
                 "the address."
             )
         if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
-            why = f"there is no complete answer within {self.timeout:g} s (--api_timeout)"
-        return _RetryableError(f"the connection broke: {why}", wait_seconds=None)
+            reason = f"there is no complete answer within {self.timeout:g} s (--api_timeout)"
+        return _RetryableError(f"the connection broke: {reason}", wait_seconds=None)
 
     def _post(self, parameters: Any) -> "_Response":
         """Send a request, and read the whole response within the time limit.
@@ -306,16 +308,16 @@ class ApiServer:
         ):
             if "," in answer.headers.get("Content-Encoding", ""):  # compressed twice, a few bytes can be GiB
                 raise NoCaptionError("the server's answer is packed more than once")
-            content = bytearray()
+            body = bytearray()
             end = start + self.timeout
             for piece in answer.iter_content(1):  # a larger piece would wait until it is full
-                content += piece
+                body += piece
                 if time.monotonic() > end:  # requests restarts its own timeout at each byte
                     raise requests.ReadTimeout
-                if len(content) > MAX_ANSWER_BYTES:
+                if len(body) > MAX_ANSWER_BYTES:
                     raise NoCaptionError(f"the server's answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
             wait_seconds = _read_wait_seconds(answer.headers.get("Retry-After"))
-            return _Response(answer.status_code, wait_seconds, content.decode("utf-8", "replace"))
+            return _Response(answer.status_code, wait_seconds, body.decode("utf-8", "replace"))
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add the API key to a request.

@@ -103,6 +103,7 @@ class PreparedItem:
             self.read_info()
         except (OSError, ValueError, KeyError, TypeError):
             return False
+        # the time of a folder of images does not change when an image is edited, so it is not compared
         is_newer = self.source.is_dir() or self.source.stat().st_mtime_ns <= self.info_file.stat().st_mtime_ns
         return is_newer and all(self.path_of(kind).exists() for kind in kinds)
 
@@ -173,19 +174,19 @@ def make_list_contents(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) 
         items: Finished items with their number of frames, height and width. Missing files are null in
             data.jsonl.
     """
-    lines = []
+    jsonl_lines = []
     for item, info in items:
-        files = {key: item.path_of(kind) for key, kind in FOLDERS_BY_KEY.items()}
+        path_by_key = {key: item.path_of(kind) for key, kind in FOLDERS_BY_KEY.items()}
         paths_in_folder = {
             key: path.relative_to(item.folder).as_posix() if path.exists() else None
-            for key, path in files.items()
+            for key, path in path_by_key.items()
         }
         record = {"prompt": item.caption, **paths_in_folder, "metadata": dict(info)}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        jsonl_lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return {
         "prompts.txt": "".join(f"{item.caption}\n" for item, _ in items),
         "videos.txt": "".join(f"{VIDEOS}/{item.name}.mp4\n" for item, _ in items),
-        "data.jsonl": "".join(lines),
+        "data.jsonl": "".join(jsonl_lines),
     }
 
 
@@ -348,7 +349,7 @@ def _encode_batch(
 def _encode_clips(
     clips: Sequence[Clip], encode: EncodeMoments, device: torch.device, settings: EncodingOptions
 ) -> list[Tensor]:
-    """Encode clips of equal shape to VAE moments, on the CPU in the dtype to save.
+    """Encode clips of the same shape to VAE moments; return them on the CPU, in the dtype for saving.
 
     On a CPU, clips are encoded one by one, which is equally fast and makes results independent of the batch.
     """

@@ -134,6 +134,7 @@ def _describe_family_networks(
     text_family = entry.make_family(
         "text_caching", *parse_options(None, text_argv, entry.options_record("TextCaching"))
     )
+    # called only to raise errors about missing or wrong files
     media_family.check_named_files()
     text_family.check_named_files()
     return PipelineNetworks(

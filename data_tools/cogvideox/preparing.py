@@ -40,7 +40,9 @@ logger = logging.getLogger(__name__)
 def prepare(options: PrepareOptions) -> None:
     """Prepare a dataset for CogVideoX trainers: encode missing files, and write the lists of all files.
 
-    A clip that cannot be read does not stop the run; it is reported at the end.
+    1. The main process checks the output folder and records the settings in it.
+    2. Each process encodes the missing files of its share of the clips.
+    3. The main process writes the lists and reports unreadable clips, which do not stop the run.
 
     Raises:
         DatasetError: If the data cannot be used or a clip failed.
@@ -61,11 +63,11 @@ def prepare(options: PrepareOptions) -> None:
         # called only to make the others wait until the main process has checked the folder
         process.gather(None)
         # each process takes every n-th item
-        missing = _find_missing_files(items[process.rank :: process.num_processes], options, networks)
+        missing_files = _find_missing_files(items[process.rank :: process.num_processes], options, networks)
         if is_main:
-            _show_start(options, process, num_items=len(items), num_to_do=missing.num_items)
-        failures_of_process = _prepare_items(options, networks, process, missing)
-        gathered = process.gather((missing.num_items, failures_of_process))
+            _show_start(options, process, num_items=len(items), num_to_do=missing_files.num_items)
+        failures_of_process = _prepare_items(options, networks, process, missing_files)
+        gathered = process.gather((missing_files.num_items, failures_of_process))
         failures = [failure for _, failures in gathered for failure in failures]
         if not is_main:
             if failures:
@@ -231,6 +233,7 @@ def _prepare_items(
         _write_captions(missing.without_texts, options, show_progress=is_main)
     elif missing.without_texts:
         _encode_captions(missing.without_texts, networks, device, options, show_progress=is_main)
+    # after the captions, whose text encoders are freed by now
     encode = None if networks is None or not missing.without_media else networks.load_vae(device)
     failures = clips.prepare_clips(
         missing.without_media, encode, device, options=options, show_progress=is_main

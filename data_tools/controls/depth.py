@@ -32,7 +32,7 @@ class DepthModel:
 
     @torch.no_grad()
     def draw(self, image: Frame) -> Frame:
-        """Return the depth map of an image as gray RGB, H W 3 of equal size: black is far, white is near.
+        """Return the depth map of an image in gray, H W 3 of the same size: black is far, white is near.
 
         The nearest point of each image is white and the farthest black, as in the maps that depth ControlNets
         were trained with.
@@ -69,7 +69,7 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
     Raises:
         CheckpointError: If the folder has no model for depth estimation, or a damaged one.
     """
-    chosen = select_device(device)
+    selected_device = select_device(device)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"--depth {folder}: there is no config.json in this folder. Give the folder of a model as "
@@ -93,8 +93,8 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
     except CheckpointError:
         raise
     except Exception as error:  # damaged files raise many libraries' errors
-        why = shorten(" ".join(str(error).split()), 300)
+        reason = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(
-            f"--depth {folder}: transformers cannot load it for depth estimation: {why}", folder
+            f"--depth {folder}: transformers cannot load it for depth estimation: {reason}", folder
         ) from None
-    return DepthModel(network.eval().requires_grad_(False).to(chosen), processor)
+    return DepthModel(network.eval().requires_grad_(False).to(selected_device), processor)

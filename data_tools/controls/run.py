@@ -178,15 +178,15 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
 def _make_plan(images: Sequence[Path], output: Path, method: str, overwrite: bool) -> ControlPlan:
     """Decide for each image whether its control image is made, and list existing ones that stay.
 
-    With `overwrite`, control images that this program has made are made again.
+    With `overwrite`, control images that this program has made are made again, even if nothing has changed.
     """
-    existing: dict[str, Path] = {}
+    control_images_by_stem: dict[str, Path] = {}
     if output.is_dir():
         # file systems of Windows and macOS ignore case
-        existing = {path.stem.casefold(): path for path in _find_images(output)}
+        control_images_by_stem = {path.stem.casefold(): path for path in _find_images(output)}
     plan = ControlPlan()
     for image in images:
-        target = existing.get(image.stem.casefold())
+        target = control_images_by_stem.get(image.stem.casefold())
         recorded_method = None if target is None else _read_method(target)
         if target is None:
             plan.to_draw[image] = output / f"{image.stem}.png"

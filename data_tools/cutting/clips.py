@@ -64,7 +64,7 @@ class VideoAnalysis:
 def analyze_video(
     info: SourceInfo, frames: Iterable[OutputFrame], detector: SceneDetector, black_threshold: float
 ) -> VideoAnalysis:
-    """Decode a video once, to find its frame times, scene changes and measures."""
+    """Decode a video once: note frame times, find scene changes, measure a frame every SAMPLE_SECONDS."""
     analysis = VideoAnalysis(info.width, info.height)
     next_measured = 0.0  # time in seconds
     for index, frame in enumerate(frames):
@@ -224,6 +224,7 @@ def _find_reason_to_drop(analysis: VideoAnalysis, first: int, end: int, choice: 
         return ""
     num_black = sum(measured.is_black for measured in measured_frames)
     if num_black >= MIN_BLACK_FRACTION * len(measured_frames):
+        # black frames also look static and blurred: with --keep_black the clip stays
         return "" if choice.keep_black else BLACK
     frames = [measured.cells for measured in measured_frames]
     if not choice.keep_static and len(frames) > 1 and is_static(frames, choice.static_threshold):

@@ -69,11 +69,11 @@ def start_record(
 ) -> CutRecord:
     """Return the record of a source video that is about to be cut, with names for the clips to write."""
     status = source.stat()
-    written: list[WrittenClip] = []
+    clips_to_write: list[WrittenClip] = []
     for clip in clips:
         if not clip.dropped:
-            name = f"{stem}_{len(written) + 1:05d}{options.clip_format.suffix}"
-            written.append(WrittenClip(name, clip))
+            name = f"{stem}_{len(clips_to_write) + 1:05d}{options.clip_format.suffix}"
+            clips_to_write.append(WrittenClip(name, clip))
     return CutRecord(
         stem,
         source=str(source),
@@ -82,7 +82,7 @@ def start_record(
         width=analysis.width // 2 * 2,  # even: encoders cannot take an odd row or column
         height=analysis.height // 2 * 2,
         options=_list_content_options(options),
-        clips=tuple(written),
+        clips=tuple(clips_to_write),
     )
 
 
@@ -125,9 +125,9 @@ def _parse_record(text: str) -> CutRecord:
     )
     lists = tuple(content.pop("lists"))
     record = CutRecord(**content, clips=clips, lists=lists)
-    names = [record.stem, *(clip.name for clip in clips)]
+    file_names = [record.stem, *(clip.name for clip in clips)]
     # a changed record could name files elsewhere, which cutting again would remove
-    if any(Path(name).name != name or name == ".." for name in names):
+    if any(Path(name).name != name or name == ".." for name in file_names):
         raise ValueError("it names files in other folders")
     return record
 

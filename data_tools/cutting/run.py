@@ -101,7 +101,7 @@ def cut_footage(options: CuttingOptions) -> None:
             _report_cut(source, result)
             if result.record is not None:
                 clip_list.add(result.record, result.is_new)
-    finally:
+    finally:  # also if the run fails: the clips so far
         clip_list.write()
     if results and not options.dry_run:
         _show_results(results, list_path, seconds=time.monotonic() - started)
@@ -187,8 +187,8 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
         )
     stems = {}
     for video in videos:
-        parts = video.relative_to(root).with_suffix("").parts
-        stems[video] = readable_stem("_".join(parts))
+        path_parts = video.relative_to(root).with_suffix("").parts
+        stems[video] = readable_stem("_".join(path_parts))
     return stems
 
 
@@ -231,7 +231,7 @@ class Cutter:
         if job.record.is_done:
             return CutResult(job.record, (), is_new=False)
         logger.info("%s: continuing where the last run ended", job.source)
-        clips = [written.clip for written in job.record.clips]
+        clips = [clip_record.clip for clip_record in job.record.clips]
         return self._write_recorded_clips(job.source, job.record, clips)
 
     def _cut_anew(self, job: CuttingJob, reason_to_recut: str) -> CutResult:
@@ -333,8 +333,8 @@ class Cutter:
             OutputError: If a new clip would overwrite a file that this program did not write.
         """
         old_names = set() if old is None else {clip.name for clip in old.clips}  # may be replaced
-        names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
-        foreign_names = [name for name in names if name not in old_names]
+        existing_names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
+        foreign_names = [name for name in existing_names if name not in old_names]
         if foreign_names:
             raise OutputError(
                 f"{', '.join(foreign_names[:MAX_NAMED_FILES])} in {self.output} would be written, and there "
@@ -357,21 +357,23 @@ class Cutter:
             MediaError: If a frame cannot be decoded.
             OutputError: If a clip cannot be written.
         """
-        missing = [written for written in record.clips if not os.path.lexists(self.output / written.name)]
-        if not missing:
+        missing_records = [
+            clip_record for clip_record in record.clips if not os.path.lexists(self.output / clip_record.name)
+        ]
+        if not missing_records:
             return 0
         video_format = self.options.clip_format
         info = source_info(source)
         codec = resolve_codec(video_format.codec, info.width, info.height)
         with contextlib.closing(self._decode_frames(source, "clips of", video_format.is_deep)) as frames:
             numbered_frames = enumerate(frames)
-            for written in missing:
-                clip = written.clip
+            for clip_record in missing_records:
+                clip = clip_record.clip
                 # records store seconds as floats; fractions of microseconds are exact
                 start = Fraction(round(clip.start * MICROSECONDS), MICROSECONDS)
                 seconds = Fraction(round(clip.seconds * MICROSECONDS), MICROSECONDS)
                 write_timed_video(
-                    self.output / written.name,
+                    self.output / clip_record.name,
                     _frames_of_clip(numbered_frames, source, clip),
                     info.rate,
                     codec,
@@ -379,7 +381,7 @@ class Cutter:
                     preset=video_format.preset,
                     audio_section=VideoSection(source, start, seconds, not video_format.no_audio),
                 )
-        return len(missing)
+        return len(missing_records)
 
 
 def _frames_of_clip(

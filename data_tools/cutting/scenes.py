@@ -162,7 +162,7 @@ class _Dissolves:
                 self._check_span(first, half_length)
 
     def _check_span(self, first: int, half_length: int) -> None:
-        """Add a change if the last 2 * half_length + 1 frames, starting at `first`, are a dissolve.
+        """Add a scene change if the last 2 * half_length + 1 frames, starting at `first`, are a dissolve.
 
         1. The variance falls in the middle, because mixing lowers the contrast.
         2. The weight of the second scene rises about evenly.

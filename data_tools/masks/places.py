@@ -152,6 +152,7 @@ def _list_entries(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[Mask
     visible_paths: list[Path] = []
     with contextlib.suppress(FileNotFoundError):
         visible_paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    # all media are in one folder, so the first one is sufficient
     is_next_to_media = any(real_path(folder) == real_path(media_path.parent) for media_path, _ in media[:1])
     masks_of_kind: dict[str, Mapping[str, Sequence[Path]]] = {}
     for kind in {kind for _, kind in media}:
@@ -358,6 +359,7 @@ def replace_mask(entry: MaskEntry, pixels: NDArray[np.uint8], frame_index: int |
     frames: Iterable[Gray] = [drawn_mask]
     if frame_index is not None:
         frames = _replace_frame(_require_mask(entry), drawn_mask, frame_index)
+    # without a recorded method the mask counts as drawn by a person
     if not write_mask(entry, frames, is_folder=frame_index is not None, texts={}):
         raise DatasetError(f"The mask of {entry.media_path.name} is all black: nothing would be learned")
 

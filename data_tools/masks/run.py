@@ -87,8 +87,8 @@ def make_masks(options: MaskOptions) -> None:
         finder = _load_finder(options.finder)
         for entry in track(plan.to_make, "Masks", len(plan.to_make), unit="file"):
             mask_frames = _generate_masks(entry, finder, shaping, options)
-            texts = _make_texts(entry, method, options.mode)
-            _write_generated_mask(entry, mask_frames, texts, outcome)
+            png_texts = _make_texts(entry, method, options.mode)
+            _write_generated_mask(entry, mask_frames, png_texts, outcome)
     _show_outcome(outcome, entries, num_unchanged=len(entries) - len(plan.to_make), method=method)
     if outcome.failures:
         raise failure_error(outcome.failures, format_count(len(plan.to_make), "file"))
@@ -177,7 +177,7 @@ def _reject_ambiguous_masks(entries: Sequence[MaskEntry]) -> None:
 
 
 def _select_finder_kind(finder: FinderOptions) -> str:
-    """Return what finds the masked areas: a model type for prompts, otherwise the name of the option.
+    """Return what finds the masked areas: the type of the model for prompts, or the name of another option.
 
     Raises:
         CheckpointError: If the model cannot search for prompts.
@@ -238,9 +238,9 @@ def _make_plan(entries: Sequence[MaskEntry], options: MaskOptions, method: str) 
     """
     plan = MaskPlan()
     for entry in entries:
-        texts = entry.read_texts()
-        previous_methods = texts.get(METHOD_TEXT, "").split("\n")
-        is_drawn_or_accepted = previous_methods == [""] or ACCEPTED_TEXT in texts  # by a person
+        png_texts = entry.read_texts()
+        previous_methods = png_texts.get(METHOD_TEXT, "").split("\n")
+        is_drawn_or_accepted = previous_methods == [""] or ACCEPTED_TEXT in png_texts  # by a person
         if entry.mask is None and entry.is_removed and options.mode == "fill":
             plan.removed.append(entry)  # a person decided against a mask
         elif entry.mask is None:
@@ -294,9 +294,9 @@ def _generate_masks(
     previous_masks = itertools.repeat(None) if entry.mask is None else _repeat_last(read_frames(entry.mask))
     has_found = False
     for score_map, previous_mask in zip(score_maps, previous_masks, strict=False):
-        found = shaping.shape(score_map, sizes.popleft())
-        has_found = has_found or bool(found.any())
-        yield shaping.combine_with_previous(found, previous_mask, options.mode, options.alpha)
+        found_mask = shaping.shape(score_map, sizes.popleft())
+        has_found = has_found or bool(found_mask.any())
+        yield shaping.combine_with_previous(found_mask, previous_mask, options.mode, options.alpha)
     if not has_found:
         raise _NothingFoundError
 

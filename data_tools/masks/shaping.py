@@ -36,14 +36,18 @@ class MaskShaping:
         is not inverted: `combine_with_previous` does that.
         """
         if self.smooth_pixels:
-            side = 2 * self.smooth_pixels + 1
-            scores = np.asarray(cv2.blur(scores, (side, side), borderType=cv2.BORDER_REPLICATE), np.float32)
+            kernel_side = 2 * self.smooth_pixels + 1
+            scores = np.asarray(
+                cv2.blur(scores, (kernel_side, kernel_side), borderType=cv2.BORDER_REPLICATE), np.float32
+            )
         if (scores.shape[1], scores.shape[0]) != size:
             scores = np.asarray(cv2.resize(scores, size, interpolation=cv2.INTER_LINEAR), np.float32)
         is_found = (scores > self.threshold).astype(np.uint8)
         if self.expand_pixels:
-            side = 2 * self.expand_pixels + 1
-            is_found = np.asarray(cv2.dilate(is_found, np.ones((side, side), np.uint8)), np.uint8)
+            kernel_side = 2 * self.expand_pixels + 1
+            is_found = np.asarray(
+                cv2.dilate(is_found, np.ones((kernel_side, kernel_side), np.uint8)), np.uint8
+            )
         if not self.feather_pixels or not is_found.any():
             return is_found.astype(np.float32)
         # distance of each pixel to the nearest found one

@@ -156,8 +156,8 @@ def load_prompt_finder(
                 f"--model {folder}: transformers reads its images with torchvision. Run: pip install "
                 "torchvision"
             ) from None
-        why = shorten(" ".join(str(error).split()), 300)
-        raise CheckpointError(f"--model {folder}: transformers cannot load it: {why}", folder) from None
+        reason = shorten(" ".join(str(error).split()), 300)
+        raise CheckpointError(f"--model {folder}: transformers cannot load it: {reason}", folder) from None
     return PromptFinder(
         network.eval().requires_grad_(False).to(selected_device), processor, prompts, least_score
     )

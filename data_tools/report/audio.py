@@ -51,16 +51,20 @@ def inspect_audio(source: MediaSource) -> AudioInspection:
     """
     video_seconds = None
     try:
-        with fetch(source) as local:
-            path = find_audio(local)
+        with fetch(source) as local_source:
+            path = find_audio(local_source)
             track = track_info(path)
             if track is None:
                 raise NoAudio(f"{path}: it has no audio track")
             # only a video file has its own duration to compare with
-            is_video = local.precomputed is None and not local.path.is_dir() and not local.table.is_audio_only
+            is_video = (
+                local_source.precomputed is None
+                and not local_source.path.is_dir()
+                and not local_source.table.is_audio_only
+            )
             if is_video:
-                info = video_info(local.path)
-                rate = local.table.declared_fps or info.fps
+                info = video_info(local_source.path)
+                rate = local_source.table.declared_fps or info.fps
                 video_seconds = info.frames / rate if info.frames and rate else None
     except NoAudio as reason:
         return AudioInspection(missing_reason=str(reason))
@@ -107,7 +111,7 @@ def check_audio(
     tracks: list[TrackInfo] = []  # the audio track of each clip that has one
     total_valid = 0
     total_missing = 0
-    needs_audio = table.audio == REQUIRED or work.spec.audio_only
+    needs_audio = table.audio == REQUIRED or work.spec.audio_only  # else missing audio is only a warning
     for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
         stem = plan.source.stem
         if isinstance(result, Failure):
@@ -127,9 +131,9 @@ def check_audio(
         if audio.mismatch is not None:
             text = f"{plan.source.path}: {audio.mismatch}"
             warnings.append(Fault("have sound that does not fit", text, stem))
-    have = "can be heard" if table.is_audio_only else "clips have it"
+    description = "can be heard" if table.is_audio_only else "clips have it"
     lines = [
-        f"sound: {len(tracks)} of {len(plans)} {have}{_describe_tracks(tracks)}",
+        f"sound: {len(tracks)} of {len(plans)} {description}{_describe_tracks(tracks)}",
         f"caches of sound: {total_valid} files are valid, {pluralize(total_missing, 'items need encoding')}",
     ]
     return AudioFindings(lines, errors, warnings)
@@ -167,10 +171,12 @@ def draw_audio(source: MediaSource, fps: float, num_frames: int) -> Markup | Non
     Raises MediaError or OSError if a file cannot be read.
     """
     try:
-        with fetch(source) as local:
+        with fetch(source) as local_source:
             # one channel; no latents are made, so their shape does not matter
             spec = AudioSpec(WAVE_RATE, 1, lambda frames, rate: (1, 1, 1))
-            (samples,) = read_audios(find_audio(local), [(0, num_frames)], kept_rate(local, fps), spec)
+            (samples,) = read_audios(
+                find_audio(local_source), [(0, num_frames)], kept_rate(local_source, fps), spec
+            )
     except NoAudio:
         return None
     amplitudes = np.abs(samples[0].numpy())

@@ -162,6 +162,10 @@ def check_caching(
 ) -> CheckResult:
     """Report what caching would do, without loading encoders and without writing anything.
 
+    1. Read what identifies the encoders, and load tokenizers for counting tokens.
+    2. Check the media, caches and captions of each table.
+    3. Check what concerns all tables: unused control media and masks, references, validation, balance.
+
     Args:
         family: Family that would cache.
         config: The dataset.
@@ -192,7 +196,7 @@ def check_caching(
     folders = TableFolders(config)
     tables = [checker.check(find_table(config, table, folders)) for table in config.datasets]
     sources = [source for findings in tables for source in findings.sources]
-    # control media and masks of no source are known only after the sources of all tables are listed
+    # unused control media and masks are known only after the sources of all tables are listed
     log_lone_controls(sources)
     if scope.media:
         find_lone_masks(tables)
@@ -229,6 +233,7 @@ class _CachingChecker:
             self._check_text_caches(findings)
         compares_latents = bool(findings.sources and self.identities.media_identity)
         if self.scope.texts or compares_latents:
+            # only if caches are checked: other checks do not depend on the cache folder
             kind = "shards or folders are incomplete; caching repairs them"
             findings.warnings += [Fault(kind, line) for line in list_shard_errors(table)]
         check_captions(findings, self.counters, are_cached=self.scope.texts)
@@ -248,7 +253,7 @@ class _CachingChecker:
             plans = _check_sources(findings, settings, self.workers)
             # otherwise the latent caches contain the audio too
             has_separate_audio_caches = trains_audio(self.family) and not settings.stores_audio
-            compares_caches = bool(settings.encoder_identity)
+            compares_caches = bool(settings.encoder_identity)  # empty: latents are not checked
             if compares_caches and has_separate_audio_caches and uses_audio(findings.table):
                 family = cast(AudioCachingFamily, self.family)
                 _check_table_audio(findings, family, plans, cache_settings=settings, workers=self.workers)
@@ -418,12 +423,12 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, cache_settings: LatentCacheSettings, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Plan the caches of all sources; sources whose items are not known yet are decoded and come last."""
+    """Plan the caches of all sources; those with unknown items are decoded and come last in the result."""
     table = findings.table
     store = cache_settings.stores.latent_store(table)
     cached_names = LatentNames(store, cache_settings.tag, table.kind)
     planned, unreadable = plan_all(findings.sources, {table.index: cached_names}, cache_settings, workers)
-    # `missing_spans` is None if the items of a source are not known without decoding it
+    # `missing_spans` lists the items to cache; None if they are not known without decoding the source
     plans = [plan for plan in planned if plan.missing_spans is not None]
     unknown = [plan for plan in planned if plan.missing_spans is None]
     decoded = read_ahead(
@@ -469,7 +474,7 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
         if isinstance(reference_sizes, Failure):
             findings.errors.append(Fault(UNREADABLE, str(reference_sizes), reference_sizes.stem))
             continue
-        # items of a batch must have references of equal sizes
+        # references of one batch must have the same sizes
         sides = tuple(itertools.chain(*reference_sizes)) if table.batch_size > 1 else ()
         for item_size in plan.item_sizes:
             findings.add_items([plan.source.stem], (*item_size, *sides))
@@ -519,6 +524,10 @@ def check_training(
 ) -> CheckResult:
     """Report the caches that a training run would use; every cache file is read and verified.
 
+    1. For each table: list cached and missing items, read the caches, and compare them with the media files.
+    2. For the whole dataset: check that references are learned, and split off the validation items.
+    3. Describe an epoch, and name the caching commands if there are errors.
+
     Args:
         config: The dataset.
         cache_tag: Name of the model in its cache files.
@@ -556,13 +565,13 @@ def check_training(
     trained, validation_items = split_validation(found_items.items, *validation)
     # the same items are subtracted from the bucket counts of the report
     count_validation_items(tables, *validation)
-    tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
+    closing_lines = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
     if validation_items:
-        tail.append(f"For validation: {format_count(len(validation_items), 'item')}")
+        closing_lines.append(f"For validation: {format_count(len(validation_items), 'item')}")
     if any(findings.errors for findings in tables):
-        tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
-    head = (RECOGNIZED, *indent([*checkpoint_lines, *counters.missing_lines]))
-    return CheckResult(head, tuple(tables), tuple(tail), counters)
+        closing_lines += ["Caches are made by:", *indent([commands.latents, commands.text])]
+    opening_lines = (RECOGNIZED, *indent([*checkpoint_lines, *counters.missing_lines]))
+    return CheckResult(opening_lines, tuple(tables), tuple(closing_lines), counters)
 
 
 def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec) -> None:
@@ -630,7 +639,7 @@ def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem
             yield item, number
     table = items[0].table
     if table.caches_empty_prompt:
-        # the empty prompt once, or for each item if an encoder sees its references
+        # the empty prompt once, or for each item if an encoder also gets its reference images
         for item in items if table.texts_see_references else items[:1]:
             yield item, EMPTY
 

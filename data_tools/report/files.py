@@ -39,7 +39,7 @@ def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
 ) -> list[JsonObject]:
     """Return findings and cache states of all media files as JSON values, table by table."""
-    files = []
+    described_files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
         errors = group_by_stem(findings.errors, with_kind=True)
@@ -52,8 +52,10 @@ def list_files(
                 "remarks": warnings.get(source.stem, []),
                 "caches": states.get(source.stem, {}),
             }
-            files.append({**_describe_source(source), **_describe_inspection(inspection), **findings_of_file})
-    return files
+            described_files.append(
+                {**_describe_source(source), **_describe_inspection(inspection), **findings_of_file}
+            )
+    return described_files
 
 
 def _describe_source(source: MediaSource) -> JsonObject:
@@ -224,12 +226,12 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
 def _find_media_state(plan: SourcePlan, has_files: bool) -> State:
     """Return whether a media file's latent caches are valid, missing or outdated, with the reason.
 
-    `plan` lists the items of the source whose caches are missing, and those whose caches are kept as valid.
-    `has_files` says that cache files with the source's stem exist, valid or not.
+    `plan.missing_spans` lists the items without a valid cache (None: the items are not known), and
+    `plan.valid_files` the valid caches. `has_files` says that the source has cache files, valid or not.
     """
     if plan.outdated_reason is not None:
         return STALE, plan.outdated_reason
-    # None: the items of the source are not known, so no cache counts as valid
+    # either the items are not known, so no cache counts as valid, or every known item lacks a valid cache
     is_nothing_valid = plan.missing_spans is None or (plan.missing_spans and not plan.valid_files)
     if is_nothing_valid and has_files:
         return STALE, "not of this file, or of other settings"

@@ -225,7 +225,7 @@ def count_validation_items(tables: Sequence[TableFindings], share: float, seed: 
 
 
 def balance_regularization(tables: Sequence[TableFindings]) -> None:
-    """Set how often regularization images repeat, so that an epoch has as many of them as of other images.
+    """Set how often regularization images repeat: an epoch gets as many of them as other images.
 
     Args:
         tables: Findings for all tables of a configuration.
@@ -340,16 +340,16 @@ def load_token_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> T
     except (OptionError, CheckpointError) as error:
         return TokenCounters((), (f"tokens of captions are not counted, which is not an error: {error}",))
     counters = []
-    missing = []  # lines about tokenizers that are not on this machine
+    missing_lines = []  # lines about tokenizers that are not on this machine
     offline_errors = {}  # encoder -> error, if offline mode forbids downloading its tokenizer
     for encoder in encoders:
         try:
             counters.append((encoder.name, encoder.token_counter()))
         except CheckpointError as error:
-            missing.append(f"tokens of {encoder.name} are not counted: {error}")
+            missing_lines.append(f"tokens of {encoder.name} are not counted: {error}")
             if constants.HF_HUB_OFFLINE:
                 offline_errors[encoder.name] = str(error)
-    return TokenCounters(tuple(counters), tuple(missing), offline_errors)
+    return TokenCounters(tuple(counters), tuple(missing_lines), offline_errors)
 
 
 def check_captions(
@@ -360,17 +360,17 @@ def check_captions(
     Unreadable captions are reported elsewhere. `are_cached` says that text embeddings are cached, so that
     their size is reported.
     """
-    missing = [
+    sources_without_caption = [
         source for source in findings.sources if source.caption is None and not has_unreadable_caption(source)
     ]
-    for line, source in zip(missing_captions(missing), missing, strict=True):
+    for line, source in zip(missing_captions(sources_without_caption), sources_without_caption, strict=True):
         findings.errors.append(Fault(NO_CAPTION, line, source.stem))
     for source in findings.sources:
         if source.caption == "":
             path = source.caption_path or source.path
             findings.warnings.append(Fault("have an empty caption", str(path), source.stem))
     findings.warnings += find_caption_warnings(findings.sources)
-    if not counters.by_encoder:
+    if not counters.by_encoder:  # without tokenizers it is not known which captions are cut
         return
     warnings, sizes_by_encoder = find_cut_captions(findings.sources, dict(counters.by_encoder))
     findings.warnings += warnings

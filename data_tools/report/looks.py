@@ -244,9 +244,9 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
 def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspection:
     """Inspect a media file by its header; decode a clip only if its header has no frame count."""
     try:
-        with fetch(source) as local:
-            plan = plan_source(local, fps, latent.pixel_step, latent.lengths)
-            info = video_info(local.path) if source.table.media_kind == "video" else None
+        with fetch(source) as local_source:
+            plan = plan_source(local_source, fps, latent.pixel_step, latent.lengths)
+            info = video_info(local_source.path) if source.table.media_kind == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Inspection(read_error=str(error))
     return Inspection(
@@ -280,8 +280,10 @@ def _inspect_frames(
         if source.precomputed is not None:  # the clip itself is not read and may be missing
             inspection_fields |= _inspect_precomputed(source, latent)
         else:
-            with fetch(source) as local:
-                _read_frames(local, fps, latent, use_frame=use_frame, inspection_fields=inspection_fields)
+            with fetch(source) as local_source:
+                _read_frames(
+                    local_source, fps, latent, use_frame=use_frame, inspection_fields=inspection_fields
+                )
             inspection_fields |= _select_spans(source.table, latent, inspection_fields["num_used_frames"])
         inspection_fields["items_by_length"] = _count_lengths(inspection_fields["spans"])
     except (MediaError, DatasetError, OSError) as error:
@@ -462,10 +464,10 @@ def show_references(
         return ()
     names = [escape_control_codes(path.name) for path in source.control]
     try:
-        with fetch(source) as local:
+        with fetch(source) as local_source:
             return [
                 _show_reference(source.table, path, name, image=image, sizes=sizes)
-                for path, name in zip(local.control, names, strict=True)
+                for path, name in zip(local_source.control, names, strict=True)
             ]
     except MediaError as error:  # downloading the control images failed
         return [ShownReference(name, text=str(error), is_bad=True) for name in names]
@@ -490,10 +492,10 @@ def _show_reference(
     # tables without rules for references crop them to the image's bucket
     if fit is None and bucket is not None:
         fit = fit_cover(size, bucket)
-    small = _scale(frame, sizes.image_height, sizes.width, cv2.INTER_AREA)
+    thumbnail = _scale(frame, sizes.image_height, sizes.width, cv2.INTER_AREA)
     text = f"{size[0]} x {size[1]}"
     if fit is not None:
-        small = draw_crop(small, fit)
+        thumbnail = draw_crop(thumbnail, fit)
         text += f" → {fit.bucket[0]} x {fit.bucket[1]}"
-    picture = embed_image(small, name, sizes.width, quality=sizes.quality)
+    picture = embed_image(thumbnail, name, sizes.width, quality=sizes.quality)
     return ShownReference(name, picture, text)

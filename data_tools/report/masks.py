@@ -50,22 +50,22 @@ def check_masks(
 
     At most MAX_CHECKED_FILES masks are read, evenly spaced among the masks that are local files.
     """
-    masked = [plan for plan in plans if plan.source.mask is not None and plan.item_sizes]
-    local = [plan for plan in masked if not plan.source.remote_or_packed]
-    step = math.ceil(len(local) / MAX_CHECKED_FILES) or 1
-    sampled = local[::step]
+    masked_plans = [plan for plan in plans if plan.source.mask is not None and plan.item_sizes]
+    local_plans = [plan for plan in masked_plans if not plan.source.remote_or_packed]
+    step = math.ceil(len(local_plans) / MAX_CHECKED_FILES) or 1  # a step of 0 is an error, also without files
+    sampled_plans = local_plans[::step]
     measure = functools.partial(_measure, latent=latent)
-    bar = Bar(len(sampled), "Reading masks", "mask", shown=False)
-    masks = [mask for mask in map_ahead(sampled, measure, workers, bar) if mask is not None]
-    if not masks:
+    bar = Bar(len(sampled_plans), "Reading masks", "mask", shown=False)
+    measured = [mask for mask in map_ahead(sampled_plans, measure, workers, bar) if mask is not None]
+    if not measured:
         return
-    mean = sum(mask.learned_fraction for mask in masks) / len(masks)
-    lowest = min(masks, key=lambda mask: mask.learned_fraction)
+    mean = sum(mask.learned_fraction for mask in measured) / len(measured)
+    lowest = min(measured, key=lambda mask: mask.learned_fraction)
     findings.info_lines.append(
-        f"{format_count(len(masks), 'mask')} measured: on average {mean:.0%} of the latents are learned "
+        f"{format_count(len(measured), 'mask')} measured: on average {mean:.0%} of the latents are learned "
         f"(weight above {LEARNED:g}), the fewest with {lowest.path.name}: {lowest.learned_fraction:.1%}"
     )
-    for mask in masks:
+    for mask in measured:
         if mask.learned_fraction == 0:
             kind = BLACK if mask.is_black else THIN
             findings.warnings.append(Fault(kind, str(mask.path), mask.stem, is_fatal=False))

@@ -65,7 +65,7 @@ def collect_statistics(
         captions = by_table[0]["captions"]
     else:
         captions = count_captions(source for findings in tables for source in findings.sources)
-    # errors that have their own list: "broken" for files, "captions" for captions
+    # errors that are not repeated in "faults": "broken" lists the files, "captions" the missing captions
     listed_elsewhere = (CANNOT_BE_READ, NO_CAPTION)
     return {
         "dataset_config": str(config.path),
@@ -358,21 +358,21 @@ def count_captions(sources: Iterable[MediaSource]) -> JsonObject:
     for source in sources:
         captions.add(source)
     num_without = {reason: len(paths) for reason, paths in captions.paths_without.items()}
-    repeated = {}
+    paths_of_repeated_text = {}
     for text, paths in captions.paths_of_text.items():
         if len(paths) > 1:
-            repeated[text] = list(paths.values())
+            paths_of_repeated_text[text] = list(paths.values())
     return {
         "total": len(captions.num_words) + num_without["empty"],  # `num_words` has only the other captions
         **num_without,
-        "duplicates": sum(len(paths) - 1 for paths in repeated.values()),
+        "duplicates": sum(len(paths) - 1 for paths in paths_of_repeated_text.values()),
         "words": summarize(captions.num_words),
         "characters": summarize(captions.num_characters),
         "words_histogram": count_bins(captions.num_words),
         "distinct_words": len(captions.words),
         "frequent_words": captions.list_frequent_words(),
         "trigger_words": captions.list_trigger_words(),
-        "duplicate_texts": _list_repeated(repeated),
+        "duplicate_texts": _list_repeated(paths_of_repeated_text),
         **{f"{reason}_paths": paths for reason, paths in captions.paths_without.items()},
     }
 

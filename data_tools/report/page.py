@@ -113,9 +113,9 @@ def write_check_page(
         (findings, _describe_settings(findings.table), _select_cards(cards, findings.table))
         for findings in tables
     ]
-    values = {"result": result, "sections": table_sections, "files": num_files}
+    template_values = {"result": result, "sections": table_sections, "files": num_files}
     title = f"{config.path.name}: {format_count(num_files, 'file')} checked"
-    _write_page(path, title, values, cards=cards, fps=fps)
+    _write_page(path, title, template_values, cards=cards, fps=fps)
 
 
 class _TableSection(NamedTuple):
@@ -151,7 +151,7 @@ def write_report_page(
         drawings, num_not_drawn = _draw_crops(table_statistics, findings)
         cards_of_table = _select_cards(cards, findings.table)
         table_sections.append(_TableSection(table_statistics, drawings, num_not_drawn, cards_of_table))
-    values = {
+    template_values = {
         "result": None,  # a page of --check has it instead of `report`
         "report": statistics,
         "sections": table_sections,
@@ -159,7 +159,7 @@ def write_report_page(
         "number": _format_number,
         "in_words": format_duration,
     }
-    _write_page(path, config.path.name, values, cards=cards, fps=options.fps)
+    _write_page(path, config.path.name, template_values, cards=cards, fps=options.fps)
 
 
 def _select_cards(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
@@ -179,7 +179,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         num_cards = sum(filter_class in card.filter_classes for card in cards)
         if num_cards:
             filters.append((filter_class, label, num_cards))
-    shared: dict[str, Any] = {
+    shared_values: dict[str, Any] = {
         "fps": fps,
         "cards": len(cards),
         "filters": filters,
@@ -189,7 +189,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         "references_in_words": references_in_words,
         "count_words": pluralize,
     }
-    write_page(path, TEMPLATE, title, {**shared, **values})
+    write_page(path, TEMPLATE, title, {**shared_values, **values})
     logger.info("wrote %s", path)
 
 
@@ -242,7 +242,7 @@ def _make_cards(
                 warnings=warnings.get(stem, []),
             )
             jobs.append(job)
-    read = read_ahead(
+    results = read_ahead(
         jobs,
         source_of=lambda job: job.source,
         work=lambda job: _make_card(job, card_settings),
@@ -250,7 +250,7 @@ def _make_cards(
         bar=Bar(len(jobs), "Reading pictures", "file"),
     )
     cards = []
-    for _, card in read:
+    for _, card in results:
         assert not isinstance(card, Failure)  # an error is not raised: the card shows it
         cards.append(card)
     return cards
@@ -276,6 +276,7 @@ def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
     inspections = job.findings.inspections
     measures = inspections[job.index].measures if inspections else None
     token_counts, caption_parts = _split_captions(source, card_settings.counters)
+    # CSS classes by which the page filters its cards; "cut" is for files that lose much to cropping
     belongs_to_class = {
         "faulty": bool(errors),
         "told": bool(warnings),
@@ -405,21 +406,21 @@ def _describe_settings(table: DatasetTable) -> str:
     """Return the settings of a table in one line."""
     width, height = table.resolution
     buckets = "buckets" if table.enable_bucket else "one size"
-    parts = [f"{width}x{height}, {buckets}", f"batch_size {table.batch_size}"]
+    settings = [f"{width}x{height}, {buckets}", f"batch_size {table.batch_size}"]
     if table.num_repeats != 1:
-        parts.append(f"num_repeats {table.num_repeats}")
+        settings.append(f"num_repeats {table.num_repeats}")
     if table.kind == "video":
-        targets = f": {', '.join(map(str, table.target_frames))} frames"
-        parts.append(table.frame_extraction + ("" if table.frame_extraction == "full" else targets))
+        frame_counts = f": {', '.join(map(str, table.target_frames))} frames"
+        settings.append(table.frame_extraction + ("" if table.frame_extraction == "full" else frame_counts))
         if table.source_fps is not None:
-            parts.append(f"source_fps {table.source_fps}")
+            settings.append(f"source_fps {table.source_fps}")
     for name in TIMESTEP_KEYS:
         value = getattr(table, name)
         if value is not None:
-            parts.append(f"{name} {value:g}")
+            settings.append(f"{name} {value:g}")
     if table.validation:
-        parts.append("for validation")
-    return "; ".join(parts)
+        settings.append("for validation")
+    return "; ".join(settings)
 
 
 # --- drawings
@@ -457,10 +458,10 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> JsonObject:
     bottom = max(fit.resized[1] - fit.crop[1] for fit, _ in most_common)
     width, height = right - left, bottom - top
     pad = MARGIN * max(width, height) / 100  # MARGIN is in percent
-    text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around the kept part"
+    summary = f"{fits.total():,} files, outlines of {len(fits):,} sizes around the kept part"
     return {
         "view": f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}",
-        "text": f"{size[0]} x {size[1]}: {text}",
+        "text": f"{size[0]} x {size[1]}: {summary}",
         # x, y, width and height of an outline, number of files
         "boxes": [(-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in most_common],
     }

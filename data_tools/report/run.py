@@ -55,6 +55,10 @@ DEFAULT = (16, (4, 8, 8))
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """Check and measure a dataset, then write the report page and the JSON file that the options request.
 
+    1. Measure the media files of each table.
+    2. Find near duplicates over all tables, and collect the statistics.
+    3. Log the errors, and write the page and the JSON file.
+
     Raises:
         DatasetError: If there is nothing to report on.
         OutputError: If a file cannot be written.
@@ -192,7 +196,7 @@ def _inspect(source: MediaSource, options: ReportOptions, latent: LatentSpec) ->
     remote_paths = [path for path, origin in source.latent_inputs if isinstance(origin, Remote)]
     if options.no_download and not all(path.exists() for path in remote_paths):
         raise MediaError("not downloaded yet; caching does that")
-    # precomputed tensors are measured in any case, because only their header is read
+    # precomputed tensors are always measured, because only their header is read
     if options.no_decode and source.precomputed is None:
         return inspect_header(source, options.fps, latent)
     return inspect_and_measure(source, options.fps, latent)
@@ -399,17 +403,17 @@ def _match_contrast(image: NDArray[np.float32], candidates: NDArray[np.float32])
 
     Least squares: the thumbnail of less contrast is fitted by `gain` times the other one.
     """
-    first = _center(image)
-    second = _center(candidates)
-    max_variance = np.maximum(first.variance, second.variance)
-    covariance = (first.values * second.values).mean(axis=(1, 2))
+    centered_image = _center(image)
+    centered_candidates = _center(candidates)
+    max_variance = np.maximum(centered_image.variance, centered_candidates.variance)
+    covariance = (centered_image.values * centered_candidates.values).mean(axis=(1, 2))
     gain = covariance / np.maximum(max_variance, 1e-9)
-    second_is_stronger = (first.variance < second.variance)[:, None, None]
-    strong = np.where(second_is_stronger, second.values, first.values)
-    weak = np.where(second_is_stronger, first.values, second.values)
+    candidates_are_stronger = (centered_image.variance < centered_candidates.variance)[:, None, None]
+    strong = np.where(candidates_are_stronger, centered_candidates.values, centered_image.values)
+    weak = np.where(candidates_are_stronger, centered_image.values, centered_candidates.values)
     residual = np.abs(weak - gain[:, None, None] * strong)
     worst_residual = residual.mean(axis=1).max(axis=1)  # mean over frames, maximum over color values
     has_same_shapes = worst_residual <= SAME_COLORS
-    has_near_brightness = np.abs(first.mean - second.mean) <= MAX_SHIFT
+    has_near_brightness = np.abs(centered_image.mean - centered_candidates.mean) <= MAX_SHIFT
     has_near_contrast = (gain >= MIN_GAIN) | (max_variance < MIN_DEVIATION**2)
     return has_same_shapes & has_near_brightness & has_near_contrast

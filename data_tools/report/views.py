@@ -71,7 +71,7 @@ class _Viewer:
         # the console shows a limited number of items, windows and files all
         num_left = self.debug.console_num_images if self.display == "console" else None
         sources = find_sources(table)
-        ahead = read_ahead(
+        decoding = read_ahead(
             sources,
             source_of=lambda source: source,
             work=self._decode,
@@ -79,7 +79,7 @@ class _Viewer:
             bar=Bar(len(sources), "Decoding", "source", shown=False),
             decodes=True,
         )
-        with contextlib.closing(ahead) as decoded:
+        with contextlib.closing(decoding) as decoded:
             for source, result in decoded:
                 if isinstance(result, Failure):
                     self.failures.append(result)
@@ -171,7 +171,7 @@ def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug
             image = np.asarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
         cv2.imshow("dataset", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(cv2.waitKey(0) & 0xFF, NEXT)
-    else:
+    else:  # "image", or an item of one frame with "video"
         write_png(file.with_name(f"{file.name}.png"), sheet(frames))
     return NEXT
 
@@ -190,7 +190,7 @@ def _make_rng(source: MediaSource) -> random.Random:
 
 
 def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
-    """Join an item's frames (F H W 3) with control media and mask at the right; transparency is gray."""
+    """Place an item's frames (F H W 3), control media and mask next to each other; transparency is gray."""
     columns = []
     height = item.frames.shape[1]
     for frames in (item.frames, *item.control):

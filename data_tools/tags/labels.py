@@ -32,20 +32,20 @@ class Label:
 
 
 def read_labels(folder: Path) -> tuple[Label, ...]:
-    """Read a tagger's labels from the CSV table in its folder, otherwise from the JSON mapping.
+    """Read a tagger's labels from the CSV table in its folder, or from the JSON mapping if there is none.
 
     Raises:
         CheckpointError: If the folder has neither, or if a line cannot be used.
     """
-    for name, read in ((TABLE_NAME, _read_table), (MAPPING_NAME, _read_mapping)):
+    for name, parse_labels in ((TABLE_NAME, _read_table), (MAPPING_NAME, _read_mapping)):
         path = folder / name
         if not path.is_file():
             continue
         try:
-            labels = read(read_text(path))
+            labels = parse_labels(read_text(path))
         except (OSError, ValueError, csv.Error) as error:
-            why = shorten(str(error), 300)
-            raise CheckpointError(f"{path} is not a list of tags: {why}", path) from None
+            reason = shorten(str(error), 300)
+            raise CheckpointError(f"{path} is not a list of tags: {reason}", path) from None
         if not labels:
             raise CheckpointError(f"{path} has no tags", path)
         return labels

@@ -147,7 +147,7 @@ class Tagger:
             )
         if self.returns_logits:
             output = np.asarray(1 / (1 + np.exp(-output)), np.float32)
-        return np.nan_to_num(output, nan=0.0)
+        return np.nan_to_num(output, nan=0.0)  # otherwise NaN would pass every threshold
 
 
 def load_tagger(
@@ -158,7 +158,7 @@ def load_tagger(
     Args:
         folder: Folder of its files.
         batch_size: Number of images per batch, if the network accepts any number.
-        averages_frames: Whether a clip's probability of a tag is the mean of its frames, else the highest.
+        averages_frames: Whether a tag's probability for a clip is the mean over its frames, not the maximum.
         max_frames: Maximum number of frames of a clip that are tagged, to plan memory.
         option: Option that names the folder, for messages.
 
@@ -200,7 +200,7 @@ def load_tagger(
 
 
 def _read_input_layout(model: OnnxModel, path: Path) -> tuple[int, bool]:
-    """Return the side S of a network's input, and whether it is B 3 S S (else B S S 3).
+    """Return the side S of a network's input, and whether its layout is B 3 S S instead of B S S 3.
 
     Raises:
         CheckpointError: If the network does not take square images of one size.

@@ -30,6 +30,8 @@ MAX_PIXELS = 4096**2  # maximum pixels of a frame
 def tag_folder(options: TaggingOptions) -> None:
     """Tag the images and clips of a dataset, and write the tags as captions.
 
+    The tagger takes the place of a captioning model in `write_captions`, which selects the files to tag.
+
     Raises:
         UserError: If the dataset or the tagger cannot be used, or if files got no tags.
     """
@@ -53,7 +55,7 @@ def tag_folder(options: TaggingOptions) -> None:
         options_hash=_hash_options(options),
         overwrite_rules=OverwriteRules(
             generated=options.overwrite,
-            all=options.overwrite_all or options.append_tags,
+            all=options.overwrite_all or options.append_tags,  # --append_tags changes existing captions
             empty=options.fill_empty,
         ),
         load_captioner=load_captioner,
@@ -65,7 +67,7 @@ def tag_folder(options: TaggingOptions) -> None:
             try_captions(config, backend, options.try_on)
         else:
             write_captions(config, backend, options.dry_run)
-    finally:
+    finally:  # also if the run fails: the counts so far
         if options.frequency_tags:
             lines = [f"{count:6} {tag}" for tag, count in tag_counts.most_common()]
             sys.stdout.write(escape_control_codes("\n".join(["tags found in this run:", *lines])) + "\n")

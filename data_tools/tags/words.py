@@ -41,8 +41,8 @@ class TagSelection:
             if position is None or not indices:
                 continue
             most_probable = max(indices, key=lambda index: probabilities[index])
-            spelled = self._spell(labels[most_probable])
-            tags = [*spelled, *tags] if position == "first" else [*tags, *spelled]
+            category_tags = self._spell(labels[most_probable])
+            tags = [*category_tags, *tags] if position == "first" else [*tags, *category_tags]
 
         distinct_tags = list(dict.fromkeys(tag for tag in tags if tag not in self.excluded_tags))
         front = [tag for tag in self.always_first if tag in distinct_tags]
@@ -96,6 +96,7 @@ def make_tag_selection(options: TaggingOptions, sorts_by_probability: bool) -> T
     spelling = options.words
     separator = spelling.caption_separator.strip()
     thresholds = {}
+    # rating and quality need no threshold: only their most probable tag is used
     for category in CATEGORIES - {RATING, QUALITY}:
         value = getattr(filters, f"{category}_threshold")
         thresholds[category] = filters.thresh if value is None else value

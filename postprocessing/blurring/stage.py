@@ -74,8 +74,8 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
     """
     if options.method == "fill":
         return np.zeros_like(pixels[area.slices()])
-    # the requested size, but at least half of the box, which leaves a few spots of color at any resolution;
-    # more than the whole box would only mix in its surroundings
+    # the requested size, but at least MIN_BLUR_FRACTION of the box, which leaves a few spots of color at any
+    # resolution, and at most the box, because more would only mix in its surroundings
     longer = max(core.right - core.left, core.bottom - core.top)
     # OpenCV's kernel sizes are odd, hence all the | 1
     strength = options.strength | 1

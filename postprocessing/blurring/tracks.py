@@ -156,7 +156,7 @@ def _match(
     scores = np.stack([score(track, box_array, index) for track in tracks])  # tracks x boxes
     matches = {}
     while scores.max() > 0:
-        row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal scores the first
+        row, column = np.unravel_index(scores.argmax(), scores.shape)  # the first of equal scores
         matches[tracks[int(row)]] = boxes[int(column)]
         # each track and each box is matched at most once
         scores[row] = 0
@@ -198,20 +198,23 @@ def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: i
     It encloses the interpolated and the extrapolated box: an object that changes its speed is near one of
     them.
     """
-    first = before[-1]
-    last = after[0]
-    fraction = (index - first.frame_index) / (last.frame_index - first.frame_index)
+    sighting_before = before[-1]
+    sighting_after = after[0]
+    fraction = (index - sighting_before.frame_index) / (
+        sighting_after.frame_index - sighting_before.frame_index
+    )
     left, top, right, bottom = (
-        (1 - fraction) * a + fraction * b for a, b in zip(first.box, last.box, strict=True)
+        (1 - fraction) * a + fraction * b
+        for a, b in zip(sighting_before.box, sighting_after.box, strict=True)
     )
     interpolated = (left, top, right, bottom)
     # extrapolate from the nearer sighting
-    if index - first.frame_index <= last.frame_index - index:
-        num_images = index - first.frame_index
-        extrapolated = _move_box(first.box, _measure_motion(before), num_images)
+    if index - sighting_before.frame_index <= sighting_after.frame_index - index:
+        num_images = index - sighting_before.frame_index
+        extrapolated = _move_box(sighting_before.box, _measure_motion(before), num_images)
     else:
-        num_images = last.frame_index - index
-        extrapolated = _move_box(last.box, _measure_motion(after), -num_images)
+        num_images = sighting_after.frame_index - index
+        extrapolated = _move_box(sighting_after.box, _measure_motion(after), -num_images)
     # the position is less certain the farther the image is from a detection
     return _grow_box(_join_boxes(interpolated, extrapolated), num_images)
 

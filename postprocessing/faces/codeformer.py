@@ -107,7 +107,7 @@ class AttentionBlock(nn.Module):
 
 
 class Halving(nn.Module):
-    """Convolution with stride 2 that pads one pixel at the right and bottom only."""
+    """Convolution with stride 2 that pads only the right and bottom edges, by one pixel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -221,6 +221,7 @@ class CodeFormer(nn.Module):
     """CodeFormer: restores faces that are aligned to the face template."""
 
     def __init__(self, config: CodeFormerConfig) -> None:
+        """Create CodeFormer's modules with the names of the released file."""
         super().__init__()
         width = config.tokens
         codes, code_width = config.codes
@@ -232,6 +233,7 @@ class CodeFormer(nn.Module):
         self.ft_layers = nn.ModuleList(TransformerLayer(width, config.hidden) for _ in range(config.layers))
         self.idx_pred_layer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes, bias=False))
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, code_width)})
+        # channels of the encoder's last block at each size, which is added to the generator
         widths = {size: config.encoder[block].width for size, block in last_blocks(config).items()}
         self.fuse_convs_dict = nn.ModuleDict(
             {str(size): Fusion(widths[size]) for size in config.fusion_sizes}
@@ -309,16 +311,16 @@ def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
 
 
 def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
-    """Plan the loading of a CodeFormer, whose sizes are read from its tensors.
+    """Plan the loading of a CodeFormer; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a CodeFormer file.
     """
-    names = checkpoint.tensors
+    tensor_names = checkpoint.tensors
     wrong_kind_error = make_wrong_kind_error(
         checkpoint, "a CodeFormer", "--model with --mode codeformer", RELEASED_FILES
     )
-    if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
+    if "idx_pred_layer.1.weight" not in tensor_names or "quantize.embedding.weight" not in tensor_names:
         raise wrong_kind_error
     sources = list_tensor_sources(checkpoint)
     shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
@@ -327,14 +329,14 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     num_positions, tokens = shape("position_emb", 2)
     codes, code_width = shape("quantize.embedding.weight", 2)
     # sizes at which the decoder takes features of the encoder
-    matches = [re.match(r"fuse_convs_dict\.(\d{1,5})\.", name) for name in names]
+    matches = [re.match(r"fuse_convs_dict\.(\d{1,5})\.", name) for name in tensor_names]
     config = CodeFormerConfig(
         encoder=encoder,
         generator=generator,
         num_positions=num_positions,
         tokens=tokens,
         hidden=shape("ft_layers.0.linear1.weight", 2)[0],
-        layers=count(names, r"ft_layers\.\d+"),
+        layers=count(tensor_names, r"ft_layers\.\d+"),
         codes=(codes, code_width),
         fusion_sizes=tuple(sorted({int(match[1]) for match in matches if match})),
     )

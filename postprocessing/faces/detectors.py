@@ -41,7 +41,7 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
         if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
             raise no_landmarks(f"{option} {path}")
         return
-    # on the meta device, no weights are read
+    # called only to raise errors: on the meta device, no weights are read
     load_detector(path, torch.device("meta"), option=option)
 
 

@@ -176,13 +176,13 @@ class StyleDecoder(nn.Module):
         image = self.to_rgb1(x, style[1])
         for level, (scale, shift) in enumerate(scales_and_shifts):
             # a level has two convolutions and one color layer, which shares its style with the next level
-            first = 2 * level + 1
-            x = self.style_convs[2 * level](x, style[first], noise[first])
+            style_index = 2 * level + 1
+            x = self.style_convs[2 * level](x, style[style_index], noise[style_index])
             # only the last channels are modulated by the U-Net
             unmodulated, modulated = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], dim=1)
             x = torch.cat([unmodulated, modulated * scale + shift], dim=1)
-            x = self.style_convs[2 * level + 1](x, style[first + 1], noise[first + 1])
-            image = self.to_rgbs[level](x, style[first + 2], image)
+            x = self.style_convs[2 * level + 1](x, style[style_index + 1], noise[style_index + 1])
+            image = self.to_rgbs[level](x, style[style_index + 2], image)
         return image
 
 
@@ -196,6 +196,7 @@ class Gfpgan(nn.Module):
         levels = len(body) - 1
         self.config = config
         self.conv_body_first = nn.Conv2d(3, body[0], 1)
+        # 0.5 and 2: factors by which the blocks resize the features
         self.conv_body_down = nn.ModuleList(StyleResidualBlock(a, b, 0.5) for a, b in pairwise(body))
         self.final_conv = nn.Conv2d(body[-1], body[-1], 3, padding=1)
         # a style for each convolution of the decoder, and for its last color layer
@@ -247,16 +248,19 @@ def _make_condition_layers(width_in: int, width: int) -> nn.Sequential:
 
 
 def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
-    """Plan the loading of a GFPGAN, whose sizes are read from its tensors.
+    """Plan the loading of a GFPGAN; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a GFPGAN file.
     """
-    names = checkpoint.tensors
+    tensor_names = checkpoint.tensors
     wrong_kind_error = make_wrong_kind_error(
         checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", RELEASED_FILES
     )
-    if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
+    if (
+        "conv_body_first.weight" not in tensor_names
+        or "stylegan_decoder.constant_input.weight" not in tensor_names
+    ):
         raise wrong_kind_error
     sources = list_tensor_sources(checkpoint)
     shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
@@ -264,7 +268,7 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
     def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]
 
-    levels = range(count(names, r"conv_body_down\.\d+"))
+    levels = range(count(tensor_names, r"conv_body_down\.\d+"))
     decoder_prefix = "stylegan_decoder."
     # channels of each size: of the U-Net's encoder, then of the decoder
     body = [out_channels(f"conv_body_down.{level}.conv2") for level in levels]

@@ -127,7 +127,7 @@ def face_parts(scores: Tensor) -> Tensor:
 
 
 def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
-    """Plan the loading of a ParseNet, whose sizes are read from its tensors.
+    """Plan the loading of a ParseNet; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a ParseNet file.
@@ -184,8 +184,8 @@ def load_networks(
         CheckpointError: If a file is not valid, or if the sizes of the networks do not match.
     """
     restorer = _load_model(options, model, device, dtype)
-    parts = _load_parsenet(parsenet, device, dtype)
-    size, stride = restorer.config.size, parts.config.stride
+    face_parser = _load_parsenet(parsenet, device, dtype)
+    size, stride = restorer.config.size, face_parser.config.stride
     # reflection padding needs at least two features on a side
     if size % stride or size < 2 * stride:
         raise CheckpointError(
@@ -194,7 +194,7 @@ def load_networks(
             f"pixels, from {2 * stride} on, the second produces faces of {size}. Use the released files.",
             parsenet,
         )
-    return restorer, parts
+    return restorer, face_parser
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
@@ -214,14 +214,14 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     def load_float32_parsenet() -> ParseNet:
         return _load_parsenet(parsenet, device, torch.float32)
 
-    restorer, parse = load_networks(options, model, parsenet, device=device, dtype=dtype)
+    restorer, face_parser = load_networks(options, model, parsenet, device=device, dtype=dtype)
     if isinstance(restorer, CodeFormer) and network_options.seed is not None:
         logger.warning("--seed is ignored because CodeFormer uses no random numbers.")
     logger.info("%s; %s.", LICENSES[options.mode], PARSENET_LICENSE)
-    compile_parts(network_options, (restorer, parse))
+    compile_parts(network_options, (restorer, face_parser))
     return Restorer(
         restore=Float32Fallback(_configure(restorer, options), dtype, load_float32_restorer, name),
-        parse=Float32Fallback(parse, dtype, load_float32_parsenet, "ParseNet"),
+        parse=Float32Fallback(face_parser, dtype, load_float32_parsenet, "ParseNet"),
         size=restorer.config.size,
     )
 
@@ -339,11 +339,11 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
         task = mode if is_default else None  # tools/download.py offers only the default one
         return _find_first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
     if name == YUNET:
-        files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
-        if not files:
+        onnx_files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
+        if not onnx_files:
             file = ".onnx file with yunet in its name"
             raise _make_missing_error(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
-        return files[-1]  # the newest: their names end with a date
+        return onnx_files[-1]  # the newest: their names end with a date
     path = to_path("--detection_model", name)
     if not path.exists():
         raise CheckpointError(
@@ -367,13 +367,13 @@ def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str,
     Raises:
         CheckpointError: If no file exists.
     """
-    files: dict[str, Path] = {}
-    with contextlib.suppress(OSError):  # the folder of a file that is not there
-        files = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
+    path_by_name: dict[str, Path] = {}
+    with contextlib.suppress(OSError):  # the folder may be missing
+        path_by_name = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
     for stem in stems:
         for suffix in SUFFIXES:
-            if f"{stem}{suffix}".lower() in files:
-                return files[f"{stem}{suffix}".lower()]
+            if f"{stem}{suffix}".lower() in path_by_name:
+                return path_by_name[f"{stem}{suffix}".lower()]
     raise _make_missing_error(what, f"{stems[0]}.pth", folder, origin=origin, task=task)
 
 

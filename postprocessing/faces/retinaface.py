@@ -145,7 +145,7 @@ class RetinaFace(nn.Module):
 @lru_cache(maxsize=4)
 def anchors(height: int, width: int) -> Tensor:
     """Return RetinaFace's anchors, N 4: center x and y, width, height as fractions of the image sides."""
-    scales = []
+    anchors_by_stride = []
     for stride, sizes in zip(STEPS, SIZES, strict=True):
         rows = torch.arange(ceil_div(height, stride), dtype=torch.float64)
         columns = torch.arange(ceil_div(width, stride), dtype=torch.float64)
@@ -159,8 +159,8 @@ def anchors(height: int, width: int) -> Tensor:
         extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
         # width and height of each anchor, equal at all positions
         extents = extents.expand(len(centers), -1, -1)
-        scales.append(torch.cat([centers, extents], dim=-1).reshape(-1, 4))
-    return torch.cat(scales).float()
+        anchors_by_stride.append(torch.cat([centers, extents], dim=-1).reshape(-1, 4))
+    return torch.cat(anchors_by_stride).float()
 
 
 def decode_boxes(values: Tensor, priors: Tensor) -> Tensor:
@@ -190,13 +190,11 @@ class RetinaFaceDetector:
         height, width = pixels.shape[:2]
         scale = 1.0 if self.input_size is None else min(1.0, self.input_size / min(height, width))
         image = self._to_input(shrunk(pixels, scale))
-        scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
+        scores, boxes, landmarks = (output[0].cpu() for output in self._run(image))
         selected = (scores >= least_score).nonzero()[:, 0]
         selected_anchors = anchors(*image.shape[2:])[selected]
-        size = torch.tensor(
-            [width, height], dtype=torch.float32
-        )  # decoded positions are fractions of the image
-        # `repeat` gives width, height, width, height
+        size = torch.tensor([width, height], dtype=torch.float32)
+        # decoded positions are fractions of the image; `repeat` gives width, height, width, height
         corners = (decode_boxes(boxes[selected], selected_anchors) * size.repeat(2)).numpy()
         points = (decode_landmarks(landmarks[selected], selected_anchors) * size).numpy()
         selected_scores = scores[selected].numpy()
@@ -214,7 +212,7 @@ class RetinaFaceDetector:
         """
         dtype = next(self.network.parameters()).dtype
         outputs: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
-        if all(bool(part.isfinite().all()) for part in outputs):
+        if all(bool(output.isfinite().all()) for output in outputs):
             return outputs
         if dtype == torch.float32:
             raise CheckpointError(
@@ -240,10 +238,10 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
         CheckpointError: If the file is not a RetinaFace file.
     """
     checkpoint = checkpoint.without_prefix("module.")
-    names = checkpoint.tensors
-    is_resnet = "body.conv1.weight" in names
-    is_mobile = "body.stage1.0.0.weight" in names
-    if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
+    tensor_names = checkpoint.tensors
+    is_resnet = "body.conv1.weight" in tensor_names
+    is_mobile = "body.stage1.0.0.weight" in tensor_names
+    if "BboxHead.0.conv1x1.weight" not in tensor_names or not (is_resnet or is_mobile):
         raise make_wrong_kind_error(checkpoint, "a detector of faces", option, RELEASED_FILES)
     sources = list_tensor_sources(checkpoint)
     shape_error = CheckpointError(
@@ -253,7 +251,7 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     )
     shape = make_shape_reader(checkpoint, sources, shape_error)
     body: ResNetConfig | MobileNetConfig = (
-        _read_resnet(names, shape) if is_resnet else _read_mobile_net(shape)
+        _read_resnet(tensor_names, shape) if is_resnet else _read_mobile_net(shape)
     )
     config = RetinaFaceConfig(body, shape("fpn.output1.0.weight")[0])
     return LoadPlan(config, checkpoint, sources, ignore=("*.num_batches_tracked",))

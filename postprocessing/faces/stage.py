@@ -152,13 +152,13 @@ def paste(
         return canvas
     white = float(np.iinfo(canvas.dtype).max)
     # only the rectangle around all faces is converted to float32
-    values = canvas[changed.slices()].astype(np.float32)
+    changed_values = canvas[changed.slices()].astype(np.float32)
     for region, matrix, face in zip(regions, face_to_canvas, faces, strict=True):
         if not region.is_empty:
-            region_values = values[region.slices(changed)]
+            region_values = changed_values[region.slices(changed)]
             _blend(region_values, face, matrix, region, white=white)
     result: Pixels = canvas.copy()  # the canvas may be the caller's image itself
-    result[changed.slices()] = np.rint(values).clip(0, white)
+    result[changed.slices()] = np.rint(changed_values).clip(0, white)
     return result
 
 

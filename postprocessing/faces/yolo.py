@@ -137,7 +137,7 @@ class YoloDetector:
 
 
 def _decode_selected(rows: NDArray[np.float32], least_score: float) -> _Rows:
-    """Decode rows of corners, score, class and landmarks, whose overlapping boxes are suppressed already."""
+    """Decode rows of corners, score, class and landmarks, after non-maximum suppression in the network."""
     rows = rows[rows[:, BOX] >= least_score]
     points = _read_points(rows[:, BOX + 2 :], values_per_point=3)
     return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
@@ -201,12 +201,15 @@ def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
     detector = YoloDetector(model.path, model, layout)
     # test run with a black image, neither square nor of the network's size
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
-    names = _parse_literal(model.notes.get("names"))
-    if isinstance(names, dict) and len(names) > 1:
-        listed = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
-        others = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+    class_names = _parse_literal(model.notes.get("names"))
+    if isinstance(class_names, dict) and len(class_names) > 1:
+        first_names = ", ".join(str(name) for name in list(class_names.values())[:CLASSES_SHOWN])
+        others = f" and {len(class_names) - CLASSES_SHOWN} more" if len(class_names) > CLASSES_SHOWN else ""
         logger.warning(
-            "%s finds several kinds of objects, %s%s: all of them count.", model.path.name, listed, others
+            "%s finds several kinds of objects, %s%s: all of them count.",
+            model.path.name,
+            first_names,
+            others,
         )
     return detector
 
@@ -278,12 +281,12 @@ class YuNetDetector:
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in an image (H W 3, RGB) with at least `least_score`, best first."""
         height, width = pixels.shape[:2]
-        small = shrunk(pixels, self._choose_scale(height, width))
-        small_height, small_width = small.shape[:2]
-        candidates = self._find_candidates(small)
+        reduced = shrunk(pixels, self._choose_scale(height, width))
+        small_height, small_width = reduced.shape[:2]
+        candidates = self._find_candidates(reduced)
         # back to the pixels of the image
         scale = np.array([width / small_width, height / small_height], np.float32)
-        # only the most likely candidates are compared with each other
+        # comparing all candidates with each other would take long, so only the most likely ones are kept
         likely = np.flatnonzero(candidates.scores >= least_score)
         likely = likely[np.argsort(-candidates.scores[likely], kind="stable")[:MAX_CANDIDATES]]
         boxes = candidates.boxes[likely]
@@ -297,7 +300,7 @@ class YuNetDetector:
         return faces
 
     def _find_candidates(self, pixels: NDArray[np.uint8]) -> _Faces:
-        """Return a candidate for each grid cell of an image (H W 3, RGB), whatever its score."""
+        """Return a face candidate for each grid cell of an image (H W 3, RGB), without a score threshold."""
         height, width = pixels.shape[:2]
         canvas_width, canvas_height = self.canvas or (
             round_up(width, SIDE_MULTIPLE),
@@ -314,7 +317,7 @@ class YuNetDetector:
         )
 
     def _decode_grid(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
-        """Decode one of YuNet's output grids, whose cells are `step` pixels apart, to faces."""
+        """Decode the YuNet output grid with a cell every `step` pixels to face candidates."""
         rows, columns = height // step, width // step
         class_score = self._read_output(outputs, "cls", step, rows * columns).clip(0, 1)
         object_score = self._read_output(outputs, "obj", step, rows * columns).clip(0, 1)

@@ -48,7 +48,7 @@ WeightShape = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape
 
 
 def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
-    """Plan the loading of GIMM-VFI without its optical flow, with sizes read from its tensors.
+    """Plan the loading of GIMM-VFI without its optical flow; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a GIMM-VFI file.
@@ -191,23 +191,23 @@ def find_files(path: Path, kind: str) -> ModeFiles:
             path,
         )
     folder = path if path.is_dir() else path.parent
-    main = _find_main_file(folder, kind) if path.is_dir() else path  # whatever the name of a typed file
+    main = _find_main_file(folder, kind) if path.is_dir() else path  # a given file may have any name
     settings = folder / f"{kind}_arb.yaml"
     return ModeFiles(main, _find_flow_file(main, kind), settings if settings.is_file() else None)
 
 
 def _find_main_file(folder: Path, kind: str) -> Path:
     """Return the interpolation network's file in a folder; raise CheckpointError if there is none."""
-    names = tuple(
+    file_names = tuple(
         f"{kind}_arb{perceptual}{ending}"
         # the variant trained with LPIPS is preferred if both are there
         for perceptual in ("_lpips", "")
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
-    main = _find_model(folder, names, kind)
+    main = _find_model(folder, file_names, kind)
     if main is None:
         raise CheckpointError(
-            f"{folder}: there is no file of {kind} in this folder. Put {names[0]} there, or give "
+            f"{folder}: there is no file of {kind} in this folder. Put {file_names[0]} there, or give "
             f"another folder to {MODEL_OPTION} or another --mode.",
             folder,
         )
@@ -220,7 +220,7 @@ def _find_flow_file(main: Path, kind: str) -> Path:
     Raises CheckpointError if there is none.
     """
     names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
-    # the stem of the released file, with which the names of other copies may begin
+    # stem of the released file; the name of a renamed copy may begin with it
     flow = _find_model(main.parent, names, names[1].partition(".")[0])
     if flow is not None:
         return flow
@@ -239,7 +239,7 @@ def _holds_flow(main: Path) -> bool:
 
 
 def _find_model(folder: Path, names: Sequence[str], start: str) -> Path | None:
-    """Return a model file with one of the released `names`, else the only one that begins with `start`.
+    """Return the model file with the first existing name of `names`, or the only one starting with `start`.
 
     Returns None if there is neither. Raises CheckpointError if several begin with `start`.
     """
@@ -283,6 +283,7 @@ def _parse_settings(path: Path) -> ModeSettings:
     arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
     hyponet = _require_mapping(arch.get("hyponet"))
     activation = hyponet.get("activation", "siren")
+    # either a mapping of settings, or only the name of the type
     sine = _require_mapping(activation) or {"type": activation}
     for name, setting, supported in (
         ("fwarp_type", arch.get("fwarp_type", "linear"), "linear"),
@@ -336,17 +337,18 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     Raises:
         CheckpointError: If a file is missing or of the wrong kind, or if the two do not match.
     """
-    files = find_files(path, kind)
-    settings = read_settings(files.settings)
+    mode_files = find_files(path, kind)
+    settings = read_settings(mode_files.settings)
 
     def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
         return dtype if name.startswith("synthesis.") else torch.float32
 
-    with open_checkpoint(files.main) as checkpoint:
+    with open_checkpoint(mode_files.main) as checkpoint:
         plan = _plan_gimm(checkpoint, kind, settings)
         gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, label=MODEL_OPTION)
-    with open_checkpoint(files.flow) as checkpoint:
-        if files.flow == files.main:  # the main file contains the optical flow, with a prefix
+    with open_checkpoint(mode_files.flow) as checkpoint:
+        # the main file may contain the optical flow network, with a prefix; its other tensors are left out
+        if mode_files.flow == mode_files.main:
             checkpoint = checkpoint.without_prefix("module.").without_prefix(
                 FLOW_PREFIX, ignored_prefixes=("",)
             )
@@ -354,7 +356,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             estimator, channels = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
             estimator, channels = _load_flowformer(checkpoint, device)
-    _check_match(files, plan.config.synthesis, channels)
+    _check_match(mode_files, plan.config.synthesis, channels)
     return InterpolationNetworks(gimm, estimator)
 
 

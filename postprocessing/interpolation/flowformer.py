@@ -68,8 +68,8 @@ class SelfAffinity(nn.Module):
             # 8 bytes for each pair: product and softmax in float32
             rows = chunk_rows(8 * len(k), q.device)
             scaled = q * q.shape[1] ** -0.5
-            for part, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
-                part.copy_((queries @ k.T).softmax(dim=1))
+            for weight_rows, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
+                weight_rows.copy_((queries @ k.T).softmax(dim=1))
             return partial(_apply_to_positions, weights.matmul)
 
         def attend(v: Tensor) -> Tensor:
@@ -140,9 +140,9 @@ class MemoryDecoder(nn.Module):
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden = torch.tanh(hidden)
         context = relu(context)
-        # computed once, because it is the same in all iterations
         layer: Any = self.decoder_layer["cross_attend"]
         block = self.update_block
+        # computed once, because these are the same in all iterations
         aggregate = self.att(context, stores_table)
         keys_and_values = layer.project_tokens(memory)
         gru_directions = block.gru.apply_context(context)
@@ -247,7 +247,7 @@ class FlowFormer(nn.Module):
 
 
 def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
-    """Plan the loading of a FlowFormer, whose sizes are read from its tensors.
+    """Plan the loading of a FlowFormer; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a FlowFormer file.

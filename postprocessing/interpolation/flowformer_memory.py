@@ -265,7 +265,7 @@ class CostPerceiver(nn.Module):
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
         # one pair at a time: the network was trained with a batch's contexts in another order than its tokens
-        x = first = self._embed_costs(costs, height, width, chunk_bytes)
+        x = embedded_costs = self._embed_costs(costs, height, width, chunk_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             # 40 and 64: bytes that the layers take for each number of a row
             x = map_in_chunks(across, x, 40 * x[0].numel(), chunk_bytes)
@@ -273,7 +273,7 @@ class CostPerceiver(nn.Module):
             maps = x.transpose(0, 1).unflatten(1, (height, width))  # K H W D
             maps = map_in_chunks(partial(vertical, context=context), maps, 64 * maps[0].numel(), chunk_bytes)
             x = maps.flatten(1, 2).transpose(0, 1)
-        return x + first
+        return x + embedded_costs
 
     def _embed_costs(self, costs: Correlation, height: int, width: int, chunk_bytes: int | None) -> Tensor:
         """Return the first memory tokens: learned tokens that attend to each position's cost map, N K D."""

@@ -77,12 +77,12 @@ def map_row_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> 
 
     The ranges cover 0 to `count` (at least 1) with at most `rows` rows each.
     """
-    first = run(0, min(rows, count))
+    first_rows = run(0, min(rows, count))
     if rows >= count:
-        return first
+        return first_rows
     # written part by part: concatenating at the end would take twice the memory
-    joined = first.new_empty(count, *first.shape[1:])
-    joined[:rows] = first
+    joined = first_rows.new_empty(count, *first_rows.shape[1:])
+    joined[:rows] = first_rows
     for start in range(rows, count, rows):
         end = min(start + rows, count)
         joined[start:end] = run(start, end)
@@ -326,9 +326,9 @@ class Correlation:
         channels = features.shape[1]
         chunk = chunk_rows(4 * channels * REACH**2, features.device)  # of gathered features
         products = []
-        for indices, first in zip(index.split(chunk), self._first.split(chunk), strict=True):
+        for indices, first_features in zip(index.split(chunk), self._first.split(chunk), strict=True):
             features_around = features.index_select(0, indices.flatten()).view(-1, REACH**2, channels)
-            products.append(features_around @ first[:, :, None])
+            products.append(features_around @ first_features[:, :, None])
         return torch.cat(products).view(-1, REACH, REACH)
 
 

@@ -91,10 +91,10 @@ class HypoNet(nn.Module):
         last = len(self.params_dict) - 1
         for number in range(last + 1):
             # rows of weights, and the bias as the last row
-            both = self.params_dict[f"linear_wb{number}"]
+            weight_and_bias = self.params_dict[f"linear_wb{number}"]
             # as a 1x1 convolution, which needs no other memory layout
-            weight = normalize(both[:-1], dim=0).t()[:, :, None, None]
-            values = conv2d(values, weight, both[-1])
+            weight = normalize(weight_and_bias[:-1], dim=0).t()[:, :, None, None]
+            values = conv2d(values, weight, weight_and_bias[-1])
             if number < last:
                 values = torch.sin(self._config.frequency * values)
         return values + self._config.output_bias
@@ -268,9 +268,8 @@ class Interpolation:
         correlations = PairCorrelations(first.maps, second.maps)
         # the synthesis takes colors from -1 to 1
         images = 2 * torch.cat([first.image, second.image]) - 1
-        small = (
-            2 * torch.cat([first.small_image, second.small_image]) - 1
-        )  # at the size at which motion is computed
+        # at the size for computing motion, --ds_factor times the full size
+        small = 2 * torch.cat([first.small_image, second.small_image]) - 1
         for time in times:
             flow = self.network.motion.predict_motion(motion, time)
             flow = torch.cat([-time * flow, (1 - time) * flow])  # from the new image to the first and second

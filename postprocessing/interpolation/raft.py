@@ -174,15 +174,17 @@ def _apply_context(gates: Sequence[Any], context: Tensor) -> GruDirection:
     weight = torch.cat([gate.weight for gate in gates])
     bias = torch.cat([gate.bias for gate in gates])
     # input channels of a gate: hidden state, context, and motion, which changes with each iteration
-    width = gates[0].out_channels
+    hidden_width = gates[0].out_channels
     context_width = context.shape[1]
-    motion_width = weight.shape[1] - width - context_width
-    hidden_weight, context_weight, motion_weight = weight.split([width, context_width, motion_width], dim=1)
+    motion_width = weight.shape[1] - hidden_width - context_width
+    hidden_weight, context_weight, motion_weight = weight.split(
+        [hidden_width, context_width, motion_width], dim=1
+    )
     return GruDirection(
         constant=_convolve_same_size(context, context_weight, bias),
         motion_weight=motion_weight.contiguous(),
-        hidden_weight=hidden_weight[: 2 * width].contiguous(),
-        candidate_weight=hidden_weight[2 * width :].contiguous(),
+        hidden_weight=hidden_weight[: 2 * hidden_width].contiguous(),
+        candidate_weight=hidden_weight[2 * hidden_width :].contiguous(),
     )
 
 
@@ -278,7 +280,7 @@ def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
 
 
 def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
-    """Plan the loading of a large RAFT, whose sizes are read from its tensors.
+    """Plan the loading of a large RAFT; the layer sizes are read from tensor shapes.
 
     Raises:
         CheckpointError: If the file is not a RAFT file.

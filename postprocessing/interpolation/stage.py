@@ -73,7 +73,7 @@ class Interpolator:
         left, right, top, bottom = self._measure_margins(clip.height, clip.width)
         if min(clip.height + top + bottom, clip.width + left + right) * motion_scale < MIN_SIDE:
             step = self._options.alignment
-            # sides are padded to a multiple of `step`: the smallest side whose padded size is large enough
+            # the smallest side that is large enough after padding to a multiple of `step`
             min_side = (math.ceil(MIN_SIDE / motion_scale / step) - 1) * step + 1
             with_option = f" with --ds_factor {self._options.ds_factor:g}" if motion_scale < 1 else ""
             raise MediaError(

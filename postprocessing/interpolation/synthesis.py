@@ -322,8 +322,8 @@ class Synthesis(nn.Module):
         blends = predicted.shape[1] // PER_BLEND
         change, shift, colors = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
         # the network predicts several flows for each image, as offsets from the same flow
-        repeated = _join_channels(flow.repeat(1, blends, 1, 1))
-        return Blend(repeated + change, torch.sigmoid(mask + shift), colors)
+        repeated_flow = _join_channels(flow.repeat(1, blends, 1, 1))
+        return Blend(repeated_flow + change, torch.sigmoid(mask + shift), colors)
 
     def render(self, images: Tensor, blend: Blend) -> Tensor:
         """Blend two images, 2 3 H W in -1..1, into the new image, 1 3 H W in 0..1."""

@@ -176,7 +176,7 @@ def apply_in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Args:
         run: Maps (windows, WINDOW ** 2, C) to the same shape with any C.
-        x: Features, B H W C. They are zero-padded at the right and bottom to whole windows, and the padding
+        x: Features, B H W C. They are zero-padded to whole windows, right and bottom; this padding
             takes part, as in training.
     """
     batch, height, width, _ = x.shape

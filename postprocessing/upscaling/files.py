@@ -95,8 +95,8 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     """
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
-        kind, read = _find_kind(checkpoint.tensors)
-        plan = read(checkpoint)
+        kind, make_plan = _find_kind(checkpoint.tensors)
+        plan = make_plan(checkpoint)
 
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
             """Return the dtype to load a tensor in: float32 for norms and attention biases."""
@@ -119,7 +119,7 @@ def _find_kind(names: Container[str]) -> tuple[UpscalerKind, Callable[[Checkpoin
 
 
 def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
-    """Plan the loading of an ESRGAN or Real-ESRGAN, whose tensor names differ between releases.
+    """Plan the loading of an ESRGAN or Real-ESRGAN; tensor names differ between releases.
 
     Networks for small factors take a pixel-unshuffled image: more channels at a smaller size.
     """
@@ -196,7 +196,7 @@ def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
 
 
 def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
-    """Plan the loading of a SwinIR, whose configuration is derived from the shapes of its tensors."""
+    """Plan the loading of a SwinIR; its configuration is read from tensor shapes."""
     sources = list_tensor_sources(checkpoint)
     shape = _Shapes(checkpoint, make_shape_reader(checkpoint, sources))
     dim, channels, *_ = shape.of("conv_first.weight", 4)
@@ -252,14 +252,14 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
         if "conv_up1.weight" in sources:
             return _SwinirEnd("nearest+conv", [2] * count(sources, r"conv_up\d+"), features)
         # the digits are layer numbers: pixel shuffles between the convolutions have no weights
-        names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
-        layers = sorted(int(name.split(".")[1]) for name in names)
+        conv_names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
+        layers = sorted(int(name.split(".")[1]) for name in conv_names)
         upsampling_factors = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
         return _SwinirEnd("pixelshuffle", upsampling_factors, features)
     if "upsample.0.weight" in sources:
         return _SwinirEnd("pixelshuffledirect", [_read_factor(shape, "upsample.0.weight", COLOURS)])
     shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
-    return _SwinirEnd("none")  # results of equal size: denoising or JPEG artifacts
+    return _SwinirEnd("none")  # same size: denoising, or removal of JPEG artifacts
 
 
 def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:

@@ -100,7 +100,7 @@ class RRDBNet(nn.Module):
 
     @property
     def repeated_blocks(self) -> tuple[nn.Module, ...]:
-        """Submodules of equal shape, which share one compilation."""
+        """Submodules of the same shape, which share one compilation."""
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,10 +111,11 @@ class RRDBNet(nn.Module):
         """
         if self.config.unshuffle > 1:
             x = pixel_unshuffle(x, self.config.unshuffle)
-        first = x = self.conv_first(x)
+        shallow_features = x = self.conv_first(x)
         for block in self.body:
             x = block(x)
-        x = first + self.conv_body(x)
+        x = shallow_features + self.conv_body(x)
+        # each doubling repeats pixels and convolves them
         for number in range(1, self.config.doublings + 1):
             convolve = self.get_submodule(f"conv_up{number}")
             x = leaky_relu(convolve(repeat_pixels(x, 2)), SLOPE, inplace=True)

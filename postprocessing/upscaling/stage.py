@@ -183,10 +183,10 @@ class UpscalerStage:
             return tiling.WHOLE_IMAGE
         width = round_up(clip.width, config.step)
         height = round_up(clip.height, config.step)
-        if batch * width * height * MAX_BYTES_PER_PIXEL <= usable_bytes:
+        if batch * width * height * MAX_BYTES_PER_PIXEL <= usable_bytes:  # fits with any network
             return tiling.WHOLE_IMAGE
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
-        # the result is whole in any case
+        # the result is always held whole, even if the network runs on tiles
         free = usable_bytes - batch * result_bytes(config, width, height)
         if height * width * per_pixel <= free:
             return tiling.WHOLE_IMAGE

@@ -293,6 +293,7 @@ class SwinIR(nn.Module):
     """SwinIR, a network that upscales or restores images."""
 
     def __init__(self, config: SwinirConfig) -> None:
+        """Create SwinIR's layers with the module names of its files."""
         super().__init__()
         self.config = config
         self.conv_first = convolution(COLOURS, config.dim)
@@ -303,6 +304,7 @@ class SwinIR(nn.Module):
         )
         self.norm = Float32LayerNorm(config.dim, EPSILON, affine=True)
         self.conv_after_body = convolutions(config)
+        # the official SwinIR's four upsamplers; "none" keeps the size
         if config.upsampler == "pixelshuffledirect":
             (factor,) = config.upsampling_factors
             self.upsample = nn.Sequential(
@@ -333,7 +335,7 @@ class SwinIR(nn.Module):
 
     @property
     def repeated_blocks(self) -> tuple[nn.Module, ...]:
-        """Blocks of equal shape, which share one compilation."""
+        """Blocks of the same shape, which share one compilation."""
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -344,16 +346,16 @@ class SwinIR(nn.Module):
         """
         mean = tensor_on(x.device, MEAN, x.dtype).view(1, COLOURS, 1, 1)
         x = (x - mean) * self.config.pixel_range
-        first = self.conv_first(x)
-        tokens = as_tokens(first)
+        shallow_features = self.conv_first(x)
+        tokens = as_tokens(shallow_features)
         index = relative_position_index(self.config.window, x.device)
         tokens = self.patch_embed["norm"](tokens).to(x.dtype)
         for layer in self.layers:
             tokens = layer(tokens, index)
         tokens = self.norm(tokens).to(x.dtype)
-        features = self.conv_after_body(as_map(tokens)) + first
-        del first, tokens  # enlarging takes most memory
-        if self.config.upsampler == "none":  # results of equal size: the network predicts the change
+        features = self.conv_after_body(as_map(tokens)) + shallow_features
+        del shallow_features, tokens  # enlarging takes most memory
+        if self.config.upsampler == "none":  # same size: the network predicts the change
             enlarged = x + self.conv_last(features)
         else:
             enlarged = self._enlarge(features)

@@ -161,6 +161,7 @@ class BlockSwap:
             return
         block = pool.blocks[position]
         if pool.slot_of(block) is None:
+            # this block is copied even if the pass skips it
             self._skipped_positions = frozenset(skipped) - {position}
             self._prefetch_from(position, backward=False)
         self._activate(pool, block, backward=False)
@@ -194,14 +195,14 @@ class BlockSwap:
         if pool is None:  # the block stays on the device
             output = forward(*inputs, **named)
         else:
-            caches = torch.is_autocast_cache_enabled()
+            was_caching = torch.is_autocast_cache_enabled()
             # autocast would keep a copy of every trained weight on the device until the end of the pass
-            torch.set_autocast_cache_enabled(caches and not pool.blocks[position].is_trained)
+            torch.set_autocast_cache_enabled(was_caching and not pool.blocks[position].is_trained)
             try:
                 with saved_tensors_hooks(self._pack, self._unpack):
                     output = forward(*inputs, **named)
             finally:
-                torch.set_autocast_cache_enabled(caches)
+                torch.set_autocast_cache_enabled(was_caching)
         # the gradient of an output arrives right before the block's own backward pass
         for tensor in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -370,11 +371,12 @@ def _make_slot_pools(
     for plan in lists:
         blocks = {}
         for index in plan.streamed:
+            # small tensors, such as biases and norms, stay on the device
             weight_names = [f"{name}.weight" for name, _ in big_layers(dit, f"{plan.name}.{index}")]
-            names = [name for name in weight_names if name in host_weights]
-            weights = [dit.get_parameter(name) for name in names]
+            host_names = [name for name in weight_names if name in host_weights]
+            weights = [dit.get_parameter(name) for name in host_names]
             position = start + index
-            blocks[position] = StreamedBlock(position, weights, [host_weights[name] for name in names])
+            blocks[position] = StreamedBlock(position, weights, [host_weights[name] for name in host_names])
         if blocks:
             pools.append(SlotPool(blocks, [Slot() for _ in range(plan.slots)]))
         start += plan.num_blocks

@@ -130,10 +130,12 @@ class TokenShard:
         """
         num_image_tokens = second.num_image_tokens  # image tokens come before text tokens
         # each text's own attention; `gather_heads` takes the tokens of the image and of both texts
-        texts = torch.cat([with_first[:, num_image_tokens:], with_second[:, num_image_tokens:]], dim=1)
+        text_attention = torch.cat(
+            [with_first[:, num_image_tokens:], with_second[:, num_image_tokens:]], dim=1
+        )
         # all heads of this process's tokens
-        all_first = self.gather_heads(torch.cat([with_first[:, :num_image_tokens], texts], dim=1))
-        all_second = self.gather_heads(torch.cat([with_second[:, :num_image_tokens], texts], dim=1))
+        all_first = self.gather_heads(torch.cat([with_first[:, :num_image_tokens], text_attention], dim=1))
+        all_second = self.gather_heads(torch.cat([with_second[:, :num_image_tokens], text_attention], dim=1))
         num_here = self.count_among_first(num_image_tokens)  # image tokens of this process
         steered = second.combine_attention(all_first[:, :num_here], all_second[:, :num_here])
         return torch.cat([steered, all_first[:, num_here:]], dim=1)

@@ -80,16 +80,16 @@ def allocate(
     starts, pin_ranges = _plan_offsets([info.size_bytes for info in infos.values()])
     size = pin_ranges[-1].stop
     # None: nothing is shared, or the system cannot share it; then each process fills its own memory
-    shared = None if local_processes is None else _map_shared_memory(size, local_processes)
-    mapping = _map_private_memory(size) if shared is None else shared
+    shared_map = None if local_processes is None else _map_shared_memory(size, local_processes)
+    mapping = _map_private_memory(size) if shared_map is None else shared_map
     memory, num_unpinned = _pin_as_tensor(mapping, pin_ranges if pinned else ())
     tensors = {}
     for start, (name, info) in zip(starts, infos.items(), strict=True):
-        content = memory[start : start + info.size_bytes]
-        tensors[name] = content.view(info.dtype).view(info.shape)
+        tensor_bytes = memory[start : start + info.size_bytes]
+        tensors[name] = tensor_bytes.view(info.dtype).view(info.shape)
     if num_unpinned:
         _warn_of_unpinned(num_unpinned, sum(tensor.nbytes for tensor in tensors.values()))
-    is_written_by_this_process = local_processes is None or shared is None or local_processes.rank == 0
+    is_written_by_this_process = local_processes is None or shared_map is None or local_processes.rank == 0
     return HostTensors(tensors, is_written_by_this_process, num_unpinned)
 
 

@@ -49,18 +49,18 @@ def join_processes(
         OptionError: If the machine has fewer GPUs than processes.
     """
     kind = select_device(device).type
-    local = int(environment.get("LOCAL_RANK", "0"))
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
     if device is not None and ":" in device:
         raise OptionError(
             f"--device {device} with {option}: each process has its own GPU. Give cuda, or leave it out"
         )
     if kind not in {"cpu", "cuda"}:
         raise OptionError(f"{option}: processes do not share a model on {kind}. Use CUDA GPUs")
-    chosen = select_device(f"cuda:{local}" if kind == "cuda" else "cpu")
+    process_device = select_device(f"cuda:{local_rank}" if kind == "cuda" else "cpu")
     # objects are sent between hosts by gloo: waiting for a prompt with NCCL would keep a GPU busy
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
-    return chosen
+    return process_device
 
 
 def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:

@@ -147,9 +147,9 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
     swapped = spec.swap_counts(blocks)
     if not _fits(totals, swapped, spec.num_unswapped):
         maximum = max_blocks(totals, spec.swap_counts, spec.num_unswapped)
-        has = " + ".join(map(str, totals))
+        block_counts = " + ".join(map(str, totals))
         raise OptionError(
-            f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {maximum} can be "
+            f"--blocks_to_swap {blocks}: the transformer has {block_counts} blocks, at most {maximum} can be "
             f"swapped. Use {maximum} or less"
         )
     return swapped

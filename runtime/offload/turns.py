@@ -59,20 +59,22 @@ class HostCopy:
         self._network = network
         self._is_on_device = False
         self._pairs: list[_HostPair] = []
-        if device.type == "cpu" and transfer is None:
+        if device.type == "cpu" and transfer is None:  # the network computes in host memory anyway
             self._transfer: Transfer | None = None
             return
         self._transfer = transfer or transfer_to(device)
-        moving = _list_frozen_tensors(network)
-        on_host = _find_loaded_on_host(moving, {} if host_weights is None else host_weights.tensors)
-        infos = {
+        frozen_tensors = _list_frozen_tensors(network)
+        host_tensors = _find_loaded_on_host(
+            frozen_tensors, {} if host_weights is None else host_weights.tensors
+        )
+        infos_to_allocate = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape))
-            for name, tensor in moving.items()
-            if name not in on_host
+            for name, tensor in frozen_tensors.items()
+            if name not in host_tensors
         }
-        allocated = allocate(infos, device.type == "cuda").tensors
-        for name, tensor in moving.items():
-            host = on_host.get(name)
+        allocated = allocate(infos_to_allocate, device.type == "cuda").tensors
+        for name, tensor in frozen_tensors.items():
+            host = host_tensors.get(name)
             if host is None:
                 host = allocated[name]
                 host.copy_(tensor.data)

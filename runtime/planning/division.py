@@ -75,12 +75,12 @@ def divide_tokens(
     divided: dict[str, BytesByKind] = {}
     for phase, bytes_by_kind in peaks_by_phase.items():
         if phase.startswith(IN_BLOCKS):
-            parts = {
+            bytes_per_gpu = {
                 kind: bytes_by_kind.get(kind, 0) // num_gpus for kind in (ACTIVATIONS, ATTENTION, TEMPORARY)
             }
-            parts[TEMPORARY] += exchange_bytes
+            bytes_per_gpu[TEMPORARY] += exchange_bytes
         else:
             # what the blocks keep for the backward pass is divided; the gathered tokens are complete
-            parts = {ACTIVATIONS: bytes_by_kind.get(ACTIVATIONS, 0) // num_gpus + counter.token_bytes}
-        divided[phase] = {**bytes_by_kind, **parts}
+            bytes_per_gpu = {ACTIVATIONS: bytes_by_kind.get(ACTIVATIONS, 0) // num_gpus + counter.token_bytes}
+        divided[phase] = {**bytes_by_kind, **bytes_per_gpu}
     return divided

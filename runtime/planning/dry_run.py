@@ -84,9 +84,8 @@ class Ledger(TorchDispatchMode):
         self._allocations: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
         self._reads_unknown_as_one = False  # whether code that reads a number from a fake tensor gets 1
         self.block_counts: dict[str, int] = {}  # name of a list of blocks -> number of its blocks that run
-        self.input_bytes: dict[
-            str, int
-        ] = {}  # name of a list of blocks -> bytes of the tokens that a block gets
+        # name of a list of blocks -> bytes of the tokens that a block gets
+        self.input_bytes: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._reads_unknown_as_one and func is READ_NUMBER and isinstance(args[0], FakeTensor):
@@ -154,6 +153,7 @@ class Ledger(TorchDispatchMode):
             tensor.device == self.device,
         )
 
+        # called when the storage is freed
         def forget(_: Any) -> None:
             self._add(self._allocations.pop(key)[1], -1)
 
@@ -191,7 +191,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator on tensors, some of which are fake: they have no values.
+    """Run an operator on tensors; some of them are fake tensors, which have no values.
 
     1. Real inputs give a real result, except for floating-point data that are copied to the device.
     2. Real and fake inputs give a fake result.
@@ -270,7 +270,7 @@ class OneOfManyPieces(TorchFunctionMode):
         self._computed: dict[tuple[Any, ...], _ComputedPiece] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function; of the pieces that `compute_piece` computes, run only the largest of each kind."""
+        """Run a torch function; let `compute_piece` compute only the largest piece so far of each kind."""
         if func is not compute_piece:
             return func(*args, **(kwargs or {}))
         compute, piece = args
@@ -403,6 +403,7 @@ def _track_forward(
         return lambda _: ledger.begin_phase(phase)
 
     def tracked_forward(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        """Run the block's `forward`, and begin the phases of the dry run before and after it."""
         if ledger.is_backward:  # checkpointing recomputes the block, which counts as its backward pass
             return forward(x, *inputs, **named)
         # the gradient of the first block's input is ready when the backward pass leaves the blocks
@@ -433,7 +434,7 @@ FEW_BLOCKS = 3  # both ends of a list, and one block in between
 def truncate_blocks(
     dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger
 ) -> None:
-    """Keep only the first `counts` blocks of each list in a network.
+    """Keep only the first `counts` blocks of each list in a network, so that a dry run is short.
 
     Args:
         dit: The transformer.

@@ -231,7 +231,7 @@ def parts_of(
         waiting: Bytes of activations that wait in host memory.
         network: Name of what is trained or added to the transformer.
     """
-    parts = []
+    plan_lines = []
     for kind, name in PART_NAMES.items():
         size = bytes_by_kind.get(kind, 0)
         host = 0
@@ -244,8 +244,8 @@ def parts_of(
         elif kind == dry_run.NETWORK:
             name = f"{name} ({network})"
         if size or host:
-            parts.append(MemoryPart(name, size, host, notes.get(kind, "")))
-    return tuple(parts)
+            plan_lines.append(MemoryPart(name, size, host, notes.get(kind, "")))
+    return tuple(plan_lines)
 
 
 def dtypes_of(dit: nn.Module) -> str:
@@ -269,7 +269,7 @@ def verdict(plan: MemoryPlan, device_memory: DeviceMemory | None, advice: Sequen
         )
     free_gib, total_gib = format_gib(device_memory.free), format_gib(device_memory.total)
     free = f"{device_memory.name}: {free_gib} of {total_gib} GiB are free"
-    if device_memory.is_planned:
+    if device_memory.is_planned:  # a card of the size given to --plan, not the one in this machine
         free = f"{device_memory.name}, all of it free; a screen and other programs take 0.5 to 1.5 GiB of one"
     if plan.device <= device_memory.usable:
         return f"Fits: {needed}. {free}."
@@ -283,7 +283,7 @@ def show(plan: MemoryPlan, last_line: str) -> None:
     """Print the plan as a table in GiB, followed by its notes and `last_line`."""
     rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
-        is_marked = phase is plan.worst and len(plan.phases) > 1
+        is_marked = phase is plan.worst and len(plan.phases) > 1  # a single phase is always the largest
         name = f"{phase.name} (largest)" if is_marked else phase.name
         rows.append(_make_row(MemoryPart(name, phase.device, phase.host)))
         for part in phase.parts:
@@ -449,7 +449,7 @@ def advise(
         phase: Text after the bytes, such as " while denoising".
 
     Returns:
-        The lines, and the last prediction if even that one does not fit.
+        The lines, and the last prediction if even that one does not fit, else None.
     """
     lines: list[str] = []
     for name, predict in memory_savers:

@@ -170,22 +170,22 @@ def print_layouts(
         if any(layout.fits for layout in layouts):
             break  # options that save more memory are not needed
     plans = [layout.memory for layout in layouts if layout.memory is not None]
-    if not plans:  # no layout is possible
+    if not plans:  # no layout is possible; the first one's reason stands for all
         raise OptionError(layouts[0].rejection)
     total = f"{device_memory.total / GIB:g}"
-    lines = _compare_layouts(layouts, cards, device_memory, added_options)
+    output_lines = _compare_layouts(layouts, cards, device_memory, added_options)
     fitting = [layout for layout in layouts if layout.fits]
     if fitting:
         displayed_plan = fitting[0].memory
         assert displayed_plan is not None
-        lines += _advise(fitting, added_options, is_training)
+        output_lines += _advise(fitting, added_options, is_training)
     else:
         displayed_plan = min(plans, key=lambda plan: plan.device)
-        lines.append(
+        output_lines.append(
             f"No layout fits: {displayed_plan.worst.name} takes {format_gib(displayed_plan.device)} GiB at "
             f"least. Run with --plan {total} to see what makes it smaller, or use more or larger cards."
         )
-    show(displayed_plan, escape_control_codes("\n".join(lines)))
+    show(displayed_plan, escape_control_codes("\n".join(output_lines)))
 
 
 def _compare_layouts(

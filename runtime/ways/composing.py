@@ -78,9 +78,9 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
     """
     group_size = speed.modes.processes_per_model * passes
     if processes % group_size:
-        typed = " ".join(speed.modes.process_counts_by_option)
+        options_text = " ".join(speed.modes.process_counts_by_option)
         raise OptionError(
-            f"{typed}: {processes} processes cannot form groups of {group_size}. Start a multiple of "
+            f"{options_text}: {processes} processes cannot form groups of {group_size}. Start a multiple of "
             f"{group_size}: accelerate launch --multi_gpu --num_processes {group_size}"
         )
     return processes // group_size

@@ -59,15 +59,15 @@ def _run_part(
     all_tokens, all_residuals = hidden.tokens, hidden.block_residuals
     # lengths of the token streams; if there are several, `all_tokens` has them
     lengths = getattr(all_tokens, "stream_lengths", (hidden.x.shape[1],))
-    parts = [TokenShard(length, group.rank(), group.size(), group) for length in lengths]
-    hidden.x = _take_parts(parts, hidden.x, lengths)
-    hidden.tokens = all_tokens.cut(*parts)
-    hidden.block_residuals = [None if tensor is None else parts[0].take(tensor) for tensor in all_residuals]
+    shards = [TokenShard(length, group.rank(), group.size(), group) for length in lengths]
+    hidden.x = _take_parts(shards, hidden.x, lengths)
+    hidden.tokens = all_tokens.cut(*shards)
+    hidden.block_residuals = [None if tensor is None else shards[0].take(tensor) for tensor in all_residuals]
     if hidden.control_tokens is not None:
-        hidden.control_tokens = parts[0].take(hidden.control_tokens)
+        hidden.control_tokens = shards[0].take(hidden.control_tokens)
     inner(dit, hidden, overrides)
     # the layers after the blocks compute on complete tokens again
-    hidden.x = _join_parts(parts, hidden.x)
+    hidden.x = _join_parts(shards, hidden.x)
     hidden.tokens = all_tokens
     hidden.block_residuals = all_residuals
 

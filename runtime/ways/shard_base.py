@@ -49,7 +49,7 @@ def _reject_fp16(precision: str) -> None:
 
 def _check_uses(uses: RunUses) -> None:
     """Raise OptionError if a run uses something that --shard_base does not support."""
-    for model in uses.further_models:
+    for model in uses.further_models:  # the first one is named
         raise OptionError(
             f"{model.option} with --shard_base: {model.name} would not be split over the processes. Leave "
             "out one of the two"
