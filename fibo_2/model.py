@@ -145,8 +145,8 @@ class PerceiverLayer(nn.Module):
             lengths: Number of gist tokens of each sample; None if no sample is padded.
             choice: Attention to use.
         """
-        read = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, choice)
-        x = x + self.cross_attention.project(read.flatten(2))
+        from_text = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, choice)
+        x = x + self.cross_attention.project(from_text.flatten(2))
         heads = self.self_attention.heads(self.self_attn_norm(x))
         x = x + self.self_attention.project(attend(*heads, choice, lengths).flatten(2))
         output: Tensor = x + self.ffn(self.ffn_norm(x))

@@ -199,9 +199,9 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
 def _check_options_fit_file(
     options: FluxControlNetTrainingOptions, controlnet: Path, config: FluxConfig
 ) -> None:
-    """Raise OptionError if typed numbers of blocks differ from the ControlNet to start from.
+    """Raise OptionError if a typed number of blocks differs from that of the ControlNet to start from.
 
-    `config` are the transformer's dimensions. Raises CheckpointError if the ControlNet does not fit them.
+    `config` has the transformer's dimensions. Raises CheckpointError if the ControlNet does not fit them.
     """
     settings = read_settings(controlnet, config)
     typed = {

@@ -165,7 +165,10 @@ class Flux(ModelOfImages):
     # a ControlNet
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has clips, or control images without a ControlNet."""
+        """Raise DatasetError if a table has clips, or if its control images do not fit the options.
+
+        Control images are for a ControlNet or, with Kontext, references. A ControlNet requires them.
+        """
         if self.custom_network is not None:
             table = control_pictures.check_controls(table, self.custom_network.label)
         with_control = self.controlnet is not None or self.stores_controls
@@ -276,7 +279,7 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if cached T5 states were masked differently, misfit their mask or are too long."""
+        """Raise CacheError if cached T5 states were masked differently, do not fit their mask or are too long."""
         self._check_t5_masking(batch)
         batch_size, length = batch.tensor(STATES).shape[:2]
         if batch.tensor(MASK).shape != (batch_size, length):

@@ -242,7 +242,7 @@ class FluxModel(BlockNetwork):
         if mask is None:
             return run_in_weight_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)
-        if self.config.approximator is not None:  # one token of padding stays visible, as trained
+        if self.config.approximator is not None:  # Chroma was trained with one visible token of padding
             maximum = mask.shape[1]
             counts = None if counts is None else [min(count + 1, maximum) for count in counts]
             longest = min(longest + 1, maximum)

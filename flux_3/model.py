@@ -247,7 +247,8 @@ def _attend_with_two_texts(heads: Sequence[Tensor], tokens: Flux3Tokens, second:
     with_second = _attend([second.drop_first_text(tensor) for tensor in heads], tokens, second.lengths)
     if not tokens.shards:
         return second.combine(with_first, with_second)
-    # combining needs all heads of a token, so image tokens are returned to their processes before
+    # with several processes, each has some heads of all tokens; combining needs all heads of a token,
+    # so image tokens are returned to their processes first
     *image_parts, text_part = tokens.shards
     num_images = second.num_image_tokens
     images = second.combine_attention(

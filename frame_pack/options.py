@@ -25,11 +25,11 @@ MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
 def parse_section_texts(text: str, option: str) -> dict[int, str]:
-    """Parse a text with a part for each section; return the parts by section number, 0 included.
+    """Parse a prompt with a text for each section; return the texts by section number, always with 0.
 
-    Negative numbers count from the end. A missing entry 0 gets the text of the lowest number that is not
-    negative, or else of the lowest number. Of two texts for one section, the later one counts. `option` is
-    the name of the option for messages. Raises OptionError for a range that runs backwards or is too long.
+    Negative numbers count from the end. If 0 is missing, it gets the text of the lowest number that is not
+    negative, or else of the lowest number. If a section has two texts, the later one is used. `option` is
+    named in messages. Raises OptionError for a range that runs backwards or is too long.
     """
     if SEPARATOR not in text:
         return {0: text}
@@ -39,8 +39,8 @@ def parse_section_texts(text: str, option: str) -> dict[int, str]:
             entries.update(_parse_piece(piece, option))
     if not entries:
         return {0: ""}
-    nearest = min((index for index in entries if index >= 0), default=min(entries))
-    return {0: entries[nearest], **entries}  # an entry 0 in `entries` takes precedence
+    substitute = min((index for index in entries if index >= 0), default=min(entries))
+    return {0: entries[substitute], **entries}  # an entry 0 in `entries` takes precedence
 
 
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:

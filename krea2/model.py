@@ -335,7 +335,8 @@ class Krea2Model(BlockNetwork):
     ) -> Any:
         """Predict the velocity from the arguments of `embed`, with or without cached references.
 
-        With `overrides.section_cache`, isolated references are computed once for all steps.
+        With `overrides.section_cache`, the keys and values of isolated references are computed only in the
+        first step; other steps read them from the cache.
         """
         # only isolated references do not depend on the image, so only they can be cached
         kv_cache = overrides.section_cache if isolated and references else None

@@ -246,6 +246,7 @@ def _read_generator(
     for block in range(num_blocks):
         block_kernels.append(shape(f"{start}resnets.{block}.convs1.0.weight", 3)[2])
     out_channels = shape(f"{start}conv_out.weight", 3)[0]
+    # Snake activations have weights, leaky ReLU has none
     is_snake = f"{start}resnets.0.acts1.0.act.alpha" in names
     return {
         "in_channels": in_channels,

@@ -695,9 +695,9 @@ class Ltx2(Ltx2Media):
         return {FIRST_LATENTS: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return latents of given images, keyframes and audio, and how much of each stays clean.
+        """Return the latents of the given images, keyframes and audio, and how clean each of them stays.
 
-        The audio VAE is loaded only if audio is given.
+        The audio VAE is loaded only for an audio file or --retake.
         """
         media = with_request_values(self.input_media, prepared.request)
 

@@ -45,9 +45,9 @@ Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on 
 
 
 def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
-    """Return the options of given clips, keyframes and masks, with a prompt line's values in their place.
+    """Return the options for clips, keyframes and masks, overridden by the values of a prompt line.
 
-    A mask without --inpaint_source applies to the request's only reference.
+    A mask without --inpaint_source applies to the request's only reference video.
 
     Raises:
         OptionError: If a value cannot be parsed, or there is a mask without a clip, or a clip without a mask.
@@ -133,7 +133,7 @@ def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) ->
 
 
 def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
-    """Return how many frames of a clip to extend are encoded, a multiple of frame_step plus 1; 0 without it.
+    """Return how many frames of the clip to extend are encoded: a multiple of frame_step plus 1, 0 for no clip.
 
     `name` is extend_prefix or extend_suffix.
 

@@ -227,7 +227,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         return {name: path for name in names if (path := getattr(self, name)) is not None}
 
     def __post_init__(self) -> None:
-        # parsing raises OptionError for invalid values
+        # these properties parse option values; reading them raises OptionError for an invalid one
         _ = (
             self.region,
             self.retake_interval,
@@ -235,8 +235,10 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
             self.keyframes,
             self.latent_frames,
         )
-        whole = [name for name in ("outpaint_source", "inpaint_source") if getattr(self, name) is not None]
-        if len(whole) > 1:
+        whole_clips = [
+            name for name in ("outpaint_source", "inpaint_source") if getattr(self, name) is not None
+        ]
+        if len(whole_clips) > 1:
             raise OptionError(
                 "--outpaint_source and --inpaint_source: each is the whole clip. Give one of them"
             )

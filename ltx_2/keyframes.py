@@ -167,7 +167,7 @@ def _append_frames(latents: Tensor, frames: Tensor, joint: AudioVideoShapes | No
 def append_clean_weights(
     clean_tokens: CleanTokens | None, image: Tensor, keyframe_weights: Tensor
 ) -> CleanTokens:
-    """Return how clean each latent of a clip is, and of the keyframes after it.
+    """Append the clean weights of keyframes to those of a clip; a weight says how clean a latent stays.
 
     Args:
         clean_tokens: Clean weights of the clip alone; None if all of it is generated.

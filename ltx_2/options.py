@@ -329,7 +329,8 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def _check_streams(self) -> None:
         """Raise OptionError if options need a stream, video or audio, that --ltx2_mode leaves out."""
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
-        # presets whose names begin with a need the audio stream, those with v the video stream
+        # option -> streams it needs. Presets of LoRA targets that begin with a need audio, with v video;
+        # a loss weight of 0 trains the other stream only
         needed_streams = {
             f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
             self.strategy_option: {*self.strategy.streams},

@@ -98,11 +98,10 @@ class TwoStages:
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
-        """Return the request with one request per stage: a small clip, then its upscaled refinement.
+        """Split a request into two stages: generate a small clip, then upscale and refine it.
 
-        Without a refinement, it is the first stage's request. Raises OptionError for a video to start from.
-
-        `dtype` is the dtype of the upscalers.
+        Without the second stage, only the first one's request is returned. `dtype` is the dtype of the
+        upscalers. Raises OptionError for a request with a video to start from.
         """
         request = prepared.request
         if request.source is not None:

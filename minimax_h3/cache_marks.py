@@ -114,7 +114,7 @@ def _check_tags(key: str, tags: Tensor, num_states: int, task: str) -> None:
 
 
 def read_teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the cached texts that a teacher reads in place of the captions of a batch.
+    """Return the cached text states that the teacher gets instead of the batch's captions.
 
     Args:
         batch: The batch.

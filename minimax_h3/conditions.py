@@ -164,9 +164,9 @@ def position_conditions(
 def _position_references(
     references: Mapping[str, Tensor], start_time: float, target: ImageGrid
 ) -> tuple[list[H3Condition], float]:
-    """Return references, one after another from `start_time` on, and the time after the last one.
+    """Place references one after another, starting at `start_time`; return them and the end of the last one.
 
-    A clip and its audio, which comes first in `references`, start together.
+    A clip and its audio start together; the audio comes first in `references`.
     """
     time = start_time
     positioned: list[H3Condition] = []
@@ -180,11 +180,11 @@ def _position_references(
             time += 1.0 if is_image else max(float(num_audio_latents), clip_duration(latents.shape[2]))
             num_audio_latents = 0
         elif clip_key in references:
-            # at the left and right edges of its clip
+            # audio of a clip: its two channels are at the left and right edges of the clip's grid
             num_audio_latents = latents.shape[3]
             clip_grid = grid_of(references[clip_key])
             positioned.append(H3Condition(latents, AudioPosition(num_audio_latents, time, clip_grid)))
-        else:
+        else:  # audio without a clip uses the target's grid
             positioned.append(H3Condition(latents, AudioPosition(latents.shape[3], time, target)))
             time += latents.shape[3]
             num_audio_latents = 0

@@ -57,9 +57,9 @@ def read_clean_fractions(cond: Conditions) -> CleanFractions:
 def add_noise_to_inputs(
     clean_fractions: CleanFractions, tensors: Conditions, condition_set: str, generator: torch.Generator
 ) -> Conditions:
-    """Add noise to a batch's keyframes and references, for `NoiseSpec.change_conditions`.
+    """Add noise to a batch's keyframes and references, as the model expects them.
 
-    For a teacher that gets the clip itself (CLIP), also add the noised clip and its audio as references.
+    A teacher with the condition set CLIP also gets the noised clip and its audio, as references.
     """
     noised = dict(tensors)
     for key in sort_condition_keys(tensors):

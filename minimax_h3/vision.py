@@ -87,9 +87,9 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
-    """Return the size limits and colors in a preprocessor's settings; missing ones are as released.
+    """Return the size limits and color statistics of a preprocessor; missing ones are as released.
 
-    `source` is the settings file with its content. Raises an error for unusable values.
+    `source` is the path of the settings file, and its content. Raises an error for unusable values.
     """
     file, settings = source
     sizes = settings.get("size") or {}

@@ -283,7 +283,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
     if path.is_file() and path.suffix != ".json":
         from checkpoints.opening import open_file  # only for hints
 
-        # once, because each family would need a second to reject a malicious file
+        # opened once here, because rejecting a malicious file would take each family a second
         try:
             open_file(path).close()
         except CheckpointError:

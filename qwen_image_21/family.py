@@ -225,7 +225,7 @@ class QwenImage21(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only denoising section; with a mask, the result keeps the first image outside of it.
+        """Yield the request's only denoising section; with a mask, the first image is kept outside of it.
 
         Without --no_kv_cache, keys and values of texts and references are computed in the first step only.
         """

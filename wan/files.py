@@ -330,7 +330,7 @@ def select_files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles
 
 
 def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float | None]:
-    """Return the files of a generation, including those of --ckpt_dir, and the boundary of the experts.
+    """Return the files for generation, including those in --ckpt_dir, and the timestep between the experts.
 
     Raises OptionError if the transformer for low noise is missing.
     """

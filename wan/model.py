@@ -290,6 +290,7 @@ class WanModel(BlockNetwork):
         # equal rows of padding may be merged, unless the first rows of the text stand for the image
         padding_attention = None if text_is_image else self.attention
         texts = [text] if overrides.nag is None else [text, overrides.nag.text["text"]]
+        # for each text: its tokens, and how often a merged padding token stands for equal rows
         embedded = [self._embed_text(prompt, noisy, padding_attention, dtype) for prompt in texts]
         image_tokens = None
         if image_embeds is not None:

@@ -451,7 +451,7 @@ def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) 
 
 
 def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generation options that repeat the images and clips of a cached training item."""
+    """Return the generation options that give a cached training item's images and clips as inputs."""
     example = sample["example"]
     control = next(iter(example.controls), None)
     if one_frame:
