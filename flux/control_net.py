@@ -195,7 +195,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         config: Dimensions of the transformer.
 
     Raises:
-        CheckpointError: If the file is not a ControlNet of FLUX.1 that sees latents, or does not fit the
+        CheckpointError: If the file is not a ControlNet of FLUX.1 that takes latents, or does not fit the
             transformer.
     """
     names = checkpoint.tensors

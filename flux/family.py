@@ -279,7 +279,7 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if cached T5 states were masked differently, do not fit their mask or are too long."""
+        """Raise CacheError if cached T5 states are too long, or their mask differs from the one needed."""
         self._check_t5_masking(batch)
         batch_size, length = batch.tensor(STATES).shape[:2]
         if batch.tensor(MASK).shape != (batch_size, length):

@@ -39,9 +39,8 @@ _NEEDED = ("latent_indices", "image_embeddings")
 def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
     """Check a batch's cached text, image, indices and history, and return them by cache key.
 
-    The history contains the earlier frames in three resolutions. Each may have indices without latents
-    (black
-    frames), or be missing.
+    The history contains earlier frames in three resolutions. Each may be missing, or have indices without
+    latents, which stand for black frames.
 
     Args:
         batch: Batch from the caches.

@@ -177,7 +177,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: GenerationOrder, win
 def image_entries(
     encoders: MediaEncoders, media: MediaBatch, black_frames: OneFrame
 ) -> list[list[CacheEntry]]:
-    """Return one entry for every image: its latents as the target, with those of its control images.
+    """Return a cache entry for each image: its latents as the target, and those of its control images.
 
     Each image is encoded alone. Latents are 0 where their image is transparent. `black_frames` sets which
     black frames are added to the clean ones; the frame indices of all images come from the dataset's table.

@@ -337,7 +337,7 @@ class FramePack(OneTransformer):
 
 
 def _history_arguments(cond: data.Conditions, noisy: Tensor) -> dict[str, Tensor]:
-    """Return latents of earlier frames and their indices by the network's arguments.
+    """Return the latents of earlier frames and their indices, keyed by the network's argument names.
 
     Frames that have indices but no latents in the conditions are black.
     """

@@ -218,9 +218,9 @@ def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the generation script, with values, for a sample with a training run's models.
+    """Return the options of the generation command that makes a sample with a training run's models.
 
-    `sample` has the settings of a sample by name. A value of None leaves its option out.
+    `sample` has the settings of a sample by name. An option whose value is None is left out.
     """
     window = options.latent_window_size
     frames = sample.get("frames")

@@ -366,7 +366,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
     second = tokens.second_text  # a second text, which the video attends to separately
     shard = tokens.shard  # this process's shard of the tokens
     choice = tokens.attention
-    if shard is not None:  # from all heads of this shard to all tokens of some heads
+    if shard is not None:  # exchange: all heads of this shard's tokens -> some heads of all tokens
         query, key, value = shard.gather_tokens(query, key, value)
     if second is None:
         attended = attend(query, key, value, choice, lengths=tokens.lengths)

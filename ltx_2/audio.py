@@ -153,7 +153,7 @@ class Vocoder:
 
 
 def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load the audio VAE of LTX-2 or LTX-2.3: official file, or diffusers' layout.
+    """Plan how to load the audio VAE of LTX-2 or LTX-2.3 from an official file or a diffusers folder.
 
     `option` is the option that named the file. Raises CheckpointError for any other file.
     """

@@ -107,7 +107,7 @@ def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
 
 
 def find_audio_reference(request: Request) -> Path | None:
-    """Return the file of a request's audio reference; None without one.
+    """Return the path of a request's audio reference; None if it has none.
 
     Raises:
         OptionError: If there are several, or the file has no audio.

@@ -203,9 +203,9 @@ class Ltx2(Ltx2Media):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return a generation's defaults; as released, the flow shift is for 4096 tokens at any size.
+        """Return the defaults for generation; the flow shift is that of 4096 tokens at any size, as released.
 
-        In training, `size` is the size of samples.
+        In training, `self.size` is the size of samples.
         """
         width, height, frames = self.size
         return SamplingDefaults(
@@ -228,7 +228,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return metadata for saved files: version, trained streams, and references that a LoRA learned."""
+        """Return metadata for saved files: version, trained streams, and the sizes of a LoRA's references."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",

@@ -302,7 +302,7 @@ class CleanLatentRules:
         weights = is_clean * FULLY_CLEAN
         if self.frames is not None and num_frames > 1:
             frame_mask = self.frames.draw_mask(num_frames, generator, draws.frames)[:, :, None, None]
-            # where rules overlap, the larger weight counts
+            # where rules overlap, the larger weight is used
             weights = torch.maximum(weights, frame_mask * round(FULLY_CLEAN * self.frames.strength))
         return weights[:, None].short()
 

@@ -133,7 +133,7 @@ def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) ->
 
 
 def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
-    """Return how many frames of the clip to extend are encoded: a multiple of frame_step plus 1, 0 for no clip.
+    """Return how many frames of the clip to extend are encoded: a multiple of frame_step plus 1; 0: no clip.
 
     `name` is extend_prefix or extend_suffix.
 
@@ -372,7 +372,7 @@ class _GivenAudio(NamedTuple):
 def _read_audio_parts(
     media: Ltx2GivenMedia, num_latents: int, seconds: float, spec: AudioSpec
 ) -> Iterator[_GivenAudio]:
-    """Yield the audio that options give, with the latents that it covers; later audio takes precedence.
+    """Yield the given audio, each part with the latents it covers; where parts overlap, the later one counts.
 
     Args:
         media: Options that give audio.
@@ -382,6 +382,7 @@ def _read_audio_parts(
     """
     starts, ends = audio_latent_times(num_latents)
     retake = media.retake_interval
+    # a folder of frames has no audio
     if retake is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)
         if samples is not None:

@@ -211,9 +211,9 @@ def append_training_keyframes(
 
 
 def cut_appended_frames(sections: Generator[Section, Tensor, Tensor]) -> Generator[Section, Tensor, Tensor]:
-    """Yield the same sections, but cut appended latents (references, keyframes) off the results sent back.
+    """Pass sections on to the sampler, and cut appended latents (references, keyframes) off their results.
 
-    Returns what `sections` returns.
+    Returns what the generator `sections` returns.
     """
     section = next(sections)
     # each yield hands out a section to denoise and gets its latents, which the next section may need

@@ -70,7 +70,7 @@ class TwoStages:
         return metadata
 
     def scale_factors(self, latent: LatentSpec) -> ScaleFactors:
-        """Return the total factors by which the upscalers multiply frames, and height and width.
+        """Return the total factors by which the upscalers enlarge the number of frames, and the sides.
 
         Raises OptionError if a LoRA is an upscaler, or an upscaler is given to the other upscaler's option,
         and CheckpointError for other files.

@@ -169,7 +169,7 @@ def _check_positions(config: H3Config, path: Path) -> None:
 
 
 def _read_config(shapes: DitShapes) -> H3Config:
-    """Return the sizes of the model from shapes; a pruned file has a table in place of the time embedder."""
+    """Return the model's sizes from tensor shapes; a pruned file has a table instead of the time embedder."""
     (head_width,) = shapes.shape_of("blocks.0.attn.q_norm.weight", axes=1)
     dim, inner = shapes.shape_of("blocks.0.attn.out_proj.weight")
     rows, _ = shapes.shape_of("blocks.0.attn.qkv_proj.weight")

@@ -210,7 +210,7 @@ class Wan(OneTransformer):
         return MediaEncoders(files.load_vae(device), clip)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has control media that the cached kind of model cannot use."""
+        """Raise DatasetError if a table's control media do not fit the kind of model to cache for."""
         if self.condition_kind == ONE_FRAME:
             from wan import one_frame  # only for single images
 

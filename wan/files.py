@@ -378,10 +378,10 @@ def find_boundary(
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
-    """Return the files, with a task whose latents fit the VAE, and the kind of condition to cache.
+    """Return the files for caching latents, with a task that fits the VAE, and the kind of condition to cache.
 
     The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
-    that do not apply to those latents.
+    that do not apply to this VAE.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
     condition_kind = _select_image_kind(options)

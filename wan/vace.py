@@ -165,7 +165,7 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
 
 
 def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[Tensor]]:
-    """Encode VACE's inputs: `vace_control`, 1 96 K+L h w with K references first, and `vace_scales`, 1 layers.
+    """Encode VACE's inputs: `vace_control`, 1 96 K+L h w, K references first, and `vace_scales`, 1 layers.
 
     Both are on the CPU. The result is empty if all scales are 0, because then no hints are computed. Raises
     MediaError if a video is too short.

@@ -268,7 +268,7 @@ class WanVaeHalf(nn.Module):
             channels_out = 2 * config.latent_channels  # means and log variances
         else:
             self.conv1 = WanCausalConv(config.latent_channels, width_in)
-            # weights are drawn in this order, though the middle runs first
+            # built before the middle, which runs first: the order decides which random weights a layer gets
             upsamples = _make_layers(layers, is_down=False)
             self.middle = _make_middle(width_in)
             self.upsamples = upsamples

@@ -217,7 +217,8 @@ class ZImage(ModelOfImages):
                 lowest_scale,
             )
         solver = prepared.solver
-        # both take Euler's steps; "euler" has the noise levels of diffusers
+        # two names for Euler's steps: "euler" uses the noise levels of diffusers, the other one musubi-tuner's.
+        # --even_steps alone decides which is used
         if solver in {"euler", EULER_OF_MUSUBI}:
             solver = "euler" if self.even_steps else EULER_OF_MUSUBI
         extra = request.extra
