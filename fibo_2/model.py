@@ -351,14 +351,14 @@ class Fibo2Model(BlockNetwork):
         )
         image = self._refine(image, tokens)
         if overrides.combine_attention is not None:  # there is a NAG text
-            second = gists[1]
-            num_gist = second.tokens.shape[1]
+            second_gist = gists[1]
+            num_gist = second_gist.tokens.shape[1]
             tokens = replace(
                 tokens,
                 second_text=SecondText(
                     num_image_tokens=image.shape[1],
                     num_text_tokens=num_gist,
-                    lengths=second.lengths,
+                    lengths=second_gist.lengths,
                     combine_attention=overrides.combine_attention,
                 ),
                 second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=image.device),

@@ -269,8 +269,8 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
     None if the file is missing or describes another model.
     """
-    opened = checkpoint.path
-    config_path = opened / "config.json" if opened.is_dir() else opened.with_name("config.json")
+    weights = checkpoint.path
+    config_path = weights / "config.json" if weights.is_dir() else weights.with_name("config.json")
     if not config_path.is_file():
         return None
     try:

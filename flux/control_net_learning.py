@@ -84,7 +84,7 @@ class TrainedFluxControl(nn.Module):
 
 
 def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> CustomNetwork:
-    """Return a ControlNet for the training loop: its names, and functions to make, check and write it."""
+    """Describe a ControlNet to the training loop: its names, and functions to build, check and save it."""
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
     return CustomNetwork(
@@ -188,10 +188,10 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
         "num_double_layers": (options.double_blocks, header.config.double_blocks),
         "num_single_layers": (options.single_blocks, header.config.single_blocks),
     }
-    for name, (asked, maximum) in sizes.items():
-        if asked > maximum:
+    for name, (requested, maximum) in sizes.items():
+        if requested > maximum:
             raise OptionError(
-                f"--{name} {asked}: a ControlNet copies the first blocks, but {files.dit_path} has "
+                f"--{name} {requested}: a ControlNet copies the first blocks, but {files.dit_path} has "
                 f"{maximum} of them. Give fewer"
             )
 

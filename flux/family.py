@@ -354,9 +354,9 @@ class Flux(ModelOfImages):
     def request_conditions(
         self, encoders: MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, Conditions]:
-        """Return the control image's latents and strength by condition name: `latents_control`, 1 Z 1 h w.
+        """Encode the control image: return its latents (1 Z 1 h w, posterior mean) and strength by name.
 
-        They are the posterior mean. Without a ControlNet, the result is the same as for plain FLUX.1.
+        Without a ControlNet, return the conditions of plain FLUX.1.
         """
         # samples during the training of a ControlNet; otherwise a loaded ControlNet
         if self.custom_network is not None:

@@ -362,7 +362,7 @@ class Flux3Model(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
-        """Return the tokens of image, references and text, B L+R+T C, and the other inputs of the blocks.
+        """Embed image, references and text as tokens, B L+R+T C; return them with the blocks' other inputs.
 
         A second text, for normalized attention guidance (NAG), is embedded too; its tokens come last.
 

@@ -146,7 +146,7 @@ def clip_entries(
 
 
 def clip_sections(latents: Tensor, features: Tensor, order: GenerationOrder, window: int) -> list[CacheEntry]:
-    """Return the cache entries of one clip's sections, each with the earlier sections as its history.
+    """Return a cache entry for each section of a clip, with the sections generated before it as history.
 
     Args:
         latents: 1 C F h w, the start frame and full sections.

@@ -89,11 +89,17 @@ def rotary_table(
     """
     batch = len(layout.latent_groups[0].indices)
     # often equal in all samples, so equal ones are computed once
-    samples = [tuple(group.indices[sample] for group in layout.latent_groups) for sample in range(batch)]
+    sample_indices = [
+        tuple(group.indices[sample] for group in layout.latent_groups) for sample in range(batch)
+    ]
     tables = {}
-    for indices in set(samples):
+    for indices in set(sample_indices):
         tables[indices] = _make_sample_table(layout, indices, widths, theta=theta, device=device)
-    return tables[samples[0]] if len(tables) == 1 else torch.stack([tables[indices] for indices in samples])
+    return (
+        tables[sample_indices[0]]
+        if len(tables) == 1
+        else torch.stack([tables[indices] for indices in sample_indices])
+    )
 
 
 def _make_sample_table(

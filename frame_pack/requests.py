@@ -155,7 +155,7 @@ def _read_prompts(request: requests.Request, sections: int, is_one_frame: bool) 
 
 
 def _drop_unusable_media(request: requests.Request, is_f1: bool, is_one_frame: bool) -> requests.Request:
-    """Drop media that FramePack cannot use from the request, with a warning.
+    """Return the request without media that FramePack cannot use; warn about each of them.
 
     Raises OptionError if a file cannot be opened.
     """

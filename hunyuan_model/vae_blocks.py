@@ -176,7 +176,7 @@ class HunyuanCausalConv(nn.Module):
         size = (batch, channels, len(sources), height * rows + 2, width * columns + 2)
         padded = empty_clip(x, *size)
         for index, source in enumerate(sources):
-            # a repeated frame is copied, which is cheaper than norming and enlarging it again
+            # a repeated frame is copied, which is cheaper than normalizing and enlarging it again
             if index and source == sources[index - 1]:
                 padded[:, :, index] = padded[:, :, index - 1]
             else:

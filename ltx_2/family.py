@@ -626,7 +626,7 @@ class Ltx2(Ltx2Media):
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         if media.inpaint_source is not None and self.input_media.inpaint_source is None:
-            return ()  # no inpainting clip was typed: the reference itself serves as one
+            return ()  # --inpaint_source was not given: the only reference video became the clip to inpaint
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
@@ -914,7 +914,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
         clean_token_rule=make_clean_latent_rules(options.given),
-        # both insert guide images; a mask selects clean latents instead of weighting the loss
+        # both insert guide images; the first also uses masks to select clean latents, not to weight the loss
         change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
     )
     strategy = options.strategy

@@ -309,7 +309,7 @@ class CleanLatentRules:
     def _draw_audio_weights(self, batch: Batch, draws: RandomDraws) -> Tensor | None:
         """Return how clean each audio latent is, 0 or FULLY_CLEAN, as B 1 T 1 int16.
 
-        Returns None for clips without audio, and without rules for audio.
+        Returns None if the clips have no audio, or if there are no rules for audio.
         """
         audio_latents = batch.tensors.get(AUDIO_LATENTS)
         if not isinstance(audio_latents, Tensor) or not (self.audio_ends or self.audio_intervals):

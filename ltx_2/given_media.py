@@ -159,7 +159,7 @@ def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec)
 
 
 def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> None:
-    """Raise OptionError unless the region lies in the frame and contains a full latent."""
+    """Raise OptionError unless the region lies inside the frame and contains at least one whole latent."""
     step = latent.pixel_step
     right, bottom = region.left + region.width, region.top + region.height
     region_text = ",".join(map(str, region))

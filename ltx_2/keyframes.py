@@ -69,11 +69,11 @@ def space_generated_keyframes(count: int, num_frames: int) -> list[int]:
 def add_generated_keyframes(
     keyframes: Conditions, count: int, num_frames: int, shape: Sequence[int]
 ) -> Conditions:
-    """Append `count` keyframes that are generated, from noise, to the conditions of given keyframes.
+    """Append `count` keyframes to generate, which start as noise, to the conditions of given keyframes.
 
     Args:
-        keyframes: From `pop_keyframes`.
-        count: Number of generated keyframes.
+        keyframes: Conditions of the given keyframes, from `pop_keyframes`.
+        count: Number of keyframes to generate.
         num_frames: Number of frames of the clip.
         shape: Shape of its latents, B C F H W.
     """

@@ -236,7 +236,7 @@ def stage_sections(
     enlarge: Callable[[Tensor], Tensor],
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
-    """Yield a section for each of the two stages, and return the second stage's latents.
+    """Yield a section for each of the two stages to the sampler, and return the final latents.
 
     Args:
         prepared: Request with its stages.

@@ -398,7 +398,7 @@ def check_guidance(scale: float | None, flag: str) -> None:
 
 
 def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
-    """Copy --width, --height, --ratio, --duration and --dtype to the shared options.
+    """Set the shared options for size, length and dtype from --width, --height, --ratio, --duration, --dtype.
 
     Raises OptionError if another option contradicts them, or for guidance, which is built into the model.
     """

@@ -98,7 +98,7 @@ class H3Media:
 
 
 def read_media(request: Request) -> H3Media:
-    """Return a request's keyframes, control images and references; raise OptionError if they are unusable."""
+    """Read a request's keyframes, control images and references; raise OptionError if they cannot be used."""
     first, last = _select_keyframes(request)
     control_names = _split_lines(request, CONDITION_IMAGES)
     controls = tuple(to_path("--condition_image", text) for text in control_names)

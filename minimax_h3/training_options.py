@@ -335,7 +335,7 @@ def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> d
     `samplers` and `weightings` are all values of the shared options --timestep_sampling and
     --weighting_scheme.
     """
-    # the released schedule allows one way to draw noise levels; the values are the error messages
+    # the released schedule allows one way to draw noise levels; "refused" maps other values to messages
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
     return {
@@ -404,7 +404,10 @@ def _translate_guidance(args: argparse.Namespace) -> Shared:
 
 
 def _translate_teacher(args: argparse.Namespace) -> Shared:
-    """Translate the trainer's options of teacher matching to the shared options of --teacher."""
+    """Translate MiniMax-H3's options for teacher matching to the shared options of --teacher.
+
+    Returns a dict from each shared option to the user's option and the value; {} without teacher matching.
+    """
     if not args.h3_teacher_matching:
         return {}
     defaults = H3TargetOptions.from_defaults()

@@ -162,7 +162,7 @@ class H3VideoVae(nn.Module):
             yield from self._decode_joined_clips(latents)
 
     def _decode_joined_clips(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode a video's latents in chunks, called clips; yield frames, cross-faded where two clips overlap.
+        """Decode a video's latents in chunks, called clips; cross-fade the frames that two clips share.
 
         A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
         """

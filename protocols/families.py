@@ -156,7 +156,7 @@ class FamilyEntry:
     def generation_argv(
         self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Return the command line of a generation that uses the same models as a training run.
+        """Return the command line that generates a sample with the models of a training run.
 
         Options of the training run are repeated if the generation script has them too.
 
@@ -358,7 +358,7 @@ def plain_script(
     prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
     advice_after_interrupt: Callable[[Any], str] = lambda options: "",
 ) -> Script:
-    """Return the main function of a script: it reads options, and passes the first record to a function.
+    """Return the main function of a script that reads options and calls a function with the first record.
 
     Args:
         about: Docstring of the script.

@@ -74,7 +74,7 @@ def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
     """
     sizes = [tuple(latents.shape[-2:]) for latents in references.values()]
     for index, key in enumerate(batch.keys):
-        # a slot is where the caption's tokens make room for a reference
+        # a slot is the position of a reference among the caption's tokens
         num_slots = len(batch.tensors[SLOTS][index])
         if num_slots != len(sizes):
             raise CacheError(

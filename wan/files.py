@@ -378,7 +378,7 @@ def find_boundary(
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
-    """Return the files for caching latents, with a task that fits the VAE, and the kind of condition to cache.
+    """Return the files for caching, with a task that fits the VAE, and the kind of condition to cache.
 
     The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
     that do not apply to this VAE.

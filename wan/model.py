@@ -82,7 +82,7 @@ class CrossAttention(SelfAttention):
         attended = attended_texts[0]
         if tokens.combine_attention is not None:
             attended = tokens.combine_attention(*attended_texts)
-        del attended_texts, k, v  # large: not held while the image is seen and `o` computes
+        del attended_texts, k, v  # large tensors: freed before the attention to the image
         if tokens.image_tokens is not None:
             k = self.norm_k_img(run_in_weight_dtype(self.k_img, tokens.image_tokens)).unflatten(-1, heads)
             v = run_in_weight_dtype(self.v_img, tokens.image_tokens).unflatten(-1, heads)

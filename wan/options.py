@@ -218,7 +218,7 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
             self._check_sample_dit(self.sample_dit_other)
 
     def _check_sample_dit(self, sample_dit: Path) -> None:
-        """Raise OptionError unless samples need a transformer in addition to the trained ones."""
+        """Check --sample_dit_other: raise OptionError unless samples need a second, untrained transformer."""
         trained = (self.dit, self.experts.dit_high_noise)
         if None not in trained:
             raise OptionError(
@@ -340,9 +340,9 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
-    """Return the training options that latents from a caching command need: none, or --task.
+    """Return the options for training on the latents of a caching command: none, or --task.
 
-    `family` was built by the caching command. Caches do not show the model's size.
+    `family` was built by the caching command. Caches do not show the model's size, so 14B is assumed.
     """
     has_features = options.clip is not None
     if options.vace:

@@ -217,8 +217,8 @@ class ZImage(ModelOfImages):
                 lowest_scale,
             )
         solver = prepared.solver
-        # two names for Euler's steps: "euler" uses the noise levels of diffusers, the other one musubi-tuner's.
-        # --even_steps alone decides which is used
+        # both names are Euler's steps: "euler" with the noise levels of diffusers, the other one with those
+        # of musubi-tuner; --even_steps decides
         if solver in {"euler", EULER_OF_MUSUBI}:
             solver = "euler" if self.even_steps else EULER_OF_MUSUBI
         extra = request.extra
