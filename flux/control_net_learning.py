@@ -138,6 +138,7 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
     }
     copied = [name for name in shapes if not name.startswith(ZERO_INITIALIZED)]
     state = dit.state_dict()
+    # several layers of the ControlNet (diffusers' names) may be one stacked matrix of the transformer
     for our_name, names in _group_by_our_weight(copied).items():
         stacked = state[our_name].to("cpu", torch.float32)
         rows = stacked.split([shapes[name][0] for name in names])

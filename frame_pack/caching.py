@@ -67,11 +67,11 @@ def _check_clip_lengths(table: MediaTable) -> None:
             f"{table.window} (fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} "
             "for up to 4 sections."
         )
-    short = [frames for frames in table.target_frames if frames < minimum]
-    if short:
+    too_short = [frames for frames in table.target_frames if frames < minimum]
+    if too_short:
         raise DatasetError(
             f"{table.name}: target_frames = {list(table.target_frames)}, but clips of "
-            f"{', '.join(map(str, short))} frames are too short: a section needs {minimum}, 4 x "
+            f"{', '.join(map(str, too_short))} frames are too short: a section needs {minimum}, 4 x "
             f"{table.window} (fp_latent_window_size) + 1. Use target_frames of 4 x {table.window} x n + 1, "
             f"such as [{video_frames(4, table.window)}], or frame_extraction = "
             '"full".'

@@ -115,13 +115,13 @@ def _make_sample_table(
     """
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
-    parts = []
+    tables = []
     for group, frames in zip(layout.latent_groups, indices, strict=True):
         axes = []
         for positions, width in zip((torch.tensor(frames), rows, columns), widths, strict=True):
             axes.append(send_ahead(_average_rotations(positions, width, theta, group.downsampling), device))
-        parts.append(spread_over_grid(axes))
-    return torch.cat(parts).unsqueeze(1)
+        tables.append(spread_over_grid(axes))
+    return torch.cat(tables).unsqueeze(1)
 
 
 def _average_rotations(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:

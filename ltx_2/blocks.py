@@ -156,7 +156,7 @@ class StreamConditioning:
         return add_gated(x, gate, branch, self.modulation_split)
 
     def cut(self, shard: "TokenShard") -> "StreamConditioning":
-        """Return the inputs for the tokens that one process computes."""
+        """Return these inputs for one process's shard of the stream's tokens."""
         cross, token_timesteps = self.cross, self.token_timesteps
         if cross is not None:
             cross = replace(cross, rotary_emb=shard.slice_rotary(cross.rotary_emb))

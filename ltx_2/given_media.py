@@ -338,9 +338,9 @@ def overlaps(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Ten
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of the audio parts that a request gives, and which latents stay clean.
+    """Encode the audio that a request gives for parts of the result; return latents and clean weights.
 
-    The clean weights are 0 or FULLY_CLEAN in int16. Returns {} if no part is given.
+    A weight is FULLY_CLEAN where the latent stays as given, else 0, in int16. Returns {} without given audio.
 
     Args:
         media: Options that give audio.

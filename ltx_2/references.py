@@ -182,7 +182,7 @@ def with_noisy_references(
     joint: AudioVideoShapes | None,
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections so that references are denoised together with the video, as frames after its last one.
+    """Wrap sections so that references are denoised together with the video, as frames appended to it.
 
     Args:
         sections: The sections; those without references are yielded unchanged.

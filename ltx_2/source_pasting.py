@@ -25,7 +25,7 @@ from protocols.requests import PixelEdit, Prepared
 
 
 def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -> Prepared:
-    """Return the request with a step after decoding that pastes source pixels where latents were given.
+    """Add a step after decoding to the request, which pastes source pixels where latents were given.
 
     Args:
         prepared: The request, of full size if it has stages.

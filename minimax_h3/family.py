@@ -522,8 +522,8 @@ class MiniMaxH3(OneTransformer):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the only denoising section: video and audio noise, joined to 1 N.
 
-        Noise is drawn for keyframes or references, then for frames, then for tokens of audio: left, then
-        right.
+        The order of drawing decides the result for a seed: keyframes or references, frames, then audio
+        tokens of the left channel and of the right one.
         """
         joint = prepared.audio_video_shapes
         assert joint is not None, "there is always audio"

@@ -432,12 +432,12 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
 
 
 def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
-    """Return height and width; None if the first keyframe of each prompt line decides.
+    """Return height and width from the options; None if each prompt line's first keyframe sets the size.
 
     Raises OptionError if two options give different sizes.
     """
     own_size = None
-    typed = f"--ratio {own_options.ratio}"
+    typed = f"--ratio {own_options.ratio}"  # for messages: the option that sets `own_size`
     if own_options.ratio == ADAPTIVE:
         if size is not None:
             raise OptionError(f"{typed} and --video_size: give one of them")

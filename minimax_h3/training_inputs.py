@@ -114,7 +114,7 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
         CacheError: If conditions are missing, or do not fit the network.
     """
     tensors = batch.tensors
-    # names what a teacher sees in place of the task's media; empty in an ordinary pass
+    # `condition_set` says what a teacher sees instead of the task's media; "" in an ordinary pass
     if batch.condition_set == CLIP:
         return {**_use_clip_as_reference(tensors, latents), **_read_time_indices(tensors)}
     keys: list[str] = []

@@ -186,7 +186,10 @@ class MossImage(pictures.ModelOfImages):
         return replace(prepared, steps=num_steps, sigmas=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
-        """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""
+        """Return which blocks the pass with the negative prompt skips, and in which part of the steps.
+
+        Raises OptionError for blocks that the network does not have.
+        """
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         missing: list[int] = []
         is_default = blocks == own.read_blocks(own.SKIPPED)

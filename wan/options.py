@@ -380,7 +380,7 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
     task = TASKS[options.task]
     low_noise_dit = options.dit
     high_noise_dit = options.experts.dit_high_noise
-    # --sample_dit_other is the transformer that is not trained: that for high noise if only --dit is trained
+    # --sample_dit_other is the expert that is not trained: the high-noise one if only --dit is trained
     if high_noise_dit is None:
         high_noise_dit = options.sample_dit_other
     else:
