@@ -285,7 +285,7 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
-    """Return a ControlNet's settings from config.json, or else those that follow from its tensors."""
+    """Return a ControlNet's settings from its config.json; without one, infer them from its tensors."""
     names = checkpoint.tensors
     settings = _read_config(path, checkpoint)
     if settings is not None:
@@ -300,7 +300,7 @@ def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConf
         )
     double_blocks = count(names, r"transformer_blocks\.\d+")
     single_blocks = count(names, r"single_transformer_blocks\.\d+")
-    # other dimensions are the transformer's
+    # `_check_dimensions` has shown that the other dimensions are the transformer's
     settings = make_control_net_settings(config, double_blocks, single_blocks)
     has_guidance = "time_text_embed.guidance_embedder.linear_1.weight" in names
     return {**settings, "guidance_embeds": has_guidance}

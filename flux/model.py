@@ -148,9 +148,10 @@ class FluxModel(BlockNetwork):
         control: Tensor | None = None,
         control_strength: float = 1.0,
     ) -> Hidden:
-        """Return image and text tokens, B L+T C, and the other inputs of the blocks.
+        """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References follow the image; the text of normalized attention guidance (NAG) follows the prompt.
+        References follow the image; the text of normalized attention guidance (NAG) follows the prompt. With
+        a control image, the ControlNet runs here, and its residuals are returned too.
 
         Args:
             noisy: B Z 1 H W, H and W even.

@@ -41,7 +41,7 @@ NO_MOMENTS = (
 def check_table(table: MediaTable, one_frame: bool) -> None:
     """Raise DatasetError if a dataset table has the wrong kind of items, or clips shorter than a section.
 
-    `one_frame` is --one_frame. Warns of clips whose last frames do not fill a section.
+    `one_frame` is --one_frame. Warns about clips whose last frames do not fill a section.
     """
     if one_frame:
         _check_images(table)
@@ -130,7 +130,7 @@ def _count_least_frames(table: MediaTable) -> int:
 def clip_entries(
     encoders: MediaEncoders, media: MediaBatch, order: GenerationOrder
 ) -> list[list[CacheEntry]]:
-    """Return one cache entry for each section of each clip, with its number as `section`.
+    """Encode clips; return a cache entry for each section of each clip, with its number as `section`.
 
     Tensors have the VAE's dtype and are on the CPU. A clip is encoded as a whole, as a posterior sample
     seeded by its name; its first frame serves as the start image.

@@ -152,7 +152,7 @@ class FramePackFiles(HunyuanFiles):
 
 
 def read_window_size(paths: Sequence[Path], default: int) -> int:
-    """Return the latent frames per section recorded in files of latents; `default` if none is recorded.
+    """Return the number of latent frames per section recorded in latents files; `default` if there is none.
 
     Raises:
         OptionError: If the files differ.

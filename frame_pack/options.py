@@ -44,7 +44,7 @@ def parse_section_texts(text: str, option: str) -> dict[int, str]:
 
 
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
-    """Yield (section, text) for each section of a piece such as `1-2: a cat`; section 0 if unnumbered."""
+    """Yield (section, text) for each section of a piece such as `1-2: a cat`; an unnumbered one is for 0."""
     head, colon, text = piece.partition(":")
     numbers = _SECTION_RANGE.fullmatch(head.strip())
     if not colon or numbers is None:

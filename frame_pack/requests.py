@@ -246,7 +246,7 @@ def _keep_used_controls(request: requests.Request) -> requests.Request:
 
 
 def _list_images(request: requests.Request, sections: int, is_one_frame: bool) -> tuple[Path, ...]:
-    """Return each section's start image; raise OptionError if one is missing or cannot be read."""
+    """Return the path of each section's start image; raise OptionError if one is missing or unreadable."""
     typed_paths = request.extra.get("image_path") or None
     if typed_paths is None and request.image_path is not None:
         typed_paths = str(request.image_path)

@@ -78,7 +78,7 @@ class ClipNorm(nn.GroupNorm):
         return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
 
     def _statistics(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each group, B groups 1, from the pieces' means and variances.
+        """Return the mean and variance of each channel group, B groups 1, computed in pieces of the clip.
 
         The variance is the mean of the variances plus the variance of the means, over pieces and channels.
         """
@@ -146,7 +146,7 @@ class HunyuanCausalConv(nn.Module):
                 continue
             if stop - start == frames:  # the only piece
                 return piece
-            if output is None:  # the first piece shows batch and channels
+            if output is None:  # allocated now, because the first piece shows the batch size and channels
                 output = empty_clip(x, *piece.shape[:2], frames, height, width)
             output[:, :, start:stop].copy_(piece)
         result = output if accumulator is None else accumulator

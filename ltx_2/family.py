@@ -281,7 +281,7 @@ class Ltx2(Ltx2Media):
         return entries
 
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the latents of clips, references and guides, B C F H W each, by cache key."""
+        """Encode clips, references and guide images; return latents, B C F H W each, by cache key."""
         frames = {"latents": media.frames}
         guide_keys = media.table.guides
         num_references = len(media.references) - len(guide_keys)  # the guides come last
@@ -791,10 +791,10 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield a denoising section for each stage, and return the latents; references, if any, are clean."""
+        """Yield a section for each stage to the sampler; return the final latents. References stay clean."""
         draw_noise = partial(self._draw_noise, noise=noise)
         make_section = partial(self._make_section, prompts=prompts[0], inputs=inputs, noise=noise)
-        # without stages; a dry run that measures memory also has a single one
+        # a request without stages, such as that of a dry run that measures memory
         if self.stages is None or not prepared.stages:
             return (yield make_section(prepared, 0, draw_noise(prepared)))
         enlarge_clip = partial(

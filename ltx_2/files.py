@@ -223,7 +223,7 @@ class Ltx2Files(TransformerFiles):
     # texts
 
     def text_encoder(self) -> Ltx2TextEncoder:
-        """Return the text encoder: Gemma with the connectors to the transformer; weights are read later.
+        """Return the text encoder, Gemma with the connectors to the transformer; weights are read later.
 
         Raises OptionError if options name the Gemma of another LTX version.
         """

@@ -388,9 +388,9 @@ class GuideImages:
 
 
 def read_guides(batch: Batch) -> list[GuideImages]:
-    """Return the guide images of a batch, which are given clean; [] without any, or for single frames.
+    """Return the guide images of a batch; [] if there are none, or if its items are single frames.
 
-    A guide is a keyframe next to the clip, or replaces one of its latent frames.
+    A guide is an extra keyframe after the clip, or replaces one of its latent frames.
 
     Raises:
         DatasetError: If the index of a replaced latent frame is out of range.

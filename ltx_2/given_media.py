@@ -228,7 +228,10 @@ def encode_images(
 def _encode_parts(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> Iterator[CleanPart]:
-    """Encode the media that fix parts of the images one by one; arguments as for `encode_images`."""
+    """Encode one by one the media that fix parts of the result, and yield them as latents with their place.
+
+    The arguments are those of `encode_images`.
+    """
     size = (prepared.width, prepared.height)
     _, _, num_latent_frames, rows, columns = latent.shape(prepared.frames, prepared.height, prepared.width)
     region = media.region
@@ -246,6 +249,7 @@ def _encode_parts(
         yield CleanPart(encode(pixels), make_unchanged_mask(media, prepared, latent))
     if media.extend_prefix is not None:
         count = count_extension_frames(media, "extend_prefix", latent)
+        # the result continues the clip, so only the clip's end is needed
         last_frames = deque(_read_frames(media.extend_prefix), maxlen=count)
         yield CleanPart(encode(_resize(last_frames, size)))
     if media.extend_suffix is not None:

@@ -106,11 +106,15 @@ def append_keyframes(
     noise: NoiseSource,
     start_sigma: float,
 ) -> Section:
-    """Append keyframes to a section's video as further latent frames, to be denoised with it.
+    """Append keyframes to a section's video as additional latent frames, which are denoised with it.
+
+    1. Add noise to the keyframes, less to those that are partly clean.
+    2. Record which latents stay clean, for the network (tokens) and for the sampler (fixed latents).
+    3. Lengthen the section's noise, and note how many frames are visible in the result.
 
     Args:
         section: A section that starts from noise.
-        conditions: From `pop_keyframes`.
+        conditions: Latents, indices and weights of the keyframes, from `pop_keyframes`.
         joint: Shapes of its video and audio; None for video alone.
         noise: Source of the noise of keyframes that do not stay entirely clean.
         start_sigma: Noise level at which the section starts.

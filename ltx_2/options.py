@@ -597,7 +597,7 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a command's options that generate `sample` with a training run's models, by option name."""
+    """Return the options of the generation command that makes `sample` with a training run's models."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")

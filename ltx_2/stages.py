@@ -155,9 +155,9 @@ class TwoStages:
     def _plan_upscaling(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
-        """Return a loader and the shape of the input latents, B C F H W, for each upscaler, in order.
+        """Return for each upscaler, in order, a function that loads it and the shape of its input latents.
 
-        `shape` is the shape of the first stage's latents.
+        `shape`, B C F H W, is the shape of the first stage's latents.
         """
         loaders = []
         for option, path in self.upscalers.items():

@@ -165,7 +165,7 @@ def _read_coder(shape: Shape, names: Iterable[str], coder: str, rejection: Check
             resampling = _read_resampling(shape, name, width, is_down, rejection)
             parts.insert(0, resampling)
             width = resampling.width_in
-        else:  # the last part is a group of blocks
+        else:  # the last part has to be a group of blocks
             raise rejection
     width_in, channels_in = shape(f"{coder}.conv_in.conv.weight", 5)[:2]
     if width_in != width or not parts:

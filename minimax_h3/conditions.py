@@ -131,10 +131,10 @@ class PositionedConditions:
 def position_conditions(
     conditions: Conditions, sample: int, num_text: int, target: ImageGrid
 ) -> PositionedConditions:
-    """Return a sample's conditions with their positions, whose times start after the text.
+    """Return a sample's conditions with positions; their times start after the text tokens.
 
-    Keyframes are at the times of the first and the last frame; references follow one another, and the frames
-    to generate follow them.
+    Keyframes have the times of the first and the last frame. References come one after another, followed by
+    the frames to generate.
 
     Args:
         conditions: Conditions of the batch; images and clips are noised already. Other names are ignored.

@@ -378,7 +378,7 @@ def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         first, last = sample.get("image_path"), sample.get("end_image_path")
         if not first and last is None:  # the task needs one of them
             first = Placeholder("IMAGE_FILE")
-        return {"--first_frame": first or None, "--last_frame": last}
+        return {"--first_frame": first or None, "--last_frame": last}  # None leaves an option out
     if task == "ref2va":
         extra = sample.get("extra") or {}
         references = extra.get(REF, "")

@@ -301,7 +301,7 @@ def in_thousandths(name: str, fraction: float) -> int:
 
 
 def translate(args: argparse.Namespace) -> None:
-    """Copy options with other trainers' names to the shared options that every family has.
+    """Copy the values of options with other trainers' names to the shared options of all families.
 
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
@@ -382,7 +382,10 @@ Shared = dict[str, tuple[str, Any]]
 
 
 def _translate_guidance(args: argparse.Namespace) -> Shared:
-    """Translate the trainer's options of the guidance loss to the shared options of --guided_target."""
+    """Translate MiniMax-H3's options for the guidance loss to the shared options of --guided_target.
+
+    Returns a dict from each shared option to the user's option and the value.
+    """
     shared: Shared = {}
     scale = args.h3_guidance_loss_scale
     if scale:

@@ -183,8 +183,8 @@ def resized_sides(
 
     1. The sides are rounded to multiples of `token_size`, the frames to multiples of `group_size`, the number
        of frames in a token.
-    2. If this is more or less than the limits, the original sides are scaled to the limit instead.
-    3. Scaled sides are rounded to multiples of `token_size`, down from the maximum, up from the minimum.
+    2. If the number of pixels is then outside the limits, the original sides are scaled to the limit instead.
+    3. Scaled sides are rounded to multiples of `token_size`: down at the maximum, up at the minimum.
 
     `num_frames` and `sides` (height, width) are the clip's. Raises MediaError if the sides differ too much.
     """

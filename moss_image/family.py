@@ -157,7 +157,7 @@ class MossImage(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request, with its noise levels and the blocks that the negative pass skips.
+        """Resolve a request, its noise levels, and which blocks the pass with the negative prompt skips.
 
         Raises OptionError if a size or a number cannot be used.
         """

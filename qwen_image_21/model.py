@@ -220,7 +220,9 @@ class QwenImage21Attention(nn.Module):
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, tokens: QwenImage21Tokens, segments: Sequence[Segment]
 ) -> Tensor:
-    """Attend in samples with equal segments: images see all tokens, text is causal; padding gives zeros.
+    """Compute the attention of samples whose prefixes have equal segments (texts and reference images).
+
+    The image attends to all tokens, a segment to itself and earlier ones, text causally; padding gives zeros.
 
     `query` is B L+P N D, or B L N D if the keys and values of the prefix are cached. `key` and `value`
     are B L+P N D.

@@ -139,9 +139,9 @@ def batch_conditions(
 
 
 def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
-    """Return the CLIP features of a batch; raise CacheError if they are for another number of images.
+    """Return a batch's CLIP features; raise CacheError if they are features of one image, not two, or reversed.
 
-    A model with embedded image positions needs two images, others one.
+    A model with position embeddings for images needs two images, others one.
     """
     clip = batch.tensor("clip")
     positions = config.image_positions

@@ -195,7 +195,7 @@ class WanRelease(NamedTuple):
 
 
 def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
-    """Find the files of an official release, or of a diffusers pipeline, in its folder. Loads nothing.
+    """Find the files of an official release or a diffusers pipeline in its folder, without reading weights.
 
     Args:
         folder: Folder of the release.
