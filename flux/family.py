@@ -259,8 +259,11 @@ class Flux(ModelOfImages):
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return a batch's control latents, {} without a ControlNet; raise CacheError if sizes differ."""
-        # which network reads the control, for messages
+        """Return a batch's control latents; {} without a ControlNet.
+
+        Raises CacheError if they are missing or differ in size from the images.
+        """
+        # for messages: which network reads the control latents, and how to cache them
         if self.custom_network is not None:
             consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:

@@ -330,7 +330,7 @@ class Flux3Model(BlockNetwork):
     dtype_of = "single_blocks.0.norm.query_norm.scale"
 
     def __init__(self, config: Flux3Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights; images, references and text each have an embedding and blocks."""
+        """Build the network without weights; each modality (image, references, text) has its own blocks."""
         super().__init__()
         self.config = config
         self.attention = attention

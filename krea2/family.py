@@ -216,7 +216,7 @@ class Krea2(pictures.ModelOfImages):
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request: references, size, and the flow shift, which sets the noise levels.
 
-        By default the flow shift is fixed for Turbo, and depends on the image size for raw.
+        By default the flow shift is fixed for Turbo, and depends on the image size for the raw model.
 
         Raises OptionError if a size or a number cannot be used.
         """

@@ -452,7 +452,7 @@ def pop_clean_latents(conditions: dict[str, Any]) -> Conditions:
 
 
 def fix_clean_latents(section: Section, clean_latents: Conditions, joint: AudioVideoShapes | None) -> Section:
-    """Return the section with given latents mixed into its noise, and fixed while denoising.
+    """Put given latents into a section: they are mixed into its noise, and kept while denoising.
 
     Args:
         section: A section that starts from noise.

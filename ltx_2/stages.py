@@ -193,7 +193,9 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
 
 
 def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
-    """Move IC-LoRAs (trained with references) from --lora_weight to the first stage; return both records.
+    """Move IC-LoRAs (trained with references) from --lora_weight to the options of the first stage.
+
+    Returns the shared options and LTX-2's own options; other LoRAs stay in the shared ones.
 
     Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns select parts of LoRAs.
     """

@@ -209,9 +209,9 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return {**super().identity, "connectors": fingerprint(self.connectors)}
 
     def check(self) -> None:
-        """Check that Gemma's file fits the connectors.
+        """Check that the connectors fit Gemma, whose states of all layers they read side by side.
 
-        Raises CheckpointError if a file is of another kind, or the connectors require another state width.
+        Raises CheckpointError if a file is of another kind, or the connectors require another width.
         """
         model = self.settings.model
         with open_checkpoint(self.path) as checkpoint:

@@ -97,7 +97,7 @@ def present_media(
     preprocessing: Preprocessing,
     prompt_format: ImagePromptFormat = IMAGE_PROMPT,
 ) -> Presentation:
-    """Return the text labels and image patches that present media to the text encoder, in order.
+    """Return the text labels and image patches that show media to the text encoder, before the prompt.
 
     `vision_tower` is the text encoder's loaded vision model, which defines the patches.
 

@@ -387,9 +387,9 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
     error = None
     if scale != STRIDE:
         error = f"its {half} scales height and width by {scale}, not by {STRIDE}"
-    for previous_level, next_level in pairwise(levels):
-        if previous_level.width_out != next_level.width_in:
-            error = f"a level of its {half} has {previous_level.width_out} channels, the next {next_level.width_in}"
+    for current, following in pairwise(levels):
+        if current.width_out != following.width_in:
+            error = f"a level of its {half} has {current.width_out} channels, the next {following.width_in}"
     for level in levels:
         has_shortcut = is_down or _resamples(level)
         if has_shortcut and not fits_shortcut(level.width_in, level.width_out, level.factors, is_down):

@@ -139,7 +139,7 @@ def batch_conditions(
 
 
 def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
-    """Return a batch's CLIP features; raise CacheError if they are features of one image, not two, or reversed.
+    """Return a batch's CLIP features; raise CacheError if they come from the wrong number of images.
 
     A model with position embeddings for images needs two images, others one.
     """

@@ -342,7 +342,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
     """Return the options for training on the latents of a caching command: none, or --task.
 
-    `family` was built by the caching command. Caches do not show the model's size, so 14B is assumed.
+    `family` was built by the caching command. Wan2.1's latents do not show the model's size: 14B is assumed.
     """
     has_features = options.clip is not None
     if options.vace:
