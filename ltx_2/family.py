@@ -228,7 +228,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return metadata for saved files: version, trained streams, and how a LoRA's references were used."""
+        """Return metadata for saved files: version, trained streams, and how a LoRA uses references."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",

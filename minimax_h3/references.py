@@ -173,7 +173,7 @@ def _check_control_indices(one_frame: OneFrame, num_controls: int) -> None:
 def _read_references(request: Request) -> Iterator[H3Reference]:
     """Yield the request's references in order; raise OptionError if two kinds of options name them."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
-    # the options by kind may be combined, because each kind is numbered separately: they count as one option
+    # the options by kind count as one, because they may be combined: they are read in a fixed order
     used_options = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
     if len(used_options) > 1:
         listed = " and ".join(f"--{name}" for name in used_options)
