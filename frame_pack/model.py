@@ -311,6 +311,8 @@ class FramePackModel(BlockNetwork):
     ) -> Hidden:
         """Embed video and text as tokens, B L+T C; return them with the blocks' other inputs.
 
+        The sequence is the history, coarsest first, the noisy latents, the image's tokens and the text.
+
         Args:
             noisy: B in_dim F H W.
             timesteps: B, 0..1000.

@@ -263,7 +263,7 @@ def _list_images(request: requests.Request, sections: int, is_one_frame: bool) -
 
 
 def _split_by_section(text: str, option: str, sections: int, is_one_frame: bool) -> tuple[str, ...]:
-    """Return the text of each section, in playing order; warn of texts for sections that do not exist."""
+    """Return the text of each section, in playing order; warn about texts that no section uses."""
     entries = parse_section_texts(text, option)
     section_texts: tuple[str, ...] = (entries[0],)
     if not is_one_frame:

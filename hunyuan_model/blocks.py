@@ -249,10 +249,10 @@ class DoubleStreamBlock(nn.Module):
         # positional: code that computes it in pieces passes arguments by position
         text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.modulation_split, *text_modulation[3:])
         # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
-        parts = []
-        for part, *rows in split_segments(tokens.video_modulation_split, video_modulation[3:], video):
-            parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
-        return torch.cat([*parts, text], dim=1)
+        outputs = []
+        for segment, *rows in split_segments(tokens.video_modulation_split, video_modulation[3:], video):
+            outputs.append(self.feed_forward(segment, video_mlp, tokens.dtype, 0, *rows))
+        return torch.cat([*outputs, text], dim=1)
 
     def _modulate_heads(
         self, x: Tensor, shift: Tensor, scale: Tensor, split: int, dtype: torch.dtype, is_text: bool

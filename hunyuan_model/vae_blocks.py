@@ -185,7 +185,7 @@ class HunyuanCausalConv(nn.Module):
         return padded
 
     def _write(self, frame: Tensor, out: Tensor, scale_and_offset: tuple[Tensor, Tensor] | None) -> None:
-        """Write a frame, B C 1 H W, into `out`: normed, enlarged and with its border repeated."""
+        """Write a frame, B C 1 H W, into `out`: normalized, enlarged and with its border repeated."""
         if scale_and_offset is not None:
             factor, offset = scale_and_offset
             frame = functional.silu(torch.addcmul(offset, frame.float(), factor), inplace=True)

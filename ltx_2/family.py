@@ -324,6 +324,10 @@ class Ltx2(Ltx2Media):
     ) -> Tensor:
         """Predict the velocity in float32, B C F H W; with audio B N of video and audio joined.
 
+        1. Split the joint latents into streams; append the keyframes of a training batch.
+        2. Call the network with references, clean or denoised along with the video.
+        3. Cut the keyframes off, and join the velocities of the streams.
+
         The conditions are video_prompt_embeds and audio_prompt_embeds B T C, FPS and HAS_AUDIO.
         """
         joint = overrides.audio_video_shapes
@@ -414,6 +418,10 @@ class Ltx2(Ltx2Media):
 
     def prepare(self, request: Request) -> Prepared:
         """Check and resolve a request: size, guidance, references, audio and stages.
+
+        1. Read the given media and references, with the values of the prompt line.
+        2. Fill in the defaults, and divide the request into stages if asked.
+        3. Open the media, to find errors before a network is loaded.
 
         Raises OptionError or MediaError for what LTX-2 cannot generate.
         """
@@ -704,16 +712,16 @@ class Ltx2(Ltx2Media):
         def encode_pixels(pixels: Tensor) -> Tensor:
             return vae.encode(pixels.to(vae.device)).float().cpu()
 
-        given = encode_images(media, prepared, encode_pixels, self.latent, crf=self._crf)
-        given |= encode_keyframes(media.keyframes, prepared, encode_pixels, self._crf)
+        conditions = encode_images(media, prepared, encode_pixels, self.latent, crf=self._crf)
+        conditions |= encode_keyframes(media.keyframes, prepared, encode_pixels, self._crf)
         if self.audio is None or not (media.audio_files or media.retake):
-            return given
+            return conditions
         networks = self.audio_networks(_device_of(vae), decodes=False)
 
         def encode(samples: Tensor, frames: int, fps: float) -> Tensor:
             return self.encode_audio(networks, samples, frames, fps)
 
-        return {**given, **encode_given_audio(media, prepared, encode, self.audio)}
+        return {**conditions, **encode_given_audio(media, prepared, encode, self.audio)}
 
     def _encode_audio_reference(self, vae: Any, prepared: Prepared) -> Tensor:
         """Return the latents of the audio reference, 1 C T M, on the CPU."""

@@ -235,11 +235,11 @@ def _apply_settings(
     is_causal = settings.get("causal_decoder", False)
     is_causal = settings.get("decoder_causal", is_causal)
     # the settings list shortcuts starting at the pixels; the decoder's parts start at the latents
-    from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])
+    shortcuts_from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])
     parts: list[BlockGroup | Resampling] = []
     for part in decoder.parts:
         if isinstance(part, Resampling):
-            part = replace(part, is_residual=next(from_latents))
+            part = replace(part, is_residual=next(shortcuts_from_latents))
         parts.append(part)
     modes = (encoder_mode, decoder_mode)
     has_all = len(shortcuts) == len(decoder.resamplings)

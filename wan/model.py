@@ -264,7 +264,11 @@ class WanModel(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
         frame_positions: tuple[int, ...] = (),
     ) -> Hidden:
-        """Return the video tokens, B L C float32, and the other inputs of the blocks.
+        """Embed latents as video tokens, B L C float32; return them with the blocks' other inputs.
+
+        1. Cut the latents into patches, and embed the times.
+        2. Embed the text, and a second text for guidance in the attention.
+        3. Take the image tokens from `image_embeds`, or from the first rows of the text.
 
         Args:
             noisy: Latents, B in_dim F H W, with condition channels after the noisy ones.
