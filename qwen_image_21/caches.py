@@ -82,10 +82,10 @@ def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
                 f"{len(sizes)}. {BOTH_AGAIN}."
             )
         if SIZES in batch.tensors:
-            caption_sizes = [tuple(size) for size in batch.tensors[SIZES][index].tolist()]
-            if caption_sizes != sizes:
+            seen_sizes = [tuple(size) for size in batch.tensors[SIZES][index].tolist()]
+            if seen_sizes != sizes:
                 raise CacheError(
-                    f"{key}: its caption was encoded with references of {caption_sizes} latent pixels, and its "
+                    f"{key}: its caption was encoded with references of {seen_sizes} latent pixels, and its "
                     f"latents have {sizes}. {BOTH_AGAIN}."
                 )
         if sizes:
