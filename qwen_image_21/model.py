@@ -600,9 +600,8 @@ class QwenImage21Model(BlockNetwork):
         tables.append(self._text_rotations(position, num_text, device))
         # the generated image comes after the prefix in time, but first in the sequence
         target = self._image_rotations(layout.grid, position + num_text, device)
-        if (
-            not layout.has_prefix
-        ):  # cached keys are rotated already; the prefix only moves the image's position
+        # a cached prefix needs no table, because its keys are rotated already: it only shifts the image
+        if not layout.has_prefix:
             tables = []
         return torch.cat([target, *tables]).unsqueeze(1)
 

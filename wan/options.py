@@ -314,7 +314,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             self._check_vace_options()
 
     def _check_vace_options(self) -> None:
-        """Raise OptionError if the task is not VACE's, but an option is given that only VACE uses."""
+        """Raise OptionError if an option is given that only VACE uses; called for all other tasks."""
         task = TASKS[self.task]
         supports_one_frame = task.requires_image and not task.has_control
         # a single frame is generated from control images; prompt lines may ask for it too
