@@ -138,7 +138,7 @@ def write_caption(text: str) -> WrittenCaption:
 
 
 def write_edit(text: str) -> WrittenCaption:
-    """Return an edit's JSON without its opening brace, which comes before the images in the prompt.
+    """Write the JSON of an edit without its opening brace, which the prompt has before the images.
 
     Raises CaptionError for invalid JSON, and if an object has no instruction.
     """

@@ -145,8 +145,8 @@ class PerceiverLayer(nn.Module):
             lengths: Number of gist tokens of each sample; None if no sample is padded.
             choice: Attention to use.
         """
-        read = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, choice)
-        x = x + self.cross_attention.project(read.flatten(2))
+        from_text = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, choice)
+        x = x + self.cross_attention.project(from_text.flatten(2))
         heads = self.self_attention.heads(self.self_attn_norm(x))
         x = x + self.self_attention.project(attend(*heads, choice, lengths).flatten(2))
         output: Tensor = x + self.ffn(self.ffn_norm(x))
@@ -351,14 +351,14 @@ class Fibo2Model(BlockNetwork):
         )
         image = self._refine(image, tokens)
         if overrides.combine_attention is not None:  # there is a NAG text
-            second = gists[1]
-            num_gist = second.tokens.shape[1]
+            second_gist = gists[1]
+            num_gist = second_gist.tokens.shape[1]
             tokens = replace(
                 tokens,
                 second_text=SecondText(
                     num_image_tokens=image.shape[1],
                     num_text_tokens=num_gist,
-                    lengths=second.lengths,
+                    lengths=second_gist.lengths,
                     combine_attention=overrides.combine_attention,
                 ),
                 second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=image.device),

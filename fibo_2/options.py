@@ -85,13 +85,13 @@ def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, for generating a sample with a training run's models.
+    """Return the options of the generation command that makes a sample with a training run's models.
 
-    `sample` has the settings of a sample by name. A value of None leaves its option out.
+    `sample` has the settings of a sample by name. An option whose value is None is left out.
     """
     turbo: dict[str, Any] = {}
-    # the generation script recognizes Turbo by the file's name, which --distilled_dit does not require: so
-    # steps and guidance are given, unless the sample sets its number of steps
+    # the generation script recognizes Turbo only by the file's name, but --distilled_dit accepts any name:
+    # so steps and guidance are given here, unless the sample sets its number of steps
     if options.distilled_dit is not None and not sample.get("steps"):
         turbo = {"--infer_steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     return {

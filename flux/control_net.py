@@ -195,7 +195,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         config: Dimensions of the transformer.
 
     Raises:
-        CheckpointError: If the file is not a ControlNet of FLUX.1 that sees latents, or does not fit the
+        CheckpointError: If the file is not a ControlNet of FLUX.1 that takes latents, or does not fit the
             transformer.
     """
     names = checkpoint.tensors
@@ -269,8 +269,8 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
     None if the file is missing or describes another model.
     """
-    opened = checkpoint.path
-    config_path = opened / "config.json" if opened.is_dir() else opened.with_name("config.json")
+    weights = checkpoint.path
+    config_path = weights / "config.json" if weights.is_dir() else weights.with_name("config.json")
     if not config_path.is_file():
         return None
     try:
@@ -285,7 +285,7 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
-    """Return a ControlNet's settings from config.json, or else those that follow from its tensors."""
+    """Return a ControlNet's settings from its config.json; without one, infer them from its tensors."""
     names = checkpoint.tensors
     settings = _read_config(path, checkpoint)
     if settings is not None:
@@ -300,7 +300,7 @@ def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConf
         )
     double_blocks = count(names, r"transformer_blocks\.\d+")
     single_blocks = count(names, r"single_transformer_blocks\.\d+")
-    # other dimensions are the transformer's
+    # `_check_dimensions` has shown that the other dimensions are the transformer's
     settings = make_control_net_settings(config, double_blocks, single_blocks)
     has_guidance = "time_text_embed.guidance_embedder.linear_1.weight" in names
     return {**settings, "guidance_embeds": has_guidance}

@@ -84,7 +84,7 @@ class TrainedFluxControl(nn.Module):
 
 
 def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> CustomNetwork:
-    """Return a ControlNet for the training loop: its names, and functions to make, check and write it."""
+    """Describe a ControlNet to the training loop: its names, and functions to build, check and save it."""
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
     return CustomNetwork(
@@ -138,6 +138,7 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
     }
     copied = [name for name in shapes if not name.startswith(ZERO_INITIALIZED)]
     state = dit.state_dict()
+    # several layers of the ControlNet (diffusers' names) may be one stacked matrix of the transformer
     for our_name, names in _group_by_our_weight(copied).items():
         stacked = state[our_name].to("cpu", torch.float32)
         rows = stacked.split([shapes[name][0] for name in names])
@@ -188,10 +189,10 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
         "num_double_layers": (options.double_blocks, header.config.double_blocks),
         "num_single_layers": (options.single_blocks, header.config.single_blocks),
     }
-    for name, (asked, maximum) in sizes.items():
-        if asked > maximum:
+    for name, (requested, maximum) in sizes.items():
+        if requested > maximum:
             raise OptionError(
-                f"--{name} {asked}: a ControlNet copies the first blocks, but {files.dit_path} has "
+                f"--{name} {requested}: a ControlNet copies the first blocks, but {files.dit_path} has "
                 f"{maximum} of them. Give fewer"
             )
 
@@ -199,9 +200,9 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
 def _check_options_fit_file(
     options: FluxControlNetTrainingOptions, controlnet: Path, config: FluxConfig
 ) -> None:
-    """Raise OptionError if typed numbers of blocks differ from the ControlNet to start from.
+    """Raise OptionError if a typed number of blocks differs from that of the ControlNet to start from.
 
-    `config` are the transformer's dimensions. Raises CheckpointError if the ControlNet does not fit them.
+    `config` has the transformer's dimensions. Raises CheckpointError if the ControlNet does not fit them.
     """
     settings = read_settings(controlnet, config)
     typed = {

@@ -165,7 +165,10 @@ class Flux(ModelOfImages):
     # a ControlNet
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has clips, or control images without a ControlNet."""
+        """Raise DatasetError if a table has clips, or if its control images do not fit the options.
+
+        Control images are for a ControlNet or, with Kontext, references. A ControlNet requires them.
+        """
         if self.custom_network is not None:
             table = control_pictures.check_controls(table, self.custom_network.label)
         with_control = self.controlnet is not None or self.stores_controls
@@ -256,8 +259,11 @@ class Flux(ModelOfImages):
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return a batch's control latents, {} without a ControlNet; raise CacheError if sizes differ."""
-        # which network reads the control, for messages
+        """Return a batch's control latents; {} without a ControlNet.
+
+        Raises CacheError if they are missing or differ in size from the images.
+        """
+        # for messages: which network reads the control latents, and how to cache them
         if self.custom_network is not None:
             consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:
@@ -276,7 +282,7 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if cached T5 states were masked differently, misfit their mask or are too long."""
+        """Raise CacheError if cached T5 states are too long, or their mask differs from the one needed."""
         self._check_t5_masking(batch)
         batch_size, length = batch.tensor(STATES).shape[:2]
         if batch.tensor(MASK).shape != (batch_size, length):
@@ -351,9 +357,9 @@ class Flux(ModelOfImages):
     def request_conditions(
         self, encoders: MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, Conditions]:
-        """Return the control image's latents and strength by condition name: `latents_control`, 1 Z 1 h w.
+        """Encode the control image: return its latents (1 Z 1 h w, posterior mean) and strength by name.
 
-        They are the posterior mean. Without a ControlNet, the result is the same as for plain FLUX.1.
+        Without a ControlNet, return the conditions of plain FLUX.1.
         """
         # samples during the training of a ControlNet; otherwise a loaded ControlNet
         if self.custom_network is not None:

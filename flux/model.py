@@ -148,9 +148,10 @@ class FluxModel(BlockNetwork):
         control: Tensor | None = None,
         control_strength: float = 1.0,
     ) -> Hidden:
-        """Return image and text tokens, B L+T C, and the other inputs of the blocks.
+        """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References follow the image; the text of normalized attention guidance (NAG) follows the prompt.
+        References follow the image; the text of normalized attention guidance (NAG) follows the prompt. With
+        a control image, the ControlNet runs here, and its residuals are returned too.
 
         Args:
             noisy: B Z 1 H W, H and W even.
@@ -242,7 +243,7 @@ class FluxModel(BlockNetwork):
         if mask is None:
             return run_in_weight_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)
-        if self.config.approximator is not None:  # one token of padding stays visible, as trained
+        if self.config.approximator is not None:  # Chroma was trained with one visible token of padding
             maximum = mask.shape[1]
             counts = None if counts is None else [min(count + 1, maximum) for count in counts]
             longest = min(longest + 1, maximum)

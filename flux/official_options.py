@@ -124,7 +124,7 @@ TYPED = {
 
 
 def generation_argv(options: FluxMinimalOptions) -> list[str]:
-    """Return the command line of flux_generate_image.py that equals one of the image guides' script."""
+    """Translate the options of flux_minimal_inference.py to the command line of flux_generate_image.py."""
     model, image = options.model, options.image
     values = {
         "--dit": model.ckpt_path,

@@ -258,12 +258,12 @@ class FluxGenerationOptions(Options, title=NAME):
 
 
 def translate_older_options(args: argparse.Namespace) -> None:
-    """Move the values of older options to --blocks_to_swap and --vae.
+    """Translate --double_blocks_to_swap, --single_blocks_to_swap and --ae to --blocks_to_swap and --vae.
 
-    Raises OptionError if both are given.
+    Raises OptionError if an option is given under its old and its new name.
     """
-    older = {name: getattr(args, name) for name in ("double_blocks_to_swap", "single_blocks_to_swap")}
-    typed = " ".join(f"--{name} {number}" for name, number in older.items() if number is not None)
+    older_values = {name: getattr(args, name) for name in ("double_blocks_to_swap", "single_blocks_to_swap")}
+    typed = " ".join(f"--{name} {number}" for name, number in older_values.items() if number is not None)
     if typed and args.blocks_to_swap is not None:
         raise OptionError(
             f"{typed} with --blocks_to_swap {args.blocks_to_swap}: both mean the same. Give "
@@ -271,7 +271,9 @@ def translate_older_options(args: argparse.Namespace) -> None:
         )
     if typed:
         # --blocks_to_swap counts double blocks; a single block is half as large
-        blocks = (older["double_blocks_to_swap"] or 0) + (older["single_blocks_to_swap"] or 0) // 2
+        blocks = (older_values["double_blocks_to_swap"] or 0) + (
+            older_values["single_blocks_to_swap"] or 0
+        ) // 2
         logger.info("%s is read as --blocks_to_swap %d.", typed, blocks)
         args.blocks_to_swap = blocks
     take_ae(args)

@@ -175,10 +175,7 @@ class Flux2(pictures.ModelOfImages):
         return replace(prepared, flow_shift=math.exp(empirical_mu(tokens, prepared.steps)))
 
     def _drop_unused_guidance(self, request: Request) -> Request:
-        """Return the request without a guidance scale if the release is distilled.
-
-        Warns about guidance that is ignored.
-        """
+        """Drop the guidance scale if the release is distilled; warn about each guidance that is ignored."""
         version = self.files.version
         has_embedded_guidance = version.defaults.embedded_guidance is not None
         default = DEV.defaults.embedded_guidance  # the script's default, which is the same for all releases

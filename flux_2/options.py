@@ -80,7 +80,7 @@ def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the generation script that make a sample with the models of a training run.
+    """Return the options of the generation command that makes a sample with a training run's models.
 
     `Placeholder` values represent files that the user has to name.
 

@@ -90,9 +90,9 @@ class Flux2Vae(Autoencoder):
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
-    """Plan how to load FLUX.2's autoencoder, from released tensor names or the diffusers layout.
+    """Plan how to load FLUX.2's autoencoder, with released or diffusers tensor names.
 
-    Raises CheckpointError for any other file, or if it has no statistics.
+    Raises CheckpointError for any other file, or if it has no statistics to normalize latents.
     """
     plan = read_autoencoder(checkpoint, KIND)
     # the statistics are for packed latents, with 2 x 2 pixels in the channels

@@ -139,8 +139,8 @@ class Flux3(pictures.ModelOfImages):
         """Predict the velocity, B C 1 H W float32.
 
         The conditions are ctx_vec, T D for each sample, and latents_control_0, ..., B C 1 h w each. The
-        distilled transformer predicts the mean velocity up to the step's end, given
-        by `overrides.step_position`.
+        distilled transformer predicts the mean velocity up to the end of the step, which it reads from
+        `overrides.step_position`.
         """
         next_timesteps = None
         if dit.config.is_flow_map:  # type: ignore[union-attr]
@@ -179,7 +179,7 @@ class Flux3(pictures.ModelOfImages):
         return replace(self.resolve_image(sized, SHIFT, ""), visible_region=region)
 
     def _drop_guidance_scale(self, request: Request) -> Request:
-        """Return the request without a guidance scale, which a distilled model does not use.
+        """Drop the guidance scale, which a distilled model does not use, from the request.
 
         Raises OptionError for a solver other than Euler's method.
         """

@@ -247,7 +247,8 @@ def _attend_with_two_texts(heads: Sequence[Tensor], tokens: Flux3Tokens, second:
     with_second = _attend([second.drop_first_text(tensor) for tensor in heads], tokens, second.lengths)
     if not tokens.shards:
         return second.combine(with_first, with_second)
-    # combining needs all heads of a token, so image tokens are returned to their processes before
+    # with several processes, each has some heads of all tokens; combining needs all heads of a token,
+    # so image tokens are returned to their processes first
     *image_parts, text_part = tokens.shards
     num_images = second.num_image_tokens
     images = second.combine_attention(
@@ -329,7 +330,7 @@ class Flux3Model(BlockNetwork):
     dtype_of = "single_blocks.0.norm.query_norm.scale"
 
     def __init__(self, config: Flux3Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights; images, references and text have embeddings and blocks each."""
+        """Build the network without weights; each modality (image, references, text) has its own blocks."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -361,7 +362,7 @@ class Flux3Model(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
-        """Return the tokens of image, references and text, B L+R+T C, and the other inputs of the blocks.
+        """Embed image, references and text as tokens, B L+R+T C; return them with the blocks' other inputs.
 
         A second text, for normalized attention guidance (NAG), is embedded too; its tokens come last.
 

@@ -39,9 +39,8 @@ _NEEDED = ("latent_indices", "image_embeddings")
 def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
     """Check a batch's cached text, image, indices and history, and return them by cache key.
 
-    The history contains the earlier frames in three resolutions. Each may have indices without latents
-    (black
-    frames), or be missing.
+    The history contains earlier frames in three resolutions. Each may be missing, or have indices without
+    latents, which stand for black frames.
 
     Args:
         batch: Batch from the caches.
@@ -96,7 +95,7 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
 
 
 def warn_of_other_section_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
-    """Warn once if the caches and the run's samples order the sections of a video differently.
+    """Warn once if caches were made for the other section order than the samples use (with or without --f1).
 
     Both orders have the same cache keys. F1 generates sections forward in time, so the clean neighboring
     frame precedes the section; otherwise it follows the section. Images have no sections.

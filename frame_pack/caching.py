@@ -41,7 +41,7 @@ NO_MOMENTS = (
 def check_table(table: MediaTable, one_frame: bool) -> None:
     """Raise DatasetError if a dataset table has the wrong kind of items, or clips shorter than a section.
 
-    `one_frame` is --one_frame. Warns of clips whose last frames do not fill a section.
+    `one_frame` is --one_frame. Warns about clips whose last frames do not fill a section.
     """
     if one_frame:
         _check_images(table)
@@ -67,11 +67,11 @@ def _check_clip_lengths(table: MediaTable) -> None:
             f"{table.window} (fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} "
             "for up to 4 sections."
         )
-    short = [frames for frames in table.target_frames if frames < minimum]
-    if short:
+    too_short = [frames for frames in table.target_frames if frames < minimum]
+    if too_short:
         raise DatasetError(
             f"{table.name}: target_frames = {list(table.target_frames)}, but clips of "
-            f"{', '.join(map(str, short))} frames are too short: a section needs {minimum}, 4 x "
+            f"{', '.join(map(str, too_short))} frames are too short: a section needs {minimum}, 4 x "
             f"{table.window} (fp_latent_window_size) + 1. Use target_frames of 4 x {table.window} x n + 1, "
             f"such as [{video_frames(4, table.window)}], or frame_extraction = "
             '"full".'
@@ -130,7 +130,7 @@ def _count_least_frames(table: MediaTable) -> int:
 def clip_entries(
     encoders: MediaEncoders, media: MediaBatch, order: GenerationOrder
 ) -> list[list[CacheEntry]]:
-    """Return one cache entry for each section of each clip, with its number as `section`.
+    """Encode clips; return a cache entry for each section of each clip, with its number as `section`.
 
     Tensors have the VAE's dtype and are on the CPU. A clip is encoded as a whole, as a posterior sample
     seeded by its name; its first frame serves as the start image.
@@ -146,7 +146,7 @@ def clip_entries(
 
 
 def clip_sections(latents: Tensor, features: Tensor, order: GenerationOrder, window: int) -> list[CacheEntry]:
-    """Return the cache entries of one clip's sections, each with the earlier sections as its history.
+    """Return a cache entry for each section of a clip, with the sections generated before it as history.
 
     Args:
         latents: 1 C F h w, the start frame and full sections.
@@ -177,7 +177,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: GenerationOrder, win
 def image_entries(
     encoders: MediaEncoders, media: MediaBatch, black_frames: OneFrame
 ) -> list[list[CacheEntry]]:
-    """Return one entry for every image: its latents as the target, with those of its control images.
+    """Return a cache entry for each image: its latents as the target, and those of its control images.
 
     Each image is encoded alone. Latents are 0 where their image is transparent. `black_frames` sets which
     black frames are added to the clean ones; the frame indices of all images come from the dataset's table.

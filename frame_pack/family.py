@@ -337,7 +337,7 @@ class FramePack(OneTransformer):
 
 
 def _history_arguments(cond: data.Conditions, noisy: Tensor) -> dict[str, Tensor]:
-    """Return latents of earlier frames and their indices by the network's arguments.
+    """Return the latents of earlier frames and their indices, keyed by the network's argument names.
 
     Frames that have indices but no latents in the conditions are black.
     """
@@ -386,7 +386,7 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 
 
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
-    """Build the model description for fpack_generate_video.py; warn of --latent_paddings with --f1."""
+    """Build the model description for fpack_generate_video.py; warn about --latent_paddings with --f1."""
     if options.f1 and options.latent_paddings is not None:
         logger.warning(
             "--latent_paddings %s is ignored because --f1 generates a video from its start",

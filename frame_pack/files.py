@@ -43,8 +43,8 @@ class FramePackLlama(LlavaTextEncoder):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}.
 
-        Each prompt is encoded alone and padded to one length, as in the release. Fewer tokens or several
-        prompts at once would be faster, but sum in another order, which changes the last bits.
+        Each prompt is encoded alone and padded to 512 tokens, as in the released code. Less padding or
+        several prompts at once would be faster, but would change the order of sums and so the last bits.
         """
         padded: list[Conditions] = []
         for prompt in prompts:
@@ -152,7 +152,7 @@ class FramePackFiles(HunyuanFiles):
 
 
 def read_window_size(paths: Sequence[Path], default: int) -> int:
-    """Return the latent frames per section recorded in files of latents; `default` if none is recorded.
+    """Return the number of latent frames per section recorded in latents files; `default` if there is none.
 
     Raises:
         OptionError: If the files differ.

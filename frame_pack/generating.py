@@ -39,10 +39,12 @@ def video_sections(
     window: int,
     paddings: Sequence[int],
 ) -> Sections:
-    """Yield each section for the denoising loop, in the order of generation; return the video's latents.
+    """Yield each section to the denoising loop, in the order of generation; return the video's latents.
 
-    The latents are 1 C F h w. Each section's noise is drawn at once in float32. Results stay on the CPU, so
-    that device memory does not grow with the length.
+    1. Plan the sections, and start the history with the images given for both ends.
+    2. Denoise each section with the history as clean latents; add its result to the history, on the CPU, so
+       that device memory does not grow with the length.
+    3. Join the history to latents 1 C F h w.
 
     Args:
         prompts: Encoded prompts by section.
@@ -71,8 +73,8 @@ def video_sections(
             **_stack_indices(section.indices),
             **order.clean_latents(start, history).by_name(),
         }
-        drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))  # only the target is denoised
-        noisy_section = prompts[section.index].section(drawn, conditions)
+        target_noise = noise.draw((*start.shape[:2], window, *start.shape[3:]))  # only the target is denoised
+        noisy_section = prompts[section.index].section(target_noise, conditions)
         latents = yield replace(
             noisy_section,
             first_latent_frame=1 + section.index * window,  # after the start image

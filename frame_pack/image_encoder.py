@@ -59,7 +59,7 @@ class SiglipConfig:
 def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     """Plan how to load SigLIP's image tower, alone or next to the text tower, in 16 or 8 bits.
 
-    Raises CheckpointError for any other file. A CLIP is recognized by its patches, which have no bias.
+    Raises CheckpointError for any other file, such as a CLIP tower, whose patch embedding has no bias.
     """
     tower = find_network(
         checkpoint,

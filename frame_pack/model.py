@@ -89,11 +89,17 @@ def rotary_table(
     """
     batch = len(layout.latent_groups[0].indices)
     # often equal in all samples, so equal ones are computed once
-    samples = [tuple(group.indices[sample] for group in layout.latent_groups) for sample in range(batch)]
+    sample_indices = [
+        tuple(group.indices[sample] for group in layout.latent_groups) for sample in range(batch)
+    ]
     tables = {}
-    for indices in set(samples):
+    for indices in set(sample_indices):
         tables[indices] = _make_sample_table(layout, indices, widths, theta=theta, device=device)
-    return tables[samples[0]] if len(tables) == 1 else torch.stack([tables[indices] for indices in samples])
+    return (
+        tables[sample_indices[0]]
+        if len(tables) == 1
+        else torch.stack([tables[indices] for indices in sample_indices])
+    )
 
 
 def _make_sample_table(
@@ -109,13 +115,13 @@ def _make_sample_table(
     """
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
-    parts = []
+    tables = []
     for group, frames in zip(layout.latent_groups, indices, strict=True):
         axes = []
         for positions, width in zip((torch.tensor(frames), rows, columns), widths, strict=True):
             axes.append(send_ahead(_average_rotations(positions, width, theta, group.downsampling), device))
-        parts.append(spread_over_grid(axes))
-    return torch.cat(parts).unsqueeze(1)
+        tables.append(spread_over_grid(axes))
+    return torch.cat(tables).unsqueeze(1)
 
 
 def _average_rotations(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:
@@ -304,6 +310,8 @@ class FramePackModel(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
         """Embed video and text as tokens, B L+T C; return them with the blocks' other inputs.
+
+        The sequence is the history, coarsest first, the noisy latents, the image's tokens and the text.
 
         Args:
             noisy: B in_dim F H W.

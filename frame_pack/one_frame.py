@@ -31,8 +31,9 @@ def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices
             len(settings.control_indices),
             controls,
         )
-    typed = settings.control_indices[:controls]
-    control_indices = (*typed, *[0] * (controls - len(typed)))
+    typed_indices = settings.control_indices[:controls]
+    # a control image without a typed index is at index 0
+    control_indices = (*typed_indices, *[0] * (controls - len(typed_indices)))
     # black frames are at the history indices after a section that starts at index 1
     black = history_indices_after(1 + window)
     return Indices(

@@ -25,11 +25,11 @@ MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
 def parse_section_texts(text: str, option: str) -> dict[int, str]:
-    """Parse a text with a part for each section; return the parts by section number, 0 included.
+    """Parse a prompt with a text for each section; return the texts by section number, always with 0.
 
-    Negative numbers count from the end. A missing entry 0 gets the text of the lowest number that is not
-    negative, or else of the lowest number. Of two texts for one section, the later one counts. `option` is
-    the name of the option for messages. Raises OptionError for a range that runs backwards or is too long.
+    Negative numbers count from the end. If 0 is missing, it gets the text of the lowest number that is not
+    negative, or else of the lowest number. If a section has two texts, the later one is used. `option` is
+    named in messages. Raises OptionError for a range that runs backwards or is too long.
     """
     if SEPARATOR not in text:
         return {0: text}
@@ -39,12 +39,12 @@ def parse_section_texts(text: str, option: str) -> dict[int, str]:
             entries.update(_parse_piece(piece, option))
     if not entries:
         return {0: ""}
-    nearest = min((index for index in entries if index >= 0), default=min(entries))
-    return {0: entries[nearest], **entries}  # an entry 0 in `entries` takes precedence
+    substitute = min((index for index in entries if index >= 0), default=min(entries))
+    return {0: entries[substitute], **entries}  # an entry 0 in `entries` takes precedence
 
 
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
-    """Yield (section, text) for each section of a piece such as `1-2: a cat`; section 0 if unnumbered."""
+    """Yield (section, text) for each section of a piece such as `1-2: a cat`; an unnumbered one is for 0."""
     head, colon, text = piece.partition(":")
     numbers = _SECTION_RANGE.fullmatch(head.strip())
     if not colon or numbers is None:
@@ -218,9 +218,9 @@ def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the generation script, with values, for a sample with a training run's models.
+    """Return the options of the generation command that makes a sample with a training run's models.
 
-    `sample` has the settings of a sample by name. A value of None leaves its option out.
+    `sample` has the settings of a sample by name. An option whose value is None is left out.
     """
     window = options.latent_window_size
     frames = sample.get("frames")

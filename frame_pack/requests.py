@@ -52,9 +52,11 @@ def prepare_request(
     is_f1: bool,
     matches_control_shape: bool = False,
 ) -> requests.Prepared:
-    """Resolve a request's size and sections, and check its images.
+    """Resolve a request for a video of sections, or a single image, and check its images.
 
-    Settings without an effect are dropped with a warning.
+    1. Drop media and settings without an effect, with a warning.
+    2. Compute the number of sections, the size and the flow shift.
+    3. Assign images and prompts to sections, and record the metadata.
 
     Args:
         request: The request.
@@ -153,7 +155,7 @@ def _read_prompts(request: requests.Request, sections: int, is_one_frame: bool) 
 
 
 def _drop_unusable_media(request: requests.Request, is_f1: bool, is_one_frame: bool) -> requests.Request:
-    """Drop media that FramePack cannot use from the request, with a warning.
+    """Return the request without media that FramePack cannot use; warn about each of them.
 
     Raises OptionError if a file cannot be opened.
     """
@@ -222,15 +224,15 @@ def _keep_used_controls(request: requests.Request) -> requests.Request:
     images = request.control_images
     extra = dict(request.extra)
     masks = _read_paths(extra, "control_image_mask_path")
-    used_options = {"control_image_path": images, "control_image_mask_path": masks}
+    paths_by_option = {"control_image_path": images, "control_image_mask_path": masks}
     # only one-frame inference uses control images
     if "one_frame" not in extra:
-        for name, paths in used_options.items():
+        for name, paths in paths_by_option.items():
             if paths:
                 logger.warning("--%s is ignored because it is for --one_frame_inference", name)
         extra.pop("control_image_mask_path", None)
         return replace(request, control_images=(), extra=extra)
-    for name, paths in used_options.items():
+    for name, paths in paths_by_option.items():
         for path in paths:
             _check_image(f"--{name}", path)
     if len(masks) > len(images):
@@ -244,7 +246,7 @@ def _keep_used_controls(request: requests.Request) -> requests.Request:
 
 
 def _list_images(request: requests.Request, sections: int, is_one_frame: bool) -> tuple[Path, ...]:
-    """Return each section's start image; raise OptionError if one is missing or cannot be read."""
+    """Return the path of each section's start image; raise OptionError if one is missing or unreadable."""
     typed_paths = request.extra.get("image_path") or None
     if typed_paths is None and request.image_path is not None:
         typed_paths = str(request.image_path)
@@ -261,14 +263,14 @@ def _list_images(request: requests.Request, sections: int, is_one_frame: bool) -
 
 
 def _split_by_section(text: str, option: str, sections: int, is_one_frame: bool) -> tuple[str, ...]:
-    """Return the part of a text for each section, in playing order; warn of parts for other sections."""
+    """Return the text of each section, in playing order; warn about texts that no section uses."""
     entries = parse_section_texts(text, option)
-    used: tuple[str, ...] = (entries[0],)
+    section_texts: tuple[str, ...] = (entries[0],)
     if not is_one_frame:
-        used = tuple(select_entry(entries, index, sections) for index in range(sections))
+        section_texts = tuple(select_entry(entries, index, sections) for index in range(sections))
     unused: dict[str, int] = {}
     for index, entry in entries.items():
-        if entry not in used:
+        if entry not in section_texts:
             # only the first section of a range is reported, because a range may have thousands
             unused.setdefault(entry, index)
     for entry, index in unused.items():
@@ -279,7 +281,7 @@ def _split_by_section(text: str, option: str, sections: int, is_one_frame: bool)
             index,
             sections,
         )
-    return used
+    return section_texts
 
 
 def _check_image(option: str, path: Path) -> None:

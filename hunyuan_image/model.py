@@ -160,7 +160,7 @@ class HunyuanImageModel(BlockNetwork):
             text[:, :max_text], timesteps, padded_text_counts, dtype=dtype, attention=self.attention
         )
         max_glyphs, padded_glyph_counts = real_tokens(prompt["glyph_mask"])
-        # `real_tokens` counts only if there is padding
+        # `real_tokens` returns None for counts if there is no padding
         text_counts = padded_text_counts or [max_text] * len(text)
         glyph_counts = padded_glyph_counts or [max_glyphs] * len(glyphs)
         if not any(glyph_counts):

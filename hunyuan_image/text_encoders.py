@@ -162,7 +162,7 @@ class GlyphTextEncoder:
         return [self._encode_glyphs(network, make_glyph_prompt(prompt.text)) for prompt in prompts]
 
     def _encode_glyphs(self, network: T5Network, glyph_prompt: str | None) -> Conditions:
-        """Return the conditions of one prompt; `glyph_prompt` None, without quoted texts, gives zeros."""
+        """Return byT5's states and mask for a prompt's quoted texts; zeros if there are none (None)."""
         states = torch.zeros(GLYPH_TOKENS, network.config.dim, dtype=self.dtype)
         mask = torch.zeros(GLYPH_TOKENS, dtype=torch.int64)
         if glyph_prompt is not None:

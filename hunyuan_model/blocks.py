@@ -249,10 +249,10 @@ class DoubleStreamBlock(nn.Module):
         # positional: code that computes it in pieces passes arguments by position
         text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.modulation_split, *text_modulation[3:])
         # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
-        parts = []
-        for part, *rows in split_segments(tokens.video_modulation_split, video_modulation[3:], video):
-            parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
-        return torch.cat([*parts, text], dim=1)
+        outputs = []
+        for segment, *rows in split_segments(tokens.video_modulation_split, video_modulation[3:], video):
+            outputs.append(self.feed_forward(segment, video_mlp, tokens.dtype, 0, *rows))
+        return torch.cat([*outputs, text], dim=1)
 
     def _modulate_heads(
         self, x: Tensor, shift: Tensor, scale: Tensor, split: int, dtype: torch.dtype, is_text: bool
@@ -366,7 +366,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
     second = tokens.second_text  # a second text, which the video attends to separately
     shard = tokens.shard  # this process's shard of the tokens
     choice = tokens.attention
-    if shard is not None:  # from all heads of this shard to all tokens of some heads
+    if shard is not None:  # exchange: all heads of this shard's tokens -> some heads of all tokens
         query, key, value = shard.gather_tokens(query, key, value)
     if second is None:
         attended = attend(query, key, value, choice, lengths=tokens.lengths)

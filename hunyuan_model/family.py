@@ -217,10 +217,7 @@ class HunyuanVideo(OneTransformer):
         super().check_files(media)
 
     def prepare(self, request: requests.Request) -> requests.Prepared:
-        """Resolve size, frames and guidance of a request.
-
-        Warn of media and guidance that the model ignores.
-        """
+        """Resolve a request's size, frames and guidance; warn about media and guidance that are ignored."""
         self._check_dit()
         self.files.check()
         # 1. leave out media that the transformer does not take; an image-to-video one needs an image

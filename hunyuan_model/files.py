@@ -116,7 +116,11 @@ class HunyuanFiles(TransformerFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that each text encoder fits its option and the transformer's input width."""
+        """Check that each text encoder is of the kind of its option and fits the transformer.
+
+        An encoder without an option is checked only if it is `needed`. `config` has the transformer's
+        dimensions; without it only the files themselves are checked.
+        """
         text_dim, pooled_dim = (None, None) if config is None else (config.text_dim, config.pooled_dim)
         if self.text_encoder1 is not None or needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path

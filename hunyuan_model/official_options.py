@@ -176,7 +176,7 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
 
 
 def _warn_of_untrained_size(size: tuple[int, int], resolution: str | None) -> None:
-    """Warn of a size (height, width) that the model, or the release of `resolution`, was not trained for."""
+    """Warn about a size (height, width) for which the model, or its `resolution`, was not trained."""
     height, width = size
     trained = [size for sizes in SIZES.values() for size in sizes]
     if (height, width) not in trained:

@@ -129,7 +129,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             tokenizer: Folder or file of the tokenizer.
             template: Chat template for each prompt.
             skip_layers: Number of layers after the returned state; 0 returns the last state, which is always
-                normed.
+                normalized.
             final_norm: Apply the final norm to other states, too.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """

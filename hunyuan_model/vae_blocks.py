@@ -78,7 +78,7 @@ class ClipNorm(nn.GroupNorm):
         return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
 
     def _statistics(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each group, B groups 1, from the pieces' means and variances.
+        """Return the mean and variance of each channel group, B groups 1, computed in pieces of the clip.
 
         The variance is the mean of the variances plus the variance of the means, over pieces and channels.
         """
@@ -146,7 +146,7 @@ class HunyuanCausalConv(nn.Module):
                 continue
             if stop - start == frames:  # the only piece
                 return piece
-            if output is None:  # the first piece shows batch and channels
+            if output is None:  # allocated now, because the first piece shows the batch size and channels
                 output = empty_clip(x, *piece.shape[:2], frames, height, width)
             output[:, :, start:stop].copy_(piece)
         result = output if accumulator is None else accumulator
@@ -176,7 +176,7 @@ class HunyuanCausalConv(nn.Module):
         size = (batch, channels, len(sources), height * rows + 2, width * columns + 2)
         padded = empty_clip(x, *size)
         for index, source in enumerate(sources):
-            # a repeated frame is copied, which is cheaper than norming and enlarging it again
+            # a repeated frame is copied, which is cheaper than normalizing and enlarging it again
             if index and source == sources[index - 1]:
                 padded[:, :, index] = padded[:, :, index - 1]
             else:
@@ -185,7 +185,7 @@ class HunyuanCausalConv(nn.Module):
         return padded
 
     def _write(self, frame: Tensor, out: Tensor, scale_and_offset: tuple[Tensor, Tensor] | None) -> None:
-        """Write a frame, B C 1 H W, into `out`: normed, enlarged and with its border repeated."""
+        """Write a frame, B C 1 H W, into `out`: normalized, enlarged and with its border repeated."""
         if scale_and_offset is not None:
             factor, offset = scale_and_offset
             frame = functional.silu(torch.addcmul(offset, frame.float(), factor), inplace=True)

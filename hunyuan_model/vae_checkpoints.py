@@ -37,7 +37,7 @@ COMFY_LEVEL: dialects.Names = (  # inside a numbered level
 
 
 def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
-    """Plan how to load a HunyuanVideo VAE: official file, diffusers layout or ComfyUI's file.
+    """Plan how to load a HunyuanVideo VAE from an official, diffusers or ComfyUI file.
 
     Raises CheckpointError for any other file.
     """

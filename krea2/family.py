@@ -160,8 +160,7 @@ class Krea2(pictures.ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states, a list of T n D, and the latents of references by condition name.
 
-        Raises CacheError if states are from another encoder or number of layers, or if they were encoded
-        with
+        Raises CacheError if states are from another encoder or number of layers, or if they were encoded with
         images for a run that trains without them, or the reverse.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
@@ -217,7 +216,7 @@ class Krea2(pictures.ModelOfImages):
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request: references, size, and the flow shift, which sets the noise levels.
 
-        By default the flow shift is fixed for Turbo, and depends on the image size for raw.
+        By default the flow shift is fixed for Turbo, and depends on the image size for the raw model.
 
         Raises OptionError if a size or a number cannot be used.
         """
@@ -304,7 +303,7 @@ def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = No
 def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
     """Build the model description for samples with --turbo_dit; None without that option.
 
-    Raises OptionError if that file says it is the raw model.
+    Raises OptionError if the file is marked as the raw model.
     """
     turbo = options.turbo_dit
     if turbo is None:

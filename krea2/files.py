@@ -160,10 +160,10 @@ class Krea2Release(NamedTuple):
 
 
 def find_release(dit: Path | None) -> Krea2Release | None:
-    """Find out whether a transformer is Turbo or raw; return it with the evidence, None without any.
+    """Find out whether a transformer is Turbo or raw; return the evidence too, or None if nothing shows it.
 
-    The evidence is the file's own training metadata, then the release's model_index.json, then the name of
-    the file or of the nearest folder that tells.
+    Sources in this order: the file's training metadata, the release's model_index.json, and the names of the
+    file and its folders.
     """
     if dit is None:
         return None

@@ -142,7 +142,7 @@ def attend_rotated(
     attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
     if not isolated:
         return attended
-    # isolated references see only themselves
+    # isolated references attend only to each other
     references = attend(query[:, :isolated], key[:, :isolated], value[:, :isolated], choice)
     return torch.cat([references, attended], dim=1)
 
@@ -335,7 +335,8 @@ class Krea2Model(BlockNetwork):
     ) -> Any:
         """Predict the velocity from the arguments of `embed`, with or without cached references.
 
-        With `overrides.section_cache`, isolated references are computed once for all steps.
+        With `overrides.section_cache`, the keys and values of isolated references are computed only in the
+        first step; other steps read them from the cache.
         """
         # only isolated references do not depend on the image, so only they can be cached
         kv_cache = overrides.section_cache if isolated and references else None
@@ -425,12 +426,12 @@ class Krea2Model(BlockNetwork):
         x = torch.cat([image, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_images, reference_grids)
         rotary = self._rotary.get_table(layout, noisy.device)
-        first = texts[0]
+        first_text = texts[0]
         tokens = Krea2Tokens(
             grid,
-            # the table is for the longer of the two texts
-            rotary=rotary[: num_images + first.states.shape[1]],
-            lengths=first.lengths,
+            # the table is long enough for both texts, so each uses the beginning
+            rotary=rotary[: num_images + first_text.states.shape[1]],
+            lengths=first_text.lengths,
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,
@@ -439,17 +440,17 @@ class Krea2Model(BlockNetwork):
             num_isolated=num_isolated,
         )
         if overrides.combine_attention is not None:  # there is a NAG text
-            second = texts[1]
-            count = second.states.shape[1]
+            second_text = texts[1]
+            num_second_text_tokens = second_text.states.shape[1]
             tokens = replace(
                 tokens,
                 second_text=SecondText(
                     num_image_tokens=num_images,
-                    num_text_tokens=count,
-                    lengths=second.lengths,
+                    num_text_tokens=num_second_text_tokens,
+                    lengths=second_text.lengths,
                     combine_attention=overrides.combine_attention,
                 ),
-                second_rotary=rotary[: num_images + count],
+                second_rotary=rotary[: num_images + num_second_text_tokens],
             )
         return Hidden(x, tokens)
 

@@ -153,7 +153,7 @@ class Vocoder:
 
 
 def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load the audio VAE of LTX-2 or LTX-2.3: official file, or diffusers' layout.
+    """Plan how to load the audio VAE of LTX-2 or LTX-2.3 from an official file or a diffusers folder.
 
     `option` is the option that named the file. Raises CheckpointError for any other file.
     """
@@ -246,6 +246,7 @@ def _read_generator(
     for block in range(num_blocks):
         block_kernels.append(shape(f"{start}resnets.{block}.convs1.0.weight", 3)[2])
     out_channels = shape(f"{start}conv_out.weight", 3)[0]
+    # Snake activations have weights, leaky ReLU has none
     is_snake = f"{start}resnets.0.acts1.0.act.alpha" in names
     return {
         "in_channels": in_channels,

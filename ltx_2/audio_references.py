@@ -92,7 +92,7 @@ def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
 
     Clips without audio need no audio reference. `option` is the strategy's option and value, for messages.
     """
-    # with the tensors that dropout removed from this batch
+    # a reference that dropout removed from this batch is not missing
     names = {**batch.tensors, **batch.undropped}
     missing = []
     if VIDEO in strategy.needs and not any(name.startswith(REFERENCE_LATENTS) for name in names):
@@ -107,7 +107,7 @@ def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
 
 
 def find_audio_reference(request: Request) -> Path | None:
-    """Return the file of a request's audio reference; None without one.
+    """Return the path of a request's audio reference; None if it has none.
 
     Raises:
         OptionError: If there are several, or the file has no audio.
@@ -135,7 +135,7 @@ def find_audio_reference(request: Request) -> Path | None:
 def resolve_reference_positions(
     options: Ltx2GivenAudioReference, loras: Sequence[Path]
 ) -> Ltx2GivenAudioReference:
-    """Return the options; if `ends_before_audio` is not set, it is taken from the metadata of LoRAs.
+    """Fill in an unset `ends_before_audio` from the metadata of LoRAs; return the options.
 
     Raises:
         OptionError: If LoRAs record different positions, or anything but true and false.
@@ -151,11 +151,11 @@ def resolve_reference_positions(
             "or false. Give one LoRA"
         )
     for text, path in recorded.items():  # one value, or none
-        learned = text == TRUE
-        prefix = "" if learned else "no-"
+        was_trained_so = text == TRUE
+        prefix = "" if was_trained_so else "no-"
         if options.ends_before_audio is None:  # not typed
             logger.info("--%s%s, as %s says", prefix, NEGATIVE_POSITIONS, path.name)
-            return override_options(options, {NEGATIVE_POSITIONS: learned})
-        if options.ends_before_audio != learned:
+            return override_options(options, {NEGATIVE_POSITIONS: was_trained_so})
+        if options.ends_before_audio != was_trained_so:
             logger.warning("%s was trained with --%s%s", path, prefix, NEGATIVE_POSITIONS)
     return options

@@ -156,7 +156,7 @@ class StreamConditioning:
         return add_gated(x, gate, branch, self.modulation_split)
 
     def cut(self, shard: "TokenShard") -> "StreamConditioning":
-        """Return the inputs for the tokens that one process computes."""
+        """Return these inputs for one process's shard of the stream's tokens."""
         cross, token_timesteps = self.cross, self.token_timesteps
         if cross is not None:
             cross = replace(cross, rotary_emb=shard.slice_rotary(cross.rotary_emb))
@@ -310,7 +310,7 @@ class LtxBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Apply the block to tokens x, B L+M W."""
-        # x: B L+M W
+        # attention of each stream, then between the streams, then the feed-forward of each stream
         modulations = {}
         hidden_states = {}
         for modality, stream_x in tokens.split(x).items():
@@ -320,7 +320,7 @@ class LtxBlock(nn.Module):
             )
         if all(stream.cross is not None for stream in tokens.streams.values()):
             hidden_states = self.attend_each_other(hidden_states, tokens)
-        # the feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
+        # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         outputs = {}
         for modality in reversed(hidden_states):
             outputs[modality] = self.add_feed_forward(

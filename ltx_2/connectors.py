@@ -169,7 +169,7 @@ def _read_connector(
     gates = f"{block}attn1.to_gate_logits.weight"
     num_registers, dim = shape(f"{connector}.learnable_registers", 2)
     has_head_gates = gates in names
-    if has_head_gates:
+    if has_head_gates:  # a gate for each head
         heads: Any = shape(gates, 2)[0]
     else:
         shared_heads = settings.get("connector_num_attention_heads", dim // HEAD_WIDTH)

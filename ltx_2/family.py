@@ -203,9 +203,9 @@ class Ltx2(Ltx2Media):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return a generation's defaults; as released, the flow shift is for 4096 tokens at any size.
+        """Return the defaults for generation; the flow shift is that of 4096 tokens at any size, as released.
 
-        In training, `size` is the size of samples.
+        In training, `self.size` is the size of samples.
         """
         width, height, frames = self.size
         return SamplingDefaults(
@@ -228,7 +228,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return metadata for saved files: version, trained streams, and references that a LoRA learned."""
+        """Return metadata for saved files: version, trained streams, and how a LoRA uses references."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",
@@ -281,7 +281,7 @@ class Ltx2(Ltx2Media):
         return entries
 
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the latents of clips, references and guides, B C F H W each, by cache key."""
+        """Encode clips, references and guide images; return latents, B C F H W each, by cache key."""
         frames = {"latents": media.frames}
         guide_keys = media.table.guides
         num_references = len(media.references) - len(guide_keys)  # the guides come last
@@ -323,6 +323,10 @@ class Ltx2(Ltx2Media):
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity in float32, B C F H W; with audio B N of video and audio joined.
+
+        1. Split the joint latents into streams; append the keyframes of a training batch.
+        2. Call the network with references, clean or denoised along with the video.
+        3. Cut the keyframes off, and join the velocities of the streams.
 
         The conditions are video_prompt_embeds and audio_prompt_embeds B T C, FPS and HAS_AUDIO.
         """
@@ -414,6 +418,10 @@ class Ltx2(Ltx2Media):
 
     def prepare(self, request: Request) -> Prepared:
         """Check and resolve a request: size, guidance, references, audio and stages.
+
+        1. Read the given media and references, with the values of the prompt line.
+        2. Fill in the defaults, and divide the request into stages if asked.
+        3. Open the media, to find errors before a network is loaded.
 
         Raises OptionError or MediaError for what LTX-2 cannot generate.
         """
@@ -626,7 +634,7 @@ class Ltx2(Ltx2Media):
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         if media.inpaint_source is not None and self.input_media.inpaint_source is None:
-            return ()  # no inpainting clip was typed: the reference itself serves as one
+            return ()  # --inpaint_source was not given: the only reference video became the clip to inpaint
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
@@ -695,25 +703,25 @@ class Ltx2(Ltx2Media):
         return {FIRST_LATENTS: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return latents of given images, keyframes and audio, and how much of each stays clean.
+        """Return the latents of the given images, keyframes and audio, and how clean each of them stays.
 
-        The audio VAE is loaded only if audio is given.
+        The audio VAE is loaded only for an audio file or --retake.
         """
         media = with_request_values(self.input_media, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
             return vae.encode(pixels.to(vae.device)).float().cpu()
 
-        given = encode_images(media, prepared, encode_pixels, self.latent, crf=self._crf)
-        given |= encode_keyframes(media.keyframes, prepared, encode_pixels, self._crf)
+        conditions = encode_images(media, prepared, encode_pixels, self.latent, crf=self._crf)
+        conditions |= encode_keyframes(media.keyframes, prepared, encode_pixels, self._crf)
         if self.audio is None or not (media.audio_files or media.retake):
-            return given
+            return conditions
         networks = self.audio_networks(_device_of(vae), decodes=False)
 
         def encode(samples: Tensor, frames: int, fps: float) -> Tensor:
             return self.encode_audio(networks, samples, frames, fps)
 
-        return {**given, **encode_given_audio(media, prepared, encode, self.audio)}
+        return {**conditions, **encode_given_audio(media, prepared, encode, self.audio)}
 
     def _encode_audio_reference(self, vae: Any, prepared: Prepared) -> Tensor:
         """Return the latents of the audio reference, 1 C T M, on the CPU."""
@@ -791,10 +799,10 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield a denoising section for each stage, and return the latents; references, if any, are clean."""
+        """Yield a section for each stage to the sampler; return the final latents. References stay clean."""
         draw_noise = partial(self._draw_noise, noise=noise)
         make_section = partial(self._make_section, prompts=prompts[0], inputs=inputs, noise=noise)
-        # without stages; a dry run that measures memory also has a single one
+        # a request without stages, such as that of a dry run that measures memory
         if self.stages is None or not prepared.stages:
             return (yield make_section(prepared, 0, draw_noise(prepared)))
         enlarge_clip = partial(
@@ -914,7 +922,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
         clean_token_rule=make_clean_latent_rules(options.given),
-        # both insert guide images; a mask selects clean latents instead of weighting the loss
+        # both insert guide images; the first also uses masks to select clean latents, not to weight the loss
         change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
     )
     strategy = options.strategy

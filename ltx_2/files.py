@@ -223,7 +223,7 @@ class Ltx2Files(TransformerFiles):
     # texts
 
     def text_encoder(self) -> Ltx2TextEncoder:
-        """Return the text encoder: Gemma with the connectors to the transformer; weights are read later.
+        """Return the text encoder, Gemma with the connectors to the transformer; weights are read later.
 
         Raises OptionError if options name the Gemma of another LTX version.
         """
@@ -277,7 +277,7 @@ class Ltx2Files(TransformerFiles):
     def check_texts(self, config: LtxConfig | None, needed: bool) -> None:
         """Raise an error if Gemma, the connectors and the transformer do not fit each other.
 
-        If they are not needed, nothing is checked, because their default paths often do not exist.
+        Unless `needed`, nothing is checked, because the default paths often do not exist.
         """
         if not needed:
             return

@@ -35,8 +35,9 @@ def read_settings(
 ) -> dict[str, Any]:
     """Translate Gemma 4's settings to keyword arguments of transformers' Gemma4UnifiedTextConfig.
 
-    Layers without a value projection see all tokens, have wider heads, and use their keys as values. Raises
-    ValueError or TypeError for invalid values, and for another pattern of layers.
+    Layers without a value projection attend to all tokens, have wider heads, and use their keys as values.
+    The others attend to a window of tokens. Raises ValueError or TypeError for invalid values, and for
+    another pattern of layers.
     """
     layers = _list_layer_types(num_layers, shapes)
     rope = settings.get("rope_parameters") or {}

@@ -302,14 +302,14 @@ class CleanLatentRules:
         weights = is_clean * FULLY_CLEAN
         if self.frames is not None and num_frames > 1:
             frame_mask = self.frames.draw_mask(num_frames, generator, draws.frames)[:, :, None, None]
-            # where rules overlap, the larger weight counts
+            # where rules overlap, the larger weight is used
             weights = torch.maximum(weights, frame_mask * round(FULLY_CLEAN * self.frames.strength))
         return weights[:, None].short()
 
     def _draw_audio_weights(self, batch: Batch, draws: RandomDraws) -> Tensor | None:
         """Return how clean each audio latent is, 0 or FULLY_CLEAN, as B 1 T 1 int16.
 
-        Returns None for clips without audio, and without rules for audio.
+        Returns None if the clips have no audio, or if there are no rules for audio.
         """
         audio_latents = batch.tensors.get(AUDIO_LATENTS)
         if not isinstance(audio_latents, Tensor) or not (self.audio_ends or self.audio_intervals):
@@ -388,9 +388,9 @@ class GuideImages:
 
 
 def read_guides(batch: Batch) -> list[GuideImages]:
-    """Return the guide images of a batch, which are given clean; [] without any, or for single frames.
+    """Return the guide images of a batch; [] if there are none, or if its items are single frames.
 
-    A guide is a keyframe next to the clip, or replaces one of its latent frames.
+    A guide is an extra keyframe after the clip, or replaces one of its latent frames.
 
     Raises:
         DatasetError: If the index of a replaced latent frame is out of range.

@@ -45,9 +45,9 @@ Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on 
 
 
 def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
-    """Return the options of given clips, keyframes and masks, with a prompt line's values in their place.
+    """Return the options for clips, keyframes and masks, overridden by the values of a prompt line.
 
-    A mask without --inpaint_source applies to the request's only reference.
+    A mask without --inpaint_source applies to the request's only reference video.
 
     Raises:
         OptionError: If a value cannot be parsed, or there is a mask without a clip, or a clip without a mask.
@@ -133,7 +133,7 @@ def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) ->
 
 
 def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
-    """Return how many frames of a clip to extend are encoded, a multiple of frame_step plus 1; 0 without it.
+    """Return how many frames of the clip to extend are encoded: a multiple of frame_step plus 1; 0: no clip.
 
     `name` is extend_prefix or extend_suffix.
 
@@ -159,7 +159,7 @@ def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec)
 
 
 def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> None:
-    """Raise OptionError unless the region lies in the frame and contains a full latent."""
+    """Raise OptionError unless the region lies inside the frame and contains at least one whole latent."""
     step = latent.pixel_step
     right, bottom = region.left + region.width, region.top + region.height
     region_text = ",".join(map(str, region))
@@ -228,7 +228,10 @@ def encode_images(
 def _encode_parts(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> Iterator[CleanPart]:
-    """Encode the media that fix parts of the images one by one; arguments as for `encode_images`."""
+    """Encode one by one the media that fix parts of the result, and yield them as latents with their place.
+
+    The arguments are those of `encode_images`.
+    """
     size = (prepared.width, prepared.height)
     _, _, num_latent_frames, rows, columns = latent.shape(prepared.frames, prepared.height, prepared.width)
     region = media.region
@@ -246,6 +249,7 @@ def _encode_parts(
         yield CleanPart(encode(pixels), make_unchanged_mask(media, prepared, latent))
     if media.extend_prefix is not None:
         count = count_extension_frames(media, "extend_prefix", latent)
+        # the result continues the clip, so only the clip's end is needed
         last_frames = deque(_read_frames(media.extend_prefix), maxlen=count)
         yield CleanPart(encode(_resize(last_frames, size)))
     if media.extend_suffix is not None:
@@ -338,9 +342,9 @@ def overlaps(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Ten
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of the audio parts that a request gives, and which latents stay clean.
+    """Encode the audio that a request gives for parts of the result; return latents and clean weights.
 
-    The clean weights are 0 or FULLY_CLEAN in int16. Returns {} if no part is given.
+    A weight is FULLY_CLEAN where the latent stays as given, else 0, in int16. Returns {} without given audio.
 
     Args:
         media: Options that give audio.
@@ -372,7 +376,7 @@ class _GivenAudio(NamedTuple):
 def _read_audio_parts(
     media: Ltx2GivenMedia, num_latents: int, seconds: float, spec: AudioSpec
 ) -> Iterator[_GivenAudio]:
-    """Yield the audio that options give, with the latents that it covers; later audio takes precedence.
+    """Yield the given audio, each part with the latents it covers; where parts overlap, the later one counts.
 
     Args:
         media: Options that give audio.
@@ -382,6 +386,7 @@ def _read_audio_parts(
     """
     starts, ends = audio_latent_times(num_latents)
     retake = media.retake_interval
+    # a folder of frames has no audio
     if retake is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)
         if samples is not None:
@@ -447,7 +452,7 @@ def pop_clean_latents(conditions: dict[str, Any]) -> Conditions:
 
 
 def fix_clean_latents(section: Section, clean_latents: Conditions, joint: AudioVideoShapes | None) -> Section:
-    """Return the section with given latents mixed into its noise, and fixed while denoising.
+    """Put given latents into a section: they are mixed into its noise, and kept while denoising.
 
     Args:
         section: A section that starts from noise.

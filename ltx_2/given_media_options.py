@@ -193,7 +193,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return the options of given media for a result's metadata; files without their folders.
+        """Return the changed options of given media, as metadata of the result; files without their folders.
 
         --paste_source is left out, because it changes no latents; only a decoded result records it.
         """
@@ -227,7 +227,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         return {name: path for name in names if (path := getattr(self, name)) is not None}
 
     def __post_init__(self) -> None:
-        # parsing raises OptionError for invalid values
+        # these properties parse option values; reading them raises OptionError for an invalid one
         _ = (
             self.region,
             self.retake_interval,
@@ -235,8 +235,10 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
             self.keyframes,
             self.latent_frames,
         )
-        whole = [name for name in ("outpaint_source", "inpaint_source") if getattr(self, name) is not None]
-        if len(whole) > 1:
+        whole_clips = [
+            name for name in ("outpaint_source", "inpaint_source") if getattr(self, name) is not None
+        ]
+        if len(whole_clips) > 1:
             raise OptionError(
                 "--outpaint_source and --inpaint_source: each is the whole clip. Give one of them"
             )
@@ -253,17 +255,17 @@ def read_placed_image(name: str, text: str) -> PlacedImage:
     Raises:
         OptionError: If the text does not have this form.
     """
-    number, _, rest = text.partition(":")
-    file, _, last = rest.rpartition(":")
+    number, _, file_and_strength = text.partition(":")
+    file, _, strength_text = file_and_strength.rpartition(":")
     try:
-        strength = float(last) if file else 1.0
+        strength = float(strength_text) if file else 1.0
     except ValueError:  # not a strength, but the end of a path that contains a colon
         file, strength = "", 1.0
-    file = file or rest
+    file = file or file_and_strength
     try:
         index = int(number)
     except ValueError:
-        file = ""
+        file = ""  # refused below
     if not file or not 0 < strength <= 1:
         raise OptionError(
             f"--{name} {text}: give a number, a file and optionally its strength up to 1, such as "

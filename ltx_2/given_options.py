@@ -271,7 +271,7 @@ def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
     # a condition of the file always applies unless it has a probability
     settings.setdefault("probability", 1.0)
     values = {option_names[key]: value for key, value in settings.items()}
-    if "" in option_names:
+    if "" in option_names:  # the switch of this type of condition
         values[option_names[""]] = True
     return values
 

@@ -18,7 +18,7 @@ def guidance_rules(
     audio_only: bool = False,
     identity_scale: float = 0.0,
 ) -> GuidanceRules:
-    """Return the guidance weights of the video and audio streams; unset ones are the release's.
+    """Return the guidance weights for the video and audio streams; unset ones get the release's defaults.
 
     Args:
         options: The options.

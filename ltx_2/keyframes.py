@@ -69,11 +69,11 @@ def space_generated_keyframes(count: int, num_frames: int) -> list[int]:
 def add_generated_keyframes(
     keyframes: Conditions, count: int, num_frames: int, shape: Sequence[int]
 ) -> Conditions:
-    """Append `count` keyframes that are generated, from noise, to the conditions of given keyframes.
+    """Append `count` keyframes to generate, which start as noise, to the conditions of given keyframes.
 
     Args:
-        keyframes: From `pop_keyframes`.
-        count: Number of generated keyframes.
+        keyframes: Conditions of the given keyframes, from `pop_keyframes`.
+        count: Number of keyframes to generate.
         num_frames: Number of frames of the clip.
         shape: Shape of its latents, B C F H W.
     """
@@ -106,11 +106,15 @@ def append_keyframes(
     noise: NoiseSource,
     start_sigma: float,
 ) -> Section:
-    """Append keyframes to a section's video as further latent frames, to be denoised with it.
+    """Append keyframes to a section's video as additional latent frames, which are denoised with it.
+
+    1. Add noise to the keyframes, less to those that are partly clean.
+    2. Record which latents stay clean, for the network (tokens) and for the sampler (fixed latents).
+    3. Lengthen the section's noise, and note how many frames are visible in the result.
 
     Args:
         section: A section that starts from noise.
-        conditions: From `pop_keyframes`.
+        conditions: Latents, indices and weights of the keyframes, from `pop_keyframes`.
         joint: Shapes of its video and audio; None for video alone.
         noise: Source of the noise of keyframes that do not stay entirely clean.
         start_sigma: Noise level at which the section starts.
@@ -167,7 +171,7 @@ def _append_frames(latents: Tensor, frames: Tensor, joint: AudioVideoShapes | No
 def append_clean_weights(
     clean_tokens: CleanTokens | None, image: Tensor, keyframe_weights: Tensor
 ) -> CleanTokens:
-    """Return how clean each latent of a clip is, and of the keyframes after it.
+    """Append the clean weights of keyframes to those of a clip; a weight says how clean a latent stays.
 
     Args:
         clean_tokens: Clean weights of the clip alone; None if all of it is generated.
@@ -211,9 +215,9 @@ def append_training_keyframes(
 
 
 def cut_appended_frames(sections: Generator[Section, Tensor, Tensor]) -> Generator[Section, Tensor, Tensor]:
-    """Yield the same sections, but cut appended latents (references, keyframes) off the results sent back.
+    """Pass sections on to the sampler, and cut appended latents (references, keyframes) off their results.
 
-    Returns what `sections` returns.
+    Returns what the generator `sections` returns.
     """
     section = next(sections)
     # each yield hands out a section to denoise and gets its latents, which the next section may need

@@ -277,6 +277,9 @@ class LtxModel(nn.Module):
     ) -> Hidden:
         """Embed all streams as tokens, B L+M W; return them with the blocks' other inputs.
 
+        For each stream, clean tokens (references, keyframes) are added; then texts, latents and timesteps are
+        embedded and, with two streams, the inputs of the attention between them.
+
         Latents, timesteps (B, 0..1000) and texts (B T text_dim) are given by stream. References come before
         the tokens of their stream; attention depends on positions only, not on the order of tokens.
         """

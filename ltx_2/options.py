@@ -329,7 +329,8 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def _check_streams(self) -> None:
         """Raise OptionError if options need a stream, video or audio, that --ltx2_mode leaves out."""
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
-        # presets whose names begin with a need the audio stream, those with v the video stream
+        # option -> streams it needs. Presets of LoRA targets that begin with a need audio, with v video;
+        # a loss weight of 0 trains the other stream only
         needed_streams = {
             f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
             self.strategy_option: {*self.strategy.streams},
@@ -596,7 +597,7 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a command's options that generate `sample` with a training run's models, by option name."""
+    """Return the options of the generation command that makes `sample` with a training run's models."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")

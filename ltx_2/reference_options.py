@@ -99,7 +99,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     @property
     def strength(self) -> float:
-        """Return the strength of all references; raise OptionError if they have different ones."""
+        """Return the strength that all references share; raise OptionError if strengths differ."""
         files_and_strengths = self.video_conditioning or ()  # alternating
         try:
             strengths = {float(text) for text in files_and_strengths[1::2]}

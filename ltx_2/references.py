@@ -182,7 +182,7 @@ def with_noisy_references(
     joint: AudioVideoShapes | None,
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections so that references are denoised together with the video, as frames after its last one.
+    """Wrap sections so that references are denoised together with the video, as frames appended to it.
 
     Args:
         sections: The sections; those without references are yielded unchanged.
@@ -306,7 +306,7 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
 
 
 def read_reference_factors(loras: Sequence[Path]) -> dict[str, int]:
-    """Return the reference factors and frame limit that LoRAs record, keyed by generation option.
+    """Return the reference factors and frame limit recorded in LoRAs' metadata, keyed by generation option.
 
     Raises OptionError if values differ, or one is not a whole number.
     """
@@ -340,9 +340,9 @@ def _read_reference_factor(path: Path, metadata: Mapping[str, str], names: Seque
 
 
 def resolve_reference_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
-    """Fill in unset reference factors (how much smaller references are) from LoRAs' metadata.
+    """Fill in unset reference factors (how much smaller references are) from the metadata of LoRAs.
 
-    A typed factor stays, with a warning if a LoRA records another one.
+    A typed factor is kept, with a warning if a LoRA records another one.
     """
     factors = read_reference_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:

@@ -332,6 +332,7 @@ def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
             "default": default_text == "True" if has_default else None,
             "values": (False,),
         }
+    # a switch is False by default; declared as `:switch`, it is None
     if type_name == "switch" or not (has_default or type_name):
         return names, {"action": "store_true", "default": None if type_name else False}
     default = _read_default(default_text) if has_default else None

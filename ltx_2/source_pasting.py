@@ -25,7 +25,7 @@ from protocols.requests import PixelEdit, Prepared
 
 
 def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -> Prepared:
-    """Return the request with a step after decoding that pastes source pixels where latents were given.
+    """Add a step after decoding to the request, which pastes source pixels where latents were given.
 
     Args:
         prepared: The request, of full size if it has stages.
@@ -106,8 +106,8 @@ class SourcePasting:
 def make_blend_weights(is_unchanged: NDArray[numpy.bool_], feather: int, step: int) -> NDArray[numpy.float32]:
     """Return the source's weight in each pixel, H W, which fades out toward the changed region.
 
-    It is 0 in the changed region, and rises evenly to 1 over the next `feather` pixels, along rows, columns
-    and diagonals alike. The edges of the frame do not count as edges.
+    It is 0 in the changed region, and rises linearly to 1 over the next `feather` pixels, along rows, columns
+    and diagonals alike. It does not fade toward the borders of the frame.
 
     Args:
         is_unchanged: Which latents stay unchanged, h w.

@@ -70,7 +70,7 @@ class TwoStages:
         return metadata
 
     def scale_factors(self, latent: LatentSpec) -> ScaleFactors:
-        """Return the total factors by which the upscalers multiply frames, and height and width.
+        """Return the total factors by which the upscalers enlarge the number of frames, and the sides.
 
         Raises OptionError if a LoRA is an upscaler, or an upscaler is given to the other upscaler's option,
         and CheckpointError for other files.
@@ -98,11 +98,10 @@ class TwoStages:
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
-        """Return the request with one request per stage: a small clip, then its upscaled refinement.
+        """Split a request into two stages: generate a small clip, then upscale and refine it.
 
-        Without a refinement, it is the first stage's request. Raises OptionError for a video to start from.
-
-        `dtype` is the dtype of the upscalers.
+        Without the second stage, only the first one's request is returned. `dtype` is the dtype of the
+        upscalers. Raises OptionError for a request with a video to start from.
         """
         request = prepared.request
         if request.source is not None:
@@ -156,9 +155,9 @@ class TwoStages:
     def _plan_upscaling(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
-        """Return a loader and the shape of the input latents, B C F H W, for each upscaler, in order.
+        """Return for each upscaler, in order, a function that loads it and the shape of its input latents.
 
-        `shape` is the shape of the first stage's latents.
+        `shape`, B C F H W, is the shape of the first stage's latents.
         """
         loaders = []
         for option, path in self.upscalers.items():
@@ -194,7 +193,9 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
 
 
 def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
-    """Move IC-LoRAs (trained with references) from --lora_weight to the first stage; return both records.
+    """Move IC-LoRAs (trained with references) from --lora_weight to the options of the first stage.
+
+    Returns the shared options and LTX-2's own options; other LoRAs stay in the shared ones.
 
     Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns select parts of LoRAs.
     """
@@ -237,7 +238,7 @@ def stage_sections(
     enlarge: Callable[[Tensor], Tensor],
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
-    """Yield a section for each of the two stages, and return the second stage's latents.
+    """Yield a section for each of the two stages to the sampler, and return the final latents.
 
     Args:
         prepared: Request with its stages.

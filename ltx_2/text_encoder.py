@@ -63,7 +63,7 @@ def read_settings(
     rope = settings.get("rope_parameters") or {}
     full = rope.get(FULL_ATTENTION) or {}
     sliding = rope.get(SLIDING_ATTENTION) or {}
-    old_scaling = settings.get("rope_scaling") or {}
+    old_scaling = settings.get("rope_scaling") or {}  # the key of transformers 4
     scaling = full if rope else old_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     # without a config.json, the values of the release
@@ -78,8 +78,8 @@ def read_settings(
     pattern = settings.get("_sliding_window_pattern", PATTERN)
     pattern = int(settings.get("sliding_window_pattern", pattern))  # also under its older name
     numbers = (stretch, theta, sliding_theta, scalar, window, pattern)
-    are_possible = all(0 < number < math.inf for number in numbers)
-    if kind not in ("default", "linear") or not are_possible:
+    are_positive = all(0 < number < math.inf for number in numbers)
+    if kind not in ("default", "linear") or not are_positive:
         listed = ", ".join(map(str, numbers))
         raise ValueError(f"rotary frequencies of type {kind}, values {listed}")
     rope_scaling = None
@@ -209,9 +209,9 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return {**super().identity, "connectors": fingerprint(self.connectors)}
 
     def check(self) -> None:
-        """Check that Gemma's file fits the connectors.
+        """Check that the connectors fit Gemma, whose states of all layers they read side by side.
 
-        Raises CheckpointError if a file is of another kind, or the connectors require another state width.
+        Raises CheckpointError if a file is of another kind, or the connectors require another width.
         """
         model = self.settings.model
         with open_checkpoint(self.path) as checkpoint:

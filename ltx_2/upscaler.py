@@ -59,7 +59,8 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     # pixel shuffle: the number of pixels per input pixel determines the factor on height and width
     width_out = shape(layer, 5 if is_timed else 4)[0]
     block, remainder = divmod(width_out, width)
-    sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}  # with time, a block has 2 frames
+    # number of pixels in a block -> factor on height and width; with time, a block has 2 frames
+    sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}
     side = sides_by_block.get(block)
     if axes not in (4, 5) or remainder or width % GROUPS:
         raise rejection

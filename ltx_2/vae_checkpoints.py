@@ -165,7 +165,7 @@ def _read_coder(shape: Shape, names: Iterable[str], coder: str, rejection: Check
             resampling = _read_resampling(shape, name, width, is_down, rejection)
             parts.insert(0, resampling)
             width = resampling.width_in
-        else:  # the last part is a group of blocks
+        else:  # the last part has to be a group of blocks
             raise rejection
     width_in, channels_in = shape(f"{coder}.conv_in.conv.weight", 5)[:2]
     if width_in != width or not parts:
@@ -235,11 +235,11 @@ def _apply_settings(
     is_causal = settings.get("causal_decoder", False)
     is_causal = settings.get("decoder_causal", is_causal)
     # the settings list shortcuts starting at the pixels; the decoder's parts start at the latents
-    from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])
+    shortcuts_from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])
     parts: list[BlockGroup | Resampling] = []
     for part in decoder.parts:
         if isinstance(part, Resampling):
-            part = replace(part, is_residual=next(from_latents))
+            part = replace(part, is_residual=next(shortcuts_from_latents))
         parts.append(part)
     modes = (encoder_mode, decoder_mode)
     has_all = len(shortcuts) == len(decoder.resamplings)

@@ -330,10 +330,8 @@ class VideoVaeDecoder(nn.Module):
         """Yield the pixels, B 3 T H W, of latent frames B Z 1 h w, in playing order.
 
         A decoder that looks ahead yields its first frames after about half a clip, and the last ones a frame
-        or two
-        at a time, while each layer in turn reaches the end of the clip. A layer never computes more frames
-        at once
-        than one latent frame makes.
+        or two at a time, while each layer in turn reaches the end of the clip. A layer never computes more
+        frames at once than one latent frame makes.
         """
         layers = (self.conv_in, *_flat(self.up_blocks), self.conv_out)
         memory = ClipMemory()

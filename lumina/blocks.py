@@ -179,7 +179,7 @@ class FeedForward(nn.Module):
 
 
 class JointTransformerBlock(nn.Module):
-    """Attention and feed-forward, each normed before and after and added to the stream.
+    """Attention and feed-forward, each normalized before and after and added to the stream.
 
     Without modulation there are only the norms, as in the blocks that refine captions.
     """

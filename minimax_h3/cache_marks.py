@@ -114,7 +114,7 @@ def _check_tags(key: str, tags: Tensor, num_states: int, task: str) -> None:
 
 
 def read_teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the cached texts that a teacher reads in place of the captions of a batch.
+    """Return the cached text states that the teacher gets instead of the batch's captions.
 
     Args:
         batch: The batch.
@@ -132,6 +132,7 @@ def read_teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], lis
         cached_conditions = [
             other for other, other_keys in TEACHER_KEYS.items() if other_keys.states in batch.tensors
         ]
+        # tell which other conditions the cache was made for
         others = f" (it has those of {cached_conditions[0]})" if cached_conditions else ""
         raise CacheError(
             f"{batch.keys[0]}: its cache has no teacher rows, {missing[0]}{others}, which {NAME}'s teacher "

@@ -181,7 +181,7 @@ class H3CachingEncoder(H3TextEncoder):
         return H3Sources(references=sources).presented_media(references)
 
     def _make_teacher_prompt(self, prompt: Prompt, clip: Tensor) -> Prompt:
-        """Return the prompt with the text and media that --teacher_conditions shows the teacher."""
+        """Return the prompt for the teacher, with the text and media that --teacher_conditions selects."""
         if self.teacher_conditions == FIRST_LAST:
             return replace(prompt, media_before_text=present_keyframes(_list_keyframes(prompt)))
         if self.teacher_conditions == CLIP:

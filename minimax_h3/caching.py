@@ -167,7 +167,7 @@ class H3Caching:
     def _make_tensors(
         self, vae: H3VideoVae, audio_vae: H3AudioVae, media: MediaBatch, step: int
     ) -> dict[str, Tensor]:
-        """Encode the single dataset item in `media`, and return its cache tensors by name.
+        """Encode the only dataset item in `media`; return the tensors to cache by name.
 
         `step` is the multiple to which sides of references are rounded.
         """

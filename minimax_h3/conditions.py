@@ -131,10 +131,10 @@ class PositionedConditions:
 def position_conditions(
     conditions: Conditions, sample: int, num_text: int, target: ImageGrid
 ) -> PositionedConditions:
-    """Return a sample's conditions with their positions, whose times start after the text.
+    """Return a sample's conditions with positions; their times start after the text tokens.
 
-    Keyframes are at the times of the first and the last frame; references follow one another, and the frames
-    to generate follow them.
+    Keyframes have the times of the first and the last frame. References come one after another, followed by
+    the frames to generate.
 
     Args:
         conditions: Conditions of the batch; images and clips are noised already. Other names are ignored.
@@ -164,9 +164,9 @@ def position_conditions(
 def _position_references(
     references: Mapping[str, Tensor], start_time: float, target: ImageGrid
 ) -> tuple[list[H3Condition], float]:
-    """Return references, one after another from `start_time` on, and the time after the last one.
+    """Place references one after another, starting at `start_time`; return them and the end of the last one.
 
-    A clip and its audio, which comes first in `references`, start together.
+    A clip and its audio start together; the audio comes first in `references`.
     """
     time = start_time
     positioned: list[H3Condition] = []
@@ -180,11 +180,11 @@ def _position_references(
             time += 1.0 if is_image else max(float(num_audio_latents), clip_duration(latents.shape[2]))
             num_audio_latents = 0
         elif clip_key in references:
-            # at the left and right edges of its clip
+            # audio of a clip: its two channels are at the left and right edges of the clip's grid
             num_audio_latents = latents.shape[3]
             clip_grid = grid_of(references[clip_key])
             positioned.append(H3Condition(latents, AudioPosition(num_audio_latents, time, clip_grid)))
-        else:
+        else:  # audio without a clip uses the target's grid
             positioned.append(H3Condition(latents, AudioPosition(latents.shape[3], time, target)))
             time += latents.shape[3]
             num_audio_latents = 0

@@ -144,12 +144,12 @@ def _read_frequencies(checkpoint: Checkpoint) -> int | None:
     A trained file has them in its metadata; otherwise they are read from the config.json next to the file.
     Raises CheckpointError if the value is not a whole number.
     """
-    noted = checkpoint.metadata.get(FREQUENCIES_KEY)
-    if noted is not None:
-        if not re.fullmatch(r"[0-9]{1,4}", noted):
-            path, error = checkpoint.path, f"{FREQUENCIES_KEY} in its metadata is {noted!r:.60}"
+    recorded = checkpoint.metadata.get(FREQUENCIES_KEY)
+    if recorded is not None:
+        if not re.fullmatch(r"[0-9]{1,4}", recorded):
+            path, error = checkpoint.path, f"{FREQUENCIES_KEY} in its metadata is {recorded!r:.60}"
             raise CheckpointError(f"{path}: {error}. Copy the file again.", path)
-        return int(noted)
+        return int(recorded)
     path, settings = declared_settings(checkpoint, {DIFFUSERS_CLASS})
     frequencies = settings.get("rope_freq_dim")
     if frequencies is not None and type(frequencies) is not int:
@@ -169,7 +169,7 @@ def _check_positions(config: H3Config, path: Path) -> None:
 
 
 def _read_config(shapes: DitShapes) -> H3Config:
-    """Return the sizes of the model from shapes; a pruned file has a table in place of the time embedder."""
+    """Return the model's sizes from tensor shapes; a pruned file has a table instead of the time embedder."""
     (head_width,) = shapes.shape_of("blocks.0.attn.q_norm.weight", axes=1)
     dim, inner = shapes.shape_of("blocks.0.attn.out_proj.weight")
     rows, _ = shapes.shape_of("blocks.0.attn.qkv_proj.weight")

@@ -268,9 +268,9 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return text states, token tags and media conditions; raise CacheError if they misfit the files.
+        """Return text states, token tags and media conditions; raise CacheError if they do not fit the model.
 
-        With `batch.condition_set`, they are the conditions of a teacher's pass.
+        With `batch.condition_set`, they are the conditions for a teacher's forward pass.
         """
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -480,7 +480,7 @@ class MiniMaxH3(OneTransformer):
         return {0: conditions} if conditions else {}
 
     def _encode_references(self, encoders: MediaEncoders, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of references by condition name; load the audio VAE only if one has audio."""
+        """Encode references as latents by condition name; the audio VAE is loaded only if one has audio."""
         record = prepared.family_settings
         references = record.media.references
         conditions: dict[str, Tensor] = {}
@@ -522,8 +522,8 @@ class MiniMaxH3(OneTransformer):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the only denoising section: video and audio noise, joined to 1 N.
 
-        Noise is drawn for keyframes or references, then for frames, then for tokens of audio: left, then
-        right.
+        The order of drawing decides the result for a seed: keyframes or references, frames, then audio
+        tokens of the left channel and of the right one.
         """
         joint = prepared.audio_video_shapes
         assert joint is not None, "there is always audio"

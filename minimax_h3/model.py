@@ -487,7 +487,7 @@ class H3Model(nn.Module):
 def _index_timesteps(
     times: tuple[float, float], conditions: Sequence[H3Condition]
 ) -> tuple[list[float], list[int]]:
-    """Return the timesteps of a pass, and for frames, audio and each condition the index of its timestep.
+    """Return the timesteps of a pass, and which of them (by index) frames, audio and each condition have.
 
     Conditions share a timestep if the same rule sets it, even if two rules give equal values: compiled blocks
     depend on which tokens share one, and both schedules of `times` begin at the same value.

@@ -378,7 +378,7 @@ def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         first, last = sample.get("image_path"), sample.get("end_image_path")
         if not first and last is None:  # the task needs one of them
             first = Placeholder("IMAGE_FILE")
-        return {"--first_frame": first or None, "--last_frame": last}
+        return {"--first_frame": first or None, "--last_frame": last}  # None leaves an option out
     if task == "ref2va":
         extra = sample.get("extra") or {}
         references = extra.get(REF, "")
@@ -398,7 +398,7 @@ def check_guidance(scale: float | None, flag: str) -> None:
 
 
 def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
-    """Copy --width, --height, --ratio, --duration and --dtype to the shared options.
+    """Set the shared options for size, length and dtype from --width, --height, --ratio, --duration, --dtype.
 
     Raises OptionError if another option contradicts them, or for guidance, which is built into the model.
     """
@@ -432,12 +432,12 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
 
 
 def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
-    """Return height and width; None if the first keyframe of each prompt line decides.
+    """Return height and width from the options; None if each prompt line's first keyframe sets the size.
 
     Raises OptionError if two options give different sizes.
     """
     own_size = None
-    typed = f"--ratio {own_options.ratio}"
+    typed = f"--ratio {own_options.ratio}"  # for messages: the option that sets `own_size`
     if own_options.ratio == ADAPTIVE:
         if size is not None:
             raise OptionError(f"{typed} and --video_size: give one of them")

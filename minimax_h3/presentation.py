@@ -97,7 +97,7 @@ def present_media(
     preprocessing: Preprocessing,
     prompt_format: ImagePromptFormat = IMAGE_PROMPT,
 ) -> Presentation:
-    """Return the text labels and image patches that present media to the text encoder, in order.
+    """Return the text labels and image patches that show media to the text encoder, before the prompt.
 
     `vision_tower` is the text encoder's loaded vision model, which defines the patches.
 
@@ -153,8 +153,7 @@ def sample_clip_frames(num_frames: int, group_size: int) -> SampledFrames:
     """Select the frames of a clip that the encoder sees, `ENCODER_FPS` each second, in groups.
 
     `num_frames` is the clip's length at 24 per second. If the last group lacks frames, its time is computed
-    as
-    if the clip's last frame were repeated. Raises MediaError if the clip has fewer frames than one group.
+    as if the clip's last frame were repeated. Raises MediaError if the clip has fewer frames than one group.
     """
     stride = FPS / ENCODER_FPS
     indices = tuple(range(0, num_frames, round(stride)))

@@ -104,13 +104,13 @@ def split_ref(text: str) -> tuple[str, Mapping[str, str]]:
 
     Raises OptionError for a wrong format.
     """
-    path, *parts = text.split(";")
+    path, *field_texts = text.split(";")
     fields: dict[str, str] = {}
-    for part in parts:
-        name, separator, value = part.partition("=")
+    for field_text in field_texts:
+        name, separator, value = field_text.partition("=")
         if name.strip() not in FIELDS or not separator or not value.strip() or name.strip() in fields:
             raise OptionError(
-                f"--ref {text!r}: {part!r} is not understood. Write PATH;type=image, video or "
+                f"--ref {text!r}: {field_text!r} is not understood. Write PATH;type=image, video or "
                 "audio;audio=PATH"
             )
         fields[name.strip()] = value.strip()

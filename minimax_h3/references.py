@@ -98,7 +98,7 @@ class H3Media:
 
 
 def read_media(request: Request) -> H3Media:
-    """Return a request's keyframes, control images and references; raise OptionError if they are unusable."""
+    """Read a request's keyframes, control images and references; raise OptionError if they cannot be used."""
     first, last = _select_keyframes(request)
     control_names = _split_lines(request, CONDITION_IMAGES)
     controls = tuple(to_path("--condition_image", text) for text in control_names)
@@ -173,7 +173,7 @@ def _check_control_indices(one_frame: OneFrame, num_controls: int) -> None:
 def _read_references(request: Request) -> Iterator[H3Reference]:
     """Yield the request's references in order; raise OptionError if two kinds of options name them."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
-    # options by kind count as one way
+    # the options by kind count as one, because they may be combined: they are read in a fixed order
     used_options = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
     if len(used_options) > 1:
         listed = " and ".join(f"--{name}" for name in used_options)

@@ -57,9 +57,9 @@ def read_clean_fractions(cond: Conditions) -> CleanFractions:
 def add_noise_to_inputs(
     clean_fractions: CleanFractions, tensors: Conditions, condition_set: str, generator: torch.Generator
 ) -> Conditions:
-    """Add noise to a batch's keyframes and references, for `NoiseSpec.change_conditions`.
+    """Add noise to a batch's keyframes and references, as the model expects them.
 
-    For a teacher that gets the clip itself (CLIP), also add the noised clip and its audio as references.
+    A teacher with the condition set CLIP also gets the noised clip and its audio, as references.
     """
     noised = dict(tensors)
     for key in sort_condition_keys(tensors):
@@ -114,7 +114,7 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
         CacheError: If conditions are missing, or do not fit the network.
     """
     tensors = batch.tensors
-    # names what a teacher sees in place of the task's media; empty in an ordinary pass
+    # `condition_set` says what a teacher sees instead of the task's media; "" in an ordinary pass
     if batch.condition_set == CLIP:
         return {**_use_clip_as_reference(tensors, latents), **_read_time_indices(tensors)}
     keys: list[str] = []

@@ -301,7 +301,7 @@ def in_thousandths(name: str, fraction: float) -> int:
 
 
 def translate(args: argparse.Namespace) -> None:
-    """Copy options with other trainers' names to the shared options that every family has.
+    """Copy the values of options with other trainers' names to the shared options of all families.
 
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
@@ -335,7 +335,7 @@ def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> d
     `samplers` and `weightings` are all values of the shared options --timestep_sampling and
     --weighting_scheme.
     """
-    # the released schedule allows one way to draw noise levels; the values are the error messages
+    # the released schedule allows one way to draw noise levels; "refused" maps other values to messages
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
     return {
@@ -382,7 +382,10 @@ Shared = dict[str, tuple[str, Any]]
 
 
 def _translate_guidance(args: argparse.Namespace) -> Shared:
-    """Translate the trainer's options of the guidance loss to the shared options of --guided_target."""
+    """Translate MiniMax-H3's options for the guidance loss to the shared options of --guided_target.
+
+    Returns a dict from each shared option to the user's option and the value.
+    """
     shared: Shared = {}
     scale = args.h3_guidance_loss_scale
     if scale:
@@ -404,7 +407,10 @@ def _translate_guidance(args: argparse.Namespace) -> Shared:
 
 
 def _translate_teacher(args: argparse.Namespace) -> Shared:
-    """Translate the trainer's options of teacher matching to the shared options of --teacher."""
+    """Translate MiniMax-H3's options for teacher matching to the shared options of --teacher.
+
+    Returns a dict from each shared option to the user's option and the value; {} without teacher matching.
+    """
     if not args.h3_teacher_matching:
         return {}
     defaults = H3TargetOptions.from_defaults()

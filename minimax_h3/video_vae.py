@@ -162,7 +162,7 @@ class H3VideoVae(nn.Module):
             yield from self._decode_joined_clips(latents)
 
     def _decode_joined_clips(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents clip by clip; yield frames, cross-faded where two clips decode the same frames.
+        """Decode a video's latents in chunks, called clips; cross-fade the frames that two clips share.
 
         A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
         """
@@ -244,7 +244,7 @@ def _join_tiles(
     """
     joined_rows = []
     for row_index, tiles in enumerate(tile_rows):
-        joined = []
+        cut_tiles = []
         for index, tile in enumerate(tiles):
             if row_index > 0:
                 tile_above = tile_rows[row_index - 1][index]
@@ -252,12 +252,12 @@ def _join_tiles(
             if index > 0:
                 tile = _blend(tiles[index - 1], tile, column_overlaps[index - 1], axis=-1)
             if row_index < len(tile_rows) - 1:
-                # the next tile brings the overlap
+                # the overlap is taken from the next tile, in which it is cross-faded
                 tile = tile[..., : tile.shape[-2] - row_overlaps[row_index], :]
             if index < len(tiles) - 1:
                 tile = tile[..., : tile.shape[-1] - column_overlaps[index]]
-            joined.append(tile)
-        joined_rows.append(torch.cat(joined, dim=-1))
+            cut_tiles.append(tile)
+        joined_rows.append(torch.cat(cut_tiles, dim=-1))
     return torch.cat(joined_rows, dim=-2)
 
 

@@ -87,9 +87,9 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
-    """Return the size limits and colors in a preprocessor's settings; missing ones are as released.
+    """Return the size limits and color statistics of a preprocessor; missing ones are as released.
 
-    `source` is the settings file with its content. Raises an error for unusable values.
+    `source` is the path of the settings file, and its content. Raises an error for unusable values.
     """
     file, settings = source
     sizes = settings.get("size") or {}
@@ -100,17 +100,17 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     are_integers = type(min_pixels) is int and type(max_pixels) is int
     if not are_integers or not 0 < min_pixels <= max_pixels <= MAX_PIXELS or min_pixels > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {min_pixels} to {max_pixels} pixels")
-    tokens = 0  # no limit for the tokens of a frame
+    max_tokens = 0  # no limit for the tokens of a frame
     if settings.get("cap_pixels_per_frame") is True:
-        tokens = settings.get("max_video_tokens", 768)  # the released processor's default
-    if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
-        raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
+        max_tokens = settings.get("max_video_tokens", 768)  # the released processor's default
+    if type(max_tokens) is not int or not 0 <= max_tokens <= MAX_PIXELS:
+        raise _make_error(file, f'"max_video_tokens" is {max_tokens!r}')
     colors = {name: settings[name] for name in COLOR_SETTINGS if settings.get(name) is not None}
     for name, values in colors.items():
         if not _are_channel_values(values, above=0 if name == "image_std" else -math.inf):
             raise _make_error(file, f'"{name}" is {values!r}')
     return replace(
-        released, min_pixels=min_pixels, max_pixels=max_pixels, colors=colors, max_tokens_per_frame=tokens
+        released, min_pixels=min_pixels, max_pixels=max_pixels, colors=colors, max_tokens_per_frame=max_tokens
     )
 
 
@@ -183,8 +183,8 @@ def resized_sides(
 
     1. The sides are rounded to multiples of `token_size`, the frames to multiples of `group_size`, the number
        of frames in a token.
-    2. If this is more or less than the limits, the original sides are scaled to the limit instead.
-    3. Scaled sides are rounded to multiples of `token_size`, down from the maximum, up from the minimum.
+    2. If the number of pixels is then outside the limits, the original sides are scaled to the limit instead.
+    3. Scaled sides are rounded to multiples of `token_size`: down at the maximum, up at the minimum.
 
     `num_frames` and `sides` (height, width) are the clip's. Raises MediaError if the sides differ too much.
     """

@@ -157,7 +157,7 @@ class MossImage(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request, with its noise levels and the blocks that the negative pass skips.
+        """Resolve a request, its noise levels, and which blocks the pass with the negative prompt skips.
 
         Raises OptionError if a size or a number cannot be used.
         """
@@ -186,7 +186,10 @@ class MossImage(pictures.ModelOfImages):
         return replace(prepared, steps=num_steps, sigmas=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
-        """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""
+        """Return which blocks the pass with the negative prompt skips, and in which part of the steps.
+
+        Raises OptionError for blocks that the network does not have.
+        """
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         missing: list[int] = []
         is_default = blocks == own.read_blocks(own.SKIPPED)

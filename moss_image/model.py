@@ -354,11 +354,11 @@ class MossImageModel(BlockNetwork):
         num_references = sum(math.prod(sides) for sides in reference_grids)
         num_images = num_references + math.prod(grid)
         num_isolated = num_references if isolated else 0  # these do not attend to a text's tokens
-        first = texts[0]
+        first_text = texts[0]
         tokens = MossImageTokens(
             grid,
-            rotary=self._find_rotary(grid, reference_grids, first),
-            lengths=first.lengths(num_images - num_isolated),  # of the tokens that attend to all
+            rotary=self._find_rotary(grid, reference_grids, first_text),
+            lengths=first_text.lengths(num_images - num_isolated),  # of the tokens that attend to all
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,
@@ -367,18 +367,20 @@ class MossImageModel(BlockNetwork):
             num_isolated=num_isolated,
         )
         if overrides.combine_attention is not None:  # there is a NAG text
-            second = texts[1]
-            lengths = second.lengths(num_images - num_isolated)
+            second_text = texts[1]
+            lengths = second_text.lengths(num_images - num_isolated)
             tokens = replace(
                 tokens,
                 second_text=SecondText(
                     num_image_tokens=num_images,
-                    num_text_tokens=second.states.shape[1],
+                    num_text_tokens=second_text.states.shape[1],
                     lengths=lengths,
                     combine_attention=overrides.combine_attention,
                 ),
                 second_rotary=self._make_table(
-                    MossImageLayout(grid, reference_grids, second.states.shape[1], second.text_lengths),
+                    MossImageLayout(
+                        grid, reference_grids, second_text.states.shape[1], second_text.text_lengths
+                    ),
                     device=x.device,
                 ),
             )

@@ -163,7 +163,7 @@ def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, for generating a sample with a training run's models.
+    """Return the options of the generation command that makes a sample with a training run's models.
 
     Args:
         options: Options of the training run.

@@ -36,7 +36,7 @@ def word_of(name: str) -> str:
 
 
 def find_words(tensors: Mapping[str, Tensor]) -> BundledWords:
-    """Return the textual-inversion words bundled in a LoRA file, each as its own embedding file would be."""
+    """Return the textual-inversion words in a LoRA file, each with the content of an embedding file."""
     words: dict[str, dict[str, Tensor | Mapping[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)

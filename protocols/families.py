@@ -156,7 +156,7 @@ class FamilyEntry:
     def generation_argv(
         self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Return the command line of a generation that uses the same models as a training run.
+        """Return the command line that generates a sample with the models of a training run.
 
         Options of the training run are repeated if the generation script has them too.
 
@@ -283,7 +283,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
     if path.is_file() and path.suffix != ".json":
         from checkpoints.opening import open_file  # only for hints
 
-        # once, because each family would need a second to reject a malicious file
+        # opened once here, because rejecting a malicious file would take each family a second
         try:
             open_file(path).close()
         except CheckpointError:
@@ -358,7 +358,7 @@ def plain_script(
     prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
     advice_after_interrupt: Callable[[Any], str] = lambda options: "",
 ) -> Script:
-    """Return the main function of a script: it reads options, and passes the first record to a function.
+    """Return the main function of a script that reads options and calls a function with the first record.
 
     Args:
         about: Docstring of the script.

@@ -100,10 +100,10 @@ class FewSteps:
         return f"Train on {self.base}"
 
     def judge(self, path: Path, metadata: Mapping[str, str]) -> Verdict | None:
-        """Judge by names whether a transformer was distilled; the name nearest to the file decides.
+        """Guess from names whether a transformer was distilled; the first conclusive name decides.
 
-        Names are the file's own, its folders' if the file's name says nothing about a model, and
-        those in its metadata.
+        Names are, in this order, the file's own, its folders' if the file's name is generic (such as
+        "model"), and the titles in its metadata.
 
         Args:
             path: The checkpoint.
@@ -130,7 +130,7 @@ class FewSteps:
             undistilled = self.undistilled_pattern
             if undistilled and re.search(undistilled, snake_case_name):
                 return Verdict(False, reason)
-            # a model that was distilled only to take its guidance as a number does not count
+            # guidance distillation, after which guidance is an input of the model, does not count
             without_guidance_words = _GUIDED.sub("", _with_underscores(name))
             # "de-distilled" contains "distilled": such words are removed before the search
             without_undone_words = _UNDONE.sub("", without_guidance_words)

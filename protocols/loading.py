@@ -63,7 +63,7 @@ class TensorInfo:
         if file.readinto(memoryview(cast(Any, target.numpy()))) != len(target):  # type: ignore[attr-defined]
             text = f"{path} ends inside {name}: it was cut short while being read. Copy it again."
             raise CheckpointError(text, path)
-        return target.view(self.dtype).view((self.packing or self).shape)  # the shape in the file
+        return target.view(self.dtype).view((self.packing or self).shape)  # packed weights differ in shape
 
     def hollow(self) -> Tensor:
         """Return an empty tensor of the same shape and dtype on the meta device."""

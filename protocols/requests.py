@@ -343,7 +343,7 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
 
 
 def check_frames(option: str, path: Path, needed: int) -> None:
-    """Raise MediaError if a video or a folder of images has fewer frames than needed.
+    """Raise MediaError if a video or a folder of images has too few frames.
 
     The needed frames are decoded, so that damaged ones are found.
 

@@ -51,7 +51,7 @@ def parse_expert(name: str) -> str | None:
 
 
 def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
-    """Return the expert that the name of a file, or of the folder that contains it, indicates; else None.
+    """Return the noise expert that the name of a file or of its folder indicates; None if neither does.
 
     Args:
         path: File or folder.

@@ -21,7 +21,7 @@ def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
 
 
 def _check_cache(cache: CacheOrigin, version: Version) -> None:
-    """Raise CacheError if the cache was made for another release, or with the former pixel range.
+    """Raise CacheError if the cache was made for another release, or from pixels in the wrong range.
 
     Caches of other programs do not record the release, and are accepted.
     """

@@ -176,8 +176,8 @@ class QwenImage(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are vl_embed, T D for each sample, and for references latents_control_0, ..., B C 1 h
-        w.
+        The conditions are vl_embed, T D for each sample, and for references latents_control_0, ...,
+        B C 1 h w.
         """
         velocity: Tensor = dit(
             noisy,

@@ -235,9 +235,9 @@ def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, with values, for generating a sample with a training run's models.
+    """Return the options of the generation command that makes a sample with a training run's models.
 
-    `sample` has the settings of a sample by name. A value of None leaves its option out.
+    `sample` has the settings of a sample by name. An option whose value is None is left out.
     """
     controls = sample.get("control_images") or ()
     return {

@@ -153,9 +153,9 @@ def check_mask(path: Path, has_image: bool) -> None:
 def read_edit_reference(
     prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions
 ) -> EditReference | None:
-    """Return the first control image with --mask_path or --rcm_threshold, which reset unchanged parts to it.
+    """Return the first control image with the rule for resetting unchanged parts of the result to it.
 
-    None without either option. `latents` are the image's, 1 C 1 h w.
+    The rule is --mask_path or --rcm_threshold; None without either. `latents` are the image's, 1 C 1 h w.
     """
     mask = prepared.request.extra.get(MASK)
     threshold = options.rcm_threshold

@@ -74,7 +74,7 @@ def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
     """
     sizes = [tuple(latents.shape[-2:]) for latents in references.values()]
     for index, key in enumerate(batch.keys):
-        # a slot is where the caption's tokens make room for a reference
+        # a slot is the position of a reference among the caption's tokens
         num_slots = len(batch.tensors[SLOTS][index])
         if num_slots != len(sizes):
             raise CacheError(
@@ -82,10 +82,10 @@ def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
                 f"{len(sizes)}. {BOTH_AGAIN}."
             )
         if SIZES in batch.tensors:
-            seen = [tuple(size) for size in batch.tensors[SIZES][index].tolist()]
-            if seen != sizes:
+            seen_sizes = [tuple(size) for size in batch.tensors[SIZES][index].tolist()]
+            if seen_sizes != sizes:
                 raise CacheError(
-                    f"{key}: its caption was encoded with references of {seen} latent pixels, and its "
+                    f"{key}: its caption was encoded with references of {seen_sizes} latent pixels, and its "
                     f"latents have {sizes}. {BOTH_AGAIN}."
                 )
         if sizes:

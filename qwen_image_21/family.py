@@ -120,11 +120,10 @@ class QwenImage21(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states, the references, and the tokens in the text where references belong.
+        """Return the captions' states, the references' latents, and each reference's position in the text.
 
-        Raises CacheError if states are from another encoder or from after the final norm, or if the text
-        encoder
-        saw other references.
+        Raises CacheError if the states are from another encoder or were taken after the final norm, or if
+        the text encoder saw other references.
         """
         batch.check({KEY: TEXTS_AGAIN, SLOTS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -150,6 +149,7 @@ class QwenImage21(pictures.ModelOfImages):
         """
 
         def named(text: Conditions) -> dict[str, Tensor]:
+            """Return a text's states, mask and slots by the names of the network's arguments."""
             # slots are used as Python numbers, so they stay on the CPU
             slots = name_texts(text, {"slots": SLOTS}, torch.device("cpu"))
             return {**name_text_and_mask(text, "text", KEY, noisy.device), **slots}
@@ -225,7 +225,7 @@ class QwenImage21(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only denoising section; with a mask, the result keeps the first image outside of it.
+        """Yield the request's only denoising section; with a mask, the first image is kept outside of it.
 
         Without --no_kv_cache, keys and values of texts and references are computed in the first step only.
         """

@@ -255,7 +255,7 @@ class Turbo(NamedTuple):
 
 
 def find_turbo(dit: Path | None) -> Turbo | None:
-    """Return Turbo's noise levels, with the evidence that a transformer is Turbo; None for other models.
+    """Return Turbo's noise levels, with the evidence that a transformer is Turbo; None if it is not Turbo.
 
     The evidence is `sample_sigmas` of the release's model_index.json, else a word such as "turbo" in the name
     of the file or a folder around it. Raises CheckpointError if model_index.json cannot be used.

@@ -220,7 +220,9 @@ class QwenImage21Attention(nn.Module):
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, tokens: QwenImage21Tokens, segments: Sequence[Segment]
 ) -> Tensor:
-    """Attend in samples with equal segments: images see all tokens, text is causal; padding gives zeros.
+    """Compute the attention of samples whose prefixes have equal segments (texts and reference images).
+
+    The image attends to all tokens, a segment to itself and earlier ones, text causally; padding gives zeros.
 
     `query` is B L+P N D, or B L N D if the keys and values of the prefix are cached. `key` and `value`
     are B L+P N D.
@@ -446,9 +448,11 @@ class QwenImage21Model(BlockNetwork):
         references: Sequence[Tensor] = (),
         is_prefix_cached: bool = False,
     ) -> Hidden:
-        """Embed an image and its prefix (text and references) as tokens, B L+P C, for the blocks.
+        """Embed an image and its prefix (text and references) as tokens, B L+P C, with the blocks' inputs.
 
-        Returned with the blocks' other inputs. A second text is for normalized attention guidance (NAG).
+        1. Embed the image, and the prefix of each text unless it is cached.
+        2. Compute modulation for the image and for the prefix, which is clean (timestep 0).
+        3. With normalized attention guidance (NAG), add the second text's tokens and positions.
 
         Args:
             noisy: B Z 1 H W.
@@ -493,17 +497,19 @@ class QwenImage21Model(BlockNetwork):
             attention=self.attention,
         )
         if overrides.combine_attention is not None:  # there is a NAG text
-            second = embedded[1]
+            second_prefix = embedded[1]
             tokens = replace(
                 tokens,
                 second_text=SecondText(
                     num_image_tokens=num_image_tokens,
-                    num_text_tokens=second.x.shape[1],
+                    num_text_tokens=second_prefix.x.shape[1],
                     lengths=None,
                     combine_attention=overrides.combine_attention,
                 ),
-                second_segments=list_segments(second.prefixes),
-                second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
+                second_segments=list_segments(second_prefix.prefixes),
+                second_rotary=self._make_table(
+                    layout._replace(prefixes=second_prefix.prefixes), device=x.device
+                ),
             )
         return Hidden(x, tokens)
 
@@ -526,17 +532,17 @@ class QwenImage21Model(BlockNetwork):
         longest = max(prefix.num_text_tokens for prefix in prefixes)
         texts = self.txt_in(text[:, :longest].to(dtype)).to(dtype)
         images = [self.embed_image(latents).to(dtype) for latents in references]
-        samples = []
+        sample_tokens = []
         for sample, prefix in enumerate(prefixes):
             text_tokens = texts[sample, : prefix.num_text_tokens]
-            pieces = []
+            token_runs = []  # text and reference images in turn
             text_start = 0
             for slot, image in zip(prefix.reference_slots, images, strict=True):
-                pieces += [text_tokens[text_start:slot], image[sample]]
+                token_runs += [text_tokens[text_start:slot], image[sample]]
                 text_start = slot
-            pieces.append(text_tokens[text_start:])
-            samples.append(torch.cat(pieces))
-        return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
+            token_runs.append(text_tokens[text_start:])
+            sample_tokens.append(torch.cat(token_runs))
+        return PrefixTokens(nn.utils.rnn.pad_sequence(sample_tokens, batch_first=True), prefixes)
 
     def grid_of(self, latents: Tensor) -> Grid:
         """Return rows and columns of an image's tokens; raise ValueError if its channels do not match."""
@@ -594,7 +600,8 @@ class QwenImage21Model(BlockNetwork):
         tables.append(self._text_rotations(position, num_text, device))
         # the generated image comes after the prefix in time, but first in the sequence
         target = self._image_rotations(layout.grid, position + num_text, device)
-        if not layout.has_prefix:  # its keys and values are stored
+        # a cached prefix needs no table, because its keys are rotated already: it only shifts the image
+        if not layout.has_prefix:
             tables = []
         return torch.cat([target, *tables]).unsqueeze(1)
 

@@ -379,7 +379,7 @@ def _read_levels(
 
 
 def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel], is_down: bool) -> None:
-    """Raise CheckpointError if levels do not fit each other, or scale height and width by a different factor.
+    """Raise CheckpointError if levels do not fit each other, or do not scale the sides by STRIDE in total.
 
     `half` is encoder or decoder, and `is_down` true for the encoder.
     """
@@ -387,9 +387,9 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
     error = None
     if scale != STRIDE:
         error = f"its {half} scales height and width by {scale}, not by {STRIDE}"
-    for before, after in pairwise(levels):
-        if before.width_out != after.width_in:
-            error = f"a level of its {half} has {before.width_out} channels, the next {after.width_in}"
+    for current, following in pairwise(levels):
+        if current.width_out != following.width_in:
+            error = f"a level of its {half} has {current.width_out} channels, the next {following.width_in}"
     for level in levels:
         has_shortcut = is_down or _resamples(level)
         if has_shortcut and not fits_shortcut(level.width_in, level.width_out, level.factors, is_down):

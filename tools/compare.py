@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _reject_generation_options(parser, generation_argv)
     family_name = options.family or family_of(options.lora[0], families)
 
+    # the generation script calls this instead of generating one clip
     def make(family: object, generation_options: object) -> None:
         """Generate the clips with the family of the generation script, and join them."""
         from generation.comparing import compare  # torch is loaded by now

@@ -90,7 +90,11 @@ CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 def batch_conditions(
     task: WanTask, config: WanConfig, batch: Batch, zeros_on: torch.device | None
 ) -> Conditions:
-    """Return the text, `condition_latents` B C F H W and, if the task has them, CLIP features of a batch.
+    """Return the text, `condition_latents` B C F H W and, if the task uses them, CLIP features of a batch.
+
+    1. Leave batches of single images (--one_frame) and of VACE to their own modules.
+    2. Check that the caches have every tensor that the task needs.
+    3. Combine image and control latents into the condition channels.
 
     Args:
         task: The task that is trained.
@@ -139,9 +143,9 @@ def batch_conditions(
 
 
 def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
-    """Return the CLIP features of a batch; raise CacheError if they are for another number of images.
+    """Return a batch's CLIP features; raise CacheError if they come from the wrong number of images.
 
-    A model with embedded image positions needs two images, others one.
+    A model with position embeddings for images needs two images, others one.
     """
     clip = batch.tensor("clip")
     positions = config.image_positions

@@ -93,10 +93,10 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 def log_task_differences(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log anything unusual about a transformer's file: its dtype, its size, or an ambiguous version.
+    """Log what is unusual about a transformer's file: its dtype, its size, or an ambiguous version.
 
     Some versions have the same tensors, so only --task distinguishes them. `target` is the compute dtype.
-    Warns if a large file stays in float32, as A14B was released.
+    Warns if a large model stays in float32, the dtype in which A14B was released.
     """
     config = header.config
     if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:

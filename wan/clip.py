@@ -68,7 +68,7 @@ class ClipConfig:
 
 
 def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
-    """Plan how to load the CLIP image tower: the official file, its visual half, or Hugging Face's names.
+    """Plan how to load the CLIP image tower from the official file, its visual half or a Hugging Face file.
 
     Raises CheckpointError for any other file.
     """

@@ -210,7 +210,7 @@ class Wan(OneTransformer):
         return MediaEncoders(files.load_vae(device), clip)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has control media that the cached kind of model cannot use."""
+        """Raise DatasetError if a table's control media do not fit the kind of model to cache for."""
         if self.condition_kind == ONE_FRAME:
             from wan import one_frame  # only for single images
 
@@ -407,11 +407,11 @@ class Wan(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section (start noise and conditions) to the denoising loop; return its latents.
+        """Yield the only section to the denoising loop, which sends back latents; return those of the video.
 
-        The loop sends back the denoised latents. Noise is drawn at once, C F H W. Extra noise on the image's
-        condition, for more motion, is drawn after it. An image that is the video's first frame is passed to
-        the section as a clean frame.
+        1. Draw the start noise of all frames, including frames that are cut off at the end.
+        2. With `image_noise`, draw noise for the image's condition, which adds motion.
+        3. Pass an image that is the video's first frame to the section as a clean frame.
         """
         request = prepared.request
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
@@ -476,7 +476,8 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 def family_for_training(options: WanTrainingOptions) -> Wan:
     """Build the model description for wan_train_network.py and Wan's other training scripts."""
     files = select_files(options)
-    if options.first_frame_probability is None:  # resolved here, because its value is recorded and compared
+    # the task's default is filled in here, because the value is recorded and compared later
+    if options.first_frame_probability is None:
         options = replace(options, first_frame_probability=files.task.first_frame_probability)
     return Wan(
         files,

@@ -195,7 +195,7 @@ class WanRelease(NamedTuple):
 
 
 def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
-    """Find the files of an official release, or of a diffusers pipeline, in its folder. Loads nothing.
+    """Find the files of an official release or a diffusers pipeline in its folder, without reading weights.
 
     Args:
         folder: Folder of the release.
@@ -330,7 +330,7 @@ def select_files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles
 
 
 def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float | None]:
-    """Return the files of a generation, including those of --ckpt_dir, and the boundary of the experts.
+    """Return the files for generation, including those in --ckpt_dir, and the timestep between the experts.
 
     Raises OptionError if the transformer for low noise is missing.
     """
@@ -378,10 +378,10 @@ def find_boundary(
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
-    """Return the files, with a task whose latents fit the VAE, and the kind of condition to cache.
+    """Return the files for caching, with a task that fits the VAE, and the kind of condition to cache.
 
     The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
-    that do not apply to those latents.
+    that do not apply to this VAE.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
     condition_kind = _select_image_kind(options)

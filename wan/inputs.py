@@ -257,9 +257,9 @@ def prepare_request(
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
-    """Fill in the fields that the request leaves unset, resolve its size, and check both.
+    """Resolve a request for a task: fill in unset fields, and compute and check the size.
 
-    The video takes the aspect ratio of the image that it starts from.
+    The video gets the aspect ratio of the image that it starts from.
 
     Args:
         task: The task.

@@ -82,7 +82,7 @@ class CrossAttention(SelfAttention):
         attended = attended_texts[0]
         if tokens.combine_attention is not None:
             attended = tokens.combine_attention(*attended_texts)
-        del attended_texts, k, v  # large: not held while the image is seen and `o` computes
+        del attended_texts, k, v  # large tensors: freed before the attention to the image
         if tokens.image_tokens is not None:
             k = self.norm_k_img(run_in_weight_dtype(self.k_img, tokens.image_tokens)).unflatten(-1, heads)
             v = run_in_weight_dtype(self.v_img, tokens.image_tokens).unflatten(-1, heads)
@@ -264,7 +264,11 @@ class WanModel(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
         frame_positions: tuple[int, ...] = (),
     ) -> Hidden:
-        """Return the video tokens, B L C float32, and the other inputs of the blocks.
+        """Embed latents as video tokens, B L C float32; return them with the blocks' other inputs.
+
+        1. Cut the latents into patches, and embed the times.
+        2. Embed the text, and a second text for guidance in the attention.
+        3. Take the image tokens from `image_embeds`, or from the first rows of the text.
 
         Args:
             noisy: Latents, B in_dim F H W, with condition channels after the noisy ones.
@@ -290,6 +294,7 @@ class WanModel(BlockNetwork):
         # equal rows of padding may be merged, unless the first rows of the text stand for the image
         padding_attention = None if text_is_image else self.attention
         texts = [text] if overrides.nag is None else [text, overrides.nag.text["text"]]
+        # for each text: its tokens, and how often a merged padding token stands for equal rows
         embedded = [self._embed_text(prompt, noisy, padding_attention, dtype) for prompt in texts]
         image_tokens = None
         if image_embeds is not None:

@@ -258,7 +258,7 @@ def _make_entry(tensors: Mapping[str, Tensor], item: int, frame_positions: Tenso
 
 
 def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditions:
-    """Return text, frame positions, `condition_latents` and, if the task has them, CLIP features.
+    """Return a batch's text, frame positions, `condition_latents` and, if the task uses them, CLIP features.
 
     Raises CacheError if a tensor is missing or does not fit the others.
     """

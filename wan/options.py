@@ -218,7 +218,7 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
             self._check_sample_dit(self.sample_dit_other)
 
     def _check_sample_dit(self, sample_dit: Path) -> None:
-        """Raise OptionError unless samples need a transformer in addition to the trained ones."""
+        """Check --sample_dit_other: raise OptionError unless samples need a second, untrained transformer."""
         trained = (self.dit, self.experts.dit_high_noise)
         if None not in trained:
             raise OptionError(
@@ -314,7 +314,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             self._check_vace_options()
 
     def _check_vace_options(self) -> None:
-        """Raise OptionError if an option is given that only VACE uses."""
+        """Raise OptionError if an option is given that only VACE uses; called for all other tasks."""
         task = TASKS[self.task]
         supports_one_frame = task.requires_image and not task.has_control
         # a single frame is generated from control images; prompt lines may ask for it too
@@ -340,9 +340,9 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
-    """Return the training options that latents from a caching command need: none, or --task.
+    """Return the options for training on the latents of a caching command: none, or --task.
 
-    `family` was built by the caching command. Caches do not show the model's size.
+    `family` was built by the caching command. Wan2.1's latents do not show the model's size: 14B is assumed.
     """
     has_features = options.clip is not None
     if options.vace:
@@ -380,7 +380,7 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
     task = TASKS[options.task]
     low_noise_dit = options.dit
     high_noise_dit = options.experts.dit_high_noise
-    # --sample_dit_other is the transformer that is not trained: that for high noise if only --dit is trained
+    # --sample_dit_other is the expert that is not trained: the high-noise one if only --dit is trained
     if high_noise_dit is None:
         high_noise_dit = options.sample_dit_other
     else:
@@ -451,7 +451,7 @@ def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) 
 
 
 def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generation options that repeat the images and clips of a cached training item."""
+    """Return the generation options that give a cached training item's images and clips as inputs."""
     example = sample["example"]
     control = next(iter(example.controls), None)
     if one_frame:

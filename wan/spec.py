@@ -147,11 +147,11 @@ def pad_texts(
 ) -> tuple[Tensor, Tensor | None]:
     """Pad texts with zeros and stack them to B T text_dim; the padding is not masked, as in training.
 
-    On a CPU, if `attention` can weigh repeated keys, the rows that are zero in every sample are merged into
-    one, and T numbers say how many rows each row stands for. The layers before attention treat each row
-    separately, so the result is the same, and most of a small model's work is saved. On a GPU 512 rows cost
-    next to nothing, and kernels take the weights of keys in 16 bits, which cannot distinguish 505 rows from
-    508.
+    On a CPU, if `attention` can weight repeated keys, the rows that are zero in every sample are merged into
+    one; the second result, T numbers, then says how many rows each row stands for (else None). Layers before
+    attention treat each row separately, so the output is the same, and a small model saves most of its work.
+    On a GPU 512 rows cost next to nothing, and kernels take key weights in 16 bits, too coarse for such
+    counts.
     """
     longest = max(len(rows) for rows in text)
     if longest > length:

@@ -71,7 +71,7 @@ def clean_text(text: str) -> str:
 
 
 def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
-    """Clean a prompt and strip it; return it with its weighted parts: start, end and weight of each.
+    """Clean and strip a prompt; return it with the new positions of its weighted parts (start, end, weight).
 
     Each part is cleaned alone to measure its length. If cleaning joins it to its neighbors (an accent after
     the last letter of a part), positions may be off by a character or two.

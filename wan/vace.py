@@ -40,7 +40,7 @@ class VaceRequest:
     scales: tuple[float, ...]  # strength of each layer's hints
 
     def add_to(self, prepared: Prepared) -> Prepared:
-        """Return the prepared request with these settings, also in the metadata of its files.
+        """Return the prepared request with these settings, which are also recorded in its files' metadata.
 
         Raises:
             OptionError: If the mask has neither the aspect ratio of its clip nor the result's, or has
@@ -55,8 +55,8 @@ class VaceRequest:
             read_mask(self.mask, prepared.width, prepared.height, prepared.frames)
         # 1.0 is the default; one number is used for all layers if their scales are equal
         if set(self.scales) != {1.0}:
-            different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
-            metadata["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
+            scales = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
+            metadata["vace_scale"] = ", ".join(f"{scale:g}" for scale in scales)
         return replace(prepared, family_settings=self, extra_metadata=metadata)
 
 
@@ -165,12 +165,12 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
 
 
 def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[Tensor]]:
-    """Return `vace_control`, 1 96 K+L h w with K references in front, and `vace_scales`, 1 layers.
+    """Encode VACE's inputs: `vace_control`, 1 96 K+L h w, K references first, and `vace_scales`, 1 layers.
 
     Both are on the CPU. The result is empty if all scales are 0, because then no hints are computed. Raises
     MediaError if a video is too short.
     """
-    # with the libraries of media, which networks run without
+    # imported here, because the network itself does not need the media libraries
     from modules.media.canvas import composite_on_white
     from modules.media.reading import first_frame
 

@@ -59,7 +59,7 @@ class WanVaceModel(WanModel):
         hint_scales: Tensor | None = None,
         **named_inputs: Any,
     ) -> Hidden:
-        """Embed the inputs as a plain Wan model does, and the control for VACE's second stack of blocks.
+        """Embed the inputs as Wan does, and the control input for VACE's additional blocks.
 
         Args:
             *inputs: Inputs of `WanModel.embed`.
@@ -69,7 +69,7 @@ class WanVaceModel(WanModel):
         """
         hidden = super().embed(*inputs, **named_inputs)
         if control is not None:
-            # the stream through VACE's blocks, which turn it into hints for Wan's blocks
+            # VACE's blocks process these tokens, and produce hints that are added to Wan's blocks
             patches = run_in_weight_dtype(self.vace_patch_embedding, control).float()
             hidden.control_tokens = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
             hidden.control_scales = hint_scales

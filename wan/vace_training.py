@@ -31,7 +31,7 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
         mask = torch.full_like(media.frames[..., 0], 255)  # white: everything is generated anew
     levels = mask.to(device)[:, None].float()  # 0..255
     tensors = {"latents": vae.encode(pixels).to(store)}
-    # VACE encodes the parts of the control that stay and that are new separately
+    # VACE encodes the kept part of the control and the part to generate separately
     vace_latents = encode_inactive_and_reactive(vae, control, levels / 255)
     tensors["latents_control"] = vace_latents.to(store)
     if media.control_mask is not None:

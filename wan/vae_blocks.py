@@ -125,18 +125,18 @@ def _prepend_previous_frames(x: Tensor, previous_frames: Tensor | None, norm: Rm
     written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
-    earlier = TIME_KERNEL - 1  # frames that the convolution sees before the current one
-    size = (batch, channels, earlier + frames, height, width)
+    num_previous = TIME_KERNEL - 1  # frames that the convolution sees before the current one
+    size = (batch, channels, num_previous + frames, height, width)
     joined = empty_clip(x, *size)
-    missing = earlier if previous_frames is None else earlier - previous_frames.shape[2]
-    joined[:, :, :missing] = 0
+    num_missing = num_previous if previous_frames is None else num_previous - previous_frames.shape[2]
+    joined[:, :, :num_missing] = 0
     if previous_frames is not None:
-        joined[:, :, missing:earlier] = previous_frames
-    now = joined[:, :, earlier:]
+        joined[:, :, num_missing:num_previous] = previous_frames
+    current = joined[:, :, num_previous:]  # a view: writing to it fills `joined`
     if norm is None:
-        now.copy_(x)
+        current.copy_(x)
     else:
-        F.silu(norm(x, out=now), inplace=True)
+        F.silu(norm(x, out=current), inplace=True)
     return joined
 
 
@@ -268,7 +268,7 @@ class WanVaeHalf(nn.Module):
             channels_out = 2 * config.latent_channels  # means and log variances
         else:
             self.conv1 = WanCausalConv(config.latent_channels, width_in)
-            # weights are drawn in this order, though the middle runs first
+            # built before the middle, which runs first: the order decides which random weights a layer gets
             upsamples = _make_layers(layers, is_down=False)
             self.middle = _make_middle(width_in)
             self.upsamples = upsamples

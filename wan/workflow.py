@@ -15,7 +15,7 @@ TEXT_TO_VIDEO = ComfyModel(
 
 
 def find_comfy_model(task: WanTask, takes_images: bool) -> ComfyModel:
-    """Return the settings with which ComfyUI loads and runs a task's model.
+    """Return how a ComfyUI workflow loads and samples a task's model; only text-to-video is supported.
 
     Args:
         task: The task.

@@ -217,7 +217,8 @@ class ZImage(ModelOfImages):
                 lowest_scale,
             )
         solver = prepared.solver
-        # both take Euler's steps; "euler" has the noise levels of diffusers
+        # both names are Euler's steps: "euler" with the noise levels of diffusers, the other one with those
+        # of musubi-tuner; --even_steps decides
         if solver in {"euler", EULER_OF_MUSUBI}:
             solver = "euler" if self.even_steps else EULER_OF_MUSUBI
         extra = request.extra
