@@ -209,8 +209,8 @@ def download_file(
             )
         give_name(partial, target)
         # partial downloads of other versions are no longer useful
-        for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-            old.unlink(missing_ok=True)
+        for old_partial in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+            old_partial.unlink(missing_ok=True)
 
 
 def _receive_undamaged(
@@ -257,10 +257,10 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
     if expected is None:
         return None
     if remote.sha256 is not None:
-        name = "SHA-256"
+        algorithm = "SHA-256"
         digest = hashlib.sha256()
     else:
-        name = "SHA-1"
+        algorithm = "SHA-1"
         digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)  # as git computes it
     with path.open("rb") as file, _make_bar(f"check {_display_name(path)}", size) as bar:
         while piece := file.read(PIECE):
@@ -269,7 +269,7 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
     checksum = digest.hexdigest()
     if checksum == expected:
         return None
-    return f"its {name} is {checksum[:12]}..., not {expected[:12]}..."
+    return f"its {algorithm} is {checksum[:12]}..., not {expected[:12]}..."
 
 
 def find_content_error(path: Path, name: str) -> str | None:

@@ -373,9 +373,8 @@ def _warn_of_live_sources(
     tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live_table = tables.get(table.index)
-        if (
-            live_table is not None and live_table.on_the_fly_buckets is not None
-        ):  # its images are encoded during training
+        # tables with buckets are those whose images are encoded during training
+        if live_table is not None and live_table.on_the_fly_buckets is not None:
             images += live_table.on_the_fly_sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
@@ -497,7 +496,11 @@ def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveT
 def _select_for_varying_captions_or_loras(
     family: Family, options: TrainingOptions, varies: bool
 ) -> LiveTextEncoders | None:
-    """Return the text encoders if captions vary or if they get a LoRA; None if caches replace them.
+    """Return the text encoders that run during training if captions vary or they get a LoRA; None for none.
+
+    1. If captions vary, or encoders are trained and no text caches are requested, all encoders run.
+    2. If only some are trained, only these run; the outputs of the frozen ones come from caches.
+    3. If all are trained although text caches are requested, `_overrides_text_cache` decides.
 
     Args:
         family: The model family.
@@ -567,6 +570,7 @@ def _overrides_text_cache(
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
         )
+    # a given --text_encoder_lr loses its effect, which deserves a warning
     log = logger.info if options.lora_parts.text_encoder_lr is None else logger.warning
     log(
         "Text encoders are not trained (%s), because --cache_text_encoder_outputs keeps their outputs: only "

@@ -226,7 +226,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_text_encode
         return rates
     for key, text in network.arguments().items():
         has_effect = trains_text_encoders or key != "loraplus_text_encoder_lr_ratio"
-        if key.startswith("loraplus_") and has_effect:
+        if key.startswith("loraplus_") and has_effect:  # a multiple of the transformer's rate
             rates[f"--network_args {key}={text}"] = base * float(text)
         elif key == REG_RATES:
             for pattern, rate in read_rates(REG_RATES, text):

@@ -197,6 +197,7 @@ def toml_value(value: Any) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file. Raises UserError if it cannot be read or is not TOML."""
     try:
         return parse_toml(read_text(path))
     except OSError as error:

@@ -81,8 +81,8 @@ def read_adapter(
         return None
     from networks.loading import read_lora, read_weighted_lora  # only with an adapter
 
-    name_in_file = read_lora(path, by_expert=True).expert
-    if name_in_file != expert.name and name_in_file in [trained.name for trained in experts]:
+    expert_in_file = read_lora(path, by_expert=True).expert
+    if expert_in_file != expert.name and expert_in_file in [trained.name for trained in experts]:
         logger.info(
             "%s %s is for the other transformer: the %s trains without it.",
             TRAINING_ADAPTER,
@@ -203,14 +203,16 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     changes_transformer = options.network is not None or options.full_dit is not None
     if options.features.keeps_few_step_ability or not (changes_transformer and knows_few_steps(family)):
         return ""
-    why = family.few_steps_evidence()
-    if why is None:
+    evidence = family.few_steps_evidence()
+    if evidence is None:
         return ""
     rule = family.few_steps
     unlearned = rule.unlearned_pronoun
-    beginning = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
+    beginning = (
+        f"The transformer may be distilled for few steps ({evidence}). If it is, plain training unlearns"
+    )
     if rule.applies_to_all_files:
-        beginning = f"The transformer {rule.distillation_clause} ({why}). Plain training unlearns"
+        beginning = f"The transformer {rule.distillation_clause} ({evidence}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
         return f"{beginning} {unlearned}: {rule.consequence}. {rule.advice_for_full_training}."
     warning = f"{beginning} {unlearned}: with the trained network {rule.consequence}. {rule.advice_for_lora}."
@@ -287,9 +289,9 @@ def expert_metadata(
 
 
 def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOptions]) -> Expert | None:
-    """Return the expert whose role a run's only transformer has; None if unknown or if there are several.
+    """Return which expert (high or low noise) a run's only transformer is; None if unknown or with several.
 
-    If the file does not name its expert, the range of timesteps decides.
+    If its file does not name the expert, the range of the run's timesteps decides.
 
     Args:
         family: The model family.

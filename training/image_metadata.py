@@ -310,6 +310,7 @@ def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
     }
     if table.directory is not None or table.image_folder is not None:
         entry["image_dir"] = table.base_folder.name
+    # a subset is recorded either by its metadata file or, for a folder, by class tokens
     name = source_format_of(table).metadata_key
     if name:
         entry[name] = table.source.name

@@ -84,7 +84,7 @@ def train(run: TrainingRun) -> bool:
                     return False
                 if run.is_done:
                     break
-        _log_report(run, run.delayed_reports.flush())
+        _log_report(run, run.delayed_reports.flush())  # the last step's values, which are read one step late
         if run.saver is not None:
             run.reporter.log_pause(SAVING)
             run.saver.save_final()
@@ -461,9 +461,10 @@ def _restart_step_timing(run: TrainingRun) -> None:
 
 
 def _after_step(run: TrainingRun, requested: StepRequests) -> None:
-    """Do the work due after an optimizer step.
+    """Validate, generate samples and save after an optimizer step, whichever of them are due.
 
-    Samples come before saving. If the run is to end, its samples are generated after resuming.
+    Samples come before saving. If a user has asked the run to end, its samples are only recorded as pending,
+    and generated after resuming.
     """
     progress = run.progress
     # work is due because a user asked for it, because the run ends, or by the options

@@ -259,9 +259,9 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Run the DiT on the noisy batch; return what the loss compares with the target velocity, float32.
+    """Return the DiT's prediction for a noisy batch, which the loss compares with the target velocity.
 
-    The shape is B C F H W, or B N if the images and the audio of a sample are joined into one vector.
+    It is float32, B C F H W, or B N if the images and the audio of a sample are joined into one vector.
 
     Args:
         family: The model family.
@@ -278,7 +278,7 @@ def predict(
     if noisy_batch.perturbation is not None:
         noise = noise + noisy_batch.perturbation
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.signal_scale(noisy_batch.sigmas))
-    if num_clean_frames:
+    if num_clean_frames:  # the first frames are conditions and stay without noise
         noisy = torch.cat([latents[:, :, :num_clean_frames], noisy[:, :, num_clean_frames:]], dim=2)
     if clean_tokens is not None:
         noisy = blend_clean_latents(noisy, latents, clean_tokens.image)

@@ -134,7 +134,7 @@ class NextSteps:
             commands.append(self._extract(file))
         lora = self.plan.network_spec.lora_options
         if lora is not None:
-            # other programs read some kinds only as a plain LoRA
+            # kinds that other programs read only after conversion to a plain LoRA
             plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
             lora_format = self.plan.lora_format
             needs_conversion = bool(self.converted_for)

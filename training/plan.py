@@ -491,7 +491,7 @@ def _find_items(
         CacheError: If there are no caches; the message contains the caching commands.
     """
     commands = sources.encoders.commands
-    # what identifies the checkpoint's own text encoders, by their names; caches of others are rejected
+    # identity of the checkpoint's own text encoders, by name; caches of other encoders are rejected
     trained_encoder_ids: Mapping[str, Mapping[str, str]] = {}
     if family.abilities.has_text_encoders and not trusts_caches:
         trained_encoder_ids = {encoder.name: encoder.identity for encoder in family.text_encoders()}
@@ -524,8 +524,10 @@ def _find_items(
     )
     if accelerator.process_index == 0:
         audio = audio_of(family)
-        hears = audio is not None and not audio.is_in_latent_cache
-        compare_sources(config.datasets, listed, commands, tag=family.cache_tag, trains_audio=hears)
+        has_audio_caches = audio is not None and not audio.is_in_latent_cache
+        compare_sources(
+            config.datasets, listed, commands, tag=family.cache_tag, trains_audio=has_audio_caches
+        )
     return items
 
 

@@ -320,7 +320,7 @@ def _list_saved_adjustable(saved: states.SavedState, adjustable: Mapping[str, An
         current = adjustable.get(name)
         # an option that is off now counts as unchanged, however its default is written
         saved_adjustable[name] = default if current else current
-    return saved_adjustable | saved.habits
+    return saved_adjustable | saved.habits  # `habits` is their name in the state
 
 
 def _reject_differences(

@@ -160,7 +160,7 @@ class Sampler:
                 check=check,
                 show_progress=show_progress,
             )
-            if not self.writes_files:
+            if not self.writes_files:  # this process has only taken part in the computation
                 continue
             seed_suffix = f"_{sample.prepared.seed}" if sample.is_seeded else ""
             date = time.strftime("%Y%m%d%H%M%S")

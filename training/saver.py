@@ -83,6 +83,7 @@ def make_saver(
     is_main = plan.accelerator.is_main_process
     metadata = _collect_metadata(model)
     if publisher is not None and is_main:
+        # one model card describes all uploaded files, so it gets the metadata of the first one
         published = PublishedRun(
             names=plan.names,
             is_lora=plan.options.network is not None,
@@ -217,6 +218,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
     return states.SavedState(
         folder=Path(),
         progress=plan.progress,
+        # in a state, settings that must stay the same are `identity`, and those that may change are `habits`
         identity=plan.settings.fixed,
         habits=plan.settings.adjustable,
         parts=parts,

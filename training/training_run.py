@@ -256,7 +256,7 @@ class TrainingRun:
             self.audio_parameters = frozenset(
                 parameter for parameter, name in names.items() if audio.modules in name
             )
-        self.loss_components = ()
+        self.loss_components = ()  # names of the parts whose losses are logged separately
         if len(experts) > 1:
             self.loss_components = tuple(expert.name for expert in experts)
         elif audio is not None and not plan.features.has_joint_audio_loss:

@@ -490,8 +490,8 @@ def check_experts_reached(
 def loss_weights(options: TimestepOptions, times: Timesteps, exact_sigmas: bool = False) -> Tensor:
     """Return the weight of each sample's loss, B float32 (Esser et al. 2024, arXiv 2403.03206, section 3.1).
 
-    Weights depend on the timesteps, rounded to 1..1000, or with `exact_sigmas` on the sigmas, which are at
-    least a thousandth because some weights divide by them.
+    Weights depend on the timesteps, rounded to 1..1000, or with `exact_sigmas` on the sigmas, clamped to at
+    least 0.001 because sigma_sqrt divides by them.
     """
     if exact_sigmas:
         thousandths = NUM_TIMESTEPS * times.sigmas.double()

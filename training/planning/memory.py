@@ -105,7 +105,7 @@ class MemoryPrediction:
                 kinds.append(dry.GRADIENTS)
             trained_bytes = sum(peak_bytes.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.num_further_dits * trained_bytes))
-        # models of features, such as a teacher, count as large as the trained transformer
+        # models that features load, such as a teacher, are assumed to be as large as the trained transformer
         for model in self.options.features.further_models:
             device = peak_bytes.get(dry.WEIGHTS, 0) - offloaded.saved_device_bytes
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host_bytes))
@@ -465,7 +465,6 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
                 format_gib(needed),
                 format_gib(room.usable),
             )
-            # it compares the prediction with the peak
             watch = MemoryWatch(device, needed, prediction.num_elements)
     # each process has resolved auto for its own device, but all share the swapped weights in host memory
     if options.speed.swap.is_auto:

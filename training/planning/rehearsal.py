@@ -394,7 +394,7 @@ def list_states(optimizer: Optimizer) -> list[Tensor]:
 
 
 def estimate_state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
-    """Estimate the size in bytes of an optimizer's states, if it cannot step tensors without storage.
+    """Estimate the size in bytes of the states of an optimizer that cannot step tensors without storage.
 
     The size is looked up by the class's name, or measured in a real step on small weights on the CPU.
     """

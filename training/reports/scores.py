@@ -172,7 +172,7 @@ def write_scores(path: Path, scores: RunScores) -> None:
     for row, row_values in zip(scores.rows, values["rows"], strict=True):
         row_values |= {"clip": row.clip, "clip_score": clip_score(row.clip), "likeness": row.likeness}
         row_values["tag_recall"] = row.tag_recall
-        row_values["mark"] = row_values.pop("step_label")  # as in earlier versions
+        row_values["mark"] = row_values.pop("step_label")  # the key that earlier versions wrote
     best = find_best(scores.rows, scores.unsampled)
     values["best"] = None if best is None else {"file": best.name, "reason": str(best.text)}
     values["remark"] = str(NO_TASTE)
@@ -253,10 +253,10 @@ def list_unsampled(
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
     """Return the best saved file; None if there is none.
 
-    If there are validation losses, the lowest one determines the file. Otherwise, among the files whose
-    samples match their prompts best (within TOLERANCE), it is the one whose samples are most like the
-    training images. Files with samples that copy a training image are considered only if all files have
-    such samples.
+    1. Files with samples that copy a training image are left out, unless all files have such samples.
+    2. If there are validation losses, the file with the lowest one is chosen.
+    3. Otherwise, among the files whose samples match their prompts best (within TOLERANCE), the file whose
+       samples are most similar to the training images is chosen.
 
     Args:
         rows: Scores of each step.
