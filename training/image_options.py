@@ -615,9 +615,14 @@ def block_control_net_trainer(network_title: str, defaults: ImageTrainerDefaults
         defaults: Defaults of the script that trains LoRAs of the same family.
     """
     # such a network runs with the tokens of the blocks, so options that change how blocks run are rejected
-    of_blocks = (*SWAPPING, "use_pinned_memory_for_block_swap", *list_block_options(), *options_of_blocks())
+    block_options = (
+        *SWAPPING,
+        "use_pinned_memory_for_block_swap",
+        *list_block_options(),
+        *options_of_blocks(),
+    )
     refused = {
-        **dict.fromkeys((*of_blocks, "gradient_checkpointing_cpu_offload"), _TOKENS),
+        **dict.fromkeys((*block_options, "gradient_checkpointing_cpu_offload"), _TOKENS),
         "network_dim": "Its sizes are those of --cond_emb_dim and --lllite_...; leave it out",
         "network_dropout": "Give it to --lllite_dropout",
     }

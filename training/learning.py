@@ -307,6 +307,10 @@ class NetworkLoader:
     def load(self, family: Family, index: int) -> UnpreparedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
 
+        1. Choose where its weights are kept: on the device, in host memory, or sharded over processes.
+        2. Read the LoRAs to merge, and load the network with them.
+        3. Wrap the layers whose LoRAs cannot be merged.
+
         A network to train gets the training dtype. The caller adds the trained LoRA before `set_up_network`.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
@@ -328,7 +332,7 @@ class NetworkLoader:
             if loras.uses:
                 patch, t_loras = self._read_merged(loras, network_options, family, index)
         placement = experts.placement_of(options, device, plan.quantization)
-        # a DoRA learns the norms of the weights, which include merged LoRAs
+        # a DoRA learns the norms of the merged weights, so no LoRA may be left unmerged
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
         placement = replace(

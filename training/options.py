@@ -306,13 +306,15 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     flag = next(flag for flag in by_preference if flag in flags)
     is_switch = action.nargs == 0 or not texts
     # an option that is changed but neither typed nor set by the launcher follows from other options
-    follows = is_changed and typed_flags and action.dest not in {*typed_flags, *LAUNCHER_VARIABLE_BY_OPTION}
+    is_derived = (
+        is_changed and typed_flags and action.dest not in {*typed_flags, *LAUNCHER_VARIABLE_BY_OPTION}
+    )
     return ScriptOption(
         name=action.dest,
         text=" ".join(texts),
         arguments=option_argv({flag: True if is_switch else value}),
         is_changed=is_changed,
-        is_typed=not follows,
+        is_typed=not is_derived,
     )
 
 

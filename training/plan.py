@@ -148,6 +148,11 @@ def make_plan(
 ) -> TrainingPlan:
     """Plan a run: find its state, items and steps, and check all that is possible before networks are loaded.
 
+    1. Find the saved state, and check the options.
+    2. Determine what the features and the text encoders that run during training need.
+    3. Find or make the caches, list the items, and derive the order of batches and the steps.
+    4. Compare the plan with the saved state.
+
     Args:
         family: The model family.
         options: Options of the run.

@@ -36,14 +36,14 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     """
     reject_other_splits()  # first, because accelerate would import the packages that split a model
     _check_environment()
-    has_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if has_processes:
+    is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_distributed:
         reconnect()
     minutes = DEFAULT_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout
     try:
         accelerator = Accelerator(
             # otherwise accelerate would let each of several processes without a GPU train alone
-            cpu=has_processes and not torch.cuda.is_available(),
+            cpu=is_distributed and not torch.cuda.is_available(),
             mixed_precision=options.mixed_precision,
             # always 1, whatever the launcher sets: the loop accumulates itself, so backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

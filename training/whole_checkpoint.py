@@ -96,7 +96,7 @@ def _train_checkpoint(
     networks: dict[str, nn.Module] = {}
     for name, parameter in dit.named_parameters():
         group, rate = _select_rate(name, parts, family.dit, learning_rate)
-        groups.add(group, rate if learns_by_name(name, name_parts) else 0.0, parameter)
+        groups.add(group, rate if learns_by_name(name, name_parts) else 0.0, parameter)  # 0: stays frozen
     if groups.params:
         networks[DIT] = dit
     elif name_parts:

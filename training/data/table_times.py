@@ -164,7 +164,8 @@ def explain_ignored_options(
     """
     training_tables = list_training_tables(tables)
     reasons: dict[str, str] = {}
-    # a validation needs the bounds of the timesteps even if each trained table has its own
+    # a validation needs the bounds of the timesteps even if each trained table has its own: only the shift is
+    # then without effect
     for name in (SHIFT_KEY,) if validates_between else TIMESTEP_KEYS:
         if training_tables and all(getattr(table, name) is not None for table in training_tables):
             reasons[name] = "each table of the dataset has its own"

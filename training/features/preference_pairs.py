@@ -86,7 +86,7 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
         captions=batch.captions * 2,
         keys=batch.keys * 2,
         loss_weights=batch.loss_weights * 2,
-        undropped={},
+        undropped={},  # this and `empty_text` are for other targets, which --preference excludes
         empty_text={},
         has_empty_text=batch.has_empty_text * 2,
         rejected=None,

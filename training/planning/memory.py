@@ -285,11 +285,11 @@ def _offload_states(
     Returns:
         The reduced peaks, and the bytes of the states in host memory.
     """
-    total = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in phase_peaks.values())
-    on_device = round(total * share)
+    state_bytes = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in phase_peaks.values())
+    on_device = round(state_bytes * share)
     return {
         phase: {**peak_bytes, dry.OPTIMIZER: on_device} for phase, peak_bytes in phase_peaks.items()
-    }, total
+    }, state_bytes
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
