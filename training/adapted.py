@@ -59,7 +59,7 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
         return f"its metadata says it is for {version}, and the transformer is {trained_version}"
     base = metadata.get(BASE_MODEL, "")
     repositories = family.release.repositories
-    if base and base.casefold() not in [one.casefold() for one in repositories]:
+    if base and base.casefold() not in [repository.casefold() for repository in repositories]:
         return f"its metadata says it is for {base}, and the transformer is of {' or '.join(repositories)}"
     return ""
 

@@ -382,8 +382,8 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     Raises:
         OptionError: If the quantization, the attention or the precision is not available.
     """
-    stored = options.speed.fp8.quantization
-    quantization = None if stored is None else prepare(stored, device)
+    requested = options.speed.fp8.quantization
+    quantization = None if requested is None else prepare(requested, device)
     autocast = AUTOCAST.get(options.accelerator.mixed_precision)  # None without mixed precision
     placement = placement_of(options, device, quantization)
     check_backend(

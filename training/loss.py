@@ -396,6 +396,7 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
     if options.huber_schedule == "exponential":
         progress = timesteps.float().clamp(0, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
         return (progress * math.log(options.huber_c)).exp() * options.huber_scale
+    # snr; --huber_scale applies to the other two schedules only
     signal_scales = spec.signal_scale(sigmas)  # factors of the clean latents in the noisy ones
     # 1 / (1 + r)^2, written to avoid a division by zero at a scale of 0
     factors = (signal_scales / (signal_scales + sigmas.float())).square()

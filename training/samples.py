@@ -536,6 +536,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     control_paths = values.get("control_image_path") or []
     if isinstance(control_paths, str):
         control_paths = [control_paths]
+    # in prompt files `cfg_scale` is the guidance scale, and `guidance_scale` is the embedded guidance
     guidance_scale = _read_number(values, "cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
     # without a size, some models take the size of the first reference image: None

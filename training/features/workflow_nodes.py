@@ -317,6 +317,7 @@ class ComfyGraph:
                 for name in self.files
             ]
         else:
+            # a checkpoint file provides all three: output 0 is the model, 1 the text encoder, 2 the VAE
             checkpoint = self.add_node("CheckpointLoaderSimple", ckpt_name=self.files[0])
             models, text_encoders = [[checkpoint, 0]], [checkpoint, 1]
         vae: Link = [self.add_node("VAELoader", vae_name=model.vae), 0] if model.vae else [checkpoint, 2]

@@ -537,11 +537,12 @@ def list_memory_savings(
         Pairs of an advised option and the run's options with it and all earlier ones applied.
     """
     loop = options.loop
-    is_plain = options.full_dit is None and options.speed.fp8.quantization is None
+    # only frozen weights can be stored in fp8
+    can_quantize = options.full_dit is None and options.speed.fp8.quantization is None
     unused = {
         "--offload_inactive_dit": num_further_dits > 0 and not options.by_expert.offload_inactive_dit,
         "--gradient_checkpointing": not loop.gradient_checkpointing,
-        "--fp8_base --fp8_scaled": is_plain,
+        "--fp8_base --fp8_scaled": can_quantize,
         "--gradient_checkpointing_cpu_offload": not loop.gradient_checkpointing_cpu_offload,
     }
     savings: list[tuple[str, TrainingOptions]] = []
