@@ -248,7 +248,7 @@ class Sampler:
                 tags = as_png_texts(metadata)
                 path = write_layers(self.folder, stem, frames, family.latent.has_full, tags)[-1]
             elif prepared.frames == 1:
-                number = "" if family.latent.is_of_images else "_000"
+                number = "" if family.latent.is_of_images else "_000"  # a single image of a video model
                 path = self.folder / f"{stem}{number}.png"
                 write_png(path, next(frames), as_png_texts(metadata))
             else:

@@ -194,6 +194,10 @@ def predict_memory(
 ) -> MemoryPrediction:
     """Predict the memory of a training step by simulating it on tensors without storage.
 
+    1. Load the transformer without values, and list the effect of swapping each number of blocks.
+    2. Simulate the step, with the text encoders that run in it.
+    3. Account for averages and optimizer states that are kept in host memory.
+
     8-bit matrix products are simulated as 16-bit products of the same weights. Errors while loading the model
     are raised as in a real run.
 

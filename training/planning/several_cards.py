@@ -76,7 +76,7 @@ def _estimate_with_savings(
     """
     added_flags: tuple[str, ...] = ()
     savings = list_memory_savings(options, len(family.experts) - 1)
-    for flags, changed_options in chain([("", options)], savings):
+    for flags, changed_options in chain([("", options)], savings):  # "": no flag is added
         added_flags = (*added_flags, *flags.split())
         counter = TokenCounter()
         prediction = predict_on_one_gpu(changed_options, counter)

@@ -89,7 +89,7 @@ def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
 
     Args:
         history: The history of the run.
-        seconds: Seconds after which the page is returned in any case.
+        seconds: Maximum number of seconds to wait; then the page is returned as it is.
 
     Returns:
         The path of the page; None if there is no page.
