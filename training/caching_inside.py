@@ -114,6 +114,10 @@ def prepare_sources(
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
+    1. Decide for each dataset table where its tensors come from, and encode what is to be cached.
+    2. Send caches in memory to all processes.
+    3. List the sources of images and captions that are encoded at each step, and warn about them.
+
     All processes of a run call this and share the work.
 
     Args:

@@ -247,7 +247,7 @@ def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilie
         network = network_for(options, expert)
         if network is not None:
             modules.append(network.network_module or family.lora_module)
-    # two transformers, of which only the one in use is on the device
+    # only one of the two transformers is on the device at a time
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
     return RunUses(
         turn_taking_options=("--offload_inactive_dit",) if takes_turns else (),
@@ -352,7 +352,7 @@ def select_lora_format(
     Args:
         family: The model family.
         lora: Options of the LoRA; None if none is trained.
-        trained_encoders: Text encoders that are trained, as far as they are known.
+        trained_encoders: Text encoders that are trained; () before they are known.
     """
     if lora is None:
         return None

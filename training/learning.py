@@ -71,6 +71,10 @@ logger = logging.getLogger(__name__)
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """Load the networks, attach what is trained, create the optimizer, and restore the state of --resume.
 
+    1. Load each expert, and add its LoRA or select its trained weights; then load networks only for samples.
+    2. Join the trained parameters of all experts and features, and create optimizer and schedule.
+    3. Run the hooks of features, and restore the saved state.
+
     Text encoders that run during training are loaded already. A part of the LoRA is attached to those that
     are trained.
 
@@ -580,7 +584,11 @@ class TrainableBuilder:
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
-    """Return the object that steps the weights: all together, one by one, or inside the backward pass."""
+    """Return the object that steps the weights: all together, one by one, or inside the backward pass.
+
+    Weights are stepped one by one if a step needs temporary copies of a weight: float32 values of a bf16
+    weight, all rows of a sharded one, or optimizer states from host memory.
+    """
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
     full_dit, sharded_weights = options.full_dit, trainable.sharded_weights
     optimizer_class = type(optimizer)

@@ -261,7 +261,11 @@ def predict(
 ) -> Tensor:
     """Return the DiT's prediction for a noisy batch, which the loss compares with the target velocity.
 
-    It is float32, B C F H W, or B N if the images and the audio of a sample are joined into one vector.
+    1. Add the noise, except to latents that stay clean.
+    2. With audio, join it and the images into one tensor.
+    3. Run the DiT, and convert the velocity for --model_prediction_type.
+
+    The result is float32, B C F H W, or B N if the images and the audio of a sample are one vector.
 
     Args:
         family: The model family.

@@ -305,7 +305,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     by_preference = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
     flag = next(flag for flag in by_preference if flag in flags)
     is_switch = action.nargs == 0 or not texts
-    # an option that is changed but neither typed nor set by the launcher follows from other options
+    # changed, but neither typed nor set by the launcher: the value was derived from other options
     is_derived = (
         is_changed and typed_flags and action.dest not in {*typed_flags, *LAUNCHER_VARIABLE_BY_OPTION}
     )

@@ -483,6 +483,10 @@ def _find_items(
 ) -> Sequence[TrainingItem]:
     """Find the cached training items by their file names, check their caches, and return them.
 
+    1. List the items, which must exist.
+    2. Check the channels of new items, and that all caches fit the model and its text encoders.
+    3. In the first process, warn about caches that are missing or older than their sources.
+
     Args:
         family: The model family.
         config: The dataset, as read from its file.

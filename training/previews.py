@@ -258,7 +258,12 @@ def _print_plan(
     commands: CachingCommands,
     others: OtherFamilies,
 ) -> None:
-    """Print how much memory the run would need (--plan), on one GPU or divided over several."""
+    """Print how much memory the run would need (--plan), on one GPU or divided over several.
+
+    1. Check the network module, the model files and the features.
+    2. Read the largest batch from the caches.
+    3. Simulate a step with it, and print the memory.
+    """
     reject_foreign_module(family, options)
     family.check_named_files()  # first: caches are made with them
     if options.full_dit is not None:

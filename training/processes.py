@@ -31,6 +31,10 @@ DEFAULT_TIMEOUT = 24 * 60
 def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     """Join the processes that the launcher started and choose device and precision.
 
+    1. Check the environment, and create the accelerator.
+    2. Set the options of CUDA's matrix products and convolutions.
+    3. Log the device, and warn about options that have no effect on it.
+
     Raises:
         OptionError: If the device does not support this precision.
     """

@@ -328,7 +328,8 @@ def prepare_samples(
 ) -> Sampler:
     """Read and check the prompts, and encode this process's share of prompts and images.
 
-    Call it before the DiT is loaded.
+    Call it before the DiT is loaded, because the text encoders need the memory. The first process also warns
+    about unused settings, removes unfinished files of an earlier run, and makes the previews.
 
     Args:
         family: The model family.

@@ -185,6 +185,10 @@ class NoiseSampler:
     def add_noise(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Return micro-batch `number` of the run with its noise, timesteps, loss weights and conditions.
 
+        1. Draw the noise and the timesteps, and the number of first frames that stay clean.
+        2. Draw those of the audio. If only one of the two is trained, the other one stays clean.
+        3. Draw changes of the conditions and the latents that stay clean, and run the features' hooks.
+
         Args:
             batch: The batch.
             number: Index of the micro-batch in the run.
@@ -447,8 +451,8 @@ class Feed:
         if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
             first_of_step = index - index % plan.batches_per_step
             step = plan.steps_until(epoch, first_of_step)
-            place = RunPosition(seed, number, step, plan.total_steps)
-            batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
+            position = RunPosition(seed, number, step, plan.total_steps)
+            batch = replace(batch, captions=change_captions(items, batch.captions, captions, position))
         noise_sampler, first_sample = self._sampler_of_batch(key)
         return noise_sampler.add_noise(batch, number, first_sample)
 

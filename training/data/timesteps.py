@@ -532,7 +532,7 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
                 drawn = _from_logsnr(RARE_MEAN, RARE_STD, normal)
             case _:
                 drawn = shift_sigmas(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
-        t = torch.where(draws >= start, drawn, t)
+        t = torch.where(draws >= start, drawn, t)  # later samplers replace the values of their intervals
         start += share
     return t
 

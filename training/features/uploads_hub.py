@@ -320,7 +320,7 @@ class Uploads:
                 )
                 if not can_replace_card(existing, card):
                     logger.info("%s keeps its own %s", repo, CARD)
-                    self._card_failures.append(CARD)
+                    self._card_failures.append(CARD)  # so that no later card of the run is tried
                     return
             self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **repo_arguments)
         except Exception as error:  # the files are saved, so the run continues

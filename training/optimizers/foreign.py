@@ -32,6 +32,9 @@ def renumber(
 ) -> dict[str, Any]:
     """Convert the parameter numbers in another program's optimizer state to this run's numbers.
 
+    Each order in which that program may have numbered its parameters is tried; all orders that fit must give
+    the same result.
+
     Args:
         state: State dict of the other program's optimizer.
         groups: Parameter groups of this run's optimizer.
@@ -100,9 +103,9 @@ def _list_possible_orders(groups: Groups, names: Mapping[Tensor, str], version: 
 
         return position
 
-    used = {factor for _, _, factor in name_parts.values()}
+    used_factors = {factor for _, _, factor in name_parts.values()}
     orders = [order for kind in KINDS for order in kind.orders]
-    return [position_by(order) for order in orders if used <= set(order)]
+    return [position_by(order) for order in orders if used_factors <= set(order)]
 
 
 def _renumber_in_order(

@@ -135,7 +135,7 @@ def draw_page(history: Path, draw: Callable[[Path, RunHistory], None], *, is_ove
     page = page_path(history.parent, history_name(history))
     new_page = temporary_name(page)
     draw(new_page, run_history)
-    os.utime(new_page, ns=(history_time, history_time))
+    os.utime(new_page, ns=(history_time, history_time))  # tells which version of the history it shows
     if page.is_file() and page.stat().st_mtime_ns > history_time:
         new_page.unlink()
     else:

@@ -352,7 +352,7 @@ class History:
         # lines about single steps and about the start are not needed in memory
         if not row.keys() & {*TRANSIENT_KEYS, "started"}:
             self.run_history.add(row)
-        # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
+        # bytes of a file name that are not UTF-8 become escapes such as \\udce9, which JSON can restore
         line = replace_surrogates(json.dumps(row, ensure_ascii=False)) + "\n"
         if self.is_written:
             self._buffered_lines.append(line)
