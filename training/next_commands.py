@@ -109,6 +109,10 @@ class NextSteps:
     def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return the suggested commands: resume, generate, convert or extract, start again.
 
+        1. Continue the run. Generate with the file, if the model has a script.
+        2. Extract a LoRA, if the whole model was trained and a file is saved.
+        3. Convert a LoRA: kinds that other programs do not know to a plain LoRA, or only its tensor names.
+
         Args:
             saved: The file to use: the best one, or the newest. With None, if nothing is saved yet, the
                 commands name the file that the end of the run will save.

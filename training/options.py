@@ -441,7 +441,8 @@ def read_arguments(
 def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.environ) -> argparse.Namespace:
     """Return all arguments, in this order of precedence: command line, --config_file, launcher, defaults.
 
-    The launcher, `accelerate launch`, sets precision and compilation by environment variables.
+    The launcher, `accelerate launch`, sets precision and compilation by environment variables. Values from a
+    file must not import code or send data unless the user sees it, so they are checked apart from typed ones.
 
     Raises:
         OptionError: If a value in the file is not valid, or if an option is rejected.

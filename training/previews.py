@@ -97,7 +97,12 @@ def _list_tables(
 def _print_check(
     family: Family, options: TrainingOptions, network_spec: NetworkSpec, commands: CachingCommands
 ) -> int:
-    """Print the items that would be trained on, and write the page (--check); returns the exit code."""
+    """Print the items that would be trained on, and write the page (--check); returns the exit code.
+
+    1. Check the options and features with this dataset.
+    2. Find the faults of the dataset, from its caches or files.
+    3. Add lines about timesteps, targets and the learning rate.
+    """
     from data_tools.report import check, findings  # only with --check
 
     reject_foreign_module(family, options)

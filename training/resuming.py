@@ -246,6 +246,10 @@ def check_resumable(
 ) -> dict[str, str]:
     """Raise OptionError if the saved run is a different one; warn about changed settings.
 
+    1. Warn about settings that the state, of an older version, did not record.
+    2. Reject differences in settings that must stay the same, unless --resume_changed allows them.
+    3. Warn about other changed settings, or return all changes with --resume_changed.
+
     Settings that the saved run did not record are not compared. Call this before anything large is loaded.
 
     Args:

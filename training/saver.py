@@ -67,7 +67,8 @@ def make_saver(
 ) -> Saver | None:
     """Return the saver of the run's files, states and averages; None in processes that do not save.
 
-    Files that an earlier, killed run should have removed are removed now.
+    The saver calls three parties: the writer of files, the publisher that uploads them, and the callbacks of
+    features and logs. Files that an earlier, killed run should have removed are removed now.
 
     Args:
         model: The loaded networks.

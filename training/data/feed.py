@@ -186,7 +186,8 @@ class NoiseSampler:
         """Return micro-batch `number` of the run with its noise, timesteps, loss weights and conditions.
 
         1. Draw the noise and the timesteps, and the number of first frames that stay clean.
-        2. Draw those of the audio. If only one of the two is trained, the other one stays clean.
+        2. Draw the noise and the timesteps of audio. If only images or only audio is trained, the other stays
+           clean.
         3. Draw changes of the conditions and the latents that stay clean, and run the features' hooks.
 
         Args:
