@@ -442,7 +442,7 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     """Return all arguments, in this order of precedence: command line, --config_file, launcher, defaults.
 
     The launcher, `accelerate launch`, sets precision and compilation by environment variables. Values from a
-    file must not import code or send data unless the user sees it, so they are checked apart from typed ones.
+    file may import only installed code, and in a queued job they may not send data; typed values may.
 
     Raises:
         OptionError: If a value in the file is not valid, or if an option is rejected.

@@ -485,7 +485,7 @@ def _find_items(
 
     1. List the items, which must exist.
     2. Check the channels of new items, and that all caches fit the model and its text encoders.
-    3. In the first process, warn about caches that are missing or older than their sources.
+    3. In the first process, warn about media files without caches, and caches without a media file.
 
     Args:
         family: The model family.

@@ -525,7 +525,7 @@ def _prepare_entry(
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
-    """Convert an entry of a prompt file, with the keys of sd-scripts such as `cfg_scale`, into a request.
+    """Convert an entry of a prompt file (values by key, such as `cfg_scale`) into a request.
 
     Missing values get the defaults of generation. Sizes are rounded down to sizes that the model supports.
 
