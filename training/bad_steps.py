@@ -19,8 +19,8 @@ def explain_bad_step(
         remedy: Advice at the end of the message; may be empty.
         before: Number of consecutive such steps that were skipped before this one.
     """
-    listed = ", ".join(keys)
-    items = f" The items of this process in that step: {listed}." if listed else ""
+    key_list = ", ".join(keys)
+    items = f" The items of this process in that step: {key_list}." if key_list else ""
     again = (
         f" The {format_count(before, 'step')} before it also went wrong and were skipped." if before else ""
     )

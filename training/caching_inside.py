@@ -416,8 +416,10 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
                 start = index * ENTRIES_PER_MESSAGE
                 message = dict(local_entries[start : start + ENTRIES_PER_MESSAGE])
                 for received in share.gather(message):
-                    new = {name: entry for name, entry in received.items() if name not in store.entries}
-                    store.entries.update(new)
+                    new_entries = {
+                        name: entry for name, entry in received.items() if name not in store.entries
+                    }
+                    store.entries.update(new_entries)
 
 
 UNET_ONLY = "--network_train_unet_only"
@@ -512,8 +514,8 @@ def _select_for_varying_captions_or_loras(
         varies: Whether captions vary, so that their text encoder outputs cannot be cached.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
-    why = "captions vary" if varies else f"they are trained without {UNET_ONLY}"
-    encoders = _require_text_encoders(family, why)
+    reason = "captions vary" if varies else f"they are trained without {UNET_ONLY}"
+    encoders = _require_text_encoders(family, reason)
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
     prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
     trained = _select_trained_encoders(family, options, trainable_encoders)

@@ -78,9 +78,9 @@ def check_before_loading(
 
     check_experts(family, options)
     if options.speed.modes.hooks.check_uses:
-        uses = list_run_uses(family, options, others)
+        run_uses = list_run_uses(family, options, others)
         for check_mode in options.speed.modes.hooks.check_uses:
-            check_mode(uses)
+            check_mode(run_uses)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and swap.blocks_to_swap and not swap.is_auto:
@@ -181,12 +181,14 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
 
     # a family may have no files of its transformer yet: then the LoRAs are read and not compared
     for expert, file in zip_longest(family.experts, family.dit_files):
-        uses = [read_weighted_lora(path, expert.name, multiplier) for path, multiplier in multiplier_by_file]
-        for use in uses:
-            reject_magnitudes(use.lora, "--sample_lora")
-        if uses and file is not None:
+        weighted_loras = [
+            read_weighted_lora(path, expert.name, multiplier) for path, multiplier in multiplier_by_file
+        ]
+        for weighted_lora in weighted_loras:
+            reject_magnitudes(weighted_lora.lora, "--sample_lora")
+        if weighted_loras and file is not None:
             # some transformers have a second file, such as one with additional blocks
-            check_loras_fit(file, uses, family.file_beside(file))
+            check_loras_fit(file, weighted_loras, family.file_beside(file))
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
@@ -287,11 +289,11 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         with quiet():  # the same warnings are logged when the network is built
             check_network(network, module, depths, family.dit.block_numbering)
             if has_initial_lora or frozen_options != (None, None):
-                uses = _read_loras(family, options, expert, network, has_initial_lora)
-                if uses and file is not None:
+                weighted_loras = _read_loras(family, options, expert, network, has_initial_lora)
+                if weighted_loras and file is not None:
                     from networks.apply import check_loras_fit  # only with LoRA files
 
-                    check_loras_fit(file, uses, family.file_beside(file))
+                    check_loras_fit(file, weighted_loras, family.file_beside(file))
 
 
 def _read_loras(
@@ -305,12 +307,12 @@ def _read_loras(
     from networks.loading import WeightedLora, read_lora  # only with LoRA files
 
     merge = options.features.merge
-    uses = [] if merge is None else [*merge(expert).uses]
+    weighted_loras = [] if merge is None else [*merge(expert).uses]
     if has_initial_lora:
         assert network.network_weights is not None
         initial_lora = read_lora(network.network_weights, with_texts=True)
         _check_kind(initial_lora, network)
-        uses.append(WeightedLora(initial_lora))
+        weighted_loras.append(WeightedLora(initial_lora))
     adapter = None
     if options.frozen.training_adapter is not None:
         adapter = read_adapter(options, expert, family.experts)
@@ -318,8 +320,8 @@ def _read_loras(
         from networks.gated_loras import reject_magnitudes  # only with an adapter
 
         reject_magnitudes(adapter.lora, TRAINING_ADAPTER)
-        uses.append(adapter)
-    return uses
+        weighted_loras.append(adapter)
+    return weighted_loras
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:

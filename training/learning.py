@@ -371,10 +371,10 @@ class NetworkLoader:
         from networks.rounding import LoraRounding
         from networks.unmerged_loras import split_masked
 
-        uses = loras.uses
+        weighted_loras = loras.uses
         if family.dit_files:  # without files, the network is built in code
-            uses = fit_to_file(uses, family.dit_files[index])
-        merged, t_loras = (uses, []) if network.decomposes else split_masked(uses)
+            weighted_loras = fit_to_file(weighted_loras, family.dit_files[index])
+        merged, t_loras = (weighted_loras, []) if network.decomposes else split_masked(weighted_loras)
         if not merged:
             return None, t_loras
         return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), t_loras

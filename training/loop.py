@@ -157,7 +157,8 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
             run.device, [run.requests.ending_requested, requested.saves, requested.samples], torch.float32
         )
         values = sum_over_processes(
-            [each for each in updated_parameters if each not in trainable.sharded_weights], values
+            [parameter for parameter in updated_parameters if parameter not in trainable.sharded_weights],
+            values,
         )
     skip_check = None  # lets a feature skip the step, such as one with an outlying loss
     if run.features.on.before_step:

@@ -380,7 +380,7 @@ def arguments_of_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] 
         sample: Values of the sample, by the field names of `Request`.
         spellings: Flags of the family's script that differ from --FIELD_NAME, by field; "" for none.
     """
-    size = [sample[side] for side in ("height", "width") if sample.get(side)]
+    size = [sample[dimension] for dimension in ("height", "width") if sample.get(dimension)]
     values = {
         "prompt": sample.get("prompt") or Placeholder("what it should show"),
         "video_size": size if len(size) == 2 else None,

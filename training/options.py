@@ -223,12 +223,12 @@ class TrainingOptions(Options, must_give=True):
         # some multi-GPU modes do not support full fine-tuning
         for reject_full in self.speed.modes.hooks.check_full_training:
             reject_full(precision)
-        stored = self.speed.fp8.quantization
-        if stored is not None:
-            flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.option_name
+        quantization = self.speed.fp8.quantization
+        if quantization is not None:
+            flags = "--fp8_base" if self.speed.fp8.fp8_base else quantization.option_name
             raise OptionError(
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
-                f"{stored.form} would lose the steps; leave it out, or train a LoRA"
+                f"{quantization.form} would lose the steps; leave it out, or train a LoRA"
             )
         if options.offloads_states and precision == "fp16":
             raise OptionError(

@@ -506,7 +506,7 @@ def _find_items(
         trained_encoder_ids = {encoder.name: encoder.identity for encoder in family.text_encoders()}
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
-    listed = find_items(
+    found_items = find_items(
         config,
         family.cache_tag,
         family.latent,
@@ -516,7 +516,7 @@ def _find_items(
         audio=audio_of(family),
         trusts_index=True,
     )
-    items = require_items(listed, commands)
+    items = require_items(found_items, commands)
     # the index of the caches records which items were compared with this model before
     new_items = [item for item in items if item.file_name not in item.cache_info.indexed_checksums]
     if new_items:
@@ -535,7 +535,7 @@ def _find_items(
         audio = audio_of(family)
         has_audio_caches = audio is not None and not audio.is_in_latent_cache
         compare_sources(
-            config.datasets, listed, commands, tag=family.cache_tag, trains_audio=has_audio_caches
+            config.datasets, found_items, commands, tag=family.cache_tag, trains_audio=has_audio_caches
         )
     return items
 

@@ -348,7 +348,7 @@ def _read_largest_batch(
     _require_caches_on_disk(plans, commands, live_encoders)
     stores = open_stores(family, plans)
     tables = list_on_the_fly_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
-    listed = find_items(
+    found_items = find_items(
         config,
         family.cache_tag,
         family.latent,
@@ -357,7 +357,7 @@ def _read_largest_batch(
         live=tables,
         audio=audio_of(family),
     )
-    items = require_items(listed, commands)
+    items = require_items(found_items, commands)
     check_channels(items, family.latent, commands, stores)
     # if all tables are marked `validation`, nothing is left for training: then take the largest of all items
     training, _ = split_validation(items, options.validation.validation_split)

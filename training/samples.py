@@ -600,19 +600,19 @@ def _with_fitted_size(
         latent: Sizes of the family's latents.
     """
     width, height, frames = size
-    side = latent.pixel_step
-    fitted_width = None if width is None else fit_side(width, side)
-    fitted_height = None if height is None else fit_side(height, side)
+    multiple = latent.pixel_step
+    fitted_width = None if width is None else fit_side(width, multiple)
+    fitted_height = None if height is None else fit_side(height, multiple)
     fitted_frames = 1 if latent.is_of_images else latent.lengths.fit(frames)
     if latent.has_layers:
         fitted_frames = frames  # --f is the number of layers here, and any number is valid
     warnings = []
     if (fitted_width, fitted_height) != (width, height):
         pixels = f"{width} x {height} pixels (--w, --h) are changed to {fitted_width} x {fitted_height}"
-        warnings.append(f"{pixels}: sides are multiples of {side}")
+        warnings.append(f"{pixels}: sides are multiples of {multiple}")
     if fitted_frames != frames:
-        why = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
-        warnings.append(f"{format_count(frames, 'frame')} (--f) changed to {fitted_frames}: {why}")
+        reason = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
+        warnings.append(f"{format_count(frames, 'frame')} (--f) changed to {fitted_frames}: {reason}")
     if warnings:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(warnings))
     return replace(request, width=fitted_width, height=fitted_height, frames=fitted_frames)
@@ -632,9 +632,11 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
     is_solver = name in solver_by_alias.values()
     solver = name if is_solver else solver_by_alias.get(name)
     if solver is None:
-        known = ", ".join(dict.fromkeys((*solver_by_alias.values(), *solver_by_alias)))  # each name once
+        known_names = ", ".join(
+            dict.fromkeys((*solver_by_alias.values(), *solver_by_alias))
+        )  # each name once
         logger.warning(
-            "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
+            "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known_names
         )
     return solver
 

@@ -95,12 +95,12 @@ def _check_table(
     """Raise DatasetError if a table's shift has no effect, or no expert is trained within its timesteps."""
     sampler = options.timestep_sampling
     if table.discrete_flow_shift is not None and not takes_shift(options, noise_spec):
-        why = "has no shift"
+        reason = "has no shift"
         if options.follows_size:
-            why = "takes its shift from the size of each item"
+            reason = "takes its shift from the size of each item"
         raise DatasetError(
             f"{table.name}: {SHIFT_KEY} = {table.discrete_flow_shift:g}: --timestep_sampling {sampler} "
-            f"{why}. Leave the key out, or use --timestep_sampling shift"
+            f"{reason}. Leave the key out, or use --timestep_sampling shift"
         )
     table_options = timestep_options_of_table(options, table)
     if any(can_reach_expert(table_options, noise_spec, expert) for expert in experts):

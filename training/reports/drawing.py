@@ -39,10 +39,10 @@ class PageProcess:
             OutputError: If no process can be started.
         """
         # the page has commands, which begin with this script's name and have paths relative to this folder
-        words = [str(history.absolute()), str(Path.cwd()), sys.argv[0]]
+        arguments = [str(history.absolute()), str(Path.cwd()), sys.argv[0]]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{PREFIX}training.reports.drawing", *words],
+                [sys.executable, "-m", f"{PREFIX}training.reports.drawing", *arguments],
                 cwd=ROOT,
                 env=program_environment(),
                 stdin=subprocess.PIPE,

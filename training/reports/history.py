@@ -372,7 +372,10 @@ class History:
             return
         # the first write: lines of other runs, or of later steps, are dropped
         if self._last_step_to_keep is not None:
-            with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+            with (
+                atomic_path(self.path) as new_path,
+                new_path.open("w", encoding="utf-8", newline="\n") as file,
+            ):
                 file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
                 for row in _read_lines(self.path, self.session, self._last_step_to_keep):
                     file.write(replace_surrogates(json.dumps(row, ensure_ascii=False)) + "\n")

@@ -439,11 +439,11 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
         return None
     best = find_best(scores.rows, scores.unsampled)
     notes = [say("No saved file has samples.") if best is None else best.text, NO_TASTE]
-    missing = len(run_history.samples.keys() - {(row.step, row.step_label) for row in scores.rows})
-    if missing:
+    num_unscored = len(run_history.samples.keys() - {(row.step, row.step_label) for row in scores.rows})
+    if num_unscored:
         notes.append(
             say_count(
-                missing,
+                num_unscored,
                 "Samples of %(n)s step are not scored yet: run tools/score.py again.",
                 "Samples of %(n)s steps are not scored yet: run tools/score.py again.",
             )
