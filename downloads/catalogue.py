@@ -317,9 +317,11 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     file, the sentence says so and names the smallest download for these scripts.
     """
     downloads = _list_downloads(path)
-    fitting = _select_smallest([download for download in downloads if download.runs_with(scripts)])
-    if fitting is not None:
-        return f"{fitting.command} downloads it"
+    download_for_scripts = _select_smallest(
+        [download for download in downloads if download.runs_with(scripts)]
+    )
+    if download_for_scripts is not None:
+        return f"{download_for_scripts.command} downloads it"
     other_download = _select_smallest(downloads)  # for models of other scripts
     if other_download is None:
         return None

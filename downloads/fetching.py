@@ -48,19 +48,19 @@ def run_download(options: DownloadOptions) -> None:
     [model] = options.sets()  # several only for --list
     print_lines(describe_licenses(model))  # first, because a site may ask for their acceptance
     files = [file for component in model.components for file in component.files]
-    planned = []
+    planned_downloads = []
     for file in files:
         download = _plan_download(file, options)
         if download is not None:  # else the file exists already
-            planned.append(download)
-    if planned:
+            planned_downloads.append(download)
+    if planned_downloads:
         make_folder(options.to, "--to")
-        _require_space(planned, options.to)
-    arrived = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned))
-    for remote, target in planned:
+        _require_space(planned_downloads, options.to)
+    progress = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned_downloads))
+    for remote, target in planned_downloads:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
-            download_file(remote, target, note=arrived.note)
+            download_file(remote, target, note=progress.note)
         except OSError as error:
             raise OutputError(
                 f"{target} cannot be written: {error.strerror or error}. Choose another --to."
@@ -135,8 +135,8 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
     if not exists:
         return PlannedDownload(remote, target)
     # without --verify only the size is compared
-    expected = remote if options.verify else replace(remote, sha256=None, git_sha1=None)
-    damage = find_damage(target, expected)
+    expected_file = remote if options.verify else replace(remote, sha256=None, git_sha1=None)
+    damage = find_damage(target, expected_file)
     if damage is not None:
         raise OutputError(
             f"{target} exists, but is a different file or damaged: {damage}.\n  Move it away and run again, "
@@ -253,8 +253,8 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
     size = path.stat().st_size
     if size != remote.size_bytes:
         return f"it has {size:,} bytes instead of {remote.size_bytes:,}"
-    expected = remote.sha256 or remote.git_sha1
-    if expected is None:
+    expected_checksum = remote.sha256 or remote.git_sha1
+    if expected_checksum is None:
         return None
     if remote.sha256 is not None:
         algorithm = "SHA-256"
@@ -267,9 +267,9 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
             digest.update(piece)
             bar.update(len(piece))
     checksum = digest.hexdigest()
-    if checksum == expected:
+    if checksum == expected_checksum:
         return None
-    return f"its {algorithm} is {checksum[:12]}..., not {expected[:12]}..."
+    return f"its {algorithm} is {checksum[:12]}..., not {expected_checksum[:12]}..."
 
 
 def find_content_error(path: Path, name: str) -> str | None:

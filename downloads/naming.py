@@ -97,9 +97,9 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     """
     families = families_of(models)
     family_by_spelling = _index_spellings(families)
-    named = _match_exact_name(text, family_by_spelling, models) or _resolve_fine_tune(text, models)
-    if named is not None:
-        return named
+    exact_match = _match_exact_name(text, family_by_spelling, models) or _resolve_fine_tune(text, models)
+    if exact_match is not None:
+        return exact_match
     similar = _find_similar(plain_name(text), family_by_spelling, models)
     if len(similar) == 1:
         return similar[0]

@@ -21,12 +21,12 @@ def explain_bad_step(
     """
     key_list = ", ".join(keys)
     items = f" The items of this process in that step: {key_list}." if key_list else ""
-    again = (
+    skipped_text = (
         f" The {format_count(before, 'step')} before it also went wrong and were skipped." if before else ""
     )
     return UserError(
         f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
-        f"saved.{items}{again}\n"
+        f"saved.{items}{skipped_text}\n"
         "  Lower --learning_rate, or look for a damaged clip among these items, and continue with "
         f"--resume latest-or-fail. {remedy}".rstrip()
     )

@@ -518,13 +518,13 @@ def _select_for_varying_captions_or_loras(
     encoders = _require_text_encoders(family, reason)
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
     prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
-    trained = _select_trained_encoders(family, options, trainable_encoders)
-    if varies or (trained and not caches_texts):
-        return LiveTextEncoders(encoders, trained, prefixes)
-    if 0 < len(trained) < len(encoders):  # the frozen encoders' outputs come from caches
-        return LiveTextEncoders(trained, trained, prefixes)
-    if trained and _overrides_text_cache(family, options, trained):
-        return LiveTextEncoders(encoders, trained, prefixes)
+    trained_encoders = _select_trained_encoders(family, options, trainable_encoders)
+    if varies or (trained_encoders and not caches_texts):
+        return LiveTextEncoders(encoders, trained_encoders, prefixes)
+    if 0 < len(trained_encoders) < len(encoders):  # the frozen encoders' outputs come from caches
+        return LiveTextEncoders(trained_encoders, trained_encoders, prefixes)
+    if trained_encoders and _overrides_text_cache(family, options, trained_encoders):
+        return LiveTextEncoders(encoders, trained_encoders, prefixes)
     return None
 
 
@@ -621,13 +621,13 @@ def _select_trained_encoders(
             f"{list_kinds(lambda kind: kind.network_module and kind.is_for_texts)}"
         )
     switches = _encoder_switches(family, options)
-    trained = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
-    if not trained and not options.lora_parts.trains_dit:
+    trained_encoders = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
+    if not trained_encoders and not options.lora_parts.trains_dit:
         raise OptionError(
             "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
             "out"
         )
-    return trained
+    return trained_encoders
 
 
 def _encoder_switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
@@ -672,12 +672,12 @@ class LiveMedia:
             if item.cache_info.on_the_fly_buckets is not None:
                 media = self._read(item, random.Random(derive_seed(*seed_parts, "picture", position)))
                 groups.setdefault(media.group, {})[position] = media
-        encoded: dict[int, dict[str, Tensor]] = {}
+        tensors_by_position: dict[int, dict[str, Tensor]] = {}
         for images in groups.values():
             # keys seed the posterior sample, which must be different each time
             keys = ["-".join(map(str, (items[position].key, *seed_parts, position))) for position in images]
-            encoded |= self._encode([*images.keys()], [*images.values()], keys)
-        return encoded
+            tensors_by_position |= self._encode([*images.keys()], [*images.values()], keys)
+        return tensors_by_position
 
     def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
         """Read and augment the image of an item; `generator` draws the augmentation."""
@@ -706,9 +706,9 @@ class LiveMedia:
         """Encode images of equal shapes; return the tensors of each by its position in the batch."""
         media = batch_media(images, keys)
         with torch.no_grad():
-            encoded = self._family.encode_media(self._media_encoders, media)
+            encoded_media = self._family.encode_media(self._media_encoders, media)
         by_position = {}
-        for position, item, key, (entry,) in zip(positions, images, keys, encoded, strict=True):
+        for position, item, key, (entry,) in zip(positions, images, keys, encoded_media, strict=True):
             tensors = {name: tensor.detach().cpu() for name, tensor in entry.tensors.items()}
             if item.mask is not None:
                 tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(item.mask), self._family.latent.stride)

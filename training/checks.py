@@ -114,11 +114,11 @@ def reject_quantized_bases(family: Family) -> None:
         with open_checkpoint(path) as checkpoint:
             infos = checkpoint.tensors.values()
         # dtypes of one byte, such as fp8
-        narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
+        narrow_dtypes = [info.dtype for info in infos if info.dtype.itemsize == 1]
         if any(info.packing is not None for info in infos):
             state = "quantized"
-        elif narrow:
-            state = f"in {dtype_name(narrow[0])}"
+        elif narrow_dtypes:
+            state = f"in {dtype_name(narrow_dtypes[0])}"
         else:
             continue
         repositories = " or ".join(family.release.repositories)

@@ -174,9 +174,9 @@ def _log_trained_expert(
 ) -> None:
     """Log which of a model's two transformers are trained and used for samples, and at which timesteps."""
     experts, all_experts = family.experts, family.defaults.experts
-    trained = find_trained_expert(family, timesteps_of_tables)
+    trained_expert = find_trained_expert(family, timesteps_of_tables)
     for expert in experts:
-        _warn_of_other_experts_weights(family, network_for(options, expert), (trained or expert).name)
+        _warn_of_other_experts_weights(family, network_for(options, expert), (trained_expert or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.abilities.sampling_dit_option
         logger.info("Only the trained transformer generates samples; give %s to use both.", option)
@@ -186,7 +186,7 @@ def _log_trained_expert(
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
     elif experts[0].min_timestep > 0:
         logger.info("Only timesteps from %g on are trained, the range of --dit_high_noise.", boundary)
-    elif trained is None:
+    elif trained_expert is None:
         _warn_of_all_levels(options, boundary)
 
 
@@ -275,8 +275,8 @@ def expert_metadata(
         return {TRAINED_EXPERT: FOR_BOTH}
     trained_name: str | None = expert_name
     if not expert_name:
-        trained = find_trained_expert(family, timesteps_of_tables)
-        trained_name = None if trained is None else trained.name
+        trained_expert = find_trained_expert(family, timesteps_of_tables)
+        trained_name = None if trained_expert is None else trained_expert.name
     if trained_name is None:
         return {}
     # the value that files record, by the name of the expert
@@ -303,10 +303,10 @@ def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOp
     if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
     lowest, highest = find_level_range(timesteps_of_tables, family.noise)
-    fitting = [
+    fitting_experts = [
         expert for expert in default if expert.min_timestep <= lowest and highest <= expert.max_timestep
     ]
-    return fitting[0] if fitting else None
+    return fitting_experts[0] if fitting_experts else None
 
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed_precision -> dtype

@@ -125,6 +125,7 @@ class TrainingOptions(Options, must_give=True):
     caching: CachingInRunOptions | None = option(facts=FREE)
 
     def __post_init__(self) -> None:
+        """Raise OptionError if options conflict with each other, or if the run lacks data or a folder."""
         if self.full_dit is not None:
             self._check_full_dit(self.full_dit)
         rank = None if self.network is None else self.network.network_dim

@@ -245,9 +245,9 @@ def describe_run(options: TrainingOptions, network_spec: NetworkSpec, num_valida
     lines = []
     if num_validation:
         max_steps = options.validation.max_validation_steps
-        measured = num_validation if max_steps is None else min(num_validation, max_steps)
+        num_measured = num_validation if max_steps is None else min(num_validation, max_steps)
         limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
-        lines.append(f"Each validation measures {format_count(measured, 'batch')} of one item{limit}")
+        lines.append(f"Each validation measures {format_count(num_measured, 'batch')} of one item{limit}")
     rate = describe_learning_rate(options, network_spec)
     is_unusual = "HIGH" in rate or "LOW" in rate  # as `describe_learning_rate` writes
     if is_unusual:

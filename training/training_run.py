@@ -243,6 +243,7 @@ class TrainingRun:
     metric_columns: MetricColumns = field(init=False)  # of the tensor with the values of a step
 
     def __post_init__(self) -> None:
+        """Set the attributes that follow from the model: shortcuts to its plan, names of logged losses."""
         plan = self.model.plan
         self.plan, self.options, self.features = plan, plan.options, plan.features
         self.family, self.steps, self.progress = plan.family, plan.steps, plan.progress

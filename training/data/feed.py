@@ -102,9 +102,9 @@ class BatchSources:
             MediaError: If an image that is encoded now cannot be read.
             DatasetError: If the size of an image has changed since the items were listed.
         """
-        encoded = {} if self.image_encoder is None else self.image_encoder.encode(items, *seed_parts)
+        encoded_images = {} if self.image_encoder is None else self.image_encoder.encode(items, *seed_parts)
         # images that were just encoded are already flipped
-        cache_flips = [flip and index not in encoded for index, flip in enumerate(flips)]
+        cache_flips = [flip and index not in encoded_images for index, flip in enumerate(flips)]
         batch = read_batch(
             items,
             self.latent,
@@ -114,7 +114,7 @@ class BatchSources:
             stores=self.stores,
             flips=cache_flips,
             undropped=undropped,
-            encoded=encoded,
+            encoded=encoded_images,
             reads_empty=reads_empty and not self.empty_text,
             reads_rejected=reads_rejected,
         )

@@ -104,7 +104,7 @@ class TeacherComparison:
         Inside its band of noise levels, the teacher gets all known inputs. Outside it, the teacher is an
         anchor with the network's inputs. Samples that learn the base model's prediction have no such term.
         """
-        ordinary, *others = comparisons
+        ordinary, *other_comparisons = comparisons
         teacher_weights = [
             0.0 if is_preserved else self.target.weight
             for is_preserved in samples_with_base_target(passes, noisy_batch)
@@ -114,7 +114,7 @@ class TeacherComparison:
         )
         return [
             replace(ordinary, weight=ordinary_weight),
-            *others,
+            *other_comparisons,
             *self._compare_with_teacher(passes, noisy_batch),
         ]
 

@@ -53,25 +53,25 @@ def renumber(
         else:
             orders = _list_possible_orders(groups, names, version)
         all_renumbered = [_renumber_in_order(state, groups, order) for order in orders]
-        fitting = [renumbered for renumbered in all_renumbered if renumbered is not None]
+        fitting_states = [renumbered for renumbered in all_renumbered if renumbered is not None]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise RenumberingError(f"it cannot be read ({type(error).__name__}: {error})") from None
     if not orders:
         raise RenumberingError(
             "the order in which that program numbers the layers of this network is not known"
         )
-    if not fitting:
+    if not fitting_states:
         raise RenumberingError(
             "it belongs to different tensors. Use the --optimizer_type, --network_args and learning rates of "
             "that run"
         )
     # several orders may fit, because layers have equal shapes: they must give each parameter the same state
     numberings = []
-    for renumbered in fitting:
+    for renumbered in fitting_states:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
     if any(numbering != numberings[0] for numbering in numberings):
         raise RenumberingError("the order in which that program numbers the factors of a layer is unknown")
-    return fitting[0]
+    return fitting_states[0]
 
 
 def _order_of_list(names: Mapping[Tensor, str], tensor_order: Sequence[str]) -> SortKey:

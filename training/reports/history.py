@@ -270,8 +270,8 @@ class RunHistory:
         ]
         if not candidates:
             return None
-        _, _, newest = min(candidates)
-        return newest
+        _, _, newest_file = min(candidates)
+        return newest_file
 
     def is_average(self, name: str) -> bool:
         """Return whether a saved file has averaged weights (EMA), whose validation loss is not measured."""

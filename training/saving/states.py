@@ -104,8 +104,8 @@ def write_state(
         "version": SHARDED_VERSION if add_files else VERSION,
         "progress": state.progress.as_state(),
     }
-    skipped = {"folder", "files", *content}  # `files` is set below, from the files that are written
-    content |= {name: value for name, value in vars(state).items() if name not in skipped}
+    excluded = {"folder", "files", *content}  # `files` is set below, from the files that are written
+    content |= {name: value for name, value in vars(state).items() if name not in excluded}
     for name, value in content.items():
         if name != "parts":
             content[name] = to_builtin_types(value, name)
