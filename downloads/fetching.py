@@ -51,7 +51,7 @@ def run_download(options: DownloadOptions) -> None:
     planned_downloads = []
     for file in files:
         download = _plan_download(file, options)
-        if download is not None:  # else the file exists already
+        if download is not None:  # otherwise the file exists already
             planned_downloads.append(download)
     if planned_downloads:
         make_folder(options.to, "--to")

@@ -207,7 +207,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
         text_rates = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         if parts.trains_dit:
             rates |= text_rates
-        elif text_rates:  # else text encoders use --learning_rate
+        elif text_rates:  # otherwise text encoders use --learning_rate
             rates = text_rates
     if options.network is not None and options.network.network_args:
         rates |= _list_network_rates(options.network, dit_rate, trains_text_encoders)

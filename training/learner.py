@@ -110,7 +110,7 @@ def find_network_spec(
 
 def _describe_custom_network(custom: CustomNetwork) -> NetworkSpec:
     """Return the `NetworkSpec` of a network that the model family defines, such as a ControlNet."""
-    # captions should contain the trained word, unless the run learns from sentences of its own
+    # captions should contain the trained word, unless the run trains on its own sentences
     reads_captions = custom.in_text_encoders and not custom.sentences
     return NetworkSpec(
         label=custom.label,

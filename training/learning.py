@@ -395,7 +395,7 @@ class NetworkLoader:
             self._add_frozen_loras(network, has_samples)
         self.set_up_blocks(network)
         if self.plan.quantization is not None and device.type == "cpu":
-            keep_heap_small()  # else temporary whole weights fragment the heap
+            keep_heap_small()  # otherwise temporary whole weights fragment the heap
         if self.takes_turns:
             self.host_copies[dit] = HostCopy(dit, device, network.host_weights)
         elif network.index + 1 < len(family.experts) and device.type == "cuda":

@@ -513,13 +513,13 @@ def _after_epoch(run: TrainingRun) -> None:
     """
     progress = run.progress
     epoch = progress.epoch + 1
-    is_complete = progress.position >= run.steps.num_batches  # else --max_train_steps ended the epoch
+    is_complete = progress.position >= run.steps.num_batches  # otherwise --max_train_steps ended the epoch
     _log_report(run, run.delayed_reports.flush())
     if run.logs.recorders:
         mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
         run.logs.log_values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
-    if samples and progress.sampled_step != progress.step:  # else the step has its samples already
+    if samples and progress.sampled_step != progress.step:  # otherwise the step has its samples already
         progress.sample_pending = f"e{epoch:06d}"
     if is_complete:
         progress.epoch = epoch

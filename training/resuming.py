@@ -418,7 +418,7 @@ def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[st
     if resolved.get("--network_dim") == str(None):  # recorded as text: the option was left out
         kind = kind_of_module(resolved.get("--network_module"))
         resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
-    if resolved.get("--network_alpha") == 0:  # 0 stands for the rank
+    if resolved.get("--network_alpha") == 0:  # 0 means the same value as the rank
         resolved["--network_alpha"] = resolved.get("--network_dim")
     return resolved
 

@@ -154,7 +154,7 @@ class Requests:
                 if path.lstat().st_mtime_ns == modified_ns:
                     path.unlink()
             except FileNotFoundError:
-                pass  # someone else removed it in the meantime
+                pass  # already removed by someone else
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
                 self._ignored_files[path] = modified_ns

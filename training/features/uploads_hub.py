@@ -303,7 +303,7 @@ class Uploads:
             logger.info("Uploaded %s to %s", path.name, repo)
             if card is not None and repo_arguments["repo_type"] == "model":
                 self._upload_card(card)
-        except Exception as error:  # whatever it is, the file is saved and training continues
+        except Exception as error:  # of any type: the file is saved, so training continues
             logger.error("%s was saved but not uploaded to %s: %s", path, repo, error)
 
     def _upload_card(self, card: str) -> None:

@@ -174,7 +174,7 @@ def main(argv: Sequence[str]) -> None:
             requests = os.read(sys.stdin.fileno(), MAX_REQUESTS)
             is_over = not requests or END in requests  # nothing to read: the training process is gone
             draw_page(history, draw, is_over=is_over)
-    except Exception as error:  # whatever it is, the training process shows its message
+    except Exception as error:  # of any type: the training process shows its message
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), str(error or type(error).__name__).encode())
         raise SystemExit(1) from None

@@ -117,7 +117,7 @@ class DelayedReports:
             return None
         step, values, ended = self._pending
         self._pending = None
-        is_cuda_event = ended is not None and not isinstance(ended, float)  # else seconds on the host
+        is_cuda_event = ended is not None and not isinstance(ended, float)  # otherwise seconds on the host
         if is_cuda_event:
             ended.synchronize()
         report = replace(step, values=tuple(values.tolist()))
