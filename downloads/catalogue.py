@@ -115,7 +115,7 @@ class ModelSet:
     def typed_commands(self, folder: Path) -> list[str]:
         """Return the model's commands as a user types them, with placeholders replaced by paths in `folder`.
 
-        A placeholder for a file outside the download becomes a name after its option, such as DIT_FILE.
+        A placeholder for a file that is not downloaded becomes a word such as DIT_FILE, after its option.
         """
         paths = {}  # placeholder, such as {dit} -> path
         for component in self.components:

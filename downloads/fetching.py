@@ -285,7 +285,7 @@ def find_content_error(path: Path, name: str) -> str | None:
 
 
 def _check_content(path: Path, kind: str) -> str | None:
-    """Return why a file is not of a kind, such as "safetensors"; raise the reader's error if it has one."""
+    """Return why a file is not of a kind, such as "safetensors", or None; errors of readers are passed on."""
     from checkpoints.containers import PICKLE, ZIP  # torch loads here
     from checkpoints.first_bytes import ONNX
     from checkpoints.opening import open_file

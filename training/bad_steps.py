@@ -17,7 +17,7 @@ def explain_bad_step(
         norm: Norm of the gradients.
         keys: Keys of the items of this process.
         remedy: Advice at the end of the message; may be empty.
-        before: Number of consecutive such steps that were skipped before this one.
+        before: Number of bad steps in a row that were skipped immediately before this one.
     """
     key_list = ", ".join(keys)
     items = f" The items of this process in that step: {key_list}." if key_list else ""

@@ -194,7 +194,7 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
     """Return the learning rates of the networks' parts, by the option that sets each.
 
-    Parts with rate 0, which are not trained, are left out, as are parts that only the loaded networks reveal.
+    Parts with rate 0 are not trained and left out. Parts that are known only after loading are left out too.
     A key names an option, with its value where one option sets several rates.
     """
     parts = options.lora_parts

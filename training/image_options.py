@@ -100,7 +100,7 @@ def read_image_training(
             and fill fields of the record with these option names.
         defaults: Differences between image families.
         argv: Command line; None for the command line of the process.
-        trained_options: Record with the options of what is trained: by default, of a network such as a LoRA.
+        trained_options: Class of the options for what is trained; by default a network such as a LoRA.
     """
     command = read_command_line(argv, partial(_build_parser, doc, record, defaults, trained_options))
     parser = command.parser

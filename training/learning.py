@@ -75,8 +75,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     2. Join the trained parameters of all experts and features, and create optimizer and schedule.
     3. Run the hooks of features, and restore the saved state.
 
-    Text encoders that run during training are loaded already. A part of the LoRA is attached to those that
-    are trained.
+    Text encoders that run during training are loaded already. The trained ones get a part of the LoRA.
 
     Args:
         plan: The plan of the run.

@@ -127,7 +127,7 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
 
     1. Run the micro-batches forward and backward, and add up gradients and values over processes.
     2. Step the weights, unless a feature skips the step.
-    3. Queue this step's values, log those of the step before, and return the requests.
+    3. Queue this step's values, log the values of the previous step, and return the requests.
 
     The step's loss, metrics and norms stay on the device in `values` and are read one step later, so that the
     host does not wait for the device. With several processes, the requests are also known one step later.

@@ -273,7 +273,7 @@ def _find_training_items(
     encodes_texts_on_the_fly: bool,
     seed: int,
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Return the cached items to train on and those to validate on, after checking their caches."""
+    """Return the cached training items and the validation items, after checking their caches."""
     items = _find_items(
         family,
         config,
@@ -543,7 +543,7 @@ def _find_items(
 def _split_items(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], seed: int
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Return the items to train on, and those to validate on; check that the options fit them."""
+    """Return the training items and the validation items; check that the validation options fit them."""
     validating = options.validation
     seed = seed if validating.validation_seed is None else validating.validation_seed
     training, validation = split_validation(items, validating.validation_split, seed)

@@ -167,7 +167,7 @@ def collect_run_settings(
         family: The model family.
         options: Options of the run.
         seed: Seed of the run.
-        order: Order of the items in each epoch, of which a digest is recorded.
+        order: Order of the items in each epoch; its digest is recorded.
         plan: Numbers of steps, epochs and micro-batches.
         adapter: The training adapter with a hash of its file (`describe_adapter`); None without
             --training_adapter.

@@ -139,7 +139,7 @@ class Sampler:
     ) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
-        Only the samples' own random state is used.
+        The random state of the training is neither used nor changed.
 
         Args:
             get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.

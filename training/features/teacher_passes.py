@@ -99,10 +99,10 @@ class TeacherComparison:
     def compare(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Add the loss terms of the teacher, and reduce the weight of the ordinary loss term by theirs.
+        """Add the loss terms of the teacher, and reduce the weight of the ordinary loss term by their weight.
 
-        Inside its band of noise levels, the teacher gets all known inputs. Outside it, the teacher is an
-        anchor with the network's inputs. Samples that learn the base model's prediction have no such term.
+        Inside its band of noise levels, the teacher gets all known inputs. Outside it, the teacher gets the
+        network's inputs, as an anchor. Samples that learn the base model's prediction get no teacher term.
         """
         ordinary, *other_comparisons = comparisons
         teacher_weights = [

@@ -40,7 +40,7 @@ def renumber(
         groups: Parameter groups of this run's optimizer.
         names: Names of the trained tensors, as `PART.NAME_IN_MODULE`.
         version: Version of the model, as LoRA files record it under `ss_base_model_version`.
-        tensor_order: Names of tensors in the other program's order, if its files reveal it.
+        tensor_order: Names of tensors in the other program's order, if its files keep it; () if not.
 
     Raises:
         RenumberingError: If that is impossible; the message contains the reason.
