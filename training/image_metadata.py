@@ -210,7 +210,7 @@ def _make_unique(name: str, names: Mapping[str, Any]) -> str:
 def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
     """Return the settings of a dataset table, keyed by the option names that known trainers record."""
     changes, augmentation = table.caption_changes, table.augmentation
-    buckets = table.buckets if table.enable_bucket else None
+    buckets = table.buckets if table.enable_bucket else None  # None: no sizes of buckets are recorded
     return {
         "batch_size_per_device": table.batch_size,
         "resolution": tuple(table.resolution),

@@ -293,7 +293,7 @@ class NextSteps:
             *arguments_of_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        # None: the model's own script generates with the file
+        # None: the model's own script generates with the file, and takes it as a LoRA or instead of --dit
         generate = self.plan.network_spec.generation_command
         if generate is not None:
             arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]

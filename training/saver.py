@@ -217,7 +217,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
             if is_moment:
                 parameter_state[key] = as_sharded(sharded_weight, value)
     return states.SavedState(
-        folder=Path(),
+        folder=Path(),  # not recorded in a state
         progress=plan.progress,
         # in a state, settings that must stay the same are `identity`, and those that may change are `habits`
         identity=plan.settings.fixed,

@@ -434,7 +434,7 @@ class Feed:
         flips: Sequence[bool] = ()
         if any(item.table.augmentation.flip for item in items):
             flips = select_mirrored(items, seed, number)
-        undropped: Sequence[int] = ()
+        undropped: Sequence[int] = ()  # the captions without dropout, for a teacher
         if self.reads_undropped:
             undropped = select_captions(items, seed, number, epoch, drops=False)
         batch = self.sources.read(

@@ -227,7 +227,7 @@ def _read_row(values: Mapping[str, Any]) -> StepScores:
         )
     return StepScores(
         step=int(values["step"]),
-        step_label=str(values["mark"]),
+        step_label=str(values["mark"]),  # files keep the key of earlier versions
         samples=tuple(samples),
         saved=str(values["saved"]),
         loss=_finite_or_none(values["loss"]),
@@ -319,7 +319,7 @@ def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
     """Return the file whose samples look best by their scores, for runs without validation losses."""
     best = max(
         _select_by_prompt_similarity(candidates),
-        key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step),
+        key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step),  # among equal ones, the earliest
     )
     if best.likeness is None:
         reason = say("fits its prompts best")
