@@ -115,25 +115,25 @@ class ModelSet:
     def typed_commands(self, folder: Path) -> list[str]:
         """Return the model's commands as a user types them, with placeholders replaced by paths in `folder`.
 
-        A placeholder for a file outside the download becomes a name after its option, such as DIT_FILE.
+        A placeholder for a file that is not downloaded becomes a word such as DIT_FILE, after its option.
         """
         paths = {}  # placeholder, such as {dit} -> path
         for component in self.components:
             if component.option is not None:
                 placeholder = f"{{{component.option.lstrip('-')}}}"
                 paths[placeholder] = str(folder / component.path)
-        typed = []
+        typed_lines = []
         for command in self.commands.values():
-            words = []
-            for word in shlex.split(command):
-                if word in paths:
-                    words.append(paths[word])
-                elif word.startswith("{"):
-                    words.append(f"{word.strip('{}').upper()}_FILE")
+            arguments = []
+            for argument in shlex.split(command):
+                if argument in paths:
+                    arguments.append(paths[argument])
+                elif argument.startswith("{"):
+                    arguments.append(f"{argument.strip('{}').upper()}_FILE")
                 else:
-                    words.append(word)
-            typed.append(quote_command(words))
-        return typed
+                    arguments.append(argument)
+            typed_lines.append(quote_command(arguments))
+        return typed_lines
 
 
 @cache
@@ -317,18 +317,20 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     file, the sentence says so and names the smallest download for these scripts.
     """
     downloads = _list_downloads(path)
-    fitting = _select_smallest([download for download in downloads if download.runs_with(scripts)])
-    if fitting is not None:
-        return f"{fitting.command} downloads it"
-    other = _select_smallest(downloads)  # for models of other scripts
-    if other is None:
+    download_for_scripts = _select_smallest(
+        [download for download in downloads if download.runs_with(scripts)]
+    )
+    if download_for_scripts is not None:
+        return f"{download_for_scripts.command} downloads it"
+    other_download = _select_smallest(downloads)  # for models of other scripts
+    if other_download is None:
         return None
-    replacements = [_Download(model, in_fp8=False, folder=other.folder) for model in model_sets()]
+    replacements = [_Download(model, in_fp8=False, folder=other_download.folder) for model in model_sets()]
     replacement = _select_smallest([download for download in replacements if download.runs_with(scripts)])
     if replacement is None:
-        return f"{other.command} downloads it"
+        return f"{other_download.command} downloads it"
     return (
-        f"{path.name} is a file of {other.model.title}, and of no model of this script. "
+        f"{path.name} is a file of {other_download.model.title}, and of no model of this script. "
         f"{replacement.command} downloads files that fit"
     )
 

@@ -48,19 +48,19 @@ def run_download(options: DownloadOptions) -> None:
     [model] = options.sets()  # several only for --list
     print_lines(describe_licenses(model))  # first, because a site may ask for their acceptance
     files = [file for component in model.components for file in component.files]
-    planned = []
+    planned_downloads = []
     for file in files:
         download = _plan_download(file, options)
-        if download is not None:  # else the file exists already
-            planned.append(download)
-    if planned:
+        if download is not None:  # otherwise the file exists already
+            planned_downloads.append(download)
+    if planned_downloads:
         make_folder(options.to, "--to")
-        _require_space(planned, options.to)
-    arrived = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned))
-    for remote, target in planned:
+        _require_space(planned_downloads, options.to)
+    progress = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned_downloads))
+    for remote, target in planned_downloads:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
-            download_file(remote, target, note=arrived.note)
+            download_file(remote, target, note=progress.note)
         except OSError as error:
             raise OutputError(
                 f"{target} cannot be written: {error.strerror or error}. Choose another --to."
@@ -135,8 +135,8 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
     if not exists:
         return PlannedDownload(remote, target)
     # without --verify only the size is compared
-    expected = remote if options.verify else replace(remote, sha256=None, git_sha1=None)
-    damage = find_damage(target, expected)
+    expected_file = remote if options.verify else replace(remote, sha256=None, git_sha1=None)
+    damage = find_damage(target, expected_file)
     if damage is not None:
         raise OutputError(
             f"{target} exists, but is a different file or damaged: {damage}.\n  Move it away and run again, "
@@ -209,8 +209,8 @@ def download_file(
             )
         give_name(partial, target)
         # partial downloads of other versions are no longer useful
-        for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-            old.unlink(missing_ok=True)
+        for old_partial in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+            old_partial.unlink(missing_ok=True)
 
 
 def _receive_undamaged(
@@ -253,23 +253,23 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
     size = path.stat().st_size
     if size != remote.size_bytes:
         return f"it has {size:,} bytes instead of {remote.size_bytes:,}"
-    expected = remote.sha256 or remote.git_sha1
-    if expected is None:
+    expected_checksum = remote.sha256 or remote.git_sha1
+    if expected_checksum is None:
         return None
     if remote.sha256 is not None:
-        name = "SHA-256"
+        algorithm = "SHA-256"
         digest = hashlib.sha256()
     else:
-        name = "SHA-1"
+        algorithm = "SHA-1"
         digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)  # as git computes it
     with path.open("rb") as file, _make_bar(f"check {_display_name(path)}", size) as bar:
         while piece := file.read(PIECE):
             digest.update(piece)
             bar.update(len(piece))
     checksum = digest.hexdigest()
-    if checksum == expected:
+    if checksum == expected_checksum:
         return None
-    return f"its {name} is {checksum[:12]}..., not {expected[:12]}..."
+    return f"its {algorithm} is {checksum[:12]}..., not {expected_checksum[:12]}..."
 
 
 def find_content_error(path: Path, name: str) -> str | None:
@@ -285,7 +285,7 @@ def find_content_error(path: Path, name: str) -> str | None:
 
 
 def _check_content(path: Path, kind: str) -> str | None:
-    """Return why a file is not of a kind, such as "safetensors"; raise the reader's error if it has one."""
+    """Return why a file is not of a kind, such as "safetensors", or None; errors of readers are passed on."""
     from checkpoints.containers import PICKLE, ZIP  # torch loads here
     from checkpoints.first_bytes import ONNX
     from checkpoints.opening import open_file

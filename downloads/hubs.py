@@ -158,7 +158,7 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
     """
     site = endpoint or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     site = (site if "://" in site else f"https://{site}").rstrip("/")
-    # some owners have another name there
+    # some owners have a different name on ModelScope
     repository = ON_MODELSCOPE.get(file.repository) or re.sub("^alibaba-pai/", "PAI/", file.repository)
     page = f"{site}/models/{repository}"
     address = f"{site}/api/v1/models/{repository}/repo"

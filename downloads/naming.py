@@ -97,9 +97,9 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     """
     families = families_of(models)
     family_by_spelling = _index_spellings(families)
-    named = _match_exact_name(text, family_by_spelling, models) or _resolve_fine_tune(text, models)
-    if named is not None:
-        return named
+    exact_match = _match_exact_name(text, family_by_spelling, models) or _resolve_fine_tune(text, models)
+    if exact_match is not None:
+        return exact_match
     similar = _find_similar(plain_name(text), family_by_spelling, models)
     if len(similar) == 1:
         return similar[0]
@@ -141,18 +141,18 @@ def _match_exact_name(
     text: str, family_by_spelling: Mapping[str, str], models: Sequence[ModelSet]
 ) -> NamedModel | None:
     """Return the model that a text names in full: a family, a family with its task, or a repository."""
-    plain = plain_name(text)
-    if plain in family_by_spelling:
-        return NamedModel(family_by_spelling[plain], task=None)
+    normalized = plain_name(text)
+    if normalized in family_by_spelling:
+        return NamedModel(family_by_spelling[normalized], task=None)
     for model in models:
         spellings = [name for name, family in family_by_spelling.items() if family == model.family]
         full_names = {plain_name(name + model.task) for name in spellings}
         # normalized names have no dots, so 1.4 would match 14
-        if plain in full_names and not has_other_number(text, model.task):
+        if normalized in full_names and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
     for model in models:  # the first match counts: the catalogue begins with the most popular tasks
         repository_name = PurePosixPath(model.released_by).name
-        if plain in (plain_name(model.released_by), plain_name(repository_name)):
+        if normalized in (plain_name(model.released_by), plain_name(repository_name)):
             return NamedModel(model.family, model.task)
     return None
 

@@ -108,11 +108,11 @@ def leave_out(model: ModelSet, names: Sequence[str]) -> ModelSet:
     options = [part.option.lstrip("-") for part in model.components if part.option]
     flags = []
     for name in names:
-        plain = name.lstrip("-")
-        if plain not in options:
+        bare_name = name.lstrip("-")
+        if bare_name not in options:
             raise OptionError(
                 f"--without {name}: {model.family} {model.task} has {', '.join(options)}."
-                f"{did_you_mean(plain, options)}"
+                f"{did_you_mean(bare_name, options)}"
             )
-        flags.append(f"--{plain}")
+        flags.append(f"--{bare_name}")
     return replace(model, components=tuple(part for part in model.components if part.option not in flags))

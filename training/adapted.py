@@ -16,7 +16,8 @@ BASE_MODEL = "base_model"  # the hub's key of a LoRA's base, which some trainers
 def list_adapter_warnings(family: Family, options: TrainingOptions) -> str:
     """Return warnings about --training_adapter, which must be set; "" if there are none.
 
-    Only names, hashes and metadata are compared: an adapter also fits other models with equal layers.
+    Only names, hashes and metadata are compared, because an adapter also loads into other models with the
+    same layers.
     """
     path = options.frozen.training_adapter
     assert path is not None
@@ -34,10 +35,10 @@ def list_adapter_warnings(family: Family, options: TrainingOptions) -> str:
             metadata = read_safetensors_texts(path)
         except (OSError, ValueError, UserError):
             metadata = {}  # errors of the file are reported when it is loaded
-    says = _describe_other_base(family, metadata)
-    if says:
+    reason = _describe_other_base(family, metadata)
+    if reason:
         warnings.append(
-            f"--training_adapter {path}: {says}. An adapter undoes the distillation of one model: give the "
+            f"--training_adapter {path}: {reason}. An adapter undoes the distillation of one model: give the "
             "one for this transformer."
         )
     return " ".join(warnings)
@@ -58,7 +59,7 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
         return f"its metadata says it is for {version}, and the transformer is {trained_version}"
     base = metadata.get(BASE_MODEL, "")
     repositories = family.release.repositories
-    if base and base.casefold() not in [one.casefold() for one in repositories]:
+    if base and base.casefold() not in [repository.casefold() for repository in repositories]:
         return f"its metadata says it is for {base}, and the transformer is of {' or '.join(repositories)}"
     return ""
 

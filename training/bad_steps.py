@@ -17,16 +17,16 @@ def explain_bad_step(
         norm: Norm of the gradients.
         keys: Keys of the items of this process.
         remedy: Advice at the end of the message; may be empty.
-        before: Number of consecutive such steps that were skipped before this one.
+        before: Number of bad steps in a row that were skipped immediately before this one.
     """
-    listed = ", ".join(keys)
-    items = f" The items of this process in that step: {listed}." if listed else ""
-    again = (
+    key_list = ", ".join(keys)
+    items = f" The items of this process in that step: {key_list}." if key_list else ""
+    skipped_text = (
         f" The {format_count(before, 'step')} before it also went wrong and were skipped." if before else ""
     )
     return UserError(
         f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
-        f"saved.{items}{again}\n"
+        f"saved.{items}{skipped_text}\n"
         "  Lower --learning_rate, or look for a damaged clip among these items, and continue with "
         f"--resume latest-or-fail. {remedy}".rstrip()
     )

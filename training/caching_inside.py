@@ -114,6 +114,10 @@ def prepare_sources(
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
+    1. Decide for each dataset table where its tensors come from, and encode what is to be cached.
+    2. Send caches in memory to all processes.
+    3. List the sources of images and captions that are encoded at each step, and warn about them.
+
     All processes of a run call this and share the work.
 
     Args:
@@ -373,9 +377,8 @@ def _warn_of_live_sources(
     tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live_table = tables.get(table.index)
-        if (
-            live_table is not None and live_table.on_the_fly_buckets is not None
-        ):  # its images are encoded during training
+        # tables with buckets are those whose images are encoded during training
+        if live_table is not None and live_table.on_the_fly_buckets is not None:
             images += live_table.on_the_fly_sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
@@ -413,8 +416,10 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
                 start = index * ENTRIES_PER_MESSAGE
                 message = dict(local_entries[start : start + ENTRIES_PER_MESSAGE])
                 for received in share.gather(message):
-                    new = {name: entry for name, entry in received.items() if name not in store.entries}
-                    store.entries.update(new)
+                    new_entries = {
+                        name: entry for name, entry in received.items() if name not in store.entries
+                    }
+                    store.entries.update(new_entries)
 
 
 UNET_ONLY = "--network_train_unet_only"
@@ -497,7 +502,11 @@ def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveT
 def _select_for_varying_captions_or_loras(
     family: Family, options: TrainingOptions, varies: bool
 ) -> LiveTextEncoders | None:
-    """Return the text encoders if captions vary or if they get a LoRA; None if caches replace them.
+    """Return the text encoders that run during training if captions vary or they get a LoRA; None for none.
+
+    1. If captions vary, or encoders are trained and no text caches are requested, all encoders run.
+    2. If only some are trained, only these run; the outputs of the frozen ones come from caches.
+    3. If all are trained although text caches are requested, `_overrides_text_cache` decides.
 
     Args:
         family: The model family.
@@ -505,17 +514,17 @@ def _select_for_varying_captions_or_loras(
         varies: Whether captions vary, so that their text encoder outputs cannot be cached.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
-    why = "captions vary" if varies else f"they are trained without {UNET_ONLY}"
-    encoders = _require_text_encoders(family, why)
+    reason = "captions vary" if varies else f"they are trained without {UNET_ONLY}"
+    encoders = _require_text_encoders(family, reason)
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
     prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
-    trained = _select_trained_encoders(family, options, trainable_encoders)
-    if varies or (trained and not caches_texts):
-        return LiveTextEncoders(encoders, trained, prefixes)
-    if 0 < len(trained) < len(encoders):  # the frozen encoders' outputs come from caches
-        return LiveTextEncoders(trained, trained, prefixes)
-    if trained and _overrides_text_cache(family, options, trained):
-        return LiveTextEncoders(encoders, trained, prefixes)
+    trained_encoders = _select_trained_encoders(family, options, trainable_encoders)
+    if varies or (trained_encoders and not caches_texts):
+        return LiveTextEncoders(encoders, trained_encoders, prefixes)
+    if 0 < len(trained_encoders) < len(encoders):  # the frozen encoders' outputs come from caches
+        return LiveTextEncoders(trained_encoders, trained_encoders, prefixes)
+    if trained_encoders and _overrides_text_cache(family, options, trained_encoders):
+        return LiveTextEncoders(encoders, trained_encoders, prefixes)
     return None
 
 
@@ -567,6 +576,7 @@ def _overrides_text_cache(
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
         )
+    # a given --text_encoder_lr loses its effect, which deserves a warning
     log = logger.info if options.lora_parts.text_encoder_lr is None else logger.warning
     log(
         "Text encoders are not trained (%s), because --cache_text_encoder_outputs keeps their outputs: only "
@@ -611,13 +621,13 @@ def _select_trained_encoders(
             f"{list_kinds(lambda kind: kind.network_module and kind.is_for_texts)}"
         )
     switches = _encoder_switches(family, options)
-    trained = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
-    if not trained and not options.lora_parts.trains_dit:
+    trained_encoders = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
+    if not trained_encoders and not options.lora_parts.trains_dit:
         raise OptionError(
             "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
             "out"
         )
-    return trained
+    return trained_encoders
 
 
 def _encoder_switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
@@ -662,12 +672,12 @@ class LiveMedia:
             if item.cache_info.on_the_fly_buckets is not None:
                 media = self._read(item, random.Random(derive_seed(*seed_parts, "picture", position)))
                 groups.setdefault(media.group, {})[position] = media
-        encoded: dict[int, dict[str, Tensor]] = {}
+        tensors_by_position: dict[int, dict[str, Tensor]] = {}
         for images in groups.values():
             # keys seed the posterior sample, which must be different each time
             keys = ["-".join(map(str, (items[position].key, *seed_parts, position))) for position in images]
-            encoded |= self._encode([*images.keys()], [*images.values()], keys)
-        return encoded
+            tensors_by_position |= self._encode([*images.keys()], [*images.values()], keys)
+        return tensors_by_position
 
     def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
         """Read and augment the image of an item; `generator` draws the augmentation."""
@@ -696,9 +706,9 @@ class LiveMedia:
         """Encode images of equal shapes; return the tensors of each by its position in the batch."""
         media = batch_media(images, keys)
         with torch.no_grad():
-            encoded = self._family.encode_media(self._media_encoders, media)
+            encoded_media = self._family.encode_media(self._media_encoders, media)
         by_position = {}
-        for position, item, key, (entry,) in zip(positions, images, keys, encoded, strict=True):
+        for position, item, key, (entry,) in zip(positions, images, keys, encoded_media, strict=True):
             tensors = {name: tensor.detach().cpu() for name, tensor in entry.tensors.items()}
             if item.mask is not None:
                 tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(item.mask), self._family.latent.stride)

@@ -78,9 +78,9 @@ def check_before_loading(
 
     check_experts(family, options)
     if options.speed.modes.hooks.check_uses:
-        uses = list_run_uses(family, options, others)
+        run_uses = list_run_uses(family, options, others)
         for check_mode in options.speed.modes.hooks.check_uses:
-            check_mode(uses)
+            check_mode(run_uses)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and swap.blocks_to_swap and not swap.is_auto:
@@ -114,11 +114,11 @@ def reject_quantized_bases(family: Family) -> None:
         with open_checkpoint(path) as checkpoint:
             infos = checkpoint.tensors.values()
         # dtypes of one byte, such as fp8
-        narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
+        narrow_dtypes = [info.dtype for info in infos if info.dtype.itemsize == 1]
         if any(info.packing is not None for info in infos):
             state = "quantized"
-        elif narrow:
-            state = f"in {dtype_name(narrow[0])}"
+        elif narrow_dtypes:
+            state = f"in {dtype_name(narrow_dtypes[0])}"
         else:
             continue
         repositories = " or ".join(family.release.repositories)
@@ -181,18 +181,20 @@ def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path,
 
     # a family may have no files of its transformer yet: then the LoRAs are read and not compared
     for expert, file in zip_longest(family.experts, family.dit_files):
-        uses = [read_weighted_lora(path, expert.name, multiplier) for path, multiplier in multiplier_by_file]
-        for use in uses:
-            reject_magnitudes(use.lora, "--sample_lora")
-        if uses and file is not None:
+        weighted_loras = [
+            read_weighted_lora(path, expert.name, multiplier) for path, multiplier in multiplier_by_file
+        ]
+        for weighted_lora in weighted_loras:
+            reject_magnitudes(weighted_lora.lora, "--sample_lora")
+        if weighted_loras and file is not None:
             # some transformers have a second file, such as one with additional blocks
-            check_loras_fit(file, uses, family.file_beside(file))
+            check_loras_fit(file, weighted_loras, family.file_beside(file))
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
     """Return the learning rates of the networks' parts, by the option that sets each.
 
-    Parts with rate 0, which are not trained, are left out, as are parts that only the loaded networks reveal.
+    Parts with rate 0 are not trained and left out. Parts that are known only after loading are left out too.
     A key names an option, with its value where one option sets several rates.
     """
     parts = options.lora_parts
@@ -205,7 +207,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
         text_rates = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         if parts.trains_dit:
             rates |= text_rates
-        elif text_rates:  # else text encoders use --learning_rate
+        elif text_rates:  # otherwise text encoders use --learning_rate
             rates = text_rates
     if options.network is not None and options.network.network_args:
         rates |= _list_network_rates(options.network, dit_rate, trains_text_encoders)
@@ -226,7 +228,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_text_encode
         return rates
     for key, text in network.arguments().items():
         has_effect = trains_text_encoders or key != "loraplus_text_encoder_lr_ratio"
-        if key.startswith("loraplus_") and has_effect:
+        if key.startswith("loraplus_") and has_effect:  # a multiple of the transformer's rate
             rates[f"--network_args {key}={text}"] = base * float(text)
         elif key == REG_RATES:
             for pattern, rate in read_rates(REG_RATES, text):
@@ -247,7 +249,7 @@ def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilie
         network = network_for(options, expert)
         if network is not None:
             modules.append(network.network_module or family.lora_module)
-    # two transformers, of which only the one in use is on the device
+    # only one of the two transformers is on the device at a time
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
     return RunUses(
         turn_taking_options=("--offload_inactive_dit",) if takes_turns else (),
@@ -287,11 +289,11 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         with quiet():  # the same warnings are logged when the network is built
             check_network(network, module, depths, family.dit.block_numbering)
             if has_initial_lora or frozen_options != (None, None):
-                uses = _read_loras(family, options, expert, network, has_initial_lora)
-                if uses and file is not None:
+                weighted_loras = _read_loras(family, options, expert, network, has_initial_lora)
+                if weighted_loras and file is not None:
                     from networks.apply import check_loras_fit  # only with LoRA files
 
-                    check_loras_fit(file, uses, family.file_beside(file))
+                    check_loras_fit(file, weighted_loras, family.file_beside(file))
 
 
 def _read_loras(
@@ -305,12 +307,12 @@ def _read_loras(
     from networks.loading import WeightedLora, read_lora  # only with LoRA files
 
     merge = options.features.merge
-    uses = [] if merge is None else [*merge(expert).uses]
+    weighted_loras = [] if merge is None else [*merge(expert).uses]
     if has_initial_lora:
         assert network.network_weights is not None
         initial_lora = read_lora(network.network_weights, with_texts=True)
         _check_kind(initial_lora, network)
-        uses.append(WeightedLora(initial_lora))
+        weighted_loras.append(WeightedLora(initial_lora))
     adapter = None
     if options.frozen.training_adapter is not None:
         adapter = read_adapter(options, expert, family.experts)
@@ -318,8 +320,8 @@ def _read_loras(
         from networks.gated_loras import reject_magnitudes  # only with an adapter
 
         reject_magnitudes(adapter.lora, TRAINING_ADAPTER)
-        uses.append(adapter)
-    return uses
+        weighted_loras.append(adapter)
+    return weighted_loras
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
@@ -352,7 +354,7 @@ def select_lora_format(
     Args:
         family: The model family.
         lora: Options of the LoRA; None if none is trained.
-        trained_encoders: Text encoders that are trained, as far as they are known.
+        trained_encoders: Text encoders that are trained; () before they are known.
     """
     if lora is None:
         return None

@@ -163,8 +163,8 @@ def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], pl
         is_class = reach == IMPORTS_CLASS["reach"]
         module = value.rpartition(".")[0] if is_class else value
         if module and not module.startswith(OUR_NETWORKS):
-            typed = f"type --{action.dest} {value}"
-            remedy = "start the training itself, and type it there" if is_limited() else typed
+            advice = f"type --{action.dest} {value}"
+            remedy = "start the training itself, and type it there" if is_limited() else advice
             require_installed(f"{place}: {action.dest} = {value}", module, remedy)
 
 
@@ -197,6 +197,7 @@ def toml_value(value: Any) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file. Raises UserError if it cannot be read or is not TOML."""
     try:
         return parse_toml(read_text(path))
     except OSError as error:

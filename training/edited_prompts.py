@@ -48,15 +48,15 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Call
     sampler = replace(sampler, source=replace(source, text=text, read_error=error))
     if text == source.text and not error:
         return sampler  # only an earlier reading error has disappeared
-    edited = sampler
+    edited_sampler = sampler
     if not error:
-        edited, error = _try_to_encode(sampler, log_activity)
+        edited_sampler, error = _try_to_encode(sampler, log_activity)
     # if one process fails, all processes keep the earlier prompts, and the first one logs the reason
     errors = [error] if num_processes == 1 else gather_object([error])
     error = next(filter(None, errors), "")
     if source.process_index == 0:
-        _log_outcome(edited, error)
-    return sampler if error else edited
+        _log_outcome(edited_sampler, error)
+    return sampler if error else edited_sampler
 
 
 def _try_to_encode(sampler: Sampler, log_activity: Callable[[str], None]) -> tuple[Sampler, str]:
@@ -114,9 +114,9 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
     unchanged_samples: dict[int, Sample] = {}
     edited_requests: dict[int, Prepared] = {}
     for index in source.prompt_indices(len(entries)):
-        unchanged = [sample for sample in sampler.samples if sample.settings == entries[index]]
-        if unchanged:
-            unchanged_samples[index] = replace(unchanged[0], index=index)
+        unchanged_matches = [sample for sample in sampler.samples if sample.settings == entries[index]]
+        if unchanged_matches:
+            unchanged_samples[index] = replace(unchanged_matches[0], index=index)
         else:
             edited_requests[index] = all_prepared[index]
     num_new_texts = session.count_new(select_prompts(prepared) for prepared in edited_requests.values())
@@ -130,8 +130,8 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
         warn_of_unused(entries, session.family, source.path)
     if num_new_texts:
         log_activity("encoding edited prompts")
-    encoded = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
-    samples = unchanged_samples | {sample.index: sample for sample in encoded}
+    encoded_samples = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
+    samples = unchanged_samples | {sample.index: sample for sample in encoded_samples}
     return replace(
         sampler, samples=[samples[index] for index in sorted(samples)], prompts=prompts_of(entries)
     )

@@ -81,8 +81,8 @@ def read_adapter(
         return None
     from networks.loading import read_lora, read_weighted_lora  # only with an adapter
 
-    name_in_file = read_lora(path, by_expert=True).expert
-    if name_in_file != expert.name and name_in_file in [trained.name for trained in experts]:
+    expert_in_file = read_lora(path, by_expert=True).expert
+    if expert_in_file != expert.name and expert_in_file in [trained.name for trained in experts]:
         logger.info(
             "%s %s is for the other transformer: the %s trains without it.",
             TRAINING_ADAPTER,
@@ -174,9 +174,9 @@ def _log_trained_expert(
 ) -> None:
     """Log which of a model's two transformers are trained and used for samples, and at which timesteps."""
     experts, all_experts = family.experts, family.defaults.experts
-    trained = find_trained_expert(family, timesteps_of_tables)
+    trained_expert = find_trained_expert(family, timesteps_of_tables)
     for expert in experts:
-        _warn_of_other_experts_weights(family, network_for(options, expert), (trained or expert).name)
+        _warn_of_other_experts_weights(family, network_for(options, expert), (trained_expert or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.abilities.sampling_dit_option
         logger.info("Only the trained transformer generates samples; give %s to use both.", option)
@@ -186,7 +186,7 @@ def _log_trained_expert(
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
     elif experts[0].min_timestep > 0:
         logger.info("Only timesteps from %g on are trained, the range of --dit_high_noise.", boundary)
-    elif trained is None:
+    elif trained_expert is None:
         _warn_of_all_levels(options, boundary)
 
 
@@ -203,14 +203,16 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     changes_transformer = options.network is not None or options.full_dit is not None
     if options.features.keeps_few_step_ability or not (changes_transformer and knows_few_steps(family)):
         return ""
-    why = family.few_steps_evidence()
-    if why is None:
+    evidence = family.few_steps_evidence()
+    if evidence is None:
         return ""
     rule = family.few_steps
     unlearned = rule.unlearned_pronoun
-    beginning = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
+    beginning = (
+        f"The transformer may be distilled for few steps ({evidence}). If it is, plain training unlearns"
+    )
     if rule.applies_to_all_files:
-        beginning = f"The transformer {rule.distillation_clause} ({why}). Plain training unlearns"
+        beginning = f"The transformer {rule.distillation_clause} ({evidence}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
         return f"{beginning} {unlearned}: {rule.consequence}. {rule.advice_for_full_training}."
     warning = f"{beginning} {unlearned}: with the trained network {rule.consequence}. {rule.advice_for_lora}."
@@ -273,8 +275,8 @@ def expert_metadata(
         return {TRAINED_EXPERT: FOR_BOTH}
     trained_name: str | None = expert_name
     if not expert_name:
-        trained = find_trained_expert(family, timesteps_of_tables)
-        trained_name = None if trained is None else trained.name
+        trained_expert = find_trained_expert(family, timesteps_of_tables)
+        trained_name = None if trained_expert is None else trained_expert.name
     if trained_name is None:
         return {}
     # the value that files record, by the name of the expert
@@ -287,9 +289,9 @@ def expert_metadata(
 
 
 def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOptions]) -> Expert | None:
-    """Return the expert whose role a run's only transformer has; None if unknown or if there are several.
+    """Return which expert (high or low noise) a run's only transformer is; None if unknown or with several.
 
-    If the file does not name its expert, the range of timesteps decides.
+    If its file does not name the expert, the range of the run's timesteps decides.
 
     Args:
         family: The model family.
@@ -301,10 +303,10 @@ def find_trained_expert(family: Family, timesteps_of_tables: Sequence[TimestepOp
     if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
     lowest, highest = find_level_range(timesteps_of_tables, family.noise)
-    fitting = [
+    fitting_experts = [
         expert for expert in default if expert.min_timestep <= lowest and highest <= expert.max_timestep
     ]
-    return fitting[0] if fitting else None
+    return fitting_experts[0] if fitting_experts else None
 
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed_precision -> dtype
@@ -380,8 +382,8 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     Raises:
         OptionError: If the quantization, the attention or the precision is not available.
     """
-    stored = options.speed.fp8.quantization
-    quantization = None if stored is None else prepare(stored, device)
+    requested = options.speed.fp8.quantization
+    quantization = None if requested is None else prepare(requested, device)
     autocast = AUTOCAST.get(options.accelerator.mixed_precision)  # None without mixed precision
     placement = placement_of(options, device, quantization)
     check_backend(

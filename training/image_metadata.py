@@ -210,7 +210,7 @@ def _make_unique(name: str, names: Mapping[str, Any]) -> str:
 def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
     """Return the settings of a dataset table, keyed by the option names that known trainers record."""
     changes, augmentation = table.caption_changes, table.augmentation
-    buckets = table.buckets if table.enable_bucket else None
+    buckets = table.buckets if table.enable_bucket else None  # None: no sizes of buckets are recorded
     return {
         "batch_size_per_device": table.batch_size,
         "resolution": tuple(table.resolution),
@@ -310,6 +310,7 @@ def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
     }
     if table.directory is not None or table.image_folder is not None:
         entry["image_dir"] = table.base_folder.name
+    # a subset is recorded either by its metadata file or, for a folder, by class tokens
     name = source_format_of(table).metadata_key
     if name:
         entry[name] = table.source.name

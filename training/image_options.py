@@ -100,7 +100,7 @@ def read_image_training(
             and fill fields of the record with these option names.
         defaults: Differences between image families.
         argv: Command line; None for the command line of the process.
-        trained_options: Record with the options of what is trained: by default, of a network such as a LoRA.
+        trained_options: Class of the options for what is trained; by default a network such as a LoRA.
     """
     command = read_command_line(argv, partial(_build_parser, doc, record, defaults, trained_options))
     parser = command.parser
@@ -615,9 +615,14 @@ def block_control_net_trainer(network_title: str, defaults: ImageTrainerDefaults
         defaults: Defaults of the script that trains LoRAs of the same family.
     """
     # such a network runs with the tokens of the blocks, so options that change how blocks run are rejected
-    of_blocks = (*SWAPPING, "use_pinned_memory_for_block_swap", *list_block_options(), *options_of_blocks())
+    block_options = (
+        *SWAPPING,
+        "use_pinned_memory_for_block_swap",
+        *list_block_options(),
+        *options_of_blocks(),
+    )
     refused = {
-        **dict.fromkeys((*of_blocks, "gradient_checkpointing_cpu_offload"), _TOKENS),
+        **dict.fromkeys((*block_options, "gradient_checkpointing_cpu_offload"), _TOKENS),
         "network_dim": "Its sizes are those of --cond_emb_dim and --lllite_...; leave it out",
         "network_dropout": "Give it to --lllite_dropout",
     }

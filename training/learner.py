@@ -110,7 +110,7 @@ def find_network_spec(
 
 def _describe_custom_network(custom: CustomNetwork) -> NetworkSpec:
     """Return the `NetworkSpec` of a network that the model family defines, such as a ControlNet."""
-    # captions should contain the trained word, unless the run learns from sentences of its own
+    # captions should contain the trained word, unless the run trains on its own sentences
     reads_captions = custom.in_text_encoders and not custom.sentences
     return NetworkSpec(
         label=custom.label,
@@ -161,9 +161,9 @@ def _make_custom_network(
     resumed_tensors: Mapping[str, Tensor] | None = None,
     has_initial_values: bool = True,
 ) -> TrainableNetwork:
-    """Create a network that the model family defines; the arguments are those of `MakeNetwork`.
+    """Create a network that the model family defines, such as a ControlNet; see `MakeNetwork` for arguments.
 
-    `options` and `resumed_tensors` are not used: `custom` contains the settings of such a network.
+    `options` and `resumed_tensors` are not used, because `custom` contains the network's settings.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))

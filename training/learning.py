@@ -71,8 +71,11 @@ logger = logging.getLogger(__name__)
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """Load the networks, attach what is trained, create the optimizer, and restore the state of --resume.
 
-    Text encoders that run during training are loaded already. A part of the LoRA is attached to those that
-    are trained.
+    1. Load each expert, and add its LoRA or select its trained weights; then load networks only for samples.
+    2. Join the trained parameters of all experts and features, and create optimizer and schedule.
+    3. Run the hooks of features, and restore the saved state.
+
+    Text encoders that run during training are loaded already. The trained ones get a part of the LoRA.
 
     Args:
         plan: The plan of the run.
@@ -307,6 +310,10 @@ class NetworkLoader:
     def load(self, family: Family, index: int) -> UnpreparedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
 
+        1. Choose where its weights are kept: on the device, in host memory, or sharded over processes.
+        2. Read the LoRAs to merge, and load the network with them.
+        3. Wrap the layers whose LoRAs cannot be merged.
+
         A network to train gets the training dtype. The caller adds the trained LoRA before `set_up_network`.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
@@ -328,7 +335,7 @@ class NetworkLoader:
             if loras.uses:
                 patch, t_loras = self._read_merged(loras, network_options, family, index)
         placement = experts.placement_of(options, device, plan.quantization)
-        # a DoRA learns the norms of the weights, which include merged LoRAs
+        # a DoRA learns the norms of the merged weights, so no LoRA may be left unmerged
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
         placement = replace(
@@ -363,10 +370,10 @@ class NetworkLoader:
         from networks.rounding import LoraRounding
         from networks.unmerged_loras import split_masked
 
-        uses = loras.uses
+        weighted_loras = loras.uses
         if family.dit_files:  # without files, the network is built in code
-            uses = fit_to_file(uses, family.dit_files[index])
-        merged, t_loras = (uses, []) if network.decomposes else split_masked(uses)
+            weighted_loras = fit_to_file(weighted_loras, family.dit_files[index])
+        merged, t_loras = (weighted_loras, []) if network.decomposes else split_masked(weighted_loras)
         if not merged:
             return None, t_loras
         return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), t_loras
@@ -387,7 +394,7 @@ class NetworkLoader:
             self._add_frozen_loras(network, has_samples)
         self.set_up_blocks(network)
         if self.plan.quantization is not None and device.type == "cpu":
-            keep_heap_small()  # else temporary whole weights fragment the heap
+            keep_heap_small()  # otherwise temporary whole weights fragment the heap
         if self.takes_turns:
             self.host_copies[dit] = HostCopy(dit, device, network.host_weights)
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
@@ -576,7 +583,11 @@ class TrainableBuilder:
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
-    """Return the object that steps the weights: all together, one by one, or inside the backward pass."""
+    """Return the object that steps the weights: all together, one by one, or inside the backward pass.
+
+    Weights are stepped one by one if a step needs temporary copies of a weight: float32 values of a bf16
+    weight, all rows of a sharded one, or optimizer states from host memory.
+    """
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
     full_dit, sharded_weights = options.full_dit, trainable.sharded_weights
     optimizer_class = type(optimizer)

@@ -358,6 +358,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
     )
 
     def __post_init__(self) -> None:
+        """Raise OptionError if the schedule is unknown, or lacks or rejects one of the given options."""
         arguments = self.arguments()
         name = self.lr_scheduler
         names = (*CURVES, ADAFACTOR)

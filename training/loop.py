@@ -84,7 +84,7 @@ def train(run: TrainingRun) -> bool:
                     return False
                 if run.is_done:
                     break
-        _log_report(run, run.delayed_reports.flush())
+        _log_report(run, run.delayed_reports.flush())  # the last step's values, which are read one step late
         if run.saver is not None:
             run.reporter.log_pause(SAVING)
             run.saver.save_final()
@@ -125,6 +125,10 @@ def is_ending(run: TrainingRun) -> bool:
 def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[NoisyBatch]) -> StepRequests:
     """Take one optimizer step on `step_batches`; return the requested saves and samples.
 
+    1. Run the micro-batches forward and backward, and add up gradients and values over processes.
+    2. Step the weights, unless a feature skips the step.
+    3. Queue this step's values, log the values of the previous step, and return the requests.
+
     The step's loss, metrics and norms stay on the device in `values` and are read one step later, so that the
     host does not wait for the device. With several processes, the requests are also known one step later.
     """
@@ -153,7 +157,8 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
             run.device, [run.requests.ending_requested, requested.saves, requested.samples], torch.float32
         )
         values = sum_over_processes(
-            [each for each in updated_parameters if each not in trainable.sharded_weights], values
+            [parameter for parameter in updated_parameters if parameter not in trainable.sharded_weights],
+            values,
         )
     skip_check = None  # lets a feature skip the step, such as one with an outlying loss
     if run.features.on.before_step:
@@ -461,9 +466,10 @@ def _restart_step_timing(run: TrainingRun) -> None:
 
 
 def _after_step(run: TrainingRun, requested: StepRequests) -> None:
-    """Do the work due after an optimizer step.
+    """Validate, generate samples and save after an optimizer step, whichever of them are due.
 
-    Samples come before saving. If the run is to end, its samples are generated after resuming.
+    Samples come before saving. If a user has asked the run to end, its samples are only recorded as pending,
+    and generated after resuming.
     """
     progress = run.progress
     # work is due because a user asked for it, because the run ends, or by the options
@@ -507,13 +513,13 @@ def _after_epoch(run: TrainingRun) -> None:
     """
     progress = run.progress
     epoch = progress.epoch + 1
-    is_complete = progress.position >= run.steps.num_batches  # else --max_train_steps ended the epoch
+    is_complete = progress.position >= run.steps.num_batches  # otherwise --max_train_steps ended the epoch
     _log_report(run, run.delayed_reports.flush())
     if run.logs.recorders:
         mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
         run.logs.log_values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
-    if samples and progress.sampled_step != progress.step:  # else the step has its samples already
+    if samples and progress.sampled_step != progress.step:  # otherwise the step has its samples already
         progress.sample_pending = f"e{epoch:06d}"
     if is_complete:
         progress.epoch = epoch

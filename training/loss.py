@@ -259,9 +259,13 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Run the DiT on the noisy batch; return what the loss compares with the target velocity, float32.
+    """Return the DiT's prediction for a noisy batch, which the loss compares with the target velocity.
 
-    The shape is B C F H W, or B N if the images and the audio of a sample are joined into one vector.
+    1. Add the noise, except to latents that stay clean.
+    2. With audio, join it and the images into one tensor.
+    3. Run the DiT, and convert the velocity for --model_prediction_type.
+
+    The result is float32, B C F H W, or B N if the images and the audio of a sample are one vector.
 
     Args:
         family: The model family.
@@ -278,7 +282,7 @@ def predict(
     if noisy_batch.perturbation is not None:
         noise = noise + noisy_batch.perturbation
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.signal_scale(noisy_batch.sigmas))
-    if num_clean_frames:
+    if num_clean_frames:  # the first frames are conditions and stay without noise
         noisy = torch.cat([latents[:, :, :num_clean_frames], noisy[:, :, num_clean_frames:]], dim=2)
     if clean_tokens is not None:
         noisy = blend_clean_latents(noisy, latents, clean_tokens.image)
@@ -396,6 +400,7 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
     if options.huber_schedule == "exponential":
         progress = timesteps.float().clamp(0, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
         return (progress * math.log(options.huber_c)).exp() * options.huber_scale
+    # snr; --huber_scale applies to the other two schedules only
     signal_scales = spec.signal_scale(sigmas)  # factors of the clean latents in the noisy ones
     # 1 / (1 + r)^2, written to avoid a division by zero at a scale of 0
     factors = (signal_scales / (signal_scales + sigmas.float())).square()

@@ -178,7 +178,7 @@ def file_metadata(
         width, *height = re.findall(r"\d+", metadata_options.resolution)
         resolution = f"{width}x{height[0] if height else width}"
     spec = {
-        # as other trainers of image and of video models write it
+        # the versions that other trainers write: of image models 1.0.1, of video models 1.0.0
         "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
         "architecture": architecture,
         "implementation": family_metadata.get("implementation"),

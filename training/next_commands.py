@@ -109,6 +109,10 @@ class NextSteps:
     def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return the suggested commands: resume, generate, convert or extract, start again.
 
+        1. Continue the run. Generate with the file, if the model has a script.
+        2. Extract a LoRA, if the whole model was trained and a file is saved.
+        3. Convert a LoRA: kinds that other programs do not know to a plain LoRA, or only its tensor names.
+
         Args:
             saved: The file to use: the best one, or the newest. With None, if nothing is saved yet, the
                 commands name the file that the end of the run will save.
@@ -134,7 +138,7 @@ class NextSteps:
             commands.append(self._extract(file))
         lora = self.plan.network_spec.lora_options
         if lora is not None:
-            # other programs read some kinds only as a plain LoRA
+            # kinds that other programs read only after conversion to a plain LoRA
             plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
             lora_format = self.plan.lora_format
             needs_conversion = bool(self.converted_for)
@@ -289,7 +293,7 @@ class NextSteps:
             *arguments_of_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        # None: the model's own script generates with the file
+        # None: the model's own script generates with the file, and takes it as a LoRA or instead of --dit
         generate = self.plan.network_spec.generation_command
         if generate is not None:
             arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
@@ -376,7 +380,7 @@ def arguments_of_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] 
         sample: Values of the sample, by the field names of `Request`.
         spellings: Flags of the family's script that differ from --FIELD_NAME, by field; "" for none.
     """
-    size = [sample[side] for side in ("height", "width") if sample.get(side)]
+    size = [sample[dimension] for dimension in ("height", "width") if sample.get(dimension)]
     values = {
         "prompt": sample.get("prompt") or Placeholder("what it should show"),
         "video_size": size if len(size) == 2 else None,

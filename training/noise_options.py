@@ -138,6 +138,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
     )
 
     def __post_init__(self) -> None:
+        """Raise OptionError if a range of timesteps is empty, or if a focus is combined with a window."""
         if not 0 <= self.lowest < self.highest <= NUM_TIMESTEPS:
             raise OptionError(
                 f"--min_timestep {self.lowest} --max_timestep {self.highest}: need 0 <= min < max <= "

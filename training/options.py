@@ -125,6 +125,7 @@ class TrainingOptions(Options, must_give=True):
     caching: CachingInRunOptions | None = option(facts=FREE)
 
     def __post_init__(self) -> None:
+        """Raise OptionError if options conflict with each other, or if the run lacks data or a folder."""
         if self.full_dit is not None:
             self._check_full_dit(self.full_dit)
         rank = None if self.network is None else self.network.network_dim
@@ -223,12 +224,12 @@ class TrainingOptions(Options, must_give=True):
         # some multi-GPU modes do not support full fine-tuning
         for reject_full in self.speed.modes.hooks.check_full_training:
             reject_full(precision)
-        stored = self.speed.fp8.quantization
-        if stored is not None:
-            flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.option_name
+        quantization = self.speed.fp8.quantization
+        if quantization is not None:
+            flags = "--fp8_base" if self.speed.fp8.fp8_base else quantization.option_name
             raise OptionError(
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
-                f"{stored.form} would lose the steps; leave it out, or train a LoRA"
+                f"{quantization.form} would lose the steps; leave it out, or train a LoRA"
             )
         if options.offloads_states and precision == "fp16":
             raise OptionError(
@@ -305,14 +306,16 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     by_preference = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
     flag = next(flag for flag in by_preference if flag in flags)
     is_switch = action.nargs == 0 or not texts
-    # an option that is changed but neither typed nor set by the launcher follows from other options
-    follows = is_changed and typed_flags and action.dest not in {*typed_flags, *LAUNCHER_VARIABLE_BY_OPTION}
+    # changed, but neither typed nor set by the launcher: the value was derived from other options
+    is_derived = (
+        is_changed and typed_flags and action.dest not in {*typed_flags, *LAUNCHER_VARIABLE_BY_OPTION}
+    )
     return ScriptOption(
         name=action.dest,
         text=" ".join(texts),
         arguments=option_argv({flag: True if is_switch else value}),
         is_changed=is_changed,
-        is_typed=not follows,
+        is_typed=not is_derived,
     )
 
 
@@ -439,7 +442,8 @@ def read_arguments(
 def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.environ) -> argparse.Namespace:
     """Return all arguments, in this order of precedence: command line, --config_file, launcher, defaults.
 
-    The launcher, `accelerate launch`, sets precision and compilation by environment variables.
+    The launcher, `accelerate launch`, sets precision and compilation by environment variables. Values from a
+    file may import only installed code, and in a queued job they may not send data; typed values may.
 
     Raises:
         OptionError: If a value in the file is not valid, or if an option is rejected.

@@ -148,6 +148,11 @@ def make_plan(
 ) -> TrainingPlan:
     """Plan a run: find its state, items and steps, and check all that is possible before networks are loaded.
 
+    1. Find the saved state, and check the options.
+    2. Determine what the features and the text encoders that run during training need.
+    3. Find or make the caches, list the items, and derive the order of batches and the steps.
+    4. Compare the plan with the saved state.
+
     Args:
         family: The model family.
         options: Options of the run.
@@ -268,7 +273,7 @@ def _find_training_items(
     encodes_texts_on_the_fly: bool,
     seed: int,
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Return the cached items to train on and those to validate on, after checking their caches."""
+    """Return the cached training items and the validation items, after checking their caches."""
     items = _find_items(
         family,
         config,
@@ -478,6 +483,10 @@ def _find_items(
 ) -> Sequence[TrainingItem]:
     """Find the cached training items by their file names, check their caches, and return them.
 
+    1. List the items, which must exist.
+    2. Check the channels of new items, and that all caches fit the model and its text encoders.
+    3. In the first process, warn about media files without caches, and caches without a media file.
+
     Args:
         family: The model family.
         config: The dataset, as read from its file.
@@ -491,13 +500,13 @@ def _find_items(
         CacheError: If there are no caches; the message contains the caching commands.
     """
     commands = sources.encoders.commands
-    # what identifies the checkpoint's own text encoders, by their names; caches of others are rejected
+    # identity of the checkpoint's own text encoders, by name; caches of other encoders are rejected
     trained_encoder_ids: Mapping[str, Mapping[str, str]] = {}
     if family.abilities.has_text_encoders and not trusts_caches:
         trained_encoder_ids = {encoder.name: encoder.identity for encoder in family.text_encoders()}
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
-    listed = find_items(
+    found_items = find_items(
         config,
         family.cache_tag,
         family.latent,
@@ -507,7 +516,7 @@ def _find_items(
         audio=audio_of(family),
         trusts_index=True,
     )
-    items = require_items(listed, commands)
+    items = require_items(found_items, commands)
     # the index of the caches records which items were compared with this model before
     new_items = [item for item in items if item.file_name not in item.cache_info.indexed_checksums]
     if new_items:
@@ -524,15 +533,17 @@ def _find_items(
     )
     if accelerator.process_index == 0:
         audio = audio_of(family)
-        hears = audio is not None and not audio.is_in_latent_cache
-        compare_sources(config.datasets, listed, commands, tag=family.cache_tag, trains_audio=hears)
+        has_audio_caches = audio is not None and not audio.is_in_latent_cache
+        compare_sources(
+            config.datasets, found_items, commands, tag=family.cache_tag, trains_audio=has_audio_caches
+        )
     return items
 
 
 def _split_items(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], seed: int
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Return the items to train on, and those to validate on; check that the options fit them."""
+    """Return the training items and the validation items; check that the validation options fit them."""
     validating = options.validation
     seed = seed if validating.validation_seed is None else validating.validation_seed
     training, validation = split_validation(items, validating.validation_split, seed)

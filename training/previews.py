@@ -97,7 +97,12 @@ def _list_tables(
 def _print_check(
     family: Family, options: TrainingOptions, network_spec: NetworkSpec, commands: CachingCommands
 ) -> int:
-    """Print the items that would be trained on, and write the page (--check); returns the exit code."""
+    """Print the items that would be trained on, and write the page (--check); returns the exit code.
+
+    1. Check the options and features with this dataset.
+    2. Find the faults of the dataset, from its caches or files.
+    3. Add lines about timesteps, targets and the learning rate.
+    """
     from data_tools.report import check, findings  # only with --check
 
     reject_foreign_module(family, options)
@@ -240,9 +245,9 @@ def describe_run(options: TrainingOptions, network_spec: NetworkSpec, num_valida
     lines = []
     if num_validation:
         max_steps = options.validation.max_validation_steps
-        measured = num_validation if max_steps is None else min(num_validation, max_steps)
+        num_measured = num_validation if max_steps is None else min(num_validation, max_steps)
         limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
-        lines.append(f"Each validation measures {format_count(measured, 'batch')} of one item{limit}")
+        lines.append(f"Each validation measures {format_count(num_measured, 'batch')} of one item{limit}")
     rate = describe_learning_rate(options, network_spec)
     is_unusual = "HIGH" in rate or "LOW" in rate  # as `describe_learning_rate` writes
     if is_unusual:
@@ -258,7 +263,12 @@ def _print_plan(
     commands: CachingCommands,
     others: OtherFamilies,
 ) -> None:
-    """Print how much memory the run would need (--plan), on one GPU or divided over several."""
+    """Print how much memory the run would need (--plan), on one GPU or divided over several.
+
+    1. Check the network module, the model files and the features.
+    2. Read the largest batch from the caches.
+    3. Simulate a step with it, and print the memory.
+    """
     reject_foreign_module(family, options)
     family.check_named_files()  # first: caches are made with them
     if options.full_dit is not None:
@@ -338,7 +348,7 @@ def _read_largest_batch(
     _require_caches_on_disk(plans, commands, live_encoders)
     stores = open_stores(family, plans)
     tables = list_on_the_fly_tables(family.cache_tag, plans, needs_captions=live_encoders is not None)
-    listed = find_items(
+    found_items = find_items(
         config,
         family.cache_tag,
         family.latent,
@@ -347,7 +357,7 @@ def _read_largest_batch(
         live=tables,
         audio=audio_of(family),
     )
-    items = require_items(listed, commands)
+    items = require_items(found_items, commands)
     check_channels(items, family.latent, commands, stores)
     # if all tables are marked `validation`, nothing is left for training: then take the largest of all items
     training, _ = split_validation(items, options.validation.validation_split)

@@ -31,19 +31,23 @@ DEFAULT_TIMEOUT = 24 * 60
 def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     """Join the processes that the launcher started and choose device and precision.
 
+    1. Check the environment, and create the accelerator.
+    2. Set the options of CUDA's matrix products and convolutions.
+    3. Log the device, and warn about options that have no effect on it.
+
     Raises:
         OptionError: If the device does not support this precision.
     """
     reject_other_splits()  # first, because accelerate would import the packages that split a model
     _check_environment()
-    has_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if has_processes:
+    is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_distributed:
         reconnect()
     minutes = DEFAULT_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout
     try:
         accelerator = Accelerator(
             # otherwise accelerate would let each of several processes without a GPU train alone
-            cpu=has_processes and not torch.cuda.is_available(),
+            cpu=is_distributed and not torch.cuda.is_available(),
             mixed_precision=options.mixed_precision,
             # always 1, whatever the launcher sets: the loop accumulates itself, so backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

@@ -167,7 +167,7 @@ def collect_run_settings(
         family: The model family.
         options: Options of the run.
         seed: Seed of the run.
-        order: Order of the items in each epoch, of which a digest is recorded.
+        order: Order of the items in each epoch; its digest is recorded.
         plan: Numbers of steps, epochs and micro-batches.
         adapter: The training adapter with a hash of its file (`describe_adapter`); None without
             --training_adapter.
@@ -246,6 +246,10 @@ def check_resumable(
 ) -> dict[str, str]:
     """Raise OptionError if the saved run is a different one; warn about changed settings.
 
+    1. Warn about settings that the state, of an older version, did not record.
+    2. Reject differences in settings that must stay the same, unless --resume_changed allows them.
+    3. Warn about other changed settings, or return all changes with --resume_changed.
+
     Settings that the saved run did not record are not compared. Call this before anything large is loaded.
 
     Args:
@@ -320,7 +324,7 @@ def _list_saved_adjustable(saved: states.SavedState, adjustable: Mapping[str, An
         current = adjustable.get(name)
         # an option that is off now counts as unchanged, however its default is written
         saved_adjustable[name] = default if current else current
-    return saved_adjustable | saved.habits
+    return saved_adjustable | saved.habits  # `habits` is their name in the state
 
 
 def _reject_differences(
@@ -414,7 +418,7 @@ def _normalize_fixed_settings(fixed: Mapping[str, Any], record: type) -> dict[st
     if resolved.get("--network_dim") == str(None):  # recorded as text: the option was left out
         kind = kind_of_module(resolved.get("--network_module"))
         resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
-    if resolved.get("--network_alpha") == 0:  # 0 stands for the rank
+    if resolved.get("--network_alpha") == 0:  # 0 means the same value as the rank
         resolved["--network_alpha"] = resolved.get("--network_dim")
     return resolved
 

@@ -105,8 +105,11 @@ def prepare_run(
 ) -> Iterator[TrainingRun]:
     """Yield a run with everything loaded; on exit, close its logs and wait for uploads.
 
-    The order keeps models out of memory that are not needed together: samples' prompts are encoded first,
-    then text encoders that stay are loaded, then the trained transformers.
+    1. Read the dataset's file, join the processes, and plan the run.
+    2. Encode the prompts and images of samples; the encoders are then freed.
+    3. Load the text encoders that run during training, then the trained transformers. In this order, models
+       that are not needed together are not in memory together.
+    4. Move the results of an earlier run away, and yield the run.
 
     Args:
         family: The model family.

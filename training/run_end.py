@@ -44,7 +44,7 @@ def start_command(
     has_begun: bool,
     max_seconds: float = MAX_WAIT_SECONDS,
 ) -> None:
-    """Start the command of an option when a run is over, and wait for it; log a warning if it fails.
+    """Start a command such as --on_end after a run has ended, and wait for it; log a warning if it fails.
 
     The command does not affect the exit code of this program.
 

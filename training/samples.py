@@ -139,7 +139,7 @@ class Sampler:
     ) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
-        Only the samples' own random state is used.
+        The random state of the training is neither used nor changed.
 
         Args:
             get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.
@@ -160,7 +160,7 @@ class Sampler:
                 check=check,
                 show_progress=show_progress,
             )
-            if not self.writes_files:
+            if not self.writes_files:  # this process has only taken part in the computation
                 continue
             seed_suffix = f"_{sample.prepared.seed}" if sample.is_seeded else ""
             date = time.strftime("%Y%m%d%H%M%S")
@@ -248,7 +248,7 @@ class Sampler:
                 tags = as_png_texts(metadata)
                 path = write_layers(self.folder, stem, frames, family.latent.has_full, tags)[-1]
             elif prepared.frames == 1:
-                number = "" if family.latent.is_of_images else "_000"
+                number = "" if family.latent.is_of_images else "_000"  # a single image of a video model
                 path = self.folder / f"{stem}{number}.png"
                 write_png(path, next(frames), as_png_texts(metadata))
             else:
@@ -328,7 +328,8 @@ def prepare_samples(
 ) -> Sampler:
     """Read and check the prompts, and encode this process's share of prompts and images.
 
-    Call it before the DiT is loaded.
+    Call it before the DiT is loaded, because the text encoders need the memory. The first process also warns
+    about unused settings, removes unfinished files of an earlier run, and makes the previews.
 
     Args:
         family: The model family.
@@ -524,7 +525,7 @@ def _prepare_entry(
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
-    """Convert an entry of a prompt file (values by name) into a request.
+    """Convert an entry of a prompt file (values by key, such as `cfg_scale`) into a request.
 
     Missing values get the defaults of generation. Sizes are rounded down to sizes that the model supports.
 
@@ -536,6 +537,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     control_paths = values.get("control_image_path") or []
     if isinstance(control_paths, str):
         control_paths = [control_paths]
+    # in prompt files `cfg_scale` is the guidance scale, and `guidance_scale` is the embedded guidance
     guidance_scale = _read_number(values, "cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
     # without a size, some models take the size of the first reference image: None
@@ -598,19 +600,19 @@ def _with_fitted_size(
         latent: Sizes of the family's latents.
     """
     width, height, frames = size
-    side = latent.pixel_step
-    fitted_width = None if width is None else fit_side(width, side)
-    fitted_height = None if height is None else fit_side(height, side)
+    multiple = latent.pixel_step
+    fitted_width = None if width is None else fit_side(width, multiple)
+    fitted_height = None if height is None else fit_side(height, multiple)
     fitted_frames = 1 if latent.is_of_images else latent.lengths.fit(frames)
     if latent.has_layers:
         fitted_frames = frames  # --f is the number of layers here, and any number is valid
     warnings = []
     if (fitted_width, fitted_height) != (width, height):
         pixels = f"{width} x {height} pixels (--w, --h) are changed to {fitted_width} x {fitted_height}"
-        warnings.append(f"{pixels}: sides are multiples of {side}")
+        warnings.append(f"{pixels}: sides are multiples of {multiple}")
     if fitted_frames != frames:
-        why = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
-        warnings.append(f"{format_count(frames, 'frame')} (--f) changed to {fitted_frames}: {why}")
+        reason = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
+        warnings.append(f"{format_count(frames, 'frame')} (--f) changed to {fitted_frames}: {reason}")
     if warnings:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(warnings))
     return replace(request, width=fitted_width, height=fitted_height, frames=fitted_frames)
@@ -630,9 +632,11 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
     is_solver = name in solver_by_alias.values()
     solver = name if is_solver else solver_by_alias.get(name)
     if solver is None:
-        known = ", ".join(dict.fromkeys((*solver_by_alias.values(), *solver_by_alias)))  # each name once
+        known_names = ", ".join(
+            dict.fromkeys((*solver_by_alias.values(), *solver_by_alias))
+        )  # each name once
         logger.warning(
-            "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
+            "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known_names
         )
     return solver
 

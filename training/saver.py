@@ -67,7 +67,8 @@ def make_saver(
 ) -> Saver | None:
     """Return the saver of the run's files, states and averages; None in processes that do not save.
 
-    Files that an earlier, killed run should have removed are removed now.
+    The saver calls three parties: the writer of files, the publisher that uploads them, and the callbacks of
+    features and logs. Files that an earlier, killed run should have removed are removed now.
 
     Args:
         model: The loaded networks.
@@ -83,6 +84,7 @@ def make_saver(
     is_main = plan.accelerator.is_main_process
     metadata = _collect_metadata(model)
     if publisher is not None and is_main:
+        # one model card describes all uploaded files, so it gets the metadata of the first one
         published = PublishedRun(
             names=plan.names,
             is_lora=plan.options.network is not None,
@@ -215,8 +217,9 @@ def collect_state(model: TrainedModel) -> states.SavedState:
             if is_moment:
                 parameter_state[key] = as_sharded(sharded_weight, value)
     return states.SavedState(
-        folder=Path(),
+        folder=Path(),  # not recorded in a state
         progress=plan.progress,
+        # in a state, settings that must stay the same are `identity`, and those that may change are `habits`
         identity=plan.settings.fixed,
         habits=plan.settings.adjustable,
         parts=parts,

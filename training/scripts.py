@@ -103,8 +103,8 @@ def training_script(
                 family_options=family_options,
                 family=family,
             )
-            others = _find_other_families(entry, model.abilities.sampling_dit_option, family_options)
-            exit_code = train_network(model, options, command, others=others)
+            other_families = _find_other_families(entry, model.abilities.sampling_dit_option, family_options)
+            exit_code = train_network(model, options, command, others=other_families)
         if exit_code:
             raise SystemExit(exit_code)
 

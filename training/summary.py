@@ -194,7 +194,8 @@ def _make_writing_rows(
     has_average = plan.features.average is not None
     model_bytes, state_bytes = saved_bytes(parameters, dtype, has_average)
     family = plan.family
-    if options.network is None and trains_checkpoint(family):  # frozen weights are saved too
+    # frozen weights are saved too, and an average is a second file
+    if options.network is None and trains_checkpoint(family):
         model_bytes = family.checkpoint_bytes(dtype) * (1 + has_average)
     page = page_path(plan.names.folder, plan.names.name)
     return [

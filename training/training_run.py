@@ -154,7 +154,7 @@ class Requests:
                 if path.lstat().st_mtime_ns == modified_ns:
                     path.unlink()
             except FileNotFoundError:
-                pass  # someone else removed it in the meantime
+                pass  # already removed by someone else
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
                 self._ignored_files[path] = modified_ns
@@ -243,6 +243,7 @@ class TrainingRun:
     metric_columns: MetricColumns = field(init=False)  # of the tensor with the values of a step
 
     def __post_init__(self) -> None:
+        """Set the attributes that follow from the model: shortcuts to its plan, names of logged losses."""
         plan = self.model.plan
         self.plan, self.options, self.features = plan, plan.options, plan.features
         self.family, self.steps, self.progress = plan.family, plan.steps, plan.progress
@@ -256,7 +257,7 @@ class TrainingRun:
             self.audio_parameters = frozenset(
                 parameter for parameter, name in names.items() if audio.modules in name
             )
-        self.loss_components = ()
+        self.loss_components = ()  # names of the parts whose losses are logged separately
         if len(experts) > 1:
             self.loss_components = tuple(expert.name for expert in experts)
         elif audio is not None and not plan.features.has_joint_audio_loss:

@@ -92,8 +92,9 @@ def _list_unused(record: Any, reasons: Mapping[str, str], typed: Collection[str]
         if is_dataclass(value):
             yield from _list_unused(value, reasons, typed)
             continue
-        is_written = is_set(record, field) or argument_of(field) in typed
-        if is_written and (name in reasons or "acts_if" in field.metadata):
+        is_given = is_set(record, field) or argument_of(field) in typed
+        # `acts_if` declares the conditions under which an option has an effect
+        if is_given and (name in reasons or "acts_if" in field.metadata):
             why_unused = [reasons[name]] if name in reasons else list_idle_reasons(record, field)
             if why_unused:
                 yield f"--{name} has no effect: {why_unused[0]}."

@@ -150,11 +150,11 @@ class Validation:
             ),  # seeds random choices: equal each time that the item is read
         )
         if self.process == 0:
-            plan.sources.encoders.warn(batch.cache_origins)  # if the caches are of several text encoders
+            plan.sources.encoders.warn(batch.cache_origins)  # warns if caches come from several text encoders
         if plan.sources.tables:
             # constant, so that wildcards are the same each time; at the last step, so captions are complete
-            place = RunPosition(seed=0, micro_batch=0, step=1, total_steps=1)
-            batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
+            last_position = RunPosition(seed=0, micro_batch=0, step=1, total_steps=1)
+            batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), last_position))
         if plan.live_encoders is not None:
             with autocast():
                 batch = plan.live_encoders.add_encoded_captions(batch)
@@ -167,7 +167,7 @@ class Validation:
         run's seed, so that runs can be compared.
         """
         options = self.plan.options
-        # the part of the seed that stands for the noise level
+        # the noise level as part of the seed: in thousandths for images, as one of NUM_BANDS for clips
         level = round(NUM_TIMESTEPS * sigma) if self.is_of_images else int(NUM_BANDS * sigma)
         seed: list[int | str] = [key, level]
         if options.validation.validation_seed is not None:

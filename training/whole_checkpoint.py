@@ -82,6 +82,10 @@ def _train_checkpoint(
 ) -> Trainable:
     """Train each part of a checkpoint at the rate of `family.learning_parts`.
 
+    1. Group the transformer's weights by part; weights with the rate 0 stay frozen.
+    2. Add the weights of text encoders that are trained.
+    3. Choose the writer of the file or folder, and the step at which the text encoders are frozen.
+
     Args:
         family: The model family.
         dit: The transformer.
@@ -96,7 +100,7 @@ def _train_checkpoint(
     networks: dict[str, nn.Module] = {}
     for name, parameter in dit.named_parameters():
         group, rate = _select_rate(name, parts, family.dit, learning_rate)
-        groups.add(group, rate if learns_by_name(name, name_parts) else 0.0, parameter)
+        groups.add(group, rate if learns_by_name(name, name_parts) else 0.0, parameter)  # 0: stays frozen
     if groups.params:
         networks[DIT] = dit
     elif name_parts:

@@ -102,9 +102,9 @@ class BatchSources:
             MediaError: If an image that is encoded now cannot be read.
             DatasetError: If the size of an image has changed since the items were listed.
         """
-        encoded = {} if self.image_encoder is None else self.image_encoder.encode(items, *seed_parts)
+        encoded_images = {} if self.image_encoder is None else self.image_encoder.encode(items, *seed_parts)
         # images that were just encoded are already flipped
-        cache_flips = [flip and index not in encoded for index, flip in enumerate(flips)]
+        cache_flips = [flip and index not in encoded_images for index, flip in enumerate(flips)]
         batch = read_batch(
             items,
             self.latent,
@@ -114,7 +114,7 @@ class BatchSources:
             stores=self.stores,
             flips=cache_flips,
             undropped=undropped,
-            encoded=encoded,
+            encoded=encoded_images,
             reads_empty=reads_empty and not self.empty_text,
             reads_rejected=reads_rejected,
         )
@@ -184,6 +184,11 @@ class NoiseSampler:
 
     def add_noise(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Return micro-batch `number` of the run with its noise, timesteps, loss weights and conditions.
+
+        1. Draw the noise and the timesteps, and the number of first frames that stay clean.
+        2. Draw the noise and the timesteps of audio. If only images or only audio is trained, the other stays
+           clean.
+        3. Draw changes of the conditions and the latents that stay clean, and run the features' hooks.
 
         Args:
             batch: The batch.
@@ -429,7 +434,7 @@ class Feed:
         flips: Sequence[bool] = ()
         if any(item.table.augmentation.flip for item in items):
             flips = select_mirrored(items, seed, number)
-        undropped: Sequence[int] = ()
+        undropped: Sequence[int] = ()  # the captions without dropout, for a teacher
         if self.reads_undropped:
             undropped = select_captions(items, seed, number, epoch, drops=False)
         batch = self.sources.read(
@@ -447,8 +452,8 @@ class Feed:
         if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
             first_of_step = index - index % plan.batches_per_step
             step = plan.steps_until(epoch, first_of_step)
-            place = RunPosition(seed, number, step, plan.total_steps)
-            batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
+            position = RunPosition(seed, number, step, plan.total_steps)
+            batch = replace(batch, captions=change_captions(items, batch.captions, captions, position))
         noise_sampler, first_sample = self._sampler_of_batch(key)
         return noise_sampler.add_noise(batch, number, first_sample)
 

@@ -95,12 +95,12 @@ def _check_table(
     """Raise DatasetError if a table's shift has no effect, or no expert is trained within its timesteps."""
     sampler = options.timestep_sampling
     if table.discrete_flow_shift is not None and not takes_shift(options, noise_spec):
-        why = "has no shift"
+        reason = "has no shift"
         if options.follows_size:
-            why = "takes its shift from the size of each item"
+            reason = "takes its shift from the size of each item"
         raise DatasetError(
             f"{table.name}: {SHIFT_KEY} = {table.discrete_flow_shift:g}: --timestep_sampling {sampler} "
-            f"{why}. Leave the key out, or use --timestep_sampling shift"
+            f"{reason}. Leave the key out, or use --timestep_sampling shift"
         )
     table_options = timestep_options_of_table(options, table)
     if any(can_reach_expert(table_options, noise_spec, expert) for expert in experts):
@@ -164,7 +164,8 @@ def explain_ignored_options(
     """
     training_tables = list_training_tables(tables)
     reasons: dict[str, str] = {}
-    # a validation needs the bounds of the timesteps even if each trained table has its own
+    # a validation needs the bounds of the timesteps even if each trained table has its own: only the shift is
+    # then without effect
     for name in (SHIFT_KEY,) if validates_between else TIMESTEP_KEYS:
         if training_tables and all(getattr(table, name) is not None for table in training_tables):
             reasons[name] = "each table of the dataset has its own"

@@ -490,8 +490,8 @@ def check_experts_reached(
 def loss_weights(options: TimestepOptions, times: Timesteps, exact_sigmas: bool = False) -> Tensor:
     """Return the weight of each sample's loss, B float32 (Esser et al. 2024, arXiv 2403.03206, section 3.1).
 
-    Weights depend on the timesteps, rounded to 1..1000, or with `exact_sigmas` on the sigmas, which are at
-    least a thousandth because some weights divide by them.
+    Weights depend on the timesteps, rounded to 1..1000, or with `exact_sigmas` on the sigmas, clamped to at
+    least 0.001 because sigma_sqrt divides by them.
     """
     if exact_sigmas:
         thousandths = NUM_TIMESTEPS * times.sigmas.double()
@@ -532,7 +532,7 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
                 drawn = _from_logsnr(RARE_MEAN, RARE_STD, normal)
             case _:
                 drawn = shift_sigmas(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
-        t = torch.where(draws >= start, drawn, t)
+        t = torch.where(draws >= start, drawn, t)  # later samplers replace the values of their intervals
         start += share
     return t
 

@@ -47,7 +47,7 @@ def blank_pass(
     target = passes.predict_base_model(blank)
     passes.reset_network_seed(noisy_batch)
     errors = measure_errors(passes, passes.predict_with_gradients(blank), target, without_masks(blank))
-    passes.reset_network_seed(noisy_batch)
+    passes.reset_network_seed(noisy_batch)  # for the next pass of this batch
     yield tuple(weight * error for error in errors)
 
 

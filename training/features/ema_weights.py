@@ -146,5 +146,5 @@ def make_average(
     if is_full and not is_needed:
         return None
     # swapped weights must be in place before they are averaged. A LoRA is never swapped, so it needs no
-    # `dits`: resolving the base model would only empty the swap's slots after each step
+    # `dits`: writing back the base model's blocks would only empty the swap's slots after each step
     return WeightAverage(decay, every, dits=dits if is_full else (), trainable=trainable, on_host=is_full)

@@ -206,8 +206,11 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
     Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which also apply to the word.
     """
     name = run.options.saving.output_name
-    explicit = [*_list_explicit_options(run.options.network), *_list_explicit_options(run.options.lora_parts)]
-    lora_options = [option for option in explicit if option not in OPTIONS_ALLOWED_ALONE]
+    explicit_options = [
+        *_list_explicit_options(run.options.network),
+        *_list_explicit_options(run.options.lora_parts),
+    ]
+    lora_options = [option for option in explicit_options if option not in OPTIONS_ALLOWED_ALONE]
     if run.options.by_expert.lora_per_expert:
         lora_options.append("lora_per_expert")
     if lora_options:

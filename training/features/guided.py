@@ -94,7 +94,7 @@ def guide(
         return velocity
     unprompted_batch = replace(noisy_batch, batch=noisy_batch.batch.with_empty_text())
     unprompted = passes.predict_without_gradients(unprompted_batch)
-    passes.reset_network_seed(noisy_batch)
+    passes.reset_network_seed(noisy_batch)  # the additional pass must not change the next one
     if noisy_batch.audio is None:
         guided_velocity = unprompted + guided.scale * (velocity - unprompted)
         return select_per_sample(guides_image, guided_velocity, velocity)
@@ -162,7 +162,7 @@ def _join(run: "RunFeatures", options: GuidedTargetOptions) -> None:
         keeps_guidance=True,
     )
     run.targets.append(target)
-    run.keeps_few_step_ability = True
+    run.keeps_few_step_ability = True  # the target contains the guidance that was distilled into the model
     run.needs.add(EMPTY_PROMPT)
     run.info.in_files |= given_values(options)
     run.on.check.append(partial(_check, options))

@@ -417,7 +417,7 @@ class Hooks:
     on_text_encoders: "list[Callable[[LiveTextEncoders | None], None]]" = field(default_factory=list)
     # given the run with its items, before a network is loaded: raises UserError; texts are encoded here
     plan: list[Callable[[PlannedRun], None]] = field(default_factory=list)
-    # given the records of all options, as they are resolved: entered before the first step
+    # given the run, and its options records after defaults are resolved: entered before the first step
     recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
     # given the loaded text encoders that learn a new word, by the prefixes of their names in LoRA files
     auxiliary_learners: list[MakeAuxiliaryLearner] = field(default_factory=list)

@@ -157,6 +157,7 @@ def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
             "that step. Leave out one of the two"
         )
     subset = run.options.subset
+    # with --masked_loss the dataset's masks weight the loss; otherwise they select what is repainted
     masks_weight_loss = subset is not None and subset.masked_loss
     if not masks_weight_loss:
         run.mask_input_option = SWITCH

@@ -257,10 +257,10 @@ def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) ->
     keys_by_stem = _group_keys_by_source(table, cache_tag, keys)
     if not keys_by_stem or table.is_audio_only:
         return {}
-    errors: list[Fault] = []
+    ignored_faults: list[Fault] = []
     sources: list[MediaSource] = []
     with contextlib.suppress(UserError):  # a training run from caches may have no images
-        sources = find_sources(table, captions=False, faults=errors)
+        sources = find_sources(table, captions=False, faults=ignored_faults)
     thumbnails: dict[str, ItemImage] = {}
     for source in sources:
         if source.stem in keys_by_stem:

@@ -139,7 +139,7 @@ def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
             reason_to_exclude_others="LECO learns from its prompts alone",
         )
     )
-    run.keeps_few_step_ability = True
+    run.keeps_few_step_ability = True  # as a slider, it does not undo a distillation for few steps
     run.progress_records.append(LecoProgress)
     preview = json.dumps([asdict(pair) for pair in pairs[:MAX_PAIRS_IN_METADATA]], ensure_ascii=False)
     run.info.in_files |= given_values(options) | {

@@ -244,10 +244,12 @@ def _list_neutrals(location: str, path: Path, values: Mapping[str, Any]) -> list
     """Return the neutral prompts of a slider, from three keys; one empty prompt if none is set."""
     single = _read_text(location, values, "neutral")
     neutrals = [] if single is None else [single]
-    listed = values.get("neutrals", [])
-    if not isinstance(listed, list) or not all(isinstance(prompt, str) for prompt in listed):
-        raise OptionError(f'{location}: neutrals = {listed!r} is not a list of prompts. Write ["a", "b"]')
-    neutrals += listed
+    neutral_list = values.get("neutrals", [])
+    if not isinstance(neutral_list, list) or not all(isinstance(prompt, str) for prompt in neutral_list):
+        raise OptionError(
+            f'{location}: neutrals = {neutral_list!r} is not a list of prompts. Write ["a", "b"]'
+        )
+    neutrals += neutral_list
     name = _read_text(location, values, "neutral_prompt_file")
     if name is not None:
         try:

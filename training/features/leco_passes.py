@@ -129,13 +129,13 @@ def leco_passes(
     with at_strength(pair.multiplier):
         passes.reset_network_seed(noisy_batch)
         with torch.set_grad_enabled(target.options.leco_walk_gradients):
-            x = step.denoise_noise(num_done, height, width)
+            latents = step.denoise_noise(num_done, height, width)
     # timestep of the latents: the first `num_done` of the steps are done
     timestep = NUM_TRAIN_TIMESTEPS - 1 - num_done * NUM_TRAIN_TIMESTEPS // num_steps
-    target_prediction = step.predict_target(x, timestep)
+    target_prediction = step.predict_target(latents, timestep)
     with at_strength(pair.multiplier):
         passes.reset_network_seed(noisy_batch)
-        yield step.measure(x, timestep, target_prediction)
+        yield step.measure(latents, timestep, target_prediction)
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ def compare_outside_masks(
             passes.predict_base_model(noisy_batch)
         return comparisons
     target = passes.predict_base_model(noisy_batch)  # the prediction of the model without the network
-    outside = TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)
-    return [*comparisons, outside]
+    outside_masks = TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)
+    return [*comparisons, outside_masks]
 
 
 def _measure_outside(

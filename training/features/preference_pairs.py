@@ -80,13 +80,13 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
     assert batch.rejected is not None  # the feed reads them because the feature needs REJECTED_ONES
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
     tensors["latents"] = torch.cat([batch.tensor("latents"), batch.rejected])
-    doubled = replace(
+    doubled_batch = replace(
         batch,
         tensors=tensors,
         captions=batch.captions * 2,
         keys=batch.keys * 2,
         loss_weights=batch.loss_weights * 2,
-        undropped={},
+        undropped={},  # this and `empty_text` are for other targets, which --preference excludes
         empty_text={},
         has_empty_text=batch.has_empty_text * 2,
         rejected=None,
@@ -94,7 +94,7 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
     perturbation = noisy_batch.perturbation
     return replace(
         noisy_batch,
-        batch=doubled,
+        batch=doubled_batch,
         noise=_stack_twice(noisy_batch.noise),
         sigmas=_stack_twice(noisy_batch.sigmas),
         timesteps=_stack_twice(noisy_batch.timesteps),

@@ -48,6 +48,7 @@ class SampleScorer:
 
         If the user interrupts the run, nothing is scored.
         """
+        # KeyboardInterrupt and SystemExit are not subclasses of Exception
         is_interrupted = kind is not None and not issubclass(kind, Exception)
         if is_interrupted:
             return

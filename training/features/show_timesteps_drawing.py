@@ -111,7 +111,8 @@ def count_timesteps(
 ) -> tuple[Tensor, Tensor]:
     """Return the number of draws at each of 1000 timesteps, and the loss weight of each timestep."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
-    # with one expert for all levels, each batch has the distribution of all batches together
+    # with several experts, `draw` gives a whole batch to one of them; with the lowest alone, it draws from
+    # the levels of all
     lowest_expert = [min(experts, key=lambda expert: expert.min_timestep)]
     for number in range(num_batches):
         times = draw(

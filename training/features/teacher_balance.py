@@ -99,6 +99,7 @@ def _count_unfocused_draws(
 ) -> _DrawFractions:
     """Return the fractions of draws in the band and in the expert's range without --timestep_focus."""
     fractions = sample_fractions(options, spread_evenly(), noise_spec, flow_shift)
+    # ONE_EXPERT accepts all levels within the options' bounds; the expert's own range is compared below
     levels = NUM_TIMESTEPS * fractions[is_accepted(options, fractions, noise_spec, ONE_EXPERT[0])]
     is_trained = (levels >= expert.min_timestep) & (levels < expert.max_timestep)
     is_inside = is_trained & (levels >= low) & (levels <= high)

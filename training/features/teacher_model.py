@@ -179,9 +179,11 @@ def _check_loras(model: Family, options: TeacherOptions) -> None:
 
     (expert,) = model.experts
     with quiet():  # adding the LoRAs logs all warnings again
-        uses = [read_weighted_lora(path, expert.name, multiplier) for path, multiplier in options.loras()]
-        for use in uses:
-            reject_magnitudes(use.lora, "--teacher_lora")
+        weighted_loras = [
+            read_weighted_lora(path, expert.name, multiplier) for path, multiplier in options.loras()
+        ]
+        for weighted_lora in weighted_loras:
+            reject_magnitudes(weighted_lora.lora, "--teacher_lora")
         if model.dit_files:
             file = model.dit_files[0]
-            check_loras_fit(file, uses, model.file_beside(file))
+            check_loras_fit(file, weighted_loras, model.file_beside(file))

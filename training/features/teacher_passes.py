@@ -99,18 +99,24 @@ class TeacherComparison:
     def compare(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Add the loss terms of the teacher, and reduce the weight of the ordinary loss term by theirs.
+        """Add the loss terms of the teacher, and reduce the weight of the ordinary loss term by their weight.
 
-        Inside its band of noise levels, the teacher gets all known inputs. Outside it, the teacher is an
-        anchor with the network's inputs. Samples that learn the base model's prediction have no such term.
+        Inside its band of noise levels, the teacher gets all known inputs. Outside it, the teacher gets the
+        network's inputs, as an anchor. Samples that learn the base model's prediction get no teacher term.
         """
-        clip, *others = comparisons
+        ordinary, *other_comparisons = comparisons
         teacher_weights = [
             0.0 if is_preserved else self.target.weight
             for is_preserved in samples_with_base_target(passes, noisy_batch)
         ]
-        clip_weight = _as_sample_weights([1 - weight for weight in teacher_weights], clip.target.device)
-        return [replace(clip, weight=clip_weight), *others, *self._compare_with_teacher(passes, noisy_batch)]
+        ordinary_weight = _as_sample_weights(
+            [1 - weight for weight in teacher_weights], ordinary.target.device
+        )
+        return [
+            replace(ordinary, weight=ordinary_weight),
+            *other_comparisons,
+            *self._compare_with_teacher(passes, noisy_batch),
+        ]
 
     def _compare_with_teacher(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch

@@ -73,9 +73,9 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
     num_blocks = sum(counts)
     first, last = (index + num_blocks if index < 0 else index for index in options.tread_blocks)
     if not 0 <= first <= last < num_blocks:
-        typed = " ".join(map(str, options.tread_blocks))
+        blocks = " ".join(map(str, options.tread_blocks))
         raise OptionError(
-            f"{name} with --tread_blocks {typed}: the model {family.name} has {num_blocks} blocks, from 0 "
+            f"{name} with --tread_blocks {blocks}: the model {family.name} has {num_blocks} blocks, from 0 "
             f"to {num_blocks - 1}, and these are {first} to {last}. Give two of them, the first not after "
             "the last"
         )

@@ -34,7 +34,8 @@ def _draw_kept_tokens(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate:
     sizes = (*(1,) * (3 - len(grid)), *grid)
     is_required = _find_required_tokens(noisy_batch, sizes)  # B L
     num_tokens = is_required.shape[1]
-    num_droppable = num_tokens - int(is_required.sum(1).max())  # in the sample with the fewest
+    # all samples drop equally many tokens, so the sample with the most required tokens sets the limit
+    num_droppable = num_tokens - int(is_required.sum(1).max())
     num_noisy_tokens = num_tokens - _count_clean_tokens(noisy_batch, sizes)
     num_dropped = min(round(drop_rate * num_noisy_tokens), num_droppable)
     generator = torch.Generator().manual_seed(derive_seed(seed, "tread", noisy_batch.number))

@@ -86,9 +86,9 @@ class _TokenBypass:
             hidden.x = x.scatter(1, expand_indices(self._kept_indices, x), hidden.x.to(x.dtype))
 
     def _take_out_tokens(self, hidden: Hidden) -> None:
-        """Replace the tokens in `hidden` by those that the routed blocks process; remember all tokens.
+        """Remove the tokens that bypass the routed blocks from `hidden`; remember all tokens for later.
 
-        The route selects among the tokens of the clip; all others, such as text tokens, are kept.
+        Only tokens of the clip can be removed; others, such as text tokens, are kept.
         """
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid

@@ -303,7 +303,7 @@ class Uploads:
             logger.info("Uploaded %s to %s", path.name, repo)
             if card is not None and repo_arguments["repo_type"] == "model":
                 self._upload_card(card)
-        except Exception as error:  # whatever it is, the file is saved and training continues
+        except Exception as error:  # of any type: the file is saved, so training continues
             logger.error("%s was saved but not uploaded to %s: %s", path, repo, error)
 
     def _upload_card(self, card: str) -> None:
@@ -320,7 +320,7 @@ class Uploads:
                 )
                 if not can_replace_card(existing, card):
                     logger.info("%s keeps its own %s", repo, CARD)
-                    self._card_failures.append(CARD)
+                    self._card_failures.append(CARD)  # so that no later card of the run is tried
                     return
             self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **repo_arguments)
         except Exception as error:  # the files are saved, so the run continues

@@ -107,7 +107,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
             "package's files is not known here. Leave it out"
         )
     prompts = options.samples.sample_prompts
-    assert prompts is not None  # else the feature is not on
+    assert prompts is not None  # otherwise the feature is not on
     # kinds whose files can be converted for ComfyUI only with the model's weights
     needs_weights = any(kind.needs_weight for kind in options.network.kinds)
     reads_saved_files = _reads_tensor_names(lora_format) and (
@@ -317,6 +317,7 @@ class ComfyGraph:
                 for name in self.files
             ]
         else:
+            # a checkpoint file provides all three: output 0 is the model, 1 the text encoder, 2 the VAE
             checkpoint = self.add_node("CheckpointLoaderSimple", ckpt_name=self.files[0])
             models, text_encoders = [[checkpoint, 0]], [checkpoint, 1]
         vae: Link = [self.add_node("VAELoader", vae_name=model.vae), 0] if model.vae else [checkpoint, 2]

@@ -32,12 +32,15 @@ def renumber(
 ) -> dict[str, Any]:
     """Convert the parameter numbers in another program's optimizer state to this run's numbers.
 
+    Each order in which that program may have numbered its parameters is tried; all orders that fit must give
+    the same result.
+
     Args:
         state: State dict of the other program's optimizer.
         groups: Parameter groups of this run's optimizer.
         names: Names of the trained tensors, as `PART.NAME_IN_MODULE`.
         version: Version of the model, as LoRA files record it under `ss_base_model_version`.
-        tensor_order: Names of tensors in the other program's order, if its files reveal it.
+        tensor_order: Names of tensors in the other program's order, if its files keep it; () if not.
 
     Raises:
         RenumberingError: If that is impossible; the message contains the reason.
@@ -50,25 +53,25 @@ def renumber(
         else:
             orders = _list_possible_orders(groups, names, version)
         all_renumbered = [_renumber_in_order(state, groups, order) for order in orders]
-        fitting = [renumbered for renumbered in all_renumbered if renumbered is not None]
+        fitting_states = [renumbered for renumbered in all_renumbered if renumbered is not None]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise RenumberingError(f"it cannot be read ({type(error).__name__}: {error})") from None
     if not orders:
         raise RenumberingError(
             "the order in which that program numbers the layers of this network is not known"
         )
-    if not fitting:
+    if not fitting_states:
         raise RenumberingError(
             "it belongs to different tensors. Use the --optimizer_type, --network_args and learning rates of "
             "that run"
         )
     # several orders may fit, because layers have equal shapes: they must give each parameter the same state
     numberings = []
-    for renumbered in fitting:
+    for renumbered in fitting_states:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
     if any(numbering != numberings[0] for numbering in numberings):
         raise RenumberingError("the order in which that program numbers the factors of a layer is unknown")
-    return fitting[0]
+    return fitting_states[0]
 
 
 def _order_of_list(names: Mapping[Tensor, str], tensor_order: Sequence[str]) -> SortKey:
@@ -100,9 +103,9 @@ def _list_possible_orders(groups: Groups, names: Mapping[Tensor, str], version: 
 
         return position
 
-    used = {factor for _, _, factor in name_parts.values()}
+    used_factors = {factor for _, _, factor in name_parts.values()}
     orders = [order for kind in KINDS for order in kind.orders]
-    return [position_by(order) for order in orders if used <= set(order)]
+    return [position_by(order) for order in orders if used_factors <= set(order)]
 
 
 def _renumber_in_order(

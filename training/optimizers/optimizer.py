@@ -128,7 +128,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """
     if len(rates) < 2:
         return
-    (_, default), *others = rates.items()
+    (_, default), *other_rates = rates.items()
     error = _try_step(options, [*rates.values()])
     if error is None:
         return
@@ -136,10 +136,12 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     if fails_with_one_rate:  # for another reason, which creating the real optimizer reports
         return
     # name the options whose rates differ from the rate of most weights; if none differs, all but the first
-    named = [option for option, rate in others if rate != default] or [option for option, _ in others]
-    them = "it" if len(named) == 1 else "them"
+    blamed = [option for option, rate in other_rates if rate != default] or [
+        option for option, _ in other_rates
+    ]
+    them = "it" if len(blamed) == 1 else "them"
     raise OptionError(
-        f"{' and '.join(named)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
+        f"{' and '.join(blamed)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
         f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {them} out, or use an optimizer that "
         "takes several rates, such as AdamW"
     )

@@ -246,7 +246,8 @@ class StepAfterBackward:
             The norm of all gradients before clipping.
         """
         has_gradients = any(parameter.grad is not None for parameter in self.parameters)
-        if self.scaler.is_enabled() and not has_gradients:  # an audio-only network, for clips without audio
+        # a gradient scaler cannot step without gradients (an audio-only network, for clips without audio)
+        if self.scaler.is_enabled() and not has_gradients:
             return self.parameters[0].new_zeros(())
         self.scaler.unscale_(self.optimizer)
         norm = norm_of_gradients(self.parameters, self.sharded_weights)

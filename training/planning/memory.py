@@ -105,7 +105,7 @@ class MemoryPrediction:
                 kinds.append(dry.GRADIENTS)
             trained_bytes = sum(peak_bytes.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.num_further_dits * trained_bytes))
-        # models of features, such as a teacher, count as large as the trained transformer
+        # models that features load, such as a teacher, are assumed to be as large as the trained transformer
         for model in self.options.features.further_models:
             device = peak_bytes.get(dry.WEIGHTS, 0) - offloaded.saved_device_bytes
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host_bytes))
@@ -193,6 +193,10 @@ def predict_memory(
     tables: Sequence[DatasetTable] = (),
 ) -> MemoryPrediction:
     """Predict the memory of a training step by simulating it on tensors without storage.
+
+    1. Load the transformer without values, and list the effect of swapping each number of blocks.
+    2. Simulate the step, with the text encoders that run in it.
+    3. Account for averages and optimizer states that are kept in host memory.
 
     8-bit matrix products are simulated as 16-bit products of the same weights. Errors while loading the model
     are raised as in a real run.
@@ -285,11 +289,11 @@ def _offload_states(
     Returns:
         The reduced peaks, and the bytes of the states in host memory.
     """
-    total = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in phase_peaks.values())
-    on_device = round(total * share)
+    state_bytes = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in phase_peaks.values())
+    on_device = round(state_bytes * share)
     return {
         phase: {**peak_bytes, dry.OPTIMIZER: on_device} for phase, peak_bytes in phase_peaks.items()
-    }, total
+    }, state_bytes
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
@@ -465,7 +469,6 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
                 format_gib(needed),
                 format_gib(room.usable),
             )
-            # it compares the prediction with the peak
             watch = MemoryWatch(device, needed, prediction.num_elements)
     # each process has resolved auto for its own device, but all share the swapped weights in host memory
     if options.speed.swap.is_auto:
@@ -538,11 +541,12 @@ def list_memory_savings(
         Pairs of an advised option and the run's options with it and all earlier ones applied.
     """
     loop = options.loop
-    is_plain = options.full_dit is None and options.speed.fp8.quantization is None
+    # only frozen weights can be stored in fp8
+    can_quantize = options.full_dit is None and options.speed.fp8.quantization is None
     unused = {
         "--offload_inactive_dit": num_further_dits > 0 and not options.by_expert.offload_inactive_dit,
         "--gradient_checkpointing": not loop.gradient_checkpointing,
-        "--fp8_base --fp8_scaled": is_plain,
+        "--fp8_base --fp8_scaled": can_quantize,
         "--gradient_checkpointing_cpu_offload": not loop.gradient_checkpointing_cpu_offload,
     }
     savings: list[tuple[str, TrainingOptions]] = []

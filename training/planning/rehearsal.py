@@ -281,7 +281,11 @@ def set_up_trainable(
 ) -> Rehearsal:
     """Prepare a DiT on tensors without storage for a simulated step, which predicts the memory of a real one.
 
-    The network is added, the blocks are wrapped and the optimizer is created in the order of a real run.
+    In the order of a real run:
+
+    1. Add the network, or select the trained weights.
+    2. Compile and checkpoint the blocks.
+    3. Create the optimizer, the hooks that count gradients, and the average of the weights.
     """
     dry.allocate_empty_weights(dit, ledger)
     for encoder in () if live_encoders is None else live_encoders.encoders:
@@ -394,7 +398,7 @@ def list_states(optimizer: Optimizer) -> list[Tensor]:
 
 
 def estimate_state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
-    """Estimate the size in bytes of an optimizer's states, if it cannot step tensors without storage.
+    """Estimate the size in bytes of the states of an optimizer that cannot step tensors without storage.
 
     The size is looked up by the class's name, or measured in a real step on small weights on the CPU.
     """

@@ -76,7 +76,7 @@ def _estimate_with_savings(
     """
     added_flags: tuple[str, ...] = ()
     savings = list_memory_savings(options, len(family.experts) - 1)
-    for flags, changed_options in chain([("", options)], savings):
+    for flags, changed_options in chain([("", options)], savings):  # "": no flag is added
         added_flags = (*added_flags, *flags.split())
         counter = TokenCounter()
         prediction = predict_on_one_gpu(changed_options, counter)
@@ -108,9 +108,9 @@ def _divide_prediction(
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, num_gpus)
     if division != Division(num_gpus):  # more than data parallelism: the method may not support this run
-        uses = list_run_uses(family, options)
+        run_uses = list_run_uses(family, options)
         for check in with_division(options.speed, division).modes.hooks.check_uses:
-            check(uses)
+            check(run_uses)
     if division.num_context_parallel > 1:  # this many GPUs share the tokens of a clip
         prediction = replace(
             prediction,

@@ -39,10 +39,10 @@ class PageProcess:
             OutputError: If no process can be started.
         """
         # the page has commands, which begin with this script's name and have paths relative to this folder
-        words = [str(history.absolute()), str(Path.cwd()), sys.argv[0]]
+        arguments = [str(history.absolute()), str(Path.cwd()), sys.argv[0]]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{PREFIX}training.reports.drawing", *words],
+                [sys.executable, "-m", f"{PREFIX}training.reports.drawing", *arguments],
                 cwd=ROOT,
                 env=program_environment(),
                 stdin=subprocess.PIPE,
@@ -89,7 +89,7 @@ def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
 
     Args:
         history: The history of the run.
-        seconds: Seconds after which the page is returned in any case.
+        seconds: Maximum number of seconds to wait; then the page is returned as it is.
 
     Returns:
         The path of the page; None if there is no page.
@@ -135,7 +135,7 @@ def draw_page(history: Path, draw: Callable[[Path, RunHistory], None], *, is_ove
     page = page_path(history.parent, history_name(history))
     new_page = temporary_name(page)
     draw(new_page, run_history)
-    os.utime(new_page, ns=(history_time, history_time))
+    os.utime(new_page, ns=(history_time, history_time))  # tells which version of the history it shows
     if page.is_file() and page.stat().st_mtime_ns > history_time:
         new_page.unlink()
     else:
@@ -174,7 +174,7 @@ def main(argv: Sequence[str]) -> None:
             requests = os.read(sys.stdin.fileno(), MAX_REQUESTS)
             is_over = not requests or END in requests  # nothing to read: the training process is gone
             draw_page(history, draw, is_over=is_over)
-    except Exception as error:  # whatever it is, the training process shows its message
+    except Exception as error:  # of any type: the training process shows its message
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), str(error or type(error).__name__).encode())
         raise SystemExit(1) from None

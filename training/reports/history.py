@@ -270,8 +270,8 @@ class RunHistory:
         ]
         if not candidates:
             return None
-        _, _, newest = min(candidates)
-        return newest
+        _, _, newest_file = min(candidates)
+        return newest_file
 
     def is_average(self, name: str) -> bool:
         """Return whether a saved file has averaged weights (EMA), whose validation loss is not measured."""
@@ -352,7 +352,7 @@ class History:
         # lines about single steps and about the start are not needed in memory
         if not row.keys() & {*TRANSIENT_KEYS, "started"}:
             self.run_history.add(row)
-        # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
+        # bytes of a file name that are not UTF-8 become escapes such as \\udce9, which JSON can restore
         line = replace_surrogates(json.dumps(row, ensure_ascii=False)) + "\n"
         if self.is_written:
             self._buffered_lines.append(line)
@@ -372,7 +372,10 @@ class History:
             return
         # the first write: lines of other runs, or of later steps, are dropped
         if self._last_step_to_keep is not None:
-            with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+            with (
+                atomic_path(self.path) as new_path,
+                new_path.open("w", encoding="utf-8", newline="\n") as file,
+            ):
                 file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
                 for row in _read_lines(self.path, self.session, self._last_step_to_keep):
                     file.write(replace_surrogates(json.dumps(row, ensure_ascii=False)) + "\n")

@@ -117,7 +117,7 @@ class DelayedReports:
             return None
         step, values, ended = self._pending
         self._pending = None
-        is_cuda_event = ended is not None and not isinstance(ended, float)  # else seconds on the host
+        is_cuda_event = ended is not None and not isinstance(ended, float)  # otherwise seconds on the host
         if is_cuda_event:
             ended.synchronize()
         report = replace(step, values=tuple(values.tolist()))
@@ -234,9 +234,9 @@ class Logs:
         """Return the values shown after the progress bar, as text by name."""
         metrics = {}
         seconds = self.clock.seconds_per_step
-        left = self.clock.estimate_remaining(report.step, self.total_steps)
-        if seconds is not None and left is not None:
-            metrics = {"s/it": f"{seconds:.3g}", "left": format_duration(left)}
+        seconds_left = self.clock.estimate_remaining(report.step, self.total_steps)
+        if seconds is not None and seconds_left is not None:
+            metrics = {"s/it": f"{seconds:.3g}", "left": format_duration(seconds_left)}
         metrics["avr_loss"] = f"{report.average:.4g}"
         rate = next(iter(report.rates.values()), None)
         if rate is not None:

@@ -172,7 +172,7 @@ def write_scores(path: Path, scores: RunScores) -> None:
     for row, row_values in zip(scores.rows, values["rows"], strict=True):
         row_values |= {"clip": row.clip, "clip_score": clip_score(row.clip), "likeness": row.likeness}
         row_values["tag_recall"] = row.tag_recall
-        row_values["mark"] = row_values.pop("step_label")  # as in earlier versions
+        row_values["mark"] = row_values.pop("step_label")  # the key that earlier versions wrote
     best = find_best(scores.rows, scores.unsampled)
     values["best"] = None if best is None else {"file": best.name, "reason": str(best.text)}
     values["remark"] = str(NO_TASTE)
@@ -227,7 +227,7 @@ def _read_row(values: Mapping[str, Any]) -> StepScores:
         )
     return StepScores(
         step=int(values["step"]),
-        step_label=str(values["mark"]),
+        step_label=str(values["mark"]),  # files keep the key of earlier versions
         samples=tuple(samples),
         saved=str(values["saved"]),
         loss=_finite_or_none(values["loss"]),
@@ -253,10 +253,10 @@ def list_unsampled(
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
     """Return the best saved file; None if there is none.
 
-    If there are validation losses, the lowest one determines the file. Otherwise, among the files whose
-    samples match their prompts best (within TOLERANCE), it is the one whose samples are most like the
-    training images. Files with samples that copy a training image are considered only if all files have
-    such samples.
+    1. Files with samples that copy a training image are left out, unless all files have such samples.
+    2. If there are validation losses, the file with the lowest one is chosen.
+    3. Otherwise, among the files whose samples match their prompts best (within TOLERANCE), the file whose
+       samples are most similar to the training images is chosen.
 
     Args:
         rows: Scores of each step.
@@ -319,7 +319,7 @@ def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
     """Return the file whose samples look best by their scores, for runs without validation losses."""
     best = max(
         _select_by_prompt_similarity(candidates),
-        key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step),
+        key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step),  # among equal ones, the earliest
     )
     if best.likeness is None:
         reason = say("fits its prompts best")
@@ -439,11 +439,11 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
         return None
     best = find_best(scores.rows, scores.unsampled)
     notes = [say("No saved file has samples.") if best is None else best.text, NO_TASTE]
-    missing = len(run_history.samples.keys() - {(row.step, row.step_label) for row in scores.rows})
-    if missing:
+    num_unscored = len(run_history.samples.keys() - {(row.step, row.step_label) for row in scores.rows})
+    if num_unscored:
         notes.append(
             say_count(
-                missing,
+                num_unscored,
                 "Samples of %(n)s step are not scored yet: run tools/score.py again.",
                 "Samples of %(n)s steps are not scored yet: run tools/score.py again.",
             )

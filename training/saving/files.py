@@ -169,6 +169,7 @@ class Saver:
         if step is not None and (steps is not None or steps_state is not None):
             # saves by time may be at any step
             interval = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
+            # the save from exactly that many steps ago is kept too
             newest_models = None if steps is None else step - 1 - steps
             newest_states = None if steps_state is None else step - 1 - steps_state
             self._remove_saves(r"-step(\d{8,})", interval, newest_models, newest_states)

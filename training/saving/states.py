@@ -104,8 +104,8 @@ def write_state(
         "version": SHARDED_VERSION if add_files else VERSION,
         "progress": state.progress.as_state(),
     }
-    skipped = {"folder", "files", *content}  # `files` is set below, from the files that are written
-    content |= {name: value for name, value in vars(state).items() if name not in skipped}
+    excluded = {"folder", "files", *content}  # `files` is set below, from the files that are written
+    content |= {name: value for name, value in vars(state).items() if name not in excluded}
     for name, value in content.items():
         if name != "parts":
             content[name] = to_builtin_types(value, name)
@@ -230,7 +230,8 @@ def to_builtin_types(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         items = [to_builtin_types(item, f"{name}/{index}") for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    for kind in (bool, int, float, str):  # subclasses, such as numpy's float, become the plain type
+    # subclasses, such as numpy's float, become the plain type; bool comes first because it is an int
+    for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
     if value is None:

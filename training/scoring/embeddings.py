@@ -85,7 +85,7 @@ class Embedder:
     _queue: list[tuple[str, list[Frame]]] = field(default_factory=list)  # keys and frames
 
     def embed(self, media: Sequence[Medium], title: str) -> list[Tensor | None]:
-        """Return the vectors of each medium, F D; None if it cannot be read.
+        """Return for each image or clip one vector per frame, F D; None if it cannot be read.
 
         Args:
             media: Images and clips.

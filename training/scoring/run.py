@@ -133,6 +133,10 @@ class ScoredRun:
 def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     """Score the samples of a run: print a table, write the scores, and rewrite the run's page.
 
+    1. Embed samples, prompts and training images, and score the samples of each step by their similarity.
+    2. With a tagger, add how many of the prompts' tags it finds in the samples.
+    3. Collect notes for the reader, and write everything.
+
     Args:
         options: The run and the models.
         load_tagger: Loads the tagger from a folder, given the folder and the batch size.

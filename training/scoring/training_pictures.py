@@ -106,8 +106,8 @@ def list_training_media(config: DatasetConfig) -> list[Medium]:
     for table in config.datasets:
         if table.validation or table.is_reg or table.is_audio_only:
             continue
-        errors: list[Fault] = []
-        for source in find_sources(table, captions=False, faults=errors):
+        ignored_faults: list[Fault] = []
+        for source in find_sources(table, captions=False, faults=ignored_faults):
             media.append(Medium(str(source.path), partial(_open_source, source)))
     return media
 

@@ -171,8 +171,8 @@ def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> StreamErrors:
     output = passes.predict_with_gradients(noisy_batch)
     errors: StreamErrors = ()
     for comparison in comparisons:
-        measured = comparison.measure(output, comparison.target, comparison.noisy_batch)
-        errors = _add_weighted(errors, measured, comparison.weight)
+        measured_errors = comparison.measure(output, comparison.target, comparison.noisy_batch)
+        errors = _add_weighted(errors, measured_errors, comparison.weight)
     return errors
 
 
