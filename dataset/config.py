@@ -489,7 +489,7 @@ def _read_table(
     fields |= {"directory": None, "is_audio_only": is_audio_only, "format_keys": None}
     if source_format.keys is None:  # the source is a field, such as `directory`
         fields[source_format.source] = values[media_key]
-    else:
+    else:  # the format has keys of its own, kept together in one field
         fields["format_keys"] = read_format_keys(source_format, media_key, values)
     if not _fill_in_fields(source_format, fields, source_key, f"{path}, {table_label}", errors):
         return None

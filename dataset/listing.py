@@ -57,10 +57,10 @@ def find_sources(
             malformed lines, missing or misnamed control media, and files with equal stems, which would
             share a cache file.
     """
-    errors: list[Fault] = []
+    table_faults: list[Fault] = []
     with pause_garbage_collection():
-        sources = _list_sources(table, captions, errors)
-    if not sources and not errors:
+        sources = _list_sources(table, captions, table_faults)
+    if not sources and not table_faults:
         contents = source_format_of(table).empty.format(kind=table.kind)
         hint = ""
         if table.directory is not None:
@@ -71,16 +71,16 @@ def find_sources(
         sources.sort(key=lambda source: str(source.path))
     if table.references is not None:
         sources = limit_references(table, sources)
-    _check_stems(table, sources, errors)
+    _check_stems(table, sources, table_faults)
     if table.multiple_target:
         from dataset.sources.layers import find_layer_errors  # few tables have layers
 
-        errors += find_layer_errors(table, sources)
+        table_faults += find_layer_errors(table, sources)
     if faults is not None:
-        faults += errors
-    elif errors:
-        raise_if_fatal(errors)
-        warn_skipped(errors)  # no error is fatal: each only skips a file
+        faults += table_faults
+    elif table_faults:
+        raise_if_fatal(table_faults)
+        warn_skipped(table_faults)  # no error is fatal: each only skips a file
     return sources
 
 
@@ -193,7 +193,7 @@ def find_all_sources(
     sources: list[MediaSource] = []
     table_errors = []
     for table in config.datasets:
-        faults: list[Fault] = []  # some end the run; files with other faults are skipped
+        faults: list[Fault] = []  # fatal faults end the run; a file with another fault is only skipped
         try:
             sources += find_sources(table, captions, faults)
             if faults:

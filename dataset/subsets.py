@@ -370,7 +370,7 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 
 
 def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
-    """Return a subset, as a table of a dataset file, for each subfolder whose name begins with repeats.
+    """Return a subset, as a table of a dataset file, for each subfolder with a name such as `10_cat`.
 
     A warning names other subfolders with images.
 

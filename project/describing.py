@@ -671,11 +671,11 @@ def _list_arguments(setup: RunSetup, step: str) -> list[str]:
 def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
     """Return the text of run.toml: the training options and the commands of the run.
 
-    Options of the model come first. Options for the kind of run, its length and saving, and of another
-    trainer's project or a recipe override earlier ones.
+    Later values override earlier ones: first the model's options, then those of the kind of run, then its
+    length and saving, then those of another trainer's project or a recipe.
     """
     values = setup.kind.adapt_options(_model_values(setup), setup.memory)
-    _, *kind_argv = setup.kind.find_training_command(setup.model)
+    _, *kind_argv = setup.kind.find_training_command(setup.model)  # without the script
     # the switch selects the kind of run on the command line, so it is not in run.toml
     kind_options = [word for word in kind_argv if word != setup.kind.switch]
     values |= _read_options(kind_options, {"word": setup.trigger_word or ""})

@@ -760,8 +760,8 @@ def _make_new_command(setup: describing.RunSetup, **changed_options: str) -> str
     for name, value in values.items():
         if value == defaults[name]:
             continue
-        for item in value if isinstance(value, tuple) else (value,):
+        for item in value if isinstance(value, tuple) else (value,):  # repeated options are tuples
             argv.append(f"--{name}")
-            if item is not True:
+            if item is not True:  # a switch has no value
                 argv.append(f"{item:g}" if isinstance(item, float) else str(item))
     return own_command(*argv)

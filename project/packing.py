@@ -167,7 +167,7 @@ def _map_model_paths(
 ) -> tuple[dict[str, str], list[str]]:
     """Map paths of model files to paths in the archive; list those that cannot be downloaded again.
 
-    The latter are the files outside of `download_folder`, which is given exactly as written in run.toml.
+    These are the files outside of `download_folder`, which is spelled as in run.toml.
     """
     archive_paths: dict[str, str] = {}
     not_downloaded: list[str] = []

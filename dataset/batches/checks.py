@@ -294,7 +294,8 @@ def _find_changed_keys(
 ) -> Iterator[str]:
     """Yield the table keys about sections and references that have changed since caching.
 
-    A key that makes SECTIONS or REFERENCES stale is in the record (`options`) if it was not at its default.
+    SECTIONS and REFERENCES are groups of table keys. The record (`options`) has those that differed from
+    their defaults.
     """
     recorded_sections = _select_recorded_keys(options, SECTIONS)
     changed = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)

@@ -148,9 +148,8 @@ def _add_table(
     if in_own_folder and may_have_both_formats(table, names):
         _add_format_errors(listing, table, cache_info.tag)
     latent_files = _latent_files(names, cache_info)
-    if (
-        cache_info.on_the_fly_sources or store.is_shared
-    ):  # a shared folder may also have caches of other tables
+    # a shared folder may also have caches of other tables
+    if cache_info.on_the_fly_sources or store.is_shared:
         latent_files = _leave_out_unlisted(listing, table, cache_info, latent_files)
     texts_store = stores.text_store(table)
     text_names = names if texts_store is store else texts_store.names()

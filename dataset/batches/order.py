@@ -119,8 +119,9 @@ class BatchOrder:
 
 
 def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]:
-    """Return how often each regularization image is repeated, at least `num_learned` times in total.
+    """Return how often each regularization image is repeated, so that an epoch has enough of them.
 
+    An epoch has at least as many regularization images as other images, which are `num_learned`.
     Images are taken in order, with the repeats of their tables, until there are enough; the remaining images
     get 0. If there are too few images, repeats are added evenly, beginning with the first image.
 

@@ -527,7 +527,7 @@ def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
     if not names:
         return
-    # highest number first: each reference is put before those with lower numbers
+    # along the frame axis, references stand in descending order of their numbers, then the clip
     names.sort(key=lambda name: int(name.rpartition("_")[2]), reverse=True)
     references = [tensors[name] for name in names]
     for name in {"latents", data.REJECTED_LATENTS} & tensors.keys():

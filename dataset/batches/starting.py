@@ -187,7 +187,7 @@ def _warn_of_missing_windows(
 
 
 def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if an early version cached control clips at another frame rate than their clip's.
+    """Warn if an early version cached control clips at a frame rate that differs from the clip's.
 
     The rates are read from the headers of the media files. Missing files are skipped.
     """

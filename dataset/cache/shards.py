@@ -286,15 +286,15 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
         catalog = Catalog(folder)
         live_bytes = catalog.count_live_bytes()
         max_small_bytes = shard_bytes * SMALL
-        small = {name for name in catalog.stored_bytes if catalog.shard_sizes[name] < max_small_bytes}
-        to_rewrite = set(catalog.damaged_shards)
+        small_shards = {name for name in catalog.stored_bytes if catalog.shard_sizes[name] < max_small_bytes}
+        shards_to_rewrite = set(catalog.damaged_shards)
         for name, stored_bytes in catalog.stored_bytes.items():
             if live_bytes[name] < stored_bytes * (1 - MAX_HOLES):  # replaced entries take too much space
-                to_rewrite.add(name)
+                shards_to_rewrite.add(name)
         if with_tars:
-            to_rewrite |= {name for name in catalog.shard_sizes if name.endswith(".tar")}
-        if len(small) > 1 or to_rewrite:  # a single small shard is the last one of a run
-            _rewrite(folder, catalog, small | to_rewrite, shard_bytes)
+            shards_to_rewrite |= {name for name in catalog.shard_sizes if name.endswith(".tar")}
+        if len(small_shards) > 1 or shards_to_rewrite:  # a single small shard is the last one of a run
+            _rewrite(folder, catalog, small_shards | shards_to_rewrite, shard_bytes)
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:

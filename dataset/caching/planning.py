@@ -424,7 +424,7 @@ class SourcePlanner:
             size: Width and height of the image or clip.
             source_spans: First frame and number of frames of each training item.
             kept_frames: Number of frames of the clip at the family's rate; None if the clip was not decoded.
-            why_no_items: Why there is no span, if so.
+            why_no_items: Reason for an empty `source_spans`, for the plan.
         """
         table, cache_settings = self.table, self.cache_settings
         bucket = bucket_of(table, size, cache_settings.latent.pixel_step, self.source.path)
@@ -449,9 +449,9 @@ class SourcePlanner:
             except CacheError as error:
                 comparison.missing_spans.append(span)
                 comparison.add_outdated(error)
-        short = None  # a warning: the clip is too short for some of the lengths in target_frames
+        too_short_warning = None  # if the clip is too short for some of the lengths in target_frames
         if kept_frames is not None and len(table.target_frames) > 1:
-            short = describe_short(table, source_spans, kept_frames)
+            too_short_warning = describe_short(table, source_spans, kept_frames)
         return SourcePlan(
             source=self.source,
             valid_files=frozenset(comparison.valid_files),
@@ -459,7 +459,7 @@ class SourcePlanner:
             missing_spans=tuple(comparison.missing_spans),
             item_sizes=tuple(item_sizes),
             why_no_items=why_no_items,
-            too_short_for=short,
+            too_short_for=too_short_warning,
             outdated_reason=comparison.outdated_reason,
             is_incompatible=comparison.is_incompatible,
         )
@@ -543,7 +543,7 @@ class SourcePlanner:
     ) -> None:
         """Raise IncompatibleCache if the header of a cache file without a record does not match this run."""
         self._check_unrecorded_tensors(path, header)
-        # metadata that the family's files always have
+        # a key that the file lacks is no reason to reject it
         for key, value in self.cache_settings.latent.required_metadata:
             if header.metadata.get(key, value) != value:
                 made_for = f"it was made for {key} {header.metadata[key]}"

@@ -401,6 +401,7 @@ def _estimate_frames(source: MediaSource) -> float:
         is_timed = table.source_fps == AUTO or is_animation(source.path)
         if is_timed and info.fps:  # frames are chosen by time, so clips with a low rate repeat some
             return num_frames * FASTEST_FPS / info.fps
+        # at a declared rate above the fastest one, some frames are dropped
         return num_frames * min(1.0, FASTEST_FPS / (table.declared_fps or FASTEST_FPS))
     except UserError:
         return 0  # decoding reports the reason

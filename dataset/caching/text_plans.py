@@ -377,7 +377,7 @@ def find_outputs(
         CacheError: If another trainer's file does not fit this model.
     """
     store = stores.text_store(file.table)
-    has_record: dict[str, bool] = {}
+    has_record: dict[str, bool] = {}  # the encoders with valid outputs, by name
     accepts_no_record = stores.skip_existing and not in_part and not file.settings
     name = file.file_name + PART if in_part else file.file_name
     try:

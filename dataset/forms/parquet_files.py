@@ -156,7 +156,7 @@ def measure_row_group(file: Any, limit: UnpackedBytesLimit, group: int, columns:
 
 
 def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
-    """Add a column chunk's unpacked bytes to `limit`, which raises an error if there are too many.
+    """Count the unpacked bytes of a column chunk's pages in `limit`, which raises if there are too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.

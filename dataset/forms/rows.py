@@ -201,7 +201,7 @@ class RowReader:
         references: dict[int, FileLocation] = {}
         for name, value in values.items():
             control_index = control_number(name)
-            if name == self.table.control_column:
+            if name == self.table.control_column:  # a column without a number has the first control image
                 control_index = 0
             if control_index is not None:
                 self._add_numbered_files(
@@ -356,7 +356,7 @@ class RowReader:
             return None
         if is_blank:
             raise DatasetError(f"{position}: {name} is empty. Write a path, or leave it out")
-        if isinstance(value, tuple):
+        if isinstance(value, tuple):  # a FileLocation already
             return value
         if not isinstance(value, str):
             raise DatasetError(f"{position}: {name} = {_show(value)} is not a path in quotes")

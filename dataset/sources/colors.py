@@ -133,7 +133,8 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
     """Return warnings about transparency, color profiles, HDR, interlacing and, in image tables, animation.
 
-    At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere.
+    At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere. `keeps_alpha`
+    says whether the model family uses the transparency of images.
     """
     warnings: dict[tuple[Path, str], Fault] = {}  # by file and kind of warning
     colors_of_files: dict[Path, Colors] = {}  # several sources may share a control image

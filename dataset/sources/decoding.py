@@ -491,8 +491,9 @@ def _read_controls(
         bucket: Size of the image's bucket.
         fit_image: Resizes, crops and mirrors like the image.
         is_mirrored: Whether the image was mirrored.
-        keeps_alpha: Whether alpha is read separately from the colors.
-        has_alpha: Whether the result has alpha as a fourth channel.
+        keeps_alpha: Whether alpha of a control image is kept, resized separately from the colors.
+        has_alpha: Whether a reference image gets alpha as a fourth channel. References are control images
+            with a size of their own, in tables that set `references`.
     """
     if source.table.references is None:  # control images are resized like their image
         return [_read_control(path, fit_image, keeps_alpha) for path in source.control]

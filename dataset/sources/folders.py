@@ -60,25 +60,25 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
         caption_path = table.directory / (stem + extension) if extension else None
-        content = _NO_CAPTION
+        caption_content = _NO_CAPTION
         if captions and caption_path is not None:
-            content = _read_captions(caption_path, table)
-            if content.error:
-                caption_errors[caption_path] = content.error
+            caption_content = _read_captions(caption_path, table)
+            if caption_content.error:
+                caption_errors[caption_path] = caption_content.error
         audio = None
         if audios or table.finds_audio_by_name:
             audio = _find_audio(table, path, audios, faults)
         source = MediaSource(
             path=path,
             stem=stem,
-            caption=content.first,
+            caption=caption_content.first,
             caption_path=caption_path,
             control=control,
             table=table,
-            more_captions=content.further,
+            more_captions=caption_content.further,
             mask=masks.get(path),
             audio=audio,
-            caption_encoding=content.encoding,
+            caption_encoding=caption_content.encoding,
             layers=layers.get(path, ()),
         )
         sources.append(source)

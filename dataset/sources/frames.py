@@ -354,12 +354,13 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
     frame_stride, height_stride, width_stride = stride
     weights = mask.float().unsqueeze(1) / 255  # F 1 H W, as avg_pool2d takes it
     weights = torch.nn.functional.avg_pool2d(weights, (height_stride, width_stride)).squeeze(1)
-    parts = []
-    for part in weights.split(clip or len(weights)):
-        num_groups = (len(part) - 1) // frame_stride
-        after_first = part[1 : 1 + num_groups * frame_stride]
-        parts += [part[:1], after_first.unflatten(0, (num_groups, frame_stride)).mean(1)]
-    return torch.cat(parts).half()
+    latent_frames = []
+    for frames_of_part in weights.split(clip or len(weights)):
+        num_groups = (len(frames_of_part) - 1) // frame_stride
+        grouped_frames = frames_of_part[1 : 1 + num_groups * frame_stride]
+        # frames after the last whole group have no latent frame
+        latent_frames += [frames_of_part[:1], grouped_frames.unflatten(0, (num_groups, frame_stride)).mean(1)]
+    return torch.cat(latent_frames).half()
 
 
 def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> NDArray[np.uint8]:

@@ -55,8 +55,11 @@ class TableFolders:
     def left_out_files(self, table: DatasetTable) -> str | None:
         """Return a warning with the number of unread files in a table's folder, by suffix.
 
-        Files that are often next to media are not counted. Returns None if all files are read, or if an
-        earlier table has the same folder.
+        1. Collect which media, caption and mask files the tables with this folder read.
+        2. Stop early if the folder only has media with their captions.
+        3. Count the other files, except those that are often next to media.
+
+        Returns None if all files are read, or if an earlier table has the same folder.
 
         Raises:
             DatasetError: If the folder cannot be listed.
