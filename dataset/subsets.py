@@ -229,7 +229,7 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
     for name, key in SUBSET_KEYS.items():
         if key.field:
             record, _, field_name = key.field.rpartition(".")  # such as `caption_changes.shuffle`
-            if field_name == SAME:
+            if field_name == SAME:  # the field has the name of the key
                 field_name = name
             by_record[record][field_name] = values[name]
     return by_record

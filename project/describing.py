@@ -232,8 +232,9 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     maximum = default
     if memory >= LARGE_CARD_GIB and lengths == DEFAULT_LENGTHS:
         maximum = 2 * default - 1
-    reached = min(maximum, counts[len(counts) // 4])
-    return max(lengths.fit(reached), min_clip_frames(model))
+    # the counts ascend, so three quarters of the clips have at least this many frames
+    length_of_most = min(maximum, counts[len(counts) // 4])
+    return max(lengths.fit(length_of_most), min_clip_frames(model))
 
 
 def clip_lengths_of(model: ModelSet) -> ClipLengths:

@@ -663,14 +663,14 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
     suffix = setup.content.caption_suffix
     uncaptioned = _find_uncaptioned_media(setup)
     lines = []
-    empty = [item.path for item in setup.media if item.caption == ""]
-    if empty:
-        noun = "an empty caption" if len(empty) == 1 else "empty captions"
+    with_empty_caption = [item.path for item in setup.media if item.caption == ""]
+    if with_empty_caption:
+        noun = "an empty caption" if len(with_empty_caption) == 1 else "empty captions"
         meaning = f"only {trigger} is learned there" if trigger else "nothing is learned under a name"
-        lines.append(warning(f"{name_some(empty)}: {noun}: {meaning}"))
-    by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
-    if by_trigger:
-        names = name_some(by_trigger)
+        lines.append(warning(f"{name_some(with_empty_caption)}: {noun}: {meaning}"))
+    captioned_by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
+    if captioned_by_trigger:
+        names = name_some(captioned_by_trigger)
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
     if uncaptioned:

@@ -363,7 +363,7 @@ def _may_have_references(table: DatasetTable) -> bool:
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether the model edits reference images, but none of up to SAMPLED items has any."""
+    """Return whether there are items to edit references, but none of up to SAMPLED of them has any."""
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:

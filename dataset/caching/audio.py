@@ -99,7 +99,8 @@ class AudioWork:
     ) -> CacheReport:
         """Encode the audio of all items that have cached latents but no valid audio cache.
 
-        Threads decode the audio of the next clips (`read_ahead`) while one clip is encoded. A clip whose audio cannot be read, or is missing but required, becomes a failure in the report.
+        Threads decode the audio of the next clips (`read_ahead`) while one clip is encoded. A clip whose
+        audio cannot be read, or is missing but required, becomes a failure in the report.
 
         Args:
             sources: The clips.

@@ -214,8 +214,8 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     """
     if file.embeds is None:
         return None
-    note = embeds_note(file.embeds)
-    declared = _read_declared_shapes(note, file, encoder, identity)
+    json_path = embeds_note(file.embeds)
+    declared = _read_declared_shapes(json_path, file, encoder, identity)
     try:
         tensors = load_pickled(file.embeds)
     except CheckpointError as error:
@@ -228,7 +228,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     for key in encoder.keys:
         tensor = tensors.get(key)
         if not isinstance(tensor, Tensor) or _shape_of(tensor) != declared[key]:
-            raise _UnfitEmbeds(f"its {key} does not match {note.name}")
+            raise _UnfitEmbeds(f"its {key} does not match {json_path.name}")
         copied = tensor.clone()  # because a memory-mapped file can change
         conditions[key] = [copied] if key in encoder.variable_length else copied
     return conditions

@@ -451,16 +451,18 @@ class TextWork:
             **encoder_metadata,
             **record_metadata({encoder: dataclasses.replace(record, crc32=checksums)}),
         }
-        new = Entry.of(store.folder / file.file_name, metadata, tensors)
+        entry = Entry.of(store.folder / file.file_name, metadata, tensors)
         # the unfinished file is read before the finished one (in `_write_complete`), because another process
         # may finish it in between
-        part, encoders = self._find_outputs(file, in_part=True)  # outputs of the encoders before this one
-        if part is not None:
-            new = _merge_entries(part, new)
+        unfinished_entry, earlier_encoders = self._find_outputs(
+            file, in_part=True
+        )  # outputs of the encoders before this one
+        if unfinished_entry is not None:
+            entry = _merge_entries(unfinished_entry, entry)
         if encoder == file.encoders_to_run[-1]:  # the last encoder that adds outputs
-            self._write_complete(file, new, {encoder, *encoders})
+            self._write_complete(file, entry, {encoder, *earlier_encoders})
         else:
-            store.write(file.file_name + PART, new.named, new.metadata)
+            store.write(file.file_name + PART, entry.named, entry.metadata)
 
     def _write_complete(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
         """Merge new outputs into the existing text cache, if any; write the file, then remove its `.part`.

@@ -240,7 +240,7 @@ def _read_struct(data: memoryview, position: int, depth: int = 0) -> tuple[dict[
         elif kind == _BINARY:
             size, position = read_varint(data, position)
             position += size
-        elif kind not in _BOOLEANS:
+        elif kind not in _BOOLEANS:  # the type of a boolean is its value: no bytes follow
             raise ValueError("a page's header is damaged")
     return values, position + 1
 

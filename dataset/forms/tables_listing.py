@@ -67,25 +67,25 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
     Raises:
         DatasetError: If the media column, or a column that a key names, is missing.
     """
-    named = {
+    columns_by_key = {
         "path_column": path_column,
         "control_column": table.control_column,
         "caption_column": table.caption_column,
     }
     default_media = (f"{table.kind}_path", *PATH_COLUMNS)
-    media = path_column or next((name for name in default_media if name in columns), None)
-    if media is None and table.kind not in columns:
+    media_column = path_column or next((name for name in default_media if name in columns), None)
+    if media_column is None and table.kind not in columns:
         default = ", ".join((*default_media, table.kind))
         raise DatasetError(
             f"{table.name}: none of the columns {default} exists. Name the one with the paths: "
             f"path_column = ... It has {_shown(columns)}."
         )
-    for key, name in named.items():
+    for key, name in columns_by_key.items():
         if name is not None and name not in columns:
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
     caption = table.caption_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
     # a column called "image" or "video" contains the files themselves, or their paths
-    return _ReadColumns(media or table.kind, caption)
+    return _ReadColumns(media_column or table.kind, caption)
 
 
 def _shown(columns: Sequence[str]) -> str:

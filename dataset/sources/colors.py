@@ -35,8 +35,8 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
 def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: int) -> str | None:
     """Return which of an item's files an earlier version read differently, as text; None if none.
 
-    Files that still have to be downloaded count as equal. `decoder_version` is the decoder version in the
-    cache's record.
+    Files that still have to be downloaded count as equal. `keeps_alpha` says whether the model family uses
+    the transparency of images. `decoder_version` is the decoder version in the cache's record.
     """
     if source.precomputed is not None or not any(
         _may_differ(path, decoder_version) for path, _ in source.latent_inputs

@@ -682,8 +682,8 @@ def _collect_frames(
 ) -> tuple[Clip, Mask | None]:
     """Collect frames at bucket size, and their alpha if any frame is transparent.
 
-    The array grows in place, so that a clip is never copied. `max_frames` is the number of frames, if known,
-    so that no more memory is allocated.
+    The array grows in place, so that a clip is never copied. `max_frames` is the highest number of frames, if
+    known, so that a short clip gets no more memory than it needs.
     """
     width, height = bucket
     capacity = min(max_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for

@@ -170,12 +170,12 @@ def _find_companions(
     """
     try:
         by_stem = _companions_by_stem(table, what, folder)
-        companions = {path: by_stem[path.stem] for path in media if path.stem in by_stem}
-        for files in companions.values():
+        files_by_medium = {path: by_stem[path.stem] for path in media if path.stem in by_stem}
+        for files in files_by_medium.values():
             if len(files) > 1:
                 kinds = f"masks of the same {table.kind}" if what == "mask" else "sound of the same clip"
                 raise DatasetError(f"{table.name}: {files[0]} and {files[1].name} are {kinds}. Keep one.")
-        if not companions:
+        if not files_by_medium:
             raise DatasetError(
                 f"{table.name}: {folder} has no {what} for any {table.kind}. Give each file the name of its "
                 f"{table.kind}, except for the suffix: {_make_example(table, what)}."
@@ -183,7 +183,7 @@ def _find_companions(
     except DatasetError as error:
         faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
         return {}
-    return {path: files[0] for path, files in companions.items()}
+    return {path: files[0] for path, files in files_by_medium.items()}
 
 
 def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[str, list[Path]]:
