@@ -389,9 +389,9 @@ def _make_condition_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, 
     content = setup.content
     keys: dict[str, Any] = {}
     # references of an editing model, and control images of a control network, share a key
-    source = content.reference_folders.get(folder) if kind == "image" else None
-    if source is not None:
-        keys["control_directory"] = setup.relative_path(source)
+    reference_folder = content.reference_folders.get(folder) if kind == "image" else None
+    if reference_folder is not None:
+        keys["control_directory"] = setup.relative_path(reference_folder)
         if setup.model.properties.get("sizes_references"):
             keys["control_resolution"] = setup.target_size
     if content.layers_by_image:

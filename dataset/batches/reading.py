@@ -48,6 +48,10 @@ def read_batch(
 ) -> data.Batch:
     """Read, check and stack the cache files of a batch; `latents` are B C F H W.
 
+    1. Read the latents, audio and caption of each item.
+    2. Stack them; rejected latents become a field of their own.
+    3. Read further texts if they are needed: undropped captions, and the empty prompt.
+
     Tensors of variable length are kept as lists. For captions without a cache, the batch has only `captions`,
     unchanged.
 

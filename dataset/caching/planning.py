@@ -274,7 +274,7 @@ class SourcePlanner:
         if shape_key in known_sizes:
             return self._make_valid_plan(known_sizes[shape_key])
         plan = self.plan()
-        # equal only if nothing is missing and no message is due
+        # equal only if all caches are valid and have records, and no message is due
         nothing_to_encode = plan == self._make_valid_plan(plan.item_sizes)
         is_reliable = nothing_to_encode and not self._trusted_header
         if shape_key is not None and is_reliable and len(known_sizes) < MANY:

@@ -209,6 +209,7 @@ def decode_source(
             raise MediaError(f"{source.path}: its latents are precomputed (load_tensors): no frames are read")
         if source.table.kind == "image":
             with IMAGES.hold(planned_bytes(local)):
+                # alpha has to be read to become a channel of the result
                 media = _decode_image(
                     local, step, rng, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
                 )
