@@ -134,6 +134,10 @@ def collect_content(
 ) -> FolderContent:
     """Collect what `new` trains on: the media of a folder, with references or control images.
 
+    1. Sort the subfolders by their use, and collect the media of the training folders.
+    2. Select references or control images for them, or report those that this run does not use.
+    3. Raise an error if the training run needs something that is missing.
+
     Args:
         folder: The dataset folder.
         model_info: Facts about the model, from its family.

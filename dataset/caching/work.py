@@ -309,15 +309,15 @@ class MediaWork:
         if keep_cache:
             return 0
         valid_names = {name for index, name in valid if index == table.index}
-        count = 0
+        num_removed = 0
         if self._audio is not None:
-            count += self._audio.remove_stale(table, valid_names, failed)
+            num_removed += self._audio.remove_stale(table, valid_names, failed)
         # files of this table that no item has, except files of media that could not be read
         stale = self._existing[table.index].list_stale(valid_names, failed)
         if stale:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
-            count += remove_caches(self.stores.latent_store(table), stale, is_of_family)
-        return count
+            num_removed += remove_caches(self.stores.latent_store(table), stale, is_of_family)
+        return num_removed
 
     def free(self) -> None:
         """Free the memory of the loaded video and audio encoders."""
