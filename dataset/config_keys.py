@@ -506,9 +506,11 @@ def read_keys(
         elif name in misplaced_reasons:
             errors.append(f"{table_label}: {spelling} = {show(value)} {misplaced_reasons[name]}")
         elif spellings.setdefault(name, spelling) != spelling:
-            both = [spellings[name], spelling]
-            both.sort(key=lambda each: each == name)  # our own spelling last
-            errors.append(f"{table_label}: {' and '.join(both)} are the same key; leave out one")
+            spellings_in_table = [spellings[name], spelling]
+            spellings_in_table.sort(key=lambda each: each == name)  # our own spelling last
+            errors.append(
+                f"{table_label}: {' and '.join(spellings_in_table)} are the same key; leave out one"
+            )
         else:
             value_type = keys[name].value_type
             try:

@@ -106,6 +106,10 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
     """Show the results of a caching run, and raise an error if media files failed.
 
+    1. In other processes than the main one, only exit if media files failed.
+    2. Log media files without items, and items that were changed or could only be compared in part.
+    3. Show the box with the results, then raise an error if there is one.
+
     Args:
         report: Results of the run.
         rows: Additional rows of the box with the results.
