@@ -245,6 +245,10 @@ def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Tabl
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
     """Adapt a dataset configuration to a model family: clip lengths, frame rate, audio and references.
 
+    1. Warn about keys that the family ignores, and round clip lengths to those that it accepts.
+    2. Set the fields of each table that the family decides.
+    3. Check layers, guides and references, and add the family's rules for references.
+
     Section keys of a table that the family ignores are logged as a warning, unless `for_texts` says that only
     texts are encoded.
 
@@ -563,6 +567,10 @@ def _fill_in_fields(
     source_format: SourceFormat, fields: dict[str, Any], source_key: str, table_label: str, errors: list[str]
 ) -> bool:
     """Set the fields of a table that depend on others; if fields conflict, add an error and return False.
+
+    1. Find a conflict: no cache folder, keys of this source format, or keys that all formats have.
+    2. Let the source format set its own fields.
+    3. Set the fields that all formats have.
 
     Args:
         source_format: Where the items come from, such as a folder, a list or tars. The keys that only its

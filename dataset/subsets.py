@@ -119,19 +119,24 @@ class _Subset:
 
 def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> Iterator[_Subset]:
     """Yield the subsets of [[datasets]] table number `group`; `defaults` supplies missing keys."""
-    place = f"[[datasets]] {group + 1}"
-    dataset = without_nulls(entry, place, errors)
+    dataset_label = f"[[datasets]] {group + 1}"
+    dataset = without_nulls(entry, dataset_label, errors)
     subsets = dataset.get("subsets")
-    shared = {**defaults, **_read_level(dataset, place, errors, DATASET, ignored=("subsets",))}
+    inherited_values = {
+        **defaults,
+        **_read_level(dataset, dataset_label, errors, DATASET, ignored=("subsets",)),
+    }
     if isinstance(subsets, dict):
-        errors.append(f"{place}: [datasets.subsets] needs double brackets: write [[datasets.subsets]]")
+        errors.append(
+            f"{dataset_label}: [datasets.subsets] needs double brackets: write [[datasets.subsets]]"
+        )
     elif not isinstance(subsets, list) or not subsets:
-        errors.append(f"{place} has no [[datasets.subsets]]; each folder of images needs one")
+        errors.append(f"{dataset_label} has no [[datasets.subsets]]; each folder of images needs one")
     else:
         for number, subset in enumerate(subsets):
-            table_label = f"{place}, subset {number + 1}"
+            table_label = f"{dataset_label}, subset {number + 1}"
             declared = without_nulls(subset, table_label, errors)
-            values = {**shared, **_read_level(declared, table_label, errors, SUBSET)}
+            values = {**inherited_values, **_read_level(declared, table_label, errors, SUBSET)}
             yield _Subset(number, table_label, values)
 
 

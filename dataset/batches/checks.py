@@ -407,12 +407,12 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
     made_with = f"it was made with {format_count(num_cached, 'reference image')}"
     num_now = _count_references(item)  # None: unknown
     num_expected = None if num_now is None else min(num_now, rules.max_references)
-    if table.directory is None:  # a list
+    if table.directory is None:  # a list: its rows name the references, so the numbers have to be equal
         if num_expected is not None and num_expected != num_cached:
             yield f"{made_with}, but {table.source} now names {num_now}"
     elif num_cached and table.control_directory is None:
         yield f"it was made with reference images, but {table.name} has no control_directory"
-    elif num_expected is not None and num_cached < num_expected:
+    elif num_expected is not None and num_cached < num_expected:  # more: files were only deleted
         yield f"{made_with}, but now its image has {num_expected}"
 
 
