@@ -377,6 +377,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mappi
     """
     project_table = tables[PROJECT_TABLE]  # commands and model files
     training_options = {**tables["training"], **typed_options}
+    # the first command is always the download
     download_command, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
     output_folder = expand_path(str(training_options["output_dir"]), folder)
     output_name = str(training_options["output_name"])

@@ -150,7 +150,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
             return None
         if latents.latent_fingerprint != fingerprint_latents(table, latent):
             return None
-        if latents.table_fingerprint != texts.table_fingerprint:
+        if latents.table_fingerprint != texts.table_fingerprint:  # the table changed between the two commands
             return None
         if latents.table_fingerprint != fingerprint_table(table):  # last, because it lists folders
             return None

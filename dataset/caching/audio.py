@@ -304,7 +304,7 @@ class AudioWork:
         tensors = {AUDIO_LATENTS: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
         if plan.references:
             samples = plan.references[index][None]
-            # its own length, in samples
+            # with its own length: at a "frame rate" of `spec.rate`, each sample of the audio is a frame
             (encoded,) = self._family.encode_audio(self._networks, samples, samples.shape[-1], self.spec.rate)
             tensors[REFERENCE_AUDIO] = encoded.detach().cpu().contiguous()
         record = records.LatentRecord(

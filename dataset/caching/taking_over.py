@@ -59,7 +59,7 @@ class OtherCaches:
                 continue
             # the plan as if these were caches of this model: are they up to date for this run's settings?
             other_plan = SourcePlanner(source, existing, self._cache_settings).plan()
-            nothing_to_encode = other_plan.missing_spans == ()
+            nothing_to_encode = other_plan.missing_spans == ()  # None would mean that this is unknown
             if other_plan.valid_files and nothing_to_encode and not other_plan.num_without_record:
                 files = [self._copy(store, name, other_tag) for name in sorted(other_plan.valid_files)]
                 return replace(other_plan, valid_files=frozenset(files))

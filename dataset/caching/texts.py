@@ -141,6 +141,10 @@ class TextWork:
     def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
         """Encode the captions in these batches that have no valid cache, one encoder after the other.
 
+        1. Plan which encoders have to run for each caption.
+        2. Complete the caches whose outputs are all in an unfinished file (`.part`).
+        3. Run each encoder on the captions that need it.
+
         An encoder is not loaded if all its outputs are cached. If `label` is None, no progress is shown.
 
         Raises:

@@ -150,8 +150,8 @@ def measure_row_group(file: Any, limit: UnpackedBytesLimit, group: int, columns:
             if not names.isdisjoint(prefixes):
                 # each value takes memory in addition to its page
                 limit.add(chunk.num_values * VALUE_BYTES)
-                # `_count_pages` also adds the sizes of the pages to `limit`
                 fixed_length = file.schema.column(index).length
+                # `_count_pages` also adds the sizes of the pages to `limit`
                 largest = max(largest, fixed_length, _count_pages(content, chunk, limit))
     return largest
 

@@ -53,7 +53,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 path = copy
             local_paths.append(path)
         try:
-            remaining = iter(local_paths)  # in the order of `source.parts`
+            remaining = iter(local_paths)  # in the order of `source.latent_inputs`
             yield dataclasses.replace(
                 source,
                 path=next(remaining),
