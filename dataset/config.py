@@ -159,12 +159,12 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
             errors.append(f'{table.label}: {key} is for image tables; use "files" or "shards"')
-        first = first_tables.setdefault(folder_id(folder), table)
-        may_share = first is table or (is_shared and first.cache_format == table.cache_format)
+        first_table = first_tables.setdefault(folder_id(folder), table)
+        may_share = first_table is table or (is_shared and first_table.cache_format == table.cache_format)
         if not may_share:
-            second = table.label.removeprefix("[[datasets]] ")
+            second_number = table.label.removeprefix("[[datasets]] ")
             errors.append(
-                f"{first.label} and {second} share the cache directory {folder}; "
+                f"{first_table.label} and {second_number} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
 
@@ -427,11 +427,11 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
             f"{table.name}: reference_dropout_rate: this model takes no reference images that could be "
             "dropped. Leave it out"
         )
-    changed = table.non_default_values(forms.REFERENCES)
-    if changed:
+    changed_keys = table.non_default_values(forms.REFERENCES)
+    if changed_keys:
         errors.append(
-            f"{table.name}: {' and '.join(changed)}: this model resizes control images to the size of their "
-            "image; the keys are for models that take reference images. Leave them out"
+            f"{table.name}: {' and '.join(changed_keys)}: this model resizes control images to the size of "
+            "their image; the keys are for models that take reference images. Leave them out"
         )
     return errors
 

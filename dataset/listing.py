@@ -115,11 +115,11 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
     repeated_row = f"rows of {table.name} repeat another one and would share a cache file; take them out"
     too_long = f"names of {table.name} are too long for the names of their caches; rename the files"
     for source in sources:
-        first = first_by_stem.setdefault(os.path.normcase(source.stem), source)
-        if first is not source and first.path == source.path:
+        first_source = first_by_stem.setdefault(os.path.normcase(source.stem), source)
+        if first_source is not source and first_source.path == source.path:
             faults.append(Fault(repeated_row, str(source.path), source.stem))
-        elif first is not source:
-            faults.append(Fault(shared_cache, f"{first.path} and {source.path}", source.stem))
+        elif first_source is not source:
+            faults.append(Fault(shared_cache, f"{first_source.path} and {source.path}", source.stem))
         # fast path: no character takes more than four bytes, so that the name need not be encoded
         if len(source.stem) * 4 <= MAX_OF_STEM:
             continue

@@ -327,7 +327,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     with other trainers, which have several resolutions, are in the image folder itself.
     """
     used: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
-    changed = []
+    completed_tables = []
     for table in tables:
         folder = table.base_folder
         if table.cache_directory is None and table.cache_format in SHARED_CACHES:
@@ -339,8 +339,8 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
             if used[key] > 1:
                 name += f"_{used[key]}"
             table = dataclasses.replace(table, cache_directory=folder / name)
-        changed.append(table)
-    return tuple(changed)
+        completed_tables.append(table)
+    return tuple(completed_tables)
 
 
 # --- folders without a file

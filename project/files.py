@@ -230,9 +230,9 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
     """Return the changes to the existing files in `diff -u` format."""
     lines: list[str] = []
     for path, text in texts.items():
-        old = read_text(path) if path.exists() else ""
+        old_text = read_text(path) if path.exists() else ""
         changes = difflib.unified_diff(
-            old.splitlines(),
+            old_text.splitlines(),
             text.splitlines(),
             fromfile=path.name,
             tofile=f"{path.name} as it would be",
@@ -624,13 +624,13 @@ def _describe_lengths(setup: describing.RunSetup) -> list[str]:
     frames = setup.frames
     clips = [item for item in setup.media if item.is_clip]
     lines = []
-    short: list[Path] = []
+    short_clips: list[Path] = []
     if frames > 1:
         timed = [clip for clip in clips if clip.seconds is not None]
-        short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
-    if short:
+        short_clips = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
+    if short_clips:
         fps = model.properties.get("fps")
-        lines.append(warning(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)"))
+        lines.append(warning(f"{name_some(short_clips)}: shorter than {frames} frames (at {fps} a second)"))
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
         consequence = "which learns their first frame"

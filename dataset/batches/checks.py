@@ -135,9 +135,9 @@ def _find_text_setting_changes(
     if saw_references:
         current |= table.visible_reference_settings(item.bucket[:2])
     current |= _current_visible_media_settings(item, recorded)
-    changed = difference({**defaults, **recorded}, current)
-    if changed is not None:
-        yield f"{changed} in {table.name}"
+    change_text = difference({**defaults, **recorded}, current)
+    if change_text is not None:
+        yield f"{change_text} in {table.name}"
 
 
 def _find_caption_change(
@@ -298,15 +298,15 @@ def _find_changed_keys(
     their defaults.
     """
     recorded_sections = _select_recorded_keys(options, SECTIONS)
-    changed = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)
-    if changed is not None:
-        yield f"{changed} in {table.name}"
+    change_text = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)
+    if change_text is not None:
+        yield f"{change_text} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
         defaults = defaults_of(REFERENCES)
         recorded = _select_recorded_keys(options, REFERENCES)
-        changed = difference(defaults | recorded, defaults | table.non_default_values(REFERENCES))
-        if changed is not None:
-            yield f"{changed} in {table.name}"
+        change_text = difference(defaults | recorded, defaults | table.non_default_values(REFERENCES))
+        if change_text is not None:
+            yield f"{change_text} in {table.name}"
     if table.clip_references is not None and CLIP_REFERENCES in options:
         yield from _find_factor_errors(options[CLIP_REFERENCES], table.clip_references.factors)
 

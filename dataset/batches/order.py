@@ -467,11 +467,11 @@ def change_captions(
     `captions` are the original captions, and `caption_indices` their indices among an item's captions; a
     caption with index EMPTY was dropped, and becomes "".
     """
-    changed = []
+    changed_captions = []
     samples = zip(items, captions, caption_indices, strict=True)
     for position, (item, caption, caption_index) in enumerate(samples):
         if caption_index == EMPTY:
-            changed.append("")
+            changed_captions.append("")
             continue
         seed = derive_seed(run_position.seed, "caption changes", run_position.micro_batch, position)
         changed_text = changed_caption(
@@ -482,8 +482,8 @@ def change_captions(
             total_steps=run_position.total_steps,
             generator=random.Random(seed),
         )
-        changed.append(changed_text)
-    return tuple(changed)
+        changed_captions.append(changed_text)
+    return tuple(changed_captions)
 
 
 def select_mirrored(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> tuple[bool, ...]:

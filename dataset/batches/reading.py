@@ -490,18 +490,19 @@ def _stack(
     """
     if not items:
         return {}
-    first = items[0]
+    first_item = items[0]
     for item in items:
-        unequal = item.tensors.keys() ^ first.tensors.keys()
+        unequal = item.tensors.keys() ^ first_item.tensors.keys()
         if unequal:
             raise CacheError(
-                f"{item.path} and {first.path} do not have the same tensors: {', '.join(sorted(unequal))}.\n"
+                f"{item.path} and {first_item.path} do not have the same tensors: "
+                f"{', '.join(sorted(unequal))}.\n"
                 f"  Cache them again with the same options: {commands.get(is_text)}"
             )
     stacked: dict[str, Tensor | list[Tensor]] = {}
-    for name in first.tensors:
+    for name in first_item.tensors:
         tensors = [item.tensors[name] for item in items]
-        if name in first.variable_length:  # lengths differ, so these stay a list
+        if name in first_item.variable_length:  # lengths differ, so these stay a list
             stacked[name] = tensors
             continue
         if len(items) > 1:

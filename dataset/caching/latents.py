@@ -281,7 +281,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
         tensors[data.LOSS_MASK] = mask[entry.start : end].clone()
     if item.rate is not None:
         tensors[data.FPS] = torch.tensor(item.rate)
-    named = {}
+    tensors_by_name = {}
     for key, tensor in tensors.items():
         name = cache_files.tensor_name(
             key,
@@ -291,8 +291,8 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
             has_frames=spec.names_frames,
         )
         is_latents = cache_files.grid_in_name(name) is not None
-        named[name] = tensor.squeeze(1) if is_latents and spec.flat_in_caches else tensor
-    return named
+        tensors_by_name[name] = tensor.squeeze(1) if is_latents and spec.flat_in_caches else tensor
+    return tensors_by_name
 
 
 def write_entry(

@@ -129,19 +129,19 @@ def _files_of_table(
     The first captions are encoded first, so that an interrupted run has one for each media file. There is one
     empty prompt, or one for each media file if text encoders see its reference images.
     """
-    first: list[CaptionFile] = []
-    additional: list[CaptionFile] = []
-    empty: list[CaptionFile] = []
+    first_captions: list[CaptionFile] = []
+    further_captions: list[CaptionFile] = []
+    empty_prompts: list[CaptionFile] = []
     for source in sources:
         seen = _list_seen(source, visible_media)
         captions = _list_captions(source, seen, tag=tag, visible_media=visible_media, fit=fit)
-        first.append(next(captions))
-        additional += captions
+        first_captions.append(next(captions))
+        further_captions += captions
         if table.caches_empty_prompt and table.texts_see_references:
-            empty.append(_empty_prompt_of_source(source, seen, tag))
+            empty_prompts.append(_empty_prompt_of_source(source, seen, tag))
     if table.caches_empty_prompt and not table.texts_see_references:
-        empty.append(_empty_prompt_of_table(table, tag))
-    return [*first, *additional, *empty]
+        empty_prompts.append(_empty_prompt_of_table(table, tag))
+    return [*first_captions, *further_captions, *empty_prompts]
 
 
 def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
@@ -277,12 +277,12 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
         store = stores.text_store(file.table)
         # shared files are next to the images, so tables with the same images have the same files
         owner = store.folder if store.is_shared else file.table.index
-        first = first_texts.setdefault((owner, file.file_name), file)
-        if first is not file and first.caption != file.caption:
+        first_file = first_texts.setdefault((owner, file.file_name), file)
+        if first_file is not file and first_file.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
-                f"{first.caption!r} in {first.table.name}, and both share one npz file.\n  Make the captions "
-                "equal, or keep the embeddings in memory: --cache_text_encoder_outputs without _to_disk"
+                f"{first_file.caption!r} in {first_file.table.name}, and both share one npz file.\n"
+                "  Make the captions equal, or keep the embeddings in memory: --cache_text_encoder_outputs without _to_disk"
             )
     return list(first_texts.values())
 

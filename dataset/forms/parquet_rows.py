@@ -59,8 +59,8 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
         for column_values in _read_batches(file, path, columns.names, limit):
             for row in zip(*column_values, strict=True):
                 number += 1
-                named = zip(columns.names, row, strict=True)
-                values = {name: value for name, value in named if value is not None}
+                name_value_pairs = zip(columns.names, row, strict=True)
+                values = {name: value for name, value in name_value_pairs if value is not None}
                 yield TableRow(path, "row", number, values)
 
 

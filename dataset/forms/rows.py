@@ -260,12 +260,12 @@ class RowReader:
             faults: Errors are added to this list.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
-        named = []
+        with_unique_stems = []
         for source, stem in zip(sources, stems, strict=True):
             is_local_in_list = self.is_list and not source.remote_or_packed
             keeps_stem = is_local_in_list or stem == source.stem
-            named.append(source if keeps_stem else replace(source, stem=stem))
-        numbered = media_source.number_repeats(named)
+            with_unique_stems.append(source if keeps_stem else replace(source, stem=stem))
+        numbered = media_source.number_repeats(with_unique_stems)
         if self._gaps:
             logger.warning("%s %s, such as %s", len(self._gaps), f"{self.unit}s {GAPS}", self._gaps[0])
         faults += find_missing_companions(self.table, numbered, f"{self.unit}s of {self.file}")

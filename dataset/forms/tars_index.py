@@ -316,8 +316,8 @@ def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | 
     if not rules.multi_caption:
         return captions[0].strip()
     # each further caption on one line; lines of the first one are captions already
-    further = [" ".join(caption.split()) for caption in captions[1:]]
-    return "\n".join([captions[0], *further]).strip()
+    further_captions = [" ".join(caption.split()) for caption in captions[1:]]
+    return "\n".join([captions[0], *further_captions]).strip()
 
 
 def _read_json_captions(text: str, rules: TarRules) -> list[str]:
@@ -334,9 +334,9 @@ def _read_json_captions(text: str, rules: TarRules) -> list[str]:
         raise ValueError("its .json is not an object")
     name = next((name for name in rules.caption_names if record.get(name) is not None), None)
     captions = [] if name is None else [record[name]]
-    further = record.get("captions") if rules.multi_caption else None
-    if isinstance(further, list):
-        captions += further
+    further_captions = record.get("captions") if rules.multi_caption else None
+    if isinstance(further_captions, list):
+        captions += further_captions
     if not all(isinstance(caption, str) and not bad_character(caption) for caption in captions):
         raise ValueError(f"{name or 'captions'} in its .json is not a text")
     return captions

@@ -134,9 +134,11 @@ def pair_by_name(
             unmatched.append(path)
             continue
         stem, number = stem_and_number
-        first = numbered.setdefault(stem, {}).setdefault(number, path)
-        if first != path:
-            raise DatasetError(f"{first} and {path.name} have the same name except for the suffix. Keep one")
+        first_path = numbered.setdefault(stem, {}).setdefault(number, path)
+        if first_path != path:
+            raise DatasetError(
+                f"{first_path} and {path.name} have the same name except for the suffix. Keep one"
+            )
     companions: dict[str, tuple[Path, ...]] = {}
     for stem, by_number in numbered.items():
         companions[stem] = tuple(by_number[number] for number in sorted(by_number))

@@ -238,11 +238,11 @@ def _decode_clip(
     sizes = FrameSizes()
     size_changes: list[str] = []
     original_frames = sizes.watch(read_frames())
-    first = next(original_frames)  # the size of the first frame selects the bucket
-    size = (first.shape[1], first.shape[0])
+    first_original_frame = next(original_frames)  # the size of the first frame selects the bucket
+    size = (first_original_frame.shape[1], first_original_frame.shape[0])
     bucket = bucket_of(table, size, step, local.path)
     max_frames = max_decoded_frames(table)
-    original_frames = itertools.chain([first], original_frames)
+    original_frames = itertools.chain([first_original_frame], original_frames)
     mask: Mask | None = None
     if table.is_audio_only:  # frames are black; only their number matters
         frames = _broadcast_black_frame(original_frames)

@@ -272,8 +272,8 @@ def _describe_captions(
         by_hint[f"captions of {table.media_kind}s without another one, which {setting} reads"] = captions
     if misnamed:
         caption, owner = misnamed[0]
-        wanted = f"{split_name(owner)[0]}{wanted_suffix}"
-        example = f"{caption} of {owner}, which reads {wanted}"
+        wanted_name = f"{split_name(owner)[0]}{wanted_suffix}"
+        example = f"{caption} of {owner}, which reads {wanted_name}"
         hint = f"captions under a different name than their {table.media_kind}: {example}; rename them"
         by_hint[hint] = [name for name, _ in misnamed]
     return by_hint

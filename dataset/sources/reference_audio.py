@@ -35,9 +35,9 @@ def add_reference_audio(
         faults.append(Fault(kind, text))
         return sources
     for stem in sorted(by_stem.keys() & stems):
-        first, *others = by_stem[stem]
-        if others:
-            text = f"{first} and {others[0].name} are references of the same clip. Keep one."
+        first_path, *other_paths = by_stem[stem]
+        if other_paths:
+            text = f"{first_path} and {other_paths[0].name} are references of the same clip. Keep one."
             faults.append(Fault(kind, text, stem))
     lacking = [source.path for source in sources if source.stem not in by_stem]
     warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", lacking)
