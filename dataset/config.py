@@ -456,6 +456,10 @@ def _read_table(
 ) -> DatasetTable | None:
     """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`.
 
+    1. Find the key that names the source; a table of audio is read as a table of clips.
+    2. Read and check the keys.
+    3. Set the fields that depend on others.
+
     The value of a key comes from the table itself, otherwise from [general] (`general`), otherwise it is the
     default.
     """

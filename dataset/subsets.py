@@ -51,6 +51,10 @@ def read_subsets(
 ) -> tuple[DatasetTable, ...]:
     """Return one table for each subset of a dataset file in the layout of sd-scripts, in order.
 
+    1. Read the values of the command line and of [general], which all subsets share.
+    2. Make a table of each subset without errors.
+    3. Warn about keys and options without effect.
+
     The value of a key comes from the subset, its [[datasets]] table, [general], the command line or the
     default, whichever has it first.
 
@@ -377,7 +381,8 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
     """Return a subset, as a table of a dataset file, for each subfolder with a name such as `10_cat`.
 
-    A warning names other subfolders with images.
+    A warning names other subfolders with images. If no subfolder has such a name, the error suggests the
+    folder to give instead.
 
     Args:
         folder: Value of the option.

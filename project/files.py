@@ -255,6 +255,10 @@ def _make_setup(
 ) -> describing.RunSetup:
     """Read the folder, and return everything that determines run.toml, dataset.toml and prompts.txt.
 
+    1. Find the model's files, and check those that were typed.
+    2. Collect the media of the folder, and their tags.
+    3. Choose size and length, and apply another trainer's project.
+
     `kind` is what the run trains, `memory` the GPU memory in GiB. `foreign` is another trainer's project,
     which --from names.
     """

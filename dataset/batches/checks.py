@@ -490,6 +490,10 @@ class SameEncoders:
     def difference(self, origins: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
+        1. Find which values of each encoder's identity differ, such as its fingerprint or dtype.
+        2. Describe the caches with both values, and note which caching commands repair them.
+        3. Say what the difference means: another network, or only other settings.
+
         `origins` say who made the batch's caches, one for each part such as latents. Each part is reported
         only once.
         """

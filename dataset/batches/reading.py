@@ -314,6 +314,10 @@ class _Reader:
     def _read_cached_text(self, item: TrainingItem, number: int, caption: str) -> _ItemTensors:
         """Read and check the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
 
+        1. Read the tensors, which have to be complete and intact.
+        2. Once in a run, compare the record with the table and its files.
+        3. Take the caption from the record if it is not read during training.
+
         `caption` is the caption if it is read during training, or "", which the cache's record replaces.
         """
         path = item.caption_path(number)

@@ -419,6 +419,9 @@ class SourcePlanner:
     ) -> SourcePlan:
         """Compare existing cache files with those that a media file's spans need; return what is missing.
 
+        1. Group the existing files by the item to which they belong.
+        2. Check the files of each span's item; a span without valid files is missing.
+
         The files of an item (one for each section) are valid together, or encoded again together.
 
         Args:

@@ -102,6 +102,9 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     """Raise DatasetError if the VAE moments in a folder were computed with another model's VAE.
 
+    1. Compare the number of channels of one file.
+    2. Compare the model and the VAE's file in the folder's record, if it has one.
+
     If only the VAE's file differs, or is not recorded, a warning is logged.
     """
     assert source.precomputed is not None

@@ -282,7 +282,8 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
                 f"{first_file.caption!r} in {first_file.table.name}, and both share one npz file.\n"
-                "  Make the captions equal, or keep the embeddings in memory: --cache_text_encoder_outputs without _to_disk"
+                "  Make the captions equal, or keep the embeddings in memory: "
+                "--cache_text_encoder_outputs without _to_disk"
             )
     return list(first_texts.values())
 
@@ -364,6 +365,10 @@ def find_outputs(
     verifies_tensors: bool = True,
 ) -> ValidOutputs:
     """Return which encoders have valid outputs in a caption's cache, so that they need not run again.
+
+    1. Read the cache file; a damaged one has no valid outputs.
+    2. Accept the outputs of each encoder whose record is up to date and whose tensors are intact.
+    3. In an unfinished file, accept all outputs or none.
 
     Args:
         file: The caption and its cache file.

@@ -85,6 +85,10 @@ class TextWork:
     ) -> None:
         """List existing cache files and all captions.
 
+        1. List the cache files of each table.
+        2. List the media with their captions, and check that all can be encoded.
+        3. Pair each caption with its cache file, and form batches.
+
         `stores` replaces the cache folders of the tables.
 
         Raises:

@@ -390,7 +390,11 @@ class MediaWork:
     def _schedule_writes(
         self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
     ) -> list[str]:
-        """Schedule the writing of an item's cache files, one for each entry (section); return their names."""
+        """Schedule the writing of an item's cache files, one for each entry (section); return their names.
+
+        1. Make the record and the metadata, which all files of the item share.
+        2. Pass a function to `write` for each file; it runs in another thread.
+        """
         options = self._cache_settings.record_options(
             item.source, size=item.size, bucket=item.bucket, span=item.spans[0]
         )

@@ -367,6 +367,10 @@ class _HeaderFile:
 def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
     """Yield the regular files of a tar in order.
 
+    1. Let `tarfile` parse each header. Unless the disk fails, its errors mean a cut or damaged tar.
+    2. Yield the position of the file, without reading its bytes.
+    3. At the end, check that the tar ends as it should.
+
     Args:
         file: The tar, unbuffered and at its beginning. Callers may read from it between two members.
         size_bytes: Size of the tar.

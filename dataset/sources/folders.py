@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """Return the media files of a table's folder; add a fault for each one that cannot be used.
 
+    1. List the media, and separate layers from their images.
+    2. Find the control media, masks and audio in other folders.
+    3. Read the captions, and make a source of each media file.
+
     Caption files are read only if `captions` is true.
 
     Raises:

@@ -254,7 +254,8 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
             suggestion = did_you_mean(_show(name), known_options)
             raise ValueError(
                 f"{_show(name)} cannot be set by a recipe.{suggestion} A recipe sets options that decide "
-                "what is learned: no paths or programs, and nothing about the graphics card, saving or logging"
+                "what is learned: no paths or programs, and nothing about the graphics card, saving or "
+                "logging"
             )
         values[name] = _read_value(actions[name], name, value, modules)
         check_value(name, values[name], getattr(actions[name], "facts", {}))
