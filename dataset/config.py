@@ -641,7 +641,7 @@ def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
         changed_keys = [name for name in other_keys if fields[name] != KEYS[name].default]
         if changed_keys and not fields[folder_key]:
             return f"{changed_keys[0]} needs {folder_key}"
-    counts = {}  # of the values in the three lists of extra guides
+    counts = {}  # number of values in each of the three lists of extra guides
     for name in ("directories", "frame_idxs", "strengths"):
         key = f"keyframe_guide_extra_{name}"
         counts[key] = len(fields[key] or ())

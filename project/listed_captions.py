@@ -223,7 +223,7 @@ def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tu
         needs = "names of files (file_name)" if name_column is None else "captions (text)"
         raise DatasetError(f"{path} has no column of {needs}; it has {list_some(columns)}. {TABLE_KEY}")
     for row in read_columns(table, {name_column, text_column}):
-        if row.fault is not None:
+        if row.fault is not None:  # such a row has no values, so nothing is yielded for it
             hint = "Put a caption that has commas in quotes"
             remarks.append(warning(f"{path.name}, line {row.number}: left out, {row.fault}. {hint}"))
         name = row.values.get(name_column)

@@ -147,6 +147,10 @@ def _count_unused(
 ) -> dict[str, Counter[str]]:
     """Count the unread files of a folder, by hint (why they are not read) and suffix.
 
+    1. Count captions that are probably unread by mistake.
+    2. Count images with a label in their names, such as masks, that no table reads.
+    3. Count other files, except those that are expected next to media.
+
     Args:
         table: Table of the folder.
         folder: The folder.
