@@ -824,6 +824,7 @@ def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_
             if track_info(path) is None:
                 raise MediaError(f"{path} has no sound")
             caption = _find_caption(path, content, encodings)
+            # audio has no width and height
             content.media.append(Media(path, "audio", (0, 0), seconds=None, caption=caption))
         except MediaError as error:
             _record_unreadable(path, error, content)

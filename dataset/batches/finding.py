@@ -498,10 +498,11 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     """
     if listing.incomplete_tables or listing.unfinished_text:
         _reject_unfinished(listing, commands)
+    # all reasons are collected, so that one message lists them
     errors = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_audio:
         errors += _audio_errors(listing)
-    if listing.empty_tables or not listing.items:
+    if listing.empty_tables or not listing.items:  # perhaps the folder has caches of another model
         errors += [_explain_others(folder, name) for folder, name in listing.texts_of_other_models.items()]
     if not errors and not listing.items:
         folders = {path.parent for path in listing.missing_text}

@@ -151,6 +151,7 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
     alphas = [item.alpha for item in items if item.alpha is not None]
     control_masks = [item.control_mask for item in items if item.control_mask is not None]
     audios = [item.audio for item in items if item.audio is not None]
+    # transposed: the first control images of all items, then their second ones, and so on
     controls = zip(*(item.control for item in items), strict=True)
     references = zip(*(item.references for item in items), strict=True)
     return data.MediaBatch(

@@ -99,10 +99,11 @@ class LatentCacheSettings:
         if self.stores_frame_rate:
             options["frame_rate"] = True
         if has_companions(source):
-            options[records.CLOCK] = True
+            options[records.CLOCK] = True  # early versions did not time companions by their clip
         if source.control:
             options |= table.non_default_values(REFERENCES)
         if source.references and table.clip_references is not None:
+            # the number comes first: `source_folders` reads it
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
             options[CONTROL_MASK] = True
@@ -111,7 +112,7 @@ class LatentCacheSettings:
         if source.rejected is not None:
             options[REJECTED] = True
         if self.stores_audio and table.kind == "video":
-            options[AUDIO_FILE] = source.audio is not None
+            options[AUDIO_FILE] = source.audio is not None  # whether the audio is in a separate file
             if table.audio == IGNORE:
                 options["audio"] = IGNORE
         if source.layers:

@@ -274,7 +274,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
         if has_rate and table.source_fps is None and not source.remote_or_packed:
             clips.append(source)
     errors = []
-    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1
+    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
     for source in clips[::step]:
         try:
             rate = file_rate(source.path)

@@ -51,7 +51,7 @@ def adopt_by_name(
                 _report_rejected(project, key, value, script.rejected[key])
             else:
                 _report_unknown(project, key, value, our_names)
-        except InvalidValue as error:
+        except InvalidValue as error:  # often without a text: then the key's type says what is allowed
             allowed = SUBSET_KEYS[key].value_type.allowed
             project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
         except (ValueError, TypeError, OverflowError) as error:
