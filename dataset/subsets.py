@@ -330,7 +330,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     If several tables have the same image folder and resolution, the second gets `1024x768_2`. Caches shared
     with other trainers, which have several resolutions, are in the image folder itself.
     """
-    used: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
+    num_tables: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
     completed_tables = []
     for table in tables:
         folder = table.base_folder
@@ -339,9 +339,9 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
         elif table.cache_directory is None:
             name = format_shape(table.resolution)
             key = (os.path.normcase(real_path(folder)), name)
-            used[key] += 1
-            if used[key] > 1:
-                name += f"_{used[key]}"
+            num_tables[key] += 1
+            if num_tables[key] > 1:
+                name += f"_{num_tables[key]}"
             table = dataclasses.replace(table, cache_directory=folder / name)
         completed_tables.append(table)
     return tuple(completed_tables)

@@ -175,16 +175,16 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     if typical is None:
         return ""
     sizes = sorted({item.size for item in _list_trained_media(model, media)}, key=_area)
-    span = ""
+    size_range = ""
     if len(sizes) > 1:
-        span = f", of files from {format_shape(sizes[0])} to {format_shape(sizes[-1])}"
+        size_range = f", of files from {format_shape(sizes[0])} to {format_shape(sizes[-1])}"
     default = model.properties["resolution"]
     reduced = ""
     if _area(typical.size) > _area(default):
         reduced = f", reduced to the area of {format_shape(default)} that the model's page has"
     return (
-        f"the size of a typical file, {typical.path.name} ({format_shape(typical.size)}){span}{reduced}. "
-        "Every file keeps its own shape, at this area (resolution in dataset.toml)"
+        f"the size of a typical file, {typical.path.name} ({format_shape(typical.size)}){size_range}"
+        f"{reduced}. Every file keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
 

@@ -609,8 +609,8 @@ def _describe_model(setup: describing.RunSetup) -> str:
     """Return a line about the model: what it generates, its download size, and whether it fits the GPU."""
     model = setup.model
     existing = {f"--{name}" for name, path in setup.model_files.items() if Path(path).exists()}
-    missing = [part for part in model.components if part.option and part.option not in existing]
-    missing_bytes = total_bytes(missing)
+    missing_files = [part for part in model.components if part.option and part.option not in existing]
+    missing_bytes = total_bytes(missing_files)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
     outputs = describe_outputs(model, setup.model_info)
     summary = f"{setup.model_name} makes {outputs}; {download}"

@@ -956,13 +956,13 @@ def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:
         for control_folder in _list_reference_candidates(training_folder, folder, folders_by_use):
             if not CONTROLS.fullmatch(control_folder.name):
                 continue
-            missing = _find_stems_without_reference(control_folder, image_stems)
-            if len(missing) == len(image_stems):  # no image has a control image
+            without_control = _find_stems_without_reference(control_folder, image_stems)
+            if len(without_control) == len(image_stems):  # no image has a control image
                 continue
             is_neighbor = training_folder == folder and control_folder.parent == parent
             if not is_neighbor:
                 return True
-            if not missing and not has_trigger_word and not _list_other_media(folder, control_folder):
+            if not without_control and not has_trigger_word and not _list_other_media(folder, control_folder):
                 return True
     return False
 

@@ -601,12 +601,12 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
             commands.text,
         )
     # a cache that one table does not list may belong to a source that another table of the folder lists
-    gone = [
+    vanished_sources = [
         folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.current_stems[folder]
     ]
-    if gone:
+    if vanished_sources:
         logger.warning(
             "%d sources have caches but no longer exist, or are in no list (the first: %s): left out.",
-            len(gone),
-            gone[0],
+            len(vanished_sources),
+            vanished_sources[0],
         )

@@ -134,11 +134,11 @@ def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]
     counts = []
     total = 0
     for count in repeats:
-        used = count if total < num_learned else 0
-        counts.append(used)
-        total += used
-    missing = max(0, num_learned - total)
-    rounds, remainder = divmod(missing, len(repeats))
+        used_count = count if total < num_learned else 0
+        counts.append(used_count)
+        total += used_count
+    num_missing = max(0, num_learned - total)
+    rounds, remainder = divmod(num_missing, len(repeats))
     for index in range(len(counts)):
         counts[index] += rounds
         if index < remainder:  # the first images get one repeat more

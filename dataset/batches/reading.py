@@ -153,9 +153,9 @@ def _unpack_inner_audio(
     audio = tensors.pop(data.INNER_AUDIO, None)  # B C T M, or B C 1 T M
     is_heard = tensors.pop(data.AUDIO_PRESENT, None)  # for each sample: 1, or 0 for a silent clip
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
-        lacking = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
+        missing_key = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
         raise CacheError(
-            f"{path}: it has no {lacking}, which the model needs for every clip, even a silent one. "
+            f"{path}: it has no {missing_key}, which the model needs for every clip, even a silent one. "
             f"Cache again with: {commands.latents}"
         )
     tensors[data.AUDIO_LATENTS] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M

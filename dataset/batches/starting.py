@@ -328,8 +328,8 @@ def _find_differences(
             without_latents.append(str(source.path))
     uncached_audio: list[str] = []
     if checks_audio:
-        silent = {item.source_stem for item in items if not item.has_cached_audio}
-        uncached_audio = [*map(str, list_silent(sources.values(), silent))]
+        silent_stems = {item.source_stem for item in items if not item.has_cached_audio}
+        uncached_audio = [*map(str, list_silent(sources.values(), silent_stems))]
     return _SourceDifferences(without_latents, sorted(cached - sources.keys()), uncached_audio)
 
 

@@ -83,27 +83,27 @@ def decode(
         plan = planner.compare(media.size, media.spans, len(media.frames), media.reason)
     if media.clip is not None:
         plan = dataclasses.replace(plan, size_changes=media.clip.size_changes)
-    missing = plan.missing_spans or ()
+    spans_to_encode = plan.missing_spans or ()
     audios: SpanAudios | None = None
     if (
         cache_settings.stores_audio
         and cache_settings.audio is not None
-        and missing
+        and spans_to_encode
         and source.table.kind == "video"
     ):
         from dataset.sources.audio import read_span_audios  # only of families with audio
 
         with fetch(source) as local:
-            audios = read_span_audios(local, missing, cache_settings.fps, cache_settings.audio)
+            audios = read_span_audios(local, spans_to_encode, cache_settings.fps, cache_settings.audio)
         plan = dataclasses.replace(plan, silence_reason=audios.silence_reason)
     # identities of the source files, for the record
-    files = tuple(itertools.starmap(identify, cache_settings.source_files(source))) if missing else ()
+    files = tuple(itertools.starmap(identify, cache_settings.source_files(source))) if spans_to_encode else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
-    items: Iterable[DecodedMedia] = map(media.cut, missing)
+    items: Iterable[DecodedMedia] = map(media.cut, spans_to_encode)
     if audios is not None:
         items = _add_audios(items, audios)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
-    are_overlapping = sum(length for _, length in missing) > len(media.frames)
+    are_overlapping = sum(length for _, length in spans_to_encode) > len(media.frames)
     if not is_large and not are_overlapping:
         items = list(items)  # cut out by the thread that decodes
     return plan, items

@@ -218,22 +218,22 @@ def run_ahead(
             in use until the next one is requested. A single result may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
-    used = 0  # bytes of all results in progress, waiting or in use
-    in_use = 0  # bytes of the result that was yielded last
+    used_bytes = 0  # bytes of all results in progress, waiting or in use
+    yielded_bytes = 0  # bytes of the result that was yielded last
     started = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead")
     try:
         while waiting or started < len(jobs):
-            used -= in_use
-            in_use = 0
+            used_bytes -= yielded_bytes
+            yielded_bytes = 0
             while started < len(jobs) and len(waiting) < workers * (1 + AHEAD_PER_WORKER):
                 size = size_bytes(jobs[started])
-                if waiting and used + size > limit_bytes:
+                if waiting and used_bytes + size > limit_bytes:
                     break
                 waiting.append((jobs[started], size, pool.submit(work, jobs[started])))
-                used += size
+                used_bytes += size
                 started += 1
-            job, in_use, future = waiting.popleft()
+            job, yielded_bytes, future = waiting.popleft()
             error = future.exception()
             if error is not None and not isinstance(error, Exception):  # such as KeyboardInterrupt
                 raise error

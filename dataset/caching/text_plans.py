@@ -333,13 +333,13 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensor
     # files of other programs count as valid without being read
     if stores.trusts_shared_caches and store.is_shared and file.file_name in store:
         return file
-    find = partial(find_outputs, file, encoders, stores)
-    finished = find(verifies_tensors=verifies_tensors).has_record  # encoders with valid outputs
+    find_valid = partial(find_outputs, file, encoders, stores)
+    finished = find_valid(verifies_tensors=verifies_tensors).has_record  # encoders with valid outputs
     if len(finished) == len(encoders):  # the unfinished file, if there is one, is not needed
         return file if all(finished.values()) else replace(file, lacks_record=True)
-    unfinished = find(in_part=True).has_record
+    unfinished = find_valid(in_part=True).has_record
     # read again, because another process may have finished the file in the meantime
-    finished = find(verifies_tensors=verifies_tensors).has_record
+    finished = find_valid(verifies_tensors=verifies_tensors).has_record
     not_finished = [encoder.name for encoder, _ in encoders if encoder.name not in finished]
     encoders_to_run = tuple(name for name in not_finished if name not in unfinished)
     return replace(

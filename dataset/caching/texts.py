@@ -497,11 +497,11 @@ class TextWork:
             return
         encoders_with_outputs = {*encoders, *encoders_in_file}
         all_encoders = [encoder.name for encoder, _ in self._encoders]
-        lost = [name for name in all_encoders if name not in encoders_with_outputs]
-        if lost:
+        lost_encoders = [name for name in all_encoders if name not in encoders_with_outputs]
+        if lost_encoders:
             raise CacheError(
                 f"{path}: while it was made, another run with other captions or encoders removed or replaced "
-                f"what {', '.join(lost)} had written.\n"
+                f"what {', '.join(lost_encoders)} had written.\n"
                 "  Wait until one of the two has finished, then run this command again."
             )
         store.write(file.file_name, new.named, new.metadata)

@@ -415,8 +415,8 @@ class MediaWork:
             item_metadata[FPS] = repr(item.rate)
         fingerprints = {}
         if self._family.latent.required_metadata:  # other programs that read these caches require them
-            parts = self._cache_settings.source_files(item.source)
-            fingerprints["media_fingerprints"] = _join_fingerprints(item.files, parts)
+            paths_and_origins = self._cache_settings.source_files(item.source)
+            fingerprints["media_fingerprints"] = _join_fingerprints(item.files, paths_and_origins)
         store = self.stores.latent_store(item.source.table)
         files = []
         for entry in entries:

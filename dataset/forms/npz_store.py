@@ -403,9 +403,9 @@ class NpzStore:
         entry = open_record(path, arrays, lambda _, tensor, shape: tensor.reshape(shape))
         if entry is not None:
             return entry
-        missing = sorted(keys - arrays.keys())
-        if missing or is_part:
-            raise CacheError(f"{path}: it has no {', '.join(missing) or 'record'}")
+        missing_keys = sorted(keys - arrays.keys())
+        if missing_keys or is_part:
+            raise CacheError(f"{path}: it has no {', '.join(missing_keys) or 'record'}")
         tensors_by_name = {}
         for key in sorted(keys):
             tensor = arrays[key].tensor

@@ -91,8 +91,8 @@ class RowReader:
         else:
             stem, location = contained
             media = _Media(location, stem=stem, identity=stem)
-        texts = self._read_captions(values, position)
-        captions = complete_captions(texts, self.table) if texts else None
+        caption_texts = self._read_captions(values, position)
+        captions = complete_captions(caption_texts, self.table) if caption_texts else None
         controls, references = self._read_controls_and_references(values, position)
         mask = self._read_file_cell("mask_path", values.get("mask_path"), position)
         layers = self._read_layers(values, position) if self.table.multiple_target else []
@@ -504,12 +504,12 @@ def find_missing_companions(
     if count is not None and any(source.control for source in sources):
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
         kind = f"{plural} have no {needed}, while others have"
-        lacking = [source for source in sources if len(source.control) < count]
-        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
+        incomplete_sources = [source for source in sources if len(source.control) < count]
+        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in incomplete_sources]
     if any(source.rejected for source in sources):
         kind = f"{plural} have no worse_path, while others have"
-        lacking = [source for source in sources if source.rejected is None]
-        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
+        incomplete_sources = [source for source in sources if source.rejected is None]
+        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in incomplete_sources]
     return faults
 
 

@@ -145,12 +145,12 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
     last_key = ""  # of the last member read: its sample may be cut short by damage
     try:
         for member in read_members(file, size_bytes):
-            folder, slash, base = member.name.removeprefix("./").rpartition("/")
-            start, _, extension = base.partition(".")
-            if not extension or not start:  # without a suffix, or a hidden file
+            folder, slash, base_name = member.name.removeprefix("./").rpartition("/")
+            name_before_dot, _, extension = base_name.partition(".")
+            if not extension or not name_before_dot:  # without a suffix, or a hidden file
                 continue
             extension = extension.lower()
-            key = f"{folder}{slash}{start}"
+            key = f"{folder}{slash}{name_before_dot}"
             last_key = key
             sample_files = files_by_key.setdefault(key, {})
             if extension in sample_files:
@@ -241,16 +241,16 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
     Raises:
         ValueError: If several files have the same role, or the caption cannot be used.
     """
-    texts: dict[str, _MemberText] = {}
-    files: dict[str, Member] = {}
+    texts_by_extension: dict[str, _MemberText] = {}
+    media_by_extension: dict[str, Member] = {}
     for extension, content in sample_files.items():
         if isinstance(content, _MemberText):
-            texts[extension] = content
+            texts_by_extension[extension] = content
         else:
-            files[extension] = content
+            media_by_extension[extension] = content
     by_role: dict[tuple[str, int], list[str]] = {}  # extensions such as `mask.png` or `control_1.png`
     candidates = []  # extensions of files that may be the image or clip
-    for extension in files:
+    for extension in media_by_extension:
         role = _find_role(extension, rules)
         if role is None:
             candidates.append(extension)
@@ -262,13 +262,13 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
         return None
     if len(media) > 1:
         raise ValueError(f"it has several files to train on: {', '.join(media)}; keep one")
-    caption = _select_caption(texts, rules)
+    caption = _select_caption(texts_by_extension, rules)
     extras = []
     for (role_name, number), extensions in sorted(by_role.items()):
         if len(extensions) > 1:
             raise ValueError(f"it has several files of one kind: {', '.join(extensions)}; keep one")
-        extras.append((role_name, number, files[extensions[0]]))
-    return TarSample(key, files[media[0]], caption, tuple(extras))
+        extras.append((role_name, number, media_by_extension[extensions[0]]))
+    return TarSample(key, media_by_extension[media[0]], caption, tuple(extras))
 
 
 def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:

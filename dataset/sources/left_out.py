@@ -102,7 +102,7 @@ class TableFolders:
 
     def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
         """Yield a line for each unread subfolder of a table's folder with media of the table's kind."""
-        used = self._other_folders | {*self._tables_by_folder}
+        used_folders = self._other_folders | {*self._tables_by_folder}
         for table in tables:
             if table.directory is None or not table.directory.is_dir():
                 continue
@@ -115,15 +115,15 @@ class TableFolders:
                 if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                     continue
                 suffixes = _all_suffixes([table.media_kind])
-                if folder_id(folder) in used or not _contains_media(folder, suffixes, used):
+                if folder_id(folder) in used_folders or not _contains_media(folder, suffixes, used_folders):
                     continue
                 if Path(folder).name.lower() in MASK_FOLDERS:
                     key = f'mask_directory = "{Path(folder).name}"'
                     table_folder = table.directory
                     yield f"{folder}: its masks are not used. {key} in the table of {table_folder} uses them"
                 else:
-                    unused = f"its {table.media_kind}s are not used: folders inside a folder are not searched"
-                    yield f"{folder}: {unused}. Give it a table"
+                    text = f"its {table.media_kind}s are not used: folders inside a folder are not searched"
+                    yield f"{folder}: {text}. Give it a table"
 
 
 def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
