@@ -178,7 +178,11 @@ def find_all_sources(
     skipped: list[tuple[DatasetTable, Fault]] | None = None,
     folders: TableFolders | None = None,
 ) -> list[MediaSource]:
-    """Return the media files of all tables, in order.
+    """Return the media files of all tables, in order, and log warnings about them.
+
+    1. List each table; collect faults that end the run, and skip files with other faults.
+    2. Raise an error with all faults that end the run.
+    3. Warn about captions in old encodings, control images without an image, and files that are not read.
 
     Args:
         config: The dataset file.

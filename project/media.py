@@ -605,6 +605,10 @@ def _add_media_of_folder(
 ) -> list[Path]:
     """Add the clips and images of a subfolder to `content`, with messages about other files.
 
+    1. Separate media, media with a label (such as masks), and other files.
+    2. Add the media; if the model learns layers, only images with their layers.
+    3. Report labeled files, captions without media, and files that are not used.
+
     `folder` is the dataset folder. Returns the audio files of the subfolder.
     """
     try:

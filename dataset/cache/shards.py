@@ -300,6 +300,10 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
     """Copy the valid entries of some shards to new shards, then remove the old shards.
 
+    1. Check that the disk has room for the copies.
+    2. Copy entry by entry, in the order of names; begin another shard when one is full.
+    3. Remove the old shards; after an error they stay, and an unfinished new one is removed.
+
     If the process is killed, every entry is in one shard or in two. Rows of removed entries are copied, too,
     because another shard of the folder may still have the entry.
     """

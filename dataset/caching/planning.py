@@ -346,6 +346,10 @@ class SourcePlanner:
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
 
+        The size and number of frames that `compare` needs come from the first of these that is possible: the
+        header of an image, the shape of precomputed moments, the record of an existing cache, or, with
+        --skip_existing, the header of a video.
+
         `missing_spans`, the spans to encode, is None if they are unknown until the clip is decoded.
 
         Raises:

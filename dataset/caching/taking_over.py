@@ -38,6 +38,9 @@ class OtherCaches:
     def copy_for_source(self, plan: SourcePlan) -> SourcePlan:
         """Copy usable latents of another model, under this model's names, for an item without valid caches.
 
+        For each other model with caches of the item: compare them as if they were this model's. The first
+        ones that are all valid are copied; otherwise the reason is kept for `log_results`.
+
         Returns the plan of the item, which is finished if latents were found.
 
         Raises:

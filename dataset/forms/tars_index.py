@@ -236,6 +236,10 @@ def _read_text(file: BinaryIO, member: Member) -> _MemberText:
 def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSample | None:
     """Return a tar sample made of the files with the same key; None if none of them is an image or clip.
 
+    1. Separate the files by their extensions: texts, files with a role (such as masks), and others.
+    2. Select the image or clip among the others; there must be only one.
+    3. Add the caption, and one file for each role.
+
     Text files are the caption or JSON; all other files are media.
 
     Raises:

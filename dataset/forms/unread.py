@@ -43,6 +43,10 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 def find_unused(table: DatasetTable) -> list[Fault]:
     """Return a warning for each unread column that contains files, or is named almost like a column in use.
 
+    1. Report columns whose cells contain files, except control columns.
+    2. Report control columns of rows with more control images than the model takes.
+    3. Report other columns whose names or values suggest that they are meant to be read.
+
     At most MAX_ROWS rows are checked.
 
     Raises:

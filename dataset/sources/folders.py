@@ -213,6 +213,9 @@ def _make_example(table: DatasetTable, what: str) -> str:
 def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return the images or clips in a table's folder, sorted; add a fault for each that is no regular file.
 
+    1. Separate the entries by suffix, without opening them.
+    2. If there are GIF, WebP or TIFF files, find which of them the table uses.
+
     Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Video tables
     use only animations among them.
     """

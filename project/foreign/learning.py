@@ -92,7 +92,7 @@ def _can_train_text_encoders(model: ModelSet, kind: RunKind, script: ScriptOptio
 
 
 def _use_dit_rate(project: ForeignProject, rate: float) -> None:
-    """Use the learning rate of the transformer or U-Net for all trained networks."""
+    """Use the project's learning rate for the transformer or U-Net as the run's `learning_rate`."""
     key = next(
         (key for key in project.trained_networks.file_keys if "unet" in key or "transformer" in key),
         "unet_lr",
