@@ -310,7 +310,7 @@ def _find_with_8bit_text_encoders(model: ModelSet) -> ModelSet:
 
 
 def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
-    """Adapt another trainer's project to a run; return the setup with the project's values."""
+    """Apply the settings of another trainer's project (--from) to a run; return the changed setup."""
     model = setup.model
     content = setup.content
     script = read_script_options(setup.kind.find_training_command(model)[0])

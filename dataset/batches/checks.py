@@ -153,7 +153,7 @@ def _find_caption_change(
 
 
 def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the current values of the settings about media that text encoders see.
+    """Return the table's current settings for media that text encoders see, to compare with `recorded`.
 
     If the table's media cannot be listed, the recorded values of the row's media are returned, so that no
     difference is reported for them.

@@ -271,7 +271,7 @@ Write = Callable[[Callable[[], object]], None]  # runs a function in the backgro
 
 @contextlib.contextmanager
 def write_behind(threads: int = 1) -> Iterator[Write]:
-    """Yield a function that runs writes in threads, while the next items are encoded.
+    """Yield a function that runs the writing of cache files in threads, while the next items are encoded.
 
     The function waits while too many writes are pending. Errors of a write are raised by a later call, or at
     the end of the block.

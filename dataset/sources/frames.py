@@ -346,7 +346,7 @@ def read_mask_clip(
 
 
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
-    """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
+    """Average a loss mask (F H W, 0..255) over the pixels of each latent; return float16, F H W in 0..1.
 
     In time, the first frame of a video, or of each part of `clip` frames, is one latent frame, and so is each
     following group of `stride[0]` frames. `stride` and `clip` are fields of the family's LatentSpec.

@@ -126,7 +126,7 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
 def find_cut_captions(
     sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
 ) -> tuple[list[Fault], dict[str, list[int]]]:
-    """Return a warning for each caption that a text encoder truncates, and the cache sizes by encoder.
+    """Return a warning for each caption that a text encoder truncates, and the embeddings' sizes by encoder.
 
     The sizes are in bytes, one for each caption. `counters` are functions that count the tokens of a text, by
     name of the encoder.
