@@ -180,7 +180,7 @@ class _SeenMedia(NamedTuple):
 
 
 def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
-    """Return the media that text encoders see with an item's caption: reference images and `visible_media`."""
+    """Return the media that text encoders see with a caption: reference images and `visible_media`."""
     table = source.table
     seen_source = None  # stays None if the encoders see no media
     files: tuple[tuple[Path, Origin | None], ...] = ()
