@@ -395,8 +395,8 @@ def unpack(path: Path | str, data: bytes) -> Entry:
         metadata = read_tensor_header(lambda _: data, len(data)).metadata  # parses the first bytes of `data`
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
-    named = {name: tensors[name] for name in sorted(tensors)}
-    return Entry.of(path, metadata, named)
+    sorted_tensors = {name: tensors[name] for name in sorted(tensors)}
+    return Entry.of(path, metadata, sorted_tensors)
 
 
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:

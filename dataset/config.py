@@ -159,12 +159,12 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
             errors.append(f'{table.label}: {key} is for image tables; use "files" or "shards"')
-        first = first_tables.setdefault(folder_id(folder), table)
-        may_share = first is table or (is_shared and first.cache_format == table.cache_format)
+        first_table = first_tables.setdefault(folder_id(folder), table)
+        may_share = first_table is table or (is_shared and first_table.cache_format == table.cache_format)
         if not may_share:
-            second = table.label.removeprefix("[[datasets]] ")
+            second_number = table.label.removeprefix("[[datasets]] ")
             errors.append(
-                f"{first.label} and {second} share the cache directory {folder}; "
+                f"{first_table.label} and {second_number} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
 
@@ -244,6 +244,10 @@ def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Tabl
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
     """Adapt a dataset configuration to a model family: clip lengths, frame rate, audio and references.
+
+    1. Warn about keys that the family ignores, and round clip lengths to those that it accepts.
+    2. Set the fields of each table that the family decides.
+    3. Check layers, guides and references, and add the family's rules for references.
 
     Section keys of a table that the family ignores are logged as a warning, unless `for_texts` says that only
     texts are encoded.
@@ -423,11 +427,11 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
             f"{table.name}: reference_dropout_rate: this model takes no reference images that could be "
             "dropped. Leave it out"
         )
-    changed = table.non_default_values(forms.REFERENCES)
-    if changed:
+    changed_keys = table.non_default_values(forms.REFERENCES)
+    if changed_keys:
         errors.append(
-            f"{table.name}: {' and '.join(changed)}: this model resizes control images to the size of their "
-            "image; the keys are for models that take reference images. Leave them out"
+            f"{table.name}: {' and '.join(changed_keys)}: this model resizes control images to the size of "
+            "their image; the keys are for models that take reference images. Leave them out"
         )
     return errors
 
@@ -451,6 +455,10 @@ def _read_table(
     path: Path, index: int, entry: Any, general: dict[str, Any], errors: list[str]
 ) -> DatasetTable | None:
     """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`.
+
+    1. Find the key that names the source; a table of audio is read as a table of clips.
+    2. Read and check the keys.
+    3. Set the fields that depend on others.
 
     The value of a key comes from the table itself, otherwise from [general] (`general`), otherwise it is the
     default.
@@ -489,7 +497,7 @@ def _read_table(
     fields |= {"directory": None, "is_audio_only": is_audio_only, "format_keys": None}
     if source_format.keys is None:  # the source is a field, such as `directory`
         fields[source_format.source] = values[media_key]
-    else:
+    else:  # the format has keys of its own, kept together in one field
         fields["format_keys"] = read_format_keys(source_format, media_key, values)
     if not _fill_in_fields(source_format, fields, source_key, f"{path}, {table_label}", errors):
         return None
@@ -564,6 +572,10 @@ def _fill_in_fields(
 ) -> bool:
     """Set the fields of a table that depend on others; if fields conflict, add an error and return False.
 
+    1. Find a conflict: no cache folder, keys of this source format, or keys that all formats have.
+    2. Let the source format set its own fields.
+    3. Set the fields that all formats have.
+
     Args:
         source_format: Where the items come from, such as a folder, a list or tars. The keys that only its
             tables have are in `fields["format_keys"]`.
@@ -629,7 +641,7 @@ def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
         changed_keys = [name for name in other_keys if fields[name] != KEYS[name].default]
         if changed_keys and not fields[folder_key]:
             return f"{changed_keys[0]} needs {folder_key}"
-    counts = {}  # of the values in the three lists of extra guides
+    counts = {}  # number of values in each of the three lists of extra guides
     for name in ("directories", "frame_idxs", "strengths"):
         key = f"keyframe_guide_extra_{name}"
         counts[key] = len(fields[key] or ())

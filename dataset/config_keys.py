@@ -351,19 +351,19 @@ def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     tables = [content.get("general")]
     if isinstance(datasets, list):
         tables += datasets
-    found: set[str] = set()
+    unneeded_names: set[str] = set()
     for table in tables:
         if isinstance(table, dict):
-            found |= table.keys() & UNNEEDED.keys()
-    if not found:
+            unneeded_names |= table.keys() & UNNEEDED.keys()
+    if not unneeded_names:
         return content
-    for name in found:
+    for name in unneeded_names:
         logger.info("%s: %s is not needed: %s", path, name, UNNEEDED[name])
     cleaned = dict(content)
     if "general" in content:
-        cleaned["general"] = _without_keys(content["general"], found)
+        cleaned["general"] = _without_keys(content["general"], unneeded_names)
     if isinstance(datasets, list):
-        cleaned["datasets"] = [_without_keys(table, found) for table in datasets]
+        cleaned["datasets"] = [_without_keys(table, unneeded_names) for table in datasets]
     return cleaned
 
 
@@ -506,9 +506,11 @@ def read_keys(
         elif name in misplaced_reasons:
             errors.append(f"{table_label}: {spelling} = {show(value)} {misplaced_reasons[name]}")
         elif spellings.setdefault(name, spelling) != spelling:
-            both = [spellings[name], spelling]
-            both.sort(key=lambda each: each == name)  # our own spelling last
-            errors.append(f"{table_label}: {' and '.join(both)} are the same key; leave out one")
+            spellings_in_table = [spellings[name], spelling]
+            spellings_in_table.sort(key=lambda each: each == name)  # our own spelling last
+            errors.append(
+                f"{table_label}: {' and '.join(spellings_in_table)} are the same key; leave out one"
+            )
         else:
             value_type = keys[name].value_type
             try:

@@ -38,7 +38,7 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
     Raises:
         DatasetError: If a table has no control images, an image has none, or a control image has no image.
     """
-    by_folder: dict[Path, list[MediaSource]] = {}
+    by_folder: dict[Path, list[MediaSource]] = {}  # tables may share a folder of control images
     for table in config.datasets:
         folder = table.control_directory
         if folder is None:

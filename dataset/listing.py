@@ -57,10 +57,10 @@ def find_sources(
             malformed lines, missing or misnamed control media, and files with equal stems, which would
             share a cache file.
     """
-    errors: list[Fault] = []
+    table_faults: list[Fault] = []
     with pause_garbage_collection():
-        sources = _list_sources(table, captions, errors)
-    if not sources and not errors:
+        sources = _list_sources(table, captions, table_faults)
+    if not sources and not table_faults:
         contents = source_format_of(table).empty.format(kind=table.kind)
         hint = ""
         if table.directory is not None:
@@ -71,16 +71,16 @@ def find_sources(
         sources.sort(key=lambda source: str(source.path))
     if table.references is not None:
         sources = limit_references(table, sources)
-    _check_stems(table, sources, errors)
+    _check_stems(table, sources, table_faults)
     if table.multiple_target:
         from dataset.sources.layers import find_layer_errors  # few tables have layers
 
-        errors += find_layer_errors(table, sources)
+        table_faults += find_layer_errors(table, sources)
     if faults is not None:
-        faults += errors
-    elif errors:
-        raise_if_fatal(errors)
-        warn_skipped(errors)  # no error is fatal: each only skips a file
+        faults += table_faults
+    elif table_faults:
+        raise_if_fatal(table_faults)
+        warn_skipped(table_faults)  # no error is fatal: each only skips a file
     return sources
 
 
@@ -115,11 +115,11 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
     repeated_row = f"rows of {table.name} repeat another one and would share a cache file; take them out"
     too_long = f"names of {table.name} are too long for the names of their caches; rename the files"
     for source in sources:
-        first = first_by_stem.setdefault(os.path.normcase(source.stem), source)
-        if first is not source and first.path == source.path:
+        first_source = first_by_stem.setdefault(os.path.normcase(source.stem), source)
+        if first_source is not source and first_source.path == source.path:
             faults.append(Fault(repeated_row, str(source.path), source.stem))
-        elif first is not source:
-            faults.append(Fault(shared_cache, f"{first.path} and {source.path}", source.stem))
+        elif first_source is not source:
+            faults.append(Fault(shared_cache, f"{first_source.path} and {source.path}", source.stem))
         # fast path: no character takes more than four bytes, so that the name need not be encoded
         if len(source.stem) * 4 <= MAX_OF_STEM:
             continue
@@ -178,7 +178,11 @@ def find_all_sources(
     skipped: list[tuple[DatasetTable, Fault]] | None = None,
     folders: TableFolders | None = None,
 ) -> list[MediaSource]:
-    """Return the media files of all tables, in order.
+    """Return the media files of all tables, in order, and log warnings about them.
+
+    1. List each table; collect faults that end the run, and skip files with other faults.
+    2. Raise an error with all faults that end the run.
+    3. Warn about captions in old encodings, control images without an image, and files that are not read.
 
     Args:
         config: The dataset file.
@@ -193,7 +197,7 @@ def find_all_sources(
     sources: list[MediaSource] = []
     table_errors = []
     for table in config.datasets:
-        faults: list[Fault] = []  # some end the run; files with other faults are skipped
+        faults: list[Fault] = []  # fatal faults end the run; a file with another fault is only skipped
         try:
             sources += find_sources(table, captions, faults)
             if faults:

@@ -45,13 +45,17 @@ def cache_family_latents(
     argv: Sequence[str] | None = None,
     run_instead: Callable[..., None] | None = None,
 ) -> None:
-    """Encode the images and clips of a dataset.
+    """Encode the images and clips of a dataset: the main function of the scripts that cache latents.
+
+    1. Read the options, and require the files of the encoders.
+    2. Load the dataset file, and the family with torch.
+    3. Run the caching loop, or `run_instead`.
 
     Args:
         family: Name of the family.
-        about: Docstring of the script.
+        about: Docstring of the script, shown by --help.
         argv: Arguments; None for sys.argv.
-        run_instead: Called with the arguments of the caching loop, instead of it.
+        run_instead: Called with the arguments of the caching loop, instead of it, for example to check media.
     """
     entry = FAMILIES[family]
     record = entry.options_record("LatentCaching")
@@ -109,11 +113,15 @@ def cache_family_texts(
     run_instead: Callable[..., None] | None = None,
     on_completed: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
 ) -> None:
-    """Encode the captions of a dataset.
+    """Encode the captions of a dataset: the main function of the scripts that cache text embeddings.
+
+    1. Read the options and the dataset file, and load the family with torch.
+    2. Compose the training command, which the caching loop shows as the next step.
+    3. Run the caching loop, or `run_instead`.
 
     Args:
         family: Name of the family.
-        about: Docstring of the script.
+        about: Docstring of the script, shown by --help.
         argv: Arguments; None for sys.argv.
         run_instead: Called with the arguments of the caching loop, instead of it.
         on_completed: Called with the family's options, the family and the dataset when all texts are cached.

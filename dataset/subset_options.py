@@ -31,7 +31,7 @@ def _two_numbers(value: Any) -> tuple[float, float]:
     return low, high
 
 
-# where a key may be: only in a subset; in a subset, [[datasets]] and [general]; only in the latter two
+# where a key may be: in a subset; in a subset, [[datasets]] or [general]; in [[datasets]] or [general]
 SUBSET, ANYWHERE, DATASET = "subset", "anywhere", "dataset"
 SAME = "same"  # the table's field has the name of the key
 

@@ -51,6 +51,10 @@ def read_subsets(
 ) -> tuple[DatasetTable, ...]:
     """Return one table for each subset of a dataset file in the layout of sd-scripts, in order.
 
+    1. Read the values of the command line and of [general], which all subsets share.
+    2. Make a table of each subset without errors.
+    3. Warn about keys and options without effect.
+
     The value of a key comes from the subset, its [[datasets]] table, [general], the command line or the
     default, whichever has it first.
 
@@ -119,19 +123,24 @@ class _Subset:
 
 def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> Iterator[_Subset]:
     """Yield the subsets of [[datasets]] table number `group`; `defaults` supplies missing keys."""
-    place = f"[[datasets]] {group + 1}"
-    dataset = without_nulls(entry, place, errors)
+    dataset_label = f"[[datasets]] {group + 1}"
+    dataset = without_nulls(entry, dataset_label, errors)
     subsets = dataset.get("subsets")
-    shared = {**defaults, **_read_level(dataset, place, errors, DATASET, ignored=("subsets",))}
+    inherited_values = {
+        **defaults,
+        **_read_level(dataset, dataset_label, errors, DATASET, ignored=("subsets",)),
+    }
     if isinstance(subsets, dict):
-        errors.append(f"{place}: [datasets.subsets] needs double brackets: write [[datasets.subsets]]")
+        errors.append(
+            f"{dataset_label}: [datasets.subsets] needs double brackets: write [[datasets.subsets]]"
+        )
     elif not isinstance(subsets, list) or not subsets:
-        errors.append(f"{place} has no [[datasets.subsets]]; each folder of images needs one")
+        errors.append(f"{dataset_label} has no [[datasets.subsets]]; each folder of images needs one")
     else:
         for number, subset in enumerate(subsets):
-            table_label = f"{place}, subset {number + 1}"
+            table_label = f"{dataset_label}, subset {number + 1}"
             declared = without_nulls(subset, table_label, errors)
-            values = {**shared, **_read_level(declared, table_label, errors, SUBSET)}
+            values = {**inherited_values, **_read_level(declared, table_label, errors, SUBSET)}
             yield _Subset(number, table_label, values)
 
 
@@ -229,7 +238,7 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
     for name, key in SUBSET_KEYS.items():
         if key.field:
             record, _, field_name = key.field.rpartition(".")  # such as `caption_changes.shuffle`
-            if field_name == SAME:
+            if field_name == SAME:  # the field has the name of the key
                 field_name = name
             by_record[record][field_name] = values[name]
     return by_record
@@ -321,8 +330,8 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     If several tables have the same image folder and resolution, the second gets `1024x768_2`. Caches shared
     with other trainers, which have several resolutions, are in the image folder itself.
     """
-    used: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
-    changed = []
+    num_tables: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
+    completed_tables = []
     for table in tables:
         folder = table.base_folder
         if table.cache_directory is None and table.cache_format in SHARED_CACHES:
@@ -330,12 +339,12 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
         elif table.cache_directory is None:
             name = format_shape(table.resolution)
             key = (os.path.normcase(real_path(folder)), name)
-            used[key] += 1
-            if used[key] > 1:
-                name += f"_{used[key]}"
+            num_tables[key] += 1
+            if num_tables[key] > 1:
+                name += f"_{num_tables[key]}"
             table = dataclasses.replace(table, cache_directory=folder / name)
-        changed.append(table)
-    return tuple(changed)
+        completed_tables.append(table)
+    return tuple(completed_tables)
 
 
 # --- folders without a file
@@ -370,9 +379,10 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 
 
 def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
-    """Return a subset, as a table of a dataset file, for each subfolder whose name begins with repeats.
+    """Return a subset, as a table of a dataset file, for each subfolder with a name such as `10_cat`.
 
-    A warning names other subfolders with images.
+    A warning names other subfolders with images. If no subfolder has such a name, the error suggests the
+    folder to give instead.
 
     Args:
         folder: Value of the option.

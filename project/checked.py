@@ -61,14 +61,14 @@ def _hash_checked_files(
         texts = [read_text(folder / name) for name in WRITTEN]
         if _reads_elsewhere(parse_toml(texts[0])):
             return None
-        info = [*texts, VERSION, *(" ".join(words) for words in commands)]
-        info += sorted(_describe_file(Path(path)) for path in _walk(folder))
-        info += [_describe_file(folder / path) for path in model_files]
+        hashed_texts = [*texts, VERSION, *(" ".join(words) for words in commands)]
+        hashed_texts += sorted(_describe_file(Path(path)) for path in _walk(folder))
+        hashed_texts += [_describe_file(folder / path) for path in model_files]
     except (OSError, ValueError):
         return None
-    if len(info) > MAX_FILES:
+    if len(hashed_texts) > MAX_FILES:
         return None
-    return hashlib.sha256("\n".join(info).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256("\n".join(hashed_texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _reads_elsewhere(value: object) -> bool:

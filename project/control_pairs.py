@@ -43,16 +43,16 @@ def describe_control_pairs(
         controls = ControlFolder(control_folder, {path.stem for path in pictures})
     except DatasetError:
         return None
-    missing = [path.name for path in pictures if not _has_control_image(controls, path.stem)]
-    if len(missing) == len(pictures):
+    without_control = [path.name for path in pictures if not _has_control_image(controls, path.stem)]
+    if len(without_control) == len(pictures):
         return None
     errors = ""
-    if missing:
-        errors += f". Without a control picture: {list_some(missing)}"
+    if without_control:
+        errors += f". Without a control picture: {list_some(without_control)}"
     if controls.unmatched:
         errors += f". Without a picture: {list_some([path.name for path in controls.unmatched])}"
     return warning(
         f"{control_folder}: left out, as {kind.title} does not use control pictures. "
-        f"{len(pictures) - len(missing)} of {len(pictures)} pictures have one there{errors}. --train "
+        f"{len(pictures) - len(without_control)} of {len(pictures)} pictures have one there{errors}. --train "
         f"{control_kind.name} trains {control_kind.title} on such pairs (docs/control.md)"
     )

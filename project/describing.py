@@ -175,16 +175,16 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     if typical is None:
         return ""
     sizes = sorted({item.size for item in _list_trained_media(model, media)}, key=_area)
-    span = ""
+    size_range = ""
     if len(sizes) > 1:
-        span = f", of files from {format_shape(sizes[0])} to {format_shape(sizes[-1])}"
+        size_range = f", of files from {format_shape(sizes[0])} to {format_shape(sizes[-1])}"
     default = model.properties["resolution"]
     reduced = ""
     if _area(typical.size) > _area(default):
         reduced = f", reduced to the area of {format_shape(default)} that the model's page has"
     return (
-        f"the size of a typical file, {typical.path.name} ({format_shape(typical.size)}){span}{reduced}. "
-        "Every file keeps its own shape, at this area (resolution in dataset.toml)"
+        f"the size of a typical file, {typical.path.name} ({format_shape(typical.size)}){size_range}"
+        f"{reduced}. Every file keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
 
@@ -232,8 +232,9 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     maximum = default
     if memory >= LARGE_CARD_GIB and lengths == DEFAULT_LENGTHS:
         maximum = 2 * default - 1
-    reached = min(maximum, counts[len(counts) // 4])
-    return max(lengths.fit(reached), min_clip_frames(model))
+    # the counts ascend, so three quarters of the clips have at least this many frames
+    length_of_most = min(maximum, counts[len(counts) // 4])
+    return max(lengths.fit(length_of_most), min_clip_frames(model))
 
 
 def clip_lengths_of(model: ModelSet) -> ClipLengths:
@@ -388,9 +389,9 @@ def _make_condition_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, 
     content = setup.content
     keys: dict[str, Any] = {}
     # references of an editing model, and control images of a control network, share a key
-    source = content.reference_folders.get(folder) if kind == "image" else None
-    if source is not None:
-        keys["control_directory"] = setup.relative_path(source)
+    reference_folder = content.reference_folders.get(folder) if kind == "image" else None
+    if reference_folder is not None:
+        keys["control_directory"] = setup.relative_path(reference_folder)
         if setup.model.properties.get("sizes_references"):
             keys["control_resolution"] = setup.target_size
     if content.layers_by_image:
@@ -671,11 +672,11 @@ def _list_arguments(setup: RunSetup, step: str) -> list[str]:
 def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
     """Return the text of run.toml: the training options and the commands of the run.
 
-    Options of the model come first. Options for the kind of run, its length and saving, and of another
-    trainer's project or a recipe override earlier ones.
+    Later values override earlier ones: first the model's options, then those of the kind of run, then its
+    length and saving, then those of another trainer's project or a recipe.
     """
     values = setup.kind.adapt_options(_model_values(setup), setup.memory)
-    _, *kind_argv = setup.kind.find_training_command(setup.model)
+    _, *kind_argv = setup.kind.find_training_command(setup.model)  # without the script
     # the switch selects the kind of run on the command line, so it is not in run.toml
     kind_options = [word for word in kind_argv if word != setup.kind.switch]
     values |= _read_options(kind_options, {"word": setup.trigger_word or ""})

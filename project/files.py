@@ -230,9 +230,9 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
     """Return the changes to the existing files in `diff -u` format."""
     lines: list[str] = []
     for path, text in texts.items():
-        old = read_text(path) if path.exists() else ""
+        old_text = read_text(path) if path.exists() else ""
         changes = difflib.unified_diff(
-            old.splitlines(),
+            old_text.splitlines(),
             text.splitlines(),
             fromfile=path.name,
             tofile=f"{path.name} as it would be",
@@ -254,6 +254,10 @@ def _make_setup(
     foreign: ForeignProject | None,
 ) -> describing.RunSetup:
     """Read the folder, and return everything that determines run.toml, dataset.toml and prompts.txt.
+
+    1. Find the model's files, and check those that were typed.
+    2. Collect the media of the folder, and their tags.
+    3. Choose size and length, and apply another trainer's project.
 
     `kind` is what the run trains, `memory` the GPU memory in GiB. `foreign` is another trainer's project,
     which --from names.
@@ -306,7 +310,7 @@ def _find_with_8bit_text_encoders(model: ModelSet) -> ModelSet:
 
 
 def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
-    """Adapt another trainer's project to a run; return the setup with the project's values."""
+    """Apply the settings of another trainer's project (--from) to a run; return the changed setup."""
     model = setup.model
     content = setup.content
     script = read_script_options(setup.kind.find_training_command(model)[0])
@@ -605,8 +609,8 @@ def _describe_model(setup: describing.RunSetup) -> str:
     """Return a line about the model: what it generates, its download size, and whether it fits the GPU."""
     model = setup.model
     existing = {f"--{name}" for name, path in setup.model_files.items() if Path(path).exists()}
-    missing = [part for part in model.components if part.option and part.option not in existing]
-    missing_bytes = total_bytes(missing)
+    missing_files = [part for part in model.components if part.option and part.option not in existing]
+    missing_bytes = total_bytes(missing_files)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
     outputs = describe_outputs(model, setup.model_info)
     summary = f"{setup.model_name} makes {outputs}; {download}"
@@ -624,13 +628,13 @@ def _describe_lengths(setup: describing.RunSetup) -> list[str]:
     frames = setup.frames
     clips = [item for item in setup.media if item.is_clip]
     lines = []
-    short: list[Path] = []
+    short_clips: list[Path] = []
     if frames > 1:
         timed = [clip for clip in clips if clip.seconds is not None]
-        short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
-    if short:
+        short_clips = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
+    if short_clips:
         fps = model.properties.get("fps")
-        lines.append(warning(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)"))
+        lines.append(warning(f"{name_some(short_clips)}: shorter than {frames} frames (at {fps} a second)"))
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
         consequence = "which learns their first frame"
@@ -663,14 +667,14 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
     suffix = setup.content.caption_suffix
     uncaptioned = _find_uncaptioned_media(setup)
     lines = []
-    empty = [item.path for item in setup.media if item.caption == ""]
-    if empty:
-        noun = "an empty caption" if len(empty) == 1 else "empty captions"
+    with_empty_caption = [item.path for item in setup.media if item.caption == ""]
+    if with_empty_caption:
+        noun = "an empty caption" if len(with_empty_caption) == 1 else "empty captions"
         meaning = f"only {trigger} is learned there" if trigger else "nothing is learned under a name"
-        lines.append(warning(f"{name_some(empty)}: {noun}: {meaning}"))
-    by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
-    if by_trigger:
-        names = name_some(by_trigger)
+        lines.append(warning(f"{name_some(with_empty_caption)}: {noun}: {meaning}"))
+    captioned_by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
+    if captioned_by_trigger:
+        names = name_some(captioned_by_trigger)
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
     if uncaptioned:
@@ -760,8 +764,8 @@ def _make_new_command(setup: describing.RunSetup, **changed_options: str) -> str
     for name, value in values.items():
         if value == defaults[name]:
             continue
-        for item in value if isinstance(value, tuple) else (value,):
+        for item in value if isinstance(value, tuple) else (value,):  # repeated options are tuples
             argv.append(f"--{name}")
-            if item is not True:
+            if item is not True:  # a switch has no value
                 argv.append(f"{item:g}" if isinstance(item, float) else str(item))
     return own_command(*argv)

@@ -111,7 +111,7 @@ def _add_captions_of_list(
     """
     missing_names: list[str] = []
     files_without_text: list[str] = []
-    count = 0
+    num_captions = 0
     for name, caption in rows:
         media = _find_media(path.parent, name, media_by_name)
         if media is None:
@@ -121,9 +121,9 @@ def _add_captions_of_list(
         else:
             # if several lists have a caption, the first one decides
             caption_lists.by_path.setdefault(media, caption.strip())
-            count += 1
-    if count:
-        caption_lists.num_captions_by_list[path] = count
+            num_captions += 1
+    if num_captions:
+        caption_lists.num_captions_by_list[path] = num_captions
     # a list of other files needs no message for each row
     elif not rows or len(missing_names) == len(rows):
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
@@ -131,9 +131,9 @@ def _add_captions_of_list(
         caption_lists.report_lines.append(warning(text))
         return
     if missing_names:
-        count_of_rows = format_count(len(missing_names), "row")
+        row_count = format_count(len(missing_names), "row")
         caption_lists.report_lines.append(
-            f"{path.name}: {count_of_rows} for files that are not here: {list_some(missing_names)}"
+            f"{path.name}: {row_count} for files that are not here: {list_some(missing_names)}"
         )
     if files_without_text:
         caption_lists.report_lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
@@ -223,7 +223,7 @@ def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tu
         needs = "names of files (file_name)" if name_column is None else "captions (text)"
         raise DatasetError(f"{path} has no column of {needs}; it has {list_some(columns)}. {TABLE_KEY}")
     for row in read_columns(table, {name_column, text_column}):
-        if row.fault is not None:
+        if row.fault is not None:  # such a row has no values, so nothing is yielded for it
             hint = "Put a caption that has commas in quotes"
             remarks.append(warning(f"{path.name}, line {row.number}: left out, {row.fault}. {hint}"))
         name = row.values.get(name_column)

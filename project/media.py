@@ -134,6 +134,10 @@ def collect_content(
 ) -> FolderContent:
     """Collect what `new` trains on: the media of a folder, with references or control images.
 
+    1. Sort the subfolders by their use, and collect the media of the training folders.
+    2. Select references or control images for them, or report those that this run does not use.
+    3. Raise an error if the training run needs something that is missing.
+
     Args:
         folder: The dataset folder.
         model_info: Facts about the model, from its family.
@@ -601,6 +605,10 @@ def _add_media_of_folder(
 ) -> list[Path]:
     """Add the clips and images of a subfolder to `content`, with messages about other files.
 
+    1. Separate media, media with a label (such as masks), and other files.
+    2. Add the media; if the model learns layers, only images with their layers.
+    3. Report labeled files, captions without media, and files that are not used.
+
     `folder` is the dataset folder. Returns the audio files of the subfolder.
     """
     try:
@@ -820,6 +828,7 @@ def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_
             if track_info(path) is None:
                 raise MediaError(f"{path} has no sound")
             caption = _find_caption(path, content, encodings)
+            # audio has no width and height
             content.media.append(Media(path, "audio", (0, 0), seconds=None, caption=caption))
         except MediaError as error:
             _record_unreadable(path, error, content)
@@ -951,13 +960,13 @@ def has_control_pairs(folder: Path, has_trigger_word: bool = False) -> bool:
         for control_folder in _list_reference_candidates(training_folder, folder, folders_by_use):
             if not CONTROLS.fullmatch(control_folder.name):
                 continue
-            missing = _find_stems_without_reference(control_folder, image_stems)
-            if len(missing) == len(image_stems):  # no image has a control image
+            without_control = _find_stems_without_reference(control_folder, image_stems)
+            if len(without_control) == len(image_stems):  # no image has a control image
                 continue
             is_neighbor = training_folder == folder and control_folder.parent == parent
             if not is_neighbor:
                 return True
-            if not missing and not has_trigger_word and not _list_other_media(folder, control_folder):
+            if not without_control and not has_trigger_word and not _list_other_media(folder, control_folder):
                 return True
     return False
 

@@ -36,7 +36,7 @@ def balance_origins(content: FolderContent) -> None:
 
     Nothing changes if a folder contains both kinds.
     """
-    by_folder: dict[Path, list[bool]] = {}
+    by_folder: dict[Path, list[bool]] = {}  # whether each file of a folder is generated
     for item in content.media:
         by_folder.setdefault(item.path.parent, []).append(bool(_read_prompt(content, item)))
     generated = {folder: len(files) for folder, files in by_folder.items() if all(files)}

@@ -130,11 +130,11 @@ def read_pack_source(folder: Path) -> PackSource:
         raise OptionError(
             f"{path} is not in the form that `new` writes ({reason}). Fix it, or run `new` again"
         ) from None
-    target = _find_download_folder(commands)
-    models, own_models = _map_model_paths(folder, [*files, *_list_model_paths(training)], target)
+    download_folder = _find_download_folder(commands)
+    models, own_models = _map_model_paths(folder, [*files, *_list_model_paths(training)], download_folder)
     model_paths = [expand_path(file, folder) for file in models]
     excluded_paths = [folder / CHECK_PAGE, output, logs, *model_paths]
-    samples = training.get("sample_prompts")
+    prompts_file = training.get("sample_prompts")
     return PackSource(
         folder=folder,
         output=output,
@@ -142,7 +142,7 @@ def read_pack_source(folder: Path) -> PackSource:
         excluded_paths=frozenset(map(real_path, excluded_paths)),
         machine_paths=MachinePaths(folder, models),
         own_models=tuple(own_models),
-        prompts=expand_path(str(samples), folder) if samples else None,
+        prompts=expand_path(str(prompts_file), folder) if prompts_file else None,
     )
 
 
@@ -167,7 +167,7 @@ def _map_model_paths(
 ) -> tuple[dict[str, str], list[str]]:
     """Map paths of model files to paths in the archive; list those that cannot be downloaded again.
 
-    The latter are the files outside of `download_folder`, which is given exactly as written in run.toml.
+    These are the files outside of `download_folder`, which is spelled as in run.toml.
     """
     archive_paths: dict[str, str] = {}
     not_downloaded: list[str] = []
@@ -265,11 +265,11 @@ def _relocate_texts(
     removed_options: list[str] = []
     outside_paths: list[str] = []
     for member in members:
-        new = _relocate_member(pack_source, member.path, secret_options)
-        removed_options += new.removed_options
-        outside_paths += [f"{member.path}: {path}" for path in new.outside_paths]
-        if new.text is not None:
-            member = replace(member, content=new.text.encode("utf-8"))
+        relocation = _relocate_member(pack_source, member.path, secret_options)
+        removed_options += relocation.removed_options
+        outside_paths += [f"{member.path}: {path}" for path in relocation.outside_paths]
+        if relocation.text is not None:
+            member = replace(member, content=relocation.text.encode("utf-8"))
         relocated.append(member)
     if outside_paths:
         machine_paths = "\n  ".join(outside_paths[:6])

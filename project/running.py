@@ -239,7 +239,7 @@ def check_project(project: Project) -> None:
         OptionError: If a training option is wrong.
     """
     print_lines([f"In the folder {project.folder}:"])
-    if project.missing_model_files:  # missing model files
+    if project.missing_model_files:  # the training options are checked against these files
         size = _download_size(project.download_command)
         print_lines(
             [f"{project.missing_model_files[0]} is missing{size}: its options are checked once it exists."]
@@ -377,6 +377,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mappi
     """
     project_table = tables[PROJECT_TABLE]  # commands and model files
     training_options = {**tables["training"], **typed_options}
+    # the first command is always the download
     download_command, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
     output_folder = expand_path(str(training_options["output_dir"]), folder)
     output_name = str(training_options["output_name"])
@@ -429,7 +430,7 @@ def _describe_finished_training(project: Project, options: RunOptions) -> list[s
         file = project.output_folder / project.output_name / "unet" / "diffusion_pytorch_model.safetensors"
     try:
         metadata = read_safetensors_texts(file)
-        # [:12]: a file may claim any number of digits
+        # only 12 digits, because a damaged file may contain any number of them
         trained_steps = int(metadata.get("ss_steps", "0")[:12])
     except (OSError, ValueError):
         return []
@@ -527,20 +528,20 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
 
     `validation` is the training run's fraction of validation files and the seed that selects them.
     """
-    errors: list[Fault] = []
+    media_faults: list[Fault] = []
 
     # the caching script loads the family and the dataset, and then calls this function instead of encoding
     def check_instead_of_caching(
         family: Any, config: DatasetConfig, options: CachingOptions, *_: object
     ) -> None:
-        errors.extend(_report_media_errors(family, config, options, validation))
+        media_faults.extend(_report_media_errors(family, config, options, validation))
 
     with contextlib.chdir(folder):
         cache_family_latents(script_family(argv), None, list(argv[2:]), check_instead_of_caching)
-    fatal_kinds = [error.kind for error in errors if error.kind != UNREADABLE and error.is_fatal]
+    fatal_kinds = [error.kind for error in media_faults if error.kind != UNREADABLE and error.is_fatal]
     if fatal_kinds:
         return MediaCheck(fatal_error_kinds=list(dict.fromkeys(fatal_kinds)), unreadable_files=[])
-    return MediaCheck(fatal_error_kinds=[], unreadable_files=[error.text for error in errors])
+    return MediaCheck(fatal_error_kinds=[], unreadable_files=[error.text for error in media_faults])
 
 
 def _report_media_errors(

@@ -67,19 +67,19 @@ def read_script_options(name: str) -> ScriptOptions:
     table = find_table(installation.find_script(name))
     if table is None:
         raise OptionError(f"{name}: there is no such script")
-    known: dict[str, AdoptableOption] = {}
-    refused: dict[str, str] = {}
+    accepted_options: dict[str, AdoptableOption] = {}
+    rejection_by_option: dict[str, str] = {}
     for option in describe_options(build_parser(table, name)):
         if option.rejection is not None:
-            refused[option.name] = option.rejection
+            rejection_by_option[option.name] = option.rejection
             continue
-        known[option.name] = AdoptableOption(
+        accepted_options[option.name] = AdoptableOption(
             kind=option.kind,
             choices=tuple(option.choices),
             default=_read_default(option),
             reaches_out=bool(option.reach),
         )
-    return ScriptOptions(name, known, refused)
+    return ScriptOptions(name, accepted_options, rejection_by_option)
 
 
 def _read_default(option: DescribedOption) -> Any:

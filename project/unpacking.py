@@ -173,6 +173,10 @@ def _write_folder(
 ) -> None:
     """Write all members into a folder that appears only when it is complete.
 
+    1. Write the members into a temporary folder.
+    2. Replace the model paths in run.toml by those of this machine.
+    3. Set the modification times, except that of run.toml.
+
     `modification_times` are in nanoseconds, by the name of the member.
     """
     if folder.exists() or folder.is_symlink():

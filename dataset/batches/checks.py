@@ -135,9 +135,9 @@ def _find_text_setting_changes(
     if saw_references:
         current |= table.visible_reference_settings(item.bucket[:2])
     current |= _current_visible_media_settings(item, recorded)
-    changed = difference({**defaults, **recorded}, current)
-    if changed is not None:
-        yield f"{changed} in {table.name}"
+    change_text = difference({**defaults, **recorded}, current)
+    if change_text is not None:
+        yield f"{change_text} in {table.name}"
 
 
 def _find_caption_change(
@@ -153,7 +153,7 @@ def _find_caption_change(
 
 
 def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the current values of the settings about media that text encoders see.
+    """Return the table's current settings for media that text encoders see, to compare with `recorded`.
 
     If the table's media cannot be listed, the recorded values of the row's media are returned, so that no
     difference is reported for them.
@@ -294,18 +294,19 @@ def _find_changed_keys(
 ) -> Iterator[str]:
     """Yield the table keys about sections and references that have changed since caching.
 
-    A key that makes SECTIONS or REFERENCES stale is in the record (`options`) if it was not at its default.
+    SECTIONS and REFERENCES are groups of table keys. The record (`options`) has those that differed from
+    their defaults.
     """
     recorded_sections = _select_recorded_keys(options, SECTIONS)
-    changed = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)
-    if changed is not None:
-        yield f"{changed} in {table.name}"
+    change_text = options_difference(recorded_sections, table.non_default_values(SECTIONS), latent)
+    if change_text is not None:
+        yield f"{change_text} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
         defaults = defaults_of(REFERENCES)
         recorded = _select_recorded_keys(options, REFERENCES)
-        changed = difference(defaults | recorded, defaults | table.non_default_values(REFERENCES))
-        if changed is not None:
-            yield f"{changed} in {table.name}"
+        change_text = difference(defaults | recorded, defaults | table.non_default_values(REFERENCES))
+        if change_text is not None:
+            yield f"{change_text} in {table.name}"
     if table.clip_references is not None and CLIP_REFERENCES in options:
         yield from _find_factor_errors(options[CLIP_REFERENCES], table.clip_references.factors)
 
@@ -406,12 +407,12 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
     made_with = f"it was made with {format_count(num_cached, 'reference image')}"
     num_now = _count_references(item)  # None: unknown
     num_expected = None if num_now is None else min(num_now, rules.max_references)
-    if table.directory is None:  # a list
+    if table.directory is None:  # a list: its rows name the references, so the numbers have to be equal
         if num_expected is not None and num_expected != num_cached:
             yield f"{made_with}, but {table.source} now names {num_now}"
     elif num_cached and table.control_directory is None:
         yield f"it was made with reference images, but {table.name} has no control_directory"
-    elif num_expected is not None and num_cached < num_expected:
+    elif num_expected is not None and num_cached < num_expected:  # more: files were only deleted
         yield f"{made_with}, but now its image has {num_expected}"
 
 
@@ -488,6 +489,10 @@ class SameEncoders:
 
     def difference(self, origins: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
+
+        1. Find which values of each encoder's identity differ, such as its fingerprint or dtype.
+        2. Describe the caches with both values, and note which caching commands repair them.
+        3. Say what the difference means: another network, or only other settings.
 
         `origins` say who made the batch's caches, one for each part such as latents. Each part is reported
         only once.

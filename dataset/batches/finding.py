@@ -148,9 +148,8 @@ def _add_table(
     if in_own_folder and may_have_both_formats(table, names):
         _add_format_errors(listing, table, cache_info.tag)
     latent_files = _latent_files(names, cache_info)
-    if (
-        cache_info.on_the_fly_sources or store.is_shared
-    ):  # a shared folder may also have caches of other tables
+    # a shared folder may also have caches of other tables
+    if cache_info.on_the_fly_sources or store.is_shared:
         latent_files = _leave_out_unlisted(listing, table, cache_info, latent_files)
     texts_store = stores.text_store(table)
     text_names = names if texts_store is store else texts_store.names()
@@ -364,7 +363,7 @@ def _may_have_references(table: DatasetTable) -> bool:
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether the model edits reference images, but none of up to SAMPLED items has any."""
+    """Return whether there are items to edit references, but none of up to SAMPLED of them has any."""
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:
@@ -499,10 +498,11 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     """
     if listing.incomplete_tables or listing.unfinished_text:
         _reject_unfinished(listing, commands)
+    # all reasons are collected, so that one message lists them
     errors = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_audio:
         errors += _audio_errors(listing)
-    if listing.empty_tables or not listing.items:
+    if listing.empty_tables or not listing.items:  # perhaps the folder has caches of another model
         errors += [_explain_others(folder, name) for folder, name in listing.texts_of_other_models.items()]
     if not errors and not listing.items:
         folders = {path.parent for path in listing.missing_text}
@@ -601,12 +601,12 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
             commands.text,
         )
     # a cache that one table does not list may belong to a source that another table of the folder lists
-    gone = [
+    vanished_sources = [
         folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.current_stems[folder]
     ]
-    if gone:
+    if vanished_sources:
         logger.warning(
             "%d sources have caches but no longer exist, or are in no list (the first: %s): left out.",
-            len(gone),
-            gone[0],
+            len(vanished_sources),
+            vanished_sources[0],
         )

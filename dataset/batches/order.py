@@ -119,8 +119,9 @@ class BatchOrder:
 
 
 def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]:
-    """Return how often each regularization image is repeated, at least `num_learned` times in total.
+    """Return how often each regularization image is repeated, so that an epoch has enough of them.
 
+    An epoch has at least as many regularization images as other images, which are `num_learned`.
     Images are taken in order, with the repeats of their tables, until there are enough; the remaining images
     get 0. If there are too few images, repeats are added evenly, beginning with the first image.
 
@@ -133,11 +134,11 @@ def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]
     counts = []
     total = 0
     for count in repeats:
-        used = count if total < num_learned else 0
-        counts.append(used)
-        total += used
-    missing = max(0, num_learned - total)
-    rounds, remainder = divmod(missing, len(repeats))
+        used_count = count if total < num_learned else 0
+        counts.append(used_count)
+        total += used_count
+    num_missing = max(0, num_learned - total)
+    rounds, remainder = divmod(num_missing, len(repeats))
     for index in range(len(counts)):
         counts[index] += rounds
         if index < remainder:  # the first images get one repeat more
@@ -466,11 +467,11 @@ def change_captions(
     `captions` are the original captions, and `caption_indices` their indices among an item's captions; a
     caption with index EMPTY was dropped, and becomes "".
     """
-    changed = []
+    changed_captions = []
     samples = zip(items, captions, caption_indices, strict=True)
     for position, (item, caption, caption_index) in enumerate(samples):
         if caption_index == EMPTY:
-            changed.append("")
+            changed_captions.append("")
             continue
         seed = derive_seed(run_position.seed, "caption changes", run_position.micro_batch, position)
         changed_text = changed_caption(
@@ -481,8 +482,8 @@ def change_captions(
             total_steps=run_position.total_steps,
             generator=random.Random(seed),
         )
-        changed.append(changed_text)
-    return tuple(changed)
+        changed_captions.append(changed_text)
+    return tuple(changed_captions)
 
 
 def select_mirrored(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> tuple[bool, ...]:

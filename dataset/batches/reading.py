@@ -48,6 +48,10 @@ def read_batch(
 ) -> data.Batch:
     """Read, check and stack the cache files of a batch; `latents` are B C F H W.
 
+    1. Read the latents, audio and caption of each item.
+    2. Stack them; rejected latents become a field of their own.
+    3. Read further texts if they are needed: undropped captions, and the empty prompt.
+
     Tensors of variable length are kept as lists. For captions without a cache, the batch has only `captions`,
     unchanged.
 
@@ -149,9 +153,9 @@ def _unpack_inner_audio(
     audio = tensors.pop(data.INNER_AUDIO, None)  # B C T M, or B C 1 T M
     is_heard = tensors.pop(data.AUDIO_PRESENT, None)  # for each sample: 1, or 0 for a silent clip
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
-        lacking = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
+        missing_key = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
         raise CacheError(
-            f"{path}: it has no {lacking}, which the model needs for every clip, even a silent one. "
+            f"{path}: it has no {missing_key}, which the model needs for every clip, even a silent one. "
             f"Cache again with: {commands.latents}"
         )
     tensors[data.AUDIO_LATENTS] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
@@ -309,6 +313,10 @@ class _Reader:
 
     def _read_cached_text(self, item: TrainingItem, number: int, caption: str) -> _ItemTensors:
         """Read and check the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
+
+        1. Read the tensors, which have to be complete and intact.
+        2. Once in a run, compare the record with the table and its files.
+        3. Take the caption from the record if it is not read during training.
 
         `caption` is the caption if it is read during training, or "", which the cache's record replaces.
         """
@@ -486,18 +494,19 @@ def _stack(
     """
     if not items:
         return {}
-    first = items[0]
+    first_item = items[0]
     for item in items:
-        unequal = item.tensors.keys() ^ first.tensors.keys()
+        unequal = item.tensors.keys() ^ first_item.tensors.keys()
         if unequal:
             raise CacheError(
-                f"{item.path} and {first.path} do not have the same tensors: {', '.join(sorted(unequal))}.\n"
+                f"{item.path} and {first_item.path} do not have the same tensors: "
+                f"{', '.join(sorted(unequal))}.\n"
                 f"  Cache them again with the same options: {commands.get(is_text)}"
             )
     stacked: dict[str, Tensor | list[Tensor]] = {}
-    for name in first.tensors:
+    for name in first_item.tensors:
         tensors = [item.tensors[name] for item in items]
-        if name in first.variable_length:  # lengths differ, so these stay a list
+        if name in first_item.variable_length:  # lengths differ, so these stay a list
             stacked[name] = tensors
             continue
         if len(items) > 1:
@@ -527,7 +536,7 @@ def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
     if not names:
         return
-    # highest number first: each reference is put before those with lower numbers
+    # along the frame axis, references stand in descending order of their numbers, then the clip
     names.sort(key=lambda name: int(name.rpartition("_")[2]), reverse=True)
     references = [tensors[name] for name in names]
     for name in {"latents", data.REJECTED_LATENTS} & tensors.keys():

@@ -173,21 +173,21 @@ def _warn_of_missing_windows(
     num_cached = Counter((item.table.index, item.source_stem) for item in cached)
     incomplete = [clip for clip, expected in num_windows.items() if num_cached[clip] < expected]
     if incomplete:
-        first = incomplete[0]
-        _, stem = first
+        first_clip = incomplete[0]
+        _, stem = first_clip
         logger.warning(
             "%s with fewer latents than windows, such as %s, %d of %d: the others are left out. Cache again: "
             "%s",
             format_count(len(incomplete), "clip"),
             stem,
-            num_cached[first],
-            num_windows[first],
+            num_cached[first_clip],
+            num_windows[first_clip],
             commands.latents,
         )
 
 
 def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if an early version cached control clips at another frame rate than their clip's.
+    """Warn if an early version cached control clips at a frame rate that differs from the clip's.
 
     The rates are read from the headers of the media files. Missing files are skipped.
     """
@@ -328,8 +328,8 @@ def _find_differences(
             without_latents.append(str(source.path))
     uncached_audio: list[str] = []
     if checks_audio:
-        silent = {item.source_stem for item in items if not item.has_cached_audio}
-        uncached_audio = [*map(str, list_silent(sources.values(), silent))]
+        silent_stems = {item.source_stem for item in items if not item.has_cached_audio}
+        uncached_audio = [*map(str, list_silent(sources.values(), silent_stems))]
     return _SourceDifferences(without_latents, sorted(cached - sources.keys()), uncached_audio)
 
 
@@ -351,8 +351,8 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     """Log a warning about target_frames without caches, and cached frame counts not in target_frames."""
     if table.kind != "video" or table.frame_extraction == "full" or not items:
         return
-    first = parse_latent_name(items[0].file_name, items[0].cache_info.tag, table.kind)
-    if first is None or first.section is not None:  # sections have their own length
+    first_name = parse_latent_name(items[0].file_name, items[0].cache_info.tag, table.kind)
+    if first_name is None or first_name.section is not None:  # sections have their own length
         return
     cached = {item.bucket[2] for item in items}  # numbers of frames
     targets = {*table.target_frames}

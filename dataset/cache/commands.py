@@ -119,6 +119,7 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
             continue
         if Path in option.types:  # a path must still exist
             value = Path(str(value))
+            # a relative path is one from the folder in which the stored command ran
             if not value.is_absolute() and Path(folder) != real_path(Path.cwd()):
                 value = folder / value
             if not path_exists(value):

@@ -147,9 +147,9 @@ def _remove_shards(folder: Path, names: Sequence[str]) -> None:
         raise CacheError(
             f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
         )
-    busy = next((name for name in catalog.shard_sizes if name.endswith(".writing")), None)
-    if busy is not None:
-        raise CacheError(f"{folder / busy}: another process is writing it. Run this again later.")
+    unfinished_shard = next((name for name in catalog.shard_sizes if name.endswith(".writing")), None)
+    if unfinished_shard is not None:
+        raise CacheError(f"{folder / unfinished_shard}: another process is writing it. Run this again later.")
     with explain_errors(folder):
         for name in (*OLD_INDEXES, *catalog.shard_sizes):
             (folder / name).unlink(missing_ok=True)

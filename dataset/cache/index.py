@@ -134,6 +134,10 @@ class Index(NamedTuple):
 def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: LatentSpec) -> Index | None:
     """Return the index of a table's caches; None if there is none, or if anything has changed since.
 
+    1. Compare the cache files, the table's settings and the listed folders with those of the index.
+    2. Pair each latent cache with its number of cached captions.
+    3. Find the caches whose media files are unchanged.
+
     Args:
         table: Table of the dataset file.
         names: Names of the files in the cache folder.
@@ -150,7 +154,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
             return None
         if latents.latent_fingerprint != fingerprint_latents(table, latent):
             return None
-        if latents.table_fingerprint != texts.table_fingerprint:
+        if latents.table_fingerprint != texts.table_fingerprint:  # the table changed between the two commands
             return None
         if latents.table_fingerprint != fingerprint_table(table):  # last, because it lists folders
             return None

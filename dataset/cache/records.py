@@ -118,17 +118,17 @@ def latent_record(entry: Entry) -> LatentRecord | None:
         CacheError: If the record is damaged.
     """
     record = None
-    with _read_record(entry, "latents") as data:  # raises CacheError for a damaged record
-        if data is not None:
-            clip = None if data["clip"] is None else _clip_info(data["clip"])
+    with _read_record(entry, "latents") as content:  # raises CacheError for a damaged record
+        if content is not None:
+            clip = None if content["clip"] is None else _clip_info(content["clip"])
             record = LatentRecord(
-                encoder=dict(data["encoder"]),
-                options=dict(data["options"]),
-                files=tuple(FileIdentity(**file) for file in data.get("files", ())),
+                encoder=dict(content["encoder"]),
+                options=dict(content["options"]),
+                files=tuple(FileIdentity(**file) for file in content.get("files", ())),
                 clip=clip,
-                parts=int(data["parts"]),
-                crc32=dict(data.get("crc32", {})),
-                decoding_version=int(data.get("as_shown", 0)),
+                parts=int(content["parts"]),
+                crc32=dict(content.get("crc32", {})),
+                decoding_version=int(content.get("as_shown", 0)),
             )
     return record
 
@@ -175,8 +175,8 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
         CacheError: If the records are damaged.
     """
     records: dict[str, TextRecord] = {}
-    with _read_record(entry, "texts") as data:
-        for name, content in (data or {}).items():
+    with _read_record(entry, "texts") as content_by_encoder:
+        for name, content in (content_by_encoder or {}).items():
             file = content.get("file")
             records[name] = TextRecord(
                 encoder=dict(content["encoder"]),

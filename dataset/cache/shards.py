@@ -286,19 +286,23 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
         catalog = Catalog(folder)
         live_bytes = catalog.count_live_bytes()
         max_small_bytes = shard_bytes * SMALL
-        small = {name for name in catalog.stored_bytes if catalog.shard_sizes[name] < max_small_bytes}
-        to_rewrite = set(catalog.damaged_shards)
+        small_shards = {name for name in catalog.stored_bytes if catalog.shard_sizes[name] < max_small_bytes}
+        shards_to_rewrite = set(catalog.damaged_shards)
         for name, stored_bytes in catalog.stored_bytes.items():
             if live_bytes[name] < stored_bytes * (1 - MAX_HOLES):  # replaced entries take too much space
-                to_rewrite.add(name)
+                shards_to_rewrite.add(name)
         if with_tars:
-            to_rewrite |= {name for name in catalog.shard_sizes if name.endswith(".tar")}
-        if len(small) > 1 or to_rewrite:  # a single small shard is the last one of a run
-            _rewrite(folder, catalog, small | to_rewrite, shard_bytes)
+            shards_to_rewrite |= {name for name in catalog.shard_sizes if name.endswith(".tar")}
+        if len(small_shards) > 1 or shards_to_rewrite:  # a single small shard is the last one of a run
+            _rewrite(folder, catalog, small_shards | shards_to_rewrite, shard_bytes)
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
     """Copy the valid entries of some shards to new shards, then remove the old shards.
+
+    1. Check that the disk has room for the copies.
+    2. Copy entry by entry, in the order of names; begin another shard when one is full.
+    3. Remove the old shards; after an error they stay, and an unfinished new one is removed.
 
     If the process is killed, every entry is in one shard or in two. Rows of removed entries are copied, too,
     because another shard of the folder may still have the entry.

@@ -99,7 +99,8 @@ class AudioWork:
     ) -> CacheReport:
         """Encode the audio of all items that have cached latents but no valid audio cache.
 
-        A clip whose audio cannot be read, or is missing but required, becomes a failure in the report.
+        Threads decode the audio of the next clips (`read_ahead`) while one clip is encoded. A clip whose
+        audio cannot be read, or is missing but required, becomes a failure in the report.
 
         Args:
             sources: The clips.
@@ -303,7 +304,7 @@ class AudioWork:
         tensors = {AUDIO_LATENTS: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
         if plan.references:
             samples = plan.references[index][None]
-            # its own length, in samples
+            # with its own length: at a "frame rate" of `spec.rate`, each sample of the audio is a frame
             (encoded,) = self._family.encode_audio(self._networks, samples, samples.shape[-1], self.spec.rate)
             tensors[REFERENCE_AUDIO] = encoded.detach().cpu().contiguous()
         record = records.LatentRecord(

@@ -48,6 +48,10 @@ def write_index(
 ) -> None:
     """Write the LATENTS or TEXTS part of a table's index file, with a line for each cache file.
 
+    1. Read the previous index, whose other parts are kept.
+    2. List the cache files of this part.
+    3. Add the origin of each file: from the previous index if the file has not changed, else from the file.
+
     If the process is killed, the previous index remains. Another process that writes at the same time waits.
     If the index cannot be written, there is none, and training lists the caches instead.
 

@@ -83,27 +83,27 @@ def decode(
         plan = planner.compare(media.size, media.spans, len(media.frames), media.reason)
     if media.clip is not None:
         plan = dataclasses.replace(plan, size_changes=media.clip.size_changes)
-    missing = plan.missing_spans or ()
+    spans_to_encode = plan.missing_spans or ()
     audios: SpanAudios | None = None
     if (
         cache_settings.stores_audio
         and cache_settings.audio is not None
-        and missing
+        and spans_to_encode
         and source.table.kind == "video"
     ):
         from dataset.sources.audio import read_span_audios  # only of families with audio
 
         with fetch(source) as local:
-            audios = read_span_audios(local, missing, cache_settings.fps, cache_settings.audio)
+            audios = read_span_audios(local, spans_to_encode, cache_settings.fps, cache_settings.audio)
         plan = dataclasses.replace(plan, silence_reason=audios.silence_reason)
     # identities of the source files, for the record
-    files = tuple(itertools.starmap(identify, cache_settings.source_files(source))) if missing else ()
+    files = tuple(itertools.starmap(identify, cache_settings.source_files(source))) if spans_to_encode else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
-    items: Iterable[DecodedMedia] = map(media.cut, missing)
+    items: Iterable[DecodedMedia] = map(media.cut, spans_to_encode)
     if audios is not None:
         items = _add_audios(items, audios)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
-    are_overlapping = sum(length for _, length in missing) > len(media.frames)
+    are_overlapping = sum(length for _, length in spans_to_encode) > len(media.frames)
     if not is_large and not are_overlapping:
         items = list(items)  # cut out by the thread that decodes
     return plan, items
@@ -151,6 +151,7 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
     alphas = [item.alpha for item in items if item.alpha is not None]
     control_masks = [item.control_mask for item in items if item.control_mask is not None]
     audios = [item.audio for item in items if item.audio is not None]
+    # transposed: the first control images of all items, then their second ones, and so on
     controls = zip(*(item.control for item in items), strict=True)
     references = zip(*(item.references for item in items), strict=True)
     return data.MediaBatch(
@@ -281,7 +282,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
         tensors[data.LOSS_MASK] = mask[entry.start : end].clone()
     if item.rate is not None:
         tensors[data.FPS] = torch.tensor(item.rate)
-    named = {}
+    tensors_by_name = {}
     for key, tensor in tensors.items():
         name = cache_files.tensor_name(
             key,
@@ -291,8 +292,8 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
             has_frames=spec.names_frames,
         )
         is_latents = cache_files.grid_in_name(name) is not None
-        named[name] = tensor.squeeze(1) if is_latents and spec.flat_in_caches else tensor
-    return named
+        tensors_by_name[name] = tensor.squeeze(1) if is_latents and spec.flat_in_caches else tensor
+    return tensors_by_name
 
 
 def write_entry(

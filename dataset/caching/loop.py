@@ -212,6 +212,11 @@ def run_caching(
 ) -> None:
     """Cache the latents or text embeddings of a dataset, or do what --debug_mode or --check requests instead.
 
+    1. With --debug_mode or --check, only show or check the dataset.
+    2. Cache the dataset.
+    3. In the main process, store the command's options for training, and write the index of the caches.
+    4. Show the results and the next command.
+
     Args:
         kind: LATENTS or TEXTS.
         family: Family that encodes.

@@ -212,15 +212,15 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
     Raises:
         DatasetError: With the failures that the actors reported, if there are any.
     """
-    done = [row for row in rows if not row["error"]]
-    num_written = sum(row["written"] for row in done)
-    num_kept = sum(row["kept"] for row in done)
+    finished_rows = [row for row in rows if not row["error"]]
+    num_written = sum(row["written"] for row in finished_rows)
+    num_kept = sum(row["kept"] for row in finished_rows)
     command = quote_command(["python", f"{options.script}.py", *options.command[1:]])
     show_box(
         "Caching on Ray is finished",
         [
             ("cache files", f"{num_written} written, {num_kept} kept"),
-            ("shards", f"{len(done)} of {len(rows)} are done"),
+            ("shards", f"{len(finished_rows)} of {len(rows)} are done"),
         ],
         [("Finally, check everything and remove stale files", command)],
     )

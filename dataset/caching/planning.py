@@ -99,10 +99,11 @@ class LatentCacheSettings:
         if self.stores_frame_rate:
             options["frame_rate"] = True
         if has_companions(source):
-            options[records.CLOCK] = True
+            options[records.CLOCK] = True  # early versions did not time companions by their clip
         if source.control:
             options |= table.non_default_values(REFERENCES)
         if source.references and table.clip_references is not None:
+            # the number comes first: `source_folders` reads it
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
             options[CONTROL_MASK] = True
@@ -111,7 +112,7 @@ class LatentCacheSettings:
         if source.rejected is not None:
             options[REJECTED] = True
         if self.stores_audio and table.kind == "video":
-            options[AUDIO_FILE] = source.audio is not None
+            options[AUDIO_FILE] = source.audio is not None  # whether the audio is in a separate file
             if table.audio == IGNORE:
                 options["audio"] = IGNORE
         if source.layers:
@@ -274,6 +275,7 @@ class SourcePlanner:
         if shape_key in known_sizes:
             return self._make_valid_plan(known_sizes[shape_key])
         plan = self.plan()
+        # equal only if all caches are valid and have records, and no message is due
         nothing_to_encode = plan == self._make_valid_plan(plan.item_sizes)
         is_reliable = nothing_to_encode and not self._trusted_header
         if shape_key is not None and is_reliable and len(known_sizes) < MANY:
@@ -343,6 +345,10 @@ class SourcePlanner:
 
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
+
+        The size and number of frames that `compare` needs come from the first of these that is possible: the
+        header of an image, the shape of precomputed moments, the record of an existing cache, or, with
+        --skip_existing, the header of a video.
 
         `missing_spans`, the spans to encode, is None if they are unknown until the clip is decoded.
 
@@ -418,13 +424,16 @@ class SourcePlanner:
     ) -> SourcePlan:
         """Compare existing cache files with those that a media file's spans need; return what is missing.
 
+        1. Group the existing files by the item to which they belong.
+        2. Check the files of each span's item; a span without valid files is missing.
+
         The files of an item (one for each section) are valid together, or encoded again together.
 
         Args:
             size: Width and height of the image or clip.
             source_spans: First frame and number of frames of each training item.
             kept_frames: Number of frames of the clip at the family's rate; None if the clip was not decoded.
-            why_no_items: Why there is no span, if so.
+            why_no_items: Reason for an empty `source_spans`, for the plan.
         """
         table, cache_settings = self.table, self.cache_settings
         bucket = bucket_of(table, size, cache_settings.latent.pixel_step, self.source.path)
@@ -449,9 +458,9 @@ class SourcePlanner:
             except CacheError as error:
                 comparison.missing_spans.append(span)
                 comparison.add_outdated(error)
-        short = None  # a warning: the clip is too short for some of the lengths in target_frames
+        too_short_warning = None  # if the clip is too short for some of the lengths in target_frames
         if kept_frames is not None and len(table.target_frames) > 1:
-            short = describe_short(table, source_spans, kept_frames)
+            too_short_warning = describe_short(table, source_spans, kept_frames)
         return SourcePlan(
             source=self.source,
             valid_files=frozenset(comparison.valid_files),
@@ -459,7 +468,7 @@ class SourcePlanner:
             missing_spans=tuple(comparison.missing_spans),
             item_sizes=tuple(item_sizes),
             why_no_items=why_no_items,
-            too_short_for=short,
+            too_short_for=too_short_warning,
             outdated_reason=comparison.outdated_reason,
             is_incompatible=comparison.is_incompatible,
         )
@@ -543,7 +552,7 @@ class SourcePlanner:
     ) -> None:
         """Raise IncompatibleCache if the header of a cache file without a record does not match this run."""
         self._check_unrecorded_tensors(path, header)
-        # metadata that the family's files always have
+        # a key that the file lacks is no reason to reject it
         for key, value in self.cache_settings.latent.required_metadata:
             if header.metadata.get(key, value) != value:
                 made_for = f"it was made for {key} {header.metadata[key]}"

@@ -102,6 +102,9 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     """Raise DatasetError if the VAE moments in a folder were computed with another model's VAE.
 
+    1. Compare the number of channels of one file.
+    2. Compare the model and the VAE's file in the folder's record, if it has one.
+
     If only the VAE's file differs, or is not recorded, a warning is logged.
     """
     assert source.precomputed is not None
@@ -214,8 +217,8 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     """
     if file.embeds is None:
         return None
-    note = embeds_note(file.embeds)
-    declared = _read_declared_shapes(note, file, encoder, identity)
+    json_path = embeds_note(file.embeds)
+    declared = _read_declared_shapes(json_path, file, encoder, identity)
     try:
         tensors = load_pickled(file.embeds)
     except CheckpointError as error:
@@ -228,7 +231,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     for key in encoder.keys:
         tensor = tensors.get(key)
         if not isinstance(tensor, Tensor) or _shape_of(tensor) != declared[key]:
-            raise _UnfitEmbeds(f"its {key} does not match {note.name}")
+            raise _UnfitEmbeds(f"its {key} does not match {json_path.name}")
         copied = tensor.clone()  # because a memory-mapped file can change
         conditions[key] = [copied] if key in encoder.variable_length else copied
     return conditions

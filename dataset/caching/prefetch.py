@@ -106,6 +106,10 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
     """Show the results of a caching run, and raise an error if media files failed.
 
+    1. In other processes than the main one, only exit if media files failed.
+    2. Log media files without items, and items that were changed or could only be compared in part.
+    3. Show the box with the results, then raise an error if there is one.
+
     Args:
         report: Results of the run.
         rows: Additional rows of the box with the results.
@@ -214,22 +218,22 @@ def run_ahead(
             in use until the next one is requested. A single result may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
-    used = 0  # bytes of all results in progress, waiting or in use
-    in_use = 0  # bytes of the result that was yielded last
+    used_bytes = 0  # bytes of all results in progress, waiting or in use
+    yielded_bytes = 0  # bytes of the result that was yielded last
     started = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead")
     try:
         while waiting or started < len(jobs):
-            used -= in_use
-            in_use = 0
+            used_bytes -= yielded_bytes
+            yielded_bytes = 0
             while started < len(jobs) and len(waiting) < workers * (1 + AHEAD_PER_WORKER):
                 size = size_bytes(jobs[started])
-                if waiting and used + size > limit_bytes:
+                if waiting and used_bytes + size > limit_bytes:
                     break
                 waiting.append((jobs[started], size, pool.submit(work, jobs[started])))
-                used += size
+                used_bytes += size
                 started += 1
-            job, in_use, future = waiting.popleft()
+            job, yielded_bytes, future = waiting.popleft()
             error = future.exception()
             if error is not None and not isinstance(error, Exception):  # such as KeyboardInterrupt
                 raise error
@@ -267,7 +271,7 @@ Write = Callable[[Callable[[], object]], None]  # runs a function in the backgro
 
 @contextlib.contextmanager
 def write_behind(threads: int = 1) -> Iterator[Write]:
-    """Yield a function that runs writes in threads, while the next items are encoded.
+    """Yield a function that runs the writing of cache files in threads, while the next items are encoded.
 
     The function waits while too many writes are pending. Errors of a write are raised by a later call, or at
     the end of the block.
@@ -401,6 +405,7 @@ def _estimate_frames(source: MediaSource) -> float:
         is_timed = table.source_fps == AUTO or is_animation(source.path)
         if is_timed and info.fps:  # frames are chosen by time, so clips with a low rate repeat some
             return num_frames * FASTEST_FPS / info.fps
+        # at a declared rate above the fastest one, some frames are dropped
         return num_frames * min(1.0, FASTEST_FPS / (table.declared_fps or FASTEST_FPS))
     except UserError:
         return 0  # decoding reports the reason

@@ -38,6 +38,9 @@ class OtherCaches:
     def copy_for_source(self, plan: SourcePlan) -> SourcePlan:
         """Copy usable latents of another model, under this model's names, for an item without valid caches.
 
+        For each other model with caches of the item: compare them as if they were this model's. The first
+        ones that are all valid are copied; otherwise the reason is kept for `log_results`.
+
         Returns the plan of the item, which is finished if latents were found.
 
         Raises:
@@ -59,7 +62,7 @@ class OtherCaches:
                 continue
             # the plan as if these were caches of this model: are they up to date for this run's settings?
             other_plan = SourcePlanner(source, existing, self._cache_settings).plan()
-            nothing_to_encode = other_plan.missing_spans == ()
+            nothing_to_encode = other_plan.missing_spans == ()  # None would mean that this is unknown
             if other_plan.valid_files and nothing_to_encode and not other_plan.num_without_record:
                 files = [self._copy(store, name, other_tag) for name in sorted(other_plan.valid_files)]
                 return replace(other_plan, valid_files=frozenset(files))

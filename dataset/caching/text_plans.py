@@ -129,19 +129,19 @@ def _files_of_table(
     The first captions are encoded first, so that an interrupted run has one for each media file. There is one
     empty prompt, or one for each media file if text encoders see its reference images.
     """
-    first: list[CaptionFile] = []
-    additional: list[CaptionFile] = []
-    empty: list[CaptionFile] = []
+    first_captions: list[CaptionFile] = []
+    further_captions: list[CaptionFile] = []
+    empty_prompts: list[CaptionFile] = []
     for source in sources:
         seen = _list_seen(source, visible_media)
         captions = _list_captions(source, seen, tag=tag, visible_media=visible_media, fit=fit)
-        first.append(next(captions))
-        additional += captions
+        first_captions.append(next(captions))
+        further_captions += captions
         if table.caches_empty_prompt and table.texts_see_references:
-            empty.append(_empty_prompt_of_source(source, seen, tag))
+            empty_prompts.append(_empty_prompt_of_source(source, seen, tag))
     if table.caches_empty_prompt and not table.texts_see_references:
-        empty.append(_empty_prompt_of_table(table, tag))
-    return [*first, *additional, *empty]
+        empty_prompts.append(_empty_prompt_of_table(table, tag))
+    return [*first_captions, *further_captions, *empty_prompts]
 
 
 def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
@@ -180,7 +180,7 @@ class _SeenMedia(NamedTuple):
 
 
 def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
-    """Return the media of an item that text encoders see: reference images and `visible_media`."""
+    """Return the media that text encoders see with a caption: reference images and `visible_media`."""
     table = source.table
     seen_source = None  # stays None if the encoders see no media
     files: tuple[tuple[Path, Origin | None], ...] = ()
@@ -277,12 +277,13 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
         store = stores.text_store(file.table)
         # shared files are next to the images, so tables with the same images have the same files
         owner = store.folder if store.is_shared else file.table.index
-        first = first_texts.setdefault((owner, file.file_name), file)
-        if first is not file and first.caption != file.caption:
+        first_file = first_texts.setdefault((owner, file.file_name), file)
+        if first_file is not file and first_file.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
-                f"{first.caption!r} in {first.table.name}, and both share one npz file.\n  Make the captions "
-                "equal, or keep the embeddings in memory: --cache_text_encoder_outputs without _to_disk"
+                f"{first_file.caption!r} in {first_file.table.name}, and both share one npz file.\n"
+                "  Make the captions equal, or keep the embeddings in memory: "
+                "--cache_text_encoder_outputs without _to_disk"
             )
     return list(first_texts.values())
 
@@ -332,13 +333,13 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensor
     # files of other programs count as valid without being read
     if stores.trusts_shared_caches and store.is_shared and file.file_name in store:
         return file
-    find = partial(find_outputs, file, encoders, stores)
-    finished = find(verifies_tensors=verifies_tensors).has_record  # encoders with valid outputs
+    find_valid = partial(find_outputs, file, encoders, stores)
+    finished = find_valid(verifies_tensors=verifies_tensors).has_record  # encoders with valid outputs
     if len(finished) == len(encoders):  # the unfinished file, if there is one, is not needed
         return file if all(finished.values()) else replace(file, lacks_record=True)
-    unfinished = find(in_part=True).has_record
+    unfinished = find_valid(in_part=True).has_record
     # read again, because another process may have finished the file in the meantime
-    finished = find(verifies_tensors=verifies_tensors).has_record
+    finished = find_valid(verifies_tensors=verifies_tensors).has_record
     not_finished = [encoder.name for encoder, _ in encoders if encoder.name not in finished]
     encoders_to_run = tuple(name for name in not_finished if name not in unfinished)
     return replace(
@@ -365,6 +366,10 @@ def find_outputs(
 ) -> ValidOutputs:
     """Return which encoders have valid outputs in a caption's cache, so that they need not run again.
 
+    1. Read the cache file; a damaged one has no valid outputs.
+    2. Accept the outputs of each encoder whose record is up to date and whose tensors are intact.
+    3. In an unfinished file, accept all outputs or none.
+
     Args:
         file: The caption and its cache file.
         encoders: Encoders of the family with their identities.
@@ -377,7 +382,7 @@ def find_outputs(
         CacheError: If another trainer's file does not fit this model.
     """
     store = stores.text_store(file.table)
-    has_record: dict[str, bool] = {}
+    has_record: dict[str, bool] = {}  # the encoders with valid outputs, by name
     accepts_no_record = stores.skip_existing and not in_part and not file.settings
     name = file.file_name + PART if in_part else file.file_name
     try:

@@ -85,6 +85,10 @@ class TextWork:
     ) -> None:
         """List existing cache files and all captions.
 
+        1. List the cache files of each table.
+        2. List the media with their captions, and check that all can be encoded.
+        3. Pair each caption with its cache file, and form batches.
+
         `stores` replaces the cache folders of the tables.
 
         Raises:
@@ -140,6 +144,10 @@ class TextWork:
 
     def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
         """Encode the captions in these batches that have no valid cache, one encoder after the other.
+
+        1. Plan which encoders have to run for each caption.
+        2. Complete the caches whose outputs are all in an unfinished file (`.part`).
+        3. Run each encoder on the captions that need it.
 
         An encoder is not loaded if all its outputs are cached. If `label` is None, no progress is shown.
 
@@ -451,16 +459,18 @@ class TextWork:
             **encoder_metadata,
             **record_metadata({encoder: dataclasses.replace(record, crc32=checksums)}),
         }
-        new = Entry.of(store.folder / file.file_name, metadata, tensors)
+        entry = Entry.of(store.folder / file.file_name, metadata, tensors)
         # the unfinished file is read before the finished one (in `_write_complete`), because another process
         # may finish it in between
-        part, encoders = self._find_outputs(file, in_part=True)  # outputs of the encoders before this one
-        if part is not None:
-            new = _merge_entries(part, new)
+        unfinished_entry, earlier_encoders = self._find_outputs(
+            file, in_part=True
+        )  # outputs of the encoders before this one
+        if unfinished_entry is not None:
+            entry = _merge_entries(unfinished_entry, entry)
         if encoder == file.encoders_to_run[-1]:  # the last encoder that adds outputs
-            self._write_complete(file, new, {encoder, *encoders})
+            self._write_complete(file, entry, {encoder, *earlier_encoders})
         else:
-            store.write(file.file_name + PART, new.named, new.metadata)
+            store.write(file.file_name + PART, entry.named, entry.metadata)
 
     def _write_complete(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
         """Merge new outputs into the existing text cache, if any; write the file, then remove its `.part`.
@@ -487,11 +497,11 @@ class TextWork:
             return
         encoders_with_outputs = {*encoders, *encoders_in_file}
         all_encoders = [encoder.name for encoder, _ in self._encoders]
-        lost = [name for name in all_encoders if name not in encoders_with_outputs]
-        if lost:
+        lost_encoders = [name for name in all_encoders if name not in encoders_with_outputs]
+        if lost_encoders:
             raise CacheError(
                 f"{path}: while it was made, another run with other captions or encoders removed or replaced "
-                f"what {', '.join(lost)} had written.\n"
+                f"what {', '.join(lost_encoders)} had written.\n"
                 "  Wait until one of the two has finished, then run this command again."
             )
         store.write(file.file_name, new.named, new.metadata)

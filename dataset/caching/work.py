@@ -309,15 +309,15 @@ class MediaWork:
         if keep_cache:
             return 0
         valid_names = {name for index, name in valid if index == table.index}
-        count = 0
+        num_removed = 0
         if self._audio is not None:
-            count += self._audio.remove_stale(table, valid_names, failed)
+            num_removed += self._audio.remove_stale(table, valid_names, failed)
         # files of this table that no item has, except files of media that could not be read
         stale = self._existing[table.index].list_stale(valid_names, failed)
         if stale:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
-            count += remove_caches(self.stores.latent_store(table), stale, is_of_family)
-        return count
+            num_removed += remove_caches(self.stores.latent_store(table), stale, is_of_family)
+        return num_removed
 
     def free(self) -> None:
         """Free the memory of the loaded video and audio encoders."""
@@ -390,7 +390,11 @@ class MediaWork:
     def _schedule_writes(
         self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
     ) -> list[str]:
-        """Schedule the writing of an item's cache files, one for each entry (section); return their names."""
+        """Schedule the writing of an item's cache files, one for each entry (section); return their names.
+
+        1. Make the record and the metadata, which all files of the item share.
+        2. Pass a function to `write` for each file; it runs in another thread.
+        """
         options = self._cache_settings.record_options(
             item.source, size=item.size, bucket=item.bucket, span=item.spans[0]
         )
@@ -411,8 +415,8 @@ class MediaWork:
             item_metadata[FPS] = repr(item.rate)
         fingerprints = {}
         if self._family.latent.required_metadata:  # other programs that read these caches require them
-            parts = self._cache_settings.source_files(item.source)
-            fingerprints["media_fingerprints"] = _join_fingerprints(item.files, parts)
+            paths_and_origins = self._cache_settings.source_files(item.source)
+            fingerprints["media_fingerprints"] = _join_fingerprints(item.files, paths_and_origins)
         store = self.stores.latent_store(item.source.table)
         files = []
         for entry in entries:

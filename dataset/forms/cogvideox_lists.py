@@ -172,6 +172,7 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
     """Return the rows of dataset_file, a CSV or JSON Lines file with caption and video columns."""
     keys = table.require_format_keys(CogVideoXKeys)
     assert keys.dataset_file is not None
+    # relative to the working folder, otherwise to the folder of the dataset
     candidates = (keys.dataset_file, root / keys.dataset_file)
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:

@@ -71,16 +71,16 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
         if not line.strip():
             continue
         fault = None
-        unread_file_columns: Mapping[str, Any] = {}
+        line_object: Mapping[str, Any] = {}
         try:
-            unread_file_columns = _parse_object(line)
+            line_object = _parse_object(line)
         except ValueError as error:
             fault = f"{error}{hint}"
             if is_first:
                 _reject_other_format(path, line)
         is_first = False
-        keys = unread_file_columns if names is None else names
-        values = {key: unread_file_columns[key] for key in keys if unread_file_columns.get(key) is not None}
+        keys = line_object if names is None else names
+        values = {key: line_object[key] for key in keys if line_object.get(key) is not None}
         yield TableRow(path, "line", number, values, fault=fault)
 
 

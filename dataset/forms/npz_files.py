@@ -212,12 +212,12 @@ def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) ->
         if content["version"] != RECORD_VERSION:
             return None
         metadata = {str(key): str(value) for key, value in content["metadata"].items()}
-        named = {}
+        tensors_by_name = {}
         for array, (name, dtype, shape, crc32) in content["tensors"].items():
             if arrays[array].crc32 != crc32:
                 return None
             tensor = reshape(tensor_key(name), arrays[array].tensor, tuple(map(int, shape)))
-            named[str(name)] = tensor.to(_DTYPES[dtype])
+            tensors_by_name[str(name)] = tensor.to(_DTYPES[dtype])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
-    return Entry.of(path, metadata, named)
+    return Entry.of(path, metadata, tensors_by_name)

@@ -298,8 +298,8 @@ class NpzStore:
             tensors[LOSS_MASK] = self._read_foreign_mask(path, arrays[ALPHA].tensor, grid)
         if self.latent.has_size_conditions:
             tensors[FOREIGN_SIZES] = _read_sizes(path, arrays)
-        named = {cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()}
-        return cache_files.Entry.of(path, {}, named)
+        tensors_by_name = {cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()}
+        return cache_files.Entry.of(path, {}, tensors_by_name)
 
     def _to_video_latents(self, path: Path, key: str, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return an array of image latents (C H W, or C 1 H W of older trainers) as C 1 H W.
@@ -395,22 +395,22 @@ class NpzStore:
         path = self._path(name)
         npz_format = self.format
         keys = self.text_keys
-        wanted = {OURS, *keys, *npz_format.constants}
-        arrays = read_arrays(path, wanted.__contains__)
+        array_names = {OURS, *keys, *npz_format.constants}
+        arrays = read_arrays(path, array_names.__contains__)
         is_part = name.endswith(cache_files.PART)
         if not is_part:
             self._check_constants(path, arrays)
         entry = open_record(path, arrays, lambda _, tensor, shape: tensor.reshape(shape))
         if entry is not None:
             return entry
-        missing = sorted(keys - arrays.keys())
-        if missing or is_part:
-            raise CacheError(f"{path}: it has no {', '.join(missing) or 'record'}")
-        named = {}
+        missing_keys = sorted(keys - arrays.keys())
+        if missing_keys or is_part:
+            raise CacheError(f"{path}: it has no {', '.join(missing_keys) or 'record'}")
+        tensors_by_name = {}
         for key in sorted(keys):
             tensor = arrays[key].tensor
-            named[cache_files.tensor_name(key, tensor, key in npz_format.variable_length)] = tensor
-        return cache_files.Entry.of(path, {}, named)
+            tensors_by_name[cache_files.tensor_name(key, tensor, key in npz_format.variable_length)] = tensor
+        return cache_files.Entry.of(path, {}, tensors_by_name)
 
     def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
         """Raise CacheError if text encoder outputs were made with other settings than this run's."""

@@ -151,12 +151,13 @@ def measure_row_group(file: Any, limit: UnpackedBytesLimit, group: int, columns:
                 # each value takes memory in addition to its page
                 limit.add(chunk.num_values * VALUE_BYTES)
                 fixed_length = file.schema.column(index).length
+                # `_count_pages` also adds the sizes of the pages to `limit`
                 largest = max(largest, fixed_length, _count_pages(content, chunk, limit))
     return largest
 
 
 def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
-    """Add a column chunk's unpacked bytes to `limit`, which raises an error if there are too many.
+    """Count the unpacked bytes of a column chunk's pages in `limit`, which raises if there are too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -240,7 +241,7 @@ def _read_struct(data: memoryview, position: int, depth: int = 0) -> tuple[dict[
         elif kind == _BINARY:
             size, position = read_varint(data, position)
             position += size
-        elif kind not in _BOOLEANS:
+        elif kind not in _BOOLEANS:  # the type of a boolean is its value: no bytes follow
             raise ValueError("a page's header is damaged")
     return values, position + 1
 

@@ -59,8 +59,8 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
         for column_values in _read_batches(file, path, columns.names, limit):
             for row in zip(*column_values, strict=True):
                 number += 1
-                named = zip(columns.names, row, strict=True)
-                values = {name: value for name, value in named if value is not None}
+                name_value_pairs = zip(columns.names, row, strict=True)
+                values = {name: value for name, value in name_value_pairs if value is not None}
                 yield TableRow(path, "row", number, values)
 
 
@@ -105,7 +105,7 @@ def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
     for name in columns:
         value_type = schema.field(name).type
         if types.is_list(value_type) or types.is_large_list(value_type):
-            value_type = value_type.value_type
+            value_type = value_type.value_type  # of the items; nested if these are lists or structs
             # Parquet stores the items of the list as a leaf, such as `captions.list.element`
             list_items += [leaf for leaf in leaf_paths if leaf.startswith(f"{name}.")]
         if types.is_nested(value_type):

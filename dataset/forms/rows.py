@@ -91,8 +91,8 @@ class RowReader:
         else:
             stem, location = contained
             media = _Media(location, stem=stem, identity=stem)
-        texts = self._read_captions(values, position)
-        captions = complete_captions(texts, self.table) if texts else None
+        caption_texts = self._read_captions(values, position)
+        captions = complete_captions(caption_texts, self.table) if caption_texts else None
         controls, references = self._read_controls_and_references(values, position)
         mask = self._read_file_cell("mask_path", values.get("mask_path"), position)
         layers = self._read_layers(values, position) if self.table.multiple_target else []
@@ -201,7 +201,7 @@ class RowReader:
         references: dict[int, FileLocation] = {}
         for name, value in values.items():
             control_index = control_number(name)
-            if name == self.table.control_column:
+            if name == self.table.control_column:  # a column without a number has the first control image
                 control_index = 0
             if control_index is not None:
                 self._add_numbered_files(
@@ -260,12 +260,12 @@ class RowReader:
             faults: Errors are added to this list.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
-        named = []
+        with_unique_stems = []
         for source, stem in zip(sources, stems, strict=True):
             is_local_in_list = self.is_list and not source.remote_or_packed
             keeps_stem = is_local_in_list or stem == source.stem
-            named.append(source if keeps_stem else replace(source, stem=stem))
-        numbered = media_source.number_repeats(named)
+            with_unique_stems.append(source if keeps_stem else replace(source, stem=stem))
+        numbered = media_source.number_repeats(with_unique_stems)
         if self._gaps:
             logger.warning("%s %s, such as %s", len(self._gaps), f"{self.unit}s {GAPS}", self._gaps[0])
         faults += find_missing_companions(self.table, numbered, f"{self.unit}s of {self.file}")
@@ -356,7 +356,7 @@ class RowReader:
             return None
         if is_blank:
             raise DatasetError(f"{position}: {name} is empty. Write a path, or leave it out")
-        if isinstance(value, tuple):
+        if isinstance(value, tuple):  # a FileLocation already
             return value
         if not isinstance(value, str):
             raise DatasetError(f"{position}: {name} = {_show(value)} is not a path in quotes")
@@ -504,12 +504,12 @@ def find_missing_companions(
     if count is not None and any(source.control for source in sources):
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
         kind = f"{plural} have no {needed}, while others have"
-        lacking = [source for source in sources if len(source.control) < count]
-        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
+        incomplete_sources = [source for source in sources if len(source.control) < count]
+        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in incomplete_sources]
     if any(source.rejected for source in sources):
         kind = f"{plural} have no worse_path, while others have"
-        lacking = [source for source in sources if source.rejected is None]
-        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
+        incomplete_sources = [source for source in sources if source.rejected is None]
+        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in incomplete_sources]
     return faults
 
 

@@ -34,21 +34,21 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     """
     path = require_file(table)
     columns = column_names(path)
-    media, caption_column = _select_columns(table, path_column, columns)
-    names = names_read(table, media, caption_column or "")
+    media_column, caption_column = _select_columns(table, path_column, columns)
+    names = names_read(table, media_column, caption_column or "")
     names |= {name for name in columns if is_companion(name)}
     cell_finders = {}  # for columns whose cells contain files: function that locates them
     # not for audio, which is always named by path, and captions, which are strings
     for name in names - {"audio_path", caption_column}:
         # an empty media cell is an error; in other columns it means that the row has no such file
-        find_cell = find_cells(path, name, finds_nulls=name != media)
+        find_cell = find_cells(path, name, finds_nulls=name != media_column)
         if find_cell is not None:
             cell_finders[name] = find_cell
     value_columns = names - cell_finders.keys()
-    base = None
-    if media not in cell_finders:  # a column of paths
-        base = find_base(path, media, read_columns(path, [media]))
-    reader = RowReader(table, path, media, caption_column, base=base)
+    base_folder = None
+    if media_column not in cell_finders:  # a column of paths
+        base_folder = find_base(path, media_column, read_columns(path, [media_column]))
+    reader = RowReader(table, path, media_column, caption_column, base=base_folder)
     # the columns of JSON Lines come from the first lines only, so all keys are read
     rows = read_columns(path, None if row_format(path) is JSON_LINES else value_columns)
     return list_rows(reader, rows, faults, cell_finders)
@@ -67,25 +67,25 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
     Raises:
         DatasetError: If the media column, or a column that a key names, is missing.
     """
-    named = {
+    columns_by_key = {
         "path_column": path_column,
         "control_column": table.control_column,
         "caption_column": table.caption_column,
     }
     default_media = (f"{table.kind}_path", *PATH_COLUMNS)
-    media = path_column or next((name for name in default_media if name in columns), None)
-    if media is None and table.kind not in columns:
+    media_column = path_column or next((name for name in default_media if name in columns), None)
+    if media_column is None and table.kind not in columns:
         default = ", ".join((*default_media, table.kind))
         raise DatasetError(
             f"{table.name}: none of the columns {default} exists. Name the one with the paths: "
             f"path_column = ... It has {_shown(columns)}."
         )
-    for key, name in named.items():
+    for key, name in columns_by_key.items():
         if name is not None and name not in columns:
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
     caption = table.caption_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
     # a column called "image" or "video" contains the files themselves, or their paths
-    return _ReadColumns(media or table.kind, caption)
+    return _ReadColumns(media_column or table.kind, caption)
 
 
 def _shown(columns: Sequence[str]) -> str:
@@ -104,15 +104,16 @@ def inspect_table(table: DatasetTable, path_column: str | None) -> InspectedColu
     """
     path = table.source
     columns = column_names(path)
-    media, caption = _select_columns(table, path_column, columns)
-    used = names_read(table, media, caption or "") - {media}
-    unused = [name for name in columns if name not in used and not is_companion(name)]
-    control = [name for name in columns if is_control(table, name)]
+    media_column, caption_column = _select_columns(table, path_column, columns)
+    # the media column is inspected, too, because warnings compare other cells with it
+    used_columns = names_read(table, media_column, caption_column or "") - {media_column}
+    inspected_columns = [name for name in columns if name not in used_columns and not is_companion(name)]
+    control_columns = [name for name in columns if is_control(table, name)]
     # only values are read, not the files that some columns contain
-    value_columns, file_columns = plain_columns(path, [*unused, *control])
+    value_columns, file_columns = plain_columns(path, [*inspected_columns, *control_columns])
     return InspectedColumns(
-        media,
-        columns_read=names_read(table, media, ""),
-        unread_file_columns=[name for name in file_columns if name != media],
+        media_column,
+        columns_read=names_read(table, media_column, ""),  # no caption column: `rows` lacks it
+        unread_file_columns=[name for name in file_columns if name != media_column],
         rows=read_columns(path, value_columns),
     )

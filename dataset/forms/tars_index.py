@@ -145,12 +145,12 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
     last_key = ""  # of the last member read: its sample may be cut short by damage
     try:
         for member in read_members(file, size_bytes):
-            folder, slash, base = member.name.removeprefix("./").rpartition("/")
-            start, _, extension = base.partition(".")
-            if not extension or not start:  # without a suffix, or a hidden file
+            folder, slash, base_name = member.name.removeprefix("./").rpartition("/")
+            name_before_dot, _, extension = base_name.partition(".")
+            if not extension or not name_before_dot:  # without a suffix, or a hidden file
                 continue
             extension = extension.lower()
-            key = f"{folder}{slash}{start}"
+            key = f"{folder}{slash}{name_before_dot}"
             last_key = key
             sample_files = files_by_key.setdefault(key, {})
             if extension in sample_files:
@@ -236,21 +236,25 @@ def _read_text(file: BinaryIO, member: Member) -> _MemberText:
 def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSample | None:
     """Return a tar sample made of the files with the same key; None if none of them is an image or clip.
 
+    1. Separate the files by their extensions: texts, files with a role (such as masks), and others.
+    2. Select the image or clip among the others; there must be only one.
+    3. Add the caption, and one file for each role.
+
     Text files are the caption or JSON; all other files are media.
 
     Raises:
         ValueError: If several files have the same role, or the caption cannot be used.
     """
-    texts: dict[str, _MemberText] = {}
-    files: dict[str, Member] = {}
+    texts_by_extension: dict[str, _MemberText] = {}
+    media_by_extension: dict[str, Member] = {}
     for extension, content in sample_files.items():
         if isinstance(content, _MemberText):
-            texts[extension] = content
+            texts_by_extension[extension] = content
         else:
-            files[extension] = content
+            media_by_extension[extension] = content
     by_role: dict[tuple[str, int], list[str]] = {}  # extensions such as `mask.png` or `control_1.png`
     candidates = []  # extensions of files that may be the image or clip
-    for extension in files:
+    for extension in media_by_extension:
         role = _find_role(extension, rules)
         if role is None:
             candidates.append(extension)
@@ -262,13 +266,13 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
         return None
     if len(media) > 1:
         raise ValueError(f"it has several files to train on: {', '.join(media)}; keep one")
-    caption = _select_caption(texts, rules)
+    caption = _select_caption(texts_by_extension, rules)
     extras = []
     for (role_name, number), extensions in sorted(by_role.items()):
         if len(extensions) > 1:
             raise ValueError(f"it has several files of one kind: {', '.join(extensions)}; keep one")
-        extras.append((role_name, number, files[extensions[0]]))
-    return TarSample(key, files[media[0]], caption, tuple(extras))
+        extras.append((role_name, number, media_by_extension[extensions[0]]))
+    return TarSample(key, media_by_extension[media[0]], caption, tuple(extras))
 
 
 def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:
@@ -316,8 +320,8 @@ def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | 
     if not rules.multi_caption:
         return captions[0].strip()
     # each further caption on one line; lines of the first one are captions already
-    further = [" ".join(caption.split()) for caption in captions[1:]]
-    return "\n".join([captions[0], *further]).strip()
+    further_captions = [" ".join(caption.split()) for caption in captions[1:]]
+    return "\n".join([captions[0], *further_captions]).strip()
 
 
 def _read_json_captions(text: str, rules: TarRules) -> list[str]:
@@ -334,9 +338,9 @@ def _read_json_captions(text: str, rules: TarRules) -> list[str]:
         raise ValueError("its .json is not an object")
     name = next((name for name in rules.caption_names if record.get(name) is not None), None)
     captions = [] if name is None else [record[name]]
-    further = record.get("captions") if rules.multi_caption else None
-    if isinstance(further, list):
-        captions += further
+    further_captions = record.get("captions") if rules.multi_caption else None
+    if isinstance(further_captions, list):
+        captions += further_captions
     if not all(isinstance(caption, str) and not bad_character(caption) for caption in captions):
         raise ValueError(f"{name or 'captions'} in its .json is not a text")
     return captions
@@ -366,6 +370,10 @@ class _HeaderFile:
 
 def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
     """Yield the regular files of a tar in order.
+
+    1. Let `tarfile` parse each header. Unless the disk fails, its errors mean a cut or damaged tar.
+    2. Yield the position of the file, without reading its bytes.
+    3. At the end, check that the tar ends as it should.
 
     Args:
         file: The tar, unbuffered and at its beginning. Callers may read from it between two members.

@@ -232,7 +232,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
                 continue
             try:
                 tars |= dict.fromkeys(_list_tars(table, name))
-            except MediaError as error:
+            except MediaError as error:  # a failed download
                 faults.append(
                     media_source.Fault(f"tars of {table.name} cannot be loaded", str(error), is_fatal=False)
                 )

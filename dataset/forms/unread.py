@@ -43,6 +43,10 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 def find_unused(table: DatasetTable) -> list[Fault]:
     """Return a warning for each unread column that contains files, or is named almost like a column in use.
 
+    1. Report columns whose cells contain files, except control columns.
+    2. Report control columns of rows with more control images than the model takes.
+    3. Report other columns whose names or values suggest that they are meant to be read.
+
     At most MAX_ROWS rows are checked.
 
     Raises:
@@ -56,7 +60,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
     explanations: dict[str, str] = {}  # end of the warning about a column, by name
     control_cell_columns = []
     for name in columns.unread_file_columns:
-        if is_control(table, name):
+        if is_control(table, name):  # unused only in rows that have more control images than the model takes
             control_cell_columns.append(name)
         else:
             explanations[name] = f", which contains files{_make_hint(name, table) or ''}"
@@ -65,7 +69,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
         values: dict[str, Any] = {}
         for name, find_cell in cell_finders.items():
             if find_cell is not None and find_cell(row) is not None:
-                values[name] = True  # a file, which `_list_surplus` counts
+                values[name] = True  # the cell has a file: `_list_surplus` needs no more than that
         values |= row.values
         for name in _list_surplus(values, table):
             explanations[name] = f": the model uses {table.control_count} of these files for each item"

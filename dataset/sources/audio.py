@@ -142,7 +142,7 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
 
 
 def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec) -> list[Tensor]:
-    """Read the audio that belongs to spans of a clip's kept frames, each C S.
+    """Read the audio of each span of a clip's kept frames: channels x samples.
 
     The track is decoded once.
 

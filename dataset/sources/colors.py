@@ -35,8 +35,8 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
 def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: int) -> str | None:
     """Return which of an item's files an earlier version read differently, as text; None if none.
 
-    Files that still have to be downloaded count as equal. `decoder_version` is the decoder version in the
-    cache's record.
+    Files that still have to be downloaded count as equal. `keeps_alpha` says whether the model family uses
+    the transparency of images. `decoder_version` is the decoder version in the cache's record.
     """
     if source.precomputed is not None or not any(
         _may_differ(path, decoder_version) for path, _ in source.latent_inputs
@@ -133,7 +133,8 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
     """Return warnings about transparency, color profiles, HDR, interlacing and, in image tables, animation.
 
-    At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere.
+    At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere. `keeps_alpha`
+    says whether the model family uses the transparency of images.
     """
     warnings: dict[tuple[Path, str], Fault] = {}  # by file and kind of warning
     colors_of_files: dict[Path, Colors] = {}  # several sources may share a control image

@@ -57,8 +57,8 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         if paired is None:
             continue
         companions, unmatched = paired
-        lacking = [source.path for source in sources if source.stem not in companions]
-        warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", lacking)
+        without_companion = [source.path for source in sources if source.stem not in companions]
+        warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", without_companion)
         warn_of_paths(table, f"in {key} match no {table.kind} by name and are not read", unmatched)
         sources = [_with_companion(source, key, companions.get(source.stem, ())) for source in sources]
     return sources
@@ -134,9 +134,11 @@ def pair_by_name(
             unmatched.append(path)
             continue
         stem, number = stem_and_number
-        first = numbered.setdefault(stem, {}).setdefault(number, path)
-        if first != path:
-            raise DatasetError(f"{first} and {path.name} have the same name except for the suffix. Keep one")
+        first_path = numbered.setdefault(stem, {}).setdefault(number, path)
+        if first_path != path:
+            raise DatasetError(
+                f"{first_path} and {path.name} have the same name except for the suffix. Keep one"
+            )
     companions: dict[str, tuple[Path, ...]] = {}
     for stem, by_number in numbered.items():
         companions[stem] = tuple(by_number[number] for number in sorted(by_number))
@@ -220,8 +222,10 @@ def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iter
         if not any(counts):  # no item has any
             continue
         items_by_count = sorted(Counter(counts).items())
-        parts = [f"{format_count(num_items, 'item')} with {count}" for count, num_items in items_by_count]
-        yield f"{title}: {', '.join(parts)}"
+        count_texts = [
+            f"{format_count(num_items, 'item')} with {count}" for count, num_items in items_by_count
+        ]
+        yield f"{title}: {', '.join(count_texts)}"
         for source, count in zip(sources, counts, strict=True):
             if not count:
                 faults.append(Fault(LACKS_COMPANION[key], str(source.path), source.stem))

@@ -209,6 +209,7 @@ def decode_source(
             raise MediaError(f"{source.path}: its latents are precomputed (load_tensors): no frames are read")
         if source.table.kind == "image":
             with IMAGES.hold(planned_bytes(local)):
+                # alpha has to be read to become a channel of the result
                 media = _decode_image(
                     local, step, rng, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
                 )
@@ -237,11 +238,11 @@ def _decode_clip(
     sizes = FrameSizes()
     size_changes: list[str] = []
     original_frames = sizes.watch(read_frames())
-    first = next(original_frames)  # the size of the first frame selects the bucket
-    size = (first.shape[1], first.shape[0])
+    first_original_frame = next(original_frames)  # the size of the first frame selects the bucket
+    size = (first_original_frame.shape[1], first_original_frame.shape[0])
     bucket = bucket_of(table, size, step, local.path)
     max_frames = max_decoded_frames(table)
-    original_frames = itertools.chain([first], original_frames)
+    original_frames = itertools.chain([first_original_frame], original_frames)
     mask: Mask | None = None
     if table.is_audio_only:  # frames are black; only their number matters
         frames = _broadcast_black_frame(original_frames)
@@ -491,8 +492,9 @@ def _read_controls(
         bucket: Size of the image's bucket.
         fit_image: Resizes, crops and mirrors like the image.
         is_mirrored: Whether the image was mirrored.
-        keeps_alpha: Whether alpha is read separately from the colors.
-        has_alpha: Whether the result has alpha as a fourth channel.
+        keeps_alpha: Whether alpha of a control image is kept, resized separately from the colors.
+        has_alpha: Whether a reference image gets alpha as a fourth channel. References are control images
+            with a size of their own, in tables that set `references`.
     """
     if source.table.references is None:  # control images are resized like their image
         return [_read_control(path, fit_image, keeps_alpha) for path in source.control]
@@ -681,8 +683,8 @@ def _collect_frames(
 ) -> tuple[Clip, Mask | None]:
     """Collect frames at bucket size, and their alpha if any frame is transparent.
 
-    The array grows in place, so that a clip is never copied. `max_frames` is the number of frames, if known,
-    so that no more memory is allocated.
+    The array grows in place, so that a clip is never copied. `max_frames` is the highest number of frames, if
+    known, so that a short clip gets no more memory than it needs.
     """
     width, height = bucket
     capacity = min(max_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for

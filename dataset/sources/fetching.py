@@ -53,7 +53,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 path = copy
             local_paths.append(path)
         try:
-            remaining = iter(local_paths)  # in the order of `source.parts`
+            remaining = iter(local_paths)  # in the order of `source.latent_inputs`
             yield dataclasses.replace(
                 source,
                 path=next(remaining),
@@ -97,14 +97,14 @@ def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
     """
     try:
         pieces = origin.pieces()
-        first = next(pieces, b"")
+        first_piece = next(pieces, b"")
         suffix = path.suffix
         # the name says nothing about the format, so the first bytes decide
         if not origin.has_suffix:
-            suffix = next((suffix for magic, suffix in _MAGIC if first.startswith(magic)), "")
+            suffix = next((suffix for magic, suffix in _MAGIC if first_piece.startswith(magic)), "")
         copy = copy.with_name(copy.name + suffix)
         with copy.open("xb") as file:
-            file.write(first)
+            file.write(first_piece)
             for piece in pieces:
                 file.write(piece)
     except OSError as error:

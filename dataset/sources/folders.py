@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """Return the media files of a table's folder; add a fault for each one that cannot be used.
 
+    1. List the media, and separate layers from their images.
+    2. Find the control media, masks and audio in other folders.
+    3. Read the captions, and make a source of each media file.
+
     Caption files are read only if `captions` is true.
 
     Raises:
@@ -60,25 +64,25 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
         caption_path = table.directory / (stem + extension) if extension else None
-        content = _NO_CAPTION
+        caption_content = _NO_CAPTION
         if captions and caption_path is not None:
-            content = _read_captions(caption_path, table)
-            if content.error:
-                caption_errors[caption_path] = content.error
+            caption_content = _read_captions(caption_path, table)
+            if caption_content.error:
+                caption_errors[caption_path] = caption_content.error
         audio = None
         if audios or table.finds_audio_by_name:
             audio = _find_audio(table, path, audios, faults)
         source = MediaSource(
             path=path,
             stem=stem,
-            caption=content.first,
+            caption=caption_content.first,
             caption_path=caption_path,
             control=control,
             table=table,
-            more_captions=content.further,
+            more_captions=caption_content.further,
             mask=masks.get(path),
             audio=audio,
-            caption_encoding=content.encoding,
+            caption_encoding=caption_content.encoding,
             layers=layers.get(path, ()),
         )
         sources.append(source)
@@ -170,12 +174,12 @@ def _find_companions(
     """
     try:
         by_stem = _companions_by_stem(table, what, folder)
-        companions = {path: by_stem[path.stem] for path in media if path.stem in by_stem}
-        for files in companions.values():
+        files_by_medium = {path: by_stem[path.stem] for path in media if path.stem in by_stem}
+        for files in files_by_medium.values():
             if len(files) > 1:
                 kinds = f"masks of the same {table.kind}" if what == "mask" else "sound of the same clip"
                 raise DatasetError(f"{table.name}: {files[0]} and {files[1].name} are {kinds}. Keep one.")
-        if not companions:
+        if not files_by_medium:
             raise DatasetError(
                 f"{table.name}: {folder} has no {what} for any {table.kind}. Give each file the name of its "
                 f"{table.kind}, except for the suffix: {_make_example(table, what)}."
@@ -183,7 +187,7 @@ def _find_companions(
     except DatasetError as error:
         faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
         return {}
-    return {path: files[0] for path, files in companions.items()}
+    return {path: files[0] for path, files in files_by_medium.items()}
 
 
 def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[str, list[Path]]:
@@ -208,6 +212,9 @@ def _make_example(table: DatasetTable, what: str) -> str:
 
 def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return the images or clips in a table's folder, sorted; add a fault for each that is no regular file.
+
+    1. Separate the entries by suffix, without opening them.
+    2. If there are GIF, WebP or TIFF files, find which of them the table uses.
 
     Files with a spare suffix (GIF, WebP, TIFF) are used only if no other file has their stem. Video tables
     use only animations among them.

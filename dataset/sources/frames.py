@@ -274,7 +274,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
         if has_rate and table.source_fps is None and not source.remote_or_packed:
             clips.append(source)
     errors = []
-    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1
+    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
     for source in clips[::step]:
         try:
             rate = file_rate(source.path)
@@ -346,7 +346,7 @@ def read_mask_clip(
 
 
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
-    """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
+    """Average a loss mask (F H W, 0..255) over the pixels of each latent; return float16, F H W in 0..1.
 
     In time, the first frame of a video, or of each part of `clip` frames, is one latent frame, and so is each
     following group of `stride[0]` frames. `stride` and `clip` are fields of the family's LatentSpec.
@@ -354,12 +354,13 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
     frame_stride, height_stride, width_stride = stride
     weights = mask.float().unsqueeze(1) / 255  # F 1 H W, as avg_pool2d takes it
     weights = torch.nn.functional.avg_pool2d(weights, (height_stride, width_stride)).squeeze(1)
-    parts = []
-    for part in weights.split(clip or len(weights)):
-        num_groups = (len(part) - 1) // frame_stride
-        after_first = part[1 : 1 + num_groups * frame_stride]
-        parts += [part[:1], after_first.unflatten(0, (num_groups, frame_stride)).mean(1)]
-    return torch.cat(parts).half()
+    latent_frames = []
+    for frames_of_part in weights.split(clip or len(weights)):
+        num_groups = (len(frames_of_part) - 1) // frame_stride
+        grouped_frames = frames_of_part[1 : 1 + num_groups * frame_stride]
+        # frames after the last whole group have no latent frame
+        latent_frames += [frames_of_part[:1], grouped_frames.unflatten(0, (num_groups, frame_stride)).mean(1)]
+    return torch.cat(latent_frames).half()
 
 
 def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> NDArray[np.uint8]:

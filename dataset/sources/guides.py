@@ -28,9 +28,11 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
             return sources
         files_by_stem, unmatched = paired
         warn_of_paths(table, f"in {key} match no {table.kind} by name and are not read", unmatched)
-        lacking = [source for source in sources if source.stem not in files_by_stem]
-        faults += [Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in lacking]
-        if lacking:
+        without_guide = [source for source in sources if source.stem not in files_by_stem]
+        faults += [
+            Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in without_guide
+        ]
+        if without_guide:
             return sources
         files_of_guides.append(files_by_stem)
     completed = []

@@ -55,8 +55,11 @@ class TableFolders:
     def left_out_files(self, table: DatasetTable) -> str | None:
         """Return a warning with the number of unread files in a table's folder, by suffix.
 
-        Files that are often next to media are not counted. Returns None if all files are read, or if an
-        earlier table has the same folder.
+        1. Collect which media, caption and mask files the tables with this folder read.
+        2. Stop early if the folder only has media with their captions.
+        3. Count the other files, except those that are often next to media.
+
+        Returns None if all files are read, or if an earlier table has the same folder.
 
         Raises:
             DatasetError: If the folder cannot be listed.
@@ -99,7 +102,7 @@ class TableFolders:
 
     def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
         """Yield a line for each unread subfolder of a table's folder with media of the table's kind."""
-        used = self._other_folders | {*self._tables_by_folder}
+        used_folders = self._other_folders | {*self._tables_by_folder}
         for table in tables:
             if table.directory is None or not table.directory.is_dir():
                 continue
@@ -112,15 +115,15 @@ class TableFolders:
                 if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                     continue
                 suffixes = _all_suffixes([table.media_kind])
-                if folder_id(folder) in used or not _contains_media(folder, suffixes, used):
+                if folder_id(folder) in used_folders or not _contains_media(folder, suffixes, used_folders):
                     continue
                 if Path(folder).name.lower() in MASK_FOLDERS:
                     key = f'mask_directory = "{Path(folder).name}"'
                     table_folder = table.directory
                     yield f"{folder}: its masks are not used. {key} in the table of {table_folder} uses them"
                 else:
-                    unused = f"its {table.media_kind}s are not used: folders inside a folder are not searched"
-                    yield f"{folder}: {unused}. Give it a table"
+                    text = f"its {table.media_kind}s are not used: folders inside a folder are not searched"
+                    yield f"{folder}: {text}. Give it a table"
 
 
 def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
@@ -143,6 +146,10 @@ def _count_unused(
     stems: set[str],
 ) -> dict[str, Counter[str]]:
     """Count the unread files of a folder, by hint (why they are not read) and suffix.
+
+    1. Count captions that are probably unread by mistake.
+    2. Count images with a label in their names, such as masks, that no table reads.
+    3. Count other files, except those that are expected next to media.
 
     Args:
         table: Table of the folder.
@@ -269,8 +276,8 @@ def _describe_captions(
         by_hint[f"captions of {table.media_kind}s without another one, which {setting} reads"] = captions
     if misnamed:
         caption, owner = misnamed[0]
-        wanted = f"{split_name(owner)[0]}{wanted_suffix}"
-        example = f"{caption} of {owner}, which reads {wanted}"
+        wanted_name = f"{split_name(owner)[0]}{wanted_suffix}"
+        example = f"{caption} of {owner}, which reads {wanted_name}"
         hint = f"captions under a different name than their {table.media_kind}: {example}; rename them"
         by_hint[hint] = [name for name, _ in misnamed]
     return by_hint

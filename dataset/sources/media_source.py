@@ -268,7 +268,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
 
 
 def _list_other_values(source: MediaSource) -> tuple[object, ...]:
-    """Return all values of a row that concern a media file, except its path."""
+    """Return all values of a row except the path of its media file, to tell rows with equal paths apart."""
     return (
         source.caption,
         source.more_captions,

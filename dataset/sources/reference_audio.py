@@ -35,12 +35,12 @@ def add_reference_audio(
         faults.append(Fault(kind, text))
         return sources
     for stem in sorted(by_stem.keys() & stems):
-        first, *others = by_stem[stem]
-        if others:
-            text = f"{first} and {others[0].name} are references of the same clip. Keep one."
+        first_path, *other_paths = by_stem[stem]
+        if other_paths:
+            text = f"{first_path} and {other_paths[0].name} are references of the same clip. Keep one."
             faults.append(Fault(kind, text, stem))
-    lacking = [source.path for source in sources if source.stem not in by_stem]
-    warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", lacking)
+    without_reference = [source.path for source in sources if source.stem not in by_stem]
+    warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", without_reference)
     unmatched = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
     warn_of_paths(table, f"files in {KEY} match no clip by name and are not read", unmatched)
     completed = []

@@ -177,8 +177,8 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
     """Return how a reference of this size is resized and cropped; None if it is treated like its image.
 
-    1. With no_resize_control, a reference of at most control_resolution keeps its size, and only loses pixels
-       at the right and bottom, as in caches of other trainers.
+    1. With no_resize_control, a reference of at most control_resolution keeps its size, and is only cropped
+       to a multiple of the step, on the right and at the bottom, as in caches of other trainers.
     2. Without control_resolution, the rules of the model decide.
     3. Otherwise it gets a bucket of control_resolution.
 

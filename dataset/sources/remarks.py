@@ -61,7 +61,7 @@ def find_media_warnings(
     if have_companions:
         warnings += find_other_lengths(sources, fps)
         warnings += find_equal_references(sources)
-    # companions, and the items of lists, may be folders of frames; the items of a folder are files
+    # control media, references and masks, and the items of lists, may be folders of frames
     if have_companions or any(source.table.directory is None for source in sources):
         warnings += find_reordered(sources)
     if any(source.references or source.control or source.layers for source in sources):
@@ -126,7 +126,7 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
 def find_cut_captions(
     sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
 ) -> tuple[list[Fault], dict[str, list[int]]]:
-    """Return a warning for each caption that a text encoder truncates, and the cache sizes by encoder.
+    """Return a warning for each caption that a text encoder truncates, and the embeddings' sizes by encoder.
 
     The sizes are in bytes, one for each caption. `counters` are functions that count the tokens of a text, by
     name of the encoder.

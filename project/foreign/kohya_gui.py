@@ -106,7 +106,7 @@ def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     if _find_run(values).kind == "lora":
         return _find_networks_of_lora(values, keys)
     rates = [read_rate(values[name]) or 0 for name in encoder_rate_keys if name in values]
-    if any(rates):
+    if any(rates):  # text encoders with a rate are trained, unless the switch is off
         trains_encoders = not is_off(values.get("train_text_encoder", True))
         return TrainedNetworks(keys, text_encoder_rates=tuple(rates) if trains_encoders else ())
     trains_encoders = is_on(values.get("train_text_encoder"))

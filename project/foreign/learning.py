@@ -92,7 +92,7 @@ def _can_train_text_encoders(model: ModelSet, kind: RunKind, script: ScriptOptio
 
 
 def _use_dit_rate(project: ForeignProject, rate: float) -> None:
-    """Use the learning rate of the transformer or U-Net for all trained networks."""
+    """Use the project's learning rate for the transformer or U-Net as the run's `learning_rate`."""
     key = next(
         (key for key in project.trained_networks.file_keys if "unet" in key or "transformer" in key),
         "unet_lr",
@@ -128,6 +128,7 @@ def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float 
     common_rate = training.get("learning_rate")
     encoder_rates = [common_rate if rate is None else rate for rate in rates]
     rates_text = ""
+    # without a rate in the file (None), the script's default applies
     if None not in encoder_rates and any(rate != common_rate for rate in encoder_rates):
         are_equal = len(set(encoder_rates)) == 1
         training["text_encoder_lr"] = encoder_rates[:1] if are_equal else encoder_rates

@@ -24,6 +24,9 @@ def adopt_by_name(
 ) -> None:
     """Adopt keys that no rule covers if they are named like our training options or dataset.toml keys.
 
+    1. Adopt or report each key, as a key of dataset.toml, a training option, or an unknown key.
+    2. Report unknown keys again if their names are similar to an option of the training script.
+
     `options_set_by_new` are the options for which `new` would otherwise choose a value itself.
     """
     our_names: set[str] = {*script.accepted, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
@@ -48,7 +51,7 @@ def adopt_by_name(
                 _report_rejected(project, key, value, script.rejected[key])
             else:
                 _report_unknown(project, key, value, our_names)
-        except InvalidValue as error:
+        except InvalidValue as error:  # often without a text: then the key's type says what is allowed
             allowed = SUBSET_KEYS[key].value_type.allowed
             project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
         except (ValueError, TypeError, OverflowError) as error:

@@ -82,9 +82,9 @@ def _read_model_key(
         # a switch such as `is_flux` names the model by its key
         name = f"{key.split('.')[-1]}=True" if value is True else str(value)
         specificity = _MODEL_FILE if rule.target == contract.FILE else _MODEL_KIND
-    named = _find_model_by_name(project.program, name)
-    if named is not None:
-        family, task = named
+    named_model = _find_model_by_name(project.program, name)
+    if named_model is not None:
+        family, task = named_model
         if key not in project.assumed_defaults:
             project.report_change(key, value, f"--family {family} --task {task or '(asked for)'}")
         return FileModel(specificity, family, task)

@@ -164,9 +164,9 @@ def _recognize_program(path: Path, values: Mapping[str, Any]) -> Program:
             f"--from {path}: it looks like a file of options of sd-scripts or musubi-tuner. Give it to the "
             "training script itself as --config_file: the names of options are the same"
         )
-    known = ", ".join(program.title for program in PROGRAMS)
+    known_programs = ", ".join(program.title for program in PROGRAMS)
     raise OptionError(
-        f"--from {path}: this is not a project of {known}. Give the file that describes a training."
+        f"--from {path}: this is not a project of {known_programs}. Give the file that describes a training."
     )
 
 
@@ -185,9 +185,9 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
         content = _parse(suffix, read_text(path, MAX_BYTES))
         return dict(_flatten(content, prefix, depth=0, counter=itertools.count(1)))
     except (OSError, ValueError, RecursionError) as error:
-        why = shorten(" ".join(str(error).split()), 300).rstrip(".")
+        reason = shorten(" ".join(str(error).split()), 300).rstrip(".")
         raise OptionError(
-            f"{option} {path} cannot be read: {why}. Use the file as its trainer has saved it"
+            f"{option} {path} cannot be read: {reason}. Use the file as its trainer has saved it"
         ) from None
 
 

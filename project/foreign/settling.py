@@ -34,7 +34,7 @@ class DatasetLayout(NamedTuple):
 
     side_multiple: int  # sides are multiples of this
     supports_subsets: bool  # the model supports [[datasets.subsets]]
-    uses_subsets: bool  # this layout is used in any case
+    uses_subsets: bool  # dataset.toml always has [[datasets.subsets]] in this run
     has_regularization: bool = False  # the folder has regularization images
 
 

@@ -103,17 +103,17 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
     if not memory:
         # float32 takes twice the bytes of the 16-bit files
-        fit = f"{2 * weights / 2**30:.1f} GiB in float32"
+        weights_text = f"{2 * weights / 2**30:.1f} GiB in float32"
     elif weights / 2**30 + GIB_BESIDES_WEIGHTS <= memory:
-        fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
+        weights_text = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
         # some GPU memory is left for activations and everything else
-        left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
-        fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB stay in RAM"
+        gib_in_ram = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
+        weights_text = f"{weights / 2**30:.1f} GiB in bf16, of which about {gib_in_ram:.0f} GiB stay in RAM"
     # the last saves and the result; the state of each of these saves contains the weights, too
     maximum = gigabytes((NUM_KEPT_SAVES + 1) * written + NUM_KEPT_SAVES * weights)
     return [
-        f"The whole model is trained. Its weights: {fit}",
+        f"The whole model is trained. Its weights: {weights_text}",
         f"Each saved file has {gigabytes(written)}; with the states output takes about {maximum}",
     ]
 

@@ -96,10 +96,11 @@ def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) ->
     """
     typed = {"family": options.family, "task": options.task, "train": options.trains}
     for name, value in typed.items():
-        wanted = getattr(recipe, name)
-        if value not in (None, wanted):
+        recipe_value = getattr(recipe, name)
+        if value not in (None, recipe_value):
             raise OptionError(
-                f"--recipe {options.recipe} is for --{name} {wanted}, not {value}. Leave one of them out"
+                f"--recipe {options.recipe} is for --{name} {recipe_value}, not {value}. Leave one of them "
+                "out"
             )
     steps = recipe.training.get("max_train_steps", options.max_train_steps)
     # a number that differs from the default was typed: it has precedence
@@ -147,8 +148,8 @@ def read_recipe(path: Path) -> TrainingRecipe:
     try:
         content = parse_toml(read_text(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        why = shorten(" ".join(str(error).split()), MAX_OF_TEXT).rstrip(".")
-        raise OptionError(f"recipe {path} cannot be read: {why}. Give a file of `recipe save`") from None
+        reason = shorten(" ".join(str(error).split()), MAX_OF_TEXT).rstrip(".")
+        raise OptionError(f"recipe {path} cannot be read: {reason}. Give a file of `recipe save`") from None
     try:
         return _parse_recipe(path.stem, content)
     except ValueError as error:
@@ -249,11 +250,12 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
     values = {}
     for name, value in training.items():
         if name not in allowed or name not in actions or find_rejection(actions[name]):
-            known = sorted(allowed & actions.keys())
-            near = did_you_mean(_show(name), known)
+            known_options = sorted(allowed & actions.keys())
+            suggestion = did_you_mean(_show(name), known_options)
             raise ValueError(
-                f"{_show(name)} cannot be set by a recipe.{near} A recipe sets options that decide what "
-                "is learned: no paths or programs, and nothing about the graphics card, saving or logging"
+                f"{_show(name)} cannot be set by a recipe.{suggestion} A recipe sets options that decide "
+                "what is learned: no paths or programs, and nothing about the graphics card, saving or "
+                "logging"
             )
         values[name] = _read_value(actions[name], name, value, modules)
         check_value(name, values[name], getattr(actions[name], "facts", {}))
