@@ -111,7 +111,7 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 def check_experts(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for options that do not support the transformers of this run."""
     experts, by_expert, network = family.experts, options.by_expert, options.network
-    if len(experts) == 1:
+    if len(experts) == 1:  # the other rules are for two transformers, of high and of low noise
         if by_expert.lora_per_expert:
             raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
     elif options.full_dit is not None:
@@ -130,7 +130,7 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
                 "--dim_from_weights with --lora_per_expert needs --network_weights_high_noise too: the file "
                 "to take ranks and alphas of the second network from"
             )
-    elif network is not None and len(experts) > 1 and network.decomposes:
+    elif network is not None and len(experts) > 1 and network.decomposes:  # a DoRA for both transformers
         kind = next(kind for kind in network.variants if kind.magnitudes)
         raise OptionError(
             f"--network_args {kind.switch}=True: {named(kind)} learns the norms of a transformer's weights, "

@@ -123,7 +123,7 @@ def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
     """Return the metadata entries about the run that only some runs have."""
     options, frozen = plan.options, plan.options.frozen
     values: dict[str, Any] = {}
-    if options.loss != L2 or options.is_for_images:
+    if options.loss != L2 or options.is_for_images:  # image trainers always record the options of the loss
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
     if options.prediction is not None:
         values |= image_trainer_metadata(plan, options.prediction)

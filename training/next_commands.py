@@ -343,6 +343,7 @@ class NextSteps:
         assert self.command.family_entry is not None
         arguments = [*arguments]
         loras: list[tuple[Path, float]] = []
+        # trained LoRAs are added to the model; a trained whole transformer replaces --dit
         if self.plan.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
@@ -352,7 +353,7 @@ class NextSteps:
         if loras:
             flag = spellings.get("lora_weight", "--lora_weight")
             arguments += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
-        if self.sample_loras:
+        if self.sample_loras:  # trained LoRAs alone have the multiplier 1, the default
             flag = spellings.get("lora_multiplier", "--lora_multiplier")
             arguments += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
         return arguments

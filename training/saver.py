@@ -167,6 +167,7 @@ def _metadata_now(
         architecture_suffix: Suffix of the architecture's name for a network, such as lora.
     """
     progress, family = plan.progress, plan.family
+    # at position 0 an epoch has just ended, except in a new run
     is_within_epoch = progress.position > 0 or progress.step == 0
     num_begun_epochs = progress.epoch + is_within_epoch
     feature_metadata: dict[str, str] = {}

@@ -248,6 +248,7 @@ def join_experts(trainables: Mapping[str, Trainable]) -> Trainable:
         modules=modules,
         groups=groups,
         group_names=tuple(group_names),
+        # each expert's only file has the suffix "" so far; now the suffix is the expert's name
         written_files={expert: trainable.written_files[""] for expert, trainable in trainables.items()},
         networks=networks,
         max_norm=next(iter(trainables.values())).max_norm,

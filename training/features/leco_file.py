@@ -146,7 +146,8 @@ def _reject_unknown(location: str, table: Mapping[str, Any], known: Sequence[str
 def _read_pair(location: str, entry: Mapping[str, Any], default: Mapping[str, Any]) -> LecoPair:
     """Return the pair of an entry of [[prompts]]; `location` names the entry in messages.
 
-    `default` has the keys at the file's top level, which apply to entries that do not set them.
+    `default` has the keys at the file's top level, which apply to entries that do not set them. Without
+    positive, it is the target; without neutral, it is unconditional.
     """
     _reject_unknown(location, entry, PAIR_KEYS)
     values = {**default, **entry}

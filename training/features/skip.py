@@ -107,6 +107,7 @@ class Skipping:
         """
         progress = self.progress
         progress.bad_in_a_row = progress.bad_in_a_row + 1 if outcome == BAD else 0
+        # norms are compared only with --skip_spikes, and a bad step has no usable norm
         records_norms = self.options.skip_spikes is not None and math.isfinite(norm)
         if outcome == BAD or not records_norms:
             return False
@@ -121,7 +122,7 @@ class Skipping:
             progress.spikes_in_a_row[kind] = num_spikes
             return False
         progress.spikes_in_a_row[kind] = 0
-        progress.norms[kind] = []
+        progress.norms[kind] = []  # the next norms form a new median
         return True
 
 

@@ -262,7 +262,7 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
                 logger.warning("%s is ignored in the search for the latest state: %s", folder, error)
     if not states:
         return None
-    _, _, latest = max(states)
+    _, _, latest = max(states)  # of two states with equal steps, the one whose name sorts last
     return latest
 
 
