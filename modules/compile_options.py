@@ -178,7 +178,7 @@ class TrainingCompileOptions(CompileOptions):
         has_settings = bool(self.dynamo_mode or self.dynamo_fullgraph or self.dynamo_dynamic)
         if self.compile and (has_backend or has_settings):
             raise OptionError(
-                "--compile and --dynamo_backend (here or given to accelerate launch) both say how to "
+                "--compile and --dynamo_backend (here or given to accelerate launch) both set how to "
                 "compile. Give either --compile with --compile_args, or the --dynamo_ options"
             )
         if has_settings and not has_backend:
