@@ -151,10 +151,11 @@ PROGRAMS = frozenset(
 )  # fmt: skip
 
 
-def _is_unsafe_extension(extension: str) -> bool:
-    """Return whether a file extension contains a path, or belongs to files that can be executed."""
+def _is_safe_extension(extension: str) -> bool:
+    """Return whether a text is a file extension without a path, and not one of files that can be executed."""
     has_separators = bool(set(extension) & set("/\\\0"))
-    return has_separators or extension.rpartition(".")[2].strip().lower() in PROGRAMS
+    is_program = extension.rpartition(".")[2].strip().lower() in PROGRAMS
+    return _is_text(extension) and "." in extension and not has_separators and not is_program
 
 
 def is_short(value: str) -> bool:
@@ -225,7 +226,7 @@ TARS = _list_of(
 )
 EXTENSION = make_value_type(
     str,
-    lambda value: _is_text(value) and "." in value and not _is_unsafe_extension(value),
+    _is_safe_extension,
     'an extension with its dot, such as ".txt"; no folder, and none of programs or pages',
 )
 # may be empty, to override [general]

@@ -118,7 +118,13 @@ class DitLoader:
         if patch is not None:
             patch.check()
         if lora_patch is not None or t_loras:
-            self._add_unmerged_loras(dit, lora_patch, t_loras)
+            from networks.unmerged_loras import add_unmerged, masked_changes  # only with LoRAs
+
+            # LoRAs that cannot be merged into weights: those of quantized layers, and T-LoRAs
+            if lora_patch is not None and lora_patch.unmerged:
+                add_unmerged(dit, lora_patch.unmerged, self.device, compute_dtype_of(dit))
+            if t_loras:
+                add_unmerged(dit, masked_changes(dit, t_loras), self.device, compute_dtype_of(dit))
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
@@ -135,17 +141,6 @@ class DitLoader:
         if speed.modes.hooks.finish_network:
             finish_network(dit, speed, self.device)
         return dit
-
-    def _add_unmerged_loras(
-        self, dit: nn.Module, lora_patch: "LoraPatch | None", t_loras: "Sequence[WeightedLora]"
-    ) -> None:
-        """Attach the LoRAs that cannot be merged into weights: those of quantized layers, and T-LoRAs."""
-        from networks.unmerged_loras import add_unmerged, masked_changes  # only with LoRAs
-
-        if lora_patch is not None and lora_patch.unmerged:
-            add_unmerged(dit, lora_patch.unmerged, self.device, compute_dtype_of(dit))
-        if t_loras:
-            add_unmerged(dit, masked_changes(dit, t_loras), self.device, compute_dtype_of(dit))
 
     @staticmethod
     def _separate_t_loras(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":

@@ -198,17 +198,19 @@ def make_plan(
         features=features,
         may_encode=may_encode,
     )
-    training, validation = _find_training_items(
+    items = _find_items(
         family,
-        options,
         config,
-        sources=sources,
+        sources,
         accelerator=accelerator,
-        features=features,
-        network_spec=network_spec,
         encodes_texts_on_the_fly=live_encoders is not None,
-        seed=progress.seed,
+        condition_set=features.condition_set,
+        trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
+    training, validation = _split_items(options, config, items, progress.seed)
+    _check_items(features, network_spec, training)
+    if accelerator.is_main_process:
+        _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
     steps = _plan_steps(options, order, accelerator.num_processes, progress)
     if options.loop.known_steps is None:
@@ -259,35 +261,6 @@ def make_plan(
     if options.start is not None and options.start.is_given:
         skip_to_initial_step(options.start, progress, plan.steps, saved is not None)
     return plan
-
-
-def _find_training_items(
-    family: Family,
-    options: TrainingOptions,
-    config: DatasetConfig,
-    *,
-    sources: BatchSources,
-    accelerator: Accelerator,
-    features: RunFeatures,
-    network_spec: NetworkSpec,
-    encodes_texts_on_the_fly: bool,
-    seed: int,
-) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Return the cached training items and the validation items, after checking their caches."""
-    items = _find_items(
-        family,
-        config,
-        sources,
-        accelerator=accelerator,
-        encodes_texts_on_the_fly=encodes_texts_on_the_fly,
-        condition_set=features.condition_set,
-        trusts_caches=options.caching is not None and options.caching.skip_cache_check,
-    )
-    training, validation = _split_items(options, config, items, seed)
-    _check_items(features, network_spec, training)
-    if accelerator.is_main_process:
-        _warn_of_missing(options, config, [*training, *validation], sources)
-    return training, validation
 
 
 def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:

@@ -5,7 +5,7 @@ Our modules have the names of the official files, so these need no table. diffus
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from math import isqrt
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from checkpoints.kinds import UNSUPPORTED_MODELS
 from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
 from protocols.data import LatentSpec
-from protocols.loading import TensorInfo
 from wan.configs import RELEASES, WAN_2_1, WAN_2_2
 from wan.vae_blocks import FACTORS, VaeLayer, WanVaeConfig
 from wan.vae_shortcuts import fits_shortcut
@@ -56,21 +55,6 @@ _RESAMPLER = 1 << 30  # index of the resampler: after all residual blocks
 _LAYER_LISTS = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
 
 
-def _find_name_translation(names: Mapping[str, TensorInfo]) -> Callable[[str], str] | None:
-    """Return the function that converts a file's tensor names to official ones; None for another VAE."""
-    if any(tensor in names for tensor, _ in UNSUPPORTED_MODELS):  # related VAEs with the same layer names
-        return None
-    quant_conv = names.get("quant_conv.weight")  # diffusers' name of `conv1`
-    if quant_conv is not None and "encoder.down_blocks.0.conv1.weight" in names:
-        return _translate_flat_names(names)
-    # with 4 axes, without time, it is Qwen-Image-2.1's VAE
-    has_time_axis = quant_conv is not None and len(quant_conv.shape) != 4
-    if has_time_axis and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
-        return _translate_staged_names(names)
-    is_official = "decoder.conv1.weight" in names and not _OFFICIAL_FIRST_LAYERS.isdisjoint(names)
-    return str if is_official else None
-
-
 def read_vae(
     checkpoint: Checkpoint,
     model: str = "a VAE of Wan2.1 or Wan2.2",
@@ -88,8 +72,20 @@ def read_vae(
     )
     names = checkpoint.tensors
     sources = list_tensor_sources(checkpoint)
-    translate = _find_name_translation(names)
-    if translate is None:
+    # the function that converts the file's tensor names to official ones; None for another VAE
+    translate: Callable[[str], str] | None = None
+    quant_conv = names.get("quant_conv.weight")  # diffusers' name of `conv1`
+    # with 4 axes, without time, it is Qwen-Image-2.1's VAE
+    has_time_axis = quant_conv is not None and len(quant_conv.shape) != 4
+    if quant_conv is not None and "encoder.down_blocks.0.conv1.weight" in names:
+        translate = _translate_flat_names(names)
+    elif has_time_axis and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
+        translate = _translate_staged_names(names)
+    elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST_LAYERS.isdisjoint(names):
+        translate = str
+    # related VAEs have layers of the same names
+    is_unsupported = any(tensor in names for tensor, _ in UNSUPPORTED_MODELS)
+    if translate is None or is_unsupported:
         wan_files = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
         raise make_wrong_kind_error(checkpoint, model, "--vae", files or wan_files)
     sources = rename_sources(sources, translate)

@@ -291,8 +291,9 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
             grid=entry.grid,
             has_frames=spec.names_frames,
         )
-        is_latents = cache_files.grid_in_name(name) is not None
-        tensors_by_name[name] = tensor.squeeze(1) if is_latents and spec.flat_in_caches else tensor
+        # names of latents contain their grid
+        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None
+        tensors_by_name[name] = tensor.squeeze(1) if is_flat else tensor
     return tensors_by_name
 
 
