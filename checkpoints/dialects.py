@@ -6,7 +6,7 @@ Also load a network from a plan, and report files of the wrong kind. "Our" names
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -159,6 +159,19 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
                 "keep the file's format, or give the 16-bit file.",
                 path,
             )
+
+
+def find_dialect(dialects: Mapping[str, tuple[str, Names]], tensor_names: Container[str]) -> str | None:
+    """Return the dialect whose identifying tensor a file has; None for other files.
+
+    Args:
+        dialects: Dialects by name, each with a tensor that only its files have, and its tensor names.
+        tensor_names: Tensor names of the file.
+    """
+    for dialect, (identifying_tensor, _) in dialects.items():
+        if identifying_tensor in tensor_names:
+            return dialect
+    return None
 
 
 def translate_name(name: str, table: Names) -> str:

@@ -4,7 +4,7 @@ Transformers are as published, or as diffusers writes them.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, make_wrong_kind_error
+from checkpoints.dialects import (
+    DitShapes,
+    Names,
+    count,
+    find_dialect,
+    join_parts,
+    joined_shapes,
+    make_wrong_kind_error,
+)
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
@@ -68,7 +76,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     Raises CheckpointError for another model.
     """
     tensors = checkpoint.tensors
-    dialect = _find_dialect(tensors)
+    dialect = find_dialect(DIALECTS, tensors)
     if dialect is None:
         raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     query_weight, names = DIALECTS[dialect]
@@ -79,14 +87,6 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
         raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     config = _read_config(DitShapes(checkpoint.path, file_shapes, "FLUX.1"))
     return DitHeader(config, dialect, tensors[query_weight].dtype)
-
-
-def _find_dialect(tensor_names: Collection[str]) -> str | None:
-    """Return the naming scheme of a FLUX file from the name of its query weight; None for other files."""
-    for dialect, (query_weight, _) in DIALECTS.items():
-        if query_weight in tensor_names:
-            return dialect
-    return None
 
 
 def _read_config(shapes: DitShapes) -> FluxConfig:

@@ -3,13 +3,20 @@
 Transformers are as published, or as diffusers writes them.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, make_wrong_kind_error
+from checkpoints.dialects import (
+    DitShapes,
+    Names,
+    find_dialect,
+    join_parts,
+    joined_shapes,
+    make_wrong_kind_error,
+)
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint, list_tensor_sources
@@ -38,21 +45,13 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 QUERY_NORM = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
-def _find_dialect(names: Container[str]) -> str | None:
-    """Return the naming scheme of a file's tensors; None if it is unknown."""
-    for dialect, (identifying_tensor, _) in DIALECTS.items():
-        if identifying_tensor in names:
-            return dialect
-    return None
-
-
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     """Return dimensions, dialect (its tensor names) and dtype of a FLUX.2 file.
 
     Raises CheckpointError for another model.
     """
     names = checkpoint.tensors
-    dialect = _find_dialect(names)
+    dialect = find_dialect(DIALECTS, names)
     if dialect is None:
         raise make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     _, name_patterns = DIALECTS[dialect]

@@ -3,14 +3,14 @@
 Transformers have the released names or diffusers'. Their tensors show whether they are base or distilled.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from checkpoints.dialects import DitShapes, join_parts, joined_shapes, make_wrong_kind_error
+from checkpoints.dialects import DitShapes, find_dialect, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint, list_tensor_sources
@@ -56,17 +56,9 @@ FLUX_3_USE = LanguageEncoderSettings(
 )
 
 
-def _find_dialect(names: Container[str]) -> str | None:
-    """Return the naming scheme of a file's tensors; None if it is unknown."""
-    for dialect, (identifying_tensor, _) in DIALECTS.items():
-        if identifying_tensor in names:
-            return dialect
-    return None
-
-
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
     names = checkpoint.tensors
-    dialect = _find_dialect(names)
+    dialect = find_dialect(DIALECTS, names)
     if dialect is None:
         raise make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}

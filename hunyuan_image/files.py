@@ -1,6 +1,6 @@
 """Files of a HunyuanImage-2.1 run: kinds and dialects of transformers, paths and dtypes, each checked."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 import torch
 
 import hunyuan_model.checkpoints as hunyuan_video
-from checkpoints.dialects import DitShapes, Names, join_parts, make_wrong_kind_error, translate_name
+from checkpoints.dialects import (
+    DitShapes,
+    Names,
+    find_dialect,
+    join_parts,
+    make_wrong_kind_error,
+    translate_name,
+)
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
@@ -76,19 +83,11 @@ def _is_distilled(checkpoint: Checkpoint) -> bool:
     return any(name in checkpoint.tensors for name in DISTILLED_TENSORS)
 
 
-def _find_dialect(names: Container[str]) -> str | None:
-    """Return the naming scheme of a file's tensors; None if it is unknown."""
-    for dialect, (identifying_tensor, _) in DIALECTS.items():
-        if identifying_tensor in names:
-            return dialect
-    return None
-
-
 def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
     """Read the header of a HunyuanImage-2.1 file; raise CheckpointError for another model."""
     path = checkpoint.path
     names = checkpoint.tensors
-    dialect = _find_dialect(names)
+    dialect = find_dialect(DIALECTS, names)
     if dialect is None or not _has_glyph_layers(checkpoint):
         similar_model = hunyuan_video.describe(checkpoint)
         if similar_model is None:

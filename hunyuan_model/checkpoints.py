@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from checkpoints.containers import load_pickled
-from checkpoints.dialects import DitShapes, Names, join_parts, make_wrong_kind_error, translate_name
+from checkpoints.dialects import (
+    DitShapes,
+    Names,
+    find_dialect,
+    join_parts,
+    make_wrong_kind_error,
+    translate_name,
+)
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from checkpoints.stored.fp8 import dequantize, make_fp8_weight
@@ -128,11 +135,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
 
 def _find_dialect(names: Collection[str]) -> str | None:
     """Return the naming scheme of a file with a token refiner, from its first query weight; else None."""
-    if _has_refiner(names):
-        for dialect, (query_weight, _) in DIALECTS.items():
-            if query_weight in names:
-                return dialect
-    return None
+    return find_dialect(DIALECTS, names) if _has_refiner(names) else None
 
 
 def _check_input_channels(config: HunyuanVideoConfig, path: Path) -> None:
