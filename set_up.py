@@ -28,9 +28,8 @@ from modules.installation import ROOT
 from modules.parser import Parser
 from package.updating import go_back, note_version, repair, update
 
-NOTE = (
-    OWN_FOLDER / "build.txt"
-)  # the build of torch that this file installed; without it, .venv is the user's own
+# the build of torch that this file installed; without it, .venv is the user's own
+NOTE = OWN_FOLDER / "build.txt"
 REPLACING = "replacing"  # behind it in that file: another build is there, or half of each
 STARTED_IN = "REELSMITH_STARTED_IN"  # variable of the folder in which Reelsmith.command was typed
 GB = 1e9

@@ -9,13 +9,14 @@ from typing import NamedTuple
 from modules.option_tables import find_table, read_entry
 from modules.text_files import read_text, real_path
 
+# of settings files, which may contain output paths
 SETTINGS = (
     ".toml",
     ".json",
     ".txt",
     ".yaml",
     ".yml",
-)  # of settings files, which may contain output paths
+)
 MAX_OF_SETTINGS = 1 << 20  # bytes
 QUOTED = re.compile(r""""((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
 

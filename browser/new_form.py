@@ -39,10 +39,11 @@ FIELDS_OF_ALL_FILES = {
     "model_files": say("model files"),
     "recipe": say("Recipe"),
 }
+# fields that are keys of run.toml only
 FIELDS_OF_RUN_FILE = {
     "name": say("Name"),
     "steps": say("Training steps"),
-}  # fields that are keys of run.toml only
+}
 KIND_TITLES = {  # name of a kind of run -> title
     "lora": say("a LoRA"),
     "adapter": say("a training adapter"),

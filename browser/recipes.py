@@ -56,10 +56,11 @@ FIELDS: Mapping[str, Sequence[str]] = {
 }
 IMAGES = ("start", "end", "control", "references", "redraw")  # fields that contain paths
 SIDES = ("width", "height")
+# key of each side -> its index in the values of --video_size
 SIDE_POSITIONS = {
     "video_size_width": 1,
     "video_size_height": 0,
-}  # key of each side -> its index in the values of --video_size
+}
 SIZE = "video_size"
 # options that the form sets itself, in addition to the options of its fields
 # fmt: off

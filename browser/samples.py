@@ -537,9 +537,8 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     """Return the message that files have changed while the form was open, with the user's changes."""
     base_text = fields.get("base", "")  # text of the prompts that the form was built from
     try:
-        edited_text = edit_prompts(
-            base_text, fields, lambda text: None
-        )  # only to compare: accepts every image path
+        # only to compare: accepts every image path
+        edited_text = edit_prompts(base_text, fields, lambda text: None)
         user_changes = describe_difference(base_text, edited_text)
     except OptionError as error:
         user_changes = [str(error)]

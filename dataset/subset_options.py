@@ -80,9 +80,8 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "class_tokens": SubsetKey(forms.TEXT, None, SUBSET, field=SAME, option=""),
     "cache_info": SubsetKey(forms.YES_NO, False),
     "custom_attributes": SubsetKey(_ATTRIBUTES, {}, ANYWHERE, field="", option=""),
-    "num_repeats": SubsetKey(
-        forms.REPEATS, 1, ANYWHERE, field=SAME, option=""
-    ),  # --dataset_repeats is of --in_json alone
+    # --dataset_repeats is of --in_json alone
+    "num_repeats": SubsetKey(forms.REPEATS, 1, ANYWHERE, field=SAME, option=""),
     # sizes
     "resolution": SubsetKey(forms.SIZE, None, DATASET, SAME),
     "batch_size": SubsetKey(forms.COUNT, 1, DATASET, field=SAME, option="train_batch_size"),

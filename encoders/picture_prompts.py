@@ -271,9 +271,8 @@ class PromptEmbeddings(NamedTuple):
     """Prompt embeddings in which image features replace the image placeholder tokens."""
 
     embeddings: Tensor  # B L C
-    position_ids: (
-        Tensor | None
-    )  # time, row and column of each token, 3 B L int64, or 1 L for all prompts; None: 0, 1, 2, ...
+    # time, row and column of each token, 3 B L int64, or 1 L for all prompts; None: 0, 1, 2, ...
+    position_ids: Tensor | None
     # DeepStack: image features to add to the outputs of the first layers, each B L C, 0 for text tokens
     layer_additions: list[Tensor]
 

@@ -207,7 +207,6 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
 
 def text_side_of(names: Iterable[str]) -> str:
     """Describe the module group of all names if it is loaded with the text encoder; else ""."""
-    model_parts = {
-        module_names.describe_text_module(module_of(name)) for name in names
-    }  # "": of the transformer
+    # "": of the transformer
+    model_parts = {module_names.describe_text_module(module_of(name)) for name in names}
     return model_parts.pop() if len(model_parts) == 1 else ""

@@ -20,6 +20,7 @@ DATASET_FILE = "dataset.toml"
 WRITTEN = (DATASET_FILE, "prompts.txt", RUN_FILE)  # files of a described folder
 ON_END = "--on_end"
 FULL_MODEL = "whole"
+# of `project.kinds.composing.KINDS`
 KIND_NAMES = (
     "lora",
     "adapter",
@@ -28,7 +29,7 @@ KIND_NAMES = (
     "controlnet",
     "embedding",
     FULL_MODEL,
-)  # of `project.kinds.composing.KINDS`
+)
 MODELS = Path("models")  # folder of models in the working folder
 MAX_OF_WORD = 200  # maximum characters of a trigger word
 # small, and of a kind that tools/caption_dataset.py is tested with

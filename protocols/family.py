@@ -140,9 +140,8 @@ class NumberedBlocks:
     """How block numbers in --network_args, which set ranks and learning rates per block, map to a network."""
 
     count: int  # how many numbers block_dims and the like have
-    learning_rate_ranges: tuple[
-        tuple[str, int, int], ...
-    ]  # argument with learning rates, its first block, number of blocks
+    # argument with learning rates, its first block, number of blocks
+    learning_rate_ranges: tuple[tuple[str, int, int], ...]
     path_prefixes: tuple[tuple[str, int], ...]  # prefix of a module's path, number of its block
 
     def number_of(self, path: str) -> int | None:

@@ -21,9 +21,8 @@ class Packing:
 
     shape: tuple[int, ...]  # of the tensor in the file
     companion_suffixes: tuple[str, ...]  # suffixes of its companions' names, instead of "weight"
-    make_quantized: Callable[
-        ..., QuantizedWeight
-    ]  # takes the weight and the companions; raises ValueError for invalid scales
+    # takes the weight and the companions; raises ValueError for invalid scales
+    make_quantized: Callable[..., QuantizedWeight]
     pad: int = 1  # rows and columns are rounded up to multiples of it
     can_stay_quantized: bool = True  # its rows are the value's rows, so that a layer can keep it packed
 

@@ -272,9 +272,8 @@ class Section:
 # predict(*conditions, overrides=...) -> one velocity per condition
 Predict = Callable[..., tuple[Tensor, ...]]
 Calls = Mapping[Overrides, Mapping[int, Conditions]]  # the passes of a step: overrides -> id -> conditions
-PassVelocities = Mapping[
-    tuple[Overrides, int], Tensor
-]  # (overrides, id of the conditions) -> velocity of the pass
+# (overrides, id of the conditions) -> velocity of the pass
+PassVelocities = Mapping[tuple[Overrides, int], Tensor]
 RunPasses = Callable[[Calls, Predict, Section], PassVelocities]
 
 DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call

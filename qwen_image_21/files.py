@@ -162,9 +162,8 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
         "in_channels": channels,
     }
     _check_settings(settings, source, dimensions, shapes.path)
-    released = dict(
-        dict(QWEN_IMAGE_21.released_sizes).get(dim, ())
-    )  # blocks that the release of this width has
+    # blocks that the release of this width has
+    released = dict(dict(QWEN_IMAGE_21.released_sizes).get(dim, ()))
     if not settings and num_layers < released.get("transformer_blocks", 0):
         raise CheckpointError(
             f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are present. Give the "

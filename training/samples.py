@@ -632,9 +632,8 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
     is_solver = name in solver_by_alias.values()
     solver = name if is_solver else solver_by_alias.get(name)
     if solver is None:
-        known_names = ", ".join(
-            dict.fromkeys((*solver_by_alias.values(), *solver_by_alias))
-        )  # each name once
+        # each name once
+        known_names = ", ".join(dict.fromkeys((*solver_by_alias.values(), *solver_by_alias)))
         logger.warning(
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known_names
         )

@@ -144,10 +144,11 @@ class Validation:
         batch = plan.sources.read(
             (item,),
             checks=self.checks,
+            # seeds random choices: equal each time that the item is read
             seed_parts=(
                 "validation",
                 item.key,
-            ),  # seeds random choices: equal each time that the item is read
+            ),
         )
         if self.process == 0:
             plan.sources.encoders.warn(batch.cache_origins)  # warns if caches come from several text encoders

@@ -25,10 +25,11 @@ from modules.errors import CheckpointError, InstallationError, MemoryPlanError
 from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
+# settings of `from_pretrained`
 SAFE_LOADING: dict[str, Any] = {
     "local_files_only": True,
     "trust_remote_code": False,
-}  # settings of `from_pretrained`
+}
 MAX_SIDE = 1024  # pixels; SAM 3 looks at 1008
 CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
 _DOWNLOAD_COMMAND = ["python", "tools/download.py", "--family", "tools", "--task", "clipseg", "--to"]

@@ -46,9 +46,8 @@ LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 4): (48, (4, 16, 16)),
     (32, 8): (128, (8, 32, 32)),
 }
-LATENT_H3 = LatentSpec(
-    24, (4, 16, 16), pixel_step=32, frame_step=4, clip_frames=17, tail_frames=5
-)  # by --frame_step 17
+# by --frame_step 17
+LATENT_H3 = LatentSpec(24, (4, 16, 16), pixel_step=32, frame_step=4, clip_frames=17, tail_frames=5)
 DEFAULT = (16, (4, 8, 8))
 
 

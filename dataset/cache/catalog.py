@@ -301,9 +301,8 @@ class ShardWriter:
         """Flush all rows to disk, and give the shard its final name."""
         with explain_sqlite(self.path):
             try:
-                self.connection.execute(
-                    "PRAGMA journal_mode = DELETE"
-                )  # moves the write-ahead log into the file
+                # moves the write-ahead log into the file
+                self.connection.execute("PRAGMA journal_mode = DELETE")
             finally:
                 self.connection.close()
             _rename_finished(self.path)

@@ -462,9 +462,8 @@ class TextWork:
         entry = Entry.of(store.folder / file.file_name, metadata, tensors)
         # the unfinished file is read before the finished one (in `_write_complete`), because another process
         # may finish it in between
-        unfinished_entry, earlier_encoders = self._find_outputs(
-            file, in_part=True
-        )  # outputs of the encoders before this one
+        # outputs of the encoders before this one
+        unfinished_entry, earlier_encoders = self._find_outputs(file, in_part=True)
         if unfinished_entry is not None:
             entry = _merge_entries(unfinished_entry, entry)
         if encoder == file.encoders_to_run[-1]:  # the last encoder that adds outputs

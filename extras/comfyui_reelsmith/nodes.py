@@ -105,9 +105,8 @@ class QueuedTraining:
             self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.exists() else []
         )
         last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        last_line = last_line.rpartition("\r")[
-            2
-        ]  # a progress bar redraws its line after each carriage return
+        # a progress bar redraws its line after each carriage return
+        last_line = last_line.rpartition("\r")[2]
         if not self.ended.is_set():
             if self.process is None:
                 return "waiting"

@@ -32,9 +32,8 @@ class GfpganConfig:
     body: tuple[int, ...]  # channels of the U-Net, from full size down
     decoder: tuple[int, ...]  # channels of the decoder, from `SMALLEST` up
     style: int  # width of a style vector
-    modulated_channels: tuple[
-        int, ...
-    ]  # channels that get a scale and a shift, at each size above `SMALLEST`
+    # channels that get a scale and a shift, at each size above `SMALLEST`
+    modulated_channels: tuple[int, ...]
 
     @property
     def size(self) -> int:

@@ -14,9 +14,8 @@ from project.foreign.project import ForeignProject, show
 from project.new_options import NewOptions
 from project.script_facts import AdoptableOption, ScriptOptions
 
-_TRAINING_AND_TABLE_KEYS = frozenset(
-    {"discrete_flow_shift", "min_timestep", "max_timestep"}
-)  # also keys of dataset tables
+# also keys of dataset tables
+_TRAINING_AND_TABLE_KEYS = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})
 
 
 def adopt_by_name(

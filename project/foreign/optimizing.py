@@ -8,11 +8,12 @@ from modules.installation import DISTRIBUTIONS
 from project.foreign.contract import OPTIMIZER_ARGUMENTS, is_off, is_on
 from project.foreign.project import ForeignProject
 
+# -> optimizer for a CPU
 _CPU_OPTIMIZERS = {
     "adamw8bit": "adamw",
     "pagedadamw8bit": "adamw",
     "lion8bit": "lion",
-}  # -> optimizer for a CPU
+}
 _PACKAGE_OF_OPTIMIZER = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> package
 # optimizers that support only one learning rate for all parameters
 SINGLE_RATE_OPTIMIZERS = frozenset({"prodigy"})

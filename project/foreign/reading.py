@@ -132,9 +132,8 @@ def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> N
     elif is_empty(value):
         project.empty_keys.append(show(key))
     elif key.startswith("optimizer.") and (value is False or value == 0):
-        project.ineffective_keys.append(
-            show(key)
-        )  # an argument of another optimizer: files list the arguments of all optimizers
+        # an argument of another optimizer: files list the arguments of all optimizers
+        project.ineffective_keys.append(show(key))
     else:
         project.unknown_keys.append(show(key))
 

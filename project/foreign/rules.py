@@ -36,9 +36,8 @@ from project.foreign.contract import (
 MODEL_NAME = KeyRule(MODEL)
 MODEL_FILE = KeyRule(FILE)
 NETWORK_KIND = KeyRule(NETWORK, "", read_network)
-RANK = KeyRule(
-    TRAINING, "network_dim", integer(1, 2_000_000)
-)  # LoKr trains full matrices at very large values
+# LoKr trains full matrices at very large values
+RANK = KeyRule(TRAINING, "network_dim", integer(1, 2_000_000))
 ALPHA = KeyRule(TRAINING, "network_alpha", number(0, 2_000_000))
 DROPOUT = KeyRule(TRAINING, "network_dropout", number(0, 0.999))
 DORA = KeyRule(NETWORK_ARGUMENT, "dora_wd", read_switch)

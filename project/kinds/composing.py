@@ -26,6 +26,7 @@ LORA = RunKind(
     architecture_suffix="lora",
     supports_few_step_targets=True,
 )
+# the first control network is the default one
 KINDS = (
     LORA,
     ADAPTER,
@@ -34,7 +35,7 @@ KINDS = (
     CONTROL_NET,
     EMBEDDING,
     FULL,
-)  # the first control network is the default one
+)
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 

@@ -37,6 +37,7 @@ _REPRESENTED_FIELDS = {
     *("prompt", "seed", "width", "height", "frames", "steps", "guidance_scale", "embedded_guidance"),
     *("flow_shift", "solver", "fps", "negative_prompt", "expert_guidance", "typed", "settings"),
 }
+# suffixes of files that ComfyUI lists
 _LISTED_SUFFIXES = {
     ".safetensors",
     ".sft",
@@ -44,7 +45,7 @@ _LISTED_SUFFIXES = {
     ".pt",
     ".pth",
     ".bin",
-}  # suffixes of files that ComfyUI lists
+}
 CONVERTED_SUFFIX = "_comfyui"  # suffix of the name of a LoRA that `convert_lora.py` has converted
 
 

@@ -35,10 +35,11 @@ WORKFLOW = ".workflow.json"  # suffix of a ComfyUI workflow next to the files of
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
 SAMPLE_TEXTS = ("files", "prompts")  # keys of a line about samples; their values are by prompt number
+# keys of lines about single steps, which `History` does not keep in memory
 TRANSIENT_KEYS = {
     "loss",
     "doing",
-}  # keys of lines about single steps, which `History` does not keep in memory
+}
 Row = dict[str, Any]
 Points = dict[int, float | None]  # a curve: value by step; None: it was NaN or infinite
 SHOWN = 50  # steps whose mean duration is shown next to the bar, in the box at the end and on pages
