@@ -259,16 +259,17 @@ def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_proj
     """
     # `located_runs` begins with the newest run
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
-    families = [located.run.model for located in located_runs]
-    default_model = IMAGE_MODELS if families[0] in image_families() else next(iter(MODELS))
-    caption_families = [family for family in families if family in caption_formats()]
+    runs = [located.run for located in located_runs if located.folder == folder]
+    newest_family = runs[0].model
+    default_model = IMAGE_MODELS if newest_family in image_families() else next(iter(MODELS))
+    caption_families = [run.model for run in runs if run.model in caption_formats()]
     return FoundDataset(
         config,
         folder,
         is_project=is_project,
-        runs=[(located.run.id, located.run.name) for located in located_runs if located.folder == folder],
-        model=MODEL_OF_FAMILY.get(families[0], default_model),
-        caption_format=caption_families[-1] if caption_families else "",
+        runs=[(run.id, run.name) for run in runs],
+        model=MODEL_OF_FAMILY.get(newest_family, default_model),
+        caption_format=caption_families[0] if caption_families else "",
     )
 
 

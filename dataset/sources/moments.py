@@ -76,8 +76,9 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
     """Return how many channels the moments need; `channels` is how many the file has."""
     guess = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
-        f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."
-        f"{guess} Compute them with this model's VAE (prepare_dataset.py), or leave out load_tensors"
+        f"this model's VAE has {2 * latent.channels}: a mean and a log variance for each of "
+        f"{latent.channels}.{guess} Compute them with this model's VAE (prepare_dataset.py), or leave out "
+        "load_tensors"
     )
 
 

@@ -92,6 +92,23 @@ def test_a_tracker_whose_disk_is_full_ends_no_training(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_tracker_that_fails_leaves_the_others_their_values(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = MagicMock(log=MagicMock(side_effect=OSError("disk full")))
+    working = MagicMock()
+    full.name, working.name = "aim", "wandb"
+    with make_logs(options(logging_dir=tmp_path), 10) as logs:
+        logs.accelerator.trackers.extend([full, working])
+        for step in (1, 2):
+            logs.log_values({"loss/epoch": 0.4}, step)
+
+    assert [call.kwargs["step"] for call in working.log.call_args_list] == [1, 2]
+    assert full.log.call_count == 1
+    (warning,) = [text for text in caplog.messages if "receives no more values" in text]
+    assert warning == "--log_with aim receives no more values; the training continues: disk full"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_tracker_that_cannot_end_leaves_threads_their_errors(
     error: type[BaseException], tmp_path: Path

@@ -42,7 +42,7 @@ class Trackers:
     now: Callable[[], float] = time.monotonic  # seconds
     start_time: datetime = field(default_factory=datetime.now)  # names the folder of TensorBoard's files
     _last_flush: float = field(default=0.0, init=False)
-    _has_failed: bool = field(default=False, init=False)  # whether a tracker has failed; nothing is sent then
+    _failed_trackers: set[str] = field(default_factory=set, init=False)  # names; these receive nothing more
     _previous_excepthook: Any = field(default=None, init=False)  # the previous `threading.excepthook`
 
     def __enter__(self) -> "Trackers":
@@ -69,8 +69,8 @@ class Trackers:
 
     def __exit__(self, *error: object) -> None:
         try:
-            with self._stopping_at_errors(Exception):  # no error may end a finished training
-                for tracker in self.accelerator.trackers:
+            for tracker in self.accelerator.trackers:
+                with self._disabling_at_error(tracker, Exception):  # no error may end a finished training
                     tracker.finish()
         finally:
             self.accelerator.trackers.clear()  # accelerate would finish them again
@@ -82,24 +82,23 @@ class Trackers:
             self._previous_excepthook(error)
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
-        """Send the metrics of a step to every tracker, unless an earlier failure has disabled them."""
-        if not self._has_failed:
-            with self._stopping_at_errors():
-                for tracker in self.accelerator.trackers:
+        """Send the metrics of a step to every tracker that has not failed before."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name not in self._failed_trackers:
+                with self._disabling_at_error(tracker):
                     self._log_values(tracker, values, step)
 
     @contextlib.contextmanager
-    def _stopping_at_errors(self, kind: type[Exception] = OSError) -> Iterator[None]:
-        """Log the first error of the given kind as a warning, and stop sending metrics to all trackers."""
+    def _disabling_at_error(self, tracker: Any, kind: type[Exception] = OSError) -> Iterator[None]:
+        """Log a tracker's first error of the given kind as a warning, and stop sending metrics to it."""
         try:
             yield
         except kind as error:
-            if not self._has_failed:
-                names = " ".join(self.options.trackers)
+            if tracker.name not in self._failed_trackers:
                 logger.warning(
-                    "--log_with %s receives no more values; the training continues: %s", names, error
+                    "--log_with %s receives no more values; the training continues: %s", tracker.name, error
                 )
-            self._has_failed = True
+            self._failed_trackers.add(tracker.name)
 
     def _log_values(self, tracker: Any, values: Mapping[str, float], step: int) -> None:
         if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
