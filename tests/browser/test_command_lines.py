@@ -79,5 +79,5 @@ def test_the_commands_that_write_and_try_captions_follow_what_is_typed(tmp_path:
             wait_until(page, "document.querySelector('#try_line').textContent.includes('What')")
             assert page.locator("#try_line").inner_text() == f"{line} --try_on 3"
             page.get_by_label("Written by").fill("http://localhost:1")
-            wait_until(page, "document.querySelector('#caption_line').textContent.includes('blank')")
+            wait_until(page, "document.querySelector('#caption_line').textContent.includes('a space')")
             assert page.problems == []

@@ -141,7 +141,7 @@ def test_texts_of_several_lines_are_left_to_the_text(tmp_path: Path) -> None:
             "run.toml: loss_type = 'hub': choose from l1, l2, huber, smooth_l1. Did you mean",
         ),
         ({"learning_rate": "0,001"}, "run.toml: learning_rate = '0,001': expected a number"),
-        ({"network_args": "'open"}, "network_args: No closing quotation. Put quotes round"),
+        ({"network_args": "'open"}, "network_args: No closing quotation. Quote a value"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_message_of_the_script(
