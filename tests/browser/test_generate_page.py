@@ -743,7 +743,7 @@ def test_a_result_dropped_on_the_page_fills_the_form(served: Served, tmp_path: P
         assert note not in page.locator("body").inner_text()
         write_png(tmp_path / "plain.png", IMAGE)
         drop(page, "h1", tmp_path / "plain.png")
-        wait_until(page, "document.querySelector('#said').textContent.includes('It holds no settings')")
+        wait_until(page, "document.querySelector('#said').textContent.includes('It contains no settings')")
         assert page.get_by_label("Prompt").input_value() == PROMPT
 
 
