@@ -274,7 +274,7 @@ def test_a_job_of_the_queue_waits_for_the_render_job_and_then_has_the_card(
     job = queue.add(lasting, tmp_path)
     queue.begin_work()
     try:
-        reason = "the page Generate makes result 1: the job begins after it, or cancel it there"
+        reason = "the page Generate is generating result 1: the job begins after it, or cancel it there"
         wait_for(lambda: queue.problem == reason, lambda: queue.problem)
         assert [each.state for each in queue.jobs()] == [WAITING]
         worker.cancel(1)

@@ -238,7 +238,7 @@ def test_the_dialog_of_a_sample_prompt(page: Any, root: Path) -> None:
     wait_until(page, "document.getElementById('sheet').innerText.includes('changed in the meantime')")
     assert "written meanwhile" in page.locator("#sheet").inner_text()
     page.get_by_role("button", name="Add the line").click()
-    wait_until(page, "document.getElementById('sheet').innerText.includes('last line now')")
+    wait_until(page, "document.getElementById('sheet').innerText.includes('now the last line')")
     lines = (root / "mine" / "prompts.txt").read_text().splitlines()
     assert lines[:3] == ["# mine", "a dog --d 1", "written meanwhile"]
     assert lines[3].startswith('a "red" square moving <b>left</b> --w 96 --h 64')
