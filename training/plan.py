@@ -485,7 +485,7 @@ def _find_items(
         family.latent,
         text_keys=family.text_keys,
         stores=sources.stores,
-        live=sources.tables,
+        on_the_fly_tables=sources.tables,
         audio=audio_of(family),
         trusts_index=True,
     )
