@@ -21,7 +21,6 @@ from dataset.batches.items import (
 from dataset.cache.index import has_audio_caches, is_indexed, read_index
 from dataset.cache.latent_files import (
     LatentFile,
-    depends_on_references,
     list_latent_files,
     reference_sizes,
 )
@@ -208,8 +207,7 @@ def _add_items(
         caches.latent_files,
         tag=cache_info.tag,
         latent=latent,
-        store=caches.store,
-        reads_references=depends_on_references(table) and cache_info.on_the_fly_buckets is None,
+        store=caches.store if cache_info.on_the_fly_buckets is None else None,
     )
     has_latents = False
     with pause_garbage_collection():

@@ -1,6 +1,7 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,9 +92,11 @@ def read_batch(
     has_dropped_captions = bool(undropped) and tuple(undropped) != tuple(caption_indices)
     undropped_texts = reader.read_texts(items, undropped) if has_dropped_captions else []
     empty_texts = reader.read_texts(items, [EMPTY] * len(items)) if reads_empty else []
+    media_and_texts = itertools.chain.from_iterable(zip(media, texts, strict=True))
+    read_caches = (*media_and_texts, *undropped_texts, *empty_texts)
     batch = replace(
         _make_batch(items, texts, tensors),
-        cache_origins=_list_makers(media, texts, further_texts=(*undropped_texts, *empty_texts)),
+        cache_origins=tuple(itertools.chain.from_iterable(cache.origins for cache in read_caches)),
         undropped=_stack(undropped_texts, commands, is_text=True),
         empty_text=_stack(empty_texts, commands, is_text=True),
     )
@@ -125,18 +128,6 @@ def _make_batch(
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
     )
-
-
-def _list_makers(
-    media: Sequence["_ItemTensors"], texts: Sequence["_ItemTensors"], further_texts: Sequence["_ItemTensors"]
-) -> tuple[data.CacheOrigin, ...]:
-    """Return the encoders that made a batch's caches: for media and text of each item, then further texts."""
-    makers: list[data.CacheOrigin] = []
-    for item_media, text in zip(media, texts, strict=True):
-        makers += (*item_media.origins, *text.origins)
-    for text in further_texts:
-        makers += text.origins
-    return tuple(makers)
 
 
 def _unpack_inner_audio(

@@ -28,7 +28,7 @@ from dataset.sources.colors import reading_difference
 from dataset.sources.media_source import MediaSource
 from modules.console import format_count
 from modules.errors import CacheError, DatasetError, MediaError
-from protocols.data import Batch, CacheOrigin
+from protocols.data import CacheOrigin
 from protocols.family import Family
 
 logger = logging.getLogger(__name__)
@@ -101,21 +101,14 @@ def check_caches(
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not suit the model
             if condition_set:
                 family.batch_conditions(latents, replace(batch, condition_set=condition_set))
-        size_bytes += _count_bytes(batch)
+        for tensors in batch.tensors.values():
+            tensor_list = tensors if isinstance(tensors, list) else [tensors]
+            size_bytes += sum(tensor.nbytes for tensor in tensor_list)
         if size_bytes > MAX_READ_BYTES:
             break
     _warn_of_earlier_versions(read_caches, family, commands)
     if rank == 0:  # what the first process has read is enough for a warning
         _warn_of_missing_windows(cached, read_caches, commands)
-
-
-def _count_bytes(batch: Batch) -> int:
-    """Return the size of a batch's tensors in bytes."""
-    size_bytes = 0
-    for tensors in batch.tensors.values():
-        tensor_list = tensors if isinstance(tensors, list) else [tensors]
-        size_bytes += sum(tensor.nbytes for tensor in tensor_list)
-    return size_bytes
 
 
 def _require_trained_encoder(

@@ -18,7 +18,7 @@ from dataset.cache.index import (
     read_parts,
     split_names,
 )
-from dataset.cache.latent_files import depends_on_references, list_latent_files
+from dataset.cache.latent_files import list_latent_files
 from dataset.cache.records import CHECK_KEY, latent_record, size_and_mtime, source_folders, text_records
 from dataset.cache.store import SingleFiles
 from dataset.sources.media_source import FileIdentity
@@ -114,7 +114,6 @@ def _list_latents(
         tag=tag,
         latent=latent,
         store=store,
-        reads_references=depends_on_references(table),
     )
     return [
         {
