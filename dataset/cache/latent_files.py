@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset import cache_files
-from dataset.cache.records import section_frames
 from dataset.cache_files import CacheStore, LatentName
 from dataset.sources.frames import bucket_of
 from dataset.table import DatasetTable
@@ -89,7 +88,7 @@ def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path
     if table.kind == "image":
         return bucket_of(table, name.size, latent.pixel_step, path)
     if name.section is not None:  # sections of clips of any length share a batch: all have this length
-        return (*name.size, section_frames(table.fp_latent_window_size, latent))
+        return (*name.size, latent.count_frames(table.fp_latent_window_size))
     assert name.span is not None
     _, num_frames = name.span
     return (*name.size, num_frames)

@@ -279,7 +279,12 @@ class TextWork:
         """
         try:
             with contextlib.ExitStack() as stack:  # keeps reference images while the encoder reads them
-                prompts = [self._make_prompt(file, stack) for file in batch]
+                prompts = []
+                for file in batch:
+                    prompt = Prompt(file.caption or "", images=())
+                    if file.source is not None:  # the encoder sees media with the caption
+                        prompt = self._add_seen_media(prompt, file.source, stack)
+                    prompts.append(prompt)
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
         except (MediaError, CaptionError) as error:
@@ -293,29 +298,25 @@ class TextWork:
             self._failures_by_file[file.file_name] = failure
             return []
 
-    def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
-        """Return a caption as a prompt, with the media that text encoders see.
+    def _add_seen_media(self, prompt: Prompt, source: MediaSource, stack: contextlib.ExitStack) -> Prompt:
+        """Return the prompt with the media of an item that text encoders see.
 
         `stack` keeps downloaded or unpacked reference images until the caller closes it.
 
         Raises:
             MediaError: If a media file cannot be used.
         """
-        source = file.source
-        if source is None:
-            return Prompt(file.caption or "", images=())
-        references: tuple[Path, ...] = ()
         if source.table.references is not None:
             references = stack.enter_context(hold_references(source))
-        prompt = Prompt(file.caption or "", images=references)
+            prompt = dataclasses.replace(prompt, images=references)
         rules = self._family.references
         if rules is not None and rules.text_sees_vae_input:
             prompt = dataclasses.replace(prompt, image_pixels=self._decode_references(source))
         if self._visible_media.frames:
-            prompt = self._add_media(prompt, source)
+            prompt = self._add_frames(prompt, source)
         return prompt
 
-    def _add_media(self, prompt: Prompt, source: MediaSource) -> Prompt:
+    def _add_frames(self, prompt: Prompt, source: MediaSource) -> Prompt:
         """Return the prompt with the frames, control images and reference media of an item.
 
         Raises:
