@@ -590,20 +590,23 @@ class SourcePlanner:
         needs_frame_rate = self.cache_settings.stores_frame_rate and latent.default_fps is None
         if needs_frame_rate and FPS not in keys:
             yield "it does not contain its frame rate"
-        if (
-            self.source.table.references is not None
-        ):  # control images are the reference images of an editing model
-            num_references = len(self.source.control)
-            if sum(key.startswith(CONTROL) for key in keys) < num_references:
-                yield f"it has no latents of its {num_references} reference images"
-        elif is_shared and self.source.control:
-            has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in keys)
-            if not has_control:
-                yield "it has no control image"
+        yield from self._find_missing_control(keys)
         needed_keys = (INNER_AUDIO, AUDIO_PRESENT) if latent.caches_audio else ()
         for key in needed_keys:
             if key not in keys:
                 yield f"it has no {key}, which this model needs with every clip"
+
+    def _find_missing_control(self, keys: Collection[str]) -> Iterator[str]:
+        """Yield which latents of control images a cache file without a record lacks."""
+        # control images are the reference images of an editing model
+        if self.source.table.references is not None:
+            num_references = len(self.source.control)
+            if sum(key.startswith(CONTROL) for key in keys) < num_references:
+                yield f"it has no latents of its {num_references} reference images"
+        elif self.store.is_shared and self.source.control:
+            has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in keys)
+            if not has_control:
+                yield "it has no control image"
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
         """Return F, H, W of an item's latents, or of one section of them."""

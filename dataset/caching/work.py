@@ -244,11 +244,7 @@ class MediaWork:
             self._encode_missing(to_do, results, workers=workers, shows=shows)
         outdated = [plan.outdated_reason for plan in results.finished if plan.outdated_reason is not None]
         if len(outdated) > len(incompatible_reasons):  # some have not been logged
-            logger.info(
-                "%d sources had outdated cache files, which were replaced. The first: %s",
-                len(outdated),
-                outdated[0],
-            )
+            _log_replaced(outdated)
         report = _make_report(results, num_assigned=len(sources), num_total=len(self.work_items))
         if self._audio is None:
             return report
@@ -539,6 +535,13 @@ def _make_report(results: _EncodedMedia, num_assigned: int, num_total: int) -> p
         num_assigned=num_assigned,
         num_total=num_total,
         valid=frozenset(reused | written),
+    )
+
+
+def _log_replaced(reasons: Sequence[str]) -> None:
+    """Log why outdated cache files were replaced."""
+    logger.info(
+        "%d sources had outdated cache files, which were replaced. The first: %s", len(reasons), reasons[0]
     )
 
 
