@@ -30,7 +30,7 @@ from data_tools.report.layers import find_unusable_layers
 from data_tools.report.masks import check_masks, find_lone_masks
 from data_tools.report.page import write_check_page
 from dataset.batches.checks import SameEncoders, describe_identity
-from dataset.batches.finding import FoundItems, find_items, learn_no_references
+from dataset.batches.finding import FoundItems, find_items, lack_edit_references
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
@@ -556,7 +556,7 @@ def check_training(
     if found_items.items:
         # all items share the model, and therefore the cache layout
         stores = stores_for(found_items.items[0], latent)
-        if learn_no_references(found_items.items, stores):
+        if lack_edit_references(found_items.items, stores):
             tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
     count_validation_items(tables, *validation)
     closing_lines = _describe_items(found_items.items, validation, accumulation * processes)

@@ -163,8 +163,8 @@ def _find_caption_change(
 def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the table's current settings for media that text encoders see, to compare with `recorded`.
 
-    If the table's media cannot be listed, the recorded values of the row's media are returned, so that no
-    difference is reported for them.
+    If the table's media cannot be listed, the settings of an item's own media are taken from `recorded`, so
+    that no difference is reported for them.
     """
     companions = _current_companions(item) if MEDIA in recorded else None
     sees_clip = CLIP in recorded

@@ -376,8 +376,8 @@ def _may_have_references(table: DatasetTable) -> bool:
     return bool(table.clip_references and has_source)
 
 
-def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether there are items to edit references, but none of up to SAMPLED of them has any."""
+def lack_edit_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
+    """Return whether items that are trained for editing have no references; up to SAMPLED are examined."""
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:

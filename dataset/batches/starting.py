@@ -126,8 +126,8 @@ def _require_trained_encoder(
         recorded = origin.encoder.get(key)
         if recorded != trained_id[key]:
             raise CacheError(
-                f"{origin.path}: another {origin.part.replace('_', ' ')} made this text than that of the "
-                f"trained checkpoint: its {key} is {shorten_fingerprint(str(recorded))}, but here it is "
+                f"{origin.path}: it was not made by the {origin.part.replace('_', ' ')} of the trained "
+                f"checkpoint: its {key} is {shorten_fingerprint(str(recorded))}, but here it is "
                 f"{shorten_fingerprint(trained_id[key])}. Cache texts again:\n  {commands.text}\n  or add "
                 "--skip_cache_check if both checkpoints have the same text encoders."
             )

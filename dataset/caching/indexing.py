@@ -111,13 +111,7 @@ def _list_latents(
     table: DatasetTable, names: Sequence[str], tag: str, latent: LatentSpec, store: SingleFiles
 ) -> list[dict[str, Any]]:
     """Return an index line for each latent cache file; the files' origins are added later."""
-    files = list_latent_files(
-        table,
-        names,
-        tag=tag,
-        latent=latent,
-        store=store,
-    )
+    files = list_latent_files(table, names, tag=tag, latent=latent, store=store)
     return [
         {
             "file": file.file,
@@ -148,7 +142,7 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
     """Return the fields of a cache file's index line that say what it was made from.
 
-    These are the checksum of its record, and size and time of the media files. If they cannot be found out
+    These are the checksum of its record, and size and time of the media files. If they cannot be determined
     here, training reads the cache to compare it with its media. `part` is LATENTS or TEXTS.
     """
     unknown_origin: dict[str, Any] = {"record": None, "sources": {}}

@@ -152,9 +152,8 @@ def cache(
         if shard.num_shards is not None or share.num_processes > 1:
             label = _name_part(shard, share)
         try:
-            own_report = work.encode(
-                own_items, label if is_main else None
-            )  # only the main one shows progress
+            # only the main process shows progress
+            own_report = work.encode(own_items, label if is_main else None)
         finally:
             work.free()
         work.stores.close(config.datasets)

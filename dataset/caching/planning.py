@@ -293,8 +293,8 @@ class SourcePlanner:
         """
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has
-        shape: list[object] = [
-            self.source.table.index,
+        key: list[object] = [
+            source.table.index,
             source.mask_from,
             len(source.control),
             source.audio is None,
@@ -317,8 +317,8 @@ class SourcePlanner:
             if not self._would_decode_alike(settings_texts):
                 return None  # from an earlier version: whether its result differs depends on the file
             name_after_stem = file[len(source.stem) :]
-            shape += (name_after_stem, *settings_texts)
-        return tuple(shape)
+            key += (name_after_stem, *settings_texts)
+        return tuple(key)
 
     def _would_decode_alike(self, record_texts: Sequence[str]) -> bool:
         """Return whether decoding the files now gives the same pixels as when they were cached.
@@ -338,11 +338,10 @@ class SourcePlanner:
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
 
-        The size and number of frames that `compare` needs come from the first of these that is possible: the
+        The size and number of frames that `compare` needs come from the first of these that is available: the
         header of an image, the shape of precomputed moments, the record of an existing cache, or, with
-        --skip_existing, the header of a video.
-
-        `missing_spans`, the spans to encode, is None if they are unknown until the clip is decoded.
+        --skip_existing, the header of a video. If none is, `missing_spans` (the spans to encode) is None, and
+        the clip has to be decoded first.
 
         Raises:
             MediaError: If the header of the file cannot be read.
@@ -682,7 +681,7 @@ class SourcePlanner:
             MediaError: If the header of the image cannot be read.
         """
         must_be_fetched = bool(self.source.remote_or_packed)
-        # a cache is not quicker if all caches are read anyway (`verifies_tensors`), or none is
+        # records of caches save time only if caches are read, but not completely
         reads_no_records = self.cache_settings.stores.trusts_shared_caches
         if (self.verifies_tensors or reads_no_records) and not must_be_fetched:
             return image_size(self.source.path)

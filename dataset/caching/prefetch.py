@@ -116,7 +116,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         SystemExit: If a media file failed, in other processes, with the same exit code.
     """
     exit_code = DatasetError.exit_code
-    # as a step of a longer run, which continues without the failed files and shows its own next command
+    # this is a step of a longer run, which continues without the failed files and shows its own next command
     if os.environ.get(RUN_GOES_ON):
         exit_code = SOURCES_LEFT_OUT
         commands = ()

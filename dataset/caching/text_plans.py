@@ -186,7 +186,7 @@ class _SeenMedia(NamedTuple):
 def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
     """Return the media that text encoders see with a caption: reference images and `visible_media`."""
     table = source.table
-    seen_source = None  # stays None if the encoders see no media
+    seen_source = None  # stays None if the item has no media that the encoders see
     files: tuple[tuple[Path, Origin | None], ...] = ()
     settings: dict[str, Any] = {}
     if source.control and table.texts_see_references:
@@ -400,12 +400,13 @@ def find_outputs(
     for encoder, identity in encoders:
         record = records.get(encoder.name)
         if record is None:
-            if needs_no_record and _is_valid_without_record(entry, encoder, file, path):
-                has_record[encoder.name] = False
-        elif _is_up_to_date(record, identity, file, path) and (
-            not verifies_tensors or _is_intact(entry, record)
-        ):
-            has_record[encoder.name] = True
+            is_valid = needs_no_record and _is_valid_without_record(entry, encoder, file, path)
+        else:
+            is_valid = _is_up_to_date(record, identity, file, path)
+            if is_valid and verifies_tensors:
+                is_valid = _is_intact(entry, record)
+        if is_valid:
+            has_record[encoder.name] = record is not None
     outdated = records.keys() - has_record.keys()
     if in_part and (outdated or not has_record):
         return ValidOutputs(None, {})

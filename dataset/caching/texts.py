@@ -451,9 +451,8 @@ class TextWork:
             **record_metadata({encoder: dataclasses.replace(record, crc32=checksums)}),
         }
         entry = Entry.of(store.folder / file.file_name, metadata, tensors)
-        # the unfinished file is read before the finished one (in `_write_complete`), because another process
-        # may finish it in between
-        # outputs of the encoders before this one
+        # outputs of the encoders before this one. The unfinished file is read before the finished one (in
+        # `_write_complete`), because another process may finish it in between
         unfinished_entry, earlier_encoders = self._find_outputs(file, in_part=True)
         if unfinished_entry is not None:
             entry = _merge_entries(unfinished_entry, entry)

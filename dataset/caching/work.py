@@ -235,16 +235,15 @@ class MediaWork:
         self._warn_about_media([plan.source for plan in to_do])
         if label is not None:
             self._show_start(to_do, len(sources), label)
-        incompatible = [plan.outdated_reason for plan in to_do if plan.is_incompatible]
-        incompatible_reasons = [reason for reason in incompatible if reason is not None]
-        if incompatible_reasons and shows:
-            _warn_of_outdated(incompatible_reasons)
+        incompatible = [plan for plan in to_do if plan.is_incompatible]
+        if incompatible and shows:
+            _warn_of_incompatible(incompatible)
         results = _EncodedMedia([plan for plan in plans if plan.missing_spans == ()], list(failures))
         if to_do:
             self._encode_missing(to_do, results, workers=workers, shows=shows)
-        outdated = [plan.outdated_reason for plan in results.finished if plan.outdated_reason is not None]
-        if len(outdated) > len(incompatible_reasons):  # some have not been logged
-            _log_replaced(outdated)
+        outdated = [plan for plan in results.finished if plan.outdated_reason is not None]
+        if len(outdated) > len(incompatible):  # some have not been logged
+            _log_outdated(outdated)
         report = _make_report(results, num_assigned=len(sources), num_total=len(self.work_items))
         if self._audio is None:
             return report
@@ -538,18 +537,20 @@ def _make_report(results: _EncodedMedia, num_assigned: int, num_total: int) -> p
     )
 
 
-def _log_replaced(reasons: Sequence[str]) -> None:
-    """Log why outdated cache files were replaced."""
+def _log_outdated(plans: Sequence[SourcePlan]) -> None:
+    """Log how many media files had outdated caches, which have been replaced."""
     logger.info(
-        "%d sources had outdated cache files, which were replaced. The first: %s", len(reasons), reasons[0]
+        "%d sources had outdated cache files, which were replaced. The first: %s",
+        len(plans),
+        plans[0].outdated_reason,
     )
 
 
-def _warn_of_outdated(reasons: Sequence[str]) -> None:
+def _warn_of_incompatible(plans: Sequence[SourcePlan]) -> None:
     """Warn that caches made for other settings will be replaced, because another model may need them."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",
-        pluralize(len(reasons), "sources have cache files of another kind"),
-        reasons[0],
+        pluralize(len(plans), "sources have cache files of another kind"),
+        plans[0].outdated_reason,
     )
