@@ -64,7 +64,7 @@ class VideoAnalysis:
 def analyze_video(
     info: SourceInfo, frames: Iterable[OutputFrame], detector: SceneDetector, black_threshold: float
 ) -> VideoAnalysis:
-    """Decode a video once: note frame times, find scene changes, measure a frame every SAMPLE_SECONDS."""
+    """Decode a video once: record frame times, find scene changes, measure a frame every SAMPLE_SECONDS."""
     analysis = VideoAnalysis(info.width, info.height)
     next_measured = 0.0  # time in seconds
     for index, frame in enumerate(frames):
