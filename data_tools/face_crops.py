@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,29 +174,41 @@ def crop_faces(options: CropFacesOptions) -> None:
     detector = _load_detector(options)
     make_folder(target, "--dst_dir")
     failures: list[Failure] = []
-    without_face: list[str] = []
-    num_written = 0
+    num_faces: dict[str, int] = {}  # by file name of the image
     for path in track(images, "Faces", len(images), unit="image"):
         try:
-            image = read_image(path)
-            faces = _select_faces(detector.find(image, options.least_score), options)
-            _write_faces(path, target, image, faces, options)
+            num_faces[path.name] = _crop_image(path, target, detector, options)
         except MediaError as error:
             failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
-            continue
-        num_written += len(faces)
-        if not faces:
-            without_face.append(path.name)
+    _show_results(num_faces, options.dst_dir)
+    if failures:
+        raise failure_error(failures, format_count(len(images), "image"))
+
+
+def _crop_image(path: Path, target: Path, detector: Detector, options: CropFacesOptions) -> int:
+    """Crop the faces in one image; return how many there are.
+
+    Raises:
+        MediaError: If the image cannot be read, or a face in it cannot be scaled.
+    """
+    image = read_image(path)
+    faces = _select_faces(detector.find(image, options.least_score), options)
+    _write_faces(path, target, image, faces, options)
+    return len(faces)
+
+
+def _show_results(num_faces: Mapping[str, int], folder: Path) -> None:
+    """Show how many faces were written to a folder, and log which images have none."""
+    without_face = [name for name, count in num_faces.items() if not count]
     if without_face:
         logger.warning(
             "%s without a face that is large and certain enough: %s. A lower --least_score finds more.",
             format_count(len(without_face), "image"),
             list_some(without_face),
         )
-    rows: list[Row] = [("written", format_count(num_written, "image")), ("folder", str(options.dst_dir))]
+    num_written = sum(num_faces.values())
+    rows: list[Row] = [("written", format_count(num_written, "image")), ("folder", str(folder))]
     show_box("Faces", rows)
-    if failures:
-        raise failure_error(failures, format_count(len(images), "image"))
 
 
 def _load_detector(options: CropFacesOptions) -> Detector:

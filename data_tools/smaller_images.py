@@ -124,6 +124,13 @@ def resize_images(options: ResizeImagesOptions) -> None:
             counts.failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
             continue
         counts.companions += _copy_companions(companions.get(path.stem, ()), target, options.sizes)
+    _show_results(counts, options)
+    if counts.failures:
+        raise failure_error(counts.failures, format_count(len(images), "image"))
+
+
+def _show_results(counts: _Counts, options: ResizeImagesOptions) -> None:
+    """Show how many copies were written or existed before, and where they are."""
     existing_text = f"{counts.existing} existed before"
     if counts.existing:
         existing_text += "; delete them to make them again"
@@ -134,8 +141,6 @@ def resize_images(options: ResizeImagesOptions) -> None:
     if options.copy_associated_files:
         rows.insert(1, ("copied", format_count(counts.companions, "file")))
     show_box("Smaller images", rows)
-    if counts.failures:
-        raise failure_error(counts.failures, format_count(len(images), "image"))
 
 
 def _reject_equal_stems(images: Sequence[Path]) -> None:

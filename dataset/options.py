@@ -17,7 +17,7 @@ R = TypeVar("R", bound=Options)
 GUESS = "guess"  # value of --repair_captions without an encoding
 MAX_AT_ONCE = 1024  # maximum number of items or threads
 MAX_SHARDS = 1_000_000
-COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
+COLORS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
 
 
 def _dataset_keys() -> Collection[str]:
@@ -241,15 +241,15 @@ class DebugOptions(Options, title="looking at the dataset"):
         "console: width in characters", default=80, minimum=8, maximum=1000, ignored_without="debug_mode"
     )
     console_back: str | None = option(
-        f"console: background ({', '.join(COLOURS)})", ignored_without="debug_mode"
+        f"console: background ({', '.join(COLORS)})", ignored_without="debug_mode"
     )
     console_num_images: int | None = option(
         "console: at most this many items of each dataset", minimum=1, ignored_without="debug_mode"
     )
 
     def __post_init__(self) -> None:
-        if self.console_back is not None and self.console_back.lower() not in COLOURS:
-            raise OptionError(f"--console_back {self.console_back}: use one of {', '.join(COLOURS)}")
+        if self.console_back is not None and self.console_back.lower() not in COLORS:
+            raise OptionError(f"--console_back {self.console_back}: use one of {', '.join(COLORS)}")
 
 
 def read_latent_caching(

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dataset.batches.checks import SameEncoders, check_channels
-from dataset.batches.finding import find_items, learn_no_references, require_items
+from dataset.batches.finding import find_items, lack_edit_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
@@ -485,7 +485,7 @@ def _find_items(
         family.latent,
         text_keys=family.text_keys,
         stores=sources.stores,
-        live=sources.tables,
+        on_the_fly_tables=sources.tables,
         audio=audio_of(family),
         trusts_index=True,
     )
@@ -561,7 +561,7 @@ def _warn_of_missing(
 ) -> None:
     """Warn if no item has the references or masks that dataset tables or --masked_loss require."""
     takes_references = any(table.references or table.clip_references for table in config.datasets)
-    if takes_references and learn_no_references(items, sources.stores):
+    if takes_references and lack_edit_references(items, sources.stores):
         logger.warning("%s", NO_REFERENCE)
     takes_masks = options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):

@@ -354,7 +354,7 @@ def _read_largest_batch(
         family.latent,
         text_keys=family.text_keys,
         stores=stores,
-        live=tables,
+        on_the_fly_tables=tables,
         audio=audio_of(family),
     )
     items = require_items(found_items, commands)

@@ -197,16 +197,24 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
     failures, num_changed = _make_recorded_captions(backend, reasons, records)
     num_written = len(reasons) - len(failures) - num_changed
     num_not_written = len(locations) - len(reasons) + num_changed
+    seconds = time.monotonic() - start_seconds
+    _show_results(backend, seconds, num_written, num_not_written=num_not_written, num_changed=num_changed)
+    if failures:
+        raise _explain_failures(failures, num_to_caption=len(reasons))
+
+
+def _show_results(
+    backend: CaptionBackend, seconds: float, num_written: int, num_not_written: int, num_changed: int
+) -> None:
+    """Show how many captions were written and kept; somebody else changed `num_changed` meanwhile."""
     changed_text = f"{num_changed} of them were written by somebody else meanwhile" if num_changed else None
     rows: list[Row] = [
         ("captions", f"{num_written} written, {num_not_written} kept"),
         ("kept", changed_text),
         ("missing keys", backend.describe_missing_keys()),
-        ("time", format_duration(time.monotonic() - start_seconds)),
+        ("time", format_duration(seconds)),
     ]
     show_box("Captioning is finished", rows)
-    if failures:
-        raise _explain_failures(failures, num_to_caption=len(reasons))
 
 
 def _explain_failures(failures: Sequence[Failure], num_to_caption: int) -> DatasetError:

@@ -40,9 +40,8 @@ logger = logging.getLogger(__name__)
 def prepare(options: PrepareOptions) -> None:
     """Prepare a dataset for CogVideoX trainers: encode missing files, and write the lists of all files.
 
-    1. The main process checks the output folder and records the settings in it.
-    2. Each process encodes the missing files of its share of the clips.
-    3. The main process writes the lists and reports unreadable clips, which do not stop the run.
+    Each process encodes a share of the clips. Unreadable clips do not stop the run; they are reported at the
+    end.
 
     Raises:
         DatasetError: If the data cannot be used or a clip failed.
@@ -68,22 +67,31 @@ def prepare(options: PrepareOptions) -> None:
             _show_start(options, process, num_items=len(items), num_to_do=missing_files.num_items)
         failures_of_process = _prepare_items(options, networks, process, missing_files)
         gathered = process.gather((missing_files.num_items, failures_of_process))
-        failures = [failure for _, failures in gathered for failure in failures]
-        if not is_main:
-            if failures:
-                raise SystemExit(DatasetError.exit_code)
-            return
-        # items whose files all exist now, from this run or earlier ones
-        complete = [item for item in items if _find_missing_files([item], options, networks).num_items == 0]
-        _write_lists(complete, folder)
+    failures = [failure for _, failures in gathered for failure in failures]
     num_prepared = sum(num_items for num_items, _ in gathered) - len(failures)
+    if is_main:
+        _conclude(options, networks, items, num_prepared)
+        if failures:
+            raise failure_error(sorted(failures, key=lambda failure: str(failure.path)), "clips")
+    elif failures:
+        raise SystemExit(DatasetError.exit_code)
+
+
+def _conclude(
+    options: PrepareOptions,
+    networks: PipelineNetworks | None,
+    items: Sequence[clips.PreparedItem],
+    num_prepared: int,
+) -> None:
+    """Write the lists of all items that are complete, and show the results; this run made `num_prepared`."""
+    # items whose files all exist now, from this run or earlier ones
+    complete = [item for item in items if _find_missing_files([item], options, networks).num_items == 0]
+    _write_lists(complete, options.output_dir)
     rows: list[Row] = [
         ("items", f"{len(complete)}, {num_prepared} of them prepared by this run"),
-        ("lists", f"prompts.txt, videos.txt, data.jsonl in {folder}"),
+        ("lists", f"prompts.txt, videos.txt, data.jsonl in {options.output_dir}"),
     ]
     show_box("Preparing is finished", rows)
-    if failures:
-        raise failure_error(sorted(failures, key=lambda failure: str(failure.path)), "clips")
 
 
 def _begin_folder(options: PrepareOptions, networks: PipelineNetworks | None) -> None:

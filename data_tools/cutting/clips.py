@@ -64,7 +64,7 @@ class VideoAnalysis:
 def analyze_video(
     info: SourceInfo, frames: Iterable[OutputFrame], detector: SceneDetector, black_threshold: float
 ) -> VideoAnalysis:
-    """Decode a video once: note frame times, find scene changes, measure a frame every SAMPLE_SECONDS."""
+    """Decode a video once: record frame times, find scene changes, measure a frame every SAMPLE_SECONDS."""
     analysis = VideoAnalysis(info.width, info.height)
     next_measured = 0.0  # time in seconds
     for index, frame in enumerate(frames):
@@ -229,10 +229,12 @@ def _find_reason_to_drop(analysis: VideoAnalysis, first: int, end: int, choice: 
     frames = [measured.cells for measured in measured_frames]
     if not choice.keep_static and len(frames) > 1 and is_static(frames, choice.static_threshold):
         return STATIC
-    num_blurred = sum(
-        not measured.is_flat and measured.sharpness < choice.blur_threshold for measured in measured_frames
-    )
-    return BLURRED if choice.drop_blurred and 2 * num_blurred > len(measured_frames) else ""
+    if choice.drop_blurred:
+        details = [measured for measured in measured_frames if not measured.is_flat]
+        num_blurred = sum(measured.sharpness < choice.blur_threshold for measured in details)
+        if 2 * num_blurred > len(measured_frames):
+            return BLURRED
+    return ""
 
 
 def _make_clip(analysis: VideoAnalysis, scene: int, first: int, end: int, dropped: str) -> PlannedClip:

@@ -87,11 +87,24 @@ def cut_footage(options: CuttingOptions) -> None:
     if not options.dry_run:
         make_folder(output, "--output")
         make_folder(list_path.parent, "--jsonl")
-    clip_list = ClipList(list_path, output)
     shows_bars = options.num_workers == 1 or len(jobs) == 1  # bars of several threads would mix
-    cutter = Cutter(options, output, shows_bars, clip_list)
+    cutter = Cutter(options, output, shows_bars, ClipList(list_path, output))
+    results, failures = _cut_and_list(jobs, cutter)
+    if results and not options.dry_run:
+        _show_results(results, list_path, seconds=time.monotonic() - started)
+    if failures:
+        _raise_failures(failures, len(sources))
+
+
+def _cut_and_list(
+    jobs: Sequence[CuttingJob], cutter: "Cutter"
+) -> tuple[list[CutResult], list[tuple[Path, Exception]]]:
+    """Cut videos and write the list of their clips; return the results, and the videos that failed.
+
+    If the run is stopped, the list contains the clips so far.
+    """
+    results: list[CutResult] = []
     failures: list[tuple[Path, Exception]] = []
-    results = []
     try:
         for source, result in _cut_all(jobs, cutter):
             if isinstance(result, Exception):
@@ -100,13 +113,10 @@ def cut_footage(options: CuttingOptions) -> None:
             results.append(result)
             _report_cut(source, result)
             if result.record is not None:
-                clip_list.add(result.record, result.is_new)
-    finally:  # also if the run fails: the clips so far
-        clip_list.write()
-    if results and not options.dry_run:
-        _show_results(results, list_path, seconds=time.monotonic() - started)
-    if failures:
-        _raise_failures(failures, len(sources))
+                cutter.clip_list.add(result.record, result.is_new)
+    finally:
+        cutter.clip_list.write()
+    return results, failures
 
 
 def _report_cut(source: Path, result: CutResult) -> None:
@@ -287,8 +297,20 @@ class Cutter:
     def _reject_edited_clips(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has edited the clips of an earlier cut, before the source is cut again.
 
-        Edits are a file next to a clip, a caption in the list of clips, or a clip of a different size. `why`
-        is the reason for cutting again.
+        `why` is the reason for cutting again.
+        """
+        for edit, paths in self._find_edited_clips(record).items():
+            if paths:
+                raise OutputError(
+                    f"{source} was cut with other options ({why}), and there are clips {edit}, such as "
+                    f"{paths[0].name}. Cutting again would invalidate them: move them away, or choose "
+                    "another --output."
+                )
+
+    def _find_edited_clips(self, record: CutRecord) -> dict[str, list[Path]]:
+        """Return the clips of a record that a user has edited, by a description of the edit.
+
+        Edits are a file next to a clip, a caption in the list of clips, or a clip of a different size.
         """
         recorded_sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
         clips = [path for path in recorded_sizes if os.path.lexists(path)]
@@ -304,18 +326,11 @@ class Cutter:
             # an interrupted cut has recorded 0 bytes, which cannot be compared
             if size_bytes and path.stat().st_size != size_bytes:
                 changed.append(path)
-        edited_clips = {
+        return {
             f"with a caption in {self.options.list_path.name}": captioned,
             "with other files of their names next to them": sorted(companions),
             "that were changed": changed,
         }
-        for edit, paths in edited_clips.items():
-            if paths:
-                raise OutputError(
-                    f"{source} was cut with other options ({why}), and there are clips {edit}, such as "
-                    f"{paths[0].name}. Cutting again would invalidate them: move them away, or choose "
-                    "another --output."
-                )
 
     def _decode_frames(self, path: Path, what: str, deep: bool = False) -> Generator[OutputFrame, None, None]:
         """Yield the frames of a video, with a progress bar. Raises MediaError if one cannot be decoded."""

@@ -30,7 +30,7 @@ from data_tools.report.layers import find_unusable_layers
 from data_tools.report.masks import check_masks, find_lone_masks
 from data_tools.report.page import write_check_page
 from dataset.batches.checks import SameEncoders, describe_identity
-from dataset.batches.finding import FoundItems, find_items, learn_no_references
+from dataset.batches.finding import FoundItems, find_items, lack_edit_references
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
@@ -524,10 +524,6 @@ def check_training(
 ) -> CheckResult:
     """Report the caches that a training run would use; every cache file is read and verified.
 
-    1. For each table: list cached and missing items, read the caches, and compare them with the media files.
-    2. For the whole dataset: check that references are learned, and split off the validation items.
-    3. Describe an epoch, and name the caching commands if there are errors.
-
     Args:
         config: The dataset.
         cache_tag: Name of the model in its cache files.
@@ -560,14 +556,10 @@ def check_training(
     if found_items.items:
         # all items share the model, and therefore the cache layout
         stores = stores_for(found_items.items[0], latent)
-        if learn_no_references(found_items.items, stores):
+        if lack_edit_references(found_items.items, stores):
             tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
-    trained, validation_items = split_validation(found_items.items, *validation)
-    # the same items are subtracted from the bucket counts of the report
     count_validation_items(tables, *validation)
-    closing_lines = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
-    if validation_items:
-        closing_lines.append(f"For validation: {format_count(len(validation_items), 'item')}")
+    closing_lines = _describe_items(found_items.items, validation, accumulation * processes)
     if any(findings.errors for findings in tables):
         closing_lines += ["Caches are made by:", *indent([commands.latents, commands.text])]
     opening_lines = (RECOGNIZED, *indent([*checkpoint_lines, *counters.missing_lines]))
@@ -581,6 +573,17 @@ def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], 
         reference_sides = [side * latent.stride[1] for side in first.reference_latent_sizes]
         stems = [item.source_stem for item in group]
         findings.add_items(stems, (*first.bucket, *reference_sides))
+
+
+def _describe_items(
+    items: Sequence[TrainingItem], validation: tuple[float, int], batches_per_step: int
+) -> list[str]:
+    """Return lines about the items of an epoch, and those held out for validation (its fraction and seed)."""
+    trained, held_out = split_validation(items, *validation)
+    lines = [_describe_epoch(trained, batches_per_step)]
+    if held_out:
+        lines.append(f"For validation: {format_count(len(held_out), 'item')}")
+    return lines
 
 
 def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str:
@@ -673,13 +676,20 @@ def _compare_sources(
     findings.info_lines += findings_of_sources.info_lines
     # training only reads caches, so errors of sources are warnings
     findings.warnings += [*findings_of_sources.errors, *findings_of_sources.warnings]
+    findings.warnings += _find_uncached(findings, items, with_audio)
+
+
+def _find_uncached(findings: TableFindings, items: Sequence[TrainingItem], with_audio: bool) -> list[Fault]:
+    """Return a warning for each media file of a table without a cache, and each clip without cached audio."""
+    warnings = []
     cached_stems = {item.source_stem for item in items}
     kind = "have no cache: too short, unreadable, or not cached yet"
     for source in findings.sources:
         if source.stem not in cached_stems:
-            findings.warnings.append(Fault(kind, str(source.path), source.stem))
+            warnings.append(Fault(kind, str(source.path), source.stem))
     if with_audio and uses_audio(findings.table):
         stems_without_audio = {item.source_stem for item in items if not item.has_cached_audio}
         kind = "have sound that is not cached: only their pictures are learned until latents are cached again"
         paths = list_silent(findings.sources, stems_without_audio)
-        findings.warnings += [Fault(kind, str(path), path.stem) for path in paths]
+        warnings += [Fault(kind, str(path), path.stem) for path in paths]
+    return warnings

@@ -232,11 +232,9 @@ def _find_media_state(plan: SourcePlan, has_files: bool) -> State:
     if plan.outdated_reason is not None:
         return STALE, plan.outdated_reason
     # either the items are not known, so no cache counts as valid, or every known item lacks a valid cache
-    is_nothing_valid = plan.missing_spans is None or (plan.missing_spans and not plan.valid_files)
-    if is_nothing_valid and has_files:
-        return STALE, "not of this file, or of other settings"
-    if is_nothing_valid:
-        return MISSING, ""
+    has_no_valid = plan.missing_spans is None or (plan.missing_spans and not plan.valid_files)
+    if has_no_valid:
+        return (STALE, "made from another file, or with other settings") if has_files else (MISSING, "")
     if plan.missing_spans:
         return MISSING, f"{len(plan.missing_spans)} of {len(plan.item_sizes)} items"
     if plan.num_without_record:  # valid files that have no record
@@ -325,7 +323,7 @@ def _find_text_state(plan: CaptionFile, store: CacheStore, sample_records: Mappi
     if not sample_records:
         return UNKNOWN, "made by another program, without a record of its caption"
     if not plan.encoders_to_run:
-        return VALID, "made by another program, of the same caption" if plan.lacks_record else ""
+        return VALID, "made by another program from the same caption" if plan.lacks_record else ""
     # the first encoder whose embeddings have to be computed again
     encoder = plan.encoders_to_run[0]
     try:

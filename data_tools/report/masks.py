@@ -16,7 +16,7 @@ from dataset.sources.folders import list_entries
 from dataset.sources.frames import MAX_CHECKED_FILES, read_mask_clip, read_mask_image, shrink_mask
 from dataset.sources.mask_files import masks_by_stem
 from dataset.sources.media_source import Fault
-from dataset.table import folder_id
+from dataset.table import DatasetTable, folder_id
 from modules.bars import Bar
 from modules.console import format_count
 from modules.errors import DatasetError, MediaError
@@ -46,14 +46,8 @@ class MeasuredMask:
 def check_masks(
     findings: TableFindings, plans: Sequence[SourcePlan], latent: LatentSpec, workers: int
 ) -> None:
-    """Report which share of the latents the masks of a table include in the loss; warn about empty masks.
-
-    At most MAX_CHECKED_FILES masks are read, evenly spaced among the masks that are local files.
-    """
-    masked_plans = [plan for plan in plans if plan.source.mask is not None and plan.item_sizes]
-    local_plans = [plan for plan in masked_plans if not plan.source.remote_or_packed]
-    step = math.ceil(len(local_plans) / MAX_CHECKED_FILES) or 1  # a step of 0 is an error, also without files
-    sampled_plans = local_plans[::step]
+    """Report which share of the latents the masks of a table include in the loss; warn about empty masks."""
+    sampled_plans = _sample_masks(plans)
     measure = functools.partial(_measure, latent=latent)
     bar = Bar(len(sampled_plans), "Reading masks", "mask", shown=False)
     measured = [mask for mask in map_ahead(sampled_plans, measure, workers, bar) if mask is not None]
@@ -69,6 +63,14 @@ def check_masks(
         if mask.learned_fraction == 0:
             kind = BLACK if mask.is_black else THIN
             findings.warnings.append(Fault(kind, str(mask.path), mask.stem, is_fatal=False))
+
+
+def _sample_masks(plans: Sequence[SourcePlan]) -> Sequence[SourcePlan]:
+    """Return up to MAX_CHECKED_FILES plans of sources with masks, evenly spaced among the local files."""
+    masked_plans = [plan for plan in plans if plan.source.mask is not None and plan.item_sizes]
+    local_plans = [plan for plan in masked_plans if not plan.source.remote_or_packed]
+    step = math.ceil(len(local_plans) / MAX_CHECKED_FILES) or 1  # a step of 0 is an error, also without files
+    return local_plans[::step]
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MeasuredMask | None:
@@ -103,23 +105,28 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
     If a folder has no matching mask at all, its table already has an error.
     """
     media_stems: dict[str, set[str]] = {}  # by folder of masks: stems of all images and clips of its tables
-    for findings in tables:
-        if findings.table.mask_directory is not None:
-            stems = media_stems.setdefault(folder_id(findings.table.mask_directory), set())
-            stems.update(source.stem for source in findings.sources)
-    checked_folders: set[str] = set()
+    first_tables: dict[str, TableFindings] = {}  # the first table of each folder of masks
     for findings in tables:
         folder = findings.table.mask_directory
-        if folder is None or folder_id(folder) in checked_folders:  # tables may share a folder of masks
-            continue
-        checked_folders.add(folder_id(folder))
-        stems = media_stems[folder_id(folder)]
-        masks = _list_masks(folder, findings.table.directory)
-        if stems.isdisjoint(masks):  # the table already has an error
-            continue
-        for stem, paths in sorted(masks.items()):
-            if stem not in stems:
-                findings.warnings += [Fault(LONE, str(path), is_fatal=False) for path in paths]
+        if folder is not None:
+            key = folder_id(folder)
+            media_stems.setdefault(key, set()).update(source.stem for source in findings.sources)
+            first_tables.setdefault(key, findings)
+    for key, findings in first_tables.items():
+        findings.warnings += _find_lone_masks(findings.table, media_stems[key])
+
+
+def _find_lone_masks(table: DatasetTable, media_stems: set[str]) -> list[Fault]:
+    """Return a warning for each mask in a table's folder whose stem is not among `media_stems`."""
+    assert table.mask_directory is not None
+    masks = _list_masks(table.mask_directory, table.directory)
+    if media_stems.isdisjoint(masks):  # the table already has an error
+        return []
+    warnings = []
+    for stem, paths in sorted(masks.items()):
+        if stem not in media_stems:
+            warnings += [Fault(LONE, str(path), is_fatal=False) for path in paths]
+    return warnings
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:

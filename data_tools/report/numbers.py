@@ -65,8 +65,6 @@ def collect_statistics(
         captions = by_table[0]["captions"]
     else:
         captions = count_captions(source for findings in tables for source in findings.sources)
-    # errors that are not repeated in "faults": "broken" lists the files, "captions" the missing captions
-    listed_elsewhere = (CANNOT_BE_READ, NO_CAPTION)
     return {
         "dataset_config": str(config.path),
         "decoded": decodes,
@@ -79,22 +77,7 @@ def collect_statistics(
         "tables": by_table,
         "buckets": _count_buckets(tables),
         "broken": _list_with_reason(tables, "read_error"),
-        "faults": [
-            _describe_finding(error, findings)
-            for findings in tables
-            for error in findings.errors
-            if error.kind not in listed_elsewhere
-        ],
-        # warnings about files that no source uses
-        "remarks": [
-            _describe_finding(warning, findings)
-            for findings in tables
-            for warning in findings.warnings
-            if warning.stem is None
-        ],
-        # of all kinds, as --check counts them
-        "num_faults": sum(len(findings.errors) for findings in tables),
-        "num_remarks": sum(len(findings.warnings) for findings in tables),
+        **_describe_faults(tables),
         "captions": captions,
         "near_duplicates": [[str(path) for path in group] for group in copies],
         "black": _list_measured(tables, "is_black"),
@@ -102,6 +85,28 @@ def collect_statistics(
         "blurred": _list_measured(tables, "is_blurred"),
         "without_items": _list_with_reason(tables, "no_item_reason"),
         **_make_distributions([inspection for findings in tables for inspection in findings.inspections]),
+    }
+
+
+def _describe_faults(tables: Sequence[TableFindings]) -> JsonObject:
+    """Return the errors, and the warnings about files that no source uses; and how many of both there are.
+
+    "faults" has no errors that are listed elsewhere: unreadable files are in "broken", missing captions in
+    "captions". The numbers include all errors and warnings, as --check counts them.
+    """
+    faults, remarks = [], []
+    for findings in tables:
+        for error in findings.errors:
+            if error.kind not in (CANNOT_BE_READ, NO_CAPTION):
+                faults.append(_describe_finding(error, findings))
+        for warning in findings.warnings:
+            if warning.stem is None:
+                remarks.append(_describe_finding(warning, findings))
+    return {
+        "faults": faults,
+        "remarks": remarks,
+        "num_faults": sum(len(findings.errors) for findings in tables),
+        "num_remarks": sum(len(findings.warnings) for findings in tables),
     }
 
 

@@ -54,10 +54,6 @@ DEFAULT = (16, (4, 8, 8))
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """Check and measure a dataset, then write the report page and the JSON file that the options request.
 
-    1. Measure the media files of each table.
-    2. Find near duplicates over all tables, and collect the statistics.
-    3. Log the errors, and write the page and the JSON file.
-
     Raises:
         DatasetError: If there is nothing to report on.
         OutputError: If a file cannot be written.
@@ -79,18 +75,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     if not any(findings.sources for findings in tables):
         lines = (error.text for error in errors)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
-    balance_regularization(tables)
-    copies = _find_copies(tables)
-    statistics = collect_statistics(
-        config,
-        tables,
-        copies,
-        fps=options.fps,
-        pixel_step=options.pixel_step,
-        decodes=not options.no_decode,
-    )
-    if options.files:
-        statistics["files"] = list_files(tables, options.fps, latent, workers)
+    statistics = _collect(config, tables, options=options, latent=latent, workers=workers)
     if errors:
         text = "\n  ".join(list_errors(errors, MAX_NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
@@ -99,6 +84,28 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         write_report_page(path, config, tables, statistics, options=options, latent=latent, workers=workers)
     if options.json is not None:
         _write_json(options.json, statistics, prints=options.prints)
+
+
+def _collect(
+    config: DatasetConfig,
+    tables: Sequence[TableFindings],
+    options: ReportOptions,
+    latent: LatentSpec,
+    workers: int,
+) -> JsonObject:
+    """Compare the measured tables with each other, and return all results as JSON values."""
+    balance_regularization(tables)
+    statistics = collect_statistics(
+        config,
+        tables,
+        _find_copies(tables),
+        fps=options.fps,
+        pixel_step=options.pixel_step,
+        decodes=not options.no_decode,
+    )
+    if options.files:
+        statistics["files"] = list_files(tables, options.fps, latent, workers)
+    return statistics
 
 
 def _find_copies(tables: Sequence[TableFindings]) -> list[list[Path]]:

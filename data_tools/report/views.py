@@ -16,7 +16,7 @@ from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import CacheReport, Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.listing import find_sources
-from dataset.options import COLOURS, DebugOptions
+from dataset.options import COLORS, DebugOptions
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.frames import Span
 from dataset.sources.media_source import MediaSource
@@ -64,11 +64,11 @@ class _Viewer:
     dropped: list[Failure] = field(default_factory=list)  # readable sources without items
 
     def show_table(self, table: DatasetTable, workers: int) -> str:
-        """Display the items of a table until the user or the limit of the console ends it.
+        """Display the items of a table, until the user stops or the console's limit is reached.
 
         Returns the user's last answer; NEXT also at the end of the table.
         """
-        # the console shows a limited number of items, windows and files all
+        # only the console limits the number of items
         num_left = self.debug.console_num_images if self.display == "console" else None
         sources = find_sources(table)
         decoding = read_ahead(
@@ -226,7 +226,7 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
             lines.append("".join(map(_half_blocks, upper, lower)))
     else:
         small = cv2.resize(frame, (columns, rows), interpolation=cv2.INTER_AREA)
-        background_code = 40 + COLOURS.index(background.lower())  # ANSI: 40 is black, 47 is white
+        background_code = 40 + COLORS.index(background.lower())  # ANSI: 40 is black, 47 is white
         for row in small:
             lines.append("".join(_shade_pixel(pixel, background_code) for pixel in row))
     return "".join(f"{line}\033[0m\n" for line in lines)

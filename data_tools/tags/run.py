@@ -142,7 +142,7 @@ def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
     if options.folder.is_file():  # a dataset file
         for name in ("recursive", "caption_extension"):
             if getattr(options, name):
-                raise OptionError(f"--{name} is for a folder: the dataset's file says it")
+                raise OptionError(f"--{name} is for a folder: the dataset file sets it")
         return load_dataset_config(options.folder)
     extension = options.caption_extension or DEFAULT_EXTENSION
     return make_folder_dataset(options.folder, extension, options.recursive, temporary)

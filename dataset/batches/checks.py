@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -100,7 +100,6 @@ def text_errors(
         is_shared: Whether another trainer may have made the cache, which then has no record.
         checks: Checks of this run, by which each file is compared only once.
     """
-    table = item.table
     recorded = [record.settings for record in records.values()]
     if not recorded and not is_shared:
         recorded = [{}]  # a file without a record was made with default keys (early versions), or by hand
@@ -108,17 +107,26 @@ def text_errors(
     for recorded_settings in recorded:
         yield from _find_text_setting_changes(item, recorded_settings, saw_references)
     yield from _find_seen_reference_errors(item, records)
-    if table.directory is None:  # a list or a table of files: only files of folders are compared
-        return
-    for record in records.values():
-        folders = [table.control_directory] * len(record.references)
-        if CLIP in record.settings:
-            folders[0] = table.directory  # the first reference is the clip or image itself
-        file = checks.changed_file(folders, record.references)
-        if file is not None:
-            yield f"{file} has changed since its encoder saw it"
-        if record.file is not None:
-            yield from _find_caption_change(table, table.directory / record.file.name, number, record, checks)
+    if item.table.directory is not None:  # files that a list or a table of files names are not compared
+        for record in records.values():
+            yield from _find_text_file_changes(item.table, item.table.directory, number, record, checks)
+
+
+def _find_text_file_changes(
+    table: DatasetTable, directory: Path, number: int, record: TextRecord, checks: CacheChecks
+) -> Iterator[str]:
+    """Yield a line for each file in the folder of a table that has changed since a text encoder read it.
+
+    These are the images or clips that the encoder saw, and the file with the caption at index `number`.
+    """
+    folders = [table.control_directory] * len(record.references)
+    if CLIP in record.settings:
+        folders[0] = directory  # the first reference is the clip or image itself
+    file = checks.changed_file(folders, record.references)
+    if file is not None:
+        yield f"{file} has changed since its encoder saw it"
+    if record.file is not None:
+        yield from _find_caption_change(table, directory / record.file.name, number, record, checks)
 
 
 def _find_text_setting_changes(
@@ -155,8 +163,8 @@ def _find_caption_change(
 def _current_visible_media_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the table's current settings for media that text encoders see, to compare with `recorded`.
 
-    If the table's media cannot be listed, the recorded values of the row's media are returned, so that no
-    difference is reported for them.
+    If the table's media cannot be listed, the settings of an item's own media are taken from `recorded`, so
+    that no difference is reported for them.
     """
     companions = _current_companions(item) if MEDIA in recorded else None
     sees_clip = CLIP in recorded
@@ -225,30 +233,31 @@ def _find_mask_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
 ) -> Iterator[str]:
     """Yield an error if the loss mask does not come from where the table requires: alpha, a file, or none."""
-    table = item.table
     if record is not None:
         mask_origin = record.options.get("mask")
     else:  # other programs make masks only from transparency
         mask_origin = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
-    allowed_origins: set[str | None]  # None stands for no mask
+    allowed_origins = _list_allowed_mask_origins(item)
+    if mask_origin not in allowed_origins:
+        expected = "no mask" if allowed_origins == {None} else "a mask for it"
+        if item.table.alpha_mask:
+            expected = "alpha_mask = true"
+        yield f"its loss mask is from {mask_origin or 'nowhere'}, but {item.table.name} has {expected}"
+
+
+def _list_allowed_mask_origins(item: TrainingItem) -> set[str | None]:
+    """Return where an item's cached loss mask may come from: FROM_ALPHA, FROM_FILE, or None for no mask."""
+    table = item.table
     if table.alpha_mask:
-        allowed_origins = {FROM_ALPHA}
-    elif table.mask_directory is not None:
+        return {FROM_ALPHA}
+    if table.mask_directory is not None:
         companions = _current_companions(item)
         has_mask = companions is not None and companions.has_mask
         # without a mask file now, a cached mask is not an error: only the file may have been deleted
-        allowed_origins = {FROM_FILE} if has_mask else {FROM_FILE, None}
-    elif table.directory is None:  # a list, whose rows may name masks
-        allowed_origins = {FROM_FILE, None}
-    else:
-        allowed_origins = {None}
-    if mask_origin in allowed_origins:
-        return
-    if table.alpha_mask:
-        expected = "alpha_mask = true"
-    else:
-        expected = "no mask" if allowed_origins == {None} else "a mask for it"
-    yield f"its loss mask is from {mask_origin or 'nowhere'}, but {table.name} has {expected}"
+        return {FROM_FILE} if has_mask else {FROM_FILE, None}
+    if table.directory is None:  # a list, whose rows may name masks
+        return {FROM_FILE, None}
+    return {None}
 
 
 def _find_shape_errors(
@@ -348,23 +357,41 @@ def audio_errors(
     If the cache has no record (`record` is None), only the shape is compared. `latent` and `is_shared` are
     not used; callers pass the same arguments as for latents.
     """
-    table = item.table
     shape = tuple(tensors[data.AUDIO_LATENTS].shape)
     if item.audio_latent_shape and shape != item.audio_latent_shape:
         yield (
             f"its latents have the shape {shape}, but a clip of its frames and rate has "
             f"{item.audio_latent_shape}"
         )
-    if record is None:
-        return
-    has_reference = HAS_REFERENCE in record.options
+    if record is not None:
+        yield from _find_reference_audio_errors(item, HAS_REFERENCE in record.options)
+        yield from _find_audio_source_changes(item, record, checks)
+
+
+def _find_reference_audio_errors(item: TrainingItem, has_reference: bool) -> Iterator[str]:
+    """Yield an error if a cache was made without the clip's reference audio, or with one no longer in use.
+
+    A reference file that was only deleted is not an error.
+    """
+    table = item.table
     if has_reference and table.reference_audio_directory is None:
         yield f"it was made with a reference, but {table.name} has no reference_audio_directory"
     elif not has_reference and table.reference_audio_directory is not None:
         companions = _current_companions(item)
         if companions is not None and companions.has_reference_audio:
             yield f"it was made without a reference, but {table.name} now has one for it"
-    num_files = len(record.files) - has_reference  # the reference comes last
+
+
+def _find_audio_source_changes(
+    item: TrainingItem, record: LatentRecord, checks: CacheChecks
+) -> Iterator[str]:
+    """Yield an error if audio latents were made from other files, or if one of their files has changed.
+
+    A record lists the clip, then a separate audio file and the reference audio, if there are any.
+    """
+    table = item.table
+    has_reference = HAS_REFERENCE in record.options
+    num_files = len(record.files) - has_reference
     is_from_file = num_files > 1  # the clip and a separate audio file
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
@@ -394,19 +421,24 @@ def _find_source_changes(
 
 
 def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield errors about cached reference images that no longer match the table or the list.
-
-    Deleted image files are not an error; images that a list no longer names are an error.
-    """
-    table, rules = item.table, item.table.references
+    """Yield errors about cached reference images that no longer match the table or the list."""
+    table = item.table
     if table.clip_references is not None and table.directory is not None:
         yield from _find_clip_reference_errors(item, tensors)
-    if rules is None:
-        return
-    num_cached = _count_unmirrored(tensors, data.CONTROL)
+    if table.references is not None:
+        num_cached = _count_unmirrored(tensors, data.CONTROL)
+        yield from _find_control_errors(item, table.references.max_references, num_cached)
+
+
+def _find_control_errors(item: TrainingItem, max_references: int, num_cached: int) -> Iterator[str]:
+    """Yield an error if an item's number of cached reference images (`num_cached`) is no longer right.
+
+    Images of a folder that were only deleted are not an error; images that a list no longer names are one.
+    """
+    table = item.table
     made_with = f"it was made with {format_count(num_cached, 'reference image')}"
     num_now = _count_references(item)  # None: unknown
-    num_expected = None if num_now is None else min(num_now, rules.max_references)
+    num_expected = None if num_now is None else min(num_now, max_references)
     if table.directory is None:  # a list: its rows name the references, so the numbers have to be equal
         if num_expected is not None and num_expected != num_cached:
             yield f"{made_with}, but {table.source} now names {num_now}"
@@ -420,12 +452,10 @@ def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> I
     """Yield an error if a clip has more or fewer reference images in its folder than in its cache file."""
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
-    if not num_cached and table.reference_directory is None:
-        return
-    if table.reference_directory is None:
-        num_now = 0
-    else:
+    num_now = 0
+    if table.reference_directory is not None:
         companions = _current_companions(item)
+        # unknown: nothing to compare
         num_now = num_cached if companions is None else companions.num_references
     if num_now != num_cached:
         made_with = format_count(num_cached, "reference")
@@ -490,51 +520,75 @@ class SameEncoders:
     def difference(self, origins: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
-        1. Find which values of each encoder's identity differ, such as its fingerprint or dtype.
-        2. Describe the caches with both values, and note which caching commands repair them.
-        3. Say what the difference means: another network, or only other settings.
-
         `origins` say who made the batch's caches, one for each part such as latents. Each part is reported
         only once.
         """
-        lines: list[str] = []
-        latents_differ = texts_differ = False
-        networks_differ = False  # not only settings such as the dtype
+        differences: list[_EncoderDifference] = []
         for origin in origins:
             first = self._first.setdefault(origin.part, origin)
-            if origin.part == data.LATENTS_PART:
-                # only the keys of both: not all tables have image conditions
-                keys = (origin.encoder.keys() & first.encoder.keys()) - _OPTIONAL_CONDITIONS
-            else:
-                keys = origin.encoder.keys() | first.encoder.keys()
-            changed = [key for key in sorted(keys) if first.encoder.get(key) != origin.encoder.get(key)]
-            if origin.part in self._warned or not changed:
+            if origin.encoder == first.encoder or origin.part in self._warned:
                 continue
-            self._warned.add(origin.part)
-            if first.part in (data.LATENTS_PART, data.AUDIO_PART):
-                latents_differ = True
-            else:
-                texts_differ = True
-            for cache in (first, origin):
-                identity = {key: cache.encoder.get(key, "none") for key in changed}
-                # only network files have a fingerprint; other values are, for example, a dtype
-                networks_differ |= any(map(_FINGERPRINT.fullmatch, identity.values()))
-                values = [f"{key} {shorten_fingerprint(value)}" for key, value in identity.items()]
-                lines.append(f"{cache.path}: {', '.join(values)}")
-        if not lines:
-            return None
-        commands = [self.commands.latents] if latents_differ else []
-        if texts_differ:
-            commands.append(self.commands.text)
-        if networks_differ:
-            consequence = (
-                "Unless the encoders' files contain the same network, the model learns a mixture that fits "
-                "neither."
-            )
-        else:
-            consequence = "Their values differ slightly."
-        remedy = f"{consequence} To make all caches alike, cache again with:"
-        return "\n  ".join(["Not all caches were made by the same encoders:", *lines, remedy, *commands])
+            keys = _list_different_keys(first, origin)
+            if keys:
+                self._warned.add(origin.part)
+                differences.append(_EncoderDifference(first, origin, keys))
+        return _describe_differences(differences, self.commands) if differences else None
+
+
+class _EncoderDifference(NamedTuple):
+    """Two caches of the same part, such as latents, that were made by different encoders."""
+
+    first: data.CacheOrigin
+    other: data.CacheOrigin
+    keys: list[str]  # what differs, such as the dtype
+
+    @property
+    def is_text(self) -> bool:
+        """Whether text encoders differ."""
+        return self.first.part not in (data.LATENTS_PART, data.AUDIO_PART)
+
+    def identities(self) -> list[dict[str, str]]:
+        """Return the different values of the first cache, then of the other cache, by key."""
+        return [
+            {key: cache.encoder.get(key, "none") for key in self.keys} for cache in (self.first, self.other)
+        ]
+
+    def describe(self) -> list[str]:
+        """Return a line for each of the two caches, with its different values."""
+        lines = []
+        for cache, identity in zip((self.first, self.other), self.identities(), strict=True):
+            values = [f"{key} {shorten_fingerprint(value)}" for key, value in identity.items()]
+            lines.append(f"{cache.path}: {', '.join(values)}")
+        return lines
+
+    def may_be_other_network(self) -> bool:
+        """Return whether a fingerprint differs: only network files have one, a dtype has none."""
+        values = [value for identity in self.identities() for value in identity.values()]
+        return any(map(_FINGERPRINT.fullmatch, values))
+
+
+def _list_different_keys(first: data.CacheOrigin, other: data.CacheOrigin) -> list[str]:
+    """Return the sorted keys by which the identities of two caches' encoders differ."""
+    keys = first.encoder.keys() | other.encoder.keys()
+    if other.part == data.LATENTS_PART:
+        # only the keys of both: not all tables have image conditions
+        keys = (first.encoder.keys() & other.encoder.keys()) - _OPTIONAL_CONDITIONS
+    return [key for key in sorted(keys) if first.encoder.get(key) != other.encoder.get(key)]
+
+
+def _describe_differences(differences: Sequence[_EncoderDifference], commands: CachingCommands) -> str:
+    """Return a warning: the caches that differ, what that means, and the commands that cache them again."""
+    lines = [line for difference in differences for line in difference.describe()]
+    if any(difference.may_be_other_network() for difference in differences):
+        consequence = (
+            "Unless the encoders' files contain the same network, the model learns a mixture that fits "
+            "neither."
+        )
+    else:
+        consequence = "Their values differ slightly."
+    remedy = f"{consequence} To make all caches alike, cache again with:"
+    repairs = [commands.get(is_text) for is_text in sorted({one.is_text for one in differences})]
+    return "\n  ".join(["Not all caches were made by the same encoders:", *lines, remedy, *repairs])
 
 
 def shorten_fingerprint(text: str) -> str:

@@ -43,22 +43,26 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
         cached=cached_keys,
         one_frame_settings=one_frame_settings(table) if table.kind == "image" else "",
     )
-    with contextlib.suppress(UserError, OSError), quiet():
-        # only a listing of the table finds the files in these folders that belong to an item
-        companion_folders = (
-            table.control_directory,
-            table.control_mask_directory,
-            table.reference_directory,
-        )
-        if table.directory is not None and not any(companion_folders):
-            if table.kind == "video":  # a clip without companion files has nothing to show
-                return example
-            image = _recorded_image(item, stores)
-            if image is not None and image.is_file():
-                return replace(example, image=image)
-        if not _is_large(table.directory):  # listing it would take long
-            return _add_listed_files(example, item)
+    companion_folders = (table.control_directory, table.control_mask_directory, table.reference_directory)
+    has_companions = table.directory is None or any(companion_folders)  # the rows of a list may name some
+    if has_companions or table.kind == "image":  # the command for a clip alone needs no file
+        with contextlib.suppress(UserError, OSError), quiet():
+            return _add_files(example, item, stores, has_companions)
     return example
+
+
+def _add_files(example: ExampleItem, item: TrainingItem, stores: Stores, has_companions: bool) -> ExampleItem:
+    """Add the files of an item, found in the record of its cache or by listing its table.
+
+    Only a listing finds the companion files (controls, references) of an item.
+    """
+    if not has_companions:
+        image = _recorded_image(item, stores)
+        if image is not None and image.is_file():
+            return replace(example, image=image)
+    if _is_large(item.table.directory):  # listing it would take long
+        return example
+    return _add_listed_files(example, item)
 
 
 def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:

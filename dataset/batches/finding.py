@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from dataset import cache_files
 from dataset.batches.items import (
@@ -20,7 +21,6 @@ from dataset.batches.items import (
 from dataset.cache.index import has_audio_caches, is_indexed, read_index
 from dataset.cache.latent_files import (
     LatentFile,
-    depends_on_references,
     list_latent_files,
     reference_sizes,
 )
@@ -75,14 +75,14 @@ def find_items(
     latent: LatentSpec,
     text_keys: frozenset[str] = frozenset(),
     stores: Stores | None = None,
-    live: OnTheFlyTables | None = None,
+    on_the_fly_tables: OnTheFlyTables | None = None,
     audio: AudioSpec | None = None,
     trusts_index: bool = False,
 ) -> FoundItems:
-    """Find all training items by the names of their cache files; some headers are read, but no tensors.
+    """Find all training items by the names of their cache files, without reading any tensors.
 
-    The media of a table are listed only if they are encoded during training, or if other trainers use the
-    table's caches, too. In these cases caches without a media file are skipped.
+    Headers of cache files are read only for sizes that their names do not contain, such as those of
+    references.
 
     Args:
         config: The dataset file.
@@ -90,7 +90,7 @@ def find_items(
         latent: The family's latent space.
         text_keys: Names of the tensors that a complete text cache has.
         stores: Stores of the run; None for the cache folders of the tables.
-        live: Facts about the items of tables that are encoded during training, by table index.
+        on_the_fly_tables: For tables with a part that is encoded during training: facts about their items.
         audio: Audio spec of the family; None if no audio is trained.
         trusts_index: Whether to take the items of a table from the index of its caches if that is up to
             date.
@@ -99,7 +99,7 @@ def find_items(
     listing = FoundItems()
     default_info = TableCacheInfo(cache_tag)
     for table in config.datasets:
-        cache_info = live.get(table.index, default_info) if live else default_info
+        cache_info = on_the_fly_tables.get(table.index, default_info) if on_the_fly_tables else default_info
         _add_table(
             listing,
             table=table,
@@ -109,13 +109,19 @@ def find_items(
             audio=audio,
             trusts_index=trusts_index,
         )
-    if audio is not None and audio.audio_only:
+    if audio is not None:
+        _record_need_of_audio(listing, audio, encodes_while_training=bool(on_the_fly_tables))
+    return listing
+
+
+def _record_need_of_audio(listing: FoundItems, audio: AudioSpec, encodes_while_training: bool) -> None:
+    """Record in `listing` why audio is needed, and whether no item at all has cached audio."""
+    if audio.audio_only:
         listing.why_audio_is_needed = "only audio is learned"
     # the audio of tables that are encoded during training is not known yet
-    expects_audio_caches = audio is not None and not audio.is_in_latent_cache and not live
+    expects_audio_caches = not audio.is_in_latent_cache and not encodes_while_training
     if expects_audio_caches and listing.items and not any(item.has_cached_audio for item in listing.items):
         listing.trained_but_absent_audio = audio
-    return listing
 
 
 def _add_table(
@@ -127,26 +133,52 @@ def _add_table(
     audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
-    """Add a table's items, and their missing caches, to `listing`.
+    """Add a table's items to `listing`: from the index of its caches, or else by listing its caches.
 
-    1. Take the items from the index of the caches, if it is trusted and up to date.
-    2. Otherwise list the latent caches, without those whose media file is gone.
-    3. Make an item of each latent cache whose captions are cached, too, with its audio cache.
+    If the caches are listed, missing and unfinished ones are added to `listing`, too.
     """
-    store = stores.latent_store(table)
-    names = store.names()
+    names = stores.latent_store(table).names()
     in_own_folder = table.index not in stores.custom_stores
     encodes_while_training = bool(cache_info.on_the_fly_sources) or not cache_info.has_cached_texts
     may_use_index = trusts_index and in_own_folder and not encodes_while_training
     if may_use_index and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=cache_info.tag, latent=latent)
-        if index is not None:
+        if index is not None:  # up to date
             cache_info = replace(cache_info, indexed_checksums=index.compared)
             listing.items += [_item(table, cache_info, file, captions) for file, captions in index.items]
             listing.left_out[table.index] = index.left_out
             return
     if in_own_folder and may_have_both_formats(table, names):
         _add_format_errors(listing, table, cache_info.tag)
+    caches = _list_caches(listing, table, cache_info=cache_info, names=names, stores=stores, audio=audio)
+    del names  # frees memory: there may be a million names, which are no longer needed
+    has_latents = _add_items(listing, table, cache_info=cache_info, caches=caches, latent=latent)
+    if not has_latents:
+        listing.empty_tables.append(table)
+
+
+class _TableCaches(NamedTuple):
+    """The cache files of a table by what they contain."""
+
+    store: CacheStore  # of the latents
+    latent_files: list[str]  # sorted names, without those of media that the table no longer has
+    texts: "_TextCaches | None"  # None if captions are encoded during training
+    audio: "_AudioCaches | None"  # None if audio has no files of its own
+
+
+def _list_caches(
+    listing: FoundItems,
+    table: DatasetTable,
+    cache_info: TableCacheInfo,
+    names: Collection[str],
+    stores: Stores,
+    audio: AudioSpec | None,
+) -> _TableCaches:
+    """Sort a table's cache files, whose latents and audio are in `names`, by what they contain.
+
+    Caches without a media file, and unfinished text caches, are added to `listing`.
+    """
+    store = stores.latent_store(table)
     latent_files = _latent_files(names, cache_info)
     # a shared folder may also have caches of other tables
     if cache_info.on_the_fly_sources or store.is_shared:
@@ -159,58 +191,40 @@ def _add_table(
     audio_caches = None
     if audio is not None and has_audio_caches(table, audio):
         audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, listing=listing)
-    del names, text_names  # frees memory: there may be a million names, which are no longer needed
-    has_latents = _add_items(
-        listing,
-        table=table,
-        cache_info=cache_info,
-        latent_files=latent_files,
-        latent=latent,
-        store=store,
-        text_caches=text_caches,
-        audio_caches=audio_caches,
-    )
-    if not has_latents:
-        listing.empty_tables.append(table)
+    return _TableCaches(store, latent_files, text_caches, audio_caches)
 
 
 def _add_items(
     listing: FoundItems,
     table: DatasetTable,
     cache_info: TableCacheInfo,
-    latent_files: Sequence[str],
+    caches: _TableCaches,
     latent: LatentSpec,
-    store: CacheStore,
-    text_caches: "_TextCaches | None",
-    audio_caches: "_AudioCaches | None",
 ) -> bool:
-    """Add an item to `listing` for each latent cache with a cached caption; return whether any latents exist.
-
-    `text_caches` is None if captions are encoded during training; `audio_caches` is None if there are none.
-    """
+    """Add an item to `listing` for each latent cache with a caption; return whether any latents exist."""
+    files = list_latent_files(
+        table,
+        caches.latent_files,
+        tag=cache_info.tag,
+        latent=latent,
+        store=caches.store if cache_info.on_the_fly_buckets is None else None,
+    )
     has_latents = False
     with pause_garbage_collection():
-        for file in list_latent_files(
-            table,
-            latent_files,
-            tag=cache_info.tag,
-            latent=latent,
-            store=store,
-            reads_references=depends_on_references(table) and cache_info.on_the_fly_buckets is None,
-        ):
+        for file in files:
             has_latents = True
-            if text_caches is None:
+            if caches.texts is None:
                 num_captions = 1 + len(cache_info.on_the_fly_sources[file.stem].more_captions)
             else:
-                num_captions = text_caches.count_or_report(file.stem)
+                num_captions = caches.texts.count_or_report(file.stem)
             if not num_captions:
                 continue
             if latent.has_layers:  # only items with the same number of layers can share a batch
-                num_images = _count_images(cache_info, store, file)
+                num_images = _count_images(cache_info, caches.store, file)
                 file = file._replace(bucket=(*file.bucket, num_images))
             item = _item(table, cache_info, file, num_captions)
-            if audio_caches is not None:
-                item = audio_caches.add_audio(item, store)
+            if caches.audio is not None:
+                item = caches.audio.add_audio(item, caches.store)
             listing.items.append(item)
     return has_latents
 
@@ -362,8 +376,8 @@ def _may_have_references(table: DatasetTable) -> bool:
     return bool(table.clip_references and has_source)
 
 
-def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether there are items to edit references, but none of up to SAMPLED of them has any."""
+def lack_edit_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
+    """Return whether items that are trained for editing have no references; up to SAMPLED are examined."""
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:
@@ -396,23 +410,31 @@ class _TextCaches:
         # caches of first captions, whose names have only the stem of the source before the ending; the names
         # of other captions and of empty prompts have one part more
         self._first_captions = {name for name in names if name.endswith(self._ending)}
-        if not self._first_captions:  # perhaps the captions were cached for another model: name an example
-            foreign_name = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
-            if foreign_name is not None:
-                listing.texts_of_other_models[table.cache_directory] = foreign_name
+        if not self._first_captions:
+            self._record_other_model(names)
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
-        # reported by `count_or_report` if their source has latents
+        # added to `listing` by `count_or_report` if their source has latents
         self._unfinished_first_captions = {name for name in unfinished if name.endswith(unfinished_ending)}
-        for name in unfinished:  # caches of other captions and of empty prompts
-            if self._is_used(name.removesuffix(cache_files.PART)):
-                listing.unfinished_text[table.cache_directory / name] = None
+        self._record_unfinished(unfinished)
         # number of captions by stem, for stems with several
         self._num_captions = _count_captions(names, tag) if table.multi_caption else {}
         # names of caches of empty prompts; None: not needed, or a missing one has already been reported
         self._empty_prompts: set[str] | None = None
         if table.caches_empty_prompt:
             self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
+
+    def _record_other_model(self, names: Iterable[str]) -> None:
+        """Add a text cache of another model to `listing` as an example, if there is one."""
+        foreign_name = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
+        if foreign_name is not None:
+            self._listing.texts_of_other_models[self._table.cache_directory] = foreign_name
+
+    def _record_unfinished(self, unfinished: Iterable[str]) -> None:
+        """Add unfinished caches to `listing`: those of further captions and empty prompts in use."""
+        for name in unfinished:
+            if self._is_used(name.removesuffix(cache_files.PART)):
+                self._listing.unfinished_text[self._table.cache_directory / name] = None
 
     def _is_used(self, name: str) -> bool:
         """Return whether the table uses this text cache of a further caption or of the empty prompt."""
@@ -498,7 +520,20 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     """
     if listing.incomplete_tables or listing.unfinished_text:
         _reject_unfinished(listing, commands)
-    # all reasons are collected, so that one message lists them
+    errors = _explain_missing_caches(listing)
+    if errors:
+        needed_commands = _list_needed_commands(listing, commands)
+        raise CacheError("\n  ".join([*errors, "Cache them first:", *needed_commands]))
+    if listing.missing_text or listing.unlisted_caches:
+        _warn_left_out(listing, commands)
+    num_items = format_count(len(listing.items), "item")
+    num_tables = format_count(len(tables_of(listing.items)), "data set")
+    logger.info("In the caches: %s of %s", num_items, num_tables)
+    return listing.items
+
+
+def _explain_missing_caches(listing: FoundItems) -> list[str]:
+    """Return all reasons why training cannot start without more caches; [] if it can."""
     errors = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_audio:
         errors += _audio_errors(listing)
@@ -512,15 +547,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
         errors.append(f"no clip of the dataset has cached audio. Add clips with audio, or {advice}")
     for path in listing.missing_empty_prompts:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
-    if errors:
-        needed_commands = _list_needed_commands(listing, commands)
-        raise CacheError("\n  ".join([*errors, "Cache them first:", *needed_commands]))
-    if listing.missing_text or listing.unlisted_caches:
-        _warn_left_out(listing, commands)
-    num_items = format_count(len(listing.items), "item")
-    num_tables = format_count(len(tables_of(listing.items)), "data set")
-    logger.info("In the caches: %s of %s", num_items, num_tables)
-    return listing.items
+    return errors
 
 
 def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> list[str]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dataset.batches.items import TrainingItem
 from dataset.cache_files import parse_latent_name
+from dataset.config import DatasetTable
 from modules.errors import DatasetError
 from modules.text_files import parse_json, read_text
 from protocols import data
@@ -33,17 +35,8 @@ def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> da
         fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None
         clean_audio_spans.append(read_clean_audio_spans(item, fps))
     tensors = dict(batch.tensors)
-    guides = items[0].table.guides  # all items of a batch have the same table
-    if guides:
-        num_cached = sum(name.startswith((data.KEYFRAME_LATENTS, data.LATENT_GUIDE)) for name in tensors)
-        if num_cached != len(guides):
-            raise DatasetError(
-                f"{batch.keys[0]}: its cache has {num_cached} guides, but {items[0].table.name} has "
-                f"{len(guides)}. Cache again"
-            )
-        # strengths 0..1 become integers 0..FULLY_CLEAN, which keep their values when a batch is cast
-        indices_and_strengths = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in guides]
-        tensors[data.GUIDES] = torch.tensor(indices_and_strengths).expand(len(items), -1, -1)
+    if items[0].table.guides:  # all items of a batch have the same table
+        tensors[data.GUIDES] = _make_guides(batch, items[0].table)
     return replace(
         batch,
         tensors=tensors,
@@ -52,13 +45,29 @@ def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> da
     )
 
 
+def _make_guides(batch: data.Batch, table: DatasetTable) -> Tensor:
+    """Return the index and strength of each guide image of a table, B G 2, for a batch of its clips.
+
+    Raises:
+        DatasetError: If the batch's caches do not have as many guides as the table.
+    """
+    starts = (data.KEYFRAME_LATENTS, data.LATENT_GUIDE)
+    num_cached = sum(name.startswith(starts) for name in batch.tensors)
+    if num_cached != len(table.guides):
+        raise DatasetError(
+            f"{batch.keys[0]}: its cache has {num_cached} guides, but {table.name} has "
+            f"{len(table.guides)}. Cache again"
+        )
+    # strengths 0..1 become integers 0..FULLY_CLEAN, which keep their values when a batch is cast
+    indices_and_strengths = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in table.guides]
+    return torch.tensor(indices_and_strengths).expand(len(batch), -1, -1)
+
+
 def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | None:
     """Return the spans of an item's audio that stay clean: start and end in seconds of its clip.
 
-    Returns None if the item has no file of spans.
-
-    The file is STEM.json, with pairs in a list or under one of KEYS, or STEM.txt with a pair in each line.
-    Times in the file count from the start of the original clip; the item may begin later in it.
+    Returns None if the item has no file of spans: STEM.json or STEM.txt in the table's
+    audio_cond_mask_directory.
 
     Args:
         item: A training item.
@@ -74,13 +83,24 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
+    # times in the file count from the start of the original clip; the item may begin later in it
+    item_start = _find_start_second(item, fps)
+    return tuple((start - item_start, end - item_start) for start, end in _read_spans(path))
+
+
+def _read_spans(path: Path) -> Spans:
+    """Read pairs of seconds: a JSON list, possibly under one of KEYS, or lines of text with a pair each.
+
+    Raises:
+        DatasetError: If the file cannot be read, or contains anything other than pairs of seconds.
+    """
     try:
         text = read_text(path)
         content = parse_json(text) if path.suffix == ".json" else [line.split() for line in text.splitlines()]
         if isinstance(content, dict):
             content = next(content[key] for key in KEYS if key in content)
         pairs = [pair for pair in content if pair]  # without empty lines
-        spans = [(float(start), float(end)) for start, end in pairs]
+        spans = tuple((float(start), float(end)) for start, end in pairs)
         if not all(0 <= start < end < float("inf") for start, end in spans):
             raise ValueError  # reported below, like text that is not a number
     except (OSError, ValueError, TypeError, StopIteration):
@@ -88,8 +108,7 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
             f"{path}: not a list of pairs of seconds. Give lines such as 0.5 1.25 in a .txt file, or "
             f'{{"intervals": [[0.5, 1.25]]}} in a .json file'
         ) from None
-    item_start = _find_start_second(item, fps)
-    return tuple((start - item_start, end - item_start) for start, end in spans)
+    return spans
 
 
 def _find_start_second(item: TrainingItem, fps: float | None) -> float:

@@ -131,25 +131,24 @@ def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[Tra
     return groups
 
 
+@dataclass(frozen=True)
 class CachingCommands:
     """The two caching commands for a dataset file, as a user would type them.
 
     They are only built when a message shows them.
     """
 
-    def __init__(self, build: Callable[[], tuple[str, str]]) -> None:
-        """Store a picklable function that returns the caching commands for latents and for texts."""
-        self._build = build
+    build: Callable[[], tuple[str, str]]  # returns the commands for latents and for texts; picklable
 
     @property
     def latents(self) -> str:
         """The command that caches latents."""
-        return self._build()[0]
+        return self.build()[0]
 
     @property
     def text(self) -> str:
         """The command that caches texts."""
-        return self._build()[1]
+        return self.build()[1]
 
     def get(self, is_text: bool) -> str:
         """Return the command that caches texts (`is_text`) or latents."""

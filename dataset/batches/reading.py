@@ -1,8 +1,9 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -48,10 +49,6 @@ def read_batch(
 ) -> data.Batch:
     """Read, check and stack the cache files of a batch; `latents` are B C F H W.
 
-    1. Read the latents, audio and caption of each item.
-    2. Stack them; rejected latents become a field of their own.
-    3. Read further texts if they are needed: undropped captions, and the empty prompt.
-
     Tensors of variable length are kept as lists. For captions without a cache, the batch has only `captions`,
     unchanged.
 
@@ -74,49 +71,34 @@ def read_batch(
         CacheError: If a file is damaged or outdated (other options, changed media or caption), or has a
             wrong shape. The message names the file and the command that repairs it.
     """
-    stores = stores or stores_for(items[0], latent)
     reader = _Reader(
-        stores=stores,
+        stores=stores or stores_for(items[0], latent),
         latent=latent,
         commands=commands,
         checks=checks or CacheChecks(),
         encoded=encoded,
+        reads_rejected=reads_rejected,
     )
     caption_indices = captions or [0] * len(items)
     are_mirrored = flips or [False] * len(items)
-    media = []
-    for position, (item, is_mirrored) in enumerate(zip(items, are_mirrored, strict=True)):
-        item_media = reader.read_media(item, position, is_mirrored)
-        if not reads_rejected:  # items with and without rejected latents may share a batch
-            item_media.tensors.pop(data.REJECTED_LATENTS, None)
-        media.append(item_media)
+    media = [
+        reader.read_media(item, position, is_mirrored)
+        for position, (item, is_mirrored) in enumerate(zip(items, are_mirrored, strict=True))
+    ]
     texts = reader.read_texts(items, caption_indices)
     if reads_rejected:
         _check_rejected(media, commands)
     tensors = _join_media_and_texts(media, texts, latent, commands)
-    rejected = tensors.pop(data.REJECTED_LATENTS, None)
-    undropped_texts: list[_ItemTensors] = []
-    if undropped and tuple(undropped) != tuple(caption_indices):
-        undropped_texts = reader.read_texts(items, undropped)
-    empty_texts: list[_ItemTensors] = []
-    if reads_empty:
-        empty_texts = reader.read_texts(items, [EMPTY] * len(items))
-    are_empty = tuple(text.is_empty for text in texts)
-    weights = tuple(item.table.prior_loss_weight for item in items)
-    attributes = tuple(item.table.attributes for item in items)
-    batch = data.Batch(
-        tensors=tensors,
-        captions=tuple(text.caption for text in texts),
-        keys=tuple(item.key for item in items),
-        cache_origins=_list_makers(media, texts, further_texts=(*undropped_texts, *empty_texts)),
-        loss_weights=() if set(weights) == {1.0} else weights,
-        attributes=attributes if any(attributes) else (),
+    has_dropped_captions = bool(undropped) and tuple(undropped) != tuple(caption_indices)
+    undropped_texts = reader.read_texts(items, undropped) if has_dropped_captions else []
+    empty_texts = reader.read_texts(items, [EMPTY] * len(items)) if reads_empty else []
+    media_and_texts = itertools.chain.from_iterable(zip(media, texts, strict=True))
+    read_caches = (*media_and_texts, *undropped_texts, *empty_texts)
+    batch = replace(
+        _make_batch(items, texts, tensors),
+        cache_origins=tuple(itertools.chain.from_iterable(cache.origins for cache in read_caches)),
         undropped=_stack(undropped_texts, commands, is_text=True),
-        network_multiplier=items[0].table.network_multiplier,
         empty_text=_stack(empty_texts, commands, is_text=True),
-        rejected=rejected,
-        has_empty_text=are_empty if any(are_empty) else (),
-        text_metadata=tuple(text.metadata for text in texts),
     )
     if any(item.table.has_conditioned_parts for item in items):
         from dataset.batches.given_parts import add_clean_conditions  # few tables have them
@@ -125,16 +107,27 @@ def read_batch(
     return batch
 
 
-def _list_makers(
-    media: Sequence["_ItemTensors"], texts: Sequence["_ItemTensors"], further_texts: Sequence["_ItemTensors"]
-) -> tuple[data.CacheOrigin, ...]:
-    """Return the encoders that made a batch's caches: for media and text of each item, then further texts."""
-    makers: list[data.CacheOrigin] = []
-    for item_media, text in zip(media, texts, strict=True):
-        makers += (*item_media.origins, *text.origins)
-    for text in further_texts:
-        makers += text.origins
-    return tuple(makers)
+def _make_batch(
+    items: Sequence[TrainingItem], texts: Sequence["_ItemTensors"], tensors: Mapping[str, Any]
+) -> data.Batch:
+    """Return a batch of these tensors, with the facts that each item's text and table add to it.
+
+    Facts that are the default for all items are left empty. Rejected latents become a field of their own.
+    """
+    are_empty = tuple(text.is_empty for text in texts)
+    weights = tuple(item.table.prior_loss_weight for item in items)
+    attributes = tuple(item.table.attributes for item in items)
+    return data.Batch(
+        tensors={name: tensor for name, tensor in tensors.items() if name != data.REJECTED_LATENTS},
+        captions=tuple(text.caption for text in texts),
+        keys=tuple(item.key for item in items),
+        loss_weights=() if set(weights) == {1.0} else weights,
+        attributes=attributes if any(attributes) else (),
+        network_multiplier=items[0].table.network_multiplier,
+        rejected=tensors.get(data.REJECTED_LATENTS),
+        has_empty_text=are_empty if any(are_empty) else (),
+        text_metadata=tuple(text.metadata for text in texts),
+    )
 
 
 def _unpack_inner_audio(
@@ -234,12 +227,13 @@ class _Reader:
     latent: data.LatentSpec
     commands: CachingCommands
     checks: CacheChecks
-    encoded: Mapping[int, Mapping[str, Tensor]]
+    encoded: Mapping[int, Mapping[str, Tensor]]  # by position in the batch
+    reads_rejected: bool
 
     def read_media(self, item: TrainingItem, position: int, is_mirrored: bool) -> _ItemTensors:
-        """Read an item's latents, and its audio latents if there are any.
+        """Read an item's latents, or the mirrored ones, and its audio latents if there are any.
 
-        `position` is the item's index in the batch. `is_mirrored` selects the mirrored latents.
+        `position` is the item's index in the batch.
         """
         # tensors of items that are encoded during training come from memory, all others from a cache
         encoded = self.encoded.get(position)
@@ -248,17 +242,11 @@ class _Reader:
         else:
             media = self._read_cached_media(item)
         self.checks.add(item.table.index, item.key)
-        mirrored: dict[str, Tensor] = {}
-        tensors: dict[str, Tensor] = {}
-        for key, tensor in media.tensors.items():
-            if key.endswith(FLIPPED):
-                mirrored[key.removesuffix(FLIPPED)] = tensor
-            else:
-                tensors[key] = tensor
+        tensors = {key: tensor for key, tensor in media.tensors.items() if not key.endswith(FLIPPED)}
         if is_mirrored:
-            if data.LOSS_MASK in tensors:  # caches have no mirrored masks
-                mirrored[data.LOSS_MASK] = tensors[data.LOSS_MASK].flip(-1)
-            tensors |= mirrored
+            tensors |= _select_mirrored(media.tensors)
+        if not self.reads_rejected:  # items with and without rejected latents may share a batch
+            tensors.pop(data.REJECTED_LATENTS, None)
         # always removed, because few models are conditioned on sizes
         cached_sizes = tensors.pop(data.FOREIGN_SIZES, None)
         if self.latent.has_size_conditions:
@@ -276,21 +264,25 @@ class _Reader:
             find_errors=latent_errors,
         )
         if item.has_cached_audio:
-            audio = self._read_entry(
-                item,
-                path=item.audio_path,
-                part=data.AUDIO_PART,
-                key=data.AUDIO_LATENTS,
-                find_errors=audio_errors,
-            )
-            for name in (data.AUDIO_LATENTS, data.REFERENCE_AUDIO):
-                if name in audio.tensors:
-                    media.tensors[name] = audio.tensors[name]
-            media.origins += audio.origins
+            self._add_cached_audio(media, item)
         # other programs do not record the frame rate, so the rate that the family assumes is used
         if self.latent.default_fps is not None and data.FPS not in media.tensors:
             media.tensors[data.FPS] = torch.tensor(self.latent.default_fps)
         return media
+
+    def _add_cached_audio(self, media: _ItemTensors, item: TrainingItem) -> None:
+        """Add an item's audio latents, and those of its reference audio, to its latents."""
+        audio = self._read_entry(
+            item,
+            path=item.audio_path,
+            part=data.AUDIO_PART,
+            key=data.AUDIO_LATENTS,
+            find_errors=audio_errors,
+        )
+        for name in (data.AUDIO_LATENTS, data.REFERENCE_AUDIO):
+            if name in audio.tensors:
+                media.tensors[name] = audio.tensors[name]
+        media.origins += audio.origins
 
     def read_texts(self, items: Sequence[TrainingItem], caption_indices: Sequence[int]) -> list[_ItemTensors]:
         """Read one caption of each item: its cached embeddings, or only the text if it is not cached.
@@ -314,54 +306,35 @@ class _Reader:
     def _read_cached_text(self, item: TrainingItem, number: int, caption: str) -> _ItemTensors:
         """Read and check the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
 
-        1. Read the tensors, which have to be complete and intact.
-        2. Once in a run, compare the record with the table and its files.
-        3. Take the caption from the record if it is not read during training.
-
         `caption` is the caption if it is read during training, or "", which the cache's record replaces.
         """
         path = item.caption_path(number)
         store = self.stores.text_store(item.table)
         with _add_caching_command(self.commands, store, is_text=True):
             entry = store.read(path.name)
-            tensors = entry.tensors
-            absent = sorted(item.cache_info.text_keys - tensors.keys())
-            if absent:
-                maker = entry.metadata.get("architecture", "")
-                made_for = f" (made for {maker})" if maker else ""
-                raise CacheError(
-                    f"{path}: the text cache is incomplete; it has no {', '.join(absent)}{made_for}"
-                )
+            if not item.cache_info.text_keys <= entry.tensors.keys():
+                _reject_incomplete_text(entry, path, item.cache_info.text_keys)
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
             # the empty prompt has no source; other texts are compared with theirs once in a run
             is_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
             if not is_checked and not _is_unchanged_since_indexing(item, entry, path.name):
-                errors = text_errors(
-                    item,
-                    number=number,
-                    records=records,
-                    is_shared=store.is_shared,
-                    checks=self.checks,
-                )
-                error = next(errors, None)
-                if error is not None:
-                    raise CacheError(f"{entry.path}: {error}")
+                errors = text_errors(item, number, records, is_shared=store.is_shared, checks=self.checks)
+                _reject_outdated(entry.path, errors)
         self.checks.add(item.table.index, path.name)
         if not caption:  # caches of other programs may not record it
             recorded = next((record.caption for record in records.values()), None)
             caption = entry.metadata.get("caption1", "") if recorded is None else recorded
-        origins = tuple(data.CacheOrigin(path, name, record.encoder) for name, record in records.items())
         # a caption counts as empty only if it is known: "" may also mean that no file records it
         is_known = number == EMPTY or bool(records) or "caption1" in entry.metadata
         return _ItemTensors(
             path,
-            tensors,
+            entry.tensors,
             variable_length=entry.variable,
             caption=caption,
             is_empty=is_known and not caption,
-            origins=origins,
+            origins=tuple(data.CacheOrigin(path, name, record.encoder) for name, record in records.items()),
             metadata=entry.metadata,
         )
 
@@ -400,9 +373,7 @@ class _Reader:
                     checks=self.checks,
                     is_shared=store.is_shared,
                 )
-                error = next(errors, None)
-                if error is not None:
-                    raise CacheError(f"{path}: {error}")
+                _reject_outdated(path, errors)
             if record is not None:
                 verify_tensors(entry, record.crc32)
         origins: tuple[data.CacheOrigin, ...] = ()
@@ -435,9 +406,34 @@ class _Reader:
 
 def _is_unchanged_since_indexing(item: TrainingItem, entry: Entry, name: str) -> bool:
     """Return whether a cache file is still the one that was verified when the index of caches was built."""
-    return name in item.cache_info.indexed_checksums and item.cache_info.indexed_checksums[
-        name
-    ] == entry.metadata.get(CHECK_KEY)
+    indexed = item.cache_info.indexed_checksums
+    return name in indexed and indexed[name] == entry.metadata.get(CHECK_KEY)
+
+
+def _reject_outdated(path: Path, errors: Iterator[str]) -> None:
+    """Raise CacheError with the first reason why a cache does not match its table, if there is one."""
+    error = next(errors, None)
+    if error is not None:
+        raise CacheError(f"{path}: {error}")
+
+
+def _reject_incomplete_text(entry: Entry, path: Path, required: frozenset[str]) -> None:
+    """Raise CacheError: a text cache lacks some of the `required` tensors."""
+    absent = sorted(required - entry.tensors.keys())
+    maker = entry.metadata.get("architecture", "")
+    made_for = f" (made for {maker})" if maker else ""
+    raise CacheError(f"{path}: the text cache is incomplete; it has no {', '.join(absent)}{made_for}")
+
+
+def _select_mirrored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mirrored tensors of a cache under the names of the tensors that they replace."""
+    mirrored = {}
+    for key, tensor in tensors.items():
+        if key.endswith(FLIPPED):
+            mirrored[key.removesuffix(FLIPPED)] = tensor
+    if data.LOSS_MASK in tensors:  # caches have no mirrored masks
+        mirrored[data.LOSS_MASK] = tensors[data.LOSS_MASK].flip(-1)
+    return mirrored
 
 
 def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:

@@ -44,6 +44,14 @@ MAX_LISTED = 50_000  # files of a folder, including captions
 UNKNOWN_ENCODERS: Mapping[str, Mapping[str, str]] = {}  # for a training run that does not know its encoders
 
 
+class _ReadCaches(NamedTuple):
+    """What reading one item as a batch has shown about its caches."""
+
+    item: TrainingItem
+    caption_index: int
+    origins: tuple[CacheOrigin, ...]  # who made the item's caches
+
+
 def check_caches(
     family: Family,
     items: Sequence[TrainingItem],
@@ -56,12 +64,9 @@ def check_caches(
 ) -> None:
     """Read caches before training begins: all caches of a small dataset, a sample of a large one.
 
-    1. Read each sampled item as a batch of one, which raises an error if a cache is damaged or outdated.
-    2. Compare its text encoders with the trained model's, and let the family check its texts.
-    3. Warn about caches from earlier versions, and about clips that lack some of their caches.
-
     At most MAX_READ items and captions and MAX_READ_BYTES are read; additional captions of an item come
-    last. Items and texts that are encoded during training are not read.
+    last. Items and texts that are encoded during training are not read. Logs warnings about caches from
+    earlier versions, and about clips that lack some of their caches.
 
     Args:
         family: Family that is trained.
@@ -82,22 +87,15 @@ def check_caches(
     cached = [item for item in items if item.cache_info.on_the_fly_buckets is None]
     size_bytes = 0
     checks = CacheChecks()
-    # latents from versions that decoded clips, or timed their companions, differently
-    by_earlier_version: list[tuple[TrainingItem, CacheOrigin]] = []
-    # number of windows that each clip was cut into, as its caches record it; by table index and stem
-    num_windows: dict[tuple[int, str], int] = {}
+    read_caches: list[_ReadCaches] = []
     for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, num_processes):
         batch = read_batch(
             [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
         )
+        read_caches.append(_ReadCaches(item, caption_index, batch.cache_origins))
         for origin in batch.cache_origins:
             if origin.part in trained_encoder_ids:
                 _require_trained_encoder(origin, trained_encoder_ids[origin.part], commands)
-            is_earlier = origin.has_separate_timing or origin.earlier_decoder_version is not None
-            if is_earlier and caption_index == 0:  # further captions have the same latents
-                by_earlier_version.append((item, origin))
-        clip = item.table.index, item.source_stem
-        num_windows[clip] = max((origin.windows for origin in batch.cache_origins), default=0)
         if item.cache_info.has_cached_texts and not encodes_texts_on_the_fly:
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not suit the model
@@ -108,10 +106,9 @@ def check_caches(
             size_bytes += sum(tensor.nbytes for tensor in tensor_list)
         if size_bytes > MAX_READ_BYTES:
             break
-    if by_earlier_version:
-        _warn_of_earlier(by_earlier_version, family, commands)
+    _warn_of_earlier_versions(read_caches, family, commands)
     if rank == 0:  # what the first process has read is enough for a warning
-        _warn_of_missing_windows(cached, num_windows, commands)
+        _warn_of_missing_windows(cached, read_caches, commands)
 
 
 def _require_trained_encoder(
@@ -129,8 +126,8 @@ def _require_trained_encoder(
         recorded = origin.encoder.get(key)
         if recorded != trained_id[key]:
             raise CacheError(
-                f"{origin.path}: another {origin.part.replace('_', ' ')} made this text than that of the "
-                f"trained checkpoint: its {key} is {shorten_fingerprint(str(recorded))}, but here it is "
+                f"{origin.path}: it was not made by the {origin.part.replace('_', ' ')} of the trained "
+                f"checkpoint: its {key} is {shorten_fingerprint(str(recorded))}, but here it is "
                 f"{shorten_fingerprint(trained_id[key])}. Cache texts again:\n  {commands.text}\n  or add "
                 "--skip_cache_check if both checkpoints have the same text encoders."
             )
@@ -145,31 +142,41 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
     return itertools.islice(itertools.chain(first, further), MAX_READ)
 
 
-def _warn_of_earlier(
-    origins: Sequence[tuple[TrainingItem, CacheOrigin]], family: Family, commands: CachingCommands
+def _warn_of_earlier_versions(
+    read_caches: Sequence[_ReadCaches], family: Family, commands: CachingCommands
 ) -> None:
     """Warn about caches from earlier versions that would be made differently now.
 
-    `origins` are pairs of an item and the origin of its latents.
+    Those versions decoded some clips differently, or timed control clips and masks separately: without
+    regard to their clip's frame rate.
     """
-    timed_separately = [item for item, origin in origins if origin.has_separate_timing]
+    timed_separately: list[TrainingItem] = []
+    decoded_earlier: list[tuple[TrainingItem, int]] = []  # each with its `LatentRecord.decoding_version`
+    for item, caption_index, origins in read_caches:
+        if caption_index != 0:  # further captions have the same latents
+            continue
+        for origin in origins:
+            if origin.has_separate_timing:
+                timed_separately.append(item)
+            if origin.earlier_decoder_version is not None:
+                decoded_earlier.append((item, origin.earlier_decoder_version))
     if timed_separately:
         _compare_frame_selection(timed_separately, family.defaults.fps, commands)
-    decoded_otherwise = []
-    for item, origin in origins:
-        if origin.earlier_decoder_version is not None:
-            decoded_otherwise.append((item, origin.earlier_decoder_version))
-    if decoded_otherwise:
-        _compare_decoding(decoded_otherwise, family.latent.keeps_alpha, commands)
+    if decoded_earlier:
+        _compare_decoding(decoded_earlier, family.latent.keeps_alpha, commands)
 
 
 def _warn_of_missing_windows(
-    cached: Sequence[TrainingItem], num_windows: Mapping[tuple[int, str], int], commands: CachingCommands
+    cached: Sequence[TrainingItem], read_caches: Sequence[_ReadCaches], commands: CachingCommands
 ) -> None:
-    """Warn about clips with fewer cached items than the spans into which they were cut.
+    """Warn about clips with fewer cached items than the windows into which they were cut.
 
-    `num_windows` is the number of these spans, by table index and stem.
+    `read_caches` record the number of windows; `cached` are all cached items of the run.
     """
+    num_windows: dict[tuple[int, str], int] = {}  # by table index and stem of the clip
+    for item, _, origins in read_caches:
+        clip = item.table.index, item.source_stem
+        num_windows[clip] = max((origin.windows for origin in origins), default=0)
     num_cached = Counter((item.table.index, item.source_stem) for item in cached)
     incomplete = [clip for clip, expected in num_windows.items() if num_cached[clip] < expected]
     if incomplete:
@@ -266,11 +273,12 @@ def compare_sources(
         tag: The family's cache_tag.
         trains_audio: Whether the run trains audio.
     """
+    # `require_items` has warned about media without texts
+    missing_text_caches = {path.name for path in listing.missing_text}
     for table in tables:
         items = [item for item in listing.items if item.table.index == table.index]
         _compare_lengths(table, items, commands)
-        cached = {item.source_stem for item in items}
-        if table.directory is None or not cached or table.cache_format in SHARED_CACHES:
+        if table.directory is None or not items or table.cache_format in SHARED_CACHES:
             continue
         if table.index in listing.left_out:  # the index of the caches has the answer
             differences = _SourceDifferences(listing.left_out[table.index], [], [])
@@ -278,35 +286,36 @@ def compare_sources(
             sources = _sources_of_small(table, table.directory)
             if sources is None:
                 continue
-            # `require_items` has warned about media without texts
-            missing_text_caches = {path.name for path in listing.missing_text}
-            differences = _find_differences(
-                sources,
-                items,
-                missing_text_caches,
-                tag,
-                checks_audio=trains_audio and table.kind == "video" and table.audio != IGNORE,
+            checks_audio = trains_audio and table.kind == "video" and table.audio != IGNORE
+            differences = _find_differences(sources, items, missing_text_caches, tag, checks_audio)
+        if any(differences):
+            _warn_of_differences(table, differences, commands)
+
+
+def _warn_of_differences(
+    table: DatasetTable, differences: _SourceDifferences, commands: CachingCommands
+) -> None:
+    """Log a warning for each kind of difference between a table's media files and its caches."""
+    warnings = (
+        (differences.without_latents, "no latents", "not cached, too short or unreadable: left out"),
+        (
+            differences.without_source,
+            "caches whose file no longer exists",
+            "trained on until the table is cached again",
+        ),
+        (differences.uncached_audio, "sound that is not cached", "only their pictures are learned"),
+    )
+    for names, problem, consequence in warnings:
+        if names:
+            logger.warning(
+                "%s: %s with %s, such as %s: %s. Cache again: %s",
+                table.name,
+                format_count(len(names), table.kind if table.kind == "image" else "clip"),
+                problem,
+                names[0],
+                consequence,
+                commands.latents,
             )
-        warnings = (
-            (differences.without_latents, "no latents", "not cached, too short or unreadable: left out"),
-            (
-                differences.without_source,
-                "caches whose file no longer exists",
-                "trained on until the table is cached again",
-            ),
-            (differences.uncached_audio, "sound that is not cached", "only their pictures are learned"),
-        )
-        for names, problem, consequence in warnings:
-            if names:
-                logger.warning(
-                    "%s: %s with %s, such as %s: %s. Cache again: %s",
-                    table.name,
-                    format_count(len(names), table.kind if table.kind == "image" else "clip"),
-                    problem,
-                    names[0],
-                    consequence,
-                    commands.latents,
-                )
 
 
 def _find_differences(

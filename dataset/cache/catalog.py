@@ -340,29 +340,38 @@ def _rename_finished(path: Path) -> None:
 def finish_abandoned_shards(folder: Path, own_shard: Path | None = None) -> None:
     """Finish the shards of killed writers; leave the shards of writers that may still run.
 
-    Locks show whether a writer still runs. For writers on other machines, and on file systems without locks,
-    the file's age decides. `own_shard` is the shard that this process writes.
+    `own_shard` is the shard that this process writes.
     """
     for path in folder.glob("cache-*.writing"):
-        with contextlib.suppress(OSError, sqlite3.Error):
-            is_old = path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
-            is_of_this_machine = path.stem[6:14] == machine()  # after "cache-"
-            if path == own_shard or not (is_old or is_of_this_machine) or not _is_safe_to_open(path):
-                continue
-            try:
-                is_empty = _recover(path)
-            except sqlite3.OperationalError as error:
-                if not is_old or error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
-                    continue
-                is_empty = _recover(path, "&nolock=1")  # a volume without locks
-            if not is_empty:
-                _rename_finished(path)
+        if path != own_shard:
+            with contextlib.suppress(OSError, sqlite3.Error):
+                _finish_if_abandoned(path)
     # journals of writers that were killed before their shard had any content
     for path in folder.glob("cache-*.writing-*"):
         shard_name = path.name.rpartition("-")[0]
         if not os.path.lexists(path.with_name(shard_name)):
             with contextlib.suppress(OSError):  # a folder of that name
                 path.unlink()
+
+
+def _finish_if_abandoned(path: Path) -> None:
+    """Recover and rename an unfinished shard if its writer no longer runs.
+
+    Locks show whether a writer still runs. For writers on other machines, and on file systems without locks,
+    the file's age decides.
+    """
+    is_old = path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
+    is_of_this_machine = path.stem[6:14] == machine()  # after "cache-"
+    if not (is_old or is_of_this_machine) or not _is_safe_to_open(path):
+        return
+    try:
+        is_empty = _recover(path)
+    except sqlite3.OperationalError as error:
+        if not is_old or error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            return
+        is_empty = _recover(path, "&nolock=1")  # a volume without locks
+    if not is_empty:
+        _rename_finished(path)
 
 
 def _is_safe_to_open(path: Path) -> bool:

@@ -18,6 +18,7 @@ from modules.option_values import value_argv
 from modules.options import Options
 from modules.paths import path_exists
 from modules.repeated_options import (
+    AcceptedOption,
     RepeatedOption,
     accepted_options,
     repeat_given,
@@ -57,7 +58,7 @@ def remember_options(
     options = {}
     for option in repeat_given(family_options, typed):
         is_path = Path in accepted[option.name].types
-        options[option.name] = {"flag": option.flag, "value": _as_json(option.value), "is_path": is_path}
+        options[option.name] = {"flag": option.flag, "value": option.value, "is_path": is_path}
     # "folder": relative paths among the values are relative to it
     command: dict[str, Any] = {"folder": str(real_path(Path.cwd())), "options": options}
     if training:
@@ -68,7 +69,8 @@ def remember_options(
             continue
         families = _read_families(folder)
         families.setdefault(family, {})[kind] = command
-        text = json.dumps({"version": VERSION, "families": families}, indent=1, sort_keys=True)
+        content = {"version": VERSION, "families": families}
+        text = json.dumps(content, indent=1, sort_keys=True, default=str)  # `str` converts paths
         with contextlib.suppress(OutputError, OSError):
             write_text(folder / NAME, f"{text}\n")
 
@@ -113,20 +115,30 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
             continue
         option = accepted[name]
         value = remembered.get("value")
-        if not _can_be_shown(value) or not any(_has_type(value, kind) for kind in option.types):
+        if not _is_allowed(value, option):
             continue
-        if option.choices and isinstance(value, str) and value not in option.choices:
-            continue
-        if Path in option.types:  # a path must still exist
-            value = Path(str(value))
-            # a relative path is one from the folder in which the stored command ran
-            if not value.is_absolute() and Path(folder) != real_path(Path.cwd()):
-                value = folder / value
-            if not path_exists(value):
+        if Path in option.types:
+            value = _find_path(str(value), folder)
+            if value is None:
                 continue
         flag = remembered.get("flag")
         public_flag = option.flags[-1]
         yield RepeatedOption(name, option.flags, flag if flag in option.flags else public_flag, value)
+
+
+def _is_allowed(value: Any, option: AcceptedOption) -> bool:
+    """Return whether an option accepts a stored value, and a message can show it."""
+    if not _can_be_shown(value) or not any(_has_type(value, kind) for kind in option.types):
+        return False
+    return not option.choices or not isinstance(value, str) or value in option.choices
+
+
+def _find_path(text: str, folder: str) -> Path | None:
+    """Return a stored path if it still exists; `folder` is the one in which the stored command ran."""
+    path = Path(text)
+    if not path.is_absolute() and Path(folder) != real_path(Path.cwd()):
+        path = folder / path
+    return path if path_exists(path) else None
 
 
 def _has_type(value: Any, kind: Any) -> bool:
@@ -157,13 +169,6 @@ def _can_be_shown(value: Any) -> bool:
         if len(argument) > MAX_CHARACTERS or has_control_codes:
             return False
     return True
-
-
-def _as_json(value: Any) -> Any:
-    """Convert an option's value to JSON types."""
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _read_families(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset import cache_files
-from dataset.cache.records import section_frames
 from dataset.cache_files import CacheStore, LatentName
 from dataset.sources.frames import bucket_of
 from dataset.table import DatasetTable
@@ -38,8 +37,7 @@ def list_latent_files(
     files: Collection[str],
     tag: str,
     latent: LatentSpec,
-    store: CacheStore,
-    reads_references: bool,
+    store: CacheStore | None,
 ) -> Iterator[LatentFile]:
     """Yield the latent caches of a table's kind ("image" or "video") among these file names, in order.
 
@@ -48,8 +46,7 @@ def list_latent_files(
         files: Sorted names of the files in the table's cache folder.
         tag: The family's cache_tag.
         latent: The family's latent space.
-        store: Store of the table, which reads headers.
-        reads_references: Whether batches depend on the sizes of reference images.
+        store: Store of the table, which reads headers; None if latents are encoded during training.
     """
     num_sections: Counter[tuple[str, LatentName]] = Counter()
     if table.kind == "video":
@@ -67,15 +64,11 @@ def list_latent_files(
             item = stem, replace(ending, section=None)
             num_files = num_sections[item] or 1  # 0: the clip has no sections, and is in one file
         sizes: tuple[int, ...] = ()
-        if reads_references:
+        # items can share a batch only if their references have equal sizes
+        if store is not None and table.batch_size > 1 and (table.references or table.clip_references):
             sizes = reference_sizes(store, file_name)
             sizes = shared_tuples.setdefault(sizes, sizes)
         yield LatentFile(file_name, stem, bucket, num_parts=num_files, references=sizes)
-
-
-def depends_on_references(table: DatasetTable) -> bool:
-    """Return whether items can share a batch only if their reference images have equal sizes."""
-    return bool(table.references or table.clip_references) and table.batch_size > 1
 
 
 def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, LatentName]]:
@@ -95,7 +88,7 @@ def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path
     if table.kind == "image":
         return bucket_of(table, name.size, latent.pixel_step, path)
     if name.section is not None:  # sections of clips of any length share a batch: all have this length
-        return (*name.size, section_frames(table.fp_latent_window_size, latent))
+        return (*name.size, latent.count_frames(table.fp_latent_window_size))
     assert name.span is not None
     _, num_frames = name.span
     return (*name.size, num_frames)

@@ -6,7 +6,9 @@
 import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from modules.integers import ceil_div
 
@@ -26,28 +28,17 @@ ShardRow = tuple[bytes, int, int, int | None, int]
 def read_old_shard(path: Path) -> list[ShardRow]:
     """Return the entries of a tar shard, the format of earlier versions.
 
-    A row is name, position, generation (higher replaces lower), size and checksum of an entry. A pax header
-    precedes each entry; its comment has the name, the generation, the size and the checksum.
-    The comment of a global pax header says that an entry was removed.
+    A pax header precedes each entry; its comment has the name, the generation (higher replaces lower), the
+    size and the checksum. The comment of a global pax header says that an entry was removed.
 
     Raises:
         tarfile.HeaderError: If the tar is damaged.
         OSError: If the tar cannot be read.
     """
     rows: list[ShardRow] = []
-    size = path.stat().st_size
     comment: re.Match[bytes] | None = None  # of the entry that follows
     with path.open("rb") as file:
-        while True:
-            block = file.read(tarfile.BLOCKSIZE)
-            if file.tell() == size - tarfile.BLOCKSIZE and not any(block):
-                return rows  # a tar ends with two empty blocks, of which this is the first
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            start = file.tell()
-            num_blocks = ceil_div(header.size, tarfile.BLOCKSIZE)
-            end = start + num_blocks * tarfile.BLOCKSIZE
-            if not start <= end <= size:
-                raise tarfile.HeaderError("a wrong size")
+        for header, start in _read_headers(file, path.stat().st_size):
             is_comment = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE)
             if is_comment and header.size <= _MAX_COMMENT:
                 comment = _read_comment(file.read(header.size))
@@ -62,7 +53,26 @@ def read_old_shard(path: Path) -> list[ShardRow]:
                 comment = None
             else:
                 raise tarfile.HeaderError("a file without a comment")
-            file.seek(end)
+    return rows
+
+
+def _read_headers(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yield each header of a tar of `size` bytes, with the offset of the bytes that follow it.
+
+    While a header is used, the file is at that offset.
+    """
+    while True:
+        block = file.read(tarfile.BLOCKSIZE)
+        if file.tell() == size - tarfile.BLOCKSIZE and not any(block):
+            return  # a tar ends with two empty blocks, of which this is the first
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        start = file.tell()
+        num_blocks = ceil_div(header.size, tarfile.BLOCKSIZE)
+        end = start + num_blocks * tarfile.BLOCKSIZE
+        if not start <= end <= size:
+            raise tarfile.HeaderError("a wrong size")
+        yield header, start
+        file.seek(end)
 
 
 def _read_comment(content: bytes) -> re.Match[bytes] | None:

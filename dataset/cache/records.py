@@ -349,11 +349,6 @@ def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def section_frames(window: int, latent: LatentSpec) -> int:
-    """Return how many pixel frames a section of `window` latent frames has."""
-    return latent.count_frames(window)
-
-
 def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
     """Return how the options of two cache records differ, as text; None if they agree.
 

@@ -12,9 +12,9 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -300,21 +300,34 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
     """Copy the valid entries of some shards to new shards, then remove the old shards.
 
-    1. Check that the disk has room for the copies.
-    2. Copy entry by entry, in the order of names; begin another shard when one is full.
-    3. Remove the old shards; after an error they stay, and an unfinished new one is removed.
-
-    If the process is killed, every entry is in one shard or in two. Rows of removed entries are copied, too,
-    because another shard of the folder may still have the entry.
+    After an error, the old shards stay. If the process is killed, every entry is in one shard or in two.
     """
     live_bytes = catalog.count_live_bytes()
     # the file name does not matter, only its disk
     check_space(folder / "cache", sum(live_bytes[name] for name in shards))
-    entries = [(name, row) for name, row in sorted(catalog.entries.items()) if row.shard in shards]
-    connections: dict[str, sqlite3.Connection] = {}  # of the old shards
-    writer: ShardWriter | None = None
+    rows = [(name, row) for name, row in sorted(catalog.entries.items()) if row.shard in shards]
+    with contextlib.closing(_read_valid_entries(folder, rows)) as entries:
+        _write_shards(folder, entries, shard_bytes)
+    for shard in shards:
+        with contextlib.suppress(PermissionError):  # Windows: someone reads it
+            (folder / shard).unlink(missing_ok=True)
+
+
+class _CopiedEntry(NamedTuple):
+    """An entry that is copied to a new shard."""
+
+    name: str
+    generation: int
+    data: bytes | None  # None if the entry was removed: another shard of the folder may still have it
+
+
+def _read_valid_entries(
+    folder: Path, rows: Iterable[tuple[str, EntryRow]]
+) -> Generator[_CopiedEntry, None, None]:
+    """Read the entries of these rows from their shards; damaged ones are skipped with a warning."""
+    connections: dict[str, sqlite3.Connection] = {}
     try:
-        for name, row in entries:
+        for name, row in rows:
             if not row.shard.endswith(".tar") and row.shard not in connections:
                 connections[row.shard] = open_shard(folder / row.shard)
             try:
@@ -323,11 +336,22 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
                 path = folder / row.shard
                 logger.warning("%s: an entry is damaged; cache again to replace it (%s)", path, error)
                 continue
+            yield _CopiedEntry(name, row.generation, data)
+    finally:
+        for connection in connections.values():
+            connection.close()
+
+
+def _write_shards(folder: Path, entries: Iterable[_CopiedEntry], shard_bytes: int) -> None:
+    """Write entries to new shards of about `shard_bytes`; after an error, an unfinished shard is removed."""
+    writer: ShardWriter | None = None
+    try:
+        for entry in entries:
             if writer is not None and writer.size >= shard_bytes:
                 writer.finish()
                 writer = None
             writer = writer or ShardWriter(folder)
-            writer.put(encode_name(name), row.generation, data)
+            writer.put(encode_name(entry.name), entry.generation, entry.data)
         if writer is not None:
             writer.finish()
     except BaseException:
@@ -335,12 +359,6 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
             writer.connection.close()
             writer.path.unlink(missing_ok=True)  # a finished shard has another path and stays
         raise
-    finally:
-        for connection in connections.values():
-            connection.close()
-    for shard in shards:
-        with contextlib.suppress(PermissionError):  # Windows: someone reads it
-            (folder / shard).unlink(missing_ok=True)
 
 
 def _read_to_copy(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes | None:

@@ -237,6 +237,18 @@ class Stores:
             return self.custom_stores[table.index].texts
         return self.latent_store(table)
 
+    def require_declared_formats(self, tables: Iterable[DatasetTable], tag: str) -> None:
+        """Raise DatasetError if a table has caches in another format than its `cache_format`.
+
+        `tag` is the family's cache_tag.
+        """
+        own_folders = [table for table in tables if table.index not in self.custom_stores]
+        to_check = [table for table in own_folders if may_have_both_formats(table)]
+        if to_check:
+            from dataset.cache.form import require_declared_format  # only with shards
+
+            require_declared_format(to_check, tag)
+
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
         """Close these tables' stores, so that no written entry can be lost."""
         for table in tables:

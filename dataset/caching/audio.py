@@ -5,7 +5,7 @@ If audio is turned on later, only audio is encoded; and a changed audio file mak
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from dataset.cache import records
 from dataset.cache.records import HAS_REFERENCE
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
 from dataset.caching.latents import write_entry
-from dataset.caching.prefetch import MANY, CacheReport, Failure, read_ahead, write_behind
+from dataset.caching.prefetch import MANY, CacheReport, Failure, Write, read_ahead, write_behind
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.audio import NoAudio, find_audio, read_audios
@@ -112,12 +112,7 @@ class AudioWork:
             CheckpointError: If a network cannot be loaded.
             OutputError: If a cache file cannot be written.
         """
-        items_by_clip = self._group_by_clip(latents)
-        jobs: list[_AudioJob] = []
-        for source in sources:
-            items = items_by_clip.get((source.table.index, source.stem))
-            if items is not None:
-                jobs.append(_AudioJob(source, items))
+        jobs = self._list_jobs(sources, latents)
         verifies = self._stores.verify or len(jobs) < MANY  # checksums of many files would take long
         ahead = read_ahead(
             jobs,
@@ -134,16 +129,35 @@ class AudioWork:
                 if isinstance(plan, Failure):
                     report = replace(report, failures=(*report.failures, plan))
                     continue
-                files = list(plan.valid_files)
-                items_with_audio = plan.missing_items[: len(plan.samples)]  # a silent clip has no samples
-                for index, name in enumerate(items_with_audio):
-                    file = name.file_name(self._tag)
-                    write(self._encode(file, name, index, plan))
-                    files.append(file)
+                files = [*plan.valid_files, *self._encode_missing(plan, write)]
                 valid |= {(job.source.table.index, file) for file in files}
                 report = _add_plan(report, plan)
                 del plan  # frees its samples before waiting for the next source
         return replace(report, valid=frozenset(valid))
+
+    def _list_jobs(self, sources: Sequence[MediaSource], latents: Entries) -> list[_AudioJob]:
+        """Return the clips that have items with cached latents, each with these items."""
+        items_by_clip = self._group_by_clip(latents)
+        jobs = []
+        for source in sources:
+            items = items_by_clip.get((source.table.index, source.stem))
+            if items is not None:
+                jobs.append(_AudioJob(source, items))
+        return jobs
+
+    def _encode_missing(self, plan: AudioPlan, write: Write) -> list[str]:
+        """Encode the audio of a clip's missing items; return the names of the files that will be written."""
+        if plan.samples and self._networks is None:
+            self._before_loading()
+            self._networks = self._family.audio_networks(self._device, decodes=False)
+        files = []
+        items_with_audio = plan.missing_items[: len(plan.samples)]  # a silent clip has no samples
+        for index, name in enumerate(items_with_audio):
+            file = name.file_name(self._tag)
+            tensors = self._encode(name, index, plan)
+            write(self._make_writer(file, name, plan, tensors))
+            files.append(file)
+        return files
 
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
         """Remove a table's audio cache files that are not in `valid`; return their number.
@@ -286,13 +300,8 @@ class AudioWork:
             references.append(torch.from_numpy(samples))
         return references
 
-    def _encode(
-        self, file: str, name: cache_files.LatentName, index: int, plan: AudioPlan
-    ) -> Callable[[], None]:
-        """Encode an item's audio, at `index` of the plan; return the function that writes its cache file."""
-        if self._networks is None:
-            self._before_loading()
-            self._networks = self._family.audio_networks(self._device, decodes=False)
+    def _encode(self, name: cache_files.LatentName, index: int, plan: AudioPlan) -> dict[str, Tensor]:
+        """Encode the audio of an item, and its reference audio; `index` is the item's index in the plan."""
         assert name.span is not None
         _, frames = name.span
         samples = plan.samples[index][None]  # 1 C S
@@ -307,14 +316,22 @@ class AudioWork:
             # with its own length: at a "frame rate" of `spec.rate`, each sample of the audio is a frame
             (encoded,) = self._family.encode_audio(self._networks, samples, samples.shape[-1], self.spec.rate)
             tensors[REFERENCE_AUDIO] = encoded.detach().cpu().contiguous()
+        return tensors
+
+    def _make_writer(
+        self, file: str, name: cache_files.LatentName, plan: AudioPlan, tensors: Mapping[str, Tensor]
+    ) -> Callable[[], None]:
+        """Return a function that writes the audio cache file of an item, with its record."""
         record = records.LatentRecord(
             encoder=self._family.audio_identity,
             options=self._options(plan.source, name),
             files=plan.files,
             clip=None,
             parts=1,
-            crc32={},
+            crc32={},  # filled in by `write_entry`
         )
+        assert name.span is not None
+        _, frames = name.span
         return partial(
             write_entry,
             self._stores.latent_store(plan.source.table),

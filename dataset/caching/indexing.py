@@ -18,7 +18,7 @@ from dataset.cache.index import (
     read_parts,
     split_names,
 )
-from dataset.cache.latent_files import depends_on_references, list_latent_files
+from dataset.cache.latent_files import list_latent_files
 from dataset.cache.records import CHECK_KEY, latent_record, size_and_mtime, source_folders, text_records
 from dataset.cache.store import SingleFiles
 from dataset.sources.media_source import FileIdentity
@@ -48,10 +48,6 @@ def write_index(
 ) -> None:
     """Write the LATENTS or TEXTS part of a table's index file, with a line for each cache file.
 
-    1. Read the previous index, whose other parts are kept.
-    2. List the cache files of this part.
-    3. Add the origin of each file: from the previous index if the file has not changed, else from the file.
-
     If the process is killed, the previous index remains. Another process that writes at the same time waits.
     If the index cannot be written, there is none, and training lists the caches instead.
 
@@ -65,22 +61,12 @@ def write_index(
         left_out: Paths of the media files that could not be cached, by stem.
     """
     store = SingleFiles(table.cache_directory)
-    path = store.folder / NAME
     latent_files, text_files = split_names(store.names(), tag)
-    if (
-        table_fingerprint is None
-        or len(latent_files) + len(text_files) > MAX_FILES
-        or not store.folder.is_dir()
-    ):
+    is_small = len(latent_files) + len(text_files) <= MAX_FILES
+    if table_fingerprint is None or not is_small or not store.folder.is_dir():
         return
     with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
-        parts: dict[tuple[str, str], IndexPart] = {}
-        known_origins: dict[str, _IndexedFile] = {}  # from the previous index, by cache file
-        with contextlib.suppress(*DAMAGES):  # then the origin of each file is read again
-            parts = read_parts(store.folder)
-            for name, line in parts[tag, part].lines.items():
-                if line["record"] is not None:
-                    known_origins[name] = _IndexedFile(line["stamp"], line["record"], line["sources"])
+        parts, known_origins = _read_previous(store.folder, tag, part)
         if part == LATENTS:
             lines = _list_latents(table, latent_files, tag, latent=latent, store=store)
             latent_fingerprint = fingerprint_latents(table, latent)
@@ -101,21 +87,31 @@ def write_index(
             else:
                 line |= _describe_origin(table, store, name, part)
             parts[tag, part].lines[name] = line
-        write_text(path, "".join(_as_lines(parts)))
+        write_text(store.folder / NAME, "".join(_as_lines(parts)))
+
+
+def _read_previous(
+    folder: Path, tag: str, part: str
+) -> tuple[dict[tuple[str, str], IndexPart], dict[str, _IndexedFile]]:
+    """Return the parts of the previous index, and the known origins in one of them by cache file.
+
+    Both are empty if there is no index or it is damaged; then the origin of each file is read again.
+    """
+    parts: dict[tuple[str, str], IndexPart] = {}
+    known_origins: dict[str, _IndexedFile] = {}
+    with contextlib.suppress(*DAMAGES):
+        parts = read_parts(folder)
+        for name, line in parts[tag, part].lines.items():
+            if line["record"] is not None:
+                known_origins[name] = _IndexedFile(line["stamp"], line["record"], line["sources"])
+    return parts, known_origins
 
 
 def _list_latents(
     table: DatasetTable, names: Sequence[str], tag: str, latent: LatentSpec, store: SingleFiles
 ) -> list[dict[str, Any]]:
     """Return an index line for each latent cache file; the files' origins are added later."""
-    files = list_latent_files(
-        table,
-        names,
-        tag=tag,
-        latent=latent,
-        store=store,
-        reads_references=depends_on_references(table),
-    )
+    files = list_latent_files(table, names, tag=tag, latent=latent, store=store)
     return [
         {
             "file": file.file,
@@ -146,7 +142,7 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
     """Return the fields of a cache file's index line that say what it was made from.
 
-    These are the checksum of its record, and size and time of the media files. If they cannot be found out
+    These are the checksum of its record, and size and time of the media files. If they cannot be determined
     here, training reads the cache to compare it with its media. `part` is LATENTS or TEXTS.
     """
     unknown_origin: dict[str, Any] = {"record": None, "sources": {}}

@@ -16,10 +16,11 @@ from dataset.cache.records import LatentRecord, identify
 from dataset.cache.store import LatentNames
 from dataset.cache_files import CacheStore
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner
-from dataset.caching.prefetch import check_memory, fill_batches
+from dataset.caching.prefetch import check_memory
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import kept_rate, media_table, shrink_mask
+from dataset.sources.frames import Span, kept_rate, media_table, shrink_mask
+from dataset.sources.media_source import MediaSource
 from modules.devices import warn_if_emulated
 from modules.errors import MediaError
 from protocols import data
@@ -38,10 +39,7 @@ def decode(
 ) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
     """Decode a source and cut out the items that are not cached yet.
 
-    1. Decode the frames at bucket size (or read precomputed moments of the VAE).
-    2. If the number of frames was unknown until now, find which items are missing.
-    3. Read the audio of the missing items, for models that store it with latents.
-    4. Cut out the items; large or overlapping ones only when they are iterated over, to save memory.
+    Large or overlapping items are only cut out when they are iterated over, to save memory.
 
     Returns:
         The plan, completed by what decoding found out, and the missing items.
@@ -51,33 +49,8 @@ def decode(
         DatasetError: If the resolution does not fit the model.
         OSError: If a file cannot be opened.
     """
-    source, latent = plan.source, cache_settings.latent
-    rate: float | None = None
-    if source.precomputed is not None:
-        from dataset.caching.precomputed import decode_moments  # few tables have precomputed moments
-
-        media = decode_moments(source, latent)
-        if cache_settings.stores_frame_rate:
-            rate = kept_rate(source, cache_settings.fps)
-    else:
-        with fetch(source) as local:
-            check_memory(local)
-            if cache_settings.stores_frame_rate:
-                rate = kept_rate(local, cache_settings.fps)
-            media = decode_source(
-                local,
-                cache_settings.fps,
-                latent.pixel_step,
-                latent.lengths,
-                keeps_alpha=latent.keeps_alpha,
-                has_alpha=latent.has_alpha,
-            )
-        width, height = media.bucket
-        if min(width, height) < SMALLEST_SIDE:
-            raise MediaError(
-                f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
-                f"{SMALLEST_SIDE}"
-            )
+    source = plan.source
+    media = _decode_frames(source, cache_settings)
     if plan.missing_spans is None:  # the number of frames was unknown until the source was decoded
         planner = SourcePlanner(source, existing.of(source.stem), cache_settings)
         plan = planner.compare(media.size, media.spans, len(media.frames), media.reason)
@@ -85,20 +58,12 @@ def decode(
         plan = dataclasses.replace(plan, size_changes=media.clip.size_changes)
     spans_to_encode = plan.missing_spans or ()
     audios: SpanAudios | None = None
-    if (
-        cache_settings.stores_audio
-        and cache_settings.audio is not None
-        and spans_to_encode
-        and source.table.kind == "video"
-    ):
-        from dataset.sources.audio import read_span_audios  # only of families with audio
-
-        with fetch(source) as local:
-            audios = read_span_audios(local, spans_to_encode, cache_settings.fps, cache_settings.audio)
+    if cache_settings.stores_audio and spans_to_encode and source.table.kind == "video":
+        audios = _read_audios(source, spans_to_encode, cache_settings)
         plan = dataclasses.replace(plan, silence_reason=audios.silence_reason)
     # identities of the source files, for the record
     files = tuple(itertools.starmap(identify, cache_settings.source_files(source))) if spans_to_encode else ()
-    media = dataclasses.replace(media, source=source, files=files, rate=rate)
+    media = dataclasses.replace(media, source=source, files=files)
     items: Iterable[DecodedMedia] = map(media.cut, spans_to_encode)
     if audios is not None:
         items = _add_audios(items, audios)
@@ -109,24 +74,54 @@ def decode(
     return plan, items
 
 
+def _decode_frames(source: MediaSource, cache_settings: LatentCacheSettings) -> DecodedMedia:
+    """Decode a source at bucket size, or read its precomputed moments of the VAE; add its frame rate.
+
+    Raises:
+        MediaError: If the source cannot be read, does not fit into memory, or is too small to encode.
+    """
+    latent = cache_settings.latent
+    if source.precomputed is not None:
+        from dataset.caching.precomputed import decode_moments  # few tables have precomputed moments
+
+        media = decode_moments(source, latent)
+        rate = kept_rate(source, cache_settings.fps) if cache_settings.stores_frame_rate else None
+        return dataclasses.replace(media, rate=rate)
+    with fetch(source) as local:
+        check_memory(local)
+        rate = kept_rate(local, cache_settings.fps) if cache_settings.stores_frame_rate else None
+        media = decode_source(
+            local,
+            cache_settings.fps,
+            latent.pixel_step,
+            latent.lengths,
+            keeps_alpha=latent.keeps_alpha,
+            has_alpha=latent.has_alpha,
+        )
+    width, height = media.bucket
+    if min(width, height) < SMALLEST_SIDE:
+        raise MediaError(
+            f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
+            f"{SMALLEST_SIDE}"
+        )
+    return dataclasses.replace(media, rate=rate)
+
+
+def _read_audios(
+    source: MediaSource, spans: Sequence[Span], cache_settings: LatentCacheSettings
+) -> "SpanAudios":
+    """Read the audio of these spans of a clip, for a model that stores audio with latents."""
+    from dataset.sources.audio import read_span_audios  # only of families with audio
+
+    assert cache_settings.audio is not None  # implied by `stores_audio`
+    with fetch(source) as local:
+        return read_span_audios(local, spans, cache_settings.fps, cache_settings.audio)
+
+
 def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
     """Yield the decoded items of a clip with the audio of their spans added."""
     for item, samples in zip(items, audios.samples, strict=True):
         yield dataclasses.replace(item, audio=samples, is_heard=audios.silence_reason is None)
-
-
-def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
-    """Group items of equal shapes into batches.
-
-    `size` is the batch size; None means the batch_size of the table.
-    """
-    return fill_batches(
-        items,
-        group_of=lambda item: item.group,
-        batch_size_of=lambda item: size or item.source.table.batch_size,
-        bytes_of=lambda item: item.size_bytes,
-        max_bytes=PARTIAL_BYTES,
-    )
 
 
 def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
@@ -187,9 +182,12 @@ def encode(
     assert encoders is not None
     media = batch_media(items, keys)
     all_rejected = [item.rejected for item in items if item.rejected is not None]
+    needs_mirrored = items[0].source.table.augmentation.flip
+    if not all_rejected and not needs_mirrored:
+        return family.encode_media(encoders, media)
     rejected = _stack_batch(all_rejected) if all_rejected else None  # B F H W C
     encoded = _encode_pair(media, rejected, family, encoders)  # rejected latents are in the same entries
-    if not items[0].source.table.augmentation.flip:
+    if not needs_mirrored:
         return encoded
     mirrored_rejected = None if rejected is None else rejected.flip(3)  # axis 3 is W
     mirrored = _encode_pair(_mirror(media), mirrored_rejected, family, encoders)

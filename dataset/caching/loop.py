@@ -25,7 +25,7 @@ from dataset.cache.store import Stores
 from dataset.caching.indexing import write_index
 from dataset.caching.prefetch import CacheReport, conclude, join_reports, workers_of
 from dataset.config import DatasetConfig
-from dataset.options import CachingOptions, DebugOptions
+from dataset.options import CachingOptions, DebugOptions, ShardOptions
 from modules.command import COUNT, LOCAL_RANK, RANK, quote_command
 from modules.console import Row, format_duration
 from modules.devices import format_peak_memory, freeze_libraries, leave_cudnn_out, select_device
@@ -143,19 +143,17 @@ def cache(
     with join_processes(options.device) as share:
         make_work = getattr(import_own(module_name), class_name)
         work = make_work(family, config, options, device=share.device, stores=stores)
-        is_main = share.rank == 0
         work_items = work.work_items
-        label = ""  # names this process's part of the work, if it is not all
         if shard.num_shards is not None:
             work_items = work_items[shard.shard_index :: shard.num_shards]
-            label = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
-        if share.num_processes > 1:
-            label += f", process {share.rank + 1} of {share.num_processes}"
+        own_items = work_items[share.rank :: share.num_processes]
+        is_main = share.rank == 0
+        label = ""  # names this process's part of the work, if it is not all
+        if shard.num_shards is not None or share.num_processes > 1:
+            label = _name_part(shard, share)
         try:
             # only the main process shows progress
-            own_report = work.encode(
-                work_items[share.rank :: share.num_processes], label if is_main else None
-            )
+            own_report = work.encode(own_items, label if is_main else None)
         finally:
             work.free()
         work.stores.close(config.datasets)
@@ -167,6 +165,16 @@ def cache(
                 removed += work.remove_stale(table, report.valid, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
         return replace(report, removed=sum(share.gather(removed)), is_main=is_main)
+
+
+def _name_part(shard: ShardOptions, share: Share) -> str:
+    """Return the name of a process's part of the work: the number of its shard, of the process, or both."""
+    name = ""
+    if shard.num_shards is not None:
+        name = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
+    if share.num_processes > 1:
+        name += f", process {share.rank + 1} of {share.num_processes}"
+    return name
 
 
 cache_media, cache_texts = partial(cache, LATENTS), partial(cache, TEXTS)
@@ -212,11 +220,6 @@ def run_caching(
 ) -> None:
     """Cache the latents or text embeddings of a dataset, or do what --debug_mode or --check requests instead.
 
-    1. With --debug_mode or --check, only show or check the dataset.
-    2. Cache the dataset.
-    3. In the main process, store the command's options for training, and write the index of the caches.
-    4. Show the results and the next command.
-
     Args:
         kind: LATENTS or TEXTS.
         family: Family that encodes.
@@ -247,21 +250,22 @@ def run_caching(
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(INTERRUPTED_NOTE) from None
+    is_shard = options.shard.num_shards is not None
     if report.is_main:  # one process writes for all of them
         next_command.remember()  # stores this command's options for training
-        if options.shard.num_shards is None:
+        if not is_shard:
             _write_indexes(kind, family, config=config, report=report, fingerprints=fingerprints)
     peak_memory = format_peak_memory(select_device(options.device))
     costs: list[Row] = [("time", format_duration(time.monotonic() - started)), ("peak memory", peak_memory)]
-    if options.shard.num_shards is not None:
+    if is_shard:
         _conclude_shard(kind, report, costs)
-        return
-    heading = "Next, check all before training" if kind == TEXTS else "Next, cache the captions"
-    unknown_paths = missing_words(next_command.argv)
-    if unknown_paths:
-        pronoun = "that path" if len(unknown_paths) == 1 else "those paths"
-        heading += f" (fill in {' and '.join(unknown_paths)}: this command does not know {pronoun})"
-    conclude(report, costs, [(heading, quote_command(next_command.argv))])
+    else:
+        heading = "Next, check all before training" if kind == TEXTS else "Next, cache the captions"
+        unknown_paths = missing_words(next_command.argv)
+        if unknown_paths:
+            pronoun = "that path" if len(unknown_paths) == 1 else "those paths"
+            heading += f" (fill in {' and '.join(unknown_paths)}: this command does not know {pronoun})"
+        conclude(report, costs, [(heading, quote_command(next_command.argv))])
 
 
 def _conclude_shard(kind: str, report: CacheReport, costs: Sequence[Row]) -> None:

@@ -118,7 +118,8 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
         DatasetError: If the cluster cannot be reached, a shard fails, or a media file cannot be used.
     """
     arguments = options.command[1:]
-    # called instead of caching, so that wrong options are reported before the cluster is contacted
+    # `main` reads the options and calls `_reject_unsuitable` instead of caching, so that wrong options are
+    # reported before the cluster is contacted
     main(arguments, _reject_unsuitable)
     try:
         import ray

@@ -5,14 +5,14 @@ Records in the cache files decide this, if possible without decoding the source.
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dataset.cache import records
 from dataset.cache.store import ExistingNames, Names, Stores
-from dataset.cache_files import Entry, LatentName
+from dataset.cache_files import CacheStore, Entry, LatentName
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
 from dataset.sources.clock import has_companions, selects_frames_as_before
@@ -92,31 +92,26 @@ class LatentCacheSettings:
             options["fps"] = table.target_fps or family_fps
         if source.mask_from is not None:
             options["mask"] = source.mask_from
-        if source.precomputed is not None:
-            options["moments"] = True
-        if table.augmentation.flip:
-            options[FLIP] = True
-        if self.stores_frame_rate:
-            options["frame_rate"] = True
-        if has_companions(source):
-            options[records.CLOCK] = True  # early versions did not time companions by their clip
+        switches = {
+            "moments": source.precomputed is not None,
+            FLIP: table.augmentation.flip,
+            "frame_rate": self.stores_frame_rate,
+            records.CLOCK: has_companions(source),  # early versions did not time companions by their clip
+            CONTROL_MASK: source.control_mask is not None,
+            REJECTED: source.rejected is not None,
+        }
+        options |= {name: True for name, is_on in switches.items() if is_on}
+        counts = {NUM_GUIDES: len(source.guides), LAYERS: len(source.layers)}
+        options |= {name: count for name, count in counts.items() if count}
         if source.control:
             options |= table.non_default_values(REFERENCES)
         if source.references and table.clip_references is not None:
             # the number comes first: `source_folders` reads it
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
-        if source.control_mask is not None:
-            options[CONTROL_MASK] = True
-        if source.guides:
-            options[NUM_GUIDES] = len(source.guides)
-        if source.rejected is not None:
-            options[REJECTED] = True
         if self.stores_audio and table.kind == "video":
             options[AUDIO_FILE] = source.audio is not None  # whether the audio is in a separate file
             if table.audio == IGNORE:
                 options["audio"] = IGNORE
-        if source.layers:
-            options[LAYERS] = len(source.layers)
         if source.row_references:
             options[SHOWN] = [_describe_shown(medium) for medium in source.row_references]
         return options | table.non_default_values(SECTIONS)
@@ -235,34 +230,31 @@ class _Comparison:
         self.is_incompatible = self.is_incompatible or is_incompatible
 
 
+@dataclass
 class SourcePlanner:
-    """Compares one media file with its existing cache files, to plan what to encode."""
+    """Compares one media file with its existing cache files, to plan what to encode.
 
-    def __init__(
-        self,
-        source: MediaSource,
-        existing: Names,
-        cache_settings: LatentCacheSettings,
-        verifies_tensors: bool = True,
-    ) -> None:
-        """Prepare to compare a media file with its existing cache files; nothing is read yet.
+    Nothing is read before `plan` or `compare` is called.
+    """
 
-        `verifies_tensors` says whether tensors are compared with their checksums, too.
-        """
-        self.source = source
-        self.table = source.table
-        self.existing_files = existing
-        self.cache_settings = cache_settings
-        self.store = cache_settings.stores.latent_store(source.table)
-        self.verifies_tensors = verifies_tensors
-        self._headers: dict[str, Entry] = {}  # headers read so far, by file name
-        self._records: dict[str, records.LatentRecord | None] = {}
-        # identities of parts of the source that were found unchanged, by index in `source_files`
-        self._unchanged: dict[int, FileIdentity] = {}
-        # how a version decoded the source differently (None: it did not), by `LatentRecord.decoding_version`
-        self._decoding_changes: dict[int, str | None] = {}
-        # whether the number of frames is from the source's header, which may be wrong
-        self._trusted_header = False
+    source: MediaSource
+    existing_files: Names
+    cache_settings: LatentCacheSettings
+    verifies_tensors: bool = True  # whether tensors are compared with their checksums, too
+    # headers and records read so far, by file name
+    _headers: dict[str, Entry] = field(default_factory=dict, init=False)
+    _records: dict[str, records.LatentRecord | None] = field(default_factory=dict, init=False)
+    # identities of parts of the source that were found unchanged, by index in `source_files`
+    _unchanged: dict[int, FileIdentity] = field(default_factory=dict, init=False)
+    # how a version decoded the source differently (None: it did not), by `LatentRecord.decoding_version`
+    _decoding_changes: dict[int, str | None] = field(default_factory=dict, init=False)
+    # whether the number of frames is from the source's header, which may be wrong
+    _trusted_header: bool = field(default=False, init=False)
+
+    @property
+    def store(self) -> CacheStore:
+        """Store of the table's latents."""
+        return self.cache_settings.stores.latent_store(self.source.table)
 
     def plan_by_shape(self) -> SourcePlan:
         """Return the same as `plan`, but reuse the result of an earlier item with equal caches.
@@ -301,8 +293,8 @@ class SourcePlanner:
         """
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has
-        shape: list[object] = [
-            self.table.index,
+        key: list[object] = [
+            source.table.index,
             source.mask_from,
             len(source.control),
             source.audio is None,
@@ -325,8 +317,8 @@ class SourcePlanner:
             if not self._would_decode_alike(settings_texts):
                 return None  # from an earlier version: whether its result differs depends on the file
             name_after_stem = file[len(source.stem) :]
-            shape += (name_after_stem, *settings_texts)
-        return tuple(shape)
+            key += (name_after_stem, *settings_texts)
+        return tuple(key)
 
     def _would_decode_alike(self, record_texts: Sequence[str]) -> bool:
         """Return whether decoding the files now gives the same pixels as when they were cached.
@@ -346,44 +338,54 @@ class SourcePlanner:
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
 
-        The size and number of frames that `compare` needs come from the first of these that is possible: the
+        The size and number of frames that `compare` needs come from the first of these that is available: the
         header of an image, the shape of precomputed moments, the record of an existing cache, or, with
-        --skip_existing, the header of a video.
-
-        `missing_spans`, the spans to encode, is None if they are unknown until the clip is decoded.
+        --skip_existing, the header of a video. If none is, `missing_spans` (the spans to encode) is None, and
+        the clip has to be decoded first.
 
         Raises:
             MediaError: If the header of the file cannot be read.
         """
-        table = self.table
-        latent = self.cache_settings.latent
         unknown = SourcePlan(self.source, valid_files=frozenset(), num_without_record=0, missing_spans=None)
-        if table.kind == "image":
+        if self.source.table.kind == "image":
             size = self._read_image_size()
             if size is None:
                 return unknown
             return self.compare(size, [(0, self.source.num_images)])  # one span of all images (layers)
         clip = self._read_recorded_clip() if self.existing_files else None
         if self.source.precomputed is not None:
-            from dataset.sources.moments import full_span, measure_source  # few tables have moments
-
-            clip = clip or measure_source(self.source, latent)
-            return self.compare(clip.size, [full_span(clip, latent.lengths)])
+            return self._plan_moments(clip)
         if clip is not None:
             # if decoding stopped early, the recorded frames must be enough for this run's spans
-            needed_frames = max_decoded_frames(table)
+            needed_frames = max_decoded_frames(self.source.table)
             if clip.complete or (needed_frames is not None and clip.kept_frames >= needed_frames):
                 return self._compare_clip(clip)
         if self.existing_files and self.cache_settings.stores.skip_existing:
-            # skip_existing accepts files without a record. The number of frames in the video's header may be
-            # wrong, so the plan is valid only if it agrees with the existing files
-            self._trusted_header = True
-            header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
-            with contextlib.suppress(MediaError):  # too short for a section, according to the header
-                plan = self.compare(header.size, header.spans)
-                if plan.valid_files == self.existing_files.keys() and not plan.missing_spans:
-                    return plan
+            return self._plan_by_header() or unknown
         return unknown
+
+    def _plan_moments(self, recorded_clip: ClipInfo | None) -> SourcePlan:
+        """Return the plan for precomputed moments, which are one item; their size may be recorded."""
+        from dataset.sources.moments import full_span, measure_source  # few tables have moments
+
+        latent = self.cache_settings.latent
+        clip = recorded_clip or measure_source(self.source, latent)
+        return self.compare(clip.size, [full_span(clip, latent.lengths)])
+
+    def _plan_by_header(self) -> SourcePlan | None:
+        """Return the plan for a video that is completely cached according to its header; None if it is not.
+
+        This accepts files without a record (--skip_existing). The number of frames in the video's header may
+        be wrong, so the plan is valid only if it agrees with the existing files.
+        """
+        self._trusted_header = True
+        latent = self.cache_settings.latent
+        header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
+        with contextlib.suppress(MediaError):  # too short for a section, according to the header
+            plan = self.compare(header.size, header.spans)
+            if plan.valid_files == self.existing_files.keys() and not plan.missing_spans:
+                return plan
+        return None
 
     def _read_recorded_clip(self) -> ClipInfo | None:
         """Return the recorded size and frame count of the decoded file; None if it has changed since."""
@@ -406,7 +408,7 @@ class SourcePlanner:
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
         """Compare a clip's cache files with the spans that its recorded size and frame count give."""
-        table = self.table
+        table = self.source.table
         clip_spans = spans(table, clip.kept_frames, self.cache_settings.latent.lengths)
         why_no_items = None
         if not clip_spans:
@@ -424,9 +426,6 @@ class SourcePlanner:
     ) -> SourcePlan:
         """Compare existing cache files with those that a media file's spans need; return what is missing.
 
-        1. Group the existing files by the item to which they belong.
-        2. Check the files of each span's item; a span without valid files is missing.
-
         The files of an item (one for each section) are valid together, or encoded again together.
 
         Args:
@@ -435,12 +434,9 @@ class SourcePlanner:
             kept_frames: Number of frames of the clip at the family's rate; None if the clip was not decoded.
             why_no_items: Reason for an empty `source_spans`, for the plan.
         """
-        table, cache_settings = self.table, self.cache_settings
+        table, cache_settings = self.source.table, self.cache_settings
         bucket = bucket_of(table, size, cache_settings.latent.pixel_step, self.source.path)
-        # file names identify the item: by the original size of an image, or by bucket size and span of a clip
-        files_by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
-        for file, name in sorted(self.existing_files.items(), key=lambda pair: pair[1].section or 0):
-            files_by_item.setdefault((name.size, name.span), {})[file] = name
+        files_by_item = self._group_files_by_item() if self.existing_files else {}
         comparison = _Comparison()
         item_sizes: list[tuple[int, ...]] = []
         for span in source_spans:
@@ -448,10 +444,10 @@ class SourcePlanner:
             num_sections = cache_settings.count_sections(media_table(table), num_frames)
             item_sizes += self._trained_sizes(bucket, span, num_sections)
             item = (size, None) if table.kind == "image" else (bucket, span)
-            files = files_by_item.get(item, {})
-            if not files:
+            if item not in files_by_item:
                 comparison.missing_spans.append(span)
                 continue
+            files = files_by_item[item]
             try:
                 comparison.num_without_record += self._check_item(files, num_sections, size, bucket, span)
                 comparison.valid_files |= set(files)
@@ -473,15 +469,26 @@ class SourcePlanner:
             is_incompatible=comparison.is_incompatible,
         )
 
+    def _group_files_by_item(self) -> dict[tuple[Size, Span | None], dict[str, LatentName]]:
+        """Return the existing cache files of each item, sorted by section.
+
+        The names of the files identify the item: by the original size of an image, or by the bucket size and
+        the span of a clip.
+        """
+        files_by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
+        for file, name in sorted(self.existing_files.items(), key=lambda pair: pair[1].section or 0):
+            files_by_item.setdefault((name.size, name.span), {})[file] = name
+        return files_by_item
+
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
         """Return the width, height and frame count of the full item, or one for each of its sections."""
         _, num_frames = span
-        if self.table.kind == "image":
+        if self.source.table.kind == "image":
             # with multiple_target, the image's layers count as frames
-            size = (*bucket, num_frames) if self.table.multiple_target else bucket
+            size = (*bucket, num_frames) if self.source.table.multiple_target else bucket
             return [size] * (num_sections or 1)
         if num_sections is not None:
-            num_frames = records.section_frames(self.table.fp_latent_window_size, self.cache_settings.latent)
+            num_frames = self._count_section_frames()
         return [(*bucket, num_frames)] * (num_sections or 1)
 
     def _check_item(
@@ -507,7 +514,7 @@ class SourcePlanner:
             return
         shown = ", ".join("the whole" if section is None else str(section) for section in sections)
         raise CacheError(
-            f"{self.table.cache_directory / next(iter(files))}: sections {shown} were found, "
+            f"{self.source.table.cache_directory / next(iter(files))}: sections {shown} were found, "
             f"{len(expected)} files belong together"
         )
 
@@ -522,7 +529,7 @@ class SourcePlanner:
         Raises:
             CacheError: If the file differs.
         """
-        path = self.table.cache_directory / file
+        path = self.source.table.cache_directory / file
         entry: Entry | None = None  # with tensors, if these are checked; else only the header is read
         if self.verifies_tensors:
             header = entry = self.store.read(file)
@@ -551,7 +558,9 @@ class SourcePlanner:
         self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span
     ) -> None:
         """Raise IncompatibleCache if the header of a cache file without a record does not match this run."""
-        self._check_unrecorded_tensors(path, header)
+        missing = next(self._find_missing_tensors(header.keys), None)
+        if missing is not None:
+            raise IncompatibleCache(f"{path}: {missing}")
         # a key that the file lacks is no reason to reject it
         for key, value in self.cache_settings.latent.required_metadata:
             if header.metadata.get(key, value) != value:
@@ -566,42 +575,51 @@ class SourcePlanner:
                 f"{path}: it contains {stored}, but this configuration writes {format_shape(grid)}"
             )
 
-    def _check_unrecorded_tensors(self, path: Path, header: Entry) -> None:
-        """Raise IncompatibleCache if a cache file without a record lacks a tensor that this run needs.
+    def _find_missing_tensors(self, keys: Collection[str]) -> Iterator[str]:
+        """Yield what a cache file without a record lacks that this run needs, given the keys of its tensors.
 
         Such a file was written by another program or an older version.
         """
         is_shared = self.store.is_shared  # other programs write caches of this format, too
         latent = self.cache_settings.latent
-        if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
-            raise IncompatibleCache(f"{path}: it has no loss mask")
-        if self.source.rejected is not None and REJECTED_LATENTS not in header.keys:
-            raise IncompatibleCache(f"{path}: it has no latents of its worse one")
+        if self.source.mask_from is not None and not (is_shared and LOSS_MASK in keys):
+            yield "it has no loss mask"
+        if self.source.rejected is not None and REJECTED_LATENTS not in keys:
+            yield "it has no latents of its worse one"
         needs_frame_rate = self.cache_settings.stores_frame_rate and latent.default_fps is None
-        if needs_frame_rate and FPS not in header.keys:
-            raise IncompatibleCache(f"{path}: it does not contain its frame rate")
-        if self.table.references is not None:  # control images are the reference images of an editing model
-            num_references = len(self.source.control)
-            if sum(key.startswith(CONTROL) for key in header.keys) < num_references:
-                raise IncompatibleCache(f"{path}: it has no latents of its {num_references} reference images")
-        elif is_shared and self.source.control:
-            has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
-            if not has_control:
-                raise IncompatibleCache(f"{path}: it has no control image")
+        if needs_frame_rate and FPS not in keys:
+            yield "it does not contain its frame rate"
+        yield from self._find_missing_control(keys)
         needed_keys = (INNER_AUDIO, AUDIO_PRESENT) if latent.caches_audio else ()
         for key in needed_keys:
-            if key not in header.keys:
-                raise IncompatibleCache(f"{path}: it has no {key}, which this model needs with every clip")
+            if key not in keys:
+                yield f"it has no {key}, which this model needs with every clip"
+
+    def _find_missing_control(self, keys: Collection[str]) -> Iterator[str]:
+        """Yield which latents of control images a cache file without a record lacks."""
+        # control images are the reference images of an editing model
+        if self.source.table.references is not None:
+            num_references = len(self.source.control)
+            if sum(key.startswith(CONTROL) for key in keys) < num_references:
+                yield f"it has no latents of its {num_references} reference images"
+        elif self.store.is_shared and self.source.control:
+            has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in keys)
+            if not has_control:
+                yield "it has no control image"
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
         """Return F, H, W of an item's latents, or of one section of them."""
         _, num_frames = span
         width, height = bucket
-        if self.table.multiple_target:
+        if self.source.table.multiple_target:
             num_frames = 1  # musubi-tuner writes 1 into tensor names, although the tensors have all layers
         if name.section is not None:
-            num_frames = records.section_frames(self.table.fp_latent_window_size, self.cache_settings.latent)
+            num_frames = self._count_section_frames()
         return self.cache_settings.latent.shape(num_frames, height, width)[2:]
+
+    def _count_section_frames(self) -> int:
+        """Return how many pixel frames a section of the clip has, for a model that generates in sections."""
+        return self.cache_settings.latent.count_frames(self.source.table.fp_latent_window_size)
 
     def _read_header(self, file: str) -> Entry:
         """Return the header of a cache file, which is read only once."""
@@ -663,7 +681,7 @@ class SourcePlanner:
             MediaError: If the header of the image cannot be read.
         """
         must_be_fetched = bool(self.source.remote_or_packed)
-        # a cache is not quicker if all caches are read anyway (`verifies_tensors`), or none is
+        # records of caches save time only if caches are read, but not completely
         reads_no_records = self.cache_settings.stores.trusts_shared_caches
         if (self.verifies_tensors or reads_no_records) and not must_be_fetched:
             return image_size(self.source.path)

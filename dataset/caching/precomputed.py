@@ -102,47 +102,51 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     """Raise DatasetError if the VAE moments in a folder were computed with another model's VAE.
 
-    1. Compare the number of channels of one file.
-    2. Compare the model and the VAE's file in the folder's record, if it has one.
-
-    If only the VAE's file differs, or is not recorded, a warning is logged.
+    The number of channels of one file is compared, then the folder's record.
     """
     assert source.precomputed is not None
     path = source.precomputed.moments
     try:
         shape = moments_files.read_tensor(path).shape[-4:]  # C F H W, without a batch dimension
-        channels = shape[0] if shape else 0
     except MediaError:
         return  # reported with the other files
+    channels = shape[0] if shape else 0
     if channels != 2 * family.latent.channels:  # moments are a mean and a log variance for each channel
         raise DatasetError(
             f"{source.table.name}: {path} has {channels} channels, but "
             f"{moments_files.explain_channels(channels, family.latent)}."
         )
+    _check_record_of_vae(family, folder, source.table, path.parent)
+
+
+def _check_record_of_vae(family: Caches, folder: Path, table: DatasetTable, moments_folder: Path) -> None:
+    """Raise DatasetError if a folder's record says that another model's VAE made the moments.
+
+    If there is no record, or only the VAE's file differs, a warning is logged.
+    """
     prepared = moments_files.read_prepared(folder)
     if prepared is None or prepared.architecture is None:
         logger.warning(
             "%s: nothing in %s says which VAE made %s. They are assumed to be moments of the VAE of %s; "
             "from those of another VAE, the model would learn noise.",
-            source.table.name,
+            table.name,
             folder,
-            path.parent.name,
+            moments_folder.name,
             family.name,
         )
-        return
-    if prepared.architecture != family.name:
+    elif prepared.architecture != family.name:
         raise DatasetError(
-            f"{source.table.name}: {path.parent} was made by the VAE of {prepared.architecture} "
+            f"{table.name}: {moments_folder} was made by the VAE of {prepared.architecture} "
             f"({folder / moments_files.PREPARED}), but this is {family.name}. Prepare the data with this "
             "model, or leave out load_tensors."
         )
     # the same VAE may be stored in different files, so this is only a warning
-    if prepared.vae.get("vae") != family.media_identity.get("vae"):
+    elif prepared.vae.get("vae") != family.media_identity.get("vae"):
         logger.warning(
             "%s: %s was made with a different file of the VAE of %s than --vae. That is correct only if both "
             "have the same weights, for example in another format or precision.",
-            source.table.name,
-            path.parent,
+            table.name,
+            moments_folder,
             family.name,
         )
 

@@ -106,10 +106,6 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
     """Show the results of a caching run, and raise an error if media files failed.
 
-    1. In other processes than the main one, only exit if media files failed.
-    2. Log media files without items, and items that were changed or could only be compared in part.
-    3. Show the box with the results, then raise an error if there is one.
-
     Args:
         report: Results of the run.
         rows: Additional rows of the box with the results.
@@ -120,7 +116,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         SystemExit: If a media file failed, in other processes, with the same exit code.
     """
     exit_code = DatasetError.exit_code
-    # as a step of a longer run, which continues without the failed files and shows its own next command
+    # this is a step of a longer run, which continues without the failed files and shows its own next command
     if os.environ.get(RUN_GOES_ON):
         exit_code = SOURCES_LEFT_OUT
         commands = ()
@@ -128,21 +124,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         if report.failures:
             raise SystemExit(exit_code)
         return
-    if report.dropped:
-        lines = "\n".join(first_lines(report.dropped, LISTED))
-        count = pluralize(len(report.dropped), "sources give no item to train on")
-        logger.warning("%s:\n%s", count, lines)
-    if report.shortened:
-        _log_clips(report.shortened, "clips give no item of some lengths", level=logging.WARNING)
-    if report.resized:
-        _log_clips(report.resized, f"clips {SIZE_CHANGES}", level=logging.WARNING)
-    if report.silent:
-        _log_clips(report.silent, "clips have no sound: only their pictures are learned", level=logging.INFO)
-    if report.num_without_record:
-        logger.warning(
-            "%s by another program: only the size could be compared (--skip_existing)",
-            pluralize(report.num_without_record, "files were made"),
-        )
+    _log_remarks(report)
     has_files = report.written or report.reused
     is_part_of_work = report.num_assigned < report.num_total  # a part without files is a normal result
     if has_files or report.removed or is_part_of_work:
@@ -157,6 +139,28 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         raise DatasetError(
             f"none of the {report.num_total} sources gives an item to train on: the lines above say why. "
             "Lower target_frames, or use longer clips"
+        )
+
+
+def _log_remarks(report: CacheReport) -> None:
+    """Log the media files without items, and those that were changed or could only be compared in part."""
+    if report.dropped:
+        lines = "\n".join(first_lines(report.dropped, LISTED))
+        count = pluralize(len(report.dropped), "sources give no item to train on")
+        logger.warning("%s:\n%s", count, lines)
+    remarks = (
+        (report.shortened, "clips give no item of some lengths", logging.WARNING),
+        (report.resized, f"clips {SIZE_CHANGES}", logging.WARNING),
+        (report.silent, "clips have no sound: only their pictures are learned", logging.INFO),
+    )
+    for clips, text, level in remarks:
+        if clips:
+            first = "; ".join(map(str, clips[:NAMED]))
+            logger.log(level, "%s. The first: %s", pluralize(len(clips), text), first)
+    if report.num_without_record:
+        logger.warning(
+            "%s by another program: only the size could be compared (--skip_existing)",
+            pluralize(report.num_without_record, "files were made"),
         )
 
 
@@ -193,12 +197,6 @@ AT_ONCE = 64  # maximum number of values that a `map_ahead` thread takes at a ti
 def workers_of(options: CachingOptions) -> int:
     """Return the number of decoding threads: --num_workers, or one less than the number of CPUs."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-
-
-def _log_clips(clips: Sequence[Failure], text: str, level: int) -> None:
-    """Log how many clips `text` applies to, and the first few of them."""
-    first = "; ".join(map(str, clips[:NAMED]))
-    logger.log(level, "%s. The first: %s", pluralize(len(clips), text), first)
 
 
 def run_ahead(

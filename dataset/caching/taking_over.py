@@ -8,10 +8,12 @@ import logging
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
-from dataset.cache.store import LatentNames, Stores
+from dataset.cache.store import LatentNames, Names, Stores
 from dataset.cache_files import CacheStore, parse_latent_name
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner
+from dataset.sources.media_source import MediaSource
 from modules.console import format_count
 from modules.errors import CacheError
 from protocols.family import Caches
@@ -38,8 +40,7 @@ class OtherCaches:
     def copy_for_source(self, plan: SourcePlan) -> SourcePlan:
         """Copy usable latents of another model, under this model's names, for an item without valid caches.
 
-        For each other model with caches of the item: compare them as if they were this model's. The first
-        ones that are all valid are copied; otherwise the reason is kept for `log_results`.
+        The first model with usable latents is used; if there is none, the reasons are kept for `log_results`.
 
         Returns the plan of the item, which is finished if latents were found.
 
@@ -50,30 +51,39 @@ class OtherCaches:
         if source.table.kind != "image" or source.precomputed is not None:
             return plan
         store = self._cache_settings.stores.latent_store(source.table)
-        rejected: dict[str, str] = {}  # first file of each other model -> why its latents are unusable
-        has_incompatible = False
+        rejections: list[_Rejection] = []
         for other_tag, names in self._list_others(plan, self._cache_settings.stores).items():
             existing = names.of(source.stem)
             first_file = next(iter(existing), None)
             if first_file is None or not self._has_our_channels(store, first_file):
                 continue
-            if source.control:  # models resize reference images differently
-                rejected[first_file] = _SIZES_OF_REFERENCES
-                continue
-            # the plan as if these were caches of this model: are they up to date for this run's settings?
-            other_plan = SourcePlanner(source, existing, self._cache_settings).plan()
-            nothing_to_encode = other_plan.missing_spans == ()  # None would mean that this is unknown
-            if other_plan.valid_files and nothing_to_encode and not other_plan.num_without_record:
-                files = [self._copy(store, name, other_tag) for name in sorted(other_plan.valid_files)]
-                return replace(other_plan, valid_files=frozenset(files))
-            no_record = f"{first_file}: it has no record of what it was made from"
-            rejected[first_file] = other_plan.outdated_reason or no_record
-            has_incompatible = has_incompatible or other_plan.is_incompatible
-        # no other model has usable latents for this source: remember the reasons for `log_results`
-        self._rejected |= rejected
-        self._has_incompatible = self._has_incompatible or has_incompatible
-        self._makers |= {self._read_maker(store, file) for file in rejected}
+            result = self._plan_as_ours(source, existing, first_file)
+            if isinstance(result, SourcePlan):
+                files = [self._copy(store, name, other_tag) for name in sorted(result.valid_files)]
+                return replace(result, valid_files=frozenset(files))
+            rejections.append(result)
+        for rejection in rejections:
+            self._rejected[rejection.file] = rejection.reason
+            self._has_incompatible = self._has_incompatible or rejection.is_incompatible
+            self._makers.add(self._read_maker(store, rejection.file))
         return plan
+
+    def _plan_as_ours(
+        self, source: MediaSource, existing: Names, first_file: str
+    ) -> "SourcePlan | _Rejection":
+        """Plan an item as if another model's caches of it were this model's caches.
+
+        Returns the plan if the caches are complete and fit this run's settings, otherwise why they cannot be
+        copied. `first_file` is the first of the `existing` caches.
+        """
+        if source.control:  # models resize reference images differently
+            return _Rejection(first_file, _SIZES_OF_REFERENCES)
+        plan = SourcePlanner(source, existing, self._cache_settings).plan()
+        nothing_to_encode = plan.missing_spans == ()  # None would mean that this is unknown
+        if plan.valid_files and nothing_to_encode and not plan.num_without_record:
+            return plan
+        no_record = f"{first_file}: it has no record of what it was made from"
+        return _Rejection(first_file, plan.outdated_reason or no_record, plan.is_incompatible)
 
     def log_results(self) -> None:
         """Log how many latents of other models were copied, and why others could not be."""
@@ -128,3 +138,11 @@ class OtherCaches:
         store.write(new_file, entry.named, {**entry.metadata, "architecture": self._family.name})
         self._num_copied[entry.metadata.get("architecture", "another program")] += 1
         return new_file
+
+
+class _Rejection(NamedTuple):
+    """Why the caches of an item that another model made cannot be copied."""
+
+    file: str  # the first of them
+    reason: str
+    is_incompatible: bool = False  # made by another autoencoder, or with other options

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
@@ -133,7 +134,9 @@ def _files_of_table(
     further_captions: list[CaptionFile] = []
     empty_prompts: list[CaptionFile] = []
     for source in sources:
-        seen = _list_seen(source, visible_media)
+        seen = _SeenMedia()
+        if table.texts_see_references or visible_media != CAPTIONS_ONLY:
+            seen = _list_seen(source, visible_media)
         captions = _list_captions(source, seen, tag=tag, visible_media=visible_media, fit=fit)
         first_captions.append(next(captions))
         further_captions += captions
@@ -172,17 +175,18 @@ def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
 
 
 class _SeenMedia(NamedTuple):
-    """The media of an item that text encoders see together with its captions."""
+    """The media of an item that text encoders see together with its captions; by default none."""
 
-    source: MediaSource | None  # None: they see no media
-    files: tuple[tuple[Path, Origin | None], ...]  # recorded, so that changed files make text caches stale
-    settings: Mapping[str, Any]  # also recorded: table keys that change how these media look
+    source: MediaSource | None = None  # None: they see no media
+    # recorded, so that changed files make text caches stale
+    files: tuple[tuple[Path, Origin | None], ...] = ()
+    settings: Mapping[str, Any] = MappingProxyType({})  # also recorded: table keys that change how these look
 
 
 def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
     """Return the media that text encoders see with a caption: reference images and `visible_media`."""
     table = source.table
-    seen_source = None  # stays None if the encoders see no media
+    seen_source = None  # stays None if the item has no media that the encoders see
     files: tuple[tuple[Path, Origin | None], ...] = ()
     settings: dict[str, Any] = {}
     if source.control and table.texts_see_references:
@@ -366,9 +370,7 @@ def find_outputs(
 ) -> ValidOutputs:
     """Return which encoders have valid outputs in a caption's cache, so that they need not run again.
 
-    1. Read the cache file; a damaged one has no valid outputs.
-    2. Accept the outputs of each encoder whose record is up to date and whose tensors are intact.
-    3. In an unfinished file, accept all outputs or none.
+    Outputs are valid if their record is up to date and their tensors are intact.
 
     Args:
         file: The caption and its cache file.
@@ -382,39 +384,51 @@ def find_outputs(
         CacheError: If another trainer's file does not fit this model.
     """
     store = stores.text_store(file.table)
-    has_record: dict[str, bool] = {}  # the encoders with valid outputs, by name
-    accepts_no_record = stores.skip_existing and not in_part and not file.settings
     name = file.file_name + PART if in_part else file.file_name
+    path = store.folder / name
     try:
         entry = store.read(name, verifies_tensors)
         records = text_records(entry)
     except CacheError as error:
         if name in store:
             logger.warning("%s. It is made again.", error)
-        return ValidOutputs(None, has_record)
+        return ValidOutputs(None, {})
+    accepts_no_record = stores.skip_existing and not in_part and not file.settings
+    # a cache in another program's format needs no record, because that program writes none
+    needs_no_record = store.is_shared or accepts_no_record
+    has_record: dict[str, bool] = {}  # the encoders with valid outputs, by name
     for encoder, identity in encoders:
         record = records.get(encoder.name)
         if record is None:
-            # a cache in another program's format needs no record, because that program writes none
-            needs_no_record = store.is_shared or accepts_no_record
-            path = store.folder / name
-            if needs_no_record and _is_valid_without_record(entry, encoder, file, path):
-                has_record[encoder.name] = False
-            continue
-        outdated_reason = why_outdated(record, identity, file)
-        if outdated_reason is not None:
-            logger.debug("%s: %s", store.folder / name, outdated_reason)
-            continue
-        try:
-            if verifies_tensors:
-                verify_tensors(entry, record.crc32)
-            has_record[encoder.name] = True
-        except CacheError as error:
-            logger.warning("%s. It is made again.", error)
+            is_valid = needs_no_record and _is_valid_without_record(entry, encoder, file, path)
+        else:
+            is_valid = _is_up_to_date(record, identity, file, path)
+            if is_valid and verifies_tensors:
+                is_valid = _is_intact(entry, record)
+        if is_valid:
+            has_record[encoder.name] = record is not None
     outdated = records.keys() - has_record.keys()
     if in_part and (outdated or not has_record):
         return ValidOutputs(None, {})
     return ValidOutputs(entry, has_record)
+
+
+def _is_up_to_date(record: TextRecord, identity: Mapping[str, str], file: CaptionFile, path: Path) -> bool:
+    """Return whether outputs with this record need not be encoded again; if they do, log why."""
+    outdated_reason = why_outdated(record, identity, file)
+    if outdated_reason is not None:
+        logger.debug("%s: %s", path, outdated_reason)
+    return outdated_reason is None
+
+
+def _is_intact(entry: Entry, record: TextRecord) -> bool:
+    """Return whether an encoder's tensors match the checksums in their record; if not, log a warning."""
+    try:
+        verify_tensors(entry, record.crc32)
+    except CacheError as error:
+        logger.warning("%s. It is made again.", error)
+        return False
+    return True
 
 
 def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFile, path: Path) -> bool:

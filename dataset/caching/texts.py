@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
-from dataset.cache.store import Stores, may_have_both_formats, npz_names, remove_caches
+from dataset.cache.store import Stores, npz_names, remove_caches
 from dataset.cache_files import (
     FORMAT_VERSION,
     PART,
@@ -85,22 +85,20 @@ class TextWork:
     ) -> None:
         """List existing cache files and all captions.
 
-        1. List the cache files of each table.
-        2. List the media with their captions, and check that all can be encoded.
-        3. Pair each caption with its cache file, and form batches.
-
         `stores` replaces the cache folders of the tables.
 
         Raises:
             DatasetError: If the dataset cannot be used or a caption is missing.
             CheckpointError: If an encoder's file cannot be used.
         """
+        self._family, self._config, self._device = family, config, device
+        self._workers = workers_of(options)
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
         )
-        # cache files of each table, and the unfinished ones (`.part`) of all tables
+        # names of each table's text cache files, also unfinished ones (`.part`)
         self._existing: dict[int, list[str]] = {}
-        self._parts: set[str] = set()
+        self._parts: set[str] = set()  # unfinished files of all tables
         for table in config.datasets:
             names = stores.text_store(table).names()
             existing = [name for name in names if is_text_name(name.removesuffix(PART), family.cache_tag)]
@@ -118,17 +116,11 @@ class TextWork:
             require_captions(self._sources)
         log_warnings(find_caption_warnings(self._sources), NAMED)
         family.check_named_files()
-        own_folders = [table for table in config.datasets if table.index not in stores.custom_stores]
-        to_check = [table for table in own_folders if may_have_both_formats(table)]
-        if to_check:
-            from dataset.cache.form import require_declared_format  # only with shards
-
-            require_declared_format(to_check, family.cache_tag)
+        stores.require_declared_formats(config.datasets, family.cache_tag)
         encoders = list(family.text_encoders())
-        abilities = [encoder.abilities for encoder in encoders]
         self._visible_media = VisibleMedia(
-            any(abilities.encodes_clip for abilities in abilities),
-            any(abilities.encodes_media for abilities in abilities),
+            any(encoder.abilities.encodes_clip for encoder in encoders),
+            any(encoder.abilities.encodes_media for encoder in encoders),
         )
         fit = caption_fitter(family) if family.abilities.adjusts_captions else None
         files = list_caption_files(self._sources, family.cache_tag, self._visible_media, fit)
@@ -136,18 +128,12 @@ class TextWork:
         self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
         self._find_outputs = partial(find_outputs, encoders=self._encoders, stores=stores)
-        self._family, self._config, self._device = family, config, device
-        self._workers = workers_of(options)
         self._loaded_encoder: TextEncoder | None = None
         # texts that cannot be encoded, or whose reference images are unusable, by name of the cache file
         self._failures_by_file: dict[str, Failure] = {}
 
     def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
         """Encode the captions in these batches that have no valid cache, one encoder after the other.
-
-        1. Plan which encoders have to run for each caption.
-        2. Complete the caches whose outputs are all in an unfinished file (`.part`).
-        3. Run each encoder on the captions that need it.
 
         An encoder is not loaded if all its outputs are cached. If `label` is None, no progress is shown.
 
@@ -176,6 +162,10 @@ class TextWork:
                 self._run_encoder(
                     encoder, identity, batches=planned_batches, to_do=to_do, shows=label is not None
                 )
+        return self._make_report(files)
+
+    def _make_report(self, files: Sequence[CaptionFile]) -> CacheReport:
+        """Return the report about these captions after all encoders have run."""
         num_failed = len(self._failures_by_file)
         # a text was planned if an encoder had to run, or if its outputs were only in a `.part`
         num_planned = sum(bool(file.encoders_to_run or file.has_partial_outputs) for file in files)
@@ -289,7 +279,12 @@ class TextWork:
         """
         try:
             with contextlib.ExitStack() as stack:  # keeps reference images while the encoder reads them
-                prompts = [self._make_prompt(file, stack) for file in batch]
+                prompts = []
+                for file in batch:
+                    prompt = Prompt(file.caption or "", images=())
+                    if file.source is not None:  # the encoder sees media with the caption
+                        prompt = self._add_seen_media(prompt, file.source, stack)
+                    prompts.append(prompt)
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
         except (MediaError, CaptionError) as error:
@@ -303,29 +298,25 @@ class TextWork:
             self._failures_by_file[file.file_name] = failure
             return []
 
-    def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
-        """Return a caption as a prompt, with the media that text encoders see.
+    def _add_seen_media(self, prompt: Prompt, source: MediaSource, stack: contextlib.ExitStack) -> Prompt:
+        """Return the prompt with the media of an item that text encoders see.
 
         `stack` keeps downloaded or unpacked reference images until the caller closes it.
 
         Raises:
             MediaError: If a media file cannot be used.
         """
-        source = file.source
-        if source is None:
-            return Prompt(file.caption or "", images=())
-        references: tuple[Path, ...] = ()
         if source.table.references is not None:
             references = stack.enter_context(hold_references(source))
-        prompt = Prompt(file.caption or "", images=references)
+            prompt = dataclasses.replace(prompt, images=references)
         rules = self._family.references
         if rules is not None and rules.text_sees_vae_input:
             prompt = dataclasses.replace(prompt, image_pixels=self._decode_references(source))
         if self._visible_media.frames:
-            prompt = self._add_media(prompt, source)
+            prompt = self._add_frames(prompt, source)
         return prompt
 
-    def _add_media(self, prompt: Prompt, source: MediaSource) -> Prompt:
+    def _add_frames(self, prompt: Prompt, source: MediaSource) -> Prompt:
         """Return the prompt with the frames, control images and reference media of an item.
 
         Raises:
@@ -460,9 +451,8 @@ class TextWork:
             **record_metadata({encoder: dataclasses.replace(record, crc32=checksums)}),
         }
         entry = Entry.of(store.folder / file.file_name, metadata, tensors)
-        # the unfinished file is read before the finished one (in `_write_complete`), because another process
-        # may finish it in between
-        # outputs of the encoders before this one
+        # outputs of the encoders before this one. The unfinished file is read before the finished one (in
+        # `_write_complete`), because another process may finish it in between
         unfinished_entry, earlier_encoders = self._find_outputs(file, in_part=True)
         if unfinished_entry is not None:
             entry = _merge_entries(unfinished_entry, entry)

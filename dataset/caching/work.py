@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Generator, Iterable, Sequence, Set
+from collections import defaultdict
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -19,8 +21,8 @@ from dataset.cache.records import LatentRecord
 from dataset.cache.store import (
     ExistingNames,
     LatentNames,
+    Names,
     Stores,
-    may_have_both_formats,
     npz_names,
     remove_caches,
 )
@@ -53,57 +55,45 @@ logger = logging.getLogger(__name__)
 NUMBER_BYTES = 2  # bytes of a latent value, for an estimate: some families cache float32, which takes 4
 
 
+@dataclass
+class _TableMedia:
+    """Facts about a table's media that decide whether a model family can use the table."""
+
+    has_control: bool = False
+    companions: list[MediaSource] = field(default_factory=list)  # items with references or control masks
+    reference_media: list[tuple[ReferenceMedium, ...]] = field(default_factory=list)  # of each row
+
+
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with all reasons why the model family cannot use the tables."""
     errors = []
     audio_spec = audio_of(family)
     trains_audio_only = audio_spec is not None and audio_spec.audio_only
-    # all by table index
-    tables_with_control = {source.table.index for source in sources if source.control}
-    sources_with_companions: dict[int, list[MediaSource]] = {}  # with references or control masks
-    reference_media: dict[int, list[tuple[ReferenceMedium, ...]]] = {}  # of each row
+    media_by_table: defaultdict[int, _TableMedia] = defaultdict(_TableMedia)  # by table index
     for source in sources:
+        media = media_by_table[source.table.index]
+        media.has_control = media.has_control or bool(source.control)
         if source.table.reads_row_references:
-            reference_media.setdefault(source.table.index, []).append(source.row_references)
+            media.reference_media.append(source.row_references)
         if source.references or source.control_mask is not None:
-            sources_with_companions.setdefault(source.table.index, []).append(source)
+            media.companions.append(source)
     for table in config.datasets:
-        has_control = table.index in tables_with_control
+        media = media_by_table[table.index]
         try:
-            _check_table(
-                family,
-                table,
-                has_control,
-                companions=sources_with_companions.get(table.index, ()),
-                reference_media=tuple(reference_media.get(table.index, ())),
-            )
+            _check_table(family, table, media)
             if trains_audio_only or table.is_audio_only:
                 _check_audio(table, trains_audio_only)
         except DatasetError as error:
             # image trainers use this key for control images and, with --masked_loss, for masks
-            may_be_masks = has_control and table.conditioning_directory is not None
+            may_be_masks = media.has_control and table.conditioning_directory is not None
             hint = MASKS_HINT if may_be_masks else ""
             errors.append(f"{error}{hint}")
     if errors:
         raise DatasetError("\n".join(errors))
 
 
-def _check_table(
-    family: Caches,
-    table: DatasetTable,
-    has_control: bool,
-    companions: Sequence[MediaSource],
-    reference_media: tuple[tuple[ReferenceMedium, ...], ...],
-) -> None:
-    """Raise DatasetError if a model family cannot use a table.
-
-    Args:
-        family: Family that encodes.
-        table: Table of the dataset file.
-        has_control: Whether items of the table have control media.
-        companions: Items of the table with references or control masks.
-        reference_media: Reference media of each row.
-    """
+def _check_table(family: Caches, table: DatasetTable, media: _TableMedia) -> None:
+    """Raise DatasetError if a model family cannot use a table with these media."""
     if table.group is not None:
         reject_changing(table, table.augmentation.varying_keys, "latents")
     # checked first: precomputed latents ignore keys that the family's own check rejects
@@ -112,11 +102,18 @@ def _check_table(
 
         reject_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
-    family.check_table(media_table(table, has_control, bool(companions), table.has_guides, reference_media))
-    if companions:
+    described_table = media_table(
+        table,
+        has_control=media.has_control,
+        has_references=bool(media.companions),
+        has_guides=table.has_guides,
+        reference_media=tuple(media.reference_media),
+    )
+    family.check_table(described_table)
+    if media.companions:
         from dataset.sources.companions import reject_companions  # few tables have companions
 
-        reject_companions(table, companions)
+        reject_companions(table, media.companions)
 
 
 def _check_audio(table: DatasetTable, trains_audio_only: bool) -> None:
@@ -171,7 +168,10 @@ class MediaWork:
             DatasetError: If the dataset cannot be used.
             CheckpointError: If the file of an encoder cannot be used.
         """
-        self.stores = stores = dataclasses.replace(
+        self._family, self._config = family, config
+        self._options, self._device = options, device
+        self._encoders: MediaEncoders | None = None
+        self.stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
         )
         self._existing: ExistingNames = {
@@ -180,46 +180,37 @@ class MediaWork:
         }
         self._audio: AudioWork | None = None
         if not family.latent.caches_audio and trains_audio(family):
-            from dataset.caching import audio  # only for families with audio
-
-            self._audio = audio.AudioWork(
-                cast("AudioCachingFamily", family),
-                tables=config.datasets,
-                stores=stores,
-                device=device,
-                before_loading=self.free,
-            )
+            self._audio = self._make_audio_work()
         listing = prefetch.list_sources(config, captions=False)
         self.listing_report = listing.report
         self.complete_tables = listing.complete_tables
         self.work_items: Sequence[MediaSource] = _check_sources(family, config, listing.sources)
-        own_folders = [table for table in config.datasets if table.index not in stores.custom_stores]
-        to_check = [table for table in own_folders if may_have_both_formats(table)]
-        if to_check:
-            from dataset.cache.form import require_declared_format  # only with shards
-
-            require_declared_format(to_check, family.cache_tag)
+        self.stores.require_declared_formats(config.datasets, family.cache_tag)
         self._cache_settings = LatentCacheSettings(
             tag=family.cache_tag,
             encoder_identity=family.media_identity,
             latent=family.latent,
             fps=family.defaults.fps,
             count_sections=family.sections_of,
-            stores=stores,
+            stores=self.stores,
             stores_frame_rate=family.abilities.takes_fps,
             audio=audio_of(family),
         )
-        self._family, self._config = family, config
-        self._options, self._device = options, device
-        self._encoders: MediaEncoders | None = None
+
+    def _make_audio_work(self) -> "AudioWork":
+        """Return the work on the audio of the clips, for a family that caches it in separate files."""
+        from dataset.caching import audio  # only for families with audio
+
+        return audio.AudioWork(
+            cast("AudioCachingFamily", self._family),
+            tables=self._config.datasets,
+            stores=self.stores,
+            device=self._device,
+            before_loading=self.free,
+        )
 
     def encode(self, sources: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
         """Encode the items of `sources` that have no valid cache.
-
-        1. Plan which items of each media file are missing, by comparing its caches with it.
-        2. Copy latents that another model with the same VAE has cached.
-        3. Decode the remaining files in threads, encode their missing items in batches, and write them.
-        4. Encode the audio of the clips, if it has separate caches.
 
         An unreadable media file becomes a failure in the report and does not stop the run. `label` names this
         share of the work; None means that no progress is shown.
@@ -238,46 +229,53 @@ class MediaWork:
             show_progress=shows,
         )
         if self._family.latent.shares_caches:
-            from dataset.caching.taking_over import OtherCaches  # few models share caches
-
-            others = OtherCaches(self._family, self._cache_settings)
-            plans = [plan if plan.missing_spans == () else others.copy_for_source(plan) for plan in plans]
-            if shows:
-                others.log_results()
+            plans = self._copy_from_other_models(plans, shows)
         # missing_spans is None for sources whose items are unknown until they are decoded
         to_do = [plan for plan in plans if plan.missing_spans is None or plan.missing_spans]
         self._warn_about_media([plan.source for plan in to_do])
         if label is not None:
             self._show_start(to_do, len(sources), label)
-        incompatible_reasons = [
-            plan.outdated_reason
-            for plan in to_do
-            if plan.outdated_reason is not None and plan.is_incompatible
-        ]
-        if incompatible_reasons and shows:
-            _warn_of_outdated(incompatible_reasons)
-        finished = [plan for plan in plans if plan.missing_spans == ()]
-        written: set[tuple[int, str]] = set()
+        incompatible = [plan for plan in to_do if plan.is_incompatible]
+        if incompatible and shows:
+            _warn_of_incompatible(incompatible)
+        results = _EncodedMedia([plan for plan in plans if plan.missing_spans == ()], list(failures))
         if to_do:
-            items = self._decode_items(to_do, finished, failures, workers=workers, shows=shows)
-            with prefetch.write_behind() as write, contextlib.closing(items), torch.no_grad():
-                for batch in latents.batches(items, self._options.batch_size):
-                    written |= self._encode_and_write(batch, write)
-                    del batch  # frees its frames before waiting for the next source
-        outdated_reasons = [plan.outdated_reason for plan in finished if plan.outdated_reason is not None]
-        if len(outdated_reasons) > len(incompatible_reasons):  # some have not been logged
-            logger.info(
-                "%d sources had outdated cache files, which were replaced. The first: %s",
-                len(outdated_reasons),
-                outdated_reasons[0],
-            )
-        report = _make_report(
-            finished, failures, written, num_assigned=len(sources), num_total=len(self.work_items)
-        )
+            self._encode_missing(to_do, results, workers=workers, shows=shows)
+        outdated = [plan for plan in results.finished if plan.outdated_reason is not None]
+        if len(outdated) > len(incompatible):  # some have not been logged
+            _log_outdated(outdated)
+        report = _make_report(results, num_assigned=len(sources), num_total=len(self.work_items))
         if self._audio is None:
             return report
         audio_report = self._audio.encode(sources, report.valid, workers, shows)
         return prefetch.join_reports([report, audio_report])
+
+    def _copy_from_other_models(self, plans: Sequence[SourcePlan], shows: bool) -> list[SourcePlan]:
+        """Copy latents that another model with the same VAE has cached; return what remains to be encoded."""
+        from dataset.caching.taking_over import OtherCaches  # few models share caches
+
+        others = OtherCaches(self._family, self._cache_settings)
+        remaining = [plan if plan.missing_spans == () else others.copy_for_source(plan) for plan in plans]
+        if shows:
+            others.log_results()
+        return remaining
+
+    def _encode_missing(
+        self, plans: Sequence[SourcePlan], results: "_EncodedMedia", workers: int, shows: bool
+    ) -> None:
+        """Decode the media of these plans in threads; encode and write their missing items in batches."""
+        items = self._decode_items(plans, results, workers=workers, shows=shows)
+        batches = prefetch.fill_batches(
+            items,
+            group_of=lambda item: item.group,
+            batch_size_of=lambda item: self._options.batch_size or item.source.table.batch_size,
+            bytes_of=lambda item: item.size_bytes,
+            max_bytes=latents.PARTIAL_BYTES,
+        )
+        with prefetch.write_behind() as write, contextlib.closing(items), torch.no_grad():
+            for batch in batches:
+                results.written |= self._encode_and_write(batch, write)
+                del batch  # frees its frames before waiting for the next source
 
     def _warn_about_media(self, sources: Sequence[MediaSource]) -> None:
         """Log warnings about media files whose frame rate, frame order or colors may be wrong."""
@@ -328,26 +326,18 @@ class MediaWork:
             self._audio.free()
 
     def _decode_items(
-        self,
-        plans: Sequence[SourcePlan],
-        finished: list[SourcePlan],
-        failures: list[prefetch.Failure],
-        workers: int,
-        shows: bool,
+        self, plans: Sequence[SourcePlan], results: "_EncodedMedia", workers: int, shows: bool
     ) -> Generator[DecodedMedia, None, None]:
         """Yield the missing items of the plans in order, while threads decode the next media files.
 
-        Completed plans are added to `finished`, and unreadable media files to `failures`.
+        Completed plans and unreadable media files are added to `results`.
         """
-
-        def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
-            """Decode the images or clips that a plan says to encode."""
-            return latents.decode(plan, self._existing[plan.source.table.index], self._cache_settings)
-
         ahead = prefetch.read_ahead(
             plans,
             source_of=lambda plan: plan.source,
-            work=decode,
+            work=lambda plan: latents.decode(
+                plan, self._existing[plan.source.table.index], self._cache_settings
+            ),
             workers=workers,
             bar=Bar(len(plans), "Encoding", "source", shows, shows_immediately=True),
             decodes=True,
@@ -355,10 +345,10 @@ class MediaWork:
         with contextlib.closing(ahead):
             for _, result in ahead:
                 if isinstance(result, prefetch.Failure):
-                    failures.append(result)
+                    results.failures.append(result)
                 else:
                     plan, items = result
-                    finished.append(plan)
+                    results.finished.append(plan)
                     yield from items
                     del items
                 del result  # frees its frames before waiting for the next source
@@ -384,7 +374,10 @@ class MediaWork:
         for item, cache_name, entries in zip(batch, cache_names, encoded, strict=True):
             files = self._schedule_writes(item, cache_name, entries, write)
             written |= {(item.source.table.index, file) for file in files}
-            self._schedule_removals(item, cache_name, files, write)
+            existing = self._existing[item.source.table.index].of(item.source.stem)
+            if existing:
+                surplus = _list_surplus(existing, cache_name, files)
+                self._schedule_removals(item.source.table, surplus, write)
         return written
 
     def _schedule_writes(
@@ -435,23 +428,11 @@ class MediaWork:
             files.append(file)
         return files
 
-    def _schedule_removals(
-        self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
-    ) -> None:
-        """Schedule the removal of cache files for sections that an item no longer has.
-
-        `files` are the current files of the item.
-        """
-        existing = self._existing[item.source.table.index].of(item.source.stem)
-        surplus = []
-        for file, existing_name in existing.items():
-            is_of_item = (existing_name.size, existing_name.span) == (name.size, name.span)
-            if is_of_item and file not in files:
-                surplus.append(file)
-        if surplus:
-            store = self.stores.latent_store(item.source.table)
+    def _schedule_removals(self, table: DatasetTable, files: Sequence[str], write: prefetch.Write) -> None:
+        """Schedule the removal of a table's cache files for sections that an item no longer has."""
+        if files:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
-            write(partial(remove_caches, store, surplus, is_of_family))
+            write(partial(remove_caches, self.stores.latent_store(table), files, is_of_family))
 
     def _show_start(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
         """Show how many media files will be encoded; `label` names this run's share of the work."""
@@ -499,22 +480,37 @@ def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path
     return json.dumps(stamps, sort_keys=True)
 
 
-def _make_report(
-    finished: Sequence[SourcePlan],
-    failures: Sequence[prefetch.Failure],
-    written: Set[tuple[int, str]],
-    num_assigned: int,
-    num_total: int,
-) -> prefetch.CacheReport:
+def _list_surplus(existing: Names, item: LatentName, files: Collection[str]) -> list[str]:
+    """Return the existing cache files of an item that are not among its current `files`.
+
+    `existing` are the files of the item's clip; `item` has the size and the span of the item.
+    """
+    surplus = []
+    for file, name in existing.items():
+        is_of_item = (name.size, name.span) == (item.size, item.span)
+        if is_of_item and file not in files:
+            surplus.append(file)
+    return surplus
+
+
+@dataclass
+class _EncodedMedia:
+    """Results of encoding a share of the media files."""
+
+    finished: list[SourcePlan]  # plans whose items are known
+    failures: list[prefetch.Failure]  # media files that could not be read
+    written: set[tuple[int, str]] = field(default_factory=set)  # table index and name of each written file
+
+
+def _make_report(results: _EncodedMedia, num_assigned: int, num_total: int) -> prefetch.CacheReport:
     """Return the report about the media files that this process has handled.
 
     Args:
-        finished: Plans whose items are known.
-        failures: Media files that could not be read.
-        written: Table index and name of each written file.
+        results: Results of encoding them.
         num_assigned: Number of media files assigned to this process.
         num_total: Number of all media files.
     """
+    finished, written = results.finished, results.written
     reused = {(plan.source.table.index, name) for plan in finished for name in plan.valid_files}
     dropped, shortened, resized, silent = [], [], [], []
     for plan in finished:
@@ -530,7 +526,7 @@ def _make_report(
         written=len(written),
         reused=sum(len(plan.valid_files) for plan in finished),
         num_without_record=sum(plan.num_without_record for plan in finished),
-        failures=tuple(failures),
+        failures=tuple(results.failures),
         dropped=tuple(dropped),
         shortened=tuple(shortened),
         resized=tuple(resized),
@@ -541,11 +537,20 @@ def _make_report(
     )
 
 
-def _warn_of_outdated(reasons: Sequence[str]) -> None:
+def _log_outdated(plans: Sequence[SourcePlan]) -> None:
+    """Log how many media files had outdated caches, which have been replaced."""
+    logger.info(
+        "%d sources had outdated cache files, which were replaced. The first: %s",
+        len(plans),
+        plans[0].outdated_reason,
+    )
+
+
+def _warn_of_incompatible(plans: Sequence[SourcePlan]) -> None:
     """Warn that caches made for other settings will be replaced, because another model may need them."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",
-        pluralize(len(reasons), "sources have cache files of another kind"),
-        reasons[0],
+        pluralize(len(plans), "sources have cache files of another kind"),
+        plans[0].outdated_reason,
     )

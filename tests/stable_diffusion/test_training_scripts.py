@@ -356,5 +356,9 @@ def test_texts_of_another_base_are_refused_by_name(folder: Path) -> None:
 
     process = run_script("sdxl_train_network.py", *words, folder=folder, check=False)
 
-    assert_user_error(process, "another text encoder made this text", "sdxl_cache_text_encoder_outputs.py")
+    assert_user_error(
+        process,
+        "it was not made by the text encoder of the trained checkpoint",
+        "sdxl_cache_text_encoder_outputs.py",
+    )
     run_script("sdxl_train_network.py", *words, "--skip_cache_check", folder=folder)
