@@ -5,7 +5,7 @@ of a file are reported together.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,6 +60,8 @@ VIDEO_KEY_OF_AUDIO_KEY = {"audio_directory": "video_directory", "audio_jsonl_fil
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
 # its defaults: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
 FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
+GUIDE_PREFIXES = ("keyframe_guide", "latent_idx_guide")
+GUIDE_KEYS = tuple(name for name in KEYS if name.startswith(GUIDE_PREFIXES))
 # keys with a list of further guides: each guide has a value in all three
 EXTRA_GUIDE_KEYS = (
     "keyframe_guide_extra_directories",
@@ -131,7 +133,9 @@ def _make_config_error(path: Path, content: Table, errors: Sequence[str]) -> Dat
 def _read_tables(path: Path, content: Table, errors: list[str]) -> tuple[DatasetTable, ...]:
     """Return the tables of a file in our own layout. Errors are added to `errors`."""
     general = forms.without_nulls(content.get("general"), "[general]", errors)
-    entries = _find_entries(content, errors)
+    entries = content.get("datasets")
+    if not isinstance(entries, list) or not entries:
+        entries = _explain_missing_tables(entries, errors)
     reason = "is allowed only in a [[datasets]] table; move it there"
     misplaced_reasons = {name: reason for name, key in KEYS.items() if not key.in_general}
     general = forms.read_keys(
@@ -280,8 +284,10 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
         DatasetError: If a table has layers, guides or references that the family does not use.
     """
     latent, abilities = family.latent, family.abilities
-    if not (latent.in_sections or for_texts):
-        _warn_section_keys(config)
+    for table in config.datasets:
+        section_keys = table.non_default_values(forms.SECTIONS)
+        if section_keys and not (latent.in_sections or for_texts):
+            _warn_unused_section_keys(table, section_keys)
     config = with_lengths(config, latent.lengths)
     tables = tuple(_with_family_fields(table, family) for table in config.datasets)
     config = replace(config, datasets=tables)
@@ -300,16 +306,13 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     return _with_audio_references(config, family) if has_audio_references and not for_texts else config
 
 
-def _warn_section_keys(config: DatasetConfig) -> None:
+def _warn_unused_section_keys(table: DatasetTable, keys: Iterable[str]) -> None:
     """Warn about keys for models that generate a clip in sections, because this model ignores them."""
-    for table in config.datasets:
-        section_keys = table.non_default_values(forms.SECTIONS)
-        if section_keys:
-            logger.warning(
-                "%s: %s: ignored, because only FramePack, and Wan and MiniMax-H3 with --one_frame, use them",
-                table.name,
-                " and ".join(section_keys),
-            )
+    logger.warning(
+        "%s: %s: ignored, because only FramePack, and Wan and MiniMax-H3 with --one_frame, use them",
+        table.name,
+        " and ".join(keys),
+    )
 
 
 def _with_family_fields(table: DatasetTable, family: "Caches") -> DatasetTable:
@@ -414,7 +417,14 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
         raise DatasetError("\n".join(errors))
     if rules is None:
         return config
-    return replace(config, datasets=tuple(_with_rules(table, rules) for table in config.datasets))
+    tables = []
+    for table in config.datasets:
+        if rules.clips:  # the model takes references of clips; other models take reference images
+            table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropout_probability)
+        elif table.kind == "image":
+            table = replace(table, references=rules)
+        tables.append(table)
+    return replace(config, datasets=tuple(tables))
 
 
 def _reject_flips(config: DatasetConfig) -> None:
@@ -425,13 +435,6 @@ def _reject_flips(config: DatasetConfig) -> None:
                 f"{table.name}: flip_aug mirrors reference images, but the text encoder would still see the "
                 "original ones. Leave it out"
             )
-
-
-def _with_rules(table: DatasetTable, rules: "ReferenceRules") -> DatasetTable:
-    """Return a table with a family's rules for its references, which are clips or images."""
-    if rules.clips:
-        return replace(table, clip_references=rules, reference_dropout_rate=rules.dropout_probability)
-    return replace(table, references=rules) if table.kind == "image" else table
 
 
 def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
@@ -471,16 +474,17 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
     return errors
 
 
-def _find_entries(content: Table, errors: list[str]) -> list[Any]:
-    """Return the [[datasets]] tables; if there are none, an error is added to `errors`."""
-    entries = content.get("datasets")
-    if isinstance(entries, dict):
+def _explain_missing_tables(entry: Any, errors: list[str]) -> list[Any]:
+    """Add an error, because there is no list of [[datasets]] tables; return the tables to read anyway.
+
+    `entry` is the value of `datasets`. A single table is returned, so that errors in its keys are reported,
+    too.
+    """
+    if isinstance(entry, dict):
         errors.append("[datasets] needs double brackets: write [[datasets]], once for each folder or list")
-        return [entries]  # so that errors in its keys are reported, too
-    if isinstance(entries, list) and entries:
-        return entries
+        return [entry]
     # an unknown top-level key such as [[dataset]] has been reported with a hint; one error is enough
-    is_misspelt = entries is None and any("Did you mean datasets?" in error for error in errors)
+    is_misspelt = entry is None and any("Did you mean datasets?" in error for error in errors)
     if not is_misspelt:
         errors.append("there is no [[datasets]] table; each folder or list of images or videos needs one")
     return []
@@ -658,8 +662,9 @@ def _find_conflict(fields: Mapping[str, Any], source_key: str, source_format: So
         conflict = _find_layer_conflict(fields)
     if conflict is None and fields["is_audio_only"]:
         conflict = _find_audio_conflict(fields)
-    if conflict is None:
-        conflict = _find_guide_conflict(fields)
+    guide_keys = [key for key in GUIDE_KEYS if fields[key] != KEYS[key].default]
+    if conflict is None and guide_keys:
+        conflict = _find_guide_conflict(fields, guide_keys)
     if conflict is None and None not in (fields["min_timestep"], fields["max_timestep"]):
         conflict = find_window_error(fields)
     return conflict
@@ -682,15 +687,16 @@ def _find_audio_conflict(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Return a conflict between a table's keys for guides, as text; None if there is none."""
-    for prefix in ("keyframe_guide", "latent_idx_guide"):
+def _find_guide_conflict(fields: Mapping[str, Any], changed_keys: Sequence[str]) -> str | None:
+    """Return a conflict between a table's keys for guides, as text; None if there is none.
+
+    `changed_keys` are the keys for guides that are not at their defaults.
+    """
+    for prefix in GUIDE_PREFIXES:
         folder_key = f"{prefix}_directory"
-        if fields[folder_key]:
-            continue
-        for name, value in fields.items():
-            if name.startswith(prefix) and name != folder_key and value != KEYS[name].default:
-                return f"{name} needs {folder_key}"
+        keys_of_guide = [key for key in changed_keys if key.startswith(prefix)]
+        if keys_of_guide and not fields[folder_key]:
+            return f"{keys_of_guide[0]} needs {folder_key}"
     counts = {key: len(fields[key] or ()) for key in EXTRA_GUIDE_KEYS}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{count} in {key}" for key, count in counts.items())
