@@ -1,6 +1,6 @@
 """Find the sources of a table in any format, and its unused columns."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 from dataset.forms import JSON_LINES
@@ -73,7 +73,7 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
         "caption_column": table.caption_column,
     }
     default_media = (f"{table.kind}_path", *PATH_COLUMNS)
-    media_column = path_column or next((name for name in default_media if name in columns), None)
+    media_column = path_column or _find_first(default_media, columns)
     if media_column is None and table.kind not in columns:
         default = ", ".join((*default_media, table.kind))
         raise DatasetError(
@@ -83,9 +83,14 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
     for key, name in columns_by_key.items():
         if name is not None and name not in columns:
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
-    caption = table.caption_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
+    caption = table.caption_column or _find_first(CAPTION_COLUMNS, columns)
     # a column called "image" or "video" contains the files themselves, or their paths
     return _ReadColumns(media_column or table.kind, caption)
+
+
+def _find_first(names: Iterable[str], columns: Container[str]) -> str | None:
+    """Return the first of these names that is a column; None if there is none."""
+    return next((name for name in names if name in columns), None)
 
 
 def _shown(columns: Sequence[str]) -> str:
