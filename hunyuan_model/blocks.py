@@ -218,39 +218,28 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.modulation_vectors
         modulate_video, video_project, video_mlp = self.layers(is_text=False)
         modulate_text, text_project, text_mlp = self.layers(is_text=True)
-        # each six tensors: shift, scale and gate of attention, then of the feed-forward layers
-        video_modulation = modulate_video(video_vector)
-        text_modulation = modulate_text(text_vector)
+        # shift, scale and gate of attention, then of the feed-forward layers
+        video_shift, video_scale, video_gate, *video_mlp_rows = modulate_video(video_vector)
+        text_shift, text_scale, text_gate, *text_mlp_rows = modulate_text(text_vector)
+        video_split, text_split = tokens.video_modulation_split, tokens.modulation_split
 
         video_heads = self._modulate_heads(
-            video,
-            video_modulation[0],
-            video_modulation[1],
-            tokens.video_modulation_split,
-            tokens.dtype,
-            is_text=False,
+            video, video_shift, video_scale, video_split, tokens.dtype, is_text=False
         )
         text_heads = self._modulate_heads(
-            text, text_modulation[0], text_modulation[1], tokens.modulation_split, tokens.dtype, is_text=True
+            text, text_shift, text_scale, text_split, tokens.dtype, is_text=True
         )
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
-        video = add_gated(
-            video,
-            video_modulation[2],
-            run_in_weight_dtype(video_project, video_branch),
-            tokens.video_modulation_split,
-        )
-        text = add_gated(
-            text, text_modulation[2], run_in_weight_dtype(text_project, text_branch), tokens.modulation_split
-        )
+        video = add_gated(video, video_gate, run_in_weight_dtype(video_project, video_branch), video_split)
+        text = add_gated(text, text_gate, run_in_weight_dtype(text_project, text_branch), text_split)
 
         # positional: code that computes it in pieces passes arguments by position
-        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.modulation_split, *text_modulation[3:])
+        text = self.feed_forward(text, text_mlp, tokens.dtype, text_split, *text_mlp_rows)
         # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         outputs = []
-        for segment, *rows in split_segments(tokens.video_modulation_split, video_modulation[3:], video):
+        for segment, *rows in split_segments(video_split, video_mlp_rows, video):
             outputs.append(self.feed_forward(segment, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*outputs, text], dim=1)
 

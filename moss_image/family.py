@@ -147,7 +147,7 @@ class MossImage(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            # the NAG text gets the network's argument names too
+            # the second text (NAG) gets the argument names of the network, too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,

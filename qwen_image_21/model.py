@@ -460,7 +460,8 @@ class QwenImage21Model(BlockNetwork):
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             slots: B n ascending, on the host: the text token before which each reference is inserted.
-            overrides: Changes to this call; a NAG text has arguments named text, text_mask and slots.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text`, `text_mask` and `slots`.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
             is_prefix_cached: Leave out the prefix, because the blocks have stored its keys and values.
 
@@ -496,20 +497,15 @@ class QwenImage21Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
-        if overrides.combine_attention is not None:  # there is a NAG text
-            second_prefix = embedded[1]
+        if overrides.combine_attention is not None:  # there is a second text
+            second = embedded[1]
+            num_tokens = second.x.shape[1]
+            second_layout = layout._replace(prefixes=second.prefixes)
             tokens = replace(
                 tokens,
-                second_text=SecondText(
-                    num_image_tokens=num_image_tokens,
-                    num_text_tokens=second_prefix.x.shape[1],
-                    lengths=None,
-                    combine_attention=overrides.combine_attention,
-                ),
-                second_segments=list_segments(second_prefix.prefixes),
-                second_rotary=self._make_table(
-                    layout._replace(prefixes=second_prefix.prefixes), device=x.device
-                ),
+                second_text=SecondText(num_image_tokens, num_tokens, None, overrides.combine_attention),
+                second_segments=list_segments(second.prefixes),
+                second_rotary=self._make_table(second_layout, device=x.device),
             )
         return Hidden(x, tokens)
 

@@ -398,11 +398,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
     while True:
         try:
             if tar is None:
-                tar = tarfile.TarFile(
-                    fileobj=_HeaderFile(file),  # type: ignore[arg-type]  # all that it asks for
-                    encoding="utf-8",
-                    errors="backslashreplace",
-                )
+                tar = _open_tar(file)  # reads the first header
             info = tar.next()
         except TarDamage:
             raise
@@ -422,6 +418,15 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         if info.isreg() and not info.issparse():
             yield _make_member(info, file, size_bytes)
     _check_end(file, tar.offset, size_bytes)
+
+
+def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+    """Return a reader of a tar's headers."""
+    return tarfile.TarFile(
+        fileobj=_HeaderFile(file),  # type: ignore[arg-type]  # all that it asks for
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
 
 
 def _describe_cut(size_bytes: int) -> str:
