@@ -158,7 +158,7 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return option values as if a dataset file had set them: by key, and as types of such a file."""
+    """Return the values of command-line options by dataset key, in the types that dataset files have."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}

@@ -215,8 +215,9 @@ class Krea2(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are krea2_vl_embed, for each sample the states of n layers, T n D, and for edits
-        latents_control_0, ..., B C 1 h w each.
+        `cond` contains:
+            krea2_vl_embed: States of n layers of the language model, T n D for each sample.
+            latents_control_0, ...: Clean latents of images to edit, B C 1 h w each, if there are any.
         """
         velocity: Tensor = dit(
             noisy,

@@ -140,8 +140,9 @@ class MossImage(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are qwen3_5_embed, T D for each sample, and for edits latents_control_0, ..., B C 1 h w
-        each.
+        `cond` contains:
+            qwen3_5_embed: States of the language model, T D for each sample.
+            latents_control_0, ...: Clean latents of references, B C 1 h w each, if there are any.
         """
         velocity: Tensor = dit(
             noisy,

@@ -176,8 +176,9 @@ class QwenImage(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are vl_embed, T D for each sample, and for references latents_control_0, ...,
-        B C 1 h w.
+        `cond` contains:
+            vl_embed: States of the language model, T D for each sample.
+            latents_control_0, ...: Clean latents of references, B C 1 h w each, if there are any.
         """
         velocity: Tensor = dit(
             noisy,

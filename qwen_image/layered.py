@@ -144,9 +144,12 @@ class QwenImageLayered(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
-        The conditions are vl_embed, T D for each sample, and latents_control, B C 1 h w. If the first frame
-        is given (`Overrides.num_clean_frames`), it is the input image: the network does not see it among the
-        noisy frames, and its velocity is 0.
+        If the first frame is given (`Overrides.num_clean_frames`), it is the input image: the network does
+        not see it among the noisy frames, and its velocity is 0.
+
+        `cond` contains:
+            vl_embed: States of the language model, T D for each sample.
+            latents_control: Clean latents of the input image, B C 1 h w.
         """
         num_input_frames = overrides.num_clean_frames
         velocity: Tensor = dit(

@@ -144,8 +144,10 @@ class QwenImage21(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are vl_embed, T D, and image_slots, n (text tokens before each reference), of
-        each sample, and the latents of n references: latents_control_0, ..., B C 1 h w each.
+        `cond` contains:
+            vl_embed: States of the language model, T D for each sample.
+            image_slots: Number of text tokens before each of n references, n for each sample.
+            latents_control_0, ...: Clean latents of the references, B C 1 h w each.
         """
 
         def named(text: Conditions) -> dict[str, Tensor]:

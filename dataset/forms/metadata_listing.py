@@ -157,5 +157,5 @@ def _read_entry_text(entry: dict[str, Any], name: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str) or bad_character(text):
-        raise ValueError(f"{name} is not a text")
+        raise ValueError(f"{name} is not text")
     return text.strip()

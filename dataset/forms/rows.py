@@ -318,7 +318,7 @@ class RowReader:
             hint = ""
             if isinstance(caption, list):
                 hint = f". Write one text, or all in a list named captions, with {MULTI_CAPTION} in the table"
-            raise DatasetError(f"{position}: {name} = {_show(caption)} is not a text{hint}")
+            raise DatasetError(f"{position}: {name} = {_show(caption)} is not text{hint}")
         captions = [] if caption is None else [caption]
         captions += self._further_captions(values, position)
         for text in captions:
@@ -334,7 +334,7 @@ class RowReader:
         """Return a row's `FURTHER_TEXT` value. Raises DatasetError if it is empty or not a string."""
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
-                f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
+                f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not text. Write what "
                 f"{FURTHER_TEXT.reader} reads, or leave it out"
             )
         check_text(value, f"{position}: {FURTHER_TEXT.key}")
@@ -346,7 +346,7 @@ class RowReader:
         if texts is None:
             return []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DatasetError(f"{position}: captions = {_show(texts)} is not a list of texts")
+            raise DatasetError(f"{position}: captions = {_show(texts)} is not a list of strings")
         return texts
 
     def _read_file_cell(self, name: str, value: Any, position: str) -> FileLocation | None:

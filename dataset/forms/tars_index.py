@@ -106,19 +106,27 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     )
     tar_hash = short_hash(str(real_path(tar)))
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{tar_hash}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # no index, or a damaged one
-        stored_for, keys_without_media, num_without_media, rows = json.loads(path.read_text("utf-8"))
-        if stored_for == validity_key:
-            samples = [_unpack_sample(*row) for row in rows]
-            return TarIndex(
-                samples, keys_without_media=keys_without_media, num_without_media=num_without_media
-            )
+    stored_index = _load_index(path, validity_key)
+    if stored_index is not None:
+        return stored_index
     with tar.open("rb", buffering=0) as file:
         index = _scan_tar(file, stat.st_size, rules, tar)
     # no index of a damaged tar: another process may still be writing it without changing its size or time
     if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
         _write_index(path, index, validity_key)
     return index
+
+
+def _load_index(path: Path, validity_key: str) -> TarIndex | None:
+    """Return the index that an earlier run stored; None if there is none, or if it is damaged or stale."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        stored_for, keys_without_media, num_without_media, rows = json.loads(path.read_text("utf-8"))
+        if stored_for == validity_key:
+            samples = [_unpack_sample(*row) for row in rows]
+            return TarIndex(
+                samples, keys_without_media=keys_without_media, num_without_media=num_without_media
+            )
+    return None
 
 
 def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
@@ -352,7 +360,7 @@ def _read_json_captions(text: str, rules: TarRules) -> list[str]:
         captions += further_captions
     for caption in captions:
         if not isinstance(caption, str) or bad_character(caption):
-            raise ValueError(f"{names[0] if names else 'captions'} in its .json is not a text")
+            raise ValueError(f"{names[0] if names else 'captions'} in its .json is not text")
     return captions
 
 

@@ -93,24 +93,31 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
         decoder_version: Version of the decoder that the cache records; 0 in caches without one.
     """
     for path, keeps_transparent in keeps_by_file:
-        if not _may_differ(path, decoder_version):
-            continue
-        with contextlib.suppress(MediaError, OSError):  # decoding reports errors
-            pair = reordered_images(path) if path.is_dir() else None
-            if pair is not None:
-                earlier, later = pair
-                names = f"{earlier.name} before {later.name}"
-                return f"{path.name} was read in alphabetical order, but now is in numerical order: {names}"
-            if had_other_orientation(path):
-                return f"{path.name} was read without the mirroring that its header states, but now with it"
-            if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
-                continue
-            ignored = _formerly_ignored(
-                media_colors(path), keeps_transparent, read_profiles=decoder_version > 0
-            )
-            if ignored is not None:
-                return f"{path.name} was read without {ignored}, but now with it"
+        difference = None
+        if _may_differ(path, decoder_version):
+            with contextlib.suppress(MediaError, OSError):  # decoding reports errors
+                difference = _find_difference(path, keeps_transparent, decoder_version)
+        if difference is not None:
+            return f"{path.name} was read {difference}"
     return None
+
+
+def _find_difference(path: Path, keeps_transparent: bool, decoder_version: int) -> str | None:
+    """Return how an earlier version read a file and how it is read now, as text; None if there is no change.
+
+    Raises:
+        MediaError: If the file cannot be read.
+    """
+    pair = reordered_images(path) if path.is_dir() else None
+    if pair is not None:
+        earlier, later = pair
+        return f"in alphabetical order, but now is in numerical order: {earlier.name} before {later.name}"
+    if had_other_orientation(path):
+        return "without the mirroring that its header states, but now with it"
+    if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
+        return None
+    ignored = _formerly_ignored(media_colors(path), keeps_transparent, read_profiles=decoder_version > 0)
+    return None if ignored is None else f"without {ignored}, but now with it"
 
 
 def _formerly_ignored(colors: Colors, keeps_transparent: bool, read_profiles: bool) -> str | None:

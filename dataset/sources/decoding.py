@@ -462,14 +462,7 @@ def _decode_image(
     frames = _fit_with_layers(source, image, fit_to_bucket, size=size, has_alpha=has_alpha)
     if mask is not None and source.layers:  # all layers have the mask of their image
         mask = np.repeat(mask, len(frames), axis=0)
-    companions = ClipCompanions()
-    if source.references or source.control_mask is not None:
-        from dataset.sources.companions import read_companions  # few images have any
-
-        companions = read_companions(source, size, bucket=fit.bucket, count=1)
-    rejected: Clip | None = None
-    if source.rejected is not None:
-        rejected = _read_rejected(source, size, fit_image=fit_to_bucket, has_alpha=has_alpha)
+    companions = _read_image_companions(source, size, fit.bucket, fit_to_bucket, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -481,8 +474,35 @@ def _decode_image(
         mask=mask,
         references=companions.references,
         control_mask=companions.control_mask,
-        rejected=rejected,
+        rejected=companions.rejected,
     )
+
+
+def _read_image_companions(
+    source: MediaSource,
+    size: Size,
+    bucket: Size,
+    fit_image: Callable[[Frame], Frame],
+    has_alpha: bool,
+) -> ClipCompanions:
+    """Read an image's references and control mask, and the rejected image of its preference pair.
+
+    Args:
+        source: The image, with local files.
+        size: Width and height of the image.
+        bucket: Size of its bucket.
+        fit_image: Resizes, crops and mirrors like the image.
+        has_alpha: Whether the rejected image gets alpha as a fourth channel.
+    """
+    companions = ClipCompanions()
+    if source.references or source.control_mask is not None:
+        from dataset.sources.companions import read_companions  # few images have any
+
+        companions = read_companions(source, size, bucket=bucket, count=1)
+    if source.rejected is not None:
+        rejected = _read_rejected(source, size, fit_image=fit_image, has_alpha=has_alpha)
+        companions = companions._replace(rejected=rejected)
+    return companions
 
 
 def _augment(

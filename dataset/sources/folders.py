@@ -60,32 +60,26 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     companions = _FolderCompanions()
     if any((table.control_directory, table.mask_directory, table.audio_directory)):
         companions = _find_folder_companions(table, paths, faults)
-    assert table.directory is not None
     caption_errors: dict[Path, str] = {}  # by caption file
     sources = []
     for path in paths:
-        caption_path: Path | None = None
-        caption_content = _NO_CAPTION
-        if table.caption_extension:
-            caption_path = table.directory / (path.stem + table.caption_extension)
-        if captions and caption_path is not None:
-            caption_content = _read_captions(caption_path, table)
-            if caption_content.error:
-                caption_errors[caption_path] = caption_content.error
+        caption = _find_captions(table, path.stem, reads_file=captions)
+        if caption.path is not None and caption.error:
+            caption_errors[caption.path] = caption.error
         audio = None
         if companions.audios or table.finds_audio_by_name:
             audio = _find_audio(table, path, companions.audios, faults)
         source = MediaSource(
             path=path,
             stem=path.stem,
-            caption=caption_content.first,
-            caption_path=caption_path,
+            caption=caption.first,
+            caption_path=caption.path,
             control=companions.controls.get(path, ()),
             table=table,
-            more_captions=caption_content.further,
+            more_captions=caption.further,
             mask=companions.masks.get(path),
             audio=audio,
-            caption_encoding=caption_content.encoding,
+            caption_encoding=caption.encoding,
             layers=layers.get(path, ()),
         )
         sources.append(source)
@@ -168,17 +162,24 @@ def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fa
 class _Captions(NamedTuple):
     """The captions of one image or clip, or why its caption file cannot be used."""
 
+    path: Path | None = None  # the caption file, which need not exist; None: the table has no caption files
     first: str | None = None  # None: there is no caption
     further: tuple[str, ...] = ()
     encoding: str | None = None  # encoding of the caption file; None: UTF-8
     error: str = ""  # why the file cannot be used
 
 
-_NO_CAPTION = _Captions()
+def _find_captions(table: DatasetTable, stem: str, reads_file: bool) -> _Captions:
+    """Return the captions in the file next to an image or clip; if there is none, the table's class_tokens.
 
-
-def _read_captions(path: Path, table: DatasetTable) -> _Captions:
-    """Return the captions in a file; if it does not exist, the table's class_tokens, if set."""
+    Without `reads_file`, the result has only the path of the file.
+    """
+    if not table.caption_extension:
+        return _Captions()
+    assert table.directory is not None
+    path = table.directory / (stem + table.caption_extension)
+    if not reads_file:
+        return _Captions(path)
     encoding = None
     try:
         file = read_caption_file(path)
@@ -188,8 +189,8 @@ def _read_captions(path: Path, table: DatasetTable) -> _Captions:
         captions = None if text is None else captions_in(text, table)
         first, further = split_first_caption(captions, path)
     except DatasetError as error:
-        return _Captions(encoding=encoding, error=str(error))
-    return _Captions(first, further, encoding)
+        return _Captions(path, encoding=encoding, error=str(error))
+    return _Captions(path, first, further, encoding)
 
 
 def _find_companions(
