@@ -218,28 +218,39 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.modulation_vectors
         modulate_video, video_project, video_mlp = self.layers(is_text=False)
         modulate_text, text_project, text_mlp = self.layers(is_text=True)
-        # shift, scale and gate of attention, then of the feed-forward layers
-        video_shift, video_scale, video_gate, *video_mlp_rows = modulate_video(video_vector)
-        text_shift, text_scale, text_gate, *text_mlp_rows = modulate_text(text_vector)
-        video_split, text_split = tokens.video_modulation_split, tokens.modulation_split
+        # each six tensors: shift, scale and gate of attention, then of the feed-forward layers
+        video_modulation = modulate_video(video_vector)
+        text_modulation = modulate_text(text_vector)
 
         video_heads = self._modulate_heads(
-            video, video_shift, video_scale, video_split, tokens.dtype, is_text=False
+            video,
+            video_modulation[0],
+            video_modulation[1],
+            tokens.video_modulation_split,
+            tokens.dtype,
+            is_text=False,
         )
         text_heads = self._modulate_heads(
-            text, text_shift, text_scale, text_split, tokens.dtype, is_text=True
+            text, text_modulation[0], text_modulation[1], tokens.modulation_split, tokens.dtype, is_text=True
         )
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
-        video = add_gated(video, video_gate, run_in_weight_dtype(video_project, video_branch), video_split)
-        text = add_gated(text, text_gate, run_in_weight_dtype(text_project, text_branch), text_split)
+        video = add_gated(
+            video,
+            video_modulation[2],
+            run_in_weight_dtype(video_project, video_branch),
+            tokens.video_modulation_split,
+        )
+        text = add_gated(
+            text, text_modulation[2], run_in_weight_dtype(text_project, text_branch), tokens.modulation_split
+        )
 
         # positional: code that computes it in pieces passes arguments by position
-        text = self.feed_forward(text, text_mlp, tokens.dtype, text_split, *text_mlp_rows)
+        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.modulation_split, *text_modulation[3:])
         # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         outputs = []
-        for segment, *rows in split_segments(video_split, video_mlp_rows, video):
+        for segment, *rows in split_segments(tokens.video_modulation_split, video_modulation[3:], video):
             outputs.append(self.feed_forward(segment, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*outputs, text], dim=1)
 
@@ -360,20 +371,10 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
     if second is None:
         attended = attend(query, key, value, choice, lengths=tokens.lengths)
         return (attended if shard is None else shard.gather_heads(attended)).flatten(2)
-    first_attended = attend(
-        second.drop_second_text(query),
-        second.drop_second_text(key),
-        second.drop_second_text(value),
-        choice,
-        lengths=tokens.lengths,
-    )
-    second_attended = attend(
-        second.drop_first_text(query),
-        second.drop_first_text(key),
-        second.drop_first_text(value),
-        choice,
-        lengths=second.lengths,
-    )
+    first_heads = [second.drop_second_text(heads) for heads in (query, key, value)]
+    first_attended = attend(*first_heads, choice=choice, lengths=tokens.lengths)
+    second_heads = [second.drop_first_text(heads) for heads in (query, key, value)]
+    second_attended = attend(*second_heads, choice=choice, lengths=second.lengths)
     if shard is None:
         return second.combine(first_attended, second_attended).flatten(2)
     return shard.combine(first_attended, second_attended, second).flatten(2)

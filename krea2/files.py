@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from checkpoints.dialects import DitShapes, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
@@ -178,14 +178,22 @@ def find_release(dit: Path | None) -> Krea2Release | None:
     folder = dit.absolute().parent if dit.suffix else dit.absolute()
     index = folder.parent / "model_index.json"
     if folder.name == "transformer" and index.is_file():
-        try:
-            is_distilled = parse_json(read_text(index)).get("is_distilled")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
+        is_distilled = _read_is_distilled(index)
         if isinstance(is_distilled, bool):
             return Krea2Release(is_distilled, f"{index} has is_distilled {str(is_distilled).lower()}")
     evidence = judge_distillation(FEW_STEPS, dit)
     return None if evidence is None else Krea2Release(*evidence)
+
+
+def _read_is_distilled(index: Path) -> Any:
+    """Return the value `is_distilled` of a model_index.json; None without one.
+
+    Raises CheckpointError if the file cannot be read.
+    """
+    try:
+        return parse_json(read_text(index)).get("is_distilled")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
 
 
 @dataclass(frozen=True)

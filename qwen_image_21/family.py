@@ -182,10 +182,10 @@ class QwenImage21(pictures.ModelOfImages):
             tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
             shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
         turbo = find_turbo(self.files.dit)  # recognized by its file
+        if turbo is not None and prepared.steps == len(turbo.levels):
+            levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
+            return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
         if turbo is not None:
-            if prepared.steps == len(turbo.levels):
-                levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
-                return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
             logger.warning(
                 "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, "
                 "which makes images worse",

@@ -474,14 +474,13 @@ class QwenImage21Model(BlockNetwork):
         num_image_tokens = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
         times = time  # B 1 C for the image; then B 2 C: the prefix is clean, at timestep 0
-        embedded: list[PrefixTokens] = []  # of the text, and of a second text
+        embedded: list[PrefixTokens] = []
         if is_prefix_cached:  # the blocks still need the positions of the prefix
             prefixes = order_prefixes(text_mask, slots, references)
         else:
-            for prompt in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask, slots=slots):
-                if prompt["slots"] is None:  # a second text has its references where the first one has them
-                    prompt["slots"] = slots
-                embedded.append(self.embed_prefix(dtype, **prompt, references=references))
+            # of the prompt and, if `overrides` have one, of the second text
+            prompts = overrides.text_inputs(len(noisy), text=text, text_mask=text_mask, slots=slots)
+            embedded = self._embed_prefixes(prompts, slots, references, dtype)
             x = torch.cat([x, *(prefix.x for prefix in embedded)], dim=1)
             prefixes = embedded[0].prefixes
             times = torch.cat([time, self.time_text_embed(torch.zeros_like(timesteps))[:, None]], dim=1)
@@ -508,6 +507,21 @@ class QwenImage21Model(BlockNetwork):
                 second_rotary=self._make_table(second_layout, device=x.device),
             )
         return Hidden(x, tokens)
+
+    def _embed_prefixes(
+        self,
+        prompts: Sequence[dict[str, Any]],
+        slots: Tensor,
+        references: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> list[PrefixTokens]:
+        """Embed the prefix of each text; a text without slots has its references at `slots`."""
+        embedded = []
+        for prompt in prompts:
+            if prompt["slots"] is None:
+                prompt["slots"] = slots
+            embedded.append(self.embed_prefix(dtype, **prompt, references=references))
+        return embedded
 
     def embed_prefix(
         self,
