@@ -185,7 +185,9 @@ class Anima(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are prompt_embeds B S D, attn_mask B S, t5_input_ids B T and t5_attn_mask B T.
+        `cond` contains:
+            prompt_embeds, attn_mask: States of the language model, B S D, and their mask, B S.
+            t5_input_ids, t5_attn_mask: Token ids of T5 and their mask, B T.
         """
         # a ControlNet-LLLite, attached to the transformer, embeds its images before the call
         attached = getattr(dit, "attached_control", None)

@@ -84,19 +84,7 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
     """
     dim, input_width = shapes.shape_of("x_embedder.proj.1.weight")
     output_width, _ = shapes.shape_of("final_layer.linear.weight")
-    # other models with the same tensor names
-    if input_width == output_width + 2 * PATCH**2:
-        raise CheckpointError(
-            f"{shapes.path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
-            f"which is not supported. Give {FILES}.",
-            shapes.path,
-        )
-    if dim == COSMOS_14B_WIDTH:
-        raise CheckpointError(
-            f"{shapes.path} has width {dim}: it is Cosmos-Predict2 14B, but {NAME} was made from its 2B. "
-            f"Give {FILES}.",
-            shapes.path,
-        )
+    _reject_cosmos(shapes.path, dim, input_width, output_width)
     query_width, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
     (head_dim,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
     # the embedder takes one more channel than the output has: the padding mask
@@ -120,6 +108,25 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         adapter=_read_adapter(shapes),
         channels=output_width // PATCH**2,
     )
+
+
+def _reject_cosmos(path: Path, dim: int, input_width: int, output_width: int) -> None:
+    """Raise CheckpointError for Cosmos-Predict2, whose tensors have the same names.
+
+    `input_width` and `output_width` are the numbers of values in a patch of the input and of the output.
+    """
+    if input_width == output_width + 2 * PATCH**2:
+        raise CheckpointError(
+            f"{path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
+            f"which is not supported. Give {FILES}.",
+            path,
+        )
+    if dim == COSMOS_14B_WIDTH:
+        raise CheckpointError(
+            f"{path} has width {dim}: it is Cosmos-Predict2 14B, but {NAME} was made from its 2B. "
+            f"Give {FILES}.",
+            path,
+        )
 
 
 def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:

@@ -143,14 +143,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     """Plan how to load the ControlNet-LLLite given by `option`; raise CheckpointError for other files."""
     _check_kind(checkpoint, option)
     names = checkpoint.tensors
-    input_widths = {}  # by layer path inside a block
-    num_blocks = 0
-    for name in names:
-        match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
-        if match is not None:
-            block, part, layer = match.groups()
-            input_widths[f"{part}.{layer}"] = _shape_of(checkpoint, name, 2)[1]
-            num_blocks = max(num_blocks, int(block) + 1)
+    input_widths, num_blocks = _read_input_widths(checkpoint)
     first_down = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
     channels = _shape_of(checkpoint, f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
@@ -171,6 +164,19 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
         layers=tuple(input_widths),
     )
     return LoadPlan(LllitePlan(config, num_blocks, input_widths), checkpoint, list_tensor_sources(checkpoint))
+
+
+def _read_input_widths(checkpoint: Checkpoint) -> tuple[dict[str, int], int]:
+    """Return the input width of each modified layer of a block, by path, and the number of blocks."""
+    input_widths = {}
+    num_blocks = 0
+    for name in checkpoint.tensors:
+        match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
+        if match is not None:
+            block, part, layer = match.groups()
+            input_widths[f"{part}.{layer}"] = _shape_of(checkpoint, name, 2)[1]
+            num_blocks = max(num_blocks, int(block) + 1)
+    return input_widths, num_blocks
 
 
 def _check_kind(checkpoint: Checkpoint, option: str) -> None:

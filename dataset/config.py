@@ -5,7 +5,7 @@ of a file are reported together.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,6 +60,14 @@ VIDEO_KEY_OF_AUDIO_KEY = {"audio_directory": "video_directory", "audio_jsonl_fil
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
 # its defaults: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
 FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
+GUIDE_PREFIXES = ("keyframe_guide", "latent_idx_guide")
+GUIDE_KEYS = tuple(name for name in KEYS if name.startswith(GUIDE_PREFIXES))
+# keys with a list of further guides: each guide has a value in all three
+EXTRA_GUIDE_KEYS = (
+    "keyframe_guide_extra_directories",
+    "keyframe_guide_extra_frame_idxs",
+    "keyframe_guide_extra_strengths",
+)
 
 
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
@@ -76,18 +84,12 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
     """
     errors: list[str] = []
     content: Table = forms.without_unneeded(path, forms.parse_config(path))
-    # keys above all tables: some are for [general], others are errors
     if not content.keys() <= {*TOP_LEVEL}:
-        content = _with_keys_in_general(path, content, errors)
-    for name, value in content.items():
-        if name not in TOP_LEVEL:
-            errors.append(forms.unknown(name, value, TOP_LEVEL))
-    datasets = content.get("datasets")
-    entries = datasets if isinstance(datasets, list) else [datasets]
-    has_subsets = any(
-        key.startswith("subset") for entry in entries if isinstance(entry, dict) for key in entry
-    )
-    if has_subsets:  # the layout of sd-scripts
+        content = _move_keys_to_general(path, content, errors)
+        errors += [
+            forms.unknown(name, value, TOP_LEVEL) for name, value in content.items() if name not in TOP_LEVEL
+        ]
+    if _has_subsets(content):
         tables = read_subsets(path, content, typed, errors)
     else:
         if typed is not None:
@@ -95,10 +97,19 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
         tables = _read_tables(path, content, errors)
     _check_cache_folders(tables, errors)
     if len(tables) > 1:
-        tables = _share_folders(tables)
+        tables = _assign_animations(tables)
     if errors:
         raise _make_config_error(path, content, errors)
     return DatasetConfig(path, tables)
+
+
+def _has_subsets(content: Table) -> bool:
+    """Return whether a dataset file has the layout of sd-scripts, with [[datasets.subsets]] tables."""
+    datasets = content.get("datasets")
+    for entry in datasets if isinstance(datasets, list) else [datasets]:
+        if isinstance(entry, dict) and any(key.startswith("subset") for key in entry):
+            return True
+    return False
 
 
 def _warn_unused_options(typed: SubsetOptions, path: Path) -> None:
@@ -122,7 +133,9 @@ def _make_config_error(path: Path, content: Table, errors: Sequence[str]) -> Dat
 def _read_tables(path: Path, content: Table, errors: list[str]) -> tuple[DatasetTable, ...]:
     """Return the tables of a file in our own layout. Errors are added to `errors`."""
     general = forms.without_nulls(content.get("general"), "[general]", errors)
-    entries = _find_entries(content, errors)
+    entries = content.get("datasets")
+    if not isinstance(entries, list) or not entries:
+        entries = _explain_missing_tables(entries, errors)
     reason = "is allowed only in a [[datasets]] table; move it there"
     misplaced_reasons = {name: reason for name, key in KEYS.items() if not key.in_general}
     general = forms.read_keys(
@@ -146,27 +159,38 @@ def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> N
     """Add an error for each cache folder that is a file, is forbidden, or belongs to another table."""
     first_tables: dict[str, DatasetTable] = {}  # first table of each cache directory, by its `folder_id`
     for table in tables:
+        errors += _find_cache_folder_errors(table)
         folder = table.cache_directory
-        nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
-        if nearest_existing is not None and not nearest_existing.is_dir():
-            errors.append(
-                f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
-                "folder, which is created if it does not exist"
-            )
-        if table.download_directory is not None or is_limited():
-            errors += _find_forbidden_folders(table)
-        is_shared = table.cache_format in SHARED_CACHES
-        if is_shared and table.kind == "video":
-            key = f'cache_format = "{table.cache_format}"'
-            errors.append(f'{table.label}: {key} is for image tables; use "files" or "shards"')
         first_table = first_tables.setdefault(folder_id(folder), table)
-        may_share = first_table is table or (is_shared and first_table.cache_format == table.cache_format)
-        if not may_share:
+        if first_table is not table and not _may_share_caches(first_table, table):
             second_number = table.label.removeprefix("[[datasets]] ")
             errors.append(
                 f"{first_table.label} and {second_number} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
+
+
+def _find_cache_folder_errors(table: DatasetTable) -> list[str]:
+    """Return an error line for each reason why a table's caches cannot be in its cache_directory."""
+    errors = []
+    folder = table.cache_directory
+    nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if nearest_existing is not None and not nearest_existing.is_dir():
+        errors.append(
+            f"{table.label}: cache_directory = {folder}: {nearest_existing} is a file; name a "
+            "folder, which is created if it does not exist"
+        )
+    if table.download_directory is not None or is_limited():
+        errors += _find_forbidden_folders(table)
+    if table.cache_format in SHARED_CACHES and table.kind == "video":
+        key = f'cache_format = "{table.cache_format}"'
+        errors.append(f'{table.label}: {key} is for image tables; use "files" or "shards"')
+    return errors
+
+
+def _may_share_caches(first: DatasetTable, second: DatasetTable) -> bool:
+    """Return whether two tables may have the same cache folder: both have another program's cache format."""
+    return second.cache_format in SHARED_CACHES and first.cache_format == second.cache_format
 
 
 def _find_forbidden_folders(table: DatasetTable) -> list[str]:
@@ -200,8 +224,8 @@ def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
     return replace(config, datasets=tables)
 
 
-def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
-    """If an image and a video table share a folder, assign its animations to the video table only."""
+def _assign_animations(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
+    """If an image and a video table have the same folder, assign its animations to the video table only."""
     clip_folders = {
         folder_id(table.directory) for table in tables if table.kind == "video" and table.directory
     }
@@ -213,33 +237,37 @@ def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]
     return tuple(changed)
 
 
-def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Table:
+def _move_keys_to_general(path: Path, content: Table, errors: list[str]) -> Table:
     """Return the content of a dataset file with the keys above all tables moved into [general].
 
     Some guides omit the heading [general]. Keys that only [[datasets]] may have become errors in `errors`.
     """
-    general_keys = {name for name, key in SUBSET_KEYS.items() if key.level != SUBSET}
-    general_keys |= {name for name, key in KEYS.items() if key.in_general}
-    general_keys |= {*OTHER_NAMES, *forms.OTHER_SPELLINGS}
+    only_in_datasets = {name for name, key in KEYS.items() if not key.in_general}
+    movable = _list_general_keys() - only_in_datasets
+    errors += [
+        f"{name} is above all tables: write it below [[datasets]]"
+        for name in content
+        if name in only_in_datasets
+    ]
+    content = {name: value for name, value in content.items() if name not in only_in_datasets}
+    moved = {name: value for name, value in content.items() if name in movable}
     general = content.get("general", {})
-    moved: dict[str, Any] = {}
-    remaining: dict[str, Any] = {}
-    for name, value in content.items():
-        if name in KEYS and not KEYS[name].in_general:
-            errors.append(f"{name} is above all tables: write it below [[datasets]]")
-        elif name in general_keys:
-            moved[name] = value
-        else:
-            remaining[name] = value
-    if not moved:
-        return remaining
-    if not isinstance(general, dict):  # nothing can be added to it; its reader reports the error
-        return {name: value for name, value in content.items() if name in remaining or name in moved}
+    # if [general] is not a table, nothing can be added to it; its reader reports the error
+    if not moved or not isinstance(general, dict):
+        return content
     duplicates = [name for name in moved if name in general]
     if duplicates:
         errors.append(f"above all tables and in [general]: {', '.join(duplicates)}; leave one out")
     logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(moved))
+    remaining = {name: value for name, value in content.items() if name not in moved}
     return {**remaining, "general": {**general, **moved}}
+
+
+def _list_general_keys() -> set[str]:
+    """Return all keys that [general] may have in one of the two layouts, in all spellings."""
+    names = {name for name, key in SUBSET_KEYS.items() if key.level != SUBSET}
+    names |= {name for name, key in KEYS.items() if key.in_general}
+    return names | {*OTHER_NAMES, *forms.OTHER_SPELLINGS}
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
@@ -255,43 +283,47 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     Raises:
         DatasetError: If a table has layers, guides or references that the family does not use.
     """
+    latent, abilities = family.latent, family.abilities
     for table in config.datasets:
         section_keys = table.non_default_values(forms.SECTIONS)
-        if section_keys and not (family.latent.in_sections or for_texts):
-            keys = " and ".join(section_keys)
-            logger.warning(
-                "%s: %s: ignored, because only FramePack, and Wan and MiniMax-H3 with --one_frame, use them",
-                table.name,
-                keys,
-            )
-    config = with_lengths(config, family.latent.lengths)
-    tables = []
-    for table in config.datasets:
-        if table.kind == "video" and family.abilities.match_audio_schedule and table.source_fps is None:
-            table = replace(table, source_fps=forms.AUTO)  # each file has its own frame rate
-        finds_audio_by_name = family.latent.caches_audio and table.kind == "video"
-        tables.append(
-            replace(
-                table,
-                finds_audio_by_name=finds_audio_by_name,
-                reads_row_references=family.abilities.takes_row_references,
-            )
-        )
-    config = replace(config, datasets=tuple(tables))
-    latent = family.latent
-    if latent.has_layers or any(table.multiple_target for table in config.datasets):
+        if section_keys and not (latent.in_sections or for_texts):
+            _warn_unused_section_keys(table, section_keys)
+    config = with_lengths(config, latent.lengths)
+    tables = tuple(_with_family_fields(table, family) for table in config.datasets)
+    config = replace(config, datasets=tables)
+    if latent.has_layers or any(table.multiple_target for table in tables):
         from dataset.sources.layers import check_layers  # few models learn layers
 
         check_layers(config, latent.has_layers, family.name)
-    guided = [table.name for table in config.datasets if table.has_guides]
-    if guided and not family.abilities.trains_with_guides:
+    guided = [table.name for table in tables if table.has_guides]
+    if guided and not abilities.trains_with_guides:
         raise DatasetError(
             f"{guided[0]}: this model is not trained with guides (keyframe_guide_directory, "
             "latent_idx_guide_directory). Leave these keys out"
         )
-    config = with_references(config, family.references, family.abilities.references)
-    has_audio_references = any(table.reference_audio_directory is not None for table in config.datasets)
+    config = with_references(config, family.references, abilities.references)
+    has_audio_references = any(table.reference_audio_directory is not None for table in tables)
     return _with_audio_references(config, family) if has_audio_references and not for_texts else config
+
+
+def _warn_unused_section_keys(table: DatasetTable, keys: Iterable[str]) -> None:
+    """Warn about keys for models that generate a clip in sections, because this model ignores them."""
+    logger.warning(
+        "%s: %s: ignored, because only FramePack, and Wan and MiniMax-H3 with --one_frame, use them",
+        table.name,
+        " and ".join(keys),
+    )
+
+
+def _with_family_fields(table: DatasetTable, family: "Caches") -> DatasetTable:
+    """Return a table with the fields that the family decides: where audio and references come from."""
+    if table.kind == "video" and family.abilities.match_audio_schedule and table.source_fps is None:
+        table = replace(table, source_fps=forms.AUTO)  # each file has its own frame rate
+    return replace(
+        table,
+        finds_audio_by_name=family.latent.caches_audio and table.kind == "video",
+        reads_row_references=family.abilities.takes_row_references,
+    )
 
 
 def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetConfig:
@@ -373,12 +405,8 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
     Raises:
         DatasetError: If a table has a key that the family does not use.
     """
-    flipped = [table.name for table in config.datasets if table.augmentation.flip]
-    if flipped and rules is not None and rules.seen_by_text:
-        raise DatasetError(
-            f"{flipped[0]}: flip_aug mirrors reference images, but the text encoder would still see the "
-            "original ones. Leave it out"
-        )
+    if rules is not None and rules.seen_by_text:
+        _reject_flips(config)
     errors: list[str] = []
     for table in config.datasets:
         if table.reference_directory is not None or table.control_mask_directory is not None:
@@ -397,6 +425,16 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
             table = replace(table, references=rules)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
+
+
+def _reject_flips(config: DatasetConfig) -> None:
+    """Raise a DatasetError if a table mirrors images, because text encoders see the reference images."""
+    for table in config.datasets:
+        if table.augmentation.flip:
+            raise DatasetError(
+                f"{table.name}: flip_aug mirrors reference images, but the text encoder would still see the "
+                "original ones. Leave it out"
+            )
 
 
 def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
@@ -436,16 +474,17 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
     return errors
 
 
-def _find_entries(content: Table, errors: list[str]) -> list[Any]:
-    """Return the [[datasets]] tables; if there are none, an error is added to `errors`."""
-    entries = content.get("datasets")
-    if isinstance(entries, dict):
+def _explain_missing_tables(entry: Any, errors: list[str]) -> list[Any]:
+    """Add an error, because there is no list of [[datasets]] tables; return the tables to read anyway.
+
+    `entry` is the value of `datasets`. A single table is returned, so that errors in its keys are reported,
+    too.
+    """
+    if isinstance(entry, dict):
         errors.append("[datasets] needs double brackets: write [[datasets]], once for each folder or list")
-        return [entries]  # so that errors in its keys are reported, too
-    if isinstance(entries, list) and entries:
-        return entries
+        return [entry]
     # an unknown top-level key such as [[dataset]] has been reported with a hint; one error is enough
-    is_misspelt = entries is None and any("Did you mean datasets?" in error for error in errors)
+    is_misspelt = entry is None and any("Did you mean datasets?" in error for error in errors)
     if not is_misspelt:
         errors.append("there is no [[datasets]] table; each folder or list of images or videos needs one")
     return []
@@ -469,16 +508,12 @@ def _read_table(
     source_key = _find_source(entry, table_label, errors)
     if source_key is None:
         return None
-    media_key = source_key  # the key that names images or clips
-    is_audio_only = source_key in VIDEO_KEY_OF_AUDIO_KEY
-    if is_audio_only:  # read like a table of clips, whose frames are black
+    # the key that names images or clips; audio is read as clips, whose frames are black
+    media_key = VIDEO_KEY_OF_AUDIO_KEY.get(source_key, source_key)
+    if media_key != source_key:
         entry = _audio_to_clips(entry, source_key, general)
-        media_key = VIDEO_KEY_OF_AUDIO_KEY[source_key]
-    source_format = FORMAT_OF_SOURCE[media_key]
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
-    values = {name: key.default for name, key in KEYS.items()}
-    values |= general
-    values |= forms.read_keys(
+    declared = forms.read_keys(
         KEYS,
         entry,
         table_label=table_label,
@@ -490,18 +525,38 @@ def _read_table(
     validation_error = find_unused(entry) if entry.get("validation") else None
     if validation_error is not None:
         errors.append(f"{table_label}: {validation_error}")
+    values = {name: key.default for name, key in KEYS.items()} | general | declared
     # invalid values of [general] have been reported before
-    if len(errors) > num_errors_before or any(value is forms.INVALID for value in values.values()):
+    if len(errors) > num_errors_before or forms.INVALID in values.values():
         return None
+    fields = _make_fields(values, source_key, media_key)
+    conflict = _find_conflict(fields, source_key, FORMAT_OF_SOURCE[media_key])
+    if conflict is not None:
+        errors.append(f"{table_label}: {conflict}")
+        return None
+    _complete_fields(fields, FORMAT_OF_SOURCE[media_key], f"{path}, {table_label}")
+    return DatasetTable(path, index, kind, **fields)
+
+
+def _make_fields(values: dict[str, Any], source_key: str, media_key: str) -> dict[str, Any]:
+    """Return the fields of a `DatasetTable` by name, from the values of all keys.
+
+    Args:
+        values: Values of all keys, by name.
+        source_key: Key that names the source in the table.
+        media_key: The same key, or for a table of audio files, the corresponding key for clips.
+    """
+    source_format = FORMAT_OF_SOURCE[media_key]
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *FORMAT_KEYS}}
-    fields |= {"directory": None, "is_audio_only": is_audio_only, "format_keys": None}
+    fields |= {"directory": None, "is_audio_only": source_key != media_key, "format_keys": None}
     if source_format.keys is None:  # the source is a field, such as `directory`
         fields[source_format.source] = values[media_key]
+        source_folder = fields["directory"]
     else:  # the format has keys of its own, kept together in one field
         fields["format_keys"] = read_format_keys(source_format, media_key, values)
-    if not _fill_in_fields(source_format, fields, source_key, f"{path}, {table_label}", errors):
-        return None
-    return DatasetTable(path, index, kind, **fields)
+        source_folder = fields["format_keys"].folder
+    fields["cache_directory"] = fields["cache_directory"] or source_folder
+    return fields
 
 
 def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> str | None:
@@ -567,38 +622,16 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
     return {**defaults, **declared, **BLACK, VIDEO_KEY_OF_AUDIO_KEY[source_key]: entry[source_key]}
 
 
-def _fill_in_fields(
-    source_format: SourceFormat, fields: dict[str, Any], source_key: str, table_label: str, errors: list[str]
-) -> bool:
-    """Set the fields of a table that depend on others; if fields conflict, add an error and return False.
-
-    1. Find a conflict: no cache folder, keys of this source format, or keys that all formats have.
-    2. Let the source format set its own fields.
-    3. Set the fields that all formats have.
+def _complete_fields(fields: dict[str, Any], source_format: SourceFormat, table_label: str) -> None:
+    """Set the fields of a table that depend on others.
 
     Args:
-        source_format: Where the items come from, such as a folder, a list or tars. The keys that only its
-            tables have are in `fields["format_keys"]`.
         fields: Fields of a `DatasetTable` by name, which are changed.
-        source_key: Key that names the folder or list, for messages.
+        source_format: Where the items come from, such as a folder, a list or tars. It may set fields, too.
         table_label: Path of the file, and name of the table after a comma.
-        errors: List to which the error is added.
     """
-    source_folder = fields["directory"] if fields["format_keys"] is None else fields["format_keys"].folder
-    conflict = None
-    if not (fields["cache_directory"] or source_folder):
-        conflict = f"cache_directory is required with {source_key}"
-    if conflict is None and source_format.has_dependent_keys:
-        conflict = source_format.find_conflict(fields)
-    if conflict is None:
-        conflict = _find_conflict(fields)
-    if conflict is not None:
-        table_name = table_label.rpartition(", ")[2]  # the message begins with the path already
-        errors.append(f"{table_name}: {conflict}")
-        return False
     if source_format.has_dependent_keys:
         source_format.complete(fields, table_label)
-    fields["cache_directory"] = fields["cache_directory"] or source_folder
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]  # no effect alone
@@ -613,38 +646,58 @@ def _fill_in_fields(
             '%s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', table_label
         )
         fields["frame_extraction"] = "head"
-    return True
 
 
-def _find_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Return a conflict between keys that tables of all source formats have; None if there is none."""
-    if fields["mask_directory"] and fields["alpha_mask"]:
-        return "mask_directory cannot be used here; leave out it or alpha_mask"
-    if fields["multiple_target"] and (fields["alpha_mask"] or fields["worse_directory"]):
-        key = "alpha_mask" if fields["alpha_mask"] else "worse_directory"
-        return f"{key} cannot be used with multiple_target, whose layers are learned with their alpha"
-    if fields["is_audio_only"] and fields["worse_directory"]:
-        return "worse_directory is for images and clips, not for audio alone; leave it out"
-    if fields["is_audio_only"] and fields["audio"] == forms.IGNORE:
-        return 'audio = "ignore" leaves nothing to learn of audio files; leave it out'
-    conflict = _find_guide_conflict(fields)
-    if conflict is None and fields["min_timestep"] is not None and fields["max_timestep"] is not None:
-        return find_window_error(fields)
+def _find_conflict(fields: Mapping[str, Any], source_key: str, source_format: SourceFormat) -> str | None:
+    """Return the first conflict between the keys of a table, as text; None if there is none.
+
+    `source_key` names the table's source, whose format may have conflicts of its own.
+    """
+    if not fields["cache_directory"]:
+        return f"cache_directory is required with {source_key}"
+    conflict = source_format.find_conflict(fields) if source_format.has_dependent_keys else None
+    if conflict is None and fields["mask_directory"] and fields["alpha_mask"]:
+        conflict = "mask_directory cannot be used here; leave out it or alpha_mask"
+    if conflict is None and fields["multiple_target"]:
+        conflict = _find_layer_conflict(fields)
+    if conflict is None and fields["is_audio_only"]:
+        conflict = _find_audio_conflict(fields)
+    guide_keys = [key for key in GUIDE_KEYS if fields[key] != KEYS[key].default]
+    if conflict is None and guide_keys:
+        conflict = _find_guide_conflict(fields, guide_keys)
+    if conflict is None and None not in (fields["min_timestep"], fields["max_timestep"]):
+        conflict = find_window_error(fields)
     return conflict
 
 
-def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Return a conflict between a table's keys for guides, as text; None if there is none."""
-    for prefix in ("keyframe_guide", "latent_idx_guide"):
+def _find_layer_conflict(fields: Mapping[str, Any]) -> str | None:
+    """Return the key that cannot be used in a table of layers, as an error; None if there is none."""
+    for key in ("alpha_mask", "worse_directory"):
+        if fields[key]:
+            return f"{key} cannot be used with multiple_target, whose layers are learned with their alpha"
+    return None
+
+
+def _find_audio_conflict(fields: Mapping[str, Any]) -> str | None:
+    """Return the key that cannot be used in a table of audio files, as an error; None if there is none."""
+    if fields["worse_directory"]:
+        return "worse_directory is for images and clips, not for audio alone; leave it out"
+    if fields["audio"] == forms.IGNORE:
+        return 'audio = "ignore" leaves nothing to learn of audio files; leave it out'
+    return None
+
+
+def _find_guide_conflict(fields: Mapping[str, Any], changed_keys: Sequence[str]) -> str | None:
+    """Return a conflict between a table's keys for guides, as text; None if there is none.
+
+    `changed_keys` are the keys for guides that are not at their defaults.
+    """
+    for prefix in GUIDE_PREFIXES:
         folder_key = f"{prefix}_directory"
-        other_keys = [name for name in fields if name.startswith(prefix) and name != folder_key]
-        changed_keys = [name for name in other_keys if fields[name] != KEYS[name].default]
-        if changed_keys and not fields[folder_key]:
-            return f"{changed_keys[0]} needs {folder_key}"
-    counts = {}  # number of values in each of the three lists of extra guides
-    for name in ("directories", "frame_idxs", "strengths"):
-        key = f"keyframe_guide_extra_{name}"
-        counts[key] = len(fields[key] or ())
+        keys_of_guide = [key for key in changed_keys if key.startswith(prefix)]
+        if keys_of_guide and not fields[folder_key]:
+            return f"{keys_of_guide[0]} needs {folder_key}"
+    counts = {key: len(fields[key] or ()) for key in EXTRA_GUIDE_KEYS}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{count} in {key}" for key, count in counts.items())
         return f"each guide needs a folder, a frame and a strength: {text}"

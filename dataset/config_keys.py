@@ -416,11 +416,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path)
     except UnicodeDecodeError as error:
-        guess = guess_encoding(error.object)
-        seems = "" if guess is None else f"; it looks like {guess.name}"
-        raise DatasetError(
-            f"{path} is not UTF-8 text (byte {error.start}{seems}). Save it as UTF-8 in your editor."
-        ) from None
+        raise DatasetError(_describe_encoding(path, error)) from None
     except OSError as error:
         raise DatasetError(
             f"{path} cannot be read: {error.strerror}{paths.describe_lookup(path)}."
@@ -434,6 +430,13 @@ def parse_config(path: Path) -> dict[str, Any]:
         hint = other_trainers().hint_of(content)
         raise DatasetError(f'{path}: the top level must be an object with "datasets". {hint}'.rstrip())
     return content
+
+
+def _describe_encoding(path: Path, error: UnicodeDecodeError) -> str:
+    """Return the error message for a file that is not UTF-8, with a guess at its encoding."""
+    guess = guess_encoding(error.object)
+    seems = "" if guess is None else f"; it looks like {guess.name}"
+    return f"{path} is not UTF-8 text (byte {error.start}{seems}). Save it as UTF-8 in your editor."
 
 
 def _advise_file(folder: Path) -> str:
@@ -492,26 +495,20 @@ def read_keys(
         other_layout_reasons: Keys of files in the other layout, each with the end of its error message.
     """
     names_by_spelling = other_spellings or {}
-    reasons_of_layout = other_layout_reasons or {}
     values: dict[str, Any] = {}
     spellings: dict[str, str] = {}  # name of a key -> its spelling in the table
     for spelling, value in table.items():
-        name = names_by_spelling.get(spelling, spelling)
         if spelling in ignored:
             continue
-        if name not in keys and name in reasons_of_layout:
-            errors.append(f"{table_label}: {spelling} = {show(value)} {reasons_of_layout[name]}")
+        name = names_by_spelling.get(spelling, spelling)
+        reasons = misplaced_reasons if name in keys else other_layout_reasons or {}
+        if name in reasons:
+            errors.append(f"{table_label}: {spelling} = {show(value)} {reasons[name]}")
         elif name not in keys:
-            allowed = [key for key in keys if key not in misplaced_reasons]
-            errors.append(f"{table_label}: {unknown(spelling, value, [*ignored, *allowed])}")
-        elif name in misplaced_reasons:
-            errors.append(f"{table_label}: {spelling} = {show(value)} {misplaced_reasons[name]}")
+            allowed = [*ignored, *(key for key in keys if key not in misplaced_reasons)]
+            errors.append(f"{table_label}: {unknown(spelling, value, allowed)}")
         elif spellings.setdefault(name, spelling) != spelling:
-            spellings_in_table = [spellings[name], spelling]
-            spellings_in_table.sort(key=lambda each: each == name)  # our own spelling last
-            errors.append(
-                f"{table_label}: {' and '.join(spellings_in_table)} are the same key; leave out one"
-            )
+            errors.append(f"{table_label}: {_describe_repeated(name, [spellings[name], spelling])}")
         else:
             value_type = keys[name].value_type
             try:
@@ -520,6 +517,12 @@ def read_keys(
                 values[name] = INVALID
                 errors.append(f"{table_label}: {_explain(name, value, value_type.allowed, str(invalid))}")
     return values
+
+
+def _describe_repeated(name: str, spellings: list[str]) -> str:
+    """Return the error for a key with two spellings in a table; our own spelling (`name`) comes last."""
+    ours_last = sorted(spellings, key=lambda spelling: spelling == name)
+    return f"{' and '.join(ours_last)} are the same key; leave out one"
 
 
 def _explain(name: str, value: Any, allowed: str, reason: str) -> str:

@@ -34,18 +34,18 @@ def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTa
         "token_warmup_step": any(table.caption_changes.warmup_step > 0 for table in tables),
         "is_reg = true": any(table.is_reg for table in tables),
     }
-    values_by_key: dict[str, list[Any]] = {}  # values of each key anywhere in the file
-    for level in _levels_of(content):
-        for name, value in level.items():
-            values_by_key.setdefault(name, []).append(value)
     idle = []
     for name, condition in _NEEDS.items():
-        default = SUBSET_KEYS[name].default
-        is_set = any(value != default for value in values_by_key.get(name, ()))
-        if is_set and not is_fulfilled[condition]:
+        if _is_changed(name, content) and not is_fulfilled[condition]:
             idle.append(f"{name} (needs {condition})")
     if idle:
         logger.warning("%s: without effect: %s", path, ", ".join(idle))
+
+
+def _is_changed(name: str, content: Mapping[str, Any]) -> bool:
+    """Return whether a key is set anywhere in a dataset file to another value than its default."""
+    default = SUBSET_KEYS[name].default
+    return any(level.get(name, default) != default for level in _levels_of(content))
 
 
 def _levels_of(content: Mapping[str, Any]) -> Iterator[Table]:

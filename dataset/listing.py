@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.forms.composing import source_format_of
-from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
+from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption_file
 from dataset.sources.folders import list_table_folder, log_lone_controls
 from dataset.sources.left_out import TableFolders, describe_entries
 from dataset.sources.media_source import (
@@ -210,10 +210,8 @@ def find_all_sources(
             skipped += [(table, fault) for fault in faults if not fault.is_fatal]
     if table_errors:
         raise DatasetError("\n".join(table_errors))
-    # warnings about files that were read in an old encoding, or not at all
     if any(source.caption_encoding is not None for source in sources):
-        encoding_warnings = list_errors(find_encodings(sources), LISTED)
-        logger.warning("%s", escape_control_codes("\n".join(encoding_warnings)))
+        _warn_of_encodings(sources)
     if any(table.control_directory is not None for table in config.datasets):
         log_lone_controls(sources)
     folders = folders or TableFolders(config)
@@ -222,6 +220,12 @@ def find_all_sources(
     for warning in filter(None, warnings):
         logger.warning("%s", escape_control_codes(warning))
     return sources
+
+
+def _warn_of_encodings(sources: Iterable[MediaSource]) -> None:
+    """Log the caption files that were read in another encoding than UTF-8."""
+    encoding_warnings = list_errors(find_encodings(sources), LISTED)
+    logger.warning("%s", escape_control_codes("\n".join(encoding_warnings)))
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
@@ -282,24 +286,29 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
     for source in without_caption[:MAX_READ]:
         path = source.caption_path
         try:
-            caption = None if path is None else read_caption(path)
+            file = None if path is None else read_caption_file(path)
         except DatasetError as error:
             assert path is not None
             unreadable[path] = str(error)
             continue
-        if caption is None and source.table.class_tokens is None:
+        if file is None and source.table.class_tokens is None:
             missing.append(source)
     if missing:
-        logger.warning(
-            "%s%d of %d have no caption, and text caching needs one for each. The first: %s",
-            "at least " if len(sources) > MAX_READ else "",
-            len(missing),
-            len(sources),
-            missing_captions(missing[:1])[0],
-        )
+        _warn_of_missing_captions(missing, len(sources))
     if unreadable:
         explanations = explain_captions(list(unreadable), list(unreadable.values()))
         lines = "\n  ".join(explanations[:LISTED])
         logger.warning(
             "%d captions cannot be used, which text caching rejects:\n  %s", len(unreadable), lines
         )
+
+
+def _warn_of_missing_captions(missing: Sequence[MediaSource], num_sources: int) -> None:
+    """Log how many media files have no caption; `num_sources` is the number of all media files."""
+    logger.warning(
+        "%s%d of %d have no caption, and text caching needs one for each. The first: %s",
+        "at least " if num_sources > MAX_READ else "",
+        len(missing),
+        num_sources,
+        missing_captions(missing[:1])[0],
+    )

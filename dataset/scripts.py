@@ -25,8 +25,7 @@ def caching_script(
 ) -> Script:
     """Return a caching script of a family.
 
-    The script's function takes a second argument, for cache_on_ray.py: a function that is called with the
-    arguments of the caching loop, instead of caching.
+    The returned function takes `argv` and `run_instead`, like `cache_family_latents`.
 
     Args:
         family: Name of the family.
@@ -55,7 +54,8 @@ def cache_family_latents(
         family: Name of the family.
         about: Docstring of the script, shown by --help.
         argv: Arguments; None for sys.argv.
-        run_instead: Called with the arguments of the caching loop, instead of it, for example to check media.
+        run_instead: Called with the arguments of the caching loop, instead of it. tools/cache_on_ray.py
+            passes a function that only checks them.
     """
     entry = FAMILIES[family]
     record = entry.options_record("LatentCaching")
@@ -63,28 +63,24 @@ def cache_family_latents(
     options, family_options, debug = records
     if debug.debug_mode is not None:
         options.shard.reject_beside("--debug_mode")
-    # imported here, because --help does not need it
-    from dataset.config import for_family, load_dataset_config, with_audio_files, with_downloads
-
     with name_as_typed(options.typed_names):
         if debug.debug_mode is None and not options.check:
             values = option_values(family_options)
             for name, option, why in entry.encoders:  # files without which nothing can be encoded
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
-        config = load_dataset_config(options.dataset_config)
-        if options.download_directory is not None:
-            config = with_downloads(config, options.download_directory)
+        config = _load_dataset(options)
         # only families with audio have this option, which says where the audio files are
-        audio_files = getattr(family_options, "audio_files", None)
-        if audio_files is not None:
-            option, folder = audio_files
-            config = with_audio_files(config, option, folder)
+        if getattr(family_options, "audio_files", None) is not None:
+            from dataset.config import with_audio_files
+
+            config = with_audio_files(config, *family_options.audio_files)
 
         if entry.notice:
             entry.log_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
+        from dataset.config import for_family
 
         caches = entry.make_family("latent_caching", family_options)
         config = for_family(config, caches)
@@ -104,6 +100,16 @@ def cache_family_latents(
         next_command = loop.NextCommand(command, remember)
         cache = run_instead or partial(loop.run_caching, loop.LATENTS)
         cache(caches, config, options, debug, next_command)
+
+
+def _load_dataset(options: CachingOptions) -> "DatasetConfig":
+    """Load the dataset file, with the folder for downloads if it is set on the command line."""
+    from dataset.config import load_dataset_config, with_downloads  # not needed for --help
+
+    config = load_dataset_config(options.dataset_config)
+    if options.download_directory is not None:
+        config = with_downloads(config, options.download_directory)
+    return config
 
 
 def cache_family_texts(
@@ -130,20 +136,16 @@ def cache_family_texts(
     record = entry.options_record("TextCaching")
     records, typed = parse_with_flags(about, argv, CachingOptions, EmptyPromptOptions, record)
     options, empty_prompt_options, family_options = records
-    # imported here, because --help does not need it
-    from dataset.config import for_family, load_dataset_config, with_downloads, with_empty_prompts
-    from modules.repeated_options import join_options, repeat_given
-
     with name_as_typed(options.typed_names):
-        config = load_dataset_config(options.dataset_config)
-        if options.download_directory is not None:
-            config = with_downloads(config, options.download_directory)
+        config = _load_dataset(options)
 
         if entry.notice:
             entry.log_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
+        from dataset.config import for_family, with_empty_prompts
+        from modules.repeated_options import join_options, repeat_given
 
         caches = entry.make_family("text_caching", family_options)
         config = for_family(config, caches, for_texts=True)

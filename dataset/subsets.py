@@ -64,38 +64,28 @@ def read_subsets(
         typed: Values from the command line; None means the keys' defaults.
         errors: Errors are added to this list.
     """
-    defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
-    defaults |= read_keys(
-        SUBSET_KEYS,
-        _read_option_values(typed),
-        table_label="the command line",
-        errors=errors,
-        misplaced_reasons={},
-        other_spellings=OTHER_NAMES,
-    )
-    command_line_values = dict(defaults)  # the keys' values so far, before [general] replaces some
+    command_line_values = _read_command_line(typed, errors)
     general = without_nulls(content.get("general"), "[general]", errors)
     entries = content.get("datasets")
     if not isinstance(entries, list):
         errors.append("[datasets] needs double brackets: write [[datasets]], once for each resolution")
         entries = [entries]
-    defaults |= _read_level(general, "[general]", errors, DATASET)
+    defaults = command_line_values | _read_level(general, "[general]", errors, DATASET)
     is_masked = typed is not None and typed.masked_loss
     tables: list[DatasetTable] = []
     all_values: list[Table] = []  # values of each subset without invalid keys
     for group, entry in enumerate(entries):
         for subset in _subsets_of(entry, group, defaults, errors):
-            values = subset.values
-            if any(value is INVALID for value in values.values()):  # the error is already in `errors`
+            if INVALID in subset.values.values():  # the error is already in `errors`
                 continue
-            all_values.append(values)
-            contradictions = _find_contradictions(values, is_masked)
+            all_values.append(subset.values)
+            contradictions = _find_contradictions(subset.values, is_masked)
             errors += [f"{subset.label}: {line}" for line in contradictions]
-            if contradictions:
-                continue
-            fields = _table_fields(values, subset.label, is_masked)
-            table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
-            tables.append(table)
+            if not contradictions:
+                fields = _table_fields(subset.values, subset.label, is_masked)
+                tables.append(
+                    DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
+                )
     if tables:
         from dataset.idle_keys import warn_idle  # only for this layout
 
@@ -103,6 +93,19 @@ def read_subsets(
         if typed is not None:
             _warn_of_replaced(typed, command_line_values, all_values, path)
     return _with_cache_directories(tables)
+
+
+def _read_command_line(typed: SubsetOptions | None, errors: list[str]) -> Table:
+    """Return the values of all keys of subsets: those of the command line, otherwise the defaults."""
+    defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
+    return defaults | read_keys(
+        SUBSET_KEYS,
+        _read_option_values(typed),
+        table_label="the command line",
+        errors=errors,
+        misplaced_reasons={},
+        other_spellings=OTHER_NAMES,
+    )
 
 
 def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequence[Table], path: Path) -> None:
@@ -155,7 +158,7 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return option values as if a dataset file had set them: by key, and as types of such a file."""
+    """Return the values of command-line options by dataset key, in the types that dataset files have."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
@@ -202,26 +205,45 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
     uses_limits = values["enable_bucket"] and not values["bucket_no_upscale"]
     buckets = _round_buckets(BucketRule(**by_record["buckets"]), table_label, warns=uses_limits)
     changes = CaptionChanges(**by_record["caption_changes"])
-    from_json = values["metadata_file"] is not None
-    # with --masked_loss, the images in this folder are masks
-    conditioning = values["conditioning_data_dir"]
-    controls = None if is_masked else conditioning
-    masks = conditioning if is_masked else None
     fields = by_record[_TABLE_ITSELF]
-    metadata_file = fields.pop("metadata_file")
-    return fields | {
-        "format_keys": None if metadata_file is None else MetadataKeys(metadata_file),
-        "directory": None if from_json else values["image_dir"],
-        "image_folder": values["image_dir"] if from_json else None,
-        "control_directory": controls,
-        "mask_directory": masks or values["mask_directory"],
-        "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
-        "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
-        "buckets": buckets,
-        "caption_changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
-        "augmentation": Augmentation(**by_record["augmentation"]),
-        "attributes": frozenset(name for name, value in values["custom_attributes"].items() if value),
+    folders = _find_folders(fields.pop("metadata_file"), values, is_masked)
+    return (
+        fields
+        | folders
+        | {
+            "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
+            "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
+            "buckets": buckets,
+            "caption_changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
+            "augmentation": Augmentation(**by_record["augmentation"]),
+            "attributes": frozenset(name for name, value in values["custom_attributes"].items() if value),
+        }
+    )
+
+
+def _find_folders(metadata_file: Path | None, values: Table, is_masked: bool) -> dict[str, Any]:
+    """Return the `DatasetTable` fields with the folders of a subset's images, control images and masks.
+
+    Args:
+        metadata_file: File that names the images; None if all images of the folder are used.
+        values: Values of the subset's keys.
+        is_masked: Whether --masked_loss is set. Then conditioning_data_dir has masks instead of control
+            images.
+    """
+    images = values["image_dir"]
+    conditioning = values["conditioning_data_dir"]
+    fields: dict[str, Any] = {
+        "format_keys": None,
+        "directory": images,
+        "image_folder": None,
+        "control_directory": conditioning,
+        "mask_directory": values["mask_directory"],
     }
+    if metadata_file is not None:
+        fields |= {"format_keys": MetadataKeys(metadata_file), "directory": None, "image_folder": images}
+    if is_masked:
+        fields |= {"control_directory": None, "mask_directory": conditioning or values["mask_directory"]}
+    return fields
 
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
@@ -263,8 +285,6 @@ def _round_buckets(rule: BucketRule, table_label: str, warns: bool) -> BucketRul
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     """Return an error line for each conflict between a subset's keys and for each missing key."""
     errors = []
-    conditioning = values["conditioning_data_dir"]
-    masks = values["mask_directory"]
     from_json = values["metadata_file"] is not None
     if values["image_dir"] is None and not from_json:
         errors.append(
@@ -274,21 +294,25 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     window_error = find_window_error(values)
     if window_error is not None:
         errors.append(window_error)
-    mask_sources = []
-    if values["alpha_mask"]:
-        mask_sources.append("alpha_mask")
-    if masks is not None:
-        mask_sources.append("mask_directory")
-    if is_masked and conditioning is not None:
-        mask_sources.append("conditioning_data_dir with --masked_loss")
+    mask_sources = _list_mask_sources(values, is_masked)
     if len(mask_sources) > 1:
         names = " and ".join(mask_sources)
         errors.append(f"{names}: both say where the loss masks come from; leave out one")
-    elif from_json and (conditioning or masks):
+    elif from_json and (values["conditioning_data_dir"] or values["mask_directory"]):
         errors.append(
             "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
         )
     return errors
+
+
+def _list_mask_sources(values: Table, is_masked: bool) -> list[str]:
+    """Return the keys of a subset that say where loss masks come from; `is_masked` means --masked_loss."""
+    sources = {
+        "alpha_mask": bool(values["alpha_mask"]),
+        "mask_directory": values["mask_directory"] is not None,
+        "conditioning_data_dir with --masked_loss": is_masked and values["conditioning_data_dir"] is not None,
+    }
+    return [name for name, is_set in sources.items() if is_set]
 
 
 def _size_errors(values: Table) -> list[str]:
@@ -398,34 +422,34 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
     subsets = []
     for name in sorted(names):
         parsed = read_folder_name(name)  # such as `10_cat`: repeats and class_tokens
-        if parsed is None:
-            if known is None or real_path(folder / name) != real_path(known):
-                _warn_left_out(folder / name, option)
-            continue
-        subsets.append(
-            {
+        if parsed is not None:
+            subset = {
                 "image_dir": str(folder / name),
                 "num_repeats": parsed.repeats,
                 "class_tokens": parsed.class_tokens,
                 "is_reg": is_reg,
             }
-        )
-    # no subset: explain which folder to give
-    if not subsets and read_folder_name(real_path(folder).name) is not None:
-        raise DatasetError(
-            f"{option} {folder}: give its parent folder, {folder.parent}. Folders whose names begin with a "
+            subsets.append(subset)
+        elif known is None or real_path(folder / name) != real_path(known):
+            _warn_left_out(folder / name, option)
+    if not subsets:
+        raise DatasetError(f"{option} {folder}{_explain_no_subset(folder, sorted(names))}")
+    return subsets
+
+
+def _explain_no_subset(folder: Path, names: Sequence[str]) -> str:
+    """Return the end of the error for a folder without image folders: which folder to give instead.
+
+    `names` are the names of its subfolders.
+    """
+    if read_folder_name(real_path(folder).name) is not None:
+        return (
+            f": give its parent folder, {folder.parent}. Folders whose names begin with a "
             "number of repeats are read from there."
         )
-    if not subsets:
-        inner = [folder / name for name in sorted(names) if _has_repeats(folder / name)]
-        remedy = "Move the images into one."
-        if inner:
-            remedy = f"Give {' or '.join(map(str, inner))}."
-        raise DatasetError(
-            f"{option} {folder} has no folder whose name begins with a number of repeats, such as 10_cat. "
-            f"{remedy}"
-        )
-    return subsets
+    inner = [str(folder / name) for name in names if _has_repeats(folder / name)]
+    remedy = f"Give {' or '.join(inner)}." if inner else "Move the images into one."
+    return f" has no folder whose name begins with a number of repeats, such as 10_cat. {remedy}"
 
 
 def _warn_left_out(folder: Path, option: str) -> None:

@@ -93,6 +93,15 @@ class BucketRule:
     step: int = 64
     interpolation: str | None = None  # None: area when shrinking, else lanczos
 
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as entries of the metadata list `ss_datasets`."""
+        return {
+            "min_bucket_reso": self.minimum,
+            "max_bucket_reso": self.maximum,
+            "bucket_reso_steps": self.step,
+            "resize_interpolation": self.interpolation,
+        }
+
 
 PLAIN_CAPTIONS = CaptionChanges()
 NO_AUGMENTATION = Augmentation()
@@ -469,19 +478,12 @@ class DatasetTable:
             self.source_key: self.source.name,
         }
         if self.buckets is not None:
-            entry |= {
-                "min_bucket_reso": self.buckets.minimum,
-                "max_bucket_reso": self.buckets.maximum,
-                "bucket_reso_steps": self.buckets.step,
-                "resize_interpolation": self.buckets.interpolation,
-            }
+            entry |= self.buckets.describe()
         if self.buckets is not None or self.class_tokens is not None:
             entry["class_tokens"] = self.class_tokens
         if self.control_directory is not None:
             entry["control_directory"] = self.control_directory.name
-        if has_control is None:
-            has_control = self.control_directory is not None
-        entry["has_control"] = has_control
+        entry["has_control"] = self.control_directory is not None if has_control is None else has_control
         if self.kind == "video":
             entry["target_frames"] = list(self.target_frames)
             for name in defaults_of(FRAMES):

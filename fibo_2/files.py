@@ -82,8 +82,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
     hidden, freq_dim = shapes.shape_of("t_embedder.mlp.0.weight")
     max_gist, gist_dim = shapes.shape_of(IDENTIFYING_TENSOR)
     text_dim = shapes.shape_of("perceiver.layers.0.cross_attention.to_k.weight")[1]
-    blocks = (match for match in map(_INJECTION.fullmatch, shapes.shapes) if match)
-    injections = tuple(sorted(int(match[1]) for match in blocks))
+    injections = _list_injections(shapes)
     # sizes that heads, rotary pairs and text layers require
     fits = (
         dim % head_dim == 0
@@ -117,6 +116,12 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         perceiver_layers=shapes.count_blocks("perceiver.layers"),
         injections=injections,
     )
+
+
+def _list_injections(shapes: DitShapes) -> tuple[int, ...]:
+    """Return the indices of the blocks that read text states through a cross-attention of their own."""
+    matches = [_INJECTION.fullmatch(name) for name in shapes.shapes]
+    return tuple(sorted(int(match[1]) for match in matches if match))
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[Fibo2Config]) -> Mapping[str, TensorSource]:

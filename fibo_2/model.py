@@ -321,8 +321,8 @@ class Fibo2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T n W.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
-                named text and text_mask too; its gist follows the prompt's.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text` and `text_mask`; its gist follows the prompt's.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
 
         Raises:
@@ -331,13 +331,13 @@ class Fibo2Model(BlockNetwork):
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        grids = tuple(map(self.grid_of, (noisy, *references)))
-        patches = [rearrange(latents, "b z 1 h w -> b (h w) z") for latents in (noisy, *references)]
+        images = (noisy, *references)
+        grids = tuple(map(self.grid_of, images))
+        patches = [rearrange(latents, "b z 1 h w -> b (h w) z") for latents in images]
         image = run_in_weight_dtype(self.x_embedder, torch.cat(patches, dim=1)).to(dtype)
-        texts = [
-            _read_states(arguments)
-            for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask)
-        ]
+        # of the prompt and, if `overrides` have one, of the second text
+        prompts = overrides.text_inputs(len(noisy), text=text, text_mask=text_mask)
+        texts = [_read_states(prompt) for prompt in prompts]
         gists = [self._make_gist(text_states, image.shape[1], dtype) for text_states in texts]
         tokens = Fibo2Tokens(
             grids[0],
@@ -350,19 +350,11 @@ class Fibo2Model(BlockNetwork):
             modulation_split=math.prod(grids[0]),
         )
         image = self._refine(image, tokens)
-        if overrides.combine_attention is not None:  # there is a NAG text
-            second_gist = gists[1]
-            num_gist = second_gist.tokens.shape[1]
-            tokens = replace(
-                tokens,
-                second_text=SecondText(
-                    num_image_tokens=image.shape[1],
-                    num_text_tokens=num_gist,
-                    lengths=second_gist.lengths,
-                    combine_attention=overrides.combine_attention,
-                ),
-                second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=image.device),
-            )
+        if overrides.combine_attention is not None:  # there is a second text
+            num_gist = gists[1].tokens.shape[1]
+            second_text = SecondText(image.shape[1], num_gist, gists[1].lengths, overrides.combine_attention)
+            second_rotary = self._make_table(Fibo2Layout(grids, num_gist), device=image.device)
+            tokens = replace(tokens, second_text=second_text, second_rotary=second_rotary)
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
 
     def grid_of(self, latents: Tensor) -> Grid:

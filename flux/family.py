@@ -322,8 +322,11 @@ class Flux(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B and, for Kontext,
-        latents_control.
+        `cond` contains:
+            t5_out, t5_attn_mask: States of T5, B T D, and their mask, B T.
+            l_pooled: State of CLIP-L, B E.
+            guidance: B.
+            latents_control: Clean latents of a control image or, for Kontext, of an image to edit.
         """
         device = noisy.device
         images = references_in(cond, device)

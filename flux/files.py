@@ -250,33 +250,40 @@ class FluxFiles(AutoencoderFiles):
 
         `config` has the transformer's dimensions; without it only the files themselves are checked.
         """
-        pooled_dim = None if config is None else config.pooled_dim or None
-        text_dim = None if config is None else config.text_dim
-        clip, t5 = self.clip_settings, self.t5_settings
         if self.clip_l is not None or (needed and self.has_pooled):
-            path = self._make_clip().path
-            check_state_width(
-                clip.option,
-                path,
-                width=read_once(path, clip.read_width),
-                dit_path=self.dit,
-                dit_width=pooled_dim,
-                fits=clip.release,
-            )
+            self._check_clip_width(None if config is None else config.pooled_dim or None)
         if self.t5xxl is not None or needed:
-            path = T5TextEncoder(self.t5xxl_path).path
-            check_state_width(
-                t5.kind.option,
-                path,
-                width=read_once(path, t5.read_width),
-                dit_path=self.dit,
-                dit_width=text_dim,
-                fits=t5.kind.release,
-            )
+            self._check_t5_width(None if config is None else config.text_dim)
         if self.clip_l_tokenizer is not None:
-            clip.tokenizer.check_option_value(self.clip_l_tokenizer)
+            self.clip_settings.tokenizer.check_option_value(self.clip_l_tokenizer)
         if self.t5xxl_tokenizer is not None:
-            t5.tokenizer.check_option_value(self.t5xxl_tokenizer)
+            self.t5_settings.tokenizer.check_option_value(self.t5xxl_tokenizer)
+
+    def _check_clip_width(self, dit_width: int | None) -> None:
+        """Raise CheckpointError unless CLIP-L has the width that the transformer takes; None is any width."""
+        clip = self.clip_settings
+        path = self._make_clip().path
+        check_state_width(
+            clip.option,
+            path,
+            width=read_once(path, clip.read_width),
+            dit_path=self.dit,
+            dit_width=dit_width,
+            fits=clip.release,
+        )
+
+    def _check_t5_width(self, dit_width: int | None) -> None:
+        """Raise CheckpointError unless T5 has the width that the transformer takes; None is any width."""
+        t5 = self.t5_settings
+        path = T5TextEncoder(self.t5xxl_path).path
+        check_state_width(
+            t5.kind.option,
+            path,
+            width=read_once(path, t5.read_width),
+            dit_path=self.dit,
+            dit_width=dit_width,
+            fits=t5.kind.release,
+        )
 
     def _make_clip(self, dtype: torch.dtype = torch.bfloat16) -> ClipTextEncoder:
         return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_settings)

@@ -150,8 +150,8 @@ class FluxModel(BlockNetwork):
     ) -> Hidden:
         """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References follow the image; the text of normalized attention guidance (NAG) follows the prompt. With
-        a control image, the ControlNet runs here, and its residuals are returned too.
+        References follow the image; a second text, for guidance, follows the prompt. With a control image,
+        the ControlNet runs here, and its residuals are returned too.
 
         Args:
             noisy: B Z 1 H W, H and W even.
@@ -161,7 +161,8 @@ class FluxModel(BlockNetwork):
                 padding token.
             pooled: State of CLIP-L, B pooled_dim; None for Chroma.
             guidance: B, not scaled; None is 0. Ignored by a model without guidance.
-            overrides: Changes to this call. A NAG text has arguments named t5, t5_mask and pooled too.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `t5`, `t5_mask` and `pooled`.
             references: Clean latents of images to edit (Kontext), each B Z 1 h w of its own size.
             control: Latents of a control image for the ControlNet, of the size of `noisy`.
             control_strength: Factor of the ControlNet's residuals.
@@ -176,19 +177,19 @@ class FluxModel(BlockNetwork):
         # rotary positions: the first axis numbers the image and its references
         grids = [TokenGrid(grid_of(image), first_position=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
+        prompts = overrides.text_inputs(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled)
         scale = torch.zeros_like(timesteps) if guidance is None else guidance
-        # Chroma computes the modulation of all blocks here; other models compute a vector for each text below
-        chroma_modulation = None
-        if self.config.approximator is not None:
-            chroma_modulation = self._compute_chroma_modulation(timesteps, scale)
-        uses_guidance = self.config.has_guidance and overrides.embedded_guidance
-        texts = []
-        for inputs in overrides.text_inputs(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
-            text, lengths = self._embed_text(inputs["t5"], inputs["t5_mask"], len(rotary), dtype)
-            vector = chroma_modulation
-            if vector is None:
-                embedded = self._embed_vector(timesteps, inputs["pooled"], scale if uses_guidance else None)
-                vector = apply_silu(embedded, dtype)
+        if self.config.approximator is not None:  # Chroma computes the modulation of all blocks at once
+            vectors = [self._compute_chroma_modulation(timesteps, scale)] * len(prompts)
+        else:
+            embedded_scale = scale if self.config.has_guidance and overrides.embedded_guidance else None
+            vectors = [
+                apply_silu(self._embed_vector(timesteps, prompt["pooled"], embedded_scale), dtype)
+                for prompt in prompts
+            ]
+        texts = []  # of the prompt and, if `overrides` have one, of the second text
+        for prompt, vector in zip(prompts, vectors, strict=True):
+            text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
             texts.append(EmbeddedText(text, lengths, vector))
         hidden = join_tokens(
             images,

@@ -148,7 +148,10 @@ class Flux2(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are ctx_vec B T D; for dev guidance B; for references latents_control_0, ... B C 1 h w.
+        `cond` contains:
+            ctx_vec: States of the language model, B T D.
+            guidance: B, only for the release dev.
+            latents_control_0, ...: Clean latents of references, B C 1 h w each, if there are any.
         """
         device = noisy.device
         name_inputs = partial(name_texts, names={"text": TEXT_STATES_KEY}, device=device)

@@ -227,32 +227,25 @@ class Flux2Model(BlockNetwork):
     ) -> Hidden:
         """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References follow the image; the text of normalized attention guidance (NAG) follows the prompt.
+        References follow the image; a second text, for guidance, follows the prompt.
 
         Args:
             noisy: B Z 1 H W.
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim, including padding.
             guidance: B, not scaled; None leaves it out. Ignored by a model without guidance.
-            overrides: Changes to this call; a NAG text has an argument named text too.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text`.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
             ValueError: If sizes do not match.
         """
         images = (noisy, *references)
-        for latents in images:
-            if latents.shape[1] != self.config.channels or latents.shape[2] != 1:
-                raise ValueError(
-                    f"latents of {tuple(latents.shape[1:3])}: {self.config.channels} channels, 1 frame"
-                )
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        image_tokens = []
-        for latents in images:
-            pixels = latents.flatten(2).transpose(1, 2)  # B L Z
-            image_tokens.append(run_in_weight_dtype(self.img_in, pixels).to(dtype))
+        image_tokens = [self._embed_image(latents).to(dtype) for latents in images]
         vector = self._embed_vector(timesteps, guidance if overrides.embedded_guidance else None)
-        texts = []
+        texts = []  # of the prompt and, if `overrides` have one, of the second text
         for prompt in overrides.text_inputs(len(noisy), text=text):
             text_tokens = run_in_weight_dtype(self.txt_in, prompt["text"]).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, None, vector))
@@ -270,6 +263,15 @@ class Flux2Model(BlockNetwork):
             rotary=rotary,
             rotary_of_image=rotary[:num_image_tokens],
         )
+
+    def _embed_image(self, latents: Tensor) -> Tensor:
+        """Embed an image or a reference, B Z 1 H W, as tokens B L C. Raises ValueError for other shapes."""
+        if latents.shape[1] != self.config.channels or latents.shape[2] != 1:
+            raise ValueError(
+                f"latents of {tuple(latents.shape[1:3])}: {self.config.channels} channels, 1 frame"
+            )
+        pixels = latents.flatten(2).transpose(1, 2)  # B L Z
+        return run_in_weight_dtype(self.img_in, pixels)
 
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
         """Return the modulation that all blocks share and the time embedding, B 1 16 C float32.

@@ -138,9 +138,12 @@ class Flux3(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are ctx_vec, T D for each sample, and latents_control_0, ..., B C 1 h w each. The
-        distilled transformer predicts the mean velocity up to the end of the step, which it reads from
+        The distilled transformer predicts the mean velocity up to the end of the step, which it reads from
         `overrides.step_position`.
+
+        `cond` contains:
+            ctx_vec: States of the language model, T D for each sample.
+            latents_control_0, ...: Clean latents of references, B C 1 h w each, if there are any.
         """
         next_timesteps = None
         if dit.config.is_flow_map:  # type: ignore[union-attr]

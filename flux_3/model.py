@@ -364,7 +364,7 @@ class Flux3Model(BlockNetwork):
     ) -> Hidden:
         """Embed image, references and text as tokens, B L+R+T C; return them with the blocks' other inputs.
 
-        A second text, for normalized attention guidance (NAG), is embedded too; its tokens come last.
+        The tokens of a second text, for guidance, come last.
 
         Args:
             noisy: B Z 1 H W.
@@ -372,7 +372,8 @@ class Flux3Model(BlockNetwork):
             text: States of the language model, B T text_dim, with padding to a multiple of 80.
             text_mask: B T, true or 1 for these states; the others only align the batch.
             next_timesteps: B, where the step ends; only for a distilled model, which requires it.
-            overrides: Changes to this call; a NAG text has arguments named text and text_mask.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text` and `text_mask`.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
@@ -382,19 +383,20 @@ class Flux3Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         images = [self._embed_image(IMAGE, noisy).to(dtype)]
         images += [self._embed_image(REFERENCES, latents).to(dtype) for latents in references]
-        texts = []
-        for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
-            texts.append(self._embed_text(arguments, dtype))
+        # of the prompt and, if `overrides` have one, of the second text
+        prompts = overrides.text_inputs(len(noisy), text=text, text_mask=text_mask)
+        texts = [self._embed_text(prompt, dtype) for prompt in prompts]
+        text_lengths = tuple(embedded.states.shape[1] for embedded in texts)
         num_images = sum(image.shape[1] for image in images)
-        # in the order of the tokens
+        # number of tokens by modality, in the order of the tokens
         counts = {IMAGE: images[0].shape[1]}
         if references:
             counts[REFERENCES] = num_images - counts[IMAGE]
-        counts[TEXT] = sum(embedded.states.shape[1] for embedded in texts)
+        counts[TEXT] = sum(text_lengths)
         layout = Flux3Layout(
             grid=_measure_grid(noisy),
             references=tuple(_measure_grid(latents) for latents in references),
-            text_lengths=tuple(embedded.states.shape[1] for embedded in texts),
+            text_lengths=text_lengths,
         )
         tokens = Flux3Tokens(
             layout.grid,
@@ -408,7 +410,7 @@ class Flux3Model(BlockNetwork):
             text_lengths=texts[0].lengths_after(0),
         )
         if len(texts) > 1:
-            assert overrides.combine_attention is not None  # the second text is the NAG text
+            assert overrides.combine_attention is not None  # a second text is always for NAG
             tokens = _add_second_text(tokens, texts[1], num_images, overrides.combine_attention)
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         return Hidden(x, tokens)

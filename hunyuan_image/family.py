@@ -107,8 +107,11 @@ class HunyuanImage(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C H W float32, at timesteps rounded to whole numbers.
 
-        The model was trained on integer timesteps. The conditions are vlm_embed T D and vlm_mask T of each
-        sample, byt5_embed B G E and byt5_mask B G.
+        The model was trained on integer timesteps.
+
+        `cond` contains:
+            vlm_embed, vlm_mask: States of the language model, T D for each sample, and their mask, T.
+            byt5_embed, byt5_mask: States of the glyph encoder, B G E, and their mask, B G.
         """
         name_inputs = partial(name_texts, names=CACHE_KEY_BY_ARGUMENT, device=noisy.device)
         velocity = dit(

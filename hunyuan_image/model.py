@@ -110,8 +110,8 @@ class HunyuanImageModel(BlockNetwork):
             text_mask: B T, true or 1 for real tokens, which come first.
             glyphs: States of the glyph encoder, B G glyph_dim.
             glyph_mask: B G, like `text_mask`; all 0 for an image without glyphs.
-            overrides: Changes to this call; a NAG text has these four arguments too, and its tokens follow
-                the prompt's.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain these four
+                arguments for a second text, whose tokens follow the prompt's.
 
         Raises:
             ValueError: If sizes do not match.

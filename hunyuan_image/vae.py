@@ -211,18 +211,26 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
         raise _make_error(
             checkpoint, f"it has {' and '.join(map(str, levels))} levels, the model has {LEVELS}"
         )
-    widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
-    channels = shape("decoder.conv_in.weight")[1]
-    if channels != LATENT.channels:
-        raise _make_error(checkpoint, f"it has {channels} latent channels, the model has {LATENT.channels}")
-    if not _widths_fit(widths, channels):
-        raise _make_error(
-            checkpoint, f"its levels have {', '.join(map(str, widths))} channels, which do not fit"
-        )
-    encoder_blocks = count(sources, r"encoder\.down\.0\.block\.\d+")
-    decoder_blocks = count(sources, r"decoder\.up\.0\.block\.\d+")
-    config = HunyuanImageVaeConfig(channels, widths, encoder_blocks, decoder_blocks)
+    config = HunyuanImageVaeConfig(
+        shape("decoder.conv_in.weight")[1],
+        tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS)),
+        count(sources, r"encoder\.down\.0\.block\.\d+"),
+        count(sources, r"decoder\.up\.0\.block\.\d+"),
+    )
+    _check_channels(checkpoint, config)
     return LoadPlan(config, checkpoint, sources)
+
+
+def _check_channels(checkpoint: Checkpoint, config: HunyuanImageVaeConfig) -> None:
+    """Raise CheckpointError if the latent channels or the widths of the levels do not fit the model."""
+    if config.latent_channels != LATENT.channels:
+        raise _make_error(
+            checkpoint, f"it has {config.latent_channels} latent channels, the model has {LATENT.channels}"
+        )
+    if not _widths_fit(config.widths, config.latent_channels):
+        raise _make_error(
+            checkpoint, f"its levels have {', '.join(map(str, config.widths))} channels, which do not fit"
+        )
 
 
 def _widths_fit(widths: Sequence[int], channels: int) -> bool:

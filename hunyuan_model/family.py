@@ -205,7 +205,7 @@ class HunyuanVideo(OneTransformer):
             timesteps.to(guidance.dtype).float(),
             **data.name_texts(cond, TEXT_INPUTS, device),
             guidance=guidance.float(),
-            # the NAG text has its names in caches too
+            # the second text (NAG) has the names of caches, too
             overrides=overrides.rename_nag(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 

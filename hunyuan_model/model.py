@@ -118,8 +118,8 @@ class HunyuanVideoModel(BlockNetwork):
             clip_l: Pooled CLIP state, B pooled_dim.
             guidance: B, as in the model's training (1000 times the scale in generation); ignored by a model
                 without guidance embedding.
-            overrides: Changes to this call; a NAG text has arguments named llama, llama_mask and
-                clip_l, and its tokens follow the prompt's.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `llama`, `llama_mask` and `clip_l`, whose tokens follow the prompt's.
 
         Raises:
             ValueError: If sizes do not match.
@@ -133,17 +133,13 @@ class HunyuanVideoModel(BlockNetwork):
         patches = run_in_weight_dtype(self.img_in["proj"], noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rotary = self._rotary.get_table(TokenGrid(grid, overrides.slow_frames), noisy.device)
-        guided = guidance if self.config.has_guidance and overrides.embedded_guidance else None
-        embedded_texts = []  # of the prompt and, if `overrides` have one, of the second text
-        for prompt in overrides.text_inputs(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
-            # longest text of the batch, real tokens of each text, and of video and text together
-            longest, counts, lengths = count_real_tokens(prompt["llama_mask"], len(rotary), noisy.device)
-            states = prompt["llama"][:, :longest]
-            text = self.txt_in(states, timesteps, counts, dtype=dtype, attention=self.attention)
-            vector = self.time_in(timesteps) + self.vector_in(prompt["clip_l"])
-            if guided is not None:
-                vector = vector + self.guidance_in(guided)
-            embedded_texts.append(EmbeddedText(text, lengths, apply_silu(vector.unsqueeze(1), dtype)))
+        embedded_guidance = guidance if self.config.has_guidance and overrides.embedded_guidance else None
+        # of the prompt and, if `overrides` have one, of the second text
+        prompts = overrides.text_inputs(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l)
+        embedded_texts = [
+            self._embed_text(timesteps, **prompt, guidance=embedded_guidance, num_video_tokens=len(rotary))
+            for prompt in prompts
+        ]
         video = rearrange(patches, "b c f h w -> b (f h w) c")
         return join_tokens(
             [video],
@@ -154,6 +150,28 @@ class HunyuanVideoModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
+
+    def _embed_text(
+        self,
+        timesteps: Tensor,
+        llama: Tensor,
+        llama_mask: Tensor,
+        clip_l: Tensor,
+        guidance: Tensor | None,
+        num_video_tokens: int,
+    ) -> EmbeddedText:
+        """Embed a text as tokens, B T C, with the vector from which modulations are computed, B 1 C.
+
+        `guidance` is B; None leaves it out. Other arguments are those of `embed`.
+        """
+        dtype = activation_dtype(timesteps.device, self.compute_dtype)
+        # longest text of the batch, real tokens of each text, and of video and text together
+        longest, counts, lengths = count_real_tokens(llama_mask, num_video_tokens, timesteps.device)
+        text = self.txt_in(llama[:, :longest], timesteps, counts, dtype=dtype, attention=self.attention)
+        vector = self.time_in(timesteps) + self.vector_in(clip_l)
+        if guidance is not None:
+            vector = vector + self.guidance_in(guidance)
+        return EmbeddedText(text, lengths, apply_silu(vector.unsqueeze(1), dtype))
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""

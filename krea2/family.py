@@ -54,6 +54,24 @@ TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_
 FEW_TOKENS, MANY_TOKENS = 256, 6400  # numbers of image tokens for which mu is defined
 
 
+def _read_mu_values(request: Request) -> dict[str, float]:
+    """Return the request's values of --mu, --y1 and --y2, which determine the flow shift, by name.
+
+    Raises OptionError if a number cannot be used.
+    """
+    mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
+    for name, mu in mu_values.items():
+        check_mu(mu, f"--{name}")
+    return mu_values
+
+
+def _warn_of_unused_mu(mu_values: Mapping[str, float]) -> None:
+    """Warn about --y1 and --y2, which have no effect with --mu."""
+    if "mu" in mu_values and len(mu_values) > 1:
+        unused = " ".join(f"--{name}" for name in mu_values if name != "mu")
+        logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, mu_values["mu"])
+
+
 @dataclass(frozen=True)
 class Krea2(pictures.ModelOfImages):
     """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
@@ -197,14 +215,15 @@ class Krea2(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are krea2_vl_embed, for each sample the states of n layers, T n D, and for edits
-        latents_control_0, ..., B C 1 h w each.
+        `cond` contains:
+            krea2_vl_embed: States of n layers of the language model, T n D for each sample.
+            latents_control_0, ...: Clean latents of images to edit, B C 1 h w each, if there are any.
         """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            # the NAG text gets the network's argument names too
+            # the second text (NAG) gets the argument names of the network, too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
@@ -225,10 +244,7 @@ class Krea2(pictures.ModelOfImages):
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
-        # --mu, --y1 and --y2, which determine the flow shift
-        mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
-        for name, mu in mu_values.items():
-            check_mu(mu, f"--{name}")
+        mu_values = _read_mu_values(request)
         # a guidance scale of 1 turns guidance off
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
@@ -240,9 +256,7 @@ class Krea2(pictures.ModelOfImages):
         check_levels(mu_values, request.flow_shift is not None)  # mu excludes a flow shift
         if request.flow_shift is not None:
             return prepared
-        if "mu" in mu_values and len(mu_values) > 1:
-            unused = " ".join(f"--{name}" for name in mu_values if name != "mu")
-            logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, mu_values["mu"])
+        _warn_of_unused_mu(mu_values)
         flow_shift = self._compute_flow_shift(mu_values, prepared.height, prepared.width)
         return replace(prepared, flow_shift=flow_shift)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from checkpoints.dialects import DitShapes, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
@@ -106,6 +106,12 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, NAME_RULES[dialect]), NAME)
+    query = "blocks.0.attn.wq.weight" if dialect == "released" else "transformer_blocks.0.attn.to_q.weight"
+    return DitHeader(_read_config(shapes), dialect, names[query].dtype)
+
+
+def _read_config(shapes: DitShapes) -> Krea2Config:
+    """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     blocks = _read_stream(shapes, "blocks")
     text = _read_stream(shapes, "txtfusion.layerwise_blocks")
     patch_width = shapes.shape_of("first.weight")[1]
@@ -116,7 +122,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         )
     # blocks that the release has: a file that lacks some of them is refused
     released_blocks = dict(KREA_2.released_sizes).get(blocks.dim, ())
-    config = Krea2Config(
+    return Krea2Config(
         dim=blocks.dim,
         ffn_dim=blocks.ffn_dim,
         num_heads=blocks.num_heads,
@@ -129,8 +135,6 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         channels=patch_width // PATCH**2,
         freq_dim=shapes.shape_of("tmlp.0.weight")[1],
     )
-    query = "blocks.0.attn.wq.weight" if dialect == "released" else "transformer_blocks.0.attn.to_q.weight"
-    return DitHeader(config, dialect, names[query].dtype)
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Mapping[str, TensorSource]:
@@ -174,14 +178,22 @@ def find_release(dit: Path | None) -> Krea2Release | None:
     folder = dit.absolute().parent if dit.suffix else dit.absolute()
     index = folder.parent / "model_index.json"
     if folder.name == "transformer" and index.is_file():
-        try:
-            is_distilled = parse_json(read_text(index)).get("is_distilled")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
+        is_distilled = _read_is_distilled(index)
         if isinstance(is_distilled, bool):
             return Krea2Release(is_distilled, f"{index} has is_distilled {str(is_distilled).lower()}")
     evidence = judge_distillation(FEW_STEPS, dit)
     return None if evidence is None else Krea2Release(*evidence)
+
+
+def _read_is_distilled(index: Path) -> Any:
+    """Return the value `is_distilled` of a model_index.json; None without one.
+
+    Raises CheckpointError if the file cannot be read.
+    """
+    try:
+        return parse_json(read_text(index)).get("is_distilled")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
 
 
 @dataclass(frozen=True)

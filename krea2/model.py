@@ -402,8 +402,8 @@ class Krea2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T n text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call. A text for normalized attention guidance (NAG) has arguments
-                named text and text_mask too; its tokens follow the prompt's.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text` and `text_mask`, whose tokens follow the prompt's.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
             isolated: Whether references attend only to each other.
 
@@ -420,18 +420,17 @@ class Krea2Model(BlockNetwork):
         num_images = image.shape[1]  # tokens of references and image, R + L
         num_references = num_images - math.prod(grid)
         num_isolated = num_references if isolated else 0
-        texts = []
-        for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
-            texts.append(self._embed_prompt(arguments, num_images - num_isolated, dtype))
+        # of the prompt and, if `overrides` have one, of the second text
+        prompts = overrides.text_inputs(len(noisy), text=text, text_mask=text_mask)
+        texts = [self._embed_prompt(prompt, num_images - num_isolated, dtype) for prompt in prompts]
         x = torch.cat([image, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_images, reference_grids)
         rotary = self._rotary.get_table(layout, noisy.device)
-        first_text = texts[0]
         tokens = Krea2Tokens(
             grid,
             # the table is long enough for both texts, so each uses the beginning
-            rotary=rotary[: num_images + first_text.states.shape[1]],
-            lengths=first_text.lengths,
+            rotary=rotary[: num_images + texts[0].states.shape[1]],
+            lengths=texts[0].lengths,
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,
@@ -439,19 +438,11 @@ class Krea2Model(BlockNetwork):
             modulation_split=num_references,
             num_isolated=num_isolated,
         )
-        if overrides.combine_attention is not None:  # there is a NAG text
-            second_text = texts[1]
-            num_second_text_tokens = second_text.states.shape[1]
-            tokens = replace(
-                tokens,
-                second_text=SecondText(
-                    num_image_tokens=num_images,
-                    num_text_tokens=num_second_text_tokens,
-                    lengths=second_text.lengths,
-                    combine_attention=overrides.combine_attention,
-                ),
-                second_rotary=rotary[: num_images + num_second_text_tokens],
-            )
+        if overrides.combine_attention is not None:  # there is a second text
+            num_tokens = texts[1].states.shape[1]
+            second_text = SecondText(num_images, num_tokens, texts[1].lengths, overrides.combine_attention)
+            second_rotary = rotary[: num_images + num_tokens]
+            tokens = replace(tokens, second_text=second_text, second_rotary=second_rotary)
         return Hidden(x, tokens)
 
     def _embed_prompt(

@@ -100,7 +100,8 @@ class Lumina(ModelOfImages):
 
         The network predicts data minus noise, and its time runs from 0 (noise) to 1.
 
-        The conditions are hidden_state B T D and attention_mask B T.
+        `cond` contains the states of the language model as hidden_state, B T D, and their mask as
+        attention_mask, B T.
         """
         name_inputs = partial(name_texts, names=CACHE_KEY_BY_ARGUMENT, device=noisy.device)
         data_minus_noise = dit(

@@ -97,8 +97,8 @@ class LuminaModel(BlockNetwork):
             times: B, 0 (noise) to 1 (image).
             caption: States of the language model, B T text_dim.
             caption_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call. The text of normalized attention guidance (NAG) has arguments
-                named caption and caption_mask too; its tokens follow the caption's.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `caption` and `caption_mask`, whose tokens follow the first caption's.
 
         Raises:
             ValueError: If sizes do not match.
@@ -109,20 +109,17 @@ class LuminaModel(BlockNetwork):
         grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
         patches = rearrange(noisy, "b c (h ph) (w pw) -> b (h w) (ph pw c)", ph=patch, pw=patch)
         time = self.embed_time(times)
-        captions = []
-        for prompt in overrides.text_inputs(len(noisy), caption=caption, caption_mask=caption_mask):
-            captions.append(self._refine_caption(**prompt, grid=grid, time=time, dtype=dtype))
+        # tokens of the prompt and, if `overrides` have one, of the second text; each with the blocks' inputs
+        prompts = overrides.text_inputs(len(noisy), caption=caption, caption_mask=caption_mask)
+        captions = [self._refine_caption(**prompt, grid=grid, time=time, dtype=dtype) for prompt in prompts]
         text, tokens = captions[0]
         image = self._refine_image(self.embed_image(patches, dtype), tokens)
         if len(captions) == 1:
             return Hidden(torch.cat([image, text], dim=1), tokens)
         second_text, second_tokens = captions[1]
-        assert overrides.combine_attention is not None  # the second text is the NAG text
+        assert overrides.combine_attention is not None  # a second text is always for NAG
         second = SecondText(
-            num_image_tokens=image.shape[1],
-            num_text_tokens=second_text.shape[1],
-            lengths=second_tokens.lengths,
-            combine_attention=overrides.combine_attention,
+            image.shape[1], second_text.shape[1], second_tokens.lengths, overrides.combine_attention
         )
         tokens = replace(tokens, second_text=second, second_rotary=second_tokens.rotary)
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)

@@ -140,14 +140,15 @@ class MossImage(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are qwen3_5_embed, T D for each sample, and for edits latents_control_0, ..., B C 1 h w
-        each.
+        `cond` contains:
+            qwen3_5_embed: States of the language model, T D for each sample.
+            latents_control_0, ...: Clean latents of references, B C 1 h w each, if there are any.
         """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            # the NAG text gets the network's argument names too
+            # the second text (NAG) gets the argument names of the network, too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,

@@ -332,8 +332,8 @@ class MossImageModel(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; a NAG text has arguments named text and text_mask, and its
-                tokens follow the prompt's.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text` and `text_mask`, whose tokens follow the prompt's.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
             isolated: References attend only to each other; all other tokens attend to all.
 
@@ -347,18 +347,17 @@ class MossImageModel(BlockNetwork):
         reference_grids = tuple(map(self.grid_of, references))
         grid = self.grid_of(noisy)
         images = [self.embed_image(latents).to(stream_dtype) for latents in (*references, noisy)]
-        texts = []
-        for arguments in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
-            texts.append(self._embed_text(arguments, stream_dtype))
+        # of the prompt and, if `overrides` have one, of the second text
+        prompts = overrides.text_inputs(len(noisy), text=text, text_mask=text_mask)
+        texts = [self._embed_text(prompt, stream_dtype) for prompt in prompts]
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         num_references = sum(math.prod(sides) for sides in reference_grids)
         num_images = num_references + math.prod(grid)
         num_isolated = num_references if isolated else 0  # these do not attend to a text's tokens
-        first_text = texts[0]
         tokens = MossImageTokens(
             grid,
-            rotary=self._find_rotary(grid, reference_grids, first_text),
-            lengths=first_text.lengths(num_images - num_isolated),  # of the tokens that attend to all
+            rotary=self._find_rotary(grid, reference_grids, texts[0]),
+            lengths=texts[0].lengths(num_images - num_isolated),  # of the tokens that attend to all
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,
@@ -366,23 +365,14 @@ class MossImageModel(BlockNetwork):
             modulation_split=num_references,
             num_isolated=num_isolated,
         )
-        if overrides.combine_attention is not None:  # there is a NAG text
-            second_text = texts[1]
-            lengths = second_text.lengths(num_images - num_isolated)
+        if overrides.combine_attention is not None:  # there is a second text
+            num_tokens = texts[1].states.shape[1]
+            lengths = texts[1].lengths(num_images - num_isolated)
+            layout = MossImageLayout(grid, reference_grids, num_tokens, texts[1].text_lengths)
             tokens = replace(
                 tokens,
-                second_text=SecondText(
-                    num_image_tokens=num_images,
-                    num_text_tokens=second_text.states.shape[1],
-                    lengths=lengths,
-                    combine_attention=overrides.combine_attention,
-                ),
-                second_rotary=self._make_table(
-                    MossImageLayout(
-                        grid, reference_grids, second_text.states.shape[1], second_text.text_lengths
-                    ),
-                    device=x.device,
-                ),
+                second_text=SecondText(num_images, num_tokens, lengths, overrides.combine_attention),
+                second_rotary=self._make_table(layout, device=x.device),
             )
         return Hidden(x, tokens)
 

@@ -144,9 +144,12 @@ class QwenImageLayered(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
-        The conditions are vl_embed, T D for each sample, and latents_control, B C 1 h w. If the first frame
-        is given (`Overrides.num_clean_frames`), it is the input image: the network does not see it among the
-        noisy frames, and its velocity is 0.
+        If the first frame is given (`Overrides.num_clean_frames`), it is the input image: the network does
+        not see it among the noisy frames, and its velocity is 0.
+
+        `cond` contains:
+            vl_embed: States of the language model, T D for each sample.
+            latents_control: Clean latents of the input image, B C 1 h w.
         """
         num_input_frames = overrides.num_clean_frames
         velocity: Tensor = dit(
@@ -183,15 +186,20 @@ class QwenImageLayered(ModelOfImages):
         # the input image is resized to the target, or to the area, before it is encoded
         target = (width, height) if self.edit.resize_control_to_image_size else None
         resize = ReferenceResize(area, target)
-        resized_width, resized_height = reference_size(source_size, resize.area, resize.target)
-        tokens = count_image_tokens(self.latent.shape(1, resized_height, resized_width))
-        shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
+        flow_shift = request.flow_shift
+        if flow_shift is None:
+            flow_shift = self._compute_flow_shift(reference_size(source_size, resize.area, resize.target))
         prepared = resolve_request(
-            request, self.defaults, size=size, flow_shift=shift, default_negative=NEGATIVE
+            request, self.defaults, size=size, flow_shift=flow_shift, default_negative=NEGATIVE
         )
         rules = GuidanceRules(norm_patch_size=PATCH) if self.keeps_norms else NO_GUIDANCE_RULES
         name_suffix = f"_{path.stem}" if self.edit.append_original_name else ""
         return replace(prepared, rules=rules, output_suffix=name_suffix, family_settings=resize)
+
+    def _compute_flow_shift(self, size: tuple[int, int]) -> float:
+        """Return the flow shift for an input image that is resized to `size` (width, height)."""
+        width, height = size
+        return math.sqrt(count_image_tokens(self.latent.shape(1, height, width)) / FEW_TOKENS)
 
     def _keep_image(self, request: Request) -> Request:
         """Return the request with only the image to split into layers; warn about media that are ignored."""

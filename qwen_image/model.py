@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hunyuan_model import blocks
 from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real_tokens, from_patches, rotary_widths
+from modules.attention.attend import SampleLengths
 from modules.layers.modulation import modulate
 from modules.layers.norms import (
     Float32LayerNorm,
@@ -205,14 +206,15 @@ class QwenImageModel(BlockNetwork):
     ) -> Hidden:
         """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References follow the image; the text of normalized attention guidance (NAG) follows the prompt.
+        References follow the image; a second text, for guidance, follows the prompt.
 
         Args:
             noisy: B Z F H W; F > 1 if the model generates layers.
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call. A NAG text has arguments named text and text_mask too.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text` and `text_mask`.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
             clean_references: Modulate the tokens of references with time 0 instead of the image's time.
 
@@ -235,11 +237,9 @@ class QwenImageModel(BlockNetwork):
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
             first_clean = embedded[0].shape[1]  # references follow the image
         vector = blocks.apply_silu(vector, dtype)
-        texts = []
+        texts = []  # of the prompt and, if `overrides` have one, of the second text
         for prompt in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
-            longest, _, lengths = count_real_tokens(prompt["text_mask"], num_image_tokens, noisy.device)
-            states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
-            text_tokens = run_in_weight_dtype(self.txt_in, states).to(dtype)
+            text_tokens, lengths = self._embed_text(**prompt, num_image_tokens=num_image_tokens, dtype=dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
         layout = QwenLayout(tuple(grids), tuple(embedded_text.tokens.shape[1] for embedded_text in texts))
         rotary = self._rotary.get_table(layout, noisy.device)
@@ -255,6 +255,14 @@ class QwenImageModel(BlockNetwork):
             rotary_of_image=rotary[:num_image_tokens],
             rotary_of_clean=rotary[first_clean:num_image_tokens],
         )
+
+    def _embed_text(
+        self, text: Tensor, text_mask: Tensor, num_image_tokens: int, dtype: torch.dtype
+    ) -> tuple[Tensor, SampleLengths | None]:
+        """Return text tokens, B T C, and sequence lengths including the image tokens in front."""
+        longest, _, lengths = count_real_tokens(text_mask, num_image_tokens, text.device)
+        states = self.txt_norm(text[:, :longest].to(dtype))
+        return run_in_weight_dtype(self.txt_in, states).to(dtype), lengths
 
     def _make_image_grids(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
         """Return (index, rows, columns) of each image's tokens: the generated images, then references.

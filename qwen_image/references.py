@@ -97,6 +97,18 @@ def fill_size(request: Request) -> Request:
     return replace(request, width=width, height=height)
 
 
+def _find_preserving_option(mask: str | None, options: QwenImageReferenceOptions) -> str | None:
+    """Return the option that preserves parts of the first image: a mask or --rcm_threshold; None for neither.
+
+    Raises OptionError if both are given.
+    """
+    if mask is None:
+        return None if options.rcm_threshold is None else "--rcm_threshold"
+    if options.rcm_threshold is not None:
+        raise OptionError(f"--{MASK} {mask} (in a prompt line): leave --rcm_threshold out, which excludes it")
+    return f"--{MASK} {mask}"
+
+
 def add_reference_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
     """Add the request's control images to all prompts and, if asked, the first one's name to file names.
 
@@ -105,21 +117,16 @@ def add_reference_images(prepared: Prepared, options: QwenImageReferenceOptions)
     """
     paths = prepared.request.control_images
     mask = prepared.request.extra.get(MASK)
-    uses_threshold = options.rcm_threshold is not None
+    preserving_option = _find_preserving_option(mask, options)
     if mask is not None:
-        if uses_threshold:
-            raise OptionError(
-                f"--{MASK} {mask} (in a prompt line): leave --rcm_threshold out, which excludes it"
-            )
         check_mask(to_path(f"--{MASK}", mask), bool(paths))
     if not paths:
         return prepared
     # None: references keep their own sizes
     target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
-    if mask is not None or uses_threshold:
-        option = "--rcm_threshold" if uses_threshold else f"--{MASK} {mask}"
+    if preserving_option is not None:
         size = reference_size(image_size(paths[0]), find_area(options), target)
-        check_equal_size(option, paths[0], size, prepared)
+        check_equal_size(preserving_option, paths[0], size, prepared)
     metadata = dict(prepared.extra_metadata)
     if mask is not None:
         metadata[MASK] = Path(mask).name

@@ -144,8 +144,10 @@ class QwenImage21(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are vl_embed, T D, and image_slots, n (text tokens before each reference), of
-        each sample, and the latents of n references: latents_control_0, ..., B C 1 h w each.
+        `cond` contains:
+            vl_embed: States of the language model, T D for each sample.
+            image_slots: Number of text tokens before each of n references, n for each sample.
+            latents_control_0, ...: Clean latents of the references, B C 1 h w each.
         """
 
         def named(text: Conditions) -> dict[str, Tensor]:
@@ -180,10 +182,10 @@ class QwenImage21(pictures.ModelOfImages):
             tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
             shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
         turbo = find_turbo(self.files.dit)  # recognized by its file
+        if turbo is not None and prepared.steps == len(turbo.levels):
+            levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
+            return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
         if turbo is not None:
-            if prepared.steps == len(turbo.levels):
-                levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
-                return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
             logger.warning(
                 "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, "
                 "which makes images worse",

@@ -162,14 +162,8 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
         "in_channels": channels,
     }
     _check_settings(settings, source, dimensions, shapes.path)
-    # blocks that the release of this width has
-    released = dict(dict(QWEN_IMAGE_21.released_sizes).get(dim, ()))
-    if not settings and num_layers < released.get("transformer_blocks", 0):
-        raise CheckpointError(
-            f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are present. Give the "
-            "complete file, or for a smaller network its config.json to --dit_config.",
-            shapes.path,
-        )
+    if not settings:
+        _require_released_blocks(shapes.path, dim, num_layers)
     eps = settings.get("eps", QwenImage21Config.eps)
     if type(eps) is not float or not 0 <= eps < 1:
         raise CheckpointError(f"{source}: eps is {eps}: it must be a small number, such as 1e-6.", source)
@@ -184,6 +178,17 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
         freq_dim=shapes.shape_of("time_text_embed.timestep_embedder.linear_1.weight")[1],
         eps=eps,
     )
+
+
+def _require_released_blocks(path: Path, dim: int, num_layers: int) -> None:
+    """Raise CheckpointError if a file has fewer blocks than the released model of this width."""
+    released = dict(dict(QWEN_IMAGE_21.released_sizes).get(dim, ()))
+    if num_layers < released.get("transformer_blocks", 0):
+        raise CheckpointError(
+            f"{path}: {num_layers} of {released['transformer_blocks']} blocks are present. Give the "
+            "complete file, or for a smaller network its config.json to --dit_config.",
+            path,
+        )
 
 
 def _check_settings(

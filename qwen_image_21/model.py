@@ -460,7 +460,8 @@ class QwenImage21Model(BlockNetwork):
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             slots: B n ascending, on the host: the text token before which each reference is inserted.
-            overrides: Changes to this call; a NAG text has arguments named text, text_mask and slots.
+            overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
+                `text`, `text_mask` and `slots`.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
             is_prefix_cached: Leave out the prefix, because the blocks have stored its keys and values.
 
@@ -473,14 +474,13 @@ class QwenImage21Model(BlockNetwork):
         num_image_tokens = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
         times = time  # B 1 C for the image; then B 2 C: the prefix is clean, at timestep 0
-        embedded: list[PrefixTokens] = []  # of the text, and of a second text
+        embedded: list[PrefixTokens] = []
         if is_prefix_cached:  # the blocks still need the positions of the prefix
             prefixes = order_prefixes(text_mask, slots, references)
         else:
-            for prompt in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask, slots=slots):
-                if prompt["slots"] is None:  # a second text has its references where the first one has them
-                    prompt["slots"] = slots
-                embedded.append(self.embed_prefix(dtype, **prompt, references=references))
+            # of the prompt and, if `overrides` have one, of the second text
+            prompts = overrides.text_inputs(len(noisy), text=text, text_mask=text_mask, slots=slots)
+            embedded = self._embed_prefixes(prompts, slots, references, dtype)
             x = torch.cat([x, *(prefix.x for prefix in embedded)], dim=1)
             prefixes = embedded[0].prefixes
             times = torch.cat([time, self.time_text_embed(torch.zeros_like(timesteps))[:, None]], dim=1)
@@ -496,22 +496,32 @@ class QwenImage21Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
-        if overrides.combine_attention is not None:  # there is a NAG text
-            second_prefix = embedded[1]
+        if overrides.combine_attention is not None:  # there is a second text
+            second = embedded[1]
+            num_tokens = second.x.shape[1]
+            second_layout = layout._replace(prefixes=second.prefixes)
             tokens = replace(
                 tokens,
-                second_text=SecondText(
-                    num_image_tokens=num_image_tokens,
-                    num_text_tokens=second_prefix.x.shape[1],
-                    lengths=None,
-                    combine_attention=overrides.combine_attention,
-                ),
-                second_segments=list_segments(second_prefix.prefixes),
-                second_rotary=self._make_table(
-                    layout._replace(prefixes=second_prefix.prefixes), device=x.device
-                ),
+                second_text=SecondText(num_image_tokens, num_tokens, None, overrides.combine_attention),
+                second_segments=list_segments(second.prefixes),
+                second_rotary=self._make_table(second_layout, device=x.device),
             )
         return Hidden(x, tokens)
+
+    def _embed_prefixes(
+        self,
+        prompts: Sequence[dict[str, Any]],
+        slots: Tensor,
+        references: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> list[PrefixTokens]:
+        """Embed the prefix of each text; a text without slots has its references at `slots`."""
+        embedded = []
+        for prompt in prompts:
+            if prompt["slots"] is None:
+                prompt["slots"] = slots
+            embedded.append(self.embed_prefix(dtype, **prompt, references=references))
+        return embedded
 
     def embed_prefix(
         self,

@@ -217,8 +217,8 @@ class ZImage(ModelOfImages):
                 lowest_scale,
             )
         solver = prepared.solver
-        # both names are Euler's steps: "euler" with the noise levels of diffusers, the other one with those
-        # of musubi-tuner; --even_steps decides
+        # Euler's method has a name for each list of noise levels: --even_steps selects that of diffusers,
+        # the default is that of musubi-tuner, whichever name the request has
         if solver in {"euler", EULER_OF_MUSUBI}:
             solver = "euler" if self.even_steps else EULER_OF_MUSUBI
         extra = request.extra

@@ -14,9 +14,10 @@ from markupsafe import Markup
 
 from data_tools.report.audio import AudioInspection, draw_audio, inspect_audio, uses_audio
 from dataset.config import DatasetTable
-from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
+from dataset.sources.decoding import decode_source, explain_no_spans, fit_of, plan_source, source_frames
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, compare_rates, describe_short
+from dataset.sources.frames import spans as cut_spans
 from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import full_span, measure_source
 from dataset.sources.references import fit_reference
@@ -309,7 +310,8 @@ def _select_spans(table: DatasetTable, latent: LatentSpec, num_frames: int) -> d
     spans: Sequence[Span] = ((0, 1),)
     reason = None
     if table.kind == "video":
-        spans, reason = spans_or_reason(table, num_frames, latent.lengths)
+        spans = cut_spans(table, num_frames, latent.lengths)
+        reason = None if spans else explain_no_spans(table, num_frames)
     return {
         "spans": spans,
         "no_item_reason": reason,

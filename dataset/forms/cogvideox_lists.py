@@ -104,7 +104,7 @@ def _text_in(row: TableRow, column: str) -> str:
         raise DatasetError(f"{row.position}: {row.fault}")
     text = row.values.get(column, "")
     if not isinstance(text, str) or not text.strip():
-        raise DatasetError(f"{row.position}: {column} is missing, or not a text")
+        raise DatasetError(f"{row.position}: {column} is missing, or is not text")
     check_text(text, f"{row.position}: {column}")
     return text.strip()
 

@@ -66,11 +66,10 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
     2. Pass these lines again to a reader with this delimiter, so that it counts the lines of the file.
     """
     lines = table_lines(path)
-    first_lines: list[str] = []
+    first_lines: list[str] = []  # blank lines, and the header
     for line in lines:
-        is_blank = not line.strip()
-        first_lines.append("" if is_blank else line)
-        if not is_blank:
+        first_lines.append(line if line.strip() else "")
+        if first_lines[-1]:
             break
     header = first_lines[-1] if first_lines else ""
     if not header:
@@ -83,17 +82,25 @@ def _open_after_header(path: Path) -> tuple[list[str], Any]:
         first_lines[-1] = ""
     lines_with_ends = (f"{line}\n" for line in itertools.chain(first_lines, lines))
     rows = csv.reader(lines_with_ends, delimiter=delimiter, strict=True)
+    names = _read_names(path, rows, len(first_lines))
+    check_names(path, names)
+    return names, rows
+
+
+def _read_names(path: Path, rows: Iterator[list[str]], line_number: int) -> list[str]:
+    """Return the column names in the first row that is not empty; `line_number` is for messages.
+
+    Raises:
+        DatasetError: If there is no such row, or if it cannot be parsed.
+    """
     try:
-        first_row = next(row for row in rows if row)
-        names = [name.strip() for name in first_row]
+        return [name.strip() for name in next(row for row in rows if row)]
     except StopIteration:
         raise DatasetError(f"{path} ends before the names of its columns") from None
     except csv.Error as error:
         raise DatasetError(
-            f"{path}, line {len(first_lines)}: the names of the columns cannot be read: {error}"
+            f"{path}, line {line_number}: the names of the columns cannot be read: {error}"
         ) from None
-    check_names(path, names)
-    return names, rows
 
 
 def _find_delimiter(header: str, kind: str) -> str:

@@ -1,6 +1,7 @@
 """Find the images that a metadata JSON of sd-scripts names."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
     """
     entries = _read_entries(table, path)
     images_of_folders: dict[Path, dict[str, Path]] = {}  # `find_image` lists each folder once
-    images: list[Path] = []
-    texts: list[str | None] = []
+    texts_of_images: list[tuple[Path, str | None]] = []
     for key, entry in entries.items():
         try:
             image = find_image(key, table.image_folder, images_of_folders)
@@ -45,14 +45,21 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         except (ValueError, OSError) as error:  # does not stop the other entries
             faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
             continue
-        images.append(image)
-        texts.append(text)
+        texts_of_images.append((image, text))
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in entries.values()):
         logger.info("%s: %s is not needed: sizes are read from the images themselves", table.name, SIZE_KEY)
+    return _make_sources(table, texts_of_images)
+
+
+def _make_sources(
+    table: DatasetTable, texts_of_images: Sequence[tuple[Path, str | None]]
+) -> list[MediaSource]:
+    """Return a source for each image with its text; None means that it has no caption."""
+    images = [image for image, _ in texts_of_images]
     # images in different folders may have equal names, so stems get a hash
     stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
-    for image, text, stem in zip(images, texts, stems, strict=True):
+    for (image, text), stem in zip(texts_of_images, stems, strict=True):
         caption = None if text is None else captions_in(text, table)[0]
         source = MediaSource(
             path=image, stem=stem, caption=caption, caption_path=None, control=(), table=table
@@ -101,17 +108,21 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
     check_length(path)
     if path.suffix.lower() in image_suffixes() and path.is_file():
         return path
-    parent = path.parent
-    if parent not in images_of_folders:
-        # in reverse order, so that the first of the files with the same stem stays
-        entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
-        images = [entry for entry in entries if entry.suffix.lower() in image_suffixes()]
-        images_of_folders[parent] = {image.stem: image for image in images}
-    image_by_stem = images_of_folders[parent]
-    if path.name not in image_by_stem:  # the key has no suffix
+    # the key has no suffix
+    if path.parent not in images_of_folders:
+        images_of_folders[path.parent] = _list_images(path.parent)
+    image_by_stem = images_of_folders[path.parent]
+    if path.name not in image_by_stem:
         in_folder = "" if folder is None else f" in {folder}"
         raise ValueError(f"there is no such image{in_folder}: fix the key or remove the entry")
     return image_by_stem[path.name]
+
+
+def _list_images(folder: Path) -> dict[str, Path]:
+    """Return the images in a folder by their names without suffix; {} if there is no such folder."""
+    # in reverse order, so that the first of the files with the same stem stays
+    entries = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    return {entry.stem: entry for entry in entries if entry.suffix.lower() in image_suffixes()}
 
 
 def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
@@ -146,5 +157,5 @@ def _read_entry_text(entry: dict[str, Any], name: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str) or bad_character(text):
-        raise ValueError(f"{name} is not a text")
+        raise ValueError(f"{name} is not text")
     return text.strip()

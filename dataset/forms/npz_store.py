@@ -174,17 +174,15 @@ class NpzStore:
         return untagged
 
     def _find_untagged_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the entry name for latents in an older trainer's `STEM.npz`; None if it contains none.
+        """Return the name of the cache entry in an older trainer's `STEM.npz`; None for other files.
 
-        Such a file name lacks the image size, which the file contains.
+        The name of such a file lacks the image size, which is in the file.
         """
         file_stem = file.removesuffix(NPZ)
-        states_content = _STATED_CONTENT.search(file_stem) is not None
-        if not self.format.reads_untagged_files or not file.endswith(NPZ) or states_content:
+        reveals_content = _STATED_CONTENT.search(file_stem) is not None  # by its ending
+        if not self.format.reads_untagged_files or not file.endswith(NPZ) or reveals_content:
             return None
-        source_stem: str | None = file_stem
-        if self.image_paths:
-            source_stem = stems.get(folder / file_stem)
+        source_stem = stems.get(folder / file_stem) if self.image_paths else file_stem
         if source_stem is None:
             return None
         try:
@@ -207,9 +205,12 @@ class NpzStore:
         return cache_files.parse_text_name(finished, self.tag) or ""
 
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the cache entry name for an npz file; None if it belongs to another family or table.
+        """Return the name of the cache entry in an npz file; None if the file is not of this family or table.
 
-        `stems` maps the paths, without suffix, of images that a list names to their stems.
+        1. Replace the ending of the file's name, which other programs know, with that of a cache entry.
+        2. Replace the stem of the image's file with the stem of the item, which may differ in a list.
+
+        `stems` are the stems of items in a list, by path of the image without suffix.
         """
         finished_file = file.removesuffix(cache_files.PART)
         if not finished_file.endswith(NPZ):

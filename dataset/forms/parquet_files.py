@@ -151,13 +151,12 @@ def measure_row_group(file: Any, limit: UnpackedBytesLimit, group: int, columns:
                 # each value takes memory in addition to its page
                 limit.add(chunk.num_values * VALUE_BYTES)
                 fixed_length = file.schema.column(index).length
-                # `_count_pages` also adds the sizes of the pages to `limit`
-                largest = max(largest, fixed_length, _count_pages(content, chunk, limit))
+                largest = max(largest, fixed_length, _check_pages(content, chunk, limit))
     return largest
 
 
-def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
-    """Count the unpacked bytes of a column chunk's pages in `limit`, which raises if there are too many.
+def _check_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
+    """Add the unpacked sizes of a column chunk's pages to `limit`, which raises if they are too large.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -176,20 +175,28 @@ def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
         unpacked_size = _read_size(header, _UNPACKED)
         packed_size = _read_size(header, _PACKED)
         limit.add(unpacked_size)
-        # values refer to a dictionary, or to earlier strings of a page whose prefixes they share
-        is_referred_to = header.get(_TYPE) == _DICTIONARY_PAGE
-        data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
-        if data_page is not None:
-            count = _read_size(header[data_page], _NUM_VALUES)
-            # `measure_row_group` has counted chunk.num_values; a damaged page may have more
-            limit.add(max(0, count - chunk.num_values) * VALUE_BYTES)
-            num_values += count
-            encoding = header[data_page].get(_ENCODINGS[data_page])
-            is_referred_to = is_referred_to or encoding == _DELTA_BYTE_ARRAY
+        count, is_referred_to = _read_page_kind(header)
+        # `measure_row_group` has counted chunk.num_values; a damaged page may have more
+        limit.add(max(0, count - chunk.num_values) * VALUE_BYTES)
+        num_values += count
         if is_referred_to:
             largest = max(largest, unpacked_size)
         offset += header_size + packed_size
     return largest
+
+
+def _read_page_kind(header: dict[int, Any]) -> tuple[int, bool]:
+    """Return the number of values in a page, and whether values refer to its bytes.
+
+    Values refer to a dictionary, which has no values of its own, or to earlier strings of a page whose
+    prefixes they share.
+    """
+    data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
+    is_dictionary = header.get(_TYPE) == _DICTIONARY_PAGE
+    if data_page is None:
+        return 0, is_dictionary
+    encoding = header[data_page].get(_ENCODINGS[data_page])
+    return _read_size(header[data_page], _NUM_VALUES), is_dictionary or encoding == _DELTA_BYTE_ARRAY
 
 
 def _read_size(fields: dict[int, Any], field: int) -> int:

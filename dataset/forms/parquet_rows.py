@@ -46,7 +46,7 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
     if columns.nested_types:  # rejected, because the unpacked size of their values is unknown
         name, arrow_type = next(iter(columns.nested_types.items()))
         raise DatasetError(
-            f"{path}: the column {name!r} contains {arrow_type}, which is neither a text nor a list of texts"
+            f"{path}: the column {name!r} contains {arrow_type}, which is neither text nor a list of strings"
         )
     with parquet_files.open_parquet(path, columns.list_items) as file:
         limit = parquet_files.UnpackedBytesLimit.of(path)  # counts unpacked bytes, and raises if too many

@@ -112,15 +112,23 @@ class RowReader:
             layers=layers,
         )
         source = self._add_audio(source, values, position)
-        if self.table.reads_row_references and values.get("references") is not None:
+        if self.table.reads_row_references:
+            source = self._add_row_references(source, values, position)
+        self._identities.append(media.identity)  # `assign_unique_stems` uses it
+        return source
+
+    def _add_row_references(
+        self, source: media_source.MediaSource, values: Mapping[str, Any], position: str
+    ) -> media_source.MediaSource:
+        """Return a source with the reference media and the further text that its row names."""
+        if values.get("references") is not None:
             from dataset.sources.shown import read_row_references  # few lists have references
 
             source = replace(
                 source, row_references=read_row_references(values["references"], self.file, position)
             )
-        if self.table.reads_row_references and values.get(FURTHER_TEXT.key) is not None:
+        if values.get(FURTHER_TEXT.key) is not None:
             source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], position))
-        self._identities.append(media.identity)  # `assign_unique_stems` uses it
         return source
 
     def _add_audio(
@@ -305,33 +313,28 @@ class RowReader:
     def _read_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
         """Return the caption of a row; with multi_caption, followed by its list `captions`."""
         name = self.caption_column
-        caption = None
-        if name is not None:
-            caption = values.get(name)
+        caption = None if name is None else values.get(name)
         if caption is not None and not isinstance(caption, str):
             hint = ""
             if isinstance(caption, list):
                 hint = f". Write one text, or all in a list named captions, with {MULTI_CAPTION} in the table"
-            raise DatasetError(f"{position}: {name} = {_show(caption)} is not a text{hint}")
-        captions = []
-        if caption is not None:
-            captions.append(caption)
+            raise DatasetError(f"{position}: {name} = {_show(caption)} is not text{hint}")
+        captions = [] if caption is None else [caption]
         captions += self._further_captions(values, position)
         for text in captions:
             check_text(text, f"{position}: {name or 'captions'}")
         if self.is_list:  # captions of a JSONL list are used unchanged
             return captions
-        stripped = [text.strip() for text in captions]
-        if caption is None or not self.table.multi_caption:
-            return stripped
-        first_lines = lines_of(stripped[0]) or [""]  # with multi_caption, each line is a caption
-        return [*first_lines, *stripped[1:]]
+        captions = [text.strip() for text in captions]
+        if caption is not None and self.table.multi_caption:  # each line is a caption
+            captions[:1] = lines_of(captions[0]) or [""]
+        return captions
 
     def _read_further_text(self, value: Any, position: str) -> str:
         """Return a row's `FURTHER_TEXT` value. Raises DatasetError if it is empty or not a string."""
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
-                f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
+                f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not text. Write what "
                 f"{FURTHER_TEXT.reader} reads, or leave it out"
             )
         check_text(value, f"{position}: {FURTHER_TEXT.key}")
@@ -343,7 +346,7 @@ class RowReader:
         if texts is None:
             return []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DatasetError(f"{position}: captions = {_show(texts)} is not a list of texts")
+            raise DatasetError(f"{position}: captions = {_show(texts)} is not a list of strings")
         return texts
 
     def _read_file_cell(self, name: str, value: Any, position: str) -> FileLocation | None:
@@ -431,6 +434,8 @@ def make_source(
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{position}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = split_first_caption(captions, position)
+    optional = (mask, control_mask, rejected)
+    mask_path, control_mask_path, rejected_path = (None if file is None else file[0] for file in optional)
     masks = [file for file in (mask, control_mask) if file is not None]
     all_rejected = [] if rejected is None else [rejected]
     # in the order of `MediaSource.latent_inputs`
@@ -442,16 +447,21 @@ def make_source(
         stem=stem,
         caption=caption,
         caption_path=None,
-        control=tuple(path for path, _ in controls),
+        control=_paths(controls),
         table=table,
         more_captions=more_captions,
-        mask=None if mask is None else mask[0],
+        mask=mask_path,
         remote_or_packed=remote_or_packed if any(remote_or_packed) else (),
-        references=tuple(path for path, _ in references),
-        control_mask=None if control_mask is None else control_mask[0],
-        rejected=None if rejected is None else rejected[0],
-        layers=tuple(path for path, _ in layers),
+        references=_paths(references),
+        control_mask=control_mask_path,
+        rejected=rejected_path,
+        layers=_paths(layers),
     )
+
+
+def _paths(files: Sequence[FileLocation]) -> tuple[Path, ...]:
+    """Return the local paths of files, without the places where their bytes are."""
+    return tuple(path for path, _ in files)
 
 
 def control_number(name: str, start: str = "control_path") -> int | None:
@@ -503,14 +513,17 @@ def find_missing_companions(
     count = table.control_count  # None: any number
     if count is not None and any(source.control for source in sources):
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
-        kind = f"{plural} have no {needed}, while others have"
-        incomplete_sources = [source for source in sources if len(source.control) < count]
-        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in incomplete_sources]
-    if any(source.rejected for source in sources):
-        kind = f"{plural} have no worse_path, while others have"
-        incomplete_sources = [source for source in sources if source.rejected is None]
-        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in incomplete_sources]
+        without_controls = [source for source in sources if len(source.control) < count]
+        faults += _make_faults(f"{plural} have no {needed}, while others have", without_controls)
+    without_rejected = [source for source in sources if source.rejected is None]
+    if len(without_rejected) < len(sources):
+        faults += _make_faults(f"{plural} have no worse_path, while others have", without_rejected)
     return faults
+
+
+def _make_faults(kind: str, sources: Iterable[media_source.MediaSource]) -> list[media_source.Fault]:
+    """Return a fault of the same kind for each of these items."""
+    return [media_source.Fault(kind, str(source.path), source.stem) for source in sources]
 
 
 def _show(value: Any) -> str:

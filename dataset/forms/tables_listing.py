@@ -1,11 +1,12 @@
 """Find the sources of a table in any format, and its unused columns."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from dataset.forms import JSON_LINES
 from dataset.forms.composing import column_names, find_cells, plain_columns, read_columns, row_format
-from dataset.forms.contract import InspectedColumns
+from dataset.forms.contract import FindCell, InspectedColumns
 from dataset.forms.rows import (
     CAPTION_COLUMNS,
     PATH_COLUMNS,
@@ -37,13 +38,8 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     media_column, caption_column = _select_columns(table, path_column, columns)
     names = names_read(table, media_column, caption_column or "")
     names |= {name for name in columns if is_companion(name)}
-    cell_finders = {}  # for columns whose cells contain files: function that locates them
     # not for audio, which is always named by path, and captions, which are strings
-    for name in names - {"audio_path", caption_column}:
-        # an empty media cell is an error; in other columns it means that the row has no such file
-        find_cell = find_cells(path, name, finds_nulls=name != media_column)
-        if find_cell is not None:
-            cell_finders[name] = find_cell
+    cell_finders = _make_cell_finders(path, names - {"audio_path", caption_column}, media_column)
     value_columns = names - cell_finders.keys()
     base_folder = None
     if media_column not in cell_finders:  # a column of paths
@@ -52,6 +48,17 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     # the columns of JSON Lines come from the first lines only, so all keys are read
     rows = read_columns(path, None if row_format(path) is JSON_LINES else value_columns)
     return list_rows(reader, rows, faults, cell_finders)
+
+
+def _make_cell_finders(path: Path, names: Iterable[str], media_column: str) -> dict[str, FindCell]:
+    """Return, for each column whose cells contain files, a function that finds the file of a row."""
+    cell_finders = {}
+    for name in names:
+        # an empty media cell is an error; in other columns it means that the row has no such file
+        find_cell = find_cells(path, name, finds_nulls=name != media_column)
+        if find_cell is not None:
+            cell_finders[name] = find_cell
+    return cell_finders
 
 
 class _ReadColumns(NamedTuple):
@@ -73,7 +80,7 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
         "caption_column": table.caption_column,
     }
     default_media = (f"{table.kind}_path", *PATH_COLUMNS)
-    media_column = path_column or next((name for name in default_media if name in columns), None)
+    media_column = path_column or _find_first(default_media, columns)
     if media_column is None and table.kind not in columns:
         default = ", ".join((*default_media, table.kind))
         raise DatasetError(
@@ -83,9 +90,14 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
     for key, name in columns_by_key.items():
         if name is not None and name not in columns:
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
-    caption = table.caption_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
+    caption = table.caption_column or _find_first(CAPTION_COLUMNS, columns)
     # a column called "image" or "video" contains the files themselves, or their paths
     return _ReadColumns(media_column or table.kind, caption)
+
+
+def _find_first(names: Iterable[str], columns: Container[str]) -> str | None:
+    """Return the first of these names that is a column; None if there is none."""
+    return next((name for name in names if name in columns), None)
 
 
 def _shown(columns: Sequence[str]) -> str:

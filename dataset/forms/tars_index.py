@@ -106,19 +106,27 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     )
     tar_hash = short_hash(str(real_path(tar)))
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{tar_hash}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # no index, or a damaged one
-        stored_for, keys_without_media, num_without_media, rows = json.loads(path.read_text("utf-8"))
-        if stored_for == validity_key:
-            samples = [_unpack_sample(*row) for row in rows]
-            return TarIndex(
-                samples, keys_without_media=keys_without_media, num_without_media=num_without_media
-            )
+    stored_index = _load_index(path, validity_key)
+    if stored_index is not None:
+        return stored_index
     with tar.open("rb", buffering=0) as file:
         index = _scan_tar(file, stat.st_size, rules, tar)
     # no index of a damaged tar: another process may still be writing it without changing its size or time
     if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
         _write_index(path, index, validity_key)
     return index
+
+
+def _load_index(path: Path, validity_key: str) -> TarIndex | None:
+    """Return the index that an earlier run stored; None if there is none, or if it is damaged or stale."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        stored_for, keys_without_media, num_without_media, rows = json.loads(path.read_text("utf-8"))
+        if stored_for == validity_key:
+            samples = [_unpack_sample(*row) for row in rows]
+            return TarIndex(
+                samples, keys_without_media=keys_without_media, num_without_media=num_without_media
+            )
+    return None
 
 
 def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
@@ -246,33 +254,42 @@ def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSa
         ValueError: If several files have the same role, or the caption cannot be used.
     """
     texts_by_extension: dict[str, _MemberText] = {}
-    media_by_extension: dict[str, Member] = {}
+    by_role: dict[tuple[str, int], dict[str, Member]] = {}  # by extension, such as `mask.png`
+    candidates: dict[str, Member] = {}  # files that may be the image or clip, by extension
     for extension, content in sample_files.items():
+        role = _find_role(extension, rules)
         if isinstance(content, _MemberText):
             texts_by_extension[extension] = content
+        elif role is not None:
+            by_role.setdefault(role, {})[extension] = content
         else:
-            media_by_extension[extension] = content
-    by_role: dict[tuple[str, int], list[str]] = {}  # extensions such as `mask.png` or `control_1.png`
-    candidates = []  # extensions of files that may be the image or clip
-    for extension in media_by_extension:
-        role = _find_role(extension, rules)
-        if role is None:
-            candidates.append(extension)
-        else:
-            by_role.setdefault(role, []).append(extension)
+            candidates[extension] = content
     # formats of the second set may be previews, so they count only if the first set has no file
-    media = _select_media(candidates, rules.media) or _select_media(candidates, rules.spare)
+    extensions = [*candidates]
+    media = _select_media(extensions, rules.media) or _select_media(extensions, rules.spare)
     if not media:
         return None
     if len(media) > 1:
         raise ValueError(f"it has several files to train on: {', '.join(media)}; keep one")
     caption = _select_caption(texts_by_extension, rules)
+    return TarSample(key, candidates[media[0]], caption, _select_extras(by_role))
+
+
+def _select_extras(
+    by_role: Mapping[tuple[str, int], Mapping[str, Member]],
+) -> tuple[tuple[str, int, Member], ...]:
+    """Return the role, number and member of each companion file in a tar sample.
+
+    Raises:
+        ValueError: If several files have the same role and number.
+    """
     extras = []
-    for (role_name, number), extensions in sorted(by_role.items()):
-        if len(extensions) > 1:
-            raise ValueError(f"it has several files of one kind: {', '.join(extensions)}; keep one")
-        extras.append((role_name, number, media_by_extension[extensions[0]]))
-    return TarSample(key, media_by_extension[media[0]], caption, tuple(extras))
+    for (role_name, number), members in sorted(by_role.items()):
+        if len(members) > 1:
+            raise ValueError(f"it has several files of one kind: {', '.join(members)}; keep one")
+        (member,) = members.values()
+        extras.append((role_name, number, member))
+    return tuple(extras)
 
 
 def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:
@@ -336,13 +353,14 @@ def _read_json_captions(text: str, rules: TarRules) -> list[str]:
         raise ValueError(f"its .json is not valid: {error}") from None
     if not isinstance(record, dict):
         raise ValueError("its .json is not an object")
-    name = next((name for name in rules.caption_names if record.get(name) is not None), None)
-    captions = [] if name is None else [record[name]]
+    names = [name for name in rules.caption_names if record.get(name) is not None]
+    captions = [record[name] for name in names[:1]]
     further_captions = record.get("captions") if rules.multi_caption else None
     if isinstance(further_captions, list):
         captions += further_captions
-    if not all(isinstance(caption, str) and not bad_character(caption) for caption in captions):
-        raise ValueError(f"{name or 'captions'} in its .json is not a text")
+    for caption in captions:
+        if not isinstance(caption, str) or bad_character(caption):
+            raise ValueError(f"{names[0] if names else 'captions'} in its .json is not text")
     return captions
 
 
@@ -383,17 +401,12 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         TarDamage: After all members before the position at which the tar is cut or damaged.
         OSError: If the file cannot be read.
     """
-    cut = f"it is cut short after {size_bytes:,} bytes"
     tar = None
     offset = 0  # position of the last header
     while True:
         try:
             if tar is None:
-                tar = tarfile.TarFile(
-                    fileobj=_HeaderFile(file),  # type: ignore[arg-type]  # all that it asks for
-                    encoding="utf-8",
-                    errors="backslashreplace",
-                )
+                tar = _open_tar(file)  # reads the first header
             info = tar.next()
         except TarDamage:
             raise
@@ -402,7 +415,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise
             if file.tell() >= size_bytes:
-                raise TarDamage(cut) from None
+                raise TarDamage(_describe_cut(size_bytes)) from None
             raise TarDamage(f"it is damaged at byte {offset:,}", is_no_tar=offset == 0) from None
         if info is None:
             break
@@ -411,19 +424,49 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         offset = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; `tarfile` would store all members
         if info.isreg() and not info.issparse():
-            if info.offset_data + info.size > size_bytes:
-                raise TarDamage(f"{cut}, in {ascii(info.name[-80:])}")
-            name = _read_name(info, file)
-            if len(name.encode()) > MAX_TAR_NAME_BYTES:
-                raise TarDamage(f"a name at byte {info.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
-            yield Member(name, info.offset_data, info.size)
-    file.seek(tar.offset)
+            yield _make_member(info, file, size_bytes)
+    _check_end(file, tar.offset, size_bytes)
+
+
+def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+    """Return a reader of a tar's headers."""
+    return tarfile.TarFile(
+        fileobj=_HeaderFile(file),  # type: ignore[arg-type]  # all that it asks for
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
+
+
+def _describe_cut(size_bytes: int) -> str:
+    """Return the message about a tar that ends too early."""
+    return f"it is cut short after {size_bytes:,} bytes"
+
+
+def _make_member(info: tarfile.TarInfo, file: BinaryIO, size_bytes: int) -> Member:
+    """Return the name and position of a file in a tar of `size_bytes` bytes, from its header.
+
+    Raises:
+        TarDamage: If the file extends beyond the end of the tar, or its name is too long.
+    """
+    if info.offset_data + info.size > size_bytes:
+        raise TarDamage(f"{_describe_cut(size_bytes)}, in {ascii(info.name[-80:])}")
+    name = _read_name(info, file)
+    if len(name.encode()) > MAX_TAR_NAME_BYTES:
+        raise TarDamage(f"a name at byte {info.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
+    return Member(name, info.offset_data, info.size)
+
+
+def _check_end(file: BinaryIO, offset: int, size_bytes: int) -> None:
+    """Raise TarDamage unless there is an empty block at `offset`, where `tarfile` stopped.
+
+    `tarfile` stops at a damaged header as at the end of the tar.
+    """
+    file.seek(offset)
     block = file.read(BLOCK)
-    # `tarfile` stops at a damaged header as at the end, where there must be an empty block
     if len(block) < BLOCK:
-        raise TarDamage(cut)
+        raise TarDamage(_describe_cut(size_bytes))
     if block != bytes(BLOCK):
-        raise TarDamage(f"it is damaged at byte {tar.offset:,}")
+        raise TarDamage(f"it is damaged at byte {offset:,}")
 
 
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:

@@ -19,7 +19,7 @@ from dataset.forms.rows import (
     find_missing_companions,
     make_source,
 )
-from dataset.forms.tars_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
+from dataset.forms.tars_index import CONTROL, MASK, Member, TarIndex, TarRules, TarSample, read_index
 from dataset.sources import media_source
 from dataset.sources.captions import captions_in
 from dataset.sources.downloads import HTTP, download, protocol_error
@@ -123,23 +123,11 @@ def _read_samples(
     samples: list[tuple[Path, TarSample]] = []
     num_without_media = 0
     example_without_media = ""
-    unusable = f"tars of {table.name} cannot be used"
-    incomplete = f"tars of {table.name} cannot be read to the end"
-    unusable_sample = f"samples of {table.name} cannot be used"
     for tar in tars:
-        try:
-            index = read_index(tar, rules, table.cache_directory)
-        except DatasetError as error:
-            faults.append(media_source.Fault(unusable, str(error)))
-            continue
-        except OSError as error:
-            faults.append(media_source.Fault(incomplete, f"{tar}: {error.strerror}", is_fatal=False))
+        index = _read_tar(table, tar, rules, faults)
+        if index is None:
             continue
         samples += [(tar, sample) for sample in index.samples]
-        for key, error_text in index.faults:
-            faults.append(media_source.Fault(unusable_sample, f"{name_parts(tar, key)}: {error_text}."))
-        if index.damage is not None:
-            faults.append(media_source.Fault(incomplete, f"{tar}: {index.damage}", is_fatal=False))
         num_without_media += index.num_without_media
         if index.keys_without_media and not example_without_media:
             example_without_media = str(name_parts(tar, index.keys_without_media[0]))
@@ -152,6 +140,27 @@ def _read_samples(
             table.kind,
         )
     return samples
+
+
+def _read_tar(
+    table: DatasetTable, tar: Path, rules: TarRules, faults: list[media_source.Fault]
+) -> TarIndex | None:
+    """Return the samples of a tar, and add its errors to `faults`; None if the tar cannot be used."""
+    incomplete = f"tars of {table.name} cannot be read to the end"
+    unusable_sample = f"samples of {table.name} cannot be used"
+    try:
+        index = read_index(tar, rules, table.cache_directory)
+    except DatasetError as error:
+        faults.append(media_source.Fault(f"tars of {table.name} cannot be used", str(error)))
+        return None
+    except OSError as error:
+        faults.append(media_source.Fault(incomplete, f"{tar}: {error.strerror}", is_fatal=False))
+        return None
+    for key, error_text in index.faults:
+        faults.append(media_source.Fault(unusable_sample, f"{name_parts(tar, key)}: {error_text}."))
+    if index.damage is not None:
+        faults.append(media_source.Fault(incomplete, f"{tar}: {index.damage}", is_fatal=False))
+    return index
 
 
 def _make_sources(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.forms.composing import KEYS, find_cells, source_format_of
-from dataset.forms.contract import InspectedColumns, TableRow
+from dataset.forms.contract import FindCell, InspectedColumns, TableRow
 from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control, is_layer
 from dataset.sources.media_source import Fault
 from dataset.table import FURTHER_TEXT, DatasetTable
@@ -58,19 +58,15 @@ def find_unused(table: DatasetTable) -> list[Fault]:
         return []
     columns = source_format.inspect_columns(table)
     explanations: dict[str, str] = {}  # end of the warning about a column, by name
-    control_cell_columns = []
+    control_columns = []  # unused only in rows that have more control images than the model takes
     for name in columns.unread_file_columns:
-        if is_control(table, name):  # unused only in rows that have more control images than the model takes
-            control_cell_columns.append(name)
+        if is_control(table, name):
+            control_columns.append(name)
         else:
             explanations[name] = f", which contains files{_make_hint(name, table) or ''}"
-    cell_finders = {name: find_cells(path, name, finds_nulls=True) for name in control_cell_columns}
+    cell_finders = {name: find_cells(path, name, finds_nulls=True) for name in control_columns}
     for row in itertools.islice(columns.rows, MAX_ROWS):
-        values: dict[str, Any] = {}
-        for name, find_cell in cell_finders.items():
-            if find_cell is not None and find_cell(row) is not None:
-                values[name] = True  # the cell has a file: `_list_surplus` needs no more than that
-        values |= row.values
+        values = _list_control_cells(row, cell_finders) | row.values
         for name in _list_surplus(values, table):
             explanations[name] = f": the model uses {table.control_count} of these files for each item"
         for name, value in row.values.items():
@@ -81,6 +77,18 @@ def find_unused(table: DatasetTable) -> list[Fault]:
             if explanation is not None:
                 explanations[name] = explanation
     return _as_faults(path, explanations)
+
+
+def _list_control_cells(row: TableRow, cell_finders: Mapping[str, FindCell | None]) -> dict[str, Any]:
+    """Return True for each column of control images that has a file in this row.
+
+    `_list_surplus` needs no more than that.
+    """
+    return {
+        name: True
+        for name, find_cell in cell_finders.items()
+        if find_cell is not None and find_cell(row) is not None
+    }
 
 
 def _explain_unused(

@@ -41,29 +41,34 @@ MANY_FRAMES = 1000  # assumed for a clip whose header does not say how many fram
 
 
 def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[SampledFrame]:
-    """Yield a clip's frames that training uses at the frame rate `fps`, in their original size.
+    """Yield the frames of a clip that training uses, in their original size.
 
-    With source_fps = "auto", and for GIF and WebP, frames are sampled by time at this rate. If source_fps is
-    a number, GIF and WebP are treated like clips with that frame rate. A folder of images has no times: all
-    images are kept. With `alpha`, frames have an alpha channel if the file has one.
+    With source_fps = "auto", and for GIF and WebP, they are the frames shown at equally spaced times. For
+    other clips and folders of images, they are all frames. If source_fps is a number, frames are then dropped
+    to reduce this rate to the target rate.
+
+    Args:
+        path: The clip, or a folder of images.
+        table: Table of the clip.
+        fps: Target rate of the model, which target_fps of the table replaces.
+        alpha: Whether frames have an alpha channel if the file has one.
     """
-    fps = table.target_fps or fps
+    target_rate = table.target_fps or fps
     if table.is_audio_only:
         from dataset.sources.audio import black_frames  # only for audio files
 
-        return itertools.islice(black_frames(path, fps), max_decoded_frames(table))
-    rate = table.declared_fps or fps
+        return itertools.islice(black_frames(path, target_rate), max_decoded_frames(table))
+    source_rate = table.declared_fps or target_rate  # before frames are dropped
     frames: Iterable[SampledFrame]
     if _is_timed(path, table):
-        frames = reading.frames_at(path, reading.frame_times(rate), alpha)
-    elif path.is_dir():
-        frames = zip(
-            reading.video_frames(path, alpha), itertools.count(), reading.frame_times(rate), strict=False
-        )
+        frames = reading.frames_at(path, reading.frame_times(source_rate), alpha)
+    elif path.is_dir():  # images have no times of their own
+        images = reading.video_frames(path, alpha)
+        frames = zip(images, itertools.count(), reading.frame_times(source_rate), strict=False)
     else:
         frames = _all_frames(path, alpha)
-    if table.declared_fps is not None:  # frames are dropped to reduce source_fps to `fps`
-        frames = itertools.compress(frames, keep_pattern(table.declared_fps, fps))
+    if table.declared_fps is not None:
+        frames = itertools.compress(frames, keep_pattern(table.declared_fps, target_rate))
     return itertools.islice(frames, max_decoded_frames(table))
 
 

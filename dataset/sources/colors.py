@@ -93,37 +93,47 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
         decoder_version: Version of the decoder that the cache records; 0 in caches without one.
     """
     for path, keeps_transparent in keeps_by_file:
-        if not _may_differ(path, decoder_version):
-            continue
-        with contextlib.suppress(MediaError, OSError):  # decoding reports errors
-            pair = reordered_images(path) if path.is_dir() else None
-            if pair is not None:
-                earlier, later = pair
-                names = f"{earlier.name} before {later.name}"
-                return f"{path.name} was read in alphabetical order, but now is in numerical order: {names}"
-            if had_other_orientation(path):
-                return f"{path.name} was read without the mirroring that its header states, but now with it"
-            if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
-                continue
-            ignored = _formerly_ignored(
-                media_colors(path), keeps_transparent, had_profiles=decoder_version > 0
-            )
-            if ignored is not None:
-                return f"{path.name} was read without {ignored}, but now with it"
+        difference = None
+        if _may_differ(path, decoder_version):
+            with contextlib.suppress(MediaError, OSError):  # decoding reports errors
+                difference = _find_difference(path, keeps_transparent, decoder_version)
+        if difference is not None:
+            return f"{path.name} was read {difference}"
     return None
 
 
-def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
+def _find_difference(path: Path, keeps_transparent: bool, decoder_version: int) -> str | None:
+    """Return how an earlier version read a file and how it is read now, as text; None if there is no change.
+
+    Raises:
+        MediaError: If the file cannot be read.
+    """
+    pair = reordered_images(path) if path.is_dir() else None
+    if pair is not None:
+        earlier, later = pair
+        return f"in alphabetical order, but now is in numerical order: {earlier.name} before {later.name}"
+    if had_other_orientation(path):
+        return "without the mirroring that its header states, but now with it"
+    if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
+        return None
+    ignored = _formerly_ignored(media_colors(path), keeps_transparent, read_profiles=decoder_version > 0)
+    return None if ignored is None else f"without {ignored}, but now with it"
+
+
+def _formerly_ignored(colors: Colors, keeps_transparent: bool, read_profiles: bool) -> str | None:
     """Return which part of a file's colors an earlier version ignored, as text; None if none.
 
-    `keeps_transparent` says that the colors of transparent pixels are used. `had_profiles` says that the
-    earlier version read profiles.
+    Args:
+        colors: Colors of the file.
+        keeps_transparent: Whether the colors of transparent pixels are used, instead of white.
+        read_profiles: Whether the earlier version already read color profiles and filled transparent pixels
+            with white.
     """
-    if colors.is_transparent and not keeps_transparent and not had_profiles:
+    if not read_profiles and colors.is_transparent and not keeps_transparent:
         return "its transparency"
-    if colors.by_codes:
-        return "the colors that it names (such as Display P3)"
-    if colors.is_converted and not had_profiles:
+    if colors.by_codes:  # the color codes of a clip or an AVIF
+        return "the color space that its header states (such as Display P3)"
+    if not read_profiles and colors.is_converted:
         return "its color profile"
     if not colors.is_square:
         return "the shape of its pixels, which are not square"
@@ -151,13 +161,18 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
                 continue
             colors_of_files[path] = colors
             problems = _find_problems(colors, source_keeps if path is source.path else control_keeps)
-            # GIF and WebP files in a folder of images were reported when the folder was listed
-            is_reported = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
-            if colors.is_animated and source.table.kind == "image" and not is_reported:
+            if colors.is_animated and _warns_of_animation(source, path):
                 problems[MOVING] = ""
             for kind, detail in problems.items():
                 warnings.setdefault((path, kind), Fault(kind, f"{path}{detail}", source.stem))
     return list(warnings.values())
+
+
+def _warns_of_animation(source: MediaSource, path: Path) -> bool:
+    """Return whether a warning is due that only the first frame of an animated file is used."""
+    # GIF and WebP files in a folder of images were reported when the folder was listed
+    is_reported = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
+    return source.table.kind == "image" and not is_reported
 
 
 def _find_problems(colors: Colors, keeps_transparency: bool) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,13 +292,11 @@ def _read_references(
         if on_white or is_single_image(path) or local.table.kind == "image":
             references.append(_read_reference_image(path, reference_size, on_white))
             continue
-        sizes = FrameSizes()
-        frames = sizes.watch(
-            companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
-        )
-        references.append(_fit_reference_clip(frames, reference_size, count))
-        if sizes.change is not None:
-            size_changes.append(f"{path.name}: {sizes.change}")
+        frames = companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
+        clip, change = _read_reference_clip(frames, reference_size, count)
+        references.append(clip)
+        if change is not None:
+            size_changes.append(f"{path.name}: {change}")
     return references, size_changes
 
 
@@ -311,8 +309,14 @@ def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
     return pixels_to_uint8(composite_on_white(first_frame(path), *size))
 
 
-def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:
-    """Resize frames to `size`, without alpha, and return the first `count`; the last one fills gaps."""
-    clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), size) for frame in frames][:count]
+def _read_reference_clip(frames: Iterator[Frame], size: Size, count: int) -> tuple[Clip, str | None]:
+    """Resize frames to `size`, without alpha, and return the first `count`; the last one fills gaps.
+
+    Returns:
+        The clip, and the change of size if the original frames differ in size.
+    """
+    sizes = FrameSizes()
+    watched = sizes.watch(frames)
+    clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), size) for frame in watched][:count]
     missing = count - len(clip)
-    return np.stack(clip + clip[-1:] * missing)
+    return np.stack(clip + clip[-1:] * missing), sizes.change

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,16 +58,16 @@ DECODED_COPIES = 9  # bytes per pixel while an image is decoded: three RGB copie
 SMALL_IMAGE = 1 << 26  # bytes; images below this size do not count against the budget
 
 
+@dataclass(eq=False)
 class ByteBudget:
     """Memory budget that all decoding threads share: even a small file may contain an image of a gigabyte.
 
     A thread that needs more than the entire budget waits until no other thread has reserved memory.
     """
 
-    def __init__(self, size_bytes: int) -> None:
-        self._size_bytes = size_bytes
-        self._used = 0
-        self._changed = threading.Condition()
+    size_bytes: int
+    _used: int = dataclasses.field(default=0, init=False)
+    _changed: threading.Condition = dataclasses.field(default_factory=threading.Condition, init=False)
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[None]:
@@ -76,7 +76,7 @@ class ByteBudget:
         Blocks cannot be nested.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
+            self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self.size_bytes)
             self._used += size_bytes
         try:
             yield
@@ -154,20 +154,18 @@ class DecodedMedia:
             if len(reference) == num_frames:
                 reference = reference[start:end]
             references.append(reference.copy())
-
-        def cut_copy(array: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
-            """Return a copy of these frames, so that the memory of the whole clip can be freed."""
-            return None if array is None else array[start:end].copy()
-
+        optional = {"mask": self.mask, "control_mask": self.control_mask, "rejected": self.rejected}
+        copies: dict[str, Any] = {}  # of the masks and clips that the item has
+        for name, array in optional.items():
+            if array is not None:
+                copies[name] = array[start:end].copy()
         return dataclasses.replace(
             self,
             frames=frames,
             spans=(span,),
             control=tuple(control),
-            mask=cut_copy(self.mask),
             references=tuple(references),
-            control_mask=cut_copy(self.control_mask),
-            rejected=cut_copy(self.rejected),
+            **copies,
         )
 
     def key(self, span: Span) -> str:
@@ -217,6 +215,17 @@ def decode_source(
         return _decode_clip(source, local, fps=fps, step=step, lengths=lengths)
 
 
+class _KeptFrames(NamedTuple):
+    """The frames of a clip that training can use, resized to the clip's bucket."""
+
+    size: Size  # width, height of the original
+    bucket: Size
+    frames: Clip
+    mask: Mask | None  # alpha of the frames, for a table in which alpha is the loss mask
+    times: list[tuple[int, float]]  # index and second of each frame
+    size_change: str | None  # the frame from which on the original has another size
+
+
 def _decode_clip(
     source: MediaSource, local: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
@@ -227,42 +236,34 @@ def _decode_clip(
     3. If there are any, read control media at the same times.
     """
     table = source.table
-    frame_times: list[tuple[int, float]] = []  # index and second of each kept frame
-
-    def read_frames() -> Iterator[Frame]:
-        """Yield the kept frames, and append the index and time of each one to `frame_times`."""
-        for frame, index, second in kept_frames(local.path, table, fps, table.alpha_mask):
-            frame_times.append((index, second))
-            yield frame
-
-    sizes = FrameSizes()
-    size_changes: list[str] = []
-    original_frames = sizes.watch(read_frames())
-    first_original_frame = next(original_frames)  # the size of the first frame selects the bucket
-    size = (first_original_frame.shape[1], first_original_frame.shape[0])
-    bucket = bucket_of(table, size, step, local.path)
-    max_frames = max_decoded_frames(table)
-    original_frames = itertools.chain([first_original_frame], original_frames)
-    mask: Mask | None = None
-    if table.is_audio_only:  # frames are black; only their number matters
-        frames = _broadcast_black_frame(original_frames)
-    else:
-        frames, mask = _collect_frames(original_frames, bucket, max_frames)
-    if sizes.change is not None:
-        size_changes.append(f"{source.path.name}: {sizes.change}")
-    count = len(frames)
+    clip = _read_kept_frames(local, fps, step)
+    count = len(clip.frames)
+    mask = clip.mask
     if local.mask is not None:  # one image for all frames, or a clip
-        mask = read_mask(local.mask, local, (size, bucket), count=count, fps=fps, frame_times=frame_times)
-    found_spans, reason = spans_or_reason(table, count, lengths)
+        sizes = clip.size, clip.bucket
+        mask = read_mask(local.mask, local, sizes, count=count, fps=fps, frame_times=clip.times)
+    found_spans = spans(table, count, lengths)
+    reason = None if found_spans else explain_no_spans(table, count)
     companions = ClipCompanions()
     has_companions = any((local.control, local.references, local.guides, local.control_mask, local.rejected))
     if found_spans and has_companions:
-        companions = _read_clip_companions(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
+        companions = _read_clip_companions(
+            local, clip.size, clip.bucket, count=count, fps=fps, frame_times=clip.times
+        )
+    own_changes = () if clip.size_change is None else (f"{source.path.name}: {clip.size_change}",)
+    max_frames = max_decoded_frames(table)
+    info = ClipInfo(
+        clip.size,
+        count,
+        # decoding stops once there are enough frames, and then the clip may have more
+        complete=max_frames is None or count < max_frames,
+        size_changes=(*own_changes, *companions.size_changes),
+    )
     return DecodedMedia(
         source=source,
-        size=size,
-        bucket=bucket,
-        frames=frames,
+        size=clip.size,
+        bucket=clip.bucket,
+        frames=clip.frames,
         spans=found_spans,
         reason=reason,
         control=companions.control,
@@ -270,14 +271,33 @@ def _decode_clip(
         references=companions.references,
         control_mask=companions.control_mask,
         rejected=companions.rejected,
-        clip=ClipInfo(
-            size,
-            count,
-            # decoding stops once there are enough frames, and then the clip may have more
-            complete=max_frames is None or count < max_frames,
-            size_changes=(*size_changes, *companions.size_changes),
-        ),
+        clip=info,
     )
+
+
+def _read_kept_frames(local: MediaSource, fps: float, step: int) -> _KeptFrames:
+    """Read the frames of a clip that training keeps at the frame rate `fps`, and note their times."""
+    table = local.table
+    times: list[tuple[int, float]] = []
+
+    def read_frames() -> Iterator[Frame]:
+        """Yield the kept frames, and append the index and second of each one to `times`."""
+        for frame, index, second in kept_frames(local.path, table, fps, table.alpha_mask):
+            times.append((index, second))
+            yield frame
+
+    sizes = FrameSizes()
+    original_frames = sizes.watch(read_frames())
+    first_frame = next(original_frames)  # its size selects the bucket
+    size = (first_frame.shape[1], first_frame.shape[0])
+    bucket = bucket_of(table, size, step, local.path)
+    original_frames = itertools.chain([first_frame], original_frames)
+    mask: Mask | None = None
+    if table.is_audio_only:  # frames are black; only their number matters
+        frames = _broadcast_black_frame(original_frames)
+    else:
+        frames, mask = _collect_frames(original_frames, bucket, max_decoded_frames(table))
+    return _KeptFrames(size, bucket, frames, mask=mask, times=times, size_change=sizes.change)
 
 
 def _read_clip_companions(
@@ -428,40 +448,21 @@ def _decode_image(
     fit = fit_of(table, size, step, source.path)
     is_mirrored = False
     if generator is not None:
-        fit = _draw_crop(source, size, fit, generator)
-        is_mirrored = table.augmentation.flip and generator.random() < 0.5
-        if table.augmentation.color:
-            image = change_colors(image, generator)
+        image, fit, is_mirrored = _augment(source, image, fit, generator)
     # for the image itself, and for all that is aligned with it: control images, mask, layers
     fit_to_bucket = functools.partial(_fit_like, size=size, fit=fit, table=table, is_mirrored=is_mirrored)
-    control = _read_controls(
-        source,
-        bucket=fit.bucket,
-        fit_image=fit_to_bucket,
-        is_mirrored=is_mirrored,
-        keeps_alpha=keeps_alpha,
-        has_alpha=has_alpha,
-    )
+    if table.references is None:  # control images are resized like their image
+        control = [_read_control(path, fit_to_bucket, keeps_alpha) for path in source.control]
+    else:
+        control = _read_references(source, fit.bucket, fit_to_bucket, is_mirrored, has_alpha=has_alpha)
     if has_alpha and not table.alpha_mask and alpha is not None:
         # the model takes transparency as a fourth channel
         image, alpha = np.dstack([image, alpha]), None
     fitted_alpha, mask = _fit_alpha_and_mask(source, alpha, size, fit_to_bucket)
-    fitted = fit_to_bucket(image)
-    frames = (add_alpha(fitted) if has_alpha else fitted)[None]
-    if source.layers:
-        from dataset.sources.layers import read_layers  # few images have layers
-
-        frames = np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
-        if mask is not None:  # all layers have the mask of their image
-            mask = np.repeat(mask, len(frames), axis=0)
-    companions = ClipCompanions()
-    if source.references or source.control_mask is not None:
-        from dataset.sources.companions import read_companions  # few images have any
-
-        companions = read_companions(source, size, bucket=fit.bucket, count=1)
-    rejected: Clip | None = None
-    if source.rejected is not None:
-        rejected = _read_rejected(source, size, fit_image=fit_to_bucket, has_alpha=has_alpha)
+    frames = _fit_with_layers(source, image, fit_to_bucket, size=size, has_alpha=has_alpha)
+    if mask is not None and source.layers:  # all layers have the mask of their image
+        mask = np.repeat(mask, len(frames), axis=0)
+    companions = _read_image_companions(source, size, fit.bucket, fit_to_bucket, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -473,31 +474,85 @@ def _decode_image(
         mask=mask,
         references=companions.references,
         control_mask=companions.control_mask,
-        rejected=rejected,
+        rejected=companions.rejected,
     )
 
 
-def _read_controls(
+def _read_image_companions(
+    source: MediaSource,
+    size: Size,
+    bucket: Size,
+    fit_image: Callable[[Frame], Frame],
+    has_alpha: bool,
+) -> ClipCompanions:
+    """Read an image's references and control mask, and the rejected image of its preference pair.
+
+    Args:
+        source: The image, with local files.
+        size: Width and height of the image.
+        bucket: Size of its bucket.
+        fit_image: Resizes, crops and mirrors like the image.
+        has_alpha: Whether the rejected image gets alpha as a fourth channel.
+    """
+    companions = ClipCompanions()
+    if source.references or source.control_mask is not None:
+        from dataset.sources.companions import read_companions  # few images have any
+
+        companions = read_companions(source, size, bucket=bucket, count=1)
+    if source.rejected is not None:
+        rejected = _read_rejected(source, size, fit_image=fit_image, has_alpha=has_alpha)
+        companions = companions._replace(rejected=rejected)
+    return companions
+
+
+def _augment(
+    source: MediaSource, image: Frame, fit: Fit, generator: random.Random
+) -> tuple[Frame, Fit, bool]:
+    """Draw an image's crop, mirroring and color changes, if its table has them.
+
+    Returns:
+        The image with changed colors, how it is resized and cropped, and whether it is mirrored.
+    """
+    size = (image.shape[1], image.shape[0])
+    fit = _draw_crop(source, size, fit, generator)
+    is_mirrored = source.table.augmentation.flip and generator.random() < 0.5
+    if source.table.augmentation.color:
+        image = change_colors(image, generator)
+    return image, fit, is_mirrored
+
+
+def _fit_with_layers(
+    source: MediaSource, image: Frame, fit_to_bucket: Callable[[Frame], Frame], size: Size, has_alpha: bool
+) -> Clip:
+    """Resize an image and its layers to the bucket: F H W C, the image first.
+
+    `size` is the original size of the image. With `has_alpha`, frames have alpha as a fourth channel.
+    """
+    fitted = fit_to_bucket(image)
+    frames = (add_alpha(fitted) if has_alpha else fitted)[None]
+    if not source.layers:
+        return frames
+    from dataset.sources.layers import read_layers  # few images have layers
+
+    return np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
+
+
+def _read_references(
     source: MediaSource,
     bucket: Size,
     fit_image: Callable[[Frame], Frame],
     is_mirrored: bool,
-    keeps_alpha: bool,
     has_alpha: bool,
 ) -> list[Clip]:
-    """Read the control images of an image, each 1 H W C.
+    """Read the reference images of an image, each 1 H W C: its control images, with sizes of their own.
 
     Args:
         source: The image, with local files.
         bucket: Size of the image's bucket.
         fit_image: Resizes, crops and mirrors like the image.
         is_mirrored: Whether the image was mirrored.
-        keeps_alpha: Whether alpha of a control image is kept, resized separately from the colors.
-        has_alpha: Whether a reference image gets alpha as a fourth channel. References are control images
-            with a size of their own, in tables that set `references`.
+        has_alpha: Whether references get alpha as a fourth channel.
     """
-    if source.table.references is None:  # control images are resized like their image
-        return [_read_control(path, fit_image, keeps_alpha) for path in source.control]
     references = []
     for path in source.control:
         reference = read_reference(
@@ -592,27 +647,32 @@ def plan_source(
         DatasetError: If the resolution is not a multiple of `step`.
     """
     table = source.table
-    found_spans: tuple[Span, ...] = ((0, source.num_images),)
-    reason: str | None = None
     with fetch(source) as local:
         if table.kind == "image":
             size = image_size(local.path)
-        elif table.is_audio_only:
-            size = table.resolution
-            num_frames = _count_kept_frames(local, fps)
-            found_spans, reason = spans_or_reason(table, num_frames, lengths)
+            found_spans: tuple[Span, ...] = ((0, source.num_images),)
+            reason: str | None = None
         else:
-            info = video_info(local.path)
-            size = (info.width, info.height)
-            if info.frames is None or table.source_fps == AUTO or is_animation(local.path):
-                num_frames = _count_kept_frames(local, fps)
-            else:
-                num_frames = len(resample_indices(info.frames, table.declared_fps, table.target_fps or fps))
-            found_spans, reason = spans_or_reason(table, num_frames, lengths)
+            size, count = _plan_clip(local, fps)
+            found_spans = spans(table, count, lengths)
+            reason = None if found_spans else explain_no_spans(table, count)
         bucket = bucket_of(table, size, step, local.path)
     return DecodedMedia(
         source=source, size=size, bucket=bucket, frames=NO_FRAMES, spans=found_spans, reason=reason
     )
+
+
+def _plan_clip(local: MediaSource, fps: float) -> tuple[Size, int]:
+    """Return the original size of a clip, and the number of frames kept at the frame rate `fps`."""
+    table = local.table
+    if table.is_audio_only:
+        return table.resolution, _count_kept_frames(local, fps)
+    info = video_info(local.path)
+    if info.frames is None or table.source_fps == AUTO or is_animation(local.path):
+        count = _count_kept_frames(local, fps)
+    else:
+        count = len(resample_indices(info.frames, table.declared_fps, table.target_fps or fps))
+    return (info.width, info.height), count
 
 
 def _count_kept_frames(source: MediaSource, fps: float) -> int:
@@ -711,17 +771,11 @@ def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask:
     return np.stack([opaque if alpha is None else alpha for alpha in alphas])
 
 
-def spans_or_reason(
-    table: DatasetTable, num_kept: int, lengths: ClipLengths
-) -> tuple[tuple[Span, ...], str | None]:
-    """Return the spans of a clip with `num_kept` kept frames, and the reason if there are none."""
-    found_spans = spans(table, num_kept, lengths)
-    if found_spans:
-        return found_spans, None
+def explain_no_spans(table: DatasetTable, num_kept: int) -> str:
+    """Return why there are no spans of a clip with `num_kept` kept frames: it is too short."""
     declared = table.declared_fps
     selection = f" after dropping from source_fps = {declared:g}" if declared else ""
     if table.source_fps == AUTO:
         selection = ' at the rate of the model (source_fps = "auto")'
     shortest = min(table.target_frames)
-    reason = f"{format_count(num_kept, 'frame')}{selection}, the shortest of target_frames is {shortest}"
-    return (), reason
+    return f"{format_count(num_kept, 'frame')}{selection}, the shortest of target_frames is {shortest}"

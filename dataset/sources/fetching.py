@@ -5,12 +5,12 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from dataset.sources.media_source import MediaSource, PackedFile, Remote
+from dataset.sources.media_source import MediaSource, Origin, PackedFile, Remote
 from modules.errors import MediaError
 
 PREFIX = "reelsmith-extracted-"  # beginning of the names of temporary folders
@@ -37,40 +37,63 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         yield source
         return
     with contextlib.ExitStack() as stack:
-        original_paths: dict[Path, Path] = {}  # copy -> the path that errors name
-        folder: Path | None = None  # temporary folder, made for the first copy
-        local_paths = []
-        for path, origin in source.latent_inputs:
-            if isinstance(origin, Remote):
-                from dataset.sources.downloads import check_media, download  # only for remote files
-
-                download(origin.address, path, check=check_media)
-            elif origin is not None:
-                if folder is None:
-                    folder = _make_temporary_folder(stack)
-                copy = _extract(origin, path, folder / str(len(original_paths)))
-                original_paths[copy] = path
-                path = copy
-            local_paths.append(path)
+        files = _LocalFiles(stack)
+        paths = [files.provide(path, origin) for path, origin in source.latent_inputs]
         try:
-            remaining = iter(local_paths)  # in the order of `source.latent_inputs`
-            yield dataclasses.replace(
-                source,
-                path=next(remaining),
-                control=tuple(islice(remaining, len(source.control))),
-                mask=None if source.mask is None else next(remaining),
-                control_mask=None if source.control_mask is None else next(remaining),
-                references=tuple(islice(remaining, len(source.references))),
-                guides=tuple(islice(remaining, len(source.guides))),
-                rejected=None if source.rejected is None else next(remaining),
-                layers=tuple(remaining),
-                remote_or_packed=(),
-            )
+            yield _with_paths(source, paths)
         except MediaError as error:
-            message = str(error)
-            for copy, path in original_paths.items():
-                message = message.replace(str(copy), str(path))
-            raise type(error)(message) from error
+            raise type(error)(files.name_originals(str(error))) from error
+
+
+class _LocalFiles:
+    """Provides an item's files on disk; temporary copies are deleted when the exit stack is closed."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._folder: Path | None = None  # temporary folder, made for the first copy
+        self._original_paths: dict[Path, Path] = {}  # copy -> the path that errors name
+
+    def provide(self, path: Path, origin: Origin | None) -> Path:
+        """Return the path of a file on disk: the file itself, its download, or a temporary copy.
+
+        Raises:
+            MediaError: If the file is unavailable.
+        """
+        if origin is None:
+            return path
+        if isinstance(origin, Remote):
+            from dataset.sources.downloads import check_media, download  # only for remote files
+
+            download(origin.address, path, check=check_media)
+            return path
+        if self._folder is None:
+            self._folder = _make_temporary_folder(self._stack)
+        copy = _extract(origin, path, self._folder / str(len(self._original_paths)))
+        self._original_paths[copy] = path
+        return copy
+
+    def name_originals(self, message: str) -> str:
+        """Return an error message with the original paths in place of the temporary copies'."""
+        for copy, path in self._original_paths.items():
+            message = message.replace(str(copy), str(path))
+        return message
+
+
+def _with_paths(source: MediaSource, paths: Sequence[Path]) -> MediaSource:
+    """Return an item with the paths of its local files, which are in the order of its `latent_inputs`."""
+    remaining = iter(paths)
+    return dataclasses.replace(
+        source,
+        path=next(remaining),
+        control=tuple(islice(remaining, len(source.control))),
+        mask=None if source.mask is None else next(remaining),
+        control_mask=None if source.control_mask is None else next(remaining),
+        references=tuple(islice(remaining, len(source.references))),
+        guides=tuple(islice(remaining, len(source.guides))),
+        rejected=None if source.rejected is None else next(remaining),
+        layers=tuple(remaining),
+        remote_or_packed=(),
+    )
 
 
 @lru_cache(maxsize=4)  # once for each folder

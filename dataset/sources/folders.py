@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from dataset.config_keys import IGNORE
@@ -25,6 +26,14 @@ from modules.text_files import bad_character, require_regular_file
 logger = logging.getLogger(__name__)
 
 
+class _FolderCompanions(NamedTuple):
+    """Files in other folders of a table that belong to its images or clips, by path of the image or clip."""
+
+    controls: Mapping[Path, tuple[Path, ...]] = MappingProxyType({})
+    masks: Mapping[Path, Path] = MappingProxyType({})
+    audios: Mapping[Path, Path] = MappingProxyType({})
+
+
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """Return the media files of a table's folder; add a fault for each one that cannot be used.
 
@@ -37,7 +46,9 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     Raises:
         DatasetError: If the folder cannot be listed.
     """
-    paths = _leave_out_tool_outputs(table, _list_media(table, faults))
+    paths = _list_media(table, faults)
+    if any("_" in path.stem for path in paths):  # a tool names its output after its input: cat_SWINIR.png
+        paths = _leave_out_tool_outputs(table, paths)
     if not all(path.name.isascii() for path in paths):
         paths = _leave_out_bad_names(table, paths, faults)
     layers: Mapping[Path, tuple[Path, ...]] = {}
@@ -46,52 +57,62 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
 
         layers = group_layers(paths, table.caption_extension)
         paths = list(layers)
-    # files of other folders that belong to the media by name
-    controls: list[tuple[Path, ...]] = [()] * len(paths)
-    if table.control_directory is not None:
-        folder = ControlFolder(table.control_directory, {path.stem for path in paths}, table.config_path)
-        controls = _find_folder_controls(table, folder, paths, faults)
-    masks: dict[Path, Path] = {}
-    if table.mask_directory is not None:
-        masks = _find_companions(table, "mask", table.mask_directory, media=paths, faults=faults)
-    audios: dict[Path, Path] = {}
-    if table.audio_directory is not None and table.audio != IGNORE:
-        audios = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
-    assert table.directory is not None
-    extension = table.caption_extension
+    companions = _FolderCompanions()
+    if any((table.control_directory, table.mask_directory, table.audio_directory)):
+        companions = _find_folder_companions(table, paths, faults)
     caption_errors: dict[Path, str] = {}  # by caption file
     sources = []
-    for path, control in zip(paths, controls, strict=True):
-        stem = path.stem
-        caption_path = table.directory / (stem + extension) if extension else None
-        caption_content = _NO_CAPTION
-        if captions and caption_path is not None:
-            caption_content = _read_captions(caption_path, table)
-            if caption_content.error:
-                caption_errors[caption_path] = caption_content.error
+    for path in paths:
+        caption = _find_captions(table, path.stem, reads_file=captions)
+        if caption.path is not None and caption.error:
+            caption_errors[caption.path] = caption.error
         audio = None
-        if audios or table.finds_audio_by_name:
-            audio = _find_audio(table, path, audios, faults)
+        if companions.audios or table.finds_audio_by_name:
+            audio = _find_audio(table, path, companions.audios, faults)
         source = MediaSource(
             path=path,
-            stem=stem,
-            caption=caption_content.first,
-            caption_path=caption_path,
-            control=control,
+            stem=path.stem,
+            caption=caption.first,
+            caption_path=caption.path,
+            control=companions.controls.get(path, ()),
             table=table,
-            more_captions=caption_content.further,
-            mask=masks.get(path),
+            more_captions=caption.further,
+            mask=companions.masks.get(path),
             audio=audio,
-            caption_encoding=caption_content.encoding,
+            caption_encoding=caption.encoding,
             layers=layers.get(path, ()),
         )
         sources.append(source)
     if caption_errors:
-        kind = "have a caption that cannot be used"
-        messages = explain_captions(list(caption_errors), list(caption_errors.values()))
-        for caption_path, message in zip(caption_errors, messages, strict=True):
-            faults.append(Fault(kind, message, caption_path.name.removesuffix(extension or "")))
+        faults += _make_caption_faults(table, caption_errors)
     return sources
+
+
+def _find_folder_companions(
+    table: DatasetTable, paths: Sequence[Path], faults: list[Fault]
+) -> _FolderCompanions:
+    """Find the control media, masks and audio files that belong to these images or clips by name."""
+    controls: Mapping[Path, tuple[Path, ...]] = {}
+    if table.control_directory is not None:
+        folder = ControlFolder(table.control_directory, {path.stem for path in paths}, table.config_path)
+        controls = dict(zip(paths, _find_folder_controls(table, folder, paths, faults), strict=True))
+    masks: Mapping[Path, Path] = {}
+    if table.mask_directory is not None:
+        masks = _find_companions(table, "mask", table.mask_directory, media=paths, faults=faults)
+    audios: Mapping[Path, Path] = {}
+    if table.audio_directory is not None and table.audio != IGNORE:
+        audios = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
+    return _FolderCompanions(controls, masks, audios)
+
+
+def _make_caption_faults(table: DatasetTable, errors: Mapping[Path, str]) -> list[Fault]:
+    """Return a fault for each caption file that cannot be used; `errors` has the reason by file."""
+    extension = table.caption_extension or ""
+    messages = explain_captions(list(errors), list(errors.values()))
+    faults = []
+    for path, message in zip(errors, messages, strict=True):
+        faults.append(Fault("have a caption that cannot be used", message, path.name.removesuffix(extension)))
+    return faults
 
 
 def _find_audio(
@@ -141,17 +162,24 @@ def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fa
 class _Captions(NamedTuple):
     """The captions of one image or clip, or why its caption file cannot be used."""
 
+    path: Path | None = None  # the caption file, which need not exist; None: the table has no caption files
     first: str | None = None  # None: there is no caption
     further: tuple[str, ...] = ()
     encoding: str | None = None  # encoding of the caption file; None: UTF-8
     error: str = ""  # why the file cannot be used
 
 
-_NO_CAPTION = _Captions()
+def _find_captions(table: DatasetTable, stem: str, reads_file: bool) -> _Captions:
+    """Return the captions in the file next to an image or clip; if there is none, the table's class_tokens.
 
-
-def _read_captions(path: Path, table: DatasetTable) -> _Captions:
-    """Return the captions in a file; if it does not exist, the table's class_tokens, if set."""
+    Without `reads_file`, the result has only the path of the file.
+    """
+    if not table.caption_extension:
+        return _Captions()
+    assert table.directory is not None
+    path = table.directory / (stem + table.caption_extension)
+    if not reads_file:
+        return _Captions(path)
     encoding = None
     try:
         file = read_caption_file(path)
@@ -161,8 +189,8 @@ def _read_captions(path: Path, table: DatasetTable) -> _Captions:
         captions = None if text is None else captions_in(text, table)
         first, further = split_first_caption(captions, path)
     except DatasetError as error:
-        return _Captions(encoding=encoding, error=str(error))
-    return _Captions(first, further, encoding)
+        return _Captions(path, encoding=encoding, error=str(error))
+    return _Captions(path, first, further, encoding)
 
 
 def _find_companions(
@@ -230,9 +258,8 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
         stem, suffix = split_name(entry.name)
         suffix = suffix.lower()
         found_suffixes.add(suffix)
-        if suffix not in suffixes and suffix not in spare_suffixes:
-            continue
-        if label_of(stem) is not None:  # a mask or conditioning image of OneTrainer
+        is_medium = suffix in suffixes or suffix in spare_suffixes
+        if not is_medium or label_of(stem) is not None:  # a label is of a mask or condition of OneTrainer
             continue
         path = table.directory / entry.name
         if suffix in spare_suffixes:
@@ -241,17 +268,20 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
             media.append(path)
         else:
             kind = f"{table.media_kind}s of {table.name} cannot be opened"
-            text = f"{path}: {_explain(path)}"
-            faults.append(Fault(kind, text, path.stem, is_fatal=False))
+            faults.append(Fault(kind, f"{path}: {_explain(path)}", path.stem, is_fatal=False))
     # usually there are no such files, and none has to be opened
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
+    return _with_spare_files(table, media, spare_files)
+
+
+def _with_spare_files(table: DatasetTable, media: list[Path], spare_files: list[Path]) -> list[Path]:
+    """Return the media of a table, sorted, with those of the GIF, WebP and TIFF files that it uses."""
     if table.excludes_animations:  # a video table with the same folder uses them
         animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]
         spare_files = [path for path in spare_files if path not in animations]
-    media += _select_spare(table, spare_files, media)
-    return sorted(media, key=str)
+    return sorted([*media, *_select_spare(table, spare_files, media)], key=str)
 
 
 def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:

@@ -386,7 +386,8 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
     if table.has_precomputed_latents:
         return size
     if not table.enable_bucket:
-        _check_multiple(table, step)
+        if any(side % step for side in table.resolution):
+            raise _uneven_resolution(table, step)
         return table.resolution
     sd_scripts_buckets = table.buckets
     if sd_scripts_buckets is not None and sd_scripts_buckets.step % step:
@@ -407,15 +408,13 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
 
 
-def _check_multiple(table: DatasetTable, step: int) -> None:
-    """Raise DatasetError if a table without buckets has a resolution that is not a multiple of `step`."""
+def _uneven_resolution(table: DatasetTable, step: int) -> DatasetError:
+    """Return the error for a table without buckets whose resolution is not a multiple of `step`."""
     width, height = table.resolution
-    if width % step == 0 and height % step == 0:
-        return
     smaller = width // step * step, height // step * step
     larger = round_up(width, step), round_up(height, step)
     options = " or ".join(str(list(option)) for option in dict.fromkeys((smaller, larger)) if min(option))
-    raise DatasetError(
+    return DatasetError(
         f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
         f"enable_bucket is false. Use {options}, or enable_bucket = true."
     )

@@ -55,10 +55,6 @@ class TableFolders:
     def left_out_files(self, table: DatasetTable) -> str | None:
         """Return a warning with the number of unread files in a table's folder, by suffix.
 
-        1. Collect which media, caption and mask files the tables with this folder read.
-        2. Stop early if the folder only has media with their captions.
-        3. Count the other files, except those that are often next to media.
-
         Returns None if all files are read, or if an earlier table has the same folder.
 
         Raises:
@@ -70,35 +66,31 @@ class TableFolders:
         tables = self._tables_by_folder[folder_key]
         if tables[0].index != table.index:  # the first table with this folder reports for all of them
             return None
-        kinds = {str(folder_table.media_kind) for folder_table in tables}
-        caption_suffixes = {
-            folder_table.caption_extension for folder_table in tables if folder_table.caption_extension
-        }
+        rules = self._make_rules(folder_key)
+        # plain strings, because making a million Path objects is slow
+        entries = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
+        if rules.has_only_captioned_media(entries):
+            return None
+        counts = _count_unused(table, table.directory, rules, entries)
+        return f"{table.directory}: {_describe_counts(counts)}" if counts else None
+
+    def _make_rules(self, folder_key: str) -> "_FolderRules":
+        """Collect which media, captions and masks of a folder are read by the tables that have it."""
+        tables = self._tables_by_folder[folder_key]
+        kinds = {str(table.media_kind) for table in tables}
         suffixes_read = _all_suffixes(kinds)
         if folder_key in self._other_folders:  # the folder also has masks, control media or audio
             suffixes_read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
-        # plain strings, because making a million Path objects is slow
-        entries = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
-        media_stems = {stem for _, stem, suffix in entries if suffix.lower() in suffixes_read}
-        caption_stems = {stem for _, stem, suffix in entries if suffix in caption_suffixes}
-        if media_stems == caption_stems and len(entries) == 2 * len(media_stems):
-            # fast path: each image or clip has a caption, and there is nothing else
-            needs_check = (
-                suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries
-            )
-            if not any(needs_check):
-                return None
-        mask_folders = [folder_table.mask_directory for folder_table in tables]
-        has_masks = any(folder is not None and folder_id(folder) == folder_key for folder in mask_folders)
-        rules = _FolderRules(
+        caption_suffixes = {table.caption_extension for table in tables if table.caption_extension}
+        mask_folders = [table.mask_directory for table in tables if table.mask_directory is not None]
+        has_masks = folder_key in map(folder_id, mask_folders)
+        return _FolderRules(
             kinds,
             suffixes_read,
             caption_suffixes=caption_suffixes,
             lower_caption_suffixes={suffix.lower() for suffix in caption_suffixes},
             labels_read=frozenset({MASK_LABEL} if has_masks else ()),
         )
-        counts = _count_unused(table, table.directory, rules, entries=entries, stems=media_stems)
-        return f"{table.directory}: {_describe_counts(counts)}" if counts else None
 
     def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
         """Yield a line for each unread subfolder of a table's folder with media of the table's kind."""
@@ -110,20 +102,13 @@ class TableFolders:
                 folders = sorted(
                     entry.path for entry in entries if entry.name[0] != "." and not is_file(entry)
                 )
+            suffixes = _all_suffixes([table.media_kind])
             for folder in folders:
-                # caches and output of a run whose run.toml is in the folder
-                if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
+                is_of_run = Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists()
+                if is_of_run or folder_id(folder) in used_folders:
                     continue
-                suffixes = _all_suffixes([table.media_kind])
-                if folder_id(folder) in used_folders or not _contains_media(folder, suffixes, used_folders):
-                    continue
-                if Path(folder).name.lower() in MASK_FOLDERS:
-                    key = f'mask_directory = "{Path(folder).name}"'
-                    table_folder = table.directory
-                    yield f"{folder}: its masks are not used. {key} in the table of {table_folder} uses them"
-                else:
-                    text = f"its {table.media_kind}s are not used: folders inside a folder are not searched"
-                    yield f"{folder}: {text}. Give it a table"
+                if _contains_media(folder, suffixes, used_folders):
+                    yield f"{folder}: {_explain_folder(Path(folder), table)}"
 
 
 def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
@@ -137,13 +122,16 @@ def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
     return f"{num_files} {verb} not read: {'; '.join(parts)}"
 
 
+def _explain_folder(folder: Path, table: DatasetTable) -> str:
+    """Return why media in a subfolder of a table's folder are not read, and how to have them read."""
+    if folder.name.lower() in MASK_FOLDERS:
+        key = f'mask_directory = "{folder.name}"'
+        return f"its masks are not used. {key} in the table of {table.directory} uses them"
+    return f"its {table.media_kind}s are not used: folders inside a folder are not searched. Give it a table"
+
+
 def _count_unused(
-    table: DatasetTable,
-    folder: Path,
-    rules: "_FolderRules",
-    *,
-    entries: Sequence[_SplitEntry],
-    stems: set[str],
+    table: DatasetTable, folder: Path, rules: "_FolderRules", entries: Sequence[_SplitEntry]
 ) -> dict[str, Counter[str]]:
     """Count the unread files of a folder, by hint (why they are not read) and suffix.
 
@@ -156,33 +144,42 @@ def _count_unused(
         folder: The folder.
         rules: Which suffixes the tables of this folder read.
         entries: Entries of the folder, each with its stem and suffix.
-        stems: Stems of the folder's media files.
     """
-    image_suffixes = _all_suffixes(["image"])
+    media_stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.media_suffixes}
     unread_captions = _find_unread_captions(table, entries, rules)
     caption_names = {name for names in unread_captions.values() for name in names}
     counts: dict[str, Counter[str]] = {}  # hint -> number of files by suffix
     for hint, names in unread_captions.items():
         counts[hint] = Counter(split_name(name)[1] for name in names)
-    for entry, stem, suffix in entries:
+    for split_entry in entries:
+        entry, stem, _ = split_entry
         if entry.name in caption_names:
             continue
-        label = label_of(stem) if suffix.lower() in image_suffixes else None
-        if label is not None and label not in rules.labels_read:  # such as cat-mask.png
-            counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
-            continue
-        if rules.is_expected(entry.name, suffix, has_media=stem in stems):
-            continue
-        if _is_read_or_folder(entry, suffix.lower(), folder, rules):
-            continue
-        if suffix.lower() in rules.lower_caption_suffixes:
-            hint = f"captions of no {table.media_kind}"
-            displayed = suffix
-        else:
-            displayed = suffix.lower()
-            hint = _explain_suffix(displayed, rules.kinds)
-        counts.setdefault(hint, Counter())[displayed or "no suffix"] += 1
+        unused = _explain_unused(split_entry, table, folder, rules, has_media=stem in media_stems)
+        if unused is not None:
+            hint, displayed = unused
+            counts.setdefault(hint, Counter())[displayed] += 1
     return counts
+
+
+def _explain_unused(
+    split_entry: _SplitEntry, table: DatasetTable, folder: Path, rules: "_FolderRules", has_media: bool
+) -> tuple[str, str] | None:
+    """Return the hint for a file that no table reads, and the suffix under which it is counted.
+
+    Returns None if the path is read, is a folder, or is expected next to media. `has_media` says whether the
+    folder has a media file with the same stem.
+    """
+    entry, stem, suffix = split_entry
+    ending = suffix.lower()
+    label = label_of(stem)  # such as that of cat-mask.png
+    if label is not None and label not in rules.labels_read and ending in _all_suffixes(["image"]):
+        return _explain_label(label, folder), f"{label}{suffix}"
+    if rules.is_expected(entry.name, suffix, has_media) or _is_read_or_folder(entry, ending, folder, rules):
+        return None
+    if ending in rules.lower_caption_suffixes:
+        return f"captions of no {table.media_kind}", suffix or "no suffix"
+    return _explain_suffix(ending, rules.kinds), ending or "no suffix"
 
 
 def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_FolderRules") -> bool:
@@ -231,14 +228,7 @@ def _find_unread_captions(
     """
     if not rules.caption_suffixes:
         return {}
-    names = {entry.name for entry, _, _ in entries}
-    uncaptioned_media = CaptionOwners(
-        entry.name
-        for entry, stem, suffix in entries
-        if suffix.lower() in rules.media_suffixes
-        and label_of(stem) is None
-        and not any(f"{stem}{caption}" in names for caption in rules.caption_suffixes)
-    )
+    uncaptioned_media = CaptionOwners(_list_uncaptioned(entries, rules))
     by_suffix: dict[str, list[str]] = {}  # caption files with the right name but a different suffix
     misnamed: list[tuple[str, str]] = []  # (caption file, its media file)
     for entry, stem, suffix in entries:
@@ -254,6 +244,16 @@ def _find_unread_captions(
         elif suffix not in rules.caption_suffixes:
             by_suffix.setdefault(suffix, []).append(entry.name)
     return _describe_captions(table, by_suffix, misnamed, wanted_suffix=min(rules.caption_suffixes))
+
+
+def _list_uncaptioned(entries: Sequence[_SplitEntry], rules: "_FolderRules") -> Iterator[str]:
+    """Yield the names of a folder's media files without a caption, except masks and conditioning images."""
+    names = {entry.name for entry, _, _ in entries}
+    for entry, stem, suffix in entries:
+        if suffix.lower() in rules.media_suffixes and label_of(stem) is None:
+            caption_names = {f"{stem}{caption_suffix}" for caption_suffix in rules.caption_suffixes}
+            if names.isdisjoint(caption_names):
+                yield entry.name
 
 
 def _describe_captions(
@@ -299,6 +299,15 @@ class _FolderRules:
     caption_suffixes: set[str]  # as written in the tables
     lower_caption_suffixes: set[str]  # the same in lower case
     labels_read: frozenset[str]  # labels in file names, such as that of masks, that are read
+
+    def has_only_captioned_media(self, entries: Sequence[_SplitEntry]) -> bool:
+        """Return whether each image or clip has a caption and there is nothing else: a quick check."""
+        media_stems = {stem for _, stem, suffix in entries if suffix.lower() in self.media_suffixes}
+        caption_stems = {stem for _, stem, suffix in entries if suffix in self.caption_suffixes}
+        if media_stems != caption_stems or len(entries) != 2 * len(media_stems):
+            return False
+        # an animation may be a still image, and a label marks a mask or a conditioning image
+        return not any(suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries)
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
         """Return whether a file, such as a caption, is expected next to media and need not be reported.

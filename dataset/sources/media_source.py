@@ -8,7 +8,7 @@ import contextlib
 import gc
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -251,20 +251,23 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
         if num_rows[file] == 1:
             numbered.append(source)
             continue
-        other_values = _list_other_values(source)
         stems = stems_of_files.setdefault(file, {})
+        other_values = _list_other_values(source)
         if other_values not in stems:
-            stem = source.stem
-            number = len(stems) + 1
-            # the first row of a file keeps the file's stem, other rows get a free number
-            while stems and stem.casefold() in used_stems:
-                stem = f"{source.stem}-{number}"
-                number += 1
+            # the first row of a file keeps the file's stem
+            stem = _number_stem(source.stem, len(stems) + 1, used_stems) if stems else source.stem
             used_stems.add(stem.casefold())
             stems[other_values] = stem
         stem = stems[other_values]
         numbered.append(source if stem == source.stem else replace(source, stem=stem))
     return numbered
+
+
+def _number_stem(stem: str, number: int, used_stems: Container[str]) -> str:
+    """Return the stem with the first number from `number` that makes it differ from all used stems."""
+    while f"{stem}-{number}".casefold() in used_stems:
+        number += 1
+    return f"{stem}-{number}"
 
 
 def _list_other_values(source: MediaSource) -> tuple[object, ...]:

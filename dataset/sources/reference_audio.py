@@ -1,5 +1,6 @@
 """Find by name the audio files that serve as references for the audio of clips."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,12 +40,20 @@ def add_reference_audio(
         if other_paths:
             text = f"{first_path} and {other_paths[0].name} are references of the same clip. Keep one."
             faults.append(Fault(kind, text, stem))
-    without_reference = [source.path for source in sources if source.stem not in by_stem]
-    warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", without_reference)
-    unmatched = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
-    warn_of_paths(table, f"files in {KEY} match no clip by name and are not read", unmatched)
+    _warn_of_unmatched(table, sources, by_stem)
     completed = []
     for source in sources:
         paths = by_stem.get(source.stem)
         completed.append(source if paths is None else replace(source, reference_audio=paths[0]))
     return completed
+
+
+def _warn_of_unmatched(
+    table: DatasetTable, sources: Sequence[MediaSource], by_stem: Mapping[str, list[Path]]
+) -> None:
+    """Log how many clips have no reference audio, and how many of the files belong to no clip."""
+    without_reference = [source.path for source in sources if source.stem not in by_stem]
+    warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", without_reference)
+    stems = {source.stem for source in sources}
+    unmatched = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
+    warn_of_paths(table, f"files in {KEY} match no clip by name and are not read", unmatched)

@@ -54,21 +54,22 @@ def find_media_warnings(
         fps: Frame rate of the model.
         has_rates: Whether the model accepts clips of any rate.
     """
+    have_references = any(source.references or source.control for source in sources)
+    have_masks = any(source.mask or source.control_mask for source in sources)
+    have_layers = any(source.layers for source in sources)
+    are_listed = any(source.table.directory is None for source in sources)
     warnings = [] if has_rates else find_far_rates(sources, fps)
-    have_companions = any(
-        source.control or source.references or source.mask or source.control_mask for source in sources
-    )
-    if have_companions:
+    if have_references or have_masks:
         warnings += find_other_lengths(sources, fps)
         warnings += find_equal_references(sources)
     # control media, references and masks, and the items of lists, may be folders of frames
-    if have_companions or any(source.table.directory is None for source in sources):
+    if have_references or have_masks or are_listed:
         warnings += find_reordered(sources)
-    if any(source.references or source.control or source.layers for source in sources):
+    if have_references or have_layers:
         from dataset.sources.numbering import find_number_gaps  # few tables have numbered files
 
         warnings += find_number_gaps(sources)
-    if any(source.references or source.control for source in sources):
+    if have_references:
         from dataset.sources.companions import find_moving_references  # few tables have references
 
         warnings += find_moving_references(sources)
@@ -107,20 +108,29 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
         if source.table.caption_changes.moves_tags and read_if_object(source.caption or "") is not None:
             kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):
-            if source.table.caption_changes.wildcards:  # {a|b} is a random choice
-                lines = lines_of(caption)
-                if any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines):
+            if source.table.caption_changes.wildcards:
+                if _has_lone_brace(caption):
                     kinds[LONE_BRACE] = None
             elif "{" in caption and has_choice(caption):
                 kinds[NOT_DRAWN] = None
             if _BACKSLASH.search(caption):
                 kinds[BACKSLASH] = None
         if kinds:
-            one_line = " ".join((source.caption or "").split())
-            excerpt = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
-            text = f"{source.caption_path or source.path}: {excerpt}"
+            text = _quote_caption(source)
             warnings += [Fault(kind, text, source.stem) for kind in kinds]
     return warnings
+
+
+def _has_lone_brace(caption: str) -> bool:
+    """Return whether a caption with random choices such as {a|b} has a brace that belongs to none of them."""
+    return any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines_of(caption))
+
+
+def _quote_caption(source: MediaSource) -> str:
+    """Return the first words of a caption after the path of its file, for a warning."""
+    one_line = " ".join((source.caption or "").split())
+    excerpt = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
+    return f"{source.caption_path or source.path}: {excerpt}"
 
 
 def find_cut_captions(

@@ -143,7 +143,7 @@ def test_clips_that_name_their_colours_or_are_not_square_are_made_again(
     assert "size was [64, 32], is now [32, 32]" in caplog.text
     said = [str(reading_difference(source, False, 1)).partition(" (")[0] for source in find_sources(table)]
     shape = "dv.mp4 was read without the shape of its pixels, which are not square, but now with it"
-    assert said == [shape, "None", "wide.mkv was read without the colors that it names"]
+    assert said == [shape, "None", "wide.mkv was read without the color space that its header states"]
     assert [one.name for one in (tmp_path / "cache").glob("dv_*")] == [path.name]
     assert cached(config) == {}
 

@@ -184,7 +184,7 @@ def test_a_list_names_files_captions_and_control(tmp_path: Path) -> None:
         ('{"image_path": "a.png", "mask_path": " "}', "line 1: mask_path is empty"),
         ('{"image_path": "a.png"', "line 1: invalid JSON"),
         ('["a.png"]', "line 1: it is not an object"),
-        ('{"image_path": "a.png", "caption": 3}', "line 1: caption = 3 is not a text"),
+        ('{"image_path": "a.png", "caption": 3}', "line 1: caption = 3 is not text"),
         (
             '{"image_path": "a.png", "control_path": "x", "control_path_0": "y"}',
             "line 1: control_path_0 repeats the number",
