@@ -117,7 +117,7 @@ class Trainable:
                 network.on_epoch_start()
 
     def start_step(self, step: int) -> None:
-        """Freeze each part of the model that is trained for at most `step` steps.
+        """Freeze the parts that are trained for at most `step` steps; call `on_step_start` of foreign networks.
 
         Args:
             step: Number of optimizer steps taken so far.
@@ -125,6 +125,9 @@ class Trainable:
         for part, steps in self.freeze_at_step.items():
             if step >= steps:
                 self.modules[part].requires_grad_(False)
+        for network in self.all_networks:
+            if isinstance(network, ForeignNetwork):
+                network.on_step_start()
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Scale down weights with norms above `max_norm`; return the values of a `NormReport` as a tensor."""
