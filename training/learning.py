@@ -31,6 +31,7 @@ from training import experts
 from training.data.feed import Feed, NoiseSampler
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
 from training.features.hooks import AuxiliaryLearner, MergedLoras
+from training.learning_options import PartsOptions
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -346,8 +347,11 @@ class NetworkLoader:
             block_sharder=block_sharder,
         )
         dit = family.load_dit(placement, index)
-        experts.check_dtype(family, options, compute_dtype_of(dit))
-        compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or compute_dtype_of(dit)
+        compute_dtype = compute_dtype_of(dit)
+        autocast = experts.AUTOCAST.get(options.accelerator.mixed_precision)
+        if autocast is not None:
+            experts.check_dtype(family, options, compute_dtype)
+            compute_dtype = autocast
         if patch is not None or t_loras:
             _wrap_unmerged(dit, patch, t_loras, device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
@@ -510,9 +514,12 @@ class TrainableBuilder:
             # another DiT: its network uses the parameters of the first DiT's network
             self.trainables = [share_network(self.trainables[0], network, device)]
             return
+        rates = LearningRates(options.optimizer.learning_rate)
+        if options.lora_parts is not None:
+            rates = self._learning_rates_of_parts(options.lora_parts, rates.default)
         trainable = prepare_network(
             network,
-            self._learning_rates_of_network(),
+            rates,
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
@@ -565,12 +572,9 @@ class TrainableBuilder:
             return {**saved.parts.get(part, {})}
         return {**saved.network}
 
-    def _learning_rates_of_network(self) -> LearningRates:
+    def _learning_rates_of_parts(self, parts: PartsOptions, default: float) -> LearningRates:
         """Return the learning rates of the network's layers in the DiT and in the trained text encoders."""
-        parts, live_encoders = self.plan.options.lora_parts, self.plan.live_encoders
-        default = self.plan.options.optimizer.learning_rate
-        if parts is None:  # no text encoder can be trained
-            return LearningRates(default)
+        live_encoders = self.plan.live_encoders
         if live_encoders is None or not live_encoders.learning_encoders:
             return LearningRates(default, dit=parts.unet_lr)
         # --text_encoder_lr has a value for each encoder that could be trained

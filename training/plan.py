@@ -366,7 +366,13 @@ def join_processes(
         )
         for line in lines:
             logger.warning(line)
-    _check_optimizer_and_compilation(options, accelerator)
+    if options.is_fused or options.full_dit is not None:
+        _check_optimizer(options, accelerator)
+    compilation = options.speed.compilation.choice
+    if compilation is not None:
+        from runtime.compile import check_compilation  # only with --compile
+
+        check_compilation(compilation, accelerator.device)
     with ExitStack() as stack:
         processes: OtherProcesses | None = None
         if accelerator.num_processes > 1:
@@ -400,8 +406,8 @@ def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) ->
         yield
 
 
-def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Raise UserError if the optimizer does not support the options, or if the device cannot compile."""
+def _check_optimizer(options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Raise UserError if the optimizer does not support --fused_backward_pass or the training of a whole DiT."""
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.full_dit is not None:
@@ -409,11 +415,6 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
             check_offload(options.optimizer.optimizer_type)
         if shards_full_model(options):
             check_sharded_optimizer(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
-    compilation = options.speed.compilation.choice
-    if compilation is not None:
-        from runtime.compile import check_compilation  # only with --compile
-
-        check_compilation(compilation, accelerator.device)
 
 
 def read_config(options: TrainingOptions, family: Family, network_spec: NetworkSpec) -> DatasetConfig:

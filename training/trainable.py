@@ -117,7 +117,9 @@ class Trainable:
                 network.on_epoch_start()
 
     def start_step(self, step: int) -> None:
-        """Freeze the parts that are trained for at most `step` steps; call `on_step_start` of foreign networks.
+        """Freeze the parts that are trained for at most `step` steps; call `on_step_start` of networks.
+
+        Only networks from other packages have that method.
 
         Args:
             step: Number of optimizer steps taken so far.
