@@ -426,24 +426,31 @@ class NetworkLoader:
         All of them are disabled: a training step enables the adapter, a sample the others.
         """
         options, family = self.plan.options, network.family
-        dit, expert = network.dit, network.expert
-        is_compiled = options.speed.compilation.choice is not None
-        adapter = None
         if family is self.plan.family and options.frozen.training_adapter is not None:
-            adapter = experts.read_adapter(options, expert, family.experts)
-        sample_files = options.samples.loras() if has_samples else []
-        uses_stage_loras = has_samples and bool(stage_files_of(dit))
-        if adapter is None and not sample_files and not uses_stage_loras:
-            return
-        from networks.gated_loras import add_loras, add_stage_loras  # only with LoRA files
-        from networks.loading import read_weighted_lora
+            adapter = experts.read_adapter(options, network.expert, family.experts)
+            if adapter is not None:
+                from networks.gated_loras import add_loras  # only with LoRA files
 
-        if adapter is not None:
-            self.adapters.append(add_loras(dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
+                is_compiled = options.speed.compilation.choice is not None
+                self.adapters.append(add_loras(network.dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
+        if has_samples:
+            self._add_sample_loras(network)
+
+    def _add_sample_loras(self, network: UnpreparedNetwork) -> None:
+        """Add --sample_lora to a network, and the LoRAs of its family's denoising stages."""
+        options, dit = self.plan.options, network.dit
+        is_compiled = options.speed.compilation.choice is not None
+        sample_files = options.samples.loras()
         if sample_files:
-            loras = [read_weighted_lora(path, expert.name, multiplier) for path, multiplier in sample_files]
+            from networks.gated_loras import add_loras  # only with LoRA files
+            from networks.loading import read_weighted_lora
+
+            expert = network.expert.name
+            loras = [read_weighted_lora(path, expert, multiplier) for path, multiplier in sample_files]
             self.sample_loras.append(add_loras(dit, loras, is_compiled))
-        if uses_stage_loras:
+        if stage_files_of(dit):
+            from networks.gated_loras import add_stage_loras
+
             add_stage_loras(dit, is_compiled)
 
 

@@ -407,7 +407,7 @@ def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) ->
 
 
 def _check_optimizer(options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Raise UserError if the optimizer does not support --fused_backward_pass or the training of a whole DiT."""
+    """Raise UserError if the optimizer does not support --fused_backward_pass or whole-DiT training."""
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.full_dit is not None:
