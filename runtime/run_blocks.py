@@ -64,8 +64,8 @@ def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
 def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """Run all blocks in order, except `overrides.skip_blocks`, which pass their input through.
 
-    Blocks are numbered over all lists, in the order of `DitSpec.block_lists`. A block of the side stream, such
-    as one of a control network, returns a hint, which is added to `x` after the next block of the main stream.
+    Blocks are numbered over all lists, in the order of `DitSpec.block_lists`. A block of the side stream
+    returns a hint, which is added to `x` after the next block of the main stream.
     """
     spec = spec_of(dit)
     lists = spec.blocks(dit)

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from networks.options import NetworkOptions
 from protocols.bundled_embeddings import word_of
 from protocols.data import CAPTION
 from protocols.family import Family, part_rates_of, trains_audio
-from protocols.loading import BlockSharder
+from protocols.loading import BlockSharder, Placement
 from protocols.rules import Expert
 from runtime.network_setup import make_host_weights
 from runtime.offload.turns import HostCopy
@@ -93,13 +93,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     if initial_lora is not None:
         _check_initial_lora(plan, initial_lora, auxiliary_learners)
     builder = TrainableBuilder(plan, auxiliary_learners)
-    networks: list[nn.Module] = []
-    for index in range(len(plan.family.experts)):
-        network = loader.load(plan.family, index)
-        builder.add(network.dit, network.expert)
-        loader.set_up_network(network)
-        networks.append(network.dit)
-    sample_networks: Sequence[nn.Module] = networks
+    networks = _load_trained_networks(loader, builder)
+    sample_networks = networks
     if loader.has_sample_only_networks:
         sample_networks = _load_sample_networks(loader, builder, networks)
     trainable = builder.join()
@@ -152,6 +147,18 @@ def _check_initial_lora(
         compare_predictions({lora: metadata}, plan.family.noise.predicts_v)
 
 
+def _load_trained_networks(loader: "NetworkLoader", builder: "TrainableBuilder") -> list[nn.Module]:
+    """Load the networks of the trained experts, and add to each its LoRA, or select its trained weights."""
+    family = loader.plan.family
+    networks = []
+    for index in range(len(family.experts)):
+        network = loader.load(family, index)
+        builder.add(network.dit, network.expert)
+        loader.set_up_network(network)
+        networks.append(network.dit)
+    return networks
+
+
 def _load_sample_networks(
     loader: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
@@ -200,12 +207,33 @@ def make_run(
 ) -> TrainingRun:
     """Create the run with its feed, the losses of training and validation, and a watcher of request files."""
     plan = model.plan
-    options = plan.options
-    is_main = plan.accelerator.is_main_process
-    features = plan.features
+    rule, validation_rule = _make_loss_rules(model)
+    paths: Mapping[Path, str] = {}
+    clock: MinuteClock | None = None
+    if plan.accelerator.is_main_process:
+        paths = trigger_paths(plan.names, plan.options.samples.sample_now)
+        minutes = plan.saving.save_every_n_minutes
+        clock = None if minutes is None else MinuteClock(minutes)
+    return TrainingRun(
+        model=model,
+        feed=_make_feed(model),
+        rule=rule,
+        validation=Validation(plan, validation_rule) if plan.validation else None,
+        sampler=sampler,
+        memory=memory,
+        logs=logs,
+        reporter=reporter,
+        requests=Requests(paths, sampler is not None, clock=clock),
+        saver=saver,
+    )
+
+
+def _make_loss_rules(model: TrainedModel) -> tuple[LossRule, LossRule]:
+    """Return how the loss is computed in training and in validation, which has no passes of features."""
+    plan, features = model.plan, model.plan.features
     validation_rule = LossRule(
-        options.loss,
-        options.predicted,
+        plan.options.loss,
+        plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
         always_runs_base_model=plan.steps.in_lockstep and BASE_MODEL in features.needs,
         base_target_attributes=frozenset(features.base_target_attributes),
@@ -223,21 +251,7 @@ def make_run(
             seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
         ),
     )
-    minutes = plan.saving.save_every_n_minutes
-    watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
-    clock = MinuteClock(minutes) if is_main and minutes is not None else None
-    return TrainingRun(
-        model=model,
-        feed=_make_feed(model),
-        rule=rule,
-        validation=Validation(plan, validation_rule) if plan.validation else None,
-        sampler=sampler,
-        memory=memory,
-        logs=logs,
-        reporter=reporter,
-        requests=Requests(watched, sampler is not None, clock=clock),
-        saver=saver,
-    )
+    return rule, validation_rule
 
 
 def _make_feed(model: TrainedModel) -> Feed:
@@ -321,31 +335,24 @@ class NetworkLoader:
         expert = family.experts[index]
         # where the weights are kept: in host memory if they are swapped, or sharded over processes
         host_weights = make_host_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        block_sharder = (
-            make_block_sharder(options.speed, device)
-            if options.speed.modes.hooks.make_block_sharder
-            else None
+        block_sharder: BlockSharder | None = None
+        if options.speed.modes.hooks.make_block_sharder:
+            block_sharder = make_block_sharder(options.speed, device)
+        placement = replace(
+            experts.placement_of(options, device, plan.quantization),
+            host_weights=host_weights,
+            block_sharder=block_sharder,
         )
         # LoRAs that are merged into the weights while these are read, and T-LoRAs, which wrap layers later
-        network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         t_loras: Sequence[WeightedLora] = ()
+        network_options = experts.network_for(options, expert)
         is_auxiliary = family is not plan.family and family is not plan.sample_family  # such as a teacher
         if plan.features.merge is not None and network_options is not None and not is_auxiliary:
             loras = plan.features.merge(expert)
             if loras.uses:
                 patch, t_loras = self._read_merged(loras, network_options, family, index)
-        placement = experts.placement_of(options, device, plan.quantization)
-        # a DoRA learns the norms of the merged weights, so no LoRA may be left unmerged
-        must_merge = network_options is not None and network_options.decomposes
-        leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
-        placement = replace(
-            placement,
-            patch=patch,
-            leave_unmerged=leave_unmerged,
-            host_weights=host_weights,
-            block_sharder=block_sharder,
-        )
+                placement = _add_patch(placement, patch, network_options)
         dit = family.load_dit(placement, index)
         compute_dtype = compute_dtype_of(dit)
         autocast = experts.AUTOCAST.get(options.accelerator.mixed_precision)
@@ -452,6 +459,18 @@ class NetworkLoader:
             from networks.gated_loras import add_stage_loras
 
             add_stage_loras(dit, is_compiled)
+
+
+def _add_patch(placement: Placement, patch: "LoraPatch | None", network: NetworkOptions) -> Placement:
+    """Return a placement that merges LoRAs; layers that cannot be merged are left to be wrapped later.
+
+    A DoRA learns the norms of the merged weights, so none of its LoRAs may be left unmerged.
+    """
+    if patch is None:
+        return placement
+    return replace(
+        placement, patch=patch, leave_unmerged=None if network.decomposes else patch.leave_unmerged
+    )
 
 
 def _wrap_unmerged(

@@ -156,7 +156,10 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
     if run.features.on.before_step:
         skip_check = _make_skip_check(run, step_batches, loss=values[LOSS_COLUMN], keys=keys)
     norms = _step_weights(run, skip_check)
-    report = StepReport(run.progress.step + 1, rates, keys, _list_sizes(run, step_batches))
+    batches = run.feed.order.epoch(run.progress.epoch)
+    # steps with equal sizes take equally long
+    sizes = tuple(sorted(item.bucket for index in step_batches for item in batches[index]))
+    report = StepReport(run.progress.step + 1, rates, keys, sizes)
     if skip_check is not None:
         report = replace(report, skipped=skip_check.reason)
     previous = run.delayed_reports.push(report, torch.cat([values, *norms]))
@@ -165,12 +168,6 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
         return _read_requests(previous)
     run.requests.ending_agreed = run.requests.ending_requested
     return requested
-
-
-def _list_sizes(run: TrainingRun, step_batches: range) -> tuple[tuple[int, ...], ...]:
-    """Return the sizes of a step's items, in order: steps with equal sizes take equally long."""
-    batches = run.feed.order.epoch(run.progress.epoch)
-    return tuple(sorted(item.bucket for index in step_batches for item in batches[index]))
 
 
 def _sum_over_processes(
