@@ -195,10 +195,8 @@ def run_video(
     started = time.monotonic()
     info = source_info(job.source)
     is_deep = output_format.is_deep
-    clips = plan_clips(
-        stages,
-        Clip(job.source, info.width, info.height, rate=info.rate, frames=info.frames, is_deep=is_deep),
-    )
+    clip = Clip(job.source, info.width, info.height, rate=info.rate, frames=info.frames, is_deep=is_deep)
+    clips = plan_clips(stages, clip)
     output_clip = clips[-1]
     write = partial(
         _write_video,
@@ -222,14 +220,18 @@ def run_video(
             bar.update()
         if not num_frames:
             raise MediaError(f"{job.source}: no frame is left to write. Give a longer video.")
-    seconds = time.monotonic() - started
+    _log_result(job.output, num_frames, time.monotonic() - started)
+
+
+def _log_result(output: Path, num_frames: int, seconds: float) -> None:
+    """Log the length and the size of a written video, and how long it took."""
     logger.info(
         "%s: %s in %s, %.3g a second, %s",
-        job.output,
+        output,
         format_count(num_frames, "frame"),
         format_duration(seconds),
         num_frames / seconds,
-        format_size(job.output.stat().st_size),
+        format_size(output.stat().st_size),
     )
 
 

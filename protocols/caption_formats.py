@@ -53,16 +53,15 @@ class CaptionFormat:
 
     def find_key_errors(self, caption: Mapping[str, Any]) -> list[str]:
         """Return an error for each key present in a caption that is unknown or of the wrong kind."""
-        keys = {key.name: key for key in self.keys}
+        kinds = {key.name: key.kind for key in self.keys}
         errors = []
         for name, value in caption.items():
             if name in self.ignored:
                 continue
-            if name not in keys:
-                near = difflib.get_close_matches(name, keys, 1, CERTAIN)
-                errors.append(f"{name} is not a key of a caption" + (f": {near[0]} is meant" if near else ""))
-            elif value is not None and not isinstance(value, keys[name].kind):
-                errors.append(f"{name} is {_name_type(value)}, not {_NAMES[keys[name].kind]}")
+            if name not in kinds:
+                errors.append(_describe_unknown_key(name, kinds))
+            elif value is not None and not isinstance(value, kinds[name]):
+                errors.append(f"{name} is {_name_type(value)}, not {_NAMES[kinds[name]]}")
         for key in self.keys:
             value = caption.get(key.name)
             if key.kind is list and isinstance(value, list):
@@ -72,6 +71,13 @@ class CaptionFormat:
     def list_unsaid(self, caption: Mapping[str, Any]) -> list[str]:
         """Return the keys whose values in a caption are missing or blank."""
         return [key.name for key in self.keys if not caption.get(key.name)]
+
+
+def _describe_unknown_key(name: str, known_names: Mapping[str, type]) -> str:
+    """Return the error of an unknown key, with the key that is probably meant."""
+    near = difflib.get_close_matches(name, known_names, 1, CERTAIN)
+    suggestion = f": {near[0]} is meant" if near else ""
+    return f"{name} is not a key of a caption{suggestion}"
 
 
 def _find_entry_errors(key: CaptionKey, entries: Sequence[Any]) -> Iterator[str]:

@@ -280,26 +280,33 @@ def identify(path: Path, family: str | None = None) -> str | None:
         from downloads.catalogue import download_hint  # only for hints
 
         return download_hint(path, () if family is None else FAMILIES[family].main_scripts)
-    if path.is_file() and path.suffix != ".json":
-        from checkpoints.opening import open_file  # only for hints
-
-        # opened once here, because rejecting a malicious file would take each family a second
-        try:
-            open_file(path).close()
-        except CheckpointError:
-            return None
+    # opened once here, because rejecting a malicious file would take each family a second
+    if path.is_file() and path.suffix != ".json" and not _can_be_opened(path):
+        return None
     # in reverse, so that Wan comes last: its hints also cover files that belong to no family
     for name in reversed(list(FAMILIES)):
         entry = FAMILIES[name]
         if not entry.own_files:
             continue
         hint: str | None = import_own(f"{entry.room}.files").identify(path)
-        if hint is not None:
-            # such a hint names a model that the family's scripts accept
-            if entry.script and hint.startswith("it is "):
-                return f"{hint}. {describe_scripts(name)}"
-            return hint
+        if hint is None:
+            continue
+        # a hint with this beginning names a model that the family's scripts accept
+        if entry.script and hint.startswith("it is "):
+            return f"{hint}. {describe_scripts(name)}"
+        return hint
     return None
+
+
+def _can_be_opened(path: Path) -> bool:
+    """Return whether a checkpoint file is neither damaged nor malicious."""
+    from checkpoints.opening import open_file  # only for hints
+
+    try:
+        open_file(path).close()
+    except CheckpointError:
+        return False
+    return True
 
 
 def describe_scripts(family: str) -> str:

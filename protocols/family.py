@@ -486,7 +486,16 @@ class Described(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata about the model in saved files, such as modelspec.architecture and ss_sd_model_name."""
+        """Values about the model for the metadata of saved files.
+
+        - `architecture`, `implementation`, `prediction_type`, `encoder_layer`: for `modelspec.*`.
+        - `resolution`: for `modelspec.*`, if it is not the default one of its kind of model.
+        - `sd_model_name`, `sd_model_name_EXPERT`, `vae_name`, `model_type`: for `ss_*`.
+        - `base_model_version`: the model's name in files, if it differs from `Family.name`.
+        - `trained_for`: the model's use, if it has several that its files do not distinguish.
+        - `modelspec.*`, `reference_*`, `audio_ref_*`: entries that programs need to load the file.
+        - `ss_*`: entries that other trainers write.
+        """
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:

@@ -16,6 +16,7 @@ _TITLES = ("modelspec.title", "modelspec.architecture", "title", "name", "genera
 _PLAIN = re.compile(r"(diffusion_pytorch_)?model.*|transformer.*|unet.*")
 # suffixes of files; what follows any other dot belongs to the name, as in the folder Qwen-Image-2.1-Turbo
 _FILE_ENDING = re.compile(r"\.(safetensors|sft|gguf|ckpt|pth?|bin|json)$", re.IGNORECASE)
+_OTHER_CHARACTERS = re.compile(r"[^a-z0-9]+")
 _FOLDERS = 4  # levels from a transformer's file up to its release's folder, even in the hub's cache
 
 
@@ -126,12 +127,13 @@ class FewSteps:
             if key in metadata:
                 names.append((metadata[key], f"its {key} is {metadata[key]}"))
         for name, reason in names:
-            snake_case_name = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
+            separated_name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # "ModelRaw" -> "Model_Raw"
+            snake_case_name = _OTHER_CHARACTERS.sub("_", separated_name.lower())
             undistilled = self.undistilled_pattern
             if undistilled and re.search(undistilled, snake_case_name):
                 return Verdict(False, reason)
             # guidance distillation, after which guidance is an input of the model, does not count
-            without_guidance_words = _GUIDED.sub("", _with_underscores(name))
+            without_guidance_words = _GUIDED.sub("", _OTHER_CHARACTERS.sub("_", name.lower()))
             # "de-distilled" contains "distilled": such words are removed before the search
             without_undone_words = _UNDONE.sub("", without_guidance_words)
             if distilled_pattern.search(without_undone_words):
@@ -139,7 +141,3 @@ class FewSteps:
             if without_undone_words != without_guidance_words:  # "de-distilled" and the like
                 return Verdict(False, reason)
         return None
-
-
-def _with_underscores(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower())

@@ -154,14 +154,12 @@ def missing_for_inductor(device: torch.device) -> str:
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":
-        if has_cpp_compiler():
-            return _explain_missing_headers()
-        if sys.platform == "win32":
-            return (
-                "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from "
-                "their command prompt"
-            )
-        return "a C++ compiler: install g++ or clang++"
+        return _explain_missing_headers() if has_cpp_compiler() else _explain_missing_cpp_compiler()
+    return _missing_for_triton()
+
+
+def _missing_for_triton() -> str:
+    """Return the parts of Triton, which compiles for GPUs, that are missing; "" if none is."""
     if not has_triton_package():
         package = "triton-windows" if sys.platform == "win32" else "triton"
         return f"Triton: pip install {package}, in the version that fits torch {torch.__version__}"
@@ -172,6 +170,15 @@ def missing_for_inductor(device: torch.device) -> str:
     if not (os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang", "cc"))):
         return "a C compiler, which Triton needs to build its launchers: install gcc or clang"
     return _explain_missing_headers()
+
+
+def _explain_missing_cpp_compiler() -> str:
+    if sys.platform == "win32":
+        return (
+            "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from "
+            "their command prompt"
+        )
+    return "a C++ compiler: install g++ or clang++"
 
 
 def _explain_missing_headers() -> str:

@@ -80,19 +80,26 @@ def list_shared_lines(info: SharedMachine) -> list[str]:
     """Return five lines that describe a machine, for a report that is shared."""
     commit = f", commit {info.commit}" if info.commit else ""
     changed = " with changes" if info.is_changed else ""
-    torch = f"torch {info.torch}" if info.torch else "torch is not installed"
-    cuda = f", CUDA {info.cuda}" if info.cuda else ", without CUDA" if info.torch else ""
-    driver = f", driver {info.driver}" if info.driver else ""
     cards = [f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GB, capability {gpu.capability}" for gpu in info.gpus]
     memory = f", {info.host_bytes / GIB:.0f} GB of memory" if info.host_bytes else ""
-    packages = ", ".join(f"{name} {package_version}" for name, package_version in info.packages.items())
+    packages = [f"{name} {package_version}" for name, package_version in info.packages.items()]
     return [
         f"Reelsmith {info.reelsmith}{commit}{changed}",
         f"Python {info.python} on {info.system} {info.processor}, {info.cores} cores{memory}",
-        f"{torch}{cuda}{driver}",
+        _describe_torch_and_cuda(info),
         f"GPU: {'; '.join(cards) or 'none'}",
-        f"Packages: {packages or 'none of those that matter'}",
+        f"Packages: {', '.join(packages) or 'none of those that matter'}",
     ]
+
+
+def _describe_torch_and_cuda(info: SharedMachine) -> str:
+    """Return the line with the versions of torch, CUDA and the NVIDIA driver."""
+    driver = f", driver {info.driver}" if info.driver else ""
+    if not info.torch:
+        cuda = f", CUDA {info.cuda}" if info.cuda else ""
+        return f"torch is not installed{cuda}{driver}"
+    cuda = f"CUDA {info.cuda}" if info.cuda else "without CUDA"
+    return f"torch {info.torch}, {cuda}{driver}"
 
 
 def lacks_bfloat16() -> bool:

@@ -57,52 +57,60 @@ Runner = Callable[[nn.Module, Hidden, Overrides], None]  # runs the network's bl
 
 def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """Run the blocks of a DiT with its runner, a function that may be replaced; it changes `hidden.x`."""
-    runner_of(dit)(dit, hidden, overrides)
-
-
-def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
-    """Run a block of the side stream; return its hint, a tensor that is added to `x` after the next block."""
-    hidden.control_tokens, hint = block(hidden.control_tokens, hidden.x, hidden.tokens)
-    if hidden.control_scales is not None:
-        hint = hint * hidden.control_scales[:, number, None, None]
-    return hint
+    runner: Runner = dit.__dict__.get(_RUNNER, run_in_order)
+    runner(dit, hidden, overrides)
 
 
 def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """Run all blocks in order, except `overrides.skip_blocks`, which pass their input through.
 
-    Blocks of `overrides.skip_self_attention` get a record of tokens without self-attention. Blocks are
-    numbered over all lists, in the order of `DitSpec.block_lists`. A block of the side stream gets that
-    stream and `x`; it returns the stream and a hint, which is added to `x` after the next block.
+    Blocks are numbered over all lists, in the order of `DitSpec.block_lists`. A block of the side stream
+    returns a hint, which is added to `x` after the next block of the main stream.
     """
     spec = spec_of(dit)
     lists = spec.blocks(dit)
     blocks = list(chain.from_iterable(lists.values()))
-    num_main_blocks = len(blocks) - len(lists.get(spec.side_list, ()))  # the side list is the last one
-    hint = None  # what the last side block adds to `x` after the next block
-    counts = [len(blocks_of_list) for blocks_of_list in lists.values()]
-    for index in spec.execution_order(counts) if spec.side_list else range(len(blocks)):
-        block = blocks[index]
-        if index >= num_main_blocks:
-            if hidden.control_tokens is not None:
-                hint = _run_side_block(block, hidden, index - num_main_blocks)
-            continue
-        if hidden.before_block is not None:
-            hidden.before_block(index, hidden)
-        if index not in overrides.skip_blocks:
-            skips = index in overrides.skip_self_attention
-            tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
-            hidden.x = block(hidden.x, tokens)
-        residual = hidden.block_residuals[index] if hidden.block_residuals else None
-        if residual is not None:
-            # residuals are for the first tokens; the remaining ones get zeros
-            num_other_tokens = hidden.x.shape[1] - residual.shape[1]
-            hidden.x = hidden.x + pad(residual.to(hidden.x.dtype), (0, 0, 0, num_other_tokens))
-        if hint is not None:
-            hidden.x = hidden.x + hint
-            hint = None
+    order: Sequence[int] = range(len(blocks))
+    if spec.side_list:  # its blocks are numbered last, but run between the blocks of the main stream
+        order = spec.execution_order([len(blocks_of_list) for blocks_of_list in lists.values()])
+    num_main_blocks = len(blocks) - len(lists.get(spec.side_list, ()))
+    hint: Tensor | None = None
+    for index in order:
+        if index < num_main_blocks:
+            _run_main_block(blocks[index], index, hidden, overrides)
+            if hint is not None:
+                hidden.x = hidden.x + hint
+                hint = None
+        elif hidden.control_tokens is not None:
+            hint = _run_side_block(blocks[index], index - num_main_blocks, hidden)
     if hidden.before_block is not None:
         hidden.before_block(len(blocks), hidden)
+
+
+def _run_main_block(block: nn.Module, index: int, hidden: Hidden, overrides: Overrides) -> None:
+    """Run a block of the main stream unless it is skipped, and add its residual to `hidden.x`.
+
+    Blocks of `overrides.skip_self_attention` get a record of tokens without self-attention.
+    """
+    if hidden.before_block is not None:
+        hidden.before_block(index, hidden)
+    if index not in overrides.skip_blocks:
+        skips = index in overrides.skip_self_attention
+        tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
+        hidden.x = block(hidden.x, tokens)
+    residual = hidden.block_residuals[index] if hidden.block_residuals else None
+    if residual is not None:
+        # residuals are for the first tokens; the remaining ones get zeros
+        num_other_tokens = hidden.x.shape[1] - residual.shape[1]
+        hidden.x = hidden.x + pad(residual.to(hidden.x.dtype), (0, 0, 0, num_other_tokens))
+
+
+def _run_side_block(block: nn.Module, number: int, hidden: Hidden) -> Tensor:
+    """Run a block of the side stream, which changes that stream; return its hint for the main stream."""
+    hidden.control_tokens, hint = block(hidden.control_tokens, hidden.x, hidden.tokens)
+    if hidden.control_scales is not None:
+        hint = hint * hidden.control_scales[:, number, None, None]
+    return hint
 
 
 class BlockNetwork(nn.Module):

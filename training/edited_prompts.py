@@ -5,9 +5,10 @@ If the file has not changed, nothing else is done.
 
 import logging
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -17,7 +18,6 @@ from generation.sample_lines import read_sample_file
 from modules.console import format_count
 from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
-from protocols.requests import Prepared
 from training.samples import Sample, Sampler, encode_samples, parse_requests, prompts_of, warn_of_unused
 
 logger = logging.getLogger(__name__)
@@ -110,17 +110,15 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
         UserError: If an entry cannot be used, or if an encoder cannot be loaded.
     """
     source, session = sampler.source, sampler.session
-    entries, all_prepared = parse_requests(session.family, source.text, source.path)
-    unchanged_samples: dict[int, Sample] = {}
-    edited_requests: dict[int, Prepared] = {}
-    for index in source.prompt_indices(len(entries)):
-        unchanged_matches = [sample for sample in sampler.samples if sample.settings == entries[index]]
-        if unchanged_matches:
-            unchanged_samples[index] = replace(unchanged_matches[0], index=index)
-        else:
-            edited_requests[index] = all_prepared[index]
-    num_new_texts = session.count_new(select_prompts(prepared) for prepared in edited_requests.values())
-    if num_new_texts and session.blocks is not None:
+    entries, requests = parse_requests(session.family, source.text, source.path)
+    unchanged_samples = _find_unchanged(sampler, entries)
+    edited_requests = {
+        index: requests[index]
+        for index in source.prompt_indices(len(entries))
+        if index not in unchanged_samples
+    }
+    has_new_texts = session.count_new(map(select_prompts, edited_requests.values())) > 0
+    if has_new_texts and session.blocks is not None:
         # a process that fails alone would leave the others waiting
         raise OptionError(
             f"new texts cannot be encoded while the model is split over processes "
@@ -128,10 +126,23 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
         )
     if source.process_index == 0:
         warn_of_unused(entries, session.family, source.path)
-    if num_new_texts:
+    if has_new_texts:
         log_activity("encoding edited prompts")
     encoded_samples = encode_samples(session, entries, edited_requests, decodes=sampler.writes_files)
     samples = unchanged_samples | {sample.index: sample for sample in encoded_samples}
     return replace(
         sampler, samples=[samples[index] for index in sorted(samples)], prompts=prompts_of(entries)
     )
+
+
+def _find_unchanged(sampler: Sampler, entries: Sequence[Mapping[str, Any]]) -> dict[int, Sample]:
+    """Return the earlier sample of each entry that has one with equal settings, by the entry's index.
+
+    Only entries that this process generates are looked at. Entries may have been moved within the file.
+    """
+    unchanged: dict[int, Sample] = {}
+    for index in sampler.source.prompt_indices(len(entries)):
+        earlier = next((sample for sample in sampler.samples if sample.settings == entries[index]), None)
+        if earlier is not None:
+            unchanged[index] = replace(earlier, index=index)
+    return unchanged

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +23,14 @@ from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from protocols.families import HIGH_NOISE
 from protocols.family import DitSpec, Family, knows_few_steps
+from protocols.few_steps import FewSteps
 from protocols.loading import BlockSharder, Placement
 from protocols.rules import ONE_EXPERT, Expert
 from runtime import network_setup
 from runtime.offload.swap_plan import HostWeights
 from runtime.offload.turns import HostCopy
 from training.data.timesteps import find_level_range
+from training.learning_options import ExpertTrainingOptions
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
@@ -110,11 +113,11 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 
 def check_experts(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for options that do not support the transformers of this run."""
-    experts, by_expert, network = family.experts, options.by_expert, options.network
-    if len(experts) == 1:  # the other rules are for two transformers, of high and of low noise
-        if by_expert.lora_per_expert:
-            raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
-    elif options.full_dit is not None:
+    by_expert = options.by_expert
+    has_two_transformers = len(family.experts) > 1  # of high and of low noise
+    if by_expert.lora_per_expert and not has_two_transformers:
+        raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
+    if options.full_dit is not None and has_two_transformers:
         raise OptionError(
             "--dit and --dit_high_noise: whole transformers are trained one at a time, as the weights of two "
             "with their gradients fit no device. Give one of them, or train a LoRA"
@@ -124,13 +127,19 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
             "--network_weights_high_noise: one network is trained for both transformers, and starts from "
             "--network_weights. Use that, or add --lora_per_expert"
         )
-    if network is not None and by_expert.lora_per_expert:
+    if options.network is not None and has_two_transformers:
+        _check_network_of_two(options.network, by_expert)
+
+
+def _check_network_of_two(network: NetworkOptions, by_expert: ExpertTrainingOptions) -> None:
+    """Raise OptionError if a network does not support two transformers, each with its own or sharing one."""
+    if by_expert.lora_per_expert:
         if network.dim_from_weights and by_expert.network_weights_high_noise is None:
             raise OptionError(
                 "--dim_from_weights with --lora_per_expert needs --network_weights_high_noise too: the file "
                 "to take ranks and alphas of the second network from"
             )
-    elif network is not None and len(experts) > 1 and network.decomposes:  # a DoRA for both transformers
+    elif network.decomposes:  # a DoRA for both transformers
         kind = next(kind for kind in network.variants if kind.magnitudes)
         raise OptionError(
             f"--network_args {kind.switch}=True: {named(kind)} learns the norms of a transformer's weights, "
@@ -176,7 +185,10 @@ def _log_trained_expert(
     experts, all_experts = family.experts, family.defaults.experts
     trained_expert = find_trained_expert(family, timesteps_of_tables)
     for expert in experts:
-        _warn_of_other_experts_weights(family, network_for(options, expert), (trained_expert or expert).name)
+        network = network_for(options, expert)
+        if network is not None and network.network_weights is not None:
+            weights_expert = (trained_expert or expert).name
+            _warn_of_other_experts_weights(family, network, network.network_weights, weights_expert)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.abilities.sampling_dit_option
         logger.info("Only the trained transformer generates samples; give %s to use both.", option)
@@ -206,14 +218,24 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     evidence = family.few_steps_evidence()
     if evidence is None:
         return ""
-    rule = family.few_steps
+    return _describe_unlearning(family.few_steps, evidence, trains_whole_model=options.full_dit is not None)
+
+
+def _describe_unlearning(rule: FewSteps, evidence: str, *, trains_whole_model: bool) -> str:
+    """Return the warning that training unlearns few steps, with advice on how to keep the ability.
+
+    Args:
+        rule: What the training of the model's transformer unlearns.
+        evidence: Why the transformer is taken for a distilled one.
+        trains_whole_model: Whether the transformer itself is trained instead of a network.
+    """
     unlearned = rule.unlearned_pronoun
     beginning = (
         f"The transformer may be distilled for few steps ({evidence}). If it is, plain training unlearns"
     )
     if rule.applies_to_all_files:
         beginning = f"The transformer {rule.distillation_clause} ({evidence}). Plain training unlearns"
-    if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
+    if trains_whole_model:  # without a frozen model, there are no targets that keep the ability
         return f"{beginning} {unlearned}: {rule.consequence}. {rule.advice_for_full_training}."
     warning = f"{beginning} {unlearned}: with the trained network {rule.consequence}. {rule.advice_for_lora}."
     if rule.targets:
@@ -224,14 +246,14 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     return warning
 
 
-def _warn_of_other_experts_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
+def _warn_of_other_experts_weights(
+    family: Family, network: NetworkOptions, weights: Path, expert: str
+) -> None:
     """Warn if the file of --network_weights was trained for the other expert."""
-    if network is None or network.network_weights is None:
-        return
     if (network.network_module or family.lora_module) in OWN_MODULES:
         from networks.loading import read_lora, warn_of_other_expert  # only with LoRA files
 
-        warn_of_other_expert(read_lora(network.network_weights), expert)
+        warn_of_other_expert(read_lora(weights), expert)
 
 
 def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:

@@ -5,7 +5,7 @@ Names and types are those in the files of other image trainers.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from dataset.batches.items import TrainingItem
 from dataset.cache_files import parse_latent_name
 from dataset.forms.composing import source_format_of
+from dataset.sources.media_source import MediaSource
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 from training.learning_options import PartsOptions
@@ -26,13 +27,29 @@ Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> number of captions wi
 
 def image_trainer_metadata(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
     """Return the additional `ss_*` entries that trainers of image models write into a LoRA's metadata."""
-    options, items = plan.options, plan.training
+    values = _list_option_values(plan)
     model_type = plan.family.metadata.get("model_type")
-    validation = options.validation
+    if model_type is not None:
+        values["model_type"] = model_type
+    values |= _list_data_values(plan)
+    if not plan.family.noise.keeps_variance:
+        values["model_prediction_type"] = prediction.model_prediction_type
+    batch_size = values["batch_size_per_device"]  # from `_common_settings`; None if the tables differ in it
+    if batch_size is not None:
+        batch_size *= plan.steps.data_parallel_size * plan.steps.accumulation_steps
+    values["total_batch_size"] = batch_size
+    subset = plan.options.subset
+    if subset is not None:
+        values["resize_interpolation"] = subset.resize_interpolation
+        values["prior_loss_weight"] = subset.prior_loss_weight
+    return {f"ss_{name}": value for name, value in values.items()}
+
+
+def _list_option_values(plan: TrainingPlan) -> dict[str, Any]:
+    """Return the options of a run under the names that sd-scripts records."""
+    options, validation = plan.options, plan.options.validation
     network, caching = options.network, options.caching
-    tables = _tables_with_items(plan.config.datasets, items)
-    tags = count_tags(items)
-    values: dict[str, Any] = {
+    return {
         "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
         **_list_rates(options.optimizer.learning_rate, options.lora_parts),
         "cache_latents": caching is not None and caching.caches_latents,
@@ -44,24 +61,20 @@ def image_trainer_metadata(plan: TrainingPlan, prediction: PredictionOptions) ->
         "validate_every_n_epochs": validation.validate_every_n_epochs,
         "validate_every_n_steps": validation.validate_every_n_steps,
         "num_validation_images": len(plan.validation),
-        **({} if model_type is None else {"model_type": model_type}),
+    }
+
+
+def _list_data_values(plan: TrainingPlan) -> dict[str, Any]:
+    """Return what sd-scripts records about the images: counts, settings of their tables, and tags."""
+    items = plan.training
+    tables = _tables_with_items(plan.config.datasets, items)
+    tags = count_tags(items)
+    return {
         **_make_image_counts(tables, items),
         **_common_settings(tables),
         "tag_frequency": _as_json(tags),
         "datasets": _as_json(_describe_datasets(tables, items, tags)),
     }
-    if not plan.family.noise.keeps_variance:
-        values["model_prediction_type"] = prediction.model_prediction_type
-    batch_size = values["batch_size_per_device"]  # from `_common_settings`; None if the tables differ in it
-    if batch_size is not None:
-        batch_size *= plan.steps.data_parallel_size * plan.steps.accumulation_steps
-    values["total_batch_size"] = batch_size
-    if options.subset is not None:
-        values |= {
-            "resize_interpolation": options.subset.resize_interpolation,
-            "prior_loss_weight": options.subset.prior_loss_weight,
-        }
-    return {f"ss_{name}": value for name, value in values.items()}
 
 
 def _as_json(value: Any) -> str:
@@ -106,9 +119,9 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     from dataset.listing import find_sources  # other runs read only caches
 
     tables = {item.table.index: item.table for item in items}
-    stems_by_table: dict[int, set[str]] = {}
+    trained_stems: dict[int, set[str]] = {index: set() for index in tables}
     for item in items:
-        stems_by_table.setdefault(item.table.index, set()).add(item.source_stem)
+        trained_stems[item.table.index].add(item.source_stem)
     tags_by_folder: dict[str, Counter[str]] = {}
     counted_files: set[Path] = set()  # a folder may be in datasets of several resolutions
     for index, table in tables.items():
@@ -118,19 +131,24 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
             continue
         tags = tags_by_folder.setdefault(table.source.name, Counter())
         for source in sources:
-            if source.stem in stems_by_table[index] and source.path not in counted_files:
+            if source.stem in trained_stems[index] and source.path not in counted_files:
                 counted_files.add(source.path)
-                for caption in filter(None, [source.caption, *source.more_captions]):
-                    tags.update(_split_tags(caption))
-    return {
-        folder: dict(tags.most_common(MAX_TAGS) if len(tags) > MAX_TAGS else tags)
-        for folder, tags in tags_by_folder.items()
-    }
+                tags.update(_list_tags(source))
+    return {folder: _keep_most_frequent(tags) for folder, tags in tags_by_folder.items()}
 
 
-def _split_tags(caption: str) -> list[str]:
-    tags = [tag.strip().lower() for tag in caption.split(",")]
-    return [tag for tag in tags if tag]
+def _list_tags(source: MediaSource) -> Iterator[str]:
+    """Yield each tag of each caption of an image, in lower case."""
+    for caption in filter(None, [source.caption, *source.more_captions]):
+        for part in caption.split(","):
+            tag = part.strip().lower()
+            if tag:
+                yield tag
+
+
+def _keep_most_frequent(tags: Counter[str]) -> dict[str, int]:
+    """Return the MAX_TAGS most frequent tags in the order of frequency; fewer tags keep their order."""
+    return dict(tags.most_common(MAX_TAGS) if len(tags) > MAX_TAGS else tags)
 
 
 # --- images
@@ -270,27 +288,30 @@ def _describe_dataset(
         tags: Frequency of each tag by folder.
     """
     descriptions = [table.describe() for table in tables]
-    first = _list_recorded_settings(tables[0])
+    settings = _list_recorded_settings(tables[0])
     buckets = tables[0].buckets
-    names = {table.source.name for table in tables}
-    entry: dict[str, Any] = {}
-    for key, value in descriptions[0].items():
-        is_common = all(subset.get(key) == value for subset in descriptions)
-        if is_common:
-            entry[key] = value
-    keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
-    return entry | {
+    folders = sorted({table.source.name for table in tables})
+    return _common_entries(descriptions) | {
         "is_dreambooth": not any(source_format_of(table).metadata_key for table in tables),
         "num_train_images": image_counts.num_learned,
         "num_reg_images": image_counts.num_regularization,
         "resolution": list(tables[0].resolution),
-        **{key: first[key] for key in keys},
-        "tag_frequency": {name: tags[name] for name in sorted(names) if name in tags},
+        "batch_size_per_device": settings["batch_size_per_device"],
+        "enable_bucket": settings["enable_bucket"],
+        "min_bucket_reso": settings["min_bucket_reso"],
+        "max_bucket_reso": settings["max_bucket_reso"],
+        "tag_frequency": {folder: tags[folder] for folder in folders if folder in tags},
         "bucket_info": image_counts.bucket_info,
         "resize_interpolation": None if buckets is None else buckets.interpolation,
-        "has_control": all(subset["has_control"] for subset in descriptions),
+        "has_control": all(description["has_control"] for description in descriptions),
         "subsets": [_describe_subset(table, image_counts.num_by_table[table.index]) for table in tables],
     }
+
+
+def _common_entries(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the entries that all descriptions share."""
+    first, *others = descriptions
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from networks.options import NetworkOptions
 from protocols.bundled_embeddings import word_of
 from protocols.data import CAPTION
 from protocols.family import Family, part_rates_of, trains_audio
-from protocols.loading import BlockSharder
+from protocols.loading import BlockSharder, Placement
 from protocols.rules import Expert
 from runtime.network_setup import make_host_weights
 from runtime.offload.turns import HostCopy
@@ -31,6 +31,7 @@ from training import experts
 from training.data.feed import Feed, NoiseSampler
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
 from training.features.hooks import AuxiliaryLearner, MergedLoras
+from training.learning_options import PartsOptions
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -92,13 +93,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     if initial_lora is not None:
         _check_initial_lora(plan, initial_lora, auxiliary_learners)
     builder = TrainableBuilder(plan, auxiliary_learners)
-    networks: list[nn.Module] = []
-    for index in range(len(plan.family.experts)):
-        network = loader.load(plan.family, index)
-        builder.add(network.dit, network.expert)
-        loader.set_up_network(network)
-        networks.append(network.dit)
-    sample_networks: Sequence[nn.Module] = networks
+    networks = _load_trained_networks(loader, builder)
+    sample_networks = networks
     if loader.has_sample_only_networks:
         sample_networks = _load_sample_networks(loader, builder, networks)
     trainable = builder.join()
@@ -151,6 +147,18 @@ def _check_initial_lora(
         compare_predictions({lora: metadata}, plan.family.noise.predicts_v)
 
 
+def _load_trained_networks(loader: "NetworkLoader", builder: "TrainableBuilder") -> list[nn.Module]:
+    """Load the networks of the trained experts, and add to each its LoRA, or select its trained weights."""
+    family = loader.plan.family
+    networks = []
+    for index in range(len(family.experts)):
+        network = loader.load(family, index)
+        builder.add(network.dit, network.expert)
+        loader.set_up_network(network)
+        networks.append(network.dit)
+    return networks
+
+
 def _load_sample_networks(
     loader: "NetworkLoader", builder: "TrainableBuilder", networks: Sequence[nn.Module]
 ) -> list[nn.Module]:
@@ -199,12 +207,33 @@ def make_run(
 ) -> TrainingRun:
     """Create the run with its feed, the losses of training and validation, and a watcher of request files."""
     plan = model.plan
-    options = plan.options
-    is_main = plan.accelerator.is_main_process
-    features = plan.features
+    rule, validation_rule = _make_loss_rules(model)
+    paths: Mapping[Path, str] = {}
+    clock: MinuteClock | None = None
+    if plan.accelerator.is_main_process:
+        paths = trigger_paths(plan.names, plan.options.samples.sample_now)
+        minutes = plan.saving.save_every_n_minutes
+        clock = None if minutes is None else MinuteClock(minutes)
+    return TrainingRun(
+        model=model,
+        feed=_make_feed(model),
+        rule=rule,
+        validation=Validation(plan, validation_rule) if plan.validation else None,
+        sampler=sampler,
+        memory=memory,
+        logs=logs,
+        reporter=reporter,
+        requests=Requests(paths, sampler is not None, clock=clock),
+        saver=saver,
+    )
+
+
+def _make_loss_rules(model: TrainedModel) -> tuple[LossRule, LossRule]:
+    """Return how the loss is computed in training and in validation, which has no passes of features."""
+    plan, features = model.plan, model.plan.features
     validation_rule = LossRule(
-        options.loss,
-        options.predicted,
+        plan.options.loss,
+        plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
         always_runs_base_model=plan.steps.in_lockstep and BASE_MODEL in features.needs,
         base_target_attributes=frozenset(features.base_target_attributes),
@@ -222,21 +251,7 @@ def make_run(
             seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
         ),
     )
-    minutes = plan.saving.save_every_n_minutes
-    watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
-    clock = MinuteClock(minutes) if is_main and minutes is not None else None
-    return TrainingRun(
-        model=model,
-        feed=_make_feed(model),
-        rule=rule,
-        validation=Validation(plan, validation_rule) if plan.validation else None,
-        sampler=sampler,
-        memory=memory,
-        logs=logs,
-        reporter=reporter,
-        requests=Requests(watched, sampler is not None, clock=clock),
-        saver=saver,
-    )
+    return rule, validation_rule
 
 
 def _make_feed(model: TrainedModel) -> Feed:
@@ -320,34 +335,30 @@ class NetworkLoader:
         expert = family.experts[index]
         # where the weights are kept: in host memory if they are swapped, or sharded over processes
         host_weights = make_host_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        block_sharder = (
-            make_block_sharder(options.speed, device)
-            if options.speed.modes.hooks.make_block_sharder
-            else None
+        block_sharder: BlockSharder | None = None
+        if options.speed.modes.hooks.make_block_sharder:
+            block_sharder = make_block_sharder(options.speed, device)
+        placement = replace(
+            experts.placement_of(options, device, plan.quantization),
+            host_weights=host_weights,
+            block_sharder=block_sharder,
         )
         # LoRAs that are merged into the weights while these are read, and T-LoRAs, which wrap layers later
-        network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         t_loras: Sequence[WeightedLora] = ()
+        network_options = experts.network_for(options, expert)
         is_auxiliary = family is not plan.family and family is not plan.sample_family  # such as a teacher
         if plan.features.merge is not None and network_options is not None and not is_auxiliary:
             loras = plan.features.merge(expert)
             if loras.uses:
                 patch, t_loras = self._read_merged(loras, network_options, family, index)
-        placement = experts.placement_of(options, device, plan.quantization)
-        # a DoRA learns the norms of the merged weights, so no LoRA may be left unmerged
-        must_merge = network_options is not None and network_options.decomposes
-        leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
-        placement = replace(
-            placement,
-            patch=patch,
-            leave_unmerged=leave_unmerged,
-            host_weights=host_weights,
-            block_sharder=block_sharder,
-        )
+                placement = _add_patch(placement, patch, network_options)
         dit = family.load_dit(placement, index)
-        experts.check_dtype(family, options, compute_dtype_of(dit))
-        compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or compute_dtype_of(dit)
+        compute_dtype = compute_dtype_of(dit)
+        autocast = experts.AUTOCAST.get(options.accelerator.mixed_precision)
+        if autocast is not None:
+            experts.check_dtype(family, options, compute_dtype)
+            compute_dtype = autocast
         if patch is not None or t_loras:
             _wrap_unmerged(dit, patch, t_loras, device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
@@ -422,25 +433,44 @@ class NetworkLoader:
         All of them are disabled: a training step enables the adapter, a sample the others.
         """
         options, family = self.plan.options, network.family
-        dit, expert = network.dit, network.expert
-        is_compiled = options.speed.compilation.choice is not None
-        adapter = None
         if family is self.plan.family and options.frozen.training_adapter is not None:
-            adapter = experts.read_adapter(options, expert, family.experts)
-        sample_files = options.samples.loras() if has_samples else []
-        uses_stage_loras = has_samples and bool(stage_files_of(dit))
-        if adapter is None and not sample_files and not uses_stage_loras:
-            return
-        from networks.gated_loras import add_loras, add_stage_loras  # only with LoRA files
-        from networks.loading import read_weighted_lora
+            adapter = experts.read_adapter(options, network.expert, family.experts)
+            if adapter is not None:
+                from networks.gated_loras import add_loras  # only with LoRA files
 
-        if adapter is not None:
-            self.adapters.append(add_loras(dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
+                is_compiled = options.speed.compilation.choice is not None
+                self.adapters.append(add_loras(network.dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
+        if has_samples:
+            self._add_sample_loras(network)
+
+    def _add_sample_loras(self, network: UnpreparedNetwork) -> None:
+        """Add --sample_lora to a network, and the LoRAs of its family's denoising stages."""
+        options, dit = self.plan.options, network.dit
+        is_compiled = options.speed.compilation.choice is not None
+        sample_files = options.samples.loras()
         if sample_files:
-            loras = [read_weighted_lora(path, expert.name, multiplier) for path, multiplier in sample_files]
+            from networks.gated_loras import add_loras  # only with LoRA files
+            from networks.loading import read_weighted_lora
+
+            expert = network.expert.name
+            loras = [read_weighted_lora(path, expert, multiplier) for path, multiplier in sample_files]
             self.sample_loras.append(add_loras(dit, loras, is_compiled))
-        if uses_stage_loras:
+        if stage_files_of(dit):
+            from networks.gated_loras import add_stage_loras
+
             add_stage_loras(dit, is_compiled)
+
+
+def _add_patch(placement: Placement, patch: "LoraPatch | None", network: NetworkOptions) -> Placement:
+    """Return a placement that merges LoRAs; layers that cannot be merged are left to be wrapped later.
+
+    A DoRA learns the norms of the merged weights, so none of its LoRAs may be left unmerged.
+    """
+    if patch is None:
+        return placement
+    return replace(
+        placement, patch=patch, leave_unmerged=None if network.decomposes else patch.leave_unmerged
+    )
 
 
 def _wrap_unmerged(
@@ -510,9 +540,12 @@ class TrainableBuilder:
             # another DiT: its network uses the parameters of the first DiT's network
             self.trainables = [share_network(self.trainables[0], network, device)]
             return
+        rates = LearningRates(options.optimizer.learning_rate)
+        if options.lora_parts is not None:
+            rates = self._learning_rates_of_parts(options.lora_parts, rates.default)
         trainable = prepare_network(
             network,
-            self._learning_rates_of_network(),
+            rates,
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
@@ -565,12 +598,9 @@ class TrainableBuilder:
             return {**saved.parts.get(part, {})}
         return {**saved.network}
 
-    def _learning_rates_of_network(self) -> LearningRates:
+    def _learning_rates_of_parts(self, parts: PartsOptions, default: float) -> LearningRates:
         """Return the learning rates of the network's layers in the DiT and in the trained text encoders."""
-        parts, live_encoders = self.plan.options.lora_parts, self.plan.live_encoders
-        default = self.plan.options.optimizer.learning_rate
-        if parts is None:  # no text encoder can be trained
-            return LearningRates(default)
+        live_encoders = self.plan.live_encoders
         if live_encoders is None or not live_encoders.learning_encoders:
             return LearningRates(default, dit=parts.unet_lr)
         # --text_encoder_lr has a value for each encoder that could be trained

@@ -360,22 +360,19 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
     def __post_init__(self) -> None:
         """Raise OptionError if the schedule is unknown, or lacks or rejects one of the given options."""
         arguments = self.arguments()
-        name = self.lr_scheduler
-        names = (*CURVES, ADAFACTOR)
         if self.lr_scheduler_type:
             return
-        is_adafactor = name.partition(":")[0] == ADAFACTOR  # adafactor or adafactor:RATE
-        if name not in CURVES and not is_adafactor:
+        name = self.lr_scheduler
+        if name.partition(":")[0] == ADAFACTOR:  # adafactor or adafactor:RATE
+            self._reject_warmup("Adafactor has warmup_init=True")
+        elif name not in CURVES:
+            names = (*CURVES, ADAFACTOR)
             raise OptionError(
                 f"--lr_scheduler {name}: unknown.{did_you_mean(name, names)} Use one of {', '.join(names)}, "
                 "or give the import path of a torch scheduler to --lr_scheduler_type."
             )
-        if self.lr_warmup_steps and (name == "constant" or is_adafactor):
-            remedy = "Use --lr_scheduler constant_with_warmup"
-            raise OptionError(
-                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler {name} has no warm-up. "
-                f"{'Adafactor has warmup_init=True' if is_adafactor else remedy}."
-            )
+        if name == "constant":
+            self._reject_warmup("Use --lr_scheduler constant_with_warmup")
         if name == "cosine_with_min_lr" and self.lr_scheduler_min_lr_ratio is None:
             raise OptionError(
                 "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, e.g. 0.1 to end at a "
@@ -385,6 +382,14 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
             raise OptionError(
                 "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules='1:10,0.1:20,0.01' "
                 "(factor:until step, ...)"
+            )
+
+    def _reject_warmup(self, remedy: str) -> None:
+        """Raise OptionError if --lr_warmup_steps is given with a schedule that has no warm-up."""
+        if self.lr_warmup_steps:
+            raise OptionError(
+                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler {self.lr_scheduler} has no "
+                f"warm-up. {remedy}."
             )
 
     def arguments(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from modules.devices import tensor_on
 from modules.errors import UserError
-from networks.adapter import ForeignNetwork, NormReport
+from networks.adapter import NormReport
 from protocols.rules import AUDIO_STREAM
 from training.bad_steps import explain_bad_step
 from training.features.composing import bad_step_remedies
@@ -39,6 +39,7 @@ from training.reports.logs import (
     name_rates,
 )
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
+from training.saving.files import Saver
 from training.targets.passes import StreamErrors, loss_passes
 from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
@@ -66,11 +67,8 @@ def train(run: TrainingRun) -> bool:
     """
     progress = run.progress
     with run.requests.listen():
-        # samples that are due before the first step, or that the resumed state had still to generate
-        if progress.step == 0 and run.options.samples.sample_at_first and progress.sampled_step != 0:
-            progress.sample_pending = "e000000"  # named like the samples of an epoch
-        if progress.sample_pending:
-            _sample(run)
+        if run.options.samples.sample_at_first or progress.sample_pending:
+            _sample_before_training(run)
         if is_ending(run):  # before the first step there is nothing to save
             logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
             return False
@@ -80,15 +78,24 @@ def train(run: TrainingRun) -> bool:
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, run.steps.num_epochs):
                 _train_epoch(run, epoch, micro_batches)
-                if is_ending(run):
-                    return False
-                if run.is_done:
+                if run.is_done or is_ending(run):
                     break
+        if is_ending(run):
+            return False
         _log_report(run, run.delayed_reports.flush())  # the last step's values, which are read one step late
         if run.saver is not None:
             run.reporter.log_pause(SAVING)
             run.saver.save_final()
     return True
+
+
+def _sample_before_training(run: TrainingRun) -> None:
+    """Generate the samples of --sample_at_first, or those that the resumed state had still to generate."""
+    progress = run.progress
+    if run.options.samples.sample_at_first and progress.step == 0 and progress.sampled_step != 0:
+        progress.sample_pending = "e000000"  # named like the samples of an epoch
+    if progress.sample_pending:
+        _sample(run)
 
 
 def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatch]) -> None:
@@ -133,39 +140,21 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
     host does not wait for the device. With several processes, the requests are also known one step later.
     """
     model = run.model
-    trainable = model.trainable
-    if trainable.freeze_at_step:
-        trainable.start_step(run.progress.step)
-    for network in trainable.all_networks:
-        if isinstance(network, ForeignNetwork):
-            network.on_step_start()
-    # forward and backward passes; the rates are read before the step, because the schedule advances with it
-    rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
+    model.trainable.start_step(run.progress.step)
+    # read before the step, because the schedule advances with it
+    rates = name_rates(model.schedule.get_last_lr(), model.trainable.group_names, model.optimizer)
     updated_parameters = _find_updated_parameters(run, step_batches)
-    with contextlib.ExitStack() as stack:
-        for adapter in model.dits.loras:
-            stack.enter_context(adapter.switched_to(is_on=True))
-        values, keys = _accumulate(run, step_batches, micro_batches)
+    values, keys = _accumulate(run, step_batches, micro_batches)
     # weights that a micro-batch could use, but that have no gradient, are stepped with a gradient of zero
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(updated_parameters)
-    # add up gradients, numbers and requests of all processes
     requested = _poll_requests(run)
-    is_single_process = run.steps.num_processes == 1
-    if not is_single_process:
-        values[REQUEST_COLUMNS] = tensor_on(
-            run.device, [run.requests.ending_requested, requested.saves, requested.samples], torch.float32
-        )
-        values = sum_over_processes(
-            [parameter for parameter in updated_parameters if parameter not in trainable.sharded_weights],
-            values,
-        )
-    skip_check = None  # lets a feature skip the step, such as one with an outlying loss
+    has_several_processes = run.steps.num_processes > 1
+    if has_several_processes:
+        values = _sum_over_processes(run, updated_parameters, values, requested)
+    skip_check = None
     if run.features.on.before_step:
-        skip_check = _SkipCheck(
-            run,
-            GradientStep(loss=values[LOSS_COLUMN], keys=keys, kind=_describe_step_kind(run, step_batches)),
-        )
+        skip_check = _make_skip_check(run, step_batches, loss=values[LOSS_COLUMN], keys=keys)
     norms = _step_weights(run, skip_check)
     batches = run.feed.order.epoch(run.progress.epoch)
     # steps with equal sizes take equally long
@@ -175,13 +164,30 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
         report = replace(report, skipped=skip_check.reason)
     previous = run.delayed_reports.push(report, torch.cat([values, *norms]))
     _log_report(run, previous)
-    if is_single_process:
-        run.requests.ending_agreed = run.requests.ending_requested
-        return requested
-    return _requests_of_all_processes(previous)
+    if has_several_processes:
+        return _read_requests(previous)
+    run.requests.ending_agreed = run.requests.ending_requested
+    return requested
 
 
-def _requests_of_all_processes(previous: StepReport | None) -> StepRequests:
+def _sum_over_processes(
+    run: TrainingRun, updated_parameters: Sequence[Parameter], values: Tensor, requested: StepRequests
+) -> Tensor:
+    """Sum the gradients of all processes, in place; return the sum of their values and requests.
+
+    Args:
+        run: The run.
+        updated_parameters: Parameters that the step changes. Sharded ones are not summed.
+        values: Values of this process.
+        requested: Saves and samples requested from this process.
+    """
+    requests = [run.requests.ending_requested, requested.saves, requested.samples]
+    values[REQUEST_COLUMNS] = tensor_on(run.device, requests, torch.float32)
+    sharded = run.model.trainable.sharded_weights
+    return sum_over_processes([each for each in updated_parameters if each not in sharded], values)
+
+
+def _read_requests(previous: StepReport | None) -> StepRequests:
     """Return the requests that any process received in the previous step; all processes get the same ones."""
     if previous is None:
         return StepRequests(saves=False, samples=False)
@@ -196,16 +202,26 @@ def _find_updated_parameters(run: TrainingRun, step_batches: range) -> list[Para
     ended are left out. The result depends on the batches of all processes, and does not wait for the device.
     """
     trainable = run.model.trainable
-    batch_keys = [(run.progress.epoch, index) for index in step_batches]
-    updated_parameters = run.parameters
+    parameters = run.parameters
     if trainable.by_expert:
-        experts = sorted({run.feed.find_expert(key) for key in batch_keys})
-        updated_parameters = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
-    if run.audio_parameters and not any(map(run.feed.has_audio, batch_keys)):
-        updated_parameters = [each for each in updated_parameters if each not in run.audio_parameters]
+        parameters = []
+        for expert in _experts_of_step(run, step_batches):
+            parameters += trainable.by_expert[expert]
+    if run.audio_parameters and not _has_audio(run, step_batches):
+        parameters = [parameter for parameter in parameters if parameter not in run.audio_parameters]
     if trainable.freeze_at_step:
-        updated_parameters = [parameter for parameter in updated_parameters if parameter.requires_grad]
-    return updated_parameters
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    return parameters
+
+
+def _experts_of_step(run: TrainingRun, step_batches: range) -> list[int]:
+    """Return the indices of the experts that a step's micro-batches train."""
+    return sorted({run.feed.find_expert((run.progress.epoch, index)) for index in step_batches})
+
+
+def _has_audio(run: TrainingRun, step_batches: range) -> bool:
+    """Return whether a clip in a step's micro-batches has audio."""
+    return any(run.feed.has_audio((run.progress.epoch, index)) for index in step_batches)
 
 
 def _poll_requests(run: TrainingRun) -> StepRequests:
@@ -220,7 +236,10 @@ def _poll_requests(run: TrainingRun) -> StepRequests:
 
 @dataclass
 class _SkipCheck:
-    """Ask the run's hooks whether a step is taken, once the norm of its gradients is known."""
+    """Ask the features' hooks whether a step is taken, once the norm of its gradients is known.
+
+    A feature may skip a step with an outlying loss, for example.
+    """
 
     run: TrainingRun
     step: GradientStep
@@ -242,19 +261,21 @@ class _SkipCheck:
         return not self.reason
 
 
-def _describe_step_kind(run: TrainingRun, step_batches: range) -> str:
-    """Return the kind of a step: its transformers, and whether it has audio.
+def _make_skip_check(
+    run: TrainingRun, step_batches: range, *, loss: Tensor, keys: tuple[str, ...]
+) -> _SkipCheck:
+    """Return the check of a step with this loss and these items.
 
-    Gradient norms are compared only between steps of the same kind.
+    The kind of a step is its transformers, and whether it has audio: features compare gradient norms only
+    between steps of the same kind.
     """
-    batch_keys = [(run.progress.epoch, index) for index in step_batches]
     experts = run.family.experts
-    names = []
+    kind = []
     if len(experts) > 1:
-        names += sorted({experts[run.feed.find_expert(key)].name for key in batch_keys})
-    if run.audio_parameters and any(map(run.feed.has_audio, batch_keys)):
-        names.append(AUDIO_STREAM)
-    return " ".join(names)
+        kind += sorted(experts[index].name for index in _experts_of_step(run, step_batches))
+    if run.audio_parameters and _has_audio(run, step_batches):
+        kind.append(AUDIO_STREAM)
+    return _SkipCheck(run, GradientStep(loss=loss, keys=keys, kind=" ".join(kind)))
 
 
 def _step_weights(run: TrainingRun, skip_check: _SkipCheck | None = None) -> list[Tensor]:
@@ -290,8 +311,7 @@ def _accumulate(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Run this process's micro-batches of the step forward and backward, and accumulate their gradients.
 
-    In lockstep, processes share a model and run equal passes. A dummy pass adds no gradients: it runs because
-    other processes need this process's part of the blocks.
+    The LoRAs of --training_adapter are enabled meanwhile.
 
     Returns:
         The values of this process in the order of `MetricColumns`, on the device; and the keys of its items.
@@ -303,26 +323,28 @@ def _accumulate(
     divisor = len(step_batches) * steps.processes_per_batch
     # only to initialize the scaler: a process without a micro-batch in this step needs it too
     run.model.scaler.scale(values)
-    for position, index in enumerate(steps.batches_of_process(step_batches, run.feed.process)):
-        noisy_batch = _prepare_batch(run, next(micro_batches))
-        # in lockstep a process repeats the last micro-batch of another one if it lacks its own
-        is_repeat = steps.in_lockstep and index % steps.data_parallel_size != run.feed.process
-        experts = [noisy_batch.expert]
-        if steps.in_lockstep:
-            experts = _experts_of_pass(run, step_batches, position, noisy_batch.expert)
-        for expert in experts:
-            is_dummy = is_repeat or expert != noisy_batch.expert
-            loss, stream_losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_dummy=is_dummy)
-            for tally in run.features.tallies:
-                metrics = tally.take()
-                if metrics is not None and not is_dummy:
-                    _add_feature_metrics(run, values, tally.names, metrics)
-            if is_dummy:
-                continue
-            values[LOSS_COLUMN] += loss
-            if run.loss_components:
-                _add_component_losses(run, values, expert, loss=loss * divisor, stream_losses=stream_losses)
-            keys += noisy_batch.batch.keys
+    with contextlib.ExitStack() as stack:
+        for adapter in run.model.dits.loras:
+            stack.enter_context(adapter.switched_to(is_on=True))
+        for position in range(len(steps.batches_of_process(step_batches, run.feed.process))):
+            noisy_batch = _prepare_batch(run, next(micro_batches))
+            passes = {noisy_batch.expert: False}  # expert -> whether its pass is a dummy
+            if steps.in_lockstep:
+                passes = _passes_in_lockstep(run, step_batches, position, noisy_batch.expert)
+            for expert, is_dummy in passes.items():
+                loss, stream_losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_dummy=is_dummy)
+                # values of dummy passes are taken too, but not used
+                metrics = [(tally.names, tally.take()) for tally in run.features.tallies]
+                if is_dummy:
+                    continue
+                keys += noisy_batch.batch.keys
+                values[LOSS_COLUMN] += loss
+                if run.loss_components:
+                    _add_component_losses(
+                        run, values, expert, loss=loss * divisor, stream_losses=stream_losses
+                    )
+                if metrics:
+                    _add_feature_metrics(run, values, metrics)
     return values, keys
 
 
@@ -377,23 +399,31 @@ def _propagate(
     return total, stream_losses
 
 
-def _experts_of_pass(run: TrainingRun, step_batches: range, position: int, expert: int) -> list[int]:
-    """Return the indices of the experts that all processes run in lockstep at this position of the step.
+def _passes_in_lockstep(run: TrainingRun, step_batches: range, position: int, expert: int) -> dict[int, bool]:
+    """Return the passes that all processes run at this position of the step, because they share a model.
+
+    A dummy pass adds no gradients: it runs because other processes need this process's part of the blocks.
 
     Args:
         run: The run.
         step_batches: Indices of the step's micro-batches.
         position: Position among the micro-batches of each process.
         expert: Index of the expert of this process's micro-batch.
+
+    Returns:
+        Whether the pass is a dummy, by the index of the expert, in the order of the passes.
     """
     steps = run.steps
-    if len(run.family.experts) == 1:
-        return [expert]
     indexes = [
         steps.batches_of_process(step_batches, process)[position]
         for process in range(steps.data_parallel_size)
     ]
-    return sorted({run.feed.find_expert((run.progress.epoch, index)) for index in indexes})
+    experts = [expert]
+    if len(run.family.experts) > 1:
+        experts = sorted({run.feed.find_expert((run.progress.epoch, index)) for index in indexes})
+    # a process that lacks a micro-batch of its own repeats the last one of another process
+    is_repeat = indexes[run.feed.process] % steps.data_parallel_size != run.feed.process
+    return {each: is_repeat or each != expert for each in experts}
 
 
 def _add_component_losses(
@@ -415,12 +445,23 @@ def _add_component_losses(
         values[run.metric_columns.count_columns.start + index] += 1
 
 
-def _add_feature_metrics(run: TrainingRun, values: Tensor, names: Sequence[str], metrics: Tensor) -> None:
-    """Add the values that a feature reports for a micro-batch to the values of the step."""
-    first = run.metric_columns.names.index(names[0])
-    columns = slice(first, first + len(names))
-    values[run.metric_columns.sum_columns][columns] += metrics
-    values[run.metric_columns.count_columns][columns] += 1
+def _add_feature_metrics(
+    run: TrainingRun, values: Tensor, metrics: Sequence[tuple[tuple[str, ...], Tensor | None]]
+) -> None:
+    """Add the metrics that features recorded for a micro-batch to the values of the step.
+
+    Args:
+        run: The run.
+        values: Values of the step, changed in place.
+        metrics: For each feature, names and metrics; None if the micro-batch has none.
+    """
+    columns = run.metric_columns
+    for names, recorded in metrics:
+        if recorded is not None:
+            first = columns.names.index(names[0])
+            columns_of_feature = slice(first, first + len(names))
+            values[columns.sum_columns][columns_of_feature] += recorded
+            values[columns.count_columns][columns_of_feature] += 1
 
 
 def _log_report(run: TrainingRun, step: StepReport | None) -> None:
@@ -433,32 +474,47 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
         return
     loss = step.values[LOSS_COLUMN]
     norm = step.values[GRADIENT_NORM_COLUMN]
-    is_finite = math.isfinite(loss) and math.isfinite(norm)
-    if not is_finite and not run.model.scaler.is_enabled() and not step.skipped:
-        raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        _check_bad_step(run, step)
     losses = run.progress.losses
-    if math.isfinite(loss):  # while a gradient scaler searches its scale, infinite losses are normal
+    if math.isfinite(loss):
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]  # the average is over the steps of one epoch
     if run.steps.num_processes > 1:
         num_ending, _, _ = step.values[REQUEST_COLUMNS]  # processes that were asked to end the run
         run.requests.ending_agreed = run.requests.ending_agreed or num_ending > 0
-    means = run.metric_columns.means(step.values) if run.metric_columns.names else {}
-    limits_weight_norms = run.model.trainable.max_norm is not None
-    report = replace(
-        step,
-        loss=loss,
-        average=sum(losses) / max(len(losses), 1),
-        gradient_norm=norm,
-        norms=NormReport.of(step.values[WEIGHT_NORM_COLUMNS]) if limits_weight_norms else None,
-        component_losses={name: mean for name, mean in means.items() if name in run.loss_components},
-        metrics={name: mean for name, mean in means.items() if name not in run.loss_components},
-    )
+    average = sum(losses) / max(len(losses), 1)
+    report = replace(step, loss=loss, average=average, gradient_norm=norm)
+    if run.model.trainable.max_norm is not None:
+        report = replace(report, norms=NormReport.of(step.values[WEIGHT_NORM_COLUMNS]))
+    if run.metric_columns.names:
+        report = _with_metrics(run, report)
     run.logs.log_step(report)
     run.reporter.log_step(report, run.logs.clock.estimate_remaining(report.step, run.steps.total_steps))
 
 
+def _check_bad_step(run: TrainingRun, step: StepReport) -> None:
+    """Raise UserError for a step whose loss or gradient norm is NaN or infinite, unless that is expected.
+
+    While a gradient scaler searches its scale, infinite losses are normal; a skipped step changed no weights.
+    """
+    if not run.model.scaler.is_enabled() and not step.skipped:
+        loss, norm = step.values[LOSS_COLUMN], step.values[GRADIENT_NORM_COLUMN]
+        raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
+
+
+def _with_metrics(run: TrainingRun, report: StepReport) -> StepReport:
+    """Return a report with the means of the losses of its parts, and of the metrics of features."""
+    component_losses: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    for name, mean in run.metric_columns.means(report.values).items():
+        kind = component_losses if name in run.loss_components else metrics
+        kind[name] = mean
+    return replace(report, component_losses=component_losses, metrics=metrics)
+
+
 def _restart_step_timing(run: TrainingRun) -> None:
+    """Leave the pause until now out of the duration of the next step."""
     if run.memory is not None:
         run.memory.after_pause()
     run.delayed_reports.last_time_stamp = run.delayed_reports.time_stamp(run.device.type)
@@ -485,20 +541,25 @@ def _after_step(run: TrainingRun, requested: StepRequests) -> None:
         progress.sample_pending = f"{progress.step:06d}"
         if not is_ending(run):
             _sample(run)
-    if is_ending(run):
+    if is_ending(run):  # perhaps only since the samples were stopped
         _save_for_resuming(run)
     elif saves:
-        if run.requests.clock is not None:
-            run.requests.clock.restart()
-        if run.saver is not None:
-            run.reporter.log_pause(SAVING)
-            with run.logs.clock.pause(SAVING):
-                run.saver.save_step(progress.step)
+        _save_after_step(run)
     if requested.saves:
         run.requests.finish(SAVE)
     if requested.samples:
         run.requests.finish(SAMPLE)
     _restart_step_timing(run)
+
+
+def _save_after_step(run: TrainingRun) -> None:
+    """Save the step's files, and restart the clock of --save_every_n_minutes."""
+    if run.requests.clock is not None:
+        run.requests.clock.restart()
+    if run.saver is not None:
+        run.reporter.log_pause(SAVING)
+        with run.logs.clock.pause(SAVING):
+            run.saver.save_step(run.progress.step)
 
 
 def _is_due(every: int | None, count: int) -> bool:
@@ -524,22 +585,31 @@ def _after_epoch(run: TrainingRun) -> None:
     if is_complete:
         progress.epoch = epoch
         progress.position = 0
-    is_last = progress.step >= run.steps.total_steps
     is_due = _is_due(run.plan.saving.save_every_n_epochs, epoch)
     saves = is_complete and is_due and epoch < run.steps.num_epochs  # the last epoch is the final file
     if saves and run.saver is not None:
-        run.reporter.log_pause(SAVING)
-        with run.logs.clock.pause(SAVING):
-            run.saver.save_epoch(epoch)
+        _save_after_epoch(run, run.saver, epoch)
     if progress.sample_pending:
         _sample(run)
     if is_ending(run):
         _save_for_resuming(run)
-    elif run.validation is not None and run.options.validation.is_due_after_epoch(
-        epoch, progress.step, run.steps.steps_per_epoch, saves or is_last
-    ):
-        _validate(run, run.validation, EPOCH)
+    elif run.validation is not None:
+        _validate_after_epoch(run, run.validation, epoch, saves=saves)
     _restart_step_timing(run)
+
+
+def _save_after_epoch(run: TrainingRun, saver: Saver, epoch: int) -> None:
+    run.reporter.log_pause(SAVING)
+    with run.logs.clock.pause(SAVING):
+        saver.save_epoch(epoch)
+
+
+def _validate_after_epoch(run: TrainingRun, validation: Validation, epoch: int, *, saves: bool) -> None:
+    """Measure the validation loss if it is due after an epoch; `saves` is whether the epoch was saved."""
+    step = run.progress.step
+    is_saved = saves or step >= run.steps.total_steps  # the last step is saved as the final file
+    if run.options.validation.is_due_after_epoch(epoch, step, run.steps.steps_per_epoch, is_saved):
+        _validate(run, validation, EPOCH)
 
 
 def _save_for_resuming(run: TrainingRun) -> None:

@@ -15,6 +15,7 @@ from dataset.table import DatasetTable
 from modules.atomic_write import replace_surrogates
 from modules.options import option_values, options_with
 from networks.names.layouts import TRAINED_FOR
+from networks.options import NetworkOptions
 from protocols.family import Family
 from training.data.table_times import list_timestep_options
 from training.image_metadata import image_trainer_metadata
@@ -45,16 +46,20 @@ def continued_sizes_metadata(model: TrainedModel, expert_name: str) -> dict[str,
     if not (initial_file or model.plan.saved):
         return {}
     ranks, alphas = model.trainable.ranks_and_alphas(expert_name)
-    alpha = network.network_alpha or network.rank
-    has_sizes_of_options = network.rank in ranks and alpha in alphas
-    if not initial_file and (has_sizes_of_options or not network.kind.has_alpha):
-        return {}  # the state changes nothing
-    metadata: dict[str, str] = {}
-    if ranks:
-        metadata["ss_network_dim"] = f"{ranks[0]:g}" if len(ranks) == 1 else "Dynamic"
-    if alphas:
-        metadata["ss_network_alpha"] = f"{alphas[0]:g}" if len(alphas) == 1 else "Dynamic"
-    return metadata
+    state_keeps_sizes = _has_sizes_of_options(network, ranks, alphas) or not network.kind.has_alpha
+    if state_keeps_sizes and not initial_file:
+        return {}
+    sizes: dict[str, Sequence[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    return {
+        key: f"{numbers[0]:g}" if len(numbers) == 1 else "Dynamic"
+        for key, numbers in sizes.items()
+        if numbers
+    }
+
+
+def _has_sizes_of_options(network: NetworkOptions, ranks: Sequence[int], alphas: Sequence[float]) -> bool:
+    """Return whether a network has the rank and the alpha of its options."""
+    return network.rank in ranks and (network.network_alpha or network.rank) in alphas
 
 
 def _hash_files(family: Family) -> dict[str, str]:
@@ -69,12 +74,8 @@ def _hash_files(family: Family) -> dict[str, str]:
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
     """Return the metadata entries that do not change during the run.
 
-    With --no_metadata these are only the ones that programs need to load the file.
-
-    `Family.metadata` has architecture, implementation, sd_model_name and vae_name; resolution if it is not
-    the default; base_model_version if files name the model differently; `modelspec.*` entries needed to load
-    files; trained_for if a model has several uses that its files do not distinguish; and additional `ss_*`
-    entries that other trainers write. A fully trained DiT has no `ss_network_*`, which identify a LoRA.
+    With --no_metadata these are only the ones that programs need to load the file. A fully trained DiT has no
+    `ss_network_*` entries, which identify a LoRA.
 
     Args:
         plan: The plan of the run.
@@ -82,50 +83,55 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         lr_scheduler: Name of the learning-rate schedule.
     """
     lora, family = plan.network_spec.lora_options, plan.family
-    family_metadata = family.metadata
-    base_model_version = family_metadata.get("base_model_version", family.name)
-    values: dict[str, Any] = {"ss_base_model_version": base_model_version}
+    values: dict[str, Any] = {"ss_base_model_version": family.metadata.get("base_model_version", family.name)}
     if plan.network_module:
         values["ss_network_module"] = plan.network_module
     if lora is not None:
-        values |= {
-            "ss_network_dim": "Dynamic" if lora.dim_from_weights else lora.rank,
-            "ss_network_alpha": "Dynamic" if lora.dim_from_weights else lora.network_alpha,
-            "ss_network_args": json.dumps(lora.arguments(), ensure_ascii=False),
-        }
-        if not lora.kind.has_alpha:
-            values["ss_network_alpha"] = None
+        rank, alpha = ("Dynamic", "Dynamic") if lora.dim_from_weights else (lora.rank, lora.network_alpha)
+        values["ss_network_dim"] = rank
+        values["ss_network_alpha"] = alpha if lora.kind.has_alpha else None
+        values["ss_network_args"] = json.dumps(lora.arguments(), ensure_ascii=False)
     # entries that programs need to load the file: of the network, of features, of the family
     values |= plan.network_spec.metadata
     values |= plan.features.info.for_loading
-    for key, value in family_metadata.items():
+    for key, value in family.metadata.items():
         if key.startswith(("reference_", "audio_ref_", "modelspec.")):
             values[key] = value
-    # entries that describe the training
     if not plan.options.metadata.no_metadata:
         # options whose change is rejected (identity) or warned of (habit) when the run is resumed
         family_options = recorded_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in family_options.items()}
         values |= _training_values(plan, optimizer, lr_scheduler)
         values |= _list_optional_values(plan)
-        expert_names = [name for name in family_metadata if name.startswith("sd_model_name_")]
-        for name in ("sd_model_name", *expert_names, "vae_name"):
-            values[f"ss_{name}"] = family_metadata.get(name)
-        if family.hashed_files:
-            values |= _hash_files(family)
-        values |= {name: text for name, text in family_metadata.items() if name.startswith("ss_")}
-        if "trained_for" in family_metadata:
-            values[TRAINED_FOR] = family_metadata["trained_for"]
+        values |= _model_values(family)
     return {key: str(value) for key, value in values.items()}
 
 
+def _model_values(family: Family) -> dict[str, Any]:
+    """Return the metadata entries (`ss_...`) about the model: names and hashes of its files, and its use."""
+    metadata = family.metadata
+    expert_names = [name for name in metadata if name.startswith("sd_model_name_")]
+    values: dict[str, Any] = {
+        f"ss_{name}": metadata.get(name) for name in ("sd_model_name", *expert_names, "vae_name")
+    }
+    if family.hashed_files:
+        values |= _hash_files(family)
+    values |= {name: text for name, text in metadata.items() if name.startswith("ss_")}
+    if "trained_for" in metadata:
+        values[TRAINED_FOR] = metadata["trained_for"]
+    return values
+
+
 def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
-    """Return the metadata entries about the run that only some runs have."""
+    """Return the metadata entries (`ss_...`) about the training run that only some runs have.
+
+    Files of image models record more than those of video models, because other trainers of them do.
+    """
     options, frozen = plan.options, plan.options.frozen
     values: dict[str, Any] = {}
     if options.loss != L2 or options.is_for_images:  # image trainers always record the options of the loss
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
-    if options.prediction is not None:
+    if options.prediction is not None:  # an image model
         values |= image_trainer_metadata(plan, options.prediction)
         set_options = option_values(options)
         for name in options_with(TrainingOptions, "image_files", True):
@@ -168,50 +174,68 @@ def file_metadata(
         tables: Tables of the dataset, which may override the timestep options.
         architecture_suffix: Suffix of the architecture's name for a network.
     """
-    metadata_options, times = options.metadata, options.timesteps
-    architecture = metadata_options.architecture or family_metadata.get("architecture")
-    if architecture and options.network is not None:
-        architecture = f"{architecture}/{architecture_suffix}"
-    default = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
-    resolution = family_metadata.get("resolution", default)
-    if metadata_options.resolution is not None:  # one number means a square
-        width, *height = re.findall(r"\d+", metadata_options.resolution)
-        resolution = f"{width}x{height[0] if height else width}"
-    spec = {
-        # the versions that other trainers write: of image models 1.0.1, of video models 1.0.0
-        "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
-        "architecture": architecture,
-        "implementation": family_metadata.get("implementation"),
-        "title": metadata_options.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
-        "resolution": resolution,
-        "date": now.isoformat(timespec="seconds"),
-        "author": metadata_options.author,
-        "description": metadata_options.description,
-        "license": metadata_options.license or licence,
-        "tags": metadata_options.tags,
-        "prediction_type": family_metadata.get("prediction_type"),
-        "encoder_layer": family_metadata.get("encoder_layer"),
-        "usage_hint": metadata_options.usage_hint,
-        "thumbnail": metadata_options.thumbnail,
-        "merged_from": metadata_options.merged_from,
-        "trigger_phrase": metadata_options.trigger_phrase,
-        "preprocessor": metadata_options.preprocessor,
-        "is_negative_embedding": metadata_options.is_negative_embedding,
-    }
-    all_times = list_timestep_options(times, tables)
-    if any(table_times.has_window for table_times in all_times):
-        lowest = min(table_times.lowest for table_times in all_times)
-        highest = max(table_times.highest for table_times in all_times)
-        spec["timestep_range"] = f"{lowest},{highest}"
     values = dict(run)
-    if not metadata_options.no_metadata:
+    if not options.metadata.no_metadata:
         values |= {
             "ss_training_finished_at": str(now.timestamp()),
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
         }
+    spec = _model_spec(options, family_metadata, now, licence, architecture_suffix)
+    all_times = list_timestep_options(options.timesteps, tables)
+    if any(times.has_window for times in all_times):
+        lowest = min(times.lowest for times in all_times)
+        highest = max(times.highest for times in all_times)
+        spec["timestep_range"] = f"{lowest},{highest}"
     values |= {f"modelspec.{key}": text for key, text in spec.items() if text is not None}
     return {key: replace_surrogates(text) for key, text in values.items()}
+
+
+def _model_spec(
+    options: TrainingOptions,
+    family_metadata: Mapping[str, str],
+    now: datetime,
+    licence: str | None,
+    architecture_suffix: str,
+) -> dict[str, str | None]:
+    """Return the entries of `modelspec.*` by name; None for entries that the file does not have.
+
+    The arguments are those of `file_metadata`.
+    """
+    metadata = options.metadata
+    architecture = metadata.architecture or family_metadata.get("architecture")
+    if architecture and options.network is not None:
+        architecture = f"{architecture}/{architecture_suffix}"
+    resolution = family_metadata.get("resolution", IMAGE_RESOLUTION if options.is_for_images else RESOLUTION)
+    if metadata.resolution is not None:
+        resolution = _format_resolution(metadata.resolution)
+    return {
+        # the versions that other trainers write: of image models 1.0.1, of video models 1.0.0
+        "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
+        "architecture": architecture,
+        "implementation": family_metadata.get("implementation"),
+        "title": metadata.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
+        "resolution": resolution,
+        "date": now.isoformat(timespec="seconds"),
+        "author": metadata.author,
+        "description": metadata.description,
+        "license": metadata.license or licence,
+        "tags": metadata.tags,
+        "prediction_type": family_metadata.get("prediction_type"),
+        "encoder_layer": family_metadata.get("encoder_layer"),
+        "usage_hint": metadata.usage_hint,
+        "thumbnail": metadata.thumbnail,
+        "merged_from": metadata.merged_from,
+        "trigger_phrase": metadata.trigger_phrase,
+        "preprocessor": metadata.preprocessor,
+        "is_negative_embedding": metadata.is_negative_embedding,
+    }
+
+
+def _format_resolution(text: str) -> str:
+    """Return the text of --metadata_reso as WIDTHxHEIGHT; a single number means a square."""
+    width, *height = re.findall(r"\d+", text)
+    return f"{width}x{height[0] if height else width}"
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:

@@ -129,22 +129,26 @@ class TrainingOptions(Options, must_give=True):
         if self.full_dit is not None:
             self._check_full_dit(self.full_dit)
         rank = None if self.network is None else self.network.network_dim
-        module = None if self.network is None else self.network.network_module
-        if (module is None or module.startswith(RANKED_NETWORKS)) and rank is not None and rank > MAX_RANK:
-            raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the maximum. Usual ranks are 4 to 128.")
+        if rank is not None and rank > MAX_RANK:
+            self._check_large_rank(rank)
         if self.is_fused:
             self._check_fused()
         # `features` raises OptionError if features do not fit the options; one that only shows something
         # needs no data and no folder
         if self.features.show is not None:
             return
-        has_data = self.features.make_data is not None or (
-            self.subset is not None and self.subset.replaces_toml
-        )
-        if not has_data:
+        is_data_made = self.features.make_data is not None
+        subset_has_data = self.subset is not None and self.subset.replaces_toml
+        if not (is_data_made or subset_has_data):
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
         if not self.exits_before_training:
             _ = self.saving.folder_and_name  # raises OptionError if the folder or the name is missing
+
+    def _check_large_rank(self, rank: int) -> None:
+        """Raise OptionError for a rank above MAX_RANK, unless it is of a module without ranks."""
+        module = None if self.network is None else self.network.network_module
+        if module is None or module.startswith(RANKED_NETWORKS):
+            raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the maximum. Usual ranks are 4 to 128.")
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature, given their class."""
@@ -432,6 +436,28 @@ def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
             )
 
 
+def _check_untyped_values(command: CommandLine, from_file: Mapping[str, Any], place: str) -> None:
+    """Check values of a configuration file that could import code or send data from this machine.
+
+    Values of options that the user has typed too are not checked: they are not used.
+
+    Args:
+        command: The command line.
+        from_file: Values in the file, by option.
+        place: The file, for messages.
+
+    Raises:
+        OptionError: If a value is rejected.
+    """
+    parser, typed = command
+    untyped_names = {
+        action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default
+    }
+    untyped_from_file = {name: from_file[name] for name in untyped_names & from_file.keys()}
+    check_imports(parser, untyped_from_file, place)
+    _reject_unseen_sending(parser, untyped_from_file, place)
+
+
 def read_arguments(
     parser: Parser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
@@ -457,10 +483,10 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
         for name, variable in LAUNCHER_VARIABLE_BY_OPTION.items()
     }
     from_file = {} if config_file is None else read_config_file(config_file, parser)
-    untyped = {
-        name: value for name, value in (from_launcher | from_file).items() if name not in typed.typed_options
-    }
-    args = argparse.Namespace(**{**vars(typed), **untyped})
+    args = argparse.Namespace(**vars(typed))
+    for name, value in (from_launcher | from_file).items():
+        if name not in typed.typed_options:
+            setattr(args, name, value)
     precision = from_launcher["mixed_precision"]
     if args.mixed_precision == precision and precision not in run_options.PRECISIONS:
         raise OptionError(
@@ -472,13 +498,7 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     if is_limited():  # started by `run`, whose command line comes from a file too
         check_imports(parser, vars(args), "run.toml")
     elif config_file is not None:
-        # only values that the user has not typed: what is typed may import code and send data
-        untyped_names = {
-            action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default
-        }
-        untyped_from_file = {name: from_file[name] for name in untyped_names & from_file.keys()}
-        check_imports(parser, untyped_from_file, str(config_file))
-        _reject_unseen_sending(parser, untyped_from_file, str(config_file))
+        _check_untyped_values(command, from_file, str(config_file))
     has_steps = "max_train_steps" in typed.typed_options | from_file.keys()
     if has_steps and args.max_train_epochs is not None:
         logger.warning(

@@ -5,19 +5,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dataset.batches.checks import SameEncoders, check_channels
-from dataset.batches.finding import find_items, lack_edit_references, require_items
+from dataset.batches.finding import find_items, learn_no_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config, with_empty_prompts
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
+from dataset.table import DatasetTable
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.lost_processes import OtherProcesses
 from modules.option_values import require
@@ -136,131 +137,285 @@ def shards_full_model(options: TrainingOptions) -> bool:
     return options.full_dit is not None and bool(options.speed.modes.splits_weights) and have_joined()
 
 
-def make_plan(
-    family: Family,
-    options: TrainingOptions,
-    commands: CachingCommands,
-    *,
-    network_spec: NetworkSpec,
-    config: DatasetConfig,
-    accelerator: Accelerator,
-    others: OtherFamilies = NO_OTHERS,
-) -> TrainingPlan:
-    """Plan a run: find its state, items and steps, and check all that is possible before networks are loaded.
+class _TrainingData(NamedTuple):
+    """The items of a run, and where their batches are read from."""
 
-    1. Find the saved state, and check the options.
-    2. Determine what the features and the text encoders that run during training need.
-    3. Find or make the caches, list the items, and derive the order of batches and the steps.
-    4. Compare the plan with the saved state.
+    training: Sequence[TrainingItem]
+    validation: Sequence[TrainingItem]
+    sources: BatchSources
 
-    Args:
-        family: The model family.
-        options: Options of the run.
-        commands: Caching commands, for messages.
-        network_spec: Description of what the run trains: a kind of network, or the whole DiT.
-        config: The dataset, as read from its file.
-        accelerator: The processes of the run.
-        others: Models in addition to the trained one, such as transformers that only samples use.
-    """
-    # where the run begins, and whether its options are possible
-    is_main = accelerator.is_main_process
-    saving = options.saving
-    saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
-    progress = initial_progress(options, saved)
-    quantization = check_computing(family, options, accelerator.device)
-    # early: encoding the dataset may take minutes
-    check_before_loading(family, options, network_spec, others)
-    # what features and live text encoders need of the data
-    features = begin_run(options, family, config.datasets)
-    if options.network is None:
-        _check_tables(config)  # a whole model takes no table with keys for a network
-    if family.abilities.one_sample:
-        _check_batch_sizes(family.abilities.one_sample, config)
-    live_encoders: LiveTextEncoders | None = None
-    may_encode = _may_encode(options, config)
-    if may_encode:
+
+@dataclass(frozen=True)
+class RunPlanner:
+    """Plans a run from its options and its dataset, before networks are loaded."""
+
+    family: Family
+    options: TrainingOptions
+    commands: CachingCommands  # for messages
+    network_spec: NetworkSpec  # what the run trains: a kind of network, or the whole DiT
+    config: DatasetConfig  # the dataset, as read from its file
+    accelerator: Accelerator
+    others: OtherFamilies = NO_OTHERS  # other models, such as transformers that only samples use
+
+    def plan(self) -> TrainingPlan:
+        """Plan the run, and check all that is possible before networks are loaded.
+
+        1. Find the saved state, and check the options.
+        2. Determine what the features and the text encoders that run during training need.
+        3. Find or make the caches, list the items, and derive the order of batches and the steps.
+        4. Compare the plan with the saved state.
+        """
+        family, options, config = self.family, self.options, self.config
+        is_main = self.accelerator.is_main_process
+        saving = options.saving
+        saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
+        progress = initial_progress(options, saved)
+        quantization = check_computing(family, options, self.accelerator.device)
+        # early: encoding the dataset may take minutes
+        check_before_loading(family, options, self.network_spec, self.others)
+        features = begin_run(options, family, config.datasets)
+        if options.network is None:
+            _check_tables(config)  # a whole model takes no table with keys for a network
+        if family.abilities.one_sample:
+            _check_batch_sizes(family.abilities.one_sample, config)
+        live_encoders = self._find_live_encoders() if self.may_encode else None
+        for check_texts in features.on.on_text_encoders:
+            check_texts(live_encoders)
+        lora_format = select_lora_format(
+            family,
+            self.network_spec.lora_options,
+            () if live_encoders is None else live_encoders.learning_encoders,
+        )
+        data = self._find_data(features, live_encoders, progress.seed)
+        order = BatchOrder(data.training, progress.seed)
+        steps = _plan_steps(options, order, self.accelerator.num_processes, progress)
+        if options.loop.known_steps is None:
+            check_schedule(options, steps.total_steps)
+        if is_main:
+            timesteps = list_timestep_options(options.timesteps, config.datasets)
+            log_experts(family, options, timesteps, has_sample_only_networks=self.others.sampling is not None)
+        adapter = None
+        if options.frozen.training_adapter is not None:
+            strength = options.frozen.training_adapter_multiplier
+            adapter = describe_adapter(options.frozen.training_adapter, strength, with_content=True)
+        if saving.save_n_epoch_ratio is not None:
+            saving = saving.with_epochs_between_saves(steps.num_epochs, saving.save_n_epoch_ratio)
+        plan = TrainingPlan(
+            family=family,
+            options=options,
+            features=features,
+            network_spec=self.network_spec,
+            network_module=module_of(family, options),
+            names=_name_files(family, options, features),
+            other_families=self.others,
+            accelerator=self.accelerator,
+            quantization=quantization,
+            saved=saved,
+            progress=progress,
+            saving=saving,
+            lora_format=lora_format,
+            config=config,
+            training=data.training,
+            validation=data.validation,
+            order=order,
+            steps=steps,
+            table_times=timestep_options_by_group(options.timesteps, config.datasets),
+            sources=data.sources,
+            live_encoders=live_encoders,
+            changes={},
+            adapter=adapter,
+        )
+        # a state or --initial_step moves the progress of this plan
+        if saved is not None:
+            plan = _compare_with_state(plan, saved)
+        if options.start is not None and options.start.is_given:
+            skip_to_initial_step(options.start, progress, plan.steps, saved is not None)
+        return plan
+
+    @cached_property
+    def may_encode(self) -> bool:
+        """Whether the run may encode images or captions itself, instead of only reading caches."""
+        if self.options.is_for_images or self.options.caching is not None:
+            return True
+        if LIVE_TEXTS in self.options.features.needs:
+            return True
+        subsets = [table for table in self.config.datasets if table.group is not None]
+        return any(table.caption_changes.varying_keys or table.augmentation.varying_keys for table in subsets)
+
+    def _find_live_encoders(self) -> LiveTextEncoders | None:
+        """Return the text encoders that run during training; None if all their outputs are cached."""
         from training.caching_inside import find_live_encoders  # most runs only read caches
 
-        live_encoders = find_live_encoders(family, options, config)
-    for check_texts in features.on.on_text_encoders:
-        check_texts(live_encoders)
-    lora_format = select_lora_format(
-        family, network_spec.lora_options, () if live_encoders is None else live_encoders.learning_encoders
-    )
-    # the data, the order of its batches, and the steps that follow from it
-    sources = _find_sources(
-        family,
-        options,
-        config=config,
-        device=accelerator.device,
-        live_encoders=live_encoders,
-        commands=commands,
-        features=features,
-        may_encode=may_encode,
-    )
-    items = _find_items(
-        family,
-        config,
-        sources,
-        accelerator=accelerator,
-        encodes_texts_on_the_fly=live_encoders is not None,
-        condition_set=features.condition_set,
-        trusts_caches=options.caching is not None and options.caching.skip_cache_check,
-    )
-    training, validation = _split_items(options, config, items, progress.seed)
-    _check_items(features, network_spec, training)
-    if accelerator.is_main_process:
-        _warn_of_missing(options, config, [*training, *validation], sources)
-    order = BatchOrder(training, progress.seed)
-    steps = _plan_steps(options, order, accelerator.num_processes, progress)
-    if options.loop.known_steps is None:
-        check_schedule(options, steps.total_steps)
-    if is_main:
-        log_experts(
+        return find_live_encoders(self.family, self.options, self.config)
+
+    def _find_data(
+        self, features: RunFeatures, live_encoders: LiveTextEncoders | None, seed: int
+    ) -> _TrainingData:
+        """Find or make the caches, and divide their items into training and validation items.
+
+        Args:
+            features: What the active features contribute to the run.
+            live_encoders: Text encoders that run during training.
+            seed: Seed of the run, for the choice of validation items.
+        """
+        sources = self._find_sources(features, live_encoders)
+        items = self._find_items(
+            sources,
+            encodes_texts_on_the_fly=live_encoders is not None,
+            condition_set=features.condition_set,
+        )
+        training, validation = self._split_items(items, seed)
+        data = _TrainingData(training, validation, sources)
+        self._warn_of_data(features, data)
+        return data
+
+    def _find_sources(self, features: RunFeatures, live_encoders: LiveTextEncoders | None) -> BatchSources:
+        """Return where batches are read from, except for the text tensors that `live_encoders` encode.
+
+        If the run may encode, it may also write caches, or encode images and captions during training.
+        """
+        if self.may_encode:
+            from training.caching_inside import prepare_sources  # most runs only read caches
+
+            sources = prepare_sources(
+                self.family,
+                self.config,
+                self.options.caching,
+                device=self.accelerator.device,
+                live_encoders=live_encoders,
+                commands=self.commands,
+                needs=features.needs,
+                on_media=features.on.media,
+            )
+        else:
+            # `SameEncoders` warns if caches were made with different encoders
+            sources = BatchSources(
+                self.family.latent, SameEncoders(self.commands), stores=Stores(npz_names(self.family))
+            )
+        # a feature trains with the empty prompt, whose text tensors some families have in a file
+        if EMPTY_PROMPT in features.needs and brings_empty_text(self.family):
+            return replace(sources, empty_text=self.family.empty_text())
+        return sources
+
+    def _find_items(
+        self, sources: BatchSources, *, encodes_texts_on_the_fly: bool, condition_set: str
+    ) -> Sequence[TrainingItem]:
+        """Find the cached training items by their file names, check their caches, and return them.
+
+        1. List the items, which must exist.
+        2. Check the channels of new items, and that all caches fit the model and its text encoders.
+        3. In the first process, warn about media files without caches, and caches without a media file.
+
+        Args:
+            sources: Where batches are read from.
+            encodes_texts_on_the_fly: Whether captions are encoded during training.
+            condition_set: Name of the additional conditions that a batch must offer; "" for none.
+
+        Raises:
+            CacheError: If there are no caches; the message contains the caching commands.
+        """
+        from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
+
+        family, process_index = self.family, self.accelerator.process_index
+        commands = sources.encoders.commands
+        # identity of the checkpoint's own text encoders, by name; caches of other encoders are rejected
+        trained_encoder_ids: Mapping[str, Mapping[str, str]] = {}
+        trusts_caches = self.options.caching is not None and self.options.caching.skip_cache_check
+        if family.abilities.has_text_encoders and not trusts_caches:
+            trained_encoder_ids = {encoder.name: encoder.identity for encoder in family.text_encoders()}
+        found_items = find_items(
+            self.config,
+            family.cache_tag,
+            family.latent,
+            text_keys=family.text_keys,
+            stores=sources.stores,
+            on_the_fly_tables=sources.tables,
+            audio=audio_of(family),
+            trusts_index=True,
+        )
+        items = require_items(found_items, commands)
+        # the index of the caches records which items were compared with this model before
+        new_items = [item for item in items if item.file_name not in item.cache_info.indexed_checksums]
+        if new_items:
+            check_channels(new_items, family.latent, commands, sources.stores)
+        check_caches(
             family,
-            options,
-            list_timestep_options(options.timesteps, config.datasets),
-            has_sample_only_networks=others.sampling is not None,
+            items,
+            commands,
+            sources.stores,
+            encodes_texts_on_the_fly=encodes_texts_on_the_fly,
+            process=(process_index, self.accelerator.num_processes),
+            condition_set=condition_set,
+            trained_encoder_ids=trained_encoder_ids,
         )
-    frozen = options.frozen
-    adapter = None
-    if frozen.training_adapter is not None:
-        adapter = describe_adapter(
-            frozen.training_adapter, frozen.training_adapter_multiplier, with_content=True
+        if process_index == 0:
+            audio = audio_of(family)
+            has_audio_caches = audio is not None and not audio.is_in_latent_cache
+            tables = self.config.datasets
+            compare_sources(
+                tables, found_items, commands, tag=family.cache_tag, trains_audio=has_audio_caches
+            )
+        return items
+
+    def _split_items(
+        self, items: Sequence[TrainingItem], seed: int
+    ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
+        """Return the training items and the validation items; check that the validation options fit them."""
+        validating = self.options.validation
+        seed = seed if validating.validation_seed is None else validating.validation_seed
+        training, validation = split_validation(items, validating.validation_split, seed)
+        if not training:
+            raise DatasetError(
+                f"{self.config.path}: all {len(items)} items are for validation. Leave at least one table "
+                "without `validation = true`."
+            )
+        if validation:
+            return training, validation
+        remedy = "give --validation_split, or `validation = true` in a table"
+        if validating.validate_every_n_steps is not None:
+            raise OptionError(f"--validate_every_n_steps has nothing to validate on: {remedy}")
+        for name in ("validate_every_n_epochs", "max_validation_steps", "validation_seed"):
+            if getattr(validating, name) is not None:
+                logger.warning("--%s is ignored because there is nothing to validate on: %s", name, remedy)
+        return training, validation
+
+    def _warn_of_data(self, features: RunFeatures, data: _TrainingData) -> None:
+        """Warn about captions, rejected items, references and masks that do not fit the options."""
+        tables, subset = self.config.datasets, self.options.subset
+        for read in (*features.caption_checks, *self.network_spec.caption_checks):
+            from training.token_captions import check_captions  # only to learn a word
+
+            check_captions(read, data.training)
+        has_rejected_items = any(table.worse_directory is not None for table in tables)
+        if has_rejected_items and REJECTED_ONES not in features.needs:
+            _warn_of_rejected_items(data.training)
+        if not self.accelerator.is_main_process:
+            return
+        takes_references = any(table.references or table.clip_references for table in tables)
+        if takes_references and learn_no_references([*data.training, *data.validation], data.sources.stores):
+            logger.warning("%s", NO_REFERENCE)
+        if subset is not None and subset.masked_loss:
+            _warn_of_missing_masks(tables)
+
+
+def _warn_of_missing_masks(tables: Sequence[DatasetTable]) -> None:
+    """Warn if no table has the masks that --masked_loss requires."""
+    if not any(table.mask_directory or table.alpha_mask for table in tables):
+        logger.warning(
+            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
         )
-    if saving.save_n_epoch_ratio is not None:
-        saving = saving.with_epochs_between_saves(steps.num_epochs, saving.save_n_epoch_ratio)
-    plan = TrainingPlan(
-        family=family,
-        options=options,
-        features=features,
-        network_spec=network_spec,
-        network_module=module_of(family, options),
-        names=_name_files(family, options, features),
-        other_families=others,
-        accelerator=accelerator,
-        quantization=quantization,
-        saved=saved,
-        progress=progress,
-        saving=saving,
-        lora_format=lora_format,
-        config=config,
-        training=training,
-        validation=validation,
-        order=order,
-        steps=steps,
-        table_times=timestep_options_by_group(options.timesteps, config.datasets),
-        sources=sources,
-        live_encoders=live_encoders,
-        changes={},
-        adapter=adapter,
-    )
-    # a state or --initial_step moves the progress of this plan
-    if saved is not None:
-        plan = _compare_with_state(plan, saved)
-    if options.start is not None and options.start.is_given:
-        skip_to_initial_step(options.start, progress, plan.steps, saved is not None)
-    return plan
+
+
+def _warn_of_rejected_items(training: Sequence[TrainingItem]) -> None:
+    """Warn about tables whose rejected items this run ignores."""
+    tables = {item.table.index: item.table for item in training}.values()
+    names = [table.name for table in tables if table.worse_directory is not None]
+    if names:
+        logger.warning(
+            "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
+            "learned as usual",
+            ", ".join(names),
+        )
 
 
 def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:
@@ -276,67 +431,6 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
         # the changes may have started a new plan in the middle of the run
         steps = _plan_steps(plan.options, plan.order, plan.accelerator.num_processes, plan.progress)
     return replace(plan, changes=changes, steps=steps)
-
-
-def _check_items(features: RunFeatures, network_spec: NetworkSpec, training: Sequence[TrainingItem]) -> None:
-    """Warn about captions that lack a word to learn, and about rejected items that this run ignores."""
-    for read in (*features.caption_checks, *network_spec.caption_checks):
-        from training.token_captions import check_captions  # only to learn a word
-
-        check_captions(read, training)
-    if REJECTED_ONES not in features.needs:
-        tables = {item.table.index: item.table for item in training}.values()
-        names = [table.name for table in tables if table.worse_directory is not None]
-        if names:
-            logger.warning(
-                "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
-                "learned as usual",
-                ", ".join(names),
-            )
-
-
-def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether the run may encode images or captions itself, instead of only reading caches."""
-    subsets = [table for table in config.datasets if table.group is not None]
-    varies = any(table.caption_changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    encodes_texts_on_the_fly = LIVE_TEXTS in options.features.needs
-    return varies or encodes_texts_on_the_fly or options.is_for_images or options.caching is not None
-
-
-def _find_sources(
-    family: Family,
-    options: TrainingOptions,
-    config: DatasetConfig,
-    device: torch.device,
-    live_encoders: LiveTextEncoders | None,
-    commands: CachingCommands,
-    features: RunFeatures,
-    may_encode: bool,
-) -> BatchSources:
-    """Return where batches are read from, except for the text tensors that `live_encoders` encode.
-
-    With `may_encode`, the run may also write caches, or encode images and captions during training.
-    """
-    if may_encode:
-        from training.caching_inside import prepare_sources  # most runs only read caches
-
-        sources = prepare_sources(
-            family,
-            config,
-            options.caching,
-            device=device,
-            live_encoders=live_encoders,
-            commands=commands,
-            needs=features.needs,
-            on_media=features.on.media,
-        )
-    else:
-        # `SameEncoders` warns if caches were made with different encoders
-        sources = BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
-    # a feature trains with the empty prompt, whose text tensors some families have in a file
-    if EMPTY_PROMPT in features.needs and brings_empty_text(family):
-        return replace(sources, empty_text=family.empty_text())
-    return sources
 
 
 @contextmanager
@@ -366,7 +460,13 @@ def join_processes(
         )
         for line in lines:
             logger.warning(line)
-    _check_optimizer_and_compilation(options, accelerator)
+    if options.is_fused or options.full_dit is not None:
+        _check_optimizer(options, accelerator)
+    compilation = options.speed.compilation.choice
+    if compilation is not None:
+        from runtime.compile import check_compilation  # only with --compile
+
+        check_compilation(compilation, accelerator.device)
     with ExitStack() as stack:
         processes: OtherProcesses | None = None
         if accelerator.num_processes > 1:
@@ -400,8 +500,8 @@ def _reserve_name_for_all(options: TrainingOptions, accelerator: Accelerator) ->
         yield
 
 
-def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Raise UserError if the optimizer does not support the options, or if the device cannot compile."""
+def _check_optimizer(options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Raise UserError if the optimizer does not support --fused_backward_pass or whole-DiT training."""
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.full_dit is not None:
@@ -409,11 +509,6 @@ def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Acce
             check_offload(options.optimizer.optimizer_type)
         if shards_full_model(options):
             check_sharded_optimizer(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
-    compilation = options.speed.compilation.choice
-    if compilation is not None:
-        from runtime.compile import check_compilation  # only with --compile
-
-        check_compilation(compilation, accelerator.device)
 
 
 def read_config(options: TrainingOptions, family: Family, network_spec: NetworkSpec) -> DatasetConfig:
@@ -444,98 +539,6 @@ def read_config(options: TrainingOptions, family: Family, network_spec: NetworkS
     return for_family(network_spec.check_data(config, PRESERVE_OUTPUT), family)
 
 
-def _find_items(
-    family: Family,
-    config: DatasetConfig,
-    sources: BatchSources,
-    *,
-    accelerator: Accelerator,
-    encodes_texts_on_the_fly: bool,
-    condition_set: str,
-    trusts_caches: bool,
-) -> Sequence[TrainingItem]:
-    """Find the cached training items by their file names, check their caches, and return them.
-
-    1. List the items, which must exist.
-    2. Check the channels of new items, and that all caches fit the model and its text encoders.
-    3. In the first process, warn about media files without caches, and caches without a media file.
-
-    Args:
-        family: The model family.
-        config: The dataset, as read from its file.
-        sources: Where batches are read from.
-        accelerator: The processes of the run.
-        encodes_texts_on_the_fly: Whether captions are encoded during training.
-        condition_set: Name of the additional conditions that a batch must offer; "" for none.
-        trusts_caches: Whether text encoder outputs may come from another checkpoint (--skip_cache_check).
-
-    Raises:
-        CacheError: If there are no caches; the message contains the caching commands.
-    """
-    commands = sources.encoders.commands
-    # identity of the checkpoint's own text encoders, by name; caches of other encoders are rejected
-    trained_encoder_ids: Mapping[str, Mapping[str, str]] = {}
-    if family.abilities.has_text_encoders and not trusts_caches:
-        trained_encoder_ids = {encoder.name: encoder.identity for encoder in family.text_encoders()}
-    from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
-
-    found_items = find_items(
-        config,
-        family.cache_tag,
-        family.latent,
-        text_keys=family.text_keys,
-        stores=sources.stores,
-        on_the_fly_tables=sources.tables,
-        audio=audio_of(family),
-        trusts_index=True,
-    )
-    items = require_items(found_items, commands)
-    # the index of the caches records which items were compared with this model before
-    new_items = [item for item in items if item.file_name not in item.cache_info.indexed_checksums]
-    if new_items:
-        check_channels(new_items, family.latent, commands, sources.stores)
-    check_caches(
-        family,
-        items,
-        commands,
-        sources.stores,
-        encodes_texts_on_the_fly=encodes_texts_on_the_fly,
-        process=(accelerator.process_index, accelerator.num_processes),
-        condition_set=condition_set,
-        trained_encoder_ids=trained_encoder_ids,
-    )
-    if accelerator.process_index == 0:
-        audio = audio_of(family)
-        has_audio_caches = audio is not None and not audio.is_in_latent_cache
-        compare_sources(
-            config.datasets, found_items, commands, tag=family.cache_tag, trains_audio=has_audio_caches
-        )
-    return items
-
-
-def _split_items(
-    options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], seed: int
-) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Return the training items and the validation items; check that the validation options fit them."""
-    validating = options.validation
-    seed = seed if validating.validation_seed is None else validating.validation_seed
-    training, validation = split_validation(items, validating.validation_split, seed)
-    if not training:
-        raise DatasetError(
-            f"{config.path}: all {len(items)} items are for validation. Leave at least one table without "
-            "`validation = true`."
-        )
-    if validation:
-        return training, validation
-    remedy = "give --validation_split, or `validation = true` in a table"
-    if validating.validate_every_n_steps is not None:
-        raise OptionError(f"--validate_every_n_steps has nothing to validate on: {remedy}")
-    for name in ("validate_every_n_epochs", "max_validation_steps", "validation_seed"):
-        if getattr(validating, name) is not None:
-            logger.warning("--%s is ignored because there is nothing to validate on: %s", name, remedy)
-    return training, validation
-
-
 def _check_tables(config: DatasetConfig) -> None:
     """Raise OptionError if a table sets network_multiplier, which full fine-tuning cannot use."""
     scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
@@ -553,20 +556,6 @@ def _check_batch_sizes(reason: str, config: DatasetConfig) -> None:
         raise OptionError(
             f"{larger.name}: batch_size {larger.batch_size}: {reason}. Give batch_size = 1, and "
             f"--gradient_accumulation_steps {larger.batch_size} for steps of as many clips"
-        )
-
-
-def _warn_of_missing(
-    options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
-) -> None:
-    """Warn if no item has the references or masks that dataset tables or --masked_loss require."""
-    takes_references = any(table.references or table.clip_references for table in config.datasets)
-    if takes_references and lack_edit_references(items, sources.stores):
-        logger.warning("%s", NO_REFERENCE)
-    takes_masks = options.subset is not None and options.subset.masked_loss
-    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
-        logger.warning(
-            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
         )
 
 

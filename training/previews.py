@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataset.batches.checks import SameEncoders, check_channels
@@ -117,25 +116,21 @@ def _print_check(
     _check_features(features, family, live_encoders, block_counts)
     network_spec.check_initial_file()
     # find the faults of the dataset
-    plans = plan_tables(
-        family,
-        config,
-        options.caching,
-        () if live_encoders is None else live_encoders.keys,
-        needs=features.needs,
-    )
+    live_keys = () if live_encoders is None else live_encoders.keys
+    plans = plan_tables(family, config, options.caching, live_keys, needs=features.needs)
     result = _check_dataset(family, options, config, plans, commands, counters=counters, workers=workers)
     for read in (*features.caption_checks, *network_spec.caption_checks):
         _note_captions_without_word(read, result.tables)
     if options.samples.sample_prompts is not None or _encodes_captions(plans):
         result.tables[0].errors += counters.find_offline_errors(counters.offline_errors)
     # add lines about the run
-    lines = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
-    lines += _describe_each("Targets:", features.describe_targets())
-    lines += describe_run(options, network_spec=network_spec, num_validation=result.num_held_back)
-    few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
-    if few_steps:
-        lines.append(few_steps)
+    lines = [
+        *_describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets)),
+        *_describe_each("Targets:", features.describe_targets()),
+        *describe_run(options, network_spec=network_spec, num_validation=result.num_held_back),
+    ]
+    if family.has_dit_files:
+        lines += filter(None, [describe_few_steps(family, options)])
     result = replace(result, tail=(*result.tail, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
@@ -277,11 +272,10 @@ def _print_plan(
     live_encoders = find_live_encoders(family, options, config)
     _check_features(options.features, family, live_encoders, family.block_counts())
     noisy_batch = _read_largest_batch(family, options, commands, config=config, live_encoders=live_encoders)
-    sample_files: Sequence[Path] = ()
+    num_sample_only_dits = 0
     if others.sampling is not None and options.samples.sample_prompts is not None:
-        sample_files = others.sampling.dit_files
+        num_sample_only_dits = len({*others.sampling.dit_files} - {*family.dit_files})
     device = select_device(None)
-    num_sample_only_dits = len({*sample_files} - {*family.dit_files})
     num_gpus, size = options.speed.plan.cards
     room = device_memory_to_plan(device, size)
     if num_gpus == 1:

@@ -30,7 +30,7 @@ from training.loop import train
 from training.next_commands import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
-from training.plan import TrainingPlan, join_processes, make_plan, read_config
+from training.plan import RunPlanner, TrainingPlan, join_processes, read_config
 from training.reports.history import read_session
 from training.reports.logs import Logs
 from training.reports.pauses import StepClock
@@ -131,15 +131,15 @@ def prepare_run(
         end.is_due = accelerator.is_main_process
         if other_processes is not None:
             other_processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
-        plan = make_plan(
-            family,
-            options,
-            command.caching_commands(options.loop.dataset_config, family),
+        plan = RunPlanner(
+            family=family,
+            options=options,
+            commands=command.caching_commands(options.loop.dataset_config, family),
             network_spec=network_spec,
             config=config,
             accelerator=accelerator,
             others=others,
-        )
+        ).plan()
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         for prepare in plan.features.on.plan:
             prepare(plan)

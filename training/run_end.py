@@ -85,15 +85,13 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
         error: Error that ended the run; None if it completed.
     """
     state = FAILED
-    if code == INTERRUPTED:  # by Ctrl-C; exit code 0 before the last step means that a user ended the run
+    if code == 0 and run.is_finished:
+        state = FINISHED
+    elif code in (0, INTERRUPTED):  # 0 before the last step: a user ended the run; INTERRUPTED: by Ctrl-C
         state = STOPPED
-    elif code == 0:
-        state = FINISHED if run.is_finished else STOPPED
     message = ""
     if state == FAILED and error is not None:
-        text = f"exit code {code}" if isinstance(error, SystemExit) else str(error) or type(error).__name__
-        first_line = (run.error or text).strip().partition("\n")[0]
-        message = shorten(escape_control_codes(first_line), MAX_ERROR_CHARACTERS)
+        message = _describe_error(run, code, error)
     return {
         "REELSMITH_STATE": state,
         "REELSMITH_EXIT_CODE": str(code),
@@ -104,6 +102,15 @@ def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> di
         "REELSMITH_PAGE": "" if run.page is None else str(run.page),
         "REELSMITH_ERROR": message,
     }
+
+
+def _describe_error(run: EndedRun, code: int, error: BaseException) -> str:
+    """Return the first line of the message of the error that ended a run, shortened for a variable."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, SystemExit):
+        text = f"exit code {code}"
+    first_line = (run.error or text).strip().partition("\n")[0]
+    return shorten(escape_control_codes(first_line), MAX_ERROR_CHARACTERS)
 
 
 def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:

@@ -43,12 +43,13 @@ from modules.command import drop_repeated_warnings
 from modules.console import format_count
 from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.media.colors import Frame
 from modules.media.layers import write_layers
 from modules.media.pixels import frames_of
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
-from protocols.data import Conditions, LatentSpec
+from protocols.data import Conditions, LatentSpec, SamplingDefaults
 from protocols.families import HIGH_NOISE
 from protocols.family import Family, trains_audio
 from protocols.loading import BlockSharder
@@ -238,23 +239,40 @@ class Sampler:
             pixels = family.decode(encoders, latents)
             if prepared.visible_region is not None:
                 pixels = map(prepared.visible_region.of, pixels)
-            frames = frames_of(pixels)
             metadata = self._make_metadata(prepared, model)
             is_audio_alone = latents.shape[2] == 0
             if is_audio_alone and track is not None:
                 path = self.folder / f"{stem}.wav"
                 write_wav(path, track, metadata)
-            elif family.latent.has_layers:
-                tags = as_png_texts(metadata)
-                path = write_layers(self.folder, stem, frames, family.latent.has_full, tags)[-1]
-            elif prepared.frames == 1:
-                number = "" if family.latent.is_of_images else "_000"  # a single image of a video model
-                path = self.folder / f"{stem}{number}.png"
-                write_png(path, next(frames), as_png_texts(metadata))
-            else:
-                path = self.folder / f"{stem}.mp4"
-                tags = as_tags(metadata)
-                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags, track=track)
+                return path
+            # decoding goes on while the frames are written
+            return self._write_frames(frames_of(pixels), prepared, stem, metadata=metadata, track=track)
+
+    def _write_frames(
+        self,
+        frames: Iterator[Frame],
+        prepared: Prepared,
+        stem: str,
+        *,
+        metadata: Mapping[str, str],
+        track: Track | None,
+    ) -> Path:
+        """Write the frames of a sample as image layers, as one image, or as a video with a track of audio.
+
+        Returns:
+            The file's path, for layers the path of the last one.
+        """
+        latent = self.session.family.latent
+        if latent.has_layers:
+            return write_layers(self.folder, stem, frames, latent.has_full, as_png_texts(metadata))[-1]
+        if prepared.frames == 1:
+            number = "" if latent.is_of_images else "_000"  # a single image of a video model
+            path = self.folder / f"{stem}{number}.png"
+            write_png(path, next(frames), as_png_texts(metadata))
+            return path
+        path = self.folder / f"{stem}.mp4"
+        tags = as_tags(metadata)
+        write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags, track=track)
         return path
 
     def _make_metadata(self, prepared: Prepared, model: str) -> Mapping[str, str]:
@@ -457,13 +475,15 @@ def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_
             "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
             prompt_file,
         )
-    option_by_key: dict[str, str] = {}  # first option of each key; some keys have two
+    ignored_keys = keys - {*family.defaults.extras}
     for option, setting in OF_SOME_MODELS.items():
-        option_by_key.setdefault(setting.key, option)
-    for key, option in option_by_key.items():
-        if key in keys and key not in family.defaults.extras:
+        if setting.key in ignored_keys:
+            ignored_keys.remove(setting.key)  # some keys have two options; the first one is named
             logger.warning(
-                "%s: %s (--%s) is ignored because this model has no such setting", prompt_file, key, option
+                "%s: %s (--%s) is ignored because this model has no such setting",
+                prompt_file,
+                setting.key,
+                option,
             )
 
 
@@ -534,18 +554,13 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     """
     default = family.defaults
     values = {key: value for key, value in entry.items() if value is not None}
-    control_paths = values.get("control_image_path") or []
-    if isinstance(control_paths, str):
-        control_paths = [control_paths]
     # in prompt files `cfg_scale` is the guidance scale, and `guidance_scale` is the embedded guidance
     guidance_scale = _read_number(values, "cfg_scale")
-    expert_names = [expert.name for expert in family.experts if expert.name]
-    # without a size, some models take the size of the first reference image: None
-    takes_reference_size = default.sized_by_references and bool(control_paths)
-    default_width, default_height = (None, None) if takes_reference_size else (default.width, default.height)
-    width = int(values["width"]) if "width" in values else default_width
-    height = int(values["height"]) if "height" in values else default_height
-    frames = int(values.get("frame_count", default.frames))
+    expert_guidance = {}
+    if guidance_scale is not None:
+        expert_guidance = {expert.name: guidance_scale for expert in family.experts if expert.name}
+    size = _read_size(values, default, has_references=bool(values.get("control_image_path")))
+    width, height, frames = size
     request = Request(
         prompt=str(values.get("prompt", "")),
         seed=int(values.get("seed", 0)),
@@ -554,7 +569,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         frames=frames,
         steps=values.get("sample_steps"),
         guidance_scale=guidance_scale,
-        expert_guidance={} if guidance_scale is None else dict.fromkeys(expert_names, guidance_scale),
+        expert_guidance=expert_guidance,
         embedded_guidance=_read_number(values, "guidance_scale"),
         flow_shift=None if default.flow_shift is None else _read_number(values, "discrete_flow_shift"),
         solver=_select_solver(values, default.solvers),
@@ -565,15 +580,40 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         image_path=_read_path(values, "image_path"),
         end_image_path=_read_path(values, "end_image_path"),
         control_path=_read_path(values, "control_video_path"),
-        control_images=tuple(to_path("control_image_path", str(path)) for path in control_paths),
-        extra={
-            setting.key: _as_text(values[setting.key])
-            for setting in OF_SOME_MODELS.values()
-            if setting.key in values
-        },
+        control_images=_read_control_images(values),
+        extra=_read_extra_settings(values),
     )
     check_values(request)
-    return _with_fitted_size(request, (width, height, frames), family.latent)
+    return _with_fitted_size(request, size, family.latent)
+
+
+def _read_control_images(values: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Return the paths of an entry's reference images, which it gives as one text or as a list."""
+    paths = values.get("control_image_path") or []
+    if isinstance(paths, str):
+        paths = [paths]
+    return tuple(to_path("control_image_path", str(path)) for path in paths)
+
+
+def _read_size(
+    values: Mapping[str, Any], default: SamplingDefaults, *, has_references: bool
+) -> tuple[int | None, int | None, int]:
+    """Return width, height and number of frames; None for a size that a reference image decides."""
+    width: int | None = default.width
+    height: int | None = default.height
+    if default.sized_by_references and has_references:
+        width = height = None
+    if "width" in values:
+        width = int(values["width"])
+    if "height" in values:
+        height = int(values["height"])
+    return width, height, int(values.get("frame_count", default.frames))
+
+
+def _read_extra_settings(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return an entry's settings that only some models have, as `Request.extra` takes them."""
+    keys = [setting.key for setting in OF_SOME_MODELS.values()]
+    return {key: _as_text(values[key]) for key in keys if key in values}
 
 
 def _read_path(values: Mapping[str, Any], key: str) -> Path | None:

@@ -84,17 +84,7 @@ def make_saver(
     is_main = plan.accelerator.is_main_process
     metadata = _collect_metadata(model)
     if publisher is not None and is_main:
-        # one model card describes all uploaded files, so it gets the metadata of the first one
-        published = PublishedRun(
-            names=plan.names,
-            is_lora=plan.options.network is not None,
-            release=plan.family.release,
-            metadata=_metadata_now(
-                plan, next(iter(metadata.values())), plan.network_spec.architecture_suffix
-            ),
-            prompts=[prompt for prompt in prompts if prompt],
-        )
-        publisher = publisher.for_run(published)
+        publisher = publisher.for_run(_describe_published_run(plan, metadata, prompts))
     writer = _ModelWriter(model, file_dtype(plan.options, model.dits.networks[0]), metadata)
 
     def handle_saved(paths: Sequence[Path]) -> None:
@@ -117,6 +107,23 @@ def make_saver(
     saver.remove_leftovers()
     saver.remove_expired(progress.step, progress.epoch)
     return saver
+
+
+def _describe_published_run(
+    plan: TrainingPlan, metadata: Mapping[str, Mapping[str, str]], prompts: Sequence[str]
+) -> PublishedRun:
+    """Return what the model card says about a run.
+
+    One model card describes all uploaded files, so it gets the metadata of the first one.
+    """
+    first_metadata = next(iter(metadata.values()))
+    return PublishedRun(
+        names=plan.names,
+        is_lora=plan.options.network is not None,
+        release=plan.family.release,
+        metadata=_metadata_now(plan, first_metadata, plan.network_spec.architecture_suffix),
+        prompts=[prompt for prompt in prompts if prompt],
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,33 +299,44 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
 
 def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     """Restore a state that this program saved: weights, optimizer, schedule, loss scaler and average."""
-    trainable, device = model.trainable, model.plan.accelerator.device
-    full_dit = model.plan.options.full_dit
-    offloads_optimizer = full_dit is not None and full_dit.offloads_states  # --offload_optimizer_device
     if saved.files or model.plan.shards_model:
-        from training.saving.split_model import load_sharded_tensors  # only with split tensors
-
-        parts = {name: module.state_dict() for name, module in trainable.modules.items()}
-        parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
-        load_sharded_tensors(saved, parts, _sharded_weights_with_local_moments(model), device)
-    for name, module in trainable.modules.items():
+        _load_sharded_parts(model, saved)
+    for name, module in model.trainable.modules.items():
         states.load_module(module, saved.parts[name])
-    # with --resume_changed, the learning rates and the schedule of this run replace those of the state
-    settings_changed = bool(model.plan.changes)
-    saved_optimizer = saved.optimizer
-    if settings_changed:
-        groups = _replace_learning_rates(saved_optimizer["groups"], model.optimizer.param_groups)
-        saved_optimizer = {**saved_optimizer, "groups": groups}
-    optimizer_device = torch.device("cpu") if offloads_optimizer else device
-    restore_optimizer(model.optimizer, trainable.names, saved_optimizer, optimizer_device)
-    if settings_changed:
-        model.schedule.go_to(model.plan.progress.step)
-    else:
-        model.schedule.load_state_dict(saved.schedule)
+    _restore_optimizer_and_schedule(model, saved)
     if saved.scaler:
         model.scaler.load_state_dict(saved.scaler)
     if model.average is not None:
         model.average.restore(saved)
+
+
+def _load_sharded_parts(model: TrainedModel, saved: states.SavedState) -> None:
+    """Load a state's sharded tensors in place into those of this run; the state refers to them afterwards."""
+    from training.saving.split_model import load_sharded_tensors  # only with split tensors
+
+    parts = {name: module.state_dict() for name, module in model.trainable.modules.items()}
+    parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
+    device = model.plan.accelerator.device
+    load_sharded_tensors(saved, parts, _sharded_weights_with_local_moments(model), device)
+
+
+def _restore_optimizer_and_schedule(model: TrainedModel, saved: states.SavedState) -> None:
+    """Restore the optimizer's states and the schedule.
+
+    With --resume_changed, the learning rates and the schedule of this run replace those of the state.
+    """
+    plan, full_dit = model.plan, model.plan.options.full_dit
+    device = plan.accelerator.device
+    if full_dit is not None and full_dit.offloads_states:  # --offload_optimizer_device
+        device = torch.device("cpu")
+    if not plan.changes:
+        restore_optimizer(model.optimizer, model.trainable.names, saved.optimizer, device)
+        model.schedule.load_state_dict(saved.schedule)
+        return
+    groups = _replace_learning_rates(saved.optimizer["groups"], model.optimizer.param_groups)
+    optimizer_state = {**saved.optimizer, "groups": groups}
+    restore_optimizer(model.optimizer, model.trainable.names, optimizer_state, device)
+    model.schedule.go_to(plan.progress.step)
 
 
 def _replace_learning_rates(

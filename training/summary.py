@@ -187,10 +187,18 @@ def _make_writing_rows(
     plan = run.plan
     options = run.options
     samples = options.samples
+    saving = plan.saving
+    saving_times = _times(
+        {
+            "steps": saving.save_every_n_steps,
+            "epochs": saving.save_every_n_epochs,
+            "minutes": saving.save_every_n_minutes,
+        }
+    )
     sampling_text = None
     if samples.sample_prompts is not None:
         sampling_text = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
-    counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
+    counts = count_saves(saving, plan.steps, plan.progress.step, plan.progress.epoch)
     has_average = plan.features.average is not None
     model_bytes, state_bytes = saved_bytes(parameters, dtype, has_average)
     family = plan.family
@@ -199,7 +207,7 @@ def _make_writing_rows(
         model_bytes = family.checkpoint_bytes(dtype) * (1 + has_average)
     page = page_path(plan.names.folder, plan.names.name)
     return [
-        ("saves", _saving_times(plan.saving)),
+        ("saves", " and ".join([*saving_times, "at the end"])),
         ("samples", sampling_text),
         ("disk", disk_needed(plan.names.folder, counts, (model_bytes, state_bytes))),
         ("folder", str(plan.names.folder)),
@@ -238,17 +246,6 @@ def _describe_length(plan: TrainingPlan) -> str:
         return f"{steps.total_steps}, of the {steps.steps_per_epoch} of an epoch{beginning}"
     epochs = format_count(steps.num_epochs, "epoch")
     return f"{steps.total_steps} in {epochs} of {steps.steps_per_epoch}{beginning}"
-
-
-def _saving_times(saving: SavingOptions) -> str:
-    times = _times(
-        {
-            "steps": saving.save_every_n_steps,
-            "epochs": saving.save_every_n_epochs,
-            "minutes": saving.save_every_n_minutes,
-        }
-    )
-    return " and ".join([*times, "at the end"])
 
 
 def _sampling_times(samples: SampleOptions) -> str:

@@ -117,7 +117,9 @@ class Trainable:
                 network.on_epoch_start()
 
     def start_step(self, step: int) -> None:
-        """Freeze each part of the model that is trained for at most `step` steps.
+        """Freeze the parts that are trained for at most `step` steps; call `on_step_start` of networks.
+
+        Only networks from other packages have that method.
 
         Args:
             step: Number of optimizer steps taken so far.
@@ -125,6 +127,9 @@ class Trainable:
         for part, steps in self.freeze_at_step.items():
             if step >= steps:
                 self.modules[part].requires_grad_(False)
+        for network in self.all_networks:
+            if isinstance(network, ForeignNetwork):
+                network.on_step_start()
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Scale down weights with norms above `max_norm`; return the values of a `NormReport` as a tensor."""
@@ -276,21 +281,13 @@ def prepare_dit(
     Raises:
         OptionError: If no name matches.
     """
-    by_rate: dict[float, list[Parameter]] = {}
-    for name, parameter in dit.named_parameters():
-        rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)
-        # a part with the rate 0 is frozen
-        learns = rate > 0 and learns_by_name(name, name_parts)
-        parameter.requires_grad_(learns)
-        if learns:
-            by_rate.setdefault(rate, []).append(parameter)
-    if not by_rate and not name_parts:
+    by_rate = _select_by_rate(dit, learning_rate, name_parts, part_rates)
+    if not by_rate and name_parts:
+        reject_no_match(dit, name_parts)
+    elif not by_rate:
         raise OptionError(
             "all parts have the learning rate 0, so nothing would be learned: give a rate above 0"
         )
-    if not by_rate:
-        reject_no_match(dit, name_parts)
-
     groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
     # group names for logs: the part that has this rate
     names = {rate: part.strip(".") for part, rate in part_rates.items()} | {learning_rate: "dit"}
@@ -302,6 +299,23 @@ def prepare_dit(
         group_names=tuple(names[rate] for rate in by_rate),
         written_files={"": WrittenFile(partial(_write_dit, dit, dtypes, unused, file_layout))},
     )
+
+
+def _select_by_rate(
+    dit: nn.Module, learning_rate: float, name_parts: Sequence[str], part_rates: Mapping[str, float]
+) -> dict[float, list[Parameter]]:
+    """Return the trained parameters by learning rate, and freeze the others; the rate 0 freezes a part.
+
+    The arguments are those of `prepare_dit`.
+    """
+    by_rate: dict[float, list[Parameter]] = {}
+    for name, parameter in dit.named_parameters():
+        rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)
+        learns = rate > 0 and learns_by_name(name, name_parts)
+        parameter.requires_grad_(learns)
+        if learns:
+            by_rate.setdefault(rate, []).append(parameter)
+    return by_rate
 
 
 def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:

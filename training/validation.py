@@ -18,7 +18,7 @@ from modules.bars import track
 from protocols.data import AUDIO_LATENTS, Batch
 from protocols.rules import expert_at
 from training.data.feed import draw_num_clean_frames, seed_generator
-from training.data.timesteps import times_at, times_of_audio
+from training.data.timesteps import Timesteps, times_at, times_of_audio
 from training.loss import Autocast, DitOf, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.plan import TrainingPlan
@@ -99,17 +99,12 @@ class Validation:
         items = all_items[self.process :: steps.data_parallel_size]
         # processes that share a sharded network have to run as many passes as the one with the most items
         lacks_item = steps.in_lockstep and len(items) * steps.data_parallel_size < len(all_items)
-        # indices of the noise levels at which each expert is used
-        levels_by_expert: dict[int, list[int]] = {}
-        for level, sigma in enumerate(self.sigmas):
-            expert = expert_at(NUM_TIMESTEPS * sigma, self.plan.family.experts)
-            levels_by_expert.setdefault(expert, []).append(level)
         sums = torch.zeros(len(self.sigmas) + 1, dtype=torch.float64)
         sums[-1] = len(items)
         if not (items or lacks_item):
             return sums
         # one network after the other: moving a network to the device takes longer than reading all items
-        for expert, levels in sorted(levels_by_expert.items()):
+        for expert, levels in sorted(self._levels_by_expert().items()):
             dit = dit_at(expert)
             sigmas = [self.sigmas[level] for level in levels]
             title = f"validation, {len(levels)} noise levels"
@@ -119,6 +114,14 @@ class Validation:
             if lacks_item:  # an additional pass, because other processes need this one's part of the blocks
                 self._losses(all_items[-1], sigmas, dit, autocast)
         return sums
+
+    def _levels_by_expert(self) -> dict[int, list[int]]:
+        """Return the indices of the noise levels at which each expert is used."""
+        levels: dict[int, list[int]] = {}
+        for level, sigma in enumerate(self.sigmas):
+            expert = expert_at(NUM_TIMESTEPS * sigma, self.plan.family.experts)
+            levels.setdefault(expert, []).append(level)
+        return levels
 
     def _losses(
         self, item: TrainingItem, sigmas: Sequence[float], dit: nn.Module, autocast: Autocast
@@ -167,30 +170,22 @@ class Validation:
         The noise is seeded by the item's key, the level, and --validation_seed if it is set, but not by the
         run's seed, so that runs can be compared.
         """
-        options = self.plan.options
-        # the noise level as part of the seed: in thousandths for images, as one of NUM_BANDS for clips
-        level = round(NUM_TIMESTEPS * sigma) if self.is_of_images else int(NUM_BANDS * sigma)
-        seed: list[int | str] = [key, level]
-        if options.validation.validation_seed is not None:
-            seed.insert(0, options.validation.validation_seed)
+        noise_spec = self.plan.family.noise
+        seed = self._noise_seed(sigma, key)
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator("validation", *seed))
-        times = times_at(options.timesteps, torch.tensor([sigma]), self.plan.family.noise)
-        audio: NoisyAudio | None = None
+        times = times_at(self.plan.options.timesteps, torch.tensor([sigma]), noise_spec)
+        audio = None
         audio_latents = batch.tensors.get(AUDIO_LATENTS)
         if isinstance(audio_latents, Tensor):
-            generator = seed_generator("validation sound", *seed)
-            audio_noise = torch.randn(audio_latents.shape, generator=generator)
-            audio_times = times_of_audio(times, self.plan.family.noise)
-            audio = NoisyAudio(audio_noise, audio_times.sigmas, audio_times.timesteps, torch.ones(1))
-        change_conditions = self.plan.family.noise.change_conditions
-        if change_conditions is not None:
+            audio = self._draw_audio_noise(audio_latents, times, seed)
+        if noise_spec.change_conditions is not None:
             generator = seed_generator("validation inputs", *seed)
-            batch = replace(batch, tensors=change_conditions(batch.tensors, "", generator))
-        clean_token_rule = self.plan.family.noise.clean_token_rule
+            batch = replace(batch, tensors=noise_spec.change_conditions(batch.tensors, "", generator))
         clean_tokens = None
-        if clean_token_rule is not None:
-            clean_tokens = clean_token_rule.draw(batch, seed_generator("validation given tokens", *seed))
+        if noise_spec.clean_token_rule is not None:
+            generator = seed_generator("validation given tokens", *seed)
+            clean_tokens = noise_spec.clean_token_rule.draw(batch, generator)
         return NoisyBatch(
             batch=batch,
             noise=noise,
@@ -201,6 +196,19 @@ class Validation:
             clean_tokens=clean_tokens,
             audio=audio,
         )
+
+    def _noise_seed(self, sigma: float, key: str) -> list[int | str]:
+        """Return the parts of the seed of an item's noise at a noise level."""
+        # the noise level as part of the seed: in thousandths for images, as one of NUM_BANDS for clips
+        level = round(NUM_TIMESTEPS * sigma) if self.is_of_images else int(NUM_BANDS * sigma)
+        validation_seed = self.plan.options.validation.validation_seed
+        return [key, level] if validation_seed is None else [validation_seed, key, level]
+
+    def _draw_audio_noise(self, latents: Tensor, times: Timesteps, seed: list[int | str]) -> NoisyAudio:
+        """Return noise for an item's audio latents, with the noise level that audio has at these times."""
+        noise = torch.randn(latents.shape, generator=seed_generator("validation sound", *seed))
+        audio_times = times_of_audio(times, self.plan.family.noise)
+        return NoisyAudio(noise, audio_times.sigmas, audio_times.timesteps, torch.ones(1))
 
 
 def _list_image_sigmas(options: TimestepOptions) -> list[float]:

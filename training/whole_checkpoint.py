@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from checkpoints.shards import SavedForm
 from modules.errors import OptionError
-from protocols.family import Described, DitSpec, part_rates_of
+from protocols.family import Described, DitSpec, LearningEncoder, part_rates_of
 from protocols.full_model import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
 from training.data.live import LiveTextEncoders
 from training.options import TrainingOptions
@@ -105,15 +105,10 @@ def _train_checkpoint(
         networks[DIT] = dit
     elif name_parts:
         reject_no_match(dit, name_parts)
-    for encoder in () if live_encoders is None else live_encoders.learning_encoders:
-        encoder_rate = parts.text_encoder_rates[encoder.name]
-        if encoder_rate is None:
-            encoder_rate = learning_rate
-        networks[encoder.name] = encoder.network
-        for name, parameter in encoder.network.named_parameters():
-            # weights that the model does not use, such as layers after the last one it reads, stay frozen
-            is_used = family.reads_weight(encoder.name, name)
-            groups.add(encoder.name, encoder_rate if is_used else 0.0, parameter)
+    if live_encoders is not None:
+        for encoder in live_encoders.learning_encoders:
+            networks[encoder.name] = encoder.network
+            _add_encoder_weights(groups, family, encoder, learning_rate)
     if not groups.params:
         rate_owner = "a part" if parts.have_own_rates else "--learning_rate"
         raise OptionError(
@@ -132,6 +127,19 @@ def _train_checkpoint(
         written_files=written_files,
         freeze_at_step=freeze_at_step,
     )
+
+
+def _add_encoder_weights(
+    groups: _OptimizerGroups, family: TrainsCheckpoint, encoder: LearningEncoder, learning_rate: float
+) -> None:
+    """Add the weights of a text encoder to the optimizer's groups, at its own rate or at `learning_rate`."""
+    rate = family.learning_parts.text_encoder_rates[encoder.name]
+    if rate is None:
+        rate = learning_rate
+    for name, parameter in encoder.network.named_parameters():
+        # weights that the model does not use, such as layers after the last one it reads, stay frozen
+        is_used = family.reads_weight(encoder.name, name)
+        groups.add(encoder.name, rate if is_used else 0.0, parameter)
 
 
 def _select_rate(name: str, parts: LearningParts, spec: DitSpec, default_rate: float) -> tuple[str, float]:

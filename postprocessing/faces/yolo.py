@@ -153,8 +153,7 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
         model: The loaded file.
         side: Side of the square input, for files that accept any size.
     """
-    input_shape = model.input_shape
-    if len(input_shape) != 4 or input_shape[1] not in (3, None):
+    if not _looks_like_yolo(model):
         return None
     task = model.notes.get("task")
     if task is not None and task not in TASKS:
@@ -163,11 +162,7 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
             "pose.",
             path,
         )
-    # exporters note the task; files without notes are recognized by the shape of their output
-    has_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
-    if task is None and not has_rows:
-        return None
-    height, width = input_shape[2:]
+    _, _, height, width = model.input_shape
     if height != width:
         raise CheckpointError(
             f"{path} requires pictures of {width or 'any width'} x {height or 'any height'} pixels. Export "
@@ -179,6 +174,18 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
         classes=_count_classes(model),
         landmarks=_count_landmark_numbers(model),
     )
+
+
+def _looks_like_yolo(model: OnnxModel) -> bool:
+    """Return whether a model takes images of three channels and was exported as a YOLO.
+
+    Exporters note the task; files without notes are recognized by the shape of their output.
+    """
+    shape = model.input_shape
+    takes_images = len(shape) == 4 and shape[1] in (3, None)
+    if not takes_images or "task" in model.notes:
+        return takes_images
+    return any(len(output) == 3 and output[0] in (1, None) for output in model.outputs.values())
 
 
 def _count_classes(model: OnnxModel) -> int | None:
@@ -319,17 +326,19 @@ class YuNetDetector:
     def _decode_grid(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
         """Decode the YuNet output grid with a cell every `step` pixels to face candidates."""
         rows, columns = height // step, width // step
-        class_score = self._read_output(outputs, "cls", step, rows * columns).clip(0, 1)
-        object_score = self._read_output(outputs, "obj", step, rows * columns).clip(0, 1)
-        box = self._read_output(outputs, "bbox", step, rows * columns)
-        offsets = self._read_output(outputs, "kps", step, rows * columns).reshape(-1, POINTS, 2)
+        num_cells = rows * columns
+        class_score = self._read_output(outputs, "cls", step, num_cells).clip(0, 1)
+        object_score = self._read_output(outputs, "obj", step, num_cells).clip(0, 1)
+        box = self._read_output(outputs, "bbox", step, num_cells)
+        point_offsets = self._read_output(outputs, "kps", step, num_cells).reshape(-1, POINTS, 2)
 
         # positions are relative to the cell, in cells; sizes are logarithms
         cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
-        centers = (cells + box[:, :2]) * step
-        half_sizes = np.exp(np.minimum(box[:, 2:], MAX_LOG_SIDE)) * step / 2
+        center_offsets, log_sizes = box[:, :2], box[:, 2:]
+        centers = (cells + center_offsets) * step
+        half_sizes = np.exp(np.minimum(log_sizes, MAX_LOG_SIDE)) * step / 2
         boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
-        points = (offsets + cells[:, None]) * step
+        points = (point_offsets + cells[:, None]) * step
         # as in OpenCV's FaceDetectorYN: the geometric mean of the scores for the class and the object
         scores = np.sqrt(class_score * object_score)[:, 0]
         return _Faces(boxes.astype(np.float32), scores, points.astype(np.float32))

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import repeat
@@ -93,8 +93,8 @@ class Interpolator:
         if self._options.factor == 1:
             yield from frames
             return
+        cuts = _CutLog()
         num_frames = 0
-        num_cuts = 0
         previous = None
         for frame in frames:
             current = _CachedFrame(frame, self._encode_frame)
@@ -102,10 +102,8 @@ class Interpolator:
                 # equal frames need neither interpolation nor scene detection
                 is_same = np.array_equal(previous.output.pixels, current.output.pixels)
                 has_cut = not is_same and self._has_cut(previous, current)
-                num_cuts += has_cut
-                if has_cut and num_cuts <= MAX_LOGGED_CUTS:
-                    text = "A new scene begins at %s: the picture before it is repeated."
-                    logger.info(text, clock_time(frame.start))
+                if has_cut:
+                    cuts.log(frame.start)
                 yield from self._fill_gap(previous, current, clip.is_deep, repeats=is_same or has_cut)
             num_frames += 1
             previous = current
@@ -114,8 +112,7 @@ class Interpolator:
         if num_frames == 1:
             raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
         yield self._shorten_last(previous.output, clip.rate)
-        if num_cuts > MAX_LOGGED_CUTS:
-            logger.info("%d scenes began; at their beginnings the picture before is repeated.", num_cuts)
+        cuts.log_total()
 
     def _fill_gap(
         self, first: "_CachedFrame", second: "_CachedFrame", is_deep: bool, repeats: bool
@@ -181,6 +178,26 @@ class Interpolator:
                 f"{network.model}: {what}. A file may be damaged: download or copy it again.", network.model
             )
         return to_pixels(image, is_deep)
+
+
+@dataclass
+class _CutLog:
+    """Log where new scenes begin: the times of the first ones, and at the end the number of all."""
+
+    num_cuts: int = 0
+
+    def log(self, seconds: Fraction) -> None:
+        """Count a new scene that begins at a time, and log it if it is one of the first."""
+        self.num_cuts += 1
+        if self.num_cuts <= MAX_LOGGED_CUTS:
+            text = "A new scene begins at %s: the picture before it is repeated."
+            logger.info(text, clock_time(seconds))
+
+    def log_total(self) -> None:
+        """Log the number of scenes if not all of them were logged."""
+        if self.num_cuts > MAX_LOGGED_CUTS:
+            text = "%d scenes began; at their beginnings the picture before is repeated."
+            logger.info(text, self.num_cuts)
 
 
 class _CachedFrame:

@@ -20,6 +20,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from runtime.offload.host_memory import (
     offload_layer,
     transfer_to,
 )
-from runtime.offload.swap_plan import HostWeights, ListPlan, big_layers
+from runtime.offload.swap_plan import HostWeights, ListPlan, SwapPlan, big_layers
 from runtime.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)
@@ -339,21 +340,28 @@ def swap_blocks(
     if host is None or not host.plan:
         return
     host_weights = host.adopt(dit)  # swapped weights by name, in host memory
-    for path in host.plan.input_layer_names(dit):
-        for name, layer in big_layers(dit, path):
-            offload_layer(layer, host_weights[f"{name}.weight"], device)
+    _offload_input_layers(dit, host.plan, host_weights, device)
     lists = host.plan.lists(dit)
     pools = _make_slot_pools(dit, lists, host_weights)
     in_host_memory = {dit.get_parameter(name) for name in host_weights}
     # positions of the blocks in the order in which they run, counted over all lists
     order = host.plan.spec.execution_order([plan.num_blocks for plan in lists])
     swap = BlockSwap(pools, order, in_host_memory, transfer or transfer_to(device))
-    blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]
+    blocks = chain.from_iterable(dit.get_submodule(plan.name).children() for plan in lists)
     for position, block in enumerate(blocks):
         block.forward = functools.partial(swap.run, position, block.forward)
     set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
     setattr(dit, _NAME, swap)
     _report(lists, swap, host_weights, device)
+
+
+def _offload_input_layers(
+    dit: nn.Module, plan: SwapPlan, host_weights: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """Stream the weights of the large layers before the blocks from host memory, if they are swapped too."""
+    for path in plan.input_layer_names(dit):
+        for name, layer in big_layers(dit, path):
+            offload_layer(layer, host_weights[f"{name}.weight"], device)
 
 
 def _make_slot_pools(
