@@ -47,9 +47,8 @@ from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
-MAX_ITEMS_OF_KEPT_WORKERS = (
-    50_000  # with at most this many items in an epoch, workers are kept for the next epochs
-)
+# with at most this many items in an epoch, workers are kept for the next epochs
+MAX_ITEMS_OF_KEPT_WORKERS = 50_000
 ALIGNMENT = 64  # bytes: enough for every dtype
 
 
