@@ -177,10 +177,9 @@ class Saver:
 
         The save from exactly that many steps ago is kept too.
         """
-        # saves by time may be at any step
-        interval = (
-            1 if self.options.save_every_n_minutes is not None else self.options.save_every_n_steps or 1
-        )
+        interval = self.options.save_every_n_steps or 1
+        if self.options.save_every_n_minutes is not None:
+            interval = 1  # saves by time may be at any step
         newest_models = None if num_models is None else step - 1 - num_models
         newest_states = None if num_states is None else step - 1 - num_states
         self._remove_saves(r"-step(\d{8,})", interval, newest_models, newest_states)
