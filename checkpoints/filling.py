@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.finite import check_finite, is_finite, make_non_finite_error
+from checkpoints.finite import count_non_finite, is_finite, make_non_finite_error
 from checkpoints.opening import QUANTIZATION_EXTRAS, Checkpoint
 from checkpoints.stored.forms import QuantizationFormat, QuantizedWeight, attach
 from modules.bars import BYTES, track
@@ -195,15 +195,7 @@ def load_module(
         host=host,
     )
     shows_progress = check is None and device.type != "meta"
-    names = track(
-        targets,
-        f"Loading {checkpoint.path.name}",
-        total=sum(sizes.values()),
-        size=sizes.__getitem__,
-        unit=BYTES,
-        shown=shows_progress,
-    )
-    for name in _release_heap_now_and_then(names, sizes, device):
+    for name in _iterate_with_progress(sizes, checkpoint.path, device, shows_progress):
         if check is not None:
             check()
         loader.load(name)
@@ -221,17 +213,27 @@ def load_module(
         host.finish()
 
 
-def _release_heap_now_and_then(
-    names: Iterable[str], sizes: Mapping[str, int], device: torch.device
+def _iterate_with_progress(
+    sizes: Mapping[str, int], path: Path, device: torch.device, shows_progress: bool
 ) -> Iterator[str]:
-    """Yield the names of tensors to load, and return freed memory to the system between some of them.
+    """Yield the names of the tensors to load with a progress bar, and release the heap now and then.
 
     Args:
-        names: Names of the tensors.
-        sizes: Bytes of each tensor in the file.
+        sizes: Bytes of each tensor in the file, by name.
+        path: The file, for the progress bar.
         device: Device of the network; only loading to the CPU fragments the heap.
+        shows_progress: Whether to show the progress bar.
     """
-    release_after = max(_TRIM_AFTER, sum(sizes.values()) // _TRIM_PARTS)
+    total = sum(sizes.values())
+    names = track(
+        sizes,
+        f"Loading {path.name}",
+        total=total,
+        size=sizes.__getitem__,
+        unit=BYTES,
+        shown=shows_progress,
+    )
+    release_after = max(_TRIM_AFTER, total // _TRIM_PARTS)
     bytes_since_release = 0
     for name in names:
         yield name
@@ -479,10 +481,11 @@ class _TensorLoader:
         On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading the
         result of a check would wait for them, so these results are collected and read after loading.
         """
-        if tensor.device.type == "cpu":
-            check_finite(self._checkpoint.path, part, tensor)
-        else:
-            self.finite_checks[part] = is_finite(tensor)
+        has_finite_values = is_finite(tensor)
+        if tensor.device.type != "cpu":
+            self.finite_checks[part] = has_finite_values
+        elif not has_finite_values:
+            raise count_non_finite(self._checkpoint.path, part, tensor)
 
 
 def _measure_rounding_error(weight: Tensor, quantized_weight: QuantizedWeight) -> Tensor:

@@ -109,10 +109,7 @@ def merge_models(options: MergeModelsOptions) -> None:
             _check_fits(first, other, merged_names, options.unet_only)
         _warn_of_skipped(models, saved_infos, options)
         _log_averages(first, len(first.tensors) - len(saved_infos))
-        dtype = DTYPES[options.saving_precision]
-        written_infos: dict[str, TensorInfo] = {}
-        for name, info in saved_infos.items():
-            written_infos[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+        written_infos = _with_dtype(saved_infos, DTYPES[options.saving_precision])
         terms = [_Term(model, share) for model, share in zip(models, options.shares, strict=True)]
 
         def read(name: str) -> Tensor:
@@ -132,6 +129,14 @@ def _list_merged_names(tensors: Mapping[str, TensorInfo], unet_only: bool) -> se
     if unet_only:
         merged_names = {name for name in merged_names if name.startswith(UNET)}
     return merged_names
+
+
+def _with_dtype(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """Return the tensors of the new file: floating-point tensors get the dtype, all others keep theirs."""
+    written = {}
+    for name, info in tensors.items():
+        written[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+    return written
 
 
 def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:

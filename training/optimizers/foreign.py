@@ -129,38 +129,35 @@ def _renumber_in_order(
     2. Assign its moments to this run's parameters one by one in this order.
     3. Take its settings for each group, such as learning rates.
     """
-    their_groups = state["param_groups"]
     # indices of this run's groups in the other program's order
     order = sorted(range(len(groups)), key=lambda index: min(map(position_of, groups[index])))
-    their_lengths = [len(group["params"]) for group in their_groups]
+    their_lengths = [len(group["params"]) for group in state["param_groups"]]
     if [len(groups[index]) for index in order] != their_lengths:
         return None
-    their_group_by_index = dict(zip(order, their_groups, strict=True))
-    their_number_by_parameter: dict[Parameter, Any] = {}
-    for index, their_group in their_group_by_index.items():
+    their_groups = dict(zip(order, state["param_groups"], strict=True))  # by the index of this run's group
+    their_numbers: dict[Parameter, Any] = {}
+    for index, their_group in their_groups.items():
         our_parameters = sorted(groups[index], key=position_of)
-        their_number_by_parameter |= zip(our_parameters, their_group["params"], strict=True)
-    moments_by_parameter = _find_moments(state["state"], their_number_by_parameter)
-    if moments_by_parameter is None:
+        their_numbers |= zip(our_parameters, their_group["params"], strict=True)
+    moments = _find_moments(state["state"], their_numbers)
+    if moments is None:
         return None
-
     parameters = [parameter for group in groups for parameter in group]
     our_numbers = {parameter: number for number, parameter in enumerate(parameters)}
     our_groups: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        settings = dict(their_group_by_index[index])  # learning rate, betas and other settings
-        settings["params"] = [our_numbers[parameter] for parameter in group]
-        our_groups.append(settings)
-    our_moments = {our_numbers[parameter]: moments for parameter, moments in moments_by_parameter.items()}
+        # learning rate, betas and other settings, with this run's numbers
+        our_groups.append({**their_groups[index], "params": [our_numbers[parameter] for parameter in group]})
+    our_moments = {our_numbers[parameter]: values for parameter, values in moments.items()}
     return {"state": our_moments, "param_groups": our_groups}
 
 
 def _find_moments(
-    their_moments: Mapping[Any, Any], their_number_by_parameter: Mapping[Parameter, Any]
+    their_moments: Mapping[Any, Any], their_numbers: Mapping[Parameter, Any]
 ) -> dict[Parameter, Any] | None:
     """Return the moments of each parameter that has any; None if a moment has a different shape."""
     moments_by_parameter: dict[Parameter, Any] = {}
-    for parameter, their_number in their_number_by_parameter.items():
+    for parameter, their_number in their_numbers.items():
         moments = their_moments.get(their_number)
         if moments is None:
             continue
