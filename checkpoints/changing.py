@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -124,23 +124,12 @@ def plan_change(
     # the tensors that can be cast: scales and other companions have no source
     sources = list_tensor_sources(checkpoint) if change.dtype is not None else {}
     scales = find_scales(checkpoint.tensors)
-    # cast fp8 weights are multiplied by their scales, which are dropped; integer weights keep theirs
-    dequantized: set[str] = set()
-    for name in names:
-        is_cast_fp8 = change.cast.selects(name) and is_fp8(checkpoint.tensors[name].dtype)
-        if name in scales and name in sources and is_cast_fp8:
-            dequantized.add(name)
+    dequantized = _find_cast_fp8_weights(checkpoint, change, names, scales.keys() & sources.keys())
     names = _without_scales(names, scales, dequantized)
     _check_scale_pairs(checkpoint, names, scales, dequantized)
 
     old_names = _map_new_to_old_names(names, change)
-    tensors: dict[str, TensorInfo] = {}
-    for new_name, name in old_names.items():
-        info = checkpoint.tensors[name]
-        is_cast = name in sources and info.dtype.is_floating_point and change.cast.selects(name)
-        if change.dtype is not None and is_cast:
-            info = replace(info, dtype=change.dtype)
-        tensors[new_name] = info
+    tensors = _plan_dtypes(checkpoint, change, old_names, sources.keys())
 
     def read(new_name: str) -> Tensor:
         name = old_names[new_name]
@@ -151,6 +140,38 @@ def plan_change(
     metadata, metadata_notes = _make_metadata(checkpoint, change, dequantized, stale_metadata)
     notes = (*metadata_notes, *_list_notes(checkpoint, change, len(dequantized)))
     return NewFile(tensors, metadata, read, notes)
+
+
+def _find_cast_fp8_weights(
+    checkpoint: Checkpoint, change: CheckpointChange, names: Sequence[str], scaled_weights: Collection[str]
+) -> set[str]:
+    """Return the fp8 weights that are cast: they are multiplied by their scales, which are then dropped.
+
+    Integer weights keep their dtype and their scales.
+    """
+    cast_weights: set[str] = set()
+    for name in names:
+        is_cast = name in scaled_weights and change.cast.selects(name)
+        if is_cast and is_fp8(checkpoint.tensors[name].dtype):
+            cast_weights.add(name)
+    return cast_weights
+
+
+def _plan_dtypes(
+    checkpoint: Checkpoint,
+    change: CheckpointChange,
+    old_names: Mapping[str, str],
+    castable_names: Collection[str],
+) -> dict[str, TensorInfo]:
+    """Return the dtype and shape of each tensor of the new file, by its new name."""
+    tensors: dict[str, TensorInfo] = {}
+    for new_name, name in old_names.items():
+        info = checkpoint.tensors[name]
+        is_castable = name in castable_names and info.dtype.is_floating_point
+        if change.dtype is not None and is_castable and change.cast.selects(name):
+            info = replace(info, dtype=change.dtype)
+        tensors[new_name] = info
+    return tensors
 
 
 def _list_notes(checkpoint: Checkpoint, change: CheckpointChange, num_dequantized: int) -> list[str]:
@@ -217,26 +238,31 @@ def rename(name: str, change: CheckpointChange) -> str:
 
 
 def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
-    """Raise OptionError if options select no tensor, or if a prefix matches nothing or an entire name."""
+    """Raise OptionError if the options select no tensor, or rename tensors in a way that cannot be saved."""
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
-    # each prefix is removed from the result of the previous one
-    for index, prefix in enumerate(change.strip_prefixes):
-        earlier_prefixes = replace(change, strip_prefixes=change.strip_prefixes[:index], add_prefix="")
-        if not any(rename(name, earlier_prefixes).startswith(prefix) for name in names):
-            raise OptionError(f"--strip_prefix {prefix}: no tensor name begins with it, such as {names[0]}")
-    only_strip = replace(change, add_prefix="")
-    if change.strip_prefixes and any(not rename(name, only_strip) for name in names):
-        raise OptionError(
-            f"--strip_prefix {' '.join(change.strip_prefixes)} removes the complete name of a tensor"
-        )
+    _check_prefixes_to_strip(change, names)
     # safetensors headers use this key for metadata
     if METADATA_ENTRY in {rename(name, change) for name in names}:
         raise OptionError(
             f"a tensor would be called {METADATA_ENTRY}, which is reserved for the metadata: leave it out "
             f"with --full_exclude_keys {METADATA_ENTRY}, or give an --add_prefix"
+        )
+
+
+def _check_prefixes_to_strip(change: CheckpointChange, names: Sequence[str]) -> None:
+    """Raise OptionError if a prefix to strip begins no name, or if nothing of a name remains."""
+    # each prefix is removed from the result of the previous one
+    stripped_names = list(names)
+    for prefix in change.strip_prefixes:
+        if not any(name.startswith(prefix) for name in stripped_names):
+            raise OptionError(f"--strip_prefix {prefix}: no tensor name begins with it, such as {names[0]}")
+        stripped_names = [name.removeprefix(prefix) for name in stripped_names]
+    if change.strip_prefixes and not all(stripped_names):
+        raise OptionError(
+            f"--strip_prefix {' '.join(change.strip_prefixes)} removes the complete name of a tensor"
         )
 
 

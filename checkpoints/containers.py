@@ -77,14 +77,13 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
-def check_count(path: Path, tensors: int) -> None:
-    """Raise CheckpointError if a file lists more tensors than any known model has."""
-    if tensors > MAX_TENSORS:
-        raise CheckpointError(
-            f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
-            "model.",
-            path,
-        )
+def make_count_error(path: Path, num_tensors: int) -> CheckpointError:
+    """Return the error for a file that lists more than MAX_TENSORS tensors."""
+    return CheckpointError(
+        f"{path} has {num_tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
+        "model.",
+        path,
+    )
 
 
 class HeaderFile:
@@ -135,7 +134,8 @@ class SafetensorsFile(HeaderFile):
     def _read_header(self, size: int) -> None:
         """Read the header of a safetensors file; raise ValueError if its values are inconsistent."""
         self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
-        check_count(self.path, len(header))
+        if len(header) > MAX_TENSORS:
+            raise make_count_error(self.path, len(header))
         # raises UnicodeEncodeError (a ValueError) for lone surrogates, which an escape in JSON can produce
         "".join([*header, *self.metadata, *self.metadata.values()]).encode("utf-8")
         spans = []

@@ -369,28 +369,34 @@ def _concatenate(parts: list[TensorSource]) -> TensorSource:
     """Return a source that concatenates the tensors of several sources along their rows."""
     if len(parts) == 1:
         return parts[0]
-
-    def build(*file_tensors: Tensor) -> Tensor:
-        """Concatenate tensors, in float32 if any is fp8, because torch cannot promote fp8 dtypes."""
-        tensors = [part.build_tensor(group) for part, group in _group_by_part(parts, file_tensors)]
-        dtype = tensors[0].dtype
-        if any(tensor.dtype.itemsize == 1 for tensor in tensors):
-            dtype = torch.float32
-        return torch.cat([tensor.to(dtype) for tensor in tensors])
-
-    def build_quantized(*file_tensors: Tensor) -> QuantizedWeight | None:
-        """Concatenate quantized weights along their rows; return None if their formats cannot be joined."""
-        weights: list[QuantizedWeight] = []
-        for part, group in _group_by_part(parts, file_tensors):
-            weight = part.make_quantized(group)
-            if weight is None or (weights and weight.format != weights[0].format):
-                return None
-            weights.append(weight)
-        return weights[0].format.join(weights)
-
     names = tuple(name for part in parts for name in part.names)
-    can_stay_quantized = all(part.build_quantized is not None for part in parts)
-    return TensorSource(names, build, build_quantized if can_stay_quantized else None)
+    build = functools.partial(_concatenate_rows, parts)
+    build_quantized = None
+    if all(part.build_quantized is not None for part in parts):
+        build_quantized = functools.partial(_concatenate_quantized_rows, parts)
+    return TensorSource(names, build, build_quantized)
+
+
+def _concatenate_rows(parts: Sequence[TensorSource], *file_tensors: Tensor) -> Tensor:
+    """Concatenate tensors, in float32 if any is fp8, because torch cannot promote fp8 dtypes."""
+    tensors = [part.build_tensor(group) for part, group in _group_by_part(parts, file_tensors)]
+    dtype = tensors[0].dtype
+    if any(tensor.dtype.itemsize == 1 for tensor in tensors):
+        dtype = torch.float32
+    return torch.cat([tensor.to(dtype) for tensor in tensors])
+
+
+def _concatenate_quantized_rows(
+    parts: Sequence[TensorSource], *file_tensors: Tensor
+) -> QuantizedWeight | None:
+    """Concatenate quantized weights along their rows; return None if their formats cannot be joined."""
+    weights: list[QuantizedWeight] = []
+    for part, group in _group_by_part(parts, file_tensors):
+        weight = part.make_quantized(group)
+        if weight is None or (weights and weight.format != weights[0].format):
+            return None
+        weights.append(weight)
+    return weights[0].format.join(weights)
 
 
 def _group_by_part(

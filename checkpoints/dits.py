@@ -1,6 +1,5 @@
 """Load transformers of all families: remove prefixes, choose dtypes, fill the network."""
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -162,8 +161,7 @@ class DitFormat(Generic[Config, Dit]):
             CheckpointError: If the file has a different model, is incomplete or has unknown tensors, or if
                 fp8 weights would have to be rounded again.
         """
-        with contextlib.ExitStack() as opened:
-            checkpoint = opened.enter_context(self._open(path, second_file))
+        with self._open(path, second_file) as checkpoint:
             # build the network without allocating weights
             header = self.read_header(checkpoint)
             description = self.describe(header)
@@ -181,14 +179,12 @@ class DitFormat(Generic[Config, Dit]):
                 """Return the dtype to load a tensor in, given its dtype in the file."""
                 if name.startswith(spec.keep_float32):
                     return torch.float32
-                if not placement.keep_file_dtypes:
-                    return weight_dtype
-                # a bias gets the dtype of its weight
-                weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
-                if weight in sources:
-                    file_dtype = checkpoint.tensors[sources[weight].names[0]].dtype
-                return file_dtype if file_dtype.itemsize > 1 else weight_dtype
+                if placement.keep_file_dtypes:
+                    file_dtype = _find_layer_dtype(name, checkpoint, sources, default=file_dtype)
+                    return file_dtype if file_dtype.itemsize > 1 else weight_dtype
+                return weight_dtype
 
+            sharder = placement.block_sharder
             load_module(
                 dit,
                 checkpoint,
@@ -201,9 +197,7 @@ class DitFormat(Generic[Config, Dit]):
                 quantized=select_quantized_layers(dit, checkpoint, sources, placement=placement, spec=spec),
                 host=placement.host_weights,
                 check=placement.check,
-                on_tensor_loaded=None
-                if placement.block_sharder is None
-                else placement.block_sharder.watch(dit),
+                on_tensor_loaded=None if sharder is None else sharder.watch(dit),
             )
             # record what full fine-tuning needs to save the model like the source file
             saved_dtypes = _select_saved_dtypes(checkpoint, sources, weight_dtype, header.block_dtype)
@@ -228,6 +222,16 @@ class DitFormat(Generic[Config, Dit]):
         if self.add_second is None:
             return checkpoint.join(bare_names(second))
         return self.add_second(checkpoint, second)
+
+
+def _find_layer_dtype(
+    name: str, checkpoint: Checkpoint, sources: Mapping[str, TensorSource], default: torch.dtype
+) -> torch.dtype:
+    """Return the dtype of a layer's weight in the file, which its bias gets too; `default` if it has none."""
+    weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
+    if weight not in sources:
+        return default
+    return checkpoint.tensors[sources[weight].names[0]].dtype
 
 
 def _select_saved_dtypes(

@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.finite import check_finite, is_finite, make_non_finite_error
+from checkpoints.finite import count_non_finite, is_finite, make_non_finite_error
 from checkpoints.opening import QUANTIZATION_EXTRAS, Checkpoint
 from checkpoints.stored.forms import QuantizationFormat, QuantizedWeight, attach
 from modules.bars import BYTES, track
@@ -193,31 +194,15 @@ def load_module(
         quantized=quantized,
         host=host,
     )
-    total = sum(sizes.values())
-    names = track(
-        targets,
-        f"Loading {checkpoint.path.name}",
-        total=total,
-        size=sizes.__getitem__,
-        unit=BYTES,
-        shown=check is None and device.type != "meta",
-    )
-    bytes_since_trim = 0  # bytes loaded since freed memory was last returned to the system
-    trim_after = max(_TRIM_AFTER, total // _TRIM_PARTS)
-    for name in names:
+    shows_progress = check is None and device.type != "meta"
+    for name in _iterate_with_progress(sizes, checkpoint.path, device, shows_progress):
         if check is not None:
             check()
         loader.load(name)
         if on_tensor_loaded is not None:
             on_tensor_loaded(name)
-        bytes_since_trim += sizes[name]
-        if device.type == "cpu" and bytes_since_trim > trim_after:
-            release_heap()
-            bytes_since_trim = 0
-    # on a GPU, the results of these checks are read only now, because reading one waits for all copies
-    if loader.finite_checks and not all(torch.stack([*loader.finite_checks.values()]).tolist()):
-        bad_names = [name for name, is_good in loader.finite_checks.items() if not is_good]
-        raise make_non_finite_error(checkpoint.path, bad_names)
+    if loader.finite_checks:
+        _reject_non_finite_weights(checkpoint.path, loader.finite_checks)
     del loader.read_buffer
     release_heap()
     if device.type == "cuda":
@@ -226,6 +211,46 @@ def load_module(
         _log_quantization(quantized, loader, label)
     if loader.on_host and host is not None:
         host.finish()
+
+
+def _iterate_with_progress(
+    sizes: Mapping[str, int], path: Path, device: torch.device, shows_progress: bool
+) -> Iterator[str]:
+    """Yield the names of the tensors to load with a progress bar, and release the heap now and then.
+
+    Args:
+        sizes: Bytes of each tensor in the file, by name.
+        path: The file, for the progress bar.
+        device: Device of the network; only loading to the CPU fragments the heap.
+        shows_progress: Whether to show the progress bar.
+    """
+    total = sum(sizes.values())
+    names = track(
+        sizes,
+        f"Loading {path.name}",
+        total=total,
+        size=sizes.__getitem__,
+        unit=BYTES,
+        shown=shows_progress,
+    )
+    release_after = max(_TRIM_AFTER, total // _TRIM_PARTS)
+    bytes_since_release = 0
+    for name in names:
+        yield name
+        bytes_since_release += sizes[name]
+        if device.type == "cpu" and bytes_since_release > release_after:
+            release_heap()
+            bytes_since_release = 0
+
+
+def _reject_non_finite_weights(path: Path, finite_checks: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a check on the GPU found NaN or infinite values.
+
+    The results are read only after loading, because reading one waits for all copies to the GPU.
+    """
+    if not all(torch.stack([*finite_checks.values()]).tolist()):
+        bad_names = [name for name, is_good in finite_checks.items() if not is_good]
+        raise make_non_finite_error(path, bad_names)
 
 
 def _reject_non_finite_errors(
@@ -305,16 +330,19 @@ class _TensorLoader:
         self.rounded_formats: dict[str, str] = {}  # description of the format for the log, by state-dict name
         self.kept_formats: list[str] = []  # format of each weight that is loaded as stored
         # one buffer for all reads, because temporary tensors would fragment the heap
+        self.read_buffer = self._allocate_read_buffer()
+
+    def _allocate_read_buffer(self) -> Tensor:
+        """Allocate memory for the stored tensors that any one tensor of the network is built from."""
+        if self._device.type == "meta":
+            return torch.empty(0, dtype=torch.uint8)
         buffer_bytes = 0
-        for name in self._dtypes if self._device.type != "meta" else ():
-            stored_infos = [
-                self._checkpoint.tensors[stored_name] for stored_name in self._sources[name].names
-            ]
-            buffer_bytes = max(buffer_bytes, sum(info.size_bytes + _ALIGNMENT for info in stored_infos))
+        for name in self._dtypes:
+            infos = [self._checkpoint.tensors[stored_name] for stored_name in self._sources[name].names]
+            buffer_bytes = max(buffer_bytes, sum(info.size_bytes + _ALIGNMENT for info in infos))
         if self._device.type == "cuda":
-            self.read_buffer = empty_pinned([buffer_bytes], torch.uint8)
-        else:
-            self.read_buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
+            return empty_pinned([buffer_bytes], torch.uint8)
+        return torch.empty(buffer_bytes, dtype=torch.uint8)
 
     def _describe_target(self, name: str) -> TensorInfo:
         """Return the dtype and shape that a tensor will have in the loaded model."""
@@ -453,10 +481,11 @@ class _TensorLoader:
         On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading the
         result of a check would wait for them, so these results are collected and read after loading.
         """
-        if tensor.device.type == "cpu":
-            check_finite(self._checkpoint.path, part, tensor)
-        else:
-            self.finite_checks[part] = is_finite(tensor)
+        has_finite_values = is_finite(tensor)
+        if tensor.device.type != "cpu":
+            self.finite_checks[part] = has_finite_values
+        elif not has_finite_values:
+            raise count_non_finite(self._checkpoint.path, part, tensor)
 
 
 def _measure_rounding_error(weight: Tensor, quantized_weight: QuantizedWeight) -> Tensor:
@@ -481,39 +510,51 @@ def _check_fit(
     label: str,
 ) -> None:
     """Raise CheckpointError with up to MAX_ERRORS lines for missing, unexpected or misshaped tensors."""
-    # compare the names
     missing = set()
     for name in targets:
         stored_names = sources[name].names if name in sources else ()
         if not stored_names or any(stored_name not in checkpoint.tensors for stored_name in stored_names):
             missing.add(name)
     unexpected = _find_unexpected(targets, checkpoint, sources, ignore)
-    lines = []
-    for error, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            lines += [f"  {error}: {line}" for line in compress_names(names)]
-    # compare the shapes of tensors that exist
+    misshaped = []
     for name, tensor in targets.items():
-        if name in missing:
-            continue
-        infos = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
-        needed_shape = tuple(tensor.shape)
-        shape: tuple[int, ...] | None = infos[0].shape
-        if sources[name].build is not None:
-            shape = _infer_shape(sources[name], infos)
-        if shape is not None and len(shape) < len(needed_shape):
-            shape = add_leading_axes(shape, len(needed_shape))
-        packing = infos[0].packing
-        if shape != needed_shape and (packing is None or shape != packing.padded(needed_shape)):
-            lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed_shape)} is needed")
-    if lines:
-        if len(lines) > MAX_ERRORS:
-            lines = [*lines[:MAX_ERRORS], f"  and {len(lines) - MAX_ERRORS:,} lines like these"]
-        text = "\n".join(lines)
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit {label}:\n{text}\n  Give the complete file of that model.",
-            checkpoint.path,
-        )
+        if name not in missing:
+            mismatch = _explain_mismatch(checkpoint, sources[name], tuple(tensor.shape))
+            if mismatch:
+                misshaped.append(f"  {name}: {mismatch}")
+    if missing or unexpected or misshaped:
+        raise _make_fit_error(checkpoint.path, label, missing, unexpected, misshaped)
+
+
+def _explain_mismatch(
+    checkpoint: Checkpoint, source: TensorSource, needed_shape: tuple[int, ...]
+) -> str | None:
+    """Compare the shape of a tensor in the file with the needed shape; return None if it fits."""
+    infos = [checkpoint.tensors[stored_name] for stored_name in source.names]
+    shape: tuple[int, ...] | None = infos[0].shape
+    if source.build is not None:
+        shape = _infer_shape(source, infos)
+    if shape is not None and len(shape) < len(needed_shape):
+        shape = add_leading_axes(shape, len(needed_shape))
+    packing = infos[0].packing
+    if shape == needed_shape or (packing is not None and shape == packing.padded(needed_shape)):
+        return None
+    return f"the file has {_sizes(shape)}, {_sizes(needed_shape)} is needed"
+
+
+def _make_fit_error(
+    path: Path, label: str, missing: Collection[str], unexpected: Collection[str], misshaped: Sequence[str]
+) -> CheckpointError:
+    """Return the error for a file that does not fit; `misshaped` has a line for each misshaped tensor."""
+    lines = [f"  missing: {line}" for line in compress_names(missing)]
+    lines += [f"  unexpected: {line}" for line in compress_names(unexpected)]
+    lines += misshaped
+    if len(lines) > MAX_ERRORS:
+        lines = [*lines[:MAX_ERRORS], f"  and {len(lines) - MAX_ERRORS:,} lines like these"]
+    text = "\n".join(lines)
+    return CheckpointError(
+        f"{path} does not fit {label}:\n{text}\n  Give the complete file of that model.", path
+    )
 
 
 def _find_unexpected(

@@ -15,14 +15,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from checkpoints.containers import HeaderFile, check_count
+from checkpoints.containers import HeaderFile, make_count_error
 from checkpoints.stored.forms import QuantizedWeight
 from checkpoints.stored.ggml import KINDS, Kind, kind_of_package
 from checkpoints.stored.packed import PackedRowFormat
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.integers import round_up
-from modules.limits import MAX_ELEMENTS, MAX_HEADER_BYTES, MAX_TENSOR_NAME
+from modules.limits import MAX_ELEMENTS, MAX_HEADER_BYTES, MAX_TENSOR_NAME, MAX_TENSORS
 from protocols.loading import Packing, TensorInfo
 
 # types of tensors that are not quantized
@@ -94,7 +94,8 @@ class GgufFile(HeaderFile):
         The caller reads the offset that follows. `model_shapes` has the original shapes of tensors that were
         reshaped for quantization, by name.
         """
-        check_count(self.path, len(self.tensors))
+        if len(self.tensors) > MAX_TENSORS:
+            raise make_count_error(self.path, len(self.tensors))
         name = reader.read_string(MAX_TENSOR_NAME)
         axes = reader.read_number("I")
         if axes > _MAX_AXES or name in self.tensors:

@@ -461,24 +461,28 @@ def _describe_bitsandbytes(layer: _QuantizedLayer, read: Callable[[str], Tensor]
     block_size = layer.get_number("blocksize", default=64)
     rows, columns = quant_state["shape"]
     _check_four_bits(layer, rows, columns, block_size)
-    num_blocks = rows * columns // block_size
-    if "nested_offset" in quant_state:  # double quantization
-        num_groups = ceil_div(num_blocks, layer.get_number("nested_blocksize", default=256))
-        nested = layer.check_companion("weight.nested_absmax", _FLOATS, (num_groups,))
-        nested |= layer.check_companion("weight.nested_quant_map", _FLOATS, (256,))
-        companions = layer.check_companion("weight.absmax", (torch.uint8,), (num_blocks,)) | nested
-    else:
-        companions = layer.check_companion("weight.absmax", _FLOATS, (num_blocks,))
+    group_size = layer.get_number("nested_blocksize", default=256)  # in blocks; for double quantization
+    companions = _check_block_scales(layer, rows * columns // block_size, group_size)
     layer.check_companion("weight.quant_map", _FLOATS, (16,))
     quant_map = read(f"{layer.name}.weight.quant_map")
     levels = tuple(quant_map.float().tolist())  # the values of the 16 codes
     offset = float(quant_state.get("nested_offset", 0))
-    group_size = layer.get_number("nested_blocksize", default=256)
     if not all(map(math.isfinite, (offset, *levels))):
         raise ValueError("its levels or its nested_offset are NaN or infinite")
     row_format = PackedRowFormat(quant_state["quant_type"], ("largest",), four_bits(levels))
     make_quantized = partial(_make_four_bits, row_format, (rows, columns), offset, group_size)
     return layer.packed_infos((rows, columns), companions, make_quantized)
+
+
+def _check_block_scales(layer: _QuantizedLayer, num_blocks: int, group_size: int) -> dict[str, TensorInfo]:
+    """Check the tensors with the scales of a 4-bit layer's blocks, and return their dtypes and shapes."""
+    if "nested_offset" not in layer.settings:
+        return layer.check_companion("weight.absmax", _FLOATS, (num_blocks,))
+    # double quantization
+    num_groups = ceil_div(num_blocks, group_size)
+    nested = layer.check_companion("weight.nested_absmax", _FLOATS, (num_groups,))
+    nested |= layer.check_companion("weight.nested_quant_map", _FLOATS, (256,))
+    return layer.check_companion("weight.absmax", (torch.uint8,), (num_blocks,)) | nested
 
 
 def _check_four_bits(layer: _QuantizedLayer, rows: Any, columns: Any, block: int) -> None:

@@ -203,14 +203,8 @@ def open_checkpoint(
             for name in file.tensors:
                 if name not in locations:
                     locations[name] = (file, name)
-                    continue
-                first_file, _ = locations[name]
-                if not are_equal(first_file, file, name):
-                    raise CheckpointError(
-                        f"{path}: {name} is in two files, {first_file.path.name} and {part.name}. Give "
-                        "one file.",
-                        path,
-                    )
+                elif not are_equal(locations[name][0], file, name):
+                    raise _make_duplicate_error(path, name, locations[name][0].path, part)
         if not locations:
             raise CheckpointError(f"{path} contains no tensors.", path)
     except BaseException:
@@ -219,10 +213,17 @@ def open_checkpoint(
         raise
     # packed weights are marked by extra tensors or in the metadata of a file
     has_marks = any(name.endswith(COMFY_QUANT_SUFFIX) or BNB_STATE_INFIX in name for name in locations)
-    if not has_marks and not any(COMFY_QUANT_KEY in file.metadata for file in files):
-        return Checkpoint(path, locations, files)
-    rejection = _register_packed_weights(path, locations, files)
-    return Checkpoint(path, locations, files, rejection)
+    if has_marks or any(COMFY_QUANT_KEY in file.metadata for file in files):
+        rejection = _register_packed_weights(path, locations, files)
+        return Checkpoint(path, locations, files, rejection)
+    return Checkpoint(path, locations, files)
+
+
+def _make_duplicate_error(path: Path, name: str, first_file: Path, second_file: Path) -> CheckpointError:
+    """Return the error for a model with two files that contain different tensors of the same name."""
+    return CheckpointError(
+        f"{path}: {name} is in two files, {first_file.name} and {second_file.name}. Give one file.", path
+    )
 
 
 def checkpoint_paths(path: Path) -> list[Path]:
@@ -260,18 +261,23 @@ def _list_folder_files(folder: Path) -> list[Path]:
     if len(indexes) == 1:
         return _read_index(indexes[0])
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if indexes:
+        raise _make_ambiguity_error(folder, indexes + files)
     safetensors = [file for file in files if file.suffix in {".safetensors", ".sft"}]
-    is_one_model = len(safetensors) == 1 or all(_SHARD.fullmatch(file.name) for file in safetensors)
-    if not indexes and safetensors and is_one_model:
+    if len(safetensors) == 1 or (safetensors and all(_SHARD.fullmatch(file.name) for file in safetensors)):
         require_all_shards(safetensors)
         return safetensors
-    if not indexes and len(files) == 1:
+    if len(files) == 1:
         return files
-    candidates = [file.name for file in indexes + files]
-    names = ", ".join(candidates[:MAX_LISTED_NAMES])
+    raise _make_ambiguity_error(folder, files)
+
+
+def _make_ambiguity_error(folder: Path, candidates: Sequence[Path]) -> CheckpointError:
+    """Return the error for a folder without exactly one model; it lists the `candidates`."""
+    names = ", ".join(file.name for file in candidates[:MAX_LISTED_NAMES])
     if len(candidates) > MAX_LISTED_NAMES:
         names += ", ..."
-    raise CheckpointError(
+    return CheckpointError(
         f"{folder} is a folder without exactly one model (model files: {names or 'none'}). Give the path "
         "of the file.",
         folder,
@@ -442,20 +448,30 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
             if name.endswith(suffix):
                 return f"{format_name}: it has {name}"
     for name, info in unrecognized.items():
-        # supported scales are one per weight or one per row; this one has several per row
-        if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
+        if name.endswith(_SCALES) and _has_several_scales_per_row(info):
             is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
             format_name = "fp8 in blocks" if is_float else "mxfp8"
             return f"{format_name}: it has {name} {list(info.shape)}"
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
             return f"{dtype_name(info.dtype)}: {name} has this dtype"
-    # weights without a known suffix, recognized by dtype and shape
+    return _find_unknown_packed_weight(unrecognized, tensors)
+
+
+def _find_unknown_packed_weight(
+    unrecognized: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]
+) -> str | None:
+    """Describe a quantized weight without a known suffix, recognized by dtype and shape; None without one."""
     for name, info in unrecognized.items():
         is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
-        if is_narrow and info.dtype is not torch.bool and _is_packed_weight(name, tensors):
+        if is_narrow and _is_packed_weight(name, tensors):
             kind = dtype_name(info.dtype)
             return f"quantized in an unknown format: it has {name} in {kind} instead of a weight"
     return None
+
+
+def _has_several_scales_per_row(scale: TensorInfo) -> bool:
+    """Return whether a weight has several scales in each row; supported are one per weight or per row."""
+    return len(scale.shape) == 2 and min(scale.shape) > 1
 
 
 def _without_packed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -477,7 +493,7 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     layer, separator, _ = name.partition(".weight.")  # as in blocks.0.q.weight.data
     if not separator:
         layer = name.rpartition(".")[0]
-    if not layer:
+    if not layer or info.dtype is torch.bool:
         return False
     is_matrix = len(info.shape) > 1 and min(info.shape) > 1
     is_named_weight = name.removeprefix(f"{layer}.").startswith(("weight", "qweight"))
@@ -509,20 +525,25 @@ def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
             continue
         if name in companions or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANTIZATION_EXTRAS):
             continue
-        scale = scales.get(name)
         in_fp8 = info.dtype.itemsize == 1 and info.dtype.is_floating_point
-        if scale is None and not in_fp8:
-            sources[name] = TensorSource((name,))
-            continue
-        from checkpoints.stored import fp8  # only for fp8 or scaled weights
-
-        # a layer may keep fp8 weights as they are; other scaled weights are always dequantized
-        build_quantized = fp8.make_fp8_weight if in_fp8 else None
-        if scale is not None:
-            sources[name] = TensorSource((name, scale), fp8.dequantize, build_quantized)
+        if name in scales or in_fp8:
+            sources[name] = _make_scaled_source(name, scales.get(name), in_fp8)
         else:
-            sources[name] = TensorSource((name,), None, build_quantized)
+            sources[name] = TensorSource((name,))
     return sources
+
+
+def _make_scaled_source(name: str, scale: str | None, in_fp8: bool) -> TensorSource:
+    """Return the source of a weight in fp8, or of any weight that has a scale.
+
+    A layer may keep fp8 weights as they are; other scaled weights are always dequantized.
+    """
+    from checkpoints.stored import fp8  # only for fp8 or scaled weights
+
+    build_quantized = fp8.make_fp8_weight if in_fp8 else None
+    if scale is None:
+        return TensorSource((name,), None, build_quantized)
+    return TensorSource((name, scale), fp8.dequantize, build_quantized)
 
 
 def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:

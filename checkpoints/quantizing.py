@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.containers import COMFY_QUANT_KEY, COMFY_QUANT_SUFFIX
 from checkpoints.dits import DitFormat, bare_names
@@ -252,34 +252,46 @@ def _recognize_transformer(
     header = dit_format.read_header(bare)
     with on_meta_device():
         dit: Any = dit_format.network(header.config, SDPA)
-    sources = dit_format.sources(bare, header)
-    unrotated_form = "int8" if form == "convrot" else form  # convrot is int8 with a rotation
-    exclude = dit.spec.form_exclude.get(unrotated_form, dit.spec.fp8_exclude)
-    quantizable = linear_weights(dit, dit.spec.block_lists, exclude)
-    network_names_by_file_name: dict[str, set[str]] = {}  # several names if the file fuses weights
-    for our_name, source in sources.items():
-        network_names_by_file_name.setdefault(source.names[0], set()).add(our_name)
-    prefix = _find_prefix(checkpoint, list(network_names_by_file_name))
-    weights = dit.state_dict()
+    our_names_by_file_name: dict[str, set[str]] = {}  # several names if the file fuses weights
+    for our_name, source in dit_format.sources(bare, header).items():
+        our_names_by_file_name.setdefault(source.names[0], set()).add(our_name)
+    prefix = _find_prefix(checkpoint, list(our_names_by_file_name))
+    quantizable = _list_quantizable_weights(dit, form)
     layers: set[str] = set()
-    unpadded_shapes = {}
-    for file_name, our_names in network_names_by_file_name.items():
+    for file_name, our_names in our_names_by_file_name.items():
         # a fused weight is quantized only if all layers split from it can be quantized
         if our_names <= quantizable and len(bare.tensors[file_name].shape) == 2:
             layers.add(prefix + file_name)
-        if len(our_names) == 1:
-            (our_name,) = our_names
-            if our_name in weights:  # the network computes some of the file's tensors instead of loading them
-                unpadded_shapes[prefix + file_name] = tuple(weights[our_name].shape)
+    shapes = _find_unpadded_shapes(dit, our_names_by_file_name)
+    row_orders = dit_format.single_file_row_orders(bare, header)
     return RecognizedModel(
         description=dit_format.describe(header),
         family=family,
         layers=frozenset(layers),
-        shapes=unpadded_shapes,
-        single_file_row_orders={
-            prefix + name: order for name, order in dit_format.single_file_row_orders(bare, header).items()
-        },
+        shapes={prefix + name: shape for name, shape in shapes.items()},
+        single_file_row_orders={prefix + name: order for name, order in row_orders.items()},
     )
+
+
+def _list_quantizable_weights(dit: Any, form: str) -> frozenset[str]:
+    """Return the names of a transformer's weights that --form `form` quantizes."""
+    unrotated_form = "int8" if form == "convrot" else form  # convrot is int8 with a rotation
+    exclude = dit.spec.form_exclude.get(unrotated_form, dit.spec.fp8_exclude)
+    return linear_weights(dit, dit.spec.block_lists, exclude)
+
+
+def _find_unpadded_shapes(
+    dit: nn.Module, our_names_by_file_name: Mapping[str, Collection[str]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the network of the file's unfused weights, by name in the file."""
+    weights = dit.state_dict()
+    shapes = {}
+    for file_name, our_names in our_names_by_file_name.items():
+        if len(our_names) == 1:
+            (our_name,) = our_names
+            if our_name in weights:  # the network computes some of the file's tensors instead of loading them
+                shapes[file_name] = tuple(weights[our_name].shape)
+    return shapes
 
 
 def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
@@ -342,7 +354,8 @@ def _plan_layer(
 ) -> dict[str, _PlannedTensor]:
     """Return the three tensors that store a quantized layer (codes, scale, settings), by their new names.
 
-    `quantize` reads the layer's weight, and returns its codes and scale.
+    `quantize` reads the layer's weight, and returns its codes and scale. It is called once for
+    each of the two, because they are far apart in the file.
     """
     layer_name = weight_name.removesuffix(".weight")
     codes = TensorInfo(quantizer.dtype, quantizer.shape)

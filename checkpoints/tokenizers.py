@@ -129,7 +129,9 @@ class TokenizerFiles:
         with self.convert_errors(file):
             tokenizer = Tokenizer.from_file(str(file)) if content is None else Tokenizer.from_buffer(content)
             if tokenizer.normalizer is not None:
-                _check_growth(_measure_growth(json.loads(tokenizer.normalizer.__getstate__())))
+                growth = _measure_growth(json.loads(tokenizer.normalizer.__getstate__()))
+                if growth > MAX_TOKENIZER_GROWTH:
+                    raise _make_growth_error(growth)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
@@ -224,7 +226,9 @@ def check_sentencepiece(model: bytes) -> None:
     """
     for specification in _read_field(model, 3):
         for charsmap in _read_field(specification, 2):
-            _check_growth(_measure_charsmap(charsmap))
+            growth = _measure_charsmap(charsmap)
+            if growth > MAX_TOKENIZER_GROWTH:
+                raise _make_growth_error(growth)
 
 
 def piece_surfaces(encoded: bytes) -> list[str]:
@@ -243,12 +247,11 @@ def piece_surfaces(encoded: bytes) -> list[str]:
     return surfaces
 
 
-def _check_growth(growth: float) -> None:
-    """Raise ValueError if one character could expand to more than MAX_TOKENIZER_GROWTH characters."""
-    if growth > MAX_TOKENIZER_GROWTH:
-        raise ValueError(
-            f"its normalizer makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"
-        )
+def _make_growth_error(growth: float) -> ValueError:
+    """Return the error for a normalizer that can expand a character to too many characters."""
+    return ValueError(
+        f"its normalizer makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"
+    )
 
 
 def _measure_growth(normalizer: Mapping[str, Any]) -> float:

@@ -99,22 +99,17 @@ def merge_models(options: MergeModelsOptions) -> None:
         OutputError: If the result cannot be written.
     """
     device = select_device(options.device)
-    dtype = DTYPES[options.saving_precision]
     with ExitStack() as opened:
         models = [dequantized_on_read(opened.enter_context(open_checkpoint(path))) for path in options.models]
         first, *others = models
         _reject_loras(models)
         saved_infos = {name: info for name, info in first.tensors.items() if not name.startswith(EMA_PREFIX)}
-        merged_names = {name for name, info in saved_infos.items() if info.dtype.is_floating_point}
-        if options.unet_only:
-            merged_names = {name for name in merged_names if name.startswith(UNET)}
+        merged_names = _list_merged_names(saved_infos, options.unet_only)
         for other in others:
             _check_fits(first, other, merged_names, options.unet_only)
         _warn_of_skipped(models, saved_infos, options)
         _log_averages(first, len(first.tensors) - len(saved_infos))
-        written_infos: dict[str, TensorInfo] = {}
-        for name, info in saved_infos.items():
-            written_infos[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+        written_infos = _with_dtype(saved_infos, DTYPES[options.saving_precision])
         terms = [_Term(model, share) for model, share in zip(models, options.shares, strict=True)]
 
         def read(name: str) -> Tensor:
@@ -126,6 +121,22 @@ def merge_models(options: MergeModelsOptions) -> None:
 
         stream_tensors(options.output, written_infos, read, _make_metadata(models))
     _show(options, len(merged_names))
+
+
+def _list_merged_names(tensors: Mapping[str, TensorInfo], unet_only: bool) -> set[str]:
+    """Return the names of the tensors that are averaged; integers are copied from the first model."""
+    merged_names = {name for name, info in tensors.items() if info.dtype.is_floating_point}
+    if unet_only:
+        merged_names = {name for name in merged_names if name.startswith(UNET)}
+    return merged_names
+
+
+def _with_dtype(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """Return the tensors of the new file: floating-point tensors get the dtype, all others keep theirs."""
+    written = {}
+    for name, info in tensors.items():
+        written[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+    return written
 
 
 def _log_averages(checkpoint: Checkpoint, num_averages: int) -> None:

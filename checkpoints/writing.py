@@ -17,6 +17,8 @@ from modules.limits import MAX_HEADER_BYTES
 from protocols.loading import TensorInfo
 
 LATE_BYTES = 2048  # reserved in the header for metadata that is known only after all tensors are written
+# returns a dictionary as JSON without spaces
+_to_compact_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -127,7 +129,7 @@ def _make_header(
             "shape": list(info.shape),
             "data_offsets": [start, end],
         }
-    text = _as_json(entries) + b" " * spare_bytes
+    text = _to_compact_json(entries).encode("utf-8") + b" " * spare_bytes
     text += b" " * (-len(text) % 8)  # up to the next multiple of 8
     if len(text) > MAX_HEADER_BYTES:
         raise OutputError(
@@ -138,10 +140,6 @@ def _make_header(
     return order, len(text).to_bytes(8, "little") + text
 
 
-def _as_json(entries: Mapping[str, Any]) -> bytes:
-    return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-
-
 def _add_metadata(header: bytes, metadata: Mapping[str, str]) -> bytes:
     """Add metadata to a safetensors header without changing its length.
 
@@ -150,7 +148,8 @@ def _add_metadata(header: bytes, metadata: Mapping[str, str]) -> bytes:
     """
     entries = json.loads(header[8:])
     metadata = {**entries.pop("__metadata__", {}), **metadata}
-    text = _as_json({"__metadata__": metadata, **entries}).ljust(len(header) - 8)
+    new_entries = {"__metadata__": metadata, **entries}
+    text = _to_compact_json(new_entries).encode("utf-8").ljust(len(header) - 8)
     if len(text) > len(header) - 8:
         raise ValueError(f"{len(text)} bytes of metadata and names do not fit into {len(header) - 8}")
     return header[:8] + text

@@ -48,16 +48,28 @@ def run_download(options: DownloadOptions) -> None:
     [model] = options.sets()  # several only for --list
     print_lines(describe_licenses(model))  # first, because a site may ask for their acceptance
     files = [file for component in model.components for file in component.files]
-    planned_downloads = []
-    for file in files:
-        download = _plan_download(file, options)
-        if download is not None:  # otherwise the file exists already
-            planned_downloads.append(download)
-    if planned_downloads:
+    downloads = [_plan_download(file, options) for file in files]
+    missing = [download for download in downloads if download is not None]  # others exist already
+    if missing:
         make_folder(options.to, "--to")
-        _require_space(planned_downloads, options.to)
-    progress = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned_downloads))
-    for remote, target in planned_downloads:
+        _require_space(missing, options.to)
+    _download_files(missing)
+    logger.info("%d files are complete in %s", len(files), options.to)
+    lines = ["", "These commands use the files:"]
+    for command in model.typed_commands(options.to):
+        lines += ["", command]
+    print_lines(lines)
+
+
+def _download_files(planned: Sequence["PlannedDownload"]) -> None:
+    """Download files one after another, and record the progress of all of them.
+
+    Raises:
+        DownloadError: If a file cannot be downloaded.
+        OutputError: If a file cannot be written.
+    """
+    progress = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned))
+    for remote, target in planned:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
             download_file(remote, target, note=progress.note)
@@ -65,11 +77,6 @@ def run_download(options: DownloadOptions) -> None:
             raise OutputError(
                 f"{target} cannot be written: {error.strerror or error}. Choose another --to."
             ) from error
-    logger.info("%d files are complete in %s", len(files), options.to)
-    lines = ["", "These commands use the files:"]
-    for command in model.typed_commands(options.to):
-        lines += ["", command]
-    print_lines(lines)
 
 
 @dataclass

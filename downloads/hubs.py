@@ -68,14 +68,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         url = hf_hub_url(file.repository, file.file, endpoint=site)
         metadata = get_hf_file_metadata(url, token=token or False)
     except Exception as error:  # one class for each reason, and others in each version of the library
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, errors.OfflineModeIsEnabled):
-            problem = DownloadError(f"{page}: HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it.")
-        elif status is not None:
-            problem = explain_status(status, file.file, page, token is not None)
-        else:
-            problem = unreachable(page, error)
-        raise problem from error
+        raise _explain_hub_error(error, file.file, page, has_token=token is not None) from error
     if metadata.size is None:
         raise DownloadError(f"{page} does not say how large {file.file} is: this is not a mirror of the hub.")
     # the address of this commit, so that a repository change during the download cannot mix two versions
@@ -89,6 +82,16 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         headers={"authorization": f"Bearer {token}"} if token else {},
         page=page,
     )
+
+
+def _explain_hub_error(error: Exception, file: str, page: str, has_token: bool) -> DownloadError:
+    """Return the error that explains an exception of huggingface_hub."""
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return DownloadError(f"{page}: HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it.")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return explain_status(status, file, page, has_token)
+    return unreachable(page, error)
 
 
 def explain_status(status: int, file: str, page: str, has_token: bool) -> DownloadError:

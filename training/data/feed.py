@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
 from typing import Protocol
@@ -47,9 +47,8 @@ from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
-MAX_ITEMS_OF_KEPT_WORKERS = (
-    50_000  # with at most this many items in an epoch, workers are kept for the next epochs
-)
+# with at most this many items in an epoch, workers are kept for the next epochs
+MAX_ITEMS_OF_KEPT_WORKERS = 50_000
 ALIGNMENT = 64  # bytes: enough for every dtype
 
 
@@ -186,9 +185,8 @@ class NoiseSampler:
         """Return micro-batch `number` of the run with its noise, timesteps, loss weights and conditions.
 
         1. Draw the noise and the timesteps, and the number of first frames that stay clean.
-        2. Draw the noise and the timesteps of audio. If only images or only audio is trained, the other stays
-           clean.
-        3. Draw changes of the conditions and the latents that stay clean, and run the features' hooks.
+        2. Draw changes of the conditions.
+        3. Add the noise and the timesteps of audio, and the latents that stay clean; run the features' hooks.
 
         Args:
             batch: The batch.
@@ -205,34 +203,25 @@ class NoiseSampler:
             num_clean_frames = draw_num_clean_frames(
                 self.noise_spec, shape[2], self.seed, "given frames", number
             )
-        audio = None
-        weights = self._weigh(batch, times)
-        if self.audio is not None:
-            audio = self._add_audio(self.audio, batch, times, number=number, first_sample=first_sample)
-            weights = self.audio.image_weight * weights
-            learns_audio_alone = self.audio.clean_stream == IMAGE_STREAM
-            if learns_audio_alone:  # images stay clean and have no loss
-                weights = zeros = torch.zeros(len(batch))
-                times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
-        batch = self._change_conditions(batch, number)
         noisy_batch = NoisyBatch(
-            batch=batch,
+            batch=self._change_conditions(batch, number),
             noise=noise,
             sigmas=times.sigmas,
             timesteps=times.timesteps,
-            weights=weights,
+            weights=self._weigh(batch, times),
             num_clean_frames=num_clean_frames,
             expert=times.expert,
             perturbation=self._draw_perturbation(shape, number) if self.perturbations else None,
-            audio=audio,
             number=number,
             levels=tuple(times.levels.tolist()),
         )
+        if self.audio is not None:
+            audio = self._draw_audio(self.audio, batch, times, number=number, first_sample=first_sample)
+            noisy_batch = _combine_with_audio(noisy_batch, audio, self.audio)
         if self.noise_spec.clean_token_rule is not None:  # some latents stay clean, as conditions
             generator = seed_generator(self.seed, "given tokens", number)
-            noisy_batch = replace(
-                noisy_batch, clean_tokens=self.noise_spec.clean_token_rule.draw(batch, generator)
-            )
+            clean_tokens = self.noise_spec.clean_token_rule.draw(noisy_batch.batch, generator)
+            noisy_batch = replace(noisy_batch, clean_tokens=clean_tokens)
         for change_batch in self.batch_hooks:
             noisy_batch = change_batch(self, noisy_batch)
         return noisy_batch
@@ -256,7 +245,7 @@ class NoiseSampler:
             batch = replace(batch, tensors=tensors)
         return batch
 
-    def _add_audio(
+    def _draw_audio(
         self, learning: AudioLearning, batch: Batch, times: Timesteps, *, number: int, first_sample: int
     ) -> NoisyAudio | None:
         """Draw the noise and the timesteps of a batch's audio; None if no sample has audio.
@@ -328,6 +317,18 @@ class NoiseSampler:
         )
 
 
+def _combine_with_audio(
+    noisy_batch: NoisyBatch, audio: NoisyAudio | None, learning: AudioLearning
+) -> NoisyBatch:
+    """Return a micro-batch with its noisy audio, and with the weight of its images next to audio."""
+    learns_audio_alone = learning.clean_stream == IMAGE_STREAM
+    if learns_audio_alone:  # images stay clean and have no loss
+        zeros = torch.zeros(len(noisy_batch.batch))
+        levels = tuple(zeros.tolist())
+        return replace(noisy_batch, audio=audio, weights=zeros, sigmas=zeros, timesteps=zeros, levels=levels)
+    return replace(noisy_batch, audio=audio, weights=learning.image_weight * noisy_batch.weights)
+
+
 def draw_num_clean_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
     """Return the number of latent frames at the start of a batch that stay clean: 1 or 0.
 
@@ -380,11 +381,8 @@ class Feed:
         for first_epoch in range(epoch, self.plan.num_epochs, epochs_per_start):
             first_position = position if first_epoch == epoch else 0
             keys = self.plan.keys(self.process, first_epoch, first_position, epochs_per_start)
-            first_keys = [*itertools.islice(keys, max_workers)]
-            num_workers = len(first_keys)  # no more workers than micro-batches
-            if num_workers:
-                self.order.epoch(first_epoch)  # computed here, so that workers inherit it
-                noisy_batches = self._read_in_workers(itertools.chain(first_keys, keys), num_workers)
+            if max_workers:
+                noisy_batches = self._read_in_workers(first_epoch, keys, max_workers)
             else:
                 unpinned = map(self.read, keys)
                 noisy_batches = (batch.moved(pin) if self.pin_memory else batch for batch in unpinned)
@@ -394,13 +392,20 @@ class Feed:
                         self.sources.encoders.warn(noisy_batch.batch.cache_origins)
                     yield noisy_batch
 
-    def _read_in_workers(self, keys: Iterable[Key], num_workers: int) -> Generator[NoisyBatch]:
+    def _read_in_workers(
+        self, first_epoch: int, keys: Iterator[Key], max_workers: int
+    ) -> Generator[NoisyBatch]:
         """Yield batches that worker processes read, in the order of the keys; raise their errors here."""
+        first_keys = [*itertools.islice(keys, max_workers)]
+        num_workers = len(first_keys)  # no more workers than micro-batches
+        if num_workers == 0:
+            return
+        self.order.epoch(first_epoch)  # computed here, so that workers inherit it
         workers_may_end = multiprocessing.Event()  # set once no more batches are needed
         loader: DataLoader[PackedBatch | UserError] = DataLoader(
             self,  # type: ignore[arg-type]  # anything with __getitem__ works
             batch_size=None,
-            sampler=keys,
+            sampler=itertools.chain(first_keys, keys),
             num_workers=num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=functools.partial(_start_worker, workers_may_end),
@@ -429,7 +434,7 @@ class Feed:
         epoch, index = key
         number = epoch * self.order.num_batches + index  # of the micro-batch in the run
         items = self.order.epoch(epoch)[index]
-        seed, plan = self.noise_sampler.seed, self.plan
+        seed = self.noise_sampler.seed
         captions = select_captions(items, seed, number, epoch)
         flips: Sequence[bool] = ()
         if any(item.table.augmentation.flip for item in items):
@@ -450,12 +455,17 @@ class Feed:
         if items[0].table.reference_dropout_rate and should_drop_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
-            first_of_step = index - index % plan.batches_per_step
-            step = plan.steps_until(epoch, first_of_step)
-            position = RunPosition(seed, number, step, plan.total_steps)
+            position = self._find_run_position(key, number)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, position))
         noise_sampler, first_sample = self._sampler_of_batch(key)
         return noise_sampler.add_noise(batch, number, first_sample)
+
+    def _find_run_position(self, key: Key, number: int) -> RunPosition:
+        """Return the step of the run to which micro-batch `number` belongs."""
+        epoch, index = key
+        first_of_step = index - index % self.plan.batches_per_step
+        step = self.plan.steps_until(epoch, first_of_step)
+        return RunPosition(self.noise_sampler.seed, number, step, self.plan.total_steps)
 
     def _sampler_of_batch(self, key: Key) -> tuple[NoiseSampler, int]:
         """Return the sampler for a micro-batch, and the number of samples drawn before it.

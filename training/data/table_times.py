@@ -160,13 +160,14 @@ def explain_ignored_options(
     Args:
         options: Options of the run.
         tables: Tables of the dataset.
-        validates_between: Whether a validation measures between --min_timestep and --max_timestep.
+        validates_between: Whether the run measures a validation loss between --min_timestep and
+            --max_timestep.
     """
     training_tables = list_training_tables(tables)
     reasons: dict[str, str] = {}
-    # a validation needs the bounds of the timesteps even if each trained table has its own: only the shift is
-    # then without effect
-    for name in (SHIFT_KEY,) if validates_between else TIMESTEP_KEYS:
+    # a validation uses --min_timestep and --max_timestep even if each trained table has its own bounds
+    ignorable_keys = (SHIFT_KEY,) if validates_between else TIMESTEP_KEYS
+    for name in ignorable_keys:
         if training_tables and all(getattr(table, name) is not None for table in training_tables):
             reasons[name] = "each table of the dataset has its own"
     if not any(times.has_window for times in list_timestep_options(options, tables)):

@@ -162,7 +162,8 @@ def _has_draws(options: TimestepOptions, noise_spec: NoiseSpec, flow_shift: floa
 def find_shift(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[int]) -> float:
     """Return the shift for sampling timesteps: --discrete_flow_shift, or e^mu if it depends on the size.
 
-    mu grows linearly with the number of tokens (`SIZE_SHIFTS`), or with its logarithm (`ideogram_shift`).
+    mu grows with the number of tokens (linearly, see `SIZE_SHIFTS`) or with its logarithm (see
+    `ideogram_shift`); models with a `ShiftedLogit` have their own rule.
 
     Raises:
         OptionError: If --timestep_sampling depends on the size but the model's shift does not, or counts
@@ -170,23 +171,28 @@ def find_shift(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[
     """
     if not options.follows_size:
         return options.flow_shift
-    if noise_spec.count_tokens is None:
-        raise OptionError(
-            f"--timestep_sampling {options.timestep_sampling}: the shift of this model does not follow the "
-            "size. Use shift with --discrete_flow_shift"
-        )
-    # FLUX.2 has a token for each latent pixel, FLUX.1 one for 2 x 2
-    if options.timestep_sampling == "flux2_shift" and noise_spec.count_tokens(_FOUR_PIXELS) != 4:
-        raise OptionError(
-            "--timestep_sampling flux2_shift: it counts each latent pixel, as FLUX.2 does. Use flux_shift, "
-            "which counts the tokens of this model"
-        )
-    tokens = noise_spec.count_tokens(shape)
+    tokens = _count_tokens(options, noise_spec, shape)
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return ideogram_shift(tokens)
     if options.timestep_sampling == SHIFTED_LOGIT:
         return _require_shifted_logit(noise_spec).shift(tokens)
     return size_shift(tokens, *_mu_points_of(options))
+
+
+def _count_tokens(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[int]) -> int:
+    """Return the number of tokens of latents; raise OptionError if the sampler does not fit the model."""
+    if noise_spec.count_tokens is None:
+        raise OptionError(
+            f"--timestep_sampling {options.timestep_sampling}: the shift of this model does not depend on "
+            "the size. Use shift with --discrete_flow_shift"
+        )
+    # FLUX.2 has a token for each latent pixel, FLUX.1 one for 2 x 2
+    if options.timestep_sampling == "flux2_shift" and noise_spec.count_tokens(_FOUR_PIXELS) != 4:
+        raise OptionError(
+            "--timestep_sampling flux2_shift counts each latent pixel as a token, as FLUX.2 does. Use "
+            "flux_shift, which counts the tokens of this model"
+        )
+    return noise_spec.count_tokens(shape)
 
 
 def ideogram_shift(tokens: int) -> float:

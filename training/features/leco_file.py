@@ -190,21 +190,15 @@ def _read_slider(
     target = _read_text(location, values, "target_class")
     if target is None:
         raise OptionError(f'{location}: it has no target_class. Write target_class = "person", or ""')
-    positive, negative = (_read_text(location, values, key) or "" for key in ("positive", "negative"))
-    if not positive and not negative:
-        raise OptionError(f"{location}: write positive, negative or both")
+    directions = _read_directions(location, values)
     # any neutral prompts of the slider replace all those at the top level
     has_own_neutrals = any(key in entry for key in NEUTRAL_KEYS)
     neutrals = _list_neutrals(location, path, entry if has_own_neutrals else values)
-    resolutions = values.get("resolutions")
-    if resolutions is not None and not (isinstance(resolutions, list) and resolutions):
-        raise OptionError(f"{location}: resolutions = {resolutions!r} is not a list. Write [512, 768]")
-    sizes = [_read_resolution(location, value) for value in resolutions or [values.get("resolution", 512)]]
+    sizes = _read_sizes(location, values)
     strength = _read_number(location, values, "multiplier", signed=True)
     for neutral, (height, width) in product(neutrals, sizes):
         shared = _read_shared_fields(location, values, height == width)
-        # a slider is trained at positive and at negative strength, each toward one of its ends
-        for direction in _pair_directions(positive, negative):
+        for direction in directions:
             yield LecoPair(
                 target=target,
                 positive=direction.positive,
@@ -218,6 +212,16 @@ def _read_slider(
             )
 
 
+def _read_sizes(location: str, values: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the heights and widths of a slider, from its `resolutions` or its single `resolution`."""
+    resolutions = values.get("resolutions")
+    if resolutions is None:
+        return [_read_resolution(location, values.get("resolution", 512))]
+    if not isinstance(resolutions, list) or not resolutions:
+        raise OptionError(f"{location}: resolutions = {resolutions!r} is not a list. Write [512, 768]")
+    return [_read_resolution(location, value) for value in resolutions]
+
+
 class _PairDirection(NamedTuple):
     """Fields that differ between the LecoPairs of one slider, and the sign of the multiplier."""
 
@@ -227,8 +231,12 @@ class _PairDirection(NamedTuple):
     sign: int
 
 
-def _pair_directions(positive: str, negative: str) -> list[_PairDirection]:
-    """Return what a slider with these prompts learns at strength 1 and -1; one prompt may be empty."""
+def _read_directions(location: str, values: Mapping[str, Any]) -> list[_PairDirection]:
+    """Return what a slider learns at positive and at negative strength, each toward one of its prompts.
+
+    One of the two prompts, positive and negative, may be missing.
+    """
+    positive, negative = (_read_text(location, values, key) or "" for key in ("positive", "negative"))
     if positive and negative:
         return [
             _PairDirection(negative, positive, ERASE, sign=1),
@@ -238,7 +246,9 @@ def _pair_directions(positive: str, negative: str) -> list[_PairDirection]:
         ]
     if negative:
         return [_PairDirection(negative, "", ERASE, sign=1), _PairDirection(negative, "", ENHANCE, sign=-1)]
-    return [_PairDirection(positive, "", ENHANCE, sign=1), _PairDirection(positive, "", ERASE, sign=-1)]
+    if positive:
+        return [_PairDirection(positive, "", ENHANCE, sign=1), _PairDirection(positive, "", ERASE, sign=-1)]
+    raise OptionError(f"{location}: write positive, negative or both")
 
 
 def _list_neutrals(location: str, path: Path, values: Mapping[str, Any]) -> list[str]:

@@ -48,16 +48,9 @@ def show_timesteps(
     Raises:
         OutputError: If the image cannot be written.
     """
-    options_by_label = {"": options}
-    tables_by_options = group_tables_by_timesteps(options, tables)
-    if tables_by_options:
-        options_by_label = {
-            ", ".join(table.name for table in group): group_options
-            for group_options, group in tables_by_options.items()
-        }
     counts_by_label: dict[str, Tensor] = {}
     fractions_by_label: dict[str, str] = {}
-    for label, group_options in options_by_label.items():
+    for label, group_options in _label_options(options, tables).items():
         counts, weights = count_timesteps(group_options, seed, noise_spec=noise_spec, experts=experts)
         counts_by_label[label] = counts
         fractions_by_label[label] = describe_fractions(counts, experts)
@@ -73,6 +66,18 @@ def show_timesteps(
     for label, text in fractions_by_label.items():
         lines += [f"{label}:\n{text}" if label and text else text]
     sys.stdout.write(escape_control_codes("".join(lines)))
+
+
+def _label_options(options: TimestepOptions, tables: Sequence[DatasetTable]) -> dict[str, TimestepOptions]:
+    """Return different timestep options by the names of their tables; by "" if all tables have the run's."""
+    tables_by_options = group_tables_by_timesteps(options, tables)
+    if not tables_by_options:
+        return {"": options}
+    labeled = {}
+    for group_options, group in tables_by_options.items():
+        label = ", ".join(table.name for table in group)
+        labeled[label] = group_options
+    return labeled
 
 
 def _print_statistics(

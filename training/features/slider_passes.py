@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from protocols.data import Batch, Conditions
 from protocols.family import Family
@@ -67,29 +68,47 @@ def slider_passes(
 
     neutral = with_caption(slider.neutral)
     base_neutral = passes.predict_base_model(neutral)
-    direction = passes.predict_base_model(with_caption(slider.positive)) - passes.predict_base_model(
-        with_caption(slider.negative)
-    )
-    anchor = anchor_target = None
-    anchor_caption = slider.anchor
-    anchor_weight = slider.weight * slider.anchor_weight
-    if anchor_caption is None and passes.rule.in_lockstep and target.file.has_anchors:
-        # with weight 0: another process may have an anchor in this step, and all have to run the same passes
-        anchor_caption, anchor_weight = slider.neutral, 0.0
-    if anchor_caption is not None:
-        anchor = with_caption(anchor_caption)
-        anchor_target = passes.predict_base_model(anchor)
+    base_positive = passes.predict_base_model(with_caption(slider.positive))
+    direction = base_positive - passes.predict_base_model(with_caption(slider.negative))
+    anchors = []  # at most one
+    for caption, weight in _list_anchors(target, slider, passes.rule.in_lockstep):
+        anchor = with_caption(caption)
+        anchors.append(_TrainedPass(anchor, passes.predict_base_model(anchor), weight))
     for strength in (1.0, -1.0):
         with at_strength(strength):
-            passes.reset_network_seed(noisy_batch)
             guided = base_neutral + strength * target.file.guidance * direction
-            errors = measure_errors(passes, passes.predict_with_gradients(neutral), guided, neutral)
-            yield tuple(0.5 * slider.weight * error for error in errors)
-            if anchor is None or anchor_target is None:
-                continue
-            passes.reset_network_seed(noisy_batch)
-            errors = measure_errors(passes, passes.predict_with_gradients(anchor), anchor_target, anchor)
-            yield tuple(anchor_weight * error for error in errors)
+            yield _TrainedPass(neutral, guided, 0.5 * slider.weight).run(passes)
+            for anchor_pass in anchors:
+                yield anchor_pass.run(passes)
+
+
+@dataclass(frozen=True)
+class _TrainedPass:
+    """A pass with gradients: its input, the velocity to learn, and the weight of its errors."""
+
+    noisy_batch: NoisyBatch
+    velocity: Tensor
+    weight: float
+
+    def run(self, passes: TrainingPasses) -> StreamErrors:
+        """Predict with gradients and return the weighted errors."""
+        passes.reset_network_seed(self.noisy_batch)
+        predicted = passes.predict_with_gradients(self.noisy_batch)
+        errors = measure_errors(passes, predicted, self.velocity, self.noisy_batch)
+        return tuple(self.weight * error for error in errors)
+
+
+def _list_anchors(target: SliderTarget, slider: Slider, in_lockstep: bool) -> list[tuple[str, float]]:
+    """Return the anchor caption of a slider and the weight of its errors; empty for a slider without one.
+
+    If processes run in lockstep, a slider without an anchor gets one with weight 0: another process may have
+    an anchor in this step, and all have to run the same passes.
+    """
+    if slider.anchor is not None:
+        return [(slider.anchor, slider.weight * slider.anchor_weight)]
+    if in_lockstep and target.file.has_anchors:
+        return [(slider.neutral, 0.0)]
+    return []
 
 
 def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> SliderTarget:

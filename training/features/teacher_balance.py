@@ -43,10 +43,13 @@ def find_balance(
 ) -> FocusBalance:
     """Return the factors that compensate for --timestep_focus inside and outside a band of noise levels.
 
-    1. Count the fraction of draws that fall into the band: without the focus, and within the focus range.
-    2. Mix the two with the probability of the focus: the fraction with the focus.
-    3. Each factor is the fraction without the focus divided by the fraction with it. Both are fractions of
-       the draws that the expert is trained on.
+    With --timestep_focus P, a level is drawn from the focus range with probability P, otherwise as without
+    the option.
+
+    1. Count draws in both cases: those that the expert is trained on, and those of them in the band.
+    2. Mix the two counts by the probability of the focus.
+    3. Divide the band's share of the trained draws without the focus by its share with the focus; likewise
+       for the levels outside the band.
 
     Args:
         options: Options of the run.
@@ -62,30 +65,31 @@ def find_balance(
     unfocused = _count_unfocused_draws(
         options, low, high, noise_spec=noise_spec, flow_shift=flow_shift, expert=expert
     )
+    if not unfocused.trained:  # only draws from the focus range are trained
+        return NO_FOCUS
     lowest, highest = expert.min_timestep, min(expert.max_timestep, NUM_TIMESTEPS)
-    in_focus_range = _DrawFractions(
+    from_focus_range = _DrawFractions(
         in_band=_fraction_of_focus_range(options, max(low, lowest), min(high, highest)),
         trained=_fraction_of_focus_range(options, lowest, highest),
     )
-    focused = _DrawFractions(
-        in_band=(1 - focus) * unfocused.in_band + focus * in_focus_range.in_band,
-        trained=(1 - focus) * unfocused.trained + focus * in_focus_range.trained,
+    mixed = _DrawFractions(
+        in_band=(1 - focus) * unfocused.in_band + focus * from_focus_range.in_band,
+        trained=(1 - focus) * unfocused.trained + focus * from_focus_range.trained,
     )
-    if not unfocused.trained:  # only draws of the focus are trained
-        return NO_FOCUS
-    without_focus = unfocused.in_band / unfocused.trained
-    with_focus = focused.in_band / focused.trained
+    share_without_focus = unfocused.in_band / unfocused.trained
+    share_with_focus = mixed.in_band / mixed.trained
     return FocusBalance(
-        inside=_divide(without_focus, with_focus), outside=_divide(1 - without_focus, 1 - with_focus)
+        inside=_divide(share_without_focus, share_with_focus),
+        outside=_divide(1 - share_without_focus, 1 - share_with_focus),
     )
 
 
 @dataclass(frozen=True)
 class _DrawFractions:
-    """How many of the drawn noise levels are in a range, as fractions 0..1 of all draws."""
+    """Which fraction of all drawn noise levels an expert is trained on, and which of them lie in the band."""
 
-    in_band: float  # draws that the expert is trained on and that lie in the band
-    trained: float  # draws that the expert is trained on
+    in_band: float  # fraction of all draws that the expert is trained on and that lie in the band
+    trained: float  # fraction of all draws that the expert is trained on
 
 
 def _count_unfocused_draws(

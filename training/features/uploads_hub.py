@@ -82,13 +82,8 @@ def write_card(
     model_spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
     dataset_tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
     trigger_words = _list_trigger_words(dataset_tables)
-    base_model = release.repositories[0]
-    kind = "LoRA" if is_lora else "model"
-    lines = [
-        f"# {_escape(model_spec.get('title', name))}",
-        "",
-        f"A {kind} for [{base_model}](https://huggingface.co/{base_model}), trained with Reelsmith.",
-    ]
+    title = model_spec.get("title", name)
+    lines = [f"# {_escape(title)}", "", _describe_origin(is_lora, release)]
     if model_spec.get("description"):
         lines += ["", _escape(model_spec["description"])]
     if trigger_words:
@@ -104,6 +99,13 @@ def write_card(
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
     # the digest shows later whether a user has edited the card
     return f"{text}<!-- reelsmith card {_run_id(name)} {_digest(text)} -->\n"
+
+
+def _describe_origin(is_lora: bool, release: ModelRelease) -> str:
+    """Return the first sentence of a model card, with a link to the base model."""
+    base_model = release.repositories[0]
+    kind = "LoRA" if is_lora else "model"
+    return f"A {kind} for [{base_model}](https://huggingface.co/{base_model}), trained with Reelsmith."
 
 
 def _list_trigger_words(dataset_tables: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -176,26 +178,33 @@ def _front_matter(
     """
     tags = ["reelsmith", *(["lora"] if is_lora else [])]
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
-    licence = spec.get("license", release.licence)
-    license_key = licence.strip().lower()
-    if license_key not in HUB_LICENSES:
-        license_key = release.license_key if licence == release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-        "license": license_key,
     }
-    if license_key == "other":
-        values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
-        if licence == release.licence:
-            values["license_link"] = release.license_url
+    values |= _license_values(release, licence=spec.get("license", release.licence))
     if trigger_words:
         values["instance_prompt"] = ", ".join(trigger_words)
     if prompts:
         values["widget"] = [{"text": prompt} for prompt in prompts[:MAX_PROMPTS]]
     # ASCII, because readers of YAML disagree about which characters end a line
     return str(yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=False, width=10_000))
+
+
+def _license_values(release: ModelRelease, licence: str) -> dict[str, str]:
+    """Return the license entries of the YAML header: an identifier of the hub, or "other" and a name."""
+    is_license_of_release = licence == release.licence
+    license_key = licence.strip().lower()
+    if license_key not in HUB_LICENSES:
+        license_key = release.license_key if is_license_of_release else "other"
+    if license_key != "other":
+        return {"license": license_key}
+    license_name = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
+    values = {"license": "other", "license_name": license_name}
+    if is_license_of_release:
+        values["license_link"] = release.license_url
+    return values
 
 
 def _plain(value: Any) -> Any:

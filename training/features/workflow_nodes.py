@@ -312,33 +312,47 @@ class ComfyGraph:
         """
         model = self.model
         if model.text_encoders:
-            text_encoders: Link = [self._load_texts(), 0]
-            models: list[Link] = [
-                [self.add_node("UNETLoader", unet_name=name, weight_dtype="default"), 0]
-                for name in self.files
-            ]
+            models, text_encoders, vae = self._load_separate_files()
         else:
-            # a checkpoint file provides all three: output 0 is the model, 1 the text encoder, 2 the VAE
-            checkpoint = self.add_node("CheckpointLoaderSimple", ckpt_name=self.files[0])
-            models, text_encoders = [[checkpoint, 0]], [checkpoint, 1]
-        vae: Link = [self.add_node("VAELoader", vae_name=model.vae), 0] if model.vae else [checkpoint, 2]
-        text_encoders = self._add_loras(models, text_encoders)
+            models, text_encoders, vae = self._load_single_file()
+        models, text_encoders = self._add_loras(models, text_encoders)
         models = [self._patch("model", link, model.patches(prepared)) for link in models]
         return models, self._patch("clip", text_encoders, model.text_patches), vae
 
-    def _add_loras(self, models: list[Link], text_encoders: Link) -> Link:
-        """Add nodes that load the LoRAs; update `models` in place and return the new text encoder link."""
+    def _load_separate_files(self) -> tuple[list[Link], Link, Link]:
+        """Add nodes that load transformers, text encoders and VAE from a file each; return the links."""
+        text_encoders: Link = [self._load_texts(), 0]
+        models: list[Link] = []
+        for name in self.files:
+            models.append([self.add_node("UNETLoader", unet_name=name, weight_dtype="default"), 0])
+        return models, text_encoders, [self.add_node("VAELoader", vae_name=self.model.vae), 0]
+
+    def _load_single_file(self) -> tuple[list[Link], Link, Link]:
+        """Add the node that loads a checkpoint file with all parts; return the links to them.
+
+        Output 0 of the node is the model, 1 the text encoder, and 2 the VAE, unless the VAE has its own file.
+        """
+        checkpoint = self.add_node("CheckpointLoaderSimple", ckpt_name=self.files[0])
+        vae: Link = [checkpoint, 2]
+        if self.model.vae:
+            vae = [self.add_node("VAELoader", vae_name=self.model.vae), 0]
+        return [[checkpoint, 0]], [checkpoint, 1], vae
+
+    def _add_loras(self, models: Sequence[Link], text_encoders: Link) -> tuple[list[Link], Link]:
+        """Add nodes that load the LoRAs; return the links to the changed models and text encoders."""
+        changed_models = list(models)
         for index, loras in enumerate(self.loras):
             for lora in loras:
                 inputs = {"lora_name": lora.name, "strength_model": lora.strength}
+                model = changed_models[index]
                 if len(models) > 1:  # a LoRA for one of two transformers never has text encoders
-                    node = self.add_node("LoraLoaderModelOnly", model=models[index], **inputs)
-                    models[index] = [node, 0]
+                    node = self.add_node("LoraLoaderModelOnly", model=model, **inputs)
                 else:
                     inputs["strength_clip"] = lora.strength
-                    node = self.add_node("LoraLoader", model=models[index], clip=text_encoders, **inputs)
-                    models[index], text_encoders = [node, 0], [node, 1]
-        return text_encoders
+                    node = self.add_node("LoraLoader", model=model, clip=text_encoders, **inputs)
+                    text_encoders = [node, 1]
+                changed_models[index] = [node, 0]
+        return changed_models, text_encoders
 
     def _load_texts(self) -> str:
         """Add the node that loads the text encoders, whose type depends on their number; return its ID."""

@@ -65,13 +65,20 @@ def renumber(
             "it belongs to different tensors. Use the --optimizer_type, --network_args and learning rates of "
             "that run"
         )
-    # several orders may fit, because layers have equal shapes: they must give each parameter the same state
-    numberings = []
-    for renumbered in fitting_states:
-        numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
-    if any(numbering != numberings[0] for numbering in numberings):
+    if not _are_equal(fitting_states):
         raise RenumberingError("the order in which that program numbers the factors of a layer is unknown")
     return fitting_states[0]
+
+
+def _are_equal(renumbered_states: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all renumbered states give each parameter the same moments.
+
+    Several orders may fit, because layers have equal shapes, but then the true one is unknown.
+    """
+    numberings = []
+    for renumbered in renumbered_states:
+        numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
+    return all(numbering == numberings[0] for numbering in numberings)
 
 
 def _order_of_list(names: Mapping[Tensor, str], tensor_order: Sequence[str]) -> SortKey:
@@ -88,10 +95,7 @@ def _list_possible_orders(groups: Groups, names: Mapping[Tensor, str], version: 
     # part, module and factor of each name
     name_parts = {parameter: names[parameter].split(".", 2) for parameter in parameters}
     modules = list(dict.fromkeys(module for _, module, _ in name_parts.values()))
-    known_family = read_family({TRAINED_ON: version})
-    in_dit = [name.removeprefix(OURS) for name in modules if name.startswith(OURS)]
-    family = select_family(in_dit, None if known_family is None else known_family.name)
-    numbered = number_modules(modules, family)
+    numbered = number_modules(modules, _find_family(modules, version))
     if numbered is None:
         return []
     positions = {name: position for position, name in enumerate(numbered)}
@@ -108,6 +112,13 @@ def _list_possible_orders(groups: Groups, names: Mapping[Tensor, str], version: 
     return [position_by(order) for order in orders if used_factors <= set(order)]
 
 
+def _find_family(modules: Sequence[str], version: str) -> str | None:
+    """Return the family of a network, from the names of its modules and the recorded version of its model."""
+    known_family = read_family({TRAINED_ON: version})
+    in_dit = [name.removeprefix(OURS) for name in modules if name.startswith(OURS)]
+    return select_family(in_dit, None if known_family is None else known_family.name)
+
+
 def _renumber_in_order(
     state: Mapping[str, Any], groups: Groups, position_of: SortKey
 ) -> dict[str, Any] | None:
@@ -118,30 +129,40 @@ def _renumber_in_order(
     2. Assign its moments to this run's parameters one by one in this order.
     3. Take its settings for each group, such as learning rates.
     """
-    their_groups = state["param_groups"]
     # indices of this run's groups in the other program's order
     order = sorted(range(len(groups)), key=lambda index: min(map(position_of, groups[index])))
-    their_lengths = [len(group["params"]) for group in their_groups]
-    our_lengths = [len(groups[index]) for index in order]
-    if our_lengths != their_lengths:
+    their_lengths = [len(group["params"]) for group in state["param_groups"]]
+    if [len(groups[index]) for index in order] != their_lengths:
+        return None
+    their_groups = dict(zip(order, state["param_groups"], strict=True))  # by the index of this run's group
+    their_numbers: dict[Parameter, Any] = {}
+    for index, their_group in their_groups.items():
+        our_parameters = sorted(groups[index], key=position_of)
+        their_numbers |= zip(our_parameters, their_group["params"], strict=True)
+    moments = _find_moments(state["state"], their_numbers)
+    if moments is None:
         return None
     parameters = [parameter for group in groups for parameter in group]
     our_numbers = {parameter: number for number, parameter in enumerate(parameters)}
-    their_group_by_index = dict(zip(order, their_groups, strict=True))
-    moments_by_number: dict[int, Any] = {}
-    for index, their_group in their_group_by_index.items():
-        our_parameters = sorted(groups[index], key=position_of)
-        for their_number, parameter in zip(their_group["params"], our_parameters, strict=True):
-            moments = state["state"].get(their_number)
-            if moments is None:
-                continue
-            moment_names = MOMENT_NAMES & moments.keys()
-            if any(moments[name].shape != parameter.shape for name in moment_names):
-                return None
-            moments_by_number[our_numbers[parameter]] = moments
     our_groups: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        settings = dict(their_group_by_index[index])  # learning rate, betas and other settings
-        settings["params"] = [our_numbers[parameter] for parameter in group]
-        our_groups.append(settings)
-    return {"state": moments_by_number, "param_groups": our_groups}
+        # learning rate, betas and other settings, with this run's numbers
+        our_groups.append({**their_groups[index], "params": [our_numbers[parameter] for parameter in group]})
+    our_moments = {our_numbers[parameter]: values for parameter, values in moments.items()}
+    return {"state": our_moments, "param_groups": our_groups}
+
+
+def _find_moments(
+    their_moments: Mapping[Any, Any], their_numbers: Mapping[Parameter, Any]
+) -> dict[Parameter, Any] | None:
+    """Return the moments of each parameter that has any; None if a moment has a different shape."""
+    moments_by_parameter: dict[Parameter, Any] = {}
+    for parameter, their_number in their_numbers.items():
+        moments = their_moments.get(their_number)
+        if moments is None:
+            continue
+        moment_names = MOMENT_NAMES & moments.keys()
+        if any(moments[name].shape != parameter.shape for name in moment_names):
+            return None
+        moments_by_parameter[parameter] = moments
+    return moments_by_parameter

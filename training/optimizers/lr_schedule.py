@@ -36,12 +36,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
         OptionError: If the options conflict.
     """
     if needs_no_schedule(optimizer):  # a schedule-free optimizer
-        has_schedule = options.lr_scheduler != "constant" or bool(options.lr_scheduler_type)
-        if has_schedule or options.lr_warmup_steps or options.lr_scheduler_args:
-            logger.warning(
-                f"{type(optimizer).__name__} needs no schedule: --lr_scheduler and its warm-up are ignored; "
-                "some of these optimizers take --optimizer_args warmup_steps=N."
-            )
+        _warn_of_ignored_schedule(options, optimizer)
         return OptimizerRates(
             "schedule-free", optimizer, lambda: [float(group["lr"]) for group in optimizer.param_groups]
         )
@@ -61,6 +56,16 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
         )
     rate = optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"])  # a wrapper may have no defaults
     return CurveSchedule(name, optimizer, make_curve(name, options, total_steps, float(rate)))
+
+
+def _warn_of_ignored_schedule(options: LrScheduleOptions, optimizer: Optimizer) -> None:
+    """Warn of options of the schedule that a schedule-free optimizer ignores."""
+    has_schedule = options.lr_scheduler != "constant" or bool(options.lr_scheduler_type)
+    if has_schedule or options.lr_warmup_steps or options.lr_scheduler_args:
+        logger.warning(
+            f"{type(optimizer).__name__} needs no schedule: --lr_scheduler and its warm-up are ignored; "
+            "some of these optimizers take --optimizer_args warmup_steps=N."
+        )
 
 
 def make_curve(

@@ -75,16 +75,17 @@ def make_optimizer(
         OptionError: If the class is missing or does not accept the arguments.
     """
     optimizer_class = find_optimizer(options.optimizer_type)
+    class_name, module = optimizer_class.__name__, optimizer_class.__module__
     arguments = options.arguments()
     groups = [dict(group) for group in parameter_groups]
     rate: float | None = options.learning_rate
     # transformers' Adafactor can find its own rate, and then rejects a given one
-    if optimizer_class.__name__ == "Adafactor" and optimizer_class.__module__.startswith("transformers"):
+    if class_name == "Adafactor" and module.startswith("transformers"):
         arguments, rate = _select_adafactor_arguments(options, arguments)
         if rate is None:
             for group in groups:
                 group.pop("lr", None)
-    elif optimizer_class.__name__ == "Prodigy" and rate is not None and rate < 0.1:
+    elif class_name == "Prodigy" and rate is not None and rate < 0.1:
         logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
     if arguments:
         check_arguments("--optimizer_args", optimizer_class, arguments, {"params"})
@@ -92,13 +93,16 @@ def make_optimizer(
     try:
         optimizer = optimizer_class(groups, lr=rate, **arguments)
     except Exception as error:  # classes raise errors of any type for unsuitable arguments
-        reason = str(error) or type(error).__name__
-        name = options.optimizer_type or "AdamW"
-        raise OptionError(
-            f"--optimizer_type {name} with --optimizer_args {arguments_text}: {reason}"
-        ) from None
-    name = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
+        raise _make_rejection_error(options, arguments_text, error) from None
+    name = f"{module}.{class_name}"
     return optimizer, f"{name}({arguments_text})" if arguments_text else name
+
+
+def _make_rejection_error(options: OptimizerOptions, arguments: str, error: Exception) -> OptionError:
+    """Return the error for arguments that an optimizer class rejected with `error`."""
+    reason = str(error) or type(error).__name__
+    name = options.optimizer_type or "AdamW"
+    return OptionError(f"--optimizer_type {name} with --optimizer_args {arguments}: {reason}")
 
 
 def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:

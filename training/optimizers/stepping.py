@@ -252,22 +252,29 @@ class StepAfterBackward:
         self.scaler.unscale_(self.optimizer)
         norm = norm_of_gradients(self.parameters, self.sharded_weights)
         if may_step is not None and not may_step(norm):
-            if self.scaler.is_enabled():
-                # keep the scale: a skipped step does not show whether it is right
-                self.scaler.update(self.scaler.get_scale())
+            self._keep_scale()
             return norm
         if self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         for network in self.networks:
             network.before_optimizer_step()
         if self.parameter_steps is not None:
-            for parameter in self.parameters:
-                if parameter.grad is not None:  # None: the training of this part has ended
-                    self.parameter_steps.step(parameter)
+            self._step_each_parameter(self.parameter_steps)
         else:  # as the optimizer itself does, if the scaler is off
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return norm
+
+    def _keep_scale(self) -> None:
+        """Keep the scale of the gradients: a skipped step does not show whether it is right."""
+        if self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale())
+
+    def _step_each_parameter(self, parameter_steps: ParameterSteps) -> None:
+        """Step the parameters one by one."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:  # None: the training of this part has ended
+                parameter_steps.step(parameter)
 
 
 class FusedBackward:

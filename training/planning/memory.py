@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -88,28 +89,32 @@ class MemoryPrediction:
     def _list_other_models(
         self, peak_bytes: dry.BytesByKind, offloaded: memory_plan.OffloadedWeights
     ) -> list[memory_plan.MemoryPart]:
-        """Return the memory of the transformers that were not simulated, and of their trained weights.
+        """Return the memory of the transformers that were not simulated, and of training their LoRAs.
 
         Args:
             peak_bytes: Bytes by kind at the peak of the simulated step.
             offloaded: Effect of swapping the blocks of a transformer.
         """
+        dit_bytes = peak_bytes.get(dry.WEIGHTS, 0)
         parts = []
-        has_more = self.num_further_dits + self.num_sample_only_dits > 0
-        if has_more:
-            parts.append(self._make_part_of_further_transformers(peak_bytes.get(dry.WEIGHTS, 0), offloaded))
-        if has_more and self.options.by_expert.lora_per_expert:
-            kinds = [dry.NETWORK, dry.OPTIMIZER]
-            # a micro-batch trains one transformer, so only accumulated steps have gradients of both
-            if self.options.loop.gradient_accumulation_steps > 1:
-                kinds.append(dry.GRADIENTS)
-            trained_bytes = sum(peak_bytes.get(kind, 0) for kind in kinds)
-            parts.append(memory_plan.MemoryPart("what learns in them", self.num_further_dits * trained_bytes))
+        if self.num_further_dits + self.num_sample_only_dits > 0:
+            parts.append(self._make_part_of_further_transformers(dit_bytes, offloaded))
+            if self.options.by_expert.lora_per_expert:
+                parts.append(self._make_part_of_further_loras(peak_bytes))
         # models that features load, such as a teacher, are assumed to be as large as the trained transformer
         for model in self.options.features.further_models:
-            device = peak_bytes.get(dry.WEIGHTS, 0) - offloaded.saved_device_bytes
+            device = dit_bytes - offloaded.saved_device_bytes
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, offloaded.host_bytes))
         return parts
+
+    def _make_part_of_further_loras(self, peak_bytes: dry.BytesByKind) -> memory_plan.MemoryPart:
+        """Return the memory of training the LoRAs of the other experts, each like the simulated one."""
+        kinds = [dry.NETWORK, dry.OPTIMIZER]
+        # a micro-batch trains one transformer, so only accumulated steps have gradients of both
+        if self.options.loop.gradient_accumulation_steps > 1:
+            kinds.append(dry.GRADIENTS)
+        trained_bytes = sum(peak_bytes.get(kind, 0) for kind in kinds)
+        return memory_plan.MemoryPart("training of their LoRAs", self.num_further_dits * trained_bytes)
 
     def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
         """Return the host memory of offloaded optimizer states and of the averaged weights."""
@@ -217,8 +222,51 @@ def predict_memory(
     swaps = memory_plan.predict_swaps(dit, family.dit, options.speed.swap, processes)
     weight_dtypes = memory_plan.dtypes_of(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
+    step = _simulate_step(
+        family, options, dit, noisy_batch, live_encoders=live_encoders, watch=watch, tables=tables
+    )
+    phase_peaks, host_optimizer_bytes = _offload_states(options, step)
     count, _, *size = noisy_batch.noise.shape  # B C F H W
     shape: Shape = (count, *size)
+    return MemoryPrediction(
+        options=options,
+        batch_description=describe_batch(family.latent, shape),
+        num_elements=noisy_batch.noise.numel(),
+        shape=shape,
+        phase_peaks=phase_peaks,
+        host_activation_bytes=step.host_activation_bytes,
+        weight_dtypes=weight_dtypes,
+        swaps=swaps,
+        block_weights=block_weights,
+        workspace=memory_plan.workspace(device, is_training=True),
+        host_optimizer_bytes=host_optimizer_bytes,
+        host_average_bytes=_count_average_bytes(options, step.trained_sizes),
+        num_further_dits=len(family.experts) - 1,
+        num_sample_only_dits=num_sample_only_dits,
+        live_encoders=live_encoders,
+        network=find_network_spec(family, options.network, options.features.lora_replacement).label,
+    )
+
+
+class _SimulatedStep(NamedTuple):
+    """Memory of a simulated training step, and the sizes of the weights that it trains."""
+
+    phase_peaks: Mapping[str, dry.BytesByKind]  # bytes on the device by kind, at each part of the step
+    host_activation_bytes: int
+    trained_sizes: Sequence[int]  # elements of each trained weight
+
+
+def _simulate_step(
+    family: Trains,
+    options: TrainingOptions,
+    dit: nn.Module,
+    noisy_batch: NoisyBatch,
+    *,
+    live_encoders: LiveTextEncoders | None,
+    watch: Callable[[nn.Module], dry.Extrapolate],
+    tables: Sequence[DatasetTable],
+) -> _SimulatedStep:
+    """Simulate a training step; its text encoders are loaded without values, and freed afterwards."""
     trained_networks = [dit]
     try:
         with quiet():
@@ -233,31 +281,14 @@ def predict_memory(
     finally:
         if live_encoders is not None:
             live_encoders.free()
-    host_optimizer_bytes = host_average_bytes = 0
-    if options.full_dit is not None and options.features.average is not None:
-        host_average_bytes = 4 * sum(trained_sizes)  # float32; frozen weights are not averaged
-    if options.full_dit is not None and options.full_dit.offloads_states:
-        # states are on the device for one weight at a time, at most for the largest one
-        largest_share = max(trained_sizes) / sum(trained_sizes)
-        phase_peaks, host_optimizer_bytes = _offload_states(phase_peaks, largest_share)
-    return MemoryPrediction(
-        options=options,
-        batch_description=describe_batch(family.latent, shape),
-        num_elements=noisy_batch.noise.numel(),
-        shape=shape,
-        phase_peaks=phase_peaks,
-        host_activation_bytes=host_activation_bytes,
-        weight_dtypes=weight_dtypes,
-        swaps=swaps,
-        block_weights=block_weights,
-        workspace=memory_plan.workspace(device, is_training=True),
-        host_optimizer_bytes=host_optimizer_bytes,
-        host_average_bytes=host_average_bytes,
-        num_further_dits=len(family.experts) - 1,
-        num_sample_only_dits=num_sample_only_dits,
-        live_encoders=live_encoders,
-        network=find_network_spec(family, options.network, options.features.lora_replacement).label,
-    )
+    return _SimulatedStep(phase_peaks, host_activation_bytes, trained_sizes)
+
+
+def _count_average_bytes(options: TrainingOptions, trained_sizes: Sequence[int]) -> int:
+    """Return the bytes of the averaged weights in host memory, where only a whole model's average is."""
+    if options.full_dit is None or options.features.average is None:
+        return 0
+    return 4 * sum(trained_sizes)  # float32; frozen weights are not averaged
 
 
 def _load_dit_without_values(family: Trains, options: TrainingOptions) -> nn.Module:
@@ -278,22 +309,22 @@ def _list_trained_sizes(networks: Sequence[nn.Module]) -> list[int]:
 
 
 def _offload_states(
-    phase_peaks: Mapping[str, dry.BytesByKind], share: float
-) -> tuple[dict[str, dry.BytesByKind], int]:
-    """Predict offloading of optimizer states, with the states of only one weight on the device.
+    options: TrainingOptions, step: _SimulatedStep
+) -> tuple[Mapping[str, dry.BytesByKind], int]:
+    """Return the peaks of a step with offloaded optimizer states, and the bytes of these states on the host.
 
-    Args:
-        phase_peaks: Peak bytes of each phase with all states on the device.
-        share: Size of the largest trained weight, as a fraction of all trained elements.
-
-    Returns:
-        The reduced peaks, and the bytes of the states in host memory.
+    Without offloading, the peaks are those of the simulated step.
     """
-    state_bytes = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in phase_peaks.values())
-    on_device = round(state_bytes * share)
-    return {
-        phase: {**peak_bytes, dry.OPTIMIZER: on_device} for phase, peak_bytes in phase_peaks.items()
-    }, state_bytes
+    if options.full_dit is None or not options.full_dit.offloads_states:
+        return step.phase_peaks, 0
+    # states are on the device for one weight at a time, at most for the largest one
+    largest_share = max(step.trained_sizes) / sum(step.trained_sizes)
+    state_bytes = max(peak_bytes.get(dry.OPTIMIZER, 0) for peak_bytes in step.phase_peaks.values())
+    on_device = round(state_bytes * largest_share)
+    reduced_peaks = {}
+    for phase, peak_bytes in step.phase_peaks.items():
+        reduced_peaks[phase] = {**peak_bytes, dry.OPTIMIZER: on_device}
+    return reduced_peaks, state_bytes
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
@@ -312,9 +343,8 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
 
 def _count_pixels(batch: Sequence[TrainingItem], latent_side: int) -> tuple[int, bool]:
     """Return a sort key for batches: pixels including references, then whether the batch has audio."""
-    sides = batch[
-        0
-    ].reference_latent_sizes  # height and width of each reference in turn, in units of `latent_side`
+    # height and width of each reference in turn, in units of `latent_side`
+    sides = batch[0].reference_latent_sizes
     references = sum(map(operator.mul, sides[::2], sides[1::2]))
     return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_cached_audio
 

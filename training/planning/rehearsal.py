@@ -299,16 +299,8 @@ def set_up_trainable(
     set_up_network(dit, family.dit, options.loop, ledger.device)
     optimizer = _make_optimizer_as_on_gpu(options, groups)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    for parameter in parameters:
-        # a layer that is skipped by its dropout has no gradient
-        parameter.register_post_accumulate_grad_hook(
-            lambda weight: None if weight.grad is None else ledger.track(weight.grad, dry.GRADIENTS)
-        )
-    # the average of a LoRA is on the device; the average of a whole model is in host memory
-    average: list[Tensor] = []
-    if options.features.average is not None and options.full_dit is None:
-        with ledger.allocating(dry.NETWORK):
-            average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
+    _count_gradients(parameters, ledger)
+    average = _allocate_average(options, parameters, ledger)
     return Rehearsal(
         family=family,
         options=options,
@@ -321,6 +313,25 @@ def set_up_trainable(
         blocks=blocks,
         live_encoders=live_encoders,
     )
+
+
+def _count_gradients(parameters: Sequence[Parameter], ledger: dry.Ledger) -> None:
+    """Install hooks that count the memory of each gradient from the backward pass on."""
+    for parameter in parameters:
+        # a layer that is skipped by its dropout has no gradient
+        parameter.register_post_accumulate_grad_hook(
+            lambda weight: None if weight.grad is None else ledger.track(weight.grad, dry.GRADIENTS)
+        )
+
+
+def _allocate_average(
+    options: TrainingOptions, parameters: Sequence[Parameter], ledger: dry.Ledger
+) -> list[Tensor]:
+    """Allocate the average of a LoRA's weights; the average of a whole model is in host memory instead."""
+    if options.features.average is None or options.full_dit is not None:
+        return []
+    with ledger.allocating(dry.NETWORK):
+        return [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
 
 
 def _make_optimizer_as_on_gpu(options: TrainingOptions, groups: list[dict[str, Any]]) -> Optimizer:

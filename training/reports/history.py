@@ -36,10 +36,7 @@ WORKFLOW = ".workflow.json"  # suffix of a ComfyUI workflow next to the files of
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
 SAMPLE_TEXTS = ("files", "prompts")  # keys of a line about samples; their values are by prompt number
 # keys of lines about single steps, which `History` does not keep in memory
-TRANSIENT_KEYS = {
-    "loss",
-    "doing",
-}
+TRANSIENT_KEYS = {"loss", "doing"}
 Row = dict[str, Any]
 Points = dict[int, float | None]  # a curve: value by step; None: it was NaN or infinite
 SHOWN = 50  # steps whose mean duration is shown next to the bar, in the box at the end and on pages
@@ -168,13 +165,9 @@ class RunHistory:
         elif "validation" in row:
             self._add_validation(step, row["validation"])
         elif "samples" in row:
-            step_label = str(row["samples"])
-            files, prompts = (_texts_by_index(row[key]) for key in SAMPLE_TEXTS)
-            self.samples[step, step_label] = SampleRow(step, step_label, files, prompts)
+            self._add_samples(step, row)
         elif "saved" in row:
             self.saved[row["saved"]] = step
-        elif "doing" in row:
-            pass  # stored above
         elif "message" in row:
             self.messages.append((step, str(row["level"]), str(row["message"])))
         elif "ended" in row:
@@ -183,10 +176,18 @@ class RunHistory:
             self.memory = [(str(line[0]), str(line[-1])) for line in row["memory"]]
         elif "commands" in row:
             self.commands = [PageCommand(*map(str, command)) for command in row["commands"]]
-        else:
-            start_values = row.get("started")
-            self.starts[step] = Start.of(start_values) if isinstance(start_values, dict) else None
-            self.ending = None
+        elif "doing" not in row:
+            self._add_start(step, row.get("started"))
+
+    def _add_samples(self, step: int, row: Row) -> None:
+        step_label = str(row["samples"])
+        files, prompts = (_texts_by_index(row[key]) for key in SAMPLE_TEXTS)
+        self.samples[step, step_label] = SampleRow(step, step_label, files, prompts)
+
+    def _add_start(self, step: int, values: Any) -> None:
+        """Add a start; lines of older versions have no values that describe it."""
+        self.starts[step] = Start.of(values) if isinstance(values, dict) else None
+        self.ending = None
 
     def _add_step(self, step: int, row: Row) -> None:
         self.loss[step] = _finite_or_none(row["loss"])
@@ -454,41 +455,52 @@ def _read_lines(path: Path, session: int, step: int | None = None) -> Iterator[R
     require_regular_file(path)
     is_of_session = False
     num_unreadable = 0
+    for row in _parse_lines(path):
+        if row is None:
+            num_unreadable += 1
+        elif "session" in row:
+            is_of_session = row["session"] == session
+        elif is_of_session and (step is None or row["step"] <= step):
+            yield row
+    if num_unreadable > 1:
+        logger.warning("%s: %d lines cannot be read and are left out.", path, num_unreadable)
+
+
+def _parse_lines(path: Path) -> Iterator[Row | None]:
+    """Yield the parsed lines of a history file that are not empty; None for an unreadable one."""
     with path.open("rb") as file:
         # a line that is too long is read in pieces, which cannot be parsed: memory stays small
         while line := file.readline(MAX_LINE_CHARACTERS):
-            if not line.strip():
-                continue
-            row = parse_row(line)
-            if row is None:
-                num_unreadable += 1
-            elif "session" in row:
-                is_of_session = row["session"] == session
-            elif is_of_session and (step is None or row["step"] <= step):
-                yield row
-    if num_unreadable > 1:
-        logger.warning("%s: %d lines cannot be read and are left out.", path, num_unreadable)
+            if line.strip():
+                yield parse_row(line)
 
 
 def parse_row(line: bytes) -> Row | None:
     """Parse a line that `History` wrote; None if it is incomplete, or names a file in another folder."""
     try:
         row = json.loads(line.decode("utf-8"))
-        if not (line.endswith(b"\n") and isinstance(row, dict)):
-            return None
-        # the line that begins a file has its session, all others have a step
-        number = row.get("session", row.get("step"))
-        if type(number) is not int or ("step" in row and not 0 <= row["step"] <= MAX_STEPS):
-            return None
-        names = [row["saved"]] if "saved" in row else row.get("files", {}).values()
-        # names are later joined to the run's folder, and must not lead out of it
-        if not all(Path(name).name == name and "\\" not in name for name in names):
+        is_complete = line.endswith(b"\n") and isinstance(row, dict)
+        if not is_complete or not _has_valid_number(row) or _leads_out_of_folder(row):
             return None
         if "session" not in row:
             RunHistory.of([row])  # fails here, not in a reader of the run, if a user's edit broke the line
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
         return None
     return row
+
+
+def _has_valid_number(row: Row) -> bool:
+    """Return whether a row has the number of a run (session), as the first line, or a possible step."""
+    number = row.get("session", row.get("step"))
+    if type(number) is not int:
+        return False
+    return "step" not in row or 0 <= row["step"] <= MAX_STEPS
+
+
+def _leads_out_of_folder(row: Row) -> bool:
+    """Return whether a file name in a row has folders: names are later joined to the run's folder."""
+    names = [row["saved"]] if "saved" in row else row.get("files", {}).values()
+    return any(Path(name).name != name or "\\" in name for name in names)
 
 
 def _text_pairs(pairs: Any) -> list[tuple[str, str]]:

@@ -87,24 +87,13 @@ def page_values(
         has_sections: Whether to show the scores and item losses, which name training images.
     """
     from downloads.catalogue import model_title  # only for pages
-    from training.reports.item_losses import make_section as make_items
     from training.reports.scores import find_best_file, list_score_charts
-    from training.reports.scores import make_section as make_scores
 
     best = find_best_file(folder, name, run_history)
     best_name = None if best is None else best.name
-    sections = []
-    if has_sections and name:
-        sections = [make(folder, name, run_history) for make in (make_scores, make_items)]
     charts = list_charts(run_history)
     if name:
         charts[1:1] = list_score_charts(folder, name, run_history)  # after the loss, which is the first
-    grid = None
-    if load:
-        from training.reports.sample_files import make_grid  # only with samples
-
-        max_columns, max_prompts = maximum
-        grid = make_grid(run_history, load, max_columns, max_prompts)
     return {
         "live": None,  # the page is a file, which the browser interface does not serve and update
         "is_shared": False,  # not a page behind a share link, so samples link to their files
@@ -112,15 +101,36 @@ def page_values(
         "model": model_title(standing.start.model),
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "tiles": list_tiles(standing, run_history),
-        "grid": grid,
+        "grid": _make_sample_grid(run_history, load, maximum),
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
         "charts": [draw_chart(chart) for chart in charts],
-        "sections": [section for section in sections if section is not None],
+        "sections": _make_sections(folder, name, run_history) if has_sections and name else [],
         "files": _list_saved_files(run_history, folder, best_name),
         "advice": (best and best.reasons) or describe_best(run_history, best_name),
         "memory": run_history.memory,
         "commands": run_history.commands,
     }
+
+
+def _make_sections(folder: Path, name: str, run_history: RunHistory) -> list[Any]:
+    """Return the sections of a page with the scores and item losses of a run, if it has any."""
+    from training.reports.item_losses import make_section as make_items
+    from training.reports.scores import make_section as make_scores
+
+    sections = [make(folder, name, run_history) for make in (make_scores, make_items)]
+    return [section for section in sections if section is not None]
+
+
+def _make_sample_grid(
+    run_history: RunHistory, load: "LoadClip | None", maximum: tuple[int, int]
+) -> dict[str, Any] | None:
+    """Return the grid of samples, at most `maximum` (columns, rows); None if no samples are shown."""
+    if load is None:
+        return None
+    from training.reports.sample_files import make_grid  # only with samples
+
+    max_columns, max_prompts = maximum
+    return make_grid(run_history, load, max_columns, max_prompts)
 
 
 def _draw_losses(run_history: RunHistory, maximum: int) -> Chart:
@@ -142,33 +152,44 @@ def list_charts(run_history: RunHistory, maximum: int = MAX_BINS) -> list[Chart]
         run_history: Content of the run's history.
         maximum: Approximate number of points of a curve.
     """
-    charts = [_draw_losses(run_history, maximum)]
-
-    by_expert = {name.replace("_", " "): run_history.experts[name] for name in sorted(run_history.experts)}
-    # families with audio record losses by stream in place of losses by expert
-    is_by_stream = by_expert.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
-    expert_title = say("Loss of picture and sound") if is_by_stream else say("Loss of each transformer")
-    charts.append(Chart(make_curves(by_expert, maximum, SMOOTHING), "step", "loss", expert_title))
-
     # values that features record are drawn in the charts that the features declare, or each in its own chart
     declared = () if run_history.start is None else run_history.start.charts
     uncharted = find_uncharted([*run_history.metrics], declared)
-    charts += [_draw_metrics(run_history, chart, maximum) for chart in (*declared, *uncharted)]
+    seconds = make_curves({say("seconds"): run_history.seconds}, maximum)
+    charts = [
+        _draw_losses(run_history, maximum),
+        _draw_partial_losses(run_history, maximum),
+        *(_draw_metrics(run_history, chart, maximum) for chart in (*declared, *uncharted)),
+        _draw_learning_rates(run_history, maximum),
+        Chart(seconds, "step", "seconds", say("Seconds per step")),
+        _draw_validations_by_timestep(run_history, maximum),
+    ]
+    return [chart for chart in charts if chart.curves]
 
+
+def _draw_partial_losses(run_history: RunHistory, maximum: int) -> Chart:
+    """Return the chart of the training loss by expert, or for families with audio by stream."""
+    curves = {name.replace("_", " "): run_history.experts[name] for name in sorted(run_history.experts)}
+    is_by_stream = curves.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
+    title = say("Loss of picture and sound") if is_by_stream else say("Loss of each transformer")
+    return Chart(make_curves(curves, maximum, SMOOTHING), "step", "loss", title)
+
+
+def _draw_learning_rates(run_history: RunHistory, maximum: int) -> Chart:
+    """Return the chart of the learning rates, by the trained part."""
     rates: dict[str, Points] = {}
     for name, points in run_history.rates.items():
         rates[name.removeprefix("lr/").replace("unet", "transformer")] = points
-    charts.append(Chart(make_curves(rates, maximum), "step", "learning rate", say("Learning rate")))
+    return Chart(make_curves(rates, maximum), "step", "learning rate", say("Learning rate"))
 
-    seconds = make_curves({say("seconds"): run_history.seconds}, maximum)
-    charts.append(Chart(seconds, "step", "seconds", say("Seconds per step")))
 
+def _draw_validations_by_timestep(run_history: RunHistory, maximum: int) -> Chart:
+    """Return the chart of the validation losses, by timestep."""
     by_timestep: dict[str, Points] = {}
     for name, points in run_history.validations_by_level.items():
         by_timestep[f"timestep {name.rpartition('_')[2]}"] = points
-    validations = make_curves(by_timestep, maximum, has_dots=True)
-    charts.append(Chart(validations, "step", "loss", say("Validation loss by noise")))
-    return [chart for chart in charts if chart.curves]
+    curves = make_curves(by_timestep, maximum, has_dots=True)
+    return Chart(curves, "step", "loss", say("Validation loss by noise"))
 
 
 def _draw_metrics(run_history: RunHistory, chart: MetricChart, maximum: int) -> Chart:

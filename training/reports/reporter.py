@@ -167,15 +167,13 @@ class RunReporter:
             return
         from training.reports import sample_files  # only with samples
 
-        all_prompts = dict(enumerate(prompts))
+        folder = self.folder / SAMPLES
         files: dict[int, Path] = {}
         with self._errors_as_warning():
-            files = sample_files.find_samples(self.folder / SAMPLES, self.name, step_label)
+            files = sample_files.find_samples(folder, self.name, step_label)
+        all_prompts = dict(enumerate(prompts))
         file_prompts = {index: all_prompts.get(index, "") for index in files}
-        strips: dict[int, Frame] = {}  # a downscaled preview of each sample: frames of a clip side by side
-        for index, path in files.items():
-            with self._errors_as_warning():
-                strips[index] = sample_files.join_strip(sample_files.read_downscaled(path))
+        strips = self._read_strips(files)
         with self._errors_as_warning():
             for recorder in recorders:
                 recorder.log_samples(step, files, strips, file_prompts)
@@ -188,11 +186,20 @@ class RunReporter:
             prompts={str(index): prompt for index, prompt in file_prompts.items()},
         )
         with self._errors_as_warning():
-            title = f"{self.name}, step {step:,}"
             # this name sorts after the names of the samples
-            sheet = self.folder / SAMPLES / f"{self.name}_{step_label}_sheet.png"
-            sample_files.write_sheet(sheet, title, strips, file_prompts)
+            sheet = folder / f"{self.name}_{step_label}_sheet.png"
+            sample_files.write_sheet(sheet, f"{self.name}, step {step:,}", strips, file_prompts)
         self._request_page()
+
+    def _read_strips(self, files: Mapping[int, Path]) -> dict[int, Frame]:
+        """Return a downscaled preview of each sample that can be read: frames of a clip side by side."""
+        from training.reports import sample_files  # only with samples
+
+        strips: dict[int, Frame] = {}
+        for index, path in files.items():
+            with self._errors_as_warning():
+                strips[index] = sample_files.join_strip(sample_files.read_downscaled(path))
+        return strips
 
     def log_saved(self, paths: Sequence[Path], step: int) -> None:
         """Record all files of a save, and request the page unless it was drawn a short time ago.

@@ -120,24 +120,29 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
     rows = [(prompts.get(index, ""), strips[index]) for index in sorted(strips)[:MAX_ROWS]]
     if not rows:
         return
+    sheet = _draw_sheet(title, rows)
+    from modules.media.writing import write_png  # only while training
+
+    write_png(path, np.asarray(sheet))
+
+
+def _draw_sheet(title: str, rows: Sequence[tuple[str, Frame]]) -> Image.Image:
+    """Return a contact sheet with a row for each prompt and strip of frames, one below the other."""
     text_height = TEXT_SIZE + GAP
     title_height = TITLE_SIZE + 3 * GAP
     row_heights = [text_height + strip.shape[0] + 2 * GAP for _, strip in rows]
     width = max(MIN_WIDTH, *(strip.shape[1] for _, strip in rows)) + 2 * GAP
     sheet = Image.new("RGB", (width, title_height + sum(row_heights)), (24, 24, 27))
     draw = ImageDraw.Draw(sheet)
-    draw.text(
-        (GAP, GAP), _cut_to_width(title, width, TITLE_SIZE), font=_load_font(TITLE_SIZE), fill=(250, 250, 250)
-    )
+    title = _cut_to_width(title, width, TITLE_SIZE)
+    draw.text((GAP, GAP), title, font=_load_font(TITLE_SIZE), fill=(250, 250, 250))
     y = title_height
     for (prompt, strip), row_height in zip(rows, row_heights, strict=True):
         text = _cut_to_width(prompt, width, TEXT_SIZE)
         draw.text((GAP, y), text, font=_load_font(TEXT_SIZE), fill=(210, 210, 215))
         sheet.paste(Image.fromarray(strip), (GAP, y + text_height))
         y += row_height
-    from modules.media.writing import write_png  # only while training
-
-    write_png(path, np.asarray(sheet))
+    return sheet
 
 
 def _cut_to_width(text: str, width: int, size: int) -> str:
@@ -246,16 +251,11 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
         titles.append(
             {"title": title, "is_best": index == best_index, "is_further": index not in first_shown}
         )
-    # if a prompt was changed during the run, each version has a row
-    prompts: set[tuple[int, str]] = set()
-    for samples in sampled_steps:
-        prompts |= {(index, samples.prompts.get(index, "")) for index in samples.files}
+    prompts = _list_prompts(sampled_steps)
     grid_rows: list[dict[str, Any]] = []
-    for index, prompt in sorted(prompts)[:max_prompts]:
-        grid_rows.append({"prompt": prompt, "index": index, "cells": []})
-    for samples in columns:
-        for grid_row in grid_rows:
-            grid_row["cells"].append(_load_cell(samples, grid_row["index"], grid_row["prompt"], load))
+    for index, prompt in prompts[:max_prompts]:
+        cells = [_load_cell(samples, index, prompt, load) for samples in columns]
+        grid_rows.append({"prompt": prompt, "index": index, "cells": cells})
     return {
         "columns": titles,
         "rows": grid_rows,
@@ -263,6 +263,14 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
         "times": len(sampled_steps),
         "prompts": len(prompts),
     }
+
+
+def _list_prompts(sampled_steps: Sequence[SampleRow]) -> list[tuple[int, str]]:
+    """Return number and text of all prompts; one that was changed during the run has each of its texts."""
+    prompts: set[tuple[int, str]] = set()
+    for samples in sampled_steps:
+        prompts |= {(index, samples.prompts.get(index, "")) for index in samples.files}
+    return sorted(prompts)
 
 
 def _load_cell(samples: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[str, Any] | None:

@@ -370,7 +370,8 @@ class ScoreTable:
 
 def make_table(scores: RunScores) -> ScoreTable:
     """Return the table of scores with a row for each step with samples, for the terminal and the page."""
-    headings = [
+    has_tags = any(row.tag_recall is not None for row in scores.rows)
+    headings = (
         say("step"),
         say("file"),
         say("validation loss"),
@@ -378,35 +379,37 @@ def make_table(scores: RunScores) -> ScoreTable:
         say("clip_score"),
         say("likeness"),
         say("nearest"),
-    ]
-    has_tags = any(row.tag_recall is not None for row in scores.rows)
-    if has_tags:
-        headings.append(say("tags seen"))
-    headings.append(say("remarks"))
+        *([say("tags seen")] if has_tags else []),
+        say("remarks"),
+    )
     best = find_best(scores.rows, scores.unsampled)
-    table = ScoreTable(tuple(headings))
+    table = ScoreTable(headings)
     for row in scores.rows:
-        loss = _format_score(row.loss)
-        if row.loss_step is not None and row.loss_step != row.step:
-            loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{row.loss_step:,}")
-        remarks = _list_warnings(row)
-        if best is not None and row is best.row:
-            remarks.insert(0, say("best"))
-        clip_points = clip_score(row.clip)
-        table.rows.append(
-            (
-                f"{row.step:,}" if row.step else say("before training"),
-                row.saved or "-",
-                loss,
-                _format_score(row.clip),
-                "" if clip_points is None else f"{clip_points:.1f}",
-                _format_score(row.likeness),
-                _format_score(row.nearest_cosine),
-                *([_format_score(row.tag_recall)] if has_tags else []),
-                join(", ", remarks),
-            )
-        )
+        is_best = best is not None and row is best.row
+        table.rows.append(_make_table_row(row, is_best, has_tags))
     return table
+
+
+def _make_table_row(row: StepScores, is_best: bool, has_tags: bool) -> tuple[str, ...]:
+    """Return the cells of a step, in the order of the headings."""
+    loss = _format_score(row.loss)
+    if row.loss_step is not None and row.loss_step != row.step:
+        loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{row.loss_step:,}")
+    clip_points = clip_score(row.clip)
+    remarks = _list_warnings(row)
+    if is_best:
+        remarks.insert(0, say("best"))
+    return (
+        f"{row.step:,}" if row.step else say("before training"),
+        row.saved or "-",
+        loss,
+        _format_score(row.clip),
+        "" if clip_points is None else f"{clip_points:.1f}",
+        _format_score(row.likeness),
+        _format_score(row.nearest_cosine),
+        *([_format_score(row.tag_recall)] if has_tags else []),
+        join(", ", remarks),
+    )
 
 
 def _format_score(value: float | None) -> str:

@@ -165,20 +165,31 @@ class Saver:
         With --save_every_n_steps 5 and --save_last_n_steps 5, step 25 removes the saves up to step 15.
         """
         options = self.options
-        steps, steps_state = options.save_last_n_steps, options.save_last_n_steps_state
-        if step is not None and (steps is not None or steps_state is not None):
-            # saves by time may be at any step
-            interval = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
-            # the save from exactly that many steps ago is kept too
-            newest_models = None if steps is None else step - 1 - steps
-            newest_states = None if steps_state is None else step - 1 - steps_state
-            self._remove_saves(r"-step(\d{8,})", interval, newest_models, newest_states)
-        epochs, epochs_state = options.save_last_n_epochs, options.save_last_n_epochs_state
-        if epoch is not None and (epochs is not None or epochs_state is not None):
-            interval = options.save_every_n_epochs or 1  # --save_last_n_epochs counts saves of this interval
-            newest_models = None if epochs is None else epoch - interval * epochs
-            newest_states = None if epochs_state is None else epoch - interval * epochs_state
-            self._remove_saves(r"-(\d{6,})", interval, newest_models, newest_states)
+        last_steps = (options.save_last_n_steps, options.save_last_n_steps_state)
+        if step is not None and last_steps != (None, None):
+            self._remove_expired_steps(step, *last_steps)
+        last_epochs = (options.save_last_n_epochs, options.save_last_n_epochs_state)
+        if epoch is not None and last_epochs != (None, None):
+            self._remove_expired_epochs(epoch, *last_epochs)
+
+    def _remove_expired_steps(self, step: int, num_models: int | None, num_states: int | None) -> None:
+        """Remove models and states older than these numbers of steps; None for models removes none.
+
+        The save from exactly that many steps ago is kept too.
+        """
+        interval = self.options.save_every_n_steps or 1
+        if self.options.save_every_n_minutes is not None:
+            interval = 1  # saves by time may be at any step
+        newest_models = None if num_models is None else step - 1 - num_models
+        newest_states = None if num_states is None else step - 1 - num_states
+        self._remove_saves(r"-step(\d{8,})", interval, newest_models, newest_states)
+
+    def _remove_expired_epochs(self, epoch: int, num_models: int | None, num_states: int | None) -> None:
+        """Remove models and states except these numbers of newest saves; None for models removes none."""
+        interval = self.options.save_every_n_epochs or 1  # --save_last_n_epochs counts saves of this interval
+        newest_models = None if num_models is None else epoch - interval * num_models
+        newest_states = None if num_states is None else epoch - interval * num_states
+        self._remove_saves(r"-(\d{6,})", interval, newest_models, newest_states)
 
     def _remove_saves(
         self, number_pattern: str, interval: int, newest_models: int | None, newest_states: int | None
@@ -240,12 +251,11 @@ class Saver:
             ending: Ending of the names, with the step or epoch.
             with_state: Whether to write a state.
         """
-        written = list[Path]()
         stem = f"{self.names.name}{ending}"
-        state = self.names.folder / f"{stem}-state"
         write_by_ending = {"": self.write_file}
         if self.write_average is not None:
             write_by_ending = {AVERAGE: self.write_average, **write_by_ending}
+        written: list[Path] = []
         for average_ending, write in write_by_ending.items():
             files = self.names.model_files(f"{stem}{average_ending}")
             if self.names.embedding_words:
@@ -261,10 +271,13 @@ class Saver:
                     self.publisher.publish(path)
             self.log_saved(written)
         if with_state:
-            self.write_state(state)
-            logger.info("Saved %s", state)
-            if self.is_main and self.publisher is not None:
-                self.publisher.publish_state(state)
+            self._save_state(self.names.folder / f"{stem}-state")
+
+    def _save_state(self, folder: Path) -> None:
+        self.write_state(folder)
+        logger.info("Saved %s", folder)
+        if self.is_main and self.publisher is not None:
+            self.publisher.publish_state(folder)
 
 
 def _remove_via_rename(entry: Path) -> None:
@@ -330,25 +343,32 @@ def move_earlier_results(
         OutputError: If a file cannot be moved.
     """
     recover_states(names.folder, names.name)  # finish what a killed run was writing
-    input_paths = [real_path(path) for path in inputs]
     results = find_results(names)
+    has_saves = any(entry.is_dir() or entry.suffix == SAFETENSORS for entry in results)
+    if not results or (is_restarted and not has_saves):
+        return None
+    input_paths = [real_path(path) for path in inputs]
     in_use = {entry for entry in results if _is_input(entry, input_paths)}
     entries_to_move = [entry for entry in results if not (entry in in_use and _is_state(entry))]
-    has_saves = any(entry.is_dir() or entry.suffix == SAFETENSORS for entry in results)
-    if not entries_to_move or (is_restarted and not has_saves):
+    if not entries_to_move:
         return None
     folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
     for entry in entries_to_move:
         _move_or_copy(entry, folder / entry.relative_to(names.folder), folder, keeps_original=entry in in_use)
+    _log_moved(names.name, len(entries_to_move), folder)
+    return folder
+
+
+def _log_moved(name: str, num_moved: int, folder: Path) -> None:
+    """Log how many files and states of an earlier run were moved to a folder."""
     num_states = sum(_is_state(entry) for entry in folder.iterdir())
     logger.info(
         "Earlier results named %s (%s%s) are now in %s; with --overwrite they would have been replaced.",
-        names.name,
-        format_count(len(entries_to_move) - num_states, "file"),
+        name,
+        format_count(num_moved - num_states, "file"),
         f", {format_count(num_states, 'state')}" if num_states else "",
         folder,
     )
-    return folder
 
 
 def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool) -> None:

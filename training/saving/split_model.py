@@ -245,18 +245,29 @@ def _allocate_tensors_to_load(
             weight_name, _, moment_name = name.rpartition("/")
             _require_weight(parts, weight_name, record.size)
             weight = sharded_weights.get(weight_name)  # None: each process has all rows of this weight
-            shape = record.size if weight is None else local_rows(weight).shape
-            moment = torch.empty(shape, dtype=record.properties.dtype, device=device)
+            moment = _allocate_moment(weight, record, device)
             targets[key] = moment if weight is None else as_sharded(weight, moment)
             saved.optimizer["states"][weight_name][moment_name] = moment
         elif part in parts:
             tensor = parts[part].get(name)
-            if tensor is None or tensor.shape != record.size:  # `load_module` reports all mismatches together
-                tensor = torch.empty(record.size, device="meta")
-            else:
+            if tensor is not None and tensor.shape == record.size:
                 targets[key] = tensor
+            else:  # `load_module` reports all mismatches together
+                tensor = torch.empty(record.size, device="meta")
             _writable_parts(saved)[part][name] = tensor
     return targets
+
+
+def _allocate_moment(weight: Tensor | None, record: Any, device: torch.device) -> Tensor:
+    """Allocate this process's rows of a moment as described by `record`, or all rows if `weight` is None."""
+    shape = record.size if weight is None else local_rows(weight).shape
+    return torch.empty(shape, dtype=record.properties.dtype, device=device)
+
+
+def _allocate_moment(weight: Tensor | None, record: Any, device: torch.device) -> Tensor:
+    """Allocate this process's rows of a moment as described by `record`, or all rows if `weight` is None."""
+    shape = record.size if weight is None else local_rows(weight).shape
+    return torch.empty(shape, dtype=record.properties.dtype, device=device)
 
 
 def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape: torch.Size) -> None:

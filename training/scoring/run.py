@@ -156,19 +156,14 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     to_prompts, to_training = _embed_samples(run, rows, options, model=model, dataset=dataset.path)
     prompts = _list_prompts(rows)
     comparison = SampleComparison(_embed_prompts(model, prompts), to_training.training, options.num_frames)
+    vectors, likeness_vectors = to_prompts.samples, to_training.samples
     scored = [
         _score_step(
-            run,
-            row,
-            files,
-            vectors=to_prompts.samples,
-            likeness_vectors=to_training.samples,
-            comparison=comparison,
+            run, row, files, vectors=vectors, likeness_vectors=likeness_vectors, comparison=comparison
         )
         for row, files in rows
     ]
     notes = [*dataset.notes, *_note_truncated_prompts(model, prompts)]
-    folders = [options.model, options.likeness_model, options.tagger]
     if options.tagger is not None:
         tagger = load_tagger(options.tagger, options.batch_size)
         scored = _add_recalls(scored, rows, tagger, _embed(run, rows, options, tagger, None).samples)
@@ -176,8 +171,20 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
             notes.append(ScoreNote("no_tags"))
     unreadable = [*dict.fromkeys((*to_prompts.unreadable, *to_training.unreadable))]
     notes += _list_notes(run, unreadable, comparison)
+    _write(run, _make_scores(run, options, scored, comparison, notes))
+
+
+def _make_scores(
+    run: ScoredRun,
+    options: ScoreOptions,
+    scored: Sequence[StepScores],
+    comparison: "SampleComparison",
+    notes: Sequence[ScoreNote],
+) -> RunScores:
+    """Return the record of a run's scores, without steps of which no sample was scored."""
+    folders = [options.model, options.likeness_model, options.tagger]
     scored_rows = tuple(row for row in scored if row.samples)
-    scores = RunScores(
+    return RunScores(
         model=", ".join(real_path(folder).name for folder in folders if folder is not None),
         rows=scored_rows,
         num_training=0 if comparison.training is None else len(comparison.training.media),
@@ -185,7 +192,6 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
         notes=tuple(notes),
         unsampled=list_unsampled(scored_rows, run.run_history, run.folder),
     )
-    _write(run, scores)
 
 
 def _write(run: ScoredRun, scores: RunScores) -> None:

@@ -108,7 +108,7 @@ def test_image_families_draw_the_recorded_numbers_by_their_own_conventions(case:
 
 
 def test_a_sampler_that_follows_the_size_is_refused_where_the_model_does_not() -> None:
-    with pytest.raises(OptionError, match="flux_shift: the shift of this model does not follow the size"):
+    with pytest.raises(OptionError, match="flux_shift: the shift of this model does not depend on the size"):
         draw(options("--timestep_sampling flux_shift"), 10, torch.Generator(), noise_spec=NoiseSpec())
 
 
@@ -144,7 +144,7 @@ def test_the_shift_of_flux_2_counts_each_latent_pixel() -> None:
 
     expected = shifted(NORMAL, 0.5 + (3072 - 256) * 0.65 / 3840)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    with pytest.raises(OptionError, match="flux2_shift: it counts each latent pixel.*Use flux_shift"):
+    with pytest.raises(OptionError, match="flux2_shift counts each latent pixel.*Use flux_shift"):
         draw(made, 10, torch.Generator(), shape=(1, 16, 1, 64, 48))
 
 
