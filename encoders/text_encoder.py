@@ -539,7 +539,8 @@ class FileTextEncoder(ABC, Generic[Network]):
         for tokens, prompt in zip(all_tokens, templated_prompts, strict=True):
             # only the tokens of the prompt's own text are limited
             max_tokens = num_template_tokens + prompt.num_image_tokens + self.max_length
-            cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start))
+            is_too_long = len(tokens.ids) > max_tokens
+            cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start) if is_too_long else tokens)
         if self.logs_truncation:
             self._log_truncated(templated_prompts, all_tokens, cut_tokens)
         token_ids = [tokens.ids for tokens in cut_tokens]
