@@ -111,13 +111,24 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     for group, down, up in zip(groups, matrices[:num_groups], matrices[num_groups:], strict=True):
         if len(group) == 1:
             group[0].cast_factors = down, up
-            continue
-        ranks = [layer.rank for layer in group]
-        ups_of_group = up.split([len(layer.lora_up.weight) for layer in group])
-        shared = SharedInput(group, ranks, down, ups_of_group, up)
-        for layer, layer_down, layer_up in zip(group, down.split(ranks), ups_of_group, strict=True):
-            layer.cast_factors = layer_down, layer_up
-            layer.shared_input = shared
+        else:
+            _share_input(group, down, up)
+
+
+def _share_input(group: Sequence[LoraLayer], down: Tensor, up: Tensor) -> None:
+    """Give the layers of a group their factors, and an object that multiplies their common input.
+
+    Args:
+        group: Layers that get the same tensor.
+        down: Their down factors stacked along rows, in autocast's dtype.
+        up: Their up factors stacked along rows, times their scales.
+    """
+    ranks = [layer.rank for layer in group]
+    ups = up.split([len(layer.lora_up.weight) for layer in group])
+    shared = SharedInput(group, ranks, down, ups, up)
+    for layer, layer_down, layer_up in zip(group, down.split(ranks), ups, strict=True):
+        layer.cast_factors = layer_down, layer_up
+        layer.shared_input = shared
 
 
 class _Cast(torch.autograd.Function):
