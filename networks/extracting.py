@@ -4,7 +4,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -131,17 +131,7 @@ def extract_model(options: ExtractOptions) -> None:
         if is_full(original.tensors):
             return extract_full(options)
         matrices = _list_matrices(bare_names(original))
-    modules = {module_of_tensor(name)[0]: name for name in matrices}
-    family = select_family(modules)
-    weights: list[str] = []
-    if family is not None:
-        weights = [name for module, name in modules.items() if has_module(module, family)]
-    if family is None or not weights:
-        raise CheckpointError(
-            f"{options.model_org} has no layers with the published names of a supported model. Give such a "
-            "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
-            options.model_org,
-        )
+    family, weights = _find_published_weights(options.model_org, matrices)
     if family.network_module == FLUX_MODULE:  # its metadata depends on the variant
         return extract_flux(options)
     is_stable_diffusion = bool(family.written_base_model)
@@ -159,6 +149,24 @@ def extract_model(options: ExtractOptions) -> None:
     blocks = BlockWeights(family.name, prefixes=tuple(weights), example=weights[0])
     entries = _base_model_entries_of(family)
     return _extract_blocks(options, blocks, lambda _: entries)
+
+
+def _find_published_weights(path: Path, matrices: Iterable[str]) -> tuple[FamilyNames, list[str]]:
+    """Return the family of a model file, and those of its matrices that belong to the family's modules.
+
+    Raises CheckpointError if there are none.
+    """
+    modules = {module_of_tensor(name)[0]: name for name in matrices}
+    family = select_family(modules)
+    if family is not None:
+        weights = [name for module, name in modules.items() if has_module(module, family)]
+        if weights:
+            return family, weights
+    raise CheckpointError(
+        f"{path} has no layers with the published names of a supported model. Give such a "
+        "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
+        path,
+    )
 
 
 def _drop_networks_missing_in(model_tuned: Path, weights: Sequence[str]) -> list[str]:
