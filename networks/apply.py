@@ -34,7 +34,7 @@ from networks.key_formats import module_of_tensor
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import MAGNITUDE_KIND_NAME
 from networks.loading import LoraFile, WeightedLora, reject_unknown, warn_of_absent, warn_of_other_family
-from networks.module_names import RelatedModule, alias, related_modules, select_family
+from networks.module_names import RelatedModule, from_alias, related_modules, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.rank_masks import rank_rule_of
 from networks.rounding import (
@@ -548,7 +548,7 @@ class LoraPatch:
         modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
         model_family = select_family(modules, family)
         if model_family is not None:
-            self._our_module_names = {module: alias(module, model_family) for module in modules}
+            self._our_module_names = {module: from_alias(module, model_family) for module in modules}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Return the changed weight as a new tensor, or `weight` itself if nothing changes it.

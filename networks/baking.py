@@ -30,7 +30,7 @@ from networks.kinds.contract import NORMS_FORM, named
 from networks.kinds.factors import DOWN, MID, Factors
 from networks.loading import LoraFile, WeightedLora
 from networks.lora_network import prefix_of
-from networks.module_names import alias
+from networks.module_names import from_alias
 from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
 from networks.text_loras import is_full, pieces_of
 from networks.writing import convert_to_our_layout
@@ -294,7 +294,7 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
                 if parameter_name != "weight":
                     continue
                 if family is not None:
-                    module = alias(module, family)
+                    module = from_alias(module, family)
                 # files of different text encoders may have modules with the same name
                 weights.setdefault(module, []).append(stored)
         yield weights

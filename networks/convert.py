@@ -308,7 +308,7 @@ def _rename_hunyuan_image(source: Path, stored: Mapping[str, Tensor], to_ours: b
 
     Raises CheckpointError if no tensor in the file `source` has a name to change.
     """
-    rename = module_names.alias if to_ours else module_names.to_alias
+    rename = module_names.from_alias if to_ours else module_names.to_alias
     renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
     if renamed.keys() != stored.keys():
         return renamed

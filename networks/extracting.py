@@ -28,7 +28,7 @@ from networks.key_formats import module_of_tensor
 from networks.kinds.factors import DOWN, UP
 from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
-from networks.module_names import alias, family_named, has_module, select_family
+from networks.module_names import family_named, from_alias, has_module, select_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
 from networks.text_loras import TensorPiece, is_full, pieces_of
@@ -304,7 +304,7 @@ def _select_module(
         module = f"{piece.text_encoder}_{path.replace('.', '_')}"
         rank = options.dim if _IN_TEXT.search(module) else None
     else:
-        module = OURS + alias(module_of_tensor(piece.name)[0], family)
+        module = OURS + from_alias(module_of_tensor(piece.name)[0], family)
         if _ATTENTION.search(module):
             rank = options.dim
         elif _RESIDUAL.search(module):

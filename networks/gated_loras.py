@@ -354,18 +354,22 @@ class LoraWrapper(nn.Module):
             return self._inner_forward(*inputs, **named)
         if not self._target.adds_to_output:
             return self._run_with_changed_weights(active, *inputs, **named)
-        x = inputs[0]
         if any(branch.replaces_weight for branch in active):
-            return self._run_with_replacement(active, x)
-        rotations = [branch for branch in active if branch.rotates_input]
+            return self._run_with_replacement(active, inputs[0])
+        return self._add_outputs(active, *inputs, **named)
+
+    def _add_outputs(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
+        """Run a layer, and add the outputs of LoRAs; a rotation changes the layer's input if possible."""
+        x = inputs[0]
+        rotations = [branch for branch in branches if branch.rotates_input]
         if rotations and self._is_innermost:  # other wrappers inside need the original input
             # changes of the input can be summed, so the module runs once for all rotations
             change = functools.reduce(torch.add, [branch.compute_input_change(x) for branch in rotations])
             out = self._inner_forward(x + change)
-            active = [branch for branch in active if not branch.rotates_input]
+            branches = [branch for branch in branches if not branch.rotates_input]
         else:
             out = self._inner_forward(*inputs, **named)
-        for branch in active:
+        for branch in branches:
             out = branch.add_to(out, x)
         return out
 
@@ -595,9 +599,10 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
 def find_parameters(
     dit: nn.Module, to_published_name: Callable[[str], str] = str
 ) -> dict[str, ChangedParameter]:
-    """Return the parameters that LoRAs may change, by name in our LoRA files: `lora_unet_blocks_0_ffn_0`.
+    """Return the parameters that LoRAs may change, by the names that their modules have in our LoRA files.
 
-    Such a name is the published path with underscores.
+    Such a name is a prefix and the published path with underscores: `lora_unet_blocks_0_ffn_0` for the
+    module `blocks.0.ffn.0`.
 
     Args:
         dit: The transformer.

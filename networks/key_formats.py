@@ -17,7 +17,14 @@ from networks.kinds import KINDS
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import STORED_AS_VECTOR
 from networks.kinds.factors import Factors
-from networks.module_names import FAMILIES, alias, have_same_names, likely_families, module_path, sizes_fit
+from networks.module_names import (
+    FAMILIES,
+    from_alias,
+    have_same_names,
+    likely_families,
+    module_path,
+    sizes_fit,
+)
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.rewriting import GLOBAL_ALPHA_KEYS, NEEDS_REWRITING, Rewritten, rewrite
 from networks.tensor_names import (
@@ -303,7 +310,7 @@ def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
     For paths of another layout (`input_blocks_1_1_proj_in`), only families whose LoRAs all tools write in
     this way (SDXL) have such files.
     """
-    has_aliases = any(alias(path, family) != path for path in paths)
+    has_aliases = any(from_alias(path, family) != path for path in paths)
     return not has_aliases or family.underscored_names == "aliases"
 
 
@@ -315,7 +322,7 @@ def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[Fa
     modules: dict[str, str] = {}
     for path in dict.fromkeys(parsed.path for parsed in keys.values()):
         module = path.replace(".", "_")
-        translations = {alias(module, family) for family in families}
+        translations = {from_alias(module, family) for family in families}
         if len(translations) == 1:
             (module,) = translations
         modules[path] = OURS + module

@@ -263,18 +263,15 @@ def _find_family_of_sum(
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
         return FLUX  # if several families are possible, this tool's own
-    # only text encoders change
-    if not families and by_metadata is None:
-        families = _find_families_of_texts(tensors)
-    if not families:
-        return by_metadata
-    if len(families) == 1:
-        return families[0]
-    names = [family.name for family in families]
-    raise CheckpointError(
-        f"{list_some([str(lora.path) for lora in loras], 3)} can be for {' or '.join(names)}: all of them "
-        f"have layers of these names and sizes.\n  Say which one, such as --family {names[0]}."
-    )
+    if not families:  # only text encoders change
+        families = [by_metadata] if by_metadata is not None else _find_families_of_texts(tensors)
+    if len(families) > 1:
+        names = [family.name for family in families]
+        raise CheckpointError(
+            f"{list_some([str(lora.path) for lora in loras], 3)} can be for {' or '.join(names)}: all of "
+            f"them have layers of these names and sizes.\n  Say which one, such as --family {names[0]}."
+        )
+    return families[0] if families else None
 
 
 def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
@@ -340,27 +337,21 @@ def merge_into_file(
         _check_fits(patch, checkpoint)
         # `dequantized_on_read` replaces the infos of quantized weights, so these are now different objects
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
-        written_infos = _list_written_tensors(checkpoint, quantized, dtype)
-
-        def read(name: str) -> Tensor:
-            tensor = checkpoint.read(name)  # not memory-mapped, so it may be changed in place
-            check_finite(model, name, tensor)
-            written_dtype = written_infos[name].dtype
-            if not patch.changes_parameter(name):
-                return tensor.to(written_dtype)
-            # if the dtype changes, the sum stays in float32 and is rounded once
-            weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
-            return patch.add_to(name, weight, written_dtype).to(written_dtype)
-
-        size_bytes = sum(info.size_bytes for info in written_infos.values())
+        infos = _list_written_tensors(checkpoint, quantized, dtype)
+        size_bytes = sum(info.size_bytes for info in infos.values())
         _show_merge(model, weighted_loras, output, len(quantized), dtype or torch.bfloat16, size_bytes)
-        if not weighted_loras:
-            outcome = "has the values" if quantized else "becomes a copy"
-            logger.warning(f"no --lora_weight is given: {output} {outcome} of {model}")
+        merge = _WeightMerge(
+            model,
+            checkpoint,
+            patch=patch,
+            written_infos=infos,
+            device=device,
+            changes_dtypes=dtype is not None,
+        )
         stream_tensors(
             output,
-            written_infos,
-            read,
+            infos,
+            merge.read,
             metadata=_metadata_of_merged(checkpoint, model, weighted_loras),
             late_metadata=lambda: lora_rounding.metadata,  # complete only after all weights are rounded
         )
@@ -372,6 +363,28 @@ def merge_into_file(
     show_box("Merging is finished", rows)
 
 
+class _WeightMerge(NamedTuple):
+    """Merges LoRAs into a model's weights as they are read."""
+
+    path: Path  # of the model, for messages
+    checkpoint: Checkpoint
+    patch: LoraPatch | FullPatch
+    written_infos: Mapping[str, TensorInfo]  # dtype and shape of each tensor in the merged file
+    device: torch.device
+    changes_dtypes: bool  # whether the result's dtype is given, not the model's
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor of the model, and add the LoRAs to it; return it in the dtype of the merged file."""
+        tensor = self.checkpoint.read(name)  # not memory-mapped, so it may be changed in place
+        check_finite(self.path, name, tensor)
+        written_dtype = self.written_infos[name].dtype
+        if not self.patch.changes_parameter(name):
+            return tensor.to(written_dtype)
+        # if the dtype changes, the sum stays in float32 and is rounded once
+        weight = tensor.to(self.device, torch.float32) if self.changes_dtypes else tensor.to(self.device)
+        return self.patch.add_to(name, weight, written_dtype).to(written_dtype)
+
+
 def _show_merge(
     model: Path,
     weighted_loras: Sequence[WeightedLora],
@@ -380,7 +393,10 @@ def _show_merge(
     dequantized_dtype: torch.dtype,
     size_bytes: int,
 ) -> None:
-    """Print the files of a merge, the new dtype of quantized weights, and the size of the result."""
+    """Print the files of a merge, the new dtype of quantized weights, and the size of the result.
+
+    Warn if there are no LoRAs.
+    """
     rows = [("model", str(model)), ("LoRAs", _list_files(weighted_loras)), ("result", str(output))]
     if num_quantized:
         change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"
@@ -388,6 +404,9 @@ def _show_merge(
     free = format_size(free_bytes(real_path(output).parent))
     rows.append(("disk", f"{format_size(size_bytes)}; {free} free"))
     show_box("Merging", rows)
+    if not weighted_loras:
+        outcome = "has the values" if num_quantized else "becomes a copy"
+        logger.warning(f"no --lora_weight is given: {output} {outcome} of {model}")
 
 
 def _make_patch(

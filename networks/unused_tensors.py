@@ -48,7 +48,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = strip_known_prefixes(_PEFT_LEVEL.sub("", key.removesuffix(leaf))).path
     name = path.replace(".", "_")
-    our_name = name if family is None else module_names.alias(name, family)
+    our_name = name if family is None else module_names.from_alias(name, family)
     text_module = module_names.describe_text_module(our_name)
     if text_module:
         return UnusedReason(f"are weights of {text_module}, not changes, and are ignored")
