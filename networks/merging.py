@@ -341,8 +341,8 @@ def merge_into_file(
         size_bytes = sum(info.size_bytes for info in infos.values())
         _show_merge(model, weighted_loras, output, len(quantized), dtype or torch.bfloat16, size_bytes)
         merge = _WeightMerge(
-            model,
-            checkpoint,
+            path=model,
+            checkpoint=checkpoint,
             patch=patch,
             written_infos=infos,
             device=device,

@@ -113,24 +113,41 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     new_tensors = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
-        factors = {factor: tensors[key] for factor, key in keys.items()}
-        if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
-            factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
-        split_sizes = _count_rows_of_parts(layer.name, factors)
-        if not split_sizes:
-            continue
-        # undo a block-diagonal join if there was one; else each part gets its rows of the up factor
-        loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
-        fused_prefix = f"{layer.start}to_{layer.name}."
-        # name of the factor -> its ending as spelled in the file
-        endings = {factor: key.removeprefix(fused_prefix) for factor, key in keys.items()}
-        for part_name, lora in zip(_FUSED_PARTS[layer.name], loras, strict=True):
-            for factor_name, tensor in lora.items():
-                ending = endings.get(factor_name, factor_name)
-                new_tensors[f"{layer.start}{part_name}.{ending}"] = tensor
-        for key in keys.values():
-            del new_tensors[key]
+        tensors_of_parts = _split_fused_layer(layer, keys, tensors)
+        if tensors_of_parts:
+            new_tensors |= tensors_of_parts
+            for key in keys.values():
+                del new_tensors[key]
     return new_tensors
+
+
+def _split_fused_layer(
+    layer: "_FusedLayer", keys: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of a fused layer's parts; {} if the layer cannot be split.
+
+    Args:
+        layer: The fused layer.
+        keys: Its keys in the file, by name of the factor.
+        tensors: Tensors of the file.
+    """
+    factors = {factor: tensors[key] for factor, key in keys.items()}
+    if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
+        factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
+    split_sizes = _count_rows_of_parts(layer.name, factors)
+    if not split_sizes:
+        return {}
+    # undo a block-diagonal join if there was one; else each part gets its rows of the up factor
+    loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
+    fused_prefix = f"{layer.start}to_{layer.name}."
+    # name of the factor -> its ending as spelled in the file
+    endings = {factor: key.removeprefix(fused_prefix) for factor, key in keys.items()}
+    tensors_of_parts: dict[str, Tensor] = {}
+    for part_name, lora in zip(_FUSED_PARTS[layer.name], loras, strict=True):
+        for factor_name, tensor in lora.items():
+            ending = endings.get(factor_name, factor_name)
+            tensors_of_parts[f"{layer.start}{part_name}.{ending}"] = tensor
+    return tensors_of_parts
 
 
 def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
