@@ -659,18 +659,12 @@ class LoraPatch:
             weight: The parameter, or a placeholder of its shape.
         """
         found_changes = self._find_changes(name)
-        for key, change, _ in found_changes:
-            if change.delta.rotation is not None:  # equal rotations are joined below, which leaves one key
-                self._applied_keys[id(change.weighted_lora)].add(key)
+        if found_changes and name.endswith(FIRST_LAYERS):
+            found_changes = self._drop_other_channels(found_changes, weight)
+        for found in found_changes:
+            self._applied_keys[id(found.change.weighted_lora)].add(found.key)
         fitted_changes: list[Change] = []
-        for key, change, related in _join_equal_rotations(found_changes):
-            if name.endswith(FIRST_LAYERS):
-                # such as a text-to-video LoRA for an image-to-video model: skip the layer, use the rest
-                channel_error = change.delta.describe_channel_mismatch(weight)
-                if channel_error is not None:
-                    self._channel_errors[id(change.weighted_lora)] = channel_error
-                    continue
-            self._applied_keys[id(change.weighted_lora)].add(key)
+        for _, change, related in _join_equal_rotations(found_changes):
             fitted = change.fit(related, weight, name, self._model)
             was_expanded = change.delta.has_row_range and not fitted.delta.has_row_range
             if was_expanded:  # each part (q, k, v) became the change of the whole layer: keep only the first
@@ -679,6 +673,20 @@ class LoraPatch:
                     continue
             fitted_changes.append(fitted)
         return fitted_changes
+
+    def _drop_other_channels(self, found_changes: Sequence[FoundChange], weight: Tensor) -> list[FoundChange]:
+        """Drop changes of a first layer with another number of input channels, which `check` reports.
+
+        A text-to-video LoRA for an image-to-video model has such a layer: the rest of the LoRA is used.
+        """
+        remaining: list[FoundChange] = []
+        for found in found_changes:
+            channel_error = found.change.delta.describe_channel_mismatch(weight)
+            if channel_error is None:
+                remaining.append(found)
+            else:
+                self._channel_errors[id(found.change.weighted_lora)] = channel_error
+        return remaining
 
     @torch.no_grad()
     def bake(self, network: nn.Module, to_published_name: Callable[[str], str] = str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -530,20 +530,22 @@ def _make_layers_of_file(
 def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     """Return the settings that apply if a file sets modules and ranks; warn of settings that are ignored."""
     rules = OWN_MODULES[name].rules
-    used_keys = {*WITH_FILE}
-    if rules is not None:
-        used_keys.update(rules.encoder_switches)  # read by the training run, to select the text encoders
-    ignored_arguments = {
-        key: value for key, value in typed.arguments.items() if value is not None and key not in used_keys
-    }
-    read_own(name, NetworkArguments(arguments=ignored_arguments))  # raises if an ignored value is invalid
-    for key in sorted(ignored_arguments):
+    # the training run has read these already, to select the text encoders; the network does not need them
+    read_by_run: Mapping[str, str] = {} if rules is None else rules.encoder_switches
+    used: dict[str, Any] = {}
+    ignored: dict[str, Any] = {}
+    for key, value in typed.arguments.items():
+        if key in WITH_FILE:
+            used[key] = value
+        elif value is not None and key not in read_by_run:
+            ignored[key] = value
+    read_own(name, NetworkArguments(arguments=ignored))  # raises if an ignored value is invalid
+    for key in sorted(ignored):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"
         )
-    arguments = {key: value for key, value in typed.arguments.items() if key in WITH_FILE}
-    settings, _ = read_own(name, NetworkArguments(dropout=typed.dropout, arguments=arguments))
+    settings, _ = read_own(name, NetworkArguments(dropout=typed.dropout, arguments=used))
     return settings
 
 
