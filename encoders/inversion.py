@@ -207,11 +207,7 @@ class Inversion:
             }
             initial = self._make_initial(known_embeddings)
         else:
-            initial = {}
-            for encoder in self.encoders:
-                width = token_embeddings[encoder.vector_key].embedding_dim
-                for key in encoder.vector_keys:
-                    initial[key] = torch.zeros(self.word.count, width)
+            initial = self._make_zeros(token_embeddings)
         vectors = LearnedWordVectors(self.word_options, initial)
         for encoder in self.encoders:
             embedding = token_embeddings[encoder.vector_key]
@@ -222,6 +218,15 @@ class Inversion:
                 mean_norm = float(embedding.weight.detach().float().norm(dim=1).mean())
                 vectors.mean_norms |= dict.fromkeys(encoder.vector_keys, mean_norm)
         return vectors
+
+    def _make_zeros(self, token_embeddings: Mapping[str, GrowingEmbedding]) -> dict[str, Tensor]:
+        """Return vectors of zeros, each V C, by their keys in embedding files."""
+        zeros: dict[str, Tensor] = {}
+        for encoder in self.encoders:
+            width = token_embeddings[encoder.vector_key].embedding_dim
+            for key in encoder.vector_keys:
+                zeros[key] = torch.zeros(self.word.count, width)
+        return zeros
 
     def _make_initial(self, known_embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the initial vectors, each V C, by their keys in embedding files.

@@ -392,22 +392,24 @@ def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> in
     return width if isinstance(width, int) and width > 0 else model.head_width
 
 
+def _can_be_heads(width: int, query_rows: int, key_rows: int, dim: int) -> bool:
+    """Return whether queries and keys can be divided into heads of this width; `dim` is the model's width."""
+    # the width must be even, because rotary embedding rotates pairs of channels
+    if width < 2 or width % 2 or query_rows % width or key_rows % width:
+        return False
+    num_heads = query_rows // width
+    num_kv_heads = key_rows // width
+    # grouped-query attention: each key head serves the same number of query heads
+    return dim % max(1, num_heads) == 0 and num_heads % max(1, num_kv_heads) == 0
+
+
 def _check_heads(
     path: Path, width: int, query_rows: int, key_rows: int, dim: int, model: LanguageModel
 ) -> None:
     """Raise CheckpointError if the query and key rows cannot be divided into heads of this width."""
-    # the width must be even, because rotary embedding rotates pairs of channels
-    has_whole_heads = width >= 2 and width % 2 == 0 and key_rows % width == 0 and query_rows % width == 0
-    is_valid = has_whole_heads
-    if has_whole_heads:
-        num_heads = max(1, query_rows // width)
-        num_kv_heads = max(1, key_rows // width)
-        # grouped-query attention: each key head serves the same number of query heads
-        is_valid = dim % num_heads == 0 and (query_rows // width) % num_kv_heads == 0
     # in Qwen2.5-VL, all heads together have the width of the model
-    if Q_BIAS in model.distinguishing_tensors and query_rows != dim:
-        is_valid = False
-    if not is_valid:
+    has_width_of_model = Q_BIAS not in model.distinguishing_tensors or query_rows == dim
+    if not has_width_of_model or not _can_be_heads(width, query_rows, key_rows, dim):
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
             f"{width} channels. Put the model's config.json next to it, or give another copy of the file.",

@@ -270,11 +270,10 @@ class Change:
         """
         if self.row_slice is not None:
             overlap = _find_overlap(self.row_slice, block_rows, len(total))
-            if overlap is None:
-                return
-            block_rows = overlap.in_change
-            total = total[overlap.in_block]
-            weight = weight[overlap.in_block]
+            if overlap is not None:
+                change = replace(self, row_slice=None)
+                change.add_to(total[overlap.in_block], overlap.in_change, weight[overlap.in_block])
+            return
         if self.delta.rotation is not None:
             self._add_rotation(total, weight)
             return
@@ -376,20 +375,22 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
         if change.delta.rotation is not None and related is not None and related.is_part:
             part = FusedPiece(key, related.part, change.delta.factors)
             rotated_parts.setdefault(id(change.weighted_lora), []).append(part)
+    if not rotated_parts:
+        return [*found_changes]
     # id of the `WeightedLora` -> keys of its parts with equal rotations
-    equal_parts: dict[int, list[str]] = {}
+    joined_keys: dict[int, list[str]] = {}
     for lora_id, parts in rotated_parts.items():
         with contextlib.suppress(FusionError):
             join_rotations(parts)  # raises if they are not equal
-            equal_parts[lora_id] = [part.name for part in parts]
+            joined_keys[lora_id] = [part.name for part in parts]
     remaining: list[FoundChange] = []
-    for found_change in found_changes:
-        joined_keys = equal_parts.get(id(found_change.change.weighted_lora), [])
-        if found_change.key not in joined_keys:
-            remaining.append(found_change)
-        elif found_change.key == joined_keys[0]:
+    for found in found_changes:
+        keys = joined_keys.get(id(found.change.weighted_lora), [])
+        if found.key not in keys:
+            remaining.append(found)
+        elif found.key == keys[0]:
             # the first part now represents the whole weight; the other parts are dropped
-            remaining.append(found_change._replace(related=None))
+            remaining.append(found._replace(related=None))
     return remaining
 
 

@@ -67,14 +67,15 @@ def in_dialect(
     modules = deltas.group_by_module(tensors)
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
+    # for some families, whose path prefix is not `diffusion_model.`, ComfyUI reads diffusers' names
+    has_diffusers_names = family.is_as_in_diffusers and family.path_prefix != IN_COMFYUI
+    if target == "other" and not has_diffusers_names:
+        return _to_comfyui(modules, family)
     if target == "diffusers":
         for kind in KINDS:
             translated = kind.write_for_diffusers(modules, family)
             if translated is not None:  # None: the kind is written like LoRAs
                 return translated
-    # ComfyUI reads diffusers' names for some families (their path prefix is not `diffusion_model.`)
-    elif not (family.is_as_in_diffusers and family.path_prefix != IN_COMFYUI):
-        return _to_comfyui(modules, family)
     prefix = UNET_IN_DIFFUSERS if family.path_prefix == UNET_IN_DIFFUSERS else diffusers_prefix
     # families with fused parts: alpha / rank is folded exactly, by powers of two
     convert_factors = _in_toolkit if family.parts else _in_diffusers
