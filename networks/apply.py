@@ -217,11 +217,13 @@ class Change:
         rows = self._find_rows_of_part(related, weight)
         if rows is None:
             return self
-        if related.is_part and isinstance(rows, slice):
-            return replace(self, row_slice=rows)
-        has_all_rows = rows == slice(0, self.change_shape()[0])
-        if has_all_rows:
-            return self
+        if isinstance(rows, slice):
+            if related.is_part:  # the weight contains the LoRA's module
+                return replace(self, row_slice=rows)
+            has_all_rows = rows == slice(0, self.change_shape()[0])
+            if has_all_rows:
+                return self
+        # the weight is a part of the LoRA's module, or has its halves in another order
         if self.delta.has_input_magnitudes:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         sliced_delta = self.delta.select_rows(rows)

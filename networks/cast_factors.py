@@ -61,16 +61,17 @@ def group_layers(
     """
     input_by_ending = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
     paths = {id(module): path for path, module in model.named_modules()}
-    # key: the path of a layer alone, or path of the block, index of the shared input, and rank
-    groups: dict[tuple[str, int, int] | str, list[LoraLayer]] = {}
+    # path of the block, index of the shared input in it, and rank; for a layer alone, its path and no index
+    groups: dict[tuple[str, int | None, int], list[LoraLayer]] = {}
     for layer in layers:
         path = paths[id(layer.original)]
-        key: tuple[str, int, int] | str = path
+        rank = layer.lora_up.weight.shape[1]
+        key: tuple[str, int | None, int] = path, None, rank
         # a dropout may skip one layer of a group, and magnitudes need each layer's own output
         can_share = layer.dropouts is None and layer.combine_outputs is None
         for ending, input_index in input_by_ending.items():
             if can_share and path.endswith(f".{ending}"):
-                key = path.removesuffix(ending), input_index, layer.lora_up.weight.shape[1]
+                key = path.removesuffix(ending), input_index, rank
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
 

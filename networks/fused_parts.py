@@ -299,28 +299,42 @@ def join_parts(
         family: Family of the modules; None for any.
     """
     modules = deltas.group_by_module(tensors)
-    new_modules: dict[str, Factors] = {}
-    pieces_by_module: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
-    for name, factors in modules.items():
-        fused_module = _find_fused_module(name, rows_in_model, family)
-        if fused_module is None or OURS + fused_module.name in modules:
-            new_modules[name] = factors
-            continue
-        piece = FusedPiece(name, fused_module.part, factors)
-        pieces_by_module.setdefault(OURS + fused_module.name, []).append(piece)
-    is_for_model = rows_in_model is not None
-    estimated_rows = {} if is_for_model else _estimate_rows_of_weights(pieces_by_module.values())
+    pieces_by_module = _find_pieces(modules, rows_in_model, family)
+    num_rows: dict[str, int] = {}  # of each fused module
+    if rows_in_model is None:
+        estimated_rows = _estimate_rows_of_weights(pieces_by_module.values())
+        for name, pieces in pieces_by_module.items():
+            num_rows[name] = estimated_rows[pieces[0].part.fused_path]
+    else:
+        num_rows = {name: rows_in_model(name) or 0 for name in pieces_by_module}
+    names_of_parts = {piece.name for pieces in pieces_by_module.values() for piece in pieces}
+    new_modules = {name: factors for name, factors in modules.items() if name not in names_of_parts}
     for name, pieces in pieces_by_module.items():
-        if rows_in_model is None:
-            num_rows = estimated_rows[pieces[0].part.fused_path]
-        else:
-            num_rows = rows_in_model(name) or 0
         try:
-            new_modules[name] = _join_pieces(pieces, num_rows, allows_full_matrix=is_for_model)
+            joined = _join_pieces(pieces, num_rows[name], allows_full_matrix=rows_in_model is not None)
+            new_modules[name] = joined
         except FusionError as reason:
             logger.warning(f"{name}: {reason}; they are not joined")
             new_modules.update({piece.name: piece.factors for piece in pieces})
     return deltas.ungroup(new_modules)
+
+
+def _find_pieces(
+    modules: Mapping[str, Factors],
+    rows_in_model: Callable[[str], int | None] | None,
+    family: FamilyNames | None,
+) -> dict[str, list[FusedPiece]]:
+    """Return the modules that are parts of a fused module, by the name of the fused module.
+
+    Parts of a fused module that has its own factors are left out. The arguments are those of `join_parts`.
+    """
+    pieces_by_module: dict[str, list[FusedPiece]] = {}
+    for name, factors in modules.items():
+        fused_module = _find_fused_module(name, rows_in_model, family)
+        if fused_module is not None and OURS + fused_module.name not in modules:
+            piece = FusedPiece(name, fused_module.part, factors)
+            pieces_by_module.setdefault(OURS + fused_module.name, []).append(piece)
+    return pieces_by_module
 
 
 def _find_fused_module(

@@ -372,6 +372,24 @@ def related_modules(name: str, family: FamilyNames | None = None) -> tuple[Relat
     return tuple(distinct.values())
 
 
+def _list_parts_and_renamed(family: FamilyNames) -> list[WeightPart]:
+    """Return the parts of fused weights in a family's layouts, and modules that are only renamed.
+
+    A renamed module is included if a module of another family has its other name.
+    """
+    parts = [*family.parts, *family.joined]
+    if not parts:  # the family's layouts do not differ in how weights are fused
+        return []
+    names_of_other_families: set[str] = set()
+    for other in FAMILIES:
+        if other is not family:
+            names_of_other_families.update(path.replace(".", "_") for path in other.modules)
+    for theirs, ours in family.aliases:
+        if theirs.replace(".", "_") in names_of_other_families:
+            parts.append(WeightPart(theirs, ours))
+    return parts
+
+
 @cache
 def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
     """Return a table from module names in all layouts of a family (or of all) to parts and fused modules.
@@ -380,17 +398,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
     """
     pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):
-        parts = [*each_family.parts, *each_family.joined]
-        if parts:  # the family's layouts differ in how weights are fused
-            # use an alias only if another family has a module of this name
-            names_of_other_families: set[str] = set()
-            for other in FAMILIES:
-                if other is not each_family:
-                    names_of_other_families.update(path.replace(".", "_") for path in other.modules)
-            for theirs, ours in each_family.aliases:
-                if theirs.replace(".", "_") in names_of_other_families:
-                    parts.append(WeightPart(theirs, ours))
-        for part in parts:
+        for part in _list_parts_and_renamed(each_family):
             pairs.append((part.fused_path, RelatedModule(part.part_path, part, is_part=True)))
             pairs.append((part.part_path, RelatedModule(part.fused_path, part, is_part=False)))
     return _Table(pairs)
