@@ -392,11 +392,7 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
     if not stored.is_written_here:  # other programs also write tensors without effect
         native = _drop_tensors_without_effect(path, native)
     elif FOLDED in stored.metadata:  # alpha / rank is in the factors: restore the alphas
-        native = replace(
-            native,
-            tensors=restore_folded_alphas(native.tensors, stored.metadata),
-            text_tensors=restore_folded_alphas(native.text_tensors, stored.metadata),
-        )
+        native = _restore_alphas(native, stored.metadata)
     modules = group_by_module(native.tensors) | group_by_module(native.text_tensors)
     _reject_faulty(path, modules, native.unknown_keys)
     alphas_clause = ""
@@ -418,6 +414,15 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
         dialect=native.dialect,
         text_tensors=native.text_tensors,
         unknown_names=native.unknown_names,
+    )
+
+
+def _restore_alphas(native: NativeTensors, metadata: Mapping[str, str]) -> NativeTensors:
+    """Return the tensors of a file written by us with the alphas that were folded into its factors."""
+    return replace(
+        native,
+        tensors=restore_folded_alphas(native.tensors, metadata),
+        text_tensors=restore_folded_alphas(native.text_tensors, metadata),
     )
 
 

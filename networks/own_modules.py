@@ -171,6 +171,7 @@ def _select_size(
             selects them.
     """
     is_optional = any(part in f".{path}" for part in optional_parts)
+    # a rank for its type selects an optional module
     if is_optional and settings.family_rules is not None:
         is_optional = _find_rank_of_type(path, settings.family_rules, settings) is None
     if _is_excluded(path, settings, is_optional):

@@ -68,21 +68,29 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
     rewritten: dict[str, Tensor] = {}
     family_name = ""
     for key, tensor in _split_fused_layers(tensors).items():
-        match = _XLABS.fullmatch(key)
-        names = [] if match is None else _translate_xlabs(match)
-        # not a name of XLabs
-        if match is None or not names:
+        translated = _translate_xlabs_tensor(key, tensor)
+        if translated:
+            family_name = "flux"
+            rewritten |= translated
+        else:
             rewritten[key] = tensor
-            continue
-        family_name = "flux"
-        if len(names) == 1:
-            rewritten[names[0]] = tensor
-            continue
-        # q, k and v become three LoRAs: each has its rows of the up factor, and the full down factor
-        parts = tensor.chunk(3) if match["factor"] == "up" else [tensor] * len(names)
-        for name, part in zip(names, parts, strict=True):
-            rewritten[name] = part.clone()  # safetensors files cannot contain tensors that share memory
     return _join_numbered(rewritten)._replace(family_name=family_name)
+
+
+def _translate_xlabs_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Rename XLabs' tensor of a FLUX LoRA to our layout or diffusers'; return {} for other keys.
+
+    q, k and v become three LoRAs: each has its rows of the up factor, and the full down factor.
+    """
+    match = _XLABS.fullmatch(key)
+    names = [] if match is None else _translate_xlabs(match)
+    if match is None or not names:
+        return {}
+    if len(names) == 1:
+        return {names[0]: tensor}
+    parts = tensor.chunk(3) if match["factor"] == "up" else [tensor] * len(names)
+    # copies, because safetensors files cannot contain tensors that share memory
+    return {name: part.clone() for name, part in zip(names, parts, strict=True)}
 
 
 def _translate_xlabs(match: re.Match[str]) -> list[str]:
