@@ -918,7 +918,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
 
 
 def _log_older_release(path: Path, model: FamilyNames, origin: str) -> None:
-    """Log that a LoRA for an older release, which its metadata name, is used on the newest one.
+    """Log that a LoRA is for an older release, named in its metadata, and is used on the newest one.
 
     Args:
         path: Path of the LoRA.

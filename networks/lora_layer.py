@@ -159,9 +159,7 @@ class LoraLayer(nn.Module):
         has_module_dropout = dropouts is not None and dropouts.module > 0
         # compiled code cannot branch on a random value: it computes the LoRA, then selects an output
         selects_output = has_module_dropout and self.seed_table is not None and torch.compiler.is_compiling()
-        if self.multiplier == 0:
-            return self._original_forward(x)
-        if has_module_dropout and not selects_output and self._is_dropped():
+        if self.multiplier == 0 or (has_module_dropout and not selects_output and self._is_dropped()):
             return self._original_forward(x)
         # layers with the same input compute their outputs together
         if shared is not None and shared.computes_outputs and x.dtype == dtype:

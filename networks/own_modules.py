@@ -50,12 +50,7 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     spec = spec_of(unet)
     rules = settings.family_rules
     if rules is not None and settings.block_numbers:
-        children = dict(unet.named_children())
-        depths: dict[str, int] = {}  # of the block lists that this model has
-        for list_name in rules.block_lists_by_argument.values():
-            if list_name in children:
-                depths[list_name] = len(list(children[list_name].children()))
-        check_blocks(settings, depths)
+        check_blocks(settings, _count_blocks(unet, rules))
     optional_parts: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
     if not spec.lora_include:  # otherwise the model lists the modules that get a layer
         optional_parts = tuple(
@@ -70,6 +65,13 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
             "block numbers), or add some with include_patterns"
         )
     return targets
+
+
+def _count_blocks(unet: nn.Module, rules: LoraRules) -> dict[str, int]:
+    """Return the number of blocks in those block lists of the family's arguments that this model has."""
+    children = dict(unet.named_children())
+    list_names = rules.block_lists_by_argument.values()
+    return {name: len(list(children[name].children())) for name in list_names if name in children}
 
 
 def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[ModuleWithPath]:

@@ -185,6 +185,7 @@ class _Outputs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of x, the down factor and the up factors; frozen weights get none."""
+        # outputs were y = x W^T + bias + (x D^T) U^T; `product` is x D^T of all layers side by side
         x, product, down, *ups_and_weights = ctx.saved_tensors
         num_layers = len(ctx.ranks)
         ups = ups_and_weights[:num_layers]

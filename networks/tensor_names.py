@@ -351,6 +351,16 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     return None if is_prefix_of_other_kind else file_prefix
 
 
+def _find_prefix_of_known_module(path: str) -> str:
+    """Return the shortest prefix whose removal leaves the name of a known module; "" if there is none."""
+    # pieces end with their separator, so that joining them gives the path again
+    pieces = re.split(r"(?<=[._])", path)
+    for count in range(1, len(pieces)):
+        if is_known_module("".join(pieces[count:]).replace(".", "_")):
+            return "".join(pieces[:count])
+    return ""
+
+
 def describe_unknown(paths: Iterable[str]) -> str:
     """Describe what is unknown about tensor names, for a message.
 
@@ -364,11 +374,9 @@ def describe_unknown(paths: Iterable[str]) -> str:
     if not paths:
         return ""
     for path in paths:
-        # pieces end with their separator, so that joining them gives the path again
-        pieces = re.split(r"(?<=[._])", path)
-        for count in range(1, len(pieces)):
-            if is_known_module("".join(pieces[count:]).replace(".", "_")):
-                return f"begin with {''.join(pieces[:count])}"
+        prefix = _find_prefix_of_known_module(path)
+        if prefix:
+            return f"begin with {prefix}"
         module_path, dot, end = path.rpartition(".")
         if dot and is_known_module(strip_known_prefixes(module_path).path.replace(".", "_")):
             return f"have .{end} after the module name"
