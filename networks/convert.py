@@ -321,14 +321,38 @@ def _rename_hunyuan_image(source: Path, stored: Mapping[str, Tensor], to_ours: b
     )
 
 
-def _replace_by_plain_loras(
-    lora: LoraFile, tensors: Mapping[str, Tensor], modules: Mapping[str, Factors], rank: int | None
-) -> tuple[dict[str, Tensor], str]:
-    """Return tensors with the given modules converted to plain LoRAs, and a note on what was lost."""
-    replaced = ungroup(modules)
+class _JoinableTensors(NamedTuple):
+    """Tensors whose modules can be joined as in ComfyUI, and a note on what was lost for that."""
+
+    tensors: Mapping[str, Tensor]
+    loss_note: str  # "" if nothing was converted
+
+
+def _replace_unjoinable(lora: LoraFile, tensors: Mapping[str, Tensor], rank: int | None) -> _JoinableTensors:
+    """Replace modules that cannot be joined, such as LoKrs, with plain LoRAs of a rank.
+
+    Args:
+        lora: The LoRA file.
+        tensors: Its tensors, in our layout.
+        rank: Rank of the plain LoRAs; None if the user gave none.
+
+    Raises:
+        OptionError: If there are such modules but no rank.
+    """
+    unjoinable = _find_modules_to_bake(tensors)
+    if not unjoinable:
+        return _JoinableTensors(tensors, "")
+    if rank is None:
+        raise OptionError(
+            f"{lora.path} is a {in_series(PRODUCT_KIND_NAMES)} for queries, keys and values "
+            f"({next(iter(unjoinable))}), which are one module in ComfyUI, and only plain "
+            "LoRAs can be joined. Add --lokr_rank RANK, such as 64, to replace each by the best LoRA of "
+            "that rank"
+        )
+    replaced = ungroup(unjoinable)
     plain = bake(replace(lora, tensors=replaced), Z_IMAGE, Baking(rank, select_device(None)))
     unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
-    return {**unchanged, **plain.lora.tensors}, plain.loss_note
+    return _JoinableTensors({**unchanged, **plain.lora.tensors}, plain.loss_note)
 
 
 def convert_z_image(options: ZImageConvertOptions) -> None:
@@ -352,24 +376,14 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     if options.reverse:
         _save(options.dst_path, ConvertedLora(tensors, metadata), sources=[lora], family=Z_IMAGE)
         return
-    unjoinable = _find_modules_to_bake(tensors)
-    if unjoinable and options.lokr_rank is None:
-        raise OptionError(
-            f"{source} is a {in_series(PRODUCT_KIND_NAMES)} for queries, keys and values "
-            f"({next(iter(unjoinable))}), which are one module in ComfyUI, and only plain "
-            "LoRAs can be joined. Add --lokr_rank RANK, such as 64, to replace each by the best LoRA of "
-            "that rank"
-        )
-    loss_note = ""
-    if unjoinable:
-        tensors, loss_note = _replace_by_plain_loras(lora, tensors, unjoinable, options.lokr_rank)
-    tensors = rename_to_aliases(join_parts(tensors, family=Z_IMAGE), Z_IMAGE)
+    joinable = _replace_unjoinable(lora, tensors, options.lokr_rank)
+    joined = rename_to_aliases(join_parts(joinable.tensors, family=Z_IMAGE), Z_IMAGE)
     _save(
         options.dst_path,
-        ConvertedLora(tensors, metadata),
+        ConvertedLora(joined, metadata),
         sources=[lora],
         family=Z_IMAGE,
-        loss_note=loss_note,
+        loss_note=joinable.loss_note,
     )
 
 

@@ -234,11 +234,19 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     for family in FAMILIES:
         if version == family.name or architecture == family.architecture:
             return family
-    longest = 0  # the longest matching prefix wins: "flux_2_dev" also begins with FLUX.1's "flux"
+    return _find_family_by_prefix(version.lower(), architecture.lower())
+
+
+def _find_family_by_prefix(version: str, architecture: str) -> FamilyNames | None:
+    """Return the family with the longest prefix of the version or architecture; None if there is none.
+
+    The longest prefix wins because "flux_2_dev" also begins with FLUX.1's "flux".
+    """
+    longest = 0
     best_family: FamilyNames | None = None
     for family in FAMILIES:
         for prefix in family.version_prefixes:
-            has_prefix = version.lower().startswith(prefix) or architecture.lower().startswith(prefix)
+            has_prefix = version.startswith(prefix) or architecture.startswith(prefix)
             if has_prefix and len(prefix) > longest:
                 longest = len(prefix)
                 best_family = family
