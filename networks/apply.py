@@ -594,9 +594,10 @@ class LoraPatch:
             changes = [change.to(weight.device) for change in changes]
         dtype = narrow_dtype(weight.dtype, target)
         is_replaced = any(change.replaces_weight for change in changes)
+        can_lose_changes = dtype is not None and not is_replaced
         sample = None  # some rows; `_select_rounding` uses them to estimate how much rounding would lose
-        if self._rounding is not None and self._rounding.needs_samples and dtype is not None:
-            sample = None if is_replaced else SampledRows(weight)
+        if can_lose_changes and self._rounding is not None and self._rounding.needs_samples:
+            sample = SampledRows(weight)
         is_single_block = blocks == [None]
         if is_single_block:
             # a replacement is written into a float32 copy, so that it is rounded only once

@@ -228,10 +228,8 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     """
     joined = dict(tensors)
     joined_lora_counts: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
-    alphas_for_all = [
-        tensors[key] for key in GLOBAL_ALPHA_KEYS if key in tensors and tensors[key].numel() == 1
-    ]
-    alpha_for_all = alphas_for_all[0] if alphas_for_all else None
+    global_alphas = (tensors[key] for key in GLOBAL_ALPHA_KEYS if key in tensors)
+    alpha_for_all = next((alpha for alpha in global_alphas if alpha.numel() == 1), None)
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
         loras = _order_loras(keys_by_number, tensors, alpha)

@@ -51,6 +51,21 @@ def fit_block_size(width: int, size: int) -> int | None:
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)
 
 
+def _log_adjustments(adjustments: Mapping[str, int]) -> None:
+    """Log which block sizes were replaced because they do not divide a layer's inputs.
+
+    Args:
+        adjustments: Description of a replaced block size -> number of layers.
+    """
+    from modules.console import format_count
+
+    lines = [f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())]
+    logger.info(
+        "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
+        f"{'; '.join(lines)}"
+    )
+
+
 def _find_unsupported_variant(settings: Mapping[str, Any]) -> str | None:
     """Return how PEFT computes the rotations according to its settings; None if it is the 5-term series."""
     if settings.get("use_cayley_neumann") is False:
@@ -190,7 +205,6 @@ class OftKind(NetworkKind):
         """
         from torch import nn
 
-        from modules.console import format_count
         from networks.kinds.oft_layer import OftLayer
 
         layers: dict[str, nn.Module] = {}
@@ -207,13 +221,7 @@ class OftKind(NetworkKind):
                 adjustments[f"{module.in_features} inputs: {block_size} instead of {target.rank}"] += 1
             layers[name] = OftLayer(module, block_size)
         if adjustments:
-            lines = [
-                f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())
-            ]
-            logger.info(
-                "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
-                f"{'; '.join(lines)}"
-            )
+            _log_adjustments(adjustments)
         if not layers:
             raise OptionError(f"--network_module {MODULE}: the model has no linear layer that can be rotated")
         return layers
