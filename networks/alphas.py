@@ -225,21 +225,25 @@ def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         was_folded = rank in scalings and "alpha" not in factors and is_pair
         if rank is None or not was_folded:
             continue
-        scaling = scalings[rank]
-        mantissa, _ = math.frexp(scaling)
-        is_exact = mantissa == 0.5  # for a power of two, division only changes exponents
-        down_factor, up_factor = split_scaling(scaling)
-        divisors = {
-            DOWN: down_factor,
-            UP: up_factor,
-            "lora_up.bias": scaling,
-        }
-        for factor_name, divisor in divisors.items():
-            if factor_name in factors:
-                unfolded = factors[factor_name].float() / divisor
-                factors[factor_name] = unfolded.to(factors[factor_name].dtype) if is_exact else unfolded
-        factors["alpha"] = torch.tensor(scaling * rank)
+        _unfold_scaling(factors, scalings[rank])
+        factors["alpha"] = torch.tensor(scalings[rank] * rank)
     return ungroup(modules)
+
+
+def _unfold_scaling(factors: dict[str, Tensor], scaling: float) -> None:
+    """Divide LoRA factors, in place, by the alpha / rank that was multiplied into them."""
+    mantissa, _ = math.frexp(scaling)
+    is_exact = mantissa == 0.5  # for a power of two, division only changes exponents
+    down_factor, up_factor = split_scaling(scaling)
+    divisors = {
+        DOWN: down_factor,
+        UP: up_factor,
+        "lora_up.bias": scaling,
+    }
+    for name, divisor in divisors.items():
+        if name in factors:
+            unfolded = factors[name].float() / divisor
+            factors[name] = unfolded.to(factors[name].dtype) if is_exact else unfolded
 
 
 def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:

@@ -268,16 +268,7 @@ def extract_full(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(original, tuned)
         family = _find_family_of_both(pair)
-        unchanged_encoders = _find_unchanged_texts(pair, options.min_diff)
-        plan: dict[str, list[ExtractedModule]] = {}
-        for name in pair.original.tensors:
-            plan[name] = []
-            for piece in pieces_of(name):  # a fused tensor has the weights of several modules
-                if piece.text_encoder in unchanged_encoders:
-                    continue
-                module = _select_module(piece, options, family)
-                if module is not None:
-                    plan[name].append(module)
+        plan = _plan_full_checkpoint(pair, options, family)
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
@@ -290,6 +281,23 @@ def extract_full(options: ExtractOptions) -> None:
             metadata=metadata,
             family=family,
         )
+
+
+def _plan_full_checkpoint(
+    pair: Pair, options: ExtractOptions, family: FamilyNames
+) -> dict[str, list[ExtractedModule]]:
+    """Return the modules that get a LoRA, by tensor; encoders without notable changes get none."""
+    unchanged_encoders = _find_unchanged_texts(pair, options.min_diff)
+    plan: dict[str, list[ExtractedModule]] = {}
+    for name in pair.original.tensors:
+        plan[name] = []
+        for piece in pieces_of(name):  # a fused tensor has the weights of several modules
+            if piece.text_encoder in unchanged_encoders:
+                continue
+            module = _select_module(piece, options, family)
+            if module is not None:
+                plan[name].append(module)
+    return plan
 
 
 def _select_module(

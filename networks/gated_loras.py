@@ -419,18 +419,24 @@ class LoraWrapper(nn.Module):
         try:
             for branch, changes in zip(branches, changes_by_branch, strict=True):
                 for name, change in changes.items():
-                    parameter = parameters[name]
-                    assert parameter is not None
-                    weight = parameter.data
-                    changed = change.reshape(weight.shape)
                     is_replacement = branch.replaces_weight and name == self._target.parameter_name
-                    if not is_replacement:
-                        changed = changed + weight.float()
-                    # a new parameter, not new data: the backward pass needs the changed values
-                    parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+                    parameters[name] = _make_changed(parameters[name], change, is_replacement)
             return self._inner_forward(*inputs, **named)
         finally:
             parameters.update(originals)
+
+
+def _make_changed(parameter: nn.Parameter | None, change: Tensor, is_replacement: bool) -> nn.Parameter:
+    """Return a new parameter with a change added, or with the change as its value (`is_replacement`).
+
+    It is a new parameter, not new data, because the backward pass needs the changed values.
+    """
+    assert parameter is not None
+    weight = parameter.data
+    changed = change.reshape(weight.shape)
+    if not is_replacement:
+        changed = changed + weight.float()
+    return nn.Parameter(changed.to(weight.dtype), requires_grad=False)
 
 
 class AddedLoras:

@@ -102,6 +102,18 @@ def merge_full(options: FullMergeOptions) -> None:
     )
 
 
+def _warn_of_missing_models(
+    loras_by_model: Mapping[str, Sequence[WeightedLora]], given_models: Collection[str]
+) -> None:
+    """Warn of LoRAs that also change a model for which no file is given; models are named by their option."""
+    for name, loras_of_model in loras_by_model.items():
+        if loras_of_model and name not in given_models:
+            logger.warning(
+                f"{len(loras_of_model)} of the LoRAs also change {name}, which is ignored because --{name} "
+                "is missing"
+            )
+
+
 def merge_flux(options: FluxMergeOptions) -> None:
     """Merge FLUX LoRAs into the given transformer and text encoders, or without models, into one LoRA.
 
@@ -122,12 +134,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
         name: select_for_network(weighted_loras, prefix, encoder_prefixes)
         for name, prefix in MODEL_PREFIXES.items()
     }
-    for name, loras_of_model in loras_by_model.items():
-        if loras_of_model and name not in options.targets:
-            logger.warning(
-                f"{len(loras_of_model)} of the LoRAs also change {name}, which is ignored because --{name} "
-                "is missing"
-            )
+    _warn_of_missing_models(loras_by_model, options.targets)
     for name, model in options.targets.items():
         option = tool_options.FLUX_OUTPUTS[name]
         merge_into_file(
