@@ -574,11 +574,17 @@ class FileTextEncoder(ABC, Generic[Network]):
             return results
         weighted = []
         for conditions, prompt, tokens in zip(results, templated_prompts, cut_tokens, strict=True):
-            if prompt.spans:  # parts of the prompt that have a weight
-                weights = weights_of(prompt, tokens.char_spans[num_template_tokens:])
-                conditions = self.weigh(conditions, weights)
-            weighted.append(conditions)
+            char_spans = tokens.char_spans[num_template_tokens:]
+            weighted.append(self._weigh_prompt(conditions, prompt, char_spans))
         return weighted
+
+    def _weigh_prompt(
+        self, conditions: Conditions, prompt: TemplatedPrompt, char_spans: Sequence[CharSpan]
+    ) -> Conditions:
+        """Multiply the states of a prompt's weighted parts; `char_spans` are those of its tokens."""
+        if not prompt.spans:
+            return conditions
+        return self.weigh(conditions, weights_of(prompt, char_spans))
 
     def _log_truncated(
         self,

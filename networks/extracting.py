@@ -209,14 +209,7 @@ def _extract_blocks(
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(bare_names(original), bare_names(tuned))
         for checkpoint in pair:
-            if weights.example not in checkpoint.tensors:
-                kind = kind_of(checkpoint.tensors)
-                hint = f" It is {kind}." if kind else ""
-                raise CheckpointError(
-                    f"{checkpoint.path} has no blocks of {weights.model}, such as {weights.example}.{hint}\n"
-                    "  Give a model with the published names to --model_org and --model_tuned.",
-                    checkpoint.path,
-                )
+            _require_blocks(checkpoint, weights)
         names = weights.list_in(pair.original)
         _check_same_shapes(pair, names, weights.list_in(pair.tuned))
         plan: dict[str, list[ExtractedModule]] = {}
@@ -236,6 +229,19 @@ def _extract_blocks(
             metadata=metadata,
             family=None,
         )
+
+
+def _require_blocks(checkpoint: Checkpoint, weights: BlockWeights) -> None:
+    """Raise CheckpointError if a model has no blocks with the published names."""
+    if weights.example in checkpoint.tensors:
+        return
+    kind = kind_of(checkpoint.tensors)
+    hint = f" It is {kind}." if kind else ""
+    raise CheckpointError(
+        f"{checkpoint.path} has no blocks of {weights.model}, such as {weights.example}.{hint}\n"
+        "  Give a model with the published names to --model_org and --model_tuned.",
+        checkpoint.path,
+    )
 
 
 def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:

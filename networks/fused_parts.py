@@ -300,13 +300,7 @@ def join_parts(
     """
     modules = deltas.group_by_module(tensors)
     pieces_by_module = _find_pieces(modules, rows_in_model, family)
-    num_rows: dict[str, int] = {}  # of each fused module
-    if rows_in_model is None:
-        estimated_rows = _estimate_rows_of_weights(pieces_by_module.values())
-        for name, pieces in pieces_by_module.items():
-            num_rows[name] = estimated_rows[pieces[0].part.fused_path]
-    else:
-        num_rows = {name: rows_in_model(name) or 0 for name in pieces_by_module}
+    num_rows = _count_rows_of_fused(pieces_by_module, rows_in_model)
     names_of_parts = {piece.name for pieces in pieces_by_module.values() for piece in pieces}
     new_modules = {name: factors for name, factors in modules.items() if name not in names_of_parts}
     for name, pieces in pieces_by_module.items():
@@ -317,6 +311,16 @@ def join_parts(
             logger.warning(f"{name}: {reason}; they are not joined")
             new_modules.update({piece.name: piece.factors for piece in pieces})
     return deltas.ungroup(new_modules)
+
+
+def _count_rows_of_fused(
+    pieces_by_module: Mapping[str, Sequence[FusedPiece]], rows_in_model: Callable[[str], int | None] | None
+) -> dict[str, int]:
+    """Return the number of rows of each fused module's weight, in the model or else by an estimate."""
+    if rows_in_model is not None:
+        return {name: rows_in_model(name) or 0 for name in pieces_by_module}
+    estimates = _estimate_rows_of_weights(pieces_by_module.values())  # by path
+    return {name: estimates[pieces[0].part.fused_path] for name, pieces in pieces_by_module.items()}
 
 
 def _find_pieces(
@@ -598,13 +602,8 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
     Parts that were cut from one layer get that layer's factors back. Otherwise, a model gets the full matrix
     of the change, which is too large for a file.
     """
-    slices: list[slice] = []
-    for piece in pieces:
-        part_rows = read_delta(piece.factors).count_rows()
-        rows = find_rows_of_part(piece.part, part_rows, num_rows) if part_rows else None
-        if isinstance(rows, slice):
-            slices.append(rows)
-    if len(slices) < len(pieces):
+    slices = _find_slices(pieces, num_rows)
+    if slices is None:
         raise FusionError("its parts are not matrices, or do not fit the rows of the weight")
     parts = _sort_by_rows(pieces, slices)
     ranges = [(part.row_slice.start, part.row_slice.stop) for part in parts]
@@ -615,6 +614,18 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
     if not allows_full_matrix:
         raise FusionError("only plain LoRAs, or the parts of one layer, can be joined")
     return _join_full_matrices(parts, num_rows)
+
+
+def _find_slices(pieces: Sequence[FusedPiece], num_rows: int) -> list[slice] | None:
+    """Return each part's rows of a weight with `num_rows` rows; None if a part has none."""
+    slices: list[slice] = []
+    for piece in pieces:
+        part_rows = read_delta(piece.factors).count_rows()
+        rows = find_rows_of_part(piece.part, part_rows, num_rows) if part_rows else None
+        if not isinstance(rows, slice):
+            return None
+        slices.append(rows)
+    return slices
 
 
 def _cover_all_rows(ranges: Sequence[tuple[int, int]], num_rows: int) -> bool:

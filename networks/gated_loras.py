@@ -646,11 +646,8 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     absent = [name for name in deltas_in_file if name not in parameters]
     modules = [name.removeprefix(OURS) for name in parameters]
     family = select_family(modules)
-    model_has_none = len(absent) == len(deltas_in_file)
-    if model_has_none and not lora.may_lack(absent):
-        if not lora.encoder:
-            loading.reject_unknown(lora, option)
-        raise _make_misfit_error(lora, absent, family, option)
+    if len(absent) == len(deltas_in_file):
+        _reject_misfit(lora, absent, family, option)
     fitted: dict[str, Delta] = {}
     for name, delta in deltas_in_file.items():
         if name in parameters:
@@ -666,6 +663,22 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     )
     loading.warn_of_other_family(lora, family, modules)
     return fitted
+
+
+def _reject_misfit(lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str) -> None:
+    """Raise CheckpointError for a LoRA file whose modules the model all lacks, unless it may lack them.
+
+    Args:
+        lora: The LoRA file.
+        absent: Modules of the file.
+        family: Family of the model.
+        option: Option that sets the path, for messages.
+    """
+    if lora.may_lack(absent):
+        return
+    if not lora.encoder:
+        loading.reject_unknown(lora, option)
+    raise _make_misfit_error(lora, absent, family, option)
 
 
 def _make_misfit_error(

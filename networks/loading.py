@@ -856,15 +856,20 @@ def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders
     return loras_on_side
 
 
-def _reduce_to_network(weighted_lora: WeightedLora, of_text_encoders: bool) -> WeightedLora | None:
-    """Return a LoRA with only one side's modules, or None; see `select_network_part`."""
+def _split_by_network(lora: LoraFile) -> tuple[dict[str, Factors], dict[str, Factors]]:
+    """Return the modules that are loaded with the text encoders, and the transformer's other modules."""
     text_modules: dict[str, Factors] = {}
     dit_modules: dict[str, Factors] = {}
-    for name, factors in weighted_lora.lora.modules().items():
-        if describe_text_module(name.removeprefix(OURS), weighted_lora.lora.trusted_family):
-            text_modules[name] = factors
-        else:
-            dit_modules[name] = factors
+    for name, factors in lora.modules().items():
+        is_of_texts = describe_text_module(name.removeprefix(OURS), lora.trusted_family) != ""
+        modules = text_modules if is_of_texts else dit_modules
+        modules[name] = factors
+    return text_modules, dit_modules
+
+
+def _reduce_to_network(weighted_lora: WeightedLora, of_text_encoders: bool) -> WeightedLora | None:
+    """Return a LoRA with only one side's modules, or None; see `select_network_part`."""
+    text_modules, dit_modules = _split_by_network(weighted_lora.lora)
     if of_text_encoders:
         modules = text_modules
         is_used = _keeps_any(weighted_lora, text_modules)

@@ -224,15 +224,7 @@ def _metadata_of_sum(
     # a down factor has as many rows as its rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    if family is None or family.name == "flux":
-        module = "networks.lora_flux"
-        version = "flux1"
-    elif family.written_base_model:  # Stable Diffusion
-        module = "networks.lora"
-        version = family.written_base_model
-    else:
-        module = f"networks.lora_{family.name}"
-        version = family.name
+    module, version = _name_module_and_version(family)
     metadata = {
         "ss_network_module": module,
         "ss_network_dim": rank,
@@ -247,6 +239,15 @@ def _metadata_of_sum(
     if architecture is not None:
         metadata["modelspec.architecture"] = architecture
     return metadata
+
+
+def _name_module_and_version(family: FamilyNames | None) -> tuple[str, str]:
+    """Return the network module and the base model version for the metadata of a family's LoRA."""
+    if family is None or family.name == "flux":
+        return "networks.lora_flux", "flux1"
+    if family.written_base_model:  # Stable Diffusion
+        return "networks.lora", family.written_base_model
+    return f"networks.lora_{family.name}", family.name
 
 
 def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
@@ -264,8 +265,7 @@ def _find_family_of_sum(
     """
     if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
-    families_in_metadata = (read_family(lora.metadata) for lora in loras)
-    by_metadata = next((family for family in families_in_metadata if family is not None), None)
+    by_metadata = _find_first_family_in_metadata(loras)
     hint = None if by_metadata is None else by_metadata.name
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
@@ -273,12 +273,23 @@ def _find_family_of_sum(
     if not families:  # only text encoders change
         families = [by_metadata] if by_metadata is not None else _find_families_of_texts(tensors)
     if len(families) > 1:
-        names = [family.name for family in families]
-        raise CheckpointError(
-            f"{list_some([str(lora.path) for lora in loras], 3)} can be for {' or '.join(names)}: all of "
-            f"them have layers of these names and sizes.\n  Say which one, such as --family {names[0]}."
-        )
+        raise _make_ambiguous_error(loras, families)
     return families[0] if families else None
+
+
+def _find_first_family_in_metadata(loras: Iterable[LoraFile]) -> FamilyNames | None:
+    """Return the family that the metadata of the first LoRA with a known family name."""
+    families = (read_family(lora.metadata) for lora in loras)
+    return next((family for family in families if family is not None), None)
+
+
+def _make_ambiguous_error(loras: Iterable[LoraFile], families: Sequence[FamilyNames]) -> CheckpointError:
+    """Return the error for LoRAs that may be for several families."""
+    names = [family.name for family in families]
+    return CheckpointError(
+        f"{list_some([str(lora.path) for lora in loras], 3)} can be for {' or '.join(names)}: all of "
+        f"them have layers of these names and sizes.\n  Say which one, such as --family {names[0]}."
+    )
 
 
 def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
@@ -363,9 +374,14 @@ def merge_into_file(
             late_metadata=lambda: lora_rounding.metadata,  # complete only after all weights are rounded
         )
         lora_rounding.report()
+    _show_result(output, time.monotonic() - start_time)
+
+
+def _show_result(output: Path, seconds: float) -> None:
+    """Print the size of the merged model, and how long the merge took."""
     rows = [
         ("Merged model", f"{output} ({format_size(output.stat().st_size)})"),
-        ("time", format_duration(time.monotonic() - start_time)),
+        ("time", format_duration(seconds)),
     ]
     show_box("Merging is finished", rows)
 

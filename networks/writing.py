@@ -372,10 +372,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
-    row_counts = rows_of_fused_parts(len(paths), rows=rows, columns=columns)
-    # two parts are keys and values, or the two layers of a gated feed-forward: both have half of the rows
-    if len(paths) == 2 and rows % 2 == 0:
-        row_counts = (rows // 2, rows // 2)
+    row_counts = _count_rows_of_parts(len(paths), rows, columns)
     if not row_counts:
         return f"its {rows} rows are not those of {len(paths)} parts"
     pieces: dict[str, Factors] = {}
@@ -386,6 +383,14 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     # a LoRA that was joined from only some of the parts is zero in the other rows: drop those parts
     changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
     return changing or pieces
+
+
+def _count_rows_of_parts(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
+    """Return the row count of each part of a fused weight; () if its sizes do not fit."""
+    # two parts are keys and values, or the two layers of a gated feed-forward: both have half of the rows
+    if num_parts == 2 and rows % 2 == 0:
+        return rows // 2, rows // 2
+    return rows_of_fused_parts(num_parts, rows=rows, columns=columns)
 
 
 def _cut_or_separate(factors: Factors, row_counts: Sequence[int]) -> Sequence[Factors | None]:
