@@ -10,7 +10,7 @@ Modules are named as in the released ae.safetensors; the names of diffusers' Aut
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -87,20 +87,30 @@ def read_autoencoder(
     _check_kind(checkpoint, kind, channels, has_quant_conv)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
+    config = _read_config(checkpoint, kind, sources, shape_of)
+    unused = ("bn.*",) if kind.is_quantized else ()  # statistics of FLUX.2's latents
+    return dialects.LoadPlan(config, checkpoint, sources, unused)
+
+
+def _read_config(
+    checkpoint: Checkpoint,
+    kind: AutoencoderKind,
+    sources: Mapping[str, TensorSource],
+    shape_of: Callable[..., tuple[int, ...]],
+) -> AutoencoderConfig:
+    """Read the dimensions of an autoencoder from the shapes of its tensors, and the groups of its norms."""
     widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     decoder_widths = tuple(shape_of(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = declared_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, (*widths, *decoder_widths), groups)
-    config = AutoencoderConfig(
-        latent_channels=channels,
+    return AutoencoderConfig(
+        latent_channels=kind.channels,
         groups=groups,
         widths=widths,
         encoder_blocks=dialects.count(sources, r"encoder\.down\.0\.block\.\d+"),
         decoder_blocks=dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
         decoder_widths=() if decoder_widths == widths else decoder_widths,
     )
-    unused = ("bn.*",) if kind.is_quantized else ()  # statistics of FLUX.2's latents
-    return dialects.LoadPlan(config, checkpoint, sources, unused)
 
 
 def _find_autoencoder(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:

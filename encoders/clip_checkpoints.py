@@ -6,7 +6,7 @@ have Hugging Face's names without the prefix `text_model.`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,9 +219,7 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
     patch_weight = shape("embeddings.patch_embedding.weight")
     num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without the class token
     patches_per_side = math.isqrt(max(num_positions, 0))
-    is_rgb_kernel = len(patch_weight) == 4 and patch_weight[1] == 3
-    has_square_patches = is_rgb_kernel and patch_weight[2] == patch_weight[3]
-    if not has_square_patches or patches_per_side**2 != num_positions:
+    if not _is_square_patch_weight(patch_weight) or patches_per_side**2 != num_positions:
         raise CheckpointError(
             f"{checkpoint.path}: its patches ({list(patch_weight)}) and {num_positions} positions are not "
             f"those of a CLIP image encoder. Give {release}.",
@@ -243,3 +241,8 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         eps=float(config_json.get("layer_norm_eps", ClipVisionConfig.eps)),
     )
     return LoadPlan(config, checkpoint, sources, _UNUSED)
+
+
+def _is_square_patch_weight(shape: Sequence[int]) -> bool:
+    """Return whether this is the shape of a convolution from square RGB patches."""
+    return len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]

@@ -207,11 +207,7 @@ class Inversion:
             }
             initial = self._make_initial(known_embeddings)
         else:
-            initial = {}
-            for encoder in self.encoders:
-                width = token_embeddings[encoder.vector_key].embedding_dim
-                for key in encoder.vector_keys:
-                    initial[key] = torch.zeros(self.word.count, width)
+            initial = self._make_zeros(token_embeddings)
         vectors = LearnedWordVectors(self.word_options, initial)
         for encoder in self.encoders:
             embedding = token_embeddings[encoder.vector_key]
@@ -222,6 +218,15 @@ class Inversion:
                 mean_norm = float(embedding.weight.detach().float().norm(dim=1).mean())
                 vectors.mean_norms |= dict.fromkeys(encoder.vector_keys, mean_norm)
         return vectors
+
+    def _make_zeros(self, token_embeddings: Mapping[str, GrowingEmbedding]) -> dict[str, Tensor]:
+        """Return vectors of zeros, each V C, by their keys in embedding files."""
+        zeros: dict[str, Tensor] = {}
+        for encoder in self.encoders:
+            width = token_embeddings[encoder.vector_key].embedding_dim
+            for key in encoder.vector_keys:
+                zeros[key] = torch.zeros(self.word.count, width)
+        return zeros
 
     def _make_initial(self, known_embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the initial vectors, each V C, by their keys in embedding files.
@@ -236,18 +241,22 @@ class Inversion:
             self._check_widths(from_file, known_embeddings)
             keys = [key for encoder in self.encoders for key in encoder.vector_keys]
             return {key: from_file[key].clone() for key in keys}
-        initial = {}
         if self.word_options.init_word is None:
-            for encoder in self.encoders:
-                known = known_embeddings[encoder.vector_key]
-                for key in encoder.vector_keys:
-                    # with the standard deviation of the known tokens' embeddings
-                    initial[key] = torch.randn(self.word.count, known.shape[1]) * known.std()
-            return initial
+            return self._draw_random(known_embeddings)
+        initial = {}
         for number, encoder in enumerate(self.encoders, start=1):
             ids = self._read_init_word(encoder, number)
             vectors = known_embeddings[encoder.vector_key][ids]
             initial |= {key: vectors.clone() for key in encoder.vector_keys}
+        return initial
+
+    def _draw_random(self, known_embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return random vectors with the standard deviation of the known tokens' embeddings, by key."""
+        initial = {}
+        for encoder in self.encoders:
+            known = known_embeddings[encoder.vector_key]
+            for key in encoder.vector_keys:
+                initial[key] = torch.randn(self.word.count, known.shape[1]) * known.std()
         return initial
 
     def _read_init_word(self, encoder: InvertedEncoder, encoder_number: int) -> list[int]:
@@ -296,18 +305,29 @@ class Inversion:
         vectors = self.read_vectors(path, option)
         if vectors is None:  # a LoRA without the word
             return None
+        self._check_stored_vectors(vectors, path, option)
+        return vectors
+
+    def _check_stored_vectors(self, vectors: Mapping[str, Tensor], path: Path, option: str) -> None:
+        """Raise CheckpointError if a file lacks vectors for an encoder, or has another number of vectors.
+
+        Args:
+            vectors: Vectors by their keys in embedding files.
+            path: The file.
+            option: Option that names the file, for messages.
+        """
         needed_keys = [key for encoder in self.encoders for key in encoder.vector_keys]
         missing = [key for key in needed_keys if key not in vectors]
         if missing:
             raise CheckpointError(f"{option} {path}: it has no {' and no '.join(missing)}.", path)
         num_stored = len(next(iter(vectors.values())))
+        count_option = self.word_options.option_names.count
         if num_stored != self.word.count:
             raise CheckpointError(
-                f"{option} {path}: it has {format_count(num_stored, 'vector')}, but {option_names.count} is "
-                f"{self.word.count}. Give {option_names.count} {num_stored}.",
+                f"{option} {path}: it has {format_count(num_stored, 'vector')}, but {count_option} is "
+                f"{self.word.count}. Give {count_option} {num_stored}.",
                 path,
             )
-        return vectors
 
     def _check_widths(self, vectors: Mapping[str, Tensor], known_embeddings: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError if vectors from a file do not match the width of their text encoder."""

@@ -290,27 +290,14 @@ def read_language_model(
     layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
     network = _find_language_model(checkpoint, model, layer)
     sources = list_tensor_sources(network)
-    wrong_sizes = CheckpointError(
-        f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to "
-        f"{model.option}.",
-        path,
-    )
-    shape = make_shape_reader(network, sources, wrong_sizes)
+    shape = make_shape_reader(network, sources, _make_wrong_sizes_error(path, model))
     all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
     num_layers = _count_layers_before(states[-1], all_layers, path, model)  # only these are loaded
     vocabulary, dim = shape("embed_tokens.weight", 2)
     query_rows = shape(f"{layer}{Q_PROJ}", 2)[0] // model.query_chunks
     key_rows = shape(f"{layer}self_attn.k_proj.weight", 2)[0]
-    # settings that the shapes do not show, from a config.json if there is one
-    config_json = read_network_config(
-        path,
-        "text_config",
-        kind=model.kind,
-        dim=dim,
-        defaults=model.defaults,
-        embedded_config=network.metadata.get(model.config_key),
-    )
+    config_json = _read_config_json(path, network, model, dim)
     head_dim = _find_head_dim(path, model, shape, config_json, query_rows)
     _check_heads(path, head_dim, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
@@ -338,6 +325,27 @@ def read_language_model(
         settings=constants.settings,
     )
     return LoadPlan(config, network, sources, _list_unused_names(config, all_layers))
+
+
+def _make_wrong_sizes_error(path: Path, model: LanguageModel) -> CheckpointError:
+    """Return the error for a file whose tensors do not have the sizes of the model."""
+    return CheckpointError(
+        f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to "
+        f"{model.option}.",
+        path,
+    )
+
+
+def _read_config_json(path: Path, network: Checkpoint, model: LanguageModel, dim: int) -> Mapping[str, Any]:
+    """Return settings that tensor shapes do not show, from a config.json if there is one, else defaults."""
+    return read_network_config(
+        path,
+        "text_config",
+        kind=model.kind,
+        dim=dim,
+        defaults=model.defaults,
+        embedded_config=network.metadata.get(model.config_key),
+    )
 
 
 def _find_language_model(checkpoint: Checkpoint, model: LanguageModel, layer: str) -> Checkpoint:
@@ -384,22 +392,24 @@ def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> in
     return width if isinstance(width, int) and width > 0 else model.head_width
 
 
+def _can_be_heads(width: int, query_rows: int, key_rows: int, dim: int) -> bool:
+    """Return whether queries and keys can be divided into heads of this width; `dim` is the model's width."""
+    # the width must be even, because rotary embedding rotates pairs of channels
+    if width < 2 or width % 2 or query_rows % width or key_rows % width:
+        return False
+    num_heads = query_rows // width
+    num_kv_heads = key_rows // width
+    # grouped-query attention: each key head serves the same number of query heads
+    return dim % max(1, num_heads) == 0 and num_heads % max(1, num_kv_heads) == 0
+
+
 def _check_heads(
     path: Path, width: int, query_rows: int, key_rows: int, dim: int, model: LanguageModel
 ) -> None:
     """Raise CheckpointError if the query and key rows cannot be divided into heads of this width."""
-    # the width must be even, because rotary embedding rotates pairs of channels
-    has_whole_heads = width >= 2 and width % 2 == 0 and key_rows % width == 0 and query_rows % width == 0
-    is_valid = has_whole_heads
-    if has_whole_heads:
-        num_heads = max(1, query_rows // width)
-        num_kv_heads = max(1, key_rows // width)
-        # grouped-query attention: each key head serves the same number of query heads
-        is_valid = dim % num_heads == 0 and (query_rows // width) % num_kv_heads == 0
     # in Qwen2.5-VL, all heads together have the width of the model
-    if Q_BIAS in model.distinguishing_tensors and query_rows != dim:
-        is_valid = False
-    if not is_valid:
+    has_width_of_model = Q_BIAS not in model.distinguishing_tensors or query_rows == dim
+    if not has_width_of_model or not _can_be_heads(width, query_rows, key_rows, dim):
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
             f"{width} channels. Put the model's config.json next to it, or give another copy of the file.",
@@ -517,8 +527,23 @@ class HostAngles(nn.Module):
 
 def build_language_model(config: LanguageConfig) -> nn.Module:
     """Build the network, a transformers model; call this inside `on_meta_device`."""
-    import transformers
+    settings = _make_transformers_settings(config)
+    classes = _find_transformers_classes(config.model)
+    transformers_config = classes.config(**settings)
+    network: Any = classes.network(transformers_config)
+    if not config.final_norm:
+        network.norm = nn.Identity()
+    with torch.device("cpu"):  # on the meta device, these tensors would have no values, and no file has them
+        network.rotary_emb = HostAngles(type(network.rotary_emb)(transformers_config))
+        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma
+            network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
+    network.spec = SPEC
+    built: nn.Module = network
+    return built
 
+
+def _make_transformers_settings(config: LanguageConfig) -> dict[str, Any]:
+    """Return the arguments of the model's config class in transformers."""
     settings: dict[str, Any] = {
         "vocab_size": config.vocabulary,
         "hidden_size": config.dim,
@@ -541,24 +566,29 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
     if config.model.partial_rotary_factor != 1:
         settings["rope_scaling"]["partial_rotary_factor"] = config.model.partial_rotary_factor
-    # older versions of transformers may lack this class
-    classes = config.model.class_prefix
-    if not hasattr(transformers, f"{classes}Model"):
+    return settings
+
+
+class _TransformersClasses(NamedTuple):
+    """The classes of a model in transformers."""
+
+    config: Callable[..., Any]
+    network: Callable[..., Any]
+
+
+def _find_transformers_classes(model: LanguageModel) -> _TransformersClasses:
+    """Return the classes of a model; raise OptionError if the installed transformers lacks them."""
+    import transformers
+
+    if not hasattr(transformers, f"{model.class_prefix}Model"):
         raise OptionError(
-            f"{config.model.description} needs transformers {config.model.min_transformers} or later, not "
+            f"{model.description} needs transformers {model.min_transformers} or later, not "
             f"{transformers.__version__}: pip install --upgrade transformers"
         )
-    transformers_config = getattr(transformers, f"{classes}Config")(**settings)
-    network: Any = getattr(transformers, f"{classes}Model")(transformers_config)
-    if not config.final_norm:
-        network.norm = nn.Identity()
-    with torch.device("cpu"):  # on the meta device, these tensors would have no values, and no file has them
-        network.rotary_emb = HostAngles(type(network.rotary_emb)(transformers_config))
-        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma
-            network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
-    network.spec = SPEC
-    built: nn.Module = network
-    return built
+    return _TransformersClasses(
+        config=getattr(transformers, f"{model.class_prefix}Config"),
+        network=getattr(transformers, f"{model.class_prefix}Model"),
+    )
 
 
 def _split_frequencies(config: LanguageConfig) -> list[int]:

@@ -12,6 +12,27 @@ from torch import Tensor, nn
 from encoders.language_models import FULL_ATTENTION, LINEAR_ATTENTION, SLIDING_ATTENTION, all_states
 
 
+def _collect_states(
+    hooks: contextlib.ExitStack, layers: Any, states: Sequence[int], embeddings: Tensor
+) -> list[Tensor]:
+    """Return a list to which hooks add these states in the next forward pass; state 0 is in it already.
+
+    Args:
+        hooks: Removes the hooks.
+        layers: Layers of the language model.
+        states: Indices of the states, ascending: state n is the output of n layers.
+        embeddings: State 0.
+    """
+    collected: list[Tensor] = []
+    for state in states:
+        if state == 0:
+            collected.append(embeddings)
+        else:
+            append_state = functools.partial(_append_output, collected)
+            hooks.callback(layers[state - 1].register_forward_hook(append_state).remove)
+    return collected
+
+
 def language_states(
     network: nn.Module,
     embeddings: Tensor,
@@ -40,16 +61,10 @@ def language_states(
     if position_ids is None:
         position_ids = torch.arange(embeddings.shape[1])[None]
     masks = _make_attention_masks(network.config, embeddings, mask)
-    collected: list[Tensor] = []
+    # a layer's state is its output before the addition; only -1 includes the last layer's addition
+    layers_with_addition = layers if states[-1] == -1 else layers[:-1]
     with contextlib.ExitStack() as hooks:
-        for state in states[:-1]:
-            if state == 0:
-                collected.append(embeddings)
-            else:
-                append_state = functools.partial(_append_output, collected)
-                hooks.callback(layers[state - 1].register_forward_hook(append_state).remove)
-        # a layer's state is its output before the addition; only -1 includes the last layer's addition
-        layers_with_addition = layers if states[-1] == -1 else layers[:-1]
+        collected = _collect_states(hooks, layers, states[:-1], embeddings)
         for layer, addition in zip(layers_with_addition, layer_additions, strict=False):
             add = functools.partial(_add_to_output, addition)
             hooks.callback(layer.register_forward_hook(add).remove)

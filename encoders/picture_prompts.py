@@ -204,6 +204,16 @@ def load_vision_tower(
     return tower
 
 
+def _reject_narrow(images: Sequence[Tensor], prompt_format: ImagePromptFormat) -> None:
+    """Raise MediaError if the aspect ratio of an image is above MAX_RATIO."""
+    for image in images:
+        height, width = image.shape[:2]
+        if max(height, width) > MAX_RATIO * min(height, width):
+            raise MediaError(
+                f"a picture of {width}x{height} is too long and narrow for {prompt_format.token}. Crop it."
+            )
+
+
 def read_images(
     tower: nn.Module,
     images: Sequence[Tensor],
@@ -233,12 +243,7 @@ def read_images(
     if not images:
         values_per_patch = 3 * frames_per_patch * patch_size**2  # of three colors
         return PatchedImages(torch.zeros(0, values_per_patch))
-    for image in images:
-        height, width = image.shape[:2]
-        if max(height, width) > MAX_RATIO * min(height, width):
-            raise MediaError(
-                f"a picture of {width}x{height} is too long and narrow for {prompt_format.token}. Crop it."
-            )
+    _reject_narrow(images, prompt_format)
     tower_colors: Any = tower.colors
     processor = processor_class(
         patch_size=patch_size,

@@ -115,20 +115,9 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     is_umt5 = "blocks.1.pos_embedding.embedding.weight" in sources  # each block has a table of positions
     # in a single block, T5 and umT5 cannot be told apart
     if num_layers > 1 and is_umt5 != kind.has_own_tables:
-        found_kind = "a T5 encoder, not an umT5: only its first block has"
-        if is_umt5:
-            found_kind = "an umT5 encoder, not a T5: each of its blocks has"
-        raise CheckpointError(
-            f"{checkpoint.path} is {found_kind} a table of relative positions. Give {kind.release} to "
-            f"{kind.option}.",
-            checkpoint.path,
-        )
+        raise _make_other_t5_error(checkpoint.path, kind, is_umt5)
     if "blocks.0.ffn.gate.0.weight" not in sources:
-        raise CheckpointError(
-            f"{checkpoint.path} is a T5 of the first version, whose feed-forward layers have no gate. Give "
-            f"{kind.release} to {kind.option}.",
-            checkpoint.path,
-        )
+        raise _make_first_version_error(checkpoint.path, kind)
     shape = make_shape_reader(checkpoint, sources)
     vocabulary, dim = shape("token_embedding.weight")
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
@@ -150,6 +139,25 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
         shares_positions=not kind.has_own_tables,
     )
     return LoadPlan(config, checkpoint, sources, (*_T5_UNUSED, duplicate))
+
+
+def _make_other_t5_error(path: Path, kind: T5Kind, is_umt5: bool) -> CheckpointError:
+    """Return the error for an umT5 where a T5 is needed, or vice versa."""
+    found_kind = "a T5 encoder, not an umT5: only its first block has"
+    if is_umt5:
+        found_kind = "an umT5 encoder, not a T5: each of its blocks has"
+    return CheckpointError(
+        f"{path} is {found_kind} a table of relative positions. Give {kind.release} to {kind.option}.", path
+    )
+
+
+def _make_first_version_error(path: Path, kind: T5Kind) -> CheckpointError:
+    """Return the error for T5 version 1.0."""
+    return CheckpointError(
+        f"{path} is a T5 of the first version, whose feed-forward layers have no gate. Give "
+        f"{kind.release} to {kind.option}.",
+        path,
+    )
 
 
 # Letters: L tokens of all prompts concatenated, n tokens of one, N heads, D head width, C = model width

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -255,17 +256,27 @@ class TokenizerSource:
             with self.files.convert_errors(origin):
                 ids: list[int] = processor.encode(text)
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
-            # the pieces cover the text without gaps; only white space at its start may be dropped
-            lengths = [len(surface) for surface in surfaces]
-            # edges: where each piece of the text begins, and where the last one ends
-            edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
-            # char_spans: the characters that each token stands for; None for begin and end tokens
+            # None for begin and end tokens
             char_spans: list[CharSpan] = [None] * len(added_begin)
-            char_spans += itertools.pairwise(edges)
+            char_spans += _find_spans_of_pieces(text, surfaces)
             char_spans += [None] * len(added_end)
             return Tokens([*added_begin, *ids, *added_end], char_spans)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
+
+
+def _find_spans_of_pieces(text: str, surfaces: Sequence[str]) -> Iterator[CharSpan]:
+    """Yield the characters of a text that each SentencePiece piece stands for.
+
+    Args:
+        text: The text.
+        surfaces: The parts of the text that the pieces stand for.
+    """
+    # the pieces cover the text without gaps; only white space at its start may be dropped
+    lengths = [len(surface) for surface in surfaces]
+    # where each piece of the text begins, and where the last one ends
+    edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
+    return itertools.pairwise(edges)
 
 
 def _find_inside(checkpoint: Checkpoint) -> str | None:
@@ -433,33 +444,42 @@ class FileTextEncoder(ABC, Generic[Network]):
         with contextlib.suppress(CheckpointError):  # caching reports a file that is missing or damaged
             token_bytes = self.token_bytes
 
-        def count(text: str) -> TokenCount:
-            """Count a text's tokens, and how many of its characters the encoder reads."""
-            try:
-                templated = self.apply_template(Prompt(text))
-            except CaptionError:  # reported when the text is encoded, and by --check
-                return TokenCount(text, tokens=0, limit=self.max_length, num_read=len(text), size_bytes=0)
-            tokens = tokenizer.read(templated.text)
-            # truncation drops a prompt's last tokens, but not the template and end token after it
-            num_suffix_tokens = tokens.count_after(templated.suffix_start)
-            spans_before_suffix = tokens.char_spans[: len(tokens.char_spans) - num_suffix_tokens]
-            # for each of these tokens: the number of prompt characters up to its end
-            ends = [0 if span is None else span[1] - templated.start for span in spans_before_suffix]
-            length = len(templated.prompt)
-            max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
-            characters_read = count_covered_characters(ends, max_tokens_read, length)
-            num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
-            # caches contain the states of these tokens; encoders of fixed length pad to `max_length`
-            num_stored = min(num_tokens, self.max_length) if self.variable_length else self.max_length
-            return TokenCount(
-                templated.prompt,
-                tokens=num_tokens,
-                limit=self.max_length,
-                num_read=min(max(characters_read, 0), length),
-                size_bytes=num_stored * token_bytes,
-            )
+        return partial(self._count_tokens, tokenizer, num_template_tokens, token_bytes)
 
-        return count
+    def _count_tokens(
+        self, tokenizer: TextTokenizer, num_template_tokens: int, token_bytes: int, text: str
+    ) -> TokenCount:
+        """Count a text's tokens, and how many of its characters the encoder reads.
+
+        Args:
+            tokenizer: The tokenizer.
+            num_template_tokens: Number of tokens of the template before the text.
+            token_bytes: Size in bytes of one token's hidden states; 0 if unknown.
+            text: The text.
+        """
+        try:
+            templated = self.apply_template(Prompt(text))
+        except CaptionError:  # reported when the text is encoded, and by --check
+            return TokenCount(text, tokens=0, limit=self.max_length, num_read=len(text), size_bytes=0)
+        tokens = tokenizer.read(templated.text)
+        # truncation drops a prompt's last tokens, but not the template and end token after it
+        num_suffix_tokens = tokens.count_after(templated.suffix_start)
+        spans_before_suffix = tokens.char_spans[: len(tokens.char_spans) - num_suffix_tokens]
+        # for each of these tokens: the number of prompt characters up to its end
+        ends = [0 if span is None else span[1] - templated.start for span in spans_before_suffix]
+        length = len(templated.prompt)
+        max_tokens_read = num_template_tokens + self.max_length - num_suffix_tokens
+        characters_read = count_covered_characters(ends, max_tokens_read, length)
+        num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
+        # caches contain the states of these tokens; encoders of fixed length pad to `max_length`
+        num_stored = min(num_tokens, self.max_length) if self.variable_length else self.max_length
+        return TokenCount(
+            templated.prompt,
+            tokens=num_tokens,
+            limit=self.max_length,
+            num_read=min(max(characters_read, 0), length),
+            size_bytes=num_stored * token_bytes,
+        )
 
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer, or move a loaded encoder to the device."""
@@ -539,7 +559,8 @@ class FileTextEncoder(ABC, Generic[Network]):
         for tokens, prompt in zip(all_tokens, templated_prompts, strict=True):
             # only the tokens of the prompt's own text are limited
             max_tokens = num_template_tokens + prompt.num_image_tokens + self.max_length
-            cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start))
+            is_too_long = len(tokens.ids) > max_tokens
+            cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start) if is_too_long else tokens)
         if self.logs_truncation:
             self._log_truncated(templated_prompts, all_tokens, cut_tokens)
         token_ids = [tokens.ids for tokens in cut_tokens]
@@ -548,15 +569,22 @@ class FileTextEncoder(ABC, Generic[Network]):
         )
         check_ids(token_ids, vocabulary, self.path, self.source.files.option)
         results = compute(network, tokenizer, token_ids, num_template_tokens)
-        if not self.weighted_states_key:  # the family does not support weights such as (cat:1.2)
+        # the family may not support weights such as (cat:1.2)
+        if not self.weighted_states_key or not any(prompt.spans for prompt in templated_prompts):
             return results
         weighted = []
         for conditions, prompt, tokens in zip(results, templated_prompts, cut_tokens, strict=True):
-            if prompt.spans:  # parts of the prompt that have a weight
-                weights = weights_of(prompt, tokens.char_spans[num_template_tokens:])
-                conditions = self.weigh(conditions, weights)
-            weighted.append(conditions)
+            char_spans = tokens.char_spans[num_template_tokens:]
+            weighted.append(self._weigh_prompt(conditions, prompt, char_spans))
         return weighted
+
+    def _weigh_prompt(
+        self, conditions: Conditions, prompt: TemplatedPrompt, char_spans: Sequence[CharSpan]
+    ) -> Conditions:
+        """Multiply the states of a prompt's weighted parts; `char_spans` are those of its tokens."""
+        if not prompt.spans:
+            return conditions
+        return self.weigh(conditions, weights_of(prompt, char_spans))
 
     def _log_truncated(
         self,

@@ -87,13 +87,13 @@ class ForeignNetwork:
             default_lr=learning_rate,
             lr=learning_rate,
         )
-        groups, names = groups_and_names if isinstance(groups_and_names, tuple) else (groups_and_names, None)
-        groups = [{**group, "params": list(group["params"])} for group in groups]
-        if not names and len(groups) == 1:
-            names = ["unet"]
-        elif not names:
-            names = [f"group {index}" for index in range(len(groups))]
-        return groups, list(names)
+        groups = groups_and_names
+        names: Sequence[str] | None = None
+        if isinstance(groups_and_names, tuple):
+            groups, names = groups_and_names
+        if not names:
+            names = ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
+        return [{**group, "params": list(group["params"])} for group in groups], list(names)
 
     @property
     def additional_state(self) -> Mapping[str, nn.Module]:
@@ -305,13 +305,8 @@ def make_network(
         layers_of_dit = network.layers_of_dit()
         if layers_of_dit:
             cast_before_pass(dit, layers_of_dit, spec_of(dit).shared_inputs)
-    # another package's network must bring its own function to scale norms
-    elif options.scale_weight_norms is not None and not hasattr(
-        network.module, "apply_max_norm_regularization"
-    ):
-        raise OptionError(
-            f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
-        )
+    elif options.scale_weight_norms is not None:
+        _require_norm_scaling(network, name)
     if options.network_weights is not None:
         _load_file(network, options.network_weights, dit)
     prepare: Any = getattr(network.module, "prepare_grad_etc", None)  # other packages' name for this step
@@ -320,6 +315,14 @@ def make_network(
     else:
         network.module.requires_grad_(True)
     return network
+
+
+def _require_norm_scaling(network: ForeignNetwork, name: str) -> None:
+    """Raise OptionError if another package's network, called `name`, has no function to scale its norms."""
+    if not hasattr(network.module, "apply_max_norm_regularization"):
+        raise OptionError(
+            f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
+        )
 
 
 def _build_own(

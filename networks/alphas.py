@@ -225,21 +225,25 @@ def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         was_folded = rank in scalings and "alpha" not in factors and is_pair
         if rank is None or not was_folded:
             continue
-        scaling = scalings[rank]
-        mantissa, _ = math.frexp(scaling)
-        is_exact = mantissa == 0.5  # for a power of two, division only changes exponents
-        down_factor, up_factor = split_scaling(scaling)
-        divisors = {
-            DOWN: down_factor,
-            UP: up_factor,
-            "lora_up.bias": scaling,
-        }
-        for factor_name, divisor in divisors.items():
-            if factor_name in factors:
-                unfolded = factors[factor_name].float() / divisor
-                factors[factor_name] = unfolded.to(factors[factor_name].dtype) if is_exact else unfolded
-        factors["alpha"] = torch.tensor(scaling * rank)
+        _unfold_scaling(factors, scalings[rank])
+        factors["alpha"] = torch.tensor(scalings[rank] * rank)
     return ungroup(modules)
+
+
+def _unfold_scaling(factors: dict[str, Tensor], scaling: float) -> None:
+    """Divide LoRA factors, in place, by the alpha / rank that was multiplied into them."""
+    mantissa, _ = math.frexp(scaling)
+    is_exact = mantissa == 0.5  # for a power of two, division only changes exponents
+    down_factor, up_factor = split_scaling(scaling)
+    divisors = {
+        DOWN: down_factor,
+        UP: up_factor,
+        "lora_up.bias": scaling,
+    }
+    for name, divisor in divisors.items():
+        if name in factors:
+            unfolded = factors[name].float() / divisor
+            factors[name] = unfolded.to(factors[name].dtype) if is_exact else unfolded
 
 
 def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
@@ -298,21 +302,18 @@ def _find_in_metadata_keys(
     text_by_key = {_parse_key(key): text for key, text in metadata.items()}
     for full_key, text in metadata.items():
         network, name = _parse_key(full_key)
-        is_alpha = name in _RANK_NAMES_BY_ALPHA
-        if not is_alpha or not _belongs_to(network, network_prefix):
-            continue
-        if full_key == _TRAINED_ALPHA_KEY and is_folded:
+        is_unused_record = full_key == _TRAINED_ALPHA_KEY and is_folded
+        if name not in _RANK_NAMES_BY_ALPHA or not _belongs_to(network, network_prefix) or is_unused_record:
             continue
         if _to_finite_or_none(text) is None:
             shown_value = repr(str(text)[:_MAX_SHOWN])
             warnings.append(f"its metadata have {full_key} {shown_value}, which is not a number: not used")
             continue
         rank_keys = [_Key(network, rank_name) for rank_name in _RANK_NAMES_BY_ALPHA[name]]
-        use_rslora = text_by_key.get(_Key(network, "userslora"), "")
         settings = {
             "lora_alpha": float(text),
             "r": _get_first(text_by_key, rank_keys),
-            "use_rslora": use_rslora.lower() == "true",
+            "use_rslora": text_by_key.get(_Key(network, "userslora"), "").lower() == "true",
         }
         sources.append(_AlphaSource(f"its metadata ({full_key})", settings))
     return _FoundSources(sources, warnings)
@@ -384,23 +385,30 @@ def _parse_settings(
     has_alphas = not names.isdisjoint({*_RANK_NAMES_BY_ALPHA, "alphapattern"})
     if not has_alphas:
         return _parse_nested_settings(location, settings, network_prefix, network)
-    sources: list[_AlphaSource] = []
     values: dict[str, Any] = {}
     for key, value in entries:
         if _belongs_to(key.network or network, network_prefix):
             values[key.name] = value
-    common_settings = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
-    if "use_rslora" in common_settings:
-        common_settings["use_rslora"] = str(common_settings["use_rslora"]).lower() == "true"
-    alpha_names = [name for name in _RANK_NAMES_BY_ALPHA if name in values]  # spellings of alpha
-    for alpha_name in alpha_names:
-        rank = _get_first(values, _RANK_NAMES_BY_ALPHA[alpha_name])
-        peft_settings = {"lora_alpha": values[alpha_name], "r": rank, **common_settings}
-        sources.append(_AlphaSource(location, peft_settings))
-    if not alpha_names and common_settings:  # only patterns, with alphas for some modules
-        peft_settings = {"lora_alpha": None, "r": _get_first(values, _RANK_NAMES), **common_settings}
-        sources.append(_AlphaSource(location, peft_settings))
-    return sources
+    return [_AlphaSource(location, peft_settings) for peft_settings in _to_peft_settings(values)]
+
+
+def _to_peft_settings(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return settings by PEFT's names, once for each alpha in them, or once if there are only patterns.
+
+    Args:
+        values: Settings by normalized name; several spellings of alpha may be set.
+    """
+    common = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
+    if "use_rslora" in common:
+        common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
+    alpha_names = [name for name in _RANK_NAMES_BY_ALPHA if name in values]
+    if not alpha_names and common:  # only patterns, with alphas for some modules
+        return [{"lora_alpha": None, "r": _get_first(values, _RANK_NAMES), **common}]
+    settings: list[dict[str, Any]] = []
+    for name in alpha_names:
+        rank = _get_first(values, _RANK_NAMES_BY_ALPHA[name])
+        settings.append({"lora_alpha": values[name], "r": rank, **common})
+    return settings
 
 
 def _parse_nested_settings(

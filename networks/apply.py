@@ -34,7 +34,7 @@ from networks.key_formats import module_of_tensor
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import MAGNITUDE_KIND_NAME
 from networks.loading import LoraFile, WeightedLora, reject_unknown, warn_of_absent, warn_of_other_family
-from networks.module_names import RelatedModule, alias, related_modules, select_family
+from networks.module_names import RelatedModule, from_alias, related_modules, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.rank_masks import rank_rule_of
 from networks.rounding import (
@@ -217,11 +217,13 @@ class Change:
         rows = self._find_rows_of_part(related, weight)
         if rows is None:
             return self
-        if related.is_part and isinstance(rows, slice):
-            return replace(self, row_slice=rows)
-        has_all_rows = rows == slice(0, self.change_shape()[0])
-        if has_all_rows:
-            return self
+        if isinstance(rows, slice):
+            if related.is_part:  # the weight contains the LoRA's module
+                return replace(self, row_slice=rows)
+            has_all_rows = rows == slice(0, self.change_shape()[0])
+            if has_all_rows:
+                return self
+        # the weight is a part of the LoRA's module, or has its halves in another order
         if self.delta.has_input_magnitudes:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         sliced_delta = self.delta.select_rows(rows)
@@ -270,38 +272,40 @@ class Change:
         """
         if self.row_slice is not None:
             overlap = _find_overlap(self.row_slice, block_rows, len(total))
-            if overlap is None:
-                return
-            block_rows = overlap.in_change
-            total = total[overlap.in_block]
-            weight = weight[overlap.in_block]
-        rotation = self.delta.rotation
-        if rotation is not None:  # the rotation includes the multiplier
-            rotations = self.rotations
-            if rotations is None:
-                rotations = self._make_rotations(total.device)
-            total.add_(rotation.weight_change(weight, rotations))
+            if overlap is not None:
+                change = replace(self, row_slice=None)
+                change.add_to(total[overlap.in_block], overlap.in_change, weight[overlap.in_block])
+            return
+        if self.delta.rotation is not None:
+            self._add_rotation(total, weight)
             return
         delta = self.delta
         if block_rows is not None:  # a LoKr, for which `select_rows` returns None, is never split into blocks
             delta = self.delta.select_rows(block_rows) or self.delta
         is_for_weight = self.parameter_name == "weight"
         if is_for_weight and delta.replaces_weight:
-            # it replaces the weight and all earlier changes; at a multiplier of 0 it does nothing
-            if self.replaces_weight:
+            if self.replaces_weight:  # not with a multiplier of 0
                 weight.copy_(delta.factors[SET_WEIGHT].reshape(weight.shape))
-                total.zero_()
+                total.zero_()  # earlier changes are replaced too
             return
         if not is_for_weight:
             addition = delta.compute_bias_change(total.device)
         elif delta.normalization is None:
             addition = delta.compute_change(total.device)
         else:
-            addition = delta.compute_normalized_change(
-                weight, total.device, self.weighted_lora.lora.has_frozen_norms
-            )
+            has_frozen_norms = self.weighted_lora.lora.has_frozen_norms
+            addition = delta.compute_normalized_change(weight, total.device, has_frozen_norms)
         assert addition is not None
         total.add_(addition.reshape(total.shape), alpha=self.weighted_lora.multiplier)
+
+    def _add_rotation(self, total: Tensor, weight: Tensor) -> None:
+        """Add the change by an input rotation to `total`; the matrices already include the multiplier."""
+        rotation = self.delta.rotation
+        assert rotation is not None
+        rotations = self.rotations
+        if rotations is None:
+            rotations = self._make_rotations(total.device)
+        total.add_(rotation.weight_change(weight, rotations))
 
     def _make_rotations(self, device: torch.device) -> Tensor:
         """Return R - I of the input rotation, scaled by the LoRA's strength, on the device."""
@@ -373,20 +377,22 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
         if change.delta.rotation is not None and related is not None and related.is_part:
             part = FusedPiece(key, related.part, change.delta.factors)
             rotated_parts.setdefault(id(change.weighted_lora), []).append(part)
+    if not rotated_parts:
+        return [*found_changes]
     # id of the `WeightedLora` -> keys of its parts with equal rotations
-    equal_parts: dict[int, list[str]] = {}
+    joined_keys: dict[int, list[str]] = {}
     for lora_id, parts in rotated_parts.items():
         with contextlib.suppress(FusionError):
             join_rotations(parts)  # raises if they are not equal
-            equal_parts[lora_id] = [part.name for part in parts]
+            joined_keys[lora_id] = [part.name for part in parts]
     remaining: list[FoundChange] = []
-    for found_change in found_changes:
-        joined_keys = equal_parts.get(id(found_change.change.weighted_lora), [])
-        if found_change.key not in joined_keys:
-            remaining.append(found_change)
-        elif found_change.key == joined_keys[0]:
+    for found in found_changes:
+        keys = joined_keys.get(id(found.change.weighted_lora), [])
+        if found.key not in keys:
+            remaining.append(found)
+        elif found.key == keys[0]:
             # the first part now represents the whole weight; the other parts are dropped
-            remaining.append(found_change._replace(related=None))
+            remaining.append(found._replace(related=None))
     return remaining
 
 
@@ -427,7 +433,7 @@ def _sum_changes(
     for change in changes:
         change.add_to(total, rows, weight)
         if sample is not None:
-            sampled_total = sample.of(total) if rows is None else total
+            sampled_total = torch.atleast_1d(total)[sample.rows] if rows is None else total
             sample.record_sum(change.weighted_lora.lora.path, sampled_total)
     return total
 
@@ -453,6 +459,39 @@ def _round_into(
     elif random_rounding is not None:
         random_rounding.round(total, start)
     weight.copy_(total)
+
+
+def _change_blocks(
+    weight: Tensor,
+    blocks: Iterable[slice | None],
+    changes: Sequence[Change],
+    random_rounding: RandomRounding | None,
+) -> None:
+    """Add changes to a weight in place, one block of rows after the other; see `_round_into`."""
+    num_rounded = 0  # number of elements; the random numbers depend on the position in the weight
+    for rows in blocks:
+        block = weight[rows]
+        total = _sum_changes(changes, rows, block)
+        _round_into(block, block, total, random_rounding, start=num_rounded)
+        num_rounded += block.numel()
+
+
+def _explain_other_family(lora: LoraFile, model: FamilyNames | None) -> str:
+    """Return a sentence that names the families of a LoRA and of the model; "" unless they differ."""
+    family = lora.family()
+    if family is None or model is None or family is model:
+        return ""
+    return f" It is for {family.name}, the model is {model.name}."
+
+
+def _group_changes_by_key(weighted_loras: Sequence[WeightedLora]) -> dict[str, list[Change]]:
+    """Return the changes of all LoRAs by parameter: `lora_unet_blocks_0_ffn_0.weight` -> its changes."""
+    changes_by_key: dict[str, list[Change]] = {}
+    for weighted_lora in weighted_loras:
+        for module, delta in read_deltas(weighted_lora.lora.modules()).items():
+            for change in changes_of(weighted_lora, delta):
+                changes_by_key.setdefault(f"{module}.{change.parameter_name}", []).append(change)
+    return changes_by_key
 
 
 class LoraPatch:
@@ -485,24 +524,16 @@ class LoraPatch:
         """
         self._is_masked = is_masked
         self._family = family
-        # family of the model and of all files, to search only its layouts; None searches all families
-        self._common_family: FamilyNames | None = None
         lora_families = {weighted_lora.lora.trusted_family for weighted_lora in weighted_loras}
-        if len(lora_families) == 1:
-            lora_family = lora_families.pop()
-            if lora_family is not None and lora_family.name == family:
-                self._common_family = lora_family
+        lora_family = lora_families.pop() if len(lora_families) == 1 else None
+        is_for_model = lora_family is not None and lora_family.name == family
+        # family of the model and of all files, to search only its layouts; None searches all families
+        self._common_family = lora_family if is_for_model else None
         self._weighted_loras = tuple(weighted_loras)
         self._rounding = rounding
         self._path = model
         self._model = "this model" if model is None else str(model)
-        # "lora_unet_blocks_0_ffn_0.weight" -> its changes
-        self._changes_by_key: dict[str, list[Change]] = {}
-        for weighted_lora in weighted_loras:
-            for module, delta in read_deltas(weighted_lora.lora.modules()).items():
-                for change in changes_of(weighted_lora, delta):
-                    key = f"{module}.{change.parameter_name}"
-                    self._changes_by_key.setdefault(key, []).append(change)
+        self._changes_by_key = _group_changes_by_key(weighted_loras)
         # parameter -> its changes that are not merged: see `networks.unmerged_loras`
         self.unmerged: dict[str, list[Change]] = {}
         self._keys_in_model: set[str] = set()  # keys, in any layout, of weights that were passed in
@@ -520,7 +551,7 @@ class LoraPatch:
         modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
         model_family = select_family(modules, family)
         if model_family is not None:
-            self._our_module_names = {module: alias(module, model_family) for module in modules}
+            self._our_module_names = {module: from_alias(module, model_family) for module in modules}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Return the changed weight as a new tensor, or `weight` itself if nothing changes it.
@@ -562,15 +593,15 @@ class LoraPatch:
             # once for all blocks; this also computes the matrices of rotations, even on the CPU
             changes = [change.to(weight.device) for change in changes]
         dtype = narrow_dtype(weight.dtype, target)
+        is_replaced = any(change.replaces_weight for change in changes)
+        can_lose_changes = dtype is not None and not is_replaced
         sample = None  # some rows; `_select_rounding` uses them to estimate how much rounding would lose
-        original = weight
-        if any(change.replaces_weight for change in changes):
-            # the replacement is written into this copy in float32, so that it is rounded only once
-            original = weight.to(torch.float32, copy=True)
-        elif dtype is not None and self._rounding is not None and self._rounding.needs_samples:
+        if can_lose_changes and self._rounding is not None and self._rounding.needs_samples:
             sample = SampledRows(weight)
         is_single_block = blocks == [None]
         if is_single_block:
+            # a replacement is written into a float32 copy, so that it is rounded only once
+            original = weight.to(torch.float32, copy=True) if is_replaced else weight
             total = _sum_changes(changes, None, original, sample)
             random_rounding = self._select_rounding(name, weight.device, dtype, sample)
             _round_into(weight, original, total, random_rounding)
@@ -578,12 +609,7 @@ class LoraPatch:
         if sample is not None:  # fill the sample first, because it decides how all blocks are rounded
             _sum_changes(changes, sample.rows, weight[sample.rows], sample)
         random_rounding = self._select_rounding(name, weight.device, dtype, sample)
-        num_rounded = 0  # number of elements; the random numbers depend on the position in the weight
-        for rows in blocks:
-            block = weight[rows]
-            total = _sum_changes(changes, rows, block)
-            _round_into(block, block, total, random_rounding, start=num_rounded)
-            num_rounded += block.numel()
+        _change_blocks(weight, blocks, changes, random_rounding)
         return weight
 
     def _select_rounding(
@@ -637,18 +663,12 @@ class LoraPatch:
             weight: The parameter, or a placeholder of its shape.
         """
         found_changes = self._find_changes(name)
-        for key, change, _ in found_changes:
-            if change.delta.rotation is not None:  # equal rotations are joined below, which leaves one key
-                self._applied_keys[id(change.weighted_lora)].add(key)
+        if found_changes and name.endswith(FIRST_LAYERS):
+            found_changes = self._drop_other_channels(found_changes, weight)
+        for found in found_changes:
+            self._applied_keys[id(found.change.weighted_lora)].add(found.key)
         fitted_changes: list[Change] = []
-        for key, change, related in _join_equal_rotations(found_changes):
-            if name.endswith(FIRST_LAYERS):
-                # such as a text-to-video LoRA for an image-to-video model: skip the layer, use the rest
-                channel_error = change.delta.describe_channel_mismatch(weight)
-                if channel_error is not None:
-                    self._channel_errors[id(change.weighted_lora)] = channel_error
-                    continue
-            self._applied_keys[id(change.weighted_lora)].add(key)
+        for _, change, related in _join_equal_rotations(found_changes):
             fitted = change.fit(related, weight, name, self._model)
             was_expanded = change.delta.has_row_range and not fitted.delta.has_row_range
             if was_expanded:  # each part (q, k, v) became the change of the whole layer: keep only the first
@@ -657,6 +677,20 @@ class LoraPatch:
                     continue
             fitted_changes.append(fitted)
         return fitted_changes
+
+    def _drop_other_channels(self, found_changes: Sequence[FoundChange], weight: Tensor) -> list[FoundChange]:
+        """Drop changes of a first layer with another number of input channels, which `check` reports.
+
+        A text-to-video LoRA for an image-to-video model has such a layer: the rest of the LoRA is used.
+        """
+        remaining: list[FoundChange] = []
+        for found in found_changes:
+            channel_error = found.change.delta.describe_channel_mismatch(weight)
+            if channel_error is None:
+                remaining.append(found)
+            else:
+                self._channel_errors[id(found.change.weighted_lora)] = channel_error
+        return remaining
 
     @torch.no_grad()
     def bake(self, network: nn.Module, to_published_name: Callable[[str], str] = str) -> None:
@@ -683,41 +717,54 @@ class LoraPatch:
         self.reject_misfits()
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         for weighted_lora in self._weighted_loras:
-            path = weighted_lora.lora.path
             selected_keys = self._list_selected_keys(weighted_lora)
-            absent_keys = [key for key in selected_keys if key not in self._keys_in_model]
             changes_only_text_encoders = not selected_keys and weighted_lora.lora.text_tensors
-            if changes_only_text_encoders:
-                continue
-            if id(weighted_lora) in self._channel_errors:
-                logger.warning(
-                    f"{path}: {self._channel_errors[id(weighted_lora)]}; the rest is used without it"
-                )
-            # True only for projections of a text encoder; `reject_misfits` has rejected all other such LoRAs
-            are_all_absent = bool(selected_keys) and len(absent_keys) == len(selected_keys)
-            num_applied = len(self._applied_keys[id(weighted_lora)])
-            if not are_all_absent and num_applied == 0:
-                logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
-                continue
-            if not are_all_absent:
-                logger.info(f"{path}: {num_applied} weights changed, multiplier {weighted_lora.multiplier:g}")
-            rank_rule = rank_rule_of(weighted_lora.lora.metadata)
-            # a merged T-LoRA has all ranks active at all noise levels
-            if rank_rule is not None and not self._is_masked:
-                logger.warning(f"{path} {rank_rule.kind.merged}")
-            warn_of_other_family(weighted_lora.lora, family, self._modules)
-            if absent_keys:
-                warn_of_absent(
-                    path,
-                    absent_keys,
-                    total=len(selected_keys),
-                    statement=f"weights are not in {self._model}",
-                    model=family,
-                    modules=self._modules,
-                    encoder=weighted_lora.lora.encoder,
-                )
+            if not changes_only_text_encoders:
+                self._report_use(weighted_lora, selected_keys, family)
         if self._rounding is not None:
             self._rounding.report(len(self.unmerged))
+
+    def _report_use(
+        self, weighted_lora: WeightedLora, selected_keys: Sequence[str], family: FamilyNames | None
+    ) -> None:
+        """Log how many weights a LoRA changed; warn of modules that the model lacks and of other families.
+
+        Args:
+            weighted_lora: The LoRA.
+            selected_keys: Keys of its changes that its patterns select.
+            family: Family of the model; None if unknown.
+        """
+        lora = weighted_lora.lora
+        absent_keys = [key for key in selected_keys if key not in self._keys_in_model]
+        if id(weighted_lora) in self._channel_errors:
+            logger.warning(
+                f"{lora.path}: {self._channel_errors[id(weighted_lora)]}; the rest is used without it"
+            )
+        # True only for projections of a text encoder; `reject_misfits` has rejected all other such LoRAs
+        are_all_absent = bool(selected_keys) and len(absent_keys) == len(selected_keys)
+        num_applied = len(self._applied_keys[id(weighted_lora)])
+        if not are_all_absent and num_applied == 0:
+            logger.warning(f"{lora.path} changes nothing, because its patterns leave no tensor that fits")
+            return
+        if not are_all_absent:
+            logger.info(
+                f"{lora.path}: {num_applied} weights changed, multiplier {weighted_lora.multiplier:g}"
+            )
+        rank_rule = rank_rule_of(lora.metadata)
+        # a merged T-LoRA has all ranks active at all noise levels
+        if rank_rule is not None and not self._is_masked:
+            logger.warning(f"{lora.path} {rank_rule.kind.merged}")
+        warn_of_other_family(lora, family, self._modules)
+        if absent_keys:
+            warn_of_absent(
+                lora.path,
+                absent_keys,
+                total=len(selected_keys),
+                statement=f"weights are not in {self._model}",
+                model=family,
+                modules=self._modules,
+                encoder=lora.encoder,
+            )
 
     def reject_misfits(self) -> None:
         """Raise CheckpointError if the model lacks all modules of a LoRA."""
@@ -749,16 +796,13 @@ class LoraPatch:
                 "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
-        # in the file, names have the text encoder's prefix
+        names_in_file = keys
         if lora.encoder:
-            keys = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
-        lora_family = lora.family()
-        reason = ""
-        if lora_family is not None and family is not None and lora_family is not family:
-            reason = f" It is for {lora_family.name}, the model is {family.name}."
+            names_in_file = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
         return CheckpointError(
             f"{lora.path} does not fit {self._model}, which has none of its {len(keys)} weights, such as "
-            f"{list_some(keys, 2)}.{reason}\n  Give a LoRA that was trained for this model.",
+            f"{list_some(names_in_file, 2)}.{_explain_other_family(lora, family)}\n"
+            "  Give a LoRA that was trained for this model.",
             self._path or lora.path,
         )
 

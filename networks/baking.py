@@ -30,7 +30,7 @@ from networks.kinds.contract import NORMS_FORM, named
 from networks.kinds.factors import DOWN, MID, Factors
 from networks.loading import LoraFile, WeightedLora
 from networks.lora_network import prefix_of
-from networks.module_names import alias
+from networks.module_names import from_alias
 from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
 from networks.text_loras import is_full, pieces_of
 from networks.writing import convert_to_our_layout
@@ -105,30 +105,51 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         CheckpointError: If the model does not fit.
     """
     assert baking.rank is not None
-    tensors: Mapping[str, Tensor] = lora.tensors
-    if family is not None and any(name.endswith(FACTORS_NEEDING_WEIGHT) for name in tensors):
-        # magnitudes depend on the whole weight: parts of a fused weight are joined, as in the model
-        tensors = convert_to_our_layout(tensors, family)
-    modules = deltas.group_by_module({**tensors, **lora.text_tensors})
+    modules = _group_as_in_model(lora, family)
     to_approximate: dict[str, Factors] = {}
     for name, module_factors in modules.items():
         if module_factors.keys() & FACTORS_OF_OTHER_KINDS:
             to_approximate[name] = module_factors
-    if not to_approximate:
-        raise OptionError(
-            f"--bake: {lora.path} has only plain LoRAs, whose rank is not changed. Leave --bake out"
-        )
-    needs_model = any(factors.keys() & {*FACTORS_NEEDING_WEIGHT} for factors in to_approximate.values())
-    if needs_model and not baking.models:
-        raise _make_missing_model_error(lora.path, to_approximate)
     losses: dict[str, Loss] = {}
-    with open_weights(baking.models if needs_model else (), family) as weights:
+    with open_weights(_require_models(lora.path, to_approximate, baking), family) as weights:
         for name, factors in to_approximate.items():
             change = _compute_change(name, factors, lora, weights, baking.device)
             modules[name], losses[name] = _approximate(name, factors, change, baking.rank)
     metadata = _metadata_of_plain(lora.metadata, modules)
     loss_note = _describe_losses(losses, len(modules), baking.rank)
     return Baked(replace_factors(lora, modules, metadata), loss_note)
+
+
+def _group_as_in_model(lora: LoraFile, family: FamilyNames | None) -> dict[str, dict[str, Tensor]]:
+    """Return the factors of each module, with parts of fused weights joined if their change needs the weight.
+
+    DoRA magnitudes depend on the whole weight, which our model may have fused.
+    """
+    tensors: Mapping[str, Tensor] = lora.tensors
+    if family is not None and any(name.endswith(FACTORS_NEEDING_WEIGHT) for name in tensors):
+        tensors = convert_to_our_layout(tensors, family)
+    return deltas.group_by_module({**tensors, **lora.text_tensors})
+
+
+def _require_models(path: Path, modules: Mapping[str, Factors], baking: Baking) -> Sequence[Path]:
+    """Return the model files that are needed to approximate these modules; () if only their factors are.
+
+    Args:
+        path: Path of the LoRA file, for messages.
+        modules: Factors of the modules that are not plain LoRAs.
+        baking: Settings of the conversion.
+
+    Raises:
+        OptionError: If there are no such modules, or if a model is needed but not given.
+    """
+    if not modules:
+        raise OptionError(f"--bake: {path} has only plain LoRAs, whose rank is not changed. Leave --bake out")
+    needs_model = any(factors.keys() & {*FACTORS_NEEDING_WEIGHT} for factors in modules.values())
+    if not needs_model:
+        return ()
+    if not baking.models:
+        raise _make_missing_model_error(path, modules)
+    return baking.models
 
 
 def _make_missing_model_error(path: Path, modules: Mapping[str, Factors]) -> OptionError:
@@ -273,7 +294,7 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
                 if parameter_name != "weight":
                     continue
                 if family is not None:
-                    module = alias(module, family)
+                    module = from_alias(module, family)
                 # files of different text encoders may have modules with the same name
                 weights.setdefault(module, []).append(stored)
         yield weights

@@ -61,16 +61,17 @@ def group_layers(
     """
     input_by_ending = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
     paths = {id(module): path for path, module in model.named_modules()}
-    # key: the path of a layer alone, or path of the block, index of the shared input, and rank
-    groups: dict[tuple[str, int, int] | str, list[LoraLayer]] = {}
+    # path of the block, index of the shared input in it, and rank; for a layer alone, its path and no index
+    groups: dict[tuple[str, int | None, int], list[LoraLayer]] = {}
     for layer in layers:
         path = paths[id(layer.original)]
-        key: tuple[str, int, int] | str = path
+        rank = layer.lora_up.weight.shape[1]
+        key: tuple[str, int | None, int] = path, None, rank
         # a dropout may skip one layer of a group, and magnitudes need each layer's own output
         can_share = layer.dropouts is None and layer.combine_outputs is None
         for ending, input_index in input_by_ending.items():
             if can_share and path.endswith(f".{ending}"):
-                key = path.removesuffix(ending), input_index, layer.lora_up.weight.shape[1]
+                key = path.removesuffix(ending), input_index, rank
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
 
@@ -111,13 +112,24 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     for group, down, up in zip(groups, matrices[:num_groups], matrices[num_groups:], strict=True):
         if len(group) == 1:
             group[0].cast_factors = down, up
-            continue
-        ranks = [layer.rank for layer in group]
-        ups_of_group = up.split([len(layer.lora_up.weight) for layer in group])
-        shared = SharedInput(group, ranks, down, ups_of_group, up)
-        for layer, layer_down, layer_up in zip(group, down.split(ranks), ups_of_group, strict=True):
-            layer.cast_factors = layer_down, layer_up
-            layer.shared_input = shared
+        else:
+            _share_input(group, down, up)
+
+
+def _share_input(group: Sequence[LoraLayer], down: Tensor, up: Tensor) -> None:
+    """Give the layers of a group their factors, and an object that multiplies their common input.
+
+    Args:
+        group: Layers that get the same tensor.
+        down: Their down factors stacked along rows, in autocast's dtype.
+        up: Their up factors stacked along rows, times their scales.
+    """
+    ranks = [layer.rank for layer in group]
+    ups = up.split([len(layer.lora_up.weight) for layer in group])
+    shared = SharedInput(group, ranks, down, ups, up)
+    for layer, layer_down, layer_up in zip(group, down.split(ranks), ups, strict=True):
+        layer.cast_factors = layer_down, layer_up
+        layer.shared_input = shared
 
 
 class _Cast(torch.autograd.Function):

@@ -194,6 +194,21 @@ def convert(options: ConvertOptions) -> None:
         CheckpointError: If a file is not a LoRA, or cannot be converted to the target.
         OptionError: If the files do not fit the options, or the output would replace an input.
     """
+    conversion = _make_conversion(options)
+    if options.input_high_noise or options.output_high_noise or options.expert:
+        _convert_experts(options, conversion)
+    else:
+        convert_file(
+            options.input,
+            options.output,
+            target=conversion.target,
+            family=conversion.family,
+            baking=conversion.baking,
+        )
+
+
+def _make_conversion(options: ConvertOptions) -> Conversion:
+    """Return how to convert. Raises OptionError if the family of `--family` is unknown."""
     baking = None
     if options.bake is not None or options.dit:
         baking = Baking(options.bake, select_device(options.device), options.dit or ())
@@ -201,17 +216,11 @@ def convert(options: ConvertOptions) -> None:
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: unknown model; known ones are {', '.join(names)}")
     target = "other" if options.target == "comfyui" else options.target  # the code's name for it
-    concerns_experts = options.input_high_noise or options.output_high_noise or options.expert
-    if not concerns_experts:
-        convert_file(
-            options.input,
-            options.output,
-            target=target,
-            family=options.family,
-            baking=baking,
-        )
-        return
-    conversion = Conversion(target, options.family, baking)
+    return Conversion(target, options.family, baking)
+
+
+def _convert_experts(options: ConvertOptions, conversion: Conversion) -> None:
+    """Write the LoRA of `--expert`, two files with one expert's LoRA each, or one file with both."""
     lora_by_expert = _read_experts(options)
     if options.expert is not None:
         _convert_one(lora_by_expert[options.expert], options.output, conversion)
@@ -281,22 +290,9 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
     if LORA_FORMAT in metadata:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
-    if options.reverse:
-        rename = module_names.alias
-        direction = "ComfyUI's names to ours"
-    else:
-        rename = module_names.to_alias
-        direction = "our names to ComfyUI's"
+    if not options.reverse:
         _reject_for_comfyui(source, stored)
-    renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
-    has_nothing_to_rename = renamed.keys() == stored.keys()
-    if has_nothing_to_rename:
-        example = next(iter(stored), "none")
-        raise CheckpointError(
-            f"{source} has no module to rename from {direction}, such as {example}.\n"
-            f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse converts back.",
-            source,
-        )
+    renamed = _rename_hunyuan_image(source, stored, options.reverse)
     save_tensors(output, renamed, add_hashes(renamed, metadata) if metadata else {})
     num_changed = len(renamed.keys() - stored.keys())
     rows = [
@@ -307,14 +303,56 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     show_box("The LoRA is converted", rows)
 
 
-def _replace_by_plain_loras(
-    lora: LoraFile, tensors: Mapping[str, Tensor], modules: Mapping[str, Factors], rank: int | None
-) -> tuple[dict[str, Tensor], str]:
-    """Return tensors with the given modules converted to plain LoRAs, and a note on what was lost."""
-    replaced = ungroup(modules)
+def _rename_hunyuan_image(source: Path, stored: Mapping[str, Tensor], to_ours: bool) -> dict[str, Tensor]:
+    """Rename tensors of a HunyuanImage-2.1 LoRA from ComfyUI's names to ours, or from ours to ComfyUI's.
+
+    Raises CheckpointError if no tensor in the file `source` has a name to change.
+    """
+    rename = module_names.from_alias if to_ours else module_names.to_alias
+    renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
+    if renamed.keys() != stored.keys():
+        return renamed
+    direction = "ComfyUI's names to ours" if to_ours else "our names to ComfyUI's"
+    example = next(iter(stored), "none")
+    raise CheckpointError(
+        f"{source} has no module to rename from {direction}, such as {example}.\n"
+        f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse converts back.",
+        source,
+    )
+
+
+class _JoinableTensors(NamedTuple):
+    """Tensors whose modules can be joined as in ComfyUI, and a note on what was lost for that."""
+
+    tensors: Mapping[str, Tensor]
+    loss_note: str  # "" if nothing was converted
+
+
+def _replace_unjoinable(lora: LoraFile, tensors: Mapping[str, Tensor], rank: int | None) -> _JoinableTensors:
+    """Replace modules that cannot be joined, such as LoKrs, with plain LoRAs of a rank.
+
+    Args:
+        lora: The LoRA file.
+        tensors: Its tensors, in our layout.
+        rank: Rank of the plain LoRAs; None if the user gave none.
+
+    Raises:
+        OptionError: If there are such modules but no rank.
+    """
+    unjoinable = _find_modules_to_bake(tensors)
+    if not unjoinable:
+        return _JoinableTensors(tensors, "")
+    if rank is None:
+        raise OptionError(
+            f"{lora.path} is a {in_series(PRODUCT_KIND_NAMES)} for queries, keys and values "
+            f"({next(iter(unjoinable))}), which are one module in ComfyUI, and only plain "
+            "LoRAs can be joined. Add --lokr_rank RANK, such as 64, to replace each by the best LoRA of "
+            "that rank"
+        )
+    replaced = ungroup(unjoinable)
     plain = bake(replace(lora, tensors=replaced), Z_IMAGE, Baking(rank, select_device(None)))
     unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
-    return {**unchanged, **plain.lora.tensors}, plain.loss_note
+    return _JoinableTensors({**unchanged, **plain.lora.tensors}, plain.loss_note)
 
 
 def convert_z_image(options: ZImageConvertOptions) -> None:
@@ -338,24 +376,14 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     if options.reverse:
         _save(options.dst_path, ConvertedLora(tensors, metadata), sources=[lora], family=Z_IMAGE)
         return
-    unjoinable = _find_modules_to_bake(tensors)
-    if unjoinable and options.lokr_rank is None:
-        raise OptionError(
-            f"{source} is a {in_series(PRODUCT_KIND_NAMES)} for queries, keys and values "
-            f"({next(iter(unjoinable))}), which are one module in ComfyUI, and only plain "
-            "LoRAs can be joined. Add --lokr_rank RANK, such as 64, to replace each by the best LoRA of "
-            "that rank"
-        )
-    loss_note = ""
-    if unjoinable:
-        tensors, loss_note = _replace_by_plain_loras(lora, tensors, unjoinable, options.lokr_rank)
-    tensors = rename_to_aliases(join_parts(tensors, family=Z_IMAGE), Z_IMAGE)
+    joinable = _replace_unjoinable(lora, tensors, options.lokr_rank)
+    joined = rename_to_aliases(join_parts(joinable.tensors, family=Z_IMAGE), Z_IMAGE)
     _save(
         options.dst_path,
-        ConvertedLora(tensors, metadata),
+        ConvertedLora(joined, metadata),
         sources=[lora],
         family=Z_IMAGE,
-        loss_note=loss_note,
+        loss_note=joinable.loss_note,
     )
 
 
@@ -440,13 +468,9 @@ def _convert_both_experts(
         output: File to write.
         conversion: How to convert.
     """
-    for lora in lora_by_expert.values():
-        kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
-        if conversion.baking is None and kind is not None:
-            raise OptionError(kind.no_two_experts)
-    families: dict[str, FamilyNames | None] = {}
-    for expert, lora in lora_by_expert.items():
-        families[expert] = _find_family(lora, conversion.family)
+    if conversion.baking is None:
+        _reject_for_two_experts(lora_by_expert.values())
+    families = {expert: _find_family(lora, conversion.family) for expert, lora in lora_by_expert.items()}
     prepared: dict[str, Baked] = {}
     for expert, lora in lora_by_expert.items():
         prepared[expert] = _bake_or_convert_magnitudes(lora, families[expert], conversion)
@@ -465,6 +489,15 @@ def _convert_both_experts(
         family=next(iter(families.values())),
         loss_note="\n".join(baked.loss_note for baked in prepared.values() if baked.loss_note),
     )
+
+
+def _reject_for_two_experts(loras: Iterable[LoraFile]) -> None:
+    """Raise OptionError if a LoRA is of a kind that one file cannot contain for two experts."""
+    rejected_kinds = [kind for kind in KINDS if kind.no_two_experts]
+    for lora in loras:
+        kind = kind_of_files(lora.tensors, rejected_kinds)
+        if kind is not None:
+            raise OptionError(kind.no_two_experts)
 
 
 def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -4,7 +4,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -28,7 +28,7 @@ from networks.key_formats import module_of_tensor
 from networks.kinds.factors import DOWN, UP
 from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
-from networks.module_names import alias, family_named, has_module, select_family
+from networks.module_names import family_named, from_alias, has_module, select_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
 from networks.text_loras import TensorPiece, is_full, pieces_of
@@ -131,17 +131,7 @@ def extract_model(options: ExtractOptions) -> None:
         if is_full(original.tensors):
             return extract_full(options)
         matrices = _list_matrices(bare_names(original))
-    modules = {module_of_tensor(name)[0]: name for name in matrices}
-    family = select_family(modules)
-    weights: list[str] = []
-    if family is not None:
-        weights = [name for module, name in modules.items() if has_module(module, family)]
-    if family is None or not weights:
-        raise CheckpointError(
-            f"{options.model_org} has no layers with the published names of a supported model. Give such a "
-            "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
-            options.model_org,
-        )
+    family, weights = _find_published_weights(options.model_org, matrices)
     if family.network_module == FLUX_MODULE:  # its metadata depends on the variant
         return extract_flux(options)
     is_stable_diffusion = bool(family.written_base_model)
@@ -159,6 +149,24 @@ def extract_model(options: ExtractOptions) -> None:
     blocks = BlockWeights(family.name, prefixes=tuple(weights), example=weights[0])
     entries = _base_model_entries_of(family)
     return _extract_blocks(options, blocks, lambda _: entries)
+
+
+def _find_published_weights(path: Path, matrices: Iterable[str]) -> tuple[FamilyNames, list[str]]:
+    """Return the family of a model file, and those of its matrices that belong to the family's modules.
+
+    Raises CheckpointError if there are none.
+    """
+    modules = {module_of_tensor(name)[0]: name for name in matrices}
+    family = select_family(modules)
+    if family is not None:
+        weights = [name for module, name in modules.items() if has_module(module, family)]
+        if weights:
+            return family, weights
+    raise CheckpointError(
+        f"{path} has no layers with the published names of a supported model. Give such a "
+        "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
+        path,
+    )
 
 
 def _drop_networks_missing_in(model_tuned: Path, weights: Sequence[str]) -> list[str]:
@@ -201,14 +209,7 @@ def _extract_blocks(
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(bare_names(original), bare_names(tuned))
         for checkpoint in pair:
-            if weights.example not in checkpoint.tensors:
-                kind = kind_of(checkpoint.tensors)
-                hint = f" It is {kind}." if kind else ""
-                raise CheckpointError(
-                    f"{checkpoint.path} has no blocks of {weights.model}, such as {weights.example}.{hint}\n"
-                    "  Give a model with the published names to --model_org and --model_tuned.",
-                    checkpoint.path,
-                )
+            _require_blocks(checkpoint, weights)
         names = weights.list_in(pair.original)
         _check_same_shapes(pair, names, weights.list_in(pair.tuned))
         plan: dict[str, list[ExtractedModule]] = {}
@@ -228,6 +229,19 @@ def _extract_blocks(
             metadata=metadata,
             family=None,
         )
+
+
+def _require_blocks(checkpoint: Checkpoint, weights: BlockWeights) -> None:
+    """Raise CheckpointError if a model has no blocks with the published names."""
+    if weights.example in checkpoint.tensors:
+        return
+    kind = kind_of(checkpoint.tensors)
+    hint = f" It is {kind}." if kind else ""
+    raise CheckpointError(
+        f"{checkpoint.path} has no blocks of {weights.model}, such as {weights.example}.{hint}\n"
+        "  Give a model with the published names to --model_org and --model_tuned.",
+        checkpoint.path,
+    )
 
 
 def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
@@ -260,16 +274,7 @@ def extract_full(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(original, tuned)
         family = _find_family_of_both(pair)
-        unchanged_encoders = _find_unchanged_texts(pair, options.min_diff)
-        plan: dict[str, list[ExtractedModule]] = {}
-        for name in pair.original.tensors:
-            plan[name] = []
-            for piece in pieces_of(name):  # a fused tensor has the weights of several modules
-                if piece.text_encoder in unchanged_encoders:
-                    continue
-                module = _select_module(piece, options, family)
-                if module is not None:
-                    plan[name].append(module)
+        plan = _plan_full_checkpoint(pair, options, family)
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
@@ -284,6 +289,23 @@ def extract_full(options: ExtractOptions) -> None:
         )
 
 
+def _plan_full_checkpoint(
+    pair: Pair, options: ExtractOptions, family: FamilyNames
+) -> dict[str, list[ExtractedModule]]:
+    """Return the modules that get a LoRA, by tensor; encoders without notable changes get none."""
+    unchanged_encoders = _find_unchanged_texts(pair, options.min_diff)
+    plan: dict[str, list[ExtractedModule]] = {}
+    for name in pair.original.tensors:
+        plan[name] = []
+        for piece in pieces_of(name):  # a fused tensor has the weights of several modules
+            if piece.text_encoder in unchanged_encoders:
+                continue
+            module = _select_module(piece, options, family)
+            if module is not None:
+                plan[name].append(module)
+    return plan
+
+
 def _select_module(
     piece: TensorPiece, options: ExtractOptions, family: FamilyNames
 ) -> ExtractedModule | None:
@@ -296,7 +318,7 @@ def _select_module(
         module = f"{piece.text_encoder}_{path.replace('.', '_')}"
         rank = options.dim if _IN_TEXT.search(module) else None
     else:
-        module = OURS + alias(module_of_tensor(piece.name)[0], family)
+        module = OURS + from_alias(module_of_tensor(piece.name)[0], family)
         if _ATTENTION.search(module):
             rank = options.dim
         elif _RESIDUAL.search(module):

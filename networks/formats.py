@@ -1,7 +1,7 @@
 """Write the LoRA of a training run under the names of the known trainers, ComfyUI or diffusers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -107,8 +107,6 @@ class LoraFormat:
 
                 tensors = rename_to_aliases(tensors, self.family)
             return Formatted(dict(tensors), {}, {})
-        from networks.writing import texts_to_comfyui, texts_to_diffusers  # not for the default format
-
         text_modules: dict[str, Factors] = {}
         in_dit: dict[str, Factors] = {}
         for module, factors in deltas.group_by_module(tensors).items():
@@ -116,24 +114,42 @@ class LoraFormat:
                 in_dit[module] = factors
             else:
                 text_modules[module] = factors
+        converted = [*self._convert_dit(in_dit), *self._convert_texts(text_modules)]
         written_tensors: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
-        folded_scalings: dict[int, set[float]] = {}  # rank in the file -> folded values of alpha / rank
-        # `scaling` is the alpha / rank to fold into the group's factors; None keeps the alphas
-        for scaling, group in self._group_by_scaling(in_dit).items():
-            converted = self._convert_dit(group, is_folded=scaling is not None)
-            written_tensors |= converted.tensors
-            left_out |= converted.left_out
-            _record_scaling(folded_scalings, converted.tensors, scaling)
+        for modules in converted:
+            written_tensors |= modules.translated.tensors
+            left_out |= modules.translated.left_out
+        return Formatted(written_tensors, _metadata_of_scalings(converted), left_out)
+
+    def _convert_dit(self, modules: Mapping[str, Factors]) -> list["_ConvertedModules"]:
+        """Convert a transformer's modules to this format, in groups of equal alpha / rank."""
+        from networks.writing import convert_to_dialect, convert_to_our_layout  # not for the default format
+
+        converted: list[_ConvertedModules] = []
+        for scaling, group in self._group_by_scaling(modules).items():
+            native = convert_to_our_layout(group, self.family)
+            if scaling is not None:
+                factors_by_module = deltas.group_by_module(native)
+                native = deltas.ungroup(
+                    {name: deltas.fold_scaling(factors) for name, factors in factors_by_module.items()}
+                )
+            translated = convert_to_dialect(native, self.family, TARGETS[self.name])
+            converted.append(_ConvertedModules(translated, scaling))
+        return converted
+
+    def _convert_texts(self, modules: Mapping[str, Factors]) -> list["_ConvertedModules"]:
+        """Convert modules of text encoders to this format; only diffusers' format folds alpha / rank."""
+        from networks.writing import texts_to_comfyui, texts_to_diffusers  # not for the default format
+
         if self.name == COMFYUI:
-            written_tensors |= texts_to_comfyui(deltas.ungroup(text_modules), self.family)
-        if self.name == DIFFUSERS:
-            for module, text_factors in text_modules.items():
-                text = texts_to_diffusers(deltas.ungroup({module: text_factors}))
-                written_tensors |= text.tensors
-                left_out |= text.left_out
-                _record_scaling(folded_scalings, text.tensors, deltas.scaling_of(text_factors))
-        return Formatted(written_tensors, _metadata_of_scalings(folded_scalings), left_out)
+            tensors = texts_to_comfyui(deltas.ungroup(modules), self.family)
+            return [_ConvertedModules(TranslatedModules(tensors, {}), folded_scaling=None)]
+        converted: list[_ConvertedModules] = []
+        for name, factors in modules.items():
+            translated = texts_to_diffusers(deltas.ungroup({name: factors}))
+            converted.append(_ConvertedModules(translated, deltas.scaling_of(factors)))
+        return converted
 
     def _group_by_scaling(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group module tensors by alpha / rank; modules that keep their alphas are under None."""
@@ -146,39 +162,27 @@ class LoraFormat:
             groups.setdefault(scaling, {}).update(deltas.ungroup({name: factors}))
         return groups
 
-    def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> TranslatedModules:
-        """Rename a transformer LoRA's tensors to this format.
 
-        Args:
-            tensors: Tensors by name.
-            is_folded: Whether to fold alpha / rank into the factors.
-        """
-        from networks.writing import convert_to_dialect, convert_to_our_layout  # not for the default format
+class _ConvertedModules(NamedTuple):
+    """Modules under the names of another program, and the alpha / rank that is folded into their factors."""
 
-        native = convert_to_our_layout(tensors, self.family)
-        if is_folded:
-            modules = deltas.group_by_module(native)
-            native = deltas.ungroup({name: deltas.fold_scaling(factors) for name, factors in modules.items()})
-        return convert_to_dialect(native, self.family, TARGETS[self.name])
+    translated: TranslatedModules
+    folded_scaling: float | None  # None: the alphas are kept as tensors
 
 
-def _record_scaling(
-    scalings: dict[int, set[float]], written: Mapping[str, Tensor], scaling: float | None
-) -> None:
-    """Add `scaling` (alpha / rank folded into the written modules) to the set for each of their ranks."""
-    if scaling is None:
-        return
-    from networks.tensor_names import PEFT_ENDS  # only if strengths were folded
-
-    for name, tensor in written.items():
-        if name.endswith(PEFT_ENDS[DOWN]):
-            scalings.setdefault(len(tensor), set()).add(scaling)
-
-
-def _metadata_of_scalings(scalings: Mapping[int, set[float]]) -> dict[str, str]:
+def _metadata_of_scalings(converted: Sequence[_ConvertedModules]) -> dict[str, str]:
     """Return metadata with the key `FOLDED`: alpha / rank for each rank whose modules share one value."""
-    single = {rank: min(values) for rank, values in scalings.items() if len(values) == 1}
-    return {FOLDED: json.dumps(single)} if single else {}
+    scalings_by_rank: dict[int, set[float]] = {}
+    for modules in converted:
+        if modules.folded_scaling is None:
+            continue
+        from networks.tensor_names import PEFT_ENDS  # only if alphas were folded
+
+        for name, tensor in modules.translated.tensors.items():
+            if name.endswith(PEFT_ENDS[DOWN]):
+                scalings_by_rank.setdefault(len(tensor), set()).add(modules.folded_scaling)
+    common = {rank: min(values) for rank, values in scalings_by_rank.items() if len(values) == 1}
+    return {FOLDED: json.dumps(common)} if common else {}
 
 
 def select_format(
@@ -244,15 +248,20 @@ def find_error(
         error = variant.find_format_error(name, family, bool(texts))
         if error:
             return error
-    if name == COMFYUI:
-        return None
-    unsupported: list[str] = []  # text encoders whose LoRAs diffusers does not read
+    return _find_error_of_texts(family, texts) if name == DIFFUSERS else None
+
+
+def _find_error_of_texts(family: FamilyNames, texts: Mapping[str, str]) -> str | None:
+    """Return why diffusers cannot load the LoRAs of the trained text encoders; None if it can.
+
+    Args:
+        family: Names of the model's modules.
+        texts: Names of the text encoders, by the prefix of their module names.
+    """
     for prefix, encoder in texts.items():
         if prefix not in family.texts_in_diffusers:
-            unsupported.append(encoder)
-    if unsupported:
-        return (
-            f"diffusers' pipeline of this model cannot load LoRAs for the text encoder {unsupported[0]}, "
-            f"which is trained. {_OTHERWISE}, or train only the transformer (--network_train_unet_only)"
-        )
+            return (
+                f"diffusers' pipeline of this model cannot load LoRAs for the text encoder {encoder}, "
+                f"which is trained. {_OTHERWISE}, or train only the transformer (--network_train_unet_only)"
+            )
     return None

@@ -77,28 +77,33 @@ def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slic
 
 
 def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
-    """Return the rows of a part if the fused weight has the proportions of the published model, or None.
+    """Return the rows of a part in a fused weight with the proportions of the published model.
 
-    This is for input rotations, whose tensors do not reveal how many rows a module has. If a weight's halves
-    are swapped, all rows are returned, because the rotation is the same for each row.
+    This is for input rotations, whose tensors do not show how many rows a module has. If the part is the
+    whole weight, perhaps with swapped halves, all rows are returned, because each row is rotated alike.
 
     Args:
         part: The part.
         fused_rows: Number of rows of the fused weight.
+
+    Returns:
+        The rows; None if the fused weight has other proportions.
     """
     if not is_row_slice(part):
         return slice(0, fused_rows)
-    siblings = [
-        sibling
-        for sibling in _list_parts_of_weight(part.fused_path, {part.part_path})
-        if is_row_slice(sibling)
-    ]
-    # `relative_rows` is a multiple of the smallest part's number of rows
-    smallest_part_rows, remainder = divmod(fused_rows, sum(sibling.relative_rows for sibling in siblings))
+    # the number of rows of each part, as a multiple of the smallest part's
+    relative_rows = [sibling.relative_rows for sibling in _list_parts_like(part)]
+    smallest_part_rows, remainder = divmod(fused_rows, sum(relative_rows))
     if remainder:
         return None
     rows = find_rows_of_part(part, smallest_part_rows * part.relative_rows, fused_rows)
     return rows if isinstance(rows, slice) else None
+
+
+def _list_parts_like(part: WeightPart) -> list[WeightPart]:
+    """Return all parts of a fused weight with own rows, such as q, k and v, given one of them."""
+    siblings = _list_parts_of_weight(part.fused_path, {part.part_path})
+    return [sibling for sibling in siblings if is_row_slice(sibling)]
 
 
 def is_row_slice(part: WeightPart) -> bool:
@@ -197,18 +202,18 @@ def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | 
     separate_loras = joined_blocks(factors, [known_rows[part] for part in ordered])
     if separate_loras:
         return {OURS + part.name: lora for part, lora in zip(ordered, separate_loras, strict=True)}
-    factors_by_part: dict[str, Factors] = {}
-    for part, rows in slices.items():
-        if isinstance(rows, slice):
-            sliced = delta.slice_rows(rows.start, rows.stop)
-        else:
-            swapped = delta.select_rows(rows)
-            if swapped is None:
-                kind = delta.describe_indivisible_kind()
-                raise FusionError(f"its halves must be swapped, which {kind} does not support")
-            sliced = swapped
-        factors_by_part[OURS + part.name] = sliced.factors
-    return factors_by_part
+    return {OURS + part.name: _cut_rows(delta, rows).factors for part, rows in slices.items()}
+
+
+def _cut_rows(delta: Delta, rows: slice | Tensor) -> Delta:
+    """Return the change of some rows, or of all rows in another order; raise FusionError if it cannot."""
+    if isinstance(rows, slice):
+        return delta.slice_rows(rows.start, rows.stop)
+    swapped = delta.select_rows(rows)
+    if swapped is None:
+        kind = delta.describe_indivisible_kind()
+        raise FusionError(f"its halves must be swapped, which {kind} does not support")
+    return swapped
 
 
 def _find_slices_of_parts(
@@ -221,13 +226,7 @@ def _find_slices_of_parts(
         known_rows: Number of rows of each part that the model has.
         model_has_all: Whether the model has all parts, which then must cover the weight.
     """
-    size = delta.matrix_size()
-    if size is not None:
-        num_rows = size[0]
-    elif UP in delta.factors:
-        num_rows = len(delta.factors[UP])
-    else:
-        raise FusionError("its change is not a matrix")
+    num_rows = _count_fused_rows(delta)
     slices: dict[RelatedModule, slice | Tensor] = {}
     for related, part_rows in known_rows.items():
         rows = find_rows_of_part(related.part, part_rows, num_rows)
@@ -240,6 +239,16 @@ def _find_slices_of_parts(
         row_counts = " + ".join(map(str, known_rows.values()))
         raise FusionError(f"its {num_rows} rows are not those of its parts, which have {row_counts}")
     return slices
+
+
+def _count_fused_rows(delta: Delta) -> int:
+    """Return the number of rows of a fused weight; raise FusionError if its factors do not reveal it."""
+    size = delta.matrix_size()
+    if size is not None:
+        return size[0]
+    if UP in delta.factors:
+        return len(delta.factors[UP])
+    raise FusionError("its change is not a matrix")
 
 
 def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
@@ -290,28 +299,46 @@ def join_parts(
         family: Family of the modules; None for any.
     """
     modules = deltas.group_by_module(tensors)
-    new_modules: dict[str, Factors] = {}
-    pieces_by_module: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
-    for name, factors in modules.items():
-        fused_module = _find_fused_module(name, rows_in_model, family)
-        if fused_module is None or OURS + fused_module.name in modules:
-            new_modules[name] = factors
-            continue
-        piece = FusedPiece(name, fused_module.part, factors)
-        pieces_by_module.setdefault(OURS + fused_module.name, []).append(piece)
-    is_for_model = rows_in_model is not None
-    estimated_rows = {} if is_for_model else _estimate_rows_of_weights(pieces_by_module.values())
+    pieces_by_module = _find_pieces(modules, rows_in_model, family)
+    num_rows = _count_rows_of_fused(pieces_by_module, rows_in_model)
+    names_of_parts = {piece.name for pieces in pieces_by_module.values() for piece in pieces}
+    new_modules = {name: factors for name, factors in modules.items() if name not in names_of_parts}
     for name, pieces in pieces_by_module.items():
-        if rows_in_model is None:
-            num_rows = estimated_rows[pieces[0].part.fused_path]
-        else:
-            num_rows = rows_in_model(name) or 0
         try:
-            new_modules[name] = _join_pieces(pieces, num_rows, allows_full_matrix=is_for_model)
+            joined = _join_pieces(pieces, num_rows[name], allows_full_matrix=rows_in_model is not None)
+            new_modules[name] = joined
         except FusionError as reason:
             logger.warning(f"{name}: {reason}; they are not joined")
             new_modules.update({piece.name: piece.factors for piece in pieces})
     return deltas.ungroup(new_modules)
+
+
+def _count_rows_of_fused(
+    pieces_by_module: Mapping[str, Sequence[FusedPiece]], rows_in_model: Callable[[str], int | None] | None
+) -> dict[str, int]:
+    """Return the number of rows of each fused module's weight, in the model or else by an estimate."""
+    if rows_in_model is not None:
+        return {name: rows_in_model(name) or 0 for name in pieces_by_module}
+    estimates = _estimate_rows_of_weights(pieces_by_module.values())  # by path
+    return {name: estimates[pieces[0].part.fused_path] for name, pieces in pieces_by_module.items()}
+
+
+def _find_pieces(
+    modules: Mapping[str, Factors],
+    rows_in_model: Callable[[str], int | None] | None,
+    family: FamilyNames | None,
+) -> dict[str, list[FusedPiece]]:
+    """Return the modules that are parts of a fused module, by the name of the fused module.
+
+    Parts of a fused module that has its own factors are left out. The arguments are those of `join_parts`.
+    """
+    pieces_by_module: dict[str, list[FusedPiece]] = {}
+    for name, factors in modules.items():
+        fused_module = _find_fused_module(name, rows_in_model, family)
+        if fused_module is not None and OURS + fused_module.name not in modules:
+            piece = FusedPiece(name, fused_module.part, factors)
+            pieces_by_module.setdefault(OURS + fused_module.name, []).append(piece)
+    return pieces_by_module
 
 
 def _find_fused_module(
@@ -327,11 +354,11 @@ def _find_fused_module(
 
 def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     """Estimate the row counts of fused weights, by path with `{n}`, from their parts in all blocks."""
-    # path of the weight -> index of a part -> number of its rows
+    pieces = list(itertools.chain.from_iterable(pieces_of_weights))
+    part_paths = {piece.part.part_path for piece in pieces}  # in the layout of the parts
+    # path of a fused weight -> index of a part in it -> number of the part's rows
     rows_by_path: dict[str, dict[int | None, int]] = {}
-    part_paths: set[str] = set()  # in the layout of the parts
-    for piece in itertools.chain.from_iterable(pieces_of_weights):
-        part_paths.add(piece.part.part_path)
+    for piece in pieces:
         rows_by_index = rows_by_path.setdefault(piece.part.fused_path, {})
         # None for an input rotation, whose tensors do not reveal it
         num_rows = read_delta(piece.factors).count_rows()
@@ -359,32 +386,35 @@ def _list_parts_of_weight(fused_path: str, paths: Collection[str]) -> list[Weigh
     return list(siblings.values())
 
 
-def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | None, int]) -> int:
+def _estimate_rows(parts: Sequence[WeightPart], known_rows: Mapping[int | None, int]) -> int:
     """Estimate the number of rows of a fused weight from its parts in a file; 0 if the file has none.
 
-    The rows of missing parts are estimated from a known part, by the ratio of their rows in published models.
+    The rows of a part that is not in the file are estimated from those of a part that is, because published
+    models have a fixed ratio between them (`WeightPart.relative_rows`).
 
     Args:
-        siblings: All parts of the weight.
-        known_rows: Number of rows by index of the part.
+        parts: All parts of the weight.
+        known_rows: Number of rows of each part in the file, by index of the part.
     """
-    reference = next((part for part in siblings if known_rows.get(part.index)), None)
+    reference = next((part for part in parts if known_rows.get(part.index)), None)
     if reference is None:
         return 0
     if not is_row_slice(reference):  # it covers the whole weight
         return known_rows[reference.index]
     smallest_part_rows = known_rows[reference.index] // reference.relative_rows
     total = 0
-    for part in siblings:
+    for part in parts:
         if not is_row_slice(part):
             continue
         part_rows = known_rows.get(part.index)
-        total += part_rows or smallest_part_rows * part.relative_rows
-        if not part_rows and part.relative_rows > reference.relative_rows:
-            logger.info(
-                f"{part.part_path} is not in the file; it is assumed to have {part.relative_rows} times "
-                "as many rows as the parts next to it"
-            )
+        if not part_rows:
+            part_rows = smallest_part_rows * part.relative_rows
+            if part.relative_rows > reference.relative_rows:
+                logger.info(
+                    f"{part.part_path} is not in the file; it is assumed to have {part.relative_rows} times "
+                    "as many rows as the parts next to it"
+                )
+        total += part_rows
     return total
 
 
@@ -441,7 +471,6 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
     Raises:
         FusionError: If a part is not rotated, or is rotated differently.
     """
-    first = pieces[0]
     rotation_values: list[Tensor] = []
     title = ""
     for piece in pieces:
@@ -449,16 +478,21 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
         if rotation is not None:
             rotation_values.append(piece.factors[rotation.factor_name])
             title = title or rotation.title
-    if is_row_slice(first.part):
-        # the file must rotate all parts of the weight, such as q, k and v
-        paths_in_file = {piece.part.part_path for piece in pieces}
-        siblings = _list_parts_of_weight(first.part.fused_path, {first.part.part_path})
-        if any(is_row_slice(part) and part.part_path not in paths_in_file for part in siblings):
-            raise FusionError(f"{title} rotates only some of its parts")
+    if not _include_all_slices(pieces):
+        raise FusionError(f"{title} rotates only some of its parts")
     all_are_rotated = len(rotation_values) == len(pieces)
     if not all_are_rotated or not all(torch.equal(values, rotation_values[0]) for values in rotation_values):
         raise FusionError("its parts are rotated differently")
-    return first.factors
+    return pieces[0].factors
+
+
+def _include_all_slices(pieces: Sequence[FusedPiece]) -> bool:
+    """Return whether these are all parts of their weight, such as q, k and v, or one part with all rows."""
+    first_part = pieces[0].part
+    if not is_row_slice(first_part):
+        return True
+    paths = {piece.part.part_path for piece in pieces}
+    return all(part.part_path in paths for part in _list_parts_like(first_part))
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
@@ -498,9 +532,8 @@ def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
         parts: Factors of each part, ordered by rows; ranks are joined in the same order.
         num_rows: Number of rows of the weight.
     """
-    scales = [scaling_of(part.factors) for part in parts]  # alpha / rank
-    scale = scales[0]
-    if any(other != scale for other in scales):
+    scale = scaling_of(parts[0].factors)  # alpha / rank
+    if any(scaling_of(part.factors) != scale for part in parts):
         parts = [FactorsOfRows(part.row_slice, _fold_into_up(part.factors)) for part in parts]
         scale = 1.0
     downs = [part.factors[DOWN] for part in parts]
@@ -569,13 +602,8 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
     Parts that were cut from one layer get that layer's factors back. Otherwise, a model gets the full matrix
     of the change, which is too large for a file.
     """
-    slices: list[slice] = []
-    for piece in pieces:
-        part_rows = read_delta(piece.factors).count_rows()
-        rows = find_rows_of_part(piece.part, part_rows, num_rows) if part_rows else None
-        if isinstance(rows, slice):
-            slices.append(rows)
-    if len(slices) < len(pieces):
+    slices = _find_slices(pieces, num_rows)
+    if slices is None:
         raise FusionError("its parts are not matrices, or do not fit the rows of the weight")
     parts = _sort_by_rows(pieces, slices)
     ranges = [(part.row_slice.start, part.row_slice.stop) for part in parts]
@@ -586,6 +614,18 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matr
     if not allows_full_matrix:
         raise FusionError("only plain LoRAs, or the parts of one layer, can be joined")
     return _join_full_matrices(parts, num_rows)
+
+
+def _find_slices(pieces: Sequence[FusedPiece], num_rows: int) -> list[slice] | None:
+    """Return each part's rows of a weight with `num_rows` rows; None if a part has none."""
+    slices: list[slice] = []
+    for piece in pieces:
+        part_rows = read_delta(piece.factors).count_rows()
+        rows = find_rows_of_part(piece.part, part_rows, num_rows) if part_rows else None
+        if not isinstance(rows, slice):
+            return None
+        slices.append(rows)
+    return slices
 
 
 def _cover_all_rows(ranges: Sequence[tuple[int, int]], num_rows: int) -> bool:
@@ -607,13 +647,7 @@ def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factor
     """
     part_deltas = [read_delta(part.factors) for part in parts]
     _check_full_matrices(part_deltas, parts, num_rows)
-    changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
-    # None for a part that does not change the weight
-    input_shapes = {None if change is None else change.shape[1:] for change in changes}
-    input_shape = input_shapes.pop()
-    if input_shapes or input_shape is None:
-        raise FusionError("its parts have different inputs")
-    joined = {"diff": _write_rows(parts, changes, torch.zeros(num_rows, *input_shape))}
+    joined = {"diff": _stack_changes(part_deltas, parts, num_rows)}
     magnitudes = [delta.magnitudes for delta in part_deltas if delta.magnitudes is not None]
     if magnitudes:
         joined[MAGNITUDES] = torch.cat(magnitudes)
@@ -621,6 +655,17 @@ def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factor
     if any(bias is not None for bias in biases):
         joined["diff_b"] = _write_rows(parts, biases, torch.zeros(num_rows))
     return joined
+
+
+def _stack_changes(part_deltas: Sequence[Delta], parts: Sequence[FactorsOfRows], num_rows: int) -> Tensor:
+    """Return the full change of a weight; raise FusionError if its parts differ in the shape of a row."""
+    changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
+    row_shapes = {None if change is None else change.shape[1:] for change in changes}
+    row_shape = row_shapes.pop()
+    # None for a part that does not change the weight
+    if row_shapes or row_shape is None:
+        raise FusionError("its parts have different inputs")
+    return _write_rows(parts, changes, torch.zeros(num_rows, *row_shape))
 
 
 def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOfRows], num_rows: int) -> None:
@@ -647,27 +692,35 @@ def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None],
 
 def _restore_layer(parts: Sequence[Factors]) -> Factors | None:
     """Return the factors of the layer that was split by rows into these parts; None if they do not match."""
-    first = parts[0]
-    names = first.keys()
-    delta = read_delta(first)
+    stacked_names = _find_factors_to_stack(parts)
+    if stacked_names is None:
+        return None
+    first, *others = parts
+    shared_names = first.keys() - stacked_names - {ROW_RANGE}
+    for name in shared_names:
+        if not all(torch.equal(part[name], first[name]) for part in others):
+            return None
+    layer = {name: first[name] for name in shared_names}
+    for name in stacked_names:
+        layer[name] = torch.cat([part[name] for part in parts])
+    return layer
+
+
+def _find_factors_to_stack(parts: Sequence[Factors]) -> set[str] | None:
+    """Return the factors of which each part has its own rows; None if the parts are not from one layer."""
+    names = parts[0].keys()
+    delta = read_delta(parts[0])
     split_names = delta.find_factors_with_rows()
     if split_names is None or any(part.keys() != names for part in parts):
         return None
-    if ROW_RANGE in names:
-        # each part has the full layer's factors and a range of rows; only magnitudes and biases are split
-        split_names &= {MAGNITUDES, *deltas.BIAS_FACTORS}
-        layer_size = delta.matrix_size()
-        ranges = [deltas.read_row_range(part) for part in parts]
-        if layer_size is None or not _cover_all_rows(ranges, layer_size[0]):
-            return None
-    shared_names = names - split_names - {ROW_RANGE}
-    for name in shared_names:
-        if not all(torch.equal(part[name], first[name]) for part in parts):
-            return None
-    layer = {name: first[name] for name in shared_names}
-    for name in split_names:
-        layer[name] = torch.cat([part[name] for part in parts])
-    return layer
+    if ROW_RANGE not in names:
+        return split_names
+    # each part has the full layer's factors and a range of rows; only magnitudes and biases are split
+    layer_size = delta.matrix_size()
+    ranges = [deltas.read_row_range(part) for part in parts]
+    if layer_size is None or not _cover_all_rows(ranges, layer_size[0]):
+        return None
+    return split_names & {MAGNITUDES, *deltas.BIAS_FACTORS}
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -766,27 +819,33 @@ def correct_split_alphas(
     one part, so alpha / rank would be k times too small. These modules have block-diagonal up factors.
     """
     corrected = dict(tensors)
-    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as formatted by `:g` below
+    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as `:g` formats it below
     num_corrected = 0
     for name, factors in deltas.group_by_module(tensors).items():
         is_plain_lora = set(factors) == {"alpha", *LORA_FACTORS}
-        if not is_plain_lora:
+        if not is_plain_lora or f"{float(factors['alpha']):g}" != trained_alpha:
             continue
-        down = factors[DOWN]
-        up = factors[UP]
-        alpha = factors["alpha"]
-        is_alpha_of_part = f"{float(alpha):g}" == trained_alpha
-        if not is_alpha_of_part:
-            continue
-        part_indices: set[int | None] = set()
-        for related in related_modules(name.removeprefix(OURS)):
-            if related.is_part and is_row_slice(related.part):
-                part_indices.add(related.part.index)
-        row_counts = rows_of_fused_parts(len(part_indices), rows=len(up), columns=down.shape[1])
-        if row_counts and diagonal_blocks(up, row_counts) is not None:
-            num_parts = len(row_counts)  # k
-            corrected[f"{name}.alpha"] = alpha * num_parts
+        num_parts = _count_parts_with_own_factors(name, factors)
+        if num_parts:
+            corrected[f"{name}.alpha"] = factors["alpha"] * num_parts
             num_corrected += 1
     if num_corrected:
         logger.info(f"{path}: the alphas of {num_corrected} modules with split factors are corrected")
     return corrected
+
+
+def _count_parts_with_own_factors(name: str, factors: Factors) -> int:
+    """Return how many parts of a fused module have their own factors in a plain LoRA's; 0 if they share them.
+
+    Args:
+        name: Name of the module.
+        factors: Factors of the LoRA.
+    """
+    part_indices: set[int | None] = set()
+    for related in related_modules(name.removeprefix(OURS)):
+        if related.is_part and is_row_slice(related.part):
+            part_indices.add(related.part.index)
+    up = factors[UP]
+    row_counts = rows_of_fused_parts(len(part_indices), rows=len(up), columns=factors[DOWN].shape[1])
+    has_own_factors = bool(row_counts) and diagonal_blocks(up, row_counts) is not None
+    return len(row_counts) if has_own_factors else 0

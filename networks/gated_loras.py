@@ -354,18 +354,22 @@ class LoraWrapper(nn.Module):
             return self._inner_forward(*inputs, **named)
         if not self._target.adds_to_output:
             return self._run_with_changed_weights(active, *inputs, **named)
-        x = inputs[0]
         if any(branch.replaces_weight for branch in active):
-            return self._run_with_replacement(active, x)
-        rotations = [branch for branch in active if branch.rotates_input]
+            return self._run_with_replacement(active, inputs[0])
+        return self._add_outputs(active, *inputs, **named)
+
+    def _add_outputs(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
+        """Run a layer, and add the outputs of LoRAs; a rotation changes the layer's input if possible."""
+        x = inputs[0]
+        rotations = [branch for branch in branches if branch.rotates_input]
         if rotations and self._is_innermost:  # other wrappers inside need the original input
             # changes of the input can be summed, so the module runs once for all rotations
             change = functools.reduce(torch.add, [branch.compute_input_change(x) for branch in rotations])
             out = self._inner_forward(x + change)
-            active = [branch for branch in active if not branch.rotates_input]
+            branches = [branch for branch in branches if not branch.rotates_input]
         else:
             out = self._inner_forward(*inputs, **named)
-        for branch in active:
+        for branch in branches:
             out = branch.add_to(out, x)
         return out
 
@@ -415,18 +419,24 @@ class LoraWrapper(nn.Module):
         try:
             for branch, changes in zip(branches, changes_by_branch, strict=True):
                 for name, change in changes.items():
-                    parameter = parameters[name]
-                    assert parameter is not None
-                    weight = parameter.data
-                    changed = change.reshape(weight.shape)
                     is_replacement = branch.replaces_weight and name == self._target.parameter_name
-                    if not is_replacement:
-                        changed = changed + weight.float()
-                    # a new parameter, not new data: the backward pass needs the changed values
-                    parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+                    parameters[name] = _make_changed(parameters[name], change, is_replacement)
             return self._inner_forward(*inputs, **named)
         finally:
             parameters.update(originals)
+
+
+def _make_changed(parameter: nn.Parameter | None, change: Tensor, is_replacement: bool) -> nn.Parameter:
+    """Return a new parameter with a change added, or with the change as its value (`is_replacement`).
+
+    It is a new parameter, not new data, because the backward pass needs the changed values.
+    """
+    assert parameter is not None
+    weight = parameter.data
+    changed = change.reshape(weight.shape)
+    if not is_replacement:
+        changed = changed + weight.float()
+    return nn.Parameter(changed.to(weight.dtype), requires_grad=False)
 
 
 class AddedLoras:
@@ -595,9 +605,10 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
 def find_parameters(
     dit: nn.Module, to_published_name: Callable[[str], str] = str
 ) -> dict[str, ChangedParameter]:
-    """Return the parameters that LoRAs may change, by name in our LoRA files: `lora_unet_blocks_0_ffn_0`.
+    """Return the parameters that LoRAs may change, by the names that their modules have in our LoRA files.
 
-    Such a name is the published path with underscores.
+    Such a name is a prefix and the published path with underscores: `lora_unet_blocks_0_ffn_0` for the
+    module `blocks.0.ffn.0`.
 
     Args:
         dit: The transformer.
@@ -635,11 +646,8 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     absent = [name for name in deltas_in_file if name not in parameters]
     modules = [name.removeprefix(OURS) for name in parameters]
     family = select_family(modules)
-    model_has_none = len(absent) == len(deltas_in_file)
-    if model_has_none and not lora.may_lack(absent):
-        if not lora.encoder:
-            loading.reject_unknown(lora, option)
-        raise _make_misfit_error(lora, absent, family, option)
+    if len(absent) == len(deltas_in_file):
+        _reject_misfit(lora, absent, family, option)
     fitted: dict[str, Delta] = {}
     for name, delta in deltas_in_file.items():
         if name in parameters:
@@ -655,6 +663,22 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     )
     loading.warn_of_other_family(lora, family, modules)
     return fitted
+
+
+def _reject_misfit(lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str) -> None:
+    """Raise CheckpointError for a LoRA file whose modules the model all lacks, unless it may lack them.
+
+    Args:
+        lora: The LoRA file.
+        absent: Modules of the file.
+        family: Family of the model.
+        option: Option that sets the path, for messages.
+    """
+    if lora.may_lack(absent):
+        return
+    if not lora.encoder:
+        loading.reject_unknown(lora, option)
+    raise _make_misfit_error(lora, absent, family, option)
 
 
 def _make_misfit_error(

@@ -33,12 +33,17 @@ def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device)
     biases = [module.bias for module in modules if module.bias is not None]
     if not _can_be_joined(weights, biases, device):
         return
-    for parameters in (weights, biases):
-        if parameters:
-            joined = torch.cat([parameter.data for parameter in parameters])
-            views = joined.split([len(parameter) for parameter in parameters])
-            for parameter, view in zip(parameters, views, strict=True):
-                parameter.data = view
+    _move_to_one_storage(weights)
+    if biases:
+        _move_to_one_storage(biases)
+
+
+def _move_to_one_storage(parameters: Sequence[nn.Parameter]) -> None:
+    """Copy parameters to one tensor, of which each then is a view."""
+    joined = torch.cat([parameter.data for parameter in parameters])
+    views = joined.split([len(parameter) for parameter in parameters])
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.data = view
 
 
 def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor], device: torch.device) -> bool:

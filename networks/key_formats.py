@@ -17,7 +17,14 @@ from networks.kinds import KINDS
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import STORED_AS_VECTOR
 from networks.kinds.factors import Factors
-from networks.module_names import FAMILIES, alias, have_same_names, likely_families, module_path, sizes_fit
+from networks.module_names import (
+    FAMILIES,
+    from_alias,
+    have_same_names,
+    likely_families,
+    module_path,
+    sizes_fit,
+)
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.rewriting import GLOBAL_ALPHA_KEYS, NEEDS_REWRITING, Rewritten, rewrite
 from networks.tensor_names import (
@@ -90,14 +97,26 @@ class _ParsedKeys(NamedTuple):
     of_text_encoders: dict[str, ParsedTextKey]
     unknown: list[str]
 
+    def list_dialects(self) -> list[str]:
+        """Return the dialects of the DiT's keys, sorted; usually a single one."""
+        return sorted({parsed.dialect for parsed in self.of_dit.values()})
+
+
+class _PossibleFamilies(NamedTuple):
+    """The families that a LoRA file may be for."""
+
+    families: list[FamilyNames]
+    hint: str | None  # family named by the user, the metadata or the form of the names
+    name_by_keys: str | None  # the only family whose files have this form of names; None if there are several
+
 
 def to_native(
     tensors: Mapping[str, Tensor], family_hint: str | None = None, with_texts: bool = True
 ) -> NativeTensors:
-    """Rename tensors from any dialect (program's naming scheme) to our names.
+    """Rename tensors from any dialect (a program's naming scheme) to our names.
 
-    Values are unchanged, except that `rewrite` joins some, and that magnitudes become columns. Missing alphas
-    are not added.
+    Values are unchanged, except that some programs' factors are joined to one LoRA per module, and that
+    DoRA magnitudes stored as vectors become columns. Missing alphas are not added.
 
     Args:
         tensors: Tensors by name.
@@ -105,51 +124,43 @@ def to_native(
         with_texts: Whether to rename tensors of text encoders too.
     """
     internal_keys = tuple(key for key in tensors if ROW_RANGE in key)  # files must not contain them
-    rewritten = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal_keys}, {})
-    # some programs' fused or numbered factors become one LoRA for each module
-    if any(NEEDS_REWRITING.search(key) for key in rewritten.tensors):
-        rewritten = rewrite(rewritten.tensors)
-    # find the families that have these modules
+    rewritten = _rewrite_if_needed({key: tensors[key] for key in tensors if key not in internal_keys})
     keys = _parse_keys(rewritten.tensors)
-    dialects = sorted({parsed.dialect for parsed in keys.of_dit.values()})
-    family_name: str | None = rewritten.family_name or None
-    for dialect in dialects:
-        family_name = family_name or _FAMILY_OF_DIALECT.get(dialect)
-    hint = family_hint or family_name
-    families = _find_families(keys.of_dit, rewritten.tensors, hint)
-    if len(families) > 1:
-        families = _narrow_families(families, keys)
-        if len(families) == 1:
-            family_name = families[0].name
-    unknown_names = ""
-    if not families:
-        unknown_names = describe_unknown(parsed.full_path for parsed in keys.of_dit.values())
-    # rename; several keys of a file may get the same name, and the first one is used
-    our_modules = _map_paths_to_our_names(keys.of_dit, families)
-    our_names = {key: f"{our_modules[parsed.path]}.{parsed.suffix}" for key, parsed in keys.of_dit.items()}
+    possible = _find_possible_families(keys, rewritten, family_hint)
+    our_modules = _map_paths_to_our_names(keys.of_dit, possible.families)
+    dit_names = {key: f"{our_modules[parsed.path]}.{parsed.suffix}" for key, parsed in keys.of_dit.items()}
     text_names: dict[str, str] = {}
     if with_texts:
-        text_family = _find_family_for_texts(keys.of_text_encoders, families, hint)
-        text_names = _map_text_keys_to_our_names(keys.of_text_encoders, text_family)
-    key_by_name = _find_first_keys(our_names | text_names)
-    duplicate_keys: dict[str, str] = {}  # other keys of a name -> its first key
-    for key, name in (our_names | text_names).items():
-        if key_by_name[name] != key:
-            duplicate_keys[key] = key_by_name[name]
+        text_names = _map_text_keys_to_our_names(keys.of_text_encoders, possible)
+    # several keys of a file may get the same name; the first one is used
+    key_by_name = _find_first_keys(dit_names | text_names)
+    duplicate_keys = _find_duplicate_keys(dit_names | text_names, key_by_name)
     return NativeTensors(
-        tensors=_rename(our_names.values(), key_by_name, rewritten.tensors),
-        dialect=" + ".join(dialects),
+        tensors=_rename(dit_names.values(), key_by_name, rewritten.tensors),
+        dialect=" + ".join(keys.list_dialects()),
         unnamed_text_keys=tuple(key for key in keys.of_text_encoders if key not in text_names),
         text_tensors=_rename(text_names.values(), key_by_name, rewritten.tensors),
         unknown_keys=(*keys.unknown, *internal_keys),
         duplicate_keys=duplicate_keys,
         conflicting_keys=_find_conflicting_keys(duplicate_keys, rewritten.tensors),
         paths_in_file={our_modules[parsed.path]: parsed.path for parsed in keys.of_dit.values()},
-        joined_lora_counts=_count_joined_loras(rewritten.joined_lora_counts, our_names),
-        families=tuple(families),
-        family_name=family_name,
-        unknown_names=unknown_names,
+        joined_lora_counts=_count_joined_loras(rewritten.joined_lora_counts, dit_names),
+        families=tuple(possible.families),
+        family_name=possible.name_by_keys,
+        unknown_names="" if possible.families else _describe_unknown_paths(keys.of_dit),
     )
+
+
+def _rewrite_if_needed(tensors: dict[str, Tensor]) -> Rewritten:
+    """Turn some programs' fused or numbered factors into one LoRA per module; other files stay unchanged."""
+    if any(NEEDS_REWRITING.search(key) for key in tensors):
+        return rewrite(tensors)
+    return Rewritten(tensors, {})
+
+
+def _describe_unknown_paths(keys: Mapping[str, ParsedKey]) -> str:
+    """Describe module paths that no family has, for messages."""
+    return describe_unknown(parsed.full_path for parsed in keys.values())
 
 
 def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
@@ -158,6 +169,20 @@ def _find_first_keys(names: Mapping[str, str]) -> dict[str, str]:
     for key, name in names.items():
         key_by_name.setdefault(name, key)
     return key_by_name
+
+
+def _find_duplicate_keys(names: Mapping[str, str], key_by_name: Mapping[str, str]) -> dict[str, str]:
+    """Return each key whose name an earlier key has too, and that earlier key.
+
+    Args:
+        names: Key -> our name.
+        key_by_name: Our name -> the first key that has it.
+    """
+    duplicate_keys: dict[str, str] = {}
+    for key, name in names.items():
+        if key_by_name[name] != key:
+            duplicate_keys[key] = key_by_name[name]
+    return duplicate_keys
 
 
 def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
@@ -224,7 +249,33 @@ def _parse_keys(names: Iterable[str]) -> _ParsedKeys:
     return keys
 
 
-def _find_families(
+def _find_possible_families(
+    keys: _ParsedKeys, rewritten: Rewritten, family_hint: str | None
+) -> _PossibleFamilies:
+    """Find the families that a file may be for, by its names and sizes and by the hint.
+
+    Args:
+        keys: Parsed keys of the file.
+        rewritten: Tensors of the file.
+        family_hint: Family named by the user or the metadata.
+    """
+    name_by_keys = rewritten.family_name or _family_of_dialects(keys.list_dialects())
+    hint = family_hint or name_by_keys
+    families = _families_with_modules(keys.of_dit, rewritten.tensors, hint)
+    if len(families) > 1:
+        families = _narrow_families(families, keys)
+        if len(families) == 1:
+            name_by_keys = families[0].name
+    return _PossibleFamilies(families, hint, name_by_keys)
+
+
+def _family_of_dialects(dialects: Iterable[str]) -> str | None:
+    """Return the family of the first dialect that only one family's files use; None if there is none."""
+    families = (_FAMILY_OF_DIALECT.get(dialect) for dialect in dialects)
+    return next((family for family in families if family is not None), None)
+
+
+def _families_with_modules(
     keys: Mapping[str, ParsedKey], tensors: Mapping[str, Tensor], hint: str | None
 ) -> list[FamilyNames]:
     """Return the families that have modules with these names and sizes."""
@@ -259,7 +310,7 @@ def _may_be_underscored(family: FamilyNames, paths: Collection[str]) -> bool:
     For paths of another layout (`input_blocks_1_1_proj_in`), only families whose LoRAs all tools write in
     this way (SDXL) have such files.
     """
-    has_aliases = any(alias(path, family) != path for path in paths)
+    has_aliases = any(from_alias(path, family) != path for path in paths)
     return not has_aliases or family.underscored_names == "aliases"
 
 
@@ -271,7 +322,7 @@ def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[Fa
     modules: dict[str, str] = {}
     for path in dict.fromkeys(parsed.path for parsed in keys.values()):
         module = path.replace(".", "_")
-        translations = {alias(module, family) for family in families}
+        translations = {from_alias(module, family) for family in families}
         if len(translations) == 1:
             (module,) = translations
         modules[path] = OURS + module
@@ -300,9 +351,10 @@ def _find_family_for_texts(
 
 
 def _map_text_keys_to_our_names(
-    keys: Mapping[str, ParsedTextKey], family: FamilyNames | None
+    keys: Mapping[str, ParsedTextKey], possible: _PossibleFamilies
 ) -> dict[str, str]:
     """Map text encoder keys of a file to our names, leaving out keys that have none."""
+    family = _find_family_for_texts(keys, possible.families, possible.hint)
     names: dict[str, str] = {}
     for key, parsed in keys.items():
         name = name_text(parsed, family)

@@ -4,8 +4,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from logging import getLogger
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from modules.console import format_count, list_some, pluralize
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas, restore_folded_alphas
-from networks.delta import read_deltas
+from networks.delta import Delta, read_deltas
 from networks.deltas import SET_WEIGHT, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.fused_parts import correct_split_alphas, stack_rows
 from networks.key_formats import NativeTensors
@@ -223,6 +225,33 @@ def read_lora(
     Raises:
         CheckpointError: If the file is missing, damaged, not a LoRA, or of an unsupported kind.
     """
+    stored = _read_stored_lora(path)
+    embeddings: BundledWords = {}
+    if with_embeddings and any(name.startswith(BUNDLE) for name in stored.tensors):
+        embeddings = find_words(stored.tensors)
+        stored = stored._replace(tensors=without_words(stored.tensors))
+    # a file that we wrote and that has only our names: no other program's names are tried
+    trained_family = read_family(stored.metadata) if stored.is_written_here else None
+    if trained_family is not None and family in (None, trained_family.name):
+        native = key_formats.read_own_names(stored.tensors, trained_family)
+        if native is not None:
+            lora = _build_lora(stored, native, expert=None)
+            return replace(lora, embeddings=embeddings, trusted_family=trained_family)
+    lora = _recognize_loras(stored, by_expert, with_texts, family)
+    return _add_embeddings(lora, embeddings) if embeddings else lora
+
+
+class _StoredLora(NamedTuple):
+    """A LoRA file, or one expert's LoRA in it, with the names and metadata that the file has."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    is_written_here: bool  # whether we wrote the file, and no other tool has changed it
+
+
+def _read_stored_lora(path: Path) -> _StoredLora:
+    """Read a LoRA file as it is stored. Raises CheckpointError for other files; see `read_lora`."""
     with open_checkpoint(path) as checkpoint:
         # the hash of names, dtypes and shapes differs if another tool has changed our file
         is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
@@ -231,7 +260,7 @@ def read_lora(
         if unsupported is None and not any(_ADAPTER_NAME.search(name) for name in checkpoint.tensors):
             reject_quantized(checkpoint)
             raise _make_no_lora_error(path, checkpoint.tensors)
-        stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
     if is_written_here and path.is_file() and is_damaged(path, metadata):
         raise CheckpointError(
@@ -241,38 +270,37 @@ def read_lora(
     if unsupported is not None:
         raise _make_unsupported_error(path, *unsupported)
     rank_rule_of(metadata, path)  # raises if the file's rank masks (T-LoRA) cannot be read
-    embeddings: BundledWords = {}
-    if with_embeddings and any(name.startswith(BUNDLE) for name in stored):
-        embeddings = find_words(stored)
-        stored = without_words(stored)
-    # fast path for files written by us, which use only our names
-    trained_family = read_family(metadata) if is_written_here else None
-    if trained_family is not None and family in (None, trained_family.name):
-        native = key_formats.read_own_names(stored, trained_family)
-        if native is not None:
-            lora = _build_lora(path, native, metadata, expert=None, is_written_here=True)
-            return replace(lora, embeddings=embeddings, trusted_family=trained_family)
-    # any other file: recognize the dialect of each expert's names
-    names_by_expert = key_formats.split_names(stored)
+    return _StoredLora(path, tensors, metadata, is_written_here)
+
+
+def _recognize_loras(stored: _StoredLora, by_expert: bool, with_texts: bool, family: str | None) -> LoraFile:
+    """Recognize the LoRA in a file of any program, or the LoRA for each expert; see `read_lora`."""
+    names_by_expert = key_formats.split_names(stored.tensors)
     if len(names_by_expert) > 1 and not by_expert:
-        raise _make_several_error(path)
+        raise _make_several_error(stored.path)
     loras: dict[str | None, LoraFile] = {}
     for expert, names in names_by_expert.items():
-        lora = _recognize_lora(
-            path,
-            {name: stored[name] for name in names},
-            metadata,
-            expert=expert,
-            with_texts=with_texts,
-            is_written_here=is_written_here,
-            family=family,
+        tensors_of_expert = {name: stored.tensors[name] for name in names}
+        loras[expert] = _recognize_lora(
+            stored._replace(tensors=tensors_of_expert), expert, with_texts=with_texts, family=family
         )
-        loras[expert] = replace(lora, embeddings=embeddings)
     if len(loras) == 1:
         return next(iter(loras.values()))
     dialects = sorted({lora.dialect for lora in loras.values()})
     loras_by_expert = {expert: lora for expert, lora in loras.items() if expert is not None}
-    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), loras_by_expert=loras_by_expert)
+    return LoraFile(
+        stored.path, {}, stored.metadata, dialect=" + ".join(dialects), loras_by_expert=loras_by_expert
+    )
+
+
+def _add_embeddings(lora: LoraFile, embeddings: BundledWords) -> LoraFile:
+    """Return a LoRA, or the LoRA of each expert, together with the trained words in its file."""
+    if not lora.loras_by_expert:
+        return replace(lora, embeddings=embeddings)
+    loras_by_expert: dict[str, LoraFile] = {}
+    for expert, lora_of_expert in lora.loras_by_expert.items():
+        loras_by_expert[expert] = replace(lora_of_expert, embeddings=embeddings)
+    return replace(lora, loras_by_expert=loras_by_expert)
 
 
 def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
@@ -285,72 +313,97 @@ def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
 
 
 def _recognize_lora(
-    path: Path,
-    stored: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    expert: str | None,
-    with_texts: bool,
-    is_written_here: bool,
-    family: str | None,
+    stored: _StoredLora, expert: str | None, with_texts: bool, family: str | None
 ) -> LoraFile:
     """Rename the tensors of a file, or of one expert in it, from any program's names to ours.
 
     Args:
-        path: Path of the file.
-        stored: Tensors as stored in the file.
-        metadata: Metadata of the file.
+        stored: The file, with the tensors of the expert.
         expert: Expert of the LoRA; None if names in the file do not reveal it.
         with_texts: Whether to read changes of text encoders.
-        is_written_here: Whether we wrote the file.
         family: Family named by the user; None if none was named.
+
+    Raises:
+        CheckpointError: If the tensors are not a LoRA, or if a layer is changed under two names.
     """
     if expert is not None:
-        metadata = _metadata_of_expert(path, metadata, expert)
-    has_no_family = read_family(metadata) is None
-    # the returned metadata also names the recognized family
-    native, metadata = _recognize(path, stored, metadata, family=family, with_texts=with_texts)
-    part = _build_lora(path, native, metadata, expert=expert, is_written_here=is_written_here)
-    return replace(part, is_family_by_names=has_no_family and native.family_name is not None)
+        stored = stored._replace(metadata=_metadata_of_expert(stored.path, stored.metadata, expert))
+    trained_family = read_family(stored.metadata)
+    hint = family or (None if trained_family is None else trained_family.name)
+    native = key_formats.to_native(stored.tensors, hint, with_texts)
+    stored = stored._replace(metadata=_add_recognized_facts(stored, native, trained_family))
+    _reject_unusable_names(stored, native)
+    if native.family is not None and native.family.rows_by_head is not None:
+        # some programs order the rows of fused weights by head
+        tensors = stack_rows(stored.path, native.tensors, native.family.rows_by_head, stored.tensors)
+        native = replace(native, tensors=tensors)
+    if native.unnamed_text_keys or native.duplicate_keys or native.unknown_keys:
+        _warn_of_unused(stored.path, native, trained_family or native.family, len(stored.tensors))
+    lora = _build_lora(stored, native, expert)
+    is_family_by_names = trained_family is None and native.family_name is not None
+    return replace(lora, is_family_by_names=is_family_by_names)
 
 
-def _build_lora(
-    path: Path,
-    native: NativeTensors,
-    metadata: Mapping[str, str],
-    expert: str | None,
-    is_written_here: bool,
-) -> LoraFile:
+def _add_recognized_facts(
+    stored: _StoredLora, native: NativeTensors, trained_family: FamilyNames | None
+) -> Mapping[str, str]:
+    """Return the metadata plus what the tensors reveal: the family, and the form of DoRA magnitudes.
+
+    The family is stored under `TRAINED_ON`; that magnitudes refer to frozen norms, as in ComfyUI, is stored
+    under `NORMS_FORM`.
+
+    Args:
+        stored: The file.
+        native: Its tensors under our names.
+        trained_family: Family named in the metadata; None if there is none.
+    """
+    metadata = stored.metadata
+    if trained_family is None and native.family_name is not None:
+        metadata = {**metadata, TRAINED_ON: native.family_name}
+    is_in_comfyui_names = native.dialect == "other"
+    if is_in_comfyui_names and any(kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS):
+        metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
+        logger.info(
+            f"{stored.path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its program "
+            "writes them"
+        )
+    return metadata
+
+
+def _reject_unusable_names(stored: _StoredLora, native: NativeTensors) -> None:
+    """Raise CheckpointError if a file is not a LoRA, or has unknown modules or a layer under two names."""
+    if not native.tensors and not native.text_tensors:
+        raise _make_no_lora_error(stored.path, stored.tensors)
+    if native.family is not None and native.family.rejects_unknown_names:
+        _reject_unknown_modules(stored.path, stored.tensors, native.family)
+    _reject_clash(stored.path, native)
+
+
+def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) -> LoraFile:
     """Build a `LoraFile` from a file or one expert's part of it; add missing alphas, reject invalid factors.
 
     Args:
-        path: Path of the file.
+        stored: The file, whose metadata are those of the expert's LoRA.
         native: Tensors under our names.
-        metadata: Metadata of the file, or of the expert's LoRA.
         expert: Expert of the LoRA; None if names in the file do not reveal it.
-        is_written_here: Whether we wrote the file.
     """
-    tensors = dict(native.tensors)
-    text_tensors = dict(native.text_tensors)
-    if is_written_here and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
-        tensors = restore_folded_alphas(tensors, metadata)
-        text_tensors = restore_folded_alphas(text_tensors, metadata)
-    if not is_written_here:  # other programs also write tensors without effect
-        tensors, text_tensors = _drop_tensors_without_effect(path, tensors, text_tensors)
-    metadata = {key: value for key, value in metadata.items() if key != FOLDED}
-    native = replace(native, tensors=tensors, text_tensors=text_tensors)
-    modules = group_by_module(tensors) | group_by_module(text_tensors)
+    path = stored.path
+    metadata = {key: value for key, value in stored.metadata.items() if key != FOLDED}
+    if not stored.is_written_here:  # other programs also write tensors without effect
+        native = _drop_tensors_without_effect(path, native)
+    elif FOLDED in stored.metadata:  # alpha / rank is in the factors: restore the alphas
+        native = _restore_alphas(native, stored.metadata)
+    modules = group_by_module(native.tensors) | group_by_module(native.text_tensors)
     _reject_faulty(path, modules, native.unknown_keys)
-    alpha_clause = ""
-    lacks_alpha = any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values())
-    if lacks_alpha:
-        alphas = read_alphas(path, metadata, native=native, expert=expert, is_written_here=is_written_here)
-        alpha_clause = alphas.description
-        # names without the transformer's prefix belong to text encoders
-        dit_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
-        text_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name not in dit_alphas}
-        tensors = {**tensors, **dit_alphas}
-        text_tensors = {**text_tensors, **text_alphas}
-    logger.info(f"{path}: {_describe_lora(native, metadata, alpha_clause, expert)}")
+    alphas_clause = ""
+    if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
+        alphas = read_alphas(
+            path, metadata, native=native, expert=expert, is_written_here=stored.is_written_here
+        )
+        native = _add_alphas(native, alphas.tensors)
+        alphas_clause = alphas.description
+    logger.info(f"{path}: {_describe_lora(native, metadata, alphas_clause, expert)}")
+    tensors = native.tensors
     # sd-scripts with the argument split_qkv saves the alpha of a single part for joined factors
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = correct_split_alphas(path, tensors, metadata)
@@ -359,64 +412,43 @@ def _build_lora(
         tensors,
         metadata,
         dialect=native.dialect,
-        text_tensors=text_tensors,
+        text_tensors=native.text_tensors,
         unknown_names=native.unknown_names,
     )
 
 
-def _drop_tensors_without_effect(
-    path: Path, tensors: dict[str, Tensor], text_tensors: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _restore_alphas(native: NativeTensors, metadata: Mapping[str, str]) -> NativeTensors:
+    """Return the tensors of a file written by us with the alphas that were folded into its factors."""
+    return replace(
+        native,
+        tensors=restore_folded_alphas(native.tensors, metadata),
+        text_tensors=restore_folded_alphas(native.text_tensors, metadata),
+    )
+
+
+def _add_alphas(native: NativeTensors, alphas: Mapping[str, Tensor]) -> NativeTensors:
+    """Return tensors under our names plus alphas that the file does not store as tensors."""
+    # names without the transformer's prefix belong to text encoders
+    dit_alphas = {name: alpha for name, alpha in alphas.items() if name.startswith(OURS)}
+    text_alphas = {name: alpha for name, alpha in alphas.items() if name not in dit_alphas}
+    return replace(
+        native,
+        tensors={**native.tensors, **dit_alphas},
+        text_tensors={**native.text_tensors, **text_alphas},
+    )
+
+
+def _drop_tensors_without_effect(path: Path, native: NativeTensors) -> NativeTensors:
     """Drop unused alphas, and (with a warning) changes of weights that the file itself replaces."""
-    remaining, replaced = drop_replaced(drop_unused_alphas(tensors))
-    remaining_texts, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
+    tensors, replaced = drop_replaced(drop_unused_alphas(native.tensors))
+    text_tensors, replaced_in_texts = drop_replaced(drop_unused_alphas(native.text_tensors))
     names = [*replaced, *replaced_in_texts]
     if names:
         logger.warning(
             f"{path}: {SET_WEIGHT} replaces the other changes of "
             f"{format_count(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
         )
-    return remaining, remaining_texts
-
-
-def _recognize(
-    path: Path,
-    stored: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    family: str | None,
-    with_texts: bool,
-) -> tuple[key_formats.NativeTensors, Mapping[str, str]]:
-    """Return the tensors under our names, and the metadata plus what the tensors reveal.
-
-    The tensors may reveal the family, stored under `TRAINED_ON`, and that DoRA magnitudes refer to frozen
-    norms as in ComfyUI, stored under `NORMS_FORM`.
-
-    Raises:
-        CheckpointError: If the tensors are not a LoRA, or if a layer is changed under two names.
-    """
-    trained_family = read_family(metadata)
-    hint = family or (None if trained_family is None else trained_family.name)
-    native = key_formats.to_native(stored, hint, with_texts)
-    if trained_family is None and native.family_name is not None:
-        metadata = {**metadata, TRAINED_ON: native.family_name}
-    is_in_comfyui_names = native.dialect == "other"
-    if is_in_comfyui_names and any(kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS):
-        metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
-        logger.info(
-            f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its program writes them"
-        )
-    if not native.tensors and not native.text_tensors:
-        raise _make_no_lora_error(path, stored)
-    if native.family is not None and native.family.rejects_unknown_names:
-        _reject_unknown_modules(path, stored, native.family)
-    _reject_clash(path, native)
-    if native.family is not None and native.family.rows_by_head is not None:
-        # some programs order the rows of fused weights by head
-        tensors = stack_rows(path, native.tensors, native.family.rows_by_head, stored)
-        native = replace(native, tensors=tensors)
-    if native.unnamed_text_keys or native.duplicate_keys or native.unknown_keys:
-        _warn_of_unused(path, native, trained_family or native.family, len(stored))
-    return native, metadata
+    return replace(native, tensors=tensors, text_tensors=text_tensors)
 
 
 def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
@@ -496,24 +528,30 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
     """
     for module, delta in read_deltas(modules).items():
         reason = delta.find_error()
-        if reason is None:
-            continue
-        # only the alpha was read: the module's factors are among the unknown keys
-        if unknown and not delta.factors.keys() - {"alpha"}:
-            raise CheckpointError(
-                f"{path} cannot be used: its factors have names that are not known, such as "
-                f"{list_some(unknown, 2)}.\n  Give a {list_additive()} as its program wrote it.",
-                path,
-            )
-        raise CheckpointError(
-            f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.",
-            path,
-        )
+        if reason is not None:
+            raise _make_faulty_error(path, module, delta, reason, unknown)
     for kind in KINDS:
         if kind.check_file is None:
             continue
         if any(not factors.keys().isdisjoint(kind.marks) for factors in modules.values()):
             kind.check_file(path)
+
+
+def _make_faulty_error(
+    path: Path, module: str, delta: Delta, reason: str, unknown: Sequence[str]
+) -> CheckpointError:
+    """Return the error for a module whose factors define no change; `unknown` are keys that are not used."""
+    # only the alpha was read: the module's factors are among the unknown keys
+    if unknown and not delta.factors.keys() - {"alpha"}:
+        return CheckpointError(
+            f"{path} cannot be used: its factors have names that are not known, such as "
+            f"{list_some(unknown, 2)}.\n  Give a {list_additive()} as its program wrote it.",
+            path,
+        )
+    return CheckpointError(
+        f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.",
+        path,
+    )
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
@@ -671,24 +709,43 @@ def read_weighted_loras(
     if patterns is not None:
         include_patterns = patterns.include_patterns or ()
         exclude_patterns = patterns.exclude_patterns or ()
-    for option, typed in (("include_patterns", include_patterns), ("exclude_patterns", exclude_patterns)):
-        if len(typed) > len(files):
-            raise OptionError(
-                f"--{option} has {len(typed)} patterns for {len(files)} LoRA files: give one per file, in "
-                "the same order"
-            )
+    if max(len(include_patterns), len(exclude_patterns)) > len(files):
+        raise _make_extra_patterns_error(include_patterns, exclude_patterns, len(files))
     weighted_loras = []
-    for index, (path, multiplier) in enumerate(files):
-        # the last files may have no pattern
-        include = include_patterns[index] if index < len(include_patterns) else None
-        exclude = exclude_patterns[index] if index < len(exclude_patterns) else None
+    # the last files may have no pattern: theirs are None
+    for (path, multiplier), include, exclude in zip_longest(files, include_patterns, exclude_patterns):
         lora = read_lora(path, by_expert=True, with_texts=with_texts, with_embeddings=with_embeddings)
+        weighted_lora = WeightedLora(lora, multiplier, include, exclude)
         if include or exclude:
-            names = _names_for_patterns(lora)
-            include = fit_pattern(include, names, str(path))
-            exclude = fit_pattern(exclude, names, str(path))
-        weighted_loras.append(WeightedLora(lora, multiplier, include, exclude))
+            weighted_lora = _fit_separators(weighted_lora)
+        weighted_loras.append(weighted_lora)
     return weighted_loras
+
+
+def _make_extra_patterns_error(
+    include_patterns: Sequence[str], exclude_patterns: Sequence[str], num_files: int
+) -> OptionError:
+    """Return the error for an option that has more patterns than there are LoRA files."""
+    option = "include_patterns"
+    num_patterns = len(include_patterns)
+    if num_patterns <= num_files:
+        option = "exclude_patterns"
+        num_patterns = len(exclude_patterns)
+    return OptionError(
+        f"--{option} has {num_patterns} patterns for {num_files} LoRA files: give one per file, in "
+        "the same order"
+    )
+
+
+def _fit_separators(weighted_lora: WeightedLora) -> WeightedLora:
+    """Let patterns that match no name as typed match dots and underscores alike; see `fit_pattern`."""
+    names = _names_for_patterns(weighted_lora.lora)
+    path = str(weighted_lora.lora.path)
+    return replace(
+        weighted_lora,
+        include=fit_pattern(weighted_lora.include, names, path),
+        exclude=fit_pattern(weighted_lora.exclude, names, path),
+    )
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
@@ -790,28 +847,43 @@ def select_network_part(weighted_loras: Iterable[WeightedLora], of_text_encoders
     for weighted_lora in weighted_loras:
         family = weighted_lora.lora.trusted_family
         has_only_dit_modules = family is not None and not family.text_module_prefixes
-        if has_only_dit_modules:
-            if weighted_lora.lora.tensors and not of_text_encoders:
-                loras_on_side.append(weighted_lora)
-            continue
-        text_modules: dict[str, Factors] = {}
-        dit_modules: dict[str, Factors] = {}
-        for name, factors in weighted_lora.lora.modules().items():
-            if describe_text_module(name.removeprefix(OURS), family):
-                text_modules[name] = factors
-            else:
-                dit_modules[name] = factors
-        is_selected = _keeps_any(weighted_lora, text_modules if of_text_encoders else dit_modules)
-        is_left_for_report = (
-            not of_text_encoders and bool(dit_modules) and not _keeps_any(weighted_lora, text_modules)
-        )
-        if is_selected or is_left_for_report:
-            tensors = weighted_lora.lora.tensors
-            has_both_sides = bool(text_modules) and bool(dit_modules)
-            if has_both_sides:
-                tensors = ungroup(text_modules if of_text_encoders else dit_modules)
-            loras_on_side.append(replace(weighted_lora, lora=replace(weighted_lora.lora, tensors=tensors)))
+        if not has_only_dit_modules:
+            reduced = _reduce_to_network(weighted_lora, of_text_encoders)
+            if reduced is not None:
+                loras_on_side.append(reduced)
+        elif weighted_lora.lora.tensors and not of_text_encoders:
+            loras_on_side.append(weighted_lora)
     return loras_on_side
+
+
+def _split_by_network(lora: LoraFile) -> tuple[dict[str, Factors], dict[str, Factors]]:
+    """Return the modules that are loaded with the text encoders, and the transformer's other modules."""
+    text_modules: dict[str, Factors] = {}
+    dit_modules: dict[str, Factors] = {}
+    for name, factors in lora.modules().items():
+        is_of_texts = describe_text_module(name.removeprefix(OURS), lora.trusted_family) != ""
+        modules = text_modules if is_of_texts else dit_modules
+        modules[name] = factors
+    return text_modules, dit_modules
+
+
+def _reduce_to_network(weighted_lora: WeightedLora, of_text_encoders: bool) -> WeightedLora | None:
+    """Return a LoRA with only one side's modules, or None; see `select_network_part`."""
+    text_modules, dit_modules = _split_by_network(weighted_lora.lora)
+    if of_text_encoders:
+        modules = text_modules
+        is_used = _keeps_any(weighted_lora, text_modules)
+    else:
+        modules = dit_modules
+        # if the patterns select nothing at all, the merge into the transformer reports it
+        is_for_report = bool(dit_modules) and not _keeps_any(weighted_lora, text_modules)
+        is_used = is_for_report or _keeps_any(weighted_lora, dit_modules)
+    if not is_used:
+        return None
+    has_both_sides = bool(text_modules) and bool(dit_modules)
+    if not has_both_sides:
+        return weighted_lora
+    return replace(weighted_lora, lora=replace(weighted_lora.lora, tensors=ungroup(modules)))
 
 
 def _keeps_any(weighted_lora: WeightedLora, modules: Mapping[str, Factors]) -> bool:
@@ -837,15 +909,9 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     for pattern, reason in model.unsupported_loras:
         if re.search(pattern, origin, re.IGNORECASE):
             raise CheckpointError(f"{lora.path}: {reason}", lora.path)
-    newest_release, parameter_of_newest = model.newest_release  # only this release has the parameter
+    _, parameter_of_newest = model.newest_release  # only the newest release has the parameter
     if model.release_pattern and parameter_of_newest in modules:
-        match = re.search(model.release_pattern, origin, re.IGNORECASE)
-        if match is not None and match[1] != newest_release:
-            logger.info(
-                f"{lora.path} was trained for {match[1]} according to its metadata, and is used on "
-                f"{newest_release}: most of what it has learned carries over, but its effect may be weaker "
-                "or stronger"
-            )
+        _log_older_release(lora.path, model, origin)
     trained_family = read_family(lora.metadata)
     if trained_family is None or trained_family is model or trained_family.name in model.compatible_families:
         return
@@ -854,6 +920,24 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         f"{model.name} model. Its module names match, but it has learned changes of other weights: expect "
         "little effect or poor results."
     )
+
+
+def _log_older_release(path: Path, model: FamilyNames, origin: str) -> None:
+    """Log that a LoRA is for an older release, named in its metadata, and is used on the newest one.
+
+    Args:
+        path: Path of the LoRA.
+        model: Family of the model, whose `release_pattern` finds the release in the metadata.
+        origin: Metadata that may name the release.
+    """
+    newest_release, _ = model.newest_release
+    match = re.search(model.release_pattern, origin, re.IGNORECASE)
+    if match is not None and match[1] != newest_release:
+        logger.info(
+            f"{path} was trained for {match[1]} according to its metadata, and is used on "
+            f"{newest_release}: most of what it has learned carries over, but its effect may be weaker "
+            "or stronger"
+        )
 
 
 def read_weighted_lora(path: Path, expert: str, multiplier: float) -> WeightedLora:

@@ -156,13 +156,10 @@ class LoraLayer(nn.Module):
                 # cast once for both the frozen module and the LoRA
                 x = x.to(dtype) if shared is None else shared.cast(x)
         dropouts = self.dropouts if self.training else None
+        has_module_dropout = dropouts is not None and dropouts.module > 0
         # compiled code cannot branch on a random value: it computes the LoRA, then selects an output
-        selects_output = (
-            dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
-        )
-        if self.multiplier == 0:
-            return self._original_forward(x)
-        if dropouts and not selects_output and self._skips(dropouts.module):
+        selects_output = has_module_dropout and self.seed_table is not None and torch.compiler.is_compiling()
+        if self.multiplier == 0 or (has_module_dropout and not selects_output and self._is_dropped()):
             return self._original_forward(x)
         # layers with the same input compute their outputs together
         if shared is not None and shared.computes_outputs and x.dtype == dtype:
@@ -177,19 +174,22 @@ class LoraLayer(nn.Module):
                 total = out + addition
             else:  # DoRA
                 total = self.combine_outputs(self, out, addition, input_dtype)
-        if self.training and self.ggpo_noise_buffer is not None:  # LoRA-GGPO
-            module, buffer_name = self.ggpo_noise_buffer
-            seed = self.seed.derive(self.index, "noise")
-            noise = perturbed(x.to(dtype), getattr(module, buffer_name), seed)
-            total = total + noise.to(total.dtype)
-        if selects_output and dropouts and dropouts.module > 0:
-            return self._without_dropped(out, total, dropouts.module)
-        return total
+        if self.training and self.ggpo_noise_buffer is not None:
+            total = total + self._make_ggpo_noise(x.to(dtype)).to(total.dtype)
+        return self._select_output(out, total) if selects_output else total
 
-    def _without_dropped(self, out: Tensor, total: Tensor, probability: float) -> Tensor:
+    def _make_ggpo_noise(self, x: Tensor) -> Tensor:
+        """Return LoRA-GGPO's noise for this layer's output."""
+        assert self.ggpo_noise_buffer is not None
+        module, buffer_name = self.ggpo_noise_buffer
+        seed = self.seed.derive(self.index, "noise")
+        return perturbed(x, getattr(module, buffer_name), seed)
+
+    def _select_output(self, out: Tensor, total: Tensor) -> Tensor:
         """Return the frozen module's output `out` if module dropout skips this LoRA, else `total`."""
         assert self.seed_table is not None
-        is_dropped = self.seed_table[KINDS.index("module"), 0] < probability * (_32_BITS + 1)
+        assert self.dropouts is not None
+        is_dropped = self.seed_table[KINDS.index("module"), 0] < self.dropouts.module * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
 
     def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
@@ -345,9 +345,10 @@ class LoraLayer(nn.Module):
         part = getattr(self._original[0], TOKEN_PART, 0) if kind == "neuron" else 0
         return self.seed.derive(self.index, kind, part)
 
-    def _skips(self, probability: float) -> bool:
+    def _is_dropped(self) -> bool:
         """Return whether module dropout skips this LoRA in the current step."""
-        return probability > 0 and (self.seed_of("module") & _32_BITS) < probability * (_32_BITS + 1)
+        assert self.dropouts is not None
+        return (self.seed_of("module") & _32_BITS) < self.dropouts.module * (_32_BITS + 1)
 
     def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], probability: float) -> Tensor:
         """Apply dropout: set random elements to 0 and divide the others by 1 - probability."""

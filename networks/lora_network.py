@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ if TYPE_CHECKING:  # only for --network_weights
     from networks.loading import LoraFile
 logger = getLogger(__name__)
 UNET = OURS.removesuffix("_")
+
+
+class _LayerRate(NamedTuple):
+    """Learning rate of a layer, and its parameter group."""
+
+    rate: float
+    label: str  # name of the parameter group; layers with the same label share a group
+    plus_ratio: float | None  # LoRA+: learning rate of the up factor / learning rate of the down factor
 
 
 class OwnNetwork(nn.Module):
@@ -101,9 +109,7 @@ class OwnNetwork(nn.Module):
     def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
         """Load initial values, including alphas, from a LoRA file with any program's names.
 
-        1. Read the file, and convert its modules to the network's.
-        2. Reject other sizes, then load the modules that both have.
-        3. Log the modules that only one of the two has.
+        Modules that only the file or only the network has are logged.
 
         Args:
             path: Path of the file.
@@ -118,41 +124,51 @@ class OwnNetwork(nn.Module):
         """
         from networks import loading  # only for --network_weights
 
-        state = self.state_dict()
-        network_modules = group_by_module(state)
+        network_modules = group_by_module(self.state_dict())
         lora = self._read_initial_lora(path, network_modules, modules)
         # the few modules of a network may occur in several families: the file's metadata decides
         lora_family = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in network_modules)
         family = select_family(names, None if lora_family is None else lora_family.name)
         loading.warn_of_other_family(lora, family, modules)
-
         file_modules = _factors_for_network(lora, network_modules)
-        _reject_other_sizes(path, file_modules, network_modules)
-        fitting = {name: factors for name, factors in file_modules.items() if name in network_modules}
-        if not fitting:
-            loading.reject_unknown(lora, "--network_weights")
-            raise _make_misfit_error(lora, file_modules)
-        # some tools store alpha as a list with one element
-        shaped = {name: tensor.reshape(state[name].shape) for name, tensor in ungroup(fitting).items()}
-        self.load_state_dict(shaped, strict=False)
+        num_loaded = self._load_common_modules(lora, file_modules, network_modules)
 
         absent = [name for name in file_modules if name not in network_modules]
-        unusable = _warn_of_unusable(
-            path,
-            file_modules,
-            absent,
-            modules=modules,
-            family=family,
-        )
+        unusable = _warn_of_unusable(path, file_modules, absent, modules=modules, family=family)
         errors = [f"{name} is not in this network" for name in absent if name not in unusable]
         errors += [f"{name} is not in the file" for name in network_modules if name not in file_modules]
         if errors:
             logger.warning(
-                f"{path}: {format_count(len(fitting), 'module')} loaded, {len(errors)} not: "
-                f"{list_some(errors)}"
+                f"{path}: {format_count(num_loaded, 'module')} loaded, {len(errors)} not: {list_some(errors)}"
             )
         return errors
+
+    def _load_common_modules(
+        self, lora: "LoraFile", file_modules: Mapping[str, Factors], network_modules: Mapping[str, Factors]
+    ) -> int:
+        """Load the factors of those modules that both the file and the network have; return their number.
+
+        Args:
+            lora: The LoRA file.
+            file_modules: Its factors, by module of the network.
+            network_modules: Factors of the network, by module.
+
+        Raises:
+            CheckpointError: If the factors differ in name or size, or if there are no common modules.
+        """
+        from networks import loading  # only for --network_weights
+
+        _reject_other_sizes(lora.path, file_modules, network_modules)
+        common = {name: factors for name, factors in file_modules.items() if name in network_modules}
+        if not common:
+            loading.reject_unknown(lora, "--network_weights")
+            raise _make_misfit_error(lora, file_modules)
+        state = self.state_dict()
+        # some tools store alpha as a list with one element
+        shaped = {name: tensor.reshape(state[name].shape) for name, tensor in ungroup(common).items()}
+        self.load_state_dict(shaped, strict=False)
+        return len(common)
 
     def _read_initial_lora(
         self, path: Path, network_modules: Mapping[str, Factors], modules: Collection[str]
@@ -235,12 +251,11 @@ class OwnNetwork(nn.Module):
             text_encoder_lr: Rates of the trained text encoders in order; the last rate applies to all other
                 encoders. None for `learning_rate`.
         """
-        text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
-        rates: dict[str, float] = {}  # learning rate of each network, by prefix
+        rates = {UNET: learning_rate if unet_lr is None else unet_lr}  # of each network, by prefix
         encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
+        text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
         for index, prefix in enumerate(encoders):
             rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
-        rates[UNET] = learning_rate if unet_lr is None else unet_lr
         # for each layer, the indices of the patterns in network_reg_lrs that match its name
         matches: list[tuple[int, ...]] = [()] * len(self.names)
         if self.settings.pattern_learning_rates:
@@ -248,31 +263,46 @@ class OwnNetwork(nn.Module):
         groups: dict[str, dict[str, Any]] = {}  # by label
         for name, layer, matching_patterns in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
-            rate = rates[prefix]
-            label = prefix
-            lora_plus_ratio = self.settings.loraplus_encoder_ratio  # up rate / down rate
-            if prefix == UNET:
-                label = "unet"
-                lora_plus_ratio = self.settings.loraplus_lr_ratio
-            if matching_patterns:
-                pattern, rate = self.settings.pattern_learning_rates[matching_patterns[-1]]
-                label = f"{label} {pattern.pattern}"
-            factor = getattr(layer, "rate_factor", 1.0)  # from --network_args with rates by block
-            if factor != 1:
-                label = f"{label} x {factor:g}"
-                rate = rate * factor
-            if rate == 0 and any(rates.values()):
+            selected = self._select_rate(layer, prefix, rates[prefix], matching_patterns)
+            if selected.rate == 0 and any(rates.values()):
                 continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs a group
             for parameter in layer.parameters():
-                if lora_plus_ratio is not None and parameter is layer.lora_up.weight:
-                    group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * lora_plus_ratio})
-                else:
-                    group = groups.setdefault(label, {"params": [], "lr": rate})
-                group["params"].append(parameter)
+                label = selected.label
+                rate = selected.rate
+                if selected.plus_ratio is not None and parameter is layer.lora_up.weight:
+                    label = f"{label} plus"
+                    rate = rate * selected.plus_ratio
+                groups.setdefault(label, {"params": [], "lr": rate})["params"].append(parameter)
         labels = [*groups]
         if any(label.endswith(" plus") for label in labels):  # each LoRA+ group follows its modules' group
             labels = _sort_labels(labels)
         return [groups[label] for label in labels], labels
+
+    def _select_rate(
+        self, layer: Any, prefix: str, network_rate: float, matching_patterns: Sequence[int]
+    ) -> "_LayerRate":
+        """Select the learning rate of a layer; see `parameter_groups`.
+
+        Args:
+            layer: The layer.
+            prefix: Prefix of its network.
+            network_rate: Learning rate of its network.
+            matching_patterns: Indices of the patterns in network_reg_lrs that match the layer's name.
+        """
+        rate = network_rate
+        label = prefix
+        plus_ratio = self.settings.loraplus_encoder_ratio
+        if prefix == UNET:
+            label = "unet"
+            plus_ratio = self.settings.loraplus_lr_ratio
+        if matching_patterns:
+            pattern, rate = self.settings.pattern_learning_rates[matching_patterns[-1]]
+            label = f"{label} {pattern.pattern}"
+        factor = getattr(layer, "rate_factor", 1.0)  # from --network_args with rates by block
+        if factor != 1:
+            label = f"{label} x {factor:g}"
+            rate = rate * factor
+        return _LayerRate(rate, label, plus_ratio)
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return the indices of the patterns in network_reg_lrs that match the name of each layer."""

@@ -4,7 +4,7 @@ import ast
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
@@ -191,59 +191,80 @@ def read_settings(
     Raises:
         OptionError: If a key is unknown or a value is out of range.
     """
-    rank = DEFAULT_RANK if rank is None else int(rank)
-    values: Mapping[str, Any] = {}
-    block_settings = None
-    rank_rule = None
-    if arguments:
-        block_settings = read_blocks(arguments)  # reads the arguments in KEYS
-        values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
-        rank_rule = _read_rank_rule(values, rank)
-    plus_ratio = values.get("loraplus_lr_ratio")  # unless a network has its own
+    # a family's text encoders get no LoRA unless an argument enables them
+    disabled_encoders: frozenset[str] = (
+        frozenset() if rules is None else frozenset(rules.encoder_switches.values())
+    )
+    settings = LoraSettings(
+        rank=DEFAULT_RANK if rank is None else int(rank),
+        alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
+        dropouts=Dropouts(neuron=neuron_dropout) if neuron_dropout else None,
+        family_rules=rules,
+        disabled_encoders=disabled_encoders,
+    )
+    return _apply_arguments(settings, arguments, rules) if arguments else settings
+
+
+def _apply_arguments(
+    settings: LoraSettings, arguments: Mapping[str, Any], rules: LoraRules | None
+) -> LoraSettings:
+    """Return settings changed by `--network_args`. Raises OptionError if an argument is invalid."""
+    block_settings = read_blocks(arguments)  # reads the arguments in KEYS
+    values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
+    rank_rule = _read_rank_rule(values, settings.rank)
     ggpo_sigma_and_beta = None
     if "ggpo_sigma" in values:
         ggpo_sigma_and_beta = (values["ggpo_sigma"], values["ggpo_beta"])
-    rules_or_empty = rules or LoraRules(())
-    rank_arguments = [argument for argument, _ in rules_or_empty.rank_arguments]
-    dropouts: Dropouts | None = None
-    rank_dropout = values.get("rank_dropout") or 0.0
-    module_dropout = values.get("module_dropout") or 0.0
-    if neuron_dropout or rank_dropout or module_dropout:
-        dropouts = Dropouts(neuron=neuron_dropout or 0.0, rank=rank_dropout, module=module_dropout)
-    return LoraSettings(
-        rank=rank,
-        alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
+    ratio_of_all_networks = values.get("loraplus_lr_ratio")
+    settings = replace(
+        settings,
         conv_rank=values.get("conv_dim"),
         conv_alpha=values.get("conv_alpha", DEFAULT_ALPHA),
-        dropouts=dropouts,
+        dropouts=_add_dropouts(settings.dropouts, values),
         include=values.get("include_patterns", ()),
         exclude=values.get("exclude_patterns", ()),
-        loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", plus_ratio),
-        loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", plus_ratio),
+        loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", ratio_of_all_networks),
+        loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", ratio_of_all_networks),
         variants=tuple(kind for switch, kind in SWITCHES.items() if values.get(switch, False)),
         verbose=values.get("verbose", False),
         pattern_ranks=values.get("network_reg_dims", ()),
         pattern_learning_rates=values.get("network_reg_lrs", ()),
         ggpo_sigma_and_beta=ggpo_sigma_and_beta,
         rank_rule=rank_rule,
-        family_rules=rules,
-        type_ranks={argument: values[argument] for argument in rank_arguments if argument in values},
-        train_blocks=values.get("train_blocks"),
-        block_numbers={
-            argument: values[argument]
-            for argument in rules_or_empty.block_lists_by_argument
-            if argument in values
-        },
-        outside_ranks=values.get(rules_or_empty.outside_ranks_argument, ()),
-        splits_fused_layers=values.get("split_qkv", False),
-        disabled_encoders=frozenset(
-            prefix for argument, prefix in rules_or_empty.encoder_switches.items() if not values.get(argument)
-        ),
-        enabled_optional_modules=frozenset(
-            part for argument, part in rules_or_empty.module_switches.items() if values.get(argument)
-        ),
         block_settings=block_settings,
     )
+    return settings if rules is None else _apply_family_arguments(settings, values, rules)
+
+
+def _add_dropouts(dropouts: Dropouts | None, values: Mapping[str, Any]) -> Dropouts | None:
+    """Return dropout rates with those in --network_args added; None if nothing is dropped."""
+    rank = values.get("rank_dropout") or 0.0
+    module = values.get("module_dropout") or 0.0
+    return replace(dropouts or Dropouts(), rank=rank, module=module) if rank or module else dropouts
+
+
+def _apply_family_arguments(
+    settings: LoraSettings, values: Mapping[str, Any], rules: LoraRules
+) -> LoraSettings:
+    """Return settings changed by those --network_args that only one family's network module has."""
+    type_arguments = [argument for argument, _ in rules.rank_arguments]
+    disabled = (prefix for argument, prefix in rules.encoder_switches.items() if not values.get(argument))
+    enabled = (part for argument, part in rules.module_switches.items() if values.get(argument))
+    return replace(
+        settings,
+        type_ranks=_select_arguments(type_arguments, values),
+        train_blocks=values.get("train_blocks"),
+        block_numbers=_select_arguments(rules.block_lists_by_argument, values),
+        outside_ranks=values.get(rules.outside_ranks_argument, ()),
+        splits_fused_layers=values.get("split_qkv", False),
+        disabled_encoders=frozenset(disabled),
+        enabled_optional_modules=frozenset(enabled),
+    )
+
+
+def _select_arguments(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of these arguments, leaving out arguments that are not set."""
+    return {name: values[name] for name in names if name in values}
 
 
 def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[str, Any]:

@@ -102,6 +102,18 @@ def merge_full(options: FullMergeOptions) -> None:
     )
 
 
+def _warn_of_missing_models(
+    loras_by_model: Mapping[str, Sequence[WeightedLora]], given_models: Collection[str]
+) -> None:
+    """Warn of LoRAs that also change a model for which no file is given; models are named by their option."""
+    for name, loras_of_model in loras_by_model.items():
+        if loras_of_model and name not in given_models:
+            logger.warning(
+                f"{len(loras_of_model)} of the LoRAs also change {name}, which is ignored because --{name} "
+                "is missing"
+            )
+
+
 def merge_flux(options: FluxMergeOptions) -> None:
     """Merge FLUX LoRAs into the given transformer and text encoders, or without models, into one LoRA.
 
@@ -122,12 +134,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
         name: select_for_network(weighted_loras, prefix, encoder_prefixes)
         for name, prefix in MODEL_PREFIXES.items()
     }
-    for name, loras_of_model in loras_by_model.items():
-        if loras_of_model and name not in options.targets:
-            logger.warning(
-                f"{len(loras_of_model)} of the LoRAs also change {name}, which is ignored because --{name} "
-                "is missing"
-            )
+    _warn_of_missing_models(loras_by_model, options.targets)
     for name, model in options.targets.items():
         option = tool_options.FLUX_OUTPUTS[name]
         merge_into_file(
@@ -217,15 +224,7 @@ def _metadata_of_sum(
     # a down factor has as many rows as its rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    if family is None or family.name == "flux":
-        module = "networks.lora_flux"
-        version = "flux1"
-    elif family.written_base_model:  # Stable Diffusion
-        module = "networks.lora"
-        version = family.written_base_model
-    else:
-        module = f"networks.lora_{family.name}"
-        version = family.name
+    module, version = _name_module_and_version(family)
     metadata = {
         "ss_network_module": module,
         "ss_network_dim": rank,
@@ -240,6 +239,15 @@ def _metadata_of_sum(
     if architecture is not None:
         metadata["modelspec.architecture"] = architecture
     return metadata
+
+
+def _name_module_and_version(family: FamilyNames | None) -> tuple[str, str]:
+    """Return the network module and the base model version for the metadata of a family's LoRA."""
+    if family is None or family.name == "flux":
+        return "networks.lora_flux", "flux1"
+    if family.written_base_model:  # Stable Diffusion
+        return "networks.lora", family.written_base_model
+    return f"networks.lora_{family.name}", family.name
 
 
 def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
@@ -257,23 +265,30 @@ def _find_family_of_sum(
     """
     if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
-    families_in_metadata = (read_family(lora.metadata) for lora in loras)
-    by_metadata = next((family for family in families_in_metadata if family is not None), None)
+    by_metadata = _find_first_family_in_metadata(loras)
     hint = None if by_metadata is None else by_metadata.name
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
         return FLUX  # if several families are possible, this tool's own
-    # only text encoders change
-    if not families and by_metadata is None:
-        families = _find_families_of_texts(tensors)
-    if not families:
-        return by_metadata
-    if len(families) == 1:
-        return families[0]
+    if not families:  # only text encoders change
+        families = [by_metadata] if by_metadata is not None else _find_families_of_texts(tensors)
+    if len(families) > 1:
+        raise _make_ambiguous_error(loras, families)
+    return families[0] if families else None
+
+
+def _find_first_family_in_metadata(loras: Iterable[LoraFile]) -> FamilyNames | None:
+    """Return the family that the metadata of the first LoRA with a known family name."""
+    families = (read_family(lora.metadata) for lora in loras)
+    return next((family for family in families if family is not None), None)
+
+
+def _make_ambiguous_error(loras: Iterable[LoraFile], families: Sequence[FamilyNames]) -> CheckpointError:
+    """Return the error for LoRAs that may be for several families."""
     names = [family.name for family in families]
-    raise CheckpointError(
-        f"{list_some([str(lora.path) for lora in loras], 3)} can be for {' or '.join(names)}: all of them "
-        f"have layers of these names and sizes.\n  Say which one, such as --family {names[0]}."
+    return CheckpointError(
+        f"{list_some([str(lora.path) for lora in loras], 3)} can be for {' or '.join(names)}: all of "
+        f"them have layers of these names and sizes.\n  Say which one, such as --family {names[0]}."
     )
 
 
@@ -340,36 +355,57 @@ def merge_into_file(
         _check_fits(patch, checkpoint)
         # `dequantized_on_read` replaces the infos of quantized weights, so these are now different objects
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
-        written_infos = _list_written_tensors(checkpoint, quantized, dtype)
-
-        def read(name: str) -> Tensor:
-            tensor = checkpoint.read(name)  # not memory-mapped, so it may be changed in place
-            check_finite(model, name, tensor)
-            written_dtype = written_infos[name].dtype
-            if not patch.changes_parameter(name):
-                return tensor.to(written_dtype)
-            # if the dtype changes, the sum stays in float32 and is rounded once
-            weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
-            return patch.add_to(name, weight, written_dtype).to(written_dtype)
-
-        size_bytes = sum(info.size_bytes for info in written_infos.values())
+        infos = _list_written_tensors(checkpoint, quantized, dtype)
+        size_bytes = sum(info.size_bytes for info in infos.values())
         _show_merge(model, weighted_loras, output, len(quantized), dtype or torch.bfloat16, size_bytes)
-        if not weighted_loras:
-            outcome = "has the values" if quantized else "becomes a copy"
-            logger.warning(f"no --lora_weight is given: {output} {outcome} of {model}")
+        merge = _WeightMerge(
+            path=model,
+            checkpoint=checkpoint,
+            patch=patch,
+            written_infos=infos,
+            device=device,
+            changes_dtypes=dtype is not None,
+        )
         stream_tensors(
             output,
-            written_infos,
-            read,
+            infos,
+            merge.read,
             metadata=_metadata_of_merged(checkpoint, model, weighted_loras),
             late_metadata=lambda: lora_rounding.metadata,  # complete only after all weights are rounded
         )
         lora_rounding.report()
+    _show_result(output, time.monotonic() - start_time)
+
+
+def _show_result(output: Path, seconds: float) -> None:
+    """Print the size of the merged model, and how long the merge took."""
     rows = [
         ("Merged model", f"{output} ({format_size(output.stat().st_size)})"),
-        ("time", format_duration(time.monotonic() - start_time)),
+        ("time", format_duration(seconds)),
     ]
     show_box("Merging is finished", rows)
+
+
+class _WeightMerge(NamedTuple):
+    """Merges LoRAs into a model's weights as they are read."""
+
+    path: Path  # of the model, for messages
+    checkpoint: Checkpoint
+    patch: LoraPatch | FullPatch
+    written_infos: Mapping[str, TensorInfo]  # dtype and shape of each tensor in the merged file
+    device: torch.device
+    changes_dtypes: bool  # whether the result's dtype is given, not the model's
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor of the model, and add the LoRAs to it; return it in the dtype of the merged file."""
+        tensor = self.checkpoint.read(name)  # not memory-mapped, so it may be changed in place
+        check_finite(self.path, name, tensor)
+        written_dtype = self.written_infos[name].dtype
+        if not self.patch.changes_parameter(name):
+            return tensor.to(written_dtype)
+        # if the dtype changes, the sum stays in float32 and is rounded once
+        weight = tensor.to(self.device, torch.float32) if self.changes_dtypes else tensor.to(self.device)
+        return self.patch.add_to(name, weight, written_dtype).to(written_dtype)
 
 
 def _show_merge(
@@ -380,7 +416,10 @@ def _show_merge(
     dequantized_dtype: torch.dtype,
     size_bytes: int,
 ) -> None:
-    """Print the files of a merge, the new dtype of quantized weights, and the size of the result."""
+    """Print the files of a merge, the new dtype of quantized weights, and the size of the result.
+
+    Warn if there are no LoRAs.
+    """
     rows = [("model", str(model)), ("LoRAs", _list_files(weighted_loras)), ("result", str(output))]
     if num_quantized:
         change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"
@@ -388,6 +427,9 @@ def _show_merge(
     free = format_size(free_bytes(real_path(output).parent))
     rows.append(("disk", f"{format_size(size_bytes)}; {free} free"))
     show_box("Merging", rows)
+    if not weighted_loras:
+        outcome = "has the values" if num_quantized else "becomes a copy"
+        logger.warning(f"no --lora_weight is given: {output} {outcome} of {model}")
 
 
 def _make_patch(

@@ -191,17 +191,16 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
     if not families and hint is not None:
         families = [hint]
     model = f" for {' or '.join(families)}" if families else ""
-    dialect = dialect_in_words(native.dialect)
     alphas = _read_stored_alphas(checkpoint, names) | _read_other_alphas(checkpoint, native, expert)
     clauses = [
-        f"{_describe_kinds(modules)}{model}, {dialect}",
+        f"{_describe_kinds(modules)}{model}, {dialect_in_words(native.dialect)}",
         *_describe_scales(modules, alphas),
         f"{format_count(len(modules), 'layer')}: {_describe_layers(modules)}",
     ]
     if in_texts:
         clauses.append(f"{len(in_texts)} of them in text encoders")
     trained_expert = expert_of(checkpoint.metadata, checkpoint.path)
-    if trained_expert is not None and trained_expert != FOR_BOTH:
+    if trained_expert not in (None, FOR_BOTH):
         clauses.append(f"trained for the {in_words(trained_expert)}")
     return ", ".join(clauses)
 

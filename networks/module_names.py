@@ -34,16 +34,15 @@ def family_named(name: str) -> FamilyNames:
 def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
     """Return the family of a model with these underscored module names; None if no family has any of them.
 
-    Ties go to the family named `hint`, then to the family that has most names as modules instead of aliases,
-    then to the first (only SD 1 and 2 have equal names). For LoRAs, which have only some of a model's
-    modules, use `likely_families`.
+    Of several families, the one named `hint` is chosen, else the one in which the fewest names are aliases
+    (names in another layout), else the first (only SD 1 and 2 have equal names). For LoRAs, which have only
+    some of a model's modules, use `likely_families`.
     """
     names = list(names)
-    # the families that know most of the names, or `hint` alone if it is one of them
     families = _families_knowing(names, hint)
     if len(families) < 2:
         return families[0] if families else None
-    counts: list[int] = []  # for each family, how many names are modules, not aliases
+    counts: list[int] = []  # for each family, how many names are in our layout, not aliases
     for family in families:
         modules = _tables(family).ours
         counts.append(sum(modules.first(name) is not None for name in names))
@@ -51,21 +50,29 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families that have the most of these module names; only `hint` if it is among them."""
+    """Return the families that have the most of these module names.
+
+    If the family named `hint` is one of them, only this family is returned.
+    """
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
     if hinted is not None and all(_find_module(name, hinted) for name in names):
         return [hinted]  # avoids building the tables of other families
-    # fast path: `all` stops at the first unknown name; count only if no family knows all names
+    # fast path: `all` stops at the first unknown name
     families = [family for family in FAMILIES if all(_find_module(name, family) for name in names)]
     if not families:
-        counts = {
-            family: sum(_find_module(name, family) is not None for name in names) for family in FAMILIES
-        }
-        maximum = max(counts.values())
-        families = [family for family, count in counts.items() if maximum > 0 and count == maximum]
+        families = _families_knowing_most(names)
     return [hinted] if hinted in families else families
+
+
+def _families_knowing_most(names: Sequence[str]) -> list[FamilyNames]:
+    """Return the families that have the largest number of these module names; [] if none has any."""
+    counts: dict[FamilyNames, int] = {}
+    for family in FAMILIES:
+        counts[family] = sum(_find_module(name, family) is not None for name in names)
+    maximum = max(counts.values())
+    return [family for family, count in counts.items() if maximum > 0 and count == maximum]
 
 
 def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
@@ -155,16 +162,19 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     for width, depths in family.released_sizes:  # a width of 0 fits any size
         if not width or all(_agrees(expected, width) for expected in expected_sizes):
             level = max(level, _rate_block_numbers(block_numbers, dict(depths)))
-    if level == _CONTRADICTS and expected_sizes:
-        # perhaps an unreleased model, whose sizes are all proportional to another width
-        first = expected_sizes[0]
-        rows, columns = first.size
-        scaled_width = (
-            columns / first.columns_per_width if first.columns_per_width else rows / first.rows_per_width
-        )
-        if all(_agrees(expected, scaled_width) for expected in expected_sizes):
-            level = _IN_PROPORTION
+    if level == _CONTRADICTS and expected_sizes and _are_in_proportion(expected_sizes):
+        return _IN_PROPORTION
     return level
+
+
+def _are_in_proportion(sizes: Sequence["_ExpectedSize"]) -> bool:
+    """Return whether a model of some width, perhaps unreleased, can have all of these sizes."""
+    rows, columns = sizes[0].size
+    if sizes[0].columns_per_width:
+        width = columns / sizes[0].columns_per_width
+    else:
+        width = rows / sizes[0].rows_per_width
+    return all(_agrees(size, width) for size in sizes)
 
 
 def _rate_block_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
@@ -224,11 +234,19 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     for family in FAMILIES:
         if version == family.name or architecture == family.architecture:
             return family
-    longest = 0  # the longest matching prefix wins: "flux_2_dev" also begins with FLUX.1's "flux"
+    return _find_family_by_prefix(version.lower(), architecture.lower())
+
+
+def _find_family_by_prefix(version: str, architecture: str) -> FamilyNames | None:
+    """Return the family with the longest prefix of the version or architecture; None if there is none.
+
+    The longest prefix wins because "flux_2_dev" also begins with FLUX.1's "flux".
+    """
+    longest = 0
     best_family: FamilyNames | None = None
     for family in FAMILIES:
         for prefix in family.version_prefixes:
-            has_prefix = version.lower().startswith(prefix) or architecture.lower().startswith(prefix)
+            has_prefix = version.startswith(prefix) or architecture.startswith(prefix)
             if has_prefix and len(prefix) > longest:
                 longest = len(prefix)
                 best_family = family
@@ -270,7 +288,7 @@ def is_unprefixed(path: str) -> bool:
     return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed_paths))
 
 
-def alias(name: str, family: FamilyNames) -> str:
+def from_alias(name: str, family: FamilyNames) -> str:
     """Translate another layout's underscored module name to ours; return unknown names unchanged."""
     path = _find(_tables(family).by_alias, name)
     return name if path is None else path.replace(".", "_")
@@ -362,6 +380,24 @@ def related_modules(name: str, family: FamilyNames | None = None) -> tuple[Relat
     return tuple(distinct.values())
 
 
+def _list_parts_and_renamed(family: FamilyNames) -> list[WeightPart]:
+    """Return the parts of fused weights in a family's layouts, and modules that are only renamed.
+
+    A renamed module is included if a module of another family has its other name.
+    """
+    parts = [*family.parts, *family.joined]
+    if not parts:  # the family's layouts do not differ in how weights are fused
+        return []
+    names_of_other_families: set[str] = set()
+    for other in FAMILIES:
+        if other is not family:
+            names_of_other_families.update(path.replace(".", "_") for path in other.modules)
+    for theirs, ours in family.aliases:
+        if theirs.replace(".", "_") in names_of_other_families:
+            parts.append(WeightPart(theirs, ours))
+    return parts
+
+
 @cache
 def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
     """Return a table from module names in all layouts of a family (or of all) to parts and fused modules.
@@ -370,17 +406,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
     """
     pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):
-        parts = [*each_family.parts, *each_family.joined]
-        if parts:  # the family's layouts differ in how weights are fused
-            # use an alias only if another family has a module of this name
-            names_of_other_families: set[str] = set()
-            for other in FAMILIES:
-                if other is not each_family:
-                    names_of_other_families.update(path.replace(".", "_") for path in other.modules)
-            for theirs, ours in each_family.aliases:
-                if theirs.replace(".", "_") in names_of_other_families:
-                    parts.append(WeightPart(theirs, ours))
-        for part in parts:
+        for part in _list_parts_and_renamed(each_family):
             pairs.append((part.fused_path, RelatedModule(part.part_path, part, is_part=True)))
             pairs.append((part.part_path, RelatedModule(part.fused_path, part, is_part=False)))
     return _Table(pairs)
@@ -499,7 +525,8 @@ def _tables(family: FamilyNames) -> _Tables:
     by_part: list[tuple[str, str]] = []
     for part in family.parts:
         has_all_rows = part.index in (None, SWAPPED)
-        (renamed if has_all_rows else by_part).append((part.part_path, part.fused_path))
+        pairs = renamed if has_all_rows else by_part
+        pairs.append((part.part_path, part.fused_path))
     fused_modules = [(part.fused_path, part.fused_path) for part in family.joined]
     return _Tables(
         ours=_Table((path, path) for path in paths),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -50,12 +50,7 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     spec = spec_of(unet)
     rules = settings.family_rules
     if rules is not None and settings.block_numbers:
-        children = dict(unet.named_children())
-        depths: dict[str, int] = {}  # of the block lists that this model has
-        for list_name in rules.block_lists_by_argument.values():
-            if list_name in children:
-                depths[list_name] = len(list(children[list_name].children()))
-        check_blocks(settings, depths)
+        check_blocks(settings, _count_blocks(unet, rules))
     optional_parts: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
     if not spec.lora_include:  # otherwise the model lists the modules that get a layer
         optional_parts = tuple(
@@ -72,27 +67,47 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     return targets
 
 
+def _count_blocks(unet: nn.Module, rules: LoraRules) -> dict[str, int]:
+    """Return the number of blocks in those block lists of the family's arguments that this model has."""
+    children = dict(unet.named_children())
+    list_names = rules.block_lists_by_argument.values()
+    return {name: len(list(children[name].children())) for name in list_names if name in children}
+
+
 def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[ModuleWithPath]:
     """Yield the modules of a DiT that may get a LoRA, before patterns and ranks in --network_args apply."""
     spec = spec_of(unet)
-    rules = settings.family_rules
-    # path prefixes of the blocks; groups are in the order of the layers
+    # path prefixes of the blocks; the layers are in the order of these groups
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
-    if rules is not None:
-        if settings.train_blocks is not None:
-            prefix_groups = [rules.train_blocks_choices[settings.train_blocks]]
-        # not strict: `outside_ranks` is () if no ranks are given for modules outside the blocks
-        for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
-            if rank:  # modules outside the blocks follow them, in this order
-                prefix_groups.append((path,))
+    if settings.family_rules is not None:
+        prefix_groups = _apply_rules_to_prefixes(prefix_groups, settings.family_rules, settings)
     patterns = [re.compile(pattern) for pattern in spec.lora_include]
     excluded = () if settings.has_convolutions else spec.conv_lora_modules
     for prefixes in prefix_groups:
         for candidate in _list_modules_below(unet, prefixes):
-            if any(part in f".{candidate.path}" for part in excluded):
-                continue
-            if not patterns or any(pattern.match(candidate.path) for pattern in patterns):
+            is_excluded = any(part in f".{candidate.path}" for part in excluded)
+            is_included = not patterns or any(pattern.match(candidate.path) for pattern in patterns)
+            if is_included and not is_excluded:
                 yield candidate
+
+
+def _apply_rules_to_prefixes(
+    prefix_groups: list[tuple[str, ...]], rules: LoraRules, settings: LoraSettings
+) -> list[tuple[str, ...]]:
+    """Return the path prefixes of the blocks that train_blocks selects, then modules outside the blocks.
+
+    Args:
+        prefix_groups: Path prefixes of all blocks.
+        rules: Rules of the family.
+        settings: Settings of the network.
+    """
+    if settings.train_blocks is not None:
+        prefix_groups = [rules.train_blocks_choices[settings.train_blocks]]
+    # not strict: `outside_ranks` is () if no ranks are given for modules outside the blocks
+    for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
+        if rank:
+            prefix_groups = [*prefix_groups, (path,)]
+    return prefix_groups
 
 
 def _select_targets(
@@ -158,6 +173,7 @@ def _select_size(
             selects them.
     """
     is_optional = any(part in f".{path}" for part in optional_parts)
+    # a rank for its type selects an optional module
     if is_optional and settings.family_rules is not None:
         is_optional = _find_rank_of_type(path, settings.family_rules, settings) is None
     if _is_excluded(path, settings, is_optional):
@@ -277,40 +293,24 @@ def build_network(
     Raises:
         OptionError: If settings are invalid, or if they select no module.
     """
-    # 1. modules that may get a layer, in the trained text encoders and the DiT
     settings, kind_settings = read_own(name, typed)
+    kind = OWN_MODULES[name].kind
     trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.disabled_encoders
     }
-    text_candidates = {
-        f"{prefix}_": list(_list_encoder_modules(encoder)) for prefix, encoder in trained_encoders.items()
-    }
-    # 2. typed patterns may differ from the names in their separators, so they are fitted to all names
     if settings.include or settings.exclude or settings.pattern_ranks or settings.pattern_learning_rates:
-        modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
-        for prefix, candidates in text_candidates.items():
-            modules += [(prefix, path) for path, _ in candidates]
-        settings = fit_patterns(settings, modules)
-    kind = OWN_MODULES[name].kind
-    # some network kinds have no layers for text encoders
-    if not kind.is_for_texts:
+        settings = _fit_typed_patterns(settings, dit, trained_encoders)
+    if not kind.is_for_texts:  # some network kinds have no layers for text encoders
         trained_encoders = {}
-        text_candidates = {}
-    # 3. select modules, and build their layers
     targets: dict[str, Target] = {}
     if dit is not None:
         targets = select_modules(dit, settings)
-    # ranks by type and block numbers apply to the DiT only
-    text_settings = replace(settings, family_rules=None, splits_fused_layers=False, block_settings=None)
-    for prefix, candidates in text_candidates.items():
-        targets |= _select_targets(candidates, text_settings, prefix)
+    if trained_encoders:
+        targets |= _select_in_encoders(trained_encoders, settings)
     layers = kind.make_layers(targets, settings, kind_settings)
-    if initial_tensors:  # 4. layers that only the file or state has
+    if initial_tensors:
         modules_by_name = _modules_by_name(dit, trained_encoders)
-        new_layers = _make_layers_from_tensors(
-            layers, name, settings, tensors=initial_tensors, modules_by_name=modules_by_name
-        )
-        layers = _merge_in_order(layers, new_layers, modules_by_name)
+        layers = _add_layers_from_tensors(layers, kind, settings, initial_tensors, modules_by_name)
     # a target's `rate_factor` multiplies the learning rate of its layer
     for layer_name, target in targets.items():
         if layer_name in layers:
@@ -318,6 +318,32 @@ def build_network(
     if settings.rank_rule is not None:
         _mask_ranks(layers, settings.rank_rule, dit)
     return OwnNetwork(layers, settings)
+
+
+def _fit_typed_patterns(
+    settings: LoraSettings, dit: nn.Module | None, encoders: Mapping[str, nn.Module]
+) -> LoraSettings:
+    """Fit patterns that were typed with other separators to the names of all modules that may get a layer.
+
+    Args:
+        settings: Settings of the network.
+        dit: The transformer; None if only text encoders are trained.
+        encoders: Trained text encoders, by their `lora_prefix`.
+    """
+    modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
+    for prefix, encoder in encoders.items():
+        modules += [(f"{prefix}_", path) for path, _ in _list_encoder_modules(encoder)]
+    return fit_patterns(settings, modules)
+
+
+def _select_in_encoders(encoders: Mapping[str, nn.Module], settings: LoraSettings) -> dict[str, Target]:
+    """Return the modules of text encoders that get a LoRA, by our names."""
+    # ranks by type and block numbers apply to the DiT only
+    text_settings = replace(settings, family_rules=None, splits_fused_layers=False, block_settings=None)
+    targets: dict[str, Target] = {}
+    for prefix, encoder in encoders.items():
+        targets |= _select_targets(_list_encoder_modules(encoder), text_settings, f"{prefix}_")
+    return targets
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
@@ -336,44 +362,30 @@ def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module 
             layer.rank_mask = mask_for(dit, rule, layer.rank)
 
 
-def _make_layers_from_tensors(
-    layers: Mapping[str, nn.Module],
-    name: str,
+def _add_layers_from_tensors(
+    layers: dict[str, nn.Module],
+    kind: NetworkKind,
     settings: LoraSettings,
     tensors: Mapping[str, Tensor],
     modules_by_name: Mapping[str, ModuleWithPath],
 ) -> dict[str, nn.Module]:
-    """Return new layers, by our names, for modules that have factors in `tensors` but no layer yet.
+    """Return the layers plus layers for other modules with factors in a file or state, in model order.
 
     Args:
-        layers: Layers of the network by name.
-        name: Value of --network_module.
+        layers: Layers that the settings select, by our names.
+        kind: Kind of the network.
         settings: Settings of the network.
         tensors: Tensors under our names.
-        modules_by_name: All modules that can have a layer, by name.
+        modules_by_name: All modules that can have a layer, by our names, in the model's order.
     """
-    kind = OWN_MODULES[name].kind
-    new_layers: dict[str, nn.Module] = {}
-    for module_name, factors in _factors_for(modules_by_name, tensors).items():
+    added: dict[str, nn.Module] = {}
+    for name, factors in _factors_for(modules_by_name, tensors).items():
         is_of_kind = any(factor_name in factors for factor_name in kind.marks)
-        if module_name not in modules_by_name or module_name in layers or not is_of_kind:
+        if name not in modules_by_name or name in layers or not is_of_kind:
             continue
-        target = modules_by_name[module_name]
-        if not _is_excluded_by_arguments(target, module_name, settings):
-            new_layers[module_name] = kind.layer_of(target.module, module_name, factors, settings)
-    return new_layers
-
-
-def _merge_in_order(
-    layers: dict[str, nn.Module], added: Mapping[str, nn.Module], names: Iterable[str]
-) -> dict[str, nn.Module]:
-    """Merge default layers with added layers, in the order of the model's modules.
-
-    Args:
-        layers: Default layers by name.
-        added: Layers to add, by name.
-        names: Names of all modules, in the model's order.
-    """
+        target = modules_by_name[name]
+        if not _is_excluded_by_arguments(target, name, settings):
+            added[name] = kind.layer_of(target.module, name, factors, settings)
     if not added:
         return layers
     logger.info(
@@ -381,7 +393,7 @@ def _merge_in_order(
         f"initial weights contain them: {list_some([*added], 3)}"
     )
     all_layers = {**layers, **added}
-    return {name: all_layers[name] for name in names if name in all_layers}
+    return {name: all_layers[name] for name in modules_by_name if name in all_layers}
 
 
 def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, settings: LoraSettings) -> bool:
@@ -521,20 +533,22 @@ def _make_layers_of_file(
 def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     """Return the settings that apply if a file sets modules and ranks; warn of settings that are ignored."""
     rules = OWN_MODULES[name].rules
-    used_keys = {*WITH_FILE}
-    if rules is not None:
-        used_keys.update(rules.encoder_switches)  # read by the training run, to select the text encoders
-    ignored_arguments = {
-        key: value for key, value in typed.arguments.items() if value is not None and key not in used_keys
-    }
-    read_own(name, NetworkArguments(arguments=ignored_arguments))  # raises if an ignored value is invalid
-    for key in sorted(ignored_arguments):
+    # the training run has read these already, to select the text encoders; the network does not need them
+    read_by_run: Mapping[str, str] = {} if rules is None else rules.encoder_switches
+    used: dict[str, Any] = {}
+    ignored: dict[str, Any] = {}
+    for key, value in typed.arguments.items():
+        if key in WITH_FILE:
+            used[key] = value
+        elif value is not None and key not in read_by_run:
+            ignored[key] = value
+    read_own(name, NetworkArguments(arguments=ignored))  # raises if an ignored value is invalid
+    for key in sorted(ignored):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"
         )
-    arguments = {key: value for key, value in typed.arguments.items() if key in WITH_FILE}
-    settings, _ = read_own(name, NetworkArguments(dropout=typed.dropout, arguments=arguments))
+    settings, _ = read_own(name, NetworkArguments(dropout=typed.dropout, arguments=used))
     return settings
 
 

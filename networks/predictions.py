@@ -42,11 +42,12 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
     unknown = ""
     for key in _KEYS:
         text = metadata.get(key, "").strip()
-        # None for an unknown or empty value; the first key with a known value wins
+        # None for an unknown or empty value
         predicts_v = _PREDICTIONS.get(text.lower().replace("-", "_"))
-        if velocity is None:
-            velocity = predicts_v
-        if predicts_v is None and text and text.lower() != "none":
+        if predicts_v is not None:
+            # the first key with a known value wins
+            velocity = predicts_v if velocity is None else velocity
+        elif text and text.lower() != "none":
             unknown = f"{key} = {shorten(text, MAX_SHOWN)}"
     if metadata.get("modelspec.architecture", "").partition("/")[0] == _V_ARCHITECTURE:
         velocity = True

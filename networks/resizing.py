@@ -309,23 +309,29 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
     down = tensors[names.down].double()  # rank x in (x kernel), or in_rank x in with a core
     up = tensors[names.up].double()  # out x rank (x 1 ...)
     core = None if names.core is None else tensors[names.core].double()  # out_rank x in_rank (x kernel)
-    rank = len(down) if core is None else core.shape[0]
-    has_axes = min(down.ndim, up.ndim) >= 2
-    fits_up = math.prod(up.shape[1:]) == rank
-    # with a core, only the core has the kernel size; the kernel of the down factor must be 1
-    fits_core = core is None or (core.shape[1] == len(down) and math.prod(down.shape[2:]) == 1)
-    if not (has_axes and fits_up and fits_core):
+    if not _have_matching_sizes(down, up, core):
         raise CheckpointError(
             f"{source}: the factors of {names.module} do not fit: {list(down.shape)} and {list(up.shape)}.\n"
             "  Give a complete LoRA.",
             source,
         )
-    up = up.reshape(len(up), rank)
     in_channels = down.shape[1]
+    up = up.flatten(1)
     if core is None:
-        return FactorProduct(up, down.reshape(rank, -1), in_channels, kernel=down.shape[2:])
-    down_with_core = torch.einsum("p q ..., q i -> p i ...", core, down.reshape(len(down), -1))
-    return FactorProduct(up, down_with_core.reshape(rank, -1), in_channels, kernel=core.shape[2:])
+        return FactorProduct(up, down.flatten(1), in_channels, kernel=down.shape[2:])
+    down_with_core = torch.einsum("p q ..., q i -> p i ...", core, down.flatten(1))
+    return FactorProduct(up, down_with_core.flatten(1), in_channels, kernel=core.shape[2:])
+
+
+def _have_matching_sizes(down: Tensor, up: Tensor, core: Tensor | None) -> bool:
+    """Return whether the factors of a module can be multiplied: up @ down, or up @ core @ down."""
+    if min(down.ndim, up.ndim) < 2:
+        return False
+    rank = len(down) if core is None else len(core)
+    if math.prod(up.shape[1:]) != rank:
+        return False
+    # with a core, only the core has the kernel size; the kernel of the down factor must be 1
+    return core is None or (core.shape[1] == len(down) and math.prod(down.shape[2:]) == 1)
 
 
 def _resize_module(

@@ -68,21 +68,29 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
     rewritten: dict[str, Tensor] = {}
     family_name = ""
     for key, tensor in _split_fused_layers(tensors).items():
-        match = _XLABS.fullmatch(key)
-        names = [] if match is None else _translate_xlabs(match)
-        # not a name of XLabs
-        if match is None or not names:
+        translated = _translate_xlabs_tensor(key, tensor)
+        if translated:
+            family_name = "flux"
+            rewritten |= translated
+        else:
             rewritten[key] = tensor
-            continue
-        family_name = "flux"
-        if len(names) == 1:
-            rewritten[names[0]] = tensor
-            continue
-        # q, k and v become three LoRAs: each has its rows of the up factor, and the full down factor
-        parts = tensor.chunk(3) if match["factor"] == "up" else [tensor] * len(names)
-        for name, part in zip(names, parts, strict=True):
-            rewritten[name] = part.clone()  # safetensors files cannot contain tensors that share memory
     return _join_numbered(rewritten)._replace(family_name=family_name)
+
+
+def _translate_xlabs_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Rename XLabs' tensor of a FLUX LoRA to our layout or diffusers'; return {} for other keys.
+
+    q, k and v become three LoRAs: each has its rows of the up factor, and the full down factor.
+    """
+    match = _XLABS.fullmatch(key)
+    names = [] if match is None else _translate_xlabs(match)
+    if match is None or not names:
+        return {}
+    if len(names) == 1:
+        return {names[0]: tensor}
+    parts = tensor.chunk(3) if match["factor"] == "up" else [tensor] * len(names)
+    # copies, because safetensors files cannot contain tensors that share memory
+    return {name: part.clone() for name, part in zip(names, parts, strict=True)}
 
 
 def _translate_xlabs(match: re.Match[str]) -> list[str]:
@@ -113,24 +121,41 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     new_tensors = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
-        factors = {factor: tensors[key] for factor, key in keys.items()}
-        if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
-            factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
-        split_sizes = _count_rows_of_parts(layer.name, factors)
-        if not split_sizes:
-            continue
-        # undo a block-diagonal join if there was one; else each part gets its rows of the up factor
-        loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
-        fused_prefix = f"{layer.start}to_{layer.name}."
-        # name of the factor -> its ending as spelled in the file
-        endings = {factor: key.removeprefix(fused_prefix) for factor, key in keys.items()}
-        for part_name, lora in zip(_FUSED_PARTS[layer.name], loras, strict=True):
-            for factor_name, tensor in lora.items():
-                ending = endings.get(factor_name, factor_name)
-                new_tensors[f"{layer.start}{part_name}.{ending}"] = tensor
-        for key in keys.values():
-            del new_tensors[key]
+        tensors_of_parts = _split_fused_layer(layer, keys, tensors)
+        if tensors_of_parts:
+            new_tensors |= tensors_of_parts
+            for key in keys.values():
+                del new_tensors[key]
     return new_tensors
+
+
+def _split_fused_layer(
+    layer: "_FusedLayer", keys: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of a fused layer's parts; {} if the layer cannot be split.
+
+    Args:
+        layer: The fused layer.
+        keys: Its keys in the file, by name of the factor.
+        tensors: Tensors of the file.
+    """
+    factors = {factor: tensors[key] for factor, key in keys.items()}
+    if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
+        factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
+    split_sizes = _count_rows_of_parts(layer.name, factors)
+    if not split_sizes:
+        return {}
+    # undo a block-diagonal join if there was one; else each part gets its rows of the up factor
+    loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
+    fused_prefix = f"{layer.start}to_{layer.name}."
+    # name of the factor -> its ending as spelled in the file
+    endings = {factor: key.removeprefix(fused_prefix) for factor, key in keys.items()}
+    tensors_of_parts: dict[str, Tensor] = {}
+    for part_name, lora in zip(_FUSED_PARTS[layer.name], loras, strict=True):
+        for factor_name, tensor in lora.items():
+            ending = endings.get(factor_name, factor_name)
+            tensors_of_parts[f"{layer.start}{part_name}.{ending}"] = tensor
+    return tensors_of_parts
 
 
 def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
@@ -203,10 +228,8 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     """
     joined = dict(tensors)
     joined_lora_counts: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
-    alphas_for_all = [
-        tensors[key] for key in GLOBAL_ALPHA_KEYS if key in tensors and tensors[key].numel() == 1
-    ]
-    alpha_for_all = alphas_for_all[0] if alphas_for_all else None
+    global_alphas = (tensors[key] for key in GLOBAL_ALPHA_KEYS if key in tensors)
+    alpha_for_all = next((alpha for alpha in global_alphas if alpha.numel() == 1), None)
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
         loras = _order_loras(keys_by_number, tensors, alpha)

@@ -8,7 +8,7 @@ neighbor, keeps all of it on average. Source: Gupta et al. 2015, arXiv 1502.0255
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
 
@@ -60,12 +60,15 @@ class RoundingLoss:
     squared_change: float = 0.0  # sum of c^2
     squared_products: float = 0.0  # sum of (e c)^2, for the standard error of the first sum
 
-    @property
-    def kept_fraction(self) -> float:
-        """Fraction of the LoRA's change that is left after rounding the weight; 1 if nothing changes."""
-        if self.squared_change <= 0:
-            return 1.0
-        return 1 + self.error_dot_change / self.squared_change
+    def describe_kept_share(self) -> str:
+        """Return the share of the LoRA's change that is left after rounding, such as "98.2 %"."""
+        share = 1.0  # if nothing changes
+        if self.squared_change > 0:
+            share = 1 + self.error_dot_change / self.squared_change
+        # sums are estimated from samples, so the share may be outside 0..1
+        percent = 100 * min(max(share, 0), 1)
+        decimals = 1 if percent > 95 else 0
+        return f"{percent:.{decimals}f} %"
 
     def is_notable(self) -> bool:
         """Return whether the fraction differs from 1 by more than the tolerance plus two standard errors."""
@@ -85,21 +88,17 @@ class SampledRows:
             num_sampled = max(_MIN_SAMPLE_ROWS, _SAMPLE_ELEMENTS * num_rows // weight.numel())
             step = max(1, num_rows // num_sampled)
             self.rows = slice(step // 2, None, step)
-        self.weight = self.of(weight).float()
+        self.weight = torch.atleast_1d(weight)[self.rows].float()
         self.sampled_fraction = self.weight.numel() / weight.numel()
         self.additions: dict[Path, Tensor] = {}
         self._total = torch.zeros_like(self.weight)
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return the sampled rows of a tensor, or the tensor itself if it is a scalar."""
-        return tensor[self.rows] if tensor.ndim else tensor
 
     def record_sum(self, path: Path, total: Tensor) -> None:
         """Record what a LoRA file adds: the difference between this sum and the previous call's.
 
         Args:
             path: The LoRA file.
-            total: Sum of all changes to these rows so far.
+            total: Sum of all changes so far, to the sampled rows only.
         """
         added = total - self._total
         self.additions[path] = self.additions[path] + added if path in self.additions else added
@@ -188,6 +187,16 @@ def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
     return digest.digest()
 
 
+@dataclass
+class _RoundedWeights:
+    """How many weights were changed and rounded since the last report, and what rounding loses."""
+
+    num_changed: int = 0
+    num_16_bit: int = 0  # changed weights that are rounded to 16 bits
+    num_random: int = 0  # 16-bit weights that are rounded stochastically
+    losses: dict[Path, RoundingLoss] = field(default_factory=dict)  # by file, estimated for the whole weights
+
+
 class LoraRounding:
     """Chooses how to round each changed weight (`--lora_rounding`), and records what rounding loses.
 
@@ -201,13 +210,7 @@ class LoraRounding:
         # whether rows are sampled: not needed if every weight is rounded stochastically anyway
         self.needs_samples = rule != STOCHASTIC
         self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # for `RandomRounding.noise`
-        self._reset_counts()
-
-    def _reset_counts(self) -> None:
-        self._losses: dict[Path, RoundingLoss] = {}  # estimated for the whole weights
-        self._num_changed = 0  # changed weights
-        self._num_16_bit = 0  # changed weights that are rounded to 16 bits
-        self._num_random = 0  # 16-bit weights that are rounded stochastically
+        self._weights = _RoundedWeights()
 
     def decide_and_count(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
         """Return whether to round a weight stochastically instead of to the nearest value; update the counts.
@@ -219,20 +222,20 @@ class LoraRounding:
             sample: Some rows of the weight and of its change, which show how much of the change is lost by
                 rounding to the nearest; None if no sample was taken (see `needs_samples`).
         """
-        self._num_changed += 1
+        self._weights.num_changed += 1
         if dtype is None:
             return False
-        self._num_16_bit += 1
+        self._weights.num_16_bit += 1
         is_random = self._rule == STOCHASTIC
         if sample is not None:  # the rule is not STOCHASTIC, see `needs_samples`
             losses = sample.losses(dtype)
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
-                file_loss = self._losses.setdefault(path, RoundingLoss())
+                file_loss = self._weights.losses.setdefault(path, RoundingLoss())
                 # extrapolated from the sampled rows to the whole weight
                 file_loss.error_dot_change += loss.error_dot_change / sample.sampled_fraction
                 file_loss.squared_change += loss.squared_change / sample.sampled_fraction
-        self._num_random += is_random
+        self._weights.num_random += is_random
         return is_random
 
     def make_random_rounding(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
@@ -256,34 +259,30 @@ class LoraRounding:
 
     def describe(self) -> str:
         """Describe how weights were rounded since the last report, and the effect; "" if none were."""
-        if not self._num_changed or (self._rule == AUTO and not self._num_random):
+        weights = self._weights
+        if not weights.num_changed or (self._rule == AUTO and not weights.num_random):
             return ""
         option = f"--lora_rounding {self._rule}"
-        if not self._num_16_bit:
+        if not weights.num_16_bit:
             return f"{option} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
-            return f"{self._num_16_bit} weights are rounded at random, as set by {option}"
+            return f"{weights.num_16_bit} weights are rounded at random, as set by {option}"
         # no rows were sampled, so the loss is unknown
-        if self._rule == NEAREST and not self._losses:
+        if self._rule == NEAREST and not weights.losses:
             return f"weights are rounded to the nearest, as set by {option}"
-        percentages = []
-        for path, loss in self._losses.items():
-            # estimated from samples, so it may be outside 0..1
-            percent = 100 * min(max(loss.kept_fraction, 0), 1)
-            decimals = 1 if percent > 95 else 0
-            percentages.append(f"{percent:.{decimals}f} % of {path.name}")
-        keeps = list_some(percentages, _MAX_NAMED_FILES)
+        shares = [f"{loss.describe_kept_share()} of {path.name}" for path, loss in weights.losses.items()]
+        keeps = list_some(shares, _MAX_NAMED_FILES)
         if self._rule == NEAREST:
             return f"weights are rounded to the nearest, as set by {option}: that keeps {keeps}"
         return (
-            f"{self._num_random} of {self._num_16_bit} weights are rounded at random: rounding to the "
+            f"{weights.num_random} of {weights.num_16_bit} weights are rounded at random: rounding to the "
             f"nearest would keep {keeps}"
         )
 
     @property
     def metadata(self) -> dict[str, str]:
         """Return metadata about stochastic rounding for a merged file; {} if no weight needed it."""
-        return {METADATA_KEY: self.describe()[:MAX_METADATA]} if self._num_random else {}
+        return {METADATA_KEY: self.describe()[:MAX_METADATA]} if self._weights.num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
         """Log how weights merged since the last report were rounded, and reset the counts.
@@ -293,11 +292,11 @@ class LoraRounding:
                 separately.
         """
         sentence = self.describe()
-        if num_unmerged and not self._num_changed and self._rule != AUTO:
+        if num_unmerged and not self._weights.num_changed and self._rule != AUTO:
             sentence = (
                 f"--lora_rounding {self._rule} has no effect: the weights stay in 8 or 4 bits, and LoRAs are "
                 "computed separately"
             )
         if sentence:
             logger.info(sentence)
-        self._reset_counts()
+        self._weights = _RoundedWeights()

@@ -10,6 +10,7 @@ are adjacent in memory (networks/joined_weights.py), one product computes all ou
 # Letters: M rows of all samples, R rank (the sum of ranks for a matrix of all layers)
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,17 @@ class GroupedLayer(Protocol):
         ...
 
 
+@dataclass
+class _PassState:
+    """What one forward pass has computed for the layers that share an input."""
+
+    uncast_input: Tensor | None = None
+    cast_input: Tensor | None = None
+    input: Tensor | None = None  # the input that `products` are for
+    frozen_input: Tensor | None = None  # the same values for the frozen modules; see `multiply`
+    products: dict[GroupedLayer, Tensor] = field(default_factory=dict)  # not yet taken by the layers
+
+
 class SharedInput:
     """LoRA products of layers with the same input, computed together and kept until they are used."""
 
@@ -67,21 +79,15 @@ class SharedInput:
         self.stacked_up = stacked_up
         # if False, each layer calls its frozen module itself, and takes only its part of the product
         self.computes_outputs = all(layer.is_plain(down.dtype) for layer in layers)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._uncast_input: Tensor | None = None
-        self._cast_input: Tensor | None = None
-        self._input_of_products: Tensor | None = None  # the input that `_products` are for
-        self._frozen_input: Tensor | None = None  # the input of the frozen modules
-        self._products: dict[GroupedLayer, Tensor] = {}  # not yet taken by the layers
+        self._state = _PassState()
 
     def cast(self, x: Tensor) -> Tensor:
         """Return the input in the factors' dtype; the same tensor is cast only once."""
-        if self._uncast_input is not x or self._cast_input is None:
-            self._uncast_input = x
-            self._cast_input = x.to(self.down.dtype)
-        return self._cast_input
+        state = self._state
+        if state.uncast_input is not x or state.cast_input is None:
+            state.uncast_input = x
+            state.cast_input = x.to(self.down.dtype)
+        return state.cast_input
 
     def multiply(self, layer: GroupedLayer, x: Tensor, adds_gradient_in_place: bool) -> tuple[Tensor, Tensor]:
         """Return the input for a layer's frozen module, and the input times the layer's down factor.
@@ -93,21 +99,21 @@ class SharedInput:
                 first layer applies to all layers.
 
         Returns:
-            The input, ... x in, and the product, ... x R.
+            The input, ... x in, and the product, ... x R. If gradients are added in place, the input is a
+            view whose backward pass does that.
         """
+        state = self._state
         # the first layer of the group in this pass computes the products for all layers
-        if self._input_of_products is not x or layer not in self._products:
-            self._input_of_products = x
-            self._frozen_input = x
+        if state.input is not x or layer not in state.products:
+            state.input = x
+            state.frozen_input = x
             if adds_gradient_in_place:
-                self._frozen_input, product = project_in_place_gradient(x, self.down)
+                state.frozen_input, product = project_in_place_gradient(x, self.down)
             else:
                 product = functional.linear(x, self.down)
-            parts = product.split(self.ranks, -1)
-            self._products = dict(zip(self.layers, parts, strict=True))
-        assert self._frozen_input is not None
-        frozen_input = self._frozen_input  # read first, because `_pop_product` may release it
-        return frozen_input, self._pop_product(layer)
+            state.products = dict(zip(self.layers, product.split(self.ranks, -1), strict=True))
+        assert state.frozen_input is not None
+        return state.frozen_input, self._take_product(layer)
 
     def compute(self, layer: GroupedLayer, x: Tensor) -> Tensor:
         """Return the output of a layer's frozen module and its LoRA, ... x out; only if `computes_outputs`.
@@ -116,36 +122,36 @@ class SharedInput:
             layer: One of the layers.
             x: Input, ... x in, in the dtype of the factors.
         """
-        # the first layer that gets this input computes for all layers
-        if self._input_of_products is not x or layer not in self._products:
-            self._input_of_products = x
-            modules = [layer.original for layer in self.layers]
-            weights = [module.weight for module in modules]
-            biases = [module.bias for module in modules if module.bias is not None]
-            split_sizes = [len(weight) for weight in weights]
-            joined_weight = joined_bias = None
-            num_rows = x.numel() // x.shape[-1]
-            # one product for all layers saves kernel launches, which only matter for small outputs
-            if num_rows * sum(split_sizes) <= MAX_JOINED:
-                joined_weight = view_as_one_matrix(weights)
-                joined_bias = view_as_one_matrix(biases) if joined_weight is not None and biases else None
-            outputs: Sequence[Tensor]
-            can_use_one_product = joined_weight is not None and (joined_bias is not None or not biases)
-            if can_use_one_product:
-                outputs = _JoinedOutputs.apply(
+        state = self._state
+        # the first layer of the group in this pass computes the outputs of all layers
+        if state.input is not x or layer not in state.products:
+            state.input = x
+            state.products = dict(zip(self.layers, self._compute_outputs(x), strict=True))
+        return self._take_product(layer)
+
+    def _compute_outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the output of each layer's frozen module and its LoRA, ... x out."""
+        weights = [layer.original.weight for layer in self.layers]
+        all_biases = [layer.original.bias for layer in self.layers]  # None for modules without bias
+        split_sizes = [len(weight) for weight in weights]
+        num_rows = x.numel() // x.shape[-1]
+        # one product for all layers saves kernel launches, which only matter for small outputs
+        is_small = num_rows * sum(split_sizes) <= MAX_JOINED
+        joined_weight = view_as_one_matrix(weights) if is_small else None  # None if they are not adjacent
+        if joined_weight is not None:
+            biases = [bias for bias in all_biases if bias is not None]
+            joined_bias = view_as_one_matrix(biases) if biases else None
+            if joined_bias is not None or not biases:
+                return _JoinedOutputs.apply(
                     split_sizes, x, self.down, self.stacked_up, joined_weight, joined_bias
                 )
-            else:
-                all_biases = [module.bias for module in modules]  # None for modules without bias
-                outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *all_biases)
-            self._products = dict(zip(self.layers, outputs, strict=True))
-        return self._pop_product(layer)
+        return _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *all_biases)
 
-    def _pop_product(self, layer: GroupedLayer) -> Tensor:
+    def _take_product(self, layer: GroupedLayer) -> Tensor:
         """Return a layer's product or output and forget it; after the last layer, release all tensors."""
-        product = self._products.pop(layer)
-        if not self._products:
-            self._reset()
+        product = self._state.products.pop(layer)
+        if not self._state.products:
+            self._state = _PassState()
         return product
 
 
@@ -179,6 +185,7 @@ class _Outputs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of x, the down factor and the up factors; frozen weights get none."""
+        # outputs were y = x W^T + bias + (x D^T) U^T; `product` is x D^T of all layers side by side
         x, product, down, *ups_and_weights = ctx.saved_tensors
         num_layers = len(ctx.ranks)
         ups = ups_and_weights[:num_layers]

@@ -338,15 +338,27 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     kind_by_prefix = dict(_ENCODERS_OF_UNKNOWN_FAMILY if family is None else family.encoders)
     prefixes_of_kind = [prefix for prefix, encoder_kind in kind_by_prefix.items() if encoder_kind == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
-    if not file_prefix.startswith("lora_te"):  # another program's prefix
-        file_prefix = next(iter(kind_by_prefix)) if key.number == 1 else f"lora_te{key.number}"
-    elif kind == OF_CLIP and file_prefix == "lora_te" and (family is None or len(prefixes_of_kind) > 1):
-        return file_prefix  # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
+    # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
+    is_only_clip = kind == OF_CLIP and file_prefix == "lora_te"
+    if is_only_clip and (family is None or len(prefixes_of_kind) > 1):
+        return file_prefix
     if prefixes_of_kind:
         # a number above the family's count of such encoders means the last encoder
         return prefixes_of_kind[min(key.number, len(prefixes_of_kind)) - 1]
+    if not file_prefix.startswith("lora_te"):  # another program's prefix
+        file_prefix = next(iter(kind_by_prefix)) if key.number == 1 else f"lora_te{key.number}"
     is_prefix_of_other_kind = kind != "" and file_prefix in kind_by_prefix
     return None if is_prefix_of_other_kind else file_prefix
+
+
+def _find_prefix_of_known_module(path: str) -> str:
+    """Return the shortest prefix whose removal leaves the name of a known module; "" if there is none."""
+    # pieces end with their separator, so that joining them gives the path again
+    pieces = re.split(r"(?<=[._])", path)
+    for count in range(1, len(pieces)):
+        if is_known_module("".join(pieces[count:]).replace(".", "_")):
+            return "".join(pieces[:count])
+    return ""
 
 
 def describe_unknown(paths: Iterable[str]) -> str:
@@ -362,11 +374,9 @@ def describe_unknown(paths: Iterable[str]) -> str:
     if not paths:
         return ""
     for path in paths:
-        # pieces end with their separator, so that joining them gives the path again
-        pieces = re.split(r"(?<=[._])", path)
-        for count in range(1, len(pieces)):
-            if is_known_module("".join(pieces[count:]).replace(".", "_")):
-                return f"begin with {''.join(pieces[:count])}"
+        prefix = _find_prefix_of_known_module(path)
+        if prefix:
+            return f"begin with {prefix}"
         module_path, dot, end = path.rpartition(".")
         if dot and is_known_module(strip_known_prefixes(module_path).path.replace(".", "_")):
             return f"have .{end} after the module name"

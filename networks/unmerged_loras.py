@@ -33,21 +33,23 @@ def add_unmerged(
     """
     for name, weight_changes in changes.items():
         parameter = ChangedParameter(name, dit.get_submodule(name.removesuffix(".weight")))
-        num_rows = len(parameter.unpacked)
-        branches = [
-            LoraBranch(parameter, change.delta, change.weighted_lora.multiplier) for change in weight_changes
-        ]
-        for branch, change in zip(branches, weight_changes, strict=True):
-            branch.mask_ranks(dit, change.weighted_lora.lora.metadata)
-            # a rotation uses all inputs, and selects its output rows itself
-            if branch.rotation is not None:
-                branch.output_rows = change.row_slice
-            elif change.row_slice is not None:  # only some of the outputs change: pad the others with zeros
-                padding = (change.row_slice.start, num_rows - change.row_slice.stop)
-                branch.apply_region = partial(functional.pad, pad=padding)
+        branches = [_make_branch(dit, parameter, change) for change in weight_changes]
         layer = LoraWrapper(parameter, branches)
         layer.attach()
         layer.switch_on(device, dtype)
+
+
+def _make_branch(dit: nn.Module, parameter: ChangedParameter, change: Change) -> LoraBranch:
+    """Return a LoRA's addition to the output of a layer, limited to the rows that it changes."""
+    branch = LoraBranch(parameter, change.delta, change.weighted_lora.multiplier)
+    branch.mask_ranks(dit, change.weighted_lora.lora.metadata)
+    # a rotation uses all inputs, and selects its output rows itself
+    if branch.rotation is not None:
+        branch.output_rows = change.row_slice
+    elif change.row_slice is not None:  # only some of the outputs change: pad the others with zeros
+        padding = (change.row_slice.start, len(parameter.unpacked) - change.row_slice.stop)
+        branch.apply_region = partial(functional.pad, pad=padding)
+    return branch
 
 
 def split_masked(weighted_loras: Iterable[WeightedLora]) -> tuple[list[WeightedLora], list[WeightedLora]]:

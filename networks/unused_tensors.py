@@ -48,7 +48,7 @@ def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = strip_known_prefixes(_PEFT_LEVEL.sub("", key.removesuffix(leaf))).path
     name = path.replace(".", "_")
-    our_name = name if family is None else module_names.alias(name, family)
+    our_name = name if family is None else module_names.from_alias(name, family)
     text_module = module_names.describe_text_module(our_name)
     if text_module:
         return UnusedReason(f"are weights of {text_module}, not changes, and are ignored")
@@ -100,6 +100,18 @@ def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
     )
 
 
+def _explain_other_model_of_family(model: FamilyNames, is_bias: bool) -> UnusedReason:
+    """Return the reason for a module or bias that only other models of the same family have."""
+    if is_bias:
+        return UnusedReason(
+            ": they are biases, which these layers do not have in this model", "its biases are left out."
+        )
+    return UnusedReason(
+        f": other models of {model.name} have them",
+        f"it is for another model of {model.name}, with other layers. Give a LoRA for this one.",
+    )
+
+
 def explain_absent_module(
     model: FamilyNames | None, has_text_modules: bool, names_without_numbers: Collection[str], name: str
 ) -> UnusedReason:
@@ -124,15 +136,8 @@ def explain_absent_module(
     is_other_size = without_numbers(module) in names_without_numbers
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return UnusedReason(f": they are for {model.optional_description}; the rest is used without them")
-    if model is not None and module_names.has_module(module, model):  # of the same family
-        if leaf == "bias":
-            return UnusedReason(
-                ": they are biases, which these layers do not have in this model", "its biases are left out."
-            )
-        return UnusedReason(
-            f": other models of {model.name} have them",
-            f"it is for another model of {model.name}, with other layers. Give a LoRA for this one.",
-        )
+    if model is not None and module_names.has_module(module, model):
+        return _explain_other_model_of_family(model, is_bias=leaf == "bias")
     # a model of another family
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from networks import deltas, module_names
-from networks.delta import read_delta
+from networks.delta import Delta, read_delta
 from networks.deltas import LORA_FACTORS, SET_WEIGHT, add_missing_alphas
 from networks.fused_parts import cut_blocks, join_parts, resolve_rows
 from networks.kinds import KINDS
@@ -19,7 +19,14 @@ from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, kinds_of_p
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, rows_of_fused_parts
-from networks.module_names import alias, find_fused_path, is_fused_elsewhere, module_path, parts_of, to_alias
+from networks.module_names import (
+    find_fused_path,
+    from_alias,
+    is_fused_elsewhere,
+    module_path,
+    parts_of,
+    to_alias,
+)
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
 from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
@@ -60,14 +67,15 @@ def in_dialect(
     modules = deltas.group_by_module(tensors)
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
+    # for some families, whose path prefix is not `diffusion_model.`, ComfyUI reads diffusers' names
+    has_diffusers_names = family.is_as_in_diffusers and family.path_prefix != IN_COMFYUI
+    if target == "other" and not has_diffusers_names:
+        return _to_comfyui(modules, family)
     if target == "diffusers":
         for kind in KINDS:
             translated = kind.write_for_diffusers(modules, family)
             if translated is not None:  # None: the kind is written like LoRAs
                 return translated
-    # ComfyUI reads diffusers' names for some families (their path prefix is not `diffusion_model.`)
-    elif not (family.is_as_in_diffusers and family.path_prefix != IN_COMFYUI):
-        return _to_comfyui(modules, family)
     prefix = UNET_IN_DIFFUSERS if family.path_prefix == UNET_IN_DIFFUSERS else diffusers_prefix
     # families with fused parts: alpha / rank is folded exactly, by powers of two
     convert_factors = _in_toolkit if family.parts else _in_diffusers
@@ -242,21 +250,34 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
     is_full_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
     if is_full_difference and factors["diff"].ndim == 2:
         factors = _to_full_rank(factors)
-    if factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
-        factor_names = sorted(factors.keys() - {"alpha"})
-        return f"{', '.join(factor_names)} cannot be expressed in this dialect"
-    if delta.has_input_magnitudes:
-        return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, but diffusers has them by output"
+    error = _find_peft_error(factors, delta)
+    if error is not None:
+        return error
     # alpha / rank goes into the factors, because PEFT's files have no alpha tensors
     tensors = _fold(factors)
     bias = delta.bias_in_file_dtype()
-    if bias is not None and MAGNITUDES in factors:
-        return f"it has both a bias and {MAGNITUDE_KIND_NAME} magnitudes, which this dialect cannot express"
     if bias is not None:
         tensors[PEFT_ENDS["lora_up.bias"]] = bias
     if MAGNITUDES in factors:
         tensors[MAGNITUDES_END] = _to_peft_magnitudes(factors[MAGNITUDES])
     return tensors
+
+
+def _find_peft_error(factors: Factors, delta: Delta) -> str | None:
+    """Return why PEFT has no form for a module's factors; None if it has.
+
+    Args:
+        factors: Factors that would be written.
+        delta: The module's change.
+    """
+    if factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
+        factor_names = sorted(factors.keys() - {"alpha"})
+        return f"{', '.join(factor_names)} cannot be expressed in this dialect"
+    if delta.has_input_magnitudes:
+        return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, but diffusers has them by output"
+    if MAGNITUDES in factors and delta.bias_in_file_dtype() is not None:
+        return f"it has both a bias and {MAGNITUDE_KIND_NAME} magnitudes, which this dialect cannot express"
+    return None
 
 
 def _to_peft_magnitudes(magnitudes: Tensor) -> Tensor:
@@ -317,17 +338,23 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
     if is_split:
         return _cut(factors, [part_path for part_path, _ in parts])
     ((renamed_path, part),) = parts
-    delta = read_delta(factors)
-    # an input rotation is the same for all rows, so their order does not matter
-    if part.index != SWAPPED or delta.rotation is not None:
+    if part.index != SWAPPED:
         return {renamed_path: factors}
-    # the scale and shift of a norm: the two layouts have these halves in opposite orders
+    swapped = _swap_halves(factors)
+    return "it has no rows to swap" if swapped is None else {renamed_path: swapped}
+
+
+def _swap_halves(factors: Factors) -> Factors | None:
+    """Swap the halves of a norm's scale and shift, as the other layout has them; None if impossible."""
+    delta = read_delta(factors)
+    if delta.rotation is not None:  # an input rotation is the same for all rows
+        return factors
     row_tensors = [factors[key] for key in (UP, "diff", SET_WEIGHT, "diff_b") if key in factors]
     num_rows = len(row_tensors[0]) if row_tensors else 0
-    swapped = None
-    if num_rows:
-        swapped = delta.select_rows(torch.arange(num_rows).roll(num_rows // 2))
-    return "it has no rows to swap" if swapped is None else {renamed_path: swapped.factors}
+    if not num_rows:
+        return None
+    swapped = delta.select_rows(torch.arange(num_rows).roll(num_rows // 2))
+    return None if swapped is None else swapped.factors
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
@@ -345,25 +372,36 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
-    row_counts = rows_of_fused_parts(len(paths), rows=rows, columns=columns)
-    # two parts are keys and values, or the two layers of a gated feed-forward: both have half of the rows
-    if len(paths) == 2 and rows % 2 == 0:
-        row_counts = (rows // 2, rows // 2)
+    row_counts = _count_rows_of_parts(len(paths), rows, columns)
     if not row_counts:
         return f"its {rows} rows are not those of {len(paths)} parts"
-    is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
-    blocks = diagonal_blocks(factors[UP], row_counts) if is_plain else None
-    parts: Sequence[Factors | None]
-    if blocks is None:  # the parts share the down factor
-        parts = _cut_rows(factors, row_counts)
-    else:  # joined from LoRAs of the parts, which get their own ranks again
-        parts = cut_blocks(factors, blocks)
-    pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
-    if len(pieces) < len(paths):  # DoRA magnitudes by input cannot be cut by rows
-        return "its magnitudes belong to the whole weight"
+    pieces: dict[str, Factors] = {}
+    for path, piece in zip(paths, _cut_or_separate(factors, row_counts), strict=True):
+        if piece is None:  # DoRA magnitudes by input cannot be cut by rows
+            return "its magnitudes belong to the whole weight"
+        pieces[path] = piece
     # a LoRA that was joined from only some of the parts is zero in the other rows: drop those parts
     changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
     return changing or pieces
+
+
+def _count_rows_of_parts(num_parts: int, rows: int, columns: int) -> tuple[int, ...]:
+    """Return the row count of each part of a fused weight; () if its sizes do not fit."""
+    # two parts are keys and values, or the two layers of a gated feed-forward: both have half of the rows
+    if num_parts == 2 and rows % 2 == 0:
+        return rows // 2, rows // 2
+    return rows_of_fused_parts(num_parts, rows=rows, columns=columns)
+
+
+def _cut_or_separate(factors: Factors, row_counts: Sequence[int]) -> Sequence[Factors | None]:
+    """Return the factors of each part of a fused weight; None for a part that cannot be cut out.
+
+    A LoRA that was joined from LoRAs of the parts is separated into them, with their own ranks. Other parts
+    share the down factor.
+    """
+    is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
+    blocks = diagonal_blocks(factors[UP], row_counts) if is_plain else None
+    return _cut_rows(factors, row_counts) if blocks is None else cut_blocks(factors, blocks)
 
 
 def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
@@ -488,7 +526,7 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
     A module that cannot be split stays fused, with a warning.
     """
     split: dict[str, Factors] = {}
-    for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():
+    for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, from_alias)).items():
         parts = parts_of(name.removeprefix(OURS), family)
         paths = [OURS + path_and_part.path.replace(".", "_") for path_and_part in parts]
         pieces = _cut(factors, paths) if paths else {name: factors}
@@ -501,19 +539,19 @@ def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> di
 
 
 def rename_to_aliases(
-    tensors: Mapping[str, Tensor], family: FamilyNames, change: Callable[[str, FamilyNames], str] = to_alias
+    tensors: Mapping[str, Tensor], family: FamilyNames, rename: Callable[[str, FamilyNames], str] = to_alias
 ) -> dict[str, Tensor]:
     """Rename a LoRA's tensors from our names to the family's aliases, for modules that have one.
 
     Args:
         tensors: Tensors by name.
         family: The model family.
-        change: `to_alias`, or `alias` for the reverse direction.
+        rename: `to_alias`; with `from_alias`, tensors are renamed from the aliases to our names instead.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(OURS):
             module, dot, factor_name = name.removeprefix(OURS).partition(".")
-            name = f"{OURS}{change(module, family)}{dot}{factor_name}"
+            name = f"{OURS}{rename(module, family)}{dot}{factor_name}"
         renamed[name] = tensor
     return renamed

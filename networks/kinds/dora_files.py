@@ -76,7 +76,7 @@ def _keep_norms(lora: LoraFile, target: str) -> LoraFile:
 
 
 def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
-    """Return a DoRA whose magnitudes refer to norms of frozen (`are_frozen`) or changed weights."""
+    """Convert magnitudes to the norms of the frozen weights (`are_frozen`), or of the changed weights."""
     tensors = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     with open_weights(baking.models, family) as weights:

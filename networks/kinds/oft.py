@@ -51,6 +51,31 @@ def fit_block_size(width: int, size: int) -> int | None:
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)
 
 
+def _log_adjustments(adjustments: Mapping[str, int]) -> None:
+    """Log which block sizes were replaced because they do not divide a layer's inputs.
+
+    Args:
+        adjustments: Description of a replaced block size -> number of layers.
+    """
+    from modules.console import format_count
+
+    lines = [f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())]
+    logger.info(
+        "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
+        f"{'; '.join(lines)}"
+    )
+
+
+def _find_unsupported_variant(settings: Mapping[str, Any]) -> str | None:
+    """Return how PEFT computes the rotations according to its settings; None if it is the 5-term series."""
+    if settings.get("use_cayley_neumann") is False:
+        return "use_cayley_neumann = false, whose rotations have the opposite direction"
+    num_terms = settings.get("num_cayley_neumann_terms", TERMS)
+    if num_terms != TERMS:
+        return f"a series of {num_terms} terms (num_cayley_neumann_terms)"
+    return None
+
+
 class OftKind(NetworkKind):
     """OFT: rotates blocks of a layer's input channels instead of adding a change to its weight."""
 
@@ -124,18 +149,14 @@ class OftKind(NetworkKind):
                 "again.",
                 path,
             ) from error
-        if settings.get("use_cayley_neumann") is False:
-            variant = "use_cayley_neumann = false, whose rotations have the opposite direction"
-        elif settings.get("num_cayley_neumann_terms", TERMS) != TERMS:
-            variant = f"a series of {settings['num_cayley_neumann_terms']} terms (num_cayley_neumann_terms)"
-        else:
-            return
-        raise CheckpointError(
-            f"{path} is an OFT with {variant} according to {PEFT_FILE}, which is not supported.\n"
-            f"  Only PEFT's default, the series of {TERMS} terms, is supported. Train with that, or merge "
-            "with PEFT.",
-            path,
-        )
+        variant = _find_unsupported_variant(settings)
+        if variant is not None:
+            raise CheckpointError(
+                f"{path} is an OFT with {variant} according to {PEFT_FILE}, which is not supported.\n"
+                f"  Only PEFT's default, the series of {TERMS} terms, is supported. Train with that, or "
+                "merge with PEFT.",
+                path,
+            )
 
     def size_of(self, factors: Factors) -> int | None:
         """Return the block size of a module's OFT rotations; None if it has no rotations."""
@@ -184,7 +205,6 @@ class OftKind(NetworkKind):
         """
         from torch import nn
 
-        from modules.console import format_count
         from networks.kinds.oft_layer import OftLayer
 
         layers: dict[str, nn.Module] = {}
@@ -201,13 +221,7 @@ class OftKind(NetworkKind):
                 adjustments[f"{module.in_features} inputs: {block_size} instead of {target.rank}"] += 1
             layers[name] = OftLayer(module, block_size)
         if adjustments:
-            lines = [
-                f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())
-            ]
-            logger.info(
-                "block sizes that do not divide a layer's inputs are replaced by the nearest that do. "
-                f"{'; '.join(lines)}"
-            )
+            _log_adjustments(adjustments)
         if not layers:
             raise OptionError(f"--network_module {MODULE}: the model has no linear layer that can be rotated")
         return layers

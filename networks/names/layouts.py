@@ -288,18 +288,17 @@ def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...
     our_names: dict[str, list[str]] = {}
     for part in names.joined:  # here the parts are our modules
         pattern = _pattern(part.fused_path) + r"\.weight"
-        our_names.setdefault(pattern, []).append(f"{_replacement(part.part_path)}.weight")
+        our_path = part.part_path.replace("{n}", _MATCHED_NUMBER)
+        our_names.setdefault(pattern, []).append(f"{our_path}.weight")
     return tuple((pattern, tuple(ours)) for pattern, ours in our_names.items())
+
+
+_MATCHED_NUMBER = r"\1"  # replaces `{n}` in the replacement for `_pattern`
 
 
 def _pattern(path: str) -> str:
     """Return a regular expression for a path in which `{n}` matches any number."""
     return re.escape(path).replace(re.escape("{n}"), r"(\d+)")
-
-
-def _replacement(path: str) -> str:
-    """Return the `re.sub` replacement for a path with `{n}`, which becomes the matched number."""
-    return path.replace("{n}", r"\1")
 
 
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
@@ -317,7 +316,7 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
             counts[part.fused_path] += 1
         leaf = r".\2" if "{n}" in part.part_path else r".\1"  # the group after the block index
         pattern = _pattern(part.part_path) + r"\.(\w+)"
-        patterns.append((pattern, _replacement(part.fused_path) + leaf + suffix))
+        patterns.append((pattern, part.fused_path.replace("{n}", _MATCHED_NUMBER) + leaf + suffix))
     for theirs, ours in names.parameters:
-        patterns.append((_pattern(theirs), _replacement(ours)))
+        patterns.append((_pattern(theirs), ours.replace("{n}", _MATCHED_NUMBER)))
     return tuple(patterns)

@@ -14,7 +14,7 @@ from networks.convert import convert_file
 from networks.deltas import add_missing_alphas
 from networks.key_formats import read_own_names, split_names, to_native
 from networks.loading import read_lora
-from networks.module_names import FAMILIES, alias, diffusers_path, module_path, select_family
+from networks.module_names import FAMILIES, diffusers_path, from_alias, module_path, select_family
 from networks.names.layouts import FamilyNames
 from networks.writing import TranslatedModules, in_dialect
 from tests.golden_cases import read_case
@@ -110,7 +110,7 @@ def test_names_of_the_diffusers_layout_are_brought_into_ours_and_back(manifest: 
     for name in tensor_list(manifest):
         if not name.endswith(".bias") and "control_adapter" not in name and "ref_conv" not in name:
             foreign, own = diffusers_name(name).removesuffix(".weight"), name.removesuffix(".weight")
-            assert alias(foreign.replace(".", "_"), WAN) == own.replace(".", "_")
+            assert from_alias(foreign.replace(".", "_"), WAN) == own.replace(".", "_")
             assert diffusers_path(own.replace(".", "_"), WAN) == foreign
 
 

@@ -26,7 +26,7 @@ from lumina.names import LUMINA
 from networks.apply import LIKELY_MODEL
 from networks.deltas import group_by_module
 from networks.key_formats import families_of, module_of_tensor, to_native
-from networks.module_names import alias, diffusers_path, module_path, select_family, sizes_fit, to_alias
+from networks.module_names import diffusers_path, from_alias, module_path, select_family, sizes_fit, to_alias
 from networks.names.layouts import FamilyNames, tensor_patterns
 from qwen_image.names import QWEN_IMAGE
 from stable_diffusion.names import SD1, SD2, SDXL
@@ -132,7 +132,7 @@ def test_every_module_of_a_released_network_has_a_name_and_one_in_ldm(
         assert diffusers_path(name, family) == path
         other = to_alias(name, family)
         assert other != name
-        assert alias(other, family) == name
+        assert from_alias(other, family) == name
 
 
 @FULL
@@ -145,7 +145,7 @@ def test_names_in_ldm_are_those_that_diffusers_converts(
     for name in network.state_dict():
         path, _, leaf = name.rpartition(".")
         theirs = ldm_path(path, family)
-        assert module_path(alias(theirs.replace(".", "_"), family), family) == path
+        assert module_path(from_alias(theirs.replace(".", "_"), family), family) == path
         ldm[f"model.diffusion_model.{theirs}.{leaf}"] = torch.tensor(list(name.encode()))
 
     converted = convert_ldm_unet_checkpoint(ldm, dict(network.config))
@@ -173,7 +173,7 @@ def test_the_upsamplers_of_released_files_follow_the_attention_if_there_is_one()
         "sd1": ["output_blocks_2_1_conv", "output_blocks_5_2_conv"],
         "sdxl": ["output_blocks_2_2_conv", "output_blocks_5_2_conv"],
     }
-    assert alias("output_blocks_2_2_conv", SD1) == alias("output_blocks_2_1_conv", SD1)
+    assert from_alias("output_blocks_2_2_conv", SD1) == from_alias("output_blocks_2_1_conv", SD1)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])
