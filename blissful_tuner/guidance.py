@@ -479,7 +479,8 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
             f"--cfgzerostar_init_steps {init_steps}: none of the {len(plans)} steps would call the model. "
             "Give fewer; 1 or 2 are usual"
         )
-    _warn_of_unused_prompts(prepared, options, passes, is_guided)
+    if prepared.request.negative_prompt or prepared.request.nag_prompt is not None:
+        _warn_of_unused_prompts(prepared, options, passes, is_guided)
     _warn_of_unused_options(prepared, options, passes, is_guided)
 
 

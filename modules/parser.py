@@ -119,7 +119,8 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if args is None else list(args)
         self._show_help(argv)  # ends the program if help is asked for
         # find mistakes that argparse would explain worse, and convert the words to the form that it expects
-        self._reject_line_continuation(argv)
+        if argv and argv[-1] in _LINE_ENDS:
+            self._reject_line_continuation(argv)
         argv = self._normalize(argv)
         self._reject_unknown(argv)
         self._reject_joined_numbers(argv)
@@ -141,9 +142,7 @@ class Parser(argparse.ArgumentParser):
 
     def _reject_line_continuation(self, argv: Sequence[str]) -> None:
         """Reject a command that ends in a line-continuation character of another shell, such as ` or ^."""
-        last_but_one, last = ["", "", *argv][-2:]
-        if last not in _LINE_ENDS:
-            return
+        last_but_one, last = ["", *argv][-2:]
         takes_it = any(
             last_but_one in action.option_strings and action.nargs != 0 for action in self._actions
         )

@@ -130,7 +130,7 @@ def explain_path(text: str) -> str | None:
             f"it contains control characters, as TOML and JSON read {signs} in double quotes. Write a path "
             f"of Windows with forward slashes, {forward}, or in TOML in single quotes, '{meant}'"
         )
-    if is_address(text) or _HUB.match(text):
+    if _ADDRESS.match(text) or _HUB.match(text):
         return "this is an address. Download the file first and give its path"
     if text.startswith(QUOTES) or text.endswith(QUOTES):
         plain = text.strip("".join(QUOTES))

@@ -108,24 +108,18 @@ SMALLEST_H265 = (64, 48)
 MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
-def select_encoder(codec: str, width: int, height: int) -> str:
-    """Return `codec`, or h264 if images are too small for an h265 encoder."""
-    is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
-    return "h264" if codec == "h265" and is_tiny else codec
+def _is_too_small_for_h265(width: int, height: int) -> bool:
+    return width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
 
 
 def resolve_codec(codec: str, width: int, height: int) -> str:
     """Return `codec`, or h264 with a warning if images are too small for an h265 encoder."""
-    settled = select_encoder(codec, width, height)
-    if settled != codec:
-        logger.warning(
-            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
-            codec,
-            settled,
-            width,
-            height,
-        )
-    return settled
+    if codec != "h265" or not _is_too_small_for_h265(width, height):
+        return codec
+    logger.warning(
+        "--codec h265 is written as h264 because %d x %d pixels are too few for its encoder", width, height
+    )
+    return "h264"
 
 
 def select_codec(path: Path, codec: str) -> Codec:
@@ -149,7 +143,7 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 is the minimum")
-    if select_encoder(codec, width, height) != codec:
+    if codec == "h265" and _is_too_small_for_h265(width, height):
         raise MediaError(
             f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
             f"{SMALLEST_H265[1]} is the minimum. Use h264"
