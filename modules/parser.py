@@ -440,6 +440,15 @@ class _ScriptOverrides(NamedTuple):
     settings: Mapping[str, Mapping[str, Any]]
     refused: Mapping[str, str]
 
+    def merge(self, nested: Mapping[str, Any]) -> "_ScriptOverrides":
+        """Return these changes together with those that a record declares for a nested record."""
+        return _ScriptOverrides(
+            without={*self.without, *nested.get("without", ())},
+            defaults={**nested.get("defaults", {}), **self.defaults},
+            settings={**nested.get("settings", {}), **self.settings},
+            refused={**nested.get("refused", {}), **self.refused},
+        )
+
 
 def _add_field(
     parser: argparse.ArgumentParser,
@@ -456,16 +465,8 @@ def _add_field(
     hint = hints_of(cls)[field.name]
     if find_record_type(hint) is hint:  # the field contains a record
         nested = {} if declared is None else declared.settings
-        records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
-        add_options(
-            parser,
-            *records,
-            group=group,
-            without={*overrides.without, *nested.get("without", ())},
-            defaults={**nested.get("defaults", {}), **overrides.defaults},
-            settings={**nested.get("settings", {}), **overrides.settings},
-            refused={**nested.get("refused", {}), **overrides.refused},
-        )
+        if issubclass(hint, Options):  # other records are declared by a function
+            add_options(parser, hint, group=group, **overrides.merge(nested)._asdict())
         return
     if declared is None or not declared.help:
         return
@@ -545,25 +546,13 @@ def _add_option(
 
     `settings` are the arguments of `add_argument`, including those that the script changes.
     """
-    types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    value_type = next(kind for kind in types if kind is not type(None))
     default_text = "default: the task's" if default is None else f"default {default}"
     refused = settings.pop("refused", declared.refused)
-    arguments: dict[str, Any] = {"help": declared.help.replace("{default}", default_text), "default": default}
-    if isinstance(default, Path):
-        arguments["default"] = default.as_posix()
-    if typing.get_origin(value_type) is tuple:
-        arguments["nargs"] = "*"
-        value_type = typing.get_args(value_type)[0]
-        arguments["default"] = list(default) if isinstance(default, tuple) else default
-    if value_type is bool:
-        arguments["action"] = "store_true"
-    else:
-        if value_type in NUMBERS:
-            arguments["type"] = value_type
-        if "choices" not in settings:
-            arguments["metavar"] = METAVARS.get(value_type, "TEXT")
-    arguments |= settings
+    arguments = {
+        "help": declared.help.replace("{default}", default_text),
+        **_list_type_arguments(hint, default, has_choices="choices" in settings),
+        **settings,
+    }
     action: Any
     if declared.positional:
         action = group.add_argument(name, **arguments)
@@ -577,6 +566,25 @@ def _add_option(
     action.by_place = declared.by_place
     action.known_as = declared.known_as
     return action
+
+
+def _list_type_arguments(hint: Any, default: Any, has_choices: bool) -> dict[str, Any]:
+    """Return the arguments of `add_argument` that follow from the type and the default of a field."""
+    types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    value_type = next(kind for kind in types if kind is not type(None))
+    arguments: dict[str, Any] = {"default": default.as_posix() if isinstance(default, Path) else default}
+    if typing.get_origin(value_type) is tuple:
+        arguments["nargs"] = "*"
+        value_type = typing.get_args(value_type)[0]
+        arguments["default"] = list(default) if isinstance(default, tuple) else default
+    if value_type is bool:
+        arguments["action"] = "store_true"
+    else:
+        if value_type in NUMBERS:
+            arguments["type"] = value_type
+        if not has_choices:
+            arguments["metavar"] = METAVARS.get(value_type, "TEXT")
+    return arguments
 
 
 def reject_unsupported(

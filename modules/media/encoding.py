@@ -5,6 +5,7 @@ It numbers the images; its output does not depend on their times. Packets get th
 
 import contextlib
 import errno
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -214,6 +215,24 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
     Raises:
         MediaError: If the encoder fails.
     """
+    frames = _make_frames(stream, pictures)
+    for frame in itertools.chain(frames, [None]):  # None returns the packets that the encoder has held back
+        try:
+            packets = stream.encode(frame)
+        except av.FFmpegError as error:
+            raise MediaError(
+                f"the encoder {stream.codec_context.name} fails at {stream.width} x {stream.height} pixels: "
+                f"{error.strerror}. Choose another codec."
+            ) from error
+        yield from packets
+
+
+def _make_frames(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
+    """Yield FFmpeg's frames of the pictures, in the stream's pixel format and with BT.709 colors.
+
+    Raises:
+        MediaError: If the size of the pictures changes.
+    """
     colors = av.video.reformatter
     bt709 = colors.Colorspace.ITU709.value
     is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
@@ -238,12 +257,7 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
         # ProRes reads the colors from the frames
         converted.colorspace = converted.color_primaries = converted.color_trc = bt709
         del even_sized, rgb, frame  # free memory before encoding
-        with _name_encoder(stream):
-            packets = stream.encode(converted)
-        yield from packets
-    with _name_encoder(stream):
-        packets = stream.encode()
-    yield from packets
+        yield converted
 
 
 def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
@@ -266,17 +280,6 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     packets = [*encoder.encode(image), *encoder.encode(), None]  # None flushes the decoder
     (decoded_frame,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
     return np.asarray(decoded_frame.reformat(format="rgb24", threads=1).to_ndarray())
-
-
-@contextlib.contextmanager
-def _name_encoder(stream: Any) -> Iterator[None]:
-    try:
-        yield
-    except av.FFmpegError as error:
-        raise MediaError(
-            f"the encoder {stream.codec_context.name} fails at {stream.width} x {stream.height} pixels: "
-            f"{error.strerror}. Choose another codec."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -350,9 +350,7 @@ def write_timed_video(
         all_tags = dict(tags or {})
         if writers.copied_video is not None:
             all_tags = _replace_tags(writers.copied_video.tags, all_tags)
-        with encoding.create_container(
-            temporary, suffix, all_tags, _select_mux_options(suffix, rate, all_tags)
-        ) as container:
+        with _create_container(temporary, suffix, rate, all_tags) as container:
             stream = encoding.add_video_stream(
                 container, selected_codec, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
@@ -384,12 +382,13 @@ def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, s
     return {name: text for name, text in old.items() if name.lower() not in replaced} | dict(new)
 
 
-def _select_mux_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
+def _create_container(path: Path, suffix: str, rate: Fraction, tags: Mapping[str, str]) -> Any:
+    """Open a video file for writing, with tags and start times in whole ticks."""
     options = {"max_interleave_delta": "1000000"}  # microseconds; gaps in subtitles must not delay writing
     if suffix != ".mkv":
         options["movie_timescale"] = str(ticks_per_second(rate))  # for the start time; default: milliseconds
         options["movflags"] = "+faststart" + "+use_metadata_tags" * encoding.needs_own_tags(tags)
-    return options
+    return encoding.create_container(path, suffix, tags, options)
 
 
 class _StreamWriters(NamedTuple):
