@@ -327,14 +327,14 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     rules = prepared.rules
     if rules.max_signal is not None and rules.max_signal <= 0:  # guidance ends before the first step
         return [(None,) * num_steps] * len(prepared.guidance_scale)
-    if schedule and options.cfg_skip_mode != "none":
-        raise OptionError(
-            f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which steps "
-            "have guidance: give one of them"
-        )
     # converts a scale of the model to the standard formula
     offset_to_standard = 1 - rules.neutral_scale
     if schedule:
+        if options.cfg_skip_mode != "none":
+            raise OptionError(
+                f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which "
+                "steps have guidance: give one of them"
+            )
         return [
             _schedule_scales(schedule, num_steps, scale, offset_to_standard)
             for scale in prepared.guidance_scale

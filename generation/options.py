@@ -226,9 +226,10 @@ class GenerationOptions(Options, title="run"):
         if self.sheet.sheet is not None:
             self._check_sheet()
         if self.latent_path and self.output.output_type in LATENT_OUTPUTS:
+            kinds = "images" if self.output.pictures else "video or images"
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
-                f"Use {'images' if self.output.pictures else 'video or images'}"
+                f"Use {kinds}"
             )
         prompt = self.request.prompt
         if prompt is not None and (not prompt.strip() or prompt.endswith((".txt", ".json"))):

@@ -211,26 +211,31 @@ def save_pixels(
     del first_frames  # a frame takes megabytes
     is_image = options.is_image(is_single)
     last_frame = deque[Frame](maxlen=1)  # filled while the frames of a video are written
-    saves_last_frame = options.save_last_frame and not is_image
-    # the last frame is saved unprocessed, so that another video can continue from it; but if a tool hides
-    # content, it is saved processed
-    hides_content = post is not None and post.hides_content
-    if saves_last_frame and not hides_content:
+    if options.save_last_frame and not is_image:
+        # unprocessed, so that another video can continue from it; but if a tool hides content, processed
+        if post is not None and post.hides_content:
+            frames, fps = post.process(frames, fps, is_single)
+            post = None
         frames = remember(frames, last_frame)
     if post is not None:
         frames, fps = post.process(frames, fps, is_single)
-    if saves_last_frame and hides_content:
-        frames = remember(frames, last_frame)
     if is_image:
         return _save_image(options, stem, frames, metadata)
     path = _save_clip(options, stem, _Clip(frames, fps, track, metadata))
     if last_frame:
-        # a folder of images has no suffix; its name may contain a dot
-        name = path.name if options.output_type in IMAGE_OUTPUTS else path.stem
-        last_path = path.with_name(f"{name}{LAST_FRAME_SUFFIX}")
-        write_png(last_path, last_frame[0], as_png_texts(metadata or {}))
-        logger.info("Last frame: %s", last_path)
+        _save_last_frame(options, path, last_frame[0], metadata)
     return path
+
+
+def _save_last_frame(
+    options: OutputOptions, clip_path: Path, frame: Frame, metadata: Mapping[str, str] | None
+) -> None:
+    """Write the last frame of a clip as a PNG file next to the clip."""
+    # a folder of images has no suffix; its name may contain a dot
+    name = clip_path.name if options.output_type in IMAGE_OUTPUTS else clip_path.stem
+    path = clip_path.with_name(f"{name}{LAST_FRAME_SUFFIX}")
+    write_png(path, frame, as_png_texts(metadata or {}))
+    logger.info("Last frame: %s", path)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,6 @@ def make_request(
     if solver not in options.solvers:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(options.solvers)}")
     high_noise = values["guidance_scale_high_noise"]
-    control_images = values["control_image_path"] or ()
     height, width = options.video_size or (None, None)  # None: the model's default, or a reference's size
     request = Request(
         prompt=expanded["prompt"] or "",
@@ -131,13 +130,7 @@ def make_request(
         nag_prompt=expanded["nag_prompt"] or None,
         second_prompt=expanded["prompt_2"],
         cfg_schedule=values["cfg_schedule"] or None,
-        image_path=_select_media_path(options, line, "image_path"),
-        end_image_path=_select_media_path(options, line, "end_image_path"),
-        control_path=_select_media_path(options, line, "control_path"),
-        # images with an empty path are left out
-        control_images=tuple(
-            to_path("--control_image_path", str(path)) for path in control_images if str(path)
-        ),
+        **_read_media_paths(options, values),
         source=_select_source(options.source, line),
         extra=_collect_extras(options, line),
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
@@ -168,10 +161,19 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
     return expand_texts(texts, prompts, seed)
 
 
-def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
-    """Return the path of a media option; None if it is empty or the family reads the option itself."""
-    value = None if name in options.extras else line.get(name, getattr(options, name))
-    return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
+def _read_media_paths(options: RequestOptions, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the paths of images and of the control video, by the fields of a request.
+
+    A path is None if it is empty, or if the family reads the option itself. Reference images with an empty
+    path are left out.
+    """
+    paths: dict[str, Any] = {}
+    for name in ("image_path", "end_image_path", "control_path"):
+        text = "" if name in options.extras or values[name] is None else str(values[name])
+        paths[name] = to_path(f"--{name}", text) if text else None
+    references = filter(None, map(str, values["control_image_path"] or ()))
+    paths["control_images"] = tuple(to_path("--control_image_path", text) for text in references)
+    return paths
 
 
 def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:

@@ -162,11 +162,10 @@ class Parser(argparse.ArgumentParser):
         self._typed_spellings.clear()
         for word in argv[: argv.index("--") if "--" in argv else None]:
             flag = word.partition("=")[0]
-            if flag not in flags:  # an abbreviation, or no option
-                completions = [full for full in flags if full.startswith(flag)] if flag[:2] == "--" else []
-                if len(completions) != 1:
-                    continue
-                flag = completions[0]
+            if flag not in flags and flag[:2] == "--":
+                flag = self._complete_flag(flag)
+            if flag not in flags:
+                continue
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._typed_spellings.add(flag)
         displayed_flags: dict[str, str] = {}
@@ -180,6 +179,11 @@ class Parser(argparse.ArgumentParser):
             elif action.dest in self.shown_flags:
                 displayed_flags[f"--{action.dest}"] = self.shown_flags[action.dest]
         return {flag: shown for flag, shown in displayed_flags.items() if flag != shown}
+
+    def _complete_flag(self, abbreviation: str) -> str:
+        """Return the only flag that begins with an abbreviation; the abbreviation if there is none."""
+        completions = [flag for flag in self._option_string_actions if flag.startswith(abbreviation)]
+        return completions[0] if len(completions) == 1 else abbreviation
 
     def _reject_joined_numbers(self, argv: Sequence[str]) -> None:
         """Reject two numbers typed as one word for an option that takes two, such as 832x480."""
@@ -206,14 +210,7 @@ class Parser(argparse.ArgumentParser):
         the first of them that has none, and so on; an option with several values gets all these words.
         """
         words = [_Word(word) for word in argv]  # argparse keeps these objects: equal words differ
-        required = [action for action in self._actions if action.required]
-        for action in required:  # missing options are reported later
-            action.required = False
-        try:
-            parsed, unused = super().parse_known_args(words)
-        finally:
-            for action in required:
-                action.required = True
+        parsed, unused = self._parse_without_required(words)
         unset = [action for action in without_flag if getattr(parsed, action.dest) is action.default]
         free_words = [word for word in unused if word != "--"]
         if not free_words or not unset:
@@ -230,6 +227,17 @@ class Parser(argparse.ArgumentParser):
                 f"{' and '.join(flags)} can be left out. Put a name with spaces in quotes."
             )
         return [*used_words, *(f"{flag}={word}" for flag, word in zip(flags, free_words, strict=False))]
+
+    def _parse_without_required(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse as `parse_known_args` does, but report no missing options: they are reported later."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            return super().parse_known_args(words)
+        finally:
+            for action in required:
+                action.required = True
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but first print the help if the user asks for it."""
@@ -473,14 +481,13 @@ def _add_field(
     name = option_name(field)
     settings = {**declared.settings, **overrides.settings.get(name, {})}
     is_required = settings.get("required") or (declared.positional and settings.get("nargs") != "*")
+    default = None
     if name in overrides.defaults:
         default = overrides.defaults[name]
-    else:
-        default = None if is_required else default_of(cls, field)
+    elif not is_required:
+        default = default_of(cls, field)
     if name in overrides.without:  # its record gets the default
-        parser.set_defaults(**{name.replace("-", "_"): default})
-        if isinstance(parser, Parser):
-            parser.left_out[name.replace("-", "_")] = default
+        _leave_out(parser, name.replace("-", "_"), default)
         return
     action: Any = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
     # facts that argparse does not know, for messages and the page
@@ -491,6 +498,13 @@ def _add_field(
     if name in overrides.refused:
         reason = overrides.refused[name]
         action.rejection = Rejection(action.help or "", reason=reason, instead="", values=(), settings={})
+
+
+def _leave_out(parser: argparse.ArgumentParser, argument: str, default: Any) -> None:
+    """Let a record read the default of an option that the script lacks."""
+    parser.set_defaults(**{argument: default})
+    if isinstance(parser, Parser):
+        parser.left_out[argument] = default
 
 
 def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
