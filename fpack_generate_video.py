@@ -31,7 +31,9 @@ def settle(
     options: GenerationOptions, family_options: FramePackGenerationOptions
 ) -> tuple[GenerationOptions, FramePackGenerationOptions]:
     """Check the texts of sections, and take the window that given latents were made with."""
-    if not options.prompts.draws:  # else it may be drawn for which sections a text is
+    prompts = options.prompts
+    # with random parts, the section that a text is for may be drawn
+    if prompts.prompt_wildcards is None and not prompts.prompt_alternatives:
         for name in ("prompt", "prompt_2"):  # raises OptionError if one cannot be parsed
             parse_section_texts(getattr(options.request, name) or "", f"--{name}")
 

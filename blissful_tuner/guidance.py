@@ -38,7 +38,7 @@ from blissful_tuner.options import MAX_SCALE, PLAIN_GUIDANCE, GuidanceOptions, N
 from modules.errors import OptionError
 from protocols.data import Conditions
 from protocols.requests import Prepared
-from protocols.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
+from protocols.rules import ONE_EXPERT, Expert, GuidanceRules, Projection, StreamGuidance, expert_at
 from protocols.steps import NO_OVERRIDES, Guidance, NagText, Overrides, Predict, RunPasses, Section, Step
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,6 @@ class _StepPlanner:
         """
         options = self._options
         rules = self._rules
-        projection = rules.projection
         skips_layers = index in self._steps_without_layers
         may_skip = skips_layers or bool(rules.negative_skips.blocks)
         negative = self._select_negative_pass(index, skips_layers) if may_skip else NEGATIVE
@@ -236,14 +235,11 @@ class _StepPlanner:
             stages = [cfg_zero(scale, negative)]
         else:
             stages = [plain_cfg(scale, negative)]
-        # projected guidance replaces the formula after its first steps
         rescale_fraction = options.guidance_rescale
-        if stages and projection is not None and momentum is not None:
-            if self._prepared.first_step + index > projection.after_step:
-                stages = [project_momentum(projection, momentum, negative)]
-                rescale_fraction = projection.rescale
-            else:  # earlier steps use the standard formula, but already add to the momentum
-                stages = [feed_momentum(stages[0], momentum, negative)]
+        if stages and rules.projection is not None and momentum is not None:
+            is_projected = self._prepared.first_step + index > rules.projection.after_step
+            stages = [_project(stages[0], rules.projection, momentum, negative, is_projected)]
+            rescale_fraction = rules.projection.rescale if is_projected else rescale_fraction
         # skip-layer guidance away from the pass with skipped blocks
         if skips_layers and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_difference(self._pass_without_layers, options.slg_scale))
@@ -271,6 +267,16 @@ class _StepPlanner:
         if skips.blocks and skips.is_active(step, self._prepared.steps):
             return self._negative_with_model_skips
         return NEGATIVE
+
+
+def _project(
+    formula: GuidanceStage, rule: Projection, momentum: Momentum, negative: Pass, is_projected: bool
+) -> GuidanceStage:
+    """Return the stage of projected guidance, which replaces the standard formula after the first steps."""
+    if is_projected:
+        return project_momentum(rule, momentum, negative)
+    # the first steps use the standard formula, but already add to the momentum
+    return feed_momentum(formula, momentum, negative)
 
 
 def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
@@ -321,33 +327,48 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     rules = prepared.rules
     if rules.max_signal is not None and rules.max_signal <= 0:  # guidance ends before the first step
         return [(None,) * num_steps] * len(prepared.guidance_scale)
-    if schedule and options.cfg_skip_mode != "none":
-        raise OptionError(
-            f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which steps "
-            "have guidance: give one of them"
-        )
+    # converts a scale of the model to the standard formula
+    offset_to_standard = 1 - rules.neutral_scale
+    if schedule:
+        if options.cfg_skip_mode != "none":
+            raise OptionError(
+                f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which "
+                "steps have guidance: give one of them"
+            )
+        return [
+            _schedule_scales(schedule, num_steps, scale, offset_to_standard)
+            for scale in prepared.guidance_scale
+        ]
     guided_steps = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
         guided_steps = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    # converts a scale of the model to the standard formula
-    offset_to_standard = 1 - rules.neutral_scale
     guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
-        if schedule:
-            # schedules count steps from 1
-            scale_by_step = parse_cfg_schedule(schedule, num_steps, scale)
-            scales = tuple(
-                scale_by_step[number] + offset_to_standard if number in scale_by_step else None
-                for number in range(1, num_steps + 1)
-            )
-        else:
-            standard_scale = scale + offset_to_standard
-            # at 1 the formula returns the positive velocity; video and audio may have scales of their own
-            step_scale = standard_scale if standard_scale != 1 or guides_streams else None
-            scales = tuple(step_scale if has_guidance else None for has_guidance in guided_steps)
-        scales_by_expert.append(scales)
+        standard_scale = scale + offset_to_standard
+        # at 1 the formula returns the positive velocity; video and audio may have scales of their own
+        step_scale = standard_scale if standard_scale != 1 or guides_streams else None
+        scales_by_expert.append(tuple(step_scale if is_guided else None for is_guided in guided_steps))
     return scales_by_expert
+
+
+def _schedule_scales(
+    schedule: str, num_steps: int, scale: float, offset_to_standard: float
+) -> tuple[float | None, ...]:
+    """Return the guidance scale of each step, as --cfg_schedule sets it; None without guidance.
+
+    Args:
+        schedule: Value of --cfg_schedule.
+        num_steps: Number of steps.
+        scale: Scale of entries of the schedule without one.
+        offset_to_standard: Added to a scale, so that 1 turns guidance off.
+    """
+    scale_by_step = parse_cfg_schedule(schedule, num_steps, scale)
+    # schedules count steps from 1
+    return tuple(
+        scale_by_step[number] + offset_to_standard if number in scale_by_step else None
+        for number in range(1, num_steps + 1)
+    )
 
 
 def _has_guidance(stream: StreamGuidance) -> bool:
@@ -479,7 +500,8 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
             f"--cfgzerostar_init_steps {init_steps}: none of the {len(plans)} steps would call the model. "
             "Give fewer; 1 or 2 are usual"
         )
-    _warn_of_unused_prompts(prepared, options, passes, is_guided)
+    if prepared.request.negative_prompt or prepared.request.nag_prompt is not None:
+        _warn_of_unused_prompts(prepared, options, passes, is_guided)
     _warn_of_unused_options(prepared, options, passes, is_guided)
 
 
@@ -509,37 +531,40 @@ def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
     """Warn about each given guidance option that has no effect on these passes."""
-    # option texts for warnings, which are the keys of `is_given` and `reasons`
-    layers = f"--slg_mode {options.slg_mode}"
-    rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
-    perpendicular = f"--perp_neg {options.perp_neg or 0:g}"
     embedded = "--disable_embedded_for_cfg"
     negative_skips = prepared.rules.negative_skips
     is_given = {
-        layers: bool(options.skipped_layers),
-        rescaling: options.guidance_rescale != 0,
-        perpendicular: options.perp_neg is not None,
+        f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
+        f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,
+        f"--perp_neg {options.perp_neg or 0:g}": options.perp_neg is not None,
         embedded: options.disable_embedded_for_cfg,
         negative_skips.option: bool(negative_skips.option),
     }
-    negatives = [texts.negative for texts in prepared.prompts.values()]
-    has_negative_text = any(negative is not None and negative.text for negative in negatives)
-    skips_layers = any(pass_.overrides.skip_blocks for pass_ in passes)
+    given = [option for option, has_value in is_given.items() if has_value]
+    if not given:
+        return
     reasons: dict[str, str] = {}
     if not is_guided:
-        reasons = dict.fromkeys(is_given, NO_STEP)
-    # some step is guided, but no pass skips a layer, so options for such passes have no effect
-    elif not skips_layers:
-        if options.skipped_layers:
-            reasons[layers] = why_none_skipped(options, prepared.num_steps)
-        if not has_negative_text:
-            reasons[perpendicular] = "the negative prompt is empty"
-        reasons[negative_skips.option] = f"it acts in none of the {prepared.num_steps} steps"
+        reasons = dict.fromkeys(given, NO_STEP)
+    elif not any(pass_.overrides.skip_blocks for pass_ in passes):
+        reasons = _explain_no_skip(prepared, options)
     if prepared.embedded_guidance is None:
         reasons[embedded] = "the model has no embedded guidance"
     for option, reason in reasons.items():
-        if is_given[option]:
+        if option in given:
             logger.warning("%s is ignored because %s", option, reason)
+
+
+def _explain_no_skip(prepared: Prepared, options: GuidanceOptions) -> dict[str, str]:
+    """Return, if steps are guided but no pass skips a layer, why options have no effect, by option."""
+    reasons: dict[str, str] = {}
+    if options.skipped_layers:
+        reasons[f"--slg_mode {options.slg_mode}"] = why_none_skipped(options, prepared.num_steps)
+    negatives = [texts.negative for texts in prepared.prompts.values()]
+    if not any(negative is not None and negative.text for negative in negatives):
+        reasons[f"--perp_neg {options.perp_neg or 0:g}"] = "the negative prompt is empty"
+    reasons[prepared.rules.negative_skips.option] = f"it acts in none of the {prepared.num_steps} steps"
+    return reasons
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
@@ -549,13 +574,11 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     used_scales = {*prepared.guidance_scale, *(stream.text_scale for stream in prepared.rules.streams)}
     if not scheduled and all(scale is None or scale >= neutral_scale for scale in used_scales):
         return
-    # scale -> the option that sets it, for messages
     option_by_scale = _name_scales(prepared)
-    for scales_of_step in scheduled:
-        for standard_scale in scales_of_step:  # in the standard formula, where 1 turns guidance off
-            if standard_scale is not None:
-                typed_scale = standard_scale - 1 + neutral_scale
-                option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
+    for standard_scale in itertools.chain(*scheduled):  # in the standard formula, where 1 turns guidance off
+        if standard_scale is not None:
+            typed_scale = standard_scale - 1 + neutral_scale
+            option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
     for scale, option in option_by_scale.items():
         if scale < neutral_scale and (scale in used_scales or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, neutral_scale))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from checkpoints import changing
 from checkpoints.kinds import kind_of
@@ -202,12 +202,17 @@ def format_info(model: ModelSummary, listed_tensors: Mapping[str, TensorInfo] | 
         yield f"in addition to the tensors, not read: {_shorten_line(', '.join(model.unread_items))}"
     if model.metadata:
         yield "metadata:"
-        for key, text in list(model.metadata.items())[:MAX_VALUES]:
-            yield f"  {_shorten_line(key)}: {_shorten_line(text)}"
-        if len(model.metadata) > MAX_VALUES:
-            yield f"  and {len(model.metadata) - MAX_VALUES} more, which metaview.py shows"
+        yield from _format_metadata(model.metadata)
     for name, info in (listed_tensors or {}).items():
         yield f"{_join_lines(name)}: {list(info.shape)} ({dtype_name(info.dtype)})"
+
+
+def _format_metadata(metadata: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each of the first MAX_VALUES entries, and one that counts the others."""
+    for key, text in list(metadata.items())[:MAX_VALUES]:
+        yield f"  {_shorten_line(key)}: {_shorten_line(text)}"
+    if len(metadata) > MAX_VALUES:
+        yield f"  and {len(metadata) - MAX_VALUES} more, which metaview.py shows"
 
 
 def format_json(
@@ -260,9 +265,6 @@ def file_hashes(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: If the file cannot be read.
     """
-    file_sha256 = hashlib.sha256()
-    data_sha256 = hashlib.sha256()
-    autov1_sha256 = hashlib.sha256()
     try:
         has_data = is_safetensors(path)
         size = path.stat().st_size
@@ -270,24 +272,35 @@ def file_hashes(path: Path) -> dict[str, str]:
             # a safetensors file begins with 8 bytes for the length of its header, then the header
             data_start = 8 + int.from_bytes(file.read(8), "little") if has_data else 0
             file.seek(0)
-            position = 0
-            while piece := file.read(PIECE_BYTES):
-                file_sha256.update(piece)
-                # each hash takes only the part of this piece that falls into its byte range
-                data_sha256.update(piece[max(0, data_start - position) :])
-                begin = max(0, AUTOV1_START - position)
-                end = max(0, AUTOV1_START + AUTOV1_BYTES - position)
-                autov1_sha256.update(piece[begin:end])
-                position += len(piece)
-                bar.update(len(piece))
+            ranges = {
+                "sha256": range(sys.maxsize),
+                "data_sha256": range(data_start, sys.maxsize),
+                "old": range(AUTOV1_START, AUTOV1_START + AUTOV1_BYTES),
+            }
+            hashes = _hash_ranges(file, ranges, bar)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
-    hashes = {"file": str(path), "sha256": file_sha256.hexdigest()}
+    texts = {"file": str(path), "sha256": hashes["sha256"]}
     if has_data:
-        hashes["data_sha256"] = data_sha256.hexdigest()
-    if position > AUTOV1_START:
-        hashes["old"] = autov1_sha256.hexdigest()[:8]
-    return hashes
+        texts["data_sha256"] = hashes["data_sha256"]
+    if size > AUTOV1_START:
+        texts["old"] = hashes["old"][:8]
+    return texts
+
+
+def _hash_ranges(file: BinaryIO, ranges: Mapping[str, range], bar: Bar) -> dict[str, str]:
+    """Read a file once, and return the SHA-256 of each range of its bytes, by the range's name."""
+    hashes = {name: hashlib.sha256() for name in ranges}
+    position = 0
+    while piece := file.read(PIECE_BYTES):
+        for name, byte_range in ranges.items():
+            # the part of this piece that falls into the range
+            begin = max(0, byte_range.start - position)
+            end = max(0, byte_range.stop - position)
+            hashes[name].update(piece[begin:end])
+        position += len(piece)
+        bar.update(len(piece))
+    return {name: sha256.hexdigest() for name, sha256 in hashes.items()}
 
 
 def _shorten_line(text: str) -> str:

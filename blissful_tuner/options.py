@@ -196,11 +196,6 @@ class PromptOptions(Options, title="prompts"):
         "\\( a parenthesis"
     )
 
-    @property
-    def draws(self) -> bool:
-        """Return whether parts of the prompts are randomly drawn."""
-        return self.prompt_wildcards is not None or self.prompt_alternatives
-
 
 PLAIN_PROMPTS = PromptOptions()
 

@@ -439,15 +439,20 @@ def parse_weights(text: str) -> tuple[str, Spans]:
                 part, weight = weighted
                 pieces[piece_index:] = [part]
                 length = start + len(part)
-                visible_start = start + len(part) - len(part.lstrip())
                 if weight != 1:
-                    spans.append((visible_start, visible_start + len(part.strip()), weight))
+                    spans.append(_make_span(part, start, weight))
                 continue
         if match[0] == "(":
             open_parenthesis = _OpenParenthesis(piece_index=len(pieces), position=length)
         pieces.append(match[0][-1])  # an escaped parenthesis loses its backslash
         length += 1
     return "".join(pieces) + text[position:], tuple(spans)
+
+
+def _make_span(part: str, start: int, weight: float) -> tuple[int, int, float]:
+    """Return (start, end, weight) of a part that begins at `start`, without its outer white space."""
+    visible_start = start + len(part) - len(part.lstrip())
+    return visible_start, visible_start + len(part.strip()), weight
 
 
 def _read_weight(inside: str) -> tuple[str, float] | None:

@@ -16,11 +16,13 @@ making: make the videos of jobs: texts, denoising, pixels, files
 memory: predict memory by rehearsing each phase
 named_prompts: JSON prompts from files, `@caption.json`
 options: options of the generation scripts that all families share
+merged_models: the transformer with LoRAs merged into it
 outputs: output files: latents, videos, images, and names
 progress: boxes, lines, and a preview that grows by sections
 prompt_lines: prompt lines: `a cat --w 832 --d 7`
 request: from options and a prompt line to a job
 run: modes of a generation script: one, file, interactive, others
+saved_latents: decode latent files to videos and pictures
 sample_lines: prompt files of training samples
 script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family

@@ -39,7 +39,7 @@ def denoise(
 ) -> Tensor:
     """Denoise latents by following the predicted velocity.
 
-    Each step predicts a velocity with guidance, shows it to the watchers, moves the latents with the solver,
+    Each step predicts a velocity with guidance, passes it to the watchers, moves the latents with the solver,
     and restores what must not change: fixed latents, and the masked regions of an edited image.
 
     Args:
@@ -58,36 +58,18 @@ def denoise(
         The latents in the shape of the section's noise, float32, on its device.
     """
     schedule = solver.schedule
-    has_edit_reference = section.edit_reference is not None
-    assert not (has_edit_reference and section.overrides.audio_video_shapes), "an edit reference has no audio"
     # latents are video and audio in one tensor, B N
     is_joint = section.overrides.audio_video_shapes is not None
+    is_edit = section.edit_reference is not None
+    assert not (is_edit and is_joint), "an edit reference has no audio"
     has_fixed = is_joint or section.clean_frames is not None or section.fixed_latents is not None
-    latents = latents.float()
-    # clean latents and unchanged regions of an edited image are inserted before the first step and after
-    # each step
-    if has_fixed:
-        latents = insert_fixed_latents(section, latents)
-    if has_edit_reference:
-        from generation.latent_masks import restore_outside_mask, restore_unchanged_regions
-
-        latents = restore_outside_mask(section, latents, schedule, first_step)
     # whether all images are fixed, and whether all audio is
     clean_streams = section.clean_streams if is_joint else (False, False)
-    num_steps = schedule.num_steps - first_step
-    audio_sigmas = schedule.audio_sigmas
-    for num_done in range(num_steps):
-        index = first_step + num_done  # index into the schedule
-        is_last = num_done + 1 == num_steps
-        step = steps.Step(
-            num_done,
-            num_steps,
-            sigma=float(schedule.sigmas[index]),
-            timestep=float(schedule.timesteps[index]),
-            noisy=latents,
-            audio_sigma=None if audio_sigmas is None else float(audio_sigmas[index]),
-            next_timestep=0.0 if is_last else float(schedule.timesteps[index + 1]),
-        )
+    latents = latents.float()
+    if has_fixed or is_edit:
+        latents = restore_fixed_parts(section, latents, schedule, first_step)
+    for index in range(first_step, schedule.num_steps):
+        step = _make_step(schedule, index, first_step, latents)
         # the predictor is not stored in a variable, because it would keep this step's network alive while
         # the next step's network is loaded
         velocity = guidance(
@@ -99,15 +81,54 @@ def denoise(
         wants_to_stop = [watch(completed) for watch in watchers]  # a list, so that every watcher is called
         if any(wants_to_stop):
             return completed.clean
-        if has_edit_reference:  # undo small deviations from the original image, which would add up
+        if is_edit:  # undo small deviations from the original image, which would add up
+            from generation.latent_masks import restore_unchanged_regions  # only for edited images
+
             latents = restore_unchanged_regions(section, latents, schedule, index)
-        if audio_sigmas is not None:
+        if schedule.audio_sigmas is not None:
             velocity = match_audio_schedule(section, schedule, index, velocity)
         latents = solver.step(index, velocity, latents)
-        if has_fixed:
-            latents = insert_fixed_latents(section, latents)
-        if has_edit_reference:
-            latents = restore_outside_mask(section, latents, schedule, index + 1)
+        if has_fixed or is_edit:
+            latents = restore_fixed_parts(section, latents, schedule, index + 1)
+    return latents
+
+
+def _make_step(schedule: Schedule, index: int, first_step: int, latents: Tensor) -> steps.Step:
+    """Return a step with its noise levels.
+
+    Args:
+        schedule: Schedule of noise levels.
+        index: Index of the step in the schedule.
+        first_step: Index of the first step that runs; the step's own index counts from it.
+        latents: Noisy latents before the step.
+    """
+    is_last = index + 1 == schedule.num_steps
+    audio_sigmas = schedule.audio_sigmas
+    return steps.Step(
+        index - first_step,
+        schedule.num_steps - first_step,
+        sigma=float(schedule.sigmas[index]),
+        timestep=float(schedule.timesteps[index]),
+        noisy=latents,
+        audio_sigma=None if audio_sigmas is None else float(audio_sigmas[index]),
+        next_timestep=0.0 if is_last else float(schedule.timesteps[index + 1]),
+    )
+
+
+def restore_fixed_parts(section: steps.Section, latents: Tensor, schedule: Schedule, index: int) -> Tensor:
+    """Return the latents with fixed values and the masked regions of an edited image restored.
+
+    Args:
+        section: The section to denoise.
+        latents: Latents before the step.
+        schedule: Schedule of noise levels.
+        index: Index of the step in the schedule; behind the last step, the latents are clean.
+    """
+    latents = insert_fixed_latents(section, latents)
+    if section.edit_reference is not None:
+        from generation.latent_masks import restore_outside_mask  # only for edited images
+
+        latents = restore_outside_mask(section, latents, schedule, index)
     return latents
 
 
@@ -198,7 +219,7 @@ def predictor(
         velocities: list[Tensor] = []
         for group in groups:
             noisy_batch = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
-            timesteps = torch.full((len(group) * len(noisy),), step.timestep, device=noisy.device)
+            timesteps = torch.full((len(noisy_batch),), step.timestep, device=noisy.device)
             # video and audio have separate timesteps; a stream without noise has timestep 0
             if step.audio_sigma is not None or any(clean_streams):
                 timesteps = _split_timesteps(timesteps, step, clean_streams)
@@ -300,12 +321,6 @@ def make_latents(
     if source is not None and source.extra_noise:
         # a separate generator, so that extra noise does not change the other noise of a seed
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
-    # a generator that yields the sections of a clip, and is sent the latents of each
-    has_source = SOURCE in inputs.get(0, {})
-    if has_source or prepared.slow_frames is not None or prepared.audio_video_shapes is not None:
-        sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
-    else:
-        sections = family.sections(prepared, prompts, inputs, noise)
     caches = None
     if prepared.request.step_cache is not None:
         from blissful_tuner.step_cache import StepCaches  # only with a step cache
@@ -323,18 +338,15 @@ def make_latents(
         split=split,
         run=run,
     )
-    try:
-        section = next(sections)
-        while True:
-            if on_section is not None:
-                on_section(section)
-            # only `on_section` needs the previous piece
-            section = on_device(replace(section, previous_piece=None), device)
-            section = sections.send(denoiser.denoise_section(section, device))
-    except StopIteration as end:  # no more sections: the generator returns the latents of the clip
-        if caches is not None:
-            caches.report()
-        return end.value
+    has_source = SOURCE in inputs.get(0, {})
+    if has_source or prepared.slow_frames is not None or prepared.audio_video_shapes is not None:
+        sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
+    else:
+        sections = family.sections(prepared, prompts, inputs, noise)
+    latents = denoiser.denoise_sections(sections, device, on_section)
+    if caches is not None:
+        caches.report()
+    return latents
 
 
 @dataclass(frozen=True)
@@ -352,6 +364,30 @@ class _SectionDenoiser:
     split: bool
     run: steps.RunPasses
 
+    def denoise_sections(
+        self,
+        sections: Generator[steps.Section, Tensor, Tensor],
+        device: torch.device,
+        on_section: OnSection | None,
+    ) -> Tensor:
+        """Denoise one section after another, and return the latents of the clip.
+
+        Args:
+            sections: Yields each section, is sent its latents, and returns the latents of the clip.
+            device: Device of the run.
+            on_section: Called before each section is denoised.
+        """
+        try:
+            section = next(sections)
+            while True:
+                if on_section is not None:
+                    on_section(section)
+                # only `on_section` needs the previous piece
+                section = on_device(replace(section, previous_piece=None), device)
+                section = sections.send(self.denoise_section(section, device))
+        except StopIteration as end:
+            return end.value
+
     def denoise_section(self, section: steps.Section, device: torch.device) -> Tensor:
         """Denoise a section, whose inputs are on the device, and return its latents."""
         prepared, family = self.prepared, self.family
@@ -359,16 +395,7 @@ class _SectionDenoiser:
         stage_request = prepared.stages[section.stage] if prepared.stages else prepared
         if section.solver is not None:  # a family's own solver may have a different number of steps
             stage_request = replace(stage_request, steps=section.solver.schedule.num_steps)
-        # a solver that adds noise continues the generator of the section's start
-        solver = section.solver or solver_for(
-            stage_request.solver,
-            stage_request.steps,
-            stage_request.flow_shift,
-            family.noise.table,
-            draw=self.noise.draw,
-            levels=stage_request.sigmas,
-            audio_shift=stage_request.audio_shift,
-        )
+        solver = section.solver or self._make_solver(stage_request)
         # options of guidance and the step cache are for the first stage only
         guidance_options = PLAIN_GUIDANCE if section.stage else self.guidance_options
         guidance = make_guidance(stage_request, guidance_options, family.experts, self.run)
@@ -393,6 +420,18 @@ class _SectionDenoiser:
                 split=self.split and not family.defaults.one_batch,
                 first_step=first_step,
             )
+
+    def _make_solver(self, prepared: Prepared) -> Solver:
+        """Return the solver of a request; if it adds noise, it continues the generator of the start noise."""
+        return solver_for(
+            prepared.solver,
+            prepared.steps,
+            prepared.flow_shift,
+            self.family.noise.table,
+            draw=self.noise.draw,
+            levels=prepared.sigmas,
+            audio_shift=prepared.audio_shift,
+        )
 
 
 def sections_of(

@@ -89,33 +89,38 @@ class Session:
         """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
-            if self.blocks is not None:  # each of several processes has only some blocks of the encoders
-                for encoder in self._text_encoders:
-                    if can_divide(encoder):
-                        encoder.blocks = self.blocks
+            if self.blocks is not None:
+                _divide_encoders(self._text_encoders, self.blocks)
             if self.text_loras is not None:
                 self.text_loras.warn_of_unused(self._text_encoders)
         new_prompts = [text for text in texts_of(prompts) if text not in self._encoded]
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
         for encoder in self._text_encoders if new_prompts else ():
-            is_loaded = False
-            try:
-                encoder.load(self.device)
-                is_loaded = True
-                with torch.no_grad():
-                    if self.text_loras is not None:
-                        self.text_loras.add_to(encoder)
-                    for text in track(new_prompts, "Encoding texts", len(new_prompts), unit="text"):
-                        (conditions,) = encoder.encode([text])
-                        outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
-            finally:
-                if self.dits.keep and is_loaded:  # otherwise Ctrl-C may have interrupted a move
-                    encoder.load(CPU)  # moves the loaded encoder
-                else:
-                    encoder.free()
-                free_memory(self.device)
+            for text, conditions in self._encode_with(encoder, new_prompts).items():
+                outputs.setdefault(text, {}).update(conditions)
         self._encoded.update(outputs)  # after all encoders, so that no partly encoded prompt is kept
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
+
+    @torch.no_grad()
+    def _encode_with(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> Texts:
+        """Load a text encoder, encode the prompts, and free it or, with `keep`, move it to the CPU."""
+        outputs: Texts = {}
+        is_loaded = False
+        try:
+            encoder.load(self.device)
+            is_loaded = True
+            if self.text_loras is not None:
+                self.text_loras.add_to(encoder)
+            for text in track(prompts, "Encoding texts", len(prompts), unit="text"):
+                (conditions,) = encoder.encode([text])
+                outputs[text] = conditions_to(conditions, CPU)
+        finally:
+            if self.dits.keep and is_loaded:  # otherwise Ctrl-C may have interrupted a move
+                encoder.load(CPU)  # moves the loaded encoder
+            else:
+                encoder.free()
+            free_memory(self.device)
+        return outputs
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
         """Return how many of the prompts still have to be encoded."""
@@ -177,6 +182,13 @@ class Session:
         self._media = None
         self.dits.free()
         free_memory(self.device)
+
+
+def _divide_encoders(encoders: Iterable[TextEncoder], block_sharder: BlockSharder) -> None:
+    """Let each of several processes load only some of the blocks of the text encoders."""
+    for encoder in encoders:
+        if can_divide(encoder):
+            encoder.blocks = block_sharder
 
 
 def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:

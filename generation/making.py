@@ -88,8 +88,6 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         Label of the job -> path of the finished video or image.
     """
     options = run.options
-    output = options.output
-    device = run.session.device
     has_media = any(needs_media(run.family, job.prepared) for job in jobs)
     if has_media:
         run.family.check_files(media=True)  # a missing file is reported before gigabytes are loaded
@@ -98,20 +96,50 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     start = time.monotonic()
     if run.rewriter is not None:  # its chat model is freed before other networks are loaded
         jobs = _rewrite_prompts(run, run.rewriter, jobs)
-    if output.output_type != NOTHING:
+    _prepare_output(run, jobs)
+    denoised = _encode_and_denoise(run, jobs, failures, has_media)
+    clips: Mapping[str, Path] = {}
+    if denoised and options.output.output_type not in UNDECODED:
+        run.on_phase("decoding")
+        are_named = len(denoised) > 1 or options.interactive
+        clips = decode_all(run, denoised, failures, are_named)
+    if not options.interactive:
+        _log_results(run, denoised, clips, time.monotonic() - start, len(failures.reasons))
+    if denoised and run.predicted is not None and run.session.device.type == "cuda":
+        _compare_memory(run, run.predicted)
+    return clips
+
+
+def _prepare_output(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
+    """Create the output folder, warn about options that no job uses, and log what is generated."""
+    options = run.options
+    output = options.output
+    writes_files = output.output_type != NOTHING
+    if writes_files:
         make_folder(output.save_path, "--save_path")
     if not options.interactive or options.sheet.sheet is not None:
         warn_of_unused_sources(options.request.source, options.typed_options, jobs)
-    if output.output_type != NOTHING and not options.interactive:
+    if writes_files and not options.interactive:
         show_start(
             run.family,
             [job.prepared for job in jobs],
             loras=run.loras,
             folder=output.save_path,
-            device=device,
+            device=run.session.device,
         )
+
+
+def _encode_and_denoise(
+    run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures, has_media: bool
+) -> list[GenerationJob]:
+    """Encode all prompts and input media, then denoise; return the jobs with latents, without failed jobs.
+
+    The encoded inputs are freed on return, to make room for decoding.
+    """
     run.on_phase("reading the prompt")
-    encoded_texts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
+    encoded_texts = run.session.encode_texts(
+        [select_prompts(job.prepared, run.options.guidance) for job in jobs]
+    )
     if has_media:
         run.on_phase("reading the pictures")
     encoded_inputs = encode_all_inputs(run, jobs, failures)
@@ -120,27 +148,28 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         for job, job_texts in zip(jobs, encoded_texts, strict=True)
         if job.label in encoded_inputs
     ]
-    denoised: list[GenerationJob] = []
-    if encoded_jobs:
-        run.on_phase("loading the transformer")
-        requests = [job.prepared for job, _, _ in encoded_jobs]
-        with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
-            denoised += denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)])
-    del encoded_texts, encoded_inputs, encoded_jobs  # free the memory for decoding
-    clips: Mapping[str, Path] = {}
-    if denoised and output.output_type not in UNDECODED:
-        run.on_phase("decoding")
-        are_named = len(denoised) > 1 or options.interactive
-        clips = decode_all(run, denoised, failures, are_named)
-    output_paths: list[Path] = []
-    if output.output_type in LATENT_OUTPUTS:
-        output_paths = [job.latent_path for job in denoised if job.latent_path is not None]
-    output_paths += clips.values()
-    if output_paths and not options.interactive:
-        show_end(output_paths, time.monotonic() - start, device, len(failures.reasons))
-    if denoised and run.predicted is not None and device.type == "cuda":
-        _compare_memory(run, run.predicted)
-    return clips
+    if not encoded_jobs:
+        return []
+    run.on_phase("loading the transformer")
+    requests = [job.prepared for job, _, _ in encoded_jobs]
+    with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
+        return list(denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)]))
+
+
+def _log_results(
+    run: GenerationRun,
+    denoised: Sequence[GenerationJob],
+    clips: Mapping[str, Path],
+    seconds: float,
+    num_failed: int,
+) -> None:
+    """Log the paths of the written files, time and peak memory; nothing if no file was written."""
+    paths: list[Path] = []
+    if run.options.output.output_type in LATENT_OUTPUTS:
+        paths = [job.latent_path for job in denoised if job.latent_path is not None]
+    paths += clips.values()
+    if paths:
+        show_end(paths, seconds, run.session.device, num_failed)
 
 
 def _compare_memory(run: GenerationRun, predicted: Peaks) -> None:
@@ -316,45 +345,57 @@ def progress_callbacks(
     run: GenerationRun, job: GenerationJob, stem: str
 ) -> Iterator[tuple[list[StepCallback], OnSection]]:
     """Yield the callbacks of one job for each step and each section: progress bars and previews."""
-    prepared = job.prepared
-    output = run.options.output
-    preview_path = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
-    section_preview: _SectionPreview | None = None
+    preview_path = run.options.output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
     with name_preview_on_failure(preview_path), ExitStack() as preview_stack, ExitStack() as bar_stack:
         watchers: list[StepCallback] = []
-        preview_section: OnSection | None = None
+        preview_latents: OnSection | None = None
         if run.previews is not None:
             from blissful_tuner.latent_preview import preview_clip  # only with previews
 
             scaled_steps = run.options.guidance.scaled_steps
-            watchers, preview_section = preview_stack.enter_context(
-                preview_clip(run.previews, prepared.fps, scaled_steps)
+            watchers, preview_latents = preview_stack.enter_context(
+                preview_clip(run.previews, job.prepared.fps, scaled_steps)
             )
-        bar: Bar | None = None  # progress of the current section's steps
+        progress = _JobProgress(run, job, stem, bar_stack=bar_stack, preview_latents=preview_latents)
+        yield [progress.advance, *watchers, *run.watchers], progress.begin_section
 
-        def advance(step: CompletedStep) -> bool:
-            """Advance the bar; in image editing, also save the mask of changed latents. False continues."""
-            assert bar is not None, "a section begins before its steps"
-            bar.update()
-            if step.section.edit_reference is not None and output.output_type != NOTHING:
-                from generation.latent_masks import save_changes
 
-                save_changes(step, output.save_path, stem)
-            return False
+@dataclass
+class _JobProgress:
+    """Progress bars of one job, and the preview of its finished sections."""
 
-        def on_section(section: Section) -> None:
-            """Preview the finished sections, and start the progress bar of the next section."""
-            nonlocal bar, section_preview
-            bar_stack.close()
-            if preview_section is not None:
-                preview_section(section)
-            if section.count > 1 or section.previous_piece is not None:
-                section_preview = section_preview or _SectionPreview(run, job, preview_path)
-                section_preview.add_previous(section)
-            stage = prepared.stages[section.stage] if prepared.stages else prepared
-            bar = bar_stack.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
+    run: GenerationRun
+    job: GenerationJob
+    stem: str  # of the job's files
+    bar_stack: ExitStack  # closes the current bar
+    preview_latents: OnSection | None  # called with each section; None without latent previews
+    bar: Bar | None = None  # progress of the current section's steps
+    section_preview: "_SectionPreview | None" = None  # of a video in several sections
 
-        yield [advance, *watchers, *run.watchers], on_section
+    def advance(self, step: CompletedStep) -> bool:
+        """Advance the bar; in image editing, also save the mask of changed latents. False continues."""
+        assert self.bar is not None, "a section begins before its steps"
+        self.bar.update()
+        output = self.run.options.output
+        if step.section.edit_reference is not None and output.output_type != NOTHING:
+            from generation.latent_masks import save_changes  # only for edited images
+
+            save_changes(step, output.save_path, self.stem)
+        return False
+
+    def begin_section(self, section: Section) -> None:
+        """Preview the finished sections, and start the progress bar of the next section."""
+        self.bar_stack.close()
+        if self.preview_latents is not None:
+            self.preview_latents(section)
+        if section.count > 1 or section.previous_piece is not None:
+            if self.section_preview is None:
+                path = self.run.options.output.save_path / f"{self.stem}{outputs.PREVIEW_SUFFIX}"
+                self.section_preview = _SectionPreview(self.run, self.job, path)
+            self.section_preview.add_previous(section)
+        prepared = self.job.prepared
+        stage = prepared.stages[section.stage] if prepared.stages else prepared
+        self.bar = self.bar_stack.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
 
 
 @dataclass
@@ -413,24 +454,7 @@ def decode_all(
     with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for job in denoised:
             with failures.collect_errors(job.label), keep_on_failure(job):
-                assert job.latents is not None, "it is denoised"
-                pixels = decode(run.family, encoders, job.latents, job.prepared.visible_region)
-                metadata, pixel_edit = job.metadata, job.prepared.edit
-                if pixel_edit is not None:
-                    pixels = pixel_edit.apply(pixels)
-                if pixel_edit is not None and metadata is not None:
-                    edit_metadata = {f"bt_{name}": value for name, value in pixel_edit.metadata.items()}
-                    metadata = {**metadata, **edit_metadata}
-                path = outputs.save_pixels(
-                    output,
-                    str(job.stem),
-                    pixels,
-                    fps=job.prepared.fps,
-                    metadata=metadata,
-                    post=run.post,
-                    track=tracks.get(job.label),
-                    latent=run.family.latent,
-                )
+                path = _decode_job(run, encoders, job, tracks.get(job.label))
                 paths[job.label] = path
                 if are_named:  # otherwise the final summary lists it
                     logger.info("%s: %s", job.label, path)
@@ -439,6 +463,28 @@ def decode_all(
                 if job.latent_path is not None and output.output_type not in LATENT_OUTPUTS:
                     job.latent_path.unlink(missing_ok=True)
     return paths
+
+
+def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob, track: Track | None) -> Path:
+    """Decode a job's latents, write the video or image, and return its path."""
+    assert job.latents is not None, "it is denoised"
+    pixels = decode(run.family, encoders, job.latents, job.prepared.visible_region)
+    metadata, pixel_edit = job.metadata, job.prepared.edit
+    if pixel_edit is not None:
+        pixels = pixel_edit.apply(pixels)
+    if pixel_edit is not None and metadata is not None:
+        edit_metadata = {f"bt_{name}": value for name, value in pixel_edit.metadata.items()}
+        metadata = {**metadata, **edit_metadata}
+    return outputs.save_pixels(
+        run.options.output,
+        str(job.stem),
+        pixels,
+        fps=job.prepared.fps,
+        metadata=metadata,
+        post=run.post,
+        track=track,
+        latent=run.family.latent,
+    )
 
 
 def _decode_audio(

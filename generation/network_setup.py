@@ -22,10 +22,10 @@ from modules.errors import OptionError
 from modules.options import override_options
 from modules.speed_options import Quantization
 from networks.names.layouts import FOR_BOTH
-from networks.use_options import multipliers_for
+from networks.use_options import LoraPatternOptions, multipliers_for
 from protocols.families import HIGH_NOISE
 from protocols.family import Family
-from protocols.loading import Placement
+from protocols.loading import BlockSharder, Placement
 from protocols.rules import Expert
 from runtime.network_setup import make_host_weights, set_up_network
 from runtime.offload.swap_plan import HostWeights
@@ -34,7 +34,7 @@ from runtime.run_blocks import stage_files_of
 from runtime.ways.composing import finish_network, make_block_sharder
 
 if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
-    from networks.apply import LoraPatch, OriginalWeights
+    from networks.apply import Change, LoraPatch, OriginalWeights
     from networks.loading import WeightedLora
     from runtime.offload.turns import HostCopy
 
@@ -90,41 +90,10 @@ class DitLoader:
         """
         family = self.family
         speed = self.options.speed
-        # T-LoRAs mask ranks by timestep, so they are not merged but wrap the layers
-        loras, t_loras = self._separate_t_loras(self.loras_by_expert[expert] if self.loras_by_expert else ())
-        lora_patch: LoraPatch | None = None
-        if loras and not self.originals:
-            from networks import apply, rounding  # only with LoRAs
-
-            rule = rounding.LoraRounding(self.options.lora_rounding)
-            lora_patch = apply.LoraPatch(loras, rounding=rule, family=family.name)
-        # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
-        patch = self.originals[expert] if self.originals else lora_patch
         host = host_weights or make_host_weights(family.dit, speed.swap, self.device)
         # with several processes, each may load only some of the blocks
         blocks = make_block_sharder(speed, self.device) if speed.modes.hooks.make_block_sharder else None
-        placement = Placement(
-            self.device,
-            attention=speed.attention.choice,
-            patch=patch,
-            leave_unmerged=lora_patch.leave_unmerged if lora_patch else None,
-            quantization=self.quantization,
-            host_weights=host,
-            block_sharder=blocks,
-            check=check,
-        )
-        dit = family.load_dit(placement, expert)
-        warn_if_emulated(self.device, compute_dtype_of(dit), "the transformer")
-        if patch is not None:
-            patch.check()
-        if lora_patch is not None or t_loras:
-            from networks.unmerged_loras import add_unmerged, masked_changes  # only with LoRAs
-
-            # LoRAs that cannot be merged into weights: those of quantized layers, and T-LoRAs
-            if lora_patch is not None and lora_patch.unmerged:
-                add_unmerged(dit, lora_patch.unmerged, self.device, compute_dtype_of(dit))
-            if t_loras:
-                add_unmerged(dit, masked_changes(dit, t_loras), self.device, compute_dtype_of(dit))
+        dit = self._load_with_loras(expert, host, blocks, check)
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
@@ -142,15 +111,55 @@ class DitLoader:
             finish_network(dit, speed, self.device)
         return dit
 
-    @staticmethod
-    def _separate_t_loras(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":
-        """Split LoRAs into (LoRAs to merge into a transformer, T-LoRAs, which wrap its layers instead)."""
-        if not uses:
+    def _load_with_loras(
+        self, expert: int, host: HostWeights | None, blocks: BlockSharder | None, check: Check | None
+    ) -> nn.Module:
+        """Load an expert; merge LoRAs into its weights while they are read, and attach all other LoRAs."""
+        loras, t_loras = self._separate_t_loras(expert)
+        lora_patch: LoraPatch | None = None
+        if loras and not self.originals:
+            from networks import apply, rounding  # only with LoRAs
+
+            rule = rounding.LoraRounding(self.options.lora_rounding)
+            lora_patch = apply.LoraPatch(loras, rounding=rule, family=self.family.name)
+        # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
+        patch = self.originals[expert] if self.originals else lora_patch
+        placement = Placement(
+            self.device,
+            attention=self.options.speed.attention.choice,
+            patch=patch,
+            leave_unmerged=lora_patch.leave_unmerged if lora_patch else None,
+            quantization=self.quantization,
+            host_weights=host,
+            block_sharder=blocks,
+            check=check,
+        )
+        dit = self.family.load_dit(placement, expert)
+        warn_if_emulated(self.device, compute_dtype_of(dit), "the transformer")
+        if patch is not None:
+            patch.check()
+        if lora_patch is not None and lora_patch.unmerged:  # those of quantized layers
+            self._attach_loras(dit, lora_patch.unmerged)
+        if t_loras:
+            from networks.unmerged_loras import masked_changes  # only with T-LoRAs
+
+            self._attach_loras(dit, masked_changes(dit, t_loras))
+        return dit
+
+    def _attach_loras(self, dit: nn.Module, changes: "Mapping[str, Sequence[Change]]") -> None:
+        """Add LoRAs that cannot be merged into weights to the layers that they change."""
+        from networks.unmerged_loras import add_unmerged  # only with LoRAs of quantized layers, and T-LoRAs
+
+        add_unmerged(dit, changes, self.device, compute_dtype_of(dit))
+
+    def _separate_t_loras(self, expert: int) -> "tuple[list[WeightedLora], list[WeightedLora]]":
+        """Return an expert's (LoRAs to merge into weights, T-LoRAs); T-LoRAs mask ranks by timestep."""
+        if not self.loras_by_expert or not self.loras_by_expert[expert]:
             return [], []
         from networks.loading import select_network_part  # only with LoRAs
         from networks.rank_masks import rank_rule_of
 
-        of_dit = select_network_part(uses, of_text_encoders=False)
+        of_dit = select_network_part(self.loras_by_expert[expert], of_text_encoders=False)
         if not any(rank_rule_of(use.lora.metadata) for use in of_dit):
             return of_dit, []
         from networks.unmerged_loras import split_masked  # only with T-LoRAs
@@ -223,28 +232,43 @@ def expert_loras(
         CheckpointError: If a LoRA file is not valid or does not fit the model.
     """
     files_by_key = list_loras(options)
-    all_files = [*chain(*files_by_key.values())]
     patterns = options.lora_patterns
-    if not (all_files or patterns.include_patterns or patterns.exclude_patterns):
+    has_patterns = bool(patterns.include_patterns or patterns.exclude_patterns)
+    if not any(files_by_key.values()) and not has_patterns:
         return ((),) * len(family.experts)
-    from networks.loading import read_weighted_loras  # only with LoRAs
-
-    all_loras = iter(read_weighted_loras(all_files, patterns, with_texts, with_embeddings=with_texts))
-    loras_by_key = {key: list(islice(all_loras, len(files))) for key, files in files_by_key.items()}
+    loras_by_key = _read_loras(files_by_key, patterns, with_texts)
     expert_keys = [key_of(expert) for expert in family.experts]
     is_for_missing_expert = any(loras for key, loras in loras_by_key.items() if key not in expert_keys)
     if len(expert_keys) > 1 or is_for_missing_expert:
         _check_experts(loras_by_key, expert_keys)
         _warn_of_missing_experts(loras_by_key, expert_keys)
-    loras_by_expert = [_select_loras(expert, loras_by_key) for expert in family.experts]
-    # decoding latents runs no transformer
-    if options.latent_path or not any(lora_use.lora.depth_variants for lora_use in chain(*loras_by_expert)):
-        return tuple(map(tuple, loras_by_expert))
+    loras_by_expert = tuple(tuple(_select_loras(expert, loras_by_key)) for expert in family.experts)
+    runs_transformer = not options.latent_path
+    if runs_transformer and any(lora_use.lora.depth_variants for lora_use in chain(*loras_by_expert)):
+        return _fit_to_depths(loras_by_expert, family.dit_files)
+    return loras_by_expert
+
+
+def _fit_to_depths(
+    loras_by_expert: LorasByExpert, dit_files: Sequence[Path]
+) -> "tuple[tuple[WeightedLora, ...], ...]":
+    """Return the LoRAs with their blocks mapped to those of the transformer's file, which may be deeper."""
     from networks.depth_variants import fit_to_file  # only for models with deeper variants
 
-    return tuple(
-        tuple(fit_to_file(loras, file)) for loras, file in zip(loras_by_expert, family.dit_files, strict=True)
-    )
+    files = zip(loras_by_expert, dit_files, strict=True)
+    return tuple(tuple(fit_to_file(loras, dit_file)) for loras, dit_file in files)
+
+
+def _read_loras(
+    files_by_key: Mapping[str, Sequence[tuple[Path, float]]], patterns: LoraPatternOptions, with_texts: bool
+) -> "dict[str, list[WeightedLora]]":
+    """Read LoRA files; return the LoRAs by the key of the expert whose option names them."""
+    from networks.loading import read_weighted_loras  # only with LoRAs
+
+    all_files = [*chain(*files_by_key.values())]
+    # in one call, because the patterns count through the files of both options
+    all_loras = iter(read_weighted_loras(all_files, patterns, with_texts, with_embeddings=with_texts))
+    return {key: list(islice(all_loras, len(files))) for key, files in files_by_key.items()}
 
 
 def _select_loras(
@@ -254,11 +278,12 @@ def _select_loras(
     own_key = key_of(expert)
     loras = [*loras_by_key[own_key]]
     own_paths = {lora_use.lora.path for lora_use in loras}
-    for key, other_loras in loras_by_key.items():
-        if key != own_key:
-            for lora_use in other_loras:
-                if lora_use.lora.loras_by_expert and lora_use.lora.path not in own_paths:
-                    loras.append(lora_use)
+    other_loras = chain(*(others for key, others in loras_by_key.items() if key != own_key))
+    loras += (
+        lora_use
+        for lora_use in other_loras
+        if lora_use.lora.loras_by_expert and lora_use.lora.path not in own_paths
+    )
     # of files with a LoRA for each expert, only this expert's part is used
     if expert.name or any(lora_use.lora.loras_by_expert for lora_use in loras):
         return [lora_use.for_expert(expert.name) for lora_use in loras]

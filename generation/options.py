@@ -217,7 +217,8 @@ class GenerationOptions(Options, title="run"):
 
     def __post_init__(self) -> None:
         """Raise OptionError for options that contradict each other."""
-        self._check_work()
+        if self.request.prompt is None or self.num_videos > 1:
+            self._check_work()
         if self.post.post:
             self._check_post()
         loras = (self.lora.lora_weight, self.experts.lora_weight_high_noise)
@@ -225,11 +226,14 @@ class GenerationOptions(Options, title="run"):
         if self.sheet.sheet is not None:
             self._check_sheet()
         if self.latent_path and self.output.output_type in LATENT_OUTPUTS:
+            kinds = "images" if self.output.pictures else "video or images"
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
-                f"Use {'images' if self.output.pictures else 'video or images'}"
+                f"Use {kinds}"
             )
-        self._check_prompt()
+        prompt = self.request.prompt
+        if prompt is not None and (not prompt.strip() or prompt.endswith((".txt", ".json"))):
+            self._check_prompt(prompt)
         if self.latent_path:
             require_files("--latent_path", self.latent_path, "write latents with --output_type latent")
         if self.output.file_name:
@@ -265,15 +269,13 @@ class GenerationOptions(Options, title="run"):
                 "show what it hides. Leave one of them out"
             )
 
-    def _check_prompt(self) -> None:
+    def _check_prompt(self, prompt: str) -> None:
         """Raise OptionError if --prompt is empty, or is the name of a .txt or .json file."""
-        is_empty = self.request.prompt is not None and not self.request.prompt.strip()
-        if is_empty and self.save_merged_model is None:
+        if not prompt.strip() and self.save_merged_model is None:
             kind = "picture" if self.output.pictures else "video"
             has_other_work = self.from_file is not None or self.interactive or bool(self.latent_path)
             or_omit = ", or leave the option out" if has_other_work else ""
             raise OptionError(f"--prompt is empty: say what the {kind} should show{or_omit}")
-        prompt = self.request.prompt or ""
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
             raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
         if prompt.endswith(".json") and not prompt.startswith("@") and path_exists(Path(prompt)):
@@ -360,7 +362,7 @@ def read_generation(
     parser, parsed = read_command_line(argv, build_parser)
     info = info_of(GenerationOptions) | info_of(record)
     extras = {name: option_info["extra"] for name, option_info in info.items() if "extra" in option_info}
-    values = {**script_values(parser, defaults), **vars(parsed), "extras": extras}
+    values = script_values(parser, defaults) | vars(parsed) | {"extras": extras}
     args = fill_arguments(parser, argparse.Namespace(**values))
     with name_as_typed(typed_names(args)):
         options = read_options(GenerationOptions, args)
@@ -368,25 +370,21 @@ def read_generation(
     values = option_values(options) | option_values(family_options)
     if options.post.post:
         values["post"] = options.post.tools.in_words  # without the paths of its model files
-    # options that only change how latents are decoded, by the marks in their declarations
-    decoding_options = frozenset(
-        name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
-    )
-    # likewise for options that need an image to edit
-    has_reference_options = any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values())
-    # options to record in the metadata of outputs
     recorded_names = _select_recorded(parser, args, info)
-    settings = {name: value for name, value in values.items() if name in recorded_names}
-    # a --save_path with a file name is split into folder and name
-    output = options.output.in_folder() if options.output.names_file else options.output
+    # options that do nothing without an image to edit, by the marks in their declarations
+    reference_options: tuple[str, ...] = ()
+    if any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values()):
+        reference_options = list_given_with(family_options, OF_REFERENCES)
     options = replace(
         options,
-        settings=settings,
-        decoding_options=decoding_options,
-        typed_reference_options=list_given_with(family_options, OF_REFERENCES)
-        if has_reference_options
-        else (),
-        output=output,
+        settings={name: value for name, value in values.items() if name in recorded_names},
+        # options that only change how latents are decoded, likewise
+        decoding_options=frozenset(
+            name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
+        ),
+        typed_reference_options=reference_options,
+        # a --save_path with a file name is split into folder and name
+        output=options.output.in_folder() if options.output.names_file else options.output,
     )
     return options, family_options
 

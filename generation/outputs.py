@@ -6,6 +6,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
@@ -209,46 +210,61 @@ def save_pixels(
     frames = chain(first_frames, frames)
     del first_frames  # a frame takes megabytes
     is_image = options.is_image(is_single)
-    saves_last_frame = options.save_last_frame and not is_image
-    hides_content = post is not None and post.hides_content
-    last_frame = deque[Frame](maxlen=1)  # filled while the frames are written
-    # the last frame is saved unprocessed, so that another video can continue from it; but if a tool hides
-    # content, it is saved processed
-    if saves_last_frame and not hides_content:
+    last_frame = deque[Frame](maxlen=1)  # filled while the frames of a video are written
+    if options.save_last_frame and not is_image:
+        # unprocessed, so that another video can continue from it; but if a tool hides content, processed
+        if post is not None and post.hides_content:
+            frames, fps = post.process(frames, fps, is_single)
+            post = None
         frames = remember(frames, last_frame)
     if post is not None:
         frames, fps = post.process(frames, fps, is_single)
-    if saves_last_frame and hides_content:
-        frames = remember(frames, last_frame)
     if is_image:
         return _save_image(options, stem, frames, metadata)
-    # write the frames, and the files next to them under the same name
-    saves_audio = options.save_audio is not None and track is not None
+    path = _save_clip(options, stem, _Clip(frames, fps, track, metadata))
+    if last_frame:
+        _save_last_frame(options, path, last_frame[0], metadata)
+    return path
+
+
+def _save_last_frame(
+    options: OutputOptions, clip_path: Path, frame: Frame, metadata: Mapping[str, str] | None
+) -> None:
+    """Write the last frame of a clip as a PNG file next to the clip."""
+    # a folder of images has no suffix; its name may contain a dot
+    name = clip_path.name if options.output_type in IMAGE_OUTPUTS else clip_path.stem
+    path = clip_path.with_name(f"{name}{LAST_FRAME_SUFFIX}")
+    write_png(path, frame, as_png_texts(metadata or {}))
+    logger.info("Last frame: %s", path)
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A video to write."""
+
+    frames: Iterator[Frame]  # in playing order
+    fps: float
+    track: Track | None  # its audio
+    metadata: Mapping[str, str] | None
+
+
+def _save_clip(options: OutputOptions, stem: str, clip: _Clip) -> Path:
+    """Write a clip as a video or a folder of images, with --save_audio also its audio; return its path."""
+    saves_audio = options.save_audio is not None and clip.track is not None
+    # suffixes of files next to the clip, which must not exist yet
     side_suffixes = []
-    if saves_last_frame:
+    if options.save_last_frame:
         side_suffixes.append(LAST_FRAME_SUFFIX)
     if saves_audio:
         side_suffixes.append(AUDIO_SUFFIX)
     if options.output_type in IMAGE_OUTPUTS:
-        path = _save_frames(options, stem, frames, metadata=metadata, side_suffixes=side_suffixes)
+        path = _save_frames(options, stem, clip, side_suffixes)
         name = path.name
     else:
-        path = _save_video(
-            options,
-            stem,
-            frames,
-            fps=fps,
-            metadata=metadata,
-            side_suffixes=side_suffixes,
-            track=track,
-        )
+        path = _save_video(options, stem, clip, side_suffixes)
         name = path.stem
-    if track is not None and saves_audio:
-        write_wav(path.with_name(f"{name}{AUDIO_SUFFIX}"), track)
-    if last_frame:
-        last_path = path.with_name(f"{name}{LAST_FRAME_SUFFIX}")
-        write_png(last_path, last_frame[0], as_png_texts(metadata or {}))
-        logger.info("Last frame: %s", last_path)
+    if clip.track is not None and saves_audio:
+        write_wav(path.with_name(f"{name}{AUDIO_SUFFIX}"), clip.track)
     return path
 
 
@@ -280,26 +296,19 @@ def _save_layers(
     return paths[-1]
 
 
-def _save_frames(
-    options: OutputOptions,
-    stem: str,
-    frames: Iterator[Frame],
-    metadata: Mapping[str, str] | None,
-    side_suffixes: Sequence[str],
-) -> Path:
+def _save_frames(options: OutputOptions, stem: str, clip: _Clip, side_suffixes: Sequence[str]) -> Path:
     """Write the frames as a folder of PNG files; return its path.
 
     Args:
         options: Options of the run.
         stem: Name of the output without its suffix.
-        frames: The frames.
-        metadata: Metadata of the file.
+        clip: The clip.
         side_suffixes: Suffixes of files that are written next to the folder.
     """
     path = options.save_path / free_stem(options.save_path, stem, ["", *side_suffixes])
     with atomic_folder(path) as folder:
         name = f"{path.name}_{{:03d}}.png"
-        for _ in write_frames(frames, folder, name, as_png_texts(metadata or {})):
+        for _ in write_frames(clip.frames, folder, name, as_png_texts(clip.metadata or {})):
             pass  # each iteration writes a frame
     return path
 
@@ -318,25 +327,14 @@ def _save_audio(
     return path
 
 
-def _save_video(
-    options: OutputOptions,
-    stem: str,
-    frames: Iterator[Frame],
-    fps: float,
-    metadata: Mapping[str, str] | None,
-    side_suffixes: Sequence[str],
-    track: Track | None,
-) -> Path:
+def _save_video(options: OutputOptions, stem: str, clip: _Clip, side_suffixes: Sequence[str]) -> Path:
     """Write a video, with --keep_pngs also its frames as PNG files; return the video's path.
 
     Args:
         options: Options of the run.
         stem: Name of the output without its suffix.
-        frames: Frames in playing order.
-        fps: Frames per second.
-        metadata: Metadata of the file.
+        clip: The clip.
         side_suffixes: Suffixes of files that are written next to the video.
-        track: Audio of the clip; None without audio.
     """
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
@@ -345,16 +343,17 @@ def _save_video(
         )
     name = options.file_name or free_stem(options.save_path, stem, [suffix, *side_suffixes]) + suffix
     path = options.save_path / name
-    first_frames = list(islice(frames, 1))  # read ahead for the size
+    first_frames = list(islice(clip.frames, 1))  # read ahead for the size
     height, width = first_frames[0].shape[:2]
     codec = resolve_codec(options.format.codec, width, height)  # an encoder may reject small frames
-    frames = chain(first_frames, frames)
+    frames: Iterator[Frame] = chain(first_frames, clip.frames)
     with ExitStack() as stack:
         if options.format.keep_pngs:
             pngs = options.save_path / free_stem(options.save_path, "frames", [""])
             folder = stack.enter_context(atomic_folder(pngs))
-            frames = write_frames(frames, folder, "{:06d}.png", as_png_texts(metadata or {}))
-        write_video(path, frames, fps, codec=codec, tags=as_tags(metadata or {}), track=track)
+            frames = write_frames(frames, folder, "{:06d}.png", as_png_texts(clip.metadata or {}))
+        tags = as_tags(clip.metadata or {})
+        write_video(path, frames, clip.fps, codec=codec, tags=tags, track=clip.track)
     if options.format.keep_pngs:
         logger.info("Frames: %s", pngs)
     return path

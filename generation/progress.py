@@ -74,24 +74,18 @@ def show_start(
         device: Device of the run.
     """
     first = requests[0]
-    source = first.request.source
     is_single = len(requests) == 1
     has_names = any(expert.name for expert in family.experts)
-    num_values = 0  # of the latents, including audio
-    for request in requests:
-        if request.audio_video_shapes is None:
-            num_values += prod(family.latent.shape(request.frames, request.height, request.width))
-        else:
-            num_values += prod(request.audio_video_shapes.image) + prod(request.audio_video_shapes.audio)
-    latents_size = format_size(FLOAT_BYTES * num_values)
+    latents_size = format_size(sum(_measure_latents(family, request) for request in requests))
     free = format_size(shutil.disk_usage(folder).free)
     lora_lines = []
     for expert, files in loras.items():
         purpose = f", for {expert.replace('_', ' ')}" if expert else ""
         lora_lines += [f"{name}, strength {strength:g}{purpose}" for name, strength in files]
     origin = None
-    if is_single and source is not None:
-        origin = f"{source.path}, the last {first.num_steps} of {format_count(first.steps, 'step')}"
+    if is_single and first.request.source is not None:
+        steps = format_count(first.steps, "step")
+        origin = f"{first.request.source.path}, the last {first.num_steps} of {steps}"
     model_names = filter(None, map(family.metadata.get, NAMING))
     box: list[Row] = [
         ("model", ", ".join(model_names)),
@@ -106,6 +100,15 @@ def show_start(
         ("folder", str(folder)),
     ]
     show_box("Generating", box)
+
+
+def _measure_latents(family: Family, prepared: Prepared) -> int:
+    """Return the size of a request's latent file in bytes, including audio."""
+    if prepared.audio_video_shapes is None:
+        num_values = prod(family.latent.shape(prepared.frames, prepared.height, prepared.width))
+    else:
+        num_values = prod(prepared.audio_video_shapes.image) + prod(prepared.audio_video_shapes.audio)
+    return FLOAT_BYTES * num_values
 
 
 def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:

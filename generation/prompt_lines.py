@@ -373,12 +373,7 @@ def parse_option_line(
     _check_count(len(split.options))
     displayed_line = f"{source_name} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
     if split.prompt.startswith("--"):
-        logger.warning(
-            "%s begins with --%s, which is taken as its text. Write the prompt first, or as --%s TEXT",
-            displayed_line,
-            split.prompt.removeprefix("--").partition(" ")[0],
-            PROMPT,
-        )
+        _warn_of_dashes(displayed_line, split.prompt)
     values: dict[str, Any] = {"prompt": split.prompt.strip()}
     spellings_by_key = _list_spellings(split.options, find)
     usable_names = functools.cache(functools.partial(_list_usable_names, options, find))
@@ -390,8 +385,7 @@ def parse_option_line(
         if option is None:
             is_of_other_script = find_option(name, OF_ALL_SCRIPTS) is not None
             hint = unsupported_hint if is_of_other_script else suggest(name, options, usable_names())
-            unknown = shorten(name_and_value.strip(), MAX_LINE_SHOWN)
-            logger.warning("%s: the unknown option --%s is ignored. %s", displayed_line, unknown, hint)
+            _warn_of_unknown_option(displayed_line, name_and_value, hint)
             continue
         if not read_path(text) and text not in option.unset_values:
             errors.append(f"--{name} has no value. Write it, or leave --{name} out")
@@ -405,6 +399,21 @@ def parse_option_line(
     if errors:
         raise OptionError("; ".join(errors))
     return values
+
+
+def _warn_of_dashes(displayed_line: str, prompt: str) -> None:
+    first_word = prompt.removeprefix("--").partition(" ")[0]
+    logger.warning(
+        "%s begins with --%s, which is taken as its text. Write the prompt first, or as --%s TEXT",
+        displayed_line,
+        first_word,
+        PROMPT,
+    )
+
+
+def _warn_of_unknown_option(displayed_line: str, name_and_value: str, hint: str) -> None:
+    unknown = shorten(name_and_value.strip(), MAX_LINE_SHOWN)
+    logger.warning("%s: the unknown option --%s is ignored. %s", displayed_line, unknown, hint)
 
 
 def _list_usable_names(

@@ -102,37 +102,37 @@ def make_request(
         logger.warning(
             "the embedded guidance %g (--g) is ignored: this model has no input for it", line_guidance
         )
-    typed_texts: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
+    values: Mapping[str, Any] = {**vars(options), **line}  # the line takes precedence
+    typed_texts: dict[str, str | None] = {name: values[name] for name in TEXTS}
     expanded = _expand(typed_texts, prompts, seed)
-    _warn_of_lora_tags(expanded)
-    solver = line.get("sample_solver", options.sample_solver)
+    lora_tags = _LORA_TAG.findall(" ".join(filter(None, expanded.values())))
+    if lora_tags:
+        _warn_of_lora_tags(lora_tags)
+    solver = values["sample_solver"]
     if solver not in options.solvers:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(options.solvers)}")
-    high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
+    high_noise = values["guidance_scale_high_noise"]
     height, width = options.video_size or (None, None)  # None: the model's default, or a reference's size
     request = Request(
         prompt=expanded["prompt"] or "",
         seed=seed,
         width=line.get("video_size_width", width),
         height=line.get("video_size_height", height),
-        frames=line.get("video_length", options.video_length),
-        steps=line.get("infer_steps", options.infer_steps),
-        guidance_scale=line.get("guidance_scale", options.guidance_scale),
+        frames=values["video_length"],
+        steps=values["infer_steps"],
+        guidance_scale=values["guidance_scale"],
         expert_guidance={} if high_noise is None else {HIGH_NOISE: high_noise},
         embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
-        flow_shift=line.get("flow_shift", options.flow_shift),
+        flow_shift=values["flow_shift"],
         solver=options.solvers[solver],
-        fps=line.get("fps", options.fps),
+        fps=values["fps"],
         negative_prompt=expanded["negative_prompt"] or None,
         nag_prompt=expanded["nag_prompt"] or None,
         second_prompt=expanded["prompt_2"],
-        cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
-        image_path=_select_media_path(options, line, "image_path"),
-        end_image_path=_select_media_path(options, line, "end_image_path"),
-        control_path=_select_media_path(options, line, "control_path"),
-        control_images=_list_control_images(options, line),
+        cfg_schedule=values["cfg_schedule"] or None,
+        **_read_media_paths(options, values),
         source=_select_source(options.source, line),
-        extra=_collect_extras(options, line) if options.extras else {},
+        extra=_collect_extras(options, line),
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         # the prompts as typed, if wildcards or a file changed them
         typed_texts={
@@ -154,23 +154,26 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
 
         # texts without @ stay as they are, and so do None and ""
         texts = {name: text and read_named_object(text) for name, text in texts.items()}
-    if not prompts.draws:
+    if prompts.prompt_wildcards is None and not prompts.prompt_alternatives:
         return texts
     from blissful_tuner.prompt_syntax import expand_texts  # only with wildcards
 
     return expand_texts(texts, prompts, seed)
 
 
-def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
-    """Return the path of a media option; None if it is empty or the family reads the option itself."""
-    value = None if name in options.extras else line.get(name, getattr(options, name))
-    return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
+def _read_media_paths(options: RequestOptions, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the paths of images and of the control video, by the fields of a request.
 
-
-def _list_control_images(options: RequestOptions, line: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Return the paths of the control images; images with an empty path are left out."""
-    paths = line.get("control_image_path", options.control_image_path) or ()
-    return tuple(to_path("--control_image_path", str(path)) for path in paths if str(path))
+    A path is None if it is empty, or if the family reads the option itself. Reference images with an empty
+    path are left out.
+    """
+    paths: dict[str, Any] = {}
+    for name in ("image_path", "end_image_path", "control_path"):
+        text = "" if name in options.extras or values[name] is None else str(values[name])
+        paths[name] = to_path(f"--{name}", text) if text else None
+    references = filter(None, map(str, values["control_image_path"] or ()))
+    paths["control_images"] = tuple(to_path("--control_image_path", text) for text in references)
+    return paths
 
 
 def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
@@ -245,7 +248,32 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     Raises:
         UserError: If the request is not possible.
     """
-    # complete the request, and check what does not depend on the family's values
+    request = _complete_request(family, options, overrides)
+    prepared = family.prepare(request)  # with the family's values
+    if family.references is not None and not family.references.clips and not request.control_images:
+        _warn_of_edit_loras(options.lora.lora_weight or ())
+    if options.typed_reference_options and not prepared.request.control_images:
+        names = ", ".join(f"--{name}" for name in options.typed_reference_options)
+        logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", names)
+    if prepared.request.source is not None:
+        from blissful_tuner.video_to_video import start_from_source  # only with a source
+
+        prepared = start_from_source(prepared, prepared.request.source, family)
+    if options.prompts.prompt_weighting:
+        from blissful_tuner.prompt_syntax import weigh_all  # only with --prompt_weighting
+
+        prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
+    check_guidance(prepared, options.guidance)
+    warn_of_low_scales(prepared, options.guidance)
+    if request.step_cache is not None:
+        from blissful_tuner.step_cache import check_step_cache  # only with a step cache
+
+        check_step_cache(request.step_cache, prepared, family.dit)
+    return _with_riflex(prepared, options.steadier) if options.steadier.riflex_index else prepared
+
+
+def _complete_request(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Request:
+    """Return the request with its step cache and source, checked as far as this needs no family values."""
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
         from blissful_tuner.step_cache import select_step_cache  # only if a line may request one
@@ -260,35 +288,12 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         from generation.embedding_marks import warn_of_embeddings  # only with such a mark
 
         warn_of_embeddings(family, request)
-    # fill in the family's values
-    prepared = family.prepare(request)
-    if family.references is not None and not family.references.clips and not request.control_images:
-        _warn_of_edit_loras(options.lora.lora_weight or ())
-    # these options do nothing without reference images
-    if options.typed_reference_options and not prepared.request.control_images:
-        names = ", ".join(f"--{name}" for name in options.typed_reference_options)
-        logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", names)
-    if prepared.request.source is not None:
-        from blissful_tuner.video_to_video import start_from_source  # only with a source
-
-        prepared = start_from_source(prepared, prepared.request.source, family)
-    if options.prompts.prompt_weighting:
-        from blissful_tuner.prompt_syntax import weigh_all  # only with --prompt_weighting
-
-        prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
-    # check the result
-    check_guidance(prepared, options.guidance)
-    warn_of_low_scales(prepared, options.guidance)
-    if request.step_cache is not None:
-        from blissful_tuner.step_cache import check_step_cache  # only with a step cache
-
-        check_step_cache(request.step_cache, prepared, family.dit)
-    return _with_riflex(prepared, options.steadier) if options.steadier.riflex_index else prepared
+    return request
 
 
-def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
+def _warn_of_lora_tags(tags: Iterable[str]) -> None:
     """Warn that LoRA tags such as <lora:style:0.8>, which other programs support, have no effect."""
-    for tag in _LORA_TAG.findall(" ".join(filter(None, texts.values()))):
+    for tag in tags:
         logger.warning(
             "%s in a prompt loads nothing and is read as words: remove it, and give the file to "
             "--lora_weight and its strength to --lora_multiplier",

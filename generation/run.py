@@ -4,25 +4,16 @@ import contextlib
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from blissful_tuner.metadata import (
-    read_decoded_metadata,
-    read_frame_rate,
-    read_stored_seed,
-    read_visible_region,
-)
 from generation.experts import ExpertOffloader
 from generation.loaded_networks import Session
-from generation.making import decode, make_outputs, make_tracks
+from generation.making import make_outputs
 from generation.network_setup import (
     DitLoader,
     LorasByExpert,
@@ -32,23 +23,17 @@ from generation.network_setup import (
     list_loras,
 )
 from generation.options import GenerationOptions
-from generation.outputs import SUFFIXES, FrameTools, output_stem, reserve_stem, save_pixels
-from generation.progress import show_end
+from generation.outputs import FrameTools
 from generation.prompt_lines import find_option, lines_of
 from generation.request import GenerationRun, make_job, map_lines, seed_of
 from generation.script_options import LATENT_OUTPUTS, UNDECODED
-from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.devices import Failures, allow_fp16_accumulation, freeze_libraries, select_device
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.installation import DRIVEN
-from modules.media.tracks import Track
-from modules.output_files import reject_replacing
-from protocols.data import MediaEncoders
 from protocols.families import HIGH_NOISE
-from protocols.family import Family, trains_audio
+from protocols.family import Family
 from protocols.loading import BlockSharder, Placement
-from protocols.requests import Box
 from runtime.offload.joining import have_joined, launched_processes
 from runtime.offload.swap_plan import check_swap
 from runtime.planning.device_memory import device_memory_to_plan, too_little
@@ -59,164 +44,10 @@ from runtime.ways.composing import (
     reject_other_splits,
 )
 
-if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs of text encoders
-    from checkpoints.model_files import SavedLatents
+if TYPE_CHECKING:  # loaded only with LoRAs of text encoders
     from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
-
-
-def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
-    """Decode latent files; outputs have the files' metadata and the settings of this decoding."""
-    saved_latents = {path: check_latents(run.family, path) for path in paths}
-    _check_lengths(run, saved_latents)
-    failures = Failures(strict=len(paths) == 1)
-    start = time.monotonic()
-    make_folder(run.options.output.save_path, "--save_path")
-    audios = {str(path): saved_latents[path].audio for path in paths}
-    tracks = make_tracks(run, audios, failures.collect_errors)
-    decoded: list[Path] = []
-    with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
-        for path in paths:
-            label = str(path)
-            if label in failures.reasons:  # its audio could not be decoded
-                continue
-            with failures.collect_errors(label):
-                video = _decode_file(run, encoders, path, saved=saved_latents[path], track=tracks.get(label))
-                decoded.append(video)
-                if len(paths) > 1:
-                    logger.info("%s: %s", path, video)
-    if decoded:
-        show_end(decoded, time.monotonic() - start, run.session.device, len(failures.reasons))
-    failures.raise_if_any(len(paths))
-
-
-def _check_lengths(run: GenerationRun, files: "Mapping[Path, SavedLatents]") -> None:
-    """Raise OptionError if the number of frames does not suit --post or the suffix of --save_path."""
-    latent = run.family.latent
-    frames = {path: latent.count_frames(saved.latents.shape[2]) for path, saved in files.items()}
-    if run.post is not None:
-        for path, count in frames.items():
-            run.post.check_length(count, f"--latent_path {path}")
-    output = run.options.output
-    if output.file_name:
-        first_path = next(iter(files))
-        output.check_file_name(frames[first_path])
-
-
-def _decode_file(
-    run: GenerationRun, encoders: MediaEncoders, path: Path, saved: "SavedLatents", track: Track | None
-) -> Path:
-    """Decode one latent file and return the path of the result."""
-    options = run.options
-    output = options.output
-    fps = options.request.fps
-    default_fps = run.family.defaults.fps
-    if fps in (None, default_fps):  # --fps is not given, so the file's own rate is used
-        fps = read_frame_rate(saved.metadata) or default_fps
-    metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
-    name = output_stem(datetime.now(), read_stored_seed(saved.metadata), path, start=output.name_start)
-    # SUFFIXES[0] is the suffix of latents: the latent file being decoded may have this stem itself
-    with reserve_stem(output.save_path, name, SUFFIXES[1:]) as stem:
-        return save_pixels(
-            output,
-            stem,
-            decode(run.family, encoders, saved.latents, _read_visible_region(run.family, path, saved)),
-            fps=fps,
-            metadata=None if output.no_metadata else metadata,
-            post=run.post,
-            track=track,
-            latent=run.family.latent,
-        )
-
-
-def _read_visible_region(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
-    """Return the region to crop decoded pixels to, if the file's metadata name one; None for all pixels.
-
-    Raises:
-        CheckpointError: If the region exceeds the decoded pixels.
-    """
-    box = read_visible_region(saved.metadata)
-    if box is None:
-        return None
-    *_, rows, columns = saved.latents.shape
-    _, row_stride, column_stride = family.latent.stride
-    fits_in_height = 0 < box.height <= rows * row_stride - box.top
-    fits_in_width = 0 < box.width <= columns * column_stride - box.left
-    if not fits_in_height or not fits_in_width:
-        raise CheckpointError(
-            f"--latent_path {path}: its metadata name a region outside the image ({box.width} x "
-            f"{box.height} pixels from {box.left}, {box.top}). Make the latents again",
-            path,
-        )
-    return box
-
-
-def check_latents(family: Family, path: Path) -> "SavedLatents":
-    """Load a latent file, and check that the model family can decode it.
-
-    Raises:
-        CheckpointError: If the latents are not from this family's latent space.
-    """
-    from blissful_tuner.video_to_video import check_latent_space  # only with --latent_path
-    from checkpoints.model_files import load_latents
-
-    saved = load_latents(path)
-    _, channels, latent_frames, rows, columns = saved.latents.shape
-    if channels != family.latent.channels:
-        raise CheckpointError(
-            f"--latent_path {path} has {channels} channels, {family.source.model_label} has "
-            f"{family.latent.channels}",
-            path,
-        )
-    check_latent_space(
-        saved, family.source, path, f"--latent_path {path}", "Decode them with the script of that model"
-    )
-    if saved.audio is not None:
-        _check_audio(family, path, saved.audio, latent_frames)
-    if not latent_frames:
-        logger.info("%s: sound alone", path)
-        return saved
-    _, row_stride, column_stride = family.latent.stride
-    frames = family.latent.count_frames(latent_frames)
-    logger.info(
-        "%s: %d x %d (width x height), %d frame%s",
-        path,
-        columns * column_stride,
-        rows * row_stride,
-        frames,
-        "" if frames == 1 else "s",
-    )
-    return saved
-
-
-def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) -> None:
-    """Check the audio in a latent file; warn if the family generates no audio.
-
-    Args:
-        family: The model family.
-        path: Path of the file.
-        audio: Audio latents, 1 C T M.
-        latent_frames: Number of latent frames of the video.
-
-    Raises:
-        CheckpointError: If the audio latents are not from this family's latent space.
-    """
-    fps = family.defaults.fps
-    spec = family.audio if trains_audio(family) else None
-    if spec is None:
-        logger.warning("--latent_path %s: its sound is left out because this model makes none", path)
-        return
-    expected_shape = list(spec.shape(latent_frames, fps))
-    shape = list(audio.shape[1:])
-    for axes in (shape, expected_shape):
-        del axes[spec.time_axis]  # the length may differ
-    if shape != expected_shape:
-        raise CheckpointError(
-            f"--latent_path {path}: its sound has {' x '.join(map(str, shape))} values per time step, "
-            f"{family.source.model_label} has {' x '.join(map(str, expected_shape))}",
-            path,
-        )
 
 
 @contextlib.contextmanager
@@ -261,15 +92,14 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     # LoRAs are read first, so that a wrong file is reported immediately. --save_merged_model writes only the
     # DiT and needs no changes of text encoders
     loras_by_expert = expert_loras(family, options, with_texts=options.save_merged_model is None)
-    if any(lora_use.lora.embeddings for loras in loras_by_expert for lora_use in loras):
-        from networks.text_loras import with_words_of  # only with words in LoRA files
-
-        family = with_words_of(family, loras_by_expert)
-    if options.textual_inversion_embeddings:
-        from generation.embedding_marks import with_embeddings  # only with embeddings
-
-        family = with_embeddings(family, options.textual_inversion_embeddings)
+    has_lora_words = any(lora_use.lora.embeddings for loras in loras_by_expert for lora_use in loras)
+    if has_lora_words or options.textual_inversion_embeddings:
+        family = _with_trained_words(
+            family, loras_by_expert if has_lora_words else (), options.textual_inversion_embeddings or ()
+        )
     if options.save_merged_model is not None:
+        from generation.merged_models import save_merged_model  # only with --save_merged_model
+
         save_merged_model(family, loras_by_expert, options.save_merged_model, device, options.lora_rounding)
         return
     if options.speed.compilation.choice is not None:
@@ -281,10 +111,31 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         return
     run = _make_run(family, options, loras_by_expert, device)
     if options.latent_path:
+        from generation.saved_latents import decode_files  # only with --latent_path
+
         decode_files(run, options.latent_path)
-        return
+    else:
+        _generate_prompts(run, loras_by_expert)
+
+
+def _with_trained_words(family: Family, loras_by_expert: LorasByExpert, files: Sequence[Path]) -> Family:
+    """Add the words that LoRA files and files of embeddings have trained to the family's text encoders."""
+    if loras_by_expert:
+        from networks.text_loras import with_words_of  # only with words in LoRA files
+
+        family = with_words_of(family, loras_by_expert)
+    if files:
+        from generation.embedding_marks import with_embeddings  # only with embeddings
+
+        family = with_embeddings(family, files)
+    return family
+
+
+def _generate_prompts(run: GenerationRun, loras_by_expert: LorasByExpert) -> None:
+    """Generate the prompts of the browser, a conversation, a prompt file or the command line."""
+    options = run.options
     check_models(run)
-    _check_loras(family, loras_by_expert)
+    _check_loras(run.family, loras_by_expert)
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
     if options.interactive and os.environ.get(DRIVEN):
@@ -473,10 +324,8 @@ def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLora
 
 def make_prompt(run: GenerationRun) -> None:
     """Generate the prompt of the command line, --num_videos times with consecutive seeds."""
-    request = run.options.request
-    count = run.options.num_videos
     # options of a prompt line that the user typed into the text of --prompt
-    option_words = re.findall(r" --([A-Za-z_]+) \S", f" {request.prompt}")
+    option_words = re.findall(r" --([A-Za-z_]+) \S", f" {run.options.request.prompt}")
     line_options = [f"--{word}" for word in option_words if find_option(word, run.options.line_options)]
     if line_options:
         logger.warning(
@@ -484,16 +333,23 @@ def make_prompt(run: GenerationRun) -> None:
             "--interactive. On the command line they have their full names",
             " ".join(line_options),
         )
-    if count == 1:
-        jobs = [make_job(run, "the prompt", {})]
+    if run.options.num_videos > 1:
+        _make_several(run)
     else:
-        first_seed = None if request.seed is None else seed_of(request.seed)
-        kind = "picture" if run.options.output.pictures else "video"
-        jobs = []
-        for index in range(count):
-            overrides = {} if first_seed is None else {"seed": first_seed + index}
-            jobs.append(make_job(run, f"{kind} {index + 1}", overrides))
-    failures = Failures(strict=count == 1)
+        make_outputs(run, [make_job(run, "the prompt", {})], Failures(strict=True))
+
+
+def _make_several(run: GenerationRun) -> None:
+    """Generate the prompt --num_videos times; an error in one of the videos does not stop the others."""
+    request = run.options.request
+    count = run.options.num_videos
+    first_seed = None if request.seed is None else seed_of(request.seed)
+    kind = "picture" if run.options.output.pictures else "video"
+    jobs = []
+    for index in range(count):
+        overrides = {} if first_seed is None else {"seed": first_seed + index}
+        jobs.append(make_job(run, f"{kind} {index + 1}", overrides))
+    failures = Failures()
     make_outputs(run, jobs, failures)
     failures.raise_if_any(count)
 
@@ -522,53 +378,6 @@ def check_models(run: GenerationRun) -> None:
             raise OptionError(
                 f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {num_blocks - 1}"
             )
-
-
-def save_merged_model(
-    family: Family, loras_by_expert: LorasByExpert, path: Path, device: torch.device, rounding: str
-) -> None:
-    """Write the transformer with the LoRAs merged in, one file per expert.
-
-    With several experts, the expert's name is appended to the file name (`_low_noise`), and an expert without
-    LoRAs gets no file. All names and shapes are checked before the first file is written.
-
-    Args:
-        family: The model family.
-        loras_by_expert: LoRA files by expert.
-        path: Path of the file.
-        device: Device of the run.
-        rounding: Value of --lora_rounding.
-    """
-    files = family.dit_files
-    experts = family.experts
-    has_several_experts = len(files) > 1
-    targets = [path]
-    if has_several_experts:
-        targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in experts]
-    # an expert without LoRAs is left out; a model with one expert is written even without LoRAs
-    merged_indices = [
-        index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts
-    ]
-    if not merged_indices:
-        raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
-    from networks.apply import check_loras_fit  # only with --save_merged_model
-    from networks.merging import merge_into_file
-
-    for index in merged_indices:
-        sources = [*files, *(lora_use.lora.path for lora_use in loras_by_expert[index])]
-        reject_replacing("--save_merged_model", targets[index], sources)
-        second_file = family.file_beside(files[index])
-        if second_file is not None:
-            raise OptionError(
-                f"--save_merged_model {path}: the model is in two files, {files[index]} and {second_file}. "
-                "Use merge_lora.py --dit FILE for each of them; it warns of what the other one has"
-            )
-        check_loras_fit(files[index], loras_by_expert[index])
-    for index, expert in enumerate(experts):
-        if index in merged_indices:
-            merge_into_file(files[index], loras_by_expert[index], targets[index], device, rounding=rounding)
-        else:
-            logger.warning(f"There is no LoRA for the {expert.description}: {files[index]} is used unchanged")
 
 
 def make_lines(run: GenerationRun) -> None:

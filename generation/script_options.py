@@ -149,9 +149,13 @@ class OutputOptions(Options, title="output"):
                 "--save_audio with --output_type latent: no sound is decoded. Use --output_type both, or "
                 "give --save_audio when the latents are decoded (--latent_path)"
             )
-        if not self.names_file:
+        if self.names_file:
+            self._check_new_file()
+        else:
             check_path("--save_path", self.save_path, "new folder", "")
-            return
+
+    def _check_new_file(self) -> None:
+        """Raise OptionError if --save_path is a file that cannot be written."""
         check_place("--save_path", self.save_path)
         if self.save_path.exists():
             raise OptionError(
@@ -163,14 +167,14 @@ class OutputOptions(Options, title="output"):
                 f"--save_path {self.save_path} with --output_type {self.output_type}: latents get their own "
                 f"names. Give a folder for them, such as {self.save_path.with_suffix('')}"
             )
-        if self.save_path.suffix.lower() not in WRITABLE_SUFFIXES:
+        suffix = self.save_path.suffix.lower()
+        if suffix in _AUDIO_SUFFIXES:
+            raise OptionError(
+                f"--save_path {self.save_path}: files of this type are not written. Sound alone is "
+                f"written as WAV: give {self.save_path.with_suffix('.wav')}"
+            )
+        if suffix not in WRITABLE_SUFFIXES:
             default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
-            if self.save_path.suffix.lower() in _AUDIO_SUFFIXES:
-                default = self.save_path.with_suffix(".wav")
-                raise OptionError(
-                    f"--save_path {self.save_path}: files of this type are not written. Sound alone is "
-                    f"written as WAV: give {default}"
-                )
             raise OptionError(
                 f"--save_path {self.save_path}: files of this type are not written. Give {default}"
             )

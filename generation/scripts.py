@@ -47,7 +47,8 @@ def generation_script(
             if adjust_options is not None:  # may change which options were typed
                 options, family_options = adjust_options(options, family_options)
                 stack.enter_context(name_as_typed(options.typed_names))
-            options.warn_of_ignored()
+            if options.latent_path or options.from_file is not None or options.interactive:
+                options.warn_of_ignored()
             if entry.notice:
                 entry.log_notice()
             if options.interactive:  # a prompt may repeat the warnings of an earlier one

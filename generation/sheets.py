@@ -188,23 +188,13 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     sheet = _make_blank_sheet(column_width * len(grid.columns), top + sum(row_heights))
     pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
     pen.write((0, 0), grid.title, sheet.width)
-    left = 0  # of the current column; `top` is that of the current row
-    for heading in grid.columns:
-        pen.write((left, top - HEADING_HEIGHT), heading, column_width)
-        left += column_width
+    for column, heading in enumerate(grid.columns):
+        pen.write((column * column_width, top - HEADING_HEIGHT), heading, column_width)
     for row, row_frames, row_sizes, height in zip(grid.rows, frames, sizes, row_heights, strict=True):
         label = f"{row.strength} {row.prompt}".strip()
         pen.write((0, top), label, sheet.width)
-        left = 0
-        for frame, size in zip(row_frames, row_sizes, strict=True):
-            _draw_cell(
-                sheet,
-                pen,
-                corner=(left, top + TEXT_HEIGHT),
-                frame=frame,
-                size=size,
-            )
-            left += column_width
+        for column, (frame, size) in enumerate(zip(row_frames, row_sizes, strict=True)):
+            _draw_cell(sheet, pen, corner=(column * column_width, top + TEXT_HEIGHT), frame=frame, size=size)
         top += height
     return np.asarray(sheet)
 

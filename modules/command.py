@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,31 +94,26 @@ def wants_color(stream: Any) -> bool:
 @contextlib.contextmanager
 def drop_repeated_warnings() -> Iterator[None]:
     """Log each warning only once in the block, because each line of a prompt file would repeat it."""
-    filters = [(handler, _RepeatedWarnings()) for handler in logging.getLogger().handlers]
-    for handler, repeated_warnings in filters:
-        handler.addFilter(repeated_warnings)
+    # each handler with a filter, which remembers the messages that the handler has logged
+    filters = [(handler, partial(_is_new, set())) for handler in logging.getLogger().handlers]
+    for handler, is_new in filters:
+        handler.addFilter(is_new)
     try:
         yield
     finally:
-        for handler, repeated_warnings in filters:
-            handler.removeFilter(repeated_warnings)
+        for handler, is_new in filters:
+            handler.removeFilter(is_new)
 
 
-class _RepeatedWarnings(logging.Filter):
-    """Removes warnings whose message was logged before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._messages: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        try:
-            message = record.getMessage()
-        except (TypeError, ValueError, LookupError):  # an invalid record, which the handler itself reports
-            return True
-        is_repeated = record.levelno == logging.WARNING and message in self._messages
-        self._messages.add(message)
-        return not is_repeated
+def _is_new(messages: set[str], record: logging.LogRecord) -> bool:
+    """Return False for a warning whose message is in `messages`; add the message of any record."""
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError, LookupError):  # an invalid record, which the handler itself reports
+        return True
+    is_repeated = record.levelno == logging.WARNING and message in messages
+    messages.add(message)
+    return not is_repeated
 
 
 # a command in a message, whose options must keep that script's spelling

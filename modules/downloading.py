@@ -95,8 +95,7 @@ def receive(
         OSError: If the file cannot be written.
     """
     path.touch()  # an empty file has to exist too
-    size_after_progress = path.stat().st_size
-    num_failures = 0  # consecutive attempts with little progress
+    retries = _Retries(tries, first_wait, path.stat().st_size)
     version: str | None = None
     while True:
         can_continue = version is not None or size_bytes is not None
@@ -116,19 +115,36 @@ def receive(
             if error.from_start:
                 version = None
                 os.truncate(path, 0)
-            # repeated data and a few bytes do not count as progress, or a site could continue endlessly
-            num_bytes = path.stat().st_size
-            if num_bytes >= size_after_progress + PIECE:
-                num_failures = 0
-                size_after_progress = num_bytes
-            else:
-                num_failures += 1
-            if num_failures == tries:
+            retries.count_failure(path.stat().st_size)
+            if retries.num_failures == tries:
                 raise
-            doubled_wait = first_wait * 2 ** max(0, num_failures - 1)
-            seconds = max(doubled_wait, min(error.wait_seconds, MAX_WAIT_SECONDS))
+            seconds = retries.choose_wait(error.wait_seconds)
             logger.debug("%s: %s; again in %.1f s", path.name, error, seconds)
             wait(seconds)
+
+
+@dataclass
+class _Retries:
+    """Counts the failed attempts of a download since it last made progress."""
+
+    tries: int  # number of consecutive attempts that may make little progress
+    first_wait: float  # seconds before the second attempt
+    size_after_progress: int  # bytes
+    num_failures: int = 0  # consecutive attempts with little progress
+
+    def count_failure(self, num_bytes: int) -> None:
+        """Count a failed attempt after which the file has `num_bytes` bytes."""
+        # repeated data and a few bytes do not count as progress, or a site could continue endlessly
+        if num_bytes >= self.size_after_progress + PIECE:
+            self.num_failures = 0
+            self.size_after_progress = num_bytes
+        else:
+            self.num_failures += 1
+
+    def choose_wait(self, requested_seconds: float) -> float:
+        """Return the seconds to wait before the next attempt: doubled each time, or as the site requests."""
+        doubled_wait = self.first_wait * 2 ** max(0, self.num_failures - 1)
+        return max(doubled_wait, min(requested_seconds, MAX_WAIT_SECONDS))
 
 
 def _write_answer(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
@@ -191,24 +207,33 @@ def ask_http(
         session = _get_session(threading.get_ident())
         with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as response:
             _check_answer(address, response)
-            start = _find_first_byte(response, have)
-            size_bytes = _read_size(response, start)
-            new_version = _read_version(response)
-            if start and version is not None and new_version not in (None, version):
-                # some servers ignore if-range
-                raise RetryableError("the file has changed meanwhile", from_start=True)
-            if start:  # partial answers may omit the version
-                new_version = new_version or version
-            yield Answer(start, size_bytes, new_version or None, _read_pieces(response))
-    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-        # errors that requests does not convert: redirects without an address, chunks of negative length
-        if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            raise DownloadRejected("it is not a valid address") from None
-        # without its text, which may contain the address
-        problem = (
-            "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
-        )
-        raise RetryableError(f"the {problem} ({type(error).__name__})") from None
+            yield _read_answer(response, have, version)
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
+        raise DownloadRejected("it is not a valid address") from None
+    # messages do not include the error's text, which may contain the address
+    except requests.RequestException as error:
+        raise RetryableError(f"the connection broke ({type(error).__name__})") from None
+    # errors that requests does not convert: redirects without an address, chunks of negative length
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        raise RetryableError(f"the answer is malformed ({type(error).__name__})") from None
+
+
+def _read_answer(response: "requests.Response", have: int, version: str | None) -> Answer:
+    """Read the headers of a response to the request for a file from byte `have` on.
+
+    Raises:
+        RetryableError: If the file's version is not `version`, which the bytes downloaded before have.
+        DownloadRejected: If the data begin elsewhere.
+    """
+    start = _find_first_byte(response, have)
+    size_bytes = _read_size(response, start)
+    new_version = _read_version(response)
+    if start and version is not None and new_version not in (None, version):
+        # some servers ignore if-range
+        raise RetryableError("the file has changed meanwhile", from_start=True)
+    if start:  # partial answers may omit the version
+        new_version = new_version or version
+    return Answer(start, size_bytes, new_version or None, _read_pieces(response))
 
 
 def _read_version(response: "requests.Response") -> str | None:

@@ -3,6 +3,7 @@
 Standard library only: it runs before anything is installed.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tomllib
 import venv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,13 +77,9 @@ def prepare_environment(
         UserError: If the installation fails.
     """
     requirements = [*_list_requirements(extra, build), *packages]
-    has_active_environment = sys.prefix != sys.base_prefix
-    if has_active_environment and build is None:
-        folder = Path(sys.prefix)
-        python = Path(sys.executable)
-    else:
-        folder = ROOT / ".venv"
-        python = python_of(folder)
+    uses_active_environment = sys.prefix != sys.base_prefix and build is None
+    folder = Path(sys.prefix) if uses_active_environment else ROOT / ".venv"
+    python = Path(sys.executable) if uses_active_environment else python_of(folder)
     default_name = "runtime" if build is None else "page"
     # contains a hash of what is installed; removed during an installation
     stamp = folder / f"reelsmith-{extra or default_name}.stamp"
@@ -92,17 +89,23 @@ def prepare_environment(
         create_environment(folder, may_inherit=build is None)
     new_hash = _hash_installation(requirements, build)
     old_hash = stamp.read_bytes() if stamp.exists() else None
-    if old_hash == new_hash and not is_replacing:
-        return python
+    if old_hash != new_hash or is_replacing:
+        with _replace_stamp(stamp, old_hash, new_hash):
+            _install(python, requirements, build, is_replacing)
+    return python
+
+
+@contextlib.contextmanager
+def _replace_stamp(stamp: Path, old_hash: bytes | None, new_hash: bytes) -> Iterator[None]:
+    """Remove the file with an environment's hash during an installation, and write the new hash after it."""
     stamp.unlink(missing_ok=True)
     try:
-        _install(python, requirements, build, is_replacing)
+        yield
     except UserError:
         if old_hash is not None:  # the installer was not killed, so installed packages are complete
             stamp.write_bytes(old_hash)
         raise
     stamp.write_bytes(new_hash)
-    return python
 
 
 def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
@@ -176,30 +179,33 @@ def _install(
     if uv is None:
         provide_pip(python)
     keeps_torch = not is_replacing and _succeeds(python, "-c", "import torch")
-    torch_lines = []
-    other_lines = []
-    lines_without_dependencies = []
-    for line in requirements:
-        name = requirement_name(line)
-        if name in WITHOUT_DEPENDENCIES:
-            lines_without_dependencies.append(line)
-        elif name != "torch":
-            other_lines.append(line)
-        elif not keeps_torch:
-            torch_lines.append(line)
-    torch_flags = []
+    torch_flags: list[str] = []
     if build is not None and build.index is not None:
         torch_flags += ["--index-url", build.index]
     if is_replacing:  # uv and pip spell this flag differently
         torch_flags += ["--reinstall-package", "torch"] if uv else ["--force-reinstall"]
-    steps: tuple[tuple[list[str], list[str]], ...] = (
-        (torch_lines, torch_flags),
-        (other_lines, []),
-        (lines_without_dependencies, ["--no-deps"]),
-    )
-    for lines, flags in steps:
+    lines_by_step = _group_requirements(requirements)
+    if keeps_torch:
+        lines_by_step["torch"] = []
+    flags_by_step = {"torch": torch_flags, "without dependencies": ["--no-deps"]}
+    for step, lines in lines_by_step.items():
         if lines:
+            flags = flags_by_step.get(step, [])
             _install_lines(python, lines, flags=flags, uv=uv, is_shown=build is not None)
+
+
+def _group_requirements(requirements: Iterable[str]) -> dict[str, list[str]]:
+    """Return the requirements by the step that installs them, in the order of the steps."""
+    lines_by_step: dict[str, list[str]] = {"torch": [], "others": [], "without dependencies": []}
+    for line in requirements:
+        name = requirement_name(line)
+        if name in WITHOUT_DEPENDENCIES:
+            lines_by_step["without dependencies"].append(line)
+        elif name == "torch":
+            lines_by_step["torch"].append(line)
+        else:
+            lines_by_step["others"].append(line)
+    return lines_by_step
 
 
 def _install_lines(

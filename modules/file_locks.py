@@ -58,6 +58,14 @@ def _open_own(name: str, flags: int) -> int:
     return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
+def _was_removed(path: Path, file: BinaryIO) -> bool:
+    """Return whether `path` no longer is the open file."""
+    try:
+        return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return True
+
+
 @contextlib.contextmanager
 def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     """Let only one process at a time run the block; others wait until it ends or is killed.
@@ -66,8 +74,8 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
 
     Args:
         path: The lock file.
-        waits: If False, raise BlockingIOError instead of waiting. On file systems without locks, no process
-            waits.
+        waits: If False, raise BlockingIOError instead of waiting. On a file system without locks, processes
+            run the block at the same time.
 
     Raises:
         OSError: If the file cannot be created.
@@ -82,11 +90,7 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
                     raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock") from error
                 if error.errno not in _UNSUPPORTED:
                     raise
-            try:
-                was_removed = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
-            except FileNotFoundError:
-                was_removed = True
-            if was_removed:
+            if _was_removed(path, file):  # by the process that had the lock before: lock the new file
                 continue
             try:
                 yield

@@ -161,22 +161,27 @@ def _format_short_lines(
     invocation = f"{' or '.join(action.option_strings)} {value}".strip()
     if len(invocation) > COLUMN - 4 and len(action.option_strings) > 1:  # 2 spaces before and after it
         invocation = f"{shortest_flag} {value}".strip()
+    return wrap(
+        _format_short_help(action, choices if has_long_choices else []),
+        width,
+        initial_indent=f"  {invocation:{COLUMN - 4}}  ",
+        subsequent_indent=" " * COLUMN,
+        break_on_hyphens=False,
+    )
+
+
+def _format_short_help(action: argparse.Action, choices: Sequence[str]) -> str:
+    """Return the first clauses of an option's help, with the choices to list and the default."""
     help_text = (action.help or "").replace("%%", "%")
     text = _shorten_clauses(help_text)
-    if has_long_choices:
+    if choices:
         text += f": {', '.join(choices)}"
     # a help text that explains the default takes precedence over the plain value
     explained = re.search(r"\bdefault:? ([^;]+)", help_text)
     default = _describe_default(action) if explained is None else explained[1]
     if default and "default" not in text:
         text += f" (default: {default})"
-    return wrap(
-        text,
-        width,
-        initial_indent=f"  {invocation:{COLUMN - 4}}  ",
-        subsequent_indent=" " * COLUMN,
-        break_on_hyphens=False,
-    )
+    return text
 
 
 def _shorten_clauses(text: str) -> str:

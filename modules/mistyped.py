@@ -4,6 +4,7 @@ Standard library only.
 """
 
 import argparse
+import itertools
 import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -225,10 +226,10 @@ def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] =
     our_option = options.get(find_our_option(name, options)) or _find_declared_synonym(flags, name)
     if our_option:
         return _suggest_option(flags, our_option)
-    for synonyms in _list_synonyms(name):
-        for height, width in (synonym.split("+") for synonym in synonyms if "+" in synonym):
-            if height in options and width in options:
-                return f" Did you mean --{height} HEIGHT --{width} WIDTH?"
+    pair_of_sides = _find_pair_of_sides(name, options)
+    if pair_of_sides is not None:
+        height, width = pair_of_sides
+        return f" Did you mean --{height} HEIGHT --{width} WIDTH?"
     for key_file in key_files:
         keys = key_file.read_keys()
         key = name if name in keys else find_our_option(name, keys)
@@ -240,6 +241,15 @@ def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] =
         if name in names.split():
             return f" Leave it out: {reason}."
     return explain_role(flags, name)
+
+
+def _find_pair_of_sides(name: str, options: Container[str]) -> tuple[str, str] | None:
+    """Return our options for height and width that correspond to one option of another program, or None."""
+    for synonym in itertools.chain(*_list_synonyms(name)):
+        height, plus, width = synonym.partition("+")
+        if plus and height in options and width in options:
+            return height, width
+    return None
 
 
 def _find_declared_synonym(flags: Flags, foreign_name: str) -> str:
@@ -278,22 +288,31 @@ def explain_number(action: argparse.Action, word: str, expected: str) -> str:
 
     `expected` describes the type of number, such as "a whole number".
     """
-    number_texts = word.split(",")
-    decimal_advice = f"write a decimal point: {'.'.join(number_texts)}"
-    has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
-    is_decimal = action.type is float and has_comma
-    if action.nargs is None and is_decimal:
-        return f"{word}: {decimal_advice}"
-    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in number_texts)
-    if len(number_texts) > 1 and action.nargs in ("+", "*") and are_numbers:
-        apart = " ".join(part.strip() for part in number_texts)
-        or_decimal = f", or {decimal_advice}" if is_decimal else ""
-        return f"{word}: write several numbers apart: {apart}{or_decimal}"
+    if "," in word:
+        advice = _explain_comma(action, word)
+        if advice:
+            return f"{word}: {advice}"
     named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)
     if named is not None:  # settings of other trainers
         return f"{word}: write the number alone, {named[1]}"
     example = action.default if type(action.default) in NUMBER_TYPES else 1
     return f"{shorten_word(word)} is not {expected}. Give one, such as {example:g}."
+
+
+def _explain_comma(action: argparse.Action, word: str) -> str:
+    """Advise how to write a decimal number or several numbers with commas; "" if the word is neither."""
+    number_texts = [part.strip() for part in word.split(",")]
+    has_decimal_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
+    decimal_advice = ""
+    if action.type is float and has_decimal_comma:
+        decimal_advice = f"write a decimal point: {'.'.join(number_texts)}"
+    if action.nargs is None and decimal_advice:
+        return decimal_advice
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part) for part in number_texts)
+    if action.nargs in ("+", "*") and are_numbers:
+        or_decimal = f", or {decimal_advice}" if decimal_advice else ""
+        return f"write several numbers apart: {' '.join(number_texts)}{or_decimal}"
+    return ""
 
 
 def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequence[str]) -> str:

@@ -40,8 +40,13 @@ def check_value(name: str, value: Any, facts: Info) -> None:
     Raises:
         OptionError: If a number is outside its limits, or the value is not in `one_of`.
     """
+    limits = {limit: facts[limit] for limit in LIMITS if limit in facts}
     for number in value if isinstance(value, (tuple, list)) else (value,):
-        _check_limits(f"--{name}", number, facts)
+        is_number = isinstance(number, (int, float))
+        # `holds` is never true for NaN
+        if is_number and not all(LIMITS[limit].holds(number, bound) for limit, bound in limits.items()):
+            hint = f"{_describe_limits(limits)}{_find_hint(facts)}"
+            raise OptionError(f"--{name} {format_number(number)}: give a number {hint}")
     if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
         raise OptionError(
@@ -109,21 +114,14 @@ def _find_relation_hint(facts: Info) -> str:
     return "" if is_of_value else _find_hint(facts)
 
 
-def _check_limits(option: str, number: Any, facts: Info) -> None:
-    """Raise OptionError if a number is not within the declared limits."""
-    if not isinstance(number, (int, float)):
-        return
-    limits = {name: facts[name] for name in LIMITS if name in facts}
-    if all(LIMITS[name].holds(number, limit) for name, limit in limits.items()):  # never true for NaN
-        return
-    limit_texts = {
-        name: f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}" for name, limit in limits.items()
+def _describe_limits(limits: Mapping[str, float]) -> str:
+    """Describe the limits of a number, by their names in `LIMITS`: "from 1 to 10" or "above 0"."""
+    texts = {
+        name: f"{bound:,g}" if isinstance(bound, float) else f"{bound:,}" for name, bound in limits.items()
     }
-    if "minimum" in limit_texts and "maximum" in limit_texts:
-        expected = f"from {limit_texts['minimum']} to {limit_texts['maximum']}"
-    else:
-        expected = " and ".join(f"{LIMITS[name].words} {limit}" for name, limit in limit_texts.items())
-    raise OptionError(f"{option} {format_number(number)}: give a number {expected}{_find_hint(facts)}")
+    if "minimum" in texts and "maximum" in texts:
+        return f"from {texts['minimum']} to {texts['maximum']}"
+    return " and ".join(f"{LIMITS[name].words} {text}" for name, text in texts.items())
 
 
 def _join_alternatives(words: Collection[str]) -> str:

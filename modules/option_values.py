@@ -95,14 +95,19 @@ def check_path(option: str, path: Path, required: str, hint: str) -> None:
     elif required == "new folder":
         if path_exists(path) and not path.is_dir():
             raise OptionError(f"{option} {path}: it is a file; give a folder, it will be created")
-    elif not path_exists(path):
+    elif not path_exists(path) or (required != "there" and path.is_dir() != (required == "folder")):
+        raise OptionError(f"{option} {path}: {_explain_unfit_path(path, required, hint)}")
+
+
+def _explain_unfit_path(path: Path, required: str, hint: str) -> str:
+    """Return why a path is not that of an existing file or folder, as `check_path` requires it."""
+    if not path_exists(path):
         kind = "folder" if required == "folder" else "file"
         remedy = hint or "the path of an existing one"
-        raise OptionError(f"{option} {path}: no such {kind}.{explain_missing(path)} Give {remedy}")
-    elif required == "folder" and not path.is_dir():
-        raise OptionError(f"{option} {path}: it is a file. Give the folder that it is in: {path.parent}")
-    elif required not in ("folder", "there") and path.is_dir():
-        raise OptionError(f"{option} {path}: is a folder. Give {hint or f'a {required}'}")
+        return f"no such {kind}.{explain_missing(path)} Give {remedy}"
+    if required == "folder":
+        return f"it is a file. Give the folder that it is in: {path.parent}"
+    return f"is a folder. Give {hint or f'a {required}'}"
 
 
 def check_numbers(option: str, value: Any) -> None:

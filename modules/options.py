@@ -490,33 +490,17 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
             number is infinite or absurdly large.
         TypeError: If a field has no argument, which is a bug.
     """
-    hints = hints_of(cls)
     values: dict[str, Any] = {}
     records: set[str] = set()  # names of fields that contain a record
-    for option, field in cls.fields_by_name.items():
-        hint = hints[field.name]
+    for field in cls.fields_by_name.values():
+        hint = hints_of(cls)[field.name]
         record = find_record_type(hint)
-        if record is not None:
+        if record is None:
+            values[field.name] = _read_option(cls, field, args)
+        else:
             records.add(field.name)
             is_declared = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
             values[field.name] = read_options(record, args) if is_declared else None
-            continue
-        declared = field.metadata.get("declared")
-        argument = option.replace("-", "_")
-        if not hasattr(args, argument):
-            # an option without help is not declared to every parser; its record then has the default
-            if declared is None or declared.help:
-                raise TypeError(
-                    f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser"
-                )
-            values[field.name] = default_of(cls, field)
-            continue
-        value = getattr(args, argument)
-        if value is not None and not isinstance(value, bool):  # few options are given
-            check_characters(option, value)
-            is_positional = declared is not None and declared.positional
-            value = convert_value(value, hint, option if is_positional else f"--{option}")
-        values[field.name] = value
     options = cls(**values)  # first, because a record's own checks explain more
     typed: Collection[str] = getattr(args, TYPED, ())
     for option, field in cls.fields_by_name.items():
@@ -528,6 +512,24 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
         if isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
             check_numbers(option_name(field), value)
     return options
+
+
+def _read_option(cls: type[Options], field: "dataclasses.Field[Any]", args: argparse.Namespace) -> Any:
+    """Return the value of one option, converted to the type of its field."""
+    option = option_name(field)
+    argument = option.replace("-", "_")
+    declared = field.metadata.get("declared")
+    if not hasattr(args, argument):
+        # an option without help is not declared to every parser; its record then has the default
+        if declared is None or declared.help:
+            raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
+        return default_of(cls, field)
+    value = getattr(args, argument)
+    if value is None or isinstance(value, bool):  # as in most options
+        return value
+    check_characters(option, value)
+    is_positional = declared is not None and declared.positional
+    return convert_value(value, hints_of(cls)[field.name], option if is_positional else f"--{option}")
 
 
 def option_values(options: Any) -> dict[str, Any]:

@@ -119,7 +119,8 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if args is None else list(args)
         self._show_help(argv)  # ends the program if help is asked for
         # find mistakes that argparse would explain worse, and convert the words to the form that it expects
-        self._reject_line_continuation(argv)
+        if argv and argv[-1] in _LINE_ENDS:
+            self._reject_line_continuation(argv)
         argv = self._normalize(argv)
         self._reject_unknown(argv)
         self._reject_joined_numbers(argv)
@@ -141,9 +142,7 @@ class Parser(argparse.ArgumentParser):
 
     def _reject_line_continuation(self, argv: Sequence[str]) -> None:
         """Reject a command that ends in a line-continuation character of another shell, such as ` or ^."""
-        last_but_one, last = ["", "", *argv][-2:]
-        if last not in _LINE_ENDS:
-            return
+        last_but_one, last = ["", *argv][-2:]
         takes_it = any(
             last_but_one in action.option_strings and action.nargs != 0 for action in self._actions
         )
@@ -163,11 +162,10 @@ class Parser(argparse.ArgumentParser):
         self._typed_spellings.clear()
         for word in argv[: argv.index("--") if "--" in argv else None]:
             flag = word.partition("=")[0]
-            if flag not in flags:  # an abbreviation, or no option
-                completions = [full for full in flags if full.startswith(flag)] if flag[:2] == "--" else []
-                if len(completions) != 1:
-                    continue
-                flag = completions[0]
+            if flag not in flags and flag[:2] == "--":
+                flag = self._complete_flag(flag)
+            if flag not in flags:
+                continue
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._typed_spellings.add(flag)
         displayed_flags: dict[str, str] = {}
@@ -181,6 +179,11 @@ class Parser(argparse.ArgumentParser):
             elif action.dest in self.shown_flags:
                 displayed_flags[f"--{action.dest}"] = self.shown_flags[action.dest]
         return {flag: shown for flag, shown in displayed_flags.items() if flag != shown}
+
+    def _complete_flag(self, abbreviation: str) -> str:
+        """Return the only flag that begins with an abbreviation; the abbreviation if there is none."""
+        completions = [flag for flag in self._option_string_actions if flag.startswith(abbreviation)]
+        return completions[0] if len(completions) == 1 else abbreviation
 
     def _reject_joined_numbers(self, argv: Sequence[str]) -> None:
         """Reject two numbers typed as one word for an option that takes two, such as 832x480."""
@@ -207,14 +210,7 @@ class Parser(argparse.ArgumentParser):
         the first of them that has none, and so on; an option with several values gets all these words.
         """
         words = [_Word(word) for word in argv]  # argparse keeps these objects: equal words differ
-        required = [action for action in self._actions if action.required]
-        for action in required:  # missing options are reported later
-            action.required = False
-        try:
-            parsed, unused = super().parse_known_args(words)
-        finally:
-            for action in required:
-                action.required = True
+        parsed, unused = self._parse_without_required(words)
         unset = [action for action in without_flag if getattr(parsed, action.dest) is action.default]
         free_words = [word for word in unused if word != "--"]
         if not free_words or not unset:
@@ -231,6 +227,17 @@ class Parser(argparse.ArgumentParser):
                 f"{' and '.join(flags)} can be left out. Put a name with spaces in quotes."
             )
         return [*used_words, *(f"{flag}={word}" for flag, word in zip(flags, free_words, strict=False))]
+
+    def _parse_without_required(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse as `parse_known_args` does, but report no missing options: they are reported later."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            return super().parse_known_args(words)
+        finally:
+            for action in required:
+                action.required = True
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but first print the help if the user asks for it."""
@@ -441,6 +448,15 @@ class _ScriptOverrides(NamedTuple):
     settings: Mapping[str, Mapping[str, Any]]
     refused: Mapping[str, str]
 
+    def merge(self, nested: Mapping[str, Any]) -> "_ScriptOverrides":
+        """Return these changes together with those that a record declares for a nested record."""
+        return _ScriptOverrides(
+            without={*self.without, *nested.get("without", ())},
+            defaults={**nested.get("defaults", {}), **self.defaults},
+            settings={**nested.get("settings", {}), **self.settings},
+            refused={**nested.get("refused", {}), **self.refused},
+        )
+
 
 def _add_field(
     parser: argparse.ArgumentParser,
@@ -457,30 +473,21 @@ def _add_field(
     hint = hints_of(cls)[field.name]
     if find_record_type(hint) is hint:  # the field contains a record
         nested = {} if declared is None else declared.settings
-        records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
-        add_options(
-            parser,
-            *records,
-            group=group,
-            without={*overrides.without, *nested.get("without", ())},
-            defaults={**nested.get("defaults", {}), **overrides.defaults},
-            settings={**nested.get("settings", {}), **overrides.settings},
-            refused={**nested.get("refused", {}), **overrides.refused},
-        )
+        if issubclass(hint, Options):  # other records are declared by a function
+            add_options(parser, hint, group=group, **overrides.merge(nested)._asdict())
         return
     if declared is None or not declared.help:
         return
     name = option_name(field)
     settings = {**declared.settings, **overrides.settings.get(name, {})}
     is_required = settings.get("required") or (declared.positional and settings.get("nargs") != "*")
+    default = None
     if name in overrides.defaults:
         default = overrides.defaults[name]
-    else:
-        default = None if is_required else default_of(cls, field)
+    elif not is_required:
+        default = default_of(cls, field)
     if name in overrides.without:  # its record gets the default
-        parser.set_defaults(**{name.replace("-", "_"): default})
-        if isinstance(parser, Parser):
-            parser.left_out[name.replace("-", "_")] = default
+        _leave_out(parser, name.replace("-", "_"), default)
         return
     action: Any = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
     # facts that argparse does not know, for messages and the page
@@ -491,6 +498,13 @@ def _add_field(
     if name in overrides.refused:
         reason = overrides.refused[name]
         action.rejection = Rejection(action.help or "", reason=reason, instead="", values=(), settings={})
+
+
+def _leave_out(parser: argparse.ArgumentParser, argument: str, default: Any) -> None:
+    """Let a record read the default of an option that the script lacks."""
+    parser.set_defaults(**{argument: default})
+    if isinstance(parser, Parser):
+        parser.left_out[argument] = default
 
 
 def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
@@ -546,25 +560,13 @@ def _add_option(
 
     `settings` are the arguments of `add_argument`, including those that the script changes.
     """
-    types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    value_type = next(kind for kind in types if kind is not type(None))
     default_text = "default: the task's" if default is None else f"default {default}"
     refused = settings.pop("refused", declared.refused)
-    arguments: dict[str, Any] = {"help": declared.help.replace("{default}", default_text), "default": default}
-    if isinstance(default, Path):
-        arguments["default"] = default.as_posix()
-    if typing.get_origin(value_type) is tuple:
-        arguments["nargs"] = "*"
-        value_type = typing.get_args(value_type)[0]
-        arguments["default"] = list(default) if isinstance(default, tuple) else default
-    if value_type is bool:
-        arguments["action"] = "store_true"
-    else:
-        if value_type in NUMBERS:
-            arguments["type"] = value_type
-        if "choices" not in settings:
-            arguments["metavar"] = METAVARS.get(value_type, "TEXT")
-    arguments |= settings
+    arguments = {
+        "help": declared.help.replace("{default}", default_text),
+        **_list_type_arguments(hint, default, has_choices="choices" in settings),
+        **settings,
+    }
     action: Any
     if declared.positional:
         action = group.add_argument(name, **arguments)
@@ -578,6 +580,25 @@ def _add_option(
     action.by_place = declared.by_place
     action.known_as = declared.known_as
     return action
+
+
+def _list_type_arguments(hint: Any, default: Any, has_choices: bool) -> dict[str, Any]:
+    """Return the arguments of `add_argument` that follow from the type and the default of a field."""
+    types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    value_type = next(kind for kind in types if kind is not type(None))
+    arguments: dict[str, Any] = {"default": default.as_posix() if isinstance(default, Path) else default}
+    if typing.get_origin(value_type) is tuple:
+        arguments["nargs"] = "*"
+        value_type = typing.get_args(value_type)[0]
+        arguments["default"] = list(default) if isinstance(default, tuple) else default
+    if value_type is bool:
+        arguments["action"] = "store_true"
+    else:
+        if value_type in NUMBERS:
+            arguments["type"] = value_type
+        if not has_choices:
+            arguments["metavar"] = METAVARS.get(value_type, "TEXT")
+    return arguments
 
 
 def reject_unsupported(

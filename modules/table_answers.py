@@ -128,7 +128,7 @@ def _reject_outdated_tables() -> None:
     """Raise _OutdatedTablesError if a source file of a package is newer than the compiled tables."""
     if PREFIX:
         return
-    latest = _find_newest_allowed_time()
+    latest = TABLES.stat().st_mtime + CHECKOUT_SECONDS
     for room in (folder for folder in ROOT.iterdir() if (folder / "__init__.py").is_file()):
         for parent, _, names in os.walk(room):
             sources = (Path(parent, name) for name in names if name.endswith(".py"))
@@ -138,7 +138,7 @@ def _reject_outdated_tables() -> None:
 
 def _are_records_newer() -> bool:
     """Return whether a source file with option declarations is newer than the compiled tables."""
-    latest = _find_newest_allowed_time()
+    latest = TABLES.stat().st_mtime + CHECKOUT_SECONDS
     waiting: list[type] = [Options]
     modules = set()
     while waiting:
@@ -147,7 +147,3 @@ def _are_records_newer() -> bool:
         waiting += record.__subclasses__()
     files = (getattr(sys.modules.get(module), "__file__", None) for module in modules)
     return any(Path(file).stat().st_mtime > latest for file in files if file)
-
-
-def _find_newest_allowed_time() -> float:
-    return TABLES.stat().st_mtime + CHECKOUT_SECONDS

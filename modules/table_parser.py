@@ -168,10 +168,10 @@ class _ParsedArguments(NamedTuple):
 
 
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
-    """Check typed values against the declarations of their options, like the option records.
+    """Check typed values against the declarations of their options, before the option records do.
 
-    The records check `needs` that a settings file may still meet (`changes_values`), and log all warnings,
-    which would otherwise be logged twice.
+    If a settings file may still change values (`changes_values`), whether an option has the other options
+    that it needs is left to the records. So are all warnings, which would otherwise be logged twice.
 
     Args:
         parser: A parser built from a compiled table.
@@ -183,6 +183,7 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     """
     parsed = _ParsedArguments({action.dest: action for action in parser._actions}, arguments)
     typed: Collection[str] = getattr(arguments, TYPED)
+    # positional arguments have no flags
     actions = [action for action in parser._actions if action.dest in typed or not action.option_strings]
     for action in actions:
         info: Mapping[str, Any] = getattr(action, "facts", {})
@@ -251,17 +252,9 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
 
     A section contains consecutive options of one group; a group may have several sections.
     """
-    groups = [group for group in parser._action_groups if group.title is not None]
-    title_of = {id(action): group.title for group in groups for action in group._group_actions}
-    sections: list[dict[str, Any]] = []
-    for action in parser._actions:
-        if action.dest == "help":
-            continue
-        title = title_of[id(action)]
-        if not sections or sections[-1]["title"] != title:
-            sections.append({"title": title, "options": []})
-        sections[-1]["options"].append(_describe_action(action))
-    group_titles = [group.title for group in groups]
+    sections = _describe_sections(parser)
+    group_titles = [group.title for group in parser._action_groups if group.title is not None]
+    # the order of the groups is stored only if it does not follow from the sections
     titles_by_sections = ["positional arguments", "options", *(section["title"] for section in sections)]
     follows_sections = group_titles == list(dict.fromkeys(titles_by_sections))
     table: dict[str, Any] = {
@@ -279,6 +272,20 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
     return {name: value for name, value in table.items() if value not in ({}, [])}
 
 
+def _describe_sections(parser: Parser) -> list[dict[str, Any]]:
+    """Return the sections of a parser, each with its title and its options, without --help."""
+    title_of = {id(action): group.title for group in parser._action_groups for action in group._group_actions}
+    sections: list[dict[str, Any]] = []
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        title = title_of[id(action)]
+        if not sections or sections[-1]["title"] != title:
+            sections.append({"title": title, "options": []})
+        sections[-1]["options"].append(_describe_action(action))
+    return sections
+
+
 def _describe_action(action: argparse.Action) -> dict[str, Any]:
     """Return the row of an option: its flags, its name, and the values that differ from `_DEFAULTS`."""
     flags = list(action.option_strings)
@@ -288,12 +295,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
     action_name = _ACTION_NAMES[type(action)]
     if action_name != "store":
         row["action"] = action_name
-    attributes = {name: vars(action).get(name, default) for name, default in _DEFAULTS.items()}
-    if attributes["type"] is not None:
-        attributes["type"] = _name_type(attributes["type"])
-    if isinstance(action, argparse.BooleanOptionalAction):  # sets both by itself
-        attributes["help"] = (attributes["help"] or "").removesuffix(_DEFAULT_SUFFIX)
-        attributes["nargs"] = None
+    attributes = _collect_attributes(action)
     defaults = {**_DEFAULTS, **_SWITCH_DEFAULTS.get(action_name, {})}
     for name, value in attributes.items():
         plain = _to_json_value(value)
@@ -307,6 +309,17 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
     if "not_given" in vars(action):
         row["not_given"] = vars(action)["not_given"]
     return row
+
+
+def _collect_attributes(action: argparse.Action) -> dict[str, Any]:
+    """Return the attributes of an option by the names of `_DEFAULTS`, with the name of its type."""
+    attributes = {name: vars(action).get(name, default) for name, default in _DEFAULTS.items()}
+    if attributes["type"] is not None:
+        attributes["type"] = _name_type(attributes["type"])
+    if isinstance(action, argparse.BooleanOptionalAction):  # sets both by itself
+        attributes["help"] = (attributes["help"] or "").removesuffix(_DEFAULT_SUFFIX)
+        attributes["nargs"] = None
+    return attributes
 
 
 def _describe_rejection(rejection: Rejection) -> dict[str, Any]:

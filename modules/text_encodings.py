@@ -92,11 +92,16 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
     if not ranked or ranked[0].score < 0:
         return None
     best = ranked[0]
+    is_sure = best.score >= _MIN_SURE_SCORE and _leads_clearly(ranked)
+    return EncodingGuess(best.encoding, best.text, is_sure)
+
+
+def _leads_clearly(ranked: "Sequence[_ScoredText]") -> bool:
+    """Return whether the best text is much more plausible than the next different text."""
+    best = ranked[0]
     second_score = next((scored.score for scored in ranked if scored.text != best.text), -1.0)
     lead = best.score - second_score  # per character beyond ASCII
-    total_lead = lead * _count_beyond_ascii(best.text)
-    is_clear = lead >= _MIN_LEAD or total_lead >= _MIN_TOTAL_LEAD
-    return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _MIN_SURE_SCORE and is_clear)
+    return lead >= _MIN_LEAD or lead * _count_beyond_ascii(best.text) >= _MIN_TOTAL_LEAD
 
 
 class _ScoredText(NamedTuple):
@@ -151,13 +156,20 @@ def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
     joint_guess = guess_encoding(b"\n".join(not_unicode))
     if joint_guess is None or _is_unicode(joint_guess):
         return guesses
-    for index, (content, guess) in enumerate(zip(contents, guesses, strict=True)):
-        if _is_unicode(guess) or (guess is not None and guess.is_sure):
-            continue
-        text = _decode(content, joint_guess.encoding)
-        if text is not None:
-            guesses[index] = EncodingGuess(joint_guess.encoding, text, joint_guess.is_sure)
-    return guesses
+    return [
+        _prefer_joint_guess(content, guess, joint_guess)
+        for content, guess in zip(contents, guesses, strict=True)
+    ]
+
+
+def _prefer_joint_guess(
+    content: bytes, guess: EncodingGuess | None, joint_guess: EncodingGuess
+) -> EncodingGuess | None:
+    """Return the guess for all files together if a file's own guess is uncertain and its bytes allow it."""
+    if _is_unicode(guess) or (guess is not None and guess.is_sure):
+        return guess
+    text = _decode(content, joint_guess.encoding)
+    return guess if text is None else EncodingGuess(joint_guess.encoding, text, joint_guess.is_sure)
 
 
 def _is_unicode(guess: EncodingGuess | None) -> bool:

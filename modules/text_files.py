@@ -269,15 +269,15 @@ def _explain_toml(text: str, error: str) -> str:
 
     `error` is the parser's message, which names a line.
     """
-    match = re.search(r"at line (\d+)", error)
-    lines = text.splitlines()
-    line = lines[int(match[1]) - 1].strip() if match and int(match[1]) <= len(lines) else ""
     table = re.fullmatch(r"Cannot declare \('([^']*)',\) twice.*", error)
     if table:
         name = table[1]
         return f"\n  [{name}] may occur once: join the tables, or write [[{name}]] if it is a list of tables."
     if error.startswith("Cannot overwrite a value"):
         return "\n  A key may occur once in a table: remove one of the two."
+    number = re.search(r"at line (\d+)", error)
+    lines = text.splitlines()
+    line = lines[int(number[1]) - 1].strip() if number and int(number[1]) <= len(lines) else ""
     value = line.partition("=")[2].strip()
     hints = (
         (r"(?i)none|null|nil|nan_?", "TOML has no null: leave the key out."),

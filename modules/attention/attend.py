@@ -231,22 +231,11 @@ def attend(
         ValueError: If the arguments contradict each other.
     """
     if choice.in_float32:
+        choice = replace(choice, in_float32=False)
         with torch.autocast(query.device.type, enabled=False):
-            output = attend(
-                query.float(),
-                key.float(),
-                value.float(),
-                replace(choice, in_float32=False),
-                lengths=lengths,
-                repeats=repeats,
-            )
+            output = attend(query.float(), key.float(), value.float(), choice, lengths, repeats)
         return output.to(value.dtype)
     backend = BACKENDS[choice.mode]
-    num_extra_keys = key.shape[1] - query.shape[1]  # they come first
-    if lengths is not None and num_extra_keys < 0:
-        raise ValueError(
-            f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
-        )
     if repeats is not None and (backend.module or lengths is not None):
         raise ValueError("repeats need sdpa and no lengths")
     # sdpa needs no cast: torch's own function follows autocast
@@ -255,16 +244,12 @@ def attend(
         query = query.to(dtype)
         key = key.to(dtype)
         value = value.to(dtype)
-    # for samples of equal length; `backend.packed` takes the concatenated real tokens of all samples
+    if lengths is not None:
+        return _attend_without_padding(backend, query, key, value, lengths=lengths, split=choice.split)
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
-    if lengths is None:
-        if choice.split and len(query) > 1:
-            return _attend_one_by_one(dense, query, key, value)
-        return dense(query, key, value)
-    if choice.split or backend.packed is None or num_extra_keys:
-        return _attend_without_padding(dense, query, key, value, lengths=lengths)
-    packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
-    return unpack(packed, lengths, query.shape[1])
+    if choice.split and len(query) > 1:
+        return _attend_one_by_one(dense, query, key, value)
+    return dense(query, key, value)
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: AttentionChoice = SDPA) -> Tensor:
@@ -295,10 +280,21 @@ def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) 
 
 
 def _attend_without_padding(
-    dense: Dense, query: Tensor, key: Tensor, value: Tensor, *, lengths: SampleLengths
+    backend: Backend, query: Tensor, key: Tensor, value: Tensor, *, lengths: SampleLengths, split: bool
 ) -> Tensor:
-    """Compute attention one sample at a time over its real tokens. Returns B L N D, padded with zeros."""
-    num_extra_keys = key.shape[1] - query.shape[1]
+    """Compute self-attention over the real tokens of each sample. Returns B L N D, padded with zeros.
+
+    All samples are computed at once if the kernel supports it, unless `split` or additional keys forbid it.
+    """
+    num_extra_keys = key.shape[1] - query.shape[1]  # they come first
+    if num_extra_keys < 0:
+        raise ValueError(
+            f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
+        )
+    if backend.packed is not None and not split and not num_extra_keys:
+        packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
+        return unpack(packed, lengths, query.shape[1])
+    dense = backend.dense
     outputs = []
     samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), lengths.counts, strict=True)
     for q, k, v, count in samples:
@@ -333,6 +329,18 @@ def check_backend(
     reason = explain_unsupported(backend, capability, dtype, training)
     if reason is not None:
         raise OptionError(f"{flag} {reason} {remedy}")
+    _import_package(backend, flag, remedy)
+    try:
+        check_results(choice, device, dtype(), training)
+    except Exception as error:  # kernels may raise anything
+        raise OptionError(
+            f"{flag}: {backend.name} does not work here ({type(error).__name__}: {error}).\n"
+            f"  Reinstall it {backend.install}. {remedy}"
+        ) from error
+
+
+def _import_package(backend: Backend, flag: str, remedy: str) -> None:
+    """Import the package of an attention kernel; raise OptionError if it is missing or cannot be loaded."""
     try:
         importlib.import_module(backend.module)
     except Exception as error:  # a package built for another torch may raise anything
@@ -342,13 +350,6 @@ def check_backend(
             ) from None
         raise OptionError(
             f"{flag}: {backend.name} cannot be loaded ({error}).\n  Reinstall it {backend.install}. {remedy}"
-        ) from error
-    try:
-        check_results(choice, device, dtype(), training)
-    except Exception as error:  # kernels may raise anything
-        raise OptionError(
-            f"{flag}: {backend.name} does not work here ({type(error).__name__}: {error}).\n"
-            f"  Reinstall it {backend.install}. {remedy}"
         ) from error
 
 

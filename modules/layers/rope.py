@@ -151,18 +151,18 @@ def joined_tables(make: TableMaker[TokenGrid]) -> TableMaker[tuple[TokenGrid, ..
     return make_joined
 
 
+@dataclass(eq=False)
 class GridTable(Generic[Layout]):
     """Caches the table of the last grid, which all steps of a generation share."""
 
-    def __init__(self, make: TableMaker[Layout]) -> None:
-        self._make = make
-        self._last: tuple[Layout, Tensor] | None = None
+    make: TableMaker[Layout]
+    _last: tuple[Layout, Tensor] | None = None  # the last grid, and its table
 
     def get_table(self, grid: Layout, device: torch.device) -> Tensor:
         """Return a grid's table on a device; it is only computed if the last call was for another grid."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # also for the next training step
-                self._last = grid, self._make(grid, device=device)
+                self._last = grid, self.make(grid, device=device)
         return self._last[1]
 
 

@@ -15,7 +15,7 @@ from modules.console import format_count
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
 from modules.media.colors import blend_on_white, shown_pixels
-from modules.media.opening import av, open_image, open_video, reading, reject_cut, select_thread_type
+from modules.media.opening import av, has_large_frames, open_image, open_video, reading, reject_cut
 
 # codec -> decoder that reads transparency, unlike FFmpeg's default one
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -91,7 +91,8 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     Raises:
         MediaError: If the file is damaged, ends before its stated length, or has no frame.
     """
-    stream.thread_type = select_thread_type(stream.codec_context)
+    # large frames are divided among threads, because a frame per thread would take too much memory
+    stream.thread_type = "SLICE" if has_large_frames(stream.codec_context) else "AUTO"
     alpha_decoder: Any = None  # replaces the default decoder, if that drops the transparency
     orientation = AS_STORED
     if hides_alpha(stream):
@@ -121,10 +122,18 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     if not num_frames:
         reject_cut(path)
         raise _no_frames(path)
-    # most demuxers report a truncated file themselves; Matroska's does not, but each stream has its duration
-    # as a tag
+    _check_end(path, container, stream, num_frames, last_start)
+
+
+def _check_end(path: Path, container: Any, stream: Any, num_frames: int, last_start: float) -> None:
+    """Raise MediaError if the last frame is shown long before the end that a Matroska file states.
+
+    Most demuxers report a truncated file themselves; Matroska's does not, but each stream has its duration as
+    a tag.
+    """
     end = declared_end(container, stream)
-    tolerance = max(4 * (default_seconds or 0.1), 0.3)
+    default_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
+    tolerance = max(4 * default_seconds, 0.3)
     # a complete file may show its last frame for long
     if end is not None and last_start + tolerance < end and not _has_all_bytes(path):
         raise MediaError(
@@ -186,20 +195,18 @@ def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = Fals
     With `deep`, they have 16 bits per channel, otherwise 8.
     """
     rgb_format, rgba_format = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
-    # in one thread, because swscale with several threads sometimes corrupts rows
-    if not has_alpha(frame):
-        pixels: NDArray[Any] = frame.to_ndarray(format=rgb_format, threads=1)
-        return pixels
-    with_alpha: NDArray[Any] = frame.to_ndarray(format=rgba_format, threads=1)
-    if alpha:
+    # swscale converts in one thread, because with several threads it sometimes corrupts rows
+    if has_alpha(frame) and alpha:
+        with_alpha: NDArray[Any] = frame.to_ndarray(format=rgba_format, threads=1)
         return with_alpha
-    opacity = with_alpha[..., 3:]
-    pixels = frame.to_ndarray(format=rgb_format, threads=1)
+    pixels: NDArray[Any] = frame.to_ndarray(format=rgb_format, threads=1)
     # the fourth byte of raw pixels in AVI is usually unused, not alpha
     is_raw_avi = stream.codec_context.name == "rawvideo" and stream.container.format.name == "avi"
-    if is_raw_avi or opacity.min() == np.iinfo(opacity.dtype).max:
+    if not has_alpha(frame) or is_raw_avi:
         return pixels
-    return blend_on_white(np.dstack([pixels, opacity]))
+    opacity = frame.to_ndarray(format=rgba_format, threads=1)[..., 3:]
+    is_opaque = opacity.min() == np.iinfo(opacity.dtype).max
+    return pixels if is_opaque else blend_on_white(np.dstack([pixels, opacity]))
 
 
 def check_size(path: Path, container: Any, stream: Any) -> None:

@@ -5,6 +5,7 @@ It numbers the images; its output does not depend on their times. Packets get th
 
 import contextlib
 import errno
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -108,24 +109,18 @@ SMALLEST_H265 = (64, 48)
 MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
-def select_encoder(codec: str, width: int, height: int) -> str:
-    """Return `codec`, or h264 if images are too small for an h265 encoder."""
-    is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
-    return "h264" if codec == "h265" and is_tiny else codec
+def _is_too_small_for_h265(width: int, height: int) -> bool:
+    return width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
 
 
 def resolve_codec(codec: str, width: int, height: int) -> str:
     """Return `codec`, or h264 with a warning if images are too small for an h265 encoder."""
-    settled = select_encoder(codec, width, height)
-    if settled != codec:
-        logger.warning(
-            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
-            codec,
-            settled,
-            width,
-            height,
-        )
-    return settled
+    if codec != "h265" or not _is_too_small_for_h265(width, height):
+        return codec
+    logger.warning(
+        "--codec h265 is written as h264 because %d x %d pixels are too few for its encoder", width, height
+    )
+    return "h264"
 
 
 def select_codec(path: Path, codec: str) -> Codec:
@@ -149,7 +144,7 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 is the minimum")
-    if select_encoder(codec, width, height) != codec:
+    if codec == "h265" and _is_too_small_for_h265(width, height):
         raise MediaError(
             f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
             f"{SMALLEST_H265[1]} is the minimum. Use h264"
@@ -220,6 +215,24 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
     Raises:
         MediaError: If the encoder fails.
     """
+    frames = _make_frames(stream, pictures)
+    for frame in itertools.chain(frames, [None]):  # None returns the packets that the encoder has held back
+        try:
+            packets = stream.encode(frame)
+        except av.FFmpegError as error:
+            raise MediaError(
+                f"the encoder {stream.codec_context.name} fails at {stream.width} x {stream.height} pixels: "
+                f"{error.strerror}. Choose another codec."
+            ) from error
+        yield from packets
+
+
+def _make_frames(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
+    """Yield FFmpeg's frames of the pictures, in the stream's pixel format and with BT.709 colors.
+
+    Raises:
+        MediaError: If the size of the pictures changes.
+    """
     colors = av.video.reformatter
     bt709 = colors.Colorspace.ITU709.value
     is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
@@ -244,12 +257,7 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
         # ProRes reads the colors from the frames
         converted.colorspace = converted.color_primaries = converted.color_trc = bt709
         del even_sized, rgb, frame  # free memory before encoding
-        with _name_encoder(stream):
-            packets = stream.encode(converted)
-        yield from packets
-    with _name_encoder(stream):
-        packets = stream.encode()
-    yield from packets
+        yield converted
 
 
 def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
@@ -272,17 +280,6 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     packets = [*encoder.encode(image), *encoder.encode(), None]  # None flushes the decoder
     (decoded_frame,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
     return np.asarray(decoded_frame.reformat(format="rgb24", threads=1).to_ndarray())
-
-
-@contextlib.contextmanager
-def _name_encoder(stream: Any) -> Iterator[None]:
-    try:
-        yield
-    except av.FFmpegError as error:
-        raise MediaError(
-            f"the encoder {stream.codec_context.name} fails at {stream.width} x {stream.height} pixels: "
-            f"{error.strerror}. Choose another codec."
-        ) from error
 
 
 @contextlib.contextmanager

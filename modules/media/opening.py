@@ -147,10 +147,9 @@ def _pixel_bits(codec: Any) -> int:
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 
-def select_thread_type(codec: Any) -> str:
-    """Return how decoder threads share work: a large frame per thread would take too much memory."""
-    is_large = codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
-    return "SLICE" if is_large else "AUTO"
+def has_large_frames(codec: Any) -> bool:
+    """Return whether a decoded frame takes more than `LARGE_FRAME_BYTES`."""
+    return codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
 
 
 # types of the first box in MP4 and MOV files

@@ -85,25 +85,26 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
     if limit is not None and limit < 1:
         return
     previous: OutputFrame | None = None
-    for index, frame in enumerate(
-        _read_animation(path) if decoding.is_animation(path) else _read_timed(path, deep)
-    ):
+    frames = _read_animation(path) if decoding.is_animation(path) else _read_timed(path, deep)
+    for index, frame in enumerate(frames):
         if previous is not None:
             # a frame is shown until the next one starts
             yield OutputFrame(previous.pixels, previous.start, frame.start - previous.start)
         if index == limit:  # this frame was read only for the duration of the previous one
             return
         if previous is not None and frame.pixels.shape != previous.pixels.shape:
-            sizes = " to ".join(
-                f"{shown.pixels.shape[1]} x {shown.pixels.shape[0]}" for shown in (previous, frame)
-            )
-            raise MediaError(
-                f"{path} changes its size from {sizes} at {float(frame.start):.2f} s. Cut it there, or bring "
-                "it to one size first."
-            )
+            raise _size_changes(path, previous, frame)
         previous = frame
     if previous is not None:
         yield previous
+
+
+def _size_changes(path: Path, before: OutputFrame, after: OutputFrame) -> MediaError:
+    sizes = " to ".join(f"{shown.pixels.shape[1]} x {shown.pixels.shape[0]}" for shown in (before, after))
+    return MediaError(
+        f"{path} changes its size from {sizes} at {float(after.start):.2f} s. Cut it there, or bring it to "
+        "one size first."
+    )
 
 
 def _read_animation(path: Path) -> Iterator[OutputFrame]:

@@ -9,7 +9,7 @@ import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -121,18 +121,17 @@ class _ImageTime(NamedTuple):
     length: int
 
 
+@dataclass
 class Timing:
     """Records when each image is shown, and sets these times on the packets that the encoder returns."""
 
-    def __init__(self, rate: Fraction) -> None:
-        """Start without images; `rate` is the encoder's number of frames per second."""
-        self.count = 0  # images so far
-        self.seconds = Fraction(0)  # duration of the images so far
-        self._rate = rate
-        self._ticks = ticks_per_second(rate)
-        self._begin = Fraction(0)  # when the first image is shown
-        self._end = Fraction(0)  # when the last image so far ends
-        self._image_times: dict[int, _ImageTime] = {}  # by index of the image
+    rate: Fraction  # the encoder's number of frames per second
+    count: int = 0  # images so far
+    seconds: Fraction = Fraction(0)  # duration of the images so far
+    _begin: Fraction = Fraction(0)  # when the first image is shown
+    _end: Fraction = Fraction(0)  # when the last image so far ends
+    # by index of the image, as long as a packet may need it
+    _image_times: dict[int, _ImageTime] = field(default_factory=dict)
 
     def record(self, frames: Iterable[encoding.OutputFrame]) -> Iterator[encoding.Pixels]:
         """Yield the pixels of the frames, and record their times.
@@ -140,6 +139,7 @@ class Timing:
         Raises:
             ValueError: If the times do not increase.
         """
+        ticks = ticks_per_second(self.rate)
         previous: Fraction | None = None
         tick = -(2**62)  # before every possible time
         for frame in frames:
@@ -152,35 +152,26 @@ class Timing:
             previous = frame.start
             self._end = frame.start + frame.seconds
             self.seconds = self._end - self._begin
-            tick = max(round(frame.start * self._ticks), tick + 1)  # rounded times must increase too
-            self._image_times[self.count] = _ImageTime(tick, max(round(frame.seconds * self._ticks), 1))
+            tick = max(round(frame.start * ticks), tick + 1)  # rounded times must increase too
+            self._image_times[self.count] = _ImageTime(tick, max(round(frame.seconds * ticks), 1))
             self.count += 1
             yield frame.pixels
 
     def assign_times(self, packets: Iterable[Any]) -> Iterator[Any]:
         """Yield the packets of an encoder, in decoding order, with timestamps instead of image indices.
 
+        An encoder that reorders images returns the first packets with negative indices in decoding order.
         Each packet is held back until the next one arrives, because the last packet is treated differently.
         """
         held_back = None
         first_dts: int | None = None
-        ticks_before_start: int | None = None  # between packets that are decoded before the first image
+        shortest: int | None = None  # duration of an image, in ticks
         for packet in packets:
-            shown_index = round(packet.pts * packet.time_base * self._rate)
-            decoding_index = round(packet.dts * packet.time_base * self._rate)
-            packet.time_base = Fraction(1, self._ticks)
-            packet.pts, packet.duration = self._image_times[shown_index]
-            if decoding_index >= 0:
-                packet.dts = self._image_times[decoding_index].start
-            else:  # decoded before the first image is shown: counted backwards from that image
-                if ticks_before_start is None:
-                    # the shortest duration so far, as a mean of long ones would make the file begin too early
-                    ticks_before_start = min(entry.length for entry in self._image_times.values())
-                packet.dts = round(self._begin * self._ticks) + decoding_index * ticks_before_start
+            if shortest is None:
+                shortest = min(entry.length for entry in self._image_times.values())
+            self._assign_time(packet, shortest)
             if first_dts is None:
                 first_dts = packet.dts
-            for index in [index for index in self._image_times if index < decoding_index]:
-                del self._image_times[index]  # no later packet needs its time
             if held_back is not None:
                 yield held_back
             held_back = packet
@@ -188,14 +179,35 @@ class Timing:
             self._extend_last(held_back, first_dts)
             yield held_back
 
+    def _assign_time(self, packet: Any, shortest: int) -> None:
+        """Replace the image indices of a packet by timestamps.
+
+        Args:
+            packet: A packet of the encoder, whose times count images.
+            shortest: Ticks between packets that are decoded before the first image is shown: the shortest
+                duration of an image, because a mean of long ones would make the file begin too early.
+        """
+        ticks = ticks_per_second(self.rate)
+        shown_index = round(packet.pts * packet.time_base * self.rate)
+        decoding_index = round(packet.dts * packet.time_base * self.rate)
+        packet.time_base = Fraction(1, ticks)
+        packet.pts, packet.duration = self._image_times[shown_index]
+        if decoding_index >= 0:
+            packet.dts = self._image_times[decoding_index].start
+        else:  # counted backwards from the first image
+            packet.dts = round(self._begin * ticks) + decoding_index * shortest
+        for index in [index for index in self._image_times if index < decoding_index]:
+            del self._image_times[index]  # no later packet needs its time
+
     def _extend_last(self, packet: Any, first_dts: int) -> None:
         """Change the timestamps of the last packet so that the file lasts as long as its images are shown."""
+        ticks = ticks_per_second(self.rate)
         # Store it late: MP4 measures from a stored packet to the next, and would lose the encoder's delay if
         # an image near the end is shown for long.
-        end = first_dts + round(self.seconds * self._ticks)
+        end = first_dts + round(self.seconds * ticks)
         packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
         # If another image is shown after it, extend its duration by the missing time, at most to the end.
-        end_of_images = round(self._end * self._ticks)
+        end_of_images = round(self._end * ticks)
         packet.duration = max(packet.duration, min(end - packet.dts, end_of_images - packet.pts))
 
 
@@ -338,9 +350,7 @@ def write_timed_video(
         all_tags = dict(tags or {})
         if writers.copied_video is not None:
             all_tags = _replace_tags(writers.copied_video.tags, all_tags)
-        with encoding.create_container(
-            temporary, suffix, all_tags, _select_mux_options(suffix, rate, all_tags)
-        ) as container:
+        with _create_container(temporary, suffix, rate, all_tags) as container:
             stream = encoding.add_video_stream(
                 container, selected_codec, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
@@ -372,12 +382,13 @@ def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, s
     return {name: text for name, text in old.items() if name.lower() not in replaced} | dict(new)
 
 
-def _select_mux_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
+def _create_container(path: Path, suffix: str, rate: Fraction, tags: Mapping[str, str]) -> Any:
+    """Open a video file for writing, with tags and start times in whole ticks."""
     options = {"max_interleave_delta": "1000000"}  # microseconds; gaps in subtitles must not delay writing
     if suffix != ".mkv":
         options["movie_timescale"] = str(ticks_per_second(rate))  # for the start time; default: milliseconds
         options["movflags"] = "+faststart" + "+use_metadata_tags" * encoding.needs_own_tags(tags)
-    return options
+    return encoding.create_container(path, suffix, tags, options)
 
 
 class _StreamWriters(NamedTuple):

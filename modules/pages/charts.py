@@ -135,6 +135,11 @@ def _draw_curve(curve: Curve, x_scale: _Scale, y_scale: _Scale, colour: str) -> 
     if curve.smoothing:
         smoothed = _locate_points(x, smooth(curve.y, curve.smoothing), y_scale)
         yield from _draw_lines(smoothed, colour)
+    yield from _draw_marks(curve, points, colour)
+
+
+def _draw_marks(curve: Curve, points: Sequence[Point], colour: str) -> Iterator[str]:
+    """Yield a dot at each finite point of a curve with dots, and the star at its best value."""
     if curve.has_dots:
         for left, top in points:
             if math.isfinite(top):
