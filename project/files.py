@@ -80,7 +80,7 @@ from project.own_commands import (
     write_prompts,
 )
 from project.own_samples import OWN_PROMPTS, REAL_MEDIA, balance_origins, find_origin, use_prompts_as_captions
-from project.recipes.reading import complete_options_from_recipe, describe_recipe, find_recipe
+from project.recipes.reading import TrainingRecipe, complete_options_from_recipe, describe_recipe, find_recipe
 from project.script_facts import read_script_options
 from project.tags import TagLists, as_words, find_tags, make_argv_to_write_blanks
 from project.varied_captions import make_captions
@@ -107,39 +107,79 @@ def write_project(options: NewOptions) -> None:
         OutputError: If one of the three files exists.
     """
     memory = find_memory() if options.memory is None else options.memory
-    foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
-    recipe = None if options.recipe is None else find_recipe(options.recipe)
-    if recipe is not None:
-        options = complete_options_from_recipe(recipe, options)
-    kind_setting = ""  # the setting in the project that asks for this kind of run, for messages
-    if foreign is not None:
-        kind_setting = "" if options.trains else f"{foreign.path}: {foreign.run.setting}"
-        options = complete_options(foreign, options)
-    try:
-        model_choice = select_model(options, memory, lambda: _reject_existing(options))
-    except OptionError as error:
-        raise (error if foreign is None else explain_model(foreign, error)) from None
+    template = _read_template(options)
+    completed = template.complete_options(options)
+    model_choice = _select_model(completed, memory, template)
     # first, because building the family takes seconds
-    kind = _select_kind(options, model_choice, memory, kind_setting)
-    if kind.makes_training_adapter and lacks_media(options.folder):
-        _begin_with_prompts(options, model_choice.model)
+    kind = _select_kind(completed, model_choice, memory, template.name_kind_setting(options))
+    if kind.makes_training_adapter and lacks_media(completed.folder):
+        _begin_with_prompts(completed, model_choice.model)
         return
-    setup = _make_setup(options, model_choice, kind=kind, memory=memory, foreign=foreign)
-    if recipe is not None:
-        values = {name: value for name, value in recipe.training.items() if name != "max_train_steps"}
-        setup = dataclasses.replace(setup, training_options=values)
+    setup = _make_setup(completed, model_choice, kind=kind, memory=memory, foreign=template.foreign)
     # after all other checks: --overwrite would not help against a mistyped option
-    _reject_existing(options)
-    if foreign is not None:
-        setup = _remove_rejected_options(setup, foreign)
-    if options.print_run:
+    _reject_existing(completed)
+    setup = template.complete_setup(setup)
+    if completed.print_run:
         print_lines(describing.describe_run(setup, describing.list_commands(setup)).splitlines())
         return
     texts = _write_files(setup)
-    adopted_lines = [] if foreign is None else foreign.format_report(options.folder)
-    if recipe is not None:
-        adopted_lines = describe_recipe(recipe)
-    _print_report(setup, model_choice.remarks, texts, adopted_lines)
+    _print_report(setup, model_choice.remarks, texts, adopted_lines=template.describe(completed.folder))
+
+
+class _Template(NamedTuple):
+    """The file whose values a run adopts: another trainer's project (--from), a recipe, or neither."""
+
+    foreign: ForeignProject | None
+    recipe: TrainingRecipe | None
+
+    def complete_options(self, options: NewOptions) -> NewOptions:
+        """Return the options of `new` with the template's values where the user typed none."""
+        if self.recipe is not None:
+            return complete_options_from_recipe(self.recipe, options)
+        if self.foreign is not None:
+            return complete_options(self.foreign, options)
+        return options
+
+    def name_kind_setting(self, typed_options: NewOptions) -> str:
+        """Return the project's setting that requests the kind of run; "" if the user typed the kind."""
+        if self.foreign is None or typed_options.trains:
+            return ""
+        return f"{self.foreign.path}: {self.foreign.run.setting}"
+
+    def complete_setup(self, setup: describing.RunSetup) -> describing.RunSetup:
+        """Return the setup with the recipe's training options, or the project's that are valid."""
+        if self.recipe is not None:
+            training_options = dict(self.recipe.training)
+            # an option of `new`, which `complete_options` has set
+            training_options.pop("max_train_steps", None)
+            return dataclasses.replace(setup, training_options=training_options)
+        if self.foreign is not None:
+            return _remove_rejected_options(setup, self.foreign)
+        return setup
+
+    def describe(self, folder: Path) -> list[str]:
+        """Return lines about the adopted values."""
+        if self.recipe is not None:
+            return describe_recipe(self.recipe)
+        if self.foreign is not None:
+            return self.foreign.format_report(folder)
+        return []
+
+
+def _read_template(options: NewOptions) -> _Template:
+    """Read the project that --from names, or the recipe that --recipe names."""
+    return _Template(
+        foreign=None if options.from_file is None else read_foreign(options.from_file, options.trains),
+        recipe=None if options.recipe is None else find_recipe(options.recipe),
+    )
+
+
+def _select_model(options: NewOptions, memory: float, template: _Template) -> ModelChoice:
+    """Choose the model. If this fails, the error also says which model the other trainer's project names."""
+    try:
+        return select_model(options, memory, lambda: _reject_existing(options))
+    except OptionError as error:
+        raise (error if template.foreign is None else explain_model(template.foreign, error)) from None
 
 
 def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
@@ -518,31 +558,73 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
 
     `remarks` are lines about how the model was chosen.
     """
-    lines = [_summarize(setup), *setup.content.report_lines, *remarks]
+    return [
+        _summarize(setup),
+        *setup.content.report_lines,
+        *remarks,
+        *_describe_size(setup),
+        _describe_model(setup),
+        *setup.kind.describe(setup.model, setup.memory),
+        *_describe_control_folders(setup),
+        *_describe_embedded_files(setup),
+        *_describe_precision(setup),
+        *_describe_contradiction(setup),
+        *_describe_distillation(setup),
+        *_describe_adapter_training(setup),
+        *_describe_reference_folders(setup),
+        *_describe_lengths(setup),
+    ]
+
+
+def _describe_size(setup: describing.RunSetup) -> list[str]:
+    """Return why the images have this size; [] for the model's usual size, or if a project sets it."""
     reason = describing.explain_size(setup.model, setup.media)
-    if reason and "resolution" not in setup.general_keys:
-        lines.append(f"{setup.target_size[0]}x{setup.target_size[1]}: {reason}")
-    lines.append(_describe_model(setup))
-    lines += setup.kind.describe(setup.model, setup.memory)
+    if not reason or "resolution" in setup.general_keys:
+        return []
+    width, height = setup.target_size
+    return [f"{width}x{height}: {reason}"]
+
+
+def _describe_control_folders(setup: describing.RunSetup) -> list[str]:
+    """Return a line for each folder of images that a control network learns from."""
+    alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
+    lines = []
     for folder, control_folder in setup.content.control_folders.items():
-        alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
         data = f"its pairs with {control_folder}"
         if setup.kind.inpaints_images:
             data = "its pictures, in which each step masks a random part to repaint"
         lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
-    for name, checkpoint in setup.embedded_model_files.items():
-        lines.append(f"--{name}: taken from {checkpoint}. --model_file {name}=FILE uses another one")
-    lines += _describe_precision(setup)
-    if setup.model_info.task_contradiction:
-        lines.append(warning(setup.model_info.task_contradiction))
-    lines += _describe_distillation(setup)
-    if setup.kind.makes_training_adapter:
-        lines += describe_length(setup)
-        if find_origin(setup.content) == REAL_MEDIA:
-            lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
-    for folder, reference_folder in setup.content.reference_folders.items():
-        lines.append(f"{folder}: made from {reference_folder}")
-    return lines + _describe_lengths(setup)
+    return lines
+
+
+def _describe_embedded_files(setup: describing.RunSetup) -> list[str]:
+    """Return a line for each model file, such as the VAE, that a typed checkpoint contains."""
+    return [
+        f"--{name}: taken from {checkpoint}. --model_file {name}=FILE uses another one"
+        for name, checkpoint in setup.embedded_model_files.items()
+    ]
+
+
+def _describe_contradiction(setup: describing.RunSetup) -> list[str]:
+    contradiction = setup.model_info.task_contradiction
+    return [warning(contradiction)] if contradiction else []
+
+
+def _describe_adapter_training(setup: describing.RunSetup) -> list[str]:
+    """Return lines about the length and the images of a run that makes a training adapter."""
+    if not setup.kind.makes_training_adapter:
+        return []
+    lines = describe_length(setup)
+    if find_origin(setup.content) == REAL_MEDIA:
+        lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
+    return lines
+
+
+def _describe_reference_folders(setup: describing.RunSetup) -> list[str]:
+    return [
+        f"{folder}: made from {reference_folder}"
+        for folder, reference_folder in setup.content.reference_folders.items()
+    ]
 
 
 def _describe_precision(setup: describing.RunSetup) -> list[str]:
@@ -623,32 +705,44 @@ def _describe_model(setup: describing.RunSetup) -> str:
 
 
 def _describe_lengths(setup: describing.RunSetup) -> list[str]:
-    """Return lines about clips that are too short, and about images that the model does not use."""
+    """Return warnings about clips that are too short, and about images that the model does not use."""
+    warnings = [_describe_short_clips(setup), _describe_clips_used_as_images(setup), _describe_images(setup)]
+    return [warning(text) for text in warnings if text]
+
+
+def _describe_short_clips(setup: describing.RunSetup) -> str:
+    """Return which clips have fewer frames than the run trains on; "" if none has."""
     model = setup.model
-    frames = setup.frames
-    clips = [item for item in setup.media if item.is_clip]
-    lines = []
-    short_clips: list[Path] = []
-    if frames > 1:
-        timed = [clip for clip in clips if clip.seconds is not None]
-        short_clips = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
-    if short_clips:
-        fps = model.properties.get("fps")
-        lines.append(warning(f"{name_some(short_clips)}: shorter than {frames} frames (at {fps} a second)"))
-    if clips and frames == 1:
-        names = name_some([clip.path for clip in clips])
-        consequence = "which learns their first frame"
-        if not describing.trains_on_frames_of_clips(model):
-            minimum = describing.min_clip_frames(model)
-            consequence = (
-                f"which cannot train on clips of fewer than {minimum} frames (at {model.properties['fps']} "
-                "a second)"
-            )
-        lines.append(warning(f"{names}: too short for a clip of this model, {consequence}"))
+    if setup.frames == 1:  # `_describe_clips_used_as_images` describes them
+        return ""
+    timed = [item for item in setup.media if item.is_clip and item.seconds is not None]
+    short_clips = [clip.path for clip in timed if describing.count_frames(clip, model) < setup.frames]
+    if not short_clips:
+        return ""
+    fps = model.properties.get("fps")
+    return f"{name_some(short_clips)}: shorter than {setup.frames} frames (at {fps} a second)"
+
+
+def _describe_clips_used_as_images(setup: describing.RunSetup) -> str:
+    """Return what a run on single frames does with the clips; "" if it trains on clips or has none."""
+    model = setup.model
+    clips = [item.path for item in setup.media if item.is_clip]
+    if not clips or setup.frames > 1:
+        return ""
+    consequence = "which learns their first frame"
+    if not describing.trains_on_frames_of_clips(model):
+        minimum = describing.min_clip_frames(model)
+        fps = model.properties["fps"]
+        consequence = f"which cannot train on clips of fewer than {minimum} frames (at {fps} a second)"
+    return f"{name_some(clips)}: too short for a clip of this model, {consequence}"
+
+
+def _describe_images(setup: describing.RunSetup) -> str:
+    """Return which images a model that makes clips from images cannot train on; "" if there are none."""
     images = [item.path for item in setup.media if item.kind == "image"]
-    if images and model.properties.get("from_image"):
-        lines.append(warning(f"{name_some(images)}: pictures, which this model cannot train on"))
-    return lines
+    if not images or not setup.model.properties.get("from_image"):
+        return ""
+    return f"{name_some(images)}: pictures, which this model cannot train on"
 
 
 def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
