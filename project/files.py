@@ -41,6 +41,7 @@ from project.known_folders import remember_folder
 from project.media import (
     FolderContent,
     Media,
+    PlannedTraining,
     SuggestedModels,
     collect_content,
     has_control_pairs,
@@ -431,14 +432,14 @@ def _collect_content(
     options: NewOptions, model: ModelSet, model_info: ModelInfo, kind: RunKind
 ) -> FolderContent:
     """Return the content of the folder, with hints about more suitable models of other tasks."""
-    return collect_content(
-        folder=options.folder,
+    training = PlannedTraining(
         model_info=model_info,
         model_name=f"{model.family} {model.task}",
         kind=kind,
         control_kind=find_control_kind(model),
         suggested_models=_list_suggested_models(model, model_info),
     )
+    return collect_content(options.folder, training)
 
 
 def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedModels:
