@@ -242,18 +242,18 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
     argv = BY_NAME[train].find_training_command(model)
     if not argv:
         raise ValueError(f"train = {train!r}: {family} {task} has no script for it")
-    settable_options = _find_settable_options(argv[0])
+    recipe_options = _find_recipe_options(argv[0])
     modules = {*RANKED_NETWORKS, *_list_own_modules(model)}
     values = {}
     for name, value in training.items():
-        if name not in settable_options:
-            suggestion = did_you_mean(_show(name), sorted(settable_options))
+        option = recipe_options.get(name)
+        if option is None or find_rejection(option):
+            suggestion = did_you_mean(_show(name), recipe_options)
             raise ValueError(
                 f"{_show(name)} cannot be set by a recipe.{suggestion} A recipe sets options that decide "
                 "what is learned: no paths or programs, and nothing about the graphics card, saving or "
                 "logging"
             )
-        option = settable_options[name]
         values[name] = _read_value(option, name, value, modules)
         check_value(name, values[name], getattr(option, "facts", {}))
     return values
@@ -283,16 +283,12 @@ def _list_own_modules(model: ModelSet) -> list[str]:
     return [after for word, after in zip(argv, argv[1:], strict=False) if word == "--network_module"]
 
 
-def _find_settable_options(script: str) -> dict[str, argparse.Action]:
-    """Return the options of a training script that a recipe may set, by name."""
+def _find_recipe_options(script: str) -> dict[str, argparse.Action]:
+    """Return the options that a recipe may set, by name, including those that this script rejects."""
     table = find_table(find_script(script))
     assert table is not None, script
-    allowed_names = list_allowed(script)
-    return {
-        action.dest: action
-        for action in build_parser(table, script)._actions
-        if action.dest in allowed_names and not find_rejection(action)
-    }
+    actions = {action.dest: action for action in build_parser(table, script)._actions}
+    return {name: actions[name] for name in sorted(list_allowed(script) & actions.keys())}
 
 
 def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str]) -> Any:
