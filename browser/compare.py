@@ -348,27 +348,30 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
     """
     # the key of a file is RUN_ID/NAME
     ids = [*form.get("run", ()), *(key.partition("/")[0] for key in form.get("file", ()))]
-    candidates = [runs.find(id) for id in dict.fromkeys(ids)]
-    chosen_runs = [run for run in candidates if run is not None]
-    sources = []
-    for run in chosen_runs:
-        source = read_source(runs, run)
-        if source is not None:
-            sources.append(source)
+    found_runs = [runs.find(id) for id in dict.fromkeys(ids)]
+    chosen_runs = [run for run in found_runs if run is not None]
+    found_sources = [read_source(runs, run) for run in chosen_runs]
+    sources = [source for source in found_sources if source is not None]
     if len(sources) < len(chosen_runs):
         names = {run.name for run in chosen_runs} - {source.run.name for source in sources}
         raise OptionError(
             say("%(names)s: no generation command in its history", names=join(", ", sorted(names)))
         )
-    if len({source.family for source in sources}) > 1:
-        models = {
-            say("%(name)s: %(family)s", name=source.run.name, family=model_title(source.family))
-            for source in sources
-        }
-        raise OptionError(
-            say("Only files of the same model can be compared: %(names)s", names=join(", ", sorted(models)))
-        )
+    _reject_different_families(sources)
     return sources
+
+
+def _reject_different_families(sources: Sequence[ComparableRun]) -> None:
+    """Raise OptionError with the family of each run if they are not all the same."""
+    if len({source.family for source in sources}) <= 1:
+        return
+    models = {
+        say("%(name)s: %(family)s", name=source.run.name, family=model_title(source.family))
+        for source in sources
+    }
+    raise OptionError(
+        say("Only files of the same model can be compared: %(names)s", names=join(", ", sorted(models)))
+    )
 
 
 def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:
