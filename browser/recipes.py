@@ -442,16 +442,7 @@ def _make_recipe_of_command(
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
-    field_keys = find_field_keys(defaults, list_extras(family))
-    field_of_key: dict[str, str | None] = {key: name for name, key in field_keys.items()}
-    # the field for an image to redraw also accepts a clip
-    field_of_key["video_path"] = field_of_key.get("i2i_path")
-    command_options = []
-    for flag, words in options.items():
-        key = _find_key(flag, defaults)
-        values = [word for word in words if not is_placeholder(word)]
-        has_placeholder = len(values) < len(words)
-        command_options.append(_CommandOption(flag, key, field_of_key.get(key), values, has_placeholder))
+    command_options = _list_command_options(family, defaults, options, is_placeholder)
     fixed_options = [option for option in command_options if option.is_fixed]
     # fields for which the command has only a placeholder: the user has to fill them
     unfilled_fields = [
@@ -472,6 +463,33 @@ def _make_recipe_of_command(
         paths=[path for name in IMAGES for path in initial_texts.get(name, "").splitlines()],
         file_defaults=file_defaults,
     )
+
+
+def _list_command_options(
+    family: str,
+    defaults: ScriptDefaults,
+    options: Mapping[str, Sequence[str]],
+    is_placeholder: Callable[[str], bool],
+) -> list[_CommandOption]:
+    """Return the options of a generation command, each with its form field and without placeholders.
+
+    Args:
+        family: Family of the script.
+        defaults: Its default options.
+        options: Arguments that follow each option of the command.
+        is_placeholder: Returns whether an argument is a placeholder for a file that the user has to name.
+    """
+    field_keys = find_field_keys(defaults, list_extras(family))
+    field_of_key: dict[str, str | None] = {key: name for name, key in field_keys.items()}
+    # the field for an image to redraw also accepts a clip
+    field_of_key["video_path"] = field_of_key.get("i2i_path")
+    command_options = []
+    for flag, words in options.items():
+        key = _find_key(flag, defaults)
+        values = [word for word in words if not is_placeholder(word)]
+        has_placeholder = len(values) < len(words)
+        command_options.append(_CommandOption(flag, key, field_of_key.get(key), values, has_placeholder))
+    return command_options
 
 
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
