@@ -90,11 +90,7 @@ def set_up(build_name: str | None) -> Path:
         if build_name is not None:
             raise OptionError("--build: .venv is an environment of yours. Rename it, and start again")
         return python
-    reason = "as before"
-    if build_name is None and earlier_build not in BUILDS:
-        choice = select_build()
-        build_name, reason = choice.build, choice.reason
-    name = build_name or str(earlier_build)
+    name, reason = _select_build(build_name, earlier_build)
     is_replacing = earlier_build is not None and (name != earlier_build or REPLACING in note)
     if not python.exists() or name != earlier_build:
         announce(name, reason, BUILDS[name])
@@ -103,6 +99,16 @@ def set_up(build_name: str | None) -> Path:
     if is_replacing:
         write_text(NOTE, name)
     return python
+
+
+def _select_build(typed_build: str | None, earlier_build: str | None) -> tuple[str, str]:
+    """Return the build of torch to use, and why: the typed one, else the earlier one, else for the GPU."""
+    if typed_build is not None:
+        return typed_build, "as before"
+    if earlier_build in BUILDS:
+        return str(earlier_build), "as before"
+    choice = select_build()
+    return choice.build, choice.reason
 
 
 def _read_note() -> list[str]:

@@ -450,7 +450,6 @@ def _add_regularization(
     remedy = "To train on them like on other images, rename the folder"
     uncaptioned = [path for path in images if not caption_path(path, content.caption_suffix).exists()]
     folder_name = content.parsed_folder_names.get(subfolder)
-    class_tokens = "" if folder_name is None else folder_name.class_tokens
     error = ""
     if kind.uses_control_images or kind.trains_embedding:
         error = f"left out, as {reason}, and {kind.title} does not use such images. {remedy}"
@@ -459,7 +458,7 @@ def _add_regularization(
             f"left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
             f"supports them (docs/image_datasets.md). {remedy}"
         )
-    elif uncaptioned and not class_tokens:
+    elif uncaptioned and folder_name is None:
         error = (
             f"left out: {name_some(uncaptioned)}: regularization pictures without a caption, in "
             "a folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
@@ -468,9 +467,11 @@ def _add_regularization(
         content.report_lines.append(warning(f"{subfolder}: {error}"))
         return
     content.regularization_folders.append(subfolder)
+    usage = "(is_reg)"
+    if uncaptioned and folder_name is not None:
+        usage += f", `{folder_name.class_tokens}` for those without a caption"
     count = format_count(len(images), "regularization picture")
-    default_caption = f", `{class_tokens}` for those without a caption" if uncaptioned else ""
-    content.report_lines.append(f"{subfolder}: {count} (is_reg){default_caption}, as {reason}. {remedy}")
+    content.report_lines.append(f"{subfolder}: {count} {usage}, as {reason}. {remedy}")
 
 
 def _leads_back(link: Path, folder: Path) -> bool:

@@ -258,9 +258,7 @@ def _list_folder_members(pack_source: PackSource) -> FolderMembers:
     visited: set[Path] = set()
     for folder_text, folders, files in os.walk(pack_source.folder, followlinks=True):
         folder = Path(folder_text)
-        hidden_names = [name for name in [*folders, *files] if name.startswith(".")]
-        # NAME: the commands that filled a cache, which need no message
-        skipped_paths += [str(folder / name) for name in hidden_names if name != NAME]
+        skipped_paths += [str(folder / name) for name in [*folders, *files] if _is_reported_as_hidden(name)]
         # os.walk visits only the folders that stay in this list
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         # links may lead to a folder that was visited already
@@ -276,6 +274,11 @@ def _list_folder_members(pack_source: PackSource) -> FolderMembers:
             else:
                 skipped_paths.append(str(path))
     return FolderMembers(members, skipped_paths)
+
+
+def _is_reported_as_hidden(name: str) -> bool:
+    # NAME is the file in which caching notes its commands, which the user does not know
+    return name.startswith(".") and name != NAME
 
 
 def _make_folder_member(pack_folder: Path, path: Path) -> PackMember:

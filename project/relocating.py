@@ -48,16 +48,22 @@ class MachinePaths:
             return text  # a relative path that cannot leave the folder, or no path at all
         if is_absolute and _is_of_other_system(text):
             return None
-        leads_outside = is_absolute or _PARENT_FOLDER.match(text) is not None
         try:
-            path = Path(os.path.normpath(expand_path(text, self.folder)))
+            inner_path = self._find_inside(Path(os.path.normpath(expand_path(text, self.folder))))
         except ValueError:
             return None if is_absolute else text
+        if inner_path is not None:
+            return inner_path
+        leads_outside = is_absolute or _PARENT_FOLDER.match(text) is not None
+        return None if leads_outside else text  # a string with two dots may be no path
+
+    def _find_inside(self, path: Path) -> str | None:
+        """Return an absolute path as one relative to the folder; None if it is outside of it."""
         # the folder may be named by a link or by its real path
         for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
             if path.is_relative_to(folder):
                 return path.relative_to(folder).as_posix()
-        return None if leads_outside else text  # a string with two dots may be no path
+        return None
 
     @functools.cached_property
     def folder_pattern(self) -> re.Pattern[str]:

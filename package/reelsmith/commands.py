@@ -182,17 +182,17 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
         suggestions = _list_similar_endings(typed_words.partition(" ")[2], names_by_ending)
     elif not suggestions:
         suggestions = _list_similar(commands, typed_words, words[0])
-    is_start_known = bool(names_by_ending and suggestions)
+    shown_suggestions = suggestions
     synonym = _SYNONYMS.get(words[0].lower())
     # a synonym is a better hint than similar words, unless a command begins with the first word
-    if synonym is not None and not is_start_known:
-        suggested_names = [synonym]
-    else:
-        suggested_names = suggestions
-    hint = f" Did you mean {PROGRAM} {' or '.join(suggested_names)}?" if suggested_names else ""
+    if synonym is not None and not (names_by_ending and suggestions):
+        shown_suggestions = [synonym]
+    message = f"{typed_words or words[0]!r} is not a command."
+    if shown_suggestions:
+        message += f" Did you mean {PROGRAM} {' or '.join(shown_suggestions)}?"
     if names_by_ending and not suggestions:
-        hint += f" There are {', '.join(names_by_ending.values())}."
-    return f"{typed_words or words[0]!r} is not a command.{hint}"
+        message += f" There are {', '.join(names_by_ending.values())}."
+    return message
 
 
 def _index_by_ending(commands: Sequence[ScriptCommand], first_word: str) -> dict[str, str]:

@@ -110,9 +110,8 @@ class ScriptArguments:
 def _format_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
     """Convert one keyword argument to command-line arguments.
 
-    None and False give no arguments, and True gives only the flag. A mapping becomes KEY=VALUE words. A list
-    follows one flag, unless the option is typed once for each value. `action` is the parser's option with
-    this name; None if there is none, which the parser will report.
+    None and False give no arguments, and True gives only the flag. `action` is the parser's option with this
+    name; None if there is none, which the parser will report.
     """
     flag = f"--{name}"
     if action is not None:
@@ -124,6 +123,11 @@ def _format_option(name: str, value: Any, action: argparse.Action | None) -> lis
         return []
     if value is True:
         return [flag]
+    return _format_values(flag, value, action)
+
+
+def _format_values(flag: str, value: Any, action: argparse.Action | None) -> list[str]:
+    """Return an option with its value, or with the items of a list; a mapping becomes KEY=VALUE words."""
     if isinstance(value, Mapping):
         value = [f"{key}={mapped}" for key, mapped in value.items()]
     if not isinstance(value, list | tuple):
