@@ -301,10 +301,9 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     sampled_prompts = _list_prompts(sources)
     typed_lines = "\n".join(form.get("more", ()))
     prompt_lines = [line for line in typed_lines.splitlines() if line.strip() and not line.startswith("#")]
-    requested_prompts = form.get("prompt", ())
-    if not requested_prompts and not prompt_lines:
-        requested_prompts = sampled_prompts[:DEFAULT_ROWS]
-    selected_prompts = [prompt for prompt in sampled_prompts if prompt in requested_prompts]
+    selected_prompts = [prompt for prompt in sampled_prompts if prompt in form.get("prompt", ())]
+    if not form.get("prompt") and not prompt_lines:
+        selected_prompts = sampled_prompts[:DEFAULT_ROWS]
     rows = _make_rows(sources, selected_prompts, prompt_lines)
     if len(columns) > MAX_COLUMNS or len(rows) > MAX_ROWS:
         raise OptionError(

@@ -347,20 +347,15 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     """Return the recipe of a released model with its files in `models`; `folder` is the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *argv = shlex.split(model.commands["generate"])  # python SCRIPT OPTIONS
-    model_files = {}  # placeholder in the command, such as {dit} -> path
-    for component in model.components:
-        if component.option:
-            placeholder = component.option.lstrip("-")
-            model_files[f"{{{placeholder}}}"] = str(models / component.path)
+    path_of_placeholder = _index_by_placeholder(model, models)
     options: dict[str, list[str]] = {}
     required_files = []
     for flag, words in group_options(argv).items():
-        options[flag] = [model_files.get(word, word) for word in words]
-        required_files += [model_files[word] for word in words if word in model_files]
+        options[flag] = [path_of_placeholder.get(word, word) for word in words]
+        required_files += [path_of_placeholder[word] for word in words if word in path_of_placeholder]
     options.pop("--seed", None)  # each result gets its own seed
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
-        for flag in HALF_PRECISION_FLAGS:
-            options.pop(flag, None)
+        options = {flag: words for flag, words in options.items() if flag not in HALF_PRECISION_FLAGS}
     return _make_recipe_of_command(
         title=say(model.title),
         family=families[script],
@@ -370,6 +365,16 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
         is_placeholder=lambda word: word in EXAMPLE_FILES,
         file_defaults=model.usual,
     )
+
+
+def _index_by_placeholder(model: ModelSet, models: Path) -> dict[str, str]:
+    """Return the paths of a model's files in `models` by their placeholders in commands, such as {dit}."""
+    paths = {}
+    for component in model.components:
+        if component.option:
+            name = component.option.lstrip("-")
+            paths[f"{{{name}}}"] = str(models / component.path)
+    return paths
 
 
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:

@@ -307,11 +307,11 @@ def regenerate(
         # it comes from metadata, and must not be read as another option
         _reject_options(STRENGTHS, [lora.strength])
         path = find_weights(lora.name, recipe)
-        if not lora.expert:
-            loras.append(UsedLora(path, lora.strength))
-        else:  # the command has separate options for the LoRAs of this expert
+        if lora.expert:  # the command has separate options for the LoRAs of this expert
             fixed_options.setdefault(f"{LORA}_{lora.expert}", []).append(path)
             fixed_options.setdefault(f"{STRENGTHS}_{lora.expert}", []).append(lora.strength)
+        else:
+            loras.append(UsedLora(path, lora.strength))
     if settings.embeddings:
         fixed_options[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
     render_request = RenderRequest(

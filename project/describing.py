@@ -264,30 +264,33 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 
 def describe_dataset(setup: RunSetup) -> str:
     """Return the text of dataset.toml: a table for each folder and kind of media, or subsets of one table."""
-    properties = setup.model.properties
     lines = _format_toml_table("[general]", _make_general_keys(setup))
     if setup.has_subsets:
         return "\n".join([*lines, *_describe_subsets(setup), ""])
     clip_keys = _make_clip_keys(setup)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in setup.media)
     for folder, kind in folders_and_kinds:
-        # an image-to-video model takes its start images from the clips
-        is_unused_image = kind != "video" and properties.get("from_image", False)
-        # a run with single frames needs a model that trains on single frames of clips
-        is_unused_clip = kind == "video" and setup.frames == 1 and not trains_on_frames_of_clips(setup.model)
-        if is_unused_image or is_unused_clip:
-            continue
-        keys = _make_folder_keys(setup, folder, kind)
-        if kind == "video":
-            keys |= clip_keys
-        lines += ["", *_format_toml_table("[[datasets]]", keys)]
+        if _trains_on(setup, kind):
+            keys = _make_folder_keys(setup, folder, kind)
+            if kind == "video":
+                keys |= clip_keys
+            lines += ["", *_format_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        minimum = min_clip_frames(setup.model) / properties["fps"]
+        minimum = min_clip_frames(setup.model) / setup.model.properties["fps"]
         raise OptionError(
             f"--task {setup.model.task} learns from clips of at least {minimum:.1f} seconds, and "
             f"{setup.options.folder} has none. Choose another --family or --task."
         )
     return "\n".join([*lines, ""])
+
+
+def _trains_on(setup: RunSetup, kind: str) -> bool:
+    """Return whether a run trains on this kind of media: "video", "image" or "audio"."""
+    if kind != "video":
+        # an image-to-video model takes its start images from the clips
+        return not setup.model.properties.get("from_image", False)
+    # a run with single frames needs a model that trains on single frames of clips
+    return setup.frames > 1 or trains_on_frames_of_clips(setup.model)
 
 
 def _describe_subsets(setup: RunSetup) -> list[str]:
