@@ -113,32 +113,40 @@ class ComparableRun:
         folder = self.run.history.parent
         best = find_best_file(folder, self.run.name, self.run_history)  # by scores or losses
         best_name = None if best is None else best.name
-        files = []
-        # `equal_names` are files with equal weights
-        for step, equal_names in list_files(self.run_history, folder):
-            name = equal_names[0]
-            is_high_noise = f"_{HIGH_NOISE}." in name  # listed together with the file of the low-noise expert
-            # the embedding of a trigger word is used together with a LoRA
-            if is_high_noise or self.run_history.is_embedding(name):
-                continue
-            paths = _list_expert_files(folder / name)
-            if not all(path.is_file() for path in paths):
-                continue
-            is_average = self.run_history.is_average(name)
-            validation = None if is_average else self.run_history.nearest_validation(step)
-            files.append(
-                ComparedFile(
-                    source=self,
-                    name=name,
-                    paths=paths,
-                    step=step,
-                    loss=None if validation is None else validation.loss,
-                    # of a pair, the best file may be the one for the high-noise expert
-                    is_best=best_name in (paths[-1].name, *equal_names),
-                    copies=equal_names[1:],
-                )
-            )
-        return files
+        saved_files = list_files(self.run_history, folder)
+        files = [self._find_file(step, equal_names, best_name) for step, equal_names in saved_files]
+        return [file for file in files if file is not None]
+
+    def _find_file(
+        self, step: int, equal_names: Sequence[str], best_name: str | None
+    ) -> "ComparedFile | None":
+        """Return a saved file; None if it is not a LoRA to list, or does not exist any more.
+
+        Args:
+            step: Step of the training run.
+            equal_names: Names of files with equal weights; the first one is listed.
+            best_name: Name of the run's best file.
+        """
+        name = equal_names[0]
+        is_high_noise = f"_{HIGH_NOISE}." in name  # listed together with the file of the low-noise expert
+        # the embedding of a trigger word is used together with a LoRA
+        if is_high_noise or self.run_history.is_embedding(name):
+            return None
+        paths = _list_expert_files(self.run.history.parent / name)
+        if not all(path.is_file() for path in paths):
+            return None
+        is_average = self.run_history.is_average(name)
+        validation = None if is_average else self.run_history.nearest_validation(step)
+        return ComparedFile(
+            source=self,
+            name=name,
+            paths=paths,
+            step=step,
+            loss=None if validation is None else validation.loss,
+            # of a pair, the best file may be the one for the high-noise expert
+            is_best=best_name in (paths[-1].name, *equal_names),
+            copies=equal_names[1:],
+        )
 
 
 def _list_expert_files(path: Path) -> list[Path]:

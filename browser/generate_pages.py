@@ -631,8 +631,8 @@ class GeneratePages:
         for name in settings.loras:
             if name not in selected_names:
                 sentences.append(say("Its LoRA %(name)s is not here.", name=name))
-        for field_name in IMAGES:
-            option_key = recipe.option_keys.get(field_name, "")
+        option_keys = [recipe.option_keys.get(field_name, "") for field_name in IMAGES]
+        for option_key in option_keys:
             paths = settings.options.get(option_key, "").splitlines()
             if paths:
                 sentences.append(

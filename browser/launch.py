@@ -325,15 +325,13 @@ def _run_until_options_are_read(
     environment = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}  # TELLS_UNUSED: report options without effect
     name = command.words[0]
     if name not in COMMANDS_WITH_TORCH and not name.endswith(ENDINGS_WITH_TORCH):
-        # the import of torch does not end this script, so it has to end itself
+        # ENDING_BEFORE_TORCH ends a script that loads torch; this one does not, so it has to end itself
         if not SUPPORTS_ONLY_OPTIONS.search(command.path.read_text(encoding="utf-8")):
             return None
         environment[ONLY_OPTIONS] = "1"
     python, *script_argv = program
-    if script_argv[:3] == ACCELERATE:  # check the script without the launcher and its options
-        script = program_words(command.path.relative_to(ROOT))
-        script_start = script_argv.index(script[-1]) + 1 - len(script)
-        script_argv = script_argv[script_start:]
+    if script_argv[:3] == ACCELERATE:
+        script_argv = _remove_launcher(command, script_argv)
     return subprocess.run(
         [python, "-P", "-c", ENDING_BEFORE_TORCH, *script_argv],
         cwd=folder,
@@ -344,6 +342,13 @@ def _run_until_options_are_read(
         errors="replace",
         timeout=seconds,
     )
+
+
+def _remove_launcher(command: ScriptCommand, argv: Sequence[str]) -> list[str]:
+    """Return a command line that starts with its script, without `accelerate launch` and its options."""
+    script = program_words(command.path.relative_to(ROOT))
+    script_start = argv.index(script[-1]) + 1 - len(script)
+    return list(argv[script_start:])
 
 
 def find_earlier_job(argv: Sequence[str], folder: Path) -> EarlierJob | None:

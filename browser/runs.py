@@ -145,11 +145,8 @@ class RunSummary:
         """
         if self.start is None:
             return False
-        if (
-            is_process_alive(self.start.process) is None
-        ):  # started on another machine, or before its last boot
-            return False
-        if not is_own_file(self.history):
+        # None: started on another machine, or before this machine's last boot
+        if is_process_alive(self.start.process) is None or not is_own_file(self.history):
             return False
         recorded_folder = self.start.written_in or dict(self.start.changed).get("output_dir")
         if not recorded_folder:

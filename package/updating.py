@@ -510,6 +510,21 @@ def _is_listed(root: Path, name: str) -> bool:
     return True
 
 
+# what `zipfile` and its decompressors raise for damaged files
+DAMAGE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+)
+
+
 def _unpack(file: Path, folder: Path) -> list[str]:
     """Unpack a zip file with a version of the program into a folder, and return its files' relative paths.
 
@@ -531,11 +546,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
             _reject_names(file, entries)
             for name, entry in entries.items():
                 _extract(archive, entry, folder / name)
-    # what `zipfile` and its decompressors raise for damaged files
-    except (
-        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError),
-        *(NotImplementedError, RuntimeError, ValueError, OverflowError, MemoryError),
-    ) as error:
+    except DAMAGE_ERRORS as error:
         reason = escape_control_codes(str(error))[:200]
         raise UserError(f"{file.name} is not a complete zip file ({reason}). Download it again") from None
     return sorted(entries)

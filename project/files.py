@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.config import load_dataset_config, with_lengths, with_references
+from dataset.config import DatasetConfig, load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
@@ -493,18 +493,15 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
         setup: The chosen model and the folder's content.
         dataset_toml: Text of dataset.toml.
     """
-    family = setup.model_info.family
-    errors: list[Fault] = []
-    pair_warnings: list[str] = []
     if setup.options.dry_run and setup.content.first_frames:
         return DatasetProblems([], [])
+    errors: list[Fault] = []
+    pair_warnings: list[str] = []
     # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
     with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
         copy = copies / DATASET_FILE
         write_text(copy, dataset_toml)
-        config = load_dataset_config(copy)
-        config = with_lengths(config, describing.clip_lengths_of(setup.model))
-        config = with_references(config, family.references, family.abilities.references)
+        config = _load_config(copy, setup)
         for table in config.datasets:
             errors += _find_errors_of_table(table, setup.content.unreadable_media)
         if setup.kind.uses_control_images and not errors:
@@ -517,6 +514,13 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
     # indented lines belong to the error above them
     lines = [line if line.startswith(" ") else fault(line) for line in lines]
     return DatasetProblems(lines, pair_warnings)
+
+
+def _load_config(path: Path, setup: describing.RunSetup) -> DatasetConfig:
+    """Load a dataset.toml with the clip lengths and references that the model accepts."""
+    family = setup.model_info.family
+    config = with_lengths(load_dataset_config(path), describing.clip_lengths_of(setup.model))
+    return with_references(config, family.references, family.abilities.references)
 
 
 def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
@@ -759,7 +763,6 @@ def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
 def _describe_captions(setup: describing.RunSetup) -> list[str]:
     """Return lines about media without captions: what is used instead, or two ways to get captions."""
     trigger = setup.trigger_word
-    suffix = setup.content.caption_suffix
     uncaptioned = _find_uncaptioned_media(setup)
     lines = []
     with_empty_caption = [item.path for item in setup.media if item.caption == ""]
@@ -770,22 +773,28 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
     captioned_by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
     if captioned_by_trigger:
         names = name_some(captioned_by_trigger)
+        suffix = setup.content.caption_suffix
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
     if uncaptioned:
-        captioning_argv = make_caption_argv([shlex.split(setup.model.commands["latents"])])
-        problem = (
-            f"{name_some(uncaptioned)}: without a caption in a {suffix} file next to it, which `run` "
-            f"refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the "
-            f"folder {setup.folder}:"
-        )
-        lines += [
-            KindLine(CAPTIONS, problem),
-            f"  {typed_in(captioning_argv, setup.folder)}",
-            KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
-            f"  {_make_new_command(setup, trigger_word='WORD')}",
-        ]
+        lines += _describe_ways_to_captions(setup, uncaptioned)
     return lines
+
+
+def _describe_ways_to_captions(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[str]:
+    """Return lines about media without captions: how a model writes them, or a trigger word replaces them."""
+    captioning_argv = make_caption_argv([shlex.split(setup.model.commands["latents"])])
+    problem = (
+        f"{name_some(uncaptioned)}: without a caption in a {setup.content.caption_suffix} file next to it, "
+        f"which `run` refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in "
+        f"the folder {setup.folder}:"
+    )
+    return [
+        KindLine(CAPTIONS, problem),
+        f"  {typed_in(captioning_argv, setup.folder)}",
+        KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
+        f"  {_make_new_command(setup, trigger_word='WORD')}",
+    ]
 
 
 def _describe_tags(setup: describing.RunSetup) -> list[str]:
@@ -803,14 +812,19 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
     reader = f"Models made from {setup.model_name} on tags read"
     if was_trained_on_tags:
         reader = f"{setup.model_name} reads"
-    lines = [
+    line = (
         f"{found_text}. {reader} such lists, so they are in another order each time "
         f"(shuffle_caption){_describe_tag_keys(setup, tags)}. The training encodes them in each step"
-    ]
-    if tags.first_with_underscore is None:
-        return lines
+    )
     owner = "the model" if was_trained_on_tags else "such a model"
-    lines += [
+    return [line, *_describe_underscores(setup, tags, owner)]
+
+
+def _describe_underscores(setup: describing.RunSetup, tags: TagLists, owner: str) -> list[str]:
+    """Return lines about how to replace underscores in tags with the spaces that the model was trained on."""
+    if tags.first_with_underscore is None:
+        return []
+    lines = [
         f"{tags.first_with_underscore}: {owner}'s own tags have spaces "
         f"({as_words(tags.first_with_underscore)}). To convert yours (the old captions are kept as .bak), "
         f"run this in the folder {setup.folder}:",

@@ -87,19 +87,22 @@ def _read_model_key(
         name = f"{key.split('.')[-1]}=True" if value is True else str(value)
         specificity = _MODEL_FILE if rule.target == contract.FILE else _MODEL_KIND
     named_model = _find_model_by_name(project.program, name)
-    if named_model is not None:
-        family, task = named_model
-        if key not in project.assumed_defaults:
-            project.report_change(key, value, f"--family {family} --task {task or '(asked for)'}")
-        return FileModel(specificity, family, task)
+    if named_model is None:
+        _report_unknown_model(project, rule, key, value)
+        return None
+    family, task = named_model
+    if key not in project.assumed_defaults:
+        project.report_change(key, value, f"--family {family} --task {task or '(asked for)'}")
+    return FileModel(specificity, family, task)
+
+
+def _report_unknown_model(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
+    """Report a key that names no known model, and note its value for the message if none is found at all."""
+    reason = "no model of this name is known. Give --family and --task"
     if rule.target == contract.FILE:
         reason = "a file or folder of your own is given as --model_file NAME=PATH"
-        project.unknown_models.setdefault(show(key), show(value))
-    else:
-        reason = "no model of this name is known. Give --family and --task"
-        project.unknown_models[show(key)] = show(value)
+    project.unknown_models[show(key)] = show(value)
     project.report_omitted_value(key, value, reason)
-    return None
 
 
 def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] | None:
