@@ -352,16 +352,21 @@ def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[s
     recipe_flags = {option_names[flag]: flag for flag in fixed_options if flag in option_names}
     for name, recorded_text in settings.values.items():
         option = options.get(name)
-        # options of the prompt line are not fixed: each result may have other values
-        if option is None or not option.is_recorded or _is_line_option(name, recipe):
-            continue
-        if _is_separate_metadata(name) or name in PROMPT_LINE_KEYS or name == EMBEDDINGS:
+        if option is None or not _is_fixed(name, option, recipe):
             continue
         flag = recipe_flags.get(name, option.flags[0])
         recipe_words = fixed_options.get(flag, [str(option.default)])
         if not _is_equal(recipe_words, recorded_text):  # equal values keep the recipe's spelling
             _set_recorded_option(fixed_options, flag, option, recorded_text)
     return fixed_options
+
+
+def _is_fixed(name: str, option: KnownOption, recipe: ModelRecipe) -> bool:
+    """Return whether metadata `name` is the value of an option that all results of a command share."""
+    # options of the prompt line are not fixed: each result may have other values
+    is_line_option = name in PROMPT_LINE_KEYS or _is_line_option(name, recipe)
+    is_read_elsewhere = _is_separate_metadata(name) or name == EMBEDDINGS
+    return option.is_recorded and not is_line_option and not is_read_elsewhere
 
 
 def _is_separate_metadata(name: str) -> bool:

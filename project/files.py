@@ -404,15 +404,11 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     """
     model = chosen.model
     if options.trains is None:
-        control_kind = find_control_kind(model)
-        has_word = chosen.trigger is not None
-        if control_kind is not None and has_control_pairs(options.folder, has_word):
-            return control_kind
-        return LORA
+        return _find_kind_of_folder(options.folder, model, has_word=chosen.trigger is not None)
     kind = BY_NAME[options.trains]
     rejection = kind.why_unsupported(model, memory)
-    typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
     if rejection is not None:
+        typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
         possible = [other.name for other in list_kinds(model) if other.why_unsupported(model, memory) is None]
         remedy = "Give --train lora" if kind_setting else "Leave it out"
         raise OptionError(
@@ -422,6 +418,14 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     if kind.trains_embedding:
         check_word(kind, chosen.trigger)
     return kind
+
+
+def _find_kind_of_folder(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
+    """Return the model's control network if the folder has control images for it, otherwise a LoRA."""
+    control_kind = find_control_kind(model)
+    if control_kind is not None and has_control_pairs(folder, has_word):
+        return control_kind
+    return LORA
 
 
 def _list_caption_texts(content: FolderContent) -> list[str]:

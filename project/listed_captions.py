@@ -124,19 +124,25 @@ def _add_captions_of_list(
             num_captions += 1
     if num_captions:
         caption_lists.num_captions_by_list[path] = num_captions
-    # a list of other files needs no message for each row
-    elif not rows or len(missing_names) == len(rows):
+    if len(missing_names) == len(rows):  # a list of other files needs no message for each row
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
         text = f"{path.name}: left out, it has captions for none of the files{hint}"
         caption_lists.report_lines.append(warning(text))
-        return
+    else:
+        caption_lists.report_lines += _describe_unused_rows(path, missing_names, files_without_text)
+
+
+def _describe_unused_rows(
+    path: Path, missing_names: Sequence[str], files_without_text: Sequence[str]
+) -> list[str]:
+    """Return lines about a list's rows for files that do not exist, and rows without a text."""
+    lines = []
     if missing_names:
         row_count = format_count(len(missing_names), "row")
-        caption_lists.report_lines.append(
-            f"{path.name}: {row_count} for files that are not here: {list_some(missing_names)}"
-        )
+        lines.append(f"{path.name}: {row_count} for files that are not here: {list_some(missing_names)}")
     if files_without_text:
-        caption_lists.report_lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
+        lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
+    return lines
 
 
 def _is_text(caption: Any, place: str) -> bool:

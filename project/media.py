@@ -791,22 +791,20 @@ def _describe_other_files(
 
     `other_files` are all files except media, by suffix. `media` are the files that captions may belong to.
     """
-    owned_captions = {caption_path(path, content.caption_suffix) for path in media}
+    captions_of_media = {caption_path(path, content.caption_suffix) for path in media}
     stems = {path.stem for path in media}
     used_files = {*content.listed_captions.list_paths, *media}  # lists of captions are read, too
     lines = []
     for suffix, paths in other_files.items():
-        if suffix == content.caption_suffix.lower():
-            unowned = [path for path in paths if path not in owned_captions]
-            if unowned:
-                owners = CaptionOwners(path.name for path in media)
-                text = _describe_captions_without_media(unowned, content.caption_suffix, owners)
-                lines.append(warning(text))
-        else:
-            unread = [path for path in paths if path not in used_files]
-            if unread:
-                reason = _explain_unread_files(unread, stems, content.caption_suffix)
-                lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
+        are_captions = suffix == content.caption_suffix.lower()
+        unused = [path for path in paths if path not in (captions_of_media if are_captions else used_files)]
+        if unused and are_captions:
+            owners = CaptionOwners(path.name for path in media)
+            text = _describe_captions_without_media(unused, content.caption_suffix, owners)
+            lines.append(warning(text))
+        elif unused:
+            reason = _explain_unread_files(unused, stems, content.caption_suffix)
+            lines.append(warning(f"{name_some(unused)}: left out, {reason}"))
     return lines
 
 
@@ -853,14 +851,21 @@ def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_
     encodings: list[str] = []
     for path in remaining:
         try:
-            if track_info(path) is None:
-                raise MediaError(f"{path} has no sound")
-            caption = _find_caption(path, content, encodings)
-            # audio has no width and height
-            content.media.append(Media(path, "audio", (0, 0), seconds=None, caption=caption))
+            content.media.append(_read_audio(path, content, encodings))
         except MediaError as error:
             _record_unreadable(path, error, content)
     _warn_of_encodings(encodings, content)
+
+
+def _read_audio(path: Path, content: FolderContent, encodings: list[str]) -> Media:
+    """Return the caption of an audio file, which has no width and height.
+
+    Raises:
+        MediaError: If the file cannot be read, or has no audio.
+    """
+    if track_info(path) is None:
+        raise MediaError(f"{path} has no sound")
+    return Media(path, "audio", (0, 0), seconds=None, caption=_find_caption(path, content, encodings))
 
 
 def _read_media(path: Path, content: FolderContent, model_info: "ModelInfo", encodings: list[str]) -> Media:

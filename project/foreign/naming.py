@@ -110,6 +110,15 @@ def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] |
 
     The task is None if the trainer's name stands for all tasks of a family.
     """
+    by_name = _index_models_by_name(program)
+    file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
+    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)
+    without_format = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
+    return by_name.get(plain_name(name)) or by_name.get(plain_name(without_format))
+
+
+def _index_models_by_name(program: Program) -> dict[str, tuple[str, str | None]]:
+    """Return the (family, task) of each model, by our names for it and by those of the other trainer."""
     by_name: dict[str, tuple[str, str | None]] = {}
     for model in reversed(find_models()):  # the first model of a repository takes precedence
         family_and_task = (model.family, model.task)
@@ -119,11 +128,7 @@ def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] |
             if part.role in {"transformer", "checkpoint"} and part.path.suffix:
                 by_name[plain_name(part.path.stem)] = family_and_task
     # names that the other trainer gives to models replace ours
-    by_name |= {plain_name(theirs): model for theirs, model in program.model_by_name.items()}
-    file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
-    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)
-    without_format = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
-    return by_name.get(plain_name(name)) or by_name.get(plain_name(without_format))
+    return by_name | {plain_name(theirs): model for theirs, model in program.model_by_name.items()}
 
 
 def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
