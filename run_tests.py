@@ -106,22 +106,25 @@ def _list_checks(
     if not any(argument.startswith("-n") for argument in typed):
         # neighbors mostly share what their file sets up
         workers = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    tests = Check(python, ["pytest", *workers, *tier, *typed])
+    if typed:
+        return [tests]
+    lint = [Check(python, ["ruff", "check", "."]), Check(python, ["ruff", "format", "--check", "."])]
+    if is_fast:
+        return [*lint, tests]
+    return [*lint, Check(python, TYPES), tests, *_list_comparisons(python, workers, rooms)]
+
+
+def _list_comparisons(python: Path, workers: Sequence[str], rooms: Sequence[str]) -> list[Check]:
+    """Return the checks that compare recorded numbers on other processors and with another torch."""
+    pytest = ["pytest", *workers, *RECORDED]
     checks = []
-    if not typed:
-        checks = [Check(python, ["ruff", "check", "."]), Check(python, ["ruff", "format", "--check", "."])]
-        if not is_fast:
-            checks.append(Check(python, TYPES))
-    checks.append(Check(python, ["pytest", *workers, *tier, *typed]))
-    if typed or is_fast:
-        return checks
-    recorded = ["pytest", *workers, *RECORDED]
     if rooms:
-        of_rooms = [*recorded, *(f"tests/{room}" for room in rooms)]
-        checks += [Check(python, of_rooms, settings) for settings in _processors()]
+        tests_of_rooms = [f"tests/{room}" for room in rooms]
+        checks = [Check(python, [*pytest, *tests_of_rooms], settings) for settings in _processors()]
     # somebody has made it for this: another torch may differ anywhere
-    of_all = [*recorded, *(f"tests/{room}" for room in COMPARED)]
-    checks += [Check(second, of_all) for second in _second_python()]
-    return checks
+    tests_to_compare = [f"tests/{room}" for room in COMPARED]
+    return checks + [Check(second, [*pytest, *tests_to_compare]) for second in _second_python()]
 
 
 def _changed_rooms(root: Path = ROOT) -> list[str]:

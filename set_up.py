@@ -41,25 +41,31 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="update | back | NEW.zip", help="instead of the page")
     parser.add_argument("--build", choices=list(BUILDS), help="build of torch; unset: the one for the card")
     args = parser.parse_args()
-    words = args.words
-    if words and args.build is not None:
-        raise OptionError(f"--build: it chooses torch for the start, and {words[0]} starts nothing. Type one")
-    if words == ["back"]:
-        go_back(ROOT)
-    elif words[:1] == ["repair"] and len(words) == 2:  # from modules/interpreter.py
-        repair(Path(words[1]))
-    elif words[:1] == ["update"] and len(words) <= 2:
-        update(ROOT, typed_path(words[1]) if words[1:] else None)
-    elif len(words) == 1 and words[0].lower().endswith(".zip"):  # dropped on Reelsmith.bat
-        update(ROOT, typed_path(words[0]))
-    elif words:
-        raise OptionError(
-            f"{' '.join(words)}: unknown. Type update, update NEW.zip, back, or nothing to start"
-        )
+    if args.words:
+        _change_program(args.words, args.build)
     else:
         repair(ROOT)
         note_version(ROOT)
         raise SystemExit(open_page(set_up(args.build)))
+
+
+def _change_program(words: list[str], build_name: str | None) -> None:
+    """Update, repair or go back, as the typed words say. Raises OptionError for others, and for --build."""
+    if build_name is not None:
+        raise OptionError(f"--build: it chooses torch for the start, and {words[0]} starts nothing. Type one")
+    command, *operands = words
+    if words == ["back"]:
+        go_back(ROOT)
+    elif command == "repair" and len(operands) == 1:  # from modules/interpreter.py
+        repair(Path(operands[0]))
+    elif command == "update" and len(operands) <= 1:
+        update(ROOT, typed_path(operands[0]) if operands else None)
+    elif command.lower().endswith(".zip") and not operands:  # dropped on Reelsmith.bat
+        update(ROOT, typed_path(command))
+    else:
+        raise OptionError(
+            f"{' '.join(words)}: unknown. Type update, update NEW.zip, back, or nothing to start"
+        )
 
 
 def typed_path(word: str) -> Path:
@@ -70,29 +76,49 @@ def typed_path(word: str) -> Path:
 def set_up(build_name: str | None) -> Path:
     """Return the Python of the environment; make and fill it first if that is not done.
 
-    build_name: from the user; None: the one before, else the one for the card. An environment that the user
-    made is used as it is. Raises InstallationError if no build fits or the disk is too small.
+    Args:
+        build_name: The build of torch that the user chose. None: the build of the environment, or of the GPU.
+
+    Raises:
+        OptionError: If a build is chosen for an environment that the user made, which is used unchanged.
+        InstallationError: If no build fits, or the disk is too small.
     """
     python = python_of(ROOT / ".venv")
-    noted = NOTE.read_bytes().decode("utf-8", "replace").split() or ["damaged"] if NOTE.is_file() else []
-    before = noted[0] if noted else None
-    if python.exists() and before is None:
+    note = _read_note()
+    earlier_build = note[0] if note else None
+    if python.exists() and earlier_build is None:
         if build_name is not None:
             raise OptionError("--build: .venv is an environment of yours. Rename it, and start again")
         return python
-    reason = "as before"
-    if build_name is None and before not in BUILDS:
-        choice = select_build()
-        build_name, reason = choice.build, choice.reason
-    name = build_name or str(before)
-    is_replacing = before is not None and (name != before or REPLACING in noted)
-    if not python.exists() or name != before:
+    name, reason = _select_build(build_name, earlier_build)
+    is_replacing = earlier_build is not None and (name != earlier_build or REPLACING in note)
+    if not python.exists() or name != earlier_build:
         announce(name, reason, BUILDS[name])
         write_text(NOTE, f"{name} {REPLACING}" if is_replacing else name)
     python = prepare_environment(packages=["pip"], build=read_builds()[name], is_replacing=is_replacing)
     if is_replacing:
         write_text(NOTE, name)
     return python
+
+
+def _select_build(typed_build: str | None, earlier_build: str | None) -> tuple[str, str]:
+    """Return the build of torch to use, and why: the typed one, else the earlier one, else for the GPU."""
+    if typed_build is not None:
+        return typed_build, "as before"
+    if earlier_build in BUILDS:
+        return str(earlier_build), "as before"
+    choice = select_build()
+    return choice.build, choice.reason
+
+
+def _read_note() -> list[str]:
+    """Return the words of the note in the environment: its build, and whether that is being replaced.
+
+    [] if there is no note: the environment does not exist, or the user made it.
+    """
+    if not NOTE.is_file():
+        return []
+    return NOTE.read_bytes().decode("utf-8", "replace").split() or ["damaged"]
 
 
 def announce(name: str, reason: str, facts: BuildInfo) -> None:

@@ -151,8 +151,7 @@ def _make_row(
 ) -> CheckRow | None:
     """Return the row of a printed line and its details; None if it needs no attention any more.
 
-    The row is BAD if the line is an error or offers to exclude files, and WARN if it is a warning or offers
-    another remedy. `unreadable` are names of files that another row lists.
+    `unreadable` are names of files that another row lists.
     """
     head = group.head
     is_repaired = head.remedy == REPAIR_CAPTIONS and REPAIR_CAPTIONS in applied_remedies
@@ -164,9 +163,13 @@ def _make_row(
     open_details = [detail for detail in group.details if detail.text not in settled_texts]
     if head.text.endswith(":") and not open_details:  # the line announces details, and none is left
         return None
-    if head.is_error or any(detail.remedy == LEAVE_OUT_FILES for detail in open_details):
-        return CheckRow(BAD, line=head, details=open_details)
-    has_command = any(detail.is_command for detail in open_details)
-    if head.remedy or has_command or head.kind == WARNING:
-        return CheckRow(WARN, line=head, details=open_details)
-    return None
+    grade = _find_grade(head, open_details)
+    return CheckRow(grade, line=head, details=open_details) if grade else None
+
+
+def _find_grade(head: OutputLine, details: Sequence[OutputLine]) -> str:
+    """Return BAD for an error or an offer to exclude files, WARN for a warning or another remedy, or ""."""
+    if head.is_error or any(detail.remedy == LEAVE_OUT_FILES for detail in details):
+        return BAD
+    has_remedy = bool(head.remedy) or any(detail.is_command for detail in details)
+    return WARN if has_remedy or head.kind == WARNING else ""

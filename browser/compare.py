@@ -113,32 +113,40 @@ class ComparableRun:
         folder = self.run.history.parent
         best = find_best_file(folder, self.run.name, self.run_history)  # by scores or losses
         best_name = None if best is None else best.name
-        files = []
-        # `equal_names` are files with equal weights
-        for step, equal_names in list_files(self.run_history, folder):
-            name = equal_names[0]
-            is_high_noise = f"_{HIGH_NOISE}." in name  # listed together with the file of the low-noise expert
-            # the embedding of a trigger word is used together with a LoRA
-            if is_high_noise or self.run_history.is_embedding(name):
-                continue
-            paths = _list_expert_files(folder / name)
-            if not all(path.is_file() for path in paths):
-                continue
-            is_average = self.run_history.is_average(name)
-            validation = None if is_average else self.run_history.nearest_validation(step)
-            files.append(
-                ComparedFile(
-                    source=self,
-                    name=name,
-                    paths=paths,
-                    step=step,
-                    loss=None if validation is None else validation.loss,
-                    # of a pair, the best file may be the one for the high-noise expert
-                    is_best=best_name in (paths[-1].name, *equal_names),
-                    copies=equal_names[1:],
-                )
-            )
-        return files
+        saved_files = list_files(self.run_history, folder)
+        files = [self._find_file(step, equal_names, best_name) for step, equal_names in saved_files]
+        return [file for file in files if file is not None]
+
+    def _find_file(
+        self, step: int, equal_names: Sequence[str], best_name: str | None
+    ) -> "ComparedFile | None":
+        """Return a saved file; None if it is not a LoRA to list, or does not exist any more.
+
+        Args:
+            step: Step of the training run.
+            equal_names: Names of files with equal weights; the first one is listed.
+            best_name: Name of the run's best file.
+        """
+        name = equal_names[0]
+        is_high_noise = f"_{HIGH_NOISE}." in name  # listed together with the file of the low-noise expert
+        # the embedding of a trigger word is used together with a LoRA
+        if is_high_noise or self.run_history.is_embedding(name):
+            return None
+        paths = _list_expert_files(self.run.history.parent / name)
+        if not all(path.is_file() for path in paths):
+            return None
+        is_average = self.run_history.is_average(name)
+        validation = None if is_average else self.run_history.nearest_validation(step)
+        return ComparedFile(
+            source=self,
+            name=name,
+            paths=paths,
+            step=step,
+            loss=None if validation is None else validation.loss,
+            # of a pair, the best file may be the one for the high-noise expert
+            is_best=best_name in (paths[-1].name, *equal_names),
+            copies=equal_names[1:],
+        )
 
 
 def _list_expert_files(path: Path) -> list[Path]:
@@ -301,10 +309,9 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     sampled_prompts = _list_prompts(sources)
     typed_lines = "\n".join(form.get("more", ()))
     prompt_lines = [line for line in typed_lines.splitlines() if line.strip() and not line.startswith("#")]
-    requested_prompts = form.get("prompt", ())
-    if not requested_prompts and not prompt_lines:
-        requested_prompts = sampled_prompts[:DEFAULT_ROWS]
-    selected_prompts = [prompt for prompt in sampled_prompts if prompt in requested_prompts]
+    selected_prompts = [prompt for prompt in sampled_prompts if prompt in form.get("prompt", ())]
+    if not form.get("prompt") and not prompt_lines:
+        selected_prompts = sampled_prompts[:DEFAULT_ROWS]
     rows = _make_rows(sources, selected_prompts, prompt_lines)
     if len(columns) > MAX_COLUMNS or len(rows) > MAX_ROWS:
         raise OptionError(
@@ -348,27 +355,30 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
     """
     # the key of a file is RUN_ID/NAME
     ids = [*form.get("run", ()), *(key.partition("/")[0] for key in form.get("file", ()))]
-    candidates = [runs.find(id) for id in dict.fromkeys(ids)]
-    chosen_runs = [run for run in candidates if run is not None]
-    sources = []
-    for run in chosen_runs:
-        source = read_source(runs, run)
-        if source is not None:
-            sources.append(source)
+    found_runs = [runs.find(id) for id in dict.fromkeys(ids)]
+    chosen_runs = [run for run in found_runs if run is not None]
+    found_sources = [read_source(runs, run) for run in chosen_runs]
+    sources = [source for source in found_sources if source is not None]
     if len(sources) < len(chosen_runs):
         names = {run.name for run in chosen_runs} - {source.run.name for source in sources}
         raise OptionError(
             say("%(names)s: no generation command in its history", names=join(", ", sorted(names)))
         )
-    if len({source.family for source in sources}) > 1:
-        models = {
-            say("%(name)s: %(family)s", name=source.run.name, family=model_title(source.family))
-            for source in sources
-        }
-        raise OptionError(
-            say("Only files of the same model can be compared: %(names)s", names=join(", ", sorted(models)))
-        )
+    _reject_different_families(sources)
     return sources
+
+
+def _reject_different_families(sources: Sequence[ComparableRun]) -> None:
+    """Raise OptionError with the family of each run if they are not all the same."""
+    if len({source.family for source in sources}) <= 1:
+        return
+    models = {
+        say("%(name)s: %(family)s", name=source.run.name, family=model_title(source.family))
+        for source in sources
+    }
+    raise OptionError(
+        say("Only files of the same model can be compared: %(names)s", names=join(", ", sorted(models)))
+    )
 
 
 def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:

@@ -78,19 +78,14 @@ class ComparePages:
             OSError: If a file is removed while the page is rendered.
         """
         row_clips = self.find_row_clips(comparison)
-        compared_ids = {source.run.id for source in comparison.sources}
-        models = {source.run.model for source in comparison.sources}
-        # only runs of the same model can be added to a comparison
-        other_runs = [
-            run for run in runs if run.id not in compared_ids and (not models or run.model in models)
-        ]
+        runs_to_add = _list_runs_to_add(comparison, runs)
         values: dict[str, Any] = {
             "comparison": comparison,
             "row_clips": row_clips,
             "selected_files": {file.key for file in comparison.columns},
             "titles": [file.step_title for file in comparison.columns],
-            "other_runs": other_runs,
-            "ids_without_files": compare.find_runs_without_files(other_runs),
+            "other_runs": runs_to_add,
+            "ids_without_files": compare.find_runs_without_files(runs_to_add),
             "missing": sum(clip.is_missing for clips in row_clips for clip in clips.with_lora),
             "plays": _has_players(row_clips),
             "commands": [
@@ -102,6 +97,13 @@ class ComparePages:
             "message": error,
         }
         return render_page(HERE / "compare.html", say("Compare"), values, POLICY)
+
+
+def _list_runs_to_add(comparison: compare.Comparison, runs: Sequence[RunSummary]) -> list[RunSummary]:
+    """Return the runs that can be added to a comparison: of the same model, and not compared yet."""
+    compared_ids = {source.run.id for source in comparison.sources}
+    models = {source.run.model for source in comparison.sources}
+    return [run for run in runs if run.id not in compared_ids and (not models or run.model in models)]
 
 
 def _has_players(row_clips: Sequence[compare.RowClips]) -> bool:

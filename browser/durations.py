@@ -58,7 +58,7 @@ def _describe_time(steps: int, seconds: float, is_approximate: bool = False) -> 
         duration = say("about %(time)s", time=duration)
     return say_count(
         steps,
-        "%(steps)s step take %(time)s: %(seconds)s seconds each",
+        "%(steps)s step takes %(time)s: %(seconds)s seconds each",
         "%(steps)s steps take %(time)s: %(seconds)s seconds each",
         steps=steps,
         time=duration,

@@ -166,15 +166,18 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
     """
     direct = _read_subfolders(folder)
     in_img = _read_subfolders(folder / IMG_FOLDER)
+    subfolders = [*direct, *in_img]
     # the direct subfolders of a folder such as `img` belong to the folder above, which is the dataset
     is_img_folder = PROJECT_SUBFOLDER_NAME.fullmatch(folder.name) is not None
-    named_subfolders = in_img if is_img_folder else [*direct, *in_img]
+    named_subfolders = in_img if is_img_folder else subfolders
     has_trainer_names = any(TRAINER_FOLDER_NAME.fullmatch(named.path.name) for named in named_subfolders)
-    if not has_trainer_names and not is_described(folder):
+    if not subfolders or not (has_trainer_names or is_described(folder)):
         return None
-    subfolders = [*direct, *in_img]
-    if not subfolders:
-        return None
+    return _sum_subfolders(folder, subfolders)
+
+
+def _sum_subfolders(folder: Path, subfolders: Sequence[MediaFolder]) -> MediaFolder:
+    """Return the counts of all subfolders together, as those of the folder above."""
     shown_files = [subfolder.shown_file for subfolder in subfolders if subfolder.shown_file is not None]
     return MediaFolder(
         path=folder,

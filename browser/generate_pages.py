@@ -199,7 +199,7 @@ class GeneratePages:
         if stored_fields is None:
             return self.answer(GenerateForm(), is_new=True)
         return self.answer(
-            GenerateForm.of_fields(stored_fields), draft=draft, message="".join(stored_fields.get("note", ()))
+            GenerateForm.of_fields(stored_fields), draft=draft, note="".join(stored_fields.get("note", ()))
         )
 
     def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
@@ -210,7 +210,7 @@ class GeneratePages:
             return self.answer(form, str(reason), draft=draft)
 
     def answer(
-        self, form: GenerateForm, error: str = "", is_new: bool = False, draft: str = "", message: str = ""
+        self, form: GenerateForm, error: str = "", is_new: bool = False, draft: str = "", note: str = ""
     ) -> Response:
         """Return the Generate page with a filled form.
 
@@ -223,17 +223,17 @@ class GeneratePages:
             error: Error message to show.
             is_new: Whether to replace the form with the defaults of its run or model.
             draft: Name of the draft that holds the form.
-            message: Message to show that is not an error.
+            note: Message to show that is not an error.
         """
         sources = self.list_sources()
         if is_new and not form.source:
             form = replace(form, source=self.first_source(sources))
         recipe = None
-        problem = error
+        shown_error = error
         try:
             recipe = self.find_recipe(form.source) if form.source else None
-        except (UserError, OSError) as reason:
-            problem = problem or str(reason)
+        except (UserError, OSError) as recipe_error:
+            shown_error = error or str(recipe_error)
         loras = [] if recipe is None else self.run_loras.list_rows(recipe)
         if recipe is not None and is_new:
             form = make_default_form(form.source, recipe, loras)
@@ -254,9 +254,8 @@ class GeneratePages:
             **self.work_values(),
             "is_part": False,
             "can_write": not self.site.read_only,
-            # the template shows "message" as an error, and "note" as a neutral message
-            "message": problem,
-            "note": message,
+            "message": shown_error,
+            "note": note,
         }
         return answer_template("generate.html", say("Generate"), values, is_rejected=error != "")
 
@@ -632,8 +631,8 @@ class GeneratePages:
         for name in settings.loras:
             if name not in selected_names:
                 sentences.append(say("Its LoRA %(name)s is not here.", name=name))
-        for field_name in IMAGES:
-            option_key = recipe.option_keys.get(field_name, "")
+        option_keys = [recipe.option_keys.get(field_name, "") for field_name in IMAGES]
+        for option_key in option_keys:
             paths = settings.options.get(option_key, "").splitlines()
             if paths:
                 sentences.append(
@@ -664,21 +663,10 @@ class GeneratePages:
 
         `source` is "model FAMILY TASK" or "run ID".
         """
+        recipe = self._find_fitting_recipe(settings, source)
+        if recipe is None:
+            return -1
         kind, _, name = source.partition(" ")
-        if not settings.family:
-            return -1
-        # before the recipe of a run, which takes longer to make
-        if kind == "run" and self.run_loras.find_run_family(name) != settings.family:
-            return -1
-        try:
-            recipe = self.find_recipe(source)
-        except (UserError, OSError):
-            return -1
-        if recipe.family != settings.family:
-            return -1
-        task = "".join(recipe.fixed_options.get("--task", ()))
-        if task and settings.task and task != settings.task:
-            return -1
         lora_names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
             lora_names |= self.run_loras.find_run_file_names(name)
@@ -689,6 +677,22 @@ class GeneratePages:
         if kind == "model" and settings.task in source.split():
             score += 1
         return score
+
+    def _find_fitting_recipe(self, settings: DroppedSettings, source: str) -> ModelRecipe | None:
+        """Return the recipe of a model or run if its family and task are those of the dropped file."""
+        kind, _, name = source.partition(" ")
+        if not settings.family:
+            return None
+        # before the recipe of a run, which takes longer to make
+        if kind == "run" and self.run_loras.find_run_family(name) != settings.family:
+            return None
+        try:
+            recipe = self.find_recipe(source)
+        except (UserError, OSError):
+            return None
+        task = "".join(recipe.fixed_options.get("--task", ()))
+        is_other_task = bool(task and settings.task) and task != settings.task
+        return None if recipe.family != settings.family or is_other_task else recipe
 
 
 @functools.cache

@@ -325,15 +325,13 @@ def _run_until_options_are_read(
     environment = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}  # TELLS_UNUSED: report options without effect
     name = command.words[0]
     if name not in COMMANDS_WITH_TORCH and not name.endswith(ENDINGS_WITH_TORCH):
-        # the import of torch does not end this script, so it has to end itself
+        # ENDING_BEFORE_TORCH ends a script that loads torch; this one does not, so it has to end itself
         if not SUPPORTS_ONLY_OPTIONS.search(command.path.read_text(encoding="utf-8")):
             return None
         environment[ONLY_OPTIONS] = "1"
     python, *script_argv = program
-    if script_argv[:3] == ACCELERATE:  # check the script without the launcher and its options
-        script = program_words(command.path.relative_to(ROOT))
-        script_start = script_argv.index(script[-1]) + 1 - len(script)
-        script_argv = script_argv[script_start:]
+    if script_argv[:3] == ACCELERATE:
+        script_argv = _remove_launcher(command, script_argv)
     return subprocess.run(
         [python, "-P", "-c", ENDING_BEFORE_TORCH, *script_argv],
         cwd=folder,
@@ -344,6 +342,13 @@ def _run_until_options_are_read(
         errors="replace",
         timeout=seconds,
     )
+
+
+def _remove_launcher(command: ScriptCommand, argv: Sequence[str]) -> list[str]:
+    """Return a command line that starts with its script, without `accelerate launch` and its options."""
+    script = program_words(command.path.relative_to(ROOT))
+    script_start = argv.index(script[-1]) + 1 - len(script)
+    return list(argv[script_start:])
 
 
 def find_earlier_job(argv: Sequence[str], folder: Path) -> EarlierJob | None:
@@ -379,16 +384,15 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
                 name=command.name,
             )
         )
-    for option in options:
-        # argparse accepts abbreviations; `--in` and shorter ones may also mean other options, such as --input
-        if INTERACTIVE_OPTION.startswith(option) and len(option) > len("--in"):
-            raise OptionError(
-                say(
-                    "%(option)s asks for prompts in a terminal, and a job has none. Give --prompt, "
-                    "or --from_file with a prompt in each line",
-                    option=option,
-                )
+    interactive_option = next(filter(_asks_for_prompts, options), None)
+    if interactive_option is not None:
+        raise OptionError(
+            say(
+                "%(option)s asks for prompts in a terminal, and a job has none. Give --prompt, "
+                "or --from_file with a prompt in each line",
+                option=interactive_option,
             )
+        )
     if command.words[0] == "new" and "--family" not in options:
         raise OptionError(
             say(
@@ -396,6 +400,11 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
                 "--task if the family has several"
             )
         )
+
+
+def _asks_for_prompts(option: str) -> bool:
+    # argparse accepts abbreviations; `--in` and shorter ones may also mean other options, such as --input
+    return INTERACTIVE_OPTION.startswith(option) and len(option) > len("--in")
 
 
 @functools.cache
@@ -449,25 +458,18 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
 
 def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
     """Return this project's command at the start of a command line, and the number of words in its name."""
-    num_words = 2 if argv[:1] == ["-m"] else 1
+    is_module = argv[:1] == ["-m"]
+    num_words = 2 if is_module else 1
     name = " ".join(argv[:num_words])
-    # the installed package is run as `python -m reelsmith.tools.mask`
-    script_name = name.removeprefix("-m reelsmith.").replace(".", "/") if num_words == 2 else name
-    script = find_script(script_name)
-    if script is None and name.endswith(".py"):
-        script = _find_script_file(folder / name)
-    # `reelsmith train wan`, or the same with `python reelsmith.py`
+    script = _find_script_of_name(name, is_module, folder)
     if name in ("reelsmith", FRONT_SCRIPT) or script == Path(FRONT_SCRIPT):
-        for command in _find_commands(ROOT):
-            num_command_words = len(command.words)
-            if tuple(argv[1 : 1 + num_command_words]) == command.words:
-                return command, 1 + num_command_words
+        command = _find_front_command(argv[1:])
+        if command is not None:
+            return command, 1 + len(command.words)
         name = " ".join((name, *argv[1:3]))  # for the message
-    # a script at the root and a script of the same name in a folder are the same command
-    if script is not None and script.parent.as_posix() in (".", *SCRIPT_ROOMS):
-        for command in _find_commands(ROOT):
-            if command.path.name == script.name:
-                return command, num_words
+    command = None if script is None else _find_command_of_script(script)
+    if command is not None:
+        return command, num_words
     raise OptionError(
         say(
             "%(word)s is not a command of this program.%(hint)s A job is a line such as "
@@ -476,6 +478,31 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
             hint=_suggest_command(name, argv),
         )
     )
+
+
+def _find_script_of_name(name: str, is_module: bool, folder: Path) -> Path | None:
+    """Return the script that the first words of a command line name, relative to the project."""
+    # the installed package is run as `python -m reelsmith.tools.mask`
+    script_name = name.removeprefix("-m reelsmith.").replace(".", "/") if is_module else name
+    script = find_script(script_name)
+    if script is None and name.endswith(".py"):
+        script = _find_script_file(folder / name)
+    return script
+
+
+def _find_front_command(words: Sequence[str]) -> ScriptCommand | None:
+    """Return the command of `reelsmith train wan`, or of the same after `python reelsmith.py`."""
+    for command in _find_commands(ROOT):
+        if tuple(words[: len(command.words)]) == command.words:
+            return command
+    return None
+
+
+def _find_command_of_script(script: Path) -> ScriptCommand | None:
+    """Return the command of a script at the root, or of the same script in one of the folders of scripts."""
+    if script.parent.as_posix() not in (".", *SCRIPT_ROOMS):
+        return None
+    return next((command for command in _find_commands(ROOT) if command.path.name == script.name), None)
 
 
 def _find_script_file(path: Path) -> Path | None:

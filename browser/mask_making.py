@@ -184,20 +184,8 @@ class MaskMakingPages:
             raise OptionError(
                 say("%(finder)s is not a way to find masks: choose from the list.", finder=finder[:40])
             )
-        argv = FORM.make_argv(".", fields)
         network = fields.get("model", "").strip() or self.name_network(finder)
-        if finder == BY_DESCRIPTION:  # the mask tool takes one --what for each object
-            for description in fields.get("what", "").split(DESCRIPTION_SEPARATOR):
-                if description.strip():
-                    argv += format_option("what", " ".join(description.split()))
-            argv += format_option("model", network)
-        elif finder == WATERMARK:
-            argv.append("--watermark")
-            argv += format_option("model", network)
-        elif finder == COLOR:
-            argv += format_option(COLOR, fields.get("colour", "").strip() or NO_COLOR)
-        else:  # BACKGROUND and FACES: options of their own that name the network
-            argv += format_option(finder, network)
+        argv = [*FORM.make_argv(".", fields), *_make_finder_options(finder, network, fields)]
         masks = find_masks_folder(self.site.runs, folder)
         if masks == folder:  # masks are next to their media
             argv.append("--beside")
@@ -238,6 +226,21 @@ class MaskMakingPages:
             raise OptionError(
                 say("%(missing)s is missing: download the model first (Models).", missing=network)
             )
+
+
+def _make_finder_options(finder: str, network: str, fields: Mapping[str, str]) -> list[str]:
+    """Return the options of the mask tool that say what it finds, and with which network."""
+    if finder == COLOR:
+        return format_option(COLOR, fields.get("colour", "").strip() or NO_COLOR)
+    if finder in (BACKGROUND, FACES):  # options of their own that name the network
+        return format_option(finder, network)
+    if finder == WATERMARK:
+        return ["--watermark", *format_option("model", network)]
+    options = []
+    for description in fields.get("what", "").split(DESCRIPTION_SEPARATOR):
+        if description.strip():  # the mask tool takes one --what for each object
+            options += format_option("what", " ".join(description.split()))
+    return [*options, *format_option("model", network)]
 
 
 def mask_making_routes(site: Site) -> list[Route]:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -190,18 +190,22 @@ def _read_task(model: ModelSet, models: Path, in_fp8: bool, part_cache: PartCach
 def read_model_part(component: Component, models: Path) -> ModelPart:
     """Return a downloadable part of a model, such as the VAE, with its size and state on disk."""
     sizes = {file: _read_size(models / file.name) for file in component.files}  # None: the file is missing
-    size_bytes = sum(size or 0 for size in sizes.values())
-    size_bytes += sum(_read_size(path) or 0 for path in _list_partial_paths(component, models))
-    has_other_size = False
-    for file, size in sizes.items():
-        if size is not None and file.size_bytes is not None and size != file.size_bytes:
-            has_other_size = True
+    paths = [*(models / file.name for file in component.files), *_list_partial_paths(component, models)]
     return ModelPart(
         component=component,
         models=_list_uses().get(component.files, ()),
-        size_bytes=size_bytes,
-        is_there=all(size is not None for size in sizes.values()),
-        has_other_size=has_other_size or _is_cut_off(component, list(sizes.values())),
+        size_bytes=sum(_read_size(path) or 0 for path in paths),
+        is_there=None not in sizes.values(),
+        has_other_size=_has_other_size(sizes) or _is_cut_off(component, list(sizes.values())),
+    )
+
+
+def _has_other_size(sizes: Mapping[ReleasedFile, int | None]) -> bool:
+    """Return whether any file on disk differs in size from its release; unknown sizes do not count."""
+    return any(
+        size != file.size_bytes
+        for file, size in sizes.items()
+        if size is not None and file.size_bytes is not None
     )
 
 

@@ -90,42 +90,51 @@ class ModelPages:
             is_removing: Whether to ask which parts to remove.
             moved: Name of the bin's folder that contains the files that were just removed.
         """
-        site = self.site
-        models = site.models
+        models = self.site.models
         part_cache: PartCache = {}  # each part is searched on disk once
         tasks = list_tasks(models, part_cache=part_cache)
         files = None
         if chosen.family:
             files = find_task(models, chosen.family, chosen.task, chosen.in_fp8, part_cache)
-        if chosen.family and files is None:
-            error = error or say(
-                "%(family)s %(task)s: the list of models does not have this task.",
-                family=chosen.family,
-                task=chosen.task,
-            )
-        parts_on_disk = list_parts_on_disk(models, part_cache)
+            if files is None and not error:
+                error = say(
+                    "%(family)s %(task)s: the list of models does not have this task.",
+                    family=chosen.family,
+                    task=chosen.task,
+                )
         values = {
             "tasks": tasks,
             "memory": find_memory(),
             "describe_fit": describe_fit,
             "chosen": chosen,
             **self.task_values(files, part_cache),
-            "downloads": list_downloads(site.background_jobs, models),
+            "downloads": list_downloads(self.site.background_jobs, models),
             "is_removing": is_removing,
-            "on_disk": parts_on_disk,
-            "total": gigabytes(sum(part.size_bytes for part in parts_on_disk)),
-            "unknown": list_unknown_files(models),
+            **self.disk_values(part_cache, moved),
             "gigabytes": gigabytes,
             "unverified": UNVERIFIED,
-            "models": models.absolute(),
-            "bin": site.runs.root_folders[0] / BIN,
-            "moved": self.find_bin_entry(moved),
-            "free": self.describe_free(),
             "login": describe_login(),
-            "can_write": not site.read_only,
+            "can_write": not self.site.read_only,
             "message": error,
         }
         return answer_template("models.html", say("Models"), values, is_rejected=error != "")
+
+    def disk_values(self, part_cache: PartCache, moved: str) -> dict[str, object]:
+        """Return the template values for the files in the models folder and in the bin.
+
+        `moved` is the name of the bin's folder that contains the files that were just removed.
+        """
+        models = self.site.models
+        parts_on_disk = list_parts_on_disk(models, part_cache)
+        return {
+            "on_disk": parts_on_disk,
+            "total": gigabytes(sum(part.size_bytes for part in parts_on_disk)),
+            "unknown": list_unknown_files(models),
+            "models": models.absolute(),
+            "free": self.describe_free(),
+            "bin": self.site.runs.root_folders[0] / BIN,
+            "moved": self.find_bin_entry(moved),
+        }
 
     def task_values(self, files: TaskFiles | None, part_cache: PartCache) -> dict[str, object]:
         """Return the template values for the files of the selected task. `files` is None without a task."""

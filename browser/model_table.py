@@ -189,20 +189,11 @@ def describe_file(text: str) -> str:
         return f"{reason[:1].upper()}{reason[1:]}."
     if not path.is_absolute():
         return say("Give an absolute path, which begins at the root or at a drive.")
-    suffix = path.suffix.lower()
     try:
-        if path.is_dir():
-            return say("a folder; Prepare looks into it")
-        if suffix not in MODEL_SUFFIXES:
-            return say(
-                "This is not a model file: their names end in %(names)s.",
-                names=join(", ", sorted(MODEL_SUFFIXES)),
-            )
-        if not path.is_file():
-            return say("There is no such file.")
+        description = _describe_without_header(path)
+        if description:
+            return description
         size_bytes = path.stat().st_size
-        if suffix != ".safetensors":  # only safetensors files have a header that is read here
-            return say("%(size_bytes)s; Prepare finds out what it is", size_bytes=gigabytes(size_bytes))
         with path.open("rb") as file:
             wrong_beginning = _describe_wrong_beginning(file.read(16))
             if wrong_beginning:
@@ -212,6 +203,24 @@ def describe_file(text: str) -> str:
     except (OSError, ValueError) as error:
         return say("It cannot be read: %(error)s. Download or copy it again.", error=error)
     return _describe_header(header, size_bytes)
+
+
+def _describe_without_header(path: Path) -> str:
+    """Describe a folder, a missing file, or a file in a format without a header to read; "" for others."""
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return say("a folder; Prepare looks into it")
+    if suffix not in MODEL_SUFFIXES:
+        return say(
+            "This is not a model file: their names end in %(names)s.",
+            names=join(", ", sorted(MODEL_SUFFIXES)),
+        )
+    if not path.is_file():
+        return say("There is no such file.")
+    if suffix != ".safetensors":  # only safetensors files have a header that is read here
+        size = gigabytes(path.stat().st_size)
+        return say("%(size_bytes)s; Prepare finds out what it is", size_bytes=size)
+    return ""
 
 
 def _describe_wrong_beginning(first_bytes: bytes) -> str:

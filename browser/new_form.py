@@ -375,19 +375,20 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
         overwrite: Whether to replace existing files.
         dry_run: Whether only to print how these files would change.
     """
-    options: dict[str, Any] = {  # None omits an option
-        "--family": form.family or None,
-        "--task": form.task or None,
+    options = {
+        "--family": form.family,
+        "--task": form.task,
         "--train": form.train or _find_explicit_lora_option(form),
-        "--recipe": form.recipe or None,
-        "--trigger_word": form.trigger or None,
-        "--output_name": form.name or None,
-        "--max_train_steps": form.steps or None,
-        "--models": None if models == MODELS else str(models),
-        "--overwrite": overwrite or None,
-        "--dry_run": dry_run or None,
+        "--recipe": form.recipe,
+        "--trigger_word": form.trigger,
+        "--output_name": form.name,
+        "--max_train_steps": form.steps,
+        "--models": "" if models == MODELS else str(models),
+        "--overwrite": overwrite,
+        "--dry_run": dry_run,
     }
-    argv = ["reelsmith", "new", form.folder, *option_argv(options)]
+    set_options = {name: value for name, value in options.items() if value}  # empty fields give no option
+    argv = ["reelsmith", "new", form.folder, *option_argv(set_options)]
     for name, path in form.model_files.items():
         argv += ["--model_file", f"{name}={path}"]
     return argv

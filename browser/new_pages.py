@@ -316,10 +316,6 @@ class NewPages:
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
         """Return the New page with a filled form.
 
-        1. Read the files and count the media of the form's folder.
-        2. Collect the values of the page's sections.
-        3. Select the message to show, and render the page.
-
         Args:
             form: Values of the fields.
             error: Reason why a request was rejected.
@@ -328,29 +324,11 @@ class NewPages:
         """
         folder = find_folder(self.site.runs, form.folder)
         described, reading_error = self.try_read(folder)
-        content = None if folder is None else read_media_folder(folder)
-        if content is not None:
-            content = replace(content, num_unreadable=self.files.count_unreadable(content.path))
-        progress_values = self.collect_progress(folder, described)
-        duration = self.describe_duration(form, described)
         folder_error = self.find_folder_error(form.folder, folder, described)
         unknown_folder_error = folder_error if folder is None and not error else ""
         values = {
-            **progress_values,
-            **self.collect_folder_values(folder, content, is_part),
-            **self.collect_model_values(form, content),
-            **self.collect_caption_values(folder),
-            "form": form,
-            "plan": self.preview_prepare(form, folder, described),
-            "duration": duration,
-            "step": self.select_step(form, folder, described, progress_values["folder_progress"]),
-            "field_faults": list_field_errors(form),
-            "word_hint": hint_at_word(form.trigger),
+            **self.collect_values(form, folder, described, is_part),
             "folder_fault": folder_error,
-            "free": self.describe_free_space(),
-            "facts": self.list_info(form, described, duration),
-            "shown": "" if described is None else self.make_form(described).address,
-            "free_name": _suggest_free_name(form, folder, described),
             # the template has room for one message: the most urgent one is shown
             "message": unknown_folder_error or error or message or reading_error,
             "refused": error if folder is None else "",  # error of a button whose folder no longer exists
@@ -361,6 +339,39 @@ class NewPages:
         # also as a header: in a meta element, frame-ancestors is ignored
         response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
         return response
+
+    def collect_values(
+        self, form: NewForm, folder: Path | None, described: DescribedFolder | None, is_part: bool
+    ) -> dict[str, Any]:
+        """Return the template values of all sections of the page, but not of its messages.
+
+        Args:
+            form: Values of the fields.
+            folder: The form's folder; None if it does not exist.
+            described: Content of its run.toml and dataset.toml; None if they are missing or cannot be read.
+            is_part: Omit the list of folders, because the browser uses only other parts of the page.
+        """
+        content = None if folder is None else read_media_folder(folder)
+        if content is not None:
+            content = replace(content, num_unreadable=self.files.count_unreadable(content.path))
+        progress_values = self.collect_progress(folder, described)
+        duration = self.describe_duration(form, described)
+        return {
+            **progress_values,
+            **self.collect_folder_values(folder, content, is_part),
+            **self.collect_model_values(form, content),
+            **self.collect_caption_values(folder),
+            "form": form,
+            "plan": self.preview_prepare(form, folder, described),
+            "duration": duration,
+            "step": self.select_step(form, folder, described, progress_values["folder_progress"]),
+            "field_faults": list_field_errors(form),
+            "word_hint": hint_at_word(form.trigger),
+            "free": self.describe_free_space(),
+            "facts": self.list_info(form, described, duration),
+            "shown": "" if described is None else self.make_form(described).address,
+            "free_name": _suggest_free_name(form, folder, described),
+        }
 
     def select_step(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None, progress: FolderProgress
@@ -536,15 +547,9 @@ class NewPages:
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         queue = site.queue.now()
-        training_job = caption_job = None
-        if folder is not None:
-            training_job = newest_job([job for job in queue.jobs if is_run_of_folder(job, folder)])
-            caption_job = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
+        training_job, caption_job = _find_queued_jobs(queue.jobs, folder)
         command_output = self.collect_command_output(folder, background_jobs)
         download_values = self.collect_download_values(described)
-        checklist = self.make_checklist(
-            folder, described, background_jobs, queue.jobs, command_output["new_lines"]
-        )
         folder_progress = self.find_folder_progress(
             folder,
             described,
@@ -553,25 +558,25 @@ class NewPages:
             download_values=download_values,
         )
         run_address = self.find_run(described, training_job)
-        folder_progress = replace(folder_progress, training_job=training_job, run_address=run_address)
-        # the browser reloads this part while anything is waiting or running
-        is_busy = _is_any_active(
-            background=[*background_jobs.values(), download_values["download"]],
-            queued=[training_job, caption_job],
-        )
         return {
             **command_output,
             **download_values,
             **self.collect_commands(folder, described),
-            "folder_progress": folder_progress,
-            "checklist": checklist,
+            "folder_progress": replace(folder_progress, training_job=training_job, run_address=run_address),
+            "checklist": self.make_checklist(
+                folder, described, background_jobs, queue.jobs, command_output["new_lines"]
+            ),
             "folder": folder,
             "described": described,
             "tries": [] if folder is None else read_tries(background_jobs[TRY_CAPTIONS], folder),
             "training_job": training_job,
             "run_address": run_address,
             "caption_job": caption_job,
-            "is_busy": is_busy,
+            # the browser reloads this part while anything is waiting or running
+            "is_busy": _is_any_active(
+                background=[*background_jobs.values(), download_values["download"]],
+                queued=[training_job, caption_job],
+            ),
             "is_paused": queue.worker == "",
             "queue_problem": site.queue.problem,
             "can_write": not site.read_only,
@@ -640,20 +645,15 @@ class NewPages:
 
         `lines` are lines that `new` has printed about files that still exist.
         """
-        progress = FolderProgress()
         description_job = self.find_background_job(DESCRIBE, folder)
         if folder is None or described is None or description_job is None or description_job.code != 0:
-            return progress  # `new` has reported nothing about this folder
+            return FolderProgress()  # `new` has reported nothing about this folder
         line_kinds = {line.kind for line in lines}
-        content = read_media_folder(folder) or read_outer_folder(folder)
-        if CAPTIONS in line_kinds and not described.trigger and content is not None:
-            only_pictures = not content.num_clips and not content.num_audios
-            progress = replace(progress, uncaptioned=content.num_uncaptioned, only_pictures=only_pictures)
-        # a later check reports the remaining errors itself
-        was_checked = (
-            check_job is not None and check_job.log.stat().st_mtime > description_job.log.stat().st_mtime
-        )
-        if MEND in line_kinds and not was_checked:
+        progress = FolderProgress()
+        if CAPTIONS in line_kinds and not described.trigger:
+            progress = _count_uncaptioned(folder)
+        if MEND in line_kinds and not _has_newer_log(check_job, description_job):
+            # a later check reports the remaining errors itself
             has_errors = any(row.grade == BAD for row in make_checklist(None, lines).rows)
             progress = replace(progress, has_listed_errors=has_errors)
         return progress
@@ -1171,6 +1171,28 @@ class NewPages:
         else:
             reason = ""  # not an option of this model
         return answer_page(str(escape(reason)))
+
+
+def _count_uncaptioned(folder: Path) -> FolderProgress:
+    """Return a FolderProgress with only the number of files without a caption."""
+    content = read_media_folder(folder) or read_outer_folder(folder)
+    if content is None:
+        return FolderProgress()
+    only_pictures = not content.num_clips and not content.num_audios
+    return FolderProgress(uncaptioned=content.num_uncaptioned, only_pictures=only_pictures)
+
+
+def _has_newer_log(job: Job | None, earlier_job: Job) -> bool:
+    """Return whether a job has written to its log after another job."""
+    return job is not None and job.log.stat().st_mtime > earlier_job.log.stat().st_mtime
+
+
+def _find_queued_jobs(jobs: Sequence[Job], folder: Path | None) -> tuple[Job | None, Job | None]:
+    """Return the queue's jobs that train on a folder and that caption its files, the newest of each."""
+    if folder is None:
+        return None, None
+    training_jobs = [job for job in jobs if is_run_of_folder(job, folder)]
+    return newest_job(training_jobs), find_tool_job(jobs, folder, CAPTION_SCRIPT)
 
 
 def _is_any_active(background: Sequence[Job | Download | None], queued: Sequence[Job | None]) -> bool:

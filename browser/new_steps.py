@@ -141,6 +141,11 @@ def _select_after_describing(progress: FolderProgress) -> NextStep:
         )
     if progress.missing_gigabytes:
         return _select_download_step(progress)
+    return _select_check_or_start(progress)
+
+
+def _select_check_or_start(progress: FolderProgress) -> NextStep:
+    """Return the next step for a folder whose files and model are ready: to check it, or to train on it."""
     check_job = progress.check_job
     if check_job is not None and check_job.state == RUNNING:
         return NextStep(BUSY, say("Checking …"), done=progress.done)

@@ -347,20 +347,15 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     """Return the recipe of a released model with its files in `models`; `folder` is the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *argv = shlex.split(model.commands["generate"])  # python SCRIPT OPTIONS
-    model_files = {}  # placeholder in the command, such as {dit} -> path
-    for component in model.components:
-        if component.option:
-            placeholder = component.option.lstrip("-")
-            model_files[f"{{{placeholder}}}"] = str(models / component.path)
+    path_of_placeholder = _index_by_placeholder(model, models)
     options: dict[str, list[str]] = {}
     required_files = []
     for flag, words in group_options(argv).items():
-        options[flag] = [model_files.get(word, word) for word in words]
-        required_files += [model_files[word] for word in words if word in model_files]
+        options[flag] = [path_of_placeholder.get(word, word) for word in words]
+        required_files += [path_of_placeholder[word] for word in words if word in path_of_placeholder]
     options.pop("--seed", None)  # each result gets its own seed
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
-        for flag in HALF_PRECISION_FLAGS:
-            options.pop(flag, None)
+        options = {flag: words for flag, words in options.items() if flag not in HALF_PRECISION_FLAGS}
     return _make_recipe_of_command(
         title=say(model.title),
         family=families[script],
@@ -370,6 +365,16 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
         is_placeholder=lambda word: word in EXAMPLE_FILES,
         file_defaults=model.usual,
     )
+
+
+def _index_by_placeholder(model: ModelSet, models: Path) -> dict[str, str]:
+    """Return the paths of a model's files in `models` by their placeholders in commands, such as {dit}."""
+    paths = {}
+    for component in model.components:
+        if component.option:
+            name = component.option.lstrip("-")
+            paths[f"{{{name}}}"] = str(models / component.path)
+    return paths
 
 
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
@@ -442,16 +447,7 @@ def _make_recipe_of_command(
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
-    field_keys = find_field_keys(defaults, list_extras(family))
-    field_of_key: dict[str, str | None] = {key: name for name, key in field_keys.items()}
-    # the field for an image to redraw also accepts a clip
-    field_of_key["video_path"] = field_of_key.get("i2i_path")
-    command_options = []
-    for flag, words in options.items():
-        key = _find_key(flag, defaults)
-        values = [word for word in words if not is_placeholder(word)]
-        has_placeholder = len(values) < len(words)
-        command_options.append(_CommandOption(flag, key, field_of_key.get(key), values, has_placeholder))
+    command_options = _list_command_options(family, defaults, options, is_placeholder)
     fixed_options = [option for option in command_options if option.is_fixed]
     # fields for which the command has only a placeholder: the user has to fill them
     unfilled_fields = [
@@ -472,6 +468,33 @@ def _make_recipe_of_command(
         paths=[path for name in IMAGES for path in initial_texts.get(name, "").splitlines()],
         file_defaults=file_defaults,
     )
+
+
+def _list_command_options(
+    family: str,
+    defaults: ScriptDefaults,
+    options: Mapping[str, Sequence[str]],
+    is_placeholder: Callable[[str], bool],
+) -> list[_CommandOption]:
+    """Return the options of a generation command, each with its form field and without placeholders.
+
+    Args:
+        family: Family of the script.
+        defaults: Its default options.
+        options: Arguments that follow each option of the command.
+        is_placeholder: Returns whether an argument is a placeholder for a file that the user has to name.
+    """
+    field_keys = find_field_keys(defaults, list_extras(family))
+    field_of_key: dict[str, str | None] = {key: name for name, key in field_keys.items()}
+    # the field for an image to redraw also accepts a clip
+    field_of_key["video_path"] = field_of_key.get("i2i_path")
+    command_options = []
+    for flag, words in options.items():
+        key = _find_key(flag, defaults)
+        values = [word for word in words if not is_placeholder(word)]
+        has_placeholder = len(values) < len(words)
+        command_options.append(_CommandOption(flag, key, field_of_key.get(key), values, has_placeholder))
+    return command_options
 
 
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:

@@ -150,8 +150,10 @@ class ResultFilter:
             return False
         if self.run is not None and not _belongs_to_run(result, settings, self.run):
             return False
-        if not self.words:
-            return True
+        return not self.words or self._has_words(result, settings)
+
+    def _has_words(self, result: Result, settings: ResultSettings | None) -> bool:
+        """Return whether a file's name and prompts contain all words of the filter, in any case."""
         text = result.path.name.lower()
         if settings is not None:
             text += f"\n{settings.get('prompt')}\n{settings.get('negative_prompt')}".lower()
@@ -337,23 +339,36 @@ class ResultRegenerator:
         Searches the recipe, the result's render job and the folders of runs, the result's own run first.
         Raises OptionError if the file is not found.
         """
-        embeddings = recipe.fixed_options.get(f"--{EMBEDDINGS}", ())
-        for path in (*(lora.path for lora in recipe.loras), *embeddings):
-            if Path(path).name == name and (recipe.folder / path).is_file():
-                return path
+        path = (
+            _find_weights_in_recipe(name, recipe)
+            or self._find_weights_in_render_job(name, result)
+            or self._find_weights_of_runs(name, result)
+        )
+        if not path:
+            raise OptionError(say("%(name)s: no run here has this file.", name=name))
+        return path
+
+    def _find_weights_in_render_job(self, name: str, result: Result) -> str:
+        """Return the path with this file name in the command that loaded a result's model; "" if none."""
         render_job = self.find_render_job(result)
         if render_job is not None:
-            for word in render_job.session:  # the command that loaded the model
+            for word in render_job.session:
                 if Path(word).name == name and Path(render_job.folder, word).is_file():
                     return word
+        return ""
+
+    def _find_weights_of_runs(self, name: str, result: Result) -> str:
+        """Return the path of a file in the folder of a run, the result's own run first; "" if none."""
+        # a name in metadata may be a path that leads to another folder
+        if Path(name).name != name:
+            return ""
         with self.site.runs.lock:
             runs = self.site.runs.list_all()
         for run in sorted(runs, key=lambda run: not result.path.is_relative_to(run.history.parent)):
             file = run.history.parent / name
-            # a name in metadata may be a path that leads to another folder
-            if Path(name).name == name and self.site.runs.is_inside(file):
+            if self.site.runs.is_inside(file):
                 return str(file)
-        raise OptionError(say("%(name)s: no run here has this file.", name=name))
+        return ""
 
     def find_media(self, name: str, result: Result) -> str:
         """Return the path of the image or clip from which a result was generated.
@@ -384,6 +399,15 @@ class ResultRegenerator:
             if render_job.file == str(result.path):
                 return render_job
         return None
+
+
+def _find_weights_in_recipe(name: str, recipe: ModelRecipe) -> str:
+    """Return the path of a recipe's LoRA or embedding with this file name; "" if it has none."""
+    embeddings = recipe.fixed_options.get(f"--{EMBEDDINGS}", ())
+    for path in (*(lora.path for lora in recipe.loras), *embeddings):
+        if Path(path).name == name and (recipe.folder / path).is_file():
+            return path
+    return ""
 
 
 class ResultPages:

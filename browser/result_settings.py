@@ -307,11 +307,11 @@ def regenerate(
         # it comes from metadata, and must not be read as another option
         _reject_options(STRENGTHS, [lora.strength])
         path = find_weights(lora.name, recipe)
-        if not lora.expert:
-            loras.append(UsedLora(path, lora.strength))
-        else:  # the command has separate options for the LoRAs of this expert
+        if lora.expert:  # the command has separate options for the LoRAs of this expert
             fixed_options.setdefault(f"{LORA}_{lora.expert}", []).append(path)
             fixed_options.setdefault(f"{STRENGTHS}_{lora.expert}", []).append(lora.strength)
+        else:
+            loras.append(UsedLora(path, lora.strength))
     if settings.embeddings:
         fixed_options[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
     render_request = RenderRequest(
@@ -352,16 +352,21 @@ def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[s
     recipe_flags = {option_names[flag]: flag for flag in fixed_options if flag in option_names}
     for name, recorded_text in settings.values.items():
         option = options.get(name)
-        # options of the prompt line are not fixed: each result may have other values
-        if option is None or not option.is_recorded or _is_line_option(name, recipe):
-            continue
-        if _is_separate_metadata(name) or name in PROMPT_LINE_KEYS or name == EMBEDDINGS:
+        if option is None or not _is_fixed(name, option, recipe):
             continue
         flag = recipe_flags.get(name, option.flags[0])
         recipe_words = fixed_options.get(flag, [str(option.default)])
         if not _is_equal(recipe_words, recorded_text):  # equal values keep the recipe's spelling
             _set_recorded_option(fixed_options, flag, option, recorded_text)
     return fixed_options
+
+
+def _is_fixed(name: str, option: KnownOption, recipe: ModelRecipe) -> bool:
+    """Return whether metadata `name` is the value of an option that all results of a command share."""
+    # options of the prompt line are not fixed: each result may have other values
+    is_line_option = name in PROMPT_LINE_KEYS or _is_line_option(name, recipe)
+    is_read_elsewhere = _is_separate_metadata(name) or name == EMBEDDINGS
+    return option.is_recorded and not is_line_option and not is_read_elsewhere
 
 
 def _is_separate_metadata(name: str) -> bool:
@@ -372,21 +377,26 @@ def _is_separate_metadata(name: str) -> bool:
 def _select_recipe_options(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
-    """Return the fixed options of a recipe that a result may also have been generated with."""
+    """Return the fixed options of a recipe that a result may also have been generated with.
+
+    These are the options that its metadata has, and those that metadata never has. LoRAs of experts are taken
+    from the metadata instead.
+    """
     option_names = {flag: name for name, option in options.items() for flag in option.flags}
     selected_options: dict[str, Any] = {}
     for flag, words in recipe.fixed_options.items():
         name = option_names.get(flag, "")
-        option = options.get(name)
         is_expert_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)
-        if is_expert_lora:  # taken from the settings of the file instead
-            continue
         was_recorded = name in settings.values or name == "task"  # `_check_task` has compared the tasks
-        # metadata does not tell whether such an option was used
-        is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
-        if was_recorded or is_never_recorded:
+        if (was_recorded or _is_never_recorded(name, recipe, options)) and not is_expert_lora:
             selected_options[flag] = list(words) or True  # True: a switch, which has no values
     return selected_options
+
+
+def _is_never_recorded(name: str, recipe: ModelRecipe, options: Mapping[str, KnownOption]) -> bool:
+    """Return whether metadata does not tell if an option was used: no file records it, or a line set it."""
+    option = options.get(name)
+    return option is None or not option.is_recorded or _is_line_option(name, recipe)
 
 
 def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
@@ -395,7 +405,7 @@ def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, 
     Raises OptionError if the recipe or the metadata has a file for this option: metadata contains only the
     name of a file, so the file that was used cannot be found.
     """
-    recipe_words = fixed.pop(flag, None)
+    recipe_words = fixed.pop(flag, None)  # the recorded value replaces the recipe's
     recipe_names_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
     if recipe_names_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
         raise OptionError(
@@ -482,20 +492,12 @@ def _make_prompt_line_options(
 
     Raises OptionError if a value is not valid.
     """
-    options = read_script_options(recipe.family)
     line_options: dict[str, str | list[str]] = {}
     for name, text in settings.values.items():
-        if _is_separate_metadata(name):
-            continue
         key = PROMPT_LINE_KEYS.get(name, name)
         line_option = find_option(key, recipe.defaults.line_options)
-        is_side = key in SIDE_POSITIONS
-        is_known = is_side or key in options or key in recipe.extra_options
         # other metadata is not an option, or an option that prompt lines cannot set
-        if not is_known or line_option is None:
-            continue
-        option = options.get(key)
-        if option is not None and not is_side and _is_set_without_line(option, text, recipe):
+        if line_option is None or _is_separate_metadata(name) or not _needs_line(key, text, recipe):
             continue
         if key in MEDIA_OPTIONS or line_option.read is read_path:
             paths = [find_media(media_name) for media_name in text.split("\n")]
@@ -504,6 +506,16 @@ def _make_prompt_line_options(
             line_options[key] = text
     line_options["seed"] = seed
     return line_options
+
+
+def _needs_line(key: str, text: str, recipe: ModelRecipe) -> bool:
+    """Return whether a prompt line has to set an option: the width or height, or a value not set already."""
+    if key in SIDE_POSITIONS:
+        return True
+    option = read_script_options(recipe.family).get(key)
+    if option is None:
+        return key in recipe.extra_options
+    return not _is_set_without_line(option, text, recipe)
 
 
 def _is_set_without_line(option: KnownOption, text: str, recipe: ModelRecipe) -> bool:

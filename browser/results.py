@@ -179,16 +179,14 @@ def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
     A file derived from another one gets the time of its source, to be listed next to it.
     The last frame written next to a clip is omitted, and so are layers next to the image that shows them all.
     """
-    stems_and_suffixes = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
-    times_by_stem = {stem: file.changed for (stem, _), file in zip(stems_and_suffixes, files, strict=True)}
-    clip_stems = {stem for stem, suffix in stems_and_suffixes if KINDS[suffix.lower()] == "clip"}
-    last_frames_of_clips = {f"{clip_stem}{LAST_FRAME_SUFFIX}" for clip_stem in clip_stems}
-    layers = _group_layers(folder, times_by_stem)
-    layer_stems = {layer.stem for image_layers in layers.values() for layer in image_layers}
+    times_by_stem = {_split_name(file)[0]: file.changed for file in files}
+    layers_by_stem = _group_layers(folder, times_by_stem)
+    layer_stems = {layer.stem for layers in layers_by_stem.values() for layer in layers}
+    last_frame_names = _name_last_frames(files)
     results = []
-    for (stem, suffix), file in zip(stems_and_suffixes, files, strict=True):
-        is_last_frame = suffix.lower() == ".png" and stem in last_frames_of_clips
-        if stem in layer_stems or is_last_frame:
+    for file in files:
+        stem, suffix = _split_name(file)
+        if stem in layer_stems or f"{stem}{suffix}" in last_frame_names:
             continue
         source_time = _find_source_time(stem, times_by_stem)
         result = Result(
@@ -196,10 +194,22 @@ def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
             file.changed,
             file.size_bytes,
             shown_at=file.changed if source_time is None else source_time,
-            layers=layers.get(stem, ()),
+            layers=layers_by_stem.get(stem, ()),
         )
         results.append(result)
     return results
+
+
+def _split_name(file: _ListedFile) -> tuple[str, str]:
+    """Return the name of a file without its suffix, and the suffix in lower case."""
+    stem, suffix = os.path.splitext(file.name)  # noqa: PTH122 (a path takes ten times as long)
+    return stem, suffix.lower()
+
+
+def _name_last_frames(files: Sequence[_ListedFile]) -> set[str]:
+    """Return the names of the images that generation may write next to these clips: their last frames."""
+    names = map(_split_name, files)
+    return {f"{stem}{LAST_FRAME_SUFFIX}.png" for stem, suffix in names if KINDS[suffix] == "clip"}
 
 
 def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:

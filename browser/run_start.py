@@ -417,18 +417,10 @@ class TrackedRuns:
 
         `preparation` is the history of the downloads and caching before the training run.
         """
-        # a stop through the queue; `read_run_state` finds the other stops
-        is_stop_requested = job is not None and job.state == RUNNING and job.stops > 0
-        if run is not None and run.state == RUNNING:
-            state = read_run_state(run)
-            return replace(state, job=job, is_stop_requested=state.is_stop_requested or is_stop_requested)
-        if preparation is not None and preparation.state == RUNNING:
-            return replace(read_preparation_state(preparation), job=job, is_stop_requested=is_stop_requested)
-        if job is not None and job.state == RUNNING:
-            return _find_running_job_state(job, run, preparation)
-        if job is not None and job.state == WAITING:
-            return RunState(WAITING, job=job)
-        # no active job: a check of the folder may be running (`run --check` in the background)
+        active_state = _find_active_state(run, preparation, job)
+        if active_state is not None:
+            return active_state
+        # a check of the folder may be running in the background (`run --check`)
         check = self.background_jobs.find(name_background_job(CHECK, run_config.folder))
         if check is not None and check.state == RUNNING:
             return RunState(CHECKING, background_job=check)
@@ -518,20 +510,23 @@ class TrackedRuns:
             raise OptionError(say("It is already in the queue."))
         with self.runs.lock:
             self.runs.list_all()  # finds new folders, which `list_run_configs` then reads
-            run_configs = [
-                run_config for run_config in self.list_run_configs() if run_config.folder == folder
-            ]
+            run_configs = self.list_run_configs()
         for run_config in run_configs:
-            if not is_reviewed:
-                self._reject_untrusted(run_config)
-            tracked_run = self.find(run_config.id)  # a job whose training has ended is about to end
-            state = None if tracked_run is None else tracked_run.state
-            # a background job is a check, during which the run may start
-            if state is not None and state.is_active and state.background_job is None:
-                raise OptionError(say("It is already running: it is %(text)s.", text=state.text))
+            if run_config.folder == folder:
+                if not is_reviewed:
+                    self._reject_untrusted(run_config)
+                self._reject_running(run_config)
         if is_reviewed and recall_folder(folder) is None:  # the user has read run.toml: do not ask again
             remember_folder(folder)
         self.queue.add_and_begin(argv, Path.cwd())
+
+    def _reject_running(self, run_config: RunConfig) -> None:
+        """Raise OptionError if a run is active. A check does not count: the run may start during it."""
+        tracked_run = self.find(run_config.id)  # a job whose training has ended is about to end
+        state = None if tracked_run is None else tracked_run.state
+        # a background job is a check
+        if state is not None and state.is_active and state.background_job is None:
+            raise OptionError(say("It is already running: it is %(text)s.", text=state.text))
 
 
 def make_run_argv(described: DescribedFolder, models: Path) -> list[str]:
@@ -597,6 +592,27 @@ def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
 def is_run_of_folder(job: Job, folder: Path) -> bool:
     """Return whether a job runs `reelsmith run FOLDER` to train, and not only to check the folder."""
     return find_run_folder(job) == folder
+
+
+def _find_active_state(
+    run: RunSummary | None, preparation: RunSummary | None, job: Job | None
+) -> RunState | None:
+    """Return what the process of a run does now, or that its job waits; None if neither is active.
+
+    `preparation` is the history of the downloads and caching before the training run.
+    """
+    # a stop through the queue; `read_run_state` finds the other stops
+    is_stop_requested = job is not None and job.state == RUNNING and job.stops > 0
+    if run is not None and run.state == RUNNING:
+        state = read_run_state(run)
+        return replace(state, job=job, is_stop_requested=state.is_stop_requested or is_stop_requested)
+    if preparation is not None and preparation.state == RUNNING:
+        return replace(read_preparation_state(preparation), job=job, is_stop_requested=is_stop_requested)
+    if job is None:
+        return None
+    if job.state == RUNNING:
+        return _find_running_job_state(job, run, preparation)
+    return RunState(WAITING, job=job) if job.state == WAITING else None
 
 
 def newest_job(jobs: Sequence[Job]) -> Job | None:

@@ -90,23 +90,30 @@ def select_runs(
         query: Fields `text`, `family`, `state` and `sort`.
         states: State of each run by its id; None to use only the histories.
     """
-    search_terms = query.get("text", "").lower().split()
-    wanted_state = query.get("state") or ""
-    selected_runs = []
-    for run in runs:
-        searched_text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
-        if not all(term in searched_text for term in search_terms):
-            continue
-        # compare titles: older and newer runs may have different internal names for one model
-        if query.get("family") and model_title(query["family"]) != run.title:
-            continue
-        state = (states or {}).get(run.id) or read_run_state(run)
+    # compare titles: older and newer runs may have different internal names for one model
+    title = model_title(query["family"]) if query.get("family") else None
+    selected_runs = [run for run in runs if title in (None, run.title)]
+    if query.get("text"):
+        selected_runs = [run for run in selected_runs if _has_words(run, query["text"])]
+    wanted_state = query.get("state")
+    if wanted_state:
         # `running` also selects runs that download, cache or load
         wanted_states = (RUNNING, *ACTIVE_STATES) if wanted_state == RUNNING else (wanted_state,)
-        if not wanted_state or state.name in wanted_states:
-            selected_runs.append(run)
+        selected_runs = [run for run in selected_runs if _find_state_name(run, states) in wanted_states]
     sort_key = SORTS.get(query.get("sort", ""), SORTS["newest"])
     return sorted(selected_runs, key=sort_key)
+
+
+def _has_words(run: RunSummary, text: str) -> bool:
+    """Return whether the name, model or folder of a run contains all words of a search text, in any case."""
+    searched_text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
+    return all(word in searched_text for word in text.lower().split())
+
+
+def _find_state_name(run: RunSummary, states: Mapping[str, RunState] | None) -> str:
+    """Return the name of a run's state among `states`; without it there, of the state in its history."""
+    state = (states or {}).get(run.id) or read_run_state(run)
+    return state.name
 
 
 def mark_list(runs: Sequence[TrackedRun], query: Mapping[str, str]) -> str:
@@ -192,13 +199,19 @@ class LiveRunState:
         if state == RUNNING:
             time_left = _describe_time(run, run_history, start.total_steps - step)
             return cls(Standing(start, step, name_state(state)), state, time_left)
-        if ending is None:
-            ending = (say("died after step %(step)s without a message", step=f"{step:,}"), "bad")
-        text, kind = ending
-        text = translate_line(text)
-        if text == state:  # `finished`; the history describes other ends in its own words
-            text = name_state(state)
+        text, kind = _describe_ending(ending, state, step)
         return cls(Standing(start, step, text, kind), state, time_left="")
+
+
+def _describe_ending(ending: tuple[str, str] | None, state: str, step: int) -> tuple[str, str]:
+    """Return how a run has ended, as text, and the kind of ending; a run without an ending has died."""
+    if ending is None:
+        return translate_line(say("died after step %(step)s without a message", step=f"{step:,}")), "bad"
+    text, kind = ending
+    text = translate_line(text)
+    if text == state:  # `finished`; the history describes other ends in its own words
+        text = name_state(state)
+    return text, kind
 
 
 def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) -> str:
@@ -359,9 +372,7 @@ def collect_news(
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
     inode = history.status and history.status.st_ino  # a new run in this folder writes a new file
-    folder = run.history.parent
-    scores = scores_path(folder, run.name)
-    scored_at = scores.stat().st_mtime_ns if scores.is_file() else 0
+    scored_at = _find_score_time(run)
     # equal keys mean equal curves: then they are not sent again
     key = f"{inode}-{scored_at}-{len(run_history.starts)}-{live_state.displayed.step}-{low}-{high}"
     news = {
@@ -375,11 +386,19 @@ def collect_news(
     if query.get("have") != key:
         charts = list_charts(_limit_steps(run_history, low, high), maximum=MAX_POINTS)
         if scored_at:
-            score_charts = list_score_charts(folder, run.name, run_history=run_history, low=low, high=high)
+            score_charts = list_score_charts(
+                run.history.parent, run.name, run_history=run_history, low=low, high=high
+            )
             charts[1:1] = score_charts  # after the loss
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(live_state.displayed, run_history)
     return news
+
+
+def _find_score_time(run: RunSummary) -> int:
+    """Return when the scores of a run's samples were last written, in nanoseconds; 0 without scores."""
+    scores = scores_path(run.history.parent, run.name)
+    return scores.stat().st_mtime_ns if scores.is_file() else 0
 
 
 def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory:

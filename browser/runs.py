@@ -145,11 +145,8 @@ class RunSummary:
         """
         if self.start is None:
             return False
-        if (
-            is_process_alive(self.start.process) is None
-        ):  # started on another machine, or before its last boot
-            return False
-        if not is_own_file(self.history):
+        # None: started on another machine, or before this machine's last boot
+        if is_process_alive(self.start.process) is None or not is_own_file(self.history):
             return False
         recorded_folder = self.start.written_in or dict(self.start.changed).get("output_dir")
         if not recorded_folder:
@@ -171,12 +168,12 @@ class RunSummary:
             return recorded_working_folder
         if not recorded_output.is_relative_to(recorded_working_folder):
             return None
-        # The run's folder has moved. If it is still at the same path below another folder, the working folder
-        # has moved with it.
-        inner_parts = recorded_output.relative_to(recorded_working_folder).parts
-        outer_parts = output.parts[: len(output.parts) - len(inner_parts)]
-        has_same_inner_path = (*outer_parts, *inner_parts) == output.parts
-        return Path(*outer_parts) if outer_parts and has_same_inner_path else None
+        # if the run's folder is at the same path below another folder, that is the moved working folder
+        inner_path = recorded_output.relative_to(recorded_working_folder)
+        moved_working_folder = output
+        for _ in inner_path.parts:
+            moved_working_folder = moved_working_folder.parent
+        return moved_working_folder if moved_working_folder / inner_path == output else None
 
     @property
     def network(self) -> str:

@@ -143,21 +143,31 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     split = _split(line)
     options = split.options  # with values, such as `w 768`
     for name, text in changes.items():
-        key, short_name = FIELDS[name]
-        indices = [index for index, option in enumerate(options) if _find_key(option) == key]
-        if text and indices:  # an option may be repeated; the field shows its last use
-            last_index = indices[-1]
-            typed_name, _, _ = options[last_index].partition(" ")
-            options[last_index] = f"{typed_name} {text}"
-        elif text:
-            options.append(f"{short_name} {text}")
-        else:
-            # from a list, such as several --ci, remove only the item that the field shows
-            is_list = any(_repeats(options[index]) for index in indices)
-            removed_indices = indices[-1:] if is_list else indices
-            options = [option for index, option in enumerate(options) if index not in removed_indices]
+        options = _set_option(options, name, text) if text else _remove_option(options, name)
     new_prompt = split.prompt if prompt is None else prompt
     return " --".join([new_prompt, *options])
+
+
+def _set_option(options: Sequence[str], name: str, text: str) -> list[str]:
+    """Return options of a prompt line with a new value of a field."""
+    key, short_name = FIELDS[name]
+    indices = [index for index, option in enumerate(options) if _find_key(option) == key]
+    if not indices:
+        return [*options, f"{short_name} {text}"]
+    # an option may be repeated; the field shows its last use
+    last_index = indices[-1]
+    typed_name, _, _ = options[last_index].partition(" ")
+    return [*options[:last_index], f"{typed_name} {text}", *options[last_index + 1 :]]
+
+
+def _remove_option(options: Sequence[str], name: str) -> list[str]:
+    """Return options of a prompt line without the option of a field."""
+    key, _ = FIELDS[name]
+    indices = [index for index, option in enumerate(options) if _find_key(option) == key]
+    # from a list, such as several --ci, remove only the item that the field shows
+    is_list = any(_repeats(options[index]) for index in indices)
+    removed_indices = indices[-1:] if is_list else indices
+    return [option for index, option in enumerate(options) if index not in removed_indices]
 
 
 def edit_prompts(text: str, fields: Mapping[str, str], check_image: Callable[[str], None]) -> str:

@@ -508,7 +508,7 @@ def _list_routes(site: Site, read_only: bool) -> list[Route]:
     buttons = RunButtons(site)
     shares = SharePages(site)
     pages = RunPages(site, buttons, shares)
-    routes = [
+    return [
         Route("/", pages.lock(pages.show_list)),
         *new_routes(site),
         *result_routes(site),
@@ -535,12 +535,19 @@ def _list_routes(site: Site, read_only: bool) -> list[Route]:
         *queue_routes(site.runs, site.queue, site.tracked_runs),
         *compare_routes(site.runs, site.notes, site.queue),
         *dataset_routes(site.runs, read_only),
+        *_list_extension_routes(site),
     ]
-    if os.environ.get(EXTENSIONS):
-        from modules.extensions import PAGES, load_extensions  # imported only if extensions are enabled
 
-        for make_routes in load_extensions(PAGES).values():
-            routes += make_routes(site)
+
+def _list_extension_routes(site: Site) -> list[Route]:
+    """Return the routes that extensions add; [] if extensions are not enabled."""
+    if not os.environ.get(EXTENSIONS):
+        return []
+    from modules.extensions import PAGES, load_extensions  # imported only if extensions are enabled
+
+    routes: list[Route] = []
+    for make_routes in load_extensions(PAGES).values():
+        routes += make_routes(site)
     return routes
 
 

@@ -38,20 +38,24 @@ class ServedFolders(NamedTuple):
 
 
 def run_browser(options: BrowserOptions) -> None:
-    """Serve the pages until Ctrl-C, or only write one page with --export. Raises UserError on failure.
-
-    1. With --export, write the page of a run, and return.
-    2. Otherwise open the socket, continue the queue, and print the URL.
-    3. Open the URL in the user's web browser if possible, and serve until Ctrl-C.
-    """
+    """Serve the pages until Ctrl-C, or only write one page with --export. Raises UserError on failure."""
     served = select_folders(options, Path.cwd(), ROOT)
     runs = Runs(served.folders)
-    if options.export is not None:
-        from browser.run_views import export_run
-
-        export_run(runs, options.export)
-        logger.info("wrote %s", options.export)
+    if options.export is None:
+        serve_pages(options, runs, served.models)
         return
+    from browser.run_views import export_run
+
+    export_run(runs, options.export)
+    logger.info("wrote %s", options.export)
+
+
+def serve_pages(options: BrowserOptions, runs: Runs, models: Path) -> None:
+    """Serve the pages until Ctrl-C. Raises UserError on failure.
+
+    1. Open the socket, continue the queue, and print the URL.
+    2. Open the URL in the user's web browser if possible, and serve until Ctrl-C.
+    """
     token = select_token(options)
     # imported here, so that --export and errors in options need no web server
     import uvicorn
@@ -63,15 +67,6 @@ def run_browser(options: BrowserOptions) -> None:
     queue = start_queue(runs, options)
     show_address(options, port, token)
     log_runs(runs)
-    settings = ServerSettings(
-        host=options.host,
-        port=port,
-        token=token,
-        is_token_given=options.token is not None,
-        is_local=options.is_local,
-        address=make_address(options, port, token.secret),
-        public_origin=options.public_origin,
-    )
     ticket = Ticket()
     app: Any = make_app(
         runs,
@@ -79,8 +74,8 @@ def run_browser(options: BrowserOptions) -> None:
         token=token.secret,
         read_only=options.read_only,
         queue=queue,
-        models=served.models,
-        settings=settings,
+        models=models,
+        settings=_make_settings(options, port, token),
         ticket=ticket,
     )
     if may_open_page(options):
@@ -96,6 +91,19 @@ def run_browser(options: BrowserOptions) -> None:
             asyncio.run(uvicorn.Server(config).serve(sockets=[server_socket]))
     finally:  # the next start continues an open queue
         queue.end_work()
+
+
+def _make_settings(options: BrowserOptions, port: int, token: PageToken) -> ServerSettings:
+    """Return the settings with which the server was started, as its pages show them."""
+    return ServerSettings(
+        host=options.host,
+        port=port,
+        token=token,
+        is_token_given=options.token is not None,
+        is_local=options.is_local,
+        address=make_address(options, port, token.secret),
+        public_origin=options.public_origin,
+    )
 
 
 def start_queue(runs: Runs, options: BrowserOptions) -> JobQueue:

@@ -164,33 +164,51 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Replacement]:
 def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Replacement]:
     """Yield the changes that turn text boxes of an MP4 file into `free` boxes of zeros.
 
-    A box consists of length (4 bytes), type (4 bytes) and content (ISO 14496-12), which may be boxes again.
+    Boxes may contain boxes (ISO 14496-12).
     """
     unread = [(0, size)]  # start and end of sequences of boxes
     for _ in range(MAX_CHUNKS):
         if not unread:
             return
         start, end = unread.pop()
-        file.seek(start)
-        header_bytes = file.read(16)
-        if len(header_bytes) < 8 or start + 8 > end:
+        box = _read_box(file, start, end)
+        if box is None:
             continue
-        length = int.from_bytes(header_bytes[:4], "big")
-        kind = header_bytes[4:8]
-        header_length = 8
-        if length == 1 and len(header_bytes) == 16:  # a large box: its length follows in 64 bits
-            length = int.from_bytes(header_bytes[8:], "big")
-            header_length = 16
-        elif length == 0:  # up to the end of the file
-            length = end - start
-        if length < header_length or start + length > end:
-            continue
-        unread.append((start + length, end))
-        if kind in MP4_TEXTS:
+        unread.append((box.end, end))
+        if box.kind in MP4_TEXTS:
             yield Replacement(start + 4, 4, b"free")  # the kind follows four bytes of length
-            yield Replacement(start + header_length, length - header_length)
-        elif kind in MP4_OUTER:
-            unread.append((start + header_length, start + length))
+            yield Replacement(box.content_start, box.end - box.content_start)
+        elif box.kind in MP4_OUTER:
+            unread.append((box.content_start, box.end))
+
+
+class _Box(NamedTuple):
+    """A box of an MP4 file: its type, and where its content begins and ends in the file."""
+
+    kind: bytes
+    content_start: int
+    end: int
+
+
+def _read_box(file: BinaryIO, start: int, end: int) -> _Box | None:
+    """Read the header of a box: length (4 bytes), type (4 bytes), and maybe a longer length (8 bytes).
+
+    Returns None if no whole box is left before `end`.
+    """
+    file.seek(start)
+    header_bytes = file.read(16)
+    if len(header_bytes) < 8 or start + 8 > end:
+        return None
+    length = int.from_bytes(header_bytes[:4], "big")
+    header_length = 8
+    if length == 1 and len(header_bytes) == 16:  # a large box: its length follows in 64 bits
+        length = int.from_bytes(header_bytes[8:], "big")
+        header_length = 16
+    elif length == 0:  # up to the end of the file
+        length = end - start
+    if length < header_length or start + length > end:
+        return None
+    return _Box(header_bytes[4:8], content_start=start + header_length, end=start + length)
 
 
 def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Replacement]:

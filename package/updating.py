@@ -20,7 +20,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -510,6 +510,21 @@ def _is_listed(root: Path, name: str) -> bool:
     return True
 
 
+# what `zipfile` and its decompressors raise for damaged files
+DAMAGE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+)
+
+
 def _unpack(file: Path, folder: Path) -> list[str]:
     """Unpack a zip file with a version of the program into a folder, and return its files' relative paths.
 
@@ -531,11 +546,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
             _reject_names(file, entries)
             for name, entry in entries.items():
                 _extract(archive, entry, folder / name)
-    # what `zipfile` and its decompressors raise for damaged files
-    except (
-        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError),
-        *(NotImplementedError, RuntimeError, ValueError, OverflowError, MemoryError),
-    ) as error:
+    except DAMAGE_ERRORS as error:
         reason = escape_control_codes(str(error))[:200]
         raise UserError(f"{file.name} is not a complete zip file ({reason}). Download it again") from None
     return sorted(entries)
@@ -575,26 +586,31 @@ def _reject_names(file: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
     seen_names: set[str] = set()
     folders: set[str] = set()
     for name, entry in entries.items():
-        folded = fold_name(name)
-        reason = _find_name_error(name)
-        if stat.S_ISLNK(entry.external_attr >> 16):
-            reason = "a link"
-        if not reason and folded in seen_names:
-            reason = "in two spellings that are the same file on Windows and macOS"
+        reason = _find_entry_error(name, entry, seen_names)
         if reason:
             printable_name = escape_control_codes(name).replace("\n", "\\n")[:200]
-            raise UserError(
-                f"{file.name} has {printable_name} ({reason}), which no version of Reelsmith has. Nothing "
-                "was changed"
-            )
-        seen_names.add(folded)
-        folders.update(parent.as_posix() for parent in PurePosixPath(folded).parents)
+            raise _make_name_error(file, printable_name, reason)
+        seen_names.add(fold_name(name))
+        folders.update(parent.as_posix() for parent in PurePosixPath(fold_name(name)).parents)
     clashes = sorted(seen_names & folders)
     if clashes:
-        raise UserError(
-            f"{file.name} has {clashes[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
-            "was changed"
-        )
+        raise _make_name_error(file, clashes[0], "a file and a folder")
+
+
+def _find_entry_error(name: str, entry: zipfile.ZipInfo, seen_names: Collection[str]) -> str:
+    """Return why no version can have this entry; "" if one can. `seen_names` are folded earlier names."""
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        return "a link"
+    error = _find_name_error(name)
+    if not error and fold_name(name) in seen_names:
+        return "in two spellings that are the same file on Windows and macOS"
+    return error
+
+
+def _make_name_error(file: Path, name: str, reason: str) -> UserError:
+    return UserError(
+        f"{file.name} has {name} ({reason}), which no version of Reelsmith has. Nothing was changed"
+    )
 
 
 def _find_name_error(name: str) -> str:

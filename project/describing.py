@@ -264,30 +264,33 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 
 def describe_dataset(setup: RunSetup) -> str:
     """Return the text of dataset.toml: a table for each folder and kind of media, or subsets of one table."""
-    properties = setup.model.properties
     lines = _format_toml_table("[general]", _make_general_keys(setup))
     if setup.has_subsets:
         return "\n".join([*lines, *_describe_subsets(setup), ""])
     clip_keys = _make_clip_keys(setup)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in setup.media)
     for folder, kind in folders_and_kinds:
-        # an image-to-video model takes its start images from the clips
-        is_unused_image = kind != "video" and properties.get("from_image", False)
-        # a run with single frames needs a model that trains on single frames of clips
-        is_unused_clip = kind == "video" and setup.frames == 1 and not trains_on_frames_of_clips(setup.model)
-        if is_unused_image or is_unused_clip:
-            continue
-        keys = _make_folder_keys(setup, folder, kind)
-        if kind == "video":
-            keys |= clip_keys
-        lines += ["", *_format_toml_table("[[datasets]]", keys)]
+        if _trains_on(setup, kind):
+            keys = _make_folder_keys(setup, folder, kind)
+            if kind == "video":
+                keys |= clip_keys
+            lines += ["", *_format_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        minimum = min_clip_frames(setup.model) / properties["fps"]
+        minimum = min_clip_frames(setup.model) / setup.model.properties["fps"]
         raise OptionError(
             f"--task {setup.model.task} learns from clips of at least {minimum:.1f} seconds, and "
             f"{setup.options.folder} has none. Choose another --family or --task."
         )
     return "\n".join([*lines, ""])
+
+
+def _trains_on(setup: RunSetup, kind: str) -> bool:
+    """Return whether a run trains on this kind of media: "video", "image" or "audio"."""
+    if kind != "video":
+        # an image-to-video model takes its start images from the clips
+        return not setup.model.properties.get("from_image", False)
+    # a run with single frames needs a model that trains on single frames of clips
+    return setup.frames > 1 or trains_on_frames_of_clips(setup.model)
 
 
 def _describe_subsets(setup: RunSetup) -> list[str]:
@@ -622,26 +625,58 @@ def list_commands(setup: RunSetup) -> list[list[str]]:
 
     Captions that vary from step to step are not cached: the training script encodes them.
     """
-    path_of_placeholder = {f"{{{name}}}": path for name, path in setup.model_files.items()}  # such as {vae}
-    cache_latents = [path_of_placeholder.get(word, word) for word in _list_arguments(setup, "latents")]
-    cache_texts = [path_of_placeholder.get(word, word) for word in _list_arguments(setup, "texts")]
-    if setup.needs_float32:
-        for name in setup.model_info.dtype_options["LatentCaching"]:
-            cache_latents += [f"--{name}", FLOAT32]
-        for name in setup.model_info.dtype_options["TextCaching"]:
-            cache_texts += [f"--{name}", FLOAT32]
-    if setup.model_info.few_step_advice is not None:  # cache what each recommended training target needs
-        for target in setup.model_info.few_step_advice.targets:
-            cache_texts += shlex.split(target.caching)
     download = _make_download_command(setup)
+    cache_latents = _make_latent_caching_command(setup)
+    cache_texts = _make_text_caching_command(setup)
     check_media = [*cache_latents, "--check", "--html", CHECK_PAGE]
-    script, *kind_options = setup.kind.find_training_command(setup.model)
-    train = ["python", script, "--config_file", RUN_FILE]
-    train += [option for option in kind_options if option == setup.kind.switch]  # run.toml has the others
+    check_texts = [*cache_texts, "--check"]
+    train = _make_training_command(setup)
     if setup.encodes_captions_each_step:
         return [download, check_media, cache_latents, train]
-    check_texts = [*cache_texts, "--check"]
     return [download, check_media, check_texts, cache_latents, cache_texts, train]
+
+
+def _make_latent_caching_command(setup: RunSetup) -> list[str]:
+    command = _fill_placeholders(setup, _list_arguments(setup, "latents"))
+    if setup.needs_float32:
+        command += _list_float32_options(setup, "LatentCaching")
+    return command
+
+
+def _make_text_caching_command(setup: RunSetup) -> list[str]:
+    """Return the command that caches text embeddings, and what the recommended targets need of them.
+
+    The targets keep a distilled model's ability to sample in few steps. The user may choose one afterwards
+    in run.toml, without caching again.
+    """
+    command = _fill_placeholders(setup, _list_arguments(setup, "texts"))
+    if setup.needs_float32:
+        command += _list_float32_options(setup, "TextCaching")
+    few_steps = setup.model_info.few_step_advice
+    for target in () if few_steps is None else few_steps.targets:
+        command += shlex.split(target.caching)
+    return command
+
+
+def _make_training_command(setup: RunSetup) -> list[str]:
+    """Return the training command, whose options are in run.toml except the switch for the kind of run."""
+    script, *kind_options = setup.kind.find_training_command(setup.model)
+    switches = [option for option in kind_options if option == setup.kind.switch]
+    return ["python", script, "--config_file", RUN_FILE, *switches]
+
+
+def _fill_placeholders(setup: RunSetup, words: Sequence[str]) -> list[str]:
+    """Replace placeholders in a command, such as {vae}, with the paths of the model's files."""
+    path_of_placeholder = {f"{{{name}}}": path for name, path in setup.model_files.items()}
+    return [path_of_placeholder.get(word, word) for word in words]
+
+
+def _list_float32_options(setup: RunSetup, command_title: str) -> list[str]:
+    """Return the options with which a command computes in float32."""
+    options = []
+    for name in setup.model_info.dtype_options[command_title]:
+        options += [f"--{name}", FLOAT32]
+    return options
 
 
 def _make_download_command(setup: RunSetup) -> list[str]:

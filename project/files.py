@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.config import load_dataset_config, with_lengths, with_references
+from dataset.config import DatasetConfig, load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
@@ -41,6 +41,7 @@ from project.known_folders import remember_folder
 from project.media import (
     FolderContent,
     Media,
+    PlannedTraining,
     SuggestedModels,
     collect_content,
     has_control_pairs,
@@ -80,7 +81,7 @@ from project.own_commands import (
     write_prompts,
 )
 from project.own_samples import OWN_PROMPTS, REAL_MEDIA, balance_origins, find_origin, use_prompts_as_captions
-from project.recipes.reading import complete_options_from_recipe, describe_recipe, find_recipe
+from project.recipes.reading import TrainingRecipe, complete_options_from_recipe, describe_recipe, find_recipe
 from project.script_facts import read_script_options
 from project.tags import TagLists, as_words, find_tags, make_argv_to_write_blanks
 from project.varied_captions import make_captions
@@ -107,39 +108,79 @@ def write_project(options: NewOptions) -> None:
         OutputError: If one of the three files exists.
     """
     memory = find_memory() if options.memory is None else options.memory
-    foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
-    recipe = None if options.recipe is None else find_recipe(options.recipe)
-    if recipe is not None:
-        options = complete_options_from_recipe(recipe, options)
-    kind_setting = ""  # the setting in the project that asks for this kind of run, for messages
-    if foreign is not None:
-        kind_setting = "" if options.trains else f"{foreign.path}: {foreign.run.setting}"
-        options = complete_options(foreign, options)
-    try:
-        model_choice = select_model(options, memory, lambda: _reject_existing(options))
-    except OptionError as error:
-        raise (error if foreign is None else explain_model(foreign, error)) from None
+    template = _read_template(options)
+    completed = template.complete_options(options)
+    model_choice = _select_model(completed, memory, template)
     # first, because building the family takes seconds
-    kind = _select_kind(options, model_choice, memory, kind_setting)
-    if kind.makes_training_adapter and lacks_media(options.folder):
-        _begin_with_prompts(options, model_choice.model)
+    kind = _select_kind(completed, model_choice, memory, template.name_kind_setting(options))
+    if kind.makes_training_adapter and lacks_media(completed.folder):
+        _begin_with_prompts(completed, model_choice.model)
         return
-    setup = _make_setup(options, model_choice, kind=kind, memory=memory, foreign=foreign)
-    if recipe is not None:
-        values = {name: value for name, value in recipe.training.items() if name != "max_train_steps"}
-        setup = dataclasses.replace(setup, training_options=values)
+    setup = _make_setup(completed, model_choice, kind=kind, memory=memory, foreign=template.foreign)
     # after all other checks: --overwrite would not help against a mistyped option
-    _reject_existing(options)
-    if foreign is not None:
-        setup = _remove_rejected_options(setup, foreign)
-    if options.print_run:
+    _reject_existing(completed)
+    setup = template.complete_setup(setup)
+    if completed.print_run:
         print_lines(describing.describe_run(setup, describing.list_commands(setup)).splitlines())
         return
     texts = _write_files(setup)
-    adopted_lines = [] if foreign is None else foreign.format_report(options.folder)
-    if recipe is not None:
-        adopted_lines = describe_recipe(recipe)
-    _print_report(setup, model_choice.remarks, texts, adopted_lines)
+    _print_report(setup, model_choice.remarks, texts, adopted_lines=template.describe(completed.folder))
+
+
+class _Template(NamedTuple):
+    """The file whose values a run adopts: another trainer's project (--from), a recipe, or neither."""
+
+    foreign: ForeignProject | None
+    recipe: TrainingRecipe | None
+
+    def complete_options(self, options: NewOptions) -> NewOptions:
+        """Return the options of `new` with the template's values where the user typed none."""
+        if self.recipe is not None:
+            return complete_options_from_recipe(self.recipe, options)
+        if self.foreign is not None:
+            return complete_options(self.foreign, options)
+        return options
+
+    def name_kind_setting(self, typed_options: NewOptions) -> str:
+        """Return the project's setting that requests the kind of run; "" if the user typed the kind."""
+        if self.foreign is None or typed_options.trains:
+            return ""
+        return f"{self.foreign.path}: {self.foreign.run.setting}"
+
+    def complete_setup(self, setup: describing.RunSetup) -> describing.RunSetup:
+        """Return the setup with the recipe's training options, or the project's that are valid."""
+        if self.recipe is not None:
+            training_options = dict(self.recipe.training)
+            # an option of `new`, which `complete_options` has set
+            training_options.pop("max_train_steps", None)
+            return dataclasses.replace(setup, training_options=training_options)
+        if self.foreign is not None:
+            return _remove_rejected_options(setup, self.foreign)
+        return setup
+
+    def describe(self, folder: Path) -> list[str]:
+        """Return lines about the adopted values."""
+        if self.recipe is not None:
+            return describe_recipe(self.recipe)
+        if self.foreign is not None:
+            return self.foreign.format_report(folder)
+        return []
+
+
+def _read_template(options: NewOptions) -> _Template:
+    """Read the project that --from names, or the recipe that --recipe names."""
+    return _Template(
+        foreign=None if options.from_file is None else read_foreign(options.from_file, options.trains),
+        recipe=None if options.recipe is None else find_recipe(options.recipe),
+    )
+
+
+def _select_model(options: NewOptions, memory: float, template: _Template) -> ModelChoice:
+    """Choose the model. If this fails, the error also says which model the other trainer's project names."""
+    try:
+        return select_model(options, memory, lambda: _reject_existing(options))
+    except OptionError as error:
+        raise (error if template.foreign is None else explain_model(template.foreign, error)) from None
 
 
 def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
@@ -363,15 +404,11 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     """
     model = chosen.model
     if options.trains is None:
-        control_kind = find_control_kind(model)
-        has_word = chosen.trigger is not None
-        if control_kind is not None and has_control_pairs(options.folder, has_word):
-            return control_kind
-        return LORA
+        return _find_kind_of_folder(options.folder, model, has_word=chosen.trigger is not None)
     kind = BY_NAME[options.trains]
     rejection = kind.why_unsupported(model, memory)
-    typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
     if rejection is not None:
+        typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
         possible = [other.name for other in list_kinds(model) if other.why_unsupported(model, memory) is None]
         remedy = "Give --train lora" if kind_setting else "Leave it out"
         raise OptionError(
@@ -383,6 +420,14 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     return kind
 
 
+def _find_kind_of_folder(folder: Path, model: ModelSet, has_word: bool) -> RunKind:
+    """Return the model's control network if the folder has control images for it, otherwise a LoRA."""
+    control_kind = find_control_kind(model)
+    if control_kind is not None and has_control_pairs(folder, has_word):
+        return control_kind
+    return LORA
+
+
 def _list_caption_texts(content: FolderContent) -> list[str]:
     return [item.caption for item in content.media if item.caption]
 
@@ -391,14 +436,14 @@ def _collect_content(
     options: NewOptions, model: ModelSet, model_info: ModelInfo, kind: RunKind
 ) -> FolderContent:
     """Return the content of the folder, with hints about more suitable models of other tasks."""
-    return collect_content(
-        folder=options.folder,
+    training = PlannedTraining(
         model_info=model_info,
         model_name=f"{model.family} {model.task}",
         kind=kind,
         control_kind=find_control_kind(model),
         suggested_models=_list_suggested_models(model, model_info),
     )
+    return collect_content(options.folder, training)
 
 
 def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedModels:
@@ -452,18 +497,15 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
         setup: The chosen model and the folder's content.
         dataset_toml: Text of dataset.toml.
     """
-    family = setup.model_info.family
-    errors: list[Fault] = []
-    pair_warnings: list[str] = []
     if setup.options.dry_run and setup.content.first_frames:
         return DatasetProblems([], [])
+    errors: list[Fault] = []
+    pair_warnings: list[str] = []
     # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
     with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
         copy = copies / DATASET_FILE
         write_text(copy, dataset_toml)
-        config = load_dataset_config(copy)
-        config = with_lengths(config, describing.clip_lengths_of(setup.model))
-        config = with_references(config, family.references, family.abilities.references)
+        config = _load_config(copy, setup)
         for table in config.datasets:
             errors += _find_errors_of_table(table, setup.content.unreadable_media)
         if setup.kind.uses_control_images and not errors:
@@ -476,6 +518,13 @@ def _check_dataset(setup: describing.RunSetup, dataset_toml: str) -> DatasetProb
     # indented lines belong to the error above them
     lines = [line if line.startswith(" ") else fault(line) for line in lines]
     return DatasetProblems(lines, pair_warnings)
+
+
+def _load_config(path: Path, setup: describing.RunSetup) -> DatasetConfig:
+    """Load a dataset.toml with the clip lengths and references that the model accepts."""
+    family = setup.model_info.family
+    config = with_lengths(load_dataset_config(path), describing.clip_lengths_of(setup.model))
+    return with_references(config, family.references, family.abilities.references)
 
 
 def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
@@ -518,31 +567,73 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
 
     `remarks` are lines about how the model was chosen.
     """
-    lines = [_summarize(setup), *setup.content.report_lines, *remarks]
+    return [
+        _summarize(setup),
+        *setup.content.report_lines,
+        *remarks,
+        *_describe_size(setup),
+        _describe_model(setup),
+        *setup.kind.describe(setup.model, setup.memory),
+        *_describe_control_folders(setup),
+        *_describe_embedded_files(setup),
+        *_describe_precision(setup),
+        *_describe_contradiction(setup),
+        *_describe_distillation(setup),
+        *_describe_adapter_training(setup),
+        *_describe_reference_folders(setup),
+        *_describe_lengths(setup),
+    ]
+
+
+def _describe_size(setup: describing.RunSetup) -> list[str]:
+    """Return why the images have this size; [] for the model's usual size, or if a project sets it."""
     reason = describing.explain_size(setup.model, setup.media)
-    if reason and "resolution" not in setup.general_keys:
-        lines.append(f"{setup.target_size[0]}x{setup.target_size[1]}: {reason}")
-    lines.append(_describe_model(setup))
-    lines += setup.kind.describe(setup.model, setup.memory)
+    if not reason or "resolution" in setup.general_keys:
+        return []
+    width, height = setup.target_size
+    return [f"{width}x{height}: {reason}"]
+
+
+def _describe_control_folders(setup: describing.RunSetup) -> list[str]:
+    """Return a line for each folder of images that a control network learns from."""
+    alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
+    lines = []
     for folder, control_folder in setup.content.control_folders.items():
-        alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
         data = f"its pairs with {control_folder}"
         if setup.kind.inpaints_images:
             data = "its pictures, in which each step masks a random part to repaint"
         lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
-    for name, checkpoint in setup.embedded_model_files.items():
-        lines.append(f"--{name}: taken from {checkpoint}. --model_file {name}=FILE uses another one")
-    lines += _describe_precision(setup)
-    if setup.model_info.task_contradiction:
-        lines.append(warning(setup.model_info.task_contradiction))
-    lines += _describe_distillation(setup)
-    if setup.kind.makes_training_adapter:
-        lines += describe_length(setup)
-        if find_origin(setup.content) == REAL_MEDIA:
-            lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
-    for folder, reference_folder in setup.content.reference_folders.items():
-        lines.append(f"{folder}: made from {reference_folder}")
-    return lines + _describe_lengths(setup)
+    return lines
+
+
+def _describe_embedded_files(setup: describing.RunSetup) -> list[str]:
+    """Return a line for each model file, such as the VAE, that a typed checkpoint contains."""
+    return [
+        f"--{name}: taken from {checkpoint}. --model_file {name}=FILE uses another one"
+        for name, checkpoint in setup.embedded_model_files.items()
+    ]
+
+
+def _describe_contradiction(setup: describing.RunSetup) -> list[str]:
+    contradiction = setup.model_info.task_contradiction
+    return [warning(contradiction)] if contradiction else []
+
+
+def _describe_adapter_training(setup: describing.RunSetup) -> list[str]:
+    """Return lines about the length and the images of a run that makes a training adapter."""
+    if not setup.kind.makes_training_adapter:
+        return []
+    lines = describe_length(setup)
+    if find_origin(setup.content) == REAL_MEDIA:
+        lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
+    return lines
+
+
+def _describe_reference_folders(setup: describing.RunSetup) -> list[str]:
+    return [
+        f"{folder}: made from {reference_folder}"
+        for folder, reference_folder in setup.content.reference_folders.items()
+    ]
 
 
 def _describe_precision(setup: describing.RunSetup) -> list[str]:
@@ -623,32 +714,44 @@ def _describe_model(setup: describing.RunSetup) -> str:
 
 
 def _describe_lengths(setup: describing.RunSetup) -> list[str]:
-    """Return lines about clips that are too short, and about images that the model does not use."""
+    """Return warnings about clips that are too short, and about images that the model does not use."""
+    warnings = [_describe_short_clips(setup), _describe_clips_used_as_images(setup), _describe_images(setup)]
+    return [warning(text) for text in warnings if text]
+
+
+def _describe_short_clips(setup: describing.RunSetup) -> str:
+    """Return which clips have fewer frames than the run trains on; "" if none has."""
     model = setup.model
-    frames = setup.frames
-    clips = [item for item in setup.media if item.is_clip]
-    lines = []
-    short_clips: list[Path] = []
-    if frames > 1:
-        timed = [clip for clip in clips if clip.seconds is not None]
-        short_clips = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
-    if short_clips:
-        fps = model.properties.get("fps")
-        lines.append(warning(f"{name_some(short_clips)}: shorter than {frames} frames (at {fps} a second)"))
-    if clips and frames == 1:
-        names = name_some([clip.path for clip in clips])
-        consequence = "which learns their first frame"
-        if not describing.trains_on_frames_of_clips(model):
-            minimum = describing.min_clip_frames(model)
-            consequence = (
-                f"which cannot train on clips of fewer than {minimum} frames (at {model.properties['fps']} "
-                "a second)"
-            )
-        lines.append(warning(f"{names}: too short for a clip of this model, {consequence}"))
+    if setup.frames == 1:  # `_describe_clips_used_as_images` describes them
+        return ""
+    timed = [item for item in setup.media if item.is_clip and item.seconds is not None]
+    short_clips = [clip.path for clip in timed if describing.count_frames(clip, model) < setup.frames]
+    if not short_clips:
+        return ""
+    fps = model.properties.get("fps")
+    return f"{name_some(short_clips)}: shorter than {setup.frames} frames (at {fps} a second)"
+
+
+def _describe_clips_used_as_images(setup: describing.RunSetup) -> str:
+    """Return what a run on single frames does with the clips; "" if it trains on clips or has none."""
+    model = setup.model
+    clips = [item.path for item in setup.media if item.is_clip]
+    if not clips or setup.frames > 1:
+        return ""
+    consequence = "which learns their first frame"
+    if not describing.trains_on_frames_of_clips(model):
+        minimum = describing.min_clip_frames(model)
+        fps = model.properties["fps"]
+        consequence = f"which cannot train on clips of fewer than {minimum} frames (at {fps} a second)"
+    return f"{name_some(clips)}: too short for a clip of this model, {consequence}"
+
+
+def _describe_images(setup: describing.RunSetup) -> str:
+    """Return which images a model that makes clips from images cannot train on; "" if there are none."""
     images = [item.path for item in setup.media if item.kind == "image"]
-    if images and model.properties.get("from_image"):
-        lines.append(warning(f"{name_some(images)}: pictures, which this model cannot train on"))
-    return lines
+    if not images or not setup.model.properties.get("from_image"):
+        return ""
+    return f"{name_some(images)}: pictures, which this model cannot train on"
 
 
 def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
@@ -664,7 +767,6 @@ def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
 def _describe_captions(setup: describing.RunSetup) -> list[str]:
     """Return lines about media without captions: what is used instead, or two ways to get captions."""
     trigger = setup.trigger_word
-    suffix = setup.content.caption_suffix
     uncaptioned = _find_uncaptioned_media(setup)
     lines = []
     with_empty_caption = [item.path for item in setup.media if item.caption == ""]
@@ -675,22 +777,28 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
     captioned_by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
     if captioned_by_trigger:
         names = name_some(captioned_by_trigger)
+        suffix = setup.content.caption_suffix
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
     if uncaptioned:
-        captioning_argv = make_caption_argv([shlex.split(setup.model.commands["latents"])])
-        problem = (
-            f"{name_some(uncaptioned)}: without a caption in a {suffix} file next to it, which `run` "
-            f"refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the "
-            f"folder {setup.folder}:"
-        )
-        lines += [
-            KindLine(CAPTIONS, problem),
-            f"  {typed_in(captioning_argv, setup.folder)}",
-            KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
-            f"  {_make_new_command(setup, trigger_word='WORD')}",
-        ]
+        lines += _describe_ways_to_captions(setup, uncaptioned)
     return lines
+
+
+def _describe_ways_to_captions(setup: describing.RunSetup, uncaptioned: Sequence[Path]) -> list[str]:
+    """Return lines about media without captions: how a model writes them, or a trigger word replaces them."""
+    captioning_argv = make_caption_argv([shlex.split(setup.model.commands["latents"])])
+    problem = (
+        f"{name_some(uncaptioned)}: without a caption in a {setup.content.caption_suffix} file next to it, "
+        f"which `run` refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in "
+        f"the folder {setup.folder}:"
+    )
+    return [
+        KindLine(CAPTIONS, problem),
+        f"  {typed_in(captioning_argv, setup.folder)}",
+        KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
+        f"  {_make_new_command(setup, trigger_word='WORD')}",
+    ]
 
 
 def _describe_tags(setup: describing.RunSetup) -> list[str]:
@@ -708,14 +816,19 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
     reader = f"Models made from {setup.model_name} on tags read"
     if was_trained_on_tags:
         reader = f"{setup.model_name} reads"
-    lines = [
+    line = (
         f"{found_text}. {reader} such lists, so they are in another order each time "
         f"(shuffle_caption){_describe_tag_keys(setup, tags)}. The training encodes them in each step"
-    ]
-    if tags.first_with_underscore is None:
-        return lines
+    )
     owner = "the model" if was_trained_on_tags else "such a model"
-    lines += [
+    return [line, *_describe_underscores(setup, tags, owner)]
+
+
+def _describe_underscores(setup: describing.RunSetup, tags: TagLists, owner: str) -> list[str]:
+    """Return lines about how to replace underscores in tags with the spaces that the model was trained on."""
+    if tags.first_with_underscore is None:
+        return []
+    lines = [
         f"{tags.first_with_underscore}: {owner}'s own tags have spaces "
         f"({as_words(tags.first_with_underscore)}). To convert yours (the old captions are kept as .bak), "
         f"run this in the folder {setup.folder}:",

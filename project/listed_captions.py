@@ -6,7 +6,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,19 +124,25 @@ def _add_captions_of_list(
             num_captions += 1
     if num_captions:
         caption_lists.num_captions_by_list[path] = num_captions
-    # a list of other files needs no message for each row
-    elif not rows or len(missing_names) == len(rows):
+    if len(missing_names) == len(rows):  # a list of other files needs no message for each row
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
         text = f"{path.name}: left out, it has captions for none of the files{hint}"
         caption_lists.report_lines.append(warning(text))
-        return
+    else:
+        caption_lists.report_lines += _describe_unused_rows(path, missing_names, files_without_text)
+
+
+def _describe_unused_rows(
+    path: Path, missing_names: Sequence[str], files_without_text: Sequence[str]
+) -> list[str]:
+    """Return lines about a list's rows for files that do not exist, and rows without a text."""
+    lines = []
     if missing_names:
         row_count = format_count(len(missing_names), "row")
-        caption_lists.report_lines.append(
-            f"{path.name}: {row_count} for files that are not here: {list_some(missing_names)}"
-        )
+        lines.append(f"{path.name}: {row_count} for files that are not here: {list_some(missing_names)}")
     if files_without_text:
-        caption_lists.report_lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
+        lines.append(f"{path.name}: no text caption for {list_some(files_without_text)}")
+    return lines
 
 
 def _is_text(caption: Any, place: str) -> bool:
@@ -187,18 +193,22 @@ def _read_rows(
 def _read_json_rows(content: Any, described_media: Path | None) -> Iterator[tuple[str, Any]]:
     """Yield (file name, caption) for each entry in a JSON file.
 
+    The file is about one image or clip, or a table of captions by file name, or a list of rows.
     `described_media` is the media file with the name of the JSON file, None if there is none.
     """
-    # a file about one image or clip, a table of captions by file name, or a list of rows
-    if isinstance(content, dict) and described_media is not None:
+    if isinstance(content, list):
+        yield from _read_json_list(content)
+    elif isinstance(content, dict) and described_media is not None:
         yield described_media.name, _first_text(content)
     elif isinstance(content, dict):
         for name, entry in content.items():
             yield name, _first_text(entry) if isinstance(entry, dict) else entry
-    elif isinstance(content, list):
-        for row in content:
-            if not isinstance(row, dict):
-                continue
+
+
+def _read_json_list(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (file name, caption) for each row that has a column with the file's name."""
+    for row in rows:
+        if isinstance(row, dict):
             name = next((row[key] for key in ALL_PATH_COLUMNS if key in row), None)
             if isinstance(name, str):
                 yield name, _first_text(row)
@@ -215,20 +225,25 @@ def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tu
         DatasetError: If the table has no file name column or no caption column.
     """
     columns = column_names(table)
-    # reversed: if columns differ only in case, the first one is used
-    by_lower_name = {name.lower(): name for name in reversed(columns)}
-    name_column = next((by_lower_name[name] for name in ALL_PATH_COLUMNS if name in by_lower_name), None)
-    text_column = next((by_lower_name[name] for name in ALL_CAPTION_COLUMNS if name in by_lower_name), None)
-    if name_column is None or text_column is None:
+    name_column = _find_column(columns, ALL_PATH_COLUMNS)
+    caption_column = _find_column(columns, ALL_CAPTION_COLUMNS)
+    if name_column is None or caption_column is None:
         needs = "names of files (file_name)" if name_column is None else "captions (text)"
         raise DatasetError(f"{path} has no column of {needs}; it has {list_some(columns)}. {TABLE_KEY}")
-    for row in read_columns(table, {name_column, text_column}):
+    for row in read_columns(table, {name_column, caption_column}):
         if row.fault is not None:  # such a row has no values, so nothing is yielded for it
             hint = "Put a caption that has commas in quotes"
             remarks.append(warning(f"{path.name}, line {row.number}: left out, {row.fault}. {hint}"))
         name = row.values.get(name_column)
         if isinstance(name, str) and name.strip():
-            yield name.strip(), row.values.get(text_column)
+            yield name.strip(), row.values.get(caption_column)
+
+
+def _find_column(columns: Sequence[str], known_names: Iterable[str]) -> str | None:
+    """Return the table's column with the first known name that it has, in any case; None if it has none."""
+    # reversed: if columns differ only in case, the first one is used
+    by_lower_name = {name.lower(): name for name in reversed(columns)}
+    return next((by_lower_name[name] for name in known_names if name in by_lower_name), None)
 
 
 @contextlib.contextmanager

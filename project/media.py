@@ -123,71 +123,90 @@ class SuggestedModels(NamedTuple):
     silent_task: str = ""  # of the same family, for clips without audio
 
 
-def collect_content(
-    folder: Path,
-    model_info: "ModelInfo",
-    model_name: str,
-    *,
-    kind: RunKind,
-    control_kind: RunKind | None,
-    suggested_models: SuggestedModels,
-) -> FolderContent:
+class PlannedTraining(NamedTuple):
+    """The model and kind of run for which `new` collects the media of a folder."""
+
+    model_info: "ModelInfo"
+    model_name: str  # for messages
+    kind: RunKind
+    control_kind: RunKind | None  # kind of run that trains on control images; None if the model has none
+    suggested_models: SuggestedModels  # for messages about media that this model cannot use
+
+
+def collect_content(folder: Path, training: PlannedTraining) -> FolderContent:
     """Collect what `new` trains on: the media of a folder, with references or control images.
 
     1. Sort the subfolders by their use, and collect the media of the training folders.
     2. Select references or control images for them, or report those that this run does not use.
     3. Raise an error if the training run needs something that is missing.
 
-    Args:
-        folder: The dataset folder.
-        model_info: Facts about the model, from its family.
-        model_name: Name of the model, for messages.
-        kind: Kind of run.
-        control_kind: Kind of run that trains on control images; None if the model has none.
-        suggested_models: Models for messages about media that this model cannot use.
-
     Raises:
         DatasetError: If the folder has no media, or lacks references, control images or audio that the
             training run needs.
     """
+    model_info = training.model_info
     content = FolderContent()
     content.mask_folders = read_mask_folders(folder)
     folders_by_use = _sort_folders(folder, content)
     content.caption_suffix = _find_caption_suffix(folders_by_use.training_folders)
     for subfolder, reason in folders_by_use.regularization_reasons.items():
-        _add_regularization(subfolder, reason, content=content, model_info=model_info, kind=kind)
+        _add_regularization(subfolder, reason, content=content, model_info=model_info, kind=training.kind)
     content.report_lines += _describe_names(folders_by_use.training_folders, content.parsed_folder_names)
     audio_files = _collect_media(folder, folders_by_use, content, model_info)
-    if kind.uses_control_images:
-        _leave_out_clips(content, kind)
+    if training.kind.uses_control_images:
+        _leave_out_clips(content, training.kind)
     elif not model_info.trains_on_clips:
-        _replace_clips_by_first_frames(folder, content, model_name)
-    if model_info.max_references:
-        _select_reference_folders(folder, folders_by_use, content)
-    elif kind.uses_control_images:
-        _select_control_folders(folder, folders_by_use, content, kind)
-    else:
-        line_by_folder = _describe_control_pairs(
-            folder, folders_by_use, media=content.media, kind=kind, control_kind=control_kind
-        )
-        content.report_lines += line_by_folder.values()
-        content.report_lines += _describe_unused_reference_folders(
-            folders_by_use, model_name, suggested_models, described=line_by_folder
-        )
-    _require_media(folder, content, suggested_models, has_audio_files=bool(audio_files))
-    if model_info.needs_reference and not content.reference_folders:
-        layout = _describe_reference_layout(folder, model_name, content.media)
-        raise DatasetError(layout + _indent_lines(content.report_lines))
-    if kind.uses_control_images and not content.control_folders:
-        raise _make_control_error(folder, content, kind)
-    # audio files next to the clips can be added to them by `audio_directory` in dataset.toml
-    has_audio = bool(audio_files) or any(map(_has_audio, content.media))
-    if model_info.trains_on_audio and not model_info.reads_separate_audio and not has_audio:
-        raise _make_audio_error(folder, content, model_name, suggested_models)
+        _replace_clips_by_first_frames(folder, content, training.model_name)
+    _select_source_images(folder, folders_by_use, content, training)
+    _require_media(folder, content, training.suggested_models, has_audio_files=bool(audio_files))
+    _require_source_images(folder, content, training)
+    _require_audio(folder, content, training, has_audio_files=bool(audio_files))
     if model_info.max_references:
         content.report_lines += _describe_images_named_as_references(content.media)
     content.report_lines += _describe_unsuitable_media(content, model_info)
     return content
+
+
+def _select_source_images(
+    folder: Path, folders_by_use: SortedFolders, content: FolderContent, training: PlannedTraining
+) -> None:
+    """Select the references or control images of the media, or report folders that this run cannot use."""
+    if training.model_info.max_references:
+        _select_reference_folders(folder, folders_by_use, content)
+    elif training.kind.uses_control_images:
+        _select_control_folders(folder, folders_by_use, content, training.kind)
+    else:
+        line_by_folder = _describe_control_pairs(
+            folder,
+            folders_by_use,
+            media=content.media,
+            kind=training.kind,
+            control_kind=training.control_kind,
+        )
+        content.report_lines += line_by_folder.values()
+        content.report_lines += _describe_unused_reference_folders(
+            folders_by_use, training.model_name, training.suggested_models, described=line_by_folder
+        )
+
+
+def _require_source_images(folder: Path, content: FolderContent, training: PlannedTraining) -> None:
+    """Raise DatasetError if the training run needs references or control images, and there are none."""
+    if training.model_info.needs_reference and not content.reference_folders:
+        layout = _describe_reference_layout(folder, training.model_name, content.media)
+        raise DatasetError(layout + _indent_lines(content.report_lines))
+    if training.kind.uses_control_images and not content.control_folders:
+        raise _make_control_error(folder, content, training.kind)
+
+
+def _require_audio(
+    folder: Path, content: FolderContent, training: PlannedTraining, has_audio_files: bool
+) -> None:
+    """Raise DatasetError if the model learns the audio of clips, and the folder has none."""
+    if not training.model_info.trains_on_audio or training.model_info.reads_separate_audio:
+        return
+    # audio files next to the clips can be added to them by `audio_directory` in dataset.toml
+    if not has_audio_files and not any(map(_has_audio, content.media)):
+        raise _make_audio_error(folder, content, training.model_name, training.suggested_models)
 
 
 def _require_media(
@@ -429,8 +448,8 @@ def _add_regularization(
     if not images:
         return
     remedy = "To train on them like on other images, rename the folder"
-    class_name = content.parsed_folder_names.get(subfolder)
     uncaptioned = [path for path in images if not caption_path(path, content.caption_suffix).exists()]
+    folder_name = content.parsed_folder_names.get(subfolder)
     error = ""
     if kind.uses_control_images or kind.trains_embedding:
         error = f"left out, as {reason}, and {kind.title} does not use such images. {remedy}"
@@ -439,7 +458,7 @@ def _add_regularization(
             f"left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
             f"supports them (docs/image_datasets.md). {remedy}"
         )
-    elif uncaptioned and class_name is None:
+    elif uncaptioned and folder_name is None:
         error = (
             f"left out: {name_some(uncaptioned)}: regularization pictures without a caption, in "
             "a folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
@@ -448,11 +467,11 @@ def _add_regularization(
         content.report_lines.append(warning(f"{subfolder}: {error}"))
         return
     content.regularization_folders.append(subfolder)
+    usage = "(is_reg)"
+    if uncaptioned and folder_name is not None:
+        usage += f", `{folder_name.class_tokens}` for those without a caption"
     count = format_count(len(images), "regularization picture")
-    default_caption = ""
-    if uncaptioned and class_name is not None:
-        default_caption = f", `{class_name.class_tokens}` for those without a caption"
-    content.report_lines.append(f"{subfolder}: {count} (is_reg){default_caption}, as {reason}. {remedy}")
+    content.report_lines.append(f"{subfolder}: {count} {usage}, as {reason}. {remedy}")
 
 
 def _leads_back(link: Path, folder: Path) -> bool:
@@ -616,31 +635,40 @@ def _add_media_of_folder(
     except OSError as error:
         content.report_lines.append(warning(f"{subfolder}: left out, it cannot be listed ({error.strerror})"))
         return []
-    suffixes = _media_suffixes()
-    media: list[Path] = []
-    labels: list[Path] = []
-    other_files: dict[str, list[Path]] = {}  # by suffix
-    for path in paths:
-        if not _is_user_file(path):
-            continue
-        suffix = path.suffix.lower()
-        if suffix in suffixes and label_of(path.stem) is not None:
-            labels.append(path)
-        elif suffix in suffixes:
-            media.append(path)
-        else:
-            other_files.setdefault(suffix, []).append(path)
-    if model_info.trains_on_layers:
-        media = _select_layered_images(media, content)
+    files = _sort_files(paths)
+    media = _select_layered_images(files.media, content) if model_info.trains_on_layers else files.media
     _add_media(media, content, model_info)
-    content.report_lines += _describe_labels(folder, subfolder, labels, content)
-    audio_files = [path for suffix in AUDIO_SUFFIXES for path in other_files.get(suffix, [])]
+    content.report_lines += _describe_labels(folder, subfolder, files.labeled_media, content)
+    audio_files = [path for suffix in AUDIO_SUFFIXES for path in files.others_by_suffix.get(suffix, [])]
     # also folders and hidden files with a media suffix, so that their captions are not reported as unused
-    possible_caption_owners = [path for path in paths if path.suffix.lower() in suffixes]
+    possible_caption_owners = [path for path in paths if path.suffix.lower() in _media_suffixes()]
     content.report_lines += _describe_other_files(
-        other_files, [*possible_caption_owners, *audio_files], content
+        files.others_by_suffix, [*possible_caption_owners, *audio_files], content
     )
     return sorted(audio_files)
+
+
+class SortedFiles(NamedTuple):
+    """Files of a folder, grouped by use."""
+
+    media: list[Path]  # clips and images to train on
+    labeled_media: list[Path]  # clips and images with a label in their names, such as masks
+    others_by_suffix: dict[str, list[Path]]
+
+
+def _sort_files(paths: Sequence[Path]) -> SortedFiles:
+    """Sort the visible files of a folder by their use; other paths are omitted."""
+    suffixes = _media_suffixes()
+    files = SortedFiles(media=[], labeled_media=[], others_by_suffix={})
+    for path in filter(_is_user_file, paths):
+        suffix = path.suffix.lower()
+        if suffix not in suffixes:
+            files.others_by_suffix.setdefault(suffix, []).append(path)
+        elif label_of(path.stem) is not None:
+            files.labeled_media.append(path)
+        else:
+            files.media.append(path)
+    return files
 
 
 def read_mask_folders(folder: Path) -> dict[Path, Path]:
@@ -763,22 +791,20 @@ def _describe_other_files(
 
     `other_files` are all files except media, by suffix. `media` are the files that captions may belong to.
     """
-    owned_captions = {caption_path(path, content.caption_suffix) for path in media}
+    captions_of_media = {caption_path(path, content.caption_suffix) for path in media}
     stems = {path.stem for path in media}
     used_files = {*content.listed_captions.list_paths, *media}  # lists of captions are read, too
     lines = []
     for suffix, paths in other_files.items():
-        if suffix == content.caption_suffix.lower():
-            unowned = [path for path in paths if path not in owned_captions]
-            if unowned:
-                owners = CaptionOwners(path.name for path in media)
-                text = _describe_captions_without_media(unowned, content.caption_suffix, owners)
-                lines.append(warning(text))
-        else:
-            unread = [path for path in paths if path not in used_files]
-            if unread:
-                reason = _explain_unread_files(unread, stems, content.caption_suffix)
-                lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
+        are_captions = suffix == content.caption_suffix.lower()
+        unused = [path for path in paths if path not in (captions_of_media if are_captions else used_files)]
+        if unused and are_captions:
+            owners = CaptionOwners(path.name for path in media)
+            text = _describe_captions_without_media(unused, content.caption_suffix, owners)
+            lines.append(warning(text))
+        elif unused:
+            reason = _explain_unread_files(unused, stems, content.caption_suffix)
+            lines.append(warning(f"{name_some(unused)}: left out, {reason}"))
     return lines
 
 
@@ -825,14 +851,21 @@ def _add_audio_files(content: FolderContent, audio_files: Sequence[Path], model_
     encodings: list[str] = []
     for path in remaining:
         try:
-            if track_info(path) is None:
-                raise MediaError(f"{path} has no sound")
-            caption = _find_caption(path, content, encodings)
-            # audio has no width and height
-            content.media.append(Media(path, "audio", (0, 0), seconds=None, caption=caption))
+            content.media.append(_read_audio(path, content, encodings))
         except MediaError as error:
             _record_unreadable(path, error, content)
     _warn_of_encodings(encodings, content)
+
+
+def _read_audio(path: Path, content: FolderContent, encodings: list[str]) -> Media:
+    """Return the caption of an audio file, which has no width and height.
+
+    Raises:
+        MediaError: If the file cannot be read, or has no audio.
+    """
+    if track_info(path) is None:
+        raise MediaError(f"{path} has no sound")
+    return Media(path, "audio", (0, 0), seconds=None, caption=_find_caption(path, content, encodings))
 
 
 def _read_media(path: Path, content: FolderContent, model_info: "ModelInfo", encodings: list[str]) -> Media:
@@ -851,28 +884,29 @@ def _read_media(path: Path, content: FolderContent, model_info: "ModelInfo", enc
 
 
 def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> str | None:
-    """Return a file's caption on one line, from its caption file or else from a list; None if it has none.
+    """Return a file's caption on one line; None if it has none.
 
-    `content` records captions of lists, which `new` writes into caption files, and captions that differ from
-    a list. If the caption file is not UTF-8, a line about it is appended to `encodings`.
+    The caption file has precedence over a list of captions. `content` records which captions `new` has to
+    copy from a list into a caption file, and which files have two different captions. If the caption file
+    is not UTF-8, a line about it is appended to `encodings`.
     """
     caption_file = caption_path(path, content.caption_suffix)
     try:
         caption = read_caption_file(caption_file)
-    except DatasetError:  # not a text; the check of the written files reports it
+    except DatasetError:  # it cannot be decoded; the check of the written files reports it
         content.undecodable_captions.add(path)
         return None
-    listed_text = content.listed_captions.by_path.get(path)
-    if caption is None:
-        if listed_text is None:
-            return None
-        content.new_captions[caption_file] = listed_text
-        return " ".join(listed_text.split())
-    if caption.encoding is not None:
-        encodings.append(describe_encoding(caption_file, caption.text, caption.encoding))
-    if listed_text is not None and listed_text != caption.text:
-        content.conflicting_captions.append(path)
-    return " ".join(caption.text.split())
+    listed_caption = content.listed_captions.by_path.get(path)
+    if caption is not None:
+        if caption.encoding is not None:
+            encodings.append(describe_encoding(caption_file, caption.text, caption.encoding))
+        if listed_caption is not None and listed_caption != caption.text:
+            content.conflicting_captions.append(path)
+        return " ".join(caption.text.split())
+    if listed_caption is None:
+        return None
+    content.new_captions[caption_file] = listed_caption
+    return " ".join(listed_caption.split())
 
 
 def _replace_clips_by_first_frames(folder: Path, content: FolderContent, model_name: str) -> None:

@@ -423,27 +423,26 @@ def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence
 def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet]) -> ModelSet:
     """Return the first model of the typed task; without a task, the family's only base model.
 
-    A base model is not distilled to few steps, has no training adapter, and does not edit an image.
-
     Raises:
         OptionError: If no task is typed, and there are several base models or none.
     """
     if typed_task is not None or len(candidates) == 1:
         return candidates[0]
-    base_models = []
-    for model in candidates:
-        if model.has_adapter or needs_image(model):
-            continue
-        transformer_paths = {
-            (component.option or "").lstrip("-"): str(component.path) for component in transformers_of(model)
-        }
-        is_distilled = read_model_info(model, transformer_paths).few_step_advice is not None
-        if not is_distilled:
-            base_models.append(model)
+    base_models = [model for model in candidates if _is_base_model(model)]
     if len(base_models) != 1:
         names = ", ".join(f"{model.task} ({model.about})" for model in candidates)
         raise OptionError(f"--task is missing: give one of {names}")
     return base_models[0]
+
+
+def _is_base_model(model: ModelSet) -> bool:
+    """Return whether a model is not distilled to few steps, has no training adapter, and edits no image."""
+    if model.has_adapter or needs_image(model):
+        return False
+    transformer_paths = {
+        (component.option or "").lstrip("-"): str(component.path) for component in transformers_of(model)
+    }
+    return read_model_info(model, transformer_paths).few_step_advice is None
 
 
 def _ask(question: str, read: Callable[[str], T], table: str) -> T:

@@ -51,19 +51,24 @@ def find_error_of_name(name: str, on_windows: bool) -> str:
     forbids are rejected, too.
     """
     parts = PurePosixPath(name).parts
-    # a name that pathlib would shorten, such as a//b or ./a, is not written by `pack`
-    if name != "/".join(parts) or name.startswith("/") or ".." in parts or not parts:
+    if _leads_outside(name):
         return "it leads out of the folder"
     if "\\" in name or escape_control_codes(name) != name or any(sign in name for sign in "\n\t\0"):
         return "it contains a backslash or control codes"
     if any(part.startswith(".") for part in parts):
         return "it is hidden"
     try:
-        size = len(name.encode("utf-8"))
+        num_bytes = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         return "it is not UTF-8"
-    if size > MAX_OF_NAME:
-        return f"it has {size} bytes, and {MAX_OF_NAME} are the most"
-    if on_windows:
-        return next(filter(None, map(find_error_on_windows, parts)), "")
-    return ""
+    if num_bytes > MAX_OF_NAME:
+        return f"it has {num_bytes} bytes, and {MAX_OF_NAME} are the most"
+    errors_on_windows = map(find_error_on_windows, parts if on_windows else ())
+    return next(filter(None, errors_on_windows), "")
+
+
+def _leads_outside(name: str) -> bool:
+    """Return whether a path may lead out of the folder, or is spelled as `pack` would not write it."""
+    parts = PurePosixPath(name).parts
+    is_shortened = name != "/".join(parts)  # by pathlib, such as a//b or ./a
+    return is_shortened or name.startswith("/") or ".." in parts or not parts

@@ -78,33 +78,55 @@ def pack_folder(options: PackOptions) -> None:
         OptionError: If the folder is not described, or if its files name paths outside of it.
         OutputError: If the file exists or cannot be written.
     """
-    folder = options.folder
-    output = options.output or real_path(folder).with_name(f"{real_path(folder).name}-pack.zip")
-    if real_path(output).is_relative_to(real_path(folder)):
-        raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
-    if output.exists() and not options.overwrite:
-        raise OutputError(f"{output} already exists. Give --overwrite, or another --output")
-    pack_source = read_pack_source(folder)  # what run.toml says: prompts, model files, what to leave out
-    content = _list_folder_members(pack_source)
-    members = content.members
+    output = _select_output(options)
+    pack_source = read_pack_source(options.folder)  # what run.toml says: prompts, model files, what to omit
+    folder_members = _list_folder_members(pack_source)
+    members = folder_members.members
     if options.with_state:
         members += _list_state_members(pack_source)
     members, secrets = _relocate_texts(pack_source, members)
     members.sort(key=lambda member: member.name)
-    _write_archive(output, real_path(folder).name, members)
+    _write_archive(output, real_path(options.folder).name, members)
 
     size = format_size(sum(member.size_bytes for member in members))
-    remarks = [f"{output}: {format_count(len(members), 'file')}, {size}"]
-    if content.skipped_paths:
-        remarks.append(f"left out, because they are hidden or not files: {list_some(content.skipped_paths)}")
-    if secrets:
-        remarks.append(f"left out of {RUN_FILE}, because they are secret: {list_some(secrets)}")
-    if pack_source.own_models:
-        names = list_some(pack_source.own_models)
-        remarks.append(f"Copy these models too, because the other machine cannot download them: {names}")
     program = "reelsmith" if PREFIX else "python reelsmith.py"
-    remarks.append(f"On the other machine: {program} unpack {shlex.quote(output.name)}")
+    remarks = [
+        f"{output}: {format_count(len(members), 'file')}, {size}",
+        *_describe_omissions(folder_members.skipped_paths, secrets, pack_source.own_models),
+        f"On the other machine: {program} unpack {shlex.quote(output.name)}",
+    ]
     print_lines(remarks)
+
+
+def _select_output(options: PackOptions) -> Path:
+    """Return the path of the archive: --output, or FOLDER-pack.zip next to the folder.
+
+    Raises:
+        OptionError: If it is in the folder to pack.
+        OutputError: If it exists, and --overwrite is not set.
+    """
+    folder = real_path(options.folder)
+    output = options.output or folder.with_name(f"{folder.name}-pack.zip")
+    if real_path(output).is_relative_to(folder):
+        raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
+    if output.exists() and not options.overwrite:
+        raise OutputError(f"{output} already exists. Give --overwrite, or another --output")
+    return output
+
+
+def _describe_omissions(
+    skipped_paths: Sequence[str], secrets: Sequence[str], own_models: Sequence[str]
+) -> list[str]:
+    """Return lines about the files, the options of run.toml and the models that the archive omits."""
+    lines = []
+    if skipped_paths:
+        lines.append(f"left out, because they are hidden or not files: {list_some(skipped_paths)}")
+    if secrets:
+        lines.append(f"left out of {RUN_FILE}, because they are secret: {list_some(secrets)}")
+    if own_models:
+        names = list_some(own_models)
+        lines.append(f"Copy these models too, because the other machine cannot download them: {names}")
+    return lines
 
 
 def read_pack_source(folder: Path) -> PackSource:
@@ -113,15 +135,57 @@ def read_pack_source(folder: Path) -> PackSource:
     Raises:
         OptionError: If the file is missing, or does not have the layout that `new` writes.
     """
+    run_file = _read_run_file(folder)
+    models, own_models = _map_model_paths(
+        folder,
+        files=[*run_file.model_files, *_list_model_paths(run_file.training)],
+        download_folder=_find_download_folder(run_file.commands),
+    )
+    model_paths = [expand_path(file, folder) for file in models]
+    excluded_paths = [folder / CHECK_PAGE, run_file.output, run_file.logs, *model_paths]
+    prompts_file = run_file.training.get("sample_prompts")
+    return PackSource(
+        folder=folder,
+        output=run_file.output,
+        name=run_file.name,
+        excluded_paths=frozenset(map(real_path, excluded_paths)),
+        machine_paths=MachinePaths(folder, models),
+        own_models=tuple(own_models),
+        prompts=expand_path(str(prompts_file), folder) if prompts_file else None,
+    )
+
+
+class RunFileContent(NamedTuple):
+    """What packing reads from a folder's run.toml."""
+
+    training: Mapping[str, Any]
+    model_files: list[str]
+    commands: list[list[str]]
+    output: Path  # folder of the trained files
+    logs: Path  # folder of the logs; the same as `output` if the file names none
+    name: str  # name of the LoRA
+
+
+def _read_run_file(folder: Path) -> RunFileContent:
+    """Read a folder's run.toml.
+
+    Raises:
+        OptionError: If the file is missing, or does not have the layout that `new` writes.
+    """
     path = folder / RUN_FILE
     try:
         tables = parse_toml(read_text(path))
         training: Mapping[str, Any] = tables["training"]
-        files = [str(file) for file in tables[PROJECT_TABLE]["files"]]
-        commands = [[str(word) for word in words] for words in tables[PROJECT_TABLE]["commands"]]
+        project = tables[PROJECT_TABLE]
         output = expand_path(str(training["output_dir"]), folder)
-        logs = expand_path(str(training["logging_dir"]), folder) if "logging_dir" in training else output
-        name = str(training["output_name"])
+        return RunFileContent(
+            training=training,
+            model_files=[str(file) for file in project["files"]],
+            commands=[[str(word) for word in words] for words in project["commands"]],
+            output=output,
+            logs=expand_path(str(training["logging_dir"]), folder) if "logging_dir" in training else output,
+            name=str(training["output_name"]),
+        )
     except FileNotFoundError:
         words = own_command("new", as_operand(folder))
         raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
@@ -130,20 +194,6 @@ def read_pack_source(folder: Path) -> PackSource:
         raise OptionError(
             f"{path} is not in the form that `new` writes ({reason}). Fix it, or run `new` again"
         ) from None
-    download_folder = _find_download_folder(commands)
-    models, own_models = _map_model_paths(folder, [*files, *_list_model_paths(training)], download_folder)
-    model_paths = [expand_path(file, folder) for file in models]
-    excluded_paths = [folder / CHECK_PAGE, output, logs, *model_paths]
-    prompts_file = training.get("sample_prompts")
-    return PackSource(
-        folder=folder,
-        output=output,
-        name=name,
-        excluded_paths=frozenset(map(real_path, excluded_paths)),
-        machine_paths=MachinePaths(folder, models),
-        own_models=tuple(own_models),
-        prompts=expand_path(str(prompts_file), folder) if prompts_file else None,
-    )
 
 
 def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
@@ -208,30 +258,38 @@ def _list_folder_members(pack_source: PackSource) -> FolderMembers:
     visited: set[Path] = set()
     for folder_text, folders, files in os.walk(pack_source.folder, followlinks=True):
         folder = Path(folder_text)
-        skipped_paths += [
-            str(folder / name) for name in [*folders, *files] if name.startswith(".") and name != NAME
-        ]
+        skipped_paths += [str(folder / name) for name in [*folders, *files] if _is_reported_as_hidden(name)]
         # os.walk visits only the folders that stay in this list
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # links may lead to a folder that was visited already
         if real_path(folder) in visited or real_path(folder) in pack_source.excluded_paths:
             folders.clear()
             continue
-        # links may lead to a folder that was visited already
         visited.add(real_path(folder))
-        for name in sorted(files):
-            path = folder / name
-            if name.startswith(".") or real_path(path) in pack_source.excluded_paths:
+        for path in [folder / name for name in sorted(files) if not name.startswith(".")]:
+            if real_path(path) in pack_source.excluded_paths:
                 continue
-            if not path.is_file():
+            if path.is_file():
+                members.append(_make_folder_member(pack_source.folder, path))
+            else:
                 skipped_paths.append(str(path))
-                continue
-            member = PackMember(path.relative_to(pack_source.folder).as_posix(), path)
-            reason = find_error_of_name(member.name, on_windows=False)
-            if reason or member.name == MANIFEST:
-                reason = reason or "`pack` uses that name itself"
-                raise OptionError(f"{path!r} cannot be packed: {reason}. Rename it")
-            members.append(member)
     return FolderMembers(members, skipped_paths)
+
+
+def _is_reported_as_hidden(name: str) -> bool:
+    # NAME is the file in which caching notes its commands, which the user does not know
+    return name.startswith(".") and name != NAME
+
+
+def _make_folder_member(pack_folder: Path, path: Path) -> PackMember:
+    """Return a file as it is packed. Raises OptionError if its name is not allowed on every system."""
+    member = PackMember(path.relative_to(pack_folder).as_posix(), path)
+    reason = find_error_of_name(member.name, on_windows=False)
+    if not reason and member.name == MANIFEST:
+        reason = "`pack` uses that name itself"
+    if reason:
+        raise OptionError(f"{path!r} cannot be packed: {reason}. Rename it")
+    return member
 
 
 def _list_state_members(pack_source: PackSource) -> list[PackMember]:

@@ -22,6 +22,11 @@ _PARENT_FOLDER = re.compile(r"\.\.([\\/]|$)")
 _WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+)""")
 
 
+def _is_of_other_system(absolute_path: str) -> bool:
+    """Return whether a path is absolute on another system only, such as one with a drive on Linux."""
+    return not absolute_path.startswith("~") and not Path(absolute_path).is_absolute()
+
+
 @dataclass(frozen=True)
 class MachinePaths:
     """Finds and replaces paths of this machine in a folder's text files."""
@@ -41,21 +46,24 @@ class MachinePaths:
         is_absolute = _ABSOLUTE_PATH.match(text) is not None
         if not is_absolute and ".." not in text:
             return text  # a relative path that cannot leave the folder, or no path at all
-        is_of_other_system = is_absolute and not text.startswith("~") and not Path(text).is_absolute()
-        if is_of_other_system:
+        if is_absolute and _is_of_other_system(text):
             return None
         try:
-            path = Path(os.path.normpath(expand_path(text, self.folder)))
+            inner_path = self._find_inside(Path(os.path.normpath(expand_path(text, self.folder))))
         except ValueError:
             return None if is_absolute else text
+        if inner_path is not None:
+            return inner_path
+        leads_outside = is_absolute or _PARENT_FOLDER.match(text) is not None
+        return None if leads_outside else text  # a string with two dots may be no path
+
+    def _find_inside(self, path: Path) -> str | None:
+        """Return an absolute path as one relative to the folder; None if it is outside of it."""
         # the folder may be named by a link or by its real path
         for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
             if path.is_relative_to(folder):
                 return path.relative_to(folder).as_posix()
-        leads_to_parent = _PARENT_FOLDER.match(text) is not None
-        if is_absolute or leads_to_parent:
-            return None
-        return text  # a string with two dots that is not a path
+        return None
 
     @functools.cached_property
     def folder_pattern(self) -> re.Pattern[str]:

@@ -138,15 +138,26 @@ def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: E
     # an interrupted run has saved its state: continue from the latest one
     if _has_saved_state(project):
         project = _extend_training(project, ["--resume", "latest"])
-    needs_download = bool(project.missing_model_files)
-    if needs_download and not (options.download or options.dry_run):
-        raise OptionError(_explain_missing(project, options.models))
+    commands = project.commands
+    if project.missing_model_files:
+        if not (options.download or options.dry_run):
+            raise OptionError(_explain_missing(project, options.models))
+        commands = [project.download_command, *commands]
     print_lines([f"In the folder {project.folder}:"])
-    commands = [project.download_command, *project.commands] if needs_download else project.commands
     if options.dry_run:
         for argv in commands:
             _print_command(argv, project.folder)
-        return
+    else:
+        _run_commands(commands, options, project, trace, end)
+
+
+def _run_commands(
+    commands: Sequence[list[str]], options: RunOptions, project: Project, trace: RunTrace, end: EndCommand
+) -> None:
+    """Run commands until one fails, with a record of their progress, and print where the result is.
+
+    `end` runs the user's command at the end of the run.
+    """
     # the command to repeat this run; the first two words are `run` and the folder as typed
     repeat_argv = ["run", str(project.folder), *options.as_arguments[2:]]
     end.arm(
@@ -246,26 +257,34 @@ def check_project(project: Project) -> None:
         )
     else:
         _check_training(project)
-    has_errors = False
-    unreadable_files: list[str] = []
-    for argv in project.commands:
-        if "--check" not in argv:
-            continue
-        _print_command(argv, project.folder)
-        if _is_check_of_media(argv):
-            outcome = _check_media(argv, project.folder, project.validation_split)
-            if outcome.fatal_error_kinds:
-                _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
-            has_errors |= bool(outcome.fatal_error_kinds)
-            unreadable_files += outcome.unreadable_files
-        else:
-            has_errors |= bool(run_command(argv, project.folder))
-    if has_errors:
+    checks = [_run_check(argv, project) for argv in project.commands if "--check" in argv]
+    if any(check.has_errors for check in checks):
         raise SystemExit(1)
     # `run` skips checks that have passed in full for unchanged files
-    if not unreadable_files and not project.missing_model_files:
+    has_unreadable_files = any(check.has_unreadable_files for check in checks)
+    if not has_unreadable_files and not project.missing_model_files:
         remember_checked(project.folder, project.commands, project.model_files)
     print_lines(["", f"The run can begin: {own_command('run', as_operand(project.folder))}"])
+
+
+class CheckOutcome(NamedTuple):
+    """Whether a check has found errors that end the run, or files that the run leaves out."""
+
+    has_errors: bool
+    has_unreadable_files: bool = False
+
+
+def _run_check(argv: Sequence[str], project: Project) -> CheckOutcome:
+    """Run a command that only checks the dataset, and print how to fix the errors that it finds in media."""
+    _print_command(argv, project.folder)
+    if not _is_check_of_media(argv):
+        return CheckOutcome(has_errors=bool(run_command(argv, project.folder)))
+    outcome = _check_media(argv, project.folder, project.validation_split)
+    if outcome.fatal_error_kinds:
+        _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
+    return CheckOutcome(
+        has_errors=bool(outcome.fatal_error_kinds), has_unreadable_files=bool(outcome.unreadable_files)
+    )
 
 
 def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:

@@ -186,21 +186,32 @@ def _write_folder(
     cleanup = _without_new_parents(folder)
     with cleanup, atomic_folder(folder) as temporary, Bar(total, "unpacking", BYTES) as bar:
         for entry in members:
-            path = temporary / entry.filename
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(entry) as source, path.open("xb") as target:
-                while piece := source.read(PIECE_BYTES):
-                    target.write(piece)
-                    bar.update(len(piece))
+            _extract_member(archive, entry, temporary, bar)
         run_file = temporary / RUN_FILE
         # its model paths become those of this machine's model folder
         text = _replace_model_folder(read_text(run_file, MAX_OF_RUN_FILE), real_path(options.models))
         run_file.write_text(text, encoding="utf-8", newline="\n")
-        for entry in members:
-            nanoseconds = modification_times.get(entry.filename)
-            # run.toml was changed just now, so its old time would be wrong
-            if isinstance(nanoseconds, int) and 0 < nanoseconds < LATEST_NS and entry.filename != RUN_FILE:
-                os.utime(temporary / entry.filename, ns=(nanoseconds, nanoseconds))
+        # run.toml was changed just now, so its old time would be wrong
+        unchanged_names = [entry.filename for entry in members if entry.filename != RUN_FILE]
+        _restore_times(temporary, unchanged_names, modification_times)
+
+
+def _extract_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, bar: Bar) -> None:
+    """Write a member of an archive into a folder, in pieces that move the progress bar."""
+    path = folder / entry.filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(entry) as source, path.open("xb") as target:
+        while piece := source.read(PIECE_BYTES):
+            target.write(piece)
+            bar.update(len(piece))
+
+
+def _restore_times(folder: Path, names: Sequence[str], modification_times: Mapping[str, Any]) -> None:
+    """Set the modification times of files; times that a file cannot have are ignored."""
+    for name in names:
+        nanoseconds = modification_times.get(name)
+        if isinstance(nanoseconds, int) and 0 < nanoseconds < LATEST_NS:
+            os.utime(folder / name, ns=(nanoseconds, nanoseconds))
 
 
 @contextlib.contextmanager

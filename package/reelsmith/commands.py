@@ -176,25 +176,30 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     finds none, or no command begins with it, a synonym of the first word is suggested first.
     """
     typed_words = " ".join(word for word in words[:3] if not word.startswith("-"))
-    names_by_ending = {}  # commands whose first word is right, such as `train`, by their other words
-    for command in commands:
-        if command.words[0] == words[0]:
-            names_by_ending[" ".join(command.words[1:])] = command.name
+    names_by_ending = _index_by_ending(commands, words[0])
     suggestions = _list_matching(commands, typed_words, Path(words[0]).name.removesuffix(".py"))
     if not suggestions and names_by_ending:  # only the words after the first one are wrong
         suggestions = _list_similar_endings(typed_words.partition(" ")[2], names_by_ending)
     elif not suggestions:
         suggestions = _list_similar(commands, typed_words, words[0])
+    shown_suggestions = suggestions
     synonym = _SYNONYMS.get(words[0].lower())
-    hint = ""
     # a synonym is a better hint than similar words, unless a command begins with the first word
     if synonym is not None and not (names_by_ending and suggestions):
-        hint = f" Did you mean {PROGRAM} {synonym}?"
-    elif suggestions:
-        hint = f" Did you mean {PROGRAM} {' or '.join(suggestions)}?"
+        shown_suggestions = [synonym]
+    message = f"{typed_words or words[0]!r} is not a command."
+    if shown_suggestions:
+        message += f" Did you mean {PROGRAM} {' or '.join(shown_suggestions)}?"
     if names_by_ending and not suggestions:
-        hint += f" There are {', '.join(names_by_ending.values())}."
-    return f"{typed_words or words[0]!r} is not a command.{hint}"
+        message += f" There are {', '.join(names_by_ending.values())}."
+    return message
+
+
+def _index_by_ending(commands: Sequence[ScriptCommand], first_word: str) -> dict[str, str]:
+    """Return the names of the commands that begin with a word, such as `train`, by their other words."""
+    return {
+        " ".join(command.words[1:]): command.name for command in commands if command.words[0] == first_word
+    }
 
 
 def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -> list[str]:

@@ -35,29 +35,34 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     Raises:
         UnsupportedRun: If `new` cannot set up this kind of training.
     """
-
-    def has_settings(name: str) -> bool:
-        """Return whether any key of the first process begins with this name."""
-        return any(key.startswith(f"{_FIRST_PROCESS}.{name}") for key in values)
-
     job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST_PROCESS}.type", ""))
     if job in {"extract", "generate", "mod"}:
         raise UnsupportedRun(f"job = {job} trains nothing")
-    if "slider" in kind.lower() or has_settings("slider"):
+    if "slider" in kind.lower() or _has_settings(values, "slider"):
         raise UnsupportedRun(f"type = {kind}: a slider is trained, and `new` does not set one up. {_SLIDER}")
     adapter = values.get(f"{_FIRST_PROCESS}.adapter.type")
     if adapter is not None:
-        if str(adapter).lower().replace("_", "") == "controlnet":
-            return ForeignRun("controlnet", f"adapter.type = {adapter}")
-        raise UnsupportedRun(f"adapter.type = {adapter}: this kind of adapter cannot be trained here")
-    if kind.lower() in _EMBEDDING_TYPES or has_settings("embedding."):
+        return _find_adapter_run(str(adapter))
+    if kind.lower() in _EMBEDDING_TYPES or _has_settings(values, "embedding."):
         return ForeignRun("embedding", f"type = {kind}, with embedding")
     if kind not in _TRAINER_TYPES:
         raise UnsupportedRun(f"type = {kind}: `new` sets up no such training")
-    if has_settings("network."):
+    if _has_settings(values, "network."):
         return ForeignRun("lora", "network")
     return ForeignRun("whole", "a job without network")
+
+
+def _has_settings(values: Mapping[str, Any], name: str) -> bool:
+    """Return whether any key of the job's first process begins with this name."""
+    return any(key.startswith(f"{_FIRST_PROCESS}.{name}") for key in values)
+
+
+def _find_adapter_run(adapter: str) -> ForeignRun:
+    """Return the run that trains an adapter of this type: a ControlNet. Raises UnsupportedRun for others."""
+    if adapter.lower().replace("_", "") != "controlnet":
+        raise UnsupportedRun(f"adapter.type = {adapter}: this kind of adapter cannot be trained here")
+    return ForeignRun("controlnet", f"adapter.type = {adapter}")
 
 
 def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:

@@ -65,30 +65,40 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     Raises:
         UnsupportedRun: If `new` cannot set up this kind of run.
     """
-    slider_key = next((key for key in _LECO_SLIDER_KEYS if key in values), None)
-    if slider_key is not None:
-        raise UnsupportedRun(
-            f"{slider_key} belongs to LECO, a slider, which `new` does not set up. "
-            "--slider of a training script learns from two prompts, without files: docs/targets.md"
-        )
+    _reject_slider(values)
     if _is_lllite(values):
         return ForeignRun("lllite", "lllite_cond_dim")
     network_type = values.get("LoRA_type")
     if not is_off(network_type):
-        if "fine" in str(network_type).lower():
-            raise UnsupportedRun(
-                f"LoRA_type = {network_type} trains differences of whole layers, which no network here does; "
-                "--train whole trains the model itself"
-            )
-        return ForeignRun("lora", f"LoRA_type = {network_type}")
-    for key in _EMBEDDING_KEYS:
-        if not is_off(values.get(key)):
-            return ForeignRun("embedding", f"{key} = {values[key]}")
+        return _find_run_of_network(str(network_type))
+    embedding_keys = [key for key in _EMBEDDING_KEYS if not is_off(values.get(key))]
+    if embedding_keys:
+        return ForeignRun("embedding", f"{embedding_keys[0]} = {values[embedding_keys[0]]}")
     if not is_off(values.get("network_dim")):
         return ForeignRun("lora", "network_dim")
     fine_tuning_key = next((key for key in _FINE_TUNING_KEYS if key in values), None)
     method = "DreamBooth" if fine_tuning_key is None else f"fine-tuning, by {fine_tuning_key}"
     return ForeignRun("whole", f"no LoRA_type ({method})")
+
+
+def _reject_slider(values: Mapping[str, Any]) -> None:
+    """Raise UnsupportedRun if a key of LECO, which trains sliders, is in the file."""
+    for key in _LECO_SLIDER_KEYS:
+        if key in values:
+            raise UnsupportedRun(
+                f"{key} belongs to LECO, a slider, which `new` does not set up. "
+                "--slider of a training script learns from two prompts, without files: docs/targets.md"
+            )
+
+
+def _find_run_of_network(network_type: str) -> ForeignRun:
+    """Return a LoRA run. Raises UnsupportedRun for a type that trains whole layers ("fine")."""
+    if "fine" in network_type.lower():
+        raise UnsupportedRun(
+            f"LoRA_type = {network_type} trains differences of whole layers, which no network here does; "
+            "--train whole trains the model itself"
+        )
+    return ForeignRun("lora", f"LoRA_type = {network_type}")
 
 
 _ONE_ENCODER_RATE_KEYS = ("learning_rate_te",)

@@ -60,29 +60,44 @@ def resolve_trained_networks(
 
     Settings that this kind of run, the model or the script does not support are reported.
     """
-    networks = project.trained_networks
-    # an embedding or a control network is trained, and no network of the model itself
     if kind.trains_embedding or kind.uses_control_images:
-        if networks.file_keys:
-            project.report_omitted_key(_join_network_keys(project), f"only {kind.title} is trained")
+        _report_networks_not_trained(project, kind)
         return
-    can_train_text_encoders = _can_train_text_encoders(model, kind, script)
-    if not networks.trains_text_encoders:  # as by default
-        project.adopted_keys += map(show, networks.file_keys)
-    elif not can_train_text_encoders:
-        keys = _join_network_keys(project) or "text encoders"
-        project.omission_lines.append(
-            f"{keys}: the project trains a text encoder, which is not possible here: {kind.title} of "
-            f"{model.title} does not change text encoders"
-        )
+    networks = project.trained_networks
+    trains_text_encoders = networks.trains_text_encoders and _can_train_text_encoders(model, kind, script)
+    _report_text_encoders(project, model, kind, trains_text_encoders)
     if networks.dit_rate is not None and (kind is LORA or networks.trains_text_encoders):
         _use_dit_rate(project, networks.dit_rate)
-    if networks.trains_text_encoders and can_train_text_encoders:
-        rates = _select_text_encoder_rates(project)
-        if kind is LORA:
-            _train_text_encoders_of_lora(project, rates)
-        else:
-            _train_text_encoders_of_model(project, script, rates)
+    if not trains_text_encoders:
+        return
+    rates = _select_text_encoder_rates(project)
+    if kind is LORA:
+        _train_text_encoders_of_lora(project, rates)
+    else:
+        _train_text_encoders_of_model(project, script, rates)
+
+
+def _report_networks_not_trained(project: ForeignProject, kind: RunKind) -> None:
+    """Report the keys of networks for a run that trains an embedding or a control network instead."""
+    if project.trained_networks.file_keys:
+        project.report_omitted_key(_join_network_keys(project), f"only {kind.title} is trained")
+
+
+def _report_text_encoders(
+    project: ForeignProject, model: ModelSet, kind: RunKind, trains_text_encoders: bool
+) -> None:
+    """Report what becomes of the project's text encoders if this run does not train them."""
+    if trains_text_encoders:  # reported where their options are set
+        return
+    networks = project.trained_networks
+    if not networks.trains_text_encoders:  # as by default
+        project.adopted_keys += map(show, networks.file_keys)
+        return
+    keys = _join_network_keys(project) or "text encoders"
+    project.omission_lines.append(
+        f"{keys}: the project trains a text encoder, which is not possible here: {kind.title} of "
+        f"{model.title} does not change text encoders"
+    )
 
 
 def _can_train_text_encoders(model: ModelSet, kind: RunKind, script: ScriptOptions) -> bool:

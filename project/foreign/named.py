@@ -34,29 +34,39 @@ def adopt_by_name(
     for key, value in project.keys_without_rule.items():
         if value is None or value in ("", []):
             project.empty_keys.append(show(key))
-            continue
-        try:
-            if key in SUBSET_KEYS and key not in _TRAINING_AND_TABLE_KEYS:
-                _adopt_dataset_key(project, key, value)
-            elif key in script.accepted:
-                _adopt_option(
-                    project,
-                    script.accepted[key],
-                    key=key,
-                    value=value,
-                    is_set_by_new=key in options_set_by_new,
-                )
-            elif key in script.rejected:
-                _report_rejected(project, key, value, script.rejected[key])
-            else:
-                _report_unknown(project, key, value, our_names)
-        except InvalidValue as error:  # often without a text: then the key's type says what is allowed
-            allowed = SUBSET_KEYS[key].value_type.allowed
-            project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
-        except (ValueError, TypeError, OverflowError) as error:
-            project.report_omitted_value(key, value, str(error))
+        elif key in script.accepted or _is_dataset_key(key):
+            _adopt_or_report(project, script, key, value, is_set_by_new=key in options_set_by_new)
+        elif key in script.rejected:
+            _report_rejected(project, key, value, script.rejected[key])
+        else:
+            _report_unknown(project, key, value, our_names)
     project.keys_without_rule = {}
-    # now that the script is known, an unknown key may turn out to be similar to one of its options
+    _report_similar_names(project, our_names)
+
+
+def _is_dataset_key(key: str) -> bool:
+    """Return whether a key goes into dataset.toml, and not to the training options."""
+    return key in SUBSET_KEYS and key not in _TRAINING_AND_TABLE_KEYS
+
+
+def _adopt_or_report(
+    project: ForeignProject, script: ScriptOptions, key: str, value: Any, is_set_by_new: bool
+) -> None:
+    """Adopt a key of dataset.toml or a training option; report it as omitted if its value is not allowed."""
+    try:
+        if _is_dataset_key(key):
+            _adopt_dataset_key(project, key, value)
+        else:
+            _adopt_option(project, script.accepted[key], key, value, is_set_by_new)
+    except InvalidValue as error:  # often without a text: then the key's type says what is allowed
+        allowed = SUBSET_KEYS[key].value_type.allowed
+        project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
+    except (ValueError, TypeError, OverflowError) as error:
+        project.report_omitted_value(key, value, str(error))
+
+
+def _report_similar_names(project: ForeignProject, our_names: Collection[str]) -> None:
+    """Report unknown keys whose names are similar to one of ours, now that the script is known."""
     for key in list(project.unknown_keys):
         our_name = _find_our_name(key, our_names)
         if our_name is not None:

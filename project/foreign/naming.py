@@ -1,7 +1,7 @@
 """Find the model that another trainer's file names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from downloads.naming import name_unsupported, plain_name
@@ -18,7 +18,7 @@ _MODEL_VARIANT, _MODEL_FILE, _MODEL_KIND = range(3)
 class FileModel(NamedTuple):
     """The model that a key of another trainer's config file names."""
 
-    specificity: int  # _VARIANT, _FILE or _KIND
+    specificity: int  # _MODEL_VARIANT, _MODEL_FILE or _MODEL_KIND
     family: str
     task: str | None  # None: the key names only the family
 
@@ -37,29 +37,33 @@ def select_model_of_project(
         values: All keys of the file.
         model_rules: Rules of the keys that name a model.
     """
-    models: list[FileModel] = []
-    has_unknown_variant = False
-    for key, rule in model_rules.items():
-        file_model = _read_model_key(project, rule, key, values)
-        if file_model is not None:
-            models.append(file_model)
-        elif key in project.program.kind_key_of_variant:
-            has_unknown_variant = True
+    model_by_key = {key: _read_model_key(project, rule, key, values) for key, rule in model_rules.items()}
+    models = [model for model in model_by_key.values() if model is not None]
     if not models:
-        guessed = project.program.guess_model(values)
-        if guessed is not None:
-            models.append(FileModel(_MODEL_KIND, *guessed))
-            project.change_lines.append(
-                f"no key names another model: --family {guessed[0]} --task {guessed[1]}"
-            )
+        models = _guess_model(project, values)
+    unknown_keys = {key for key, model in model_by_key.items() if model is None}
     # the default task would be a wrong guess for a variant that is not known
-    if has_unknown_variant:
+    if unknown_keys & project.program.kind_key_of_variant.keys():
         models = [
             model._replace(task=None) if model.specificity == _MODEL_KIND else model for model in models
         ]
-    if not models:
-        return
-    # the most specific one: with a task first, then by the order _VARIANT, _FILE, _KIND
+    if models:
+        _use_most_specific(project, models)
+
+
+def _guess_model(project: ForeignProject, values: Mapping[str, Any]) -> list[FileModel]:
+    """Return the model that the other trainer's rules derive from other keys; [] if there is none."""
+    guessed = project.program.guess_model(values)
+    if guessed is None:
+        return []
+    family, task = guessed
+    project.change_lines.append(f"no key names another model: --family {family} --task {task}")
+    return [FileModel(_MODEL_KIND, family, task)]
+
+
+def _use_most_specific(project: ForeignProject, models: Sequence[FileModel]) -> None:
+    """Set the family and task of the model that is named most specifically as options of `new`."""
+    # one with a task first, then by the order _MODEL_VARIANT, _MODEL_FILE, _MODEL_KIND
     chosen = min(models, key=lambda model: (model.task is None, model.specificity))
     project.new_options["family"] = chosen.family
     if chosen.task is not None:
@@ -83,19 +87,22 @@ def _read_model_key(
         name = f"{key.split('.')[-1]}=True" if value is True else str(value)
         specificity = _MODEL_FILE if rule.target == contract.FILE else _MODEL_KIND
     named_model = _find_model_by_name(project.program, name)
-    if named_model is not None:
-        family, task = named_model
-        if key not in project.assumed_defaults:
-            project.report_change(key, value, f"--family {family} --task {task or '(asked for)'}")
-        return FileModel(specificity, family, task)
+    if named_model is None:
+        _report_unknown_model(project, rule, key, value)
+        return None
+    family, task = named_model
+    if key not in project.assumed_defaults:
+        project.report_change(key, value, f"--family {family} --task {task or '(asked for)'}")
+    return FileModel(specificity, family, task)
+
+
+def _report_unknown_model(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
+    """Report a key that names no known model, and note its value for the message if none is found at all."""
+    reason = "no model of this name is known. Give --family and --task"
     if rule.target == contract.FILE:
         reason = "a file or folder of your own is given as --model_file NAME=PATH"
-        project.unknown_models.setdefault(show(key), show(value))
-    else:
-        reason = "no model of this name is known. Give --family and --task"
-        project.unknown_models[show(key)] = show(value)
+    project.unknown_models[show(key)] = show(value)
     project.report_omitted_value(key, value, reason)
-    return None
 
 
 def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] | None:
@@ -103,6 +110,15 @@ def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] |
 
     The task is None if the trainer's name stands for all tasks of a family.
     """
+    by_name = _index_models_by_name(program)
+    file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
+    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)
+    without_format = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
+    return by_name.get(plain_name(name)) or by_name.get(plain_name(without_format))
+
+
+def _index_models_by_name(program: Program) -> dict[str, tuple[str, str | None]]:
+    """Return the (family, task) of each model, by our names for it and by those of the other trainer."""
     by_name: dict[str, tuple[str, str | None]] = {}
     for model in reversed(find_models()):  # the first model of a repository takes precedence
         family_and_task = (model.family, model.task)
@@ -112,11 +128,7 @@ def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] |
             if part.role in {"transformer", "checkpoint"} and part.path.suffix:
                 by_name[plain_name(part.path.stem)] = family_and_task
     # names that the other trainer gives to models replace ours
-    by_name |= {plain_name(theirs): model for theirs, model in program.model_by_name.items()}
-    file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
-    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)
-    without_format = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
-    return by_name.get(plain_name(name)) or by_name.get(plain_name(without_format))
+    return by_name | {plain_name(theirs): model for theirs, model in program.model_by_name.items()}
 
 
 def explain_model(project: ForeignProject, error: OptionError) -> OptionError:

@@ -36,24 +36,33 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     """Return which networks an OneTrainer file trains, and their learning rates."""
-    keys = [key for key in values if key.split(".")[0] in {*_TEXT_ENCODER_NAMES, *_DIT_NAMES}]
-    used_keys = [key for key in keys if key.endswith((".train", ".learning_rate", ".include"))]
+    file_keys = [
+        key
+        for key in values
+        if key.split(".")[0] in {*_TEXT_ENCODER_NAMES, *_DIT_NAMES}
+        and key.endswith((".train", ".learning_rate", ".include"))
+    ]
     # the transformer is called unet, prior or transformer, depending on the model
-    dit_rate_keys = [f"{name}.learning_rate" for name in _DIT_NAMES if f"{name}.learning_rate" in values]
-    dit_rate = read_rate(values[dit_rate_keys[0]]) if dit_rate_keys else None
-    trains_dit = not any(values.get(f"{name}.train") is False for name in _DIT_NAMES)
-    text_rates: list[float | None] = []
-    for name in _TEXT_ENCODER_NAMES:
-        # files of models with one text encoder call it text_encoder, and may have no key of it
-        is_in_file = name == "text_encoder" or any(key.startswith(f"{name}.") for key in keys)
-        if not is_in_file:
-            continue
-        if values.get(f"{name}.train", True) is False:
-            # 0: the encoder is not trained
-            text_rates.append(0)
-        else:
-            text_rates.append(read_rate(values.get(f"{name}.learning_rate")))
-    return TrainedNetworks(tuple(used_keys), trains_dit, dit_rate, tuple(text_rates))
+    dit_rates = [values[f"{name}.learning_rate"] for name in _DIT_NAMES if f"{name}.learning_rate" in values]
+    text_encoder_names = [name for name in _TEXT_ENCODER_NAMES if _has_text_encoder(values, name)]
+    return TrainedNetworks(
+        file_keys=tuple(file_keys),
+        trains_dit=not any(values.get(f"{name}.train") is False for name in _DIT_NAMES),
+        dit_rate=read_rate(dit_rates[0]) if dit_rates else None,
+        text_encoder_rates=tuple(_read_text_encoder_rate(values, name) for name in text_encoder_names),
+    )
+
+
+def _has_text_encoder(values: Mapping[str, Any], name: str) -> bool:
+    # files of models with one text encoder call it text_encoder, and may have no key of it
+    return name == "text_encoder" or any(key.startswith(f"{name}.") for key in values)
+
+
+def _read_text_encoder_rate(values: Mapping[str, Any], name: str) -> float | None:
+    """Return a text encoder's learning rate: 0 if it is not trained, None for the common rate."""
+    if values.get(f"{name}.train", True) is False:
+        return 0
+    return read_rate(values.get(f"{name}.learning_rate"))
 
 
 def _read_scheduler(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Match the datasets listed in another trainer's file with the described folders."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,21 @@ def _resolve_resolutions(project: ForeignProject) -> None:
     sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
     if not sized_datasets:
         return
+    _keep_largest_of_folders(project, sized_datasets)
+    # if all datasets have a size, the project's general one has no effect
+    if "resolution" in project.general_keys and len(sized_datasets) == len(project.datasets):
+        _omit_general_key(project, "resolution")
+    largest_size = max((dataset.table_keys["resolution"] for dataset in sized_datasets), key=_count_pixels)
+    general_size = project.general_keys.setdefault("resolution", largest_size)
+    for dataset in sized_datasets:
+        # reports name the first key that gave a size
+        project.source_keys.setdefault("resolution", dataset.source_keys["resolution"])
+        if dataset.table_keys["resolution"] == general_size:
+            dataset.table_keys.pop("resolution")
+
+
+def _keep_largest_of_folders(project: ForeignProject, sized_datasets: Sequence[ForeignDataset]) -> None:
+    """Give all datasets of a folder the largest of their sizes, and report the other sizes as omitted."""
     largest_by_folder: dict[Path | None, Size] = {}
     for dataset in sized_datasets:
         size: Size = dataset.table_keys["resolution"]
@@ -59,17 +74,6 @@ def _resolve_resolutions(project: ForeignProject) -> None:
             reason = "the folder has a larger size, too, which is used"
             _report_omitted_keys(project, dataset, ["resolution"], reason)
         dataset.table_keys["resolution"] = largest
-    # if all datasets have a size, the project's general one has no effect
-    if "resolution" in project.general_keys and len(sized_datasets) == len(project.datasets):
-        _omit_general_key(project, "resolution")
-    general_size = project.general_keys.setdefault(
-        "resolution", max(largest_by_folder.values(), key=_count_pixels)
-    )
-    for dataset in sized_datasets:
-        # reports name the first key that gave a size
-        project.source_keys.setdefault("resolution", dataset.source_keys["resolution"])
-        if dataset.table_keys["resolution"] == general_size:
-            dataset.table_keys.pop("resolution")
 
 
 def _count_pixels(size: Size) -> int:

@@ -92,32 +92,31 @@ def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: 
 
 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Convert the values of another trainer's file, or report why not; return the rules of the model keys.
-
-    Keys that are read elsewhere are skipped: those that name an additional file, and those that select the
-    networks to train.
-    """
-    program = project.program
-    ineffective_keys = program.find_ineffective_keys(values)
+    """Convert the values of another trainer's file, or report why not; return the rules of the model keys."""
+    ineffective_keys = project.program.find_ineffective_keys(values)
     model_rules: dict[str, KeyRule] = {}
     for key, value in values.items():
-        names_companion_file = key in program.companion_keys and isinstance(value, str)
-        if names_companion_file or key in project.trained_networks.file_keys:
+        if _is_read_elsewhere(project, key, value):
             continue
-        rule = find_rule(program, key)
+        rule = find_rule(project.program, key)
         if key in ineffective_keys:
             project.ineffective_keys.append(show(key))
         elif rule is None:
             _record_key_without_rule(project, key, value)
         elif is_empty(value):
             project.empty_keys.append(show(key))
-        elif rule.target == contract.OMITTED and key in project.assumed_defaults:
-            continue  # a default of the trainer is not reported as omitted
         elif rule.target in {contract.MODEL, contract.FILE}:
             model_rules[key] = rule
-        else:
+        # a default of the trainer is not reported as omitted
+        elif rule.target != contract.OMITTED or key not in project.assumed_defaults:
             convert_value(project, rule, key, value)
     return model_rules
+
+
+def _is_read_elsewhere(project: ForeignProject, key: str, value: Any) -> bool:
+    """Return whether a key names an additional file, or selects the networks to train."""
+    names_companion_file = key in project.program.companion_keys and isinstance(value, str)
+    return names_companion_file or key in project.trained_networks.file_keys
 
 
 def is_empty(value: Any) -> bool:
@@ -218,16 +217,26 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
         raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} levels deep, more than any project")
     if next(counter) > MAX_KEYS:
         raise ValueError(f"it has more than {MAX_KEYS} keys, more than any project")
+    inner_values = _iterate_inner_values(content, key)
+    if inner_values is None:
+        yield key, content
+        return
+    for inner_key, inner_content in inner_values:
+        yield from _flatten(inner_content, inner_key, depth + 1, counter)
+
+
+def _iterate_inner_values(content: Any, key: str) -> Iterator[tuple[str, Any]] | None:
+    """Yield the values inside a table or a list of tables, with their dotted keys; None for other values.
+
+    They are not collected in a list: a file may have any number of them, and `_flatten` stops at its limit.
+    """
     if isinstance(content, dict):
         separator = "" if not key or key.endswith(":") else "."
-        for name, value in content.items():
-            inner_name = str(name).removeprefix("--")  # some files have names as on a command line
-            yield from _flatten(value, f"{key}{separator}{inner_name}", depth + 1, counter)
-    elif isinstance(content, list) and any(isinstance(item, dict) for item in content):
-        for index, item in enumerate(content):
-            yield from _flatten(item, f"{key}[{index}]", depth + 1, counter)
-    else:
-        yield key, content
+        # some files have names as on a command line
+        return ((f"{key}{separator}{str(name).removeprefix('--')}", item) for name, item in content.items())
+    if isinstance(content, list) and any(isinstance(item, dict) for item in content):
+        return ((f"{key}[{index}]", item) for index, item in enumerate(content))
+    return None
 
 
 def _read_companion_file(project: ForeignProject, key: str, name: str) -> dict[str, Any]:

@@ -242,23 +242,20 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
     argv = BY_NAME[train].find_training_command(model)
     if not argv:
         raise ValueError(f"train = {train!r}: {family} {task} has no script for it")
-    table = find_table(find_script(argv[0]))
-    assert table is not None, argv[0]
-    actions = {action.dest: action for action in build_parser(table, argv[0])._actions}
-    allowed = list_allowed(argv[0])
+    recipe_options = _find_recipe_options(argv[0])
     modules = {*RANKED_NETWORKS, *_list_own_modules(model)}
     values = {}
     for name, value in training.items():
-        if name not in allowed or name not in actions or find_rejection(actions[name]):
-            known_options = sorted(allowed & actions.keys())
-            suggestion = did_you_mean(_show(name), known_options)
+        option = recipe_options.get(name)
+        if option is None or find_rejection(option):
+            suggestion = did_you_mean(_show(name), recipe_options)
             raise ValueError(
                 f"{_show(name)} cannot be set by a recipe.{suggestion} A recipe sets options that decide "
                 "what is learned: no paths or programs, and nothing about the graphics card, saving or "
                 "logging"
             )
-        values[name] = _read_value(actions[name], name, value, modules)
-        check_value(name, values[name], getattr(actions[name], "facts", {}))
+        values[name] = _read_value(option, name, value, modules)
+        check_value(name, values[name], getattr(option, "facts", {}))
     return values
 
 
@@ -286,6 +283,14 @@ def _list_own_modules(model: ModelSet) -> list[str]:
     return [after for word, after in zip(argv, argv[1:], strict=False) if word == "--network_module"]
 
 
+def _find_recipe_options(script: str) -> dict[str, argparse.Action]:
+    """Return the options that a recipe may set, by name, including those that this script rejects."""
+    table = find_table(find_script(script))
+    assert table is not None, script
+    actions = {action.dest: action for action in build_parser(table, script)._actions}
+    return {name: actions[name] for name in sorted(list_allowed(script) & actions.keys())}
+
+
 def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str]) -> Any:
     """Check one value of a recipe against its training option, and return it as run.toml stores it.
 
@@ -310,14 +315,18 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
     if getattr(action, "reach", "") or getattr(action, "is_secret", False):
         raise ValueError(f"{name} can only be set on the command line: it may affect more than the training")
     if action.nargs == 0:  # a flag, which has no value on a command line
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} = {_show(str(value))}: give true or false")
-        return value
+        return _read_switch(name, value)
     if action.choices is not None:
         return _choose(name, value, [str(choice) for choice in action.choices])
     if action.nargs is None:
         return _read_number(name, value, action.type)
     return [_read_number(name, item, action.type) for item in _as_list(value)]
+
+
+def _read_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} = {_show(str(value))}: give true or false")
+    return value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -75,15 +75,39 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         OptionError: If the run has not ended, or is of a kind that `new` does not set up.
         OutputError: If the file exists and may not be replaced.
     """
+    run_history, start = _read_finished_run(history)
+    recipe = _make_recipe(options, history, run_history, start)
+    path = options.to / f"{recipe.name}.toml"
+    if path.exists() and not options.overwrite:
+        raise OutputError(f"{path} already exists. Give another --name, or --overwrite")
+    options.to.mkdir(parents=True, exist_ok=True)
+    write_text(path, write_recipe(recipe))
+    read_recipe(path)  # verify that the written file can be read
+    operand = recipe.name if options.to == OWN else path.as_posix()
+    # without the first line, the title of the recipe
+    lines = [f"written: {path}", *describe_recipe(recipe)[1:]]
+    lines.append(f"{own_command('new', 'FOLDER', '--recipe', operand)} trains another folder with it")
+    print_lines(lines)
+
+
+def _read_finished_run(history: Path) -> tuple[RunHistory, Start]:
+    """Return a run's history and its start. Raises OptionError if the run has not ended well."""
     session = read_session(history)
     run_history = RunHistory() if session is None else read_history(history, session)
-    start = run_history.start
-    if start is None or run_history.ending is None or run_history.ending[1] != "good":
+    start, ending = run_history.start, run_history.ending
+    if start is None or ending is None or ending[1] != "good":
         raise OptionError(f"{history}: this run has not finished. A recipe is made of a finished one")
+    return run_history, start
+
+
+def _make_recipe(
+    options: RecipeOptions, history: Path, run_history: RunHistory, start: Start
+) -> TrainingRecipe:
+    """Return the recipe of a finished training run: its model, reusable options and figures."""
     changed_options = dict(start.changed)
     family, task, train = _find_trained_model(history, changed_options, start)
     name = options.name or history_name(history)
-    recipe = TrainingRecipe(
+    return TrainingRecipe(
         name=name,
         title=options.title or f"{family} {task}: {name}",
         family=family,
@@ -93,17 +117,6 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         training=_select_recipe_options(changed_options, family, task=task, train=train, start=start),
         figures=_list_figures(run_history, start),
     )
-    path = options.to / f"{name}.toml"
-    if path.exists() and not options.overwrite:
-        raise OutputError(f"{path} already exists. Give another --name, or --overwrite")
-    options.to.mkdir(parents=True, exist_ok=True)
-    write_text(path, write_recipe(recipe))
-    read_recipe(path)  # verify that the written file can be read
-    operand = name if options.to == OWN else path.as_posix()
-    # without the first line, the title of the recipe
-    lines = [f"written: {path}", *describe_recipe(recipe)[1:]]
-    lines.append(f"{own_command('new', 'FOLDER', '--recipe', operand)} trains another folder with it")
-    print_lines(lines)
 
 
 def write_recipe(recipe: TrainingRecipe) -> str:
@@ -137,18 +150,25 @@ def _find_trained_model(
         value_by_option = dict(itertools.pairwise(argv))  # each word with the one after it
         if "--family" in value_by_option and "--task" in value_by_option:
             return value_by_option["--family"], value_by_option["--task"], find_kind_of(commands).name
-    task_options = ("task", "model_version", "model_type")  # training scripts name the task by one of them
-    task = next((changed_options[name] for name in task_options if changed_options.get(name)), "")
-    models = [model for model in find_models() if model.family == start.model]
-    candidates = [model for model in models if model.task == task]
-    if not candidates and len(models) == 1:
-        candidates = models
-    if not candidates or "network_module" not in changed_options:
+    task = _find_lora_task(start.model, changed_options)
+    if task is None:
         raise OptionError(
             f"{history} does not say which model of `new` was trained. Recipes are made of runs of folders "
             "that `new` described, and of LoRAs of a model with a --task of its name"
         )
-    return start.model, candidates[0].task, "lora"
+    return start.model, task, "lora"
+
+
+def _find_lora_task(family: str, changed_options: Mapping[str, str]) -> str | None:
+    """Return the task of `new` whose LoRA a training script was run for; None if it is none or unknown."""
+    if "network_module" not in changed_options:
+        return None
+    task_options = ("task", "model_version", "model_type")  # training scripts name the task by one of them
+    script_task = next((changed_options[name] for name in task_options if changed_options.get(name)), "")
+    tasks = [model.task for model in find_models() if model.family == family]
+    if script_task in tasks:
+        return script_task
+    return tasks[0] if len(tasks) == 1 else None
 
 
 def _read_commands(history: Path) -> list[list[str]]:

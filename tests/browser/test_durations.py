@@ -106,7 +106,7 @@ def test_the_run_of_the_name_counts_before_others(tmp_path: Path) -> None:
     ("steps", "seconds", "said"),
     [
         (30, 0.51, "30 steps take 15 seconds: 0.51 seconds each"),
-        (1, 0.2, "1 step take 1 second: 0.2 seconds each"),
+        (1, 0.2, "1 step takes 1 second: 0.2 seconds each"),
         (30, 2.9, "30 steps take 87 seconds: 2.9 seconds each"),
         (30, 4, "30 steps take 2 minutes: 4 seconds each"),
     ],
