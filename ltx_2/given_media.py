@@ -54,13 +54,24 @@ def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMed
     """
     media = override_options(media, _read_request_values(request.extra))
     if media.inpaint_mask is not None and media.inpaint_source is None:
-        references = request.extra.get("reference_video", "")
-        if not references or "\n" in references:
-            raise OptionError(
-                f"--{MASK} {media.inpaint_mask}: give --inpaint_source, the clip that it changes, or one "
-                "--reference_video"
-            )
-        media = override_options(media, {"inpaint_source": to_path("--reference_video", references)})
+        source = _only_reference(request, media.inpaint_mask)
+        media = override_options(media, {"inpaint_source": source})
+    _check_pairs(media)
+    return media
+
+
+def _only_reference(request: Request, mask: Path) -> Path:
+    """Return the request's reference video; raise OptionError for a mask unless there is exactly one."""
+    references = request.extra.get("reference_video", "")  # one on each line
+    if not references or "\n" in references:
+        raise OptionError(
+            f"--{MASK} {mask}: give --inpaint_source, the clip that it changes, or one --reference_video"
+        )
+    return to_path("--reference_video", references)
+
+
+def _check_pairs(media: Ltx2GivenMedia) -> None:
+    """Raise OptionError for a clip to change or to paste without the option that says where."""
     if media.inpaint_source is not None and not (media.inpaint_mask or media.retake):
         raise OptionError(
             f"--inpaint_source {media.inpaint_source}: give --{MASK} or --retake, which say what to change"
@@ -70,7 +81,6 @@ def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMed
             f"--paste_source {media.paste_source}: there is no clip to paste. Give --{MASK} or "
             "--outpaint_source, or leave it out"
         )
-    return media
 
 
 def _read_request_values(extra: Mapping[str, str]) -> dict[str, Any]:
@@ -234,10 +244,9 @@ def _encode_parts(
     """
     size = (prepared.width, prepared.height)
     _, _, num_latent_frames, rows, columns = latent.shape(prepared.frames, prepared.height, prepared.width)
-    region = media.region
-    if media.outpaint_source is not None and region is not None:
-        canvas = _read_on_canvas(media.outpaint_source, region, prepared)
-        yield CleanPart(encode(canvas), make_inner_mask(region, rows, columns, latent.pixel_step))
+    if media.outpaint_source is not None and media.region is not None:
+        canvas = _read_on_canvas(media.outpaint_source, media.region, prepared)
+        yield CleanPart(encode(canvas), make_inner_mask(media.region, rows, columns, latent.pixel_step))
     if media.inpaint_source is not None:
         pixels = video_pixels(
             media.inpaint_source,
@@ -258,6 +267,7 @@ def _encode_parts(
         # drop the first latent, which covers one frame: latents at the end of a clip cover several
         latents = encode(_resize(first_frames, size))[:, :, 1:]
         yield CleanPart(latents, first_frame=num_latent_frames - latents.shape[2])
+    # a latent frame may lie inside a clip above: it is encoded later, and replaces the clip there
     for image in media.latent_frames:
         pixels = image_pixels(image.path, prepared.width, prepared.height, crf=crf)
         yield CleanPart(encode(pixels), first_frame=image.index, clean_weight=image.clean_weight)

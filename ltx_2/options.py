@@ -600,20 +600,20 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     """Return the options of the generation command that makes `sample` with a training run's models."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
-    reference = extra.get("reference_video")
-    example = sample.get("example")
-    if example is not None:
-        reference = next(iter(example.references), None)
+    example = sample.get("example")  # the dataset item that the sample repeats
+    reference = extra.get("reference_video") if example is None else next(iter(example.references), None)
     guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
+    # a value of None leaves the option out of the command
+    left_out = [
+        *options.references.command_options(),  # these factors are in the LoRA's metadata
+        *("--height", "--width", "--sample_num_frames"),  # the training's; the sample has its own size
+    ]
     return {
         **latents,
-        # None leaves an option out: the reference factors are in the LoRA's metadata
-        **dict.fromkeys(options.references.command_options()),
+        **dict.fromkeys(left_out),
         "--reference_video": reference,
         "--reference_audio": extra.get("reference_audio"),
         f"--{IDENTITY_SCALE}": options.audio_references.identity_scale or None,
-        # the sample's own size replaces these
-        **dict.fromkeys(("--height", "--width", "--sample_num_frames")),
         **texts,
         "--dit": options.dit,
         "--dit_dtype": options.dit_dtype,
