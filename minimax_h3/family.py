@@ -360,11 +360,7 @@ class MiniMaxH3(OneTransformer):
         self._check_media(request, media)
         width, height, frames = self._resolve_size(request, media)
         self._check_frames(frames)
-        if media.one_frame is not None and frames != 1:
-            raise OptionError(
-                f"--one_frame_inference generates a single image, but --video_length is {frames} (--f in a "
-                "prompt line). Give 1"
-            )
+        _check_one_frame(media, frames)
         check_size((width, height, frames), self.latent)
         _check_sampling(request, frames)
         flow_shift = request.flow_shift or self.noise.base_shift
@@ -553,6 +549,15 @@ def _without_guidance(request: Request) -> Request:
         NAME,
     )
     return replace(request, negative_prompt=None)
+
+
+def _check_one_frame(media: H3Media, frames: int) -> None:
+    """Raise OptionError if --one_frame_inference is given for several frames."""
+    if media.one_frame is not None and frames != 1:
+        raise OptionError(
+            f"--one_frame_inference generates a single image, but --video_length is {frames} (--f in a "
+            "prompt line). Give 1"
+        )
 
 
 def _check_sampling(request: Request, frames: int) -> None:

@@ -172,15 +172,9 @@ def _check_control_indices(one_frame: OneFrame, num_controls: int) -> None:
 
 def _read_references(request: Request) -> Iterator[H3Reference]:
     """Yield the request's references in order; raise OptionError if two kinds of options name them."""
-    by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
-    # the options by kind count as one, because they may be combined: they are read in a fixed order
-    used_options = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
-    if len(used_options) > 1:
-        listed = " and ".join(f"--{name}" for name in used_options)
-        raise OptionError(
-            f"{listed}: their order would be unknown. Name all references in one of these options"
-        )
-    if int(request.extra.get(INDEX, 0)) and JSONL not in used_options:
+    _check_known_order(request.extra)
+    has_jsonl = bool(request.extra.get(JSONL))
+    if int(request.extra.get(INDEX, 0)) and not has_jsonl:
         logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)
     for text in _split_lines(request, REF):
         path, fields = split_ref(text)
@@ -188,8 +182,22 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
     for kind, name in BY_KIND.items():
         for text in _split_lines(request, name):
             yield _make_reference(f"--{name}", text, {"type": kind})
-    if JSONL in used_options:
+    if has_jsonl:
         yield from _read_line_references(request)
+
+
+def _check_known_order(extra: Mapping[str, str]) -> None:
+    """Raise OptionError if options name references whose order among each other is unknown.
+
+    Options for one kind of reference may be combined: they are read in a fixed order.
+    """
+    by_kind = [name for name in BY_KIND.values() if extra.get(name)]
+    used = [*(name for name in (REF, JSONL) if extra.get(name)), *by_kind[:1]]
+    if len(used) > 1:
+        listed = " and ".join(f"--{name}" for name in used)
+        raise OptionError(
+            f"{listed}: their order would be unknown. Name all references in one of these options"
+        )
 
 
 def _read_line_references(request: Request) -> Iterator[H3Reference]:
@@ -309,11 +317,9 @@ def check_references(references: Sequence[H3Reference]) -> None:
     """Raise OptionError for more references than the model takes, or for audio alone."""
     if not references:
         return
-    counts = {
-        IMAGE: sum(reference.kind == IMAGE for reference in references),
-        VIDEO: sum(reference.kind == VIDEO for reference in references),
-        AUDIO: sum(reference.kind == AUDIO or reference.audio is not None for reference in references),
-    }
+    kinds = [reference.kind for reference in references]
+    num_with_audio = sum(reference.kind == AUDIO or reference.audio is not None for reference in references)
+    counts = {IMAGE: kinds.count(IMAGE), VIDEO: kinds.count(VIDEO), AUDIO: num_with_audio}
     names = {IMAGE: "images", VIDEO: "videos", AUDIO: "references with audio"}
     for kind, count in counts.items():
         if count > MAX_COUNTS[kind]:
