@@ -4,7 +4,7 @@ diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -135,10 +135,8 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled_width: int) -> dia
     broken = partial(_broken_unet_error, checkpoint.path)
     # returns a tensor's shape by name; raises this error for a different number of axes (default: 4)
     shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has an unexpected shape"))
-    # names may contain arbitrary numbers, so check the count before looping over it
-    for level, num_layers in enumerate(layers_by_level):
-        if num_layers < 1 or num_layers != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
-            raise broken("some of its input_blocks are missing")
+    if not _has_all_layers(sources, layers_by_level):
+        raise broken("some of its input_blocks are missing")
     widths = tuple(
         shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers_by_level))
     )
@@ -165,6 +163,17 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled_width: int) -> dia
         config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled_width, broken)
     _check_level_widths(kind, widths, depths, broken)
     return dialects.LoadPlan(config, checkpoint, sources)
+
+
+def _has_all_layers(names: Iterable[str], layers_by_level: Sequence[int]) -> bool:
+    """Return whether each level of the encoder has as many residual blocks as its number says.
+
+    Names may contain arbitrary numbers, so the count is checked before looping over it.
+    """
+    for level, num_layers in enumerate(layers_by_level):
+        if num_layers < 1 or num_layers != dialects.count(names, rf"down_blocks\.{level}\.resnets\.\d+"):
+            return False
+    return True
 
 
 def _broken_unet_error(path: Path, why: str) -> CheckpointError:

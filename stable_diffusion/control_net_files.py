@@ -242,20 +242,20 @@ def _read_config(
     if levels.has_attention[-2] and levels.num_transformer_blocks[-2] != levels.num_transformer_blocks[-1]:
         raise unknown_sizes
     hint_blocks = count(sources, _HINT_BLOCKS)
+    # in pairs: the second convolution of each pair changes the number of channels
+    hint_layers = ["conv_in", *(f"blocks.{number}" for number in range(1, hint_blocks, 2))]
+    hint_widths = tuple(shape(f"{_HINT_EMBEDDING}.{layer}.weight")[0] for layer in hint_layers)
+    block_types = tuple(
+        "CrossAttnDownBlock2D" if has_attention else "DownBlock2D"
+        for has_attention in levels.has_attention[:-1]
+    )
     return {
         "in_channels": shape("conv_in.weight")[1],
         "conditioning_channels": shape(f"{_HINT_EMBEDDING}.conv_in.weight")[1],
-        "conditioning_embedding_out_channels": (
-            shape(f"{_HINT_EMBEDDING}.conv_in.weight")[0],
-            # in pairs: the second convolution of each pair changes the number of channels
-            *(shape(f"{_HINT_EMBEDDING}.blocks.{number}.weight")[0] for number in range(1, hint_blocks, 2)),
-        ),
+        "conditioning_embedding_out_channels": hint_widths,
         "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
         "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
-        "down_block_types": tuple(
-            "CrossAttnDownBlock2D" if has_attention else "DownBlock2D"
-            for has_attention in levels.has_attention[:-1]
-        ),
+        "down_block_types": block_types,
         "mid_block_type": "UNetMidBlock2DCrossAttn" if levels.has_attention[-1] else "UNetMidBlock2D",
         "transformer_layers_per_block": (
             *levels.num_transformer_blocks[:-2],

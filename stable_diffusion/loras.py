@@ -249,15 +249,13 @@ def _add_layers(
     targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], model: Model
 ) -> AdjustableLoras:
     """Attach LoRA branches to the layers of all targets; the first target is the U-Net."""
+    attached_by_target = [_attach_loras(target, weighted_loras, model) for target in targets]
     layers_by_lora: list[list[LoraBranch]] = [[] for _ in weighted_loras]  # in all networks
-    unet_layers: list[dict[str, LoraBranch]] = []  # for each LoRA, by diffusers' module path
-    for target in targets:
-        attached = _attach_loras(target, weighted_loras, model)
+    for attached in attached_by_target:
         for lora_layers, layers in zip(layers_by_lora, attached, strict=True):
             lora_layers += layers.values()
-        if target is targets[0]:
-            for layers in attached:
-                unet_layers.append({layer.target.module_path: layer for layer in layers.values()})
+    # for each LoRA, by diffusers' module path
+    unet_layers = [_key_by_path(layers.values()) for layers in attached_by_target[0]]
     for weighted, lora_layers in zip(weighted_loras, layers_by_lora, strict=True):
         _log_added(weighted, lora_layers)
 
@@ -268,6 +266,10 @@ def _add_layers(
 
     defaults = tuple(weighted.multiplier for weighted in weighted_loras)
     return AdjustableLoras(defaults, apply_strengths, unet_layers)
+
+
+def _key_by_path(layers: Iterable[LoraBranch]) -> dict[str, LoraBranch]:
+    return {layer.target.module_path: layer for layer in layers}
 
 
 def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str) -> None:
