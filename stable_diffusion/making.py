@@ -154,10 +154,8 @@ class ImageGenerator:
             return self._denoise(passes, beginning, text_states, requests[0])
 
     @contextmanager
-    def _modified_unet(
-        self, requests: Sequence[contract.RequestedImage]
-    ) -> Iterator[list[contract.UnetHook]]:
-        """Apply ControlNets, Deep Shrink, regions and so on to the U-Net for a batch, and undo them at the end.
+    def _modify_unet(self, requests: Sequence[contract.RequestedImage]) -> Iterator[list[contract.UnetHook]]:
+        """Apply ControlNets, Deep Shrink, regions and so on to the U-Net for a batch, then restore it.
 
         Yields the functions to call before each U-Net call.
         """
