@@ -98,11 +98,8 @@ def prepare_request(
     prompts = {}
     for index, prompt in enumerate(_read_prompts(request, sections, is_one_frame)):
         prompts[index] = replace(prepared.prompts[0], positive=prompt)
-    # typed options; --video_seconds is rounded to whole sections below
-    metadata = {name: value for name, value in request.extra.items() if name != "video_seconds"}
-    metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    if not is_one_frame:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
-        metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
+    metadata = _make_metadata(request.extra, sections, None if is_one_frame else frames)
+    metadata |= {"latent_window_size": str(window), "f1": str(is_f1)}
     return replace(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
@@ -110,6 +107,16 @@ def prepare_request(
         family_settings=settings,
         extra_metadata=metadata,
     )
+
+
+def _make_metadata(extra: Mapping[str, str], sections: int, frames: int | None) -> dict[str, str]:
+    """Return the typed options and the length, as metadata of the result; `frames` are None for an image."""
+    metadata = {name: value for name, value in extra.items() if name != "video_seconds"}
+    metadata["video_sections"] = str(sections)
+    # rounded to whole sections, in seconds at 30 frames per second as in the option, regardless of --fps
+    if frames is not None:
+        metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
+    return metadata
 
 
 def _read_one_frame(request: requests.Request, is_f1: bool) -> OneFrame | None:

@@ -332,9 +332,8 @@ class Ltx2(Ltx2Media):
         """
         joint = overrides.audio_video_shapes
         image, audio = split_audio(noisy, joint)
-        image_timesteps = audio_timesteps = timesteps
-        if timesteps.ndim == 2:  # a column for each stream
-            image_timesteps, audio_timesteps = timesteps.unbind(1)
+        # two axes: a column for each stream
+        image_timesteps, audio_timesteps = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps,) * 2
         num_frames = image.shape[2]
         image, overrides = self._append_training_keyframes(image, image_timesteps, overrides)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]

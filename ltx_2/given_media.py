@@ -257,20 +257,27 @@ def _encode_parts(
         )
         yield CleanPart(encode(pixels), make_unchanged_mask(media, prepared, latent))
     if media.extend_prefix is not None:
-        count = count_extension_frames(media, "extend_prefix", latent)
-        # the result continues the clip, so only the clip's end is needed
-        last_frames = deque(_read_frames(media.extend_prefix), maxlen=count)
-        yield CleanPart(encode(_resize(last_frames, size)))
+        num_frames = count_extension_frames(media, "extend_prefix", latent)
+        yield CleanPart(encode(_read_last_frames(media.extend_prefix, num_frames, size)))
     if media.extend_suffix is not None:
-        count = count_extension_frames(media, "extend_suffix", latent)
-        first_frames = islice(_read_frames(media.extend_suffix), count)
+        num_frames = count_extension_frames(media, "extend_suffix", latent)
         # drop the first latent, which covers one frame: latents at the end of a clip cover several
-        latents = encode(_resize(first_frames, size))[:, :, 1:]
+        latents = encode(_read_first_frames(media.extend_suffix, num_frames, size))[:, :, 1:]
         yield CleanPart(latents, first_frame=num_latent_frames - latents.shape[2])
-    # a latent frame may lie inside a clip above: it is encoded later, and replaces the clip there
+    # a latent frame may lie inside a clip above, which it replaces there, because it comes later
     for image in media.latent_frames:
         pixels = image_pixels(image.path, prepared.width, prepared.height, crf=crf)
         yield CleanPart(encode(pixels), first_frame=image.index, clean_weight=image.clean_weight)
+
+
+def _read_last_frames(path: Path, count: int, size: tuple[int, int]) -> Tensor:
+    """Read the end of a clip that the result continues, 1 3 F H W."""
+    return _resize(deque(_read_frames(path), maxlen=count), size)
+
+
+def _read_first_frames(path: Path, count: int, size: tuple[int, int]) -> Tensor:
+    """Read the beginning of a clip that the result leads to, 1 3 F H W."""
+    return _resize(islice(_read_frames(path), count), size)
 
 
 def _read_frames(path: Path) -> Iterable[Any]:

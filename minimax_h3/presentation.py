@@ -152,8 +152,9 @@ class SampledFrames(NamedTuple):
 def sample_clip_frames(num_frames: int, group_size: int) -> SampledFrames:
     """Select the frames of a clip that the encoder sees, `ENCODER_FPS` each second, in groups.
 
-    `num_frames` is the clip's length at 24 per second. If the last group lacks frames, its time is computed
-    as if the clip's last frame were repeated. Raises MediaError if the clip has fewer frames than one group.
+    `num_frames` is the clip's length at 24 per second. The last group may have fewer frames than the others:
+    here only its time is padded, with the last frame's, because `cut_clip` repeats the frame itself. Raises
+    MediaError if the clip has fewer frames than one group.
     """
     stride = FPS / ENCODER_FPS
     indices = tuple(range(0, num_frames, round(stride)))

@@ -202,19 +202,18 @@ def begin(
         clean = encode_pixels(model, pixels, sampler.generators)
     noise = _draw_start_noise(model, settings, sampler.generators, noise_options)
     latents = _blend_with_noise(sampler, None if starts_from_noise else clean, noise)
-    beginning = Beginning(latents.unsqueeze(2), sampler)  # the loop's latents have an axis of frames
+    latents = latents.unsqueeze(2)  # the loop's latents have an axis of frames
     if not has_mask:
-        return beginning
-    masks = _read_masks(requests)
-    latent_mask, masked_latents = _encode_masked(model, pixels, masks, sampler.generators)
+        return Beginning(latents, sampler)
+    latent_mask, masked_latents = _encode_masked(model, pixels, _read_masks(requests), sampler.generators)
+    inpainting: Tensor | None = None
     if model.is_inpainting:
         assert masked_latents is not None
-        beginning = replace(beginning, inpainting=torch.cat([latent_mask, masked_latents], dim=1))
+        inpainting = torch.cat([latent_mask, masked_latents], dim=1)
     if restores_unmasked:
         assert clean is not None
-        restoring_steps = Inpainting(sampler, clean, noise, latent_mask)
-        beginning = replace(beginning, sampler=replace(sampler, wrap_step=restoring_steps))
-    return beginning
+        sampler = replace(sampler, wrap_step=Inpainting(sampler, clean, noise, latent_mask))
+    return Beginning(latents, sampler, inpainting)
 
 
 def _blend_with_noise(sampler: SchedulerSolver, clean: Tensor | None, noise: Tensor) -> Tensor:

@@ -310,10 +310,10 @@ class LazyTextEncoder:
         first_chunk = 0  # index of the text's first chunk
         for chunks in chunks_by_text:
             end_chunk = first_chunk + len(chunks)
-            text_states = [
-                _join_weighted(layer_states[first_chunk:end_chunk], chunks)[:length]
-                for layer_states in states_by_layer
-            ]
+            text_states = []
+            for layer_states in states_by_layer:
+                joined = _join_weighted(layer_states[first_chunk:end_chunk], chunks)
+                text_states.append(joined[:length])
             conditions = {states_key: torch.cat(text_states).cpu()}
             if pooled is not None:  # only the first chunk's pooled state is used
                 conditions[POOLED] = pooled[first_chunk].cpu().clone()
