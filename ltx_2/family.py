@@ -765,13 +765,12 @@ class Ltx2(Ltx2Media):
         for index, clip in enumerate(pixels):
             conditions[reference_key(index)] = vae.encode(clip.to(vae.device)).float().cpu()
         mask, strength = self.reference_attention
-        if mask is not None or strength < 1:
-            if mask is None:
-                mask_strengths = torch.ones(1)  # broadcast to all tokens below
-            else:
-                mask_strengths = read_strengths(mask, pixels, reference_rules, self.latent)
-            num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
+        num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
+        if mask is not None:
+            mask_strengths = read_strengths(mask, pixels, reference_rules, self.latent)
             conditions[REFERENCE_STRENGTHS] = (strength * mask_strengths).expand(1, num_tokens)
+        elif strength < 1:
+            conditions[REFERENCE_STRENGTHS] = (strength * torch.ones(1)).expand(1, num_tokens)
         return conditions
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:

@@ -20,7 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ltx_2.given import audio_latent_times, make_region_mask, video_latent_times
-from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
+from ltx_2.given_media_options import Ltx2GivenMedia, PlacedImage, Rectangle
 from ltx_2.keyframes import check_keyframes
 from ltx_2.references import read_pixels
 from modules.errors import MediaError, OptionError
@@ -109,14 +109,7 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
             f"--num_generated_keyframes {media.num_generated_keyframes}: {frames} frames have {frames - 2} "
             "between their ends. Give fewer, or make it longer"
         )
-    num_latent_frames = (frames - 1) // latent.frame_step + 1
-    for image in media.latent_frames:
-        check_opens("latent_frame", image.path, is_image=True)
-        if not 0 <= image.index < num_latent_frames:
-            raise OptionError(
-                f"--latent_frame {image.option_value}: the result has the latent frames 0 to "
-                f"{num_latent_frames - 1}. Give one of them"
-            )
+    _check_latent_frames(media.latent_frames, (frames - 1) // latent.frame_step + 1)
     for name in ("outpaint_source", "inpaint_source"):
         path = getattr(media, name)
         if path is not None:
@@ -124,6 +117,17 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
     if media.region is not None:
         _check_region(media.region, prepared, latent)
     _check_extensions(media, frames, latent)
+
+
+def _check_latent_frames(images: Iterable[PlacedImage], num_latent_frames: int) -> None:
+    """Raise OptionError or MediaError if an image cannot be opened, or its latent frame does not exist."""
+    for image in images:
+        check_opens("latent_frame", image.path, is_image=True)
+        if not 0 <= image.index < num_latent_frames:
+            raise OptionError(
+                f"--latent_frame {image.option_value}: the result has the latent frames 0 to "
+                f"{num_latent_frames - 1}. Give one of them"
+            )
 
 
 def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) -> None:

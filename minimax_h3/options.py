@@ -379,14 +379,15 @@ def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         if not first and last is None:  # the task needs one of them
             first = Placeholder("IMAGE_FILE")
         return {"--first_frame": first or None, "--last_frame": last}  # None leaves an option out
-    if task == "ref2va":
-        extra = sample.get("extra") or {}
-        references = extra.get(REF, "")
-        is_single = references and "\n" not in references
-        if is_single:
-            return {f"--{REF}": references}
-        return {f"--{JSONL}": extra.get(JSONL) or Placeholder("REFERENCES_JSONL")}
-    return {}
+    return _reference_options(sample.get("extra") or {}) if task == "ref2va" else {}
+
+
+def _reference_options(extra: Mapping[str, str]) -> dict[str, Any]:
+    """Return the generation option for a sample's references: --ref for a single one, else a JSONL file."""
+    references = extra.get(REF, "")
+    if references and "\n" not in references:
+        return {f"--{REF}": references}
+    return {f"--{JSONL}": extra.get(JSONL) or Placeholder("REFERENCES_JSONL")}
 
 
 def check_guidance(scale: float | None, flag: str) -> None:

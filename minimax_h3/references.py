@@ -102,17 +102,18 @@ def read_media(request: Request) -> H3Media:
     first, last = _select_keyframes(request)
     control_names = _split_lines(request, CONDITION_IMAGES)
     controls = tuple(to_path("--condition_image", text) for text in control_names)
-    one_frame_text = request.extra.get(ONE_FRAME)
-    one_frame = None if one_frame_text is None else _read_one_frame(one_frame_text)
-    if one_frame is None and controls:
+    one_frame: OneFrame | None = None
+    if ONE_FRAME in request.extra:
+        one_frame = _read_one_frame(request.extra[ONE_FRAME])
+        # keyframes of a single image are its first control images
+        controls = (*(path for path in (first, last) if path is not None), *controls)
+        first = last = None
+        _check_control_indices(one_frame, len(controls))
+    elif controls:
         raise OptionError(
             "--condition_image is for a single image (--one_frame_inference). Give the frames of a clip to "
             "--first_frame and --last_frame"
         )
-    if one_frame is not None:  # keyframes of a single image are its first control images
-        controls = (*(path for path in (first, last) if path is not None), *controls)
-        first = last = None
-        _check_control_indices(one_frame, len(controls))
     media = H3Media(
         first=first,
         last=last,
@@ -279,13 +280,18 @@ def _make_reference(origin: str, text: str, fields: Mapping[str, str]) -> H3Refe
     _check_opens(origin, path, is_image=kind == IMAGE)
     if kind == IMAGE:
         return H3Reference(IMAGE, path)
-    if audio is not None:
-        audio_path = to_path(origin, audio)
-        _check_has_audio(origin, audio_path)
-        return H3Reference(VIDEO, path, audio_path)
-    # by default the video's own audio track; a folder of frames has none
-    has_audio = not path.is_dir() and track_info(path) is not None
-    return H3Reference(VIDEO, path, path if has_audio else None)
+    return H3Reference(VIDEO, path, _find_audio(origin, path, audio))
+
+
+def _find_audio(origin: str, video: Path, typed_audio: str | None) -> Path | None:
+    """Return the file with a reference video's audio: by default its own track; None if it has none."""
+    if typed_audio is not None:
+        audio = to_path(origin, typed_audio)
+        _check_has_audio(origin, audio)
+        return audio
+    # a folder of frames has no audio
+    has_track = not video.is_dir() and track_info(video) is not None
+    return video if has_track else None
 
 
 def _find_kind(path: Path) -> str:

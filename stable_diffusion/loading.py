@@ -75,10 +75,7 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
     _load_weights(networks, META)  # compares names and shapes; reads no weights
     _log_checkpoint(checkpoint_plan, dtype, vae_dtype)
     if checkpoint_plan.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
-        logger.warning(
-            "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
-            "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
-        )
+        _warn_of_black_pictures()
     _load_weights(networks, device)
     *text_networks, unet, vae = (loaded.network for loaded in networks)
     _set_computation(options, unet, vae)
@@ -109,6 +106,13 @@ def _log_checkpoint(checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dty
         description,
         dtype_name(dtype),
         dtype_name(vae_dtype),
+    )
+
+
+def _warn_of_black_pictures() -> None:
+    logger.warning(
+        "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
+        "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
     )
 
 

@@ -171,11 +171,18 @@ class WanModelOptions(Options, title="Wan"):
                 "--text_as_image_tokens is ignored because --task %s is not one of Fun-Control of Wan2.1",
                 self.task,
             )
-        # a second transformer, for high noise or (in training) only for samples, needs its own VACE blocks
+        if self.vace is not None:
+            self._check_second_vace()
+
+    def _check_second_vace(self) -> None:
+        """Raise OptionError unless a second transformer, and only a second one, has its own VACE blocks.
+
+        The second transformer is for high noise or, in training, for samples only.
+        """
         second_dits = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
         has_second_dit = second_dits != (None, None)
         has_second_vace = self.vace_high_noise is not None
-        if self.vace is not None and has_second_vace != has_second_dit:
+        if has_second_vace != has_second_dit:
             missing = "--dit_high_noise" if has_second_vace else "--vace_high_noise"
             raise OptionError(
                 "--vace with two transformers: each needs VACE blocks, --vace and --vace_high_noise. "
