@@ -413,7 +413,7 @@ class FramePackModel(BlockNetwork):
             if batch != len(noisy) or area != list(noisy.shape[3:]):
                 raise ValueError(
                     f"{group.name} of {tuple(group.latents.shape)} "
-                    f"beside noisy latents of {tuple(noisy.shape)}"
+                    f"do not fit noisy latents of {tuple(noisy.shape)}"
                 )
             if group.indices.shape != (batch, frames):
                 raise ValueError(

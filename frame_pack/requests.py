@@ -222,7 +222,7 @@ def _count_sections_of_frames(frames: int, window: int) -> int:
     full_frames = video_frames(max(sections, 1), window)
     if sections == 0:
         raise OptionError(
-            f"{frames} frames are less than a section, which has at least {full_frames} with "
+            f"{frames} frames do not fill a section, which has at least {full_frames} with "
             f"--latent_window_size {window}"
         )
     if frames != full_frames:

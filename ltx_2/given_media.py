@@ -312,7 +312,7 @@ def _read_on_canvas(path: Path, region: Rectangle, prepared: Prepared) -> Tensor
 def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
     """Return which latents of --inpaint_source stay unchanged, F H W bool, or F 1 1 for whole frames.
 
-    Either a time span is generated anew, or a mask marks the unchanged area: white, or black if inverted.
+    Either a time span is regenerated, or a mask marks the unchanged area: white, or black if inverted.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.

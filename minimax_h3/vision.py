@@ -68,22 +68,29 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
     In each folder, the file `name` is tried first, then the section for it in a file for both.
     """
     for folder in folders:
-        for file, section in ((folder / name, None), (folder / BOTH_FILE, SECTIONS[name])):
-            if not file.is_file():
-                continue
-            try:
-                content = parse_json(read_text(file))
-            except (OSError, ValueError) as error:
-                raise _make_error(file, str(error)) from error
-            settings = content
-            if section is not None and isinstance(content, dict):
-                settings = content.get(section)
-            if section is not None and settings is None:
-                continue  # no such section: try the next folder
-            if not isinstance(settings, dict):
-                raise _make_error(file, "it is not an object")
-            return file, settings
+        file = folder / name
+        if file.is_file():
+            return file, _require_object(file, _read_json(file))
+        file = folder / BOTH_FILE
+        if file.is_file():
+            section = _require_object(file, _read_json(file)).get(SECTIONS[name])
+            if section is not None:
+                return file, _require_object(file, section)
     return Path(), {}
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return parse_json(read_text(file))
+    except (OSError, ValueError) as error:
+        raise _make_error(file, str(error)) from error
+
+
+def _require_object(file: Path, content: Any) -> Mapping[str, Any]:
+    """Return a JSON object read from a file; raise CheckpointError if it is something else."""
+    if not isinstance(content, dict):
+        raise _make_error(file, "it is not an object")
+    return content
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:

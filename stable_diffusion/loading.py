@@ -299,16 +299,23 @@ def _check_widths_match(checkpoint_plan: CheckpointPlan) -> None:
             path,
         )
     if checkpoint_plan.kind is SDXL:
-        size_width = checkpoints.NUM_SIZE_CONDITIONS * (config.get("addition_time_embed_dim") or 0)
-        needed = _find_pooled_width(checkpoint_plan.text_encoders) + size_width
-        added_width = config.get("projection_class_embeddings_input_dim")
-        if added_width != needed:
-            raise CheckpointError(
-                f"--ckpt {path}: its U-Net takes additional conditions of width {added_width}, but those of "
-                f"its second text encoder and {checkpoints.NUM_SIZE_CONDITIONS} sizes have width {needed}. "
-                "Parts of different models were joined.",
-                path,
-            )
+        _check_added_width(checkpoint_plan)
+
+
+def _check_added_width(checkpoint_plan: CheckpointPlan) -> None:
+    """Raise CheckpointError if SDXL's U-Net does not fit the width of its pooled text and sizes."""
+    config = checkpoint_plan.unet.config
+    size_width = checkpoints.NUM_SIZE_CONDITIONS * (config.get("addition_time_embed_dim") or 0)
+    needed = _find_pooled_width(checkpoint_plan.text_encoders) + size_width
+    added_width = config.get("projection_class_embeddings_input_dim")
+    if added_width != needed:
+        path = checkpoint_plan.path
+        raise CheckpointError(
+            f"--ckpt {path}: its U-Net takes additional conditions of width {added_width}, but those of "
+            f"its second text encoder and {checkpoints.NUM_SIZE_CONDITIONS} sizes have width {needed}. "
+            "Parts of different models were joined.",
+            path,
+        )
 
 
 class _NetworkToLoad(NamedTuple):

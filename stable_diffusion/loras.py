@@ -121,7 +121,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     loras = []
     for path in options.files:
         lora = read_lora(path, with_texts=True, with_embeddings=True)
-        family_names = [family.name for family in lora.families()]  # empty if nothing tells the family
+        family_names = [family.name for family in lora.families()]  # empty if the family is unknown
         if family_names and not {kind.name for kind in KINDS}.intersection(family_names):
             raise CheckpointError(
                 f"{OPTION} {path} is a LoRA for {' or '.join(family_names)}, not for Stable Diffusion.\n"
@@ -130,7 +130,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
             )
         loras.append(lora)
         if options.network_show_meta:
-            logger.info(f"{path} says of itself:\n{_as_json(lora.metadata)}")
+            logger.info(f"metadata of {path}:\n{_as_json(lora.metadata)}")
     if options.network_args:
         logger.warning(
             f"--network_args {' '.join(options.network_args)} is ignored because the tensors in the files "
@@ -284,8 +284,10 @@ def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora
 
 def _log_added(weighted: WeightedLora, layers: Sequence[LoraBranch]) -> None:
     """Log how many modules a LoRA changes, and how many of them recompute their weights at each step."""
-    anew = sum(layer.needs_full_matrix for layer in layers)
-    hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
+    num_recomputed = sum(layer.needs_full_matrix for layer in layers)
+    hint = ""
+    if num_recomputed:
+        hint = f"; {num_recomputed} of them are computed again at each step: --network_pre_calc is faster"
     modules = format_count(len(layers), "module")
     logger.info(f"{weighted.lora.path}: added to {modules}, strength {weighted.multiplier:g}{hint}")
 
@@ -329,9 +331,8 @@ def _attach_loras(
     layers_by_lora: list[dict[str, LoraBranch]] = []
     for weighted in weighted_loras:
         layers: dict[str, LoraBranch] = {}
-        for part in select_for_network(
-            [weighted], target.prefix
-        ):  # the LoRA's modules for this network, if any
+        # the LoRA's modules for this network, if it has any
+        for part in select_for_network([weighted], target.prefix):
             for name, delta in fit_lora(part.lora, parameters, OPTION).items():
                 layers[name] = LoraBranch(parameters[name], delta, 1.0, weighted.lora.has_frozen_norms)
         layers_by_lora.append(layers)
