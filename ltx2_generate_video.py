@@ -13,7 +13,7 @@ from generation.prompt_lines import (
     read_path,
     read_switch,
 )
-from generation.script_options import IMAGE_OUTPUTS, UNDECODED, ScriptDefaults
+from generation.script_options import IMAGE_OUTPUTS, UNDECODED, RequestOptions, ScriptDefaults
 from generation.scripts import generation_script
 from ltx_2.audio_reference_options import IDENTITY_SCALE
 from ltx_2.model_options import VIDEO
@@ -58,41 +58,57 @@ def settle(
         reject_image_options(shared)
     if family_options.given.paste_source is not None:
         check_decodes(shared)
-    references = family_options.references
-    paths = references.paths or None
-    is_about_references = references.reference_strength < 1 or references.conditioning_attention_mask
-    if is_about_references and paths is None and not (shared.from_file or shared.interactive):
-        options = "--reference_strength, --conditioning-attention-mask"
-        raise OptionError(f"{options}: no reference is given. Give --reference_video")
-    audio = family_options.audio_references
-    if (
-        audio.identity_scale
-        and audio.reference_audio is None
-        and not (shared.from_file or shared.interactive)
-    ):
-        raise OptionError(f"--{IDENTITY_SCALE}: no reference is given. Give --reference_audio")
-    # of the latter two, the family's options have what the command line says
-    of_lines = {name: (name, None) for name in ("inpaint_invert", "inpaint_threshold")}
-    extras = {**shared.request.extras, **of_lines, "reference_videos": ("reference_video", paths)}
-    request = replace(shared.request, extras=extras)
-    shared = replace(shared, request=request)
+    if not (shared.from_file or shared.interactive):  # prompt lines may name references
+        require_references(family_options)
+    paths = family_options.references.paths or None
+    shared = replace(shared, request=add_extras(shared.request, paths))
     if not (paths or shared.lora.lora_weight):
         return shared, family_options
-    from ltx_2.audio_references import resolve_reference_positions  # with references or a LoRA
-    from ltx_2.references import resolve_reference_factors
-
-    # prompt lines may have references too
-    loras = [Path(weight) for weight in shared.lora.lora_weight or ()]
-    family_options = replace(
-        family_options,
-        references=resolve_reference_factors(references, loras),
-        audio_references=resolve_reference_positions(audio, loras),
-    )
+    family_options = resolve_from_loras(shared, family_options)
     if family_options.stages.sample_two_stage and not family_options.stages.skip_stage_2:
         from ltx_2.stages import move_ic_loras_to_first_stage  # with two stages
 
         return move_ic_loras_to_first_stage(shared, family_options)
     return shared, family_options
+
+
+def require_references(options: Ltx2GenerationOptions) -> None:
+    """Raise OptionError if an option for references is given, but no reference."""
+    references = options.references
+    is_about_references = references.reference_strength < 1 or references.conditioning_attention_mask
+    if is_about_references and not references.paths:
+        names = "--reference_strength, --conditioning-attention-mask"
+        raise OptionError(f"{names}: no reference is given. Give --reference_video")
+    audio = options.audio_references
+    if audio.identity_scale and audio.reference_audio is None:
+        raise OptionError(f"--{IDENTITY_SCALE}: no reference is given. Give --reference_audio")
+
+
+def add_extras(request: RequestOptions, references: tuple[Path, ...] | None) -> RequestOptions:
+    """Return the options of requests with LTX-2's own ones, which prompt lines can replace.
+
+    Only a line sets the two of inpainting here: those of the command line are in LTX-2's own record.
+    """
+    extras = {
+        **request.extras,
+        "inpaint_invert": ("inpaint_invert", None),
+        "inpaint_threshold": ("inpaint_threshold", None),
+        "reference_videos": ("reference_video", references),
+    }
+    return replace(request, extras=extras)
+
+
+def resolve_from_loras(shared: GenerationOptions, options: Ltx2GenerationOptions) -> Ltx2GenerationOptions:
+    """Return the options with the factors and positions of references that the LoRAs record."""
+    from ltx_2.audio_references import resolve_reference_positions  # with references or a LoRA
+    from ltx_2.references import resolve_reference_factors
+
+    loras = [Path(weight) for weight in shared.lora.lora_weight or ()]
+    return replace(
+        options,
+        references=resolve_reference_factors(options.references, loras),
+        audio_references=resolve_reference_positions(options.audio_references, loras),
+    )
 
 
 def check_decodes(shared: GenerationOptions) -> None:

@@ -26,7 +26,7 @@ from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, A
 from encoders.tiles import AxisTiling, compute_in_tiles, sample_posterior
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.layers.convolution import Compute, memory_formats, set_memory_format
+from modules.layers.convolution import Compute, cast_for_convolution, set_memory_format
 from modules.media.pixels import check_clip, from_bytes
 from protocols.loading import TensorSource
 
@@ -281,14 +281,10 @@ class ImageVae(nn.Module):
     def _moments(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:
             pixels = from_bytes(pixels.to(self.device))
-        return self.encoder(self.cast_input(pixels)).float()
+        return self.encoder(cast_for_convolution(pixels, self.device, self.dtype)).float()
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.cast_input(latents)).float()
-
-    def cast_input(self, x: Tensor) -> Tensor:
-        """Convert a tensor to the VAE's device, dtype and memory format; all layers keep these."""
-        return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[1])
+        return self.decoder(cast_for_convolution(latents, self.device, self.dtype)).float()
 
 
 class Autoencoder(ImageVae):

@@ -19,7 +19,7 @@ from encoders.autoencoder import Autoencoder, AutoencoderKind, read_autoencoder
 from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.layers.convolution import set_memory_format
+from modules.layers.convolution import cast_for_convolution, set_memory_format
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Flux2Vae(Autoencoder):
         # in float32: 16 bits would tint every image
         packed = latents.to(self.device).float() * self.deviation + self.mean
         unpacked = rearrange(packed, "b (z ph pw) h w -> b z (h ph) (w pw)", ph=2, pw=2)
-        return self.decoder(self.cast_input(unpacked)).float()
+        return self.decoder(cast_for_convolution(unpacked, self.device, self.dtype)).float()
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:

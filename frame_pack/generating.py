@@ -5,6 +5,7 @@ Source: the released code; Zhang and Agrawala 2025, arXiv 2504.12626.
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,38 +56,55 @@ def video_sections(
         window: Latent frames of a section.
         paddings: --latent_paddings.
     """
-    # sections in the order of generation, with their frame indices
-    plan = order.plan_sections(len(inputs), window, paddings)
-    end = inputs[0].get("end_latents")
-    assert end is None or isinstance(end, Tensor)
-    start = _get_tensor(inputs[plan[0].index], "start_latents")
-    # the history contains the images given for both ends
-    history = order.start_history(start, end)
-    preview_piece = None  # of the previous section
+    plan = order.plan_sections(len(inputs), window, paddings)  # in the order of generation
+    history = order.start_history(*_images_at_both_ends(inputs, first_generated=plan[0].index))
+    previous_piece = None  # preview of the section generated before
     device = CPU  # of the denoised sections, to which the video is moved at the end
     for number, section in enumerate(plan):
-        section_inputs = inputs[section.index]
-        start = _get_tensor(section_inputs, "start_latents")
-        conditions = {
-            "image_embeddings": section_inputs["image_embeddings"],
-            "guidance": guidance,
-            **_stack_indices(section.indices),
-            **order.clean_latents(start, history).by_name(),
-        }
-        target_noise = noise.draw((*start.shape[:2], window, *start.shape[3:]))  # only the target is denoised
-        noisy_section = prompts[section.index].section(target_noise, conditions)
+        conditions = _section_conditions(inputs[section.index], section.indices, order, history)
+        conditions["guidance"] = guidance
+        target_noise = noise.draw(_target_shape(history, window))
         latents = yield replace(
-            noisy_section,
+            prompts[section.index].section(target_noise, conditions),
             first_latent_frame=1 + section.index * window,  # after the start image
-            previous_piece=preview_piece,
+            previous_piece=previous_piece,
             label=f"section {number + 1} of {len(plan)}",
             count=len(plan),
         )
         device = latents.device
         history = order.add_to_history(history, latents.to(CPU))
-        preview_piece = _make_preview_piece(order, history, window, number)
+        previous_piece = _make_preview_piece(order, history, window, number)
     first_image = _get_tensor(inputs[0], "start_latents")
     return order.join_video(first_image, history, len(plan) * window).to(device)
+
+
+def _images_at_both_ends(
+    inputs: Mapping[int, Conditions], first_generated: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the latents of the start image and of the end image; None if no end image is given.
+
+    The start image is that of the section that is generated first.
+    """
+    end = inputs[0].get("end_latents")
+    assert end is None or isinstance(end, Tensor)
+    return _get_tensor(inputs[first_generated], "start_latents"), end
+
+
+def _section_conditions(
+    inputs: Conditions, indices: Indices, order: GenerationOrder, history: Tensor
+) -> dict[str, Any]:
+    """Return a section's conditions by cache key, without guidance: its image and its clean latents."""
+    clean_latents = order.clean_latents(_get_tensor(inputs, "start_latents"), history)
+    return {
+        "image_embeddings": inputs["image_embeddings"],
+        **_stack_indices(indices),
+        **clean_latents.by_name(),
+    }
+
+
+def _target_shape(history: Tensor, window: int) -> tuple[int, ...]:
+    """Return the shape of a section's noise: only the target is denoised, not the history."""
+    return (*history.shape[:2], window, *history.shape[3:])
 
 
 def _make_preview_piece(order: GenerationOrder, history: Tensor, window: int, number: int) -> PreviewPiece:

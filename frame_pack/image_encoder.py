@@ -5,6 +5,7 @@ Module names follow Hugging Face's files. Source: Zhai et al. 2023, arXiv 2303.1
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,32 +72,38 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
         raise make_wrong_kind_error(checkpoint, "a SigLIP image encoder", ENCODER_OPTION, FILES)
     sources = list_tensor_sources(tower)
     shape = make_shape_reader(tower, sources)
-    patches = shape("embeddings.patch_embedding.weight")
-    # images of several sizes (NaFlex) have a linear patch embedding
-    if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3]:
-        raise CheckpointError(
-            f"{checkpoint.path}: the patch embedding has shape {list(patches)}, but a SigLIP for images of "
-            f"one size has [width, 3, side, side]. Give {FILES} to {ENCODER_OPTION}.",
-            checkpoint.path,
-        )
-    dim, patch = patches[0], patches[2]
+    patch_shape = shape("embeddings.patch_embedding.weight")
+    _check_patch_shape(checkpoint.path, patch_shape)
+    dim, _, patch, _ = patch_shape
     settings = read_network_config(
         checkpoint.path, "vision_config", kind="siglip", dim=dim, defaults=DEFAULTS
     )
+    num_positions = shape("embeddings.position_embedding.weight")[0]
     config = SiglipConfig(
         dim=dim,
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
         num_heads=dim // head_width(checkpoint.path, dim, settings, HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
-        image_size=_select_image_size(
-            shape("embeddings.position_embedding.weight")[0], patch, settings.get("image_size")
-        ),
+        image_size=_select_image_size(num_positions, patch, settings.get("image_size")),
         patch_size=patch,
         activation=str(settings.get("hidden_act", SiglipConfig.activation)),
         eps=float(settings.get("layer_norm_eps", SiglipConfig.eps)),
     )
     other_networks = tuple(f"{start}*" for start in _OTHER_TOWER + ALL_IN_ONE)
     return LoadPlan(config, tower, sources, _UNUSED + other_networks)
+
+
+def _check_patch_shape(path: Path, shape: Sequence[int]) -> None:
+    """Raise CheckpointError if a patch embedding is not for images of one size.
+
+    A SigLIP for images of several sizes (NaFlex) has a linear patch embedding.
+    """
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise CheckpointError(
+            f"{path}: the patch embedding has shape {list(shape)}, but a SigLIP for images of "
+            f"one size has [width, 3, side, side]. Give {FILES} to {ENCODER_OPTION}.",
+            path,
+        )
 
 
 def _select_image_size(positions: int, patch: int, declared: object) -> int:

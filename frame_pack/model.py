@@ -10,7 +10,7 @@ mean of the rotations of the positions that it covers.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -335,34 +335,28 @@ class FramePackModel(BlockNetwork):
         Raises:
             ValueError: If sizes do not match.
         """
-        history = [
-            _pair_with_indices("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
-            _pair_with_indices("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
-            _pair_with_indices("clean_latents", clean_latents, clean_latent_indices, 1),
-        ]
         # in the order of the sequence: coarse history first, noisy latents last
-        clean = [group for group in history if group is not None]
-        groups = [*clean, IndexedLatents("noisy", noisy, latent_indices, 1)]
+        history = [
+            *_pair_with_indices("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
+            *_pair_with_indices("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
+            *_pair_with_indices("clean_latents", clean_latents, clean_latent_indices, 1),
+        ]
+        groups = [*history, IndexedLatents("noisy", noisy, latent_indices, 1)]
         self._check(groups, llama, llama_mask)
         if overrides.slow_frames is not None:
             raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = run_in_weight_dtype(self.x_embedder["proj"], noisy)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        video = [self.clean_x_embedder(group.latents, group.downsampling).to(dtype) for group in clean]
+        video = [self.clean_x_embedder(group.latents, group.downsampling).to(dtype) for group in history]
         video.append(patches.to(dtype).flatten(2).transpose(1, 2))
         rotary = self._rotary.get_table(_make_layout(groups, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
         guidance_input = guidance if overrides.embedded_guidance else None
-        num_before_text = rotary.shape[-4] + image.shape[1]
+        num_video_tokens = rotary.shape[-4]
         texts = []
         for prompt in overrides.text_inputs(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
-            longest, counts, lengths = count_real_tokens(prompt["llama_mask"], num_before_text, noisy.device)
-            states = prompt["llama"][:, :longest]
-            text = self.context_embedder(states, timesteps, counts, dtype=dtype, attention=self.attention)
-            vector = self.time_text_embed(timesteps, prompt["clip_l"], guidance_input).unsqueeze(1)
-            image_and_text = torch.cat([image, text], dim=1)  # the image's tokens are part of the text
-            texts.append(EmbeddedText(image_and_text, lengths, apply_silu(vector, dtype)))
+            texts.append(self._embed_text(prompt, image, timesteps, guidance_input, num_video_tokens))
         return join_tokens(
             video,
             texts,
@@ -373,6 +367,23 @@ class FramePackModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
+
+    def _embed_text(
+        self,
+        prompt: Mapping[str, Tensor],
+        image: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor | None,
+        num_video_tokens: int,
+    ) -> EmbeddedText:
+        """Embed a prompt's llama, llama_mask and clip_l; the image's tokens B S C go before its own."""
+        dtype = image.dtype
+        num_before_text = num_video_tokens + image.shape[1]
+        longest, counts, lengths = count_real_tokens(prompt["llama_mask"], num_before_text, image.device)
+        states = prompt["llama"][:, :longest]
+        text = self.context_embedder(states, timesteps, counts, dtype=dtype, attention=self.attention)
+        vector = self.time_text_embed(timesteps, prompt["clip_l"], guidance).unsqueeze(1)
+        return EmbeddedText(torch.cat([image, text], dim=1), lengths, apply_silu(vector, dtype))
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Project tokens B L+T C to the velocity of the noisy latents, B out_dim F H W float32."""
@@ -402,7 +413,7 @@ class FramePackModel(BlockNetwork):
             if batch != len(noisy) or area != list(noisy.shape[3:]):
                 raise ValueError(
                     f"{group.name} of {tuple(group.latents.shape)} "
-                    f"beside noisy latents of {tuple(noisy.shape)}"
+                    f"do not fit noisy latents of {tuple(noisy.shape)}"
                 )
             if group.indices.shape != (batch, frames):
                 raise ValueError(
@@ -413,11 +424,12 @@ class FramePackModel(BlockNetwork):
 
 def _pair_with_indices(
     name: str, latents: Tensor | None, indices: Tensor | None, downsampling: int
-) -> IndexedLatents | None:
+) -> list[IndexedLatents]:
+    """Return latents with their indices as a list of one, or an empty list if neither is given."""
     if latents is not None and indices is not None:
-        return IndexedLatents(name, latents, indices, downsampling)
+        return [IndexedLatents(name, latents, indices, downsampling)]
     if latents is None and indices is None:
-        return None
+        return []
     raise ValueError(f"{name} and their indices must be given together")
 
 

@@ -3,7 +3,8 @@
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,36 +224,59 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
     `sample` has the settings of a sample by name. An option whose value is None is left out.
     """
     window = options.latent_window_size
-    frames = sample.get("frames")
     example = sample.get("example")
-    one_frame = options.one_frame
     if example is None:
-        image = sample.get("image_path")
-        controls = sample.get("control_images") or ()
-        one_frame_settings = (sample.get("extra") or {}).get("one_frame", "default")
+        inputs = _read_sample_inputs(sample, options.one_frame)
     else:
-        # the sample repeats a dataset item: use its images and cached settings. One-frame items cache clean
-        # latents, but not the doubled ones of clips
-        one_frame |= CLEAN in example.cached and DOUBLED not in example.cached
-        controls = example.controls
-        image = next(iter(controls), None) if one_frame else example.image
-        one_frame_settings = _join_one_frame_settings(
-            example.one_frame_settings, sample.get("cached_with") or {}
-        )
+        # the sample repeats a dataset item
+        inputs = _read_item_inputs(example, sample.get("cached_with") or {}, options.one_frame)
     values = {
         **model_options(options.dit, options.vae, options.text),
         "--image_encoder": options.image_encoder or Placeholder("IMAGE_ENCODER_FILE"),
-        "--image_path": image or Placeholder("IMAGE_FILE"),
+        "--image_path": inputs.image or Placeholder("IMAGE_FILE"),
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
         "--latent_window_size": None if window == WINDOW else window,
     }
-    if one_frame:
+    if inputs.is_one_frame:
         return values | {
-            "--one_frame_inference": one_frame_settings,
-            "--control_image_path": controls,
+            "--one_frame_inference": inputs.one_frame_settings,
+            "--control_image_path": inputs.controls,
         }
+    frames = sample.get("frames")
     seconds = f"{frames / FRAMES_PER_SECOND:.4g}" if frames else None
     return values | {"--f1": options.f1, "--video_seconds": seconds}
+
+
+@dataclass(frozen=True)
+class _SampleInputs:
+    """Images of a sample, and whether and how it is generated as a single image."""
+
+    image: Any  # the start image's path, None if there is none
+    controls: Sequence[Any]  # paths of the control images of a single image
+    is_one_frame: bool
+    one_frame_settings: str  # --one_frame_inference
+
+
+def _read_sample_inputs(sample: Mapping[str, Any], is_one_frame: bool) -> _SampleInputs:
+    """Return the inputs that a line of prompts gives."""
+    return _SampleInputs(
+        image=sample.get("image_path"),
+        controls=sample.get("control_images") or (),
+        is_one_frame=is_one_frame,
+        one_frame_settings=(sample.get("extra") or {}).get("one_frame", "default"),
+    )
+
+
+def _read_item_inputs(example: Any, cached_with: Mapping[str, Any], one_frame: bool) -> _SampleInputs:
+    """Return a dataset item's images and cached settings; `cached_with` are the caching script's options."""
+    # one-frame items cache clean latents, but not the doubled ones of clips
+    is_one_frame = one_frame or (CLEAN in example.cached and DOUBLED not in example.cached)
+    return _SampleInputs(
+        image=next(iter(example.controls), None) if is_one_frame else example.image,
+        controls=example.controls,
+        is_one_frame=is_one_frame,
+        one_frame_settings=_join_one_frame_settings(example.one_frame_settings, cached_with),
+    )
 
 
 def _join_one_frame_settings(settings: str, cached_with: Mapping[str, Any]) -> str:

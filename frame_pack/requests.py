@@ -70,13 +70,8 @@ def prepare_request(
     Raises:
         OptionError: For invalid settings.
     """
-    typed_settings = request.extra.get("one_frame")
-    is_one_frame = typed_settings is not None
-    one_frame = None if typed_settings is None else parse_one_frame(typed_settings)
-    if is_one_frame and is_f1:
-        raise OptionError(
-            "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
-        )
+    one_frame = _read_one_frame(request, is_f1)
+    is_one_frame = one_frame is not None
     request = _drop_unusable_media(request, is_f1, is_one_frame)
     sections = _count_sections(request, defaults, window, is_one_frame)
     width, height, _ = requests.size_of(request, defaults)
@@ -90,11 +85,8 @@ def prepare_request(
         request.control_images,
         _read_paths(request.extra, "control_image_mask_path"),
     )
-    if matches_control_shape and is_one_frame:
-        images = (*settings.controls, *settings.images)
-        width, height = _select_bucket(images, width, height, latent.pixel_step)
-    elif matches_control_shape:
-        logger.warning("--one_frame_auto_resize is ignored because a video is generated")
+    if matches_control_shape:
+        width, height = _match_control_shape(settings, width, height, latent.pixel_step)
     flow_shift = request.flow_shift
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
@@ -103,15 +95,11 @@ def prepare_request(
     prepared = requests.resolve_request(
         request, defaults, (width, height, frames), flow_shift, default_negative=""
     )
-    # typed options, except --video_seconds, which is rounded to whole sections
-    metadata = dict(request.extra)
-    metadata.pop("video_seconds", None)
-    metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    if not is_one_frame:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
-        metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     prompts = {}
     for index, prompt in enumerate(_read_prompts(request, sections, is_one_frame)):
         prompts[index] = replace(prepared.prompts[0], positive=prompt)
+    metadata = _make_metadata(request.extra, sections, None if is_one_frame else frames)
+    metadata |= {"latent_window_size": str(window), "f1": str(is_f1)}
     return replace(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
@@ -121,12 +109,42 @@ def prepare_request(
     )
 
 
-def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the bucket size that a dataset of this resolution would use for the first image."""
+def _make_metadata(extra: Mapping[str, str], sections: int, frames: int | None) -> dict[str, str]:
+    """Return the typed options and the length, as metadata of the result; `frames` are None for an image."""
+    metadata = {name: value for name, value in extra.items() if name != "video_seconds"}
+    metadata["video_sections"] = str(sections)
+    # rounded to whole sections, in seconds at 30 frames per second as in the option, regardless of --fps
+    if frames is not None:
+        metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
+    return metadata
+
+
+def _read_one_frame(request: requests.Request, is_f1: bool) -> OneFrame | None:
+    """Parse --one_frame_inference; return None if it is not given. Raise OptionError if --f1 is given too."""
+    typed_settings = request.extra.get("one_frame")
+    if typed_settings is None:
+        return None
+    one_frame = parse_one_frame(typed_settings)
+    if is_f1:
+        raise OptionError(
+            "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
+        )
+    return one_frame
+
+
+def _match_control_shape(settings: FramePackRequest, width: int, height: int, step: int) -> tuple[int, int]:
+    """Return a single image's width and height, as a dataset of this resolution has for its first input.
+
+    That input is the first control image, else the start image. A video keeps its size, with a warning.
+    """
+    if settings.one_frame is None:
+        logger.warning("--one_frame_auto_resize is ignored because a video is generated")
+        return width, height
     from modules.media.reading import image_size  # only for single images
 
+    first_image, *_ = (*settings.controls, *settings.images)
     buckets = bucket_sizes(width, height, step)
-    return select_bucket(image_size(images[0]), buckets, width * height, step, no_upscale=False)
+    return select_bucket(image_size(first_image), buckets, width * height, step, no_upscale=False)
 
 
 def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:
@@ -204,7 +222,7 @@ def _count_sections_of_frames(frames: int, window: int) -> int:
     full_frames = video_frames(max(sections, 1), window)
     if sections == 0:
         raise OptionError(
-            f"{frames} frames are less than a section, which has at least {full_frames} with "
+            f"{frames} frames do not fill a section, which has at least {full_frames} with "
             f"--latent_window_size {window}"
         )
     if frames != full_frames:

@@ -30,7 +30,7 @@ from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, Hunyua
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.devices import dtype_name
 from modules.errors import OptionError
-from modules.layers.convolution import memory_formats, set_memory_format
+from modules.layers.convolution import cast_for_convolution, set_memory_format
 from modules.media.pixels import byte_clips, check_clip, from_bytes
 from protocols.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch, split_items
 
@@ -175,7 +175,7 @@ class HunyuanVae(nn.Module):
         """Move to the VAE's device, dtype and memory layout, which all layers keep. Bytes become -1..1."""
         if x.dtype == torch.uint8:
             x = from_bytes(x.to(self.device))
-        return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[0])
+        return cast_for_convolution(x, self.device, self.dtype)
 
 
 def _in_playing_order(pixels: Tensor) -> Iterator[Tensor]:

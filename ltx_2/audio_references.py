@@ -150,12 +150,14 @@ def resolve_reference_positions(
             f"--lora_weight: {NEGATIVE_POSITIONS} is {listed}: the values must be equal, and true "
             "or false. Give one LoRA"
         )
-    for text, path in recorded.items():  # one value, or none
-        was_trained_so = text == TRUE
-        prefix = "" if was_trained_so else "no-"
-        if options.ends_before_audio is None:  # not typed
-            logger.info("--%s%s, as %s says", prefix, NEGATIVE_POSITIONS, path.name)
-            return override_options(options, {NEGATIVE_POSITIONS: was_trained_so})
-        if options.ends_before_audio != was_trained_so:
-            logger.warning("%s was trained with --%s%s", path, prefix, NEGATIVE_POSITIONS)
+    if not recorded:
+        return options
+    ((text, path),) = recorded.items()
+    trained_value = text == TRUE
+    prefix = "" if trained_value else "no-"
+    if options.ends_before_audio is None:  # not typed
+        logger.info("--%s%s, as %s says", prefix, NEGATIVE_POSITIONS, path.name)
+        return override_options(options, {NEGATIVE_POSITIONS: trained_value})
+    if options.ends_before_audio != trained_value:
+        logger.warning("%s was trained with --%s%s", path, prefix, NEGATIVE_POSITIONS)
     return options

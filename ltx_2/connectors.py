@@ -9,7 +9,7 @@ show.
 # stream, N heads, D head width
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,7 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
     )
     shape = make_shape_reader(parts, sources, damaged)  # returns the shape of a tensor, or raises `damaged`
     settings = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
-    if not any(name.startswith("text_embedding_projection.") for name in sources):
-        raise CheckpointError(
-            f"{checkpoint.path} has connectors without projections in front of them: LTX-2.5 has those in "
-            "the file of its text encoder. Give gemma4-12b-with-proj-ltx-2.5-bf16.safetensors to "
-            "--ltx2_text_encoder_checkpoint.",
-            checkpoint.path,
-        )
+    _require_projections(checkpoint.path, sources)
     connectors = {}
     for stream in streams:
         connectors[stream] = _read_connector(stream, shape, sources, settings=settings, damaged=damaged)
@@ -154,6 +148,17 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
     )
     unused = [f"*{stream}_*" for stream in STREAMS if stream not in streams]
     return LoadPlan(config, parts, sources, tuple(unused))
+
+
+def _require_projections(path: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError if connectors of LTX-2.5 are given without their projections."""
+    if not any(name.startswith("text_embedding_projection.") for name in names):
+        raise CheckpointError(
+            f"{path} has connectors without projections in front of them: LTX-2.5 has those in "
+            "the file of its text encoder. Give gemma4-12b-with-proj-ltx-2.5-bf16.safetensors to "
+            "--ltx2_text_encoder_checkpoint.",
+            path,
+        )
 
 
 def _read_connector(

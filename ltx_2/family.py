@@ -123,7 +123,7 @@ from protocols.requests import (
     resolve_request,
     size_of,
 )
-from protocols.steps import NO_OVERRIDES, CleanTokens, EncodedPrompts, Overrides, Section
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 # keys of `Request.extra` that this family reads
 LINE_EXTRAS = (
@@ -332,20 +332,14 @@ class Ltx2(Ltx2Media):
         """
         joint = overrides.audio_video_shapes
         image, audio = split_audio(noisy, joint)
-        image_timesteps = audio_timesteps = timesteps
-        if timesteps.ndim == 2:  # a column for each stream
-            image_timesteps, audio_timesteps = timesteps.unbind(1)
+        # two axes: a column for each stream
+        image_timesteps, audio_timesteps = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps,) * 2
         num_frames = image.shape[2]
-        clean_tokens = overrides.clean_tokens or CleanTokens()
-        # in training; in a generation the keyframes are part of the noisy video
-        has_training_keyframes = clean_tokens.keyframes is not None
-        if has_training_keyframes:
-            image, overrides = self._append_keyframes(image, clean_tokens, image_timesteps, overrides)
+        image, overrides = self._append_training_keyframes(image, image_timesteps, overrides)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         noisy_references = None
         if references and self.reference_strength != 1:
             image, noisy_references = split_noisy_references(image, references, self.reference_strength)
-        has_audio = None if audio is None else cond.get(HAS_AUDIO)
         rename_texts = partial(_name_texts, device=noisy.device)
         velocity, audio_velocity = dit(
             image if self.files.has_images else None,
@@ -353,32 +347,34 @@ class Ltx2(Ltx2Media):
             fps=self._list_rates(cond),
             audio=audio,
             audio_timesteps=audio_timesteps,
-            has_audio=has_audio if isinstance(has_audio, Tensor) else None,
+            has_audio=None if audio is None else _find_tensor(cond, HAS_AUDIO),
             overrides=overrides.rename_nag(rename_texts),
             references={
                 VIDEO_MODALITY: self._make_network_references(
-                    references, noisy_references, cond.get(REFERENCE_STRENGTHS), noisy.device
+                    references, noisy_references, _find_tensor(cond, REFERENCE_STRENGTHS), noisy.device
                 ),
                 AUDIO_MODALITY: self.audio_references.select(cond, overrides),
             },
-            keyframes=clean_tokens.keyframe_indices,
+            keyframes=overrides.clean_tokens.keyframe_indices if overrides.clean_tokens else (),
             **rename_texts(cond),
         )
         if not self.files.has_images:  # joint latents have a velocity for both streams
             velocity = torch.zeros_like(image)
         if noisy_references is not None:
             velocity = noisy_references.pack_velocity(velocity, image, sigma=image_timesteps / 1000)
-        if has_training_keyframes:
-            velocity = velocity[:, :, :num_frames]
-        if joint is None:
-            return velocity
-        return joint.join(velocity, audio_velocity)
+        velocity = velocity[:, :, :num_frames]  # without the keyframes of a training batch
+        return velocity if joint is None else joint.join(velocity, audio_velocity)
 
-    def _append_keyframes(
-        self, image: Tensor, clean_tokens: CleanTokens, timesteps: Tensor, overrides: Overrides
+    def _append_training_keyframes(
+        self, image: Tensor, timesteps: Tensor, overrides: Overrides
     ) -> tuple[Tensor, Overrides]:
-        """Append a training batch's keyframes to its noisy video and to the clean latents of `overrides`."""
-        assert clean_tokens.keyframes is not None
+        """Append a training batch's keyframes, if any, to its noisy video and to the clean latents.
+
+        In a generation, keyframes already are part of the noisy video.
+        """
+        clean_tokens = overrides.clean_tokens
+        if clean_tokens is None or clean_tokens.keyframes is None:
+            return image, overrides
         keyframes = self.latent.to_model(clean_tokens.keyframes.to(image.device, image.dtype))
         image, extended_tokens = append_training_keyframes(
             image, clean_tokens, keyframes, sigmas=timesteps / 1000
@@ -387,8 +383,8 @@ class Ltx2(Ltx2Media):
 
     def _list_rates(self, cond: Conditions) -> float | list[float]:
         """Return the frames per second of each sample; the default if the conditions lack them."""
-        rates = cond.get(FPS)
-        if not isinstance(rates, Tensor):
+        rates = _find_tensor(cond, FPS)
+        if rates is None:
             return self.defaults.fps
         return [rate / 1000 for rate in rates.tolist()]
 
@@ -396,7 +392,7 @@ class Ltx2(Ltx2Media):
         self,
         references: Sequence[Tensor],
         noisy_references: NoisyReferences | None,
-        strengths: Any,
+        strengths: Tensor | None,
         device: torch.device,
     ) -> LtxReferences:
         """Return the video's references with noise, strengths and time factor, as an input of the network.
@@ -411,7 +407,7 @@ class Ltx2(Ltx2Media):
             references if noisy_references is None else noisy_references.unflatten_like(references),
             frame_stride=1 if self.references is None else self.references.time_factor,
             timestep_fraction=0.0 if noisy_references is None else 1 - noisy_references.strength,
-            attention_strengths=strengths[0].to(device) if isinstance(strengths, Tensor) else None,
+            attention_strengths=None if strengths is None else strengths[0].to(device),
         )
 
     # generation
@@ -426,10 +422,7 @@ class Ltx2(Ltx2Media):
         Raises OptionError or MediaError for what LTX-2 cannot generate.
         """
         self.files.check(("dit",))
-        if not self.files.has_images:
-            self._reject_images(request)
-        usable = {**NO_MEDIA, "image_path": True}
-        request = keep_usable_media(request, usable, f"{NAME} does not take it")
+        request = self._keep_usable_media(request)
         media = with_request_values(self.input_media, request)
         self._check_media(request, media)
         size = self._resolve_size(request)
@@ -447,12 +440,7 @@ class Ltx2(Ltx2Media):
             default_negative=NEGATIVE_PROMPT,
         )
         joint = self._make_joint(prepared)
-        if self.drive_video is not None and joint is None:
-            raise OptionError(
-                f"--drive_video {self.drive_video}: a single image has no audio. Give a longer --video_length"
-            )
-        if references.audio is not None:
-            self._check_audio_reference(references.audio, joint, media)
+        self._check_audio(references.audio, joint, media)
         prepared = replace(
             prepared,
             audio_video_shapes=joint,
@@ -467,11 +455,17 @@ class Ltx2(Ltx2Media):
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
         check_media(media, prepared, self.latent)
-        if media.paste_source is not None:
-            from ltx_2.source_pasting import add_pasting  # few requests ask for it
+        if media.paste_source is None:
+            return prepared
+        from ltx_2.source_pasting import add_pasting  # few requests ask for it
 
-            prepared = add_pasting(prepared, media, self.latent)
-        return prepared
+        return add_pasting(prepared, media, self.latent)
+
+    def _keep_usable_media(self, request: Request) -> Request:
+        """Return the request with its first image alone; raise OptionError if audio alone gets images."""
+        if not self.files.has_images:
+            self._reject_images(request)
+        return keep_usable_media(request, {**NO_MEDIA, "image_path": True}, f"{NAME} does not take it")
 
     def _resolve_size(self, request: Request) -> tuple[int, int, int]:
         """Return a request's width, height and frames; raise OptionError if latents cannot have this size."""
@@ -490,6 +484,20 @@ class Ltx2(Ltx2Media):
             raise OptionError(
                 f"--video_size {height} {width}: version 2.0 needs sides of {minimum} pixels or more"
             )
+
+    def _check_audio(
+        self, reference: Path | None, joint: AudioVideoShapes | None, media: Ltx2GivenMedia
+    ) -> None:
+        """Raise OptionError if a driving video or an audio reference would have no effect.
+
+        `joint` is None if no audio is generated.
+        """
+        if self.drive_video is not None and joint is None:
+            raise OptionError(
+                f"--drive_video {self.drive_video}: a single image has no audio. Give a longer --video_length"
+            )
+        if reference is not None:
+            self._check_audio_reference(reference, joint, media)
 
     def _check_audio_reference(
         self, path: Path, joint: AudioVideoShapes | None, media: Ltx2GivenMedia
@@ -525,18 +533,21 @@ class Ltx2(Ltx2Media):
                 f"--{request.source.option} and given parts of the result, which start from noise: leave "
                 "one of them out"
             )
-        if self.stages is not None and TEMPORAL in self.stages.upscalers and media.image_files:
-            raise OptionError(
-                f"--{next(iter(media.image_files))} and {TEMPORAL}: the first stage has half of the frames. "
-                "Leave one of them out"
-            )
-        if media.image_files and self.drive_video is not None:
-            option = next(iter(media.image_files))
-            raise OptionError(f"--drive_video and --{option}: the video sets all frames. Give one of them")
+        if media.image_files:
+            self._check_given_images(next(iter(media.image_files)))
         if request.image_path is not None:
             check_opens("image_path", request.image_path, is_image=True)
         if self.drive_video is not None:
             check_opens("drive_video", self.drive_video, is_image=False)
+
+    def _check_given_images(self, option: str) -> None:
+        """Raise OptionError if `option`, which gives images of the result, contradicts another option."""
+        if self.stages is not None and TEMPORAL in self.stages.upscalers:
+            raise OptionError(
+                f"--{option} and {TEMPORAL}: the first stage has half of the frames. Leave one of them out"
+            )
+        if self.drive_video is not None:
+            raise OptionError(f"--drive_video and --{option}: the video sets all frames. Give one of them")
 
     def _check_generated_keyframes(self) -> None:
         """Raise OptionError if --num_generated_keyframes does not fit the network or another option."""
@@ -583,21 +594,26 @@ class Ltx2(Ltx2Media):
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
         """Return the metadata for saved files that describe input media, references and stages."""
         metadata = media.metadata
-        images = references.images
         if references.audio is not None:
             metadata[REFERENCE_AUDIO_OPTION] = references.audio.name
             if self.audio_references.identity_scale:
                 metadata[IDENTITY_SCALE] = f"{self.audio_references.identity_scale:g}"
-        if images:
-            metadata["reference_video"] = ", ".join(path.name for path in images)
-        if images and self.reference_strength < 1:
-            metadata["reference_strength"] = f"{self.reference_strength:g}"
-        if images and self.reference_attention != (None, 1):
-            mask, strength = self.reference_attention
-            mask_and_strength = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
-            metadata["conditioning_attention_mask"] = mask_and_strength
+        if references.images:
+            metadata |= self._describe_references(references.images)
         if self.stages is not None:
             metadata |= self.stages.metadata
+        return metadata
+
+    def _describe_references(self, images: Sequence[Path]) -> dict[str, str]:
+        """Return the metadata of a request's reference images or clips, and of how they are used."""
+        metadata = {"reference_video": ", ".join(path.name for path in images)}
+        if self.reference_strength < 1:
+            metadata["reference_strength"] = f"{self.reference_strength:g}"
+        mask, strength = self.reference_attention
+        if mask is not None:
+            metadata["conditioning_attention_mask"] = f"{mask.name} {strength:g}"
+        elif strength != 1:
+            metadata["conditioning_attention_mask"] = f"{strength:g}"
         return metadata
 
     def _check_references(self, prepared: Prepared, references: Sequence[Path]) -> None:
@@ -749,13 +765,12 @@ class Ltx2(Ltx2Media):
         for index, clip in enumerate(pixels):
             conditions[reference_key(index)] = vae.encode(clip.to(vae.device)).float().cpu()
         mask, strength = self.reference_attention
-        if mask is not None or strength < 1:
-            if mask is None:
-                mask_strengths = torch.ones(1)  # broadcast to all tokens below
-            else:
-                mask_strengths = read_strengths(mask, pixels, reference_rules, self.latent)
-            num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
+        num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
+        if mask is not None:
+            mask_strengths = read_strengths(mask, pixels, reference_rules, self.latent)
             conditions[REFERENCE_STRENGTHS] = (strength * mask_strengths).expand(1, num_tokens)
+        elif strength < 1:
+            conditions[REFERENCE_STRENGTHS] = (strength * torch.ones(1)).expand(1, num_tokens)
         return conditions
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:
@@ -882,6 +897,12 @@ def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tenso
     return name_texts(conditions, present, device)
 
 
+def _find_tensor(conditions: Conditions, name: str) -> Tensor | None:
+    """Return a condition that is one tensor; None if it is missing or a list of tensors."""
+    value = conditions.get(name)
+    return value if isinstance(value, Tensor) else None
+
+
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
     """Build the model description for ltx2_cache_latents.py, which needs only the VAE."""
     model = options.model
@@ -911,20 +932,6 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         options.guidance,
         options.audio_references,
     )
-    learning = rules.AudioLearning(
-        options.video_loss_weight,
-        options.audio_loss_weight,
-        options.independent_audio_timestep or trains_only_audio,
-        rules.IMAGE_STREAM if trains_only_audio else CLEAN_STREAMS[options.ltx2_train_direction],
-    )
-    noise = replace(
-        NOISE,
-        first_frame_probability=options.first_frame_probability,
-        shifted_logit=shifted_logit(options.sigmas, files),
-        clean_token_rule=make_clean_latent_rules(options.given),
-        # both insert guide images; the first also uses masks to select clean latents, not to weight the loss
-        change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
-    )
     strategy = options.strategy
     takes_images = strategy.takes_images and not trains_only_audio
     if not strategy.takes_audio:
@@ -932,9 +939,9 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     return Ltx2(
         files,
         guidance=options.guidance,
-        noise=noise,
+        noise=_make_noise_rules(options, files),
         dit=replace(DIT, lora_include=LORA_PRESETS[options.lora_target_preset]),
-        audio_learning=learning,
+        audio_learning=_make_audio_learning(options, trains_only_audio),
         size=(options.width, options.height, options.sample_num_frames),
         makes_audio=not options.silent,
         stages=two_stages(options.stages),
@@ -943,6 +950,28 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         strategy=strategy,
         audio_references=make_audio_rules(options.audio_references),
         reference_dropout_rate=1 - options.ic_lora_ref_probability,
+    )
+
+
+def _make_audio_learning(options: Ltx2TrainingOptions, trains_only_audio: bool) -> rules.AudioLearning:
+    """Return how the losses of both streams are weighted, and which stream is fed clean."""
+    return rules.AudioLearning(
+        options.video_loss_weight,
+        options.audio_loss_weight,
+        options.independent_audio_timestep or trains_only_audio,
+        rules.IMAGE_STREAM if trains_only_audio else CLEAN_STREAMS[options.ltx2_train_direction],
+    )
+
+
+def _make_noise_rules(options: Ltx2TrainingOptions, files: Ltx2Files) -> NoiseSpec:
+    """Return how noise is drawn and which latents it leaves clean."""
+    return replace(
+        NOISE,
+        first_frame_probability=options.first_frame_probability,
+        shifted_logit=shifted_logit(options.sigmas, files),
+        clean_token_rule=make_clean_latent_rules(options.given),
+        # both insert guide images; the first also uses masks to select clean latents, not to weight the loss
+        change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
     )
 
 

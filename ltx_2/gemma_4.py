@@ -4,7 +4,7 @@ Source: transformers' Gemma4UnifiedTextConfig, and the released reader for the m
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,46 +40,64 @@ def read_settings(
     another pattern of layers.
     """
     layers = _list_layer_types(num_layers, shapes)
-    rope = settings.get("rope_parameters") or {}
-    full = rope.get(FULL_ATTENTION) or {}
-    sliding = rope.get(SLIDING_ATTENTION) or {}
-    theta = float(full.get("rope_theta", THETA))
-    sliding_theta = float(sliding.get("rope_theta", NEAR_THETA))
-    partial_rotary_factor = float(full.get("partial_rotary_factor", 0.25))
     window = int(settings.get("sliding_window", WINDOW))
-    has_kinds = (
-        full.get("rope_type", "proportional") == "proportional"
-        and sliding.get("rope_type", "default") == "default"
-    )
-    are_finite = all(0 < number < math.inf for number in (theta, sliding_theta, window))
-    if not has_kinds or not are_finite:
-        raise ValueError(f"rotary frequencies {rope}, sliding_window {window}")
+    rope = _read_rotary_settings(settings.get("rope_parameters") or {}, window)
     layer_types = settings.get("layer_types")
+    partial_rotary_factor = rope[FULL_ATTENTION]["partial_rotary_factor"]
     if not 0 < partial_rotary_factor <= 1 or layers != list(layer_types or layers)[:num_layers]:
         raise ValueError(
             f"partial_rotary_factor {partial_rotary_factor}, layer_types {layer_types} for {layers}"
         )
     if layers[-1] != FULL_ATTENTION:
         raise ValueError(f"{num_layers} layers, of which the last one sees a window of tokens")
+    width, num_heads = _read_full_heads(layers, shapes)
+    return {
+        "layer_types": layers,
+        "global_head_dim": width,
+        "num_global_key_value_heads": num_heads,
+        "attention_k_eq_v": True,
+        "sliding_window": window,
+        "rope_parameters": rope,
+    }
+
+
+def _read_rotary_settings(rope: Mapping[str, Any], window: int) -> dict[str, dict[str, Any]]:
+    """Return the rotary settings of both kinds of layers, with the released values for those left out.
+
+    Raises ValueError if a kind of rotation is unknown, or a frequency or the window is not positive.
+    """
+    sliding = {"rope_type": "default", "rope_theta": NEAR_THETA, **(rope.get(SLIDING_ATTENTION) or {})}
+    full = {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": THETA,
+        **(rope.get(FULL_ATTENTION) or {}),
+    }
+    theta = float(full["rope_theta"])
+    sliding_theta = float(sliding["rope_theta"])
+    partial_rotary_factor = float(full["partial_rotary_factor"])
+    has_kinds = full["rope_type"] == "proportional" and sliding["rope_type"] == "default"
+    are_positive = all(0 < number < math.inf for number in (theta, sliding_theta, window))
+    if not has_kinds or not are_positive:
+        raise ValueError(f"rotary frequencies {rope}, sliding_window {window}")
+    return {
+        SLIDING_ATTENTION: {"rope_type": "default", "rope_theta": sliding_theta},
+        FULL_ATTENTION: {
+            "rope_type": "proportional",
+            "partial_rotary_factor": partial_rotary_factor,
+            "rope_theta": theta,
+        },
+    }
+
+
+def _read_full_heads(layers: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return the head width and the number of key heads of layers that attend to all tokens."""
     full_layer = f"layers.{layers.index(FULL_ATTENTION)}.self_attn"
     (width,) = shapes.get(f"{full_layer}.q_norm.weight", (0,))
     rows = shapes.get(f"{full_layer}.k_proj.weight", (0,))[0]
     if width < 2 or rows < width or rows % width:
         raise ValueError(f"{rows} rows of keys for heads of {width} channels")
-    sliding_rope = {"rope_type": "default", "rope_theta": sliding_theta}
-    full_rope = {
-        "rope_type": "proportional",
-        "partial_rotary_factor": partial_rotary_factor,
-        "rope_theta": theta,
-    }
-    return {
-        "layer_types": layers,
-        "global_head_dim": width,
-        "num_global_key_value_heads": rows // width,
-        "attention_k_eq_v": True,
-        "sliding_window": window,
-        "rope_parameters": {SLIDING_ATTENTION: sliding_rope, FULL_ATTENTION: full_rope},
-    }
+    return width, rows // width
 
 
 def _list_layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

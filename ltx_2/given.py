@@ -256,10 +256,7 @@ class CleanLatentRules:
                 image = _add_guide_weights(image, guide, batch)
         audio = self._draw_audio_weights(batch, draws)
         _warn_if_all_clean(batch.keys, image)
-        clean_tokens = CleanTokens(
-            image if image is not None and image.any() else None,
-            audio if audio is not None and audio.any() else None,
-        )
+        clean_tokens = CleanTokens(_none_if_zero(image), _none_if_zero(audio))
         keyframes = [guide for guide in guides if guide.is_keyframe]
         keyframes += self._draw_keyframes(batch.tensor("latents"), generator)
         if keyframes:
@@ -288,6 +285,16 @@ class CleanLatentRules:
         """Return how clean each video latent is, 0 to FULLY_CLEAN, as B 1 F H W int16; None without rules."""
         if not (self.ends or self.region or self.mask or self.frames):
             return None
+        weights = self._draw_fully_clean(batch, draws) * FULLY_CLEAN
+        num_frames = weights.shape[1]
+        if self.frames is not None and num_frames > 1:
+            frame_mask = self.frames.draw_mask(num_frames, generator, draws.frames)[:, :, None, None]
+            # where rules overlap, the larger weight is used
+            weights = torch.maximum(weights, frame_mask * round(FULLY_CLEAN * self.frames.strength))
+        return weights[:, None].short()
+
+    def _draw_fully_clean(self, batch: Batch, draws: RandomDraws) -> Tensor:
+        """Draw which video latents are entirely clean (at ends, in a region, by a mask), B F H W bool."""
         batch_size, _, num_frames, rows, columns = batch.tensor("latents").shape
         is_clean = torch.zeros(batch_size, num_frames, rows, columns, dtype=torch.bool)
         if self.ends is not None and num_frames > 1:
@@ -299,12 +306,7 @@ class CleanLatentRules:
         if self.mask is not None:
             is_drawn = draws.mask < self.mask.probability
             is_clean |= _read_masks(self.mask, batch) & is_drawn[:, None, None, None]
-        weights = is_clean * FULLY_CLEAN
-        if self.frames is not None and num_frames > 1:
-            frame_mask = self.frames.draw_mask(num_frames, generator, draws.frames)[:, :, None, None]
-            # where rules overlap, the larger weight is used
-            weights = torch.maximum(weights, frame_mask * round(FULLY_CLEAN * self.frames.strength))
-        return weights[:, None].short()
+        return is_clean
 
     def _draw_audio_weights(self, batch: Batch, draws: RandomDraws) -> Tensor | None:
         """Return how clean each audio latent is, 0 or FULLY_CLEAN, as B 1 T 1 int16.
@@ -324,6 +326,11 @@ class CleanLatentRules:
             covered = _cover_audio_latents(batch, num_latents)
             is_clean |= self.audio_intervals.draw_mask(covered, draws.audio_intervals)
         return (is_clean * FULLY_CLEAN).short()[:, None, :, None]
+
+
+def _none_if_zero(weights: Tensor | None) -> Tensor | None:
+    """Return weights that say how clean latents are; None if no latent is clean."""
+    return weights if weights is not None and weights.any() else None
 
 
 def _make_region_masks(batch: Batch, grid: tuple[int, int]) -> Tensor:

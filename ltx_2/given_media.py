@@ -20,7 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ltx_2.given import audio_latent_times, make_region_mask, video_latent_times
-from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
+from ltx_2.given_media_options import Ltx2GivenMedia, PlacedImage, Rectangle
 from ltx_2.keyframes import check_keyframes
 from ltx_2.references import read_pixels
 from modules.errors import MediaError, OptionError
@@ -54,13 +54,24 @@ def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMed
     """
     media = override_options(media, _read_request_values(request.extra))
     if media.inpaint_mask is not None and media.inpaint_source is None:
-        references = request.extra.get("reference_video", "")
-        if not references or "\n" in references:
-            raise OptionError(
-                f"--{MASK} {media.inpaint_mask}: give --inpaint_source, the clip that it changes, or one "
-                "--reference_video"
-            )
-        media = override_options(media, {"inpaint_source": to_path("--reference_video", references)})
+        source = _only_reference(request, media.inpaint_mask)
+        media = override_options(media, {"inpaint_source": source})
+    _check_pairs(media)
+    return media
+
+
+def _only_reference(request: Request, mask: Path) -> Path:
+    """Return the request's reference video; raise OptionError for a mask unless there is exactly one."""
+    references = request.extra.get("reference_video", "")  # one on each line
+    if not references or "\n" in references:
+        raise OptionError(
+            f"--{MASK} {mask}: give --inpaint_source, the clip that it changes, or one --reference_video"
+        )
+    return to_path("--reference_video", references)
+
+
+def _check_pairs(media: Ltx2GivenMedia) -> None:
+    """Raise OptionError for a clip to change or to paste without the option that says where."""
     if media.inpaint_source is not None and not (media.inpaint_mask or media.retake):
         raise OptionError(
             f"--inpaint_source {media.inpaint_source}: give --{MASK} or --retake, which say what to change"
@@ -70,7 +81,6 @@ def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMed
             f"--paste_source {media.paste_source}: there is no clip to paste. Give --{MASK} or "
             "--outpaint_source, or leave it out"
         )
-    return media
 
 
 def _read_request_values(extra: Mapping[str, str]) -> dict[str, Any]:
@@ -99,14 +109,7 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
             f"--num_generated_keyframes {media.num_generated_keyframes}: {frames} frames have {frames - 2} "
             "between their ends. Give fewer, or make it longer"
         )
-    num_latent_frames = (frames - 1) // latent.frame_step + 1
-    for image in media.latent_frames:
-        check_opens("latent_frame", image.path, is_image=True)
-        if not 0 <= image.index < num_latent_frames:
-            raise OptionError(
-                f"--latent_frame {image.option_value}: the result has the latent frames 0 to "
-                f"{num_latent_frames - 1}. Give one of them"
-            )
+    _check_latent_frames(media.latent_frames, (frames - 1) // latent.frame_step + 1)
     for name in ("outpaint_source", "inpaint_source"):
         path = getattr(media, name)
         if path is not None:
@@ -114,6 +117,17 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
     if media.region is not None:
         _check_region(media.region, prepared, latent)
     _check_extensions(media, frames, latent)
+
+
+def _check_latent_frames(images: Iterable[PlacedImage], num_latent_frames: int) -> None:
+    """Raise OptionError or MediaError if an image cannot be opened, or its latent frame does not exist."""
+    for image in images:
+        check_opens("latent_frame", image.path, is_image=True)
+        if not 0 <= image.index < num_latent_frames:
+            raise OptionError(
+                f"--latent_frame {image.option_value}: the result has the latent frames 0 to "
+                f"{num_latent_frames - 1}. Give one of them"
+            )
 
 
 def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) -> None:
@@ -234,10 +248,9 @@ def _encode_parts(
     """
     size = (prepared.width, prepared.height)
     _, _, num_latent_frames, rows, columns = latent.shape(prepared.frames, prepared.height, prepared.width)
-    region = media.region
-    if media.outpaint_source is not None and region is not None:
-        canvas = _read_on_canvas(media.outpaint_source, region, prepared)
-        yield CleanPart(encode(canvas), make_inner_mask(region, rows, columns, latent.pixel_step))
+    if media.outpaint_source is not None and media.region is not None:
+        canvas = _read_on_canvas(media.outpaint_source, media.region, prepared)
+        yield CleanPart(encode(canvas), make_inner_mask(media.region, rows, columns, latent.pixel_step))
     if media.inpaint_source is not None:
         pixels = video_pixels(
             media.inpaint_source,
@@ -248,19 +261,27 @@ def _encode_parts(
         )
         yield CleanPart(encode(pixels), make_unchanged_mask(media, prepared, latent))
     if media.extend_prefix is not None:
-        count = count_extension_frames(media, "extend_prefix", latent)
-        # the result continues the clip, so only the clip's end is needed
-        last_frames = deque(_read_frames(media.extend_prefix), maxlen=count)
-        yield CleanPart(encode(_resize(last_frames, size)))
+        num_frames = count_extension_frames(media, "extend_prefix", latent)
+        yield CleanPart(encode(_read_last_frames(media.extend_prefix, num_frames, size)))
     if media.extend_suffix is not None:
-        count = count_extension_frames(media, "extend_suffix", latent)
-        first_frames = islice(_read_frames(media.extend_suffix), count)
+        num_frames = count_extension_frames(media, "extend_suffix", latent)
         # drop the first latent, which covers one frame: latents at the end of a clip cover several
-        latents = encode(_resize(first_frames, size))[:, :, 1:]
+        latents = encode(_read_first_frames(media.extend_suffix, num_frames, size))[:, :, 1:]
         yield CleanPart(latents, first_frame=num_latent_frames - latents.shape[2])
+    # a latent frame may lie inside a clip above, which it replaces there, because it comes later
     for image in media.latent_frames:
         pixels = image_pixels(image.path, prepared.width, prepared.height, crf=crf)
         yield CleanPart(encode(pixels), first_frame=image.index, clean_weight=image.clean_weight)
+
+
+def _read_last_frames(path: Path, count: int, size: tuple[int, int]) -> Tensor:
+    """Read the end of a clip that the result continues, 1 3 F H W."""
+    return _resize(deque(_read_frames(path), maxlen=count), size)
+
+
+def _read_first_frames(path: Path, count: int, size: tuple[int, int]) -> Tensor:
+    """Read the beginning of a clip that the result leads to, 1 3 F H W."""
+    return _resize(islice(_read_frames(path), count), size)
 
 
 def _read_frames(path: Path) -> Iterable[Any]:
@@ -291,7 +312,7 @@ def _read_on_canvas(path: Path, region: Rectangle, prepared: Prepared) -> Tensor
 def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
     """Return which latents of --inpaint_source stay unchanged, F H W bool, or F 1 1 for whole frames.
 
-    Either a time span is generated anew, or a mask marks the unchanged area: white, or black if inverted.
+    Either a time span is regenerated, or a mask marks the unchanged area: white, or black if inverted.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.

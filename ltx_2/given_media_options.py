@@ -183,7 +183,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def retake_interval(self) -> tuple[float, float] | None:
-        """Return start and end of the interval to generate anew (--retake), in seconds; None without it."""
+        """Return start and end of the interval to regenerate (--retake), in seconds; None without it."""
         return read_interval("retake", self.retake)
 
     @property

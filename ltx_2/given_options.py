@@ -230,26 +230,28 @@ def read_conditioning_config(path: Path, streams: tuple[str, ...]) -> dict[str, 
     values: dict[str, Any] = {}
     is_generated = {}
     for stream in ("video", "audio"):
-        table = content.get(stream)
-        has_table = table is not None
-        if has_table != (stream in streams):
+        if (stream in content) != (stream in streams):
             raise OptionError(
                 f"{source}: [{stream}] and --ltx2_mode do not match: the mode has "
                 f"{' and '.join(streams)}. Give the mode of the file's streams"
             )
-        if table is None:
-            continue
-        _check_keys(table, {"is_generated", "conditions"}, f"{source}: [{stream}]")
-        is_generated[stream] = table.get("is_generated", True)
-        for condition in table.get("conditions", ()):
-            values |= _read_condition(condition, stream, f"{source}: [[{stream}.conditions]]")
-    # with one stream there is no direction to set
-    if len(is_generated) == 2:
-        direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
-        if direction is None:
-            raise OptionError(f"{source}: is_generated = false for both streams: nothing would be learned")
-        values[DIRECTION] = direction
+        if stream in content:
+            table = content[stream]
+            _check_keys(table, {"is_generated", "conditions"}, f"{source}: [{stream}]")
+            is_generated[stream] = table.get("is_generated", True)
+            for condition in table.get("conditions", ()):
+                values |= _read_condition(condition, stream, f"{source}: [[{stream}.conditions]]")
+    if len(is_generated) == 2:  # with one stream there is no direction to set
+        values[DIRECTION] = _find_direction(is_generated, source)
     return values
+
+
+def _find_direction(is_generated: Mapping[str, Any], source: str) -> str:
+    """Return the training direction in which these streams are generated, the other one being given."""
+    direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
+    if direction is None:
+        raise OptionError(f"{source}: is_generated = false for both streams: nothing would be learned")
+    return direction
 
 
 def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:

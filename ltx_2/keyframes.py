@@ -121,13 +121,9 @@ def append_keyframes(
     """
     start = section.noise
     image = start if joint is None else joint.split(start)[0]
-    keyframes, frame_indices, weights = (conditions[name] for name in (KEYFRAMES, INDICES, WEIGHTS))
-    assert isinstance(keyframes, Tensor)
-    assert isinstance(frame_indices, Tensor)
-    assert isinstance(weights, Tensor)
-    keyframes = keyframes.to(start.device)
-    num_generated = int((weights == 0).sum())  # given images have a weight above 0
-    weights = weights[:, None, :, None, None].expand(1, 1, *keyframes.shape[2:])
+    keyframes = _get_tensor(conditions, KEYFRAMES).to(start.device)
+    keyframe_weights = _get_tensor(conditions, WEIGHTS)
+    weights = keyframe_weights[:, None, :, None, None].expand(1, 1, *keyframes.shape[2:])
     fractions = clean_fraction(weights, keyframes).expand_as(keyframes)
     # a partly clean keyframe has less noise than the section
     sigmas = start_sigma * (1 - fractions)
@@ -136,8 +132,8 @@ def append_keyframes(
     fixed = section.fixed_latents or FixedLatents(torch.zeros_like(start), torch.zeros_like(start))
     clean_tokens = replace(
         append_clean_weights(section.overrides.clean_tokens, image, weights),
-        keyframe_indices=tuple(frame_indices[0].tolist()),
-        num_generated=num_generated,
+        keyframe_indices=tuple(_get_tensor(conditions, INDICES)[0].tolist()),
+        num_generated=int((keyframe_weights == 0).sum()),  # given images have a weight above 0
     )
     overrides = replace(section.overrides, clean_tokens=clean_tokens)
     if joint is not None:
@@ -152,6 +148,12 @@ def append_keyframes(
         overrides=overrides,
         num_visible_frames=image.shape[2],
     )
+
+
+def _get_tensor(conditions: Conditions, name: str) -> Tensor:
+    tensor = conditions[name]
+    assert isinstance(tensor, Tensor)
+    return tensor
 
 
 def _lengthen_video(joint: AudioVideoShapes, num_frames: int) -> AudioVideoShapes:

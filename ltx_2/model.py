@@ -44,7 +44,7 @@ from modules.layers.norms import (
 from modules.layers.rope import GridTable, sinusoid
 from modules.private_torch import disable_modes
 from modules.speed_options import SDPA, AttentionChoice
-from protocols.steps import FULLY_CLEAN, NO_OVERRIDES, Overrides
+from protocols.steps import FULLY_CLEAN, NO_OVERRIDES, CleanTokens, Overrides
 from runtime.run_blocks import Hidden, run_blocks
 
 DEFAULT_FPS = 24.0
@@ -80,8 +80,8 @@ class StreamInputs:
     latents: Tensor  # B Z F H W of video, B Z M K of audio
     timesteps: Tensor  # B
     freq_dim: int  # width of the timesteps' sinusoids
-    num_clean_frames: int  # leading latent frames that are clean
     references: LtxReferences
+    num_clean_frames: int = 0  # leading latent frames that are clean
     # a timestep for each token; None: only conditioning tokens have their own timestep
     token_timesteps: TokenTimesteps | None = None
     keyframe_indices: Sequence[int] = ()  # frame index of each image in the last latent frames
@@ -180,25 +180,23 @@ class LtxModel(nn.Module):
         dim = stream.dim
         prefix = modality.prefix
         modulation = partial(TimestepModulation, config, dim)
-        layers: dict[str, nn.Module | nn.Parameter] = {}  # by attribute, named as in released files
-        layers[f"{prefix}patchify_proj"] = nn.Linear(stream.channels, dim)
+        # attributes are named as in released files
+        setattr(self, f"{prefix}patchify_proj", nn.Linear(stream.channels, dim))
         if config.projects_text:
             sizes = (stream.text_dim, dim, dim)
-            layers[f"{prefix}caption_projection"] = TwoLayerMlp("linear_1 linear_2", sizes, gelu)
+            setattr(self, f"{prefix}caption_projection", TwoLayerMlp("linear_1 linear_2", sizes, gelu))
         # shift, scale and gate of self-attention, feed-forward and, in some releases, attention to the text
-        layers[f"{prefix}adaln_single"] = modulation(9 if config.modulates_text else 6)
+        setattr(self, f"{prefix}adaln_single", modulation(9 if config.modulates_text else 6))
         if config.modulates_text and config.modulates_text_by_timestep:
-            layers[f"{prefix}prompt_adaln_single"] = modulation(2)
+            setattr(self, f"{prefix}prompt_adaln_single", modulation(2))
         if len(config.streams) == 2:
             # of the attention between the streams: scale and shift as query and as key, and the gate
-            layers[modality.cross_modulation] = modulation(4)
-            layers[modality.cross_gate] = modulation(1)
+            setattr(self, modality.cross_modulation, modulation(4))
+            setattr(self, modality.cross_gate, modulation(1))
         # shift and scale of the output
-        layers[f"{prefix}scale_shift_table"] = nn.Parameter(torch.zeros(2, dim))
-        layers[f"{prefix}proj_out"] = nn.Linear(dim, stream.channels)
-        layers[f"{prefix}norm_out"] = Float32LayerNorm(dim, EPS)
-        for name, layer in layers.items():
-            setattr(self, name, layer)
+        setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, dim)))
+        setattr(self, f"{prefix}proj_out", nn.Linear(dim, stream.channels))
+        setattr(self, f"{prefix}norm_out", Float32LayerNorm(dim, EPS))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -291,28 +289,21 @@ class LtxModel(nn.Module):
         hidden_states = {}
         streams = {}
         for modality, stream_latents in latents.items():
-            is_video = modality is VIDEO
             inputs = StreamInputs(
                 modality,
                 stream_latents,
                 timesteps=timesteps[modality],
                 freq_dim=self.config.freq_dim,
-                num_clean_frames=overrides.num_clean_frames if is_video else 0,
                 references=references.get(modality, LtxReferences()),
-                keyframe_indices=keyframes if is_video else (),
             )
-            inputs = _add_clean_tokens(inputs, overrides)
-            text_name = "text" if is_video else "audio_text"
+            inputs = _add_clean_tokens(inputs, keyframes, overrides)
+            text_name = "text" if modality is VIDEO else "audio_text"
             embedded_texts = self._embed_texts(modality, [prompt[text_name] for prompt in prompts])
             hidden_states[modality] = self._project(inputs, dtype)
-            stream = self._embed_stream(inputs, [text.to(dtype) for text in embedded_texts], fps)
+            streams[modality] = self._embed_stream(inputs, [text.to(dtype) for text in embedded_texts], fps)
             if has_cross_attention:
-                other_timesteps = timesteps[AUDIO if is_video else VIDEO]
-                # audio of a sample without audio must not influence its video
-                has_other = has_audio if is_video else None
-                cross = self._embed_cross(inputs, other_timesteps, has_other, fps)
-                stream = replace(stream, cross=cross)
-            streams[modality] = stream
+                cross = self._embed_cross_attention(inputs, timesteps, has_audio, fps)
+                streams[modality] = replace(streams[modality], cross=cross)
         video_references = references.get(VIDEO, LtxReferences())
         tokens = LtxTokens(
             streams,
@@ -367,23 +358,30 @@ class LtxModel(nn.Module):
         text_modulation, _ = self._get_layer(inputs.modality, "prompt_adaln_single")(inputs.sinusoids)
         return text_modulation.unsqueeze(1)
 
-    def _embed_cross(
-        self, inputs: StreamInputs, other_timesteps: Tensor, has_other: Tensor | None, fps: Fps
+    def _embed_cross_attention(
+        self,
+        inputs: StreamInputs,
+        timesteps: Mapping[Modality, Tensor],
+        has_audio: Tensor | None,
+        fps: Fps,
     ) -> CrossInputs:
         """Return the inputs for a stream's attention to the other stream (video to audio, or back).
 
-        Shifts and scales depend on the stream's own timesteps, the gate on the other stream's. `has_other`, B
-        bool, states which samples have the other stream; None means all.
+        Shifts and scales depend on the stream's own timesteps, the gate on the other stream's. `has_audio`, B
+        bool, states which samples have audio; None means all.
         """
+        is_video = inputs.modality is VIDEO
         # shifts and scales
         modulation, _ = self._embed_timesteps(getattr(self, inputs.modality.cross_modulation), inputs)
         # timesteps for the gate are scaled differently
+        other_timesteps = timesteps[AUDIO if is_video else VIDEO]
         sinusoids = inputs.make_sinusoids(other_timesteps * self.config.gate_timestep_scale)
         gate, _ = getattr(self, inputs.modality.cross_gate)(sinusoids)
         gate_factor = None
-        if has_other is not None:
-            # sent from pinned memory: a copy from pageable memory would wait for the device
-            gate_factor = send_ahead(has_other.float(), modulation.device).view(-1, 1, 1)
+        if is_video and has_audio is not None:
+            # audio of a sample without audio must not influence its video. Sent from pinned memory: a copy
+            # from pageable memory would wait for the device
+            gate_factor = send_ahead(has_audio.float(), modulation.device).view(-1, 1, 1)
         rotary_emb = self._make_rotary_emb(inputs, fps, time_only=True)
         return CrossInputs(rotary_emb, modulation, gate, gate_factor)
 
@@ -484,15 +482,20 @@ class LtxModel(nn.Module):
                 )
 
 
-def _add_clean_tokens(inputs: StreamInputs, overrides: Overrides) -> StreamInputs:
-    """Return a stream's inputs with the timesteps of clean tokens and the number of generated keyframes."""
-    clean_tokens = overrides.clean_tokens
-    if clean_tokens is None:
-        return inputs
-    is_video = inputs.modality is VIDEO
-    if is_video:
-        inputs = replace(inputs, num_generated_keyframes=clean_tokens.num_generated)
-    clean_weights = clean_tokens.image if is_video else clean_tokens.audio
+def _add_clean_tokens(
+    inputs: StreamInputs, keyframe_indices: Sequence[int], overrides: Overrides
+) -> StreamInputs:
+    """Return a stream's inputs with its clean tokens' timesteps, and a video's clean frames and keyframes."""
+    clean_tokens = overrides.clean_tokens or CleanTokens()
+    clean_weights = clean_tokens.audio
+    if inputs.modality is VIDEO:
+        clean_weights = clean_tokens.image
+        inputs = replace(
+            inputs,
+            num_clean_frames=overrides.num_clean_frames,
+            keyframe_indices=keyframe_indices,
+            num_generated_keyframes=clean_tokens.num_generated,
+        )
     if clean_weights is None:
         return inputs
     return replace(inputs, token_timesteps=find_token_timesteps(inputs, clean_weights))

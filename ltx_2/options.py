@@ -329,22 +329,25 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def _check_streams(self) -> None:
         """Raise OptionError if options need a stream, video or audio, that --ltx2_mode leaves out."""
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
-        # option -> streams it needs. Presets of LoRA targets that begin with a need audio, with v video;
-        # a loss weight of 0 trains the other stream only
-        needed_streams = {
-            f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
-            self.strategy_option: {*self.strategy.streams},
-            f"--ltx2_train_direction {direction}": set() if direction == "joint" else {VIDEO, AUDIO},
-            "--video_loss_weight 0": set() if self.video_loss_weight else {AUDIO},
-            "--audio_loss_weight 0": set() if self.audio_loss_weight else {VIDEO},
-            "--sample_disable_audio": {VIDEO} if self.silent else set(),
-            "given parts of images": {VIDEO} if self.given.gives_images else set(),
-            "given parts of the audio": {AUDIO} if self.given.gives_audio else set(),
-        }
-        for option_text, streams in needed_streams.items():
-            missing = streams - {*self.model.streams}
-            if missing:
-                title = "audio" if AUDIO in missing else "images"
+        is_one_way = direction != "joint"
+        # (option, stream that it needs, whether it is given), in the order in which they are reported
+        needs = [
+            (f"--lora_target_preset {preset}", AUDIO, preset.startswith("a")),
+            (f"--lora_target_preset {preset}", VIDEO, preset.startswith("v")),
+            (self.strategy_option, AUDIO, AUDIO in self.strategy.streams),
+            (self.strategy_option, VIDEO, VIDEO in self.strategy.streams),
+            (f"--ltx2_train_direction {direction}", AUDIO, is_one_way),
+            (f"--ltx2_train_direction {direction}", VIDEO, is_one_way),
+            # a loss weight of 0 trains the other stream only
+            ("--video_loss_weight 0", AUDIO, not self.video_loss_weight),
+            ("--audio_loss_weight 0", VIDEO, not self.audio_loss_weight),
+            ("--sample_disable_audio", VIDEO, self.silent),
+            ("given parts of images", VIDEO, self.given.gives_images),
+            ("given parts of the audio", AUDIO, self.given.gives_audio),
+        ]
+        for option_text, stream, is_given in needs:
+            if is_given and stream not in self.model.streams:
+                title = "audio" if stream == AUDIO else "images"
                 raise OptionError(
                     f"{option_text}: without {title} nothing would be learned or heard. Give --ltx2_mode av"
                 )
@@ -600,20 +603,20 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     """Return the options of the generation command that makes `sample` with a training run's models."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
-    reference = extra.get("reference_video")
-    example = sample.get("example")
-    if example is not None:
-        reference = next(iter(example.references), None)
+    example = sample.get("example")  # the dataset item that the sample repeats
+    reference = extra.get("reference_video") if example is None else next(iter(example.references), None)
     guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
+    # a value of None leaves the option out of the command
+    left_out = [
+        *options.references.command_options(),  # these factors are in the LoRA's metadata
+        *("--height", "--width", "--sample_num_frames"),  # the training's; the sample has its own size
+    ]
     return {
         **latents,
-        # None leaves an option out: the reference factors are in the LoRA's metadata
-        **dict.fromkeys(options.references.command_options()),
+        **dict.fromkeys(left_out),
         "--reference_video": reference,
         "--reference_audio": extra.get("reference_audio"),
         f"--{IDENTITY_SCALE}": options.audio_references.identity_scale or None,
-        # the sample's own size replaces these
-        **dict.fromkeys(("--height", "--width", "--sample_num_frames")),
         **texts,
         "--dit": options.dit,
         "--dit_dtype": options.dit_dtype,

@@ -100,16 +100,10 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     @property
     def strength(self) -> float:
         """Return the strength that all references share; raise OptionError if strengths differ."""
-        files_and_strengths = self.video_conditioning or ()  # alternating
-        try:
-            strengths = {float(text) for text in files_and_strengths[1::2]}
-            if len(files_and_strengths) % 2 or not all(0 <= strength <= 1 for strength in strengths):
-                raise ValueError
-        except ValueError:
-            typed = f"--video-conditioning {' '.join(files_and_strengths)}"
-            raise OptionError(f"{typed}: give a file and its strength, from 0 to 1") from None
+        individual = self._individual_strengths()
+        strengths = set(individual)
         # --reference_strength is for references without an individual strength
-        all_have_strengths = files_and_strengths and len(files_and_strengths) == 2 * len(self.paths)
+        all_have_strengths = individual and len(individual) == len(self.paths)
         if self.reference_strength != 1 or not all_have_strengths:
             strengths.add(self.reference_strength)
         if len(strengths) > 1:
@@ -118,6 +112,18 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
                 f"references of strength {listed}: all references of a clip need the same strength"
             )
         return strengths.pop()
+
+    def _individual_strengths(self) -> list[float]:
+        """Return the strengths in --video-conditioning, in which files and strengths alternate."""
+        words = self.video_conditioning or ()
+        try:
+            strengths = [float(text) for text in words[1::2]]
+            if len(words) % 2 or not all(0 <= strength <= 1 for strength in strengths):
+                raise ValueError
+        except ValueError:
+            typed = f"--video-conditioning {' '.join(words)}"
+            raise OptionError(f"{typed}: give a file and its strength, from 0 to 1") from None
+        return strengths
 
     @property
     def attention(self) -> tuple[Path | None, float]:

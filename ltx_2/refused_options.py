@@ -320,21 +320,21 @@ def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
     """Parse a compact option declaration into its names and its settings for `add_argument`.
 
     A word is `name,alias:type=default`, in which only the name is required. `?` after the names means --name
-    and --no-name, `*` and `+` mean several values; without type and default the option is a switch.
+    and --no-name (which is accepted), `*` and `+` mean several values. An option without type and default is
+    a switch, which is False if it is not given; declared as `:switch`, it is None.
     """
     word, has_default, default_text = word.partition("=")
     word, _, type_name = word.partition(":")
     suffix = word[-1] if word[-1] in "?*+" else ""
     names = word.removesuffix(suffix).split(",")
     if suffix == "?":
-        return names, {
-            "action": argparse.BooleanOptionalAction,
-            "default": default_text == "True" if has_default else None,
-            "values": (False,),
-        }
-    # a switch is False by default; declared as `:switch`, it is None
-    if type_name == "switch" or not (has_default or type_name):
-        return names, {"action": "store_true", "default": None if type_name else False}
+        default = {"": None, "True": True, "False": False}[default_text]
+        action = argparse.BooleanOptionalAction
+        return names, {"action": action, "default": default, "values": (False,)}
+    if type_name == "switch":
+        return names, {"action": "store_true", "default": None}
+    if not has_default and not type_name:
+        return names, {"action": "store_true", "default": False}
     default = _read_default(default_text) if has_default else None
     settings = {
         "type": TYPES[type_name] if type_name else type(default),

@@ -201,23 +201,13 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
     """
     both_stages: list[tuple[Path, float]] = []
     first_stage: list[tuple[Path, float]] = []
-    patterns = shared.lora_patterns
     for path, strength in zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True):
         # an IC-LoRA records how much smaller its references are; other LoRAs record no factors
         is_ic_lora = bool(read_reference_factors([path]))
         (first_stage if is_ic_lora else both_stages).append((path, strength))
     if not first_stage:
         return shared, own_options
-    if patterns.include_patterns or patterns.exclude_patterns:
-        raise OptionError(
-            f"--include_patterns, --exclude_patterns: {first_stage[0][0]} is an IC-LoRA, which "
-            "--sample_two_stage adds to the first stage as a whole. Leave the patterns out"
-        )
-    if not both_stages and shared.lora_rounding != "auto":
-        raise OptionError(
-            f"--lora_rounding {shared.lora_rounding}: {first_stage[0][0]} is an IC-LoRA, which is not "
-            "merged into the weights. Leave the option out"
-        )
+    _check_ic_lora_options(shared, first_stage[0][0], is_only_lora=not both_stages)
     logger.info(
         "%s: an IC-LoRA, which only the first stage uses, as in the official pipeline",
         ", ".join(path.name for path, _ in first_stage),
@@ -229,6 +219,21 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
     )
     stages = replace(own_options.stages, first_loras=tuple(first_stage))
     return replace(shared, lora=lora), replace(own_options, stages=stages)
+
+
+def _check_ic_lora_options(shared: Any, ic_lora: Path, is_only_lora: bool) -> None:
+    """Raise OptionError for options of LoRAs that an IC-LoRA of the first stage cannot follow."""
+    patterns = shared.lora_patterns
+    if patterns.include_patterns or patterns.exclude_patterns:
+        raise OptionError(
+            f"--include_patterns, --exclude_patterns: {ic_lora} is an IC-LoRA, which "
+            "--sample_two_stage adds to the first stage as a whole. Leave the patterns out"
+        )
+    if is_only_lora and shared.lora_rounding != "auto":
+        raise OptionError(
+            f"--lora_rounding {shared.lora_rounding}: {ic_lora} is an IC-LoRA, which is not "
+            "merged into the weights. Leave the option out"
+        )
 
 
 def stage_sections(

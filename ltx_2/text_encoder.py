@@ -8,7 +8,7 @@ google/gemma-3-12b-it.
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -60,19 +60,7 @@ def read_settings(
 
     Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for invalid values.
     """
-    rope = settings.get("rope_parameters") or {}
-    full = rope.get(FULL_ATTENTION) or {}
-    sliding = rope.get(SLIDING_ATTENTION) or {}
-    old_scaling = settings.get("rope_scaling") or {}  # the key of transformers 4
-    scaling = full if rope else old_scaling
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    # without a config.json, the values of the release
-    stretch = float(scaling.get("factor", 1.0)) if settings else STRETCH
-    # transformers 5 groups the bases by attention kind, 4 has a separate name for each
-    theta = settings.get("rope_theta", THETA)
-    theta = float(full.get("rope_theta", theta))
-    sliding_theta = settings.get("rope_local_base_freq", NEAR_THETA)
-    sliding_theta = float(sliding.get("rope_theta", sliding_theta))
+    kind, stretch, theta, sliding_theta = _read_rotary_settings(settings)
     scalar = int(settings.get("query_pre_attn_scalar", head_width))
     window = int(settings.get("sliding_window", WINDOW))
     pattern = settings.get("_sliding_window_pattern", PATTERN)
@@ -82,17 +70,43 @@ def read_settings(
     if kind not in ("default", "linear") or not are_positive:
         listed = ", ".join(map(str, numbers))
         raise ValueError(f"rotary frequencies of type {kind}, values {listed}")
-    rope_scaling = None
-    if stretch != 1:
-        rope_scaling = {"rope_type": "linear", "factor": stretch}
     return {
         "rope_theta": theta,
         "rope_local_base_freq": sliding_theta,
-        "rope_scaling": rope_scaling,
+        "rope_scaling": None if stretch == 1 else {"rope_type": "linear", "factor": stretch},
         "query_pre_attn_scalar": scalar,
         "sliding_window": window,
         "layer_types": _list_layer_types(settings, num_layers, pattern),
     }
+
+
+class _RotarySettings(NamedTuple):
+    """Rotary embeddings of Gemma 3: of layers that attend to all tokens, and of those with a window."""
+
+    kind: str  # how positions are scaled: default or linear
+    stretch: float  # positions of FULL_ATTENTION layers are divided by it
+    theta: float
+    sliding_theta: float  # of SLIDING_ATTENTION layers
+
+
+def _read_rotary_settings(settings: Mapping[str, Any]) -> _RotarySettings:
+    """Read the rotary settings, with the released values for those left out.
+
+    transformers 5 groups them by attention kind in rope_parameters; 4 has a separate name for each.
+    """
+    rope = settings.get("rope_parameters") or {}
+    full = rope.get(FULL_ATTENTION) or {}
+    sliding = rope.get(SLIDING_ATTENTION) or {}
+    scaling = full if rope else settings.get("rope_scaling") or {}
+    theta = full.get("rope_theta", settings.get("rope_theta", THETA))
+    sliding_theta = sliding.get("rope_theta", settings.get("rope_local_base_freq", NEAR_THETA))
+    return _RotarySettings(
+        kind=scaling.get("rope_type", scaling.get("type", "default")),
+        # a config.json without a factor means 1; without config.json, the released model is assumed
+        stretch=float(scaling.get("factor", 1.0)) if settings else STRETCH,
+        theta=float(theta),
+        sliding_theta=float(sliding_theta),
+    )
 
 
 def _list_layer_types(settings: Mapping[str, Any], num_layers: int, pattern: int) -> list[str]:

@@ -56,30 +56,36 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     is_rational = "upsampler.conv.weight" in names
     layer = "upsampler.conv.weight" if is_rational else "upsampler.0.weight"
     is_timed = layer in names and len(names[layer].shape) == 5
-    # pixel shuffle: the number of pixels per input pixel determines the factor on height and width
     width_out = shape(layer, 5 if is_timed else 4)[0]
-    block, remainder = divmod(width_out, width)
-    # number of pixels in a block -> factor on height and width; with time, a block has 2 frames
-    sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}
-    side = sides_by_block.get(block)
-    if axes not in (4, 5) or remainder or width % GROUPS:
+    factor = _shuffle_factor(width_out, width, is_timed)
+    if axes not in (4, 5) or width % GROUPS:
         raise rejection
-    if side is None or (side > 2 and not is_rational):
+    if factor is None or (factor > 2 and not is_rational):
         raise rejection
     # a factor of 3 is the numerator of a fraction whose denominator no tensor shows
-    scale = _read_rational_scale(checkpoint, option) if side == 3 else SCALES.get(side, 2.0)
+    scale = _read_rational_scale(checkpoint, option) if factor == 3 else SCALES.get(factor, 2.0)
     # these names are the arguments of the network's class
     settings = {
         "in_channels": channels,
         "mid_channels": width,
         "num_blocks_per_stage": count(names, r"res_blocks\.\d+"),
         "dims": axes - 2,
-        "spatial_upsample": side > 1,
+        "spatial_upsample": factor > 1,
         "temporal_upsample": is_timed,
         "use_rational_resampler": is_rational,
         "rational_spatial_scale": scale,
     }
     return LoadPlan(settings, checkpoint, sources)
+
+
+def _shuffle_factor(width_out: int, width: int, is_timed: bool) -> int | None:
+    """Return a pixel shuffle's factor on height and width from its channels; None if it is not known.
+
+    Each input pixel becomes a block of pixels, of two frames if the shuffle is over time too.
+    """
+    block, remainder = divmod(width_out, width)
+    factors_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}
+    return None if remainder else factors_by_block.get(block)
 
 
 def _read_rational_scale(checkpoint: Checkpoint, option: str) -> float:

@@ -208,7 +208,7 @@ def _with_info(checkpoint: Checkpoint, encoder: CoderConfig, decoder: CoderConfi
     settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
     try:
         encoder, decoder = _apply_settings(settings, encoder, decoder)
-    except (ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: the settings of its VAE, in the file or in config.json next to it, cannot be used: "
             f"{error}. Give {FILES} to --vae.",
@@ -229,25 +229,39 @@ def _apply_settings(
     is_ltx_2_0 = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_ltx_2_0)
     encoder_mode = settings.get("encoder_spatial_padding_mode", ZEROS)
-    # the decoder's padding has two names in files; the second one takes precedence
+    # two settings of the decoder have two names in files; the second one takes precedence
     decoder_mode = settings.get("spatial_padding_mode", REFLECT if is_ltx_2_0 else ZEROS)
     decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
     is_causal = settings.get("causal_decoder", False)
     is_causal = settings.get("decoder_causal", is_causal)
-    # the settings list shortcuts starting at the pixels; the decoder's parts start at the latents
-    shortcuts_from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])
-    parts: list[BlockGroup | Resampling] = []
-    for part in decoder.parts:
-        if isinstance(part, Resampling):
-            part = replace(part, is_residual=next(shortcuts_from_latents))
-        parts.append(part)
     modes = (encoder_mode, decoder_mode)
     has_all = len(shortcuts) == len(decoder.resamplings)
     if not {*modes} <= {ZEROS, REFLECT} or not has_all or type(is_causal) is not bool:
         raise ValueError(f"paddings {modes}, shortcuts {shortcuts}, causal decoder {is_causal}")
     encoder = replace(encoder, reflects=encoder_mode == REFLECT)
-    decoder = replace(decoder, parts=tuple(parts), reflects=decoder_mode == REFLECT, is_causal=is_causal)
+    decoder = replace(
+        decoder,
+        parts=_set_shortcuts(decoder.parts, shortcuts),
+        reflects=decoder_mode == REFLECT,
+        is_causal=is_causal,
+    )
     return encoder, decoder
+
+
+def _set_shortcuts(
+    parts: Sequence[BlockGroup | Resampling], shortcuts: Sequence[Any]
+) -> tuple[BlockGroup | Resampling, ...]:
+    """Return the decoder's parts, each resampling with or without its shortcut.
+
+    The settings list shortcuts starting at the pixels, so the last one is that of the first part.
+    """
+    remaining = list(shortcuts)
+    result: list[BlockGroup | Resampling] = []
+    for part in parts:
+        if isinstance(part, Resampling):
+            part = replace(part, is_residual=bool(remaining.pop()))
+        result.append(part)
+    return tuple(result)
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_ltx_2_0: bool) -> Sequence[Any]:

@@ -18,7 +18,7 @@ from encoders.tiles import Tile, add_in_tiles, decode_in_tiles, split_into_tiles
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae_blocks import ClipMemory, VideoVaeConfig, VideoVaeDecoder, VideoVaeEncoder
 from modules.devices import dtype_name
-from modules.layers.convolution import memory_formats, set_memory_format
+from modules.layers.convolution import cast_for_convolution, set_memory_format
 from modules.media.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)
@@ -108,23 +108,20 @@ class LtxVideoVae(nn.Module):
         for group in pixels.split([1] + [step] * ((pixels.shape[2] - 1) // step), dim=2):
             if group.dtype == torch.uint8:
                 group = from_bytes(group.to(self.device))
-            yield self.encoder(self._place(group), memory)[:, : self.config.latent_channels].float()
+            frames = cast_for_convolution(group, self.device, self.dtype)
+            yield self.encoder(frames, memory)[:, : self.config.latent_channels].float()
 
     def _pixels(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode latents in one piece, and yield their pixels, B 3 F H W float32."""
         mean, std = self._statistics()
-        frames = (
-            self._place(frame.to(self.device).float() * std + mean) for frame in latents.split(1, dim=2)
-        )
+        scaled = (frame.to(self.device).float() * std + mean for frame in latents.split(1, dim=2))
+        frames = (cast_for_convolution(frame, self.device, self.dtype) for frame in scaled)
         for chunk in self.decoder(frames):
             yield chunk.float()
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return the latents' mean and standard deviation per channel, each 1 Z 1 1 1 float32."""
         return self.latents_mean.view(1, -1, 1, 1, 1), self.latents_std.view(1, -1, 1, 1, 1)
-
-    def _place(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[0])
 
 
 def load_video_vae(

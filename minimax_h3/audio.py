@@ -134,17 +134,21 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "num_attention_heads": HEADS,
         "sampling_rate": RATE,
         **_read_decoder_settings(shape, num_stages, num_blocks),
+        **_read_settings_without_tensors(checkpoint),
     }
-    _, declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})  # config.json
-    for key in ("num_attention_heads", "latents_mean", "latents_std"):
-        if declared.get(key) is not None:
-            settings[key] = declared[key]
     statistics = (settings.get("latents_mean", AUDIO_MEAN), settings.get("latents_std", AUDIO_STD))
     fits = all(_are_numbers(numbers, latent_channels) for numbers in statistics)
     # encoder and decoder must change the length by the same factor
     if not fits or prod(settings["encoder_rates"]) != prod(settings["decoder_rates"]):
         raise rejection
     return LoadPlan(settings, checkpoint, rename_sources(sources, _parametrized))
+
+
+def _read_settings_without_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the settings in config.json that no tensor shows, as far as it has them."""
+    _, declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})
+    keys = ("num_attention_heads", "latents_mean", "latents_std")
+    return {key: declared[key] for key in keys if declared.get(key) is not None}
 
 
 def _parametrized(name: str) -> str:

@@ -102,16 +102,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     by the file's name. A file trained here records STACKED. Raises CheckpointError for another model's file.
     """
     names = checkpoint.tensors
-    has_released_names = "adaln_t_table" in names or "video_patch_proj.weight" in names
-    if IDENTIFYING_TENSOR in names and has_released_names:
-        is_trained = checkpoint.metadata.get(LAYOUT_KEY) == STACKED
-        dialect = STACKED if is_trained else layout or find_layout(checkpoint.path)
-        identifying_tensor = IDENTIFYING_TENSOR
-    elif DIFFUSERS_TENSOR in names and "audio_proj_in.weight" in names:
-        dialect = DIFFUSERS
-        identifying_tensor = DIFFUSERS_TENSOR
-    else:
-        raise make_wrong_kind_error(checkpoint, MODEL_KIND, OPTION, FILES)
+    dialect = _find_dialect(checkpoint, layout)
     if checkpoint.metadata.get(LAYOUT_KEY) is None:  # files trained here may have any name
         _reject_other_model(checkpoint.path)
     tensor_shapes = {name: info.shape for name, info in names.items()}
@@ -124,7 +115,23 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     if frequencies is not None:
         config = replace(config, frequencies=frequencies)
     _check_positions(config, checkpoint.path)
+    identifying_tensor = DIFFUSERS_TENSOR if dialect == DIFFUSERS else IDENTIFYING_TENSOR
     return DitHeader(config, dialect, names[identifying_tensor].dtype)
+
+
+def _find_dialect(checkpoint: Checkpoint, layout: str | None) -> str:
+    """Return DIFFUSERS, or the row order of the fused matrix in a file with released names.
+
+    Raises CheckpointError for another model's file.
+    """
+    names = checkpoint.tensors
+    has_released_names = "adaln_t_table" in names or "video_patch_proj.weight" in names
+    if IDENTIFYING_TENSOR in names and has_released_names:
+        is_trained = checkpoint.metadata.get(LAYOUT_KEY) == STACKED
+        return STACKED if is_trained else layout or find_layout(checkpoint.path)
+    if DIFFUSERS_TENSOR in names and "audio_proj_in.weight" in names:
+        return DIFFUSERS
+    raise make_wrong_kind_error(checkpoint, MODEL_KIND, OPTION, FILES)
 
 
 def _reject_other_model(path: Path) -> None:
@@ -170,23 +177,9 @@ def _check_positions(config: H3Config, path: Path) -> None:
 
 def _read_config(shapes: DitShapes) -> H3Config:
     """Return the model's sizes from tensor shapes; a pruned file has a table instead of the time embedder."""
+    _check_sizes_fit(shapes)
     (head_width,) = shapes.shape_of("blocks.0.attn.q_norm.weight", axes=1)
     dim, inner = shapes.shape_of("blocks.0.attn.out_proj.weight")
-    rows, _ = shapes.shape_of("blocks.0.attn.qkv_proj.weight")
-    modulation, time_dim = shapes.shape_of("blocks.0.adaln_proj.linear.weight")
-    patch = shapes.shape_of("video_patch_proj.weight")[1]
-    fits = (
-        inner % head_width == 0
-        and rows == 3 * inner
-        and modulation == NUM_MODALITIES * MODULATION_VECTORS * dim
-    )
-    if not fits or patch % PATCH**2:
-        raise CheckpointError(
-            f"{shapes.path}: {rows} rows of queries, keys and values, {inner} columns after them, heads of "
-            f"{head_width}, {modulation} rows of modulation and patches of width {patch} do not fit "
-            f"together. Copy the file again.",
-            shapes.path,
-        )
     is_pruned = "adaln_t_table" in shapes.shapes
     table_rows = shapes.shape_of("adaln_t_table")[0] if is_pruned else 0
     time_hidden, freq_dim = (0, 0) if is_pruned else shapes.shape_of("time_embedder.proj_in.weight")
@@ -201,15 +194,36 @@ def _read_config(shapes: DitShapes) -> H3Config:
         ffn_dim=shapes.shape_of("blocks.0.mlp.fc2.weight")[1],
         num_layers=shapes.count_blocks("blocks"),
         refiner_layers=shapes.count_blocks("token_refiner.blocks"),
-        channels=patch // PATCH**2,
+        channels=shapes.shape_of("video_patch_proj.weight")[1] // PATCH**2,
         audio_channels=shapes.shape_of("audio_patch_proj.weight")[1],
         text_dim=shapes.shape_of("condition_proj.weight")[1],
         freq_dim=freq_dim,
         time_hidden=time_hidden,
-        time_dim=time_dim,
+        time_dim=shapes.shape_of("blocks.0.adaln_proj.linear.weight")[1],
         table_rows=table_rows,
         frequencies=frequencies,
     )
+
+
+def _check_sizes_fit(shapes: DitShapes) -> None:
+    """Raise CheckpointError if the sizes of a block's tensors or of patches contradict each other."""
+    (head_width,) = shapes.shape_of("blocks.0.attn.q_norm.weight", axes=1)
+    dim, inner = shapes.shape_of("blocks.0.attn.out_proj.weight")
+    rows, _ = shapes.shape_of("blocks.0.attn.qkv_proj.weight")
+    modulation, _ = shapes.shape_of("blocks.0.adaln_proj.linear.weight")
+    patch = shapes.shape_of("video_patch_proj.weight")[1]
+    fits = (
+        inner % head_width == 0
+        and rows == 3 * inner
+        and modulation == NUM_MODALITIES * MODULATION_VECTORS * dim
+    )
+    if not fits or patch % PATCH**2:
+        raise CheckpointError(
+            f"{shapes.path}: {rows} rows of queries, keys and values, {inner} columns after them, heads of "
+            f"{head_width}, {modulation} rows of modulation and patches of width {patch} do not fit "
+            f"together. Copy the file again.",
+            shapes.path,
+        )
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mapping[str, TensorSource]:

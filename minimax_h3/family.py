@@ -1,7 +1,7 @@
 """MiniMax-H3, described for the shared loops: video with audio."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -56,6 +56,7 @@ from minimax_h3.reference_sound import read_reference_audio
 from minimax_h3.references import (
     ClipSource,
     H3Media,
+    H3Reference,
     H3Sources,
     ImageSource,
     check_video_length,
@@ -74,6 +75,7 @@ from minimax_h3.training_inputs import (
     teacher_key,
     teacher_rows,
 )
+from minimax_h3.video_vae import H3VideoVae
 from modules.devices import send
 from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
@@ -360,11 +362,7 @@ class MiniMaxH3(OneTransformer):
         self._check_media(request, media)
         width, height, frames = self._resolve_size(request, media)
         self._check_frames(frames)
-        if media.one_frame is not None and frames != 1:
-            raise OptionError(
-                f"--one_frame_inference generates a single image, but --video_length is {frames} (--f in a "
-                "prompt line). Give 1"
-            )
+        _check_one_frame(media, frames)
         check_size((width, height, frames), self.latent)
         _check_sampling(request, frames)
         flow_shift = request.flow_shift or self.noise.base_shift
@@ -483,15 +481,7 @@ class MiniMaxH3(OneTransformer):
         """Encode references as latents by condition name; the audio VAE is loaded only if one has audio."""
         record = prepared.family_settings
         references = record.media.references
-        conditions: dict[str, Tensor] = {}
-        for index, (reference, source) in enumerate(zip(references, record.sources.references, strict=True)):
-            if source is None:  # an audio reference, encoded below
-                continue
-            frames = source.read()
-            frames = frames.unsqueeze(0) if reference.kind == IMAGE else cut_to_vae_length(frames)
-            conditions[reference_key(index, reference.kind)] = encode_condition(
-                encoders.vae, _make_clip(frames)
-            )
+        conditions = _encode_visual_references(encoders.vae, references, record.sources.references)
         audios = {}
         for index, reference in enumerate(references):
             path = reference.path if reference.kind == AUDIO else reference.audio
@@ -555,6 +545,15 @@ def _without_guidance(request: Request) -> Request:
     return replace(request, negative_prompt=None)
 
 
+def _check_one_frame(media: H3Media, frames: int) -> None:
+    """Raise OptionError if --one_frame_inference is given for several frames."""
+    if media.one_frame is not None and frames != 1:
+        raise OptionError(
+            f"--one_frame_inference generates a single image, but --video_length is {frames} (--f in a "
+            "prompt line). Give 1"
+        )
+
+
 def _check_sampling(request: Request, frames: int) -> None:
     """Raise OptionError for solvers other than Euler; warn about a different frame rate than the model's."""
     if request.solver not in (None, SOLVER):
@@ -569,6 +568,20 @@ def _check_sampling(request: Request, frames: int) -> None:
             NAME,
             FPS,
         )
+
+
+def _encode_visual_references(
+    vae: H3VideoVae, references: Sequence[H3Reference], sources: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Encode reference images and clips as latents by condition name; the source of audio alone is None."""
+    conditions = {}
+    for index, (reference, source) in enumerate(zip(references, sources, strict=True)):
+        if source is None:
+            continue
+        frames = source.read()
+        frames = frames.unsqueeze(0) if reference.kind == IMAGE else cut_to_vae_length(frames)
+        conditions[reference_key(index, reference.kind)] = encode_condition(vae, _make_clip(frames))
+    return conditions
 
 
 def _make_clip(frames: Tensor) -> Tensor:

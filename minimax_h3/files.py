@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from checkpoints.dits import DitFormat
 from checkpoints.model_files import inside, read_once, require_file
@@ -139,26 +140,11 @@ class H3TextEncoder(LanguageModelEncoder):
             prompt.media_before_text, network.get_submodule("visual"), self.preprocessing()
         )
         tokens = tokenizer.read(prompt.text)
-        placeholders = [token for token in PLACEHOLDERS if tokenizer.token_to_id(token) in tokens.ids]
-        # a typed placeholder would be replaced by an image
-        if placeholders:
-            raise MediaError(
-                f"{placeholders[0]} stands for an image. Leave it out of the prompt: {prompt.text}"
-            )
-        ids, tags = self._tokenize_pieces(presentation.pieces, tokenizer)
-        num_media_tokens = len(ids)
-        ids += tokens.ids
-        tags += [TEXT_TAG] * len(tokens.ids)
-        if len(ids) > self.max_length:
-            raise MediaError(
-                f"the prompt with its images and clips has {len(ids)} tokens, but at most {self.max_length} "
-                "are allowed. Give fewer or smaller references: --reference_image_short_edge, "
-                "--reference_video_short_edge"
-            )
-        num_rows = len(network.get_parameter(self.embedding)) + sum(
-            word.word.count for word in self.added_words
-        )
-        check_ids([ids], num_rows, self.path, self.source.files.option)
+        _reject_placeholders(prompt.text, tokens.ids, tokenizer)
+        media_ids, media_tags = self._tokenize_pieces(presentation.pieces, tokenizer)
+        ids = [*media_ids, *tokens.ids]
+        tags = [*media_tags, *[TEXT_TAG] * len(tokens.ids)]
+        self._check_token_ids(ids, network)
         (conditions,) = self.compute(
             network, tokenizer, token_ids=[ids], num_template_tokens=0, images=[presentation.images]
         )
@@ -166,7 +152,19 @@ class H3TextEncoder(LanguageModelEncoder):
         if not prompt.weighted_spans:
             return conditions
         weights = weights_of(self.apply_template(prompt), tokens.char_spans)
-        return self.weigh(conditions, [1.0] * num_media_tokens + weights)
+        return self.weigh(conditions, [1.0] * len(media_ids) + weights)
+
+    def _check_token_ids(self, ids: Sequence[int], network: nn.Module) -> None:
+        """Raise an error if a prompt with its media has too many tokens, or tokens the network lacks."""
+        if len(ids) > self.max_length:
+            raise MediaError(
+                f"the prompt with its images and clips has {len(ids)} tokens, but at most {self.max_length} "
+                "are allowed. Give fewer or smaller references: --reference_image_short_edge, "
+                "--reference_video_short_edge"
+            )
+        num_added_rows = sum(word.word.count for word in self.added_words)
+        num_rows = len(network.get_parameter(self.embedding)) + num_added_rows
+        check_ids([ids], num_rows, self.path, self.source.files.option)
 
     def _tokenize_pieces(
         self, pieces: Sequence[PromptPiece], tokenizer: TextTokenizer
@@ -307,6 +305,13 @@ class H3Files(LanguageModelFiles):
         """Check the task and the named or needed files, without loading weights."""
         self.check_task()
         super().check(needed)
+
+
+def _reject_placeholders(prompt: str, ids: Collection[int], tokenizer: TextTokenizer) -> None:
+    """Raise MediaError if a prompt contains a placeholder, which would be replaced by an image."""
+    for token in PLACEHOLDERS:
+        if tokenizer.token_to_id(token) in ids:
+            raise MediaError(f"{token} stands for an image. Leave it out of the prompt: {prompt}")
 
 
 def _read_video_vae(checkpoint: Checkpoint) -> H3VideoVaeConfig:

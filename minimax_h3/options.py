@@ -379,14 +379,15 @@ def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         if not first and last is None:  # the task needs one of them
             first = Placeholder("IMAGE_FILE")
         return {"--first_frame": first or None, "--last_frame": last}  # None leaves an option out
-    if task == "ref2va":
-        extra = sample.get("extra") or {}
-        references = extra.get(REF, "")
-        is_single = references and "\n" not in references
-        if is_single:
-            return {f"--{REF}": references}
-        return {f"--{JSONL}": extra.get(JSONL) or Placeholder("REFERENCES_JSONL")}
-    return {}
+    return _reference_options(sample.get("extra") or {}) if task == "ref2va" else {}
+
+
+def _reference_options(extra: Mapping[str, str]) -> dict[str, Any]:
+    """Return the generation option for a sample's references: --ref for a single one, else a JSONL file."""
+    references = extra.get(REF, "")
+    if references and "\n" not in references:
+        return {f"--{REF}": references}
+    return {f"--{JSONL}": extra.get(JSONL) or Placeholder("REFERENCES_JSONL")}
 
 
 def check_guidance(scale: float | None, flag: str) -> None:
@@ -436,24 +437,29 @@ def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) 
 
     Raises OptionError if two options give different sizes.
     """
-    own_size = None
-    typed = f"--ratio {own_options.ratio}"  # for messages: the option that sets `own_size`
-    if own_options.ratio == ADAPTIVE:
+    ratio = own_options.ratio
+    if ratio == ADAPTIVE:
         if size is not None:
-            raise OptionError(f"{typed} and --video_size: give one of them")
+            raise OptionError(f"--ratio {ratio} and --video_size: give one of them")
         return None
-    if own_options.ratio is not None:
-        width, height = map(int, own_options.ratio.split(":"))
-        own_size = canvas(width / height)
-    elif own_options.height is not None and own_options.width is not None:
-        own_size = (own_options.height, own_options.width)
-        typed = f"--height {own_size[0]} --width {own_size[1]}"
-    shared_size = None if size is None else (size[0], size[1])
-    if None not in (own_size, shared_size) and own_size != shared_size:
+    if ratio is not None:
+        width, height = map(int, ratio.split(":"))
+        return _match_video_size(size, canvas(width / height), f"--ratio {ratio}")
+    if own_options.height is not None and own_options.width is not None:
+        typed = f"--height {own_options.height} --width {own_options.width}"
+        return _match_video_size(size, (own_options.height, own_options.width), typed)
+    return SIZE if size is None else (size[0], size[1])
+
+
+def _match_video_size(
+    video_size: Sequence[int] | None, own_size: tuple[int, int], typed: str
+) -> tuple[int, int]:
+    """Return the size that `typed` options set; raise OptionError if --video_size sets another one."""
+    if video_size is not None and tuple(video_size) != own_size:
         raise OptionError(
-            f"{typed} and --video_size {' '.join(map(str, size or ()))} differ: give one of them"
+            f"{typed} and --video_size {' '.join(map(str, video_size))} differ: give one of them"
         )
-    return own_size or shared_size or SIZE
+    return own_size
 
 
 def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int:

@@ -115,15 +115,16 @@ def present_media(
         # audio is only named by its label: the encoder does not hear it
         if medium.kind == AUDIO or medium.has_audio:
             pieces.append(make_label(AUDIO))
-        if medium.kind == IMAGE:
-            patches = cut_image(vision_tower, medium.pixels(), preprocessing.images, prompt_format)
-            pieces += [make_label(IMAGE), PromptPiece(num_image_tokens=patches.counts[0])]
-            all_patches.append(patches)
-        elif medium.kind == VIDEO:
-            pieces.append(make_label(VIDEO))
+        if medium.kind == AUDIO:
+            continue
+        pieces.append(make_label(medium.kind))
+        if medium.kind == VIDEO:
             clip_pieces, patches = _present_clip_frames(vision_tower, medium.pixels(), preprocessing)
             pieces += clip_pieces
-            all_patches.append(patches)
+        else:
+            patches = cut_image(vision_tower, medium.pixels(), preprocessing.images, prompt_format)
+            pieces.append(PromptPiece(num_image_tokens=patches.counts[0]))
+        all_patches.append(patches)
     patch_grids = tuple(side for patches in all_patches for side in patches.token_grids)
     joined = torch.cat([patches.patches for patches in all_patches]) if all_patches else torch.zeros(0)
     return Presentation(tuple(pieces), PatchedImages(joined, patch_grids))
@@ -152,8 +153,9 @@ class SampledFrames(NamedTuple):
 def sample_clip_frames(num_frames: int, group_size: int) -> SampledFrames:
     """Select the frames of a clip that the encoder sees, `ENCODER_FPS` each second, in groups.
 
-    `num_frames` is the clip's length at 24 per second. If the last group lacks frames, its time is computed
-    as if the clip's last frame were repeated. Raises MediaError if the clip has fewer frames than one group.
+    `num_frames` is the clip's length at 24 per second. The last group may have fewer frames than the others:
+    here only its time is padded, with the last frame's, because `cut_clip` repeats the frame itself. Raises
+    MediaError if the clip has fewer frames than one group.
     """
     stride = FPS / ENCODER_FPS
     indices = tuple(range(0, num_frames, round(stride)))

@@ -102,17 +102,18 @@ def read_media(request: Request) -> H3Media:
     first, last = _select_keyframes(request)
     control_names = _split_lines(request, CONDITION_IMAGES)
     controls = tuple(to_path("--condition_image", text) for text in control_names)
-    one_frame_text = request.extra.get(ONE_FRAME)
-    one_frame = None if one_frame_text is None else _read_one_frame(one_frame_text)
-    if one_frame is None and controls:
+    one_frame: OneFrame | None = None
+    if ONE_FRAME in request.extra:
+        one_frame = _read_one_frame(request.extra[ONE_FRAME])
+        # keyframes of a single image are its first control images
+        controls = (*(path for path in (first, last) if path is not None), *controls)
+        first = last = None
+        _check_control_indices(one_frame, len(controls))
+    elif controls:
         raise OptionError(
             "--condition_image is for a single image (--one_frame_inference). Give the frames of a clip to "
             "--first_frame and --last_frame"
         )
-    if one_frame is not None:  # keyframes of a single image are its first control images
-        controls = (*(path for path in (first, last) if path is not None), *controls)
-        first = last = None
-        _check_control_indices(one_frame, len(controls))
     media = H3Media(
         first=first,
         last=last,
@@ -172,15 +173,9 @@ def _check_control_indices(one_frame: OneFrame, num_controls: int) -> None:
 
 def _read_references(request: Request) -> Iterator[H3Reference]:
     """Yield the request's references in order; raise OptionError if two kinds of options name them."""
-    by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
-    # the options by kind count as one, because they may be combined: they are read in a fixed order
-    used_options = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
-    if len(used_options) > 1:
-        listed = " and ".join(f"--{name}" for name in used_options)
-        raise OptionError(
-            f"{listed}: their order would be unknown. Name all references in one of these options"
-        )
-    if int(request.extra.get(INDEX, 0)) and JSONL not in used_options:
+    _check_known_order(request.extra)
+    has_jsonl = bool(request.extra.get(JSONL))
+    if int(request.extra.get(INDEX, 0)) and not has_jsonl:
         logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)
     for text in _split_lines(request, REF):
         path, fields = split_ref(text)
@@ -188,8 +183,22 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
     for kind, name in BY_KIND.items():
         for text in _split_lines(request, name):
             yield _make_reference(f"--{name}", text, {"type": kind})
-    if JSONL in used_options:
+    if has_jsonl:
         yield from _read_line_references(request)
+
+
+def _check_known_order(extra: Mapping[str, str]) -> None:
+    """Raise OptionError if options name references whose order among each other is unknown.
+
+    Options for one kind of reference may be combined: they are read in a fixed order.
+    """
+    by_kind = [name for name in BY_KIND.values() if extra.get(name)]
+    used = [*(name for name in (REF, JSONL) if extra.get(name)), *by_kind[:1]]
+    if len(used) > 1:
+        listed = " and ".join(f"--{name}" for name in used)
+        raise OptionError(
+            f"{listed}: their order would be unknown. Name all references in one of these options"
+        )
 
 
 def _read_line_references(request: Request) -> Iterator[H3Reference]:
@@ -271,13 +280,18 @@ def _make_reference(origin: str, text: str, fields: Mapping[str, str]) -> H3Refe
     _check_opens(origin, path, is_image=kind == IMAGE)
     if kind == IMAGE:
         return H3Reference(IMAGE, path)
-    if audio is not None:
-        audio_path = to_path(origin, audio)
-        _check_has_audio(origin, audio_path)
-        return H3Reference(VIDEO, path, audio_path)
-    # by default the video's own audio track; a folder of frames has none
-    has_audio = not path.is_dir() and track_info(path) is not None
-    return H3Reference(VIDEO, path, path if has_audio else None)
+    return H3Reference(VIDEO, path, _find_audio(origin, path, audio))
+
+
+def _find_audio(origin: str, video: Path, typed_audio: str | None) -> Path | None:
+    """Return the file with a reference video's audio: by default its own track; None if it has none."""
+    if typed_audio is not None:
+        audio = to_path(origin, typed_audio)
+        _check_has_audio(origin, audio)
+        return audio
+    # a folder of frames has no audio
+    has_track = not video.is_dir() and track_info(video) is not None
+    return video if has_track else None
 
 
 def _find_kind(path: Path) -> str:
@@ -309,11 +323,9 @@ def check_references(references: Sequence[H3Reference]) -> None:
     """Raise OptionError for more references than the model takes, or for audio alone."""
     if not references:
         return
-    counts = {
-        IMAGE: sum(reference.kind == IMAGE for reference in references),
-        VIDEO: sum(reference.kind == VIDEO for reference in references),
-        AUDIO: sum(reference.kind == AUDIO or reference.audio is not None for reference in references),
-    }
+    kinds = [reference.kind for reference in references]
+    num_with_audio = sum(reference.kind == AUDIO or reference.audio is not None for reference in references)
+    counts = {IMAGE: kinds.count(IMAGE), VIDEO: kinds.count(VIDEO), AUDIO: num_with_audio}
     names = {IMAGE: "images", VIDEO: "videos", AUDIO: "references with audio"}
     for kind, count in counts.items():
         if count > MAX_COUNTS[kind]:

@@ -32,7 +32,8 @@ from protocols.inputs import CLIP, FIRST_LAST, SUBJECT
 LATENTS_AGAIN = "minimax_h3_cache_latents.py"
 # keys of the clip itself, as the reference of its teacher
 CLIP_AS_REFERENCE, AUDIO_AS_REFERENCE = "taught_latents", "taught_sound"
-
+# task -> conditions of the model that is trained; a text-to-video model has none
+SETS_OF_TASKS = {"fl2va": FIRST_LAST, "ref2va": SUBJECT}
 
 CLEAN_FRACTIONS = "clean_shares"  # in conditions of a training run: `CleanFractions`, 2 float32 on the host
 
@@ -114,14 +115,15 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
         CacheError: If conditions are missing, or do not fit the network.
     """
     tensors = batch.tensors
-    # `condition_set` says what a teacher sees instead of the task's media; "" in an ordinary pass
-    if batch.condition_set == CLIP:
+    # `batch.condition_set` says what a teacher sees instead of the task's media; "" in an ordinary pass
+    condition_set = batch.condition_set or SETS_OF_TASKS.get(task)
+    if condition_set == CLIP:
         return {**_use_clip_as_reference(tensors, latents), **_read_time_indices(tensors)}
     keys: list[str] = []
-    if batch.condition_set == FIRST_LAST or (not batch.condition_set and task == "fl2va"):
+    if condition_set == FIRST_LAST:
         keys = [key for key in sort_condition_keys(tensors) if not key.startswith(REFERENCE)]
         _require_conditions(batch, task, keys, (FIRST, LAST))
-    if batch.condition_set == SUBJECT or (not batch.condition_set and task == "ref2va"):
+    elif condition_set == SUBJECT:
         keys = [key for key in sort_condition_keys(tensors) if key.startswith(REFERENCE)]
         _require_conditions(batch, task, keys, ("latents_ref_000_...",))
     media: dict[str, Tensor] = {}

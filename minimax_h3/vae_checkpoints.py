@@ -182,12 +182,7 @@ def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel
     prefixes = [f"encoder.down.{index}" for index in range(shapes.count_blocks("encoder.down"))]
     has_downsample = [f"{prefix}.downsample.conv.weight" in shapes.shapes for prefix in prefixes]
     space_strides = declared.space_strides or tuple(2 if has else 1 for has in has_downsample)
-    time_strides = declared.time_strides
-    if not time_strides:
-        patch_side = math.prod(space_strides)
-        # decoder.proj_out makes the colors of a patch: 3 x frames x side x side
-        patch_frames = shapes.shape_of("decoder.proj_out.weight")[0] // (3 * patch_side**2)
-        time_strides = _list_time_strides(has_downsample, patch_frames)
+    time_strides = declared.time_strides or _infer_time_strides(shapes, has_downsample, space_strides)
     if not len(space_strides) == len(time_strides) == len(prefixes):
         raise CheckpointError(
             f"{shapes.path}: its config.json has strides of {len(space_strides)} and {len(time_strides)} "
@@ -201,11 +196,16 @@ def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel
     return tuple(levels)
 
 
-def _list_time_strides(has_downsample: Sequence[bool], patch_frames: int) -> tuple[int, ...]:
-    """Return each level's stride in time, whose product is the number of frames in a patch.
+def _infer_time_strides(
+    shapes: DitShapes, has_downsample: Sequence[bool], space_strides: Sequence[int]
+) -> tuple[int, ...]:
+    """Return each level's stride in time, whose product is the number of frames in a patch of the decoder.
 
     It is 2 at each downsampling except the first one, until the product is reached.
     """
+    # decoder.proj_out makes the colors of a patch: 3 x frames x side x side
+    patch_side = math.prod(space_strides)
+    patch_frames = shapes.shape_of("decoder.proj_out.weight")[0] // (3 * patch_side**2)
     strides: list[int] = []
     is_after_first = False
     for has in has_downsample:

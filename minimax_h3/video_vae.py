@@ -167,19 +167,12 @@ class H3VideoVae(nn.Module):
         A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
         """
         config = self.config
-        clip_latents = config.clip_latents
-        # repeat the last latent until the clips are full
-        num_repeats = -(latents.shape[2] + config.num_dropped_latents) % clip_latents
-        padded = torch.cat([latents, *[latents[:, :, -1:]] * num_repeats], dim=2)
         has_overlap = config.num_dropped_latents > 0
-        num_clips = (padded.shape[2] + config.num_dropped_latents) // clip_latents - int(has_overlap)
         frames_left = self._count_frames(latents.shape[2])
-        clip_frames = clip_latents * config.time_stride  # including the leading padding
+        clip_frames = config.clip_latents * config.time_stride  # including the leading padding
         previous: Tensor | None = None  # frames of the previous clip that overlap with this one
-        for index in range(num_clips):
-            start = index * clip_latents
-            end = start + clip_latents + config.shared_latents
-            decoded = self._decode_clip(padded[:, :, start:end])
+        for clip_latents in self._split_into_clips(latents):
+            decoded = self._decode_clip(clip_latents)
             clip = decoded[:, :, config.first_padding : clip_frames]
             if previous is not None:
                 clip = _blend(previous, clip, config.shared_frames, axis=2)
@@ -190,6 +183,22 @@ class H3VideoVae(nn.Module):
         # the last overlap has no next clip to be blended with
         if previous is not None and frames_left > 0:
             yield previous[:, :, :frames_left]
+
+    def _split_into_clips(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the latents of each clip, with the first ones of the next clip if the VAE's clips overlap.
+
+        The last latent is repeated until the last clip is full.
+        """
+        length = self.config.clip_latents
+        num_dropped = self.config.num_dropped_latents
+        num_repeats = -(latents.shape[2] + num_dropped) % length
+        padded = torch.cat([latents, *[latents[:, :, -1:]] * num_repeats], dim=2)
+        num_clips = (padded.shape[2] + num_dropped) // length
+        if num_dropped > 0:
+            num_clips -= 1
+        for index in range(num_clips):
+            start = index * length
+            yield padded[:, :, start : start + length + self.config.shared_latents]
 
     def _count_frames(self, latent_frames: int) -> int:
         """Return the number of frames that latents decode to; the first latent of a clip covers fewer."""

@@ -68,22 +68,29 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
     In each folder, the file `name` is tried first, then the section for it in a file for both.
     """
     for folder in folders:
-        for file, section in ((folder / name, None), (folder / BOTH_FILE, SECTIONS[name])):
-            if not file.is_file():
-                continue
-            try:
-                content = parse_json(read_text(file))
-            except (OSError, ValueError) as error:
-                raise _make_error(file, str(error)) from error
-            settings = content
-            if section is not None and isinstance(content, dict):
-                settings = content.get(section)
-            if section is not None and settings is None:
-                continue  # no such section: try the next folder
-            if not isinstance(settings, dict):
-                raise _make_error(file, "it is not an object")
-            return file, settings
+        file = folder / name
+        if file.is_file():
+            return file, _require_object(file, _read_json(file))
+        file = folder / BOTH_FILE
+        if file.is_file():
+            section = _require_object(file, _read_json(file)).get(SECTIONS[name])
+            if section is not None:
+                return file, _require_object(file, section)
     return Path(), {}
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return parse_json(read_text(file))
+    except (OSError, ValueError) as error:
+        raise _make_error(file, str(error)) from error
+
+
+def _require_object(file: Path, content: Any) -> Mapping[str, Any]:
+    """Return a JSON object read from a file; raise CheckpointError if it is something else."""
+    if not isinstance(content, dict):
+        raise _make_error(file, "it is not an object")
+    return content
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
@@ -100,18 +107,32 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     are_integers = type(min_pixels) is int and type(max_pixels) is int
     if not are_integers or not 0 < min_pixels <= max_pixels <= MAX_PIXELS or min_pixels > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {min_pixels} to {max_pixels} pixels")
-    max_tokens = 0  # no limit for the tokens of a frame
-    if settings.get("cap_pixels_per_frame") is True:
-        max_tokens = settings.get("max_video_tokens", 768)  # the released processor's default
+    return replace(
+        released,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        max_tokens_per_frame=_read_max_tokens(file, settings),
+        colors=_read_colors(file, settings),
+    )
+
+
+def _read_max_tokens(file: Path, settings: Mapping[str, Any]) -> int:
+    """Return the maximum number of tokens of a frame; 0 means no limit."""
+    if settings.get("cap_pixels_per_frame") is not True:
+        return 0
+    max_tokens = settings.get("max_video_tokens", 768)  # the released processor's default
     if type(max_tokens) is not int or not 0 <= max_tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {max_tokens!r}')
+    return max_tokens
+
+
+def _read_colors(file: Path, settings: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return the mean and standard deviation of colors by name of the setting, as far as they are set."""
     colors = {name: settings[name] for name in COLOR_SETTINGS if settings.get(name) is not None}
     for name, values in colors.items():
         if not _are_channel_values(values, above=0 if name == "image_std" else -math.inf):
             raise _make_error(file, f'"{name}" is {values!r}')
-    return replace(
-        released, min_pixels=min_pixels, max_pixels=max_pixels, colors=colors, max_tokens_per_frame=max_tokens
-    )
+    return colors
 
 
 def _are_channel_values(numbers: Any, above: float) -> bool:
@@ -188,11 +209,7 @@ def resized_sides(
 
     `num_frames` and `sides` (height, width) are the clip's. Raises MediaError if the sides differ too much.
     """
-    height, width = sides
-    # enlarge clips that are smaller than one token
-    if min(sides) < token_size:
-        scale = max(token_size / height, token_size / width)
-        height, width = int(height * scale), int(width * scale)
+    height, width = _enlarge_to_token(sides, token_size)
     if max(height, width) > MAX_RATIO * min(height, width):
         raise MediaError(f"frames of {width}x{height} are too elongated for the text encoder. Crop them.")
     max_pixels = _limit_pixels(num_frames, limits, token_size)
@@ -212,6 +229,15 @@ def resized_sides(
         upper_width = math.ceil(width * scale / token_size) * token_size
         return upper_height, upper_width
     return rounded_height, rounded_width
+
+
+def _enlarge_to_token(sides: tuple[int, int], token_size: int) -> tuple[int, int]:
+    """Return the sides, scaled so that both are at least those of one token."""
+    height, width = sides
+    if min(sides) >= token_size:
+        return sides
+    scale = max(token_size / height, token_size / width)
+    return int(height * scale), int(width * scale)
 
 
 def _limit_pixels(num_frames: int, limits: Limits, token_size: int) -> int:

@@ -10,6 +10,7 @@ first, then the text. The released code has the text first; attention does not d
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
@@ -30,7 +31,7 @@ from modules.layers.norms import (
     run_float32,
     run_in_weight_dtype,
 )
-from modules.layers.rope import GridTable, axis_rotations, sinusoid, spread_over_grid
+from modules.layers.rope import GridTable, consecutive_rotations, sinusoid, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
@@ -291,25 +292,20 @@ class QwenImageModel(BlockNetwork):
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
         index_width, row_width, column_width = widths  # channels of each axis
+        rotations = partial(consecutive_rotations, theta=self.config.rope_theta, device=device)
         tables = []
         for index, rows, columns in layout.image_grids:
-            image = self._axis_rotations(index, 1, index_width, device)
+            image = rotations(index, 1, index_width)
             # rows and columns are counted from the middle of the image
-            along_rows = self._axis_rotations(rows // 2 - rows, rows, row_width, device)
-            along_columns = self._axis_rotations(columns // 2 - columns, columns, column_width, device)
+            along_rows = rotations(rows // 2 - rows, rows, row_width)
+            along_columns = rotations(columns // 2 - columns, columns, column_width)
             tables.append(spread_over_grid([image, along_rows, along_columns]))
         start = max(max(rows // 2, columns // 2) for _, rows, columns in layout.image_grids)
         if self.config.has_layers:
             start = max(start, *(index + 1 for index, _, _ in layout.image_grids))
         for count in layout.text_lengths:
-            axes = [self._axis_rotations(start, count, width, device) for width in widths]
-            tables.append(torch.cat(axes, dim=1))
+            tables.append(torch.cat([rotations(start, count, width) for width in widths], dim=1))
         return torch.cat(tables).unsqueeze(1)
-
-    def _axis_rotations(self, first: int, size: int, width: int, device: torch.device) -> Tensor:
-        """Return rotary pairs, size width/2 2, for `size` consecutive positions from `first` on."""
-        positions = torch.arange(first, first + size, dtype=torch.float64)
-        return axis_rotations(positions, width, self.config.rope_theta, device)
 
 
 def cut_patches(latents: Tensor) -> Tensor:

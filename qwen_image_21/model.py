@@ -37,7 +37,7 @@ from modules.layers.norms import (
 )
 from modules.layers.rope import (
     GridTable,
-    axis_rotations,
+    consecutive_rotations,
     rotate,
     select_rotations,
     sinusoid,
@@ -615,23 +615,19 @@ class QwenImage21Model(BlockNetwork):
             tables = []
         return torch.cat([target, *tables]).unsqueeze(1)
 
-    def _axis_rotations(self, first: int, size: int, width: int, device: torch.device) -> Tensor:
-        """Return rotary pairs, size width/2 2, for consecutive positions on one axis."""
-        positions = torch.arange(first, first + size, dtype=torch.float64)
-        return axis_rotations(positions, width, self.config.rope_theta, device)
-
     def _text_rotations(self, first: int, size: int, device: torch.device) -> Tensor:
         """Return rotary pairs of consecutive text tokens, whose position is equal on all axes."""
-        axes = [self._axis_rotations(first, size, width, device) for width in self.config.axes]
-        return torch.cat(axes, dim=1)
+        rotations = partial(consecutive_rotations, theta=self.config.rope_theta, device=device)
+        return torch.cat([rotations(first, size, width) for width in self.config.axes], dim=1)
 
     def _image_rotations(self, grid: Grid, time: int, device: torch.device) -> Tensor:
         """Return rotary pairs of an image's tokens, with rows and columns counted from the middle."""
         rows, columns = grid
         time_width, row_width, column_width = self.config.axes
-        along_time = self._axis_rotations(time, 1, time_width, device)
-        along_rows = self._axis_rotations(rows // 2 - rows, rows, row_width, device)
-        along_columns = self._axis_rotations(columns // 2 - columns, columns, column_width, device)
+        rotations = partial(consecutive_rotations, theta=self.config.rope_theta, device=device)
+        along_time = rotations(time, 1, time_width)
+        along_rows = rotations(rows // 2 - rows, rows, row_width)
+        along_columns = rotations(columns // 2 - columns, columns, column_width)
         return spread_over_grid([along_time, along_rows, along_columns])
 
 

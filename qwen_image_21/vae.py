@@ -25,7 +25,7 @@ from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.autoencoder import ImageVae
 from modules.devices import dtype_name, tensor_on
 from modules.errors import CheckpointError
-from modules.layers.convolution import repeat_pixels, set_memory_format
+from modules.layers.convolution import cast_for_convolution, repeat_pixels, set_memory_format
 from modules.media.pixels import from_bytes
 from protocols.loading import TensorSource
 from wan.vae_blocks import RmsNorm, WanFrameAttention
@@ -292,7 +292,8 @@ class QwenImage21Vae(ImageVae):
         """Return the normalized posterior means, B Z h w float32, of RGBA pixels B 4 H W."""
         if pixels.dtype == torch.uint8:
             pixels = from_bytes(pixels.to(self.device))
-        moments = self.quant_conv(self.encoder(self.cast_input(pixels).unsqueeze(2))).squeeze(2)
+        frames = cast_for_convolution(pixels, self.device, self.dtype)
+        moments = self.quant_conv(self.encoder(frames.unsqueeze(2))).squeeze(2)
         mean, deviation = self._statistics()
         means = moments.chunk(2, dim=1)[0].float()
         return (means - mean) / deviation
@@ -301,7 +302,8 @@ class QwenImage21Vae(ImageVae):
         """Decode normalized latents, B Z h w, to RGBA pixels, B 4 H W float32."""
         mean, deviation = self._statistics()
         # in float32: 16 bits would tint every image
-        means = self.cast_input(latents.to(self.device).float() * deviation + mean)
+        scaled = latents.to(self.device).float() * deviation + mean
+        means = cast_for_convolution(scaled, self.device, self.dtype)
         pixels: Tensor = self.decoder(self.post_quant_conv(means.unsqueeze(2)))
         return pixels.squeeze(2).float()
 

@@ -131,16 +131,14 @@ class RequestBuilder:
             return [(next(seeds), line.text) for _ in range(count)]
         line_seeds = read_line_seeds(line.text)
         seeds = self.seeds.for_line(line_seeds)
-        has_all_variants = enumerates(line.text)  # `{e$$...}`: an image of each variant, all with one seed
-        num_used = 1 if has_all_variants else count
-        if len(line_seeds or ()) > num_used:
-            advice = "Raise --images_per_prompt to use all"
-            if has_all_variants:
-                advice = "All variants use the first one"
-            logger.warning("%s: --d has more seeds than are used. %s", line.label, advice)
-        if has_all_variants:
+        num_seeds = len(line_seeds or ())
+        if enumerates(line.text):  # `{e$$...}`: an image of each variant, all with one seed
+            if num_seeds > 1:
+                _warn_of_unused_seeds(line, "All variants use the first one")
             seed = next(seeds)
             return [(seed, text) for text in expand(line.text, Random(seed))]
+        if num_seeds > count:
+            _warn_of_unused_seeds(line, "Raise --images_per_prompt to use all")
         # the seed of an image also draws its choices
         image_seeds = [next(seeds) for _ in range(count)]
         return [(seed, expand(line.text, Random(seed))[0]) for seed in image_seeds]
@@ -181,6 +179,10 @@ class RequestBuilder:
             clip_prompt=values.get("clip_prompt"),
             file_name=values.get("file_name"),
         )
+
+
+def _warn_of_unused_seeds(line: Line, advice: str) -> None:
+    logger.warning("%s: --d has more seeds than are used. %s", line.label, advice)
 
 
 def _check_has_parts(num_parts: int) -> None:

@@ -22,6 +22,7 @@ from stable_diffusion.regions import Regions
 from stable_diffusion.samplers import check_sampling
 from stable_diffusion.small_start import DeepShrinks
 from stable_diffusion.text import ImageVectors, PromptEncoder, check_texts, check_vision
+from stable_diffusion.textual_inversion import LearnedWord
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +54,8 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
         cross_attentions: Mapping[str, str] = {}  # name in XTI files -> module path
         if options.text.XTI_embeddings:
             cross_attentions = list_cross_attentions(checkpoint_plan.unet.sources)
-        text_configs = [plan.load_plan.config for plan in checkpoint_plan.text_encoders]
         lora_words = words_of(lora_files)  # embeddings of learned words in the LoRA files
-        check_texts(
-            options.text,
-            checkpoint_plan.kind,
-            text_configs,
-            list(cross_attentions),
-            lora_words=lora_words,
-        )
+        _check_texts(options, checkpoint_plan, list(cross_attentions), lora_words)
         guide_options = check_guides(options.guides)
         if options.text.clip_vision_strength is not None:
             check_vision(checkpoint_plan.kind, checkpoint_plan.path, options.model.tokenizer_cache_dir)
@@ -77,11 +71,6 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
         () if loras is None else loras.layers,
         options.networks.network_regional_mask_max_color_codes,
     )
-    image_vectors = None
-    if options.text.clip_vision_strength is not None:
-        image_vectors = ImageVectors(
-            model, options.model.tokenizer_cache_dir, options.text.clip_vision_strength
-        )
     return ImageGenerator(
         model=model,
         prompt_encoder=prompt_encoder,
@@ -90,9 +79,28 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
         loras=loras,
         batch_hooks=batch_hooks,
         regions=regions,
-        image_vectors=image_vectors,
+        image_vectors=_make_image_vectors(options, model),
         guides=load_guides(guide_options, model),
     )
+
+
+def _check_texts(
+    options: GenImgOptions,
+    checkpoint_plan: CheckpointPlan,
+    cross_attentions: Sequence[str],
+    lora_words: Sequence[LearnedWord],
+) -> None:
+    """Raise an error if learned words or the options of texts do not fit the text encoders."""
+    text_configs = [plan.load_plan.config for plan in checkpoint_plan.text_encoders]
+    check_texts(options.text, checkpoint_plan.kind, text_configs, cross_attentions, lora_words=lora_words)
+
+
+def _make_image_vectors(options: GenImgOptions, model: Model) -> ImageVectors | None:
+    """Return what turns input images into text states; None without --clip_vision_strength."""
+    strength = options.text.clip_vision_strength
+    if strength is None:
+        return None
+    return ImageVectors(model, options.model.tokenizer_cache_dir, strength)
 
 
 def _load_batch_hooks(

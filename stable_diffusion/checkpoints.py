@@ -4,7 +4,7 @@ diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,7 +20,7 @@ from checkpoints.encoders import check_groups, declared_groups
 from checkpoints.filling import on_meta_device
 from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
-from protocols.loading import TensorSource
+from protocols.loading import TensorInfo, TensorSource
 from stable_diffusion.contract import SD1, SDXL, ModelKind
 from stable_diffusion.files import EXPECTED_FILE, VAE
 from stable_diffusion.names import (
@@ -132,42 +132,56 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled_width: int) -> dia
     names = checkpoint.tensors
     sources = dialects.rename_sources(list_tensor_sources(checkpoint), ldm_to_diffusers_translator(names))
     layers_by_level = read_levels(names)
-    broken = partial(_broken_unet_error, checkpoint.path)
+    make_error = partial(_make_unet_error, checkpoint.path)
     # returns a tensor's shape by name; raises this error for a different number of axes (default: 4)
-    shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has an unexpected shape"))
-    # names may contain arbitrary numbers, so check the count before looping over it
-    for level, num_layers in enumerate(layers_by_level):
-        if num_layers < 1 or num_layers != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
-            raise broken("some of its input_blocks are missing")
+    shape = dialects.make_shape_reader(checkpoint, sources, make_error("a tensor has an unexpected shape"))
+    if not _has_all_layers(sources, layers_by_level):
+        raise make_error("some of its input_blocks are missing")
     widths = tuple(
         shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers_by_level))
     )
     depths = _read_depths(sources, layers_by_level)
     attention = _find_last_attention(sources, depths)
     if attention is None:
-        raise broken("it has no attention to the text")
-    projection = sources.get(f"{attention}.proj_in.weight")
+        raise make_error("it has no attention to the text")
     config: dict[str, Any] = {
         "sample_size": kind.size // 8,  # in latents, whose sides are an eighth of the image's
         "in_channels": shape("conv_in.weight")[1],
         "out_channels": shape("conv_out.weight")[0],
         "block_out_channels": widths,
         "layers_per_block": layers_by_level,
-        "down_block_types": tuple(_select_block_type(level_depths, "Down") for level_depths in depths.down),
-        "up_block_types": tuple(_select_block_type(level_depths, "Up") for level_depths in depths.up),
         "norm_num_groups": GROUPS,
         "cross_attention_dim": shape(f"{attention}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
-        "use_linear_projection": projection is not None and len(names[projection.names[0]].shape) == 2,
+        "use_linear_projection": _has_linear_projection(names, sources.get(f"{attention}.proj_in.weight")),
         "attention_head_dim": _list_heads(kind, widths),  # diffusers' name for the number of heads
+        "down_block_types": tuple(_select_block_type(level_depths, "Down") for level_depths in depths.down),
+        "up_block_types": tuple(_select_block_type(level_depths, "Up") for level_depths in depths.up),
         **_make_depth_settings(depths.down, depths.up),
     }
     if kind is SDXL:
-        config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled_width, broken)
-    _check_level_widths(kind, widths, depths, broken)
+        width = shape("add_embedding.linear_1.weight", 2)[1]
+        config |= _read_pooled_settings(width, pooled_width, make_error)
+    _check_level_widths(kind, widths, depths, make_error)
     return dialects.LoadPlan(config, checkpoint, sources)
 
 
-def _broken_unet_error(path: Path, why: str) -> CheckpointError:
+def _has_linear_projection(tensors: Mapping[str, TensorInfo], weight: TensorSource | None) -> bool:
+    """Return whether an attention's input is projected by a linear layer instead of a 1x1 convolution."""
+    return weight is not None and len(tensors[weight.names[0]].shape) == 2
+
+
+def _has_all_layers(names: Iterable[str], layers_by_level: Sequence[int]) -> bool:
+    """Return whether each level of the encoder has as many residual blocks as its number says.
+
+    Names may contain arbitrary numbers, so the count is checked before looping over it.
+    """
+    for level, num_layers in enumerate(layers_by_level):
+        if num_layers < 1 or num_layers != dialects.count(names, rf"down_blocks\.{level}\.resnets\.\d+"):
+            return False
+    return True
+
+
+def _make_unet_error(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"--ckpt {path}: its U-Net is not that of Stable Diffusion, or is damaged: {why}.\n"
         f"  Give {EXPECTED_FILE}.",
@@ -176,14 +190,14 @@ def _broken_unet_error(path: Path, why: str) -> CheckpointError:
 
 
 def _check_level_widths(
-    kind: ModelKind, widths: Sequence[int], depths: UnetDepths, broken: Callable[[str], CheckpointError]
+    kind: ModelKind, widths: Sequence[int], depths: UnetDepths, make_error: Callable[[str], CheckpointError]
 ) -> None:
-    """Raise the error made by `broken` if group norms or attention heads do not divide a level's channels."""
+    """Raise `make_error(...)` if group norms or attention heads do not divide a level's channels."""
     for width, level_depths in zip(widths, depths.down, strict=True):
         # levels without attention have no heads, and SD1 has a number of heads instead of their width
         divisor = SD1_HEADS if kind is SD1 else HEAD_WIDTH
         if width % GROUPS or (any(level_depths) and width % divisor):
-            raise broken(f"a width of {width} channels cannot be divided into groups and heads")
+            raise make_error(f"a width of {width} channels cannot be divided into groups and heads")
 
 
 def _list_heads(kind: ModelKind, widths: Sequence[int]) -> tuple[int, ...]:
@@ -228,13 +242,13 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
 
 
 def _read_pooled_settings(
-    width: int, pooled_width: int, broken: Callable[[str], Exception]
+    width: int, pooled_width: int, make_error: Callable[[str], Exception]
 ) -> dict[str, Any]:
     """Return U-Net settings of SDXL's additional conditions: pooled text state and image sizes."""
     # each size is embedded as `waves` values, half of them sines and half cosines
     waves, remainder = divmod(width - pooled_width, NUM_SIZE_CONDITIONS)
     if remainder or waves < 2 or waves % 2:
-        raise broken(
+        raise make_error(
             f"label_emb takes width {width}, not that of a pooled text state ({pooled_width}) and "
             f"{NUM_SIZE_CONDITIONS} sizes"
         )

@@ -241,21 +241,15 @@ def _read_config(
     # diffusers has one number of layers for the last level and the middle block
     if levels.has_attention[-2] and levels.num_transformer_blocks[-2] != levels.num_transformer_blocks[-1]:
         raise unknown_sizes
-    hint_blocks = count(sources, _HINT_BLOCKS)
+    # by whether the level has attention
+    block_types = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
     return {
         "in_channels": shape("conv_in.weight")[1],
         "conditioning_channels": shape(f"{_HINT_EMBEDDING}.conv_in.weight")[1],
-        "conditioning_embedding_out_channels": (
-            shape(f"{_HINT_EMBEDDING}.conv_in.weight")[0],
-            # in pairs: the second convolution of each pair changes the number of channels
-            *(shape(f"{_HINT_EMBEDDING}.blocks.{number}.weight")[0] for number in range(1, hint_blocks, 2)),
-        ),
+        "conditioning_embedding_out_channels": _read_hint_widths(sources, shape),
         "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
         "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
-        "down_block_types": tuple(
-            "CrossAttnDownBlock2D" if has_attention else "DownBlock2D"
-            for has_attention in levels.has_attention[:-1]
-        ),
+        "down_block_types": tuple(block_types[has_attention] for has_attention in levels.has_attention[:-1]),
         "mid_block_type": "UNetMidBlock2DCrossAttn" if levels.has_attention[-1] else "UNetMidBlock2D",
         "transformer_layers_per_block": (
             *levels.num_transformer_blocks[:-2],
@@ -265,6 +259,16 @@ def _read_config(
         **_read_pooled_settings(sources, shape, unet_config),
         **{name: unet_config[name] for name in _COPIED_FROM_UNET if name in unet_config},
     }
+
+
+def _read_hint_widths(
+    sources: Mapping[str, TensorSource], shape: Callable[..., tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Return the channels after each convolution that embeds the control image and changes their number."""
+    num_blocks = count(sources, _HINT_BLOCKS)
+    # in pairs: the second convolution of each pair changes the number of channels
+    layers = ["conv_in", *(f"blocks.{number}" for number in range(1, num_blocks, 2))]
+    return tuple(shape(f"{_HINT_EMBEDDING}.{layer}.weight")[0] for layer in layers)
 
 
 def _read_attention_settings(

@@ -243,15 +243,7 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
     """
     file = folder / "config.json"
     config = read_settings(file)
-    if config.get("_class_name", network.__name__) != network.__name__:
-        raise CheckpointError(
-            f"{file}: it is a {config['_class_name']}, {network.__name__} is needed.\n"
-            f"  Give {EXPECTED_FILE}.",
-            file,
-        )
-    for name, kind in _SETTING_TYPES.items():
-        if name in config and not isinstance(config[name], kind):
-            raise CheckpointError(f"{file}: {name} is {config[name]!r}. Copy the file again.", file)
+    _check_settings(config, file, network.__name__)
     parameters = inspect.signature(network.__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     declared = {name: value for name, value in config.items() if name in parameters}
@@ -260,6 +252,18 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
     if ignored:
         logger.warning("%s: %s is ignored because diffusers does not know it", file, ", ".join(ignored))
     return settings
+
+
+def _check_settings(config: Mapping[str, Any], file: Path, class_name: str) -> None:
+    """Raise CheckpointError if a config.json is of another class, or has a setting of the wrong type."""
+    if config.get("_class_name", class_name) != class_name:
+        raise CheckpointError(
+            f"{file}: it is a {config['_class_name']}, {class_name} is needed.\n  Give {EXPECTED_FILE}.",
+            file,
+        )
+    for name, kind in _SETTING_TYPES.items():
+        if name in config and not isinstance(config[name], kind):
+            raise CheckpointError(f"{file}: {name} is {config[name]!r}. Copy the file again.", file)
 
 
 def _check_levels(config: Mapping[str, Any], file: Path) -> None:

@@ -122,24 +122,31 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
 
     Raises CheckpointError if one does not fit.
     """
-    for spec in options.specs if options.control_net_lllite_models else ():  # else they are ControlNets
+    if not options.control_net_lllite_models:
+        return  # the specs are those of ControlNets
+    for spec in options.specs:
         if kind is not SDXL:
             raise CheckpointError(
                 f"{OPTION} {spec.path}: ControlNet-LLLite is for {SDXL.title}, but --ckpt is {kind.title}. "
                 f"Give a checkpoint of {SDXL.title}, or a ControlNet to --control_net_models.",
                 spec.path,
             )
-        with open_checkpoint(require_file(spec.path, OPTION, "")) as checkpoint:
-            plan = read_lllite(checkpoint, OPTION)
-            # compares only, reads no weights
-            load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, label=A_LLLITE)
-            for name in plan.config:
-                if find_layer_path(name) is None:
-                    raise CheckpointError(
-                        f"{spec.path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.title} "
-                        f"does not have. Give another file to {OPTION}.",
-                        spec.path,
-                    )
+        _check_file(require_file(spec.path, OPTION, ""))
+
+
+def _check_file(path: Path) -> None:
+    """Raise CheckpointError if a file is not an LLLite, or is made for layers that SDXL does not have."""
+    with open_checkpoint(path) as checkpoint:
+        plan = read_lllite(checkpoint, OPTION)
+        # compares only, reads no weights
+        load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, label=A_LLLITE)
+    for name in plan.config:
+        if find_layer_path(name) is None:
+            raise CheckpointError(
+                f"{path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.title} "
+                f"does not have. Give another file to {OPTION}.",
+                path,
+            )
 
 
 def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:

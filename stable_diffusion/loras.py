@@ -121,7 +121,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     loras = []
     for path in options.files:
         lora = read_lora(path, with_texts=True, with_embeddings=True)
-        family_names = [family.name for family in lora.families()]  # empty if nothing tells the family
+        family_names = [family.name for family in lora.families()]  # empty if the family is unknown
         if family_names and not {kind.name for kind in KINDS}.intersection(family_names):
             raise CheckpointError(
                 f"{OPTION} {path} is a LoRA for {' or '.join(family_names)}, not for Stable Diffusion.\n"
@@ -130,7 +130,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
             )
         loras.append(lora)
         if options.network_show_meta:
-            logger.info(f"{path} says of itself:\n{_as_json(lora.metadata)}")
+            logger.info(f"metadata of {path}:\n{_as_json(lora.metadata)}")
     if options.network_args:
         logger.warning(
             f"--network_args {' '.join(options.network_args)} is ignored because the tensors in the files "
@@ -249,15 +249,13 @@ def _add_layers(
     targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], model: Model
 ) -> AdjustableLoras:
     """Attach LoRA branches to the layers of all targets; the first target is the U-Net."""
+    attached_by_target = [_attach_loras(target, weighted_loras, model) for target in targets]
     layers_by_lora: list[list[LoraBranch]] = [[] for _ in weighted_loras]  # in all networks
-    unet_layers: list[dict[str, LoraBranch]] = []  # for each LoRA, by diffusers' module path
-    for target in targets:
-        attached = _attach_loras(target, weighted_loras, model)
+    for attached in attached_by_target:
         for lora_layers, layers in zip(layers_by_lora, attached, strict=True):
             lora_layers += layers.values()
-        if target is targets[0]:
-            for layers in attached:
-                unet_layers.append({layer.target.module_path: layer for layer in layers.values()})
+    # for each LoRA, by diffusers' module path
+    unet_layers = [_key_by_path(layers.values()) for layers in attached_by_target[0]]
     for weighted, lora_layers in zip(weighted_loras, layers_by_lora, strict=True):
         _log_added(weighted, lora_layers)
 
@@ -268,6 +266,10 @@ def _add_layers(
 
     defaults = tuple(weighted.multiplier for weighted in weighted_loras)
     return AdjustableLoras(defaults, apply_strengths, unet_layers)
+
+
+def _key_by_path(layers: Iterable[LoraBranch]) -> dict[str, LoraBranch]:
+    return {layer.target.module_path: layer for layer in layers}
 
 
 def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora], rounding: str) -> None:
@@ -282,8 +284,10 @@ def _merge(targets: Sequence[_LoraTarget], weighted_loras: Sequence[WeightedLora
 
 def _log_added(weighted: WeightedLora, layers: Sequence[LoraBranch]) -> None:
     """Log how many modules a LoRA changes, and how many of them recompute their weights at each step."""
-    anew = sum(layer.needs_full_matrix for layer in layers)
-    hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
+    num_recomputed = sum(layer.needs_full_matrix for layer in layers)
+    hint = ""
+    if num_recomputed:
+        hint = f"; {num_recomputed} of them are computed again at each step: --network_pre_calc is faster"
     modules = format_count(len(layers), "module")
     logger.info(f"{weighted.lora.path}: added to {modules}, strength {weighted.multiplier:g}{hint}")
 
@@ -327,9 +331,8 @@ def _attach_loras(
     layers_by_lora: list[dict[str, LoraBranch]] = []
     for weighted in weighted_loras:
         layers: dict[str, LoraBranch] = {}
-        for part in select_for_network(
-            [weighted], target.prefix
-        ):  # the LoRA's modules for this network, if any
+        # the LoRA's modules for this network, if it has any
+        for part in select_for_network([weighted], target.prefix):
             for name, delta in fit_lora(part.lora, parameters, OPTION).items():
                 layers[name] = LoraBranch(parameters[name], delta, 1.0, weighted.lora.has_frozen_norms)
         layers_by_lora.append(layers)

@@ -1,8 +1,8 @@
 """Generate a batch of images: encode texts, prepare the start, denoise, decode."""
 # Letters: B images, h w latent size
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -149,18 +149,28 @@ class ImageGenerator:
             small_latents, growing_sampler = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small_latents, sampler=growing_sampler)
         self._select_loras(settings)  # all of them, because encoding prompt parts selects one at a time
+        with self._modify_unet(requests) as unet_hooks:
+            passes = samplers.UnetPasses(self.model, beginning.sampler, unet_hooks, beginning.inpainting)
+            return self._denoise(passes, beginning, text_states, requests[0])
+
+    @contextmanager
+    def _modify_unet(self, requests: Sequence[contract.RequestedImage]) -> Iterator[list[contract.UnetHook]]:
+        """Apply ControlNets, Deep Shrink, regions and so on to the U-Net for a batch, then restore it.
+
+        Yields the functions to call before each U-Net call.
+        """
+        settings = requests[0].settings
         batch_hooks = [*self.batch_hooks]
         if self.regions is not None:
             batch_hooks.append(self.regions)
-        with ExitStack() as stack:  # ControlNets, Deep Shrink and so on are undone at its end
+        with ExitStack() as stack:
             unet_hooks = []
             for batch_hook in batch_hooks:
                 context = batch_hook.apply_to_batch(requests, settings.width, settings.height)
                 unet_hook = stack.enter_context(context)
                 if unet_hook is not None:
                     unet_hooks.append(unet_hook)
-            passes = samplers.UnetPasses(self.model, beginning.sampler, unet_hooks, beginning.inpainting)
-            return self._denoise(passes, beginning, text_states, requests[0])
+            yield unet_hooks
 
     def _denoise(
         self,

@@ -134,7 +134,8 @@ def _pair_names(num_levels: int, block_index: str, levels_without_attention: tup
             pairs.append((f"{block.ldm_path}.{ldm_layer}", f"{block.diffusers_path}.{diffusers_layer}"))
     for level, sampler in enumerate(unet_samplers(layers)):
         pairs.append((sampler.ldm_downsampler, sampler.downsampler))
-        # both paths of the upsampler are read; the one in the released models comes first
+        # the upsampler's LDM path depends on whether its level has attention. Both paths are read, and the
+        # first one is written: that of the released models
         ldm_upsamplers = [sampler.ldm_upsampler, sampler.ldm_upsampler_without_attention]
         if level in levels_without_attention:
             ldm_upsamplers.reverse()

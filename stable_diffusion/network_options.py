@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modules.errors import OptionError
 from modules.media.options import EDGE_THRESHOLDS
@@ -135,15 +136,11 @@ def check_control(
     Raises:
         OptionError: If guide images are missing, or the options cannot be combined.
     """
-    if guidance_option is not None and options.specs:
-        raise OptionError(
-            f"{guidance_option} and {options.flag} both take the pictures of --guide_image_path: leave one "
-            "of them out"
-        )
-    if guidance_option is not None and not guides:
-        raise OptionError(f"{guidance_option} needs --guide_image_path: a picture, or a folder of them")
+    if guidance_option is not None:
+        _check_guidance(options, guides, guidance_option)
+        return
     if not options.specs:
-        if guides and guidance_option is None:
+        if guides:
             raise OptionError(
                 "--guide_image_path needs --control_net_models, --control_net_lllite_models, "
                 "--clip_image_guidance_scale or --vgg16_guidance_scale, which use the pictures. A mask of "
@@ -159,6 +156,17 @@ def check_control(
             f"--ds_depth_1 (Deep Shrink) and {options.flag} do not work together, as the sizes of features "
             "differ: leave one of them out, or use ControlNets"
         )
+
+
+def _check_guidance(options: ControlOptions, guides: tuple[Path, ...] | None, guidance_option: str) -> None:
+    """Raise OptionError if CLIP or VGG16 has no images to guide with, or ControlNets take them too."""
+    if options.specs:
+        raise OptionError(
+            f"{guidance_option} and {options.flag} both take the pictures of --guide_image_path: leave one "
+            "of them out"
+        )
+    if not guides:
+        raise OptionError(f"{guidance_option} needs --guide_image_path: a picture, or a folder of them")
 
 
 _SCALE_HINT = "0 is none, about 100 is usual"
@@ -236,6 +244,15 @@ def _check_network_module(name: str) -> None:
         )
 
 
+def _check_count(flag: str, values: Sequence[Any], num_files: int) -> None:
+    """Raise OptionError if an option has more values than there are files of --network_weights."""
+    if len(values) > num_files:
+        raise OptionError(
+            f"{flag} has {len(values)} values for {num_files} files of --network_weights: give "
+            "at most one for each, in the same order"
+        )
+
+
 class AddedNetworkOptions(Options, title="LoRA and other networks"):
     """LoRAs and similar networks to add, in the order of --network_weights."""
 
@@ -280,27 +297,24 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     def __post_init__(self) -> None:
         """Raise OptionError for unsupported modules, and for more values than --network_weights has files."""
-        for name in self.network_module or ():
+        modules = self.network_module or ()
+        multipliers = self.network_mul or ()
+        for name in modules:
             _check_network_module(name)
         num_files = len(self.files)
-        num_modules = len(self.network_module or ())
-        if num_modules > 1 and num_modules != num_files:
+        if len(modules) > 1 and len(modules) != num_files:
             raise OptionError(
-                f"--network_module has {num_modules} names for {num_files} files of --network_weights: give "
+                f"--network_module has {len(modules)} names for {num_files} files of --network_weights: give "
                 "one for each, or leave it out"
             )
-        for flag, values in (("--network_mul", self.network_mul), ("--network_args", self.network_args)):
-            if len(values or ()) > num_files:
-                raise OptionError(
-                    f"{flag} has {len(values or ())} values for {num_files} files of --network_weights: give "
-                    "at most one for each, in the same order"
-                )
+        _check_count("--network_mul", multipliers, num_files)
+        _check_count("--network_args", self.network_args or (), num_files)
         if (self.network_merge_n_models or 0) > num_files:
             raise OptionError(
                 f"--network_merge_n_models {self.network_merge_n_models}: there are {num_files} "
                 "--network_weights"
             )
-        multipliers_for(self.files, self.network_mul or (), "--network_mul")  # raises for invalid values
+        multipliers_for(self.files, multipliers, "--network_mul")  # raises for invalid values
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -31,7 +31,7 @@ from modules.media.writing import write_png
 from modules.text_files import real_path
 from stable_diffusion.asking import RequestBuilder, batches, check_line, make_seeds
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import SDXL, ModelKind, RequestedImage
+from stable_diffusion.contract import SDXL, ImageSettings, ModelKind, RequestedImage
 from stable_diffusion.highres import FIRST, Highres, make_images, prepare_highres
 from stable_diffusion.lines import (
     LINE_OPTIONS,
@@ -98,17 +98,7 @@ class ImageFiles:
             "raw-prompt": request.raw_prompt,
         }
         if self.kind is SDXL:
-            sizes = settings.sizes
-            height = sizes.original_height or settings.height
-            width = sizes.original_width or settings.width
-            entries |= {
-                "original-height": height,
-                "original-width": width,
-                "original-height-negative": sizes.original_height_negative or height,
-                "original-width-negative": sizes.original_width_negative or width,
-                "crop-top": sizes.crop_top or 0,
-                "crop-left": sizes.crop_left or 0,
-            }
+            entries |= _describe_sizes(settings)
         return {key: replace_surrogates(str(value)) for key, value in entries.items() if value is not None}
 
     def _yield_names(self, request: RequestedImage, stage_digit: str, number: int) -> Iterator[str]:
@@ -144,6 +134,21 @@ class ImageFiles:
                 if is_ours and not path.exists():
                     yield path
                     return
+
+
+def _describe_sizes(settings: ImageSettings) -> dict[str, object]:
+    """Return PNG text entries of SDXL's size conditions: original sizes and crop."""
+    sizes = settings.sizes
+    height = sizes.original_height or settings.height
+    width = sizes.original_width or settings.width
+    return {
+        "original-height": height,
+        "original-width": width,
+        "original-height-negative": sizes.original_height_negative or height,
+        "original-width-negative": sizes.original_width_negative or width,
+        "crop-top": sizes.crop_top or 0,
+        "crop-left": sizes.crop_left or 0,
+    }
 
 
 def _named(stem: str, stage_digit: str) -> Iterator[str]:

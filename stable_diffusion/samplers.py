@@ -69,17 +69,13 @@ def make_scheduler(
     parameters = inspect.signature(scheduler_type.__init__).parameters
     prediction = "v_prediction" if predicts_velocity else "epsilon"
     settings = {**TRAINED, **class_settings, "prediction_type": prediction}
-    if zero_terminal_snr and "rescale_betas_zero_snr" in parameters:
-        settings["rescale_betas_zero_snr"] = True
-    elif zero_terminal_snr:
-        settings["trained_betas"] = _make_zero_snr_betas()
     # settings of only some classes
     optional_settings: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
     if zero_terminal_snr:
-        optional_settings["timestep_spacing"] = "trailing"
-    for name, value in optional_settings.items():
-        if name in parameters:
-            settings[name] = value
+        optional_settings |= {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+        if "rescale_betas_zero_snr" not in parameters:
+            settings["trained_betas"] = _make_zero_snr_betas()
+    settings |= {name: value for name, value in optional_settings.items() if name in parameters}
     with _no_warnings_to_developers():
         scheduler = scheduler_type(**settings)
     if class_name == LMS:  # diffusers' class needs scipy, which may not be installed

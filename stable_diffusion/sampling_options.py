@@ -254,7 +254,7 @@ class Unsharp(NamedTuple):
     ksize: int
     sigma: float
     strength: float
-    target_x: bool  # whether to sharpen the step's result; else the sample that the step begins with
+    sharpens_result: bool  # of the step; else the sample that the step begins with is sharpened
 
 
 def read_unsharp(option: str, text: str) -> Unsharp:
@@ -271,8 +271,9 @@ def read_unsharp(option: str, text: str) -> Unsharp:
         values.append("1")
     if len(values) != 4 or values[3] not in ("0", "1"):
         raise invalid
+    ksize, sigma, strength, target = values
     try:
-        unsharp = Unsharp(int(values[0]), float(values[1]), float(values[2]), target_x=values[3] == "1")
+        unsharp = Unsharp(int(ksize), float(sigma), float(strength), sharpens_result=target == "1")
     except ValueError:
         raise invalid from None
     is_odd = unsharp.ksize > 0 and unsharp.ksize % 2

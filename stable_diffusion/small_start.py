@@ -355,23 +355,24 @@ class GrowingSteps:
         """
         if index not in self.ratio_after_step:
             return step(index, velocity, sample)
-        unsharp = self.unsharp
         size = scale_size(self.full_size, self.ratio_after_step[index])
         sample = resize_latents(sample.float(), size)
         velocity = resize_latents(velocity.float(), size)
         stepped = step(index, velocity, sample)
-        if unsharp is None and self.s_noise == 1:
+        if self.unsharp is None and self.s_noise == 1:
             return stepped
-        # split Euler's change of the sample from the noise that euler_a added: only the former is sharpened
+        # separate the step without noise, which is sharpened, from the noise that euler_a added
         change = self._compute_euler_change(index, velocity, sample)
         noise = stepped - (sample + change)
-        if unsharp is None:
-            denoised = sample + change
-        elif unsharp.target_x:  # sharpen the result of the step, otherwise its input
-            denoised = sharpen(sample + change, unsharp)
-        else:
-            denoised = sharpen(sample, unsharp) + change
-        return denoised + self.s_noise * noise
+        return self._add_sharpened(sample, change) + self.s_noise * noise
+
+    def _add_sharpened(self, sample: Tensor, change: Tensor) -> Tensor:
+        """Return `sample + change`; the sum or only the sample is sharpened, if at all."""
+        if self.unsharp is None:
+            return sample + change
+        if self.unsharp.sharpens_result:
+            return sharpen(sample + change, self.unsharp)
+        return sharpen(sample, self.unsharp) + change
 
     def _compute_euler_change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
         """Return the sample's change in an Euler step, without the noise of euler_a."""

@@ -201,25 +201,28 @@ def begin(
     elif restores_unmasked or not starts_from_noise:
         clean = encode_pixels(model, pixels, sampler.generators)
     noise = _draw_start_noise(model, settings, sampler.generators, noise_options)
-    if clean is None or starts_from_noise:
-        latents = noise * sampler.noise_level
-    elif sampler.first_index >= sampler.schedule.num_steps:  # no step is left
-        latents = clean
-    else:
-        latents = sampler.add_noise(sampler.first_index, clean, noise)
-    beginning = Beginning(latents.unsqueeze(2), sampler)  # the loop's latents have an axis of frames
+    latents = _blend_with_noise(sampler, None if starts_from_noise else clean, noise)
+    latents = latents.unsqueeze(2)  # the loop's latents have an axis of frames
     if not has_mask:
-        return beginning
-    masks = _read_masks(requests)
-    latent_mask, masked_latents = _encode_masked(model, pixels, masks, sampler.generators)
+        return Beginning(latents, sampler)
+    latent_mask, masked_latents = _encode_masked(model, pixels, _read_masks(requests), sampler.generators)
+    inpainting: Tensor | None = None
     if model.is_inpainting:
         assert masked_latents is not None
-        beginning = replace(beginning, inpainting=torch.cat([latent_mask, masked_latents], dim=1))
+        inpainting = torch.cat([latent_mask, masked_latents], dim=1)
     if restores_unmasked:
         assert clean is not None
-        restoring_steps = Inpainting(sampler, clean, noise, latent_mask)
-        beginning = replace(beginning, sampler=replace(sampler, wrap_step=restoring_steps))
-    return beginning
+        sampler = replace(sampler, wrap_step=Inpainting(sampler, clean, noise, latent_mask))
+    return Beginning(latents, sampler, inpainting)
+
+
+def _blend_with_noise(sampler: SchedulerSolver, clean: Tensor | None, noise: Tensor) -> Tensor:
+    """Return the latents at which the sampler begins: `clean` with its first step's noise, or pure noise."""
+    if clean is None:
+        return noise * sampler.noise_level
+    if sampler.first_index >= sampler.schedule.num_steps:  # no step is left
+        return clean
+    return sampler.add_noise(sampler.first_index, clean, noise)
 
 
 def _encode_masked(

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -298,10 +299,10 @@ class LazyTextEncoder:
         length = None  # number of states that are used; None for all
         if not self._pads_captions and prompts[0].max_chunks is None:
             length = max(len(chunks[0].ids) for chunks in chunks_by_text) + 2  # with start and end token
-        chunk_ids = [
-            self._list_chunk_ids(chunk, loaded_tokenizer) for chunks in chunks_by_text for chunk in chunks
-        ]
-        states, pooled = self._run_encoder(chunk_ids)
+        all_chunks = chain.from_iterable(chunks_by_text)
+        states, pooled = self._run_encoder(
+            [self._list_chunk_ids(chunk, loaded_tokenizer) for chunk in all_chunks]
+        )
         # if a trained word has a vector for each cross-attention, each text has states for each of them
         states_by_layer = states.chunk(self._num_layer_copies)  # each: the chunks of all texts, 77 C
         states_key = next(key for key in self.keys if key != POOLED)
@@ -309,10 +310,10 @@ class LazyTextEncoder:
         first_chunk = 0  # index of the text's first chunk
         for chunks in chunks_by_text:
             end_chunk = first_chunk + len(chunks)
-            text_states = [
-                _join_weighted(layer_states[first_chunk:end_chunk], chunks)[:length]
-                for layer_states in states_by_layer
-            ]
+            text_states = []
+            for layer_states in states_by_layer:
+                joined = _join_weighted(layer_states[first_chunk:end_chunk], chunks)
+                text_states.append(joined[:length])
             conditions = {states_key: torch.cat(text_states).cpu()}
             if pooled is not None:  # only the first chunk's pooled state is used
                 conditions[POOLED] = pooled[first_chunk].cpu().clone()

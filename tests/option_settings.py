@@ -325,7 +325,7 @@ SETTINGS: dict[str, Setting] = {
     "gen_img.network_weights": Setting(NETWORK),
     "gen_img.network_mul": Setting(("0.5",), also=NETWORK),
     "gen_img.network_args": Setting(("word=1",), also=NETWORK),
-    "network_show_meta": Setting(also=NETWORK, shows="says of itself"),
+    "network_show_meta": Setting(also=NETWORK, shows="metadata of"),
     "clip_guidance_scale": Setting(("1", "--clip_guidance_model", "empty")),
     "network_merge": Setting(also=NETWORK),
     "network_merge_n_models": Setting(("1",), also=NETWORK),

@@ -116,6 +116,7 @@ def batch_conditions(
 
         batch.check({**needed, "latents_control": "wan_cache_latents.py --vace"}, f"--task {task.name}")
         return {"t5": batch.tensors["t5"], **vace_training.batch_control(batch)}
+    # what the task takes besides the text
     if task.uses_clip_features:
         needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
     elif task.requires_image:
@@ -128,18 +129,26 @@ def batch_conditions(
         conditions["clip"] = _read_features(task, config, batch)
     elif zeros_on is not None:
         conditions |= no_features(config, len(batch), zeros_on)
-    image = batch.tensor("latents_image").float() if task.requires_image else None
     if task.has_control:
-        control = batch.tensor("latents_control").float()
-        if control.shape[1] != LATENT.channels:
-            raise CacheError(
-                f"{batch.keys[0]}: its control is cached for VACE. Cache again with wan_cache_latents.py, "
-                "without --vace."
-            )
-        conditions["condition_latents"] = control_channels(task, control, image)
-    elif image is not None:
-        conditions["condition_latents"] = image
+        conditions["condition_latents"] = _combine_control(task, batch)
+    elif task.requires_image:
+        conditions["condition_latents"] = batch.tensor("latents_image").float()
     return conditions
+
+
+def _combine_control(task: WanTask, batch: Batch) -> Tensor:
+    """Return the condition channels of a Fun-Control model, from control latents and any image latents.
+
+    Raises CacheError if the control latents were cached for VACE.
+    """
+    control = batch.tensor("latents_control").float()
+    if control.shape[1] != LATENT.channels:
+        raise CacheError(
+            f"{batch.keys[0]}: its control is cached for VACE. Cache again with wan_cache_latents.py, "
+            "without --vace."
+        )
+    image = batch.tensor("latents_image").float() if task.requires_image else None
+    return control_channels(task, control, image)
 
 
 def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:

@@ -45,6 +45,8 @@ HF_CLIP: Names = (
     (r"encoder\.layers\.(\d+)\.mlp\.fc1\.(weight|bias)", r"transformer.\1.mlp.0.\2"),
     (r"encoder\.layers\.(\d+)\.mlp\.fc2\.(weight|bias)", r"transformer.\1.mlp.2.\2"),
 )
+# tensors after the last block, and positions that old versions of transformers saved
+_UNUSED = ("head", "post_norm.*", "post_layernorm.*", "*.position_ids")
 _OTHER_TOWERS = (
     "textual.",
     "log_scale",
@@ -76,11 +78,8 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
         "model.", "visual.", "vision_model.", ignored_prefixes=_OTHER_TOWERS
     )
     sources = rename_sources(list_tensor_sources(checkpoint), lambda name: translate_name(name, HF_CLIP))
-    if (
-        "cls_embedding" not in sources
-        or "pos_embedding" not in sources
-        or count(sources, r"transformer\.\d+") < 2  # the last block is not loaded, and one must be left
-    ):
+    num_layers = count(sources, r"transformer\.\d+") - 1  # Wan uses the states before the last block
+    if num_layers < 1 or "cls_embedding" not in sources or "pos_embedding" not in sources:
         raise make_wrong_kind_error(
             checkpoint,
             "a CLIP image encoder",
@@ -91,7 +90,6 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
         # Hugging Face stores both embeddings without the leading axes of size 1
         sources["cls_embedding"] = sources["cls_embedding"].with_step(lambda tensor: tensor[None, None])
         sources["pos_embedding"] = sources["pos_embedding"].with_step(lambda tensor: tensor[None])
-    num_layers = count(sources, r"transformer\.\d+") - 1  # Wan uses the states before the last block
     _join_heads(sources, num_layers)
     shape = make_shape_reader(checkpoint, sources)
     dim, _, patch, _ = shape("patch_embedding.weight")
@@ -109,15 +107,8 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
         image_size=grid_size * patch,
         patch_size=patch,
     )
-    unused = (
-        "head",
-        "post_norm.*",
-        "post_layernorm.*",
-        "*.position_ids",
-        f"transformer.{num_layers}.*",
-        f"encoder.layers.{num_layers}.*",
-    )
-    return LoadPlan(config, checkpoint, sources, unused)
+    last_block = (f"transformer.{num_layers}.*", f"encoder.layers.{num_layers}.*")
+    return LoadPlan(config, checkpoint, sources, _UNUSED + last_block)
 
 
 def _join_heads(sources: dict[str, TensorSource], num_layers: int) -> None:

@@ -178,32 +178,42 @@ def encode_inputs(
     vae = encoders.vae
     conditions: dict[str, Tensor | list[Tensor]] = {}
     image: Tensor | None = None
-    first = request.first_image if task.requires_image else None
-    if first is not None:
+    if task.requires_image and request.first_image is not None:
         if task.uses_clip_features:
-            paths = [first]
-            if task.kind == "flf2v" and request.end_image_path is not None:
-                paths.append(request.end_image_path)
-            conditions["clip"] = encode_features(encoders, paths)
-        image = _encode_images(vae, task, prepared, first)
+            conditions["clip"] = _encode_image_features(encoders, task, request, request.first_image)
+        image = _encode_images(vae, task, prepared, request.first_image)
         conditions["condition_latents"] = image.cpu()
     # the image itself is the clean first frame
     if task.takes_clean_first_frame and request.image_path is not None:
         pixels = image_pixels(request.image_path, prepared.width, prepared.height, shrink="lanczos")
         conditions[FIRST_LATENTS] = vae.encode(pixels).cpu()
     if task.has_control and request.control_path is not None:
-        has_end = appends_end(task, request)
-        pixels = video_pixels(
-            request.control_path,
-            "--control_path",
-            width=prepared.width,
-            height=prepared.height,
-            frames=prepared.frames,
-            end_frames=FRAMES_PER_LATENT if has_end else 0,  # an end image is one more latent frame
-        )
-        control = control_channels(task, vae.encode(pixels), image, has_end)
-        conditions["condition_latents"] = control.cpu()
+        conditions["condition_latents"] = _encode_control(vae, task, prepared, request.control_path, image)
     return conditions
+
+
+def _encode_image_features(encoders: MediaEncoders, task: WanTask, request: Request, first: Path) -> Tensor:
+    """Return the CLIP features of the first image and, for first-and-last-frame models, of the end image."""
+    paths = [first]
+    if task.kind == "flf2v" and request.end_image_path is not None:
+        paths.append(request.end_image_path)
+    return encode_features(encoders, paths)
+
+
+def _encode_control(
+    vae: WanVae, task: WanTask, prepared: Prepared, control: Path, image: Tensor | None
+) -> Tensor:
+    """Return the condition channels of a control video and of the encoded images, on the CPU."""
+    has_end = appends_end(task, prepared.request)
+    pixels = video_pixels(
+        control,
+        "--control_path",
+        width=prepared.width,
+        height=prepared.height,
+        frames=prepared.frames,
+        end_frames=FRAMES_PER_LATENT if has_end else 0,  # an end image is one more latent frame
+    )
+    return control_channels(task, vae.encode(pixels), image, has_end).cpu()
 
 
 def encode_features(encoders: MediaEncoders, paths: Sequence[Path]) -> Tensor:
@@ -278,14 +288,15 @@ def prepare_request(
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     # the released code rounds the size in different ways for image-to-video and for TI2V-5B
+    clean_first_frame = request.image_path if task.takes_clean_first_frame else None
     if task.requires_image and request.first_image is not None:
         width, height = size_like_image(image_size(request.first_image), width * height)
-    elif task.takes_clean_first_frame and request.image_path is not None:
-        width, height = nearest_size(image_size(request.image_path), width * height, latent.pixel_step)
+    elif clean_first_frame is not None:
+        width, height = nearest_size(image_size(clean_first_frame), width * height, latent.pixel_step)
     size = width, height, full_frames(frames, latent)
-    if task.takes_clean_first_frame and request.image_path is not None and size[2] == 1:
+    if clean_first_frame is not None and size[2] == 1:
         raise OptionError(
-            f"--image_path {request.image_path}: it becomes the first frame, and the video has only one. "
+            f"--image_path {clean_first_frame}: it becomes the first frame, and the video has only one. "
             "Give a --video_length of 5 or more, or leave the image out"
         )
     check_size((width, height, frames), latent)

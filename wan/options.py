@@ -171,11 +171,18 @@ class WanModelOptions(Options, title="Wan"):
                 "--text_as_image_tokens is ignored because --task %s is not one of Fun-Control of Wan2.1",
                 self.task,
             )
-        # a second transformer, for high noise or (in training) only for samples, needs its own VACE blocks
+        if self.vace is not None:
+            self._check_second_vace()
+
+    def _check_second_vace(self) -> None:
+        """Raise OptionError unless a second transformer, and only a second one, has its own VACE blocks.
+
+        The second transformer is for high noise or, in training, for samples only.
+        """
         second_dits = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
         has_second_dit = second_dits != (None, None)
         has_second_vace = self.vace_high_noise is not None
-        if self.vace is not None and has_second_vace != has_second_dit:
+        if has_second_vace != has_second_dit:
             missing = "--dit_high_noise" if has_second_vace else "--vace_high_noise"
             raise OptionError(
                 "--vace with two transformers: each needs VACE blocks, --vace and --vace_high_noise. "
@@ -319,9 +326,9 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         supports_one_frame = task.requires_image and not task.has_control
         # a single frame is generated from control images; prompt lines may ask for it too
         reads_prompt_lines = self.from_file is not None or self.interactive
-        may_make_one_frame = self.one_frame_inference is not None or (
-            supports_one_frame and reads_prompt_lines
-        )
+        may_make_one_frame = supports_one_frame and reads_prompt_lines
+        if self.one_frame_inference is not None:
+            may_make_one_frame = True
         unused_options = {
             MASK: self.src_mask,
             SCALE: self.vace_scale != (1.0,),  # the default
@@ -330,13 +337,15 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         }
         for name, is_unused in unused_options.items():
             if is_unused:
-                condition = ""
-                if supports_one_frame and name == "control_image_path":
-                    condition = " without --one_frame_inference"
-                raise OptionError(
-                    f"--{name}: --task {self.task} does not use it{condition}. Use --task vace-1.3B, "
-                    "vace-14B or vace-A14B, with a checkpoint of VACE"
-                )
+                is_for_one_frame = supports_one_frame and name == "control_image_path"
+                raise self._unused_option_error(name, is_for_one_frame)
+
+    def _unused_option_error(self, name: str, is_for_one_frame: bool) -> OptionError:
+        condition = " without --one_frame_inference" if is_for_one_frame else ""
+        return OptionError(
+            f"--{name}: --task {self.task} does not use it{condition}. Use --task vace-1.3B, "
+            "vace-14B or vace-A14B, with a checkpoint of VACE"
+        )
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:

@@ -165,10 +165,11 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
 
 
 def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[Tensor]]:
-    """Encode VACE's inputs: `vace_control`, 1 96 K+L h w, K references first, and `vace_scales`, 1 layers.
+    """Encode VACE's inputs, `vace_control` and `vace_scales`, on the CPU.
 
-    Both are on the CPU. The result is empty if all scales are 0, because then no hints are computed. Raises
-    MediaError if a video is too short.
+    `vace_control`, 1 96 K+L h w, has the latents of K reference images before the L latent frames.
+    `vace_scales` has a scale for each VACE layer. The result is empty if all scales are 0, because no hints
+    are computed then. Raises MediaError if a video is too short.
     """
     # imported here, because the network itself does not need the media libraries
     from modules.media.canvas import composite_on_white
@@ -180,7 +181,7 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     if not any(settings.scales):
         return {}
     width, height, frames = prepared.width, prepared.height, prepared.frames
-    # without a video the control is gray (0 in -1..1), and without a mask all pixels are generated anew
+    # without a video the control is gray (0 in -1..1), and without a mask all pixels are generated
     pixels = torch.zeros(1, 3, frames, height, width)
     mask = torch.ones(1, 1, frames, height, width)
     if request.control_path is not None:
@@ -195,9 +196,9 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
 
 
 def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
-    """Read a mask, 1 1 F H W in 0..1 (1, white: generated anew). A single image is used for all frames.
+    """Read a mask of the pixels to generate, 1 1 F H W: white, which is 1, is generated, black is kept.
 
-    Raises OptionError if no pixel is white.
+    A single image is used for all frames. Raises OptionError if no pixel is white.
     """
     if path.suffix.lower() in IMAGES and path.is_file():
         pixels = image_pixels(path, width, height).expand((-1, -1, frames, -1, -1))

@@ -28,7 +28,7 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
         control = to_pixels(media.control[0].to(device))
     mask = media.control_mask
     if mask is None:
-        mask = torch.full_like(media.frames[..., 0], 255)  # white: everything is generated anew
+        mask = torch.full_like(media.frames[..., 0], 255)  # white: everything is generated
     levels = mask.to(device)[:, None].float()  # 0..255
     tensors = {"latents": vae.encode(pixels).to(store)}
     # VACE encodes the kept part of the control and the part to generate separately

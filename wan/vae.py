@@ -14,7 +14,7 @@ from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
 from encoders.tiles import add_in_tiles, decode_in_tiles, split_into_tiles
 from modules.devices import dtype_name, tensor_on
-from modules.layers.convolution import memory_formats, set_memory_format
+from modules.layers.convolution import cast_for_convolution, set_memory_format
 from modules.media.pixels import check_clip
 from wan.configs import RELEASES
 from wan.vae_blocks import FrameCache, WanVaeConfig, WanVaeHalf
@@ -129,7 +129,8 @@ class WanVae(nn.Module):
         for group in pixels.split([1] + [step] * ((frames - 1) // step), dim=2):
             if patch > 1:
                 group = fold_patches(group.to(self.device, self.dtype), patch)
-            moments = self.conv1(self.encoder(self._place(group), frame_cache))
+            group = cast_for_convolution(group, self.device, self.dtype)
+            moments = self.conv1(self.encoder(group, frame_cache))
             parts.append((moments if as_moments else moments.chunk(2, dim=1)[0]).float())
         latents = torch.cat(parts, dim=2)
         return latents if as_moments else normalize_latents(latents)
@@ -141,14 +142,11 @@ class WanVae(nn.Module):
         mean, std = _statistics(latents.shape[1], self.device)
         for index in range(frames):
             latent = latents[:, :, index : index + 1].to(self.device).float() * std + mean
-            chunk = self.decoder(self.conv2(self._place(latent)), frame_cache)
+            latent = cast_for_convolution(latent, self.device, self.dtype)
+            chunk = self.decoder(self.conv2(latent), frame_cache)
             if self.config.patch > 1:
                 chunk = unfold_patches(chunk, self.config.patch)
             yield chunk.float()
-
-    def _place(self, x: Tensor) -> Tensor:
-        """Move a tensor to the VAE's device, dtype and memory layout, which all layers keep."""
-        return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[0])
 
 
 def normalize_latents(means: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Our modules have the names of the official files, so these need no table. diffus
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import isqrt
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from checkpoints.kinds import UNSUPPORTED_MODELS
 from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
 from protocols.data import LatentSpec
+from protocols.loading import TensorInfo
 from wan.configs import RELEASES, WAN_2_1, WAN_2_2
 from wan.vae_blocks import FACTORS, VaeLayer, WanVaeConfig
 from wan.vae_shortcuts import fits_shortcut
@@ -71,24 +72,16 @@ def read_vae(
         "first_stage_model.", "vae.", ignored_prefixes=("model.diffusion_model.", "text_encoders.")
     )
     names = checkpoint.tensors
-    sources = list_tensor_sources(checkpoint)
-    # the function that converts the file's tensor names to official ones; None for another VAE
-    translate: Callable[[str], str] | None = None
-    quant_conv = names.get("quant_conv.weight")  # diffusers' name of `conv1`
-    # with 4 axes, without time, it is Qwen-Image-2.1's VAE
-    has_time_axis = quant_conv is not None and len(quant_conv.shape) != 4
-    if quant_conv is not None and "encoder.down_blocks.0.conv1.weight" in names:
-        translate = _translate_flat_names(names)
-    elif has_time_axis and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
-        translate = _translate_staged_names(names)
-    elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST_LAYERS.isdisjoint(names):
-        translate = str
+    if "decoder.conv1.weight" in names and not _OFFICIAL_FIRST_LAYERS.isdisjoint(names):
+        translate: Callable[[str], str] | None = str  # official names
+    else:
+        translate = _find_diffusers_translation(names)
     # related VAEs have layers of the same names
     is_unsupported = any(tensor in names for tensor, _ in UNSUPPORTED_MODELS)
     if translate is None or is_unsupported:
         wan_files = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
         raise make_wrong_kind_error(checkpoint, model, "--vae", files or wan_files)
-    sources = rename_sources(sources, translate)
+    sources = rename_sources(list_tensor_sources(checkpoint), translate)
     # the dimensions follow from the shapes
     shape = make_shape_reader(checkpoint, sources)
     latent_channels = shape("conv2.weight")[0]
@@ -99,6 +92,19 @@ def read_vae(
     config = WanVaeConfig(latent_channels, encoder, decoder, patch=patch, colors=colors // patch**2)
     _check_dimensions(config, colors, checkpoint.path)
     return LoadPlan(config, checkpoint, sources)
+
+
+def _find_diffusers_translation(names: Mapping[str, TensorInfo]) -> Callable[[str], str] | None:
+    """Return the function that converts diffusers' tensor names to official ones; None for another VAE."""
+    quant_conv = names.get("quant_conv.weight")  # diffusers' name of `conv1`
+    if quant_conv is None:
+        return None
+    if "encoder.down_blocks.0.conv1.weight" in names:
+        return _translate_flat_names(names)
+    has_time_axis = len(quant_conv.shape) != 4  # Qwen-Image-2.1's VAE has none
+    if has_time_axis and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
+        return _translate_staged_names(names)
+    return None
 
 
 def check_latents(
@@ -210,13 +216,24 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
-        for layer in layers:  # after the scales, whose check names what is missing
-            if layer.layers and not _has_shortcut(layer, half == "encoder"):
-                raise CheckpointError(
-                    f"{path}: a stage from {layer.width_in} to {layer.width_out} channels cannot have "
-                    f"a shortcut. The file contains another model.\n  Give {release.files} to --vae.",
-                    path,
-                )
+        # stages of Wan2.2; checked after the scales, because that check names what is missing
+        stages = [layer for layer in layers if layer.layers]
+        if stages:
+            _check_shortcuts(stages, release.files, path, is_down=half == "encoder")
+
+
+def _check_shortcuts(stages: Iterable[VaeLayer], files: str, path: Path, is_down: bool) -> None:
+    """Raise CheckpointError if a stage has layers or channels that do not allow a shortcut around it.
+
+    `files` are the released ones, for the message.
+    """
+    for stage in stages:
+        if not _has_shortcut(stage, is_down):
+            raise CheckpointError(
+                f"{path}: a stage from {stage.width_in} to {stage.width_out} channels cannot have "
+                f"a shortcut. The file contains another model.\n  Give {files} to --vae.",
+                path,
+            )
 
 
 def _make_vae_error(path: Path, difference: str) -> CheckpointError:

@@ -20,6 +20,12 @@ def memory_formats(device: torch.device) -> tuple[torch.memory_format, torch.mem
     return torch.contiguous_format, torch.contiguous_format
 
 
+def cast_for_convolution(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a clip B C T H W or frames B C H W on a device, in its memory format, which all layers keep."""
+    clip_format, frame_format = memory_formats(device)
+    return x.to(device, dtype, memory_format=clip_format if x.ndim == 5 else frame_format)
+
+
 def set_memory_format(module: nn.Module, device: torch.device) -> None:
     """Convert a module's convolution weights to the device's memory format: channels last on CPU and CUDA."""
     clip_layout, frame_layout = memory_formats(device)

@@ -117,6 +117,12 @@ def axis_rotations(positions: Tensor, width: int, theta: float, device: torch.de
     return send_ahead(pairs.float(), device)
 
 
+def consecutive_rotations(first: int, count: int, width: int, theta: float, device: torch.device) -> Tensor:
+    """Return `axis_rotations` of `count` consecutive positions from `first` on, with float64 angles."""
+    positions = torch.arange(first, first + count, dtype=torch.float64)
+    return axis_rotations(positions, width, theta, device)
+
+
 float32_table = functools.partial(rotary_table, dtype=torch.float32)
 # values of --rope_func
 TABLES: dict[str, Callable[..., Tensor]] = {"default": rotary_table, "comfy": float32_table}

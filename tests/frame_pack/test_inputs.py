@@ -186,7 +186,7 @@ def test_samples_say_frames_which_are_made_whole_sections(
     assert "85 frames are rounded to 73" in caplog.text
     with pytest.raises(
         OptionError,
-        match="33 frames are less than a section, which has at least 37 with --latent_window_size 9",
+        match="33 frames do not fill a section, which has at least 37 with --latent_window_size 9",
     ):
         settle(picture, frames=33)
 

@@ -206,7 +206,7 @@ def computed(gradual: GradualLatentOptions, velocity: bool = False) -> list[Tens
         if t < gradual.gradual_latent_timesteps and ratio < 1 and waited >= every:
             ratio, waited = min(1.0, ratio + gradual.gradual_latent_ratio_step), 0
             strength = gradual.gradual_latent_s_noise
-            if unsharp is None or unsharp.target_x:
+            if unsharp is None or unsharp.sharpens_result:
                 x = unsharped(bicubic(x + d * dt, ratio), unsharp)
             else:
                 x = unsharped(bicubic(x, ratio), unsharp) + bicubic(d, ratio) * dt
