@@ -339,7 +339,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
 
 
 def _select_recorded_keys(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
-    """Return the recorded options that are keys with one of these `stale` flags."""
+    """Return the recorded options that belong to a group of table keys (`stale`), such as REFERENCES."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
 

@@ -590,9 +590,7 @@ def _explain_empty(table: DatasetTable) -> str:
     if folder is not None and not folder.exists() and not table.cache_directory.exists():
         error = f"{table.name}: {folder}: no such folder{explain_lookup(folder, table.config_path)}"
     if of_other_model is not None:
-        error += (
-            f" of {table.kind}s for this model: {of_other_model} is for another model, or of something else"
-        )
+        error += f" of {table.kind}s for this model: {of_other_model} is for another model or kind of data"
     return error
 
 

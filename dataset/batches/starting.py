@@ -45,7 +45,7 @@ UNKNOWN_ENCODERS: Mapping[str, Mapping[str, str]] = {}  # for a training run tha
 
 
 class _ReadCaches(NamedTuple):
-    """What reading one item as a batch has shown about its caches."""
+    """An item whose caches were read, as a batch of one, before training."""
 
     item: TrainingItem
     caption_index: int
@@ -247,9 +247,9 @@ def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
 
 
 class _SourceDifferences(NamedTuple):
-    """A table's media files that are not cached, and stems of caches whose media file is gone."""
+    """How a table's media files and its caches differ."""
 
-    without_latents: list[str]
+    without_latents: list[str]  # paths of media files that are not cached
     without_source: list[str]  # stems with latents, but without a file
     uncached_audio: list[str]  # clips whose audio is not cached
 

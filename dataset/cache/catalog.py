@@ -249,7 +249,7 @@ def machine() -> str:
 
 
 class ShardWriter:
-    """The shard file that this process writes, locked until it is finished so that no other takes it over.
+    """The shard file that this process writes, locked until it is finished: no other process takes it over.
 
     SQLite writes it with a write-ahead log: all entries survive if the process is killed, and all but the
     last megabytes survive a power failure.

@@ -127,10 +127,20 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
 
 
 def _is_allowed(value: Any, option: AcceptedOption) -> bool:
-    """Return whether an option accepts a stored value, and a message can show it."""
-    if not _can_be_shown(value) or not any(_has_type(value, kind) for kind in option.types):
+    """Return whether an option accepts a stored value, and a command in a message can show the value.
+
+    A message shows short values on one line, without control codes.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, (str, int, float)) for item in values):
         return False
-    return not option.choices or not isinstance(value, str) or value in option.choices
+    for argument in value_argv(value):
+        has_control_codes = escape_control_codes(argument) != argument or "\n" in argument
+        if len(argument) > MAX_CHARACTERS or has_control_codes:
+            return False
+    if option.choices and isinstance(value, str) and value not in option.choices:
+        return False
+    return any(_has_type(value, kind) for kind in option.types)
 
 
 def _find_path(text: str, folder: str) -> Path | None:
@@ -156,19 +166,6 @@ def _has_type(value: Any, kind: Any) -> bool:
 def _is_list_item(value: Any, kind: Any) -> bool:
     """Return whether a list item has the right type and does not look like a command-line option."""
     return _has_type(value, kind) and not (isinstance(value, str) and value.startswith("-"))
-
-
-def _can_be_shown(value: Any) -> bool:
-    """Return whether a value fits into a command in a message: short, on one line, no control codes."""
-    values = value if isinstance(value, list) else [value]
-    arguments = value_argv(value)
-    if not all(isinstance(item, (str, int, float)) for item in values):
-        return False
-    for argument in arguments:
-        has_control_codes = escape_control_codes(argument) != argument or "\n" in argument
-        if len(argument) > MAX_CHARACTERS or has_control_codes:
-            return False
-    return True
 
 
 def _read_families(folder: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class ShardStore:
         return ShardStore, (self.folder, self._shard_bytes)
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, after a look for new shards."""
+        """Return the names of all entries, including those in shards that were finished meanwhile."""
         with self._lock:
             return self._read_catalog(is_new=True).names()
 

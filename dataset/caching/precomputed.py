@@ -244,7 +244,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
 def _read_declared_shapes(
     note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return shape and dtype of the encoder's tensors, by key, from the JSON file beside the embeddings.
+    """Return shape and dtype of the encoder's tensors, by key, from the JSON file next to the embeddings.
 
     Raises:
         _UnfitEmbeds: If the embeddings belong to another encoder or caption, or if that file is missing.

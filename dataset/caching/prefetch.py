@@ -410,7 +410,7 @@ def _estimate_frames(source: MediaSource) -> float:
 
 
 def check_memory(source: MediaSource) -> None:
-    """Raise MediaError if a clip's frames do not fit into memory, where the system would kill the program."""
+    """Raise MediaError if a clip's frames do not fit into memory: the system would kill the program."""
     needed = estimate_decoded_bytes(source)
     limit = psutil.virtual_memory().total
     if needed > 0.6 * limit:

@@ -32,7 +32,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class VisibleMedia(NamedTuple):
-    """Which media text encoders see besides caption and references: the clip, or media of a list's row."""
+    """Which media text encoders see in addition to caption and references: the clip, or media of a row."""
 
     frames: bool = False  # whether they see the frames of the item
     reference_media: bool = False  # whether they see the reference media in the item's row
@@ -257,8 +257,8 @@ def _list_seen_files(
 def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     """Return, by name, the settings that change how text encoders see an item's reference images.
 
-    These depend on the item's bucket. Its place is () if the file has to be downloaded first, and (0, 0) if
-    the file's header is unreadable.
+    They depend on the item's bucket. Instead of an unknown bucket, () is used for a file that has to be
+    downloaded first, and (0, 0) for an unreadable file.
     """
     table = source.table
     if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:

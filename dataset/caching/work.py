@@ -86,8 +86,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
         except DatasetError as error:
             # image trainers use this key for control images and, with --masked_loss, for masks
             may_be_masks = media.has_control and table.conditioning_directory is not None
-            hint = MASKS_HINT if may_be_masks else ""
-            errors.append(f"{error}{hint}")
+            errors.append(f"{error}{MASKS_HINT}" if may_be_masks else str(error))
     if errors:
         raise DatasetError("\n".join(errors))
 
@@ -143,6 +142,18 @@ def _check_sources(
 
         return use_moments(family, sources)
     return sources
+
+
+def _describe_item(item: DecodedMedia, name: LatentName) -> dict[str, str]:
+    """Return the metadata that all cache files of an item share: its size, and for clips frames and rate."""
+    width, height = name.size
+    metadata = {"width": str(width), "height": str(height)}
+    if name.span is not None:
+        _, num_frames = name.span
+        metadata["frame_count"] = str(num_frames)
+    if item.rate is not None:  # also in the header, because training reads only headers to form batches
+        metadata[FPS] = repr(item.rate)
+    return metadata
 
 
 class MediaWork:
@@ -385,8 +396,7 @@ class MediaWork:
     ) -> list[str]:
         """Schedule the writing of an item's cache files, one for each entry (section); return their names.
 
-        1. Make the record and the metadata, which all files of the item share.
-        2. Pass a function to `write` for each file; it runs in another thread.
+        `write` runs each write in another thread.
         """
         options = self._cache_settings.record_options(
             item.source, size=item.size, bucket=item.bucket, span=item.spans[0]
@@ -399,28 +409,20 @@ class MediaWork:
             parts=len(entries),
             crc32={},  # filled in by `write_entry`
         )
-        width, height = name.size
-        item_metadata = {"width": str(width), "height": str(height)}
-        if name.span is not None:
-            _, num_frames = name.span
-            item_metadata["frame_count"] = str(num_frames)
-        if item.rate is not None:  # also in the header, because training reads only headers to form batches
-            item_metadata[FPS] = repr(item.rate)
+        item_metadata = _describe_item(item, name)
         fingerprints = {}
         if self._family.latent.required_metadata:  # other programs that read these caches require them
             paths_and_origins = self._cache_settings.source_files(item.source)
             fingerprints["media_fingerprints"] = _join_fingerprints(item.files, paths_and_origins)
-        store = self.stores.latent_store(item.source.table)
         files = []
         for entry in entries:
             file = dataclasses.replace(name, section=entry.section).file_name(self._cache_settings.tag)
-            tensors = latents.name_tensors(item, entry, self._family.latent)
             write_file = partial(
                 latents.write_entry,
-                store,
+                self.stores.latent_store(item.source.table),
                 self._family,
                 file=file,
-                named=tensors,
+                named=latents.name_tensors(item, entry, self._family.latent),
                 record=record,
                 additional_metadata={**item_metadata, **entry.metadata, **fingerprints},
             )
