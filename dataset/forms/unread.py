@@ -65,7 +65,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
             explanations[name] = f", which contains files{_make_hint(name, table) or ''}"
     cell_finders = {name: find_cells(path, name, finds_nulls=True) for name in control_columns}
     for row in itertools.islice(columns.rows, MAX_ROWS):
-        values = _list_control_cells(row, cell_finders) | row.values
+        values = {**_list_control_cells(row, cell_finders), **row.values}
         for name in _list_surplus(values, table):
             explanations[name] = f": the model uses {table.control_count} of these files for each item"
         for name, value in row.values.items():
