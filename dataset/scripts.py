@@ -68,13 +68,8 @@ def cache_family_latents(
             values = option_values(family_options)
             for name, option, why in entry.encoders:  # files without which nothing can be encoded
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
-        config = _load_dataset(options)
-        # only families with audio have this option, which says where the audio files are
-        if getattr(family_options, "audio_files", None) is not None:
-            from dataset.config import with_audio_files
-
-            config = with_audio_files(config, *family_options.audio_files)
-
+        # only families with audio have the option that says where the audio files are
+        config = _load_dataset(options, getattr(family_options, "audio_files", None))
         if entry.notice:
             entry.log_notice()
         print_loading()
@@ -102,13 +97,22 @@ def cache_family_latents(
         cache(caches, config, options, debug, next_command)
 
 
-def _load_dataset(options: CachingOptions) -> "DatasetConfig":
-    """Load the dataset file, with the folder for downloads if it is set on the command line."""
-    from dataset.config import load_dataset_config, with_downloads  # not needed for --help
+def _load_dataset(
+    options: CachingOptions, audio_files: tuple[str, Path | None] | None = None
+) -> "DatasetConfig":
+    """Load the dataset file, with the folders for downloads and audio that are set on the command line.
+
+    `audio_files` is the option about audio files, and their folder; None as the folder means that they are
+    next to the clips.
+    """
+    # not needed for --help
+    from dataset.config import load_dataset_config, with_audio_files, with_downloads
 
     config = load_dataset_config(options.dataset_config)
     if options.download_directory is not None:
         config = with_downloads(config, options.download_directory)
+    if audio_files is not None:
+        config = with_audio_files(config, *audio_files)
     return config
 
 

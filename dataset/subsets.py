@@ -95,7 +95,7 @@ def read_subsets(
     return _with_cache_directories(tables)
 
 
-def _read_command_line(typed: SubsetOptions | None, errors: list[str]) -> Table:
+def _read_command_line(typed: SubsetOptions | None, errors: list[str]) -> dict[str, Any]:
     """Return the values of all keys of subsets: those of the command line, otherwise the defaults."""
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     return defaults | read_keys(

@@ -5,7 +5,8 @@ Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.p
 # Letters: B batch, L image tokens, with those of references, T text tokens, N heads, D head width,
 # C = N * D, M modulations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -177,17 +178,11 @@ class FluxModel(BlockNetwork):
         # rotary positions: the first axis numbers the image and its references
         grids = [TokenGrid(grid_of(image), first_position=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
+        # of the prompt and, if `overrides` have one, of the second text
         prompts = overrides.text_inputs(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled)
         scale = torch.zeros_like(timesteps) if guidance is None else guidance
-        if self.config.approximator is not None:  # Chroma computes the modulation of all blocks at once
-            vectors = [self._compute_chroma_modulation(timesteps, scale)] * len(prompts)
-        else:
-            embedded_scale = scale if self.config.has_guidance and overrides.embedded_guidance else None
-            vectors = [
-                apply_silu(self._embed_vector(timesteps, prompt["pooled"], embedded_scale), dtype)
-                for prompt in prompts
-            ]
-        texts = []  # of the prompt and, if `overrides` have one, of the second text
+        vectors = self._compute_vectors(prompts, timesteps, scale, overrides.embedded_guidance, dtype=dtype)
+        texts = []
         for prompt, vector in zip(prompts, vectors, strict=True):
             text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
             texts.append(EmbeddedText(text, lengths, vector))
@@ -217,6 +212,24 @@ class FluxModel(BlockNetwork):
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
         return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
+
+    def _compute_vectors(
+        self,
+        prompts: Sequence[Mapping[str, Any]],
+        timesteps: Tensor,
+        guidance: Tensor,
+        embeds_guidance: bool,
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """Return, for each text, the vector from which blocks compute their modulation, B 1 C.
+
+        For Chroma, it is the modulation of all blocks, B 1 M C, which is the same for all texts.
+        """
+        if self.config.approximator is not None:
+            return [self._compute_chroma_modulation(timesteps, guidance)] * len(prompts)
+        embedded_guidance = guidance if self.config.has_guidance and embeds_guidance else None
+        vectors = [self._embed_vector(timesteps, prompt["pooled"], embedded_guidance) for prompt in prompts]
+        return [apply_silu(vector, dtype) for vector in vectors]
 
     def _compute_chroma_modulation(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
         """Return the modulation rows of all blocks of Chroma, B 1 M C float32."""

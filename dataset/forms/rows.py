@@ -315,10 +315,7 @@ class RowReader:
         name = self.caption_column
         caption = None if name is None else values.get(name)
         if caption is not None and not isinstance(caption, str):
-            hint = ""
-            if isinstance(caption, list):
-                hint = f". Write one text, or all in a list named captions, with {MULTI_CAPTION} in the table"
-            raise DatasetError(f"{position}: {name} = {_show(caption)} is not text{hint}")
+            raise DatasetError(f"{position}: {name} = {_show(caption)} is not text{_hint_of_list(caption)}")
         captions = [] if caption is None else [caption]
         captions += self._further_captions(values, position)
         for text in captions:
@@ -524,6 +521,13 @@ def find_missing_companions(
 def _make_faults(kind: str, sources: Iterable[media_source.MediaSource]) -> list[media_source.Fault]:
     """Return a fault of the same kind for each of these items."""
     return [media_source.Fault(kind, str(source.path), source.stem) for source in sources]
+
+
+def _hint_of_list(caption: Any) -> str:
+    """Return how to write several captions of an item, if `caption` is a list of them; otherwise ""."""
+    if not isinstance(caption, list):
+        return ""
+    return f". Write one text, or all in a list named captions, with {MULTI_CAPTION} in the table"
 
 
 def _show(value: Any) -> str:

@@ -57,26 +57,28 @@ def find_unused(table: DatasetTable) -> list[Fault]:
     if not source_format.has_columns or not path.exists():  # reported by the listing
         return []
     columns = source_format.inspect_columns(table)
+    # control columns are unused only in rows that have more control images than the model takes
+    control_columns = [name for name in columns.unread_file_columns if is_control(table, name)]
     explanations: dict[str, str] = {}  # end of the warning about a column, by name
-    control_columns = []  # unused only in rows that have more control images than the model takes
     for name in columns.unread_file_columns:
-        if is_control(table, name):
-            control_columns.append(name)
-        else:
+        if name not in control_columns:
             explanations[name] = f", which contains files{_make_hint(name, table) or ''}"
     cell_finders = {name: find_cells(path, name, finds_nulls=True) for name in control_columns}
     for row in itertools.islice(columns.rows, MAX_ROWS):
-        values = _list_control_cells(row, cell_finders) | row.values
+        values = {**_list_control_cells(row, cell_finders), **row.values}
         for name in _list_surplus(values, table):
             explanations[name] = f": the model uses {table.control_count} of these files for each item"
         for name, value in row.values.items():
-            is_read = name in columns.columns_read or is_companion(name) or is_layer(table, name)
-            if is_read or name in explanations:
-                continue
-            explanation = _explain_unused(name, value, row, table, columns)
-            if explanation is not None:
-                explanations[name] = explanation
+            if name not in explanations and not _is_read(name, table, columns):
+                explanation = _explain_unused(name, value, row, table, columns)
+                if explanation is not None:
+                    explanations[name] = explanation
     return _as_faults(path, explanations)
+
+
+def _is_read(name: str, table: DatasetTable, columns: InspectedColumns) -> bool:
+    """Return whether a column is read: a known one, or one of numbered companion files or layers."""
+    return name in columns.columns_read or is_companion(name) or is_layer(table, name)
 
 
 def _list_control_cells(row: TableRow, cell_finders: Mapping[str, FindCell | None]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ CONVERTED = "have a color profile, or colors other than sRGB, and are converted 
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
 MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
 TORN = "are interlaced, which is not undone: what moves is torn into lines. Deinterlace them first"
+_PLAIN = Colors(is_transparent=False, is_converted=False)
 
 
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
@@ -160,6 +161,8 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
             except (MediaError, OSError):
                 continue
             colors_of_files[path] = colors
+            if colors == _PLAIN:  # nothing to warn about
+                continue
             problems = _find_problems(colors, source_keeps if path is source.path else control_keeps)
             if colors.is_animated and _warns_of_animation(source, path):
                 problems[MOVING] = ""

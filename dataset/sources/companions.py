@@ -30,6 +30,7 @@ from modules.media.reading import (
     read_image,
     resize_cover,
 )
+from protocols.rules import ReferenceRules
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -276,15 +277,9 @@ def _read_references(
         The references, and messages about clips whose frames differ in size.
     """
     rules = local.table.clip_references
-    factor = 1 if rules is None else rules.size_factor
-    step = 1 if rules is None else rules.step * factor  # of the source, so that references fit, too
-    width, height = bucket
-    if local.references and (width % step or height % step):
-        raise MediaError(
-            f"{local.path}: its bucket is {width}x{height} pixels; with references {factor} times smaller "
-            f"(--reference_downscale) sides must be multiples of {step}. Choose another resolution"
-        )
-    reference_size = width // factor, height // factor
+    reference_size = bucket
+    if rules is not None and local.references:
+        reference_size = _divide_bucket(local, bucket, rules)
     on_white = rules is not None and rules.pad_with_white
     references: list[Clip] = []
     size_changes: list[str] = []
@@ -298,6 +293,23 @@ def _read_references(
         if change is not None:
             size_changes.append(f"{path.name}: {change}")
     return references, size_changes
+
+
+def _divide_bucket(local: MediaSource, bucket: Size, rules: ReferenceRules) -> Size:
+    """Return the size of an item's references: its bucket divided by the family's factor.
+
+    Raises:
+        MediaError: If the size is not one of the model's.
+    """
+    width, height = bucket
+    factor = rules.size_factor
+    step = rules.step * factor  # of the item, so that its references fit, too
+    if width % step or height % step:
+        raise MediaError(
+            f"{local.path}: its bucket is {width}x{height} pixels; with references {factor} times smaller "
+            f"(--reference_downscale) sides must be multiples of {step}. Choose another resolution"
+        )
+    return width // factor, height // factor
 
 
 def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:

@@ -46,17 +46,8 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     Raises:
         DatasetError: If the folder cannot be listed.
     """
-    paths = _list_media(table, faults)
-    if any("_" in path.stem for path in paths):  # a tool names its output after its input: cat_SWINIR.png
-        paths = _leave_out_tool_outputs(table, paths)
-    if not all(path.name.isascii() for path in paths):
-        paths = _leave_out_bad_names(table, paths, faults)
-    layers: Mapping[Path, tuple[Path, ...]] = {}
-    if table.multiple_target:
-        from dataset.sources.layers import group_layers  # few tables have layers
-
-        layers = group_layers(paths, table.caption_extension)
-        paths = list(layers)
+    layers = _list_with_layers(table, faults)
+    paths = list(layers)
     companions = _FolderCompanions()
     if any((table.control_directory, table.mask_directory, table.audio_directory)):
         companions = _find_folder_companions(table, paths, faults)
@@ -80,12 +71,29 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             mask=companions.masks.get(path),
             audio=audio,
             caption_encoding=caption.encoding,
-            layers=layers.get(path, ()),
+            layers=layers[path],
         )
         sources.append(source)
     if caption_errors:
         faults += _make_caption_faults(table, caption_errors)
     return sources
+
+
+def _list_with_layers(table: DatasetTable, faults: list[Fault]) -> Mapping[Path, tuple[Path, ...]]:
+    """Return the images or clips of a table's folder, sorted, each with its layers; () if the table has none.
+
+    Outputs of tools, and names that are not UTF-8, are left out.
+    """
+    paths = _list_media(table, faults)
+    if any("_" in path.stem for path in paths):  # a tool names its output after its input: cat_SWINIR.png
+        paths = _leave_out_tool_outputs(table, paths)
+    if not all(path.name.isascii() for path in paths):
+        paths = _leave_out_bad_names(table, paths, faults)
+    if not table.multiple_target:
+        return dict.fromkeys(paths, ())
+    from dataset.sources.layers import group_layers  # few tables have layers
+
+    return group_layers(paths, table.caption_extension)
 
 
 def _find_folder_companions(

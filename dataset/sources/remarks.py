@@ -37,6 +37,7 @@ TORN = (
     "apart. Leave these keys out"
 )
 _BACKSLASH = re.compile(r"\\[()\[\]]")
+_SPECIAL = frozenset("{}\\")  # characters that the warnings about captions are about
 
 
 # --- media
@@ -103,22 +104,31 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     """Return warnings about special characters in captions, which would probably be learned by mistake."""
     warnings: list[Fault] = []
     for source in sources:
+        changes = source.table.caption_changes
         kinds: dict[str, None] = {}  # ordered, each kind once
         # a JSON object would be torn apart if its parts are shuffled or dropped
-        if source.table.caption_changes.moves_tags and read_if_object(source.caption or "") is not None:
+        if changes.moves_tags and read_if_object(source.caption or "") is not None:
             kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):
-            if source.table.caption_changes.wildcards:
-                if _has_lone_brace(caption):
-                    kinds[LONE_BRACE] = None
-            elif "{" in caption and has_choice(caption):
-                kinds[NOT_DRAWN] = None
-            if _BACKSLASH.search(caption):
-                kinds[BACKSLASH] = None
+            if not _SPECIAL.isdisjoint(caption):
+                kinds |= dict.fromkeys(_find_special(caption, changes.wildcards))
         if kinds:
             text = _quote_caption(source)
             warnings += [Fault(kind, text, source.stem) for kind in kinds]
     return warnings
+
+
+def _find_special(caption: str, wildcards: bool) -> Iterator[str]:
+    """Yield the kinds of warnings about braces and backslashes in a caption.
+
+    `wildcards` says that {a|b} is a random choice.
+    """
+    if wildcards and _has_lone_brace(caption):
+        yield LONE_BRACE
+    if not wildcards and "{" in caption and has_choice(caption):
+        yield NOT_DRAWN
+    if _BACKSLASH.search(caption):
+        yield BACKSLASH
 
 
 def _has_lone_brace(caption: str) -> bool:
