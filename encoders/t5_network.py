@@ -124,10 +124,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     attention_dim = shape("blocks.0.attn.q.weight")[0]
     ffn_dim = shape("blocks.0.ffn.fc1.weight")[0]
     if attention_dim % heads:
-        raise CheckpointError(
-            f"{checkpoint.path}: {attention_dim} attention channels cannot be divided among {heads} heads.",
-            checkpoint.path,
-        )
+        raise _make_heads_error(checkpoint.path, attention_dim, heads)
     config = T5Config(
         vocabulary=vocabulary,
         dim=dim,
@@ -148,6 +145,13 @@ def _make_other_t5_error(path: Path, kind: T5Kind, is_umt5: bool) -> CheckpointE
         found_kind = "an umT5 encoder, not a T5: each of its blocks has"
     return CheckpointError(
         f"{path} is {found_kind} a table of relative positions. Give {kind.release} to {kind.option}.", path
+    )
+
+
+def _make_heads_error(path: Path, attention_dim: int, num_heads: int) -> CheckpointError:
+    """Return the error for attention channels that cannot be divided among the heads."""
+    return CheckpointError(
+        f"{path}: {attention_dim} attention channels cannot be divided among {num_heads} heads.", path
     )
 
 

@@ -570,21 +570,32 @@ class FileTextEncoder(ABC, Generic[Network]):
         check_ids(token_ids, vocabulary, self.path, self.source.files.option)
         results = compute(network, tokenizer, token_ids, num_template_tokens)
         # the family may not support weights such as (cat:1.2)
-        if not self.weighted_states_key or not any(prompt.spans for prompt in templated_prompts):
-            return results
+        if self.weighted_states_key and any(prompt.spans for prompt in templated_prompts):
+            return self._weigh_prompts(results, templated_prompts, cut_tokens, num_template_tokens)
+        return results
+
+    def _weigh_prompts(
+        self,
+        results: Sequence[Conditions],
+        templated_prompts: Sequence[TemplatedPrompt],
+        cut_tokens: Sequence[Tokens],
+        num_template_tokens: int,
+    ) -> list[Conditions]:
+        """Multiply the states of each prompt by the prompt weights of its tokens.
+
+        Args:
+            results: Conditions of each prompt.
+            templated_prompts: The prompts.
+            cut_tokens: Tokens of each prompt, with the template's tokens in front.
+            num_template_tokens: Number of template tokens, which have no states.
+        """
         weighted = []
         for conditions, prompt, tokens in zip(results, templated_prompts, cut_tokens, strict=True):
-            char_spans = tokens.char_spans[num_template_tokens:]
-            weighted.append(self._weigh_prompt(conditions, prompt, char_spans))
+            if prompt.spans:  # parts of the prompt that have a weight
+                weights = weights_of(prompt, tokens.char_spans[num_template_tokens:])
+                conditions = self.weigh(conditions, weights)
+            weighted.append(conditions)
         return weighted
-
-    def _weigh_prompt(
-        self, conditions: Conditions, prompt: TemplatedPrompt, char_spans: Sequence[CharSpan]
-    ) -> Conditions:
-        """Multiply the states of a prompt's weighted parts; `char_spans` are those of its tokens."""
-        if not prompt.spans:
-            return conditions
-        return self.weigh(conditions, weights_of(prompt, char_spans))
 
     def _log_truncated(
         self,

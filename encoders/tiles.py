@@ -69,8 +69,11 @@ def compute_in_tiles(compute: Compute, x: Tensor, tiling: AxisTiling, device: to
                 shape = (*tile.shape[:-2], height * tiling.pixels_out, width * tiling.pixels_out)
                 out = torch.empty(shape, device=device)
             tile = tile[..., :step, :step]
-            out_from_here = out[..., top * tiling.pixels_out :, left * tiling.pixels_out :]
-            out_from_here[..., : tile.shape[-2], : tile.shape[-1]] = tile
+            first_row = top * tiling.pixels_out
+            first_column = left * tiling.pixels_out
+            rows = slice(first_row, first_row + tile.shape[-2])
+            columns = slice(first_column, first_column + tile.shape[-1])
+            out[..., rows, columns] = tile
             del tile, tile_input  # freed before the next tile is computed
     return out
 

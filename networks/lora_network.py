@@ -253,9 +253,9 @@ class OwnNetwork(nn.Module):
         """
         rates = {UNET: learning_rate if unet_lr is None else unet_lr}  # of each network, by prefix
         encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
-        text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
-        for index, prefix in enumerate(encoders):
-            rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
+        if encoders:
+            text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
+            rates |= _rates_of_encoders(encoders, text_rates)
         # for each layer, the indices of the patterns in network_reg_lrs that match its name
         matches: list[tuple[int, ...]] = [()] * len(self.names)
         if self.settings.pattern_learning_rates:
@@ -330,6 +330,12 @@ class OwnNetwork(nn.Module):
                 sigma_and_beta=sigma_and_beta,
             )
             getattr(self.additional_state["ggpo"], name).copy_(strengths)
+
+
+def _rates_of_encoders(prefixes: Sequence[str], rates: Sequence[float]) -> dict[str, float]:
+    """Return the learning rate of each text encoder; the last rate applies to all encoders after it."""
+    last = len(rates) - 1
+    return {prefix: rates[min(index, last)] for index, prefix in enumerate(prefixes)}
 
 
 def _sort_labels(labels: Collection[str]) -> list[str]:

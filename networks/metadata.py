@@ -187,13 +187,12 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
     if not modules or 2 * len(native.unknown_keys) > len(names):
         return None
     families = [family.name for family in key_formats.families_of(in_dit, hint)]
-    # no family has these names: trust the metadata
-    if not families and hint is not None:
-        families = [hint]
-    model = f" for {' or '.join(families)}" if families else ""
+    # if no family has these names, trust the metadata
+    models = " or ".join(families) or hint
+    for_models = f" for {models}" if models else ""
     alphas = _read_stored_alphas(checkpoint, names) | _read_other_alphas(checkpoint, native, expert)
     clauses = [
-        f"{_describe_kinds(modules)}{model}, {dialect_in_words(native.dialect)}",
+        f"{_describe_kinds(modules)}{for_models}, {dialect_in_words(native.dialect)}",
         *_describe_scales(modules, alphas),
         f"{format_count(len(modules), 'layer')}: {_describe_layers(modules)}",
     ]

@@ -30,7 +30,7 @@ from networks.alphas import PEFT_FILE, without_alphas
 from networks.kinds import KINDS
 from networks.kinds.contract import named
 from networks.kinds.lora import LORA
-from networks.merging import DTYPES, decompose_product
+from networks.merging import DTYPES, DecomposedProduct, decompose_product
 from networks.metadata import LAYOUT_KEY, STALE, add_hashes, layout_hash
 from networks.names.layouts import FOLDED
 from networks.rank_masks import rank_rule_of
@@ -356,17 +356,14 @@ def _resize_module(
         singular_values, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param
     )
     kept_values = singular_values[:rank]
-    # the product's singular vectors are left @ u and right @ vh^T; its singular values go into the up factor
-    down = decomposed.vh[:rank] @ decomposed.right.T
-    up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.singular_values[:rank])
-    kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
+    down, up = _make_factors_of_rank(decomposed, rank, product)
     strength = 1.0
     if names.alpha is not None:
         strength = float(tensors[names.alpha]) / old_rank
     return ResizedModule(
         names=names,
-        down=down.reshape(rank, product.in_channels, *product.kernel),
-        up=up.reshape(*up.shape, *kernel_axes),
+        down=down,
+        up=up,
         old_rank=old_rank,
         strength=strength,
         kept_sum=_divide(kept_values.sum(), singular_values.sum()),
@@ -374,6 +371,24 @@ def _resize_module(
         largest_ratio=_divide(singular_values[0], kept_values[-1]),
         has_learned=bool(singular_values[0] > MIN_LEARNED),
     )
+
+
+def _make_factors_of_rank(
+    decomposed: DecomposedProduct, rank: int, product: FactorProduct
+) -> tuple[Tensor, Tensor]:
+    """Return the down and the up factor of a rank, in the module's shape.
+
+    Args:
+        decomposed: Decomposition of the module's change.
+        rank: The new rank.
+        product: The change, whose kernel and input channels the factors get.
+    """
+    # the product's singular vectors are left @ u and right @ vh^T; its singular values go into the up factor
+    down = decomposed.vh[:rank] @ decomposed.right.T
+    up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.singular_values[:rank])
+    kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
+    down = down.reshape(rank, product.in_channels, *product.kernel)
+    return down, up.reshape(*up.shape, *kernel_axes)
 
 
 def select_rank(
