@@ -173,11 +173,14 @@ def _position_references(
     num_audio_latents = 0  # length of the audio that belongs to the next clip
     for key, latents in references.items():
         clip_key = key.removesuffix(AUDIO) + VIDEO
-        if not key.endswith(AUDIO):
+        if key.endswith(IMAGE):
             positioned.append(_position_image(latents, time))
-            is_image = key.endswith(IMAGE)
+            time += 1.0
+            num_audio_latents = 0
+        elif not key.endswith(AUDIO):
+            positioned.append(_position_image(latents, time))
             # the next reference starts after both the clip and its audio
-            time += 1.0 if is_image else max(float(num_audio_latents), clip_duration(latents.shape[2]))
+            time += max(float(num_audio_latents), clip_duration(latents.shape[2]))
             num_audio_latents = 0
         elif clip_key in references:
             # audio of a clip: its two channels are at the left and right edges of the clip's grid

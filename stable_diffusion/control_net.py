@@ -134,7 +134,9 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: M
     Raises:
         CheckpointError: If a ControlNet does not fit the U-Net.
     """
-    for spec in options.specs if options.control_net_models else ():  # else they are LLLites
+    if not options.control_net_models:
+        return  # the specs are those of LLLites
+    for spec in options.specs:
         load_control_net(
             spec.path, unet, model_title=kind.title, device=torch.device("meta"), dtype=torch.float32
         )
