@@ -70,7 +70,7 @@ def read_subsets(
     if not isinstance(entries, list):
         errors.append("[datasets] needs double brackets: write [[datasets]], once for each resolution")
         entries = [entries]
-    defaults = command_line_values | _read_level(general, "[general]", errors, DATASET)
+    defaults = {**command_line_values, **_read_level(general, "[general]", errors, DATASET)}
     is_masked = typed is not None and typed.masked_loss
     tables: list[DatasetTable] = []
     all_values: list[Table] = []  # values of each subset without invalid keys

@@ -243,7 +243,7 @@ class Inversion:
             return {key: from_file[key].clone() for key in keys}
         if self.word_options.init_word is None:
             return self._draw_random(known_embeddings)
-        initial = {}
+        initial: dict[str, Tensor] = {}
         for number, encoder in enumerate(self.encoders, start=1):
             ids = self._read_init_word(encoder, number)
             vectors = known_embeddings[encoder.vector_key][ids]

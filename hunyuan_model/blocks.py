@@ -371,10 +371,20 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
     if second is None:
         attended = attend(query, key, value, choice, lengths=tokens.lengths)
         return (attended if shard is None else shard.gather_heads(attended)).flatten(2)
-    first_heads = [second.drop_second_text(heads) for heads in (query, key, value)]
-    first_attended = attend(*first_heads, choice=choice, lengths=tokens.lengths)
-    second_heads = [second.drop_first_text(heads) for heads in (query, key, value)]
-    second_attended = attend(*second_heads, choice=choice, lengths=second.lengths)
+    first_attended = attend(
+        second.drop_second_text(query),
+        second.drop_second_text(key),
+        second.drop_second_text(value),
+        choice,
+        lengths=tokens.lengths,
+    )
+    second_attended = attend(
+        second.drop_first_text(query),
+        second.drop_first_text(key),
+        second.drop_first_text(value),
+        choice,
+        lengths=second.lengths,
+    )
     if shard is None:
         return second.combine(first_attended, second_attended).flatten(2)
     return shard.combine(first_attended, second_attended, second).flatten(2)

@@ -246,7 +246,7 @@ def read_conditioning_config(path: Path, streams: tuple[str, ...]) -> dict[str, 
     return values
 
 
-def _find_direction(is_generated: Mapping[str, Any], source: str) -> str:
+def _find_direction(is_generated: Mapping[Any, Any], source: str) -> str:
     """Return the training direction in which these streams are generated, the other one being given."""
     direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
     if direction is None:

@@ -38,7 +38,7 @@ def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device)
         _move_to_one_storage(biases)
 
 
-def _move_to_one_storage(parameters: Sequence[nn.Parameter]) -> None:
+def _move_to_one_storage(parameters: Sequence[Tensor]) -> None:
     """Copy parameters to one tensor, of which each then is a view."""
     joined = torch.cat([parameter.data for parameter in parameters])
     views = joined.split([len(parameter) for parameter in parameters])

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dataset.batches.checks import SameEncoders, check_channels
-from dataset.batches.finding import find_items, learn_no_references, require_items
+from dataset.batches.finding import find_items, lack_edit_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
@@ -392,7 +392,7 @@ class RunPlanner:
         if not self.accelerator.is_main_process:
             return
         takes_references = any(table.references or table.clip_references for table in tables)
-        if takes_references and learn_no_references([*data.training, *data.validation], data.sources.stores):
+        if takes_references and lack_edit_references([*data.training, *data.validation], data.sources.stores):
             logger.warning("%s", NO_REFERENCE)
         if subset is not None and subset.masked_loss:
             _warn_of_missing_masks(tables)

@@ -153,7 +153,7 @@ def test_a_tag_is_renamed_and_given_back_by_clicks(pictures: Path) -> None:
         assert texts_of(pictures)["0.txt"] == "cat, Hut ü, catgirl"
         assert "Hut ü" in page.locator(".tag-counts").inner_text()
         page.locator("#tag-editor").get_by_role("button", name="Undo").click()
-        wait_until(page, "document.querySelector('#tag-editor .good').textContent.includes('as they were')")
+        wait_until(page, "document.querySelector('#tag-editor .good').textContent.includes('restored')")
         assert page.problems == []
         page.get_by_label("Old tag").fill("nowhere")
         page.get_by_label("becomes").fill("x")

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from networks.kinds import KINDS
 from networks.module_names import number_modules, read_family, select_family
-from networks.names.layouts import OURS, TRAINED_ON
+from networks.names.layouts import OURS, TRAINED_ON, FamilyNames
 from training.optimizers.optimizer import MOMENT_NAMES
 
 Groups = Sequence[Sequence[Parameter]]
@@ -112,7 +112,7 @@ def _list_possible_orders(groups: Groups, names: Mapping[Tensor, str], version: 
     return [position_by(order) for order in orders if used_factors <= set(order)]
 
 
-def _find_family(modules: Sequence[str], version: str) -> str | None:
+def _find_family(modules: Sequence[str], version: str) -> FamilyNames | None:
     """Return the family of a network, from the names of its modules and the recorded version of its model."""
     known_family = read_family({TRAINED_ON: version})
     in_dit = [name.removeprefix(OURS) for name in modules if name.startswith(OURS)]

@@ -264,12 +264,6 @@ def _allocate_moment(weight: Tensor | None, record: Any, device: torch.device) -
     return torch.empty(shape, dtype=record.properties.dtype, device=device)
 
 
-def _allocate_moment(weight: Tensor | None, record: Any, device: torch.device) -> Tensor:
-    """Allocate this process's rows of a moment as described by `record`, or all rows if `weight` is None."""
-    shape = record.size if weight is None else local_rows(weight).shape
-    return torch.empty(shape, dtype=record.properties.dtype, device=device)
-
-
 def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape: torch.Size) -> None:
     """Raise CheckpointError unless the run has a weight named `name` ("part.name") with this shape."""
     part, _, weight_name = name.partition(".")
