@@ -96,12 +96,12 @@ def find_items(
             date.
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
-    listing = FoundItems()
+    found = FoundItems()
     default_info = TableCacheInfo(cache_tag)
     for table in config.datasets:
         cache_info = on_the_fly_tables.get(table.index, default_info) if on_the_fly_tables else default_info
         _add_table(
-            listing,
+            found,
             table=table,
             cache_info=replace(cache_info, text_keys=text_keys),
             latent=latent,
@@ -110,22 +110,22 @@ def find_items(
             trusts_index=trusts_index,
         )
     if audio is not None:
-        _record_need_of_audio(listing, audio, encodes_while_training=bool(on_the_fly_tables))
-    return listing
+        _record_need_of_audio(found, audio, encodes_while_training=bool(on_the_fly_tables))
+    return found
 
 
-def _record_need_of_audio(listing: FoundItems, audio: AudioSpec, encodes_while_training: bool) -> None:
-    """Record in `listing` why audio is needed, and whether no item at all has cached audio."""
+def _record_need_of_audio(found: FoundItems, audio: AudioSpec, encodes_while_training: bool) -> None:
+    """Record in `found` why audio is needed, and whether no item at all has cached audio."""
     if audio.audio_only:
-        listing.why_audio_is_needed = "only audio is learned"
+        found.why_audio_is_needed = "only audio is learned"
     # the audio of tables that are encoded during training is not known yet
     expects_audio_caches = not audio.is_in_latent_cache and not encodes_while_training
-    if expects_audio_caches and listing.items and not any(item.has_cached_audio for item in listing.items):
-        listing.trained_but_absent_audio = audio
+    if expects_audio_caches and found.items and not any(item.has_cached_audio for item in found.items):
+        found.trained_but_absent_audio = audio
 
 
 def _add_table(
-    listing: FoundItems,
+    found: FoundItems,
     table: DatasetTable,
     cache_info: TableCacheInfo,
     latent: LatentSpec,
@@ -133,9 +133,9 @@ def _add_table(
     audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
-    """Add a table's items to `listing`: from the index of its caches, or else by listing its caches.
+    """Add a table's items to `found`: from the index of its caches, or else by listing its caches.
 
-    If the caches are listed, missing and unfinished ones are added to `listing`, too.
+    If the caches are listed, missing and unfinished ones are added to `found`, too.
     """
     names = stores.latent_store(table).names()
     in_own_folder = table.index not in stores.custom_stores
@@ -145,16 +145,16 @@ def _add_table(
         index = read_index(table, names, tag=cache_info.tag, latent=latent)
         if index is not None:  # up to date
             cache_info = replace(cache_info, indexed_checksums=index.compared)
-            listing.items += [_item(table, cache_info, file, captions) for file, captions in index.items]
-            listing.left_out[table.index] = index.left_out
+            found.items += [_item(table, cache_info, file, captions) for file, captions in index.items]
+            found.left_out[table.index] = index.left_out
             return
     if in_own_folder and may_have_both_formats(table, names):
-        _add_format_errors(listing, table, cache_info.tag)
-    caches = _list_caches(listing, table, cache_info=cache_info, names=names, stores=stores, audio=audio)
+        _add_format_errors(found, table, cache_info.tag)
+    caches = _list_caches(found, table, cache_info=cache_info, names=names, stores=stores, audio=audio)
     del names  # frees memory: there may be a million names, which are no longer needed
-    has_latents = _add_items(listing, table, cache_info=cache_info, caches=caches, latent=latent)
+    has_latents = _add_items(found, table, cache_info=cache_info, caches=caches, latent=latent)
     if not has_latents:
-        listing.empty_tables.append(table)
+        found.empty_tables.append(table)
 
 
 class _TableCaches(NamedTuple):
@@ -167,7 +167,7 @@ class _TableCaches(NamedTuple):
 
 
 def _list_caches(
-    listing: FoundItems,
+    found: FoundItems,
     table: DatasetTable,
     cache_info: TableCacheInfo,
     names: Collection[str],
@@ -176,32 +176,32 @@ def _list_caches(
 ) -> _TableCaches:
     """Sort a table's cache files, whose latents and audio are in `names`, by what they contain.
 
-    Caches without a media file, and unfinished text caches, are added to `listing`.
+    Caches without a media file, and unfinished text caches, are added to `found`.
     """
     store = stores.latent_store(table)
     latent_files = _latent_files(names, cache_info)
     # a shared folder may also have caches of other tables
     if cache_info.on_the_fly_sources or store.is_shared:
-        latent_files = _leave_out_unlisted(listing, table, cache_info, latent_files)
+        latent_files = _leave_out_unlisted(found, table, cache_info, latent_files)
     texts_store = stores.text_store(table)
     text_names = names if texts_store is store else texts_store.names()
     text_caches = None
     if cache_info.has_cached_texts:
-        text_caches = _TextCaches(table, text_names, cache_info.tag, listing)
+        text_caches = _TextCaches(table, text_names, cache_info.tag, found)
     audio_caches = None
     if audio is not None and has_audio_caches(table, audio):
-        audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, listing=listing)
+        audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, found=found)
     return _TableCaches(store, latent_files, text_caches, audio_caches)
 
 
 def _add_items(
-    listing: FoundItems,
+    found: FoundItems,
     table: DatasetTable,
     cache_info: TableCacheInfo,
     caches: _TableCaches,
     latent: LatentSpec,
 ) -> bool:
-    """Add an item to `listing` for each latent cache with a caption; return whether any latents exist."""
+    """Add an item to `found` for each latent cache with a caption; return whether any latents exist."""
     files = list_latent_files(
         table,
         caches.latent_files,
@@ -225,7 +225,7 @@ def _add_items(
             item = _item(table, cache_info, file, num_captions)
             if caches.audio is not None:
                 item = caches.audio.add_audio(item, caches.store)
-            listing.items.append(item)
+            found.items.append(item)
     return has_latents
 
 
@@ -257,32 +257,32 @@ def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFil
 
 
 def _leave_out_unlisted(
-    listing: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
+    found: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
 ) -> list[str]:
-    """Return the latent caches whose media file is still in the table; add others to `listing`.
+    """Return the latent caches whose media file is still in the table; add others to `found`.
 
     Returns all caches if the table's items depend only on its caches.
     """
     stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is None:
         return latent_files
-    listing.current_stems.setdefault(table.base_folder, set()).update(stems)
+    found.current_stems.setdefault(table.base_folder, set()).update(stems)
     selected = []
     for name, stem, _ in cache_files.latent_names(latent_files, cache_info.tag, table.kind):
         if stem in stems:
             selected.append(name)
         else:
-            listing.unlisted_caches[table.base_folder, stem] = None
+            found.unlisted_caches[table.base_folder, stem] = None
     return selected
 
 
-def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
+def _add_format_errors(found: FoundItems, table: DatasetTable, tag: str) -> None:
     """Add error lines about caches that are not in the table's cache_format, and about broken shards."""
     # imported here, because few folders have caches in two formats
     from dataset.cache.form import list_format_errors, list_shard_errors
 
     for line in (*list_format_errors(table, tag), *list_shard_errors(table)):
-        listing.incomplete_tables.append((table, line))
+        found.incomplete_tables.append((table, line))
 
 
 def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[str]:
@@ -296,11 +296,11 @@ class _AudioCaches:
     """Names of a table's audio cache files, to be added to the table's training items."""
 
     def __init__(
-        self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
+        self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, found: FoundItems
     ) -> None:
-        """Find the audio caches among `names`; `add_audio` adds missing ones to `listing`."""
+        """Find the audio caches among `names`; `add_audio` adds missing ones to `found`."""
         self.spec = spec
-        self._tag, self._folder, self._listing = tag, table.cache_directory, listing
+        self._tag, self._folder, self._found = tag, table.cache_directory, found
         self._is_needed = table.audio == REQUIRED or spec.audio_only
         ending = f"_{cache_files.audio_tag(tag)}{cache_files.SUFFIX}"
         self._names = {name for name in names if name.endswith(ending)}
@@ -316,7 +316,7 @@ class _AudioCaches:
         name = cache_files.audio_file_name(item.file_name, self._tag)
         is_cached = name in self._names
         if self._is_needed and not is_cached:
-            self._listing.missing_audio.append(self._folder / name)
+            self._found.missing_audio.append(self._folder / name)
         shape: tuple[int, ...] = ()
         reference_length = 0
         if item.table.batch_size > 1:
@@ -403,9 +403,9 @@ def _is_edited(table: DatasetTable) -> bool:
 class _TextCaches:
     """Names of a table's text cache files, to find out how many captions of each item are cached."""
 
-    def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
-        """Find the text caches among `names`; unfinished ones are added to `listing`."""
-        self._table, self._tag, self._listing = table, tag, listing
+    def __init__(self, table: DatasetTable, names: Collection[str], tag: str, found: FoundItems) -> None:
+        """Find the text caches among `names`; unfinished ones are added to `found`."""
+        self._table, self._tag, self._found = table, tag, found
         self._ending = cache_files.text_file_name("", tag)
         # caches of first captions, whose names have only the stem of the source before the ending; the names
         # of other captions and of empty prompts have one part more
@@ -414,7 +414,7 @@ class _TextCaches:
             self._record_other_model(names)
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
-        # added to `listing` by `count_or_report` if their source has latents
+        # added to `found` by `count_or_report` if their source has latents
         self._unfinished_first_captions = {name for name in unfinished if name.endswith(unfinished_ending)}
         self._record_unfinished(unfinished)
         # number of captions by stem, for stems with several
@@ -425,16 +425,16 @@ class _TextCaches:
             self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _record_other_model(self, names: Iterable[str]) -> None:
-        """Add a text cache of another model to `listing` as an example, if there is one."""
+        """Add a text cache of another model to `found` as an example, if there is one."""
         foreign_name = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
         if foreign_name is not None:
-            self._listing.texts_of_other_models[self._table.cache_directory] = foreign_name
+            self._found.texts_of_other_models[self._table.cache_directory] = foreign_name
 
     def _record_unfinished(self, unfinished: Iterable[str]) -> None:
-        """Add unfinished caches to `listing`: those of further captions and empty prompts in use."""
+        """Add unfinished caches to `found`: those of further captions and empty prompts in use."""
         for name in unfinished:
             if self._is_used(name.removesuffix(cache_files.PART)):
-                self._listing.unfinished_text[self._table.cache_directory / name] = None
+                self._found.unfinished_text[self._table.cache_directory / name] = None
 
     def _is_used(self, name: str) -> bool:
         """Return whether the table uses this text cache of a further caption or of the empty prompt."""
@@ -445,15 +445,15 @@ class _TextCaches:
     def count_or_report(self, stem: str) -> int:
         """Return how many captions of a media file are cached; 0 if the first one is not.
 
-        Missing and unfinished caches, also of the empty prompt, are added to `listing`.
+        Missing and unfinished caches, also of the empty prompt, are added to `found`.
         """
         name = stem + self._ending
         unfinished_name = name + cache_files.PART
         folder = self._table.cache_directory
         if unfinished_name in self._unfinished_first_captions:
-            self._listing.unfinished_text[folder / unfinished_name] = None
+            self._found.unfinished_text[folder / unfinished_name] = None
         elif name not in self._first_captions:
-            self._listing.missing_text[folder / name] = None
+            self._found.missing_text[folder / name] = None
         if name not in self._first_captions:
             return 0
         if self._empty_prompts is not None:
@@ -461,7 +461,7 @@ class _TextCaches:
             if self._table.texts_see_references:  # then each source has an empty prompt of its own
                 empty_name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
             if empty_name not in self._empty_prompts:
-                self._listing.missing_empty_prompts.append(folder / empty_name)
+                self._found.missing_empty_prompts.append(folder / empty_name)
                 self._empty_prompts = None  # no further check: one is reported for each table
         return self._num_captions.get(stem, 1)
 
@@ -511,69 +511,69 @@ def _find_listed_stems(
 _EMPTY_IS_FOR = "caption_dropout_rate, --guided_target and --blank_prior_weight need it"
 
 
-def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
+def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
     """Return the items to train on. Items without a text cache are skipped with a warning.
 
     Raises:
         CacheError: If a table has no usable cache, or text caching has not finished. The message lists
             the caching commands.
     """
-    if listing.incomplete_tables or listing.unfinished_text:
-        _reject_unfinished(listing, commands)
-    errors = _explain_missing_caches(listing)
+    if found.incomplete_tables or found.unfinished_text:
+        _reject_unfinished(found, commands)
+    errors = _explain_missing_caches(found)
     if errors:
-        needed_commands = _list_needed_commands(listing, commands)
+        needed_commands = _list_needed_commands(found, commands)
         raise CacheError("\n  ".join([*errors, "Cache them first:", *needed_commands]))
-    if listing.missing_text or listing.unlisted_caches:
-        _warn_left_out(listing, commands)
-    num_items = format_count(len(listing.items), "item")
-    num_tables = format_count(len(tables_of(listing.items)), "data set")
+    if found.missing_text or found.unlisted_caches:
+        _warn_left_out(found, commands)
+    num_items = format_count(len(found.items), "item")
+    num_tables = format_count(len(tables_of(found.items)), "data set")
     logger.info("In the caches: %s of %s", num_items, num_tables)
-    return listing.items
+    return found.items
 
 
-def _explain_missing_caches(listing: FoundItems) -> list[str]:
+def _explain_missing_caches(found: FoundItems) -> list[str]:
     """Return all reasons why training cannot start without more caches; [] if it can."""
-    errors = [_explain_empty(table) for table in listing.empty_tables]
-    if listing.missing_audio:
-        errors += _audio_errors(listing)
-    if listing.empty_tables or not listing.items:  # perhaps the folder has caches of another model
-        errors += [_explain_others(folder, name) for folder, name in listing.texts_of_other_models.items()]
-    if not errors and not listing.items:
-        folders = {path.parent for path in listing.missing_text}
+    errors = [_explain_empty(table) for table in found.empty_tables]
+    if found.missing_audio:
+        errors += _audio_errors(found)
+    if found.empty_tables or not found.items:  # perhaps the folder has caches of another model
+        errors += [_explain_others(folder, name) for folder, name in found.texts_of_other_models.items()]
+    if not errors and not found.items:
+        folders = {path.parent for path in found.missing_text}
         errors = [f"no text cache in {folder}" for folder in sorted(folders)]
-    if listing.trained_but_absent_audio is not None:
-        advice = listing.trained_but_absent_audio.silent_option
+    if found.trained_but_absent_audio is not None:
+        advice = found.trained_but_absent_audio.silent_option
         errors.append(f"no clip of the dataset has cached audio. Add clips with audio, or {advice}")
-    for path in listing.missing_empty_prompts:
+    for path in found.missing_empty_prompts:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
     return errors
 
 
-def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> list[str]:
+def _list_needed_commands(found: FoundItems, commands: CachingCommands) -> list[str]:
     """Return the caching commands that create the missing caches."""
     needed_commands = []
-    lacks_all_audio = listing.trained_but_absent_audio is not None
-    if listing.empty_tables or lacks_all_audio or listing.missing_audio:
+    lacks_all_audio = found.trained_but_absent_audio is not None
+    if found.empty_tables or lacks_all_audio or found.missing_audio:
         needed_commands.append(commands.latents)
     text_command = commands.text
-    if listing.missing_empty_prompts:
+    if found.missing_empty_prompts:
         text_command += " --empty_prompt"
-    if listing.empty_tables or listing.missing_text or listing.missing_empty_prompts:
+    if found.empty_tables or found.missing_text or found.missing_empty_prompts:
         needed_commands.append(text_command)
     return needed_commands
 
 
-def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
+def _reject_unfinished(found: FoundItems, commands: CachingCommands) -> None:
     """Raise CacheError if caches may be incomplete or some text encoders have not run yet."""
-    if listing.incomplete_tables:
-        lines = [line for _, line in listing.incomplete_tables]
+    if found.incomplete_tables:
+        lines = [line for _, line in found.incomplete_tables]
         if any("convert_cache" not in line for line in lines):
             lines += ["Shards are made whole by:", commands.latents, commands.text]
         raise CacheError("\n  ".join(lines))
-    if listing.unfinished_text:
-        count = pluralize(len(listing.unfinished_text), "text caches are unfinished")
-        first = next(iter(listing.unfinished_text))
+    if found.unfinished_text:
+        count = pluralize(len(found.unfinished_text), "text caches are unfinished")
+        first = next(iter(found.unfinished_text))
         raise CacheError(
             f"{count}, such as {first}: text caching was stopped before all text encoders had written.\n"
             f"  Finish it with: {commands.text}"
@@ -602,32 +602,31 @@ def _explain_others(folder: Path, name: str) -> str:
     )
 
 
-def _audio_errors(listing: FoundItems) -> list[str]:
+def _audio_errors(found: FoundItems) -> list[str]:
     """Return an error line for each folder with clips without audio, if the model needs audio."""
     errors = []
-    counts = Counter(path.parent for path in listing.missing_audio)
+    counts = Counter(path.parent for path in found.missing_audio)
     for folder, count in counts.items():
-        example = next(path.name for path in listing.missing_audio if path.parent == folder)
+        example = next(path.name for path in found.missing_audio if path.parent == folder)
         lacking = pluralize(count, "clips have no sound")
         errors.append(
-            f"{listing.why_audio_is_needed}, but {lacking} in {folder}, such as {example}. Take silent ones "
-            "out"
+            f"{found.why_audio_is_needed}, but {lacking} in {folder}, such as {example}. Take silent ones out"
         )
     return errors
 
 
-def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
+def _warn_left_out(found: FoundItems, commands: CachingCommands) -> None:
     """Log which media files and caches are not trained on."""
-    if listing.missing_text:
+    if found.missing_text:
         logger.warning(
             "%d of the sources have latents but no text cache (the first: %s); they are left out. Run: %s",
-            len(listing.missing_text),
-            next(iter(listing.missing_text)),
+            len(found.missing_text),
+            next(iter(found.missing_text)),
             commands.text,
         )
     # a cache that one table does not list may belong to a source that another table of the folder lists
     vanished_sources = [
-        folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.current_stems[folder]
+        folder / stem for folder, stem in found.unlisted_caches if stem not in found.current_stems[folder]
     ]
     if vanished_sources:
         logger.warning(

@@ -256,7 +256,7 @@ class _SourceDifferences(NamedTuple):
 
 def compare_sources(
     tables: Iterable[DatasetTable],
-    listing: FoundItems,
+    found: FoundItems,
     commands: CachingCommands,
     tag: str,
     trains_audio: bool = False,
@@ -268,20 +268,20 @@ def compare_sources(
 
     Args:
         tables: Tables of the dataset file.
-        listing: Items that were found for them.
+        found: Items that were found for them.
         commands: Caching commands, for messages.
         tag: The family's cache_tag.
         trains_audio: Whether the run trains audio.
     """
     # `require_items` has warned about media without texts
-    missing_text_caches = {path.name for path in listing.missing_text}
+    missing_text_caches = {path.name for path in found.missing_text}
     for table in tables:
-        items = [item for item in listing.items if item.table.index == table.index]
+        items = [item for item in found.items if item.table.index == table.index]
         _compare_lengths(table, items, commands)
         if table.directory is None or not items or table.cache_format in SHARED_CACHES:
             continue
-        if table.index in listing.left_out:  # the index of the caches has the answer
-            differences = _SourceDifferences(listing.left_out[table.index], [], [])
+        if table.index in found.left_out:  # the index of the caches has the answer
+            differences = _SourceDifferences(found.left_out[table.index], [], [])
         else:
             sources = _sources_of_small(table, table.directory)
             if sources is None:
