@@ -130,21 +130,19 @@ def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[st
     is parsed once, to a `LatentName` with a meaningless stem, which all names with this ending share.
     """
     family_ending = f"_{tag}{SUFFIX}"
-    num_tokens = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
+    num_parts = 1 if kind == "image" else 2  # between stem and tag: 0112x0080, or 00000-017 and 0112x0080
     parsed_endings: dict[str, LatentName | None] = {}
-    # most names have the same ending as the previous name
-    ending = family_ending + "?"  # before the first name: no name ends like this
+    # of the previous name, because most names have the same ending as that
+    ending: str | None = None
     parsed: LatentName | None = None
     for name in names:
         if not name.endswith(family_ending) or name[0] == ".":
             continue
-        if not name.endswith(ending):
-            start = len(name) - len(family_ending)
-            for _ in range(num_tokens):
-                start = name.rfind("_", 0, max(start, 0))
-            if start < 0:
+        if ending is None or not name.endswith(ending):
+            stem, *parts = name.removesuffix(family_ending).rsplit("_", num_parts)
+            if len(parts) < num_parts:
                 continue
-            ending = name[start:]
+            ending = name[len(stem) :]
             if ending not in parsed_endings:
                 parsed_endings[ending] = parse_latent_name(f"x{ending}", tag, kind)  # x: any stem
             parsed = parsed_endings[ending]

@@ -33,7 +33,7 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
     Args:
         config: The dataset file.
         network_name: Name of the network that sees the control images, for messages.
-        warn: Is called with each warning.
+        warn: Called with each warning.
 
     Raises:
         DatasetError: If a table has no control images, an image has none, or a control image has no image.

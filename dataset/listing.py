@@ -61,12 +61,7 @@ def find_sources(
     with pause_garbage_collection():
         sources = _list_sources(table, captions, table_faults)
     if not sources and not table_faults:
-        contents = source_format_of(table).empty.format(kind=table.kind)
-        hint = ""
-        if table.directory is not None:
-            contents = describe_entries(table)
-            hint = hint_of_start(table.directory, table.config_path)
-        raise DatasetError(f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}")
+        raise DatasetError(_explain_empty(table))
     if table.directory is None:  # sources of a folder are sorted already
         sources.sort(key=lambda source: str(source.path))
     if table.references is not None:
@@ -82,6 +77,16 @@ def find_sources(
         raise_if_fatal(table_faults)
         warn_skipped(table_faults)  # no error is fatal: each only skips a file
     return sources
+
+
+def _explain_empty(table: DatasetTable) -> str:
+    """Return the error for a table without any images or clips: what its folder or list has instead."""
+    contents = source_format_of(table).empty.format(kind=table.kind)
+    hint = ""
+    if table.directory is not None:
+        contents = describe_entries(table)
+        hint = hint_of_start(table.directory, table.config_path)
+    return f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}"
 
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fibo_2.configs import DIT, PLACES, Fibo2Config
 from lumina.blocks import FeedForward, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.model import count_real_tokens
-from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
+from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import RMSNorm, activation_dtype, run_in_weight_dtype
@@ -351,11 +351,27 @@ class Fibo2Model(BlockNetwork):
         )
         image = self._refine(image, tokens)
         if overrides.combine_attention is not None:  # there is a second text
-            num_gist = gists[1].tokens.shape[1]
-            second_text = SecondText(image.shape[1], num_gist, gists[1].lengths, overrides.combine_attention)
-            second_rotary = self._make_table(Fibo2Layout(grids, num_gist), device=image.device)
-            tokens = replace(tokens, second_text=second_text, second_rotary=second_rotary)
+            tokens = self._add_second_text(tokens, gists[1], grids, overrides.combine_attention)
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
+
+    def _add_second_text(
+        self,
+        tokens: Fibo2Tokens,
+        gist: "Gist",
+        grids: tuple[Grid, ...],
+        combine_attention: CombineAttention,
+    ) -> Fibo2Tokens:
+        """Return the blocks' inputs with the gist of a second text, whose tokens come last.
+
+        `grids` are those of the image and its references.
+        """
+        num_images = sum(map(math.prod, grids))
+        num_gist = gist.tokens.shape[1]
+        return replace(
+            tokens,
+            second_text=SecondText(num_images, num_gist, gist.lengths, combine_attention),
+            second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=gist.tokens.device),
+        )
 
     def grid_of(self, latents: Tensor) -> Grid:
         """Return rows and columns of an image's tokens. Raises ValueError if its channels do not match."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, repeat_kv_heads
 from lumina.model import count_real_tokens
-from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
+from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend, make_lengths
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CenteredNorm, activation_dtype, run_float32, run_in_weight_dtype
 from modules.layers.rope import GridTable, TokenGrid, rotary_table, rotate, sinusoid
@@ -439,11 +439,24 @@ class Krea2Model(BlockNetwork):
             num_isolated=num_isolated,
         )
         if overrides.combine_attention is not None:  # there is a second text
-            num_tokens = texts[1].states.shape[1]
-            second_text = SecondText(num_images, num_tokens, texts[1].lengths, overrides.combine_attention)
-            second_rotary = rotary[: num_images + num_tokens]
-            tokens = replace(tokens, second_text=second_text, second_rotary=second_rotary)
+            tokens = self._add_second_text(tokens, texts[1], num_images, rotary, overrides.combine_attention)
         return Hidden(x, tokens)
+
+    def _add_second_text(
+        self,
+        tokens: Krea2Tokens,
+        text: Krea2Text,
+        num_images: int,
+        rotary: Tensor,
+        combine_attention: CombineAttention,
+    ) -> Krea2Tokens:
+        """Return the blocks' inputs with a second text, whose tokens come last.
+
+        `num_images` counts the tokens of references and image; `rotary` is long enough for either text.
+        """
+        num_tokens = text.states.shape[1]
+        second_text = SecondText(num_images, num_tokens, text.lengths, combine_attention)
+        return replace(tokens, second_text=second_text, second_rotary=rotary[: num_images + num_tokens])
 
     def _embed_prompt(
         self, arguments: Mapping[str, Any], num_image_tokens: int, dtype: torch.dtype

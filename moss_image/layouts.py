@@ -46,7 +46,7 @@ def _is_text(value: Any) -> bool:
 def _find_item_errors(item: Any, size: Size) -> list[str]:
     """Return the errors in one item of a JSON layout."""
     if not isinstance(item, dict):
-        return ["it is no JSON object"]
+        return ["it is not a JSON object"]
     errors = []
     label = item.get("label")
     if label not in LABELS:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from krea2.model import Krea2Tokens, attend_rotated
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens
 from lumina.model import count_real_tokens
-from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
+from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend, make_lengths
 from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import RMSNorm, activation_dtype, run_float32, run_in_weight_dtype
@@ -366,15 +366,26 @@ class MossImageModel(BlockNetwork):
             num_isolated=num_isolated,
         )
         if overrides.combine_attention is not None:  # there is a second text
-            num_tokens = texts[1].states.shape[1]
-            lengths = texts[1].lengths(num_images - num_isolated)
-            layout = MossImageLayout(grid, reference_grids, num_tokens, texts[1].text_lengths)
-            tokens = replace(
-                tokens,
-                second_text=SecondText(num_images, num_tokens, lengths, overrides.combine_attention),
-                second_rotary=self._make_table(layout, device=x.device),
-            )
+            tokens = self._add_second_text(tokens, texts[1], reference_grids, overrides.combine_attention)
         return Hidden(x, tokens)
+
+    def _add_second_text(
+        self,
+        tokens: MossImageTokens,
+        text: RefinedText,
+        references: tuple[Grid, ...],
+        combine_attention: CombineAttention,
+    ) -> MossImageTokens:
+        """Return the blocks' inputs with a second text, whose tokens come last."""
+        num_images = tokens.num_references + math.prod(tokens.grid)
+        num_tokens = text.states.shape[1]
+        lengths = text.lengths(num_images - tokens.num_isolated)
+        layout = MossImageLayout(tokens.grid, references, num_tokens, text.text_lengths)
+        return replace(
+            tokens,
+            second_text=SecondText(num_images, num_tokens, lengths, combine_attention),
+            second_rotary=self._make_table(layout, device=text.states.device),
+        )
 
     def _find_rotary(self, grid: Grid, references: tuple[Grid, ...], text: RefinedText) -> Tensor:
         layout = MossImageLayout(grid, references, text.states.shape[1], text.text_lengths)

@@ -231,13 +231,10 @@ class QwenImageModel(BlockNetwork):
         embedded = [run_in_weight_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in images]
         grids = self._make_image_grids(noisy, references)
         num_image_tokens = sum(tokens.shape[1] for tokens in embedded)
-        vector = self.time_text_embed(timesteps)
-        first_clean = num_image_tokens  # index of the first token with a second modulation
-        if clean_references and references:
-            # two modulations side by side: one for the image's time, one for time 0
-            vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
-            first_clean = embedded[0].shape[1]  # references follow the image
-        vector = blocks.apply_silu(vector, dtype)
+        has_clean_tokens = clean_references and bool(references)
+        vector = blocks.apply_silu(self._embed_times(timesteps, has_clean_tokens), dtype)
+        # references, which follow the image, may have a second modulation
+        first_clean = embedded[0].shape[1] if has_clean_tokens else num_image_tokens
         texts = []  # of the prompt and, if `overrides` have one, of the second text
         for prompt in overrides.text_inputs(len(noisy), text=text, text_mask=text_mask):
             text_tokens, lengths = self._embed_text(**prompt, num_image_tokens=num_image_tokens, dtype=dtype)
@@ -256,6 +253,13 @@ class QwenImageModel(BlockNetwork):
             rotary_of_image=rotary[:num_image_tokens],
             rotary_of_clean=rotary[first_clean:num_image_tokens],
         )
+
+    def _embed_times(self, timesteps: Tensor, has_clean_tokens: bool) -> Tensor:
+        """Return the time embedding, B 1 C float32; `has_clean_tokens` appends that of time 0: B 2 C."""
+        image_time: Tensor = self.time_text_embed(timesteps)
+        if not has_clean_tokens:
+            return image_time
+        return torch.cat([image_time, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
 
     def _embed_text(
         self, text: Tensor, text_mask: Tensor, num_image_tokens: int, dtype: torch.dtype

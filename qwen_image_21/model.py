@@ -25,7 +25,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from modules.attention.attend import SecondText, attend, attend_causally
+from modules.attention.attend import CombineAttention, SecondText, attend, attend_causally
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import (
     CenteredRMSNorm,
@@ -497,16 +497,28 @@ class QwenImage21Model(BlockNetwork):
             attention=self.attention,
         )
         if overrides.combine_attention is not None:  # there is a second text
-            second = embedded[1]
-            num_tokens = second.x.shape[1]
-            second_layout = layout._replace(prefixes=second.prefixes)
-            tokens = replace(
-                tokens,
-                second_text=SecondText(num_image_tokens, num_tokens, None, overrides.combine_attention),
-                second_segments=list_segments(second.prefixes),
-                second_rotary=self._make_table(second_layout, device=x.device),
-            )
+            tokens = self._add_second_text(tokens, embedded[1], layout, overrides.combine_attention)
         return Hidden(x, tokens)
+
+    def _add_second_text(
+        self,
+        tokens: QwenImage21Tokens,
+        second: PrefixTokens,
+        layout: QwenImage21Layout,
+        combine_attention: CombineAttention,
+    ) -> QwenImage21Tokens:
+        """Return the blocks' inputs with the prefix of a second text, whose tokens come last.
+
+        `layout` is that of the image and the first prefix.
+        """
+        second_layout = layout._replace(prefixes=second.prefixes)
+        num_tokens = second.x.shape[1]
+        return replace(
+            tokens,
+            second_text=SecondText(tokens.num_image_tokens, num_tokens, None, combine_attention),
+            second_segments=list_segments(second.prefixes),
+            second_rotary=self._make_table(second_layout, device=second.x.device),
+        )
 
     def _embed_prefixes(
         self,

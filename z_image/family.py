@@ -216,16 +216,11 @@ class ZImage(ModelOfImages):
                 "below 0",
                 lowest_scale,
             )
-        solver = prepared.solver
-        # Euler's method has a name for each list of noise levels: --even_steps selects that of diffusers,
-        # the default is that of musubi-tuner, whichever name the request has
-        if solver in {"euler", EULER_OF_MUSUBI}:
-            solver = "euler" if self.even_steps else EULER_OF_MUSUBI
         extra = request.extra
         rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)
         return replace(
             prepared,
-            solver=solver,
+            solver=self._find_solver(prepared.solver),
             guidance_scale=tuple(max(scale, 0.0) for scale in prepared.guidance_scale),
             rules=replace(rules, neutral_scale=0.0),
             extra_metadata={
@@ -233,6 +228,15 @@ class ZImage(ModelOfImages):
                 "renorm_cfg": extra.get("renorm_cfg", str(RENORM_CFG)),
             },
         )
+
+    def _find_solver(self, solver: str) -> str:
+        """Return the solver to use: of Euler's two, which differ in noise levels, the one of --even_steps.
+
+        With --even_steps, the noise levels are those of diffusers; without it, those of musubi-tuner.
+        """
+        if solver not in {"euler", EULER_OF_MUSUBI}:
+            return solver
+        return "euler" if self.even_steps else EULER_OF_MUSUBI
 
     def comfy_model(self) -> "ComfyModel":
         """Return the ComfyUI settings of the model, for workflows."""

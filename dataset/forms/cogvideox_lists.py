@@ -176,7 +176,9 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
     candidates = (keys.dataset_file, root / keys.dataset_file)
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        raise DatasetError(f"{name}: dataset_file {keys.dataset_file} does not exist, nor does it in {root}")
+        raise DatasetError(
+            f"{name}: dataset_file {keys.dataset_file} exists neither in the working folder nor in {root}"
+        )
     names = column_names(path)
     caption_columns = CAPTION_COLUMNS
     if row_format(path) is JSON_LINES:  # if it has both columns, captions are in "prompt"

@@ -153,12 +153,9 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
     last_key = ""  # of the last member read: its sample may be cut short by damage
     try:
         for member in read_members(file, size_bytes):
-            folder, slash, base_name = member.name.removeprefix("./").rpartition("/")
-            name_before_dot, _, extension = base_name.partition(".")
-            if not extension or not name_before_dot:  # without a suffix, or a hidden file
+            key, extension = _split_member_name(member.name)
+            if not extension:
                 continue
-            extension = extension.lower()
-            key = f"{folder}{slash}{name_before_dot}"
             last_key = key
             sample_files = files_by_key.setdefault(key, {})
             if extension in sample_files:
@@ -185,6 +182,16 @@ class _MemberText(NamedTuple):
 
 
 _SampleFiles = dict[str, Member | _MemberText]  # files of a sample, by the name after the first dot
+
+
+def _split_member_name(name: str) -> tuple[str, str]:
+    """Return the key of a tar member's sample, and the rest of its name after the first dot, in lower case.
+
+    The second is "" for a name without a suffix, and for a hidden file.
+    """
+    folder, slash, base_name = name.removeprefix("./").rpartition("/")
+    name_before_dot, _, extension = base_name.partition(".")
+    return f"{folder}{slash}{name_before_dot}", extension.lower() if name_before_dot else ""
 
 
 def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rules: TarRules) -> None:
