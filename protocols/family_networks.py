@@ -1,4 +1,4 @@
-"""What training requires of a family that trains a network beside the frozen model instead of a LoRA."""
+"""What training requires of a family that trains a network next to the frozen model instead of a LoRA."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

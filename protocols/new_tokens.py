@@ -32,7 +32,7 @@ class WordToLearn:
     init_word: str | None = None  # known words, whose vectors it starts with; None: random vectors
     weights: Path | None = None  # a file of the word; takes precedence over `lora` and `init_word`
     lora: Path | None = None  # from which training continues; it may contain the word
-    # when trained beside another network
+    # if it is trained in addition to another network
     rate: float | None = None  # learning rate of its vectors; None: the network's
     train_fraction: float = 1.0  # share of the steps in which they learn
 

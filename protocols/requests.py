@@ -246,9 +246,8 @@ def resolve_request(
     shared_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     scale_by_expert = {**defaults.expert_guidance, **request.expert_guidance}
     guidance_scales = tuple(scale_by_expert.get(expert.name, shared_scale) for expert in experts)
-    unknown_experts = request.expert_guidance.keys() - {expert.name for expert in experts}
-    for name in unknown_experts:
-        logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
+    if request.expert_guidance:
+        _warn_of_unknown_experts(request.expert_guidance, experts)
     negative = default_negative if request.negative_prompt is None else request.negative_prompt
     if negative is None and any(scale != 1 for scale in guidance_scales):
         logger.warning(
@@ -258,11 +257,9 @@ def resolve_request(
     embedded_guidance = defaults.embedded_guidance  # None: the model has no input for it
     if embedded_guidance is not None and request.embedded_guidance is not None:
         embedded_guidance = request.embedded_guidance
-    prompts = Prompts(
-        Prompt(request.prompt, prompt_2=request.second_prompt),
-        Prompt(negative or ""),
-        nag=None if request.nag_prompt is None else Prompt(request.nag_prompt),
-    )
+    positive = Prompt(request.prompt, prompt_2=request.second_prompt)
+    nag = None if request.nag_prompt is None else Prompt(request.nag_prompt)
+    prompts = Prompts(positive, Prompt(negative or ""), nag=nag)
     return Prepared(
         request=request,
         seed=request.seed,
@@ -278,6 +275,12 @@ def resolve_request(
         guidance_scale=guidance_scales,
         embedded_guidance=embedded_guidance,
     )
+
+
+def _warn_of_unknown_experts(expert_guidance: Mapping[str, float], experts: Sequence[Expert]) -> None:
+    """Warn about guidance scales of networks that are not loaded."""
+    for name in expert_guidance.keys() - {expert.name for expert in experts}:
+        logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
 
 
 def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str) -> Request:
@@ -449,12 +452,8 @@ def full_frames(frames: int, latent: LatentSpec) -> int:
 def check_values(request: Request) -> None:
     """Raise OptionError for invalid Unicode in texts and for numbers outside of the supported ranges."""
     _check_texts(request)
-    _, _, max_guidance_scale = VALUES["guidance_scale"]
-    for expert, scale in request.expert_guidance.items():
-        if not abs(scale) <= max_guidance_scale:
-            raise OptionError(
-                f"--guidance_scale_{expert} {scale:g}: give a number of at most {max_guidance_scale}"
-            )
+    if request.expert_guidance:
+        _check_expert_guidance(request.expert_guidance)
     for name, (option, prompt_flag, maximum) in COUNTS.items():
         count = getattr(request, name)
         if count is not None and not 1 <= count <= maximum:
@@ -478,6 +477,14 @@ def check_values(request: Request) -> None:
             f"--embedded_cfg_scale {request.embedded_guidance:g} (--g in a prompt line): give 0 or more"
         )
     check_seed("--seed (--d in a prompt line)", request.seed)
+
+
+def _check_expert_guidance(expert_guidance: Mapping[str, float]) -> None:
+    """Raise OptionError if the guidance scale of a network is too large."""
+    _, _, maximum = VALUES["guidance_scale"]
+    for expert, scale in expert_guidance.items():
+        if not abs(scale) <= maximum:  # nan too
+            raise OptionError(f"--guidance_scale_{expert} {scale:g}: give a number of at most {maximum}")
 
 
 def _check_texts(request: Request) -> None:

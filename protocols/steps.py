@@ -184,6 +184,7 @@ class Overrides:
             drop_audio_reference=self.drop_audio_reference or all_passes.drop_audio_reference,
             nag=self.nag or all_passes.nag,
             slow_frames=self.slow_frames or all_passes.slow_frames,
+            # False is the override here: the network gets no embedded guidance
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
             num_clean_frames=self.num_clean_frames or all_passes.num_clean_frames,
             clean_tokens=self.clean_tokens or all_passes.clean_tokens,

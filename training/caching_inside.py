@@ -386,9 +386,13 @@ def _warn_of_live_sources(
         warn_unused(DatasetConfig(config.path, tuple(tables_of_lists)), images)
     latent, fps = family.latent, family.defaults.fps
     log_warnings(find_media_warnings(images, latent, fps, family.abilities.takes_fps), LISTED)
-    if not encoders:
-        return
-    sources = [source for live_table in tables.values() for source in live_table.on_the_fly_sources.values()]
+    if encoders:
+        _warn_of_live_captions(tables, encoders)
+
+
+def _warn_of_live_captions(tables: OnTheFlyTables, encoders: Sequence[TextEncoder]) -> None:
+    """Log warnings about captions that are encoded during training, such as captions that are too long."""
+    sources = [source for table in tables.values() for source in table.on_the_fly_sources.values()]
     log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
         (source.caption_path or source.path, text) for source in sources for text in unvaried_captions(source)
@@ -473,14 +477,19 @@ def _select_live_encoders(
         live_encoders = _select_for_varying_captions_or_loras(family, options, varies=varying is not None)
         if live_encoders is not None:
             return live_encoders
-    if caches_texts or not options.is_for_images:
+    if caches_texts or not options.is_for_images or _has_text_caches(family, config):
         return None
+    return LiveTextEncoders(_require_text_encoders(family, "there are no text caches"))
+
+
+def _has_text_caches(family: Family, config: DatasetConfig) -> bool:
+    """Return whether a table has caches of text encoder outputs."""
     stores = Stores(npz_names(family))
     cache_ending = text_file_name("", family.cache_tag)
     for table in config.datasets:
         if any(name.endswith(cache_ending) for name in stores.latent_store(table).names()):
-            return None
-    return LiveTextEncoders(_require_text_encoders(family, "there are no text caches"))
+            return True
+    return False
 
 
 def _select_new_word_encoders(family: Family, options: TrainingOptions) -> LiveTextEncoders:

@@ -252,12 +252,17 @@ def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise _explain_wrong_value(path, action, value) from None
     if action.choices is not None and converted not in action.choices:
-        choices = [str(choice) for choice in action.choices]
-        raise OptionError(
-            f"{path}: {action.dest} = {value!r}: choose from {', '.join(choices)}."
-            f"{did_you_mean(str(converted), choices)}"
-        )
+        raise _explain_wrong_choice(path, action, value, converted)
     return converted
+
+
+def _explain_wrong_choice(path: Path, action: argparse.Action, value: Any, converted: Any) -> OptionError:
+    """Return the error for a value that is not among the option's choices; `converted` is the value read."""
+    choices = [str(choice) for choice in action.choices or ()]
+    return OptionError(
+        f"{path}: {action.dest} = {value!r}: choose from {', '.join(choices)}."
+        f"{did_you_mean(str(converted), choices)}"
+    )
 
 
 def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> OptionError:

@@ -98,7 +98,9 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     if loader.has_sample_only_networks:
         sample_networks = _load_sample_networks(loader, builder, networks)
     trainable = builder.join()
-    optimizer, optimizer_name = _make_optimizer(plan, trainable)
+    if len(trainable.groups) > 1:
+        _check_rates_of_groups(plan, trainable)
+    optimizer, optimizer_name = make_optimizer(plan.options.optimizer, trainable.groups)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging_optimizer(optimizer)
     if averaging is not None:
@@ -185,16 +187,14 @@ def _load_sample_networks(
     return sample_networks
 
 
-def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer, str]:
-    """Return the optimizer and its name. Raises OptionError if it does not support a learning rate."""
-    options = plan.options.optimizer
+def _check_rates_of_groups(plan: TrainingPlan, trainable: Trainable) -> None:
+    """Raise OptionError if the optimizer does not support different learning rates, or one of them."""
     rates = {
         f"the learning rate of {name}": group["lr"]
         for name, group in zip(trainable.group_names, trainable.groups, strict=True)
     }
     if len(rates) > 1:
-        check_rates(options, rates)
-    return make_optimizer(options, trainable.groups)
+        check_rates(plan.options.optimizer, rates)
 
 
 def make_run(

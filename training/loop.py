@@ -143,7 +143,9 @@ def take_step(run: TrainingRun, step_batches: range, micro_batches: Iterator[Noi
     model.trainable.start_step(run.progress.step)
     # read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), model.trainable.group_names, model.optimizer)
-    updated_parameters = _find_updated_parameters(run, step_batches)
+    updated_parameters = run.parameters
+    if not run.updates_all_parameters:
+        updated_parameters = _find_updated_parameters(run, step_batches)
     values, keys = _accumulate(run, step_batches, micro_batches)
     # weights that a micro-batch could use, but that have no gradient, are stepped with a gradient of zero
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass

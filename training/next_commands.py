@@ -1,7 +1,7 @@
 """Make the command lines that can follow a training: continue, generate, convert."""
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from modules.repeated_options import RepeatedOption, accepted_options, fill_opti
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
+from networks.options import NetworkOptions
 from protocols.families import HIGH_NOISE, FamilyEntry
 from protocols.family import Family
 from protocols.full_model import trains_checkpoint
@@ -120,13 +121,13 @@ class NextSteps:
         """
         file = saved or [*self.plan.names.model_files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
-        folder_note = f"Commands here are typed in the folder {Path.cwd()}."
+        notes = [resume.note, f"Commands here are typed in the folder {Path.cwd()}."]
         values = option_values(self.plan.options)
         # options that start programs are accepted only as typed, so they are in no file that resumes the run
         for name in options_with(type(self.plan.options), "reach", STARTS["reach"]):
             if values[name] is not None:
-                folder_note += f" --{name} is written into no file: add it if you want it again."
-        commands = [replace(resume, note=" ".join(filter(None, (resume.note, folder_note))))]
+                notes.append(f"--{name} is written into no file: add it if you want it again.")
+        commands = [replace(resume, note=" ".join(filter(None, notes)))]
         if self.command.family_entry is not None:
             generate = self._generate(file)
             if saved is None and not file.exists():
@@ -140,18 +141,23 @@ class NextSteps:
         if lora is not None:
             # kinds that other programs read only after conversion to a plain LoRA
             plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
-            lora_format = self.plan.lora_format
-            needs_conversion = bool(self.converted_for)
-            if lora_format is not None and lora_format.name != KNOWN:  # saved with other programs' names
-                is_for_comfyui = lora.kind.is_for_comfyui_alone
-                needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
-            if plain_kind is not None or needs_conversion:
-                lora_files = self.plan.names.model_files(self.plan.names.stem_of(file)).values()
-                if plain_kind is not None:
-                    commands += [self._make_plain(path, plain_kind) for path in lora_files]
-                else:
-                    commands += [self._convert_names(path) for path in lora_files]
+            if plain_kind is not None:
+                commands += [self._make_plain(path, plain_kind) for path in self._list_files(file)]
+            elif self.converted_for and self._needs_conversion(lora):
+                commands += [self._convert_names(path) for path in self._list_files(file)]
         return [*commands, _command("This run, as it was started", self._run_arguments())]
+
+    def _list_files(self, file: Path) -> Iterable[Path]:
+        """Return the files of the save that `file` belongs to: one, or one for each expert."""
+        return self.plan.names.model_files(self.plan.names.stem_of(file)).values()
+
+    def _needs_conversion(self, lora: NetworkOptions) -> bool:
+        """Return whether `converted_for` reads the saved LoRA only after a conversion."""
+        lora_format = self.plan.lora_format
+        if lora_format is None or lora_format.name == KNOWN:
+            return True
+        # saved with the names of other programs, which all read except kinds that only ComfyUI knows
+        return lora.kind.is_for_comfyui_alone and self.converted_for != COMFYUI_TOOL
 
     def _make_plain(self, file: Path, kind: NetworkKind) -> PageCommand:
         """Return the command that converts a trained network, such as a LoKr, to a plain LoRA."""

@@ -468,12 +468,13 @@ def join_processes(
 
         check_compilation(compilation, accelerator.device)
     with ExitStack() as stack:
-        processes: OtherProcesses | None = None
-        if accelerator.num_processes > 1:
-            processes = stack.enter_context(
-                OtherProcesses(accelerator.process_index, accelerator.num_processes)
-            )
-            stack.enter_context(processes.explain())
+        if accelerator.num_processes == 1:
+            stack.enter_context(reserve_name(*options.saving.folder_and_name))
+            yield accelerator, None
+            return
+        processes = OtherProcesses(accelerator.process_index, accelerator.num_processes)
+        stack.enter_context(processes)
+        stack.enter_context(processes.explain())
         stack.enter_context(_reserve_name_for_all(options, accelerator))
         yield accelerator, processes
 

@@ -27,7 +27,7 @@ from training.features.hooks import RunEnd
 from training.learner import find_network_spec
 from training.learning import load_model, make_run
 from training.loop import train
-from training.next_commands import NO_COMMAND, TrainingCommand, plan_next_steps
+from training.next_commands import NO_COMMAND, NextSteps, TrainingCommand, plan_next_steps
 from training.options import TrainingOptions
 from training.other_models import NO_OTHERS, OtherFamilies
 from training.plan import RunPlanner, TrainingPlan, join_processes, read_config
@@ -35,7 +35,7 @@ from training.reports.history import read_session
 from training.reports.logs import Logs
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
-from training.saving.files import move_earlier_results
+from training.saving.files import Publisher, move_earlier_results
 from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
@@ -150,39 +150,59 @@ def prepare_run(
         next_steps = plan_next_steps(plan, sampler, command)
         if other_processes is not None:
             other_processes.advice = next_steps.after_loss
-        swap = options.speed.swap
-        memory: MemoryWatch | None = None
-        if accelerator.device.type == "cuda" or swap.is_auto:
-            from training.planning.memory import prepare_memory  # other runs need no planner
-
-            swap, memory = prepare_memory(plan)
-        if plan.live_encoders is not None:
-            block_sharder = make_block_sharder(options.speed, accelerator.device)
-            plan.live_encoders.load(accelerator.device, block_sharder)
-            stack.callback(plan.live_encoders.free)
-        logs = _make_logs(plan, swap)
-        reporter = make_reporter(plan, next_steps, memory)
-        model = load_model(plan, swap)
-        # only after everything is loaded, so that a failed start does not move the earlier results
-        _move_earlier_run_away(plan, reporter.history.path)
-        accelerator.wait_for_everyone()  # before any process writes samples
-        publisher = None if plan.features.storage is None else plan.features.storage.make_publisher()
-        saver = make_saver(
-            model,
-            publisher,
-            () if sampler is None else sampler.prompts,
-            log_saved=reporter.log_saved,
-            on_removed=reporter.log_files,
-        )
-        run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
+        run, publisher = _load_run(plan, sampler, next_steps, stack)
         closing = contextlib.closing(publisher) if publisher is not None else contextlib.nullcontext()
-        with closing, logs, reporter:
-            show_start(run, file_dtype(options, model.dits.networks[0]))
+        with closing, run.logs, run.reporter:
+            show_start(run, file_dtype(options, run.model.dits.networks[0]))
             with contextlib.nullcontext() if other_processes is None else other_processes.explain():
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
-            show_end(run, reporter.history.run_history, next_steps)
+            show_end(run, run.reporter.history.run_history, next_steps)
+
+
+def _load_run(
+    plan: TrainingPlan, sampler: "Sampler | None", next_steps: NextSteps, stack: contextlib.ExitStack
+) -> tuple[TrainingRun, Publisher | None]:
+    """Load the text encoders that run during training, then the trained transformers; return the run.
+
+    The results of an earlier run are moved away only after everything is loaded, so that a failed start does
+    not move them.
+
+    Args:
+        plan: The plan of the run.
+        sampler: Generates the samples; None without samples.
+        next_steps: Suggests commands, for the run's page.
+        stack: Frees the text encoders when it is closed.
+
+    Returns:
+        The run, and the publisher that uploads its files, if there is one.
+    """
+    speed, device = plan.options.speed, plan.accelerator.device
+    swap = speed.swap
+    memory: MemoryWatch | None = None
+    if device.type == "cuda" or swap.is_auto:
+        from training.planning.memory import prepare_memory  # other runs need no planner
+
+        swap, memory = prepare_memory(plan)
+    if plan.live_encoders is not None:
+        plan.live_encoders.load(device, make_block_sharder(speed, device))
+        stack.callback(plan.live_encoders.free)
+    logs = _make_logs(plan, swap)
+    reporter = make_reporter(plan, next_steps, memory)
+    model = load_model(plan, swap)
+    _move_earlier_run_away(plan, reporter.history.path)
+    plan.accelerator.wait_for_everyone()  # before any process writes samples
+    publisher = None if plan.features.storage is None else plan.features.storage.make_publisher()
+    saver = make_saver(
+        model,
+        publisher,
+        () if sampler is None else sampler.prompts,
+        log_saved=reporter.log_saved,
+        on_removed=reporter.log_files,
+    )
+    run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
+    return run, publisher
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:

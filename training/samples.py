@@ -245,7 +245,7 @@ class Sampler:
                 path = self.folder / f"{stem}.wav"
                 write_wav(path, track, metadata)
                 return path
-            # decoding goes on while the frames are written
+            # decoding continues while the frames are written
             return self._write_frames(frames_of(pixels), prepared, stem, metadata=metadata, track=track)
 
     def _write_frames(
@@ -696,9 +696,11 @@ def settings_to_repeat(prepared: Prepared, is_seeded: bool, family: Family) -> d
     values = vars(request) | {
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")
     }
-    # if image and audio have separate scales, only a scale from the prompt line is listed: it replaces them
     scales = prepared.guidance_scale
-    values["guidance_scale"] = request.guidance_scale if prepared.rules.streams else scales[0]
+    if not prepared.rules.streams:
+        values["guidance_scale"] = scales[0]
+    # otherwise image and audio have their own scales, which a shared one would replace: the command repeats
+    # it only if the prompt line sets it, as `request.guidance_scale`
     for expert, scale in zip(family.experts, scales, strict=True):
         if expert.name == HIGH_NOISE:
             values[f"guidance_scale_{HIGH_NOISE}"] = scale

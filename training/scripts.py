@@ -13,12 +13,13 @@ from modules.errors import UserError
 from modules.installation import ONLY_OPTIONS, TELLS_UNUSED, import_own
 from modules.options import Options, option_values
 from modules.speed_options import reject_for_full
-from protocols.families import FAMILIES, FamilyEntry, Script
+from protocols.families import FAMILIES, Script
 from training.features.composing import options_by_expert
 from training.learning_options import ExpertTrainingOptions, FullDitOptions
 from training.noise_options import SAMPLERS
 from training.options import (
     NO_CHANGES,
+    ScriptOption,
     TrainedNetworkOptions,
     TrainerChanges,
     TrainingOptions,
@@ -27,7 +28,6 @@ from training.options import (
 
 if TYPE_CHECKING:
     from training.image_options import ImageTrainerDefaults
-    from training.other_models import OtherFamilies
 
 logger = logging.getLogger(__name__)
 
@@ -88,42 +88,48 @@ def training_script(
             if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
                 return
 
-            if entry.notice:
-                entry.log_notice()
-            print_loading()
-            from training.next_commands import TrainingCommand
-            from training.run import train_network  # torch loads here, after every option has been read
-
-            model = entry.make_family("training", family_options)
             default_script = f"{entry.script}_train.py" if full_dit else f"{entry.training_script}.py"
-            command = TrainingCommand(
-                script or default_script,
-                script_options,
-                family_entry=entry,
-                family_options=family_options,
-                family=family,
+            exit_code = _start_training(
+                family, script or default_script, options, family_options, script_options
             )
-            other_families = _find_other_families(entry, model.abilities.sampling_dit_option, family_options)
-            exit_code = train_network(model, options, command, others=other_families)
         if exit_code:
             raise SystemExit(exit_code)
 
     return Script.of_family(family, train)
 
 
-def _find_other_families(
-    entry: FamilyEntry, sampling_dit_option: str, family_options: Any
-) -> "OtherFamilies":
-    """Return the model that generates samples if it is not the trained one, and a factory of teachers.
+def _start_training(
+    family: str,
+    script: str,
+    options: TrainingOptions,
+    family_options: Any,
+    script_options: Sequence[ScriptOption],
+) -> int:
+    """Load torch, build the model family, and train; return the exit code.
 
     Args:
-        entry: Entry of the trained family.
-        sampling_dit_option: Option of transformers that only samples use; "" if the family has none.
+        family: Name of the trained family.
+        script: File of the script.
+        options: Options of the run.
         family_options: The record of the family's options.
+        script_options: All options of the script, for suggested commands.
     """
-    from training.other_models import OtherFamilies  # it loads torch
+    entry = FAMILIES[family]
+    if entry.notice:
+        entry.log_notice()
+    print_loading()
+    # torch loads here, after every option has been read
+    from training.next_commands import TrainingCommand
+    from training.other_models import OtherFamilies
+    from training.run import train_network
 
-    sampling: Any = None  # the family whose transformers make the samples
+    model = entry.make_family("training", family_options)
+    command = TrainingCommand(
+        script, script_options, family_entry=entry, family_options=family_options, family=family
+    )
+    # the family that generates samples, if an option names transformers that only samples use
+    sampling: Any = None
+    sampling_dit_option: str = model.abilities.sampling_dit_option
     if option_values(family_options).get(sampling_dit_option.removeprefix("--")) is not None:
         sampling = import_own(f"{entry.room}.family").family_for_samples(family_options)
 
@@ -131,7 +137,7 @@ def _find_other_families(
     def with_other_dit(dit: Any) -> Any:
         return entry.make_family("training", replace(family_options, dit=dit))
 
-    return OtherFamilies(sampling, with_other_dit)
+    return train_network(model, options, command, others=OtherFamilies(sampling, with_other_dit))
 
 
 def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:

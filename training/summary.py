@@ -111,36 +111,40 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
         run: The run.
         parameters: The trained parameters.
     """
-    plan = run.plan
-    options = run.options
+    plan, options, trainable = run.plan, run.options, run.model.trainable
     lora = plan.network_spec.lora_options
     # ranks and alphas of a network that continues from a file; None if the options set them
     ranks_and_alphas: tuple[list[int], list[float]] | None = None
-    trainable = run.model.trainable
     if options.network is not None and any(
         continued_sizes_metadata(run.model, part) for part in trainable.written_files
     ):
         ranks_and_alphas = trainable.ranks_and_alphas()
+    num_weights = sum(parameter.numel() for parameter in parameters)
     model_keys = ("architecture", "task", "sd_model_name")
     model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
-    num_weights = sum(parameter.numel() for parameter in parameters)
-    data = f"{format_count(plan.order.num_items, 'item')} with repeats"
-    if plan.validation:
-        data += f", {format_count(len(plan.validation), 'item')} for validation"
-    data += f", {format_count(plan.steps.num_batches, 'batch')}"
-    times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
-    targets = plan.features.describe_targets() if plan.features.targets or plan.features.info.targets else ()
     return [
         ("model", ", ".join(model)),
         ("learns", f"{_describe_trained(plan, ranks_and_alphas)}, {format_count(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, ranks_and_alphas)),
-        ("data", data),
-        ("timesteps", "\n".join(times)),
-        ("targets", "\n".join(targets) or None),
+        *_make_data_rows(plan),
         ("steps", _describe_length(plan)),
-        ("learning rate", _describe_rates(options, run.model.trainable, plan.network_spec)),
+        ("learning rate", _describe_rates(options, trainable, plan.network_spec)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
     ]
+
+
+def _make_data_rows(plan: TrainingPlan) -> list[Row]:
+    """Return the rows about the items, the timesteps at which they are trained, and the targets."""
+    data = f"{format_count(plan.order.num_items, 'item')} with repeats"
+    if plan.validation:
+        data += f", {format_count(len(plan.validation), 'item')} for validation"
+    data += f", {format_count(plan.steps.num_batches, 'batch')}"
+    rows: list[Row] = [("data", data)]
+    if plan.table_times:
+        rows.append(("timesteps", "\n".join(describe_times(plan.options.timesteps, plan.config.datasets))))
+    if plan.features.targets or plan.features.info.targets:
+        rows.append(("targets", "\n".join(plan.features.describe_targets())))
+    return rows
 
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, network_spec: NetworkSpec) -> str:
@@ -276,19 +280,30 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
         following: Suggests the commands.
     """
     names = run.plan.names
-    losses = run.progress.losses
+    file = find_usable_file(run_history, names.folder, names.name)
+    *commands, _ = following.commands(file, is_finished=True)  # the last command starts this run again
+    is_windows = sys.platform == "win32"
+    command_rows: list[Row] = [
+        (command.heading, command.powershell if is_windows else command.bash) for command in commands
+    ]
+    command_rows += [
+        (heading, quote_command(arguments)) for heading, arguments in run.features.info.commands.items()
+    ]
+    show_box(f"{names.name} is trained", _make_result_rows(run, run_history), command_rows)
 
+
+def _make_result_rows(run: TrainingRun, run_history: history.RunHistory) -> list[Row]:
+    """Return the rows of the end box: files, steps, loss, samples, page and memory."""
+    names, losses, clock = run.plan.names, run.progress.losses, run.logs.clock
     rows: list[Row] = []
     for path in names.model_files(names.name).values():
         if path.exists():
             rows.append(("result", f"{path} ({format_size(_size_of(path))})"))
     if run_history.validations:
         rows.append(("best by validation", describe_best(run_history, names.folder, names.name)))
-    clock = run.logs.clock
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
-    rows.append(
-        ("steps", f"{clock.steps} in {format_duration(clock.seconds_of_steps)}{speed}, without pauses")
-    )
+    duration = format_duration(clock.seconds_of_steps)
+    rows.append(("steps", f"{clock.steps} in {duration}{speed}, without pauses"))
     if run.features.on.before_step:  # a feature that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
     if losses:
@@ -300,21 +315,12 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
         rows.append(("page", str(page_path(names.folder, names.name))))
     peak = format_peak_memory(run.device) if run.memory is None else f"{format_gib(run.memory.highest)} GiB"
     rows.append(("peak memory", peak))
-    network_kinds = [] if run.options.network is None else run.options.network.kinds
-    rows += [("other tools", kind.elsewhere) for kind in network_kinds if kind.elsewhere][:1]
+    if run.options.network is not None:
+        notes = [kind.elsewhere for kind in run.options.network.kinds if kind.elsewhere]
+        rows += [("other tools", note) for note in notes[:1]]
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
-    # the last command starts this run again
-    file = find_usable_file(run_history, names.folder, names.name)
-    *commands, _ = following.commands(file, is_finished=True)
-    is_windows = sys.platform == "win32"
-    following_rows: list[Row] = [
-        (command.heading, command.powershell if is_windows else command.bash) for command in commands
-    ]
-    following_rows += [
-        (heading, quote_command(arguments)) for heading, arguments in run.features.info.commands.items()
-    ]
-    show_box(f"{names.name} is trained", rows, following_rows)
+    return rows
 
 
 def _size_of(path: Path) -> int:

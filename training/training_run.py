@@ -238,6 +238,7 @@ class TrainingRun:
     autocast: Autocast = field(init=False)  # opens the autocast context of a pass
     parameters: list[Parameter] = field(init=False)  # trained parameters in the optimizer's order
     audio_parameters: frozenset[Tensor] = field(init=False)  # parameters that only clips with audio train
+    updates_all_parameters: bool = field(init=False)  # False: which ones depends on the step
     # names of the losses that are also logged separately: experts, or images and audio; empty for one loss
     loss_components: tuple[str, ...] = field(init=False)
     metric_columns: MetricColumns = field(init=False)  # of the tensor with the values of a step
@@ -257,6 +258,10 @@ class TrainingRun:
             self.audio_parameters = frozenset(
                 parameter for parameter, name in names.items() if audio.modules in name
             )
+        trainable = self.model.trainable
+        self.updates_all_parameters = not (
+            trainable.by_expert or trainable.freeze_at_step or self.audio_parameters
+        )
         self.loss_components = ()  # names of the parts whose losses are logged separately
         if len(experts) > 1:
             self.loss_components = tuple(expert.name for expert in experts)

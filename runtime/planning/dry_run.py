@@ -459,18 +459,26 @@ def extrapolate(
     few_counts = tuple(min(count, FEW_BLOCKS) for count in counts)
     # of three blocks, the second is also the last but one: its entry is copied under that name
     with_few = _with_both_ends(measure(few_counts))
-    peaks_by_phase = {name: Counter(bytes_by_kind) for name, bytes_by_kind in with_few.items()}
+    peaks_by_phase = with_few
     for index, count in enumerate(counts):
         num_missing = count - few_counts[index]
         if num_missing > 0:
             # one more block in this list shows how many bytes each of its blocks adds
             one_more = (*few_counts[:index], few_counts[index] + 1, *few_counts[index + 1 :])
             with_one_more = _with_both_ends(measure(one_more))
-            for name, bytes_by_kind in peaks_by_phase.items():
-                for kind in {*with_one_more[name], *with_few[name]}:
-                    growth = with_one_more[name].get(kind, 0) - with_few[name].get(kind, 0)
-                    bytes_by_kind[kind] += num_missing * growth
-    return {name: dict(bytes_by_kind) for name, bytes_by_kind in peaks_by_phase.items()}
+            peaks_by_phase = {
+                phase: _add_growth(peak, num_missing, before=with_few[phase], after=with_one_more[phase])
+                for phase, peak in peaks_by_phase.items()
+            }
+    return {phase: dict(peak) for phase, peak in peaks_by_phase.items()}
+
+
+def _add_growth(peak: BytesByKind, num_blocks: int, before: BytesByKind, after: BytesByKind) -> BytesByKind:
+    """Return the bytes of a phase with `num_blocks` more blocks, each of which adds `after - before`."""
+    return {
+        kind: peak.get(kind, 0) + num_blocks * (after.get(kind, 0) - before.get(kind, 0))
+        for kind in {*peak, *before, *after}
+    }
 
 
 Extrapolate = Callable[[Callable[[Counts], Mapping[str, BytesByKind]], Counts], dict[str, BytesByKind]]
@@ -493,8 +501,5 @@ def _with_both_ends(peaks_by_phase: Mapping[str, BytesByKind]) -> dict[str, Byte
 
 def peak_of_phases(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
     """Return the phase in which most device memory is in use, and the bytes in that phase by kind."""
-    name = max(
-        peaks_by_phase,
-        key=lambda allocate_empty_weights: sum(peaks_by_phase[allocate_empty_weights].values()),
-    )
+    name = max(peaks_by_phase, key=lambda phase: sum(peaks_by_phase[phase].values()))
     return name, peaks_by_phase[name]
