@@ -369,18 +369,20 @@ def read_largest(
         reads_rejected=REJECTED_ONES in options.features.needs,
     )
     # clean conditioning frames need a little more memory: if they can be drawn, the largest batch has some
-    noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
-    if noise.clean_token_rule is not None:
-        noise = replace(noise, clean_token_rule=noise.clean_token_rule.always())
-    randomness = NoiseSampler(
+    noise_spec = replace(
+        family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability)
+    )
+    if noise_spec.clean_token_rule is not None:
+        noise_spec = replace(noise_spec, clean_token_rule=noise_spec.clean_token_rule.always())
+    noise_sampler = NoiseSampler(
         options.timesteps,
-        0,
-        noise,
+        seed=0,
+        noise_spec=noise_spec,
         perturbations=options.features.on.noise,
         audio=AudioLearning(),
         condition_set=options.features.condition_set,
     )
-    return randomness.add_noise(batch, 0, 0)  # as the first micro-batch of a run
+    return noise_sampler.add_noise(batch, number=0, first_sample=0)  # as the first micro-batch of a run
 
 
 def plan_one_card(
