@@ -457,7 +457,7 @@ def suggest_larger_batch(prediction: MemoryPrediction, blocks: int, room: Device
         return []
     return [
         f"batch_size {batch_size} in --dataset_config fits too, with {format_gib(needed(batch_size))} GiB: "
-        "steps of small items wait less for the host"
+        "steps with small items spend less time waiting for the host"
     ]
 
 
@@ -606,7 +606,7 @@ def suggest_smaller_items(latent: LatentSpec, too_large: MemoryPrediction, room:
         scale = prod(shape) / prod(too_large.shape)  # assumes memory proportional to the number of latents
         if too_large.scaled(scale).device_bytes(swapped_blocks) <= room.usable:
             return [f"{key} {value} in --dataset_config{swap_flag} fits ({describe_batch(latent, shape)})"]
-    return ["no smaller batch, clip or picture was found that fits"]
+    return ["no smaller batch, clip or image was found that fits"]
 
 
 def list_smaller_shapes(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:

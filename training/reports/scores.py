@@ -325,8 +325,8 @@ def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
         reason = say("fits its prompts best")
     else:
         reason = say(
-            "most like the training pictures of those that fit their prompts as well as the best (within "
-            "%(same)s)",
+            "of the files whose samples fit their prompts best (within %(same)s), the one most like the "
+            "training pictures",
             same=f"{TOLERANCE:g}",
         )
     return BestFile(best, (say("no validation loss was measured"), reason))
