@@ -484,8 +484,8 @@ def _declare_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: b
     info = checkpoint.tensors[name]
     if len(name.encode()) > _MAX_GGUF_NAME_BYTES or info.dtype not in _GGUF_TYPE_NAMES:
         raise CheckpointError(
-            f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} cannot be stored in a GGUF file: names "
-            "may have up to 127 bytes, and tensors must be floats. Use --form int8, convrot or fp8.",
+            f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} cannot be stored in a GGUF file: "
+            "names may have up to 127 bytes, and tensors must be floats. Use --form int8, convrot or fp8.",
             checkpoint.path,
         )
     is_small = len(info.shape) < 2 or math.prod(info.shape) <= _MAX_GGUF_FLOAT32_ELEMENTS
