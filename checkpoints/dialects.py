@@ -213,8 +213,8 @@ def count(names: Iterable[str], block_pattern: str, path: Path | None = None) ->
     pattern = re.compile(rf"({block_pattern})\.")
     blocks = {match[1] for match in map(pattern.match, names) if match}
     if len(blocks) > MAX_BLOCKS:
-        # raised without the error's own path: with it, the message would look for the family of the file, and
-        # read all its names a dozen times
+        # without the `path` argument, which would extend the message by the family of the file: finding it
+        # reads all names of the file a dozen times
         raise CheckpointError(
             f"{path or 'a file'} has {len(blocks):,} layers such as {min(blocks)}, more than any model has. "
             "Give the released file of the model."

@@ -195,7 +195,7 @@ def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | N
         return None
     groups = settings["norm_num_groups"]
     if type(groups) is not int or groups < 1:
-        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}, it must be 1 or more.', path)
+        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}; it must be at least 1.', path)
     return groups
 
 

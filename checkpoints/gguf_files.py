@@ -128,7 +128,7 @@ class GgufFile(HeaderFile):
         for begin, end, name in sorted(spans):
             if begin < previous_end or end > size:
                 raise ValueError(
-                    f"{name} is at bytes {begin} to {end} of {size}, other tensors end at {previous_end}"
+                    f"{name} is at bytes {begin} to {end} of {size}, but other tensors end at {previous_end}"
                 )
             previous_end = end
         return offsets

@@ -354,8 +354,8 @@ def _plan_layer(
 ) -> dict[str, _PlannedTensor]:
     """Return the three tensors that store a quantized layer (codes, scale, settings), by their new names.
 
-    `quantize` reads the layer's weight, and returns its codes and scale. It is called once for
-    each of the two, because they are far apart in the file.
+    `quantize` reads the layer's weight, and returns its codes and scale. It is called once for each of the
+    two, because they are far apart in the file.
     """
     layer_name = weight_name.removesuffix(".weight")
     codes = TensorInfo(quantizer.dtype, quantizer.shape)
@@ -484,8 +484,8 @@ def _declare_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: b
     info = checkpoint.tensors[name]
     if len(name.encode()) > _MAX_GGUF_NAME_BYTES or info.dtype not in _GGUF_TYPE_NAMES:
         raise CheckpointError(
-            f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} cannot be stored in a GGUF "
-            "file: names have up to 127 bytes, and tensors are floats. Use --form int8, convrot or fp8.",
+            f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} cannot be stored in a GGUF file: "
+            "names may have up to 127 bytes, and tensors must be floats. Use --form int8, convrot or fp8.",
             checkpoint.path,
         )
     is_small = len(info.shape) < 2 or math.prod(info.shape) <= _MAX_GGUF_FLOAT32_ELEMENTS

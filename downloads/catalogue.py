@@ -330,7 +330,7 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     if replacement is None:
         return f"{other_download.command} downloads it"
     return (
-        f"{path.name} is a file of {other_download.model.title}, and of no model of this script. "
+        f"{path.name} belongs to {other_download.model.title}, which this script does not run. "
         f"{replacement.command} downloads files that fit"
     )
 

@@ -308,13 +308,13 @@ def _check_content(path: Path, kind: str) -> str | None:
     match kind:
         # a safetensors file begins with the size of its header in 8 bytes, followed by the header as JSON
         case "safetensors" if start[8:9] != b"{":
-            return "it is a file of torch, not of safetensors"
+            return "it is a PyTorch file, not a safetensors file"
         case "pt" | "pth" if start[:4] != ZIP and start[:1] != PICKLE:
-            return "it is not a file of torch"
+            return "it is not a PyTorch file"
         case "onnx" if not ONNX.match(start):
             return "it is not an ONNX file"
         case "json" if not isinstance(parse_json(read_text(path, MAX_TOKENIZER_BYTES)), dict):
-            return "it is not a JSON table"
+            return "it is not a JSON object"
         case "model":
             if not start.startswith(_SENTENCEPIECE_START):
                 return "it is not a SentencePiece model"

@@ -302,7 +302,7 @@ def test_every_missing_file_is_answered_with_the_least_download_of_the_script_th
             assert hint is not None
             of_family = {name: size for name, (size, runs) in having.items() if runs}
             if scripts and not of_family:
-                assert f"{part.name} is a file of " in hint
+                assert f"{part.name} belongs to " in hint
                 assert is_of_script(hint, scripts), (family, part)
                 continue
             words = shlex.split(hint.removesuffix(" downloads it"))
@@ -345,7 +345,7 @@ def test_a_missing_file_of_another_family_is_answered_with_a_download_of_the_own
     hint = identify(tmp_path / "qwen_image_vae.safetensors", "fibo_2")
 
     assert hint is not None
-    assert "qwen_image_vae.safetensors is a file of " in hint
+    assert "qwen_image_vae.safetensors belongs to " in hint
     assert "--family fibo_2 --task " in hint
 
 

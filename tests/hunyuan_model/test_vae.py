@@ -354,7 +354,7 @@ def meta_tensors(width: int = 8, z: int = 16) -> dict[str, Tensor]:
             '{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 3}',
             "8 channels cannot be divided into 3 norm groups",
         ),
-        ('{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 0}', "is 0, it must be 1 or more"),
+        ('{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 0}', "is 0; it must be at least 1"),
         ('{"_class_name": ', "cannot be read"),
     ],
 )

@@ -241,7 +241,7 @@ def test_options_that_do_not_go_with_it(words: tuple[str, ...], said: str, tmp_p
 def test_models_whose_nodes_are_not_known_have_none(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     words = ("--save_workflow", "--sample_prompts", toy.write_prompts(tmp_path))
-    with pytest.raises(OptionError, match="which nodes of ComfyUI make the samples of toy is not certain"):
+    with pytest.raises(OptionError, match="not known which ComfyUI nodes generate the samples of toy"):
         toy.train_toy(tmp_path, *words)
     from wan.configs import TASKS
     from wan.workflow import find_comfy_model

@@ -398,21 +398,20 @@ def find_accepted_range(
 
 def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
     """Return the error for a sampler that draws no noise level within the bounds or an expert's range."""
+    sampler = options.timestep_sampling
     if not expert.name:
         return OptionError(
             f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {NUM_SCANNED_DRAWS} draws "
-            f"of --timestep_sampling {options.timestep_sampling} none lies between them. Widen the range or "
-            "leave out --preserve_distribution_shape."
+            f"of --timestep_sampling {sampler} none lies between them. Widen the range or leave out "
+            "--preserve_distribution_shape."
         )
-    counts_from_noisy_end = options.timestep_sampling == "sigma"
+    end = "on" if expert.max_timestep == math.inf else f"to {expert.max_timestep:g}"
+    hint = ". This sampler counts the first two from the noisy end" if sampler == "sigma" else ""
     return OptionError(
         f"no timestep of this run reaches the {expert.description}, which is trained from "
-        f"{expert.min_timestep:g} "
-        f"{'on' if expert.max_timestep == math.inf else f'to {expert.max_timestep:g}'}: of "
-        f"{NUM_SCANNED_DRAWS} draws of --timestep_sampling {options.timestep_sampling} none lies there. "
-        "Leave this transformer out, or change --min_timestep, --max_timestep, --discrete_flow_shift (or the "
-        "dataset's keys of these names) or --timestep_boundary"
-        + (". This sampler counts the first two from the noisy end" if counts_from_noisy_end else "")
+        f"{expert.min_timestep:g} {end}: of {NUM_SCANNED_DRAWS} draws of --timestep_sampling {sampler} none "
+        "lies there. Leave this transformer out, or change --min_timestep, --max_timestep, "
+        "--discrete_flow_shift (or the dataset's keys of these names) or --timestep_boundary" + hint
     )
 
 

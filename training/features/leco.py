@@ -100,7 +100,7 @@ def _prepare_passes(
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if progress.leco_pairs not in {"", digest}:
         logger.warning(
-            "%s has other prompts than when the state was saved; they are learned now", options.path
+            "%s has other prompts than when the state was saved; the new ones are trained", options.path
         )
     progress.leco_pairs = digest
     from training.features.leco_passes import encode_pairs, leco_passes  # torch: only with this feature

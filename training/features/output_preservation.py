@@ -35,10 +35,12 @@ def velocity_or_base_prediction(
     )
 
     is_preserved = samples_with_base_target(passes, noisy_batch)
-    if not any(is_preserved) and not passes.rule.always_runs_base_model:
-        return velocity
-    base_output = passes.predict_base_model(noisy_batch)
-    return select_per_sample(is_preserved, base_output, velocity) if any(is_preserved) else velocity
+    if any(is_preserved):
+        base_output = passes.predict_base_model(noisy_batch)
+        return select_per_sample(is_preserved, base_output, velocity)
+    if passes.rule.always_runs_base_model:
+        passes.predict_base_model(noisy_batch)
+    return velocity
 
 
 def preserve(

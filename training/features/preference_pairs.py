@@ -91,7 +91,7 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
         has_empty_text=batch.has_empty_text * 2,
         rejected=None,
     )
-    perturbation = noisy_batch.perturbation
+    perturbation, clean_tokens = noisy_batch.perturbation, noisy_batch.clean_tokens
     return replace(
         noisy_batch,
         batch=doubled_batch,
@@ -101,9 +101,7 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
         weights=_stack_twice(noisy_batch.weights),
         perturbation=None if perturbation is None else _stack_twice(perturbation),
         audio=None if noisy_batch.audio is None else _repeat_audio(noisy_batch.audio),
-        clean_tokens=None
-        if noisy_batch.clean_tokens is None
-        else noisy_batch.clean_tokens.map_tensors(_stack_twice),
+        clean_tokens=None if clean_tokens is None else clean_tokens.map_tensors(_stack_twice),
         levels=noisy_batch.levels * 2,
     )
 

@@ -50,8 +50,8 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
         if PRESERVE_OUTPUT in table.attributes:
             raise OptionError(
                 f"{table.name}: {PRESERVE_OUTPUT} cannot be used with --slider {path}, which learns "
-                "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
-                "keeps what a caption makes"
+                "the captions of its own file, not those of the table. Leave it out; an anchor in that file "
+                "preserves the output for a caption"
             )
         if table.network_multiplier != 1:
             raise OptionError(

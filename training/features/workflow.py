@@ -35,7 +35,7 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
     """Register --save_workflow, which needs samples without merged LoRAs."""
     if run.options.samples.sample_prompts is None:
         raise OptionError(
-            "--save_workflow writes what makes the samples, and there are none: give "
+            "--save_workflow writes the workflow of the run's samples, and the run makes none: give "
             "--sample_prompts, or leave it out"
         )
     if run.merge is not None:

@@ -82,7 +82,7 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
         )
     if not family.abilities.has_comfy_nodes:
         raise OptionError(
-            f"{FLAG}: which nodes of ComfyUI make the samples of {family.name} is not certain. Leave it out"
+            f"{FLAG}: it is not known which ComfyUI nodes generate the samples of {family.name}. Leave it out"
         )
     try:
         return cast("HasComfyNodes", family).comfy_model()

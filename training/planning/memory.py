@@ -369,18 +369,20 @@ def read_largest(
         reads_rejected=REJECTED_ONES in options.features.needs,
     )
     # clean conditioning frames need a little more memory: if they can be drawn, the largest batch has some
-    noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
-    if noise.clean_token_rule is not None:
-        noise = replace(noise, clean_token_rule=noise.clean_token_rule.always())
-    randomness = NoiseSampler(
+    noise_spec = replace(
+        family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability)
+    )
+    if noise_spec.clean_token_rule is not None:
+        noise_spec = replace(noise_spec, clean_token_rule=noise_spec.clean_token_rule.always())
+    noise_sampler = NoiseSampler(
         options.timesteps,
-        0,
-        noise,
+        seed=0,
+        noise_spec=noise_spec,
         perturbations=options.features.on.noise,
         audio=AudioLearning(),
         condition_set=options.features.condition_set,
     )
-    return randomness.add_noise(batch, 0, 0)  # as the first micro-batch of a run
+    return noise_sampler.add_noise(batch, number=0, first_sample=0)  # as the first micro-batch of a run
 
 
 def plan_one_card(
@@ -455,7 +457,7 @@ def suggest_larger_batch(prediction: MemoryPrediction, blocks: int, room: Device
         return []
     return [
         f"batch_size {batch_size} in --dataset_config fits too, with {format_gib(needed(batch_size))} GiB: "
-        "steps of small items wait less for the host"
+        "steps with small items spend less time waiting for the host"
     ]
 
 
@@ -604,7 +606,7 @@ def suggest_smaller_items(latent: LatentSpec, too_large: MemoryPrediction, room:
         scale = prod(shape) / prod(too_large.shape)  # assumes memory proportional to the number of latents
         if too_large.scaled(scale).device_bytes(swapped_blocks) <= room.usable:
             return [f"{key} {value} in --dataset_config{swap_flag} fits ({describe_batch(latent, shape)})"]
-    return ["no smaller batch, clip or picture was found that fits"]
+    return ["no smaller batch, clip or image was found that fits"]
 
 
 def list_smaller_shapes(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:

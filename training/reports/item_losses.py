@@ -245,8 +245,8 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
             "the same noise levels: 1 is usual, 2 is twice the loss of others."
         ),
         say(
-            "Look at the first ones: a wrong caption, a broken or an odd picture is often among them. The "
-            "last ones may be plain, or be there more than once."
+            "Look at the first items: they often include a wrong caption, or a broken or unusual picture. "
+            "The last ones may be too simple, or duplicates."
         ),
         say_count(
             len(items),

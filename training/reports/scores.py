@@ -325,8 +325,8 @@ def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
         reason = say("fits its prompts best")
     else:
         reason = say(
-            "most like the training pictures of those that fit their prompts as well as the best (within "
-            "%(same)s)",
+            "of the files whose samples fit their prompts best (within %(same)s), the one most like the "
+            "training pictures",
             same=f"{TOLERANCE:g}",
         )
     return BestFile(best, (say("no validation loss was measured"), reason))
@@ -350,13 +350,13 @@ def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
     if best.likeness is not None and last.likeness is not None:
         change = last.likeness - best.likeness
         if change > TOLERANCE:
-            reasons.append(say("likeness still rises behind it"))
+            reasons.append(say("likeness still rises after it"))
         elif change < -TOLERANCE:
-            reasons.append(say("likeness falls behind it"))
+            reasons.append(say("likeness falls after it"))
         else:
-            reasons.append(say("likeness stays as it is behind it"))
+            reasons.append(say("likeness stays the same after it"))
     if best.clip is not None and last.clip is not None and last.clip < best.clip - TOLERANCE:
-        reasons.append(say("later samples fit their prompts less"))
+        reasons.append(say("later samples match their prompts less"))
     return reasons
 
 

@@ -153,10 +153,10 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
         )
     dataset = _find_dataset(options, run)
     model = load_image_text_model(options.model, options.device)
-    to_prompts, to_training = _embed_samples(run, rows, options, model=model, dataset=dataset.path)
+    for_prompts, for_likeness = _embed_samples(run, rows, options, model=model, dataset=dataset.path)
     prompts = _list_prompts(rows)
-    comparison = SampleComparison(_embed_prompts(model, prompts), to_training.training, options.num_frames)
-    vectors, likeness_vectors = to_prompts.samples, to_training.samples
+    comparison = SampleComparison(_embed_prompts(model, prompts), for_likeness.training, options.num_frames)
+    vectors, likeness_vectors = for_prompts.samples, for_likeness.samples
     scored = [
         _score_step(
             run, row, files, vectors=vectors, likeness_vectors=likeness_vectors, comparison=comparison
@@ -169,7 +169,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
         scored = _add_recalls(scored, rows, tagger, _embed(run, rows, options, tagger, None).samples)
         if all(row.tag_recall is None for row in scored):
             notes.append(ScoreNote("no_tags"))
-    unreadable = [*dict.fromkeys((*to_prompts.unreadable, *to_training.unreadable))]
+    unreadable = [*dict.fromkeys((*for_prompts.unreadable, *for_likeness.unreadable))]
     notes += _list_notes(run, unreadable, comparison)
     _write(run, _make_scores(run, options, scored, comparison, notes))
 

@@ -193,12 +193,12 @@ def make_row(step: int, loss: float | None = None, likeness: float = 0.5, clip: 
         (
             [make_row(400, 0.3, 0.5), make_row(800, 0.1, 0.6), make_row(1200, 0.2, 0.7)],
             800,
-            "validation loss lowest at step 800; likeness still rises behind it",
+            "validation loss lowest at step 800; likeness still rises after it",
         ),
         (
             [make_row(400, 0.1, 0.6, clip=0.3), make_row(800, 0.2, 0.5, clip=0.2)],
             400,
-            "likeness falls behind it; later samples fit their prompts less",
+            "likeness falls after it; later samples match their prompts less",
         ),
         # a file that fits its prompts 0.02 less is not a candidate, however like the training pictures it is
         (
