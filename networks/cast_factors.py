@@ -101,19 +101,31 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     # not on a CPU, which gains nothing from fewer kernels, and whose weights may be memory-mapped
     if is_first_pass and device_type != "cpu":
         join_groups(groups)
+    downs, ups = _stack_factors(groups, dtype)
+    for group, down, up in zip(groups, downs, ups, strict=True):
+        if len(group) == 1:
+            group[0].cast_factors = down, up
+        else:
+            _share_input(group, down, up)
+
+
+def _stack_factors(
+    groups: Sequence[Sequence[LoraLayer]], dtype: torch.dtype
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return one matrix per group of its down factors, and one of its up factors times their scales.
+
+    Args:
+        groups: Groups of layers; the factors of a group are stacked along rows.
+        dtype: Dtype of the matrices.
+    """
+    layers = [layer for group in groups for layer in group]
     downs = [layer.lora_down.weight for layer in layers]
     ups = [layer.lora_up.weight for layer in layers]
     # down factors stay unscaled
     scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
     group_sizes = [len(group) for group in groups]
-    # a matrix with the down factors of each group, stacked along rows; then one with the up factors of each
     matrices = _Cast.apply(scales, group_sizes + group_sizes, dtype, *downs, *ups)
-    num_groups = len(groups)
-    for group, down, up in zip(groups, matrices[:num_groups], matrices[num_groups:], strict=True):
-        if len(group) == 1:
-            group[0].cast_factors = down, up
-        else:
-            _share_input(group, down, up)
+    return matrices[: len(groups)], matrices[len(groups) :]
 
 
 def _share_input(group: Sequence[LoraLayer], down: Tensor, up: Tensor) -> None:

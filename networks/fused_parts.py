@@ -302,9 +302,10 @@ def join_parts(
     pieces_by_module = _find_pieces(modules, rows_in_model, family)
     num_rows = _count_rows_of_fused(pieces_by_module, rows_in_model)
     names_of_parts = {piece.name for pieces in pieces_by_module.values() for piece in pieces}
-    new_modules: dict[str, Factors] = {
-        name: factors for name, factors in modules.items() if name not in names_of_parts
-    }
+    new_modules: dict[str, Factors] = {}
+    for name, factors in modules.items():
+        if name not in names_of_parts:
+            new_modules[name] = factors
     for name, pieces in pieces_by_module.items():
         try:
             joined = _join_pieces(pieces, num_rows[name], allows_full_matrix=rows_in_model is not None)

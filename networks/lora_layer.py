@@ -147,14 +147,9 @@ class LoraLayer(nn.Module):
         """
         # x: B x L x in, or B x in x H x W
         input_dtype = x.dtype
-        dtype = self.lora_down.weight.dtype  # compute dtype of the factors
         # not in compiled code: torch.compile already fuses products with the same input
         shared = None if torch.compiler.is_compiling() else self.shared_input
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            if x.dtype == torch.float32:
-                # cast once for both the frozen module and the LoRA
-                x = x.to(dtype) if shared is None else shared.cast(x)
+        x, dtype = self._cast_input(x, shared)
         dropouts = self.dropouts if self.training else None
         has_module_dropout = dropouts is not None and dropouts.module > 0
         # compiled code cannot branch on a random value: it computes the LoRA, then selects an output
@@ -177,6 +172,18 @@ class LoraLayer(nn.Module):
         if self.training and self.ggpo_noise_buffer is not None:
             total = total + self._make_ggpo_noise(x.to(dtype)).to(total.dtype)
         return self._select_output(out, total) if selects_output else total
+
+    def _cast_input(self, x: Tensor, shared: SharedInput | None) -> tuple[Tensor, torch.dtype]:
+        """Return the input of the frozen module and the LoRA, and the dtype of the LoRA's products.
+
+        Under autocast, a float32 input is cast once for both, or once for all layers that share it.
+        """
+        if not torch.is_autocast_enabled(x.device.type):
+            return x, self.lora_down.weight.dtype
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype == torch.float32:
+            x = x.to(dtype) if shared is None else shared.cast(x)
+        return x, dtype
 
     def _make_ggpo_noise(self, x: Tensor) -> Tensor:
         """Return LoRA-GGPO's noise for this layer's output."""
@@ -201,8 +208,8 @@ class LoraLayer(nn.Module):
             shared: Multiplies the input by the down factors of several layers; None if no other layer has
                 this input.
         """
-        factors = self._factors_in(x.dtype)
-        if factors is None:  # not cast before the pass: autocast casts them here
+        factors = self.cast_factors
+        if factors is None or factors[0].dtype != x.dtype:  # not cast before the pass: autocast casts them
             return self.lora_up(self._scaled(self.lora_down(x), dropouts))
         down, up = factors  # `up` is already multiplied by the scale
         if shared is None:
@@ -217,23 +224,21 @@ class LoraLayer(nn.Module):
             return self.lora_up.multiply(hidden, up)
         return _multiply(self.lora_up, hidden, up)
 
-    def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return the factors cast for this forward pass; None if they were not cast to `dtype`."""
-        if self.cast_factors is None or self.cast_factors[0].dtype != dtype:
-            return None
-        return self.cast_factors
-
     def _add_in_place(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
         """Add the LoRA's product in place to the output of the frozen module, and return that output."""
-        factors = self._factors_in(x.dtype)
-        down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
+        is_cast = self.cast_factors is not None and self.cast_factors[0].dtype == x.dtype
+        if self.cast_factors is not None and is_cast:
+            down, up = self.cast_factors
+        else:
+            down = self.lora_down.weight.to(x.dtype)
+            up = self.lora_up.weight.to(x.dtype)
         if shared is None:
             # a view of x; in the backward pass, the LoRA's gradient is added to the frozen module's gradient
             frozen_input, hidden = project_in_place_gradient(x, down)
         else:
             frozen_input, hidden = shared.multiply(self, x, adds_gradient_in_place=True)
         # factors that were cast before the pass already include the scale
-        hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
+        hidden = self._masked(hidden, dropouts) if is_cast else self._scaled(hidden, dropouts)
         split_sizes = self.lora_up.split_sizes if isinstance(self.lora_up, BlockUp) else ()
         # saved before the frozen layer runs: recomputing a checkpointed block can then stop before that layer
         saved = save_for_add_up(hidden, up, split_sizes)

@@ -199,7 +199,7 @@ def _describe_lora(checkpoint: Checkpoint, names: list[str], expert: str | None)
     if in_texts:
         clauses.append(f"{len(in_texts)} of them in text encoders")
     trained_expert = expert_of(checkpoint.metadata, checkpoint.path)
-    if trained_expert not in (None, FOR_BOTH):
+    if trained_expert is not None and trained_expert != FOR_BOTH:
         clauses.append(f"trained for the {in_words(trained_expert)}")
     return ", ".join(clauses)
 

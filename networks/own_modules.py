@@ -176,7 +176,8 @@ def _select_size(
     # a rank for its type selects an optional module
     if is_optional and settings.family_rules is not None:
         is_optional = _find_rank_of_type(path, settings.family_rules, settings) is None
-    if _is_excluded(path, settings, is_optional):
+    may_be_excluded = is_optional or bool(settings.exclude)
+    if may_be_excluded and _is_excluded(path, settings, is_optional):
         return None
     if settings.block_settings is not None and settings.block_settings.is_left_out(path):
         return None
