@@ -266,8 +266,8 @@ def reading(path: Path) -> Iterator[None]:
         raise MediaError(f"{path} is not an image that can be read, or it is damaged") from None
     except Image.DecompressionBombError:  # Pillow checks the size first, with a limit above ours
         raise MediaError(
-            f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels, which is the limit. Make the picture "
-            "smaller."
+            f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels, which is the limit. Make the "
+            "picture smaller."
         ) from None
     # catch FFmpeg's errors only if its package has been imported
     except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:
