@@ -500,7 +500,7 @@ def _add_field(
 
 
 def _leave_out(parser: argparse.ArgumentParser, argument: str, default: Any) -> None:
-    """Let a record read the default of an option that the script lacks."""
+    """Give an option that the script lacks its default, for the record that reads it."""
     parser.set_defaults(**{argument: default})
     if isinstance(parser, Parser):
         parser.left_out[argument] = default
