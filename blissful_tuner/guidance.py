@@ -7,7 +7,7 @@ the stages of each step. A new kind is a function there, and a line here.
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -285,7 +285,7 @@ def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> Non
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
         "--perp_neg": options.perp_neg is not None,
     }
-    # a model with its own formula has either this, or rules for each stream
+    # such a model has either projected guidance, or rules for each stream
     formula = "projected guidance"
     if rules.streams:
         formula = "separate ones for picture and sound"
@@ -574,18 +574,19 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     used_scales = {*prepared.guidance_scale, *(stream.text_scale for stream in prepared.rules.streams)}
     if not scheduled and all(scale is None or scale >= neutral_scale for scale in used_scales):
         return
-    option_by_scale = _name_scales(prepared)
-    for standard_scale in itertools.chain(*scheduled):  # in the standard formula, where 1 turns guidance off
-        if standard_scale is not None:
-            typed_scale = standard_scale - 1 + neutral_scale
-            option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
-    for scale, option in option_by_scale.items():
+    for scale, option in _name_scales(prepared, itertools.chain(*scheduled)).items():
         if scale < neutral_scale and (scale in used_scales or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, neutral_scale))
 
 
-def _name_scales(prepared: Prepared) -> dict[float, str]:
-    """Return, for messages, which option sets each guidance scale of a request (the first, if several do)."""
+def _name_scales(prepared: Prepared, scheduled: Iterable[float | None]) -> dict[float, str]:
+    """Return, for messages, which option sets each guidance scale of a request (the first, if several do).
+
+    Args:
+        prepared: The request with all values resolved.
+        scheduled: Scales of --cfg_schedule in the standard formula, where 1 turns guidance off; None in steps
+            without guidance.
+    """
     request = prepared.request
     options_by_scale: dict[float, str] = {}
     if request.guidance_scale is not None:
@@ -597,6 +598,10 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
     for name, stream in zip(("video", "audio"), prepared.rules.streams, strict=False):
         if stream.text_scale is not None:
             options_by_scale.setdefault(stream.text_scale, f"--{name}_cfg_scale {stream.text_scale:g}")
+    for standard_scale in scheduled:
+        if standard_scale is not None:
+            typed_scale = standard_scale - 1 + prepared.rules.neutral_scale
+            options_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
     return options_by_scale
 
 

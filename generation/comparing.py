@@ -390,15 +390,15 @@ def load_for_columns(
 ) -> making.JobsWithNetworks:
     """Yield the clips of each column with networks that have the column's LoRAs.
 
-    A plain network is loaded once, and its weights are changed for each column. It is loaded again for each
-    column if it is quantized, swapped or compiled, has T-LoRAs, or consists of several experts: copies of
-    their original weights would double the host memory.
+    A plain network is loaded once, and its weights are changed for each column. A quantized, swapped or
+    compiled network, or one with T-LoRAs, is loaded again for each column. So are several experts, because
+    copies of their original weights would double the host memory.
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None
-    # T-LoRAs wrap layers instead of changing weights
-    has_masked = any(split_masked(uses)[1] for variant, _ in columns for uses in variant.uses)
-    if is_plain and not has_masked and len(run.family.experts) <= 1:
+    # they wrap layers instead of changing weights
+    has_t_loras = any(split_masked(uses)[1] for variant, _ in columns for uses in variant.uses)
+    if is_plain and not has_t_loras and len(run.family.experts) <= 1:
         yield from _load_switched_networks(run, columns)
         return
     for variant, encoded_jobs in columns:

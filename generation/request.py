@@ -92,16 +92,11 @@ def make_request(
         OptionError: If a number is out of range, or if a text cannot be expanded.
     """
     line = overrides or {}
-    if "prompt" in line and not line["prompt"].strip():
-        raise OptionError("the line has no prompt: write what to show before the options")
+    if line:
+        _check_line(options, line)
     seed = line.get("seed")
     if seed is None:
         seed = draw_seed() if options.seed is None else seed_of(options.seed)
-    line_guidance = line.get("embedded_cfg_scale")
-    if options.embedded_guidance is None and line_guidance is not None:
-        logger.warning(
-            "the embedded guidance %g (--g) is ignored: this model has no input for it", line_guidance
-        )
     values: Mapping[str, Any] = {**vars(options), **line}  # the line takes precedence
     typed_texts: dict[str, str | None] = {name: values[name] for name in TEXTS}
     expanded = _expand(typed_texts, prompts, seed)
@@ -141,6 +136,15 @@ def make_request(
     )
     check_values(request)
     return request
+
+
+def _check_line(options: RequestOptions, line: Mapping[str, Any]) -> None:
+    """Raise OptionError for a line without prompt; warn of embedded guidance if the model takes none."""
+    if "prompt" in line and not line["prompt"].strip():
+        raise OptionError("the line has no prompt: write what to show before the options")
+    guidance = line.get("embedded_cfg_scale")
+    if options.embedded_guidance is None and guidance is not None:
+        logger.warning("the embedded guidance %g (--g) is ignored: this model has no input for it", guidance)
 
 
 def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
@@ -273,7 +277,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
 
 def _complete_request(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Request:
-    """Return the request with its step cache and source, checked as far as this needs no family values."""
+    """Return the request with its step cache and source, after all checks that need no family values."""
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
         from blissful_tuner.step_cache import select_step_cache  # only if a line may request one

@@ -195,7 +195,7 @@ def _install(
 
 
 def _group_requirements(requirements: Iterable[str]) -> dict[str, list[str]]:
-    """Return the requirements by the step that installs them, in the order of the steps."""
+    """Return the requirements of each installation step, in the order of the steps."""
     lines_by_step: dict[str, list[str]] = {"torch": [], "others": [], "without dependencies": []}
     for line in requirements:
         name = requirement_name(line)

@@ -52,7 +52,7 @@ class CheckpointError(UserError):
 
 
 class OutputError(UserError):
-    """Raised if a file cannot be written: full disk, missing rights, name of a folder."""
+    """Raised if a file cannot be written, for example because the disk is full."""
 
 
 class MemoryPlanError(UserError):

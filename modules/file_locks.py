@@ -59,7 +59,7 @@ def _open_own(name: str, flags: int) -> int:
 
 
 def _was_removed(path: Path, file: BinaryIO) -> bool:
-    """Return whether `path` no longer is the open file."""
+    """Return whether the open file is no longer the one at `path`."""
     try:
         return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

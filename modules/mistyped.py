@@ -185,10 +185,10 @@ _ROLES = (
 )
 
 
-def find_our_option(foreign_name: str, has: Container[str]) -> str:
-    """Return our first name for another program's option that is in `has`; "" if there is none."""
-    names = [name for name in _list_our_names(foreign_name) if name in has]
-    names += [name for line in _list_synonyms(foreign_name) for name in line if name in has]
+def find_our_option(foreign_name: str, options: Container[str]) -> str:
+    """Return the first of `options` that corresponds to another program's option; "" if none does."""
+    names = [name for name in _list_our_names(foreign_name) if name in options]
+    names += [name for line in _list_synonyms(foreign_name) for name in line if name in options]
     return names[0] if names else ""
 
 

@@ -480,12 +480,11 @@ def _add_field(
         return
     name = option_name(field)
     settings = {**declared.settings, **overrides.settings.get(name, {})}
-    is_required = settings.get("required") or (declared.positional and settings.get("nargs") != "*")
-    default = None
     if name in overrides.defaults:
         default = overrides.defaults[name]
-    elif not is_required:
-        default = default_of(cls, field)
+    else:
+        is_required = settings.get("required") or (declared.positional and settings.get("nargs") != "*")
+        default = None if is_required else default_of(cls, field)
     if name in overrides.without:  # its record gets the default
         _leave_out(parser, name.replace("-", "_"), default)
         return
@@ -501,7 +500,7 @@ def _add_field(
 
 
 def _leave_out(parser: argparse.ArgumentParser, argument: str, default: Any) -> None:
-    """Let a record read the default of an option that the script lacks."""
+    """Give an option that the script lacks its default, for the record that reads it."""
     parser.set_defaults(**{argument: default})
     if isinstance(parser, Parser):
         parser.left_out[argument] = default

@@ -130,17 +130,17 @@ def explain_path(text: str) -> str | None:
         plain = text.strip("".join(QUOTES))
         return f'quotation marks are part of this path. Write it with straight ones around: "{plain}"'
     if text.strip().lower() in NOTHING:
-        return "this names nothing, and is taken for a path. Leave it out"
+        return "this word stands for no file, but is read as a path. Leave it out"
     if text != text.strip():
         return "this path begins or ends with a space. Remove it"
     match = _VARIABLE.search(text)
     if match is not None and not path_exists(Path(text[: match.end()])):
         return (
-            f"{match[0]} is not a folder, and no variable was put in its place. Bash and PowerShell replace "
+            f"{match[0]} is not a folder, and no variable was substituted. Bash and PowerShell replace "
             "$NAME outside of single quotes, cmd replaces %NAME%. Set it, or write the path out"
         )
     if os.name != "nt" and _DRIVE.match(text):
-        return "this is a path of Windows. Here (in WSL) C: is /mnt/c, and folders are separated by /"
+        return "this is a Windows path. Here (in WSL) C: is /mnt/c, and folders are separated by /"
     return None
 
 

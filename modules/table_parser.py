@@ -186,18 +186,18 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     # positional arguments have no flags
     actions = [action for action in parser._actions if action.dest in typed or not action.option_strings]
     for action in actions:
-        info: Mapping[str, Any] = getattr(action, "facts", {})
+        facts: Mapping[str, Any] = getattr(action, "facts", {})
         name = _find_public_name(action)
         value = getattr(arguments, action.dest, None)
-        if value is None or not info:
+        if value is None or not facts:
             continue
-        check_value(name, value, info)
+        check_value(name, value, facts)
         if not _is_set(action, name, arguments):
             continue
-        if parser.changes_values:
-            check_relations(name, {**info, "needs": ()}, parsed.list_typed)
+        if parser.changes_values:  # untyped options may still change, so only typed ones can conflict
+            check_relations(name, {**facts, "needs": ()}, parsed.list_typed)
         else:
-            check_relations(name, info, parsed.list_set)
+            check_relations(name, facts, parsed.list_set)
     if is_limited():  # the records first check which paths may be accessed
         return
     for action in actions:

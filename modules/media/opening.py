@@ -173,10 +173,11 @@ def reject_cut(path: Path) -> None:
             box_type = head[4:8]
             if not box_types and box_type not in _FIRST_BOXES:  # neither MP4 nor MOV
                 return
-            if not head or length == 0 and len(head) > 7:  # the last box may extend to the end of the file
+            extends_to_end = length == 0 and len(head) > 7  # as the last box may
+            if not head or extends_to_end:
                 break
             box_types.add(box_type)
-            if length == 1:  # 64 bits follow the kind
+            if length == 1:  # the length follows the type, in 64 bits
                 length = int.from_bytes(head[8:], "big")
             position += max(length, 8)
             if position > size:
@@ -205,8 +206,8 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
             ("video", ".mp4, .mov, .mkv") if formats is VIDEO_FORMATS else ("sound", ".wav, .flac")
         )
         raise MediaError(
-            f"{path} is in no {kind} format that is read here, or it is a list of other files, which is not "
-            f"followed. Give the {kind} itself, such as a {examples} or .webm."
+            f"{path} is in no supported {kind} format, or it is a list of other files, which are not opened. "
+            f"Give the {kind} itself, such as a {examples} or .webm."
         ) from None
 
 
@@ -228,7 +229,7 @@ def require_media(path: Path) -> None:
                     return
         except (MediaError, av.FFmpegError):
             pass
-    raise MediaError(f"{path} is not a picture, clip or sound that is read here.")
+    raise MediaError(f"{path} is not an image, video or audio file in a supported format.")
 
 
 def is_cover(stream: Any) -> bool:
@@ -265,8 +266,8 @@ def reading(path: Path) -> Iterator[None]:
         raise MediaError(f"{path} is not an image that can be read, or it is damaged") from None
     except Image.DecompressionBombError:  # Pillow checks the size first, with a limit above ours
         raise MediaError(
-            f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
-            "smaller."
+            f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels, which is the limit. Make the "
+            "picture smaller."
         ) from None
     # catch FFmpeg's errors only if its package has been imported
     except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:

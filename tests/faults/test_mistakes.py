@@ -254,9 +254,7 @@ MISTYPED = (
     wrong(WAN, "--dit='models/wan.safetensors", 'straight ones around: "models/wan.safetensors"'),
     wrong(WAN, "--dit='https://example.org/wan.safetensors'", "this is an address. Download"),
     wrong(WAN, "--dit='~nosuchuser/wan.safetensors'", "there is no such user"),
-    wrong(
-        WAN, "--dit=$MODELS/wan.safetensors", "$MODELS is not a folder, and no variable was put in its place"
-    ),
+    wrong(WAN, "--dit=$MODELS/wan.safetensors", "$MODELS is not a folder, and no variable was substituted"),
     wrong(WAN, "--dit=%MODELS%/wan.safetensors", "%MODELS% is not a folder"),
     wrong(WAN, f"--dit={Path('/').absolute()}wan.safetensors", "is a variable that stood before it not set?"),
     wrong(WAN, "--dit=models/*.safetensors", "A pattern that matches no file stays unchanged"),

@@ -326,7 +326,7 @@ def test_two_stages_are_planned_compiled_and_previewed(
         (["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "gone"], "gone: no such file"),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "none"],
-            "none: this names nothing, and is taken for a path. Leave it out",
+            "none: this word stands for no file, but is read as a path. Leave it out",
         ),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--lora_weight", "ic", "--lora_rounding", "nearest"],

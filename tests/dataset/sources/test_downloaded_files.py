@@ -66,7 +66,7 @@ def test_all_media_that_are_read_keep_their_ending() -> None:
 def test_what_is_no_media_is_not_kept(content: bytes, tmp_path: Path, site: Site) -> None:
     (site.folder / "cat.png").write_bytes(content)
     with pytest.raises(
-        MediaError, match=r"/cat.png: it is not a picture, clip or sound .* Nothing of it is kept"
+        MediaError, match=r"/cat.png: it is not an image, video or audio file .* Nothing of it is kept"
     ):
         download(f"{site.url}/cat.png", tmp_path / "kept" / "cat.png", check=check_media)
     with pytest.raises(MediaError, match="it is not a tar"):

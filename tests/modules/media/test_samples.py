@@ -127,7 +127,7 @@ def test_damaged_sound_and_files_that_are_no_sound_are_named(tmp_path: Path) -> 
     for one in (path, cut):
         with pytest.raises(MediaError, match=rf"{one.name}: its sound is damaged near .*convert"):
             read_track(one, Fraction(0), 2 * RATE, RATE, 1)
-    with pytest.raises(MediaError, match="is in no sound format"):
+    with pytest.raises(MediaError, match="is in no supported sound format"):
         read_track(text, Fraction(0), RATE, RATE, 1)
     with pytest.raises(MediaError, match="does not exist"):
         read_track(tmp_path / "gone.wav", Fraction(0), RATE, RATE, 1)
