@@ -86,7 +86,9 @@ LINES = (
         "%(names)s: captions without a file. A caption has the name of its file, such as %(example)s for "
         "cat.png"
     ),
-    say("%(names)s: more than %(n)s times as long as wide, as few models know pictures: crop them"),
+    say(
+        "%(names)s: more than %(n)s times as long as wide, a shape that few models were trained on: crop them"
+    ),
     say("%(names)s: equal copies, which are trained more often than others. Delete all but one of %(n)s"),
     say("... and %(n)s more groups of equal copies"),
     say("%(files)s to learn from: few. They would mostly be memorized; 10 to 30 are usual"),
@@ -129,9 +131,12 @@ LINES = (
     say("%(names)s: learned as results. If others are made from them, move them into a folder named control"),
     say("%(names)s: not trained on, its reference cannot be read: %(reason)s"),
     say("%(names)s: without sound: only their pictures are used"),
-    say("%(names)s: captions of %(count)s. %(n)s are written into %(suffix)s files, which count from now on"),
+    say(
+        "%(names)s: captions of %(count)s. %(n)s are written into %(suffix)s files, which are used from "
+        "now on"
+    ),
     say("%(names)s: captions of %(count)s"),
-    say("%(names)s: the %(suffix)s file says something else than the list, and counts"),
+    say("%(names)s: the %(suffix)s file differs from the list, and is used"),
     say("--task %(task)s is taken: %(about)s. Others: %(others)s"),
     say("--task %(typed)s: %(task)s is taken, %(about)s"),
     say(
@@ -142,7 +147,7 @@ LINES = (
     say("Each saved file has %(size)s; with the states output takes about %(total)s"),
     say("--%(option)s: taken from %(file)s. --model_file %(value)s uses another one"),
     say(
-        "This processor computes bfloat16 many times slower than float32, so all is in float32, which "
+        "This processor computes bfloat16 many times slower than float32, so everything is in float32, which "
         "needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
     ),
     say(
@@ -180,17 +185,18 @@ LINES = (
     say("%(model)s takes %(size)s GiB of weights and about %(more)s more, and the card has %(memory)s GiB"),
     # errors that end `new`
     say(
-        "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. Make this of it:"
+        "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. "
+        "Arrange it like this:"
     ),
     say(
         "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. "
-        "%(names)s seem to be such pictures: move them into %(place)s. Make this of it:"
+        "%(names)s seem to be such pictures: move them into %(place)s. Arrange it like this:"
     ),
     say("%(path)s  the edit as a text, such as: the cat wears a hat"),
     say("%(path)s  what it is made from; of several cat_0.jpg, cat_1.jpg"),
     say("%(path)s  a result"),
     say("Other names for control: before, source, reference. It may also be next to the folder of results."),
-    say("%(kind)s: %(folder)s has no clip and no picture that can be read. Give one that has."),
+    say("%(kind)s: %(folder)s has no clip and no picture that can be read. Give a folder that has one."),
     say("%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Give clips that have some."),
     say(
         "%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Give clips that have some, or "

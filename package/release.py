@@ -70,7 +70,7 @@ def cut_notes(tag: str, changes: str, pages: str = "") -> str:
     text = matching[0].partition("\n")[2].strip() if matching else ""
     if not text:
         raise UserError(
-            f"CHANGELOG.md says nothing of {version}. Its section begins with a line `## {version} (DATE)`: "
+            f"CHANGELOG.md has no section about {version}. It begins with a line `## {version} (DATE)`: "
             "rename `## Unreleased`"
         )
     if pages:

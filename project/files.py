@@ -641,7 +641,7 @@ def _describe_precision(setup: describing.RunSetup) -> list[str]:
     lines = []
     if setup.needs_float32:
         lines.append(
-            "This processor computes bfloat16 many times slower than float32, so all is in float32, "
+            "This processor computes bfloat16 many times slower than float32, so everything is in float32, "
             "which needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
         )
     if setup.needs_float16:

@@ -222,7 +222,7 @@ def _require_media(
     if has_audio_files and suggested_models.audio_options:
         remedy = f" {suggested_models.audio_options} learns sounds alone."
     raise DatasetError(
-        f"{folder} has no clip and no picture that can be read. Give one that has.{remedy}"
+        f"{folder} has no clip and no picture that can be read. Give a folder that has one.{remedy}"
         f"{_indent_lines(content.report_lines)}"
     )
 
@@ -591,10 +591,10 @@ def _describe_lists(content: FolderContent) -> list[str]:
     # captions from lists are copied into caption files
     if lines and content.new_captions:
         count = len(content.new_captions)
-        lines[-1] += f". {count} are written into {content.caption_suffix} files, which count from now on"
+        lines[-1] += f". {count} are written into {content.caption_suffix} files, which are used from now on"
     if content.conflicting_captions:
         names = name_some(content.conflicting_captions)
-        text = f"{names}: the {content.caption_suffix} file says something else than the list, and counts"
+        text = f"{names}: the {content.caption_suffix} file differs from the list, and is used"
         lines.append(warning(text))
     return [*lines, *content.listed_captions.report_lines]
 
@@ -1154,7 +1154,8 @@ def _describe_reference_layout(folder: Path, name: str, media: Sequence[Media]) 
     if numbered:
         advice = f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
     return (
-        f"{folder}: {name} learns edits, and there is no picture to edit from.{advice} Make this of it:\n"
+        f"{folder}: {name} learns edits, and there is no picture to edit from.{advice} "
+        "Arrange it like this:\n"
         f"  {folder / 'cat.jpg'}          a result\n"
         f"  {folder / 'cat.txt'}          the edit as a text, such as: the cat wears a hat\n"
         f"  {folder / 'control' / 'cat.jpg'}  what it is made from; of several cat_0.jpg, cat_1.jpg\n"
@@ -1215,7 +1216,10 @@ def _describe_sizes(media: Sequence[Media]) -> list[str]:
         text = f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: the model would learn their blur"
         lines.append(warning(text))
     if narrow:
-        text = f"more than {MAX_ASPECT_RATIO} times as long as wide, as few models know pictures: crop them"
+        text = (
+            f"more than {MAX_ASPECT_RATIO} times as long as wide, a shape that few models were trained on: "
+            "crop them"
+        )
         lines.append(warning(f"{name_some(narrow)}: {text}"))
     return lines
 

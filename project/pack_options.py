@@ -62,7 +62,7 @@ def find_error_of_name(name: str, on_windows: bool) -> str:
     except UnicodeEncodeError:
         return "it is not UTF-8"
     if num_bytes > MAX_OF_NAME:
-        return f"it has {num_bytes} bytes, and {MAX_OF_NAME} are the most"
+        return f"it has {num_bytes} bytes, and at most {MAX_OF_NAME} are allowed"
     errors_on_windows = map(find_error_on_windows, parts if on_windows else ())
     return next(filter(None, errors_on_windows), "")
 

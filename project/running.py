@@ -298,7 +298,7 @@ def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
         _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
         raise SystemExit(1)
     if outcome.unreadable_files:
-        print_lines([f"Going on without {len(outcome.unreadable_files)} that cannot be read."])
+        print_lines([f"Continuing without {len(outcome.unreadable_files)} that cannot be read."])
     return outcome.unreadable_files
 
 

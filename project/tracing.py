@@ -169,7 +169,7 @@ class RunTrace:
         try:
             yield
         except (OSError, OutputError) as error:
-            logger.debug("no trace of this run is kept: %s", error)
+            logger.debug("no record of this run is kept: %s", error)
             self._history = None
 
 

@@ -47,7 +47,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     if kind.lower() in _EMBEDDING_TYPES or _has_settings(values, "embedding."):
         return ForeignRun("embedding", f"type = {kind}, with embedding")
     if kind not in _TRAINER_TYPES:
-        raise UnsupportedRun(f"type = {kind}: `new` sets up no such training")
+        raise UnsupportedRun(f"type = {kind}: `new` does not set up this kind of training")
     if _has_settings(values, "network."):
         return ForeignRun("lora", "network")
     return ForeignRun("whole", "a job without network")

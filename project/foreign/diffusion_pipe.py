@@ -101,7 +101,7 @@ PROGRAM = Program(
         "model.merge_adapters": omitted("training_adapter below [training] accepts such a file"),
         "fuse_adapters*": omitted("training_adapter below [training] accepts such a file"),
         "model.min_snr_gamma": rules.MIN_SNR,
-        "model.v_pred": omitted("the model says what it predicts"),
+        "model.v_pred": omitted("the model determines what it predicts"),
         **{f"model.{name}": rules.MODEL_FILE for name in _TABLES},
         **{f"model.{name}": rules.OWN_FILES for name in _OTHER_FILES},
         "adapter.type": rules.NETWORK_KIND,

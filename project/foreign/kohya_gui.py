@@ -25,8 +25,8 @@ from project.foreign.contract import (
     read_text,
 )
 
-_OF_UI = omitted("the form has it for its own use")
-_OF_NETWORK = omitted("network_args below [training] say it: docs/networks.md")
+_OF_UI = omitted("only the form itself uses it")
+_OF_NETWORK = omitted("set it by network_args below [training]: docs/networks.md")
 _OF_LAUNCHER = omitted("`run` starts the training on one card")
 _NETWORK_ARGUMENTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "factor")
 _LYCORIS_KEYS = (
@@ -242,7 +242,7 @@ PROGRAM = Program(
         "sdxl": rules.MODEL_NAME,
         "flux1_checkbox": rules.MODEL_NAME,
         "v2": rules.MODEL_NAME,
-        "v_parameterization": omitted("the model says what it predicts"),
+        "v_parameterization": omitted("the model determines what it predicts"),
         **dict.fromkeys(("ae", "clip_l", "t5xxl", "vae"), rules.OWN_FILES),
         "caption_extension": rules.CAPTIONS,
         "enable_bucket": rules.BUCKETS,

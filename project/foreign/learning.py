@@ -22,7 +22,7 @@ def remove_unsuitable_rates(project: ForeignProject, kind: RunKind) -> None:
         setting = f" ({project.run.setting})" if project.run.setting else ""
         _remove_all_rates(project, f"it is not the rate of such a run{setting}, and {kind.title} is trained")
     elif project.replaces_optimizer:
-        _remove_all_rates(project, "another optimizer is taken, with its own")
+        _remove_all_rates(project, "another optimizer is used, with its own rates")
     else:
         return
     if project.replaces_optimizer:

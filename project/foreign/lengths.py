@@ -10,7 +10,7 @@ from project.foreign.project import FileEpochs, ForeignProject
 from project.new_options import NewOptions
 
 _SCHEDULES_WITHOUT_WARMUP = {"constant": "constant_with_warmup"}
-_OVERRIDDEN = "--max_train_steps says otherwise"
+_OVERRIDDEN = "--max_train_steps sets another value"
 
 
 @dataclass(frozen=True)

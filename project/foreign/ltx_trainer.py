@@ -40,7 +40,7 @@ def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     mode = str(values.get("model.training_mode", "lora"))
     if mode not in {"lora", "full"}:
-        raise UnsupportedRun(f"model.training_mode = {mode}: `new` sets up no such training")
+        raise UnsupportedRun(f"model.training_mode = {mode}: `new` does not set up this kind of training")
     return ForeignRun("whole" if mode == "full" else "lora", f"model.training_mode = {mode}")
 
 
@@ -84,7 +84,7 @@ def _rules_of_video() -> dict[str, KeyRule]:
         f"{start}.mask.probability": KeyRule(TRAINING, "ltx2_inpaint_mask_p", _read_fraction),
         f"{start}.mask.*": rules.MASKS,
         f"{start}.reference.*": omitted(
-            "references lie in reference_directory of dataset.toml: docs/ltx2.md"
+            "references are in reference_directory of dataset.toml: docs/ltx2.md"
         ),
         **_rules_of_ends("video", ""),
     }

@@ -30,7 +30,7 @@ _UNIT = "it is counted in minutes or seconds there, and in steps here"
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     method = str(values.get("training_method", "FINE_TUNE"))
     if method not in _RUNS:
-        raise UnsupportedRun(f"training_method = {method}: `new` sets up no such training")
+        raise UnsupportedRun(f"training_method = {method}: `new` does not set up this kind of training")
     return ForeignRun(_RUNS[method], f"training_method = {method}")
 
 

@@ -141,7 +141,7 @@ class ForeignProject:
             lines.append(f"  taken: {', '.join(dict.fromkeys(adopted_keys))}")
         if self.assumed_defaults:
             assumed = [f"{key} = {show(value)}" for key, value in self.assumed_defaults.items()]
-            lines.append(f"  taken as {self.title} has it if a file does not say it: {', '.join(assumed)}")
+            lines.append(f"  set as by {self.title}, because the file does not set it: {', '.join(assumed)}")
         return lines
 
     def _describe_omitted(self, folder: Path) -> list[str]:
@@ -154,7 +154,9 @@ class ForeignProject:
         for reason, keys in self.omitted_keys_by_reason.items():
             lines.append(f"  left: {', '.join(keys)}: {reason}")
         if self.ineffective_keys:
-            lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.ineffective_keys))}")
+            lines.append(
+                f"  without effect there and here: {', '.join(dict.fromkeys(self.ineffective_keys))}"
+            )
         if self.empty_keys:
             lines.append(f"  left, without a value: {', '.join(self.empty_keys)}")
         return lines

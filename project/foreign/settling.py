@@ -47,7 +47,7 @@ def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions
         if typed_value == getattr(default, name):
             completed[name] = value
         elif typed_value != value:
-            project.report_omitted_value(name, value, f"--{name} says otherwise")
+            project.report_omitted_value(name, value, f"--{name} sets another value")
     return dataclasses.replace(options, **completed)
 
 
@@ -60,7 +60,7 @@ def _list_project_options(project: ForeignProject, options: NewOptions) -> dict[
         # the project's task is of the project's family, and another family was typed
         task = project_options.pop("task", None)
         if task is not None and options.task is None:
-            project.report_omitted_value("task", task, "--family says otherwise")
+            project.report_omitted_value("task", task, "--family sets another value")
     project_options.pop("max_train_steps", None)  # `select_length` compares it with the epochs
     return project_options
 
@@ -172,7 +172,7 @@ def _set_default_alpha(project: ForeignProject) -> None:
         return
     alpha = rank if project.program.default_alpha is None else project.program.default_alpha
     project.training_options["network_alpha"] = alpha
-    project.change_lines.append(f"no alpha is said: network_alpha = {alpha}, as in {project.title}")
+    project.change_lines.append(f"no alpha is set: network_alpha = {alpha}, as in {project.title}")
 
 
 def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) -> None:

@@ -35,10 +35,11 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
         return ForeignRun("controlnet", "controlnet = true")
     if is_on(values.get("control")):
         raise UnsupportedRun(
-            "control = true: a LoRA that sees control images in additional channels; none is trained so here"
+            "control = true: a LoRA that sees control images in additional channels; no script here trains "
+            "such a LoRA"
         )
     if kind not in {"lora", "full"}:
-        raise UnsupportedRun(f"model_type = {kind}: `new` sets up no such training")
+        raise UnsupportedRun(f"model_type = {kind}: `new` does not set up this kind of training")
     return ForeignRun("whole" if kind == "full" else "lora", f"model_type = {kind}")
 
 

@@ -193,7 +193,7 @@ def _read_text(key: str, value: Any) -> str:
         ValueError: If the value is not one line of text, or is a URL.
     """
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{_show(key)} is missing, or no text")
+        raise ValueError(f"{_show(key)} is missing, or is not text")
     if len(value) > MAX_OF_TEXT or escape_control_codes(value) != value or len(value.splitlines()) > 1:
         raise ValueError(f"{_show(key)} has to be a line of at most {MAX_OF_TEXT} characters")
     if "://" in value:
@@ -203,7 +203,7 @@ def _read_text(key: str, value: Any) -> str:
 
 def _read_figures(table: Mapping[str, Any]) -> dict[str, str]:
     if len(table) > MAX_FIGURES:
-        raise ValueError(f"[figures] has {len(table)} keys: {MAX_FIGURES} are the most")
+        raise ValueError(f"[figures] has {len(table)} keys: at most {MAX_FIGURES} are allowed")
     figures = {}
     for name, value in table.items():
         text = f"{value:g}" if type(value) in (int, float) else value

@@ -106,7 +106,7 @@ def test_notes_are_the_section_of_the_version_with_links_that_work_elsewhere() -
     assert notes == (
         f"- new: [page]({PAGES}/docs/a.md#b), [site](https://example.org/x), [here](#c)\n### more\n- two\n"
     )
-    with pytest.raises(UserError, match=r"says nothing of 7\.0"):
+    with pytest.raises(UserError, match=r"has no section about 7\.0"):
         release.cut_notes("v7.0", CHANGES)
     with pytest.raises(UserError, match="Shorten"):
         release.cut_notes(TAG, CHANGES.replace("two", "two" * 50_000))

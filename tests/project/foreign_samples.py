@@ -550,7 +550,7 @@ SAMPLES: dict[str, Sample] = {
             "lr_warmup_steps": 0,
         },
         {"max_bucket_reso": 128},
-        ("of no effect there or here:", "metadata_author"),
+        ("without effect there and here:", "metadata_author"),
     ),
     "the GUI of kohya_ss, a LoKr with Prodigy": Sample(
         {

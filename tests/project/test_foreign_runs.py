@@ -230,9 +230,12 @@ def test_what_a_project_trains_is_what_is_described(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({**ONETRAINER, "training_method": "FINE_TUNE_VAE"}, "FINE_TUNE_VAE: `new` sets up no such training"),
+        (
+            {**ONETRAINER, "training_method": "FINE_TUNE_VAE"},
+            "FINE_TUNE_VAE: `new` does not set up this kind of training",
+        ),
         ({"LoRA_type": "LyCORIS/Native Fine-Tuning", "sdxl": True}, "trains differences of whole layers"),
-        ({"model_family": "sdxl", "control": True}, "none is trained so here"),
+        ({"model_family": "sdxl", "control": True}, "no script here trains such a LoRA"),
         ({"model_family": "flux", "controlnet": True}, "controlnet = true: .*ControlNet.*Give --train lora"),
         ({"model_type": "ERNIE", "training_method": "LORA"}, "model_type = ERNIE"),
     ],
@@ -264,7 +267,7 @@ def test_a_rate_belongs_to_the_kind_and_to_the_optimizer(
     }
     adam = describe(photos, other, capsys)
     assert (adam.training["learning_rate"], "optimizer_args" in adam.training) == (1e-4, False)
-    assert "another optimizer is taken, with its own" in adam.told
+    assert "another optimizer is used, with its own rates" in adam.told
 
 
 def test_adafactor_has_the_arguments_of_the_project_or_of_its_program(
@@ -359,7 +362,7 @@ def test_usual_values_of_the_other_program_are_taken_and_told(
     assert expected.items() <= found.training.items()
     assert found.training["lr_scheduler"] == "constant_with_warmup"
     assert found.general["resolution"] == [512, 512]
-    assert "taken as OneTrainer has it if a file does not say it:" in found.told
+    assert "set as by OneTrainer, because the file does not set it:" in found.told
 
 
 SIMPLETUNER = {"model_family": "flux", "model_flavour": "dev", "model_type": "lora", "lora_rank": 4}

@@ -491,8 +491,8 @@ def test_captions_of_lists_are_written_into_caption_files(
 
     expected = {"p0.jpg": f"{GERMAN} p0", "p1.jpg": "my own", "p2.jpg": f"{GERMAN} p2"}
     assert captions_of(tmp_path) == expected
-    assert "2 are written into .txt files, which count from now on" in said
-    assert "p1.jpg: the .txt file says something else than the list, and counts" in said
+    assert "2 are written into .txt files, which are used from now on" in said
+    assert "p1.jpg: the .txt file differs from the list, and is used" in said
     assert ("1 row for files that are not here: gone.jpg" in said) is (write is write_rows_of_others)
     assert "without a caption" not in said
 
