@@ -222,7 +222,7 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
 
 
 def _check_ic_lora_options(shared: Any, ic_lora: Path, is_only_lora: bool) -> None:
-    """Raise OptionError for options of LoRAs that an IC-LoRA of the first stage cannot follow."""
+    """Raise OptionError if an option for LoRAs is given that cannot apply to an IC-LoRA."""
     patterns = shared.lora_patterns
     if patterns.include_patterns or patterns.exclude_patterns:
         raise OptionError(
