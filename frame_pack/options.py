@@ -258,7 +258,7 @@ class _SampleInputs:
 
 
 def _read_sample_inputs(sample: Mapping[str, Any], is_one_frame: bool) -> _SampleInputs:
-    """Return the inputs that a line of prompts gives."""
+    """Return the inputs that a prompt line sets."""
     return _SampleInputs(
         image=sample.get("image_path"),
         controls=sample.get("control_images") or (),

@@ -89,9 +89,7 @@ def prepare_request(
         width, height = _match_control_shape(settings, width, height, latent.pixel_step)
     flow_shift = request.flow_shift
     if flow_shift is None:
-        *_, rows, columns = latent.shape(1, height, width)
-        # the released schedule depends on the number of tokens that are denoised together
-        flow_shift = compute_flow_shift(count_tokens(1 if is_one_frame else window, rows, columns))
+        flow_shift = _default_flow_shift(latent, width, height, 1 if is_one_frame else window)
     prepared = requests.resolve_request(
         request, defaults, (width, height, frames), flow_shift, default_negative=""
     )
@@ -107,6 +105,12 @@ def prepare_request(
         family_settings=settings,
         extra_metadata=metadata,
     )
+
+
+def _default_flow_shift(latent: LatentSpec, width: int, height: int, num_latent_frames: int) -> float:
+    """Return the released flow shift, which depends on the number of tokens that are denoised together."""
+    *_, rows, columns = latent.shape(1, height, width)
+    return compute_flow_shift(count_tokens(num_latent_frames, rows, columns))
 
 
 def _make_metadata(extra: Mapping[str, str], sections: int, frames: int | None) -> dict[str, str]:

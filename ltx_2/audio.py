@@ -169,13 +169,12 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     (values_per_frame,) = shape("latents_mean", 1)  # values in a latent frame: channels x mel bins
     if num_levels != NUM_LEVELS or values_per_frame % latent_channels:
         raise rejection
-    multipliers = []
-    for level in range(num_levels):
-        width = shape(f"encoder.down.{level}.block.0.conv1.conv.weight")[0]
-        multipliers.append(width // base_width)
+    level_widths = [
+        shape(f"encoder.down.{level}.block.0.conv1.conv.weight")[0] for level in range(num_levels)
+    ]
     settings = {
         "base_channels": base_width,
-        "ch_mult": tuple(multipliers),
+        "ch_mult": tuple(width // base_width for width in level_widths),
         "num_res_blocks": count(sources, r"encoder\.down\.0\.block\.\d+"),
         "in_channels": num_audio_channels,  # audio channels
         "output_channels": shape("decoder.conv_out.conv.weight")[0],

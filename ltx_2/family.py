@@ -236,19 +236,20 @@ class Ltx2(Ltx2Media):
         }
         if isinstance(self.options, Ltx2TrainingOptions):
             names |= replace_synonyms(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
-        strategy = getattr(self.options, "ic_lora_strategy", None)
-        preset = getattr(self.options, "lora_target_preset", None)
-        # factors of 1 are recorded only if the run is known to use references
-        uses_references = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
-        references = self.references
-        if references is not None:
-            is_scaled = (references.size_factor, references.time_factor) != (1, 1)
-            if uses_references or is_scaled:
-                names |= factor_metadata(references)
+        if self.references is not None and self._records_factors(self.references):
+            names |= factor_metadata(self.references)
         ends_before_audio = self.audio_references.ends_before_audio
         if AUDIO in self.strategy.needs or (self.strategy.takes_audio and ends_before_audio):
             names[NEGATIVE_POSITIONS] = TRUE if ends_before_audio else FALSE
         return self.metadata_of(names)
+
+    def _records_factors(self, references: rules.ReferenceRules) -> bool:
+        """Return whether LoRAs record reference factors: factors of 1 only if the run uses references."""
+        strategy = getattr(self.options, "ic_lora_strategy", None)
+        preset = getattr(self.options, "lora_target_preset", None)
+        uses_references = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
+        is_scaled = (references.size_factor, references.time_factor) != (1, 1)
+        return uses_references or is_scaled
 
     # encoding
 
@@ -661,15 +662,18 @@ class Ltx2(Ltx2Media):
             raise OptionError(
                 f"--reference_videos: {len(paths)} references, but at most {MAX_REFERENCES} are supported"
             )
-        for path in paths:
-            check_opens("reference_video", path, is_image=is_single_image(path))
-        # the mask limits where references are attended to
-        mask, _ = self.reference_attention
-        if mask is not None:
-            check_opens("conditioning-attention-mask", mask, is_image=is_single_image(mask))
+        self._check_references_open(paths)
         if self.reference_strength < 1:
             self._check_no_clean_frames(request, media)
         return paths
+
+    def _check_references_open(self, paths: Sequence[Path]) -> None:
+        """Raise an error if references, or the mask that limits the attention to them, cannot be opened."""
+        for path in paths:
+            check_opens("reference_video", path, is_image=is_single_image(path))
+        mask, _ = self.reference_attention
+        if mask is not None:
+            check_opens("conditioning-attention-mask", mask, is_image=is_single_image(mask))
 
     def _check_no_clean_frames(self, request: Request, media: Ltx2GivenMedia) -> None:
         """Raise OptionError if the request gives frames of the result while references are denoised."""

@@ -71,7 +71,7 @@ def _only_reference(request: Request, mask: Path) -> Path:
 
 
 def _check_pairs(media: Ltx2GivenMedia) -> None:
-    """Raise OptionError for a clip to change or to paste without the option that says where."""
+    """Raise OptionError if a clip to change or to paste is given without the option that says where."""
     if media.inpaint_source is not None and not (media.inpaint_mask or media.retake):
         raise OptionError(
             f"--inpaint_source {media.inpaint_source}: give --{MASK} or --retake, which say what to change"

@@ -270,8 +270,7 @@ def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
     if "p" in settings:
         settings["probability"] = settings.pop("p")
     _check_keys(settings, set(option_names) - {""}, source)
-    # a condition of the file always applies unless it has a probability
-    settings.setdefault("probability", 1.0)
+    settings.setdefault("probability", 1.0)  # without one, the condition applies to all clips
     values = {option_names[key]: value for key, value in settings.items()}
     if "" in option_names:  # the switch of this type of condition
         values[option_names[""]] = True

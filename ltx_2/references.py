@@ -274,7 +274,6 @@ def read_strengths(
         OptionError: If a clip is shorter than a reference.
     """
     strengths = []
-    steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
     for reference in reference_pixels:
         _, _, frames, height, width = reference.shape
         size = (  # size of the result, because `read_pixels` reduces it to the reference's size
@@ -287,12 +286,18 @@ def read_strengths(
         if is_single_image(mask):  # the same for every frame
             white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
-        # the first latent frame has one pixel frame, the others `frame_step`: repeat the first to pool evenly
-        num_repeats = latent.frame_step - 1
-        first = white[:, :, :1].expand((-1, -1, num_repeats, -1, -1))
-        repeated = torch.cat([first, white], dim=2)
-        strengths.append(functional.avg_pool3d(repeated, steps).flatten(1))
+        strengths.append(_average_in_latents(white, latent).flatten(1))
     return torch.cat(strengths, dim=1)
+
+
+def _average_in_latents(white: Tensor, latent: LatentSpec) -> Tensor:
+    """Return the mean brightness of the pixels of each latent, from 1 1 f h w.
+
+    The first latent frame has one pixel frame, the others `frame_step`: the first is repeated to pool evenly.
+    """
+    first = white[:, :, :1].expand((-1, -1, latent.frame_step - 1, -1, -1))
+    repeated = torch.cat([first, white], dim=2)
+    return functional.avg_pool3d(repeated, (latent.frame_step, latent.pixel_step, latent.pixel_step))
 
 
 def check_sides(width: int, height: int, rules: ReferenceRules) -> None:

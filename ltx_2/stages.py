@@ -199,30 +199,33 @@ def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, An
 
     Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns select parts of LoRAs.
     """
-    both_stages: list[tuple[Path, float]] = []
-    first_stage: list[tuple[Path, float]] = []
-    for path, strength in zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True):
-        # an IC-LoRA records how much smaller its references are; other LoRAs record no factors
-        is_ic_lora = bool(read_reference_factors([path]))
-        (first_stage if is_ic_lora else both_stages).append((path, strength))
-    if not first_stage:
+    # with their strengths
+    loras = list(zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True))
+    ic_loras = [(path, strength) for path, strength in loras if _is_ic_lora(path)]
+    other_loras = [lora for lora in loras if lora not in ic_loras]
+    if not ic_loras:
         return shared, own_options
-    _check_ic_lora_options(shared, first_stage[0][0], is_only_lora=not both_stages)
+    _check_ic_lora_options(shared, ic_loras[0][0], is_only_lora=not other_loras)
     logger.info(
         "%s: an IC-LoRA, which only the first stage uses, as in the official pipeline",
-        ", ".join(path.name for path, _ in first_stage),
+        ", ".join(path.name for path, _ in ic_loras),
     )
     lora = replace(
         shared.lora,
-        lora_weight=tuple(path for path, _ in both_stages) or None,
-        lora_multiplier=tuple(strength for _, strength in both_stages) or (1.0,),
+        lora_weight=tuple(path for path, _ in other_loras) or None,
+        lora_multiplier=tuple(strength for _, strength in other_loras) or (1.0,),
     )
-    stages = replace(own_options.stages, first_loras=tuple(first_stage))
+    stages = replace(own_options.stages, first_loras=tuple(ic_loras))
     return replace(shared, lora=lora), replace(own_options, stages=stages)
 
 
+def _is_ic_lora(path: Path) -> bool:
+    """Return whether a LoRA records how much smaller its references are; other LoRAs record no factors."""
+    return bool(read_reference_factors([path]))
+
+
 def _check_ic_lora_options(shared: Any, ic_lora: Path, is_only_lora: bool) -> None:
-    """Raise OptionError for options of LoRAs that an IC-LoRA of the first stage cannot follow."""
+    """Raise OptionError if an option for LoRAs is given that cannot apply to an IC-LoRA."""
     patterns = shared.lora_patterns
     if patterns.include_patterns or patterns.exclude_patterns:
         raise OptionError(

@@ -391,9 +391,10 @@ class H3Model(nn.Module):
         ]
         embedded_media = [self._embed_medium(medium) for medium in media]
         timesteps, timestep_indices = _index_timesteps(times, conditions)
-        segments = []
-        for medium, embedded, index in zip(media, embedded_media, timestep_indices, strict=True):
-            segments.append(TokenSegment(embedded.shape[1], index, medium.modality))
+        segments = [
+            TokenSegment(embedded.shape[1], index, medium.modality)
+            for medium, embedded, index in zip(media, embedded_media, timestep_indices, strict=True)
+        ]
         num_audio_tokens = segments[1].num_tokens
         # text with image placeholders is split into runs of text and of image tokens
         segments += _split_text(is_image_token, num_text)

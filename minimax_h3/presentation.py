@@ -125,9 +125,14 @@ def present_media(
             patches = cut_image(vision_tower, medium.pixels(), preprocessing.images, prompt_format)
             pieces.append(PromptPiece(num_image_tokens=patches.counts[0]))
         all_patches.append(patches)
-    patch_grids = tuple(side for patches in all_patches for side in patches.token_grids)
-    joined = torch.cat([patches.patches for patches in all_patches]) if all_patches else torch.zeros(0)
-    return Presentation(tuple(pieces), PatchedImages(joined, patch_grids))
+    return Presentation(tuple(pieces), _join_patches(all_patches))
+
+
+def _join_patches(images: Sequence[PatchedImages]) -> PatchedImages:
+    """Concatenate the patches of several images; without images there are none."""
+    token_grids = tuple(grid for image in images for grid in image.token_grids)
+    patches = torch.cat([image.patches for image in images]) if images else torch.zeros(0)
+    return PatchedImages(patches, token_grids)
 
 
 def _present_clip_frames(

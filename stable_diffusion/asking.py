@@ -201,17 +201,21 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     read_line_seeds(line.text)  # raises if a seed is not a number
     any_variant = expand(line.text, Random(0))[0]  # all variants have the same options
     values = read_line(any_variant, line.label)
-    num_parts = len(split_parts(values["prompt"]))
     has_variants = "{" in line.text  # other variants may have other numbers of parts
     if options.prompts.mask_path is not None and not has_variants:
-        if options.prompts.image_path is None:  # nothing to repaint: the mask can only mark regions
-            _check_has_parts(num_parts)
-        if num_parts > 1:
-            networks = options.networks
-            # LoRAs merged into the weights affect all regions equally
-            is_folded = networks.network_pre_calc and networks.num_adjustable > 0
-            check_regions(num_parts, networks.num_adjustable, is_folded)
+        _check_mask(options, num_parts=len(split_parts(values["prompt"])))
     _select_strengths(with_line(options, values), values)  # raises if --am is not valid
+
+
+def _check_mask(options: GenImgOptions, num_parts: int) -> None:
+    """Raise OptionError if a mask, which repaints an image or marks regions, does not fit the prompt."""
+    if options.prompts.image_path is None:  # nothing to repaint: the mask can only mark regions
+        _check_has_parts(num_parts)
+    if num_parts > 1:
+        networks = options.networks
+        # LoRAs merged into the weights affect all regions equally
+        is_folded = networks.network_pre_calc and networks.num_adjustable > 0
+        check_regions(num_parts, networks.num_adjustable, is_folded)
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:

@@ -96,7 +96,7 @@ def _check_texts(
 
 
 def _make_image_vectors(options: GenImgOptions, model: Model) -> ImageVectors | None:
-    """Return what turns input images into text states; None without --clip_vision_strength."""
+    """Return the CLIP vectors that replace pooled text states; None without --clip_vision_strength."""
     strength = options.text.clip_vision_strength
     if strength is None:
         return None

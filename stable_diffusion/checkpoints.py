@@ -171,9 +171,9 @@ def _has_linear_projection(tensors: Mapping[str, TensorInfo], weight: TensorSour
 
 
 def _has_all_layers(names: Iterable[str], layers_by_level: Sequence[int]) -> bool:
-    """Return whether each level of the encoder has as many residual blocks as its number says.
+    """Return whether each level of the encoder has tensors of all its residual blocks.
 
-    Names may contain arbitrary numbers, so the count is checked before looping over it.
+    Names may contain arbitrary numbers, so the counts are checked before looping over them.
     """
     for level, num_layers in enumerate(layers_by_level):
         if num_layers < 1 or num_layers != dialects.count(names, rf"down_blocks\.{level}\.resnets\.\d+"):

@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,6 @@ def load_control_net(
     opened = (
         open_network_weights(file, ("diffusion_pytorch_model",)) if file.is_dir() else open_checkpoint(file)
     )
-
-    def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
-        """Add the U-Net's weight of the same name to a weight difference; new layers are unchanged."""
-        if name.startswith(CONTROL_ONLY_LAYERS):  # the U-Net has no such part: the weight is not a difference
-            return weight
-        assert base is not None
-        return weight.float() + base.get_parameter(name).to(weight.device, torch.float32)
-
     with opened as checkpoint:
         plan = _read_control_net(path, checkpoint, {**_UNET_DEFAULTS, **unet_config}, model_title)
         network = build_network(ControlNetModel, plan.config, plan.checkpoint.path)
@@ -104,7 +97,7 @@ def load_control_net(
             plan.sources,
             device=device,
             dtype=lambda *_: dtype,
-            patch=add_base if is_difference else None,
+            patch=partial(_add_base, base) if is_difference else None,
             ignore=plan.ignore,
             label=OPTION,
         )
@@ -120,6 +113,14 @@ def _reject_similar(control_net: Checkpoint) -> None:
                 f"  Give {EXPECTED_FILE} to {OPTION}.",
                 control_net.path,
             )
+
+
+def _add_base(base: nn.Module | None, name: str, weight: Tensor, _: torch.dtype) -> Tensor:
+    """Add the U-Net's weight of the same name to a weight difference; new layers are unchanged."""
+    if name.startswith(CONTROL_ONLY_LAYERS):  # the U-Net has no such part: the weight is not a difference
+        return weight
+    assert base is not None
+    return weight.float() + base.get_parameter(name).to(weight.device, torch.float32)
 
 
 def _read_control_net(

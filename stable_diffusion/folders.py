@@ -132,16 +132,21 @@ def read_folder_unet(folder: Path, exit_stack: ExitStack) -> LoadPlan[UnetSizes]
         raise CheckpointError(
             f"{config_file}: it has more layers than its file has tensors. Copy it again.", config_file
         )
+    _check_supported(config, config_file, folder)
+    return LoadPlan(config, checkpoint, list_tensor_sources(checkpoint))
+
+
+def _check_supported(config: Mapping[str, Any], file: Path, folder: Path) -> None:
+    """Raise CheckpointError if a U-Net's config has a value that no released Stable Diffusion has."""
     for name, values in _SUPPORTED_VALUES.items():
         if config.get(name) not in values:
             is_lcm = name == "time_cond_proj_dim"
             lcm_hint = " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
             raise CheckpointError(
-                f"{config_file}: {name} is {config[name]!r}, which no Stable Diffusion "
+                f"{file}: {name} is {config[name]!r}, which no Stable Diffusion "
                 f"1.x, 2.x or XL has{lcm_hint}.\n  Give {EXPECTED_FILE}.",
                 folder,
             )
-    return LoadPlan(config, checkpoint, list_tensor_sources(checkpoint))
 
 
 def read_folder_vae(

@@ -214,14 +214,21 @@ def make_images(
         yield SavedStage(first_requests, first_result, FIRST)
     start = enlarge(image_generator, highres, first_result, settings)
     del first_result
-    if options.highres_fix_strength is not None:
-        settings = replace(settings, strength=options.highres_fix_strength)
-    second_requests = [replace(request, settings=settings) for request in requests]
-    if options.highres_fix_disable_control_net:
-        second_requests = [replace(request, guides=()) for request in second_requests]
+    second_requests = _make_second_requests(options, settings, requests)
     # another seed: with the first stage's noise, the second would add the same pattern once more
     reseeded = [replace(request, seed=_next_seed(request.seed)) for request in second_requests]
     yield SavedStage(second_requests, image_generator.make(reseeded, start), SECOND)
+
+
+def _make_second_requests(
+    options: HighresOptions, settings: ImageSettings, requests: Sequence[RequestedImage]
+) -> list[RequestedImage]:
+    """Return the requests of the second stage, with its own strength and, if asked, without ControlNets."""
+    if options.highres_fix_strength is not None:
+        settings = replace(settings, strength=options.highres_fix_strength)
+    if options.highres_fix_disable_control_net:
+        return [replace(request, settings=settings, guides=()) for request in requests]
+    return [replace(request, settings=settings) for request in requests]
 
 
 def _next_seed(seed: int) -> int:

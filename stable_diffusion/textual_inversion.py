@@ -147,19 +147,26 @@ def add_words(
         return tuple(text_encoders)
     widths = [encoder.network.embeddings.token_embedding.embedding_dim for encoder in text_encoders]
     check_words(words, widths, kind)
+    _check_new(words, text_encoders)
+    for word in words:
+        if not word.is_from_lora:  # `read_lora_words` has logged the others
+            logger.info("textual inversion: %s (%d vectors)", word.text, word.num_vectors)
+    return tuple(_add_words_to_encoder(encoder, words, index) for index, encoder in enumerate(text_encoders))
+
+
+def _check_new(words: Sequence[LearnedWord], text_encoders: Sequence[LoadedTextEncoder]) -> None:
+    """Raise CheckpointError if a word is a single token already.
+
+    Words in LoRA files may replace known tokens, as in other programs.
+    """
     for word in words:
         is_known_token = any(len(encoder.tokenize(word.text)) == 1 for encoder in text_encoders)
-        # words in LoRA files may replace known tokens, as in other programs
         if is_known_token and not word.is_from_lora:
             raise CheckpointError(
                 f"{word.option} {word.path}: {word.text} is a word that the text encoder knows already. "
                 "Rename the file, because its name is the word.",
                 word.path,
             )
-    for word in words:
-        if not word.is_from_lora:  # `read_lora_words` has logged the others
-            logger.info("textual inversion: %s (%d vectors)", word.text, word.num_vectors)
-    return tuple(_add_words_to_encoder(encoder, words, index) for index, encoder in enumerate(text_encoders))
 
 
 def _add_words_to_encoder(

@@ -292,15 +292,7 @@ def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: st
         declared = read_settings(source / _INDEX)
         # components are lists [library, class]; they are replaced
         index |= {name: value for name, value in declared.items() if not isinstance(value, list | dict)}
-    index |= {
-        "scheduler": ["diffusers", scheduler],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    for number in range(len(checkpoint_plan.text_encoders)):
-        name = text_encoder_name(number)
-        index[name] = ["transformers", _text_class(number)]
-        index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+    index |= _list_components(scheduler, len(checkpoint_plan.text_encoders))
     if not is_xl:  # diffusers' pipeline expects entries for these components, even without them
         index |= {
             "safety_checker": [None, None],
@@ -314,6 +306,20 @@ def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: st
 
 def _text_class(number: int) -> str:
     return "CLIPTextModelWithProjection" if number else "CLIPTextModel"
+
+
+def _list_components(scheduler: str, num_text_encoders: int) -> dict[str, list[str]]:
+    """Return library and class of each component of a pipeline with this class of scheduler."""
+    components = {
+        "scheduler": ["diffusers", scheduler],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    for number in range(num_text_encoders):
+        name = text_encoder_name(number)
+        components[name] = ["transformers", _text_class(number)]
+        components[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+    return components
 
 
 def _describe_text_encoder(config: ClipTextConfig, index: int, tokens: Mapping[str, int]) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
 
 
 def _check_vace_blocks(path: Path, layers: int, vace_layers: int, vace_dim: int) -> None:
-    """Raise CheckpointError if the number, inputs or places of VACE's blocks are not as released."""
+    """Raise CheckpointError if VACE's blocks differ from the released ones in number, inputs or positions."""
     if layers % vace_layers or vace_dim != VACE_DIM:
         raise CheckpointError(
             f"{path}: {vace_layers} VACE blocks next to {layers} blocks, and a vace_patch_embedding for "

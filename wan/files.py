@@ -282,11 +282,12 @@ def check_expert_file_names(dit: Path | None, dit_high_noise: Path | None) -> No
         )
     for expert, named_expert in misnamed.items():
         is_alone = expert == LOW_NOISE and dit_high_noise is None
+        use = "all noise levels" if is_alone else f"{_name_noise(expert)} noise"
         logger.warning(
             "--%s %s is used for %s, but its name says that it is for %s noise",
             _OPTION_OF_EXPERT[expert],
             files[expert],
-            "all noise levels" if is_alone else f"{_name_noise(expert)} noise",
+            use,
             _name_noise(named_expert),
         )
     if dit is not None and dit == dit_high_noise:

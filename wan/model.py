@@ -300,9 +300,7 @@ class WanModel(BlockNetwork):
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
-            first, _ = embedded[0]
-            image_tokens = first[:, :TEXT_ROWS_AS_IMAGE]
-            embedded = [(text_rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for text_rows, repeats in embedded]
+            image_tokens, embedded = _take_image_rows(embedded)
         num_clean_patches = overrides.num_clean_frames // self.config.patch_size[0]
         tokens = WanTokens(
             grid,
@@ -390,6 +388,15 @@ def _pair_with_last(rows: Tensor) -> Tensor:
     last = rows[-1:]
     front = rows[:-1]
     return torch.stack([last.expand_as(front), front], dim=1)
+
+
+def _take_image_rows(
+    texts: Sequence[tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+    """Return the first text's leading rows, which stand for the image, and all texts without these rows."""
+    first, _ = texts[0]
+    remaining = [(rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for rows, repeats in texts]
+    return first[:, :TEXT_ROWS_AS_IMAGE], remaining
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
