@@ -75,7 +75,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     if not any(findings.sources for findings in tables):
         lines = (error.text for error in errors)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
-    statistics = _collect(config, tables, options=options, latent=latent, workers=workers)
+    statistics = _collect_results(config, tables, options=options, latent=latent, workers=workers)
     if errors:
         text = "\n  ".join(list_errors(errors, MAX_NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
@@ -86,7 +86,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         _write_json(options.json, statistics, prints=options.prints)
 
 
-def _collect(
+def _collect_results(
     config: DatasetConfig,
     tables: Sequence[TableFindings],
     options: ReportOptions,
