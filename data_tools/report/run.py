@@ -61,11 +61,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     # one core is left for this process
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = _select_latents(options)
-    config = with_lengths(config, latent.lengths)
-    if options.references:
-        config = with_references(config, ReferenceRules(options.references, options.pixel_step))
-    if options.no_download:
-        _reject_downloads(config)
+    config = _apply_options(config, options, latent)
     folders = TableFolders(config)
     tables = [
         _measure_table(config, table, folders=folders, options=options, latent=latent, workers=workers)
@@ -84,6 +80,20 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         write_report_page(path, config, tables, statistics, options=options, latent=latent, workers=workers)
     if options.json is not None:
         _write_json(options.json, statistics, prints=options.prints)
+
+
+def _apply_options(config: DatasetConfig, options: ReportOptions, latent: LatentSpec) -> DatasetConfig:
+    """Return the dataset with the clip lengths and reference rules of the model that the options describe.
+
+    Raises:
+        DatasetError: If listing the files would need a download, with --no_download.
+    """
+    config = with_lengths(config, latent.lengths)
+    if options.references:
+        config = with_references(config, ReferenceRules(options.references, options.pixel_step))
+    if options.no_download:
+        _reject_downloads(config)
+    return config
 
 
 def _collect_results(
