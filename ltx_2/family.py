@@ -431,15 +431,7 @@ class Ltx2(Ltx2Media):
             self._resolve_references(request, media), find_audio_reference(request)
         )
         self._check_min_size(*size)
-        flow_shift = request.flow_shift or self.defaults.flow_shift
-        assert flow_shift is not None
-        prepared = resolve_request(
-            request,
-            self.defaults,
-            size=size,
-            flow_shift=flow_shift,
-            default_negative=NEGATIVE_PROMPT,
-        )
+        prepared = self._fill_in_defaults(request, size)
         joint = self._make_joint(prepared)
         self._check_audio(references.audio, joint, media)
         prepared = replace(
@@ -461,6 +453,18 @@ class Ltx2(Ltx2Media):
         from ltx_2.source_pasting import add_pasting  # few requests ask for it
 
         return add_pasting(prepared, media, self.latent)
+
+    def _fill_in_defaults(self, request: Request, size: tuple[int, int, int]) -> Prepared:
+        """Resolve a request for a width, height and number of frames; unset values get the defaults."""
+        flow_shift = request.flow_shift or self.defaults.flow_shift
+        assert flow_shift is not None
+        return resolve_request(
+            request,
+            self.defaults,
+            size=size,
+            flow_shift=flow_shift,
+            default_negative=NEGATIVE_PROMPT,
+        )
 
     def _keep_usable_media(self, request: Request) -> Request:
         """Return the request with its first image alone; raise OptionError if audio alone gets images."""

@@ -42,7 +42,7 @@ from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlan
 from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
-from dataset.config import DatasetConfig
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.forms.composing import source_format_of
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.audio import list_silent
@@ -509,6 +509,54 @@ def _add_plan_warnings(findings: TableFindings, plans: Sequence[SourcePlan]) -> 
 # ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _TrainingChecker:
+    """Checks the caches of dataset tables that a training run would use; all tables share its settings."""
+
+    config: DatasetConfig
+    found_items: FoundItems  # of all tables
+    latent: LatentSpec
+    same_encoders: SameEncoders  # compares the encoders that made the caches
+    folders: TableFolders  # of all tables
+    counters: TokenCounters
+    with_audio: bool  # whether the model is trained with audio
+
+    def check(self, table: DatasetTable) -> TableFindings:
+        """Return what was found: cached and missing items, unusable caches, and uncached media files."""
+        findings = TableFindings(table)
+        items = [item for item in self.found_items.items if item.table.index == table.index]
+        _count_cached_items(findings, items, self.latent)
+        _add_missing_caches(findings, self.found_items)
+        _check_cached_items(findings, items, self.latent, self.same_encoders)
+        self._compare_sources(findings, items)
+        purpose = ", for validation" if table.validation else ""
+        findings.title = f"{table.name}: {len(items)} cached items{purpose}"
+        return findings
+
+    def _compare_sources(self, findings: TableFindings, items: Sequence[TrainingItem]) -> None:
+        """Add warnings about media files of a table that have no cache, caption or cached audio.
+
+        Missing media files cause no warning, because training only reads their caches.
+        """
+        source_format = source_format_of(findings.table)
+        if source_format.list_addresses(findings.table):  # listing such sources would download files
+            name = source_format.name
+            findings.info_lines.append(f"its sources are not checked: they are in {name} at addresses")
+            return
+        findings_of_sources = find_table(self.config, findings.table, self.folders)
+        if not findings_of_sources.sources:
+            for error in findings_of_sources.errors[:1]:
+                findings.info_lines.append(f"its sources are not checked: {error.text}")
+            return
+        findings.sources = findings_of_sources.sources
+        findings.warnings += find_reordered(findings.sources)
+        check_captions(findings_of_sources, self.counters)
+        findings.info_lines += findings_of_sources.info_lines
+        # training only reads caches, so errors of sources are warnings
+        findings.warnings += [*findings_of_sources.errors, *findings_of_sources.warnings]
+        findings.warnings += _find_uncached(findings, items, self.with_audio)
+
+
 def check_training(
     config: DatasetConfig,
     cache_tag: str,
@@ -538,21 +586,16 @@ def check_training(
         validation: Validation fraction and seed for tables that do not set their own.
     """
     found_items = find_items(config, cache_tag, latent, text_keys, audio=audio)
-    same_encoders = SameEncoders(commands)  # compares the encoders that made the caches
-    tables = []
-    folders = TableFolders(config)
-    for table in config.datasets:
-        findings = TableFindings(table)
-        items = [item for item in found_items.items if item.table.index == table.index]
-        _count_cached_items(findings, items, latent)
-        _add_missing_caches(findings, found_items)
-        _check_cached_items(findings, items, latent, same_encoders)
-        _compare_sources(
-            config, findings, items, folders=folders, counters=counters, with_audio=audio is not None
-        )
-        purpose = ", for validation" if table.validation else ""
-        findings.title = f"{table.name}: {len(items)} cached items{purpose}"
-        tables.append(findings)
+    checker = _TrainingChecker(
+        config=config,
+        found_items=found_items,
+        latent=latent,
+        same_encoders=SameEncoders(commands),
+        folders=TableFolders(config),
+        counters=counters,
+        with_audio=audio is not None,
+    )
+    tables = [checker.check(table) for table in config.datasets]
     if found_items.items:
         # all items share the model, and therefore the cache layout
         stores = stores_for(found_items.items[0], latent)
@@ -645,38 +688,6 @@ def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem
         # the empty prompt once, or for each item if an encoder also gets its reference images
         for item in items if table.texts_see_references else items[:1]:
             yield item, EMPTY
-
-
-def _compare_sources(
-    config: DatasetConfig,
-    findings: TableFindings,
-    items: Sequence[TrainingItem],
-    folders: TableFolders,
-    counters: TokenCounters,
-    with_audio: bool,
-) -> None:
-    """Add warnings about media files of a table that have no cache, caption or cached audio.
-
-    Missing media files cause no warning, because training only reads their caches. `with_audio` says
-    whether the model is trained with audio.
-    """
-    source_format = source_format_of(findings.table)
-    if source_format.list_addresses(findings.table):  # listing such sources would download files
-        name = source_format.name
-        findings.info_lines.append(f"its sources are not checked: they are in {name} at addresses")
-        return
-    findings_of_sources = find_table(config, findings.table, folders)
-    if not findings_of_sources.sources:
-        for error in findings_of_sources.errors[:1]:
-            findings.info_lines.append(f"its sources are not checked: {error.text}")
-        return
-    findings.sources = findings_of_sources.sources
-    findings.warnings += find_reordered(findings.sources)
-    check_captions(findings_of_sources, counters)
-    findings.info_lines += findings_of_sources.info_lines
-    # training only reads caches, so errors of sources are warnings
-    findings.warnings += [*findings_of_sources.errors, *findings_of_sources.warnings]
-    findings.warnings += _find_uncached(findings, items, with_audio)
 
 
 def _find_uncached(findings: TableFindings, items: Sequence[TrainingItem], with_audio: bool) -> list[Fault]:

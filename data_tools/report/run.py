@@ -61,11 +61,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     # one core is left for this process
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = _select_latents(options)
-    config = with_lengths(config, latent.lengths)
-    if options.references:
-        config = with_references(config, ReferenceRules(options.references, options.pixel_step))
-    if options.no_download:
-        _reject_downloads(config)
+    config = _apply_options(config, options, latent)
     folders = TableFolders(config)
     tables = [
         _measure_table(config, table, folders=folders, options=options, latent=latent, workers=workers)
@@ -75,7 +71,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     if not any(findings.sources for findings in tables):
         lines = (error.text for error in errors)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
-    statistics = _collect(config, tables, options=options, latent=latent, workers=workers)
+    statistics = _collect_results(config, tables, options=options, latent=latent, workers=workers)
     if errors:
         text = "\n  ".join(list_errors(errors, MAX_NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
@@ -86,7 +82,21 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         _write_json(options.json, statistics, prints=options.prints)
 
 
-def _collect(
+def _apply_options(config: DatasetConfig, options: ReportOptions, latent: LatentSpec) -> DatasetConfig:
+    """Return the dataset with the clip lengths and reference rules of the model that the options describe.
+
+    Raises:
+        DatasetError: If listing the files would need a download, with --no_download.
+    """
+    config = with_lengths(config, latent.lengths)
+    if options.references:
+        config = with_references(config, ReferenceRules(options.references, options.pixel_step))
+    if options.no_download:
+        _reject_downloads(config)
+    return config
+
+
+def _collect_results(
     config: DatasetConfig,
     tables: Sequence[TableFindings],
     options: ReportOptions,

@@ -449,17 +449,20 @@ def _find_control_errors(item: TrainingItem, max_references: int, num_cached: in
 
 
 def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield an error if a clip has more or fewer reference images in its folder than in its cache file."""
+    """Yield an error if a clip has more or fewer reference images in its folder than in its cache file.
+
+    Unlike control images, reference images that were only deleted are an error, too.
+    """
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
     num_now = 0
     if table.reference_directory is not None:
         companions = _current_companions(item)
-        # unknown: nothing to compare
+        # if the number is unknown, it counts as unchanged
         num_now = num_cached if companions is None else companions.num_references
     if num_now != num_cached:
         made_with = format_count(num_cached, "reference")
-        yield f"it was made with {made_with}, now {table.name} has {num_now} for it"
+        yield f"it was made with {made_with}, but {table.name} now has {num_now} for it"
 
 
 def _count_unmirrored(tensors: Iterable[str], start: str) -> int:

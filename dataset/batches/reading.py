@@ -92,6 +92,7 @@ def read_batch(
     has_dropped_captions = bool(undropped) and tuple(undropped) != tuple(caption_indices)
     undropped_texts = reader.read_texts(items, undropped) if has_dropped_captions else []
     empty_texts = reader.read_texts(items, [EMPTY] * len(items)) if reads_empty else []
+    # media and text of each item, then further texts: messages list caches in this order
     media_and_texts = itertools.chain.from_iterable(zip(media, texts, strict=True))
     read_caches = (*media_and_texts, *undropped_texts, *empty_texts)
     batch = replace(

@@ -194,9 +194,10 @@ def _warn_of_missing_windows(
 
 
 def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if an early version cached control clips at a frame rate that differs from the clip's.
+    """Warn if an earlier version of this program took other frames of control clips and masks than this one.
 
-    The rates are read from the headers of the media files. Missing files are skipped.
+    It did if their frame rate differs from the rate of their clip. The rates are read from the headers of the
+    media files; missing files are skipped.
     """
     by_source = {(item.table.index, item.source_stem): item for item in items}
     for table in {item.table.index: item.table for item in items}.values():

@@ -134,9 +134,7 @@ class Index(NamedTuple):
 def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: LatentSpec) -> Index | None:
     """Return the index of a table's caches; None if there is none, or if anything has changed since.
 
-    1. Compare the cache files, the table's settings and the listed folders with those of the index.
-    2. Pair each latent cache with its number of cached captions.
-    3. Find the caches whose media files are unchanged.
+    The cache files, the table's settings and the listed folders must be those of the index.
 
     Args:
         table: Table of the dataset file.
@@ -158,19 +156,9 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
             return None
         if latents.table_fingerprint != fingerprint_table(table):  # last, because it lists folders
             return None
-        captions = _count_captions(table, texts.lines.values())
         if table.caches_empty_prompt and cache_files.empty_text_name(tag) not in names:
             return None
-        items = []
-        for line in latents.lines.values():
-            file = LatentFile(
-                file=line["file"],
-                stem=line["source"],
-                bucket=tuple(map(int, line["bucket"])),
-                num_parts=int(line["parts"]),
-                references=tuple(map(int, line["references"])),
-            )
-            items.append((file, captions[line["source"]]))  # KeyError if no caption is cached
+        items = _list_items(table, latents, texts)
         if not items:
             return None
         lines = [*latents.lines.values(), *texts.lines.values()]
@@ -186,27 +174,37 @@ def split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]
     return sorted(latents), sorted(texts)
 
 
-def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
-    """Return how many captions of each media file are cached, up to the first missing index.
+def _list_items(
+    table: DatasetTable, latents: "IndexPart", texts: "IndexPart"
+) -> list[tuple[LatentFile, int]]:
+    """Return each latent cache with its number of cached captions, up to the first missing one.
 
-    A table without `multi_caption` uses only the first caption, index 0.
+    A table without `multi_caption` uses only the first caption, number 0.
 
     Raises:
-        KeyError: If a further caption is cached but not the first one.
+        KeyError: If a media file has no first caption in the cache.
     """
-    numbers_by_source: dict[str, set[int]] = {}
-    for line in lines:
+    numbers_by_source: dict[str, set[int]] = {}  # of captions
+    for line in texts.lines.values():
         if line["number"] != cache_files.EMPTY:
             numbers_by_source.setdefault(line["source"], set()).add(line["number"])
-    counts = {}
-    for stem, numbers in numbers_by_source.items():
-        if 0 not in numbers:
-            raise KeyError(stem)
-        count = 1
-        while table.multi_caption and count in numbers:
-            count += 1
-        counts[stem] = count
-    return counts
+    if not all(0 in numbers for numbers in numbers_by_source.values()):
+        raise KeyError(0)
+    items = []
+    for line in latents.lines.values():
+        numbers = numbers_by_source[line["source"]]  # KeyError if no caption is cached
+        num_captions = 1
+        while table.multi_caption and num_captions in numbers:
+            num_captions += 1
+        file = LatentFile(
+            file=line["file"],
+            stem=line["source"],
+            bucket=tuple(map(int, line["bucket"])),
+            num_parts=int(line["parts"]),
+            references=tuple(map(int, line["references"])),
+        )
+        items.append((file, num_captions))
+    return items
 
 
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
