@@ -6,8 +6,9 @@ have Hugging Face's names without the prefix `text_model.`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error, rename_sources
@@ -120,6 +121,17 @@ def read_clip_text(
     return plan_clip_text(network, sources, config_json, naming)
 
 
+def _require_numbers(path: Path, config_json: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise CheckpointError if one of these settings in a config.json is set but is not a number."""
+    for name in names:
+        if not isinstance(config_json.get(name, 1), int | float):
+            raise CheckpointError(
+                f"{path}: {name} is {config_json[name]!r} in the config.json next to it, which must "
+                "be a number. Give the config.json that belongs to it.",
+                path,
+            )
+
+
 def plan_clip_text(
     network: Checkpoint,
     sources: Mapping[str, TensorSource],
@@ -148,13 +160,7 @@ def plan_clip_text(
             f"to {naming.option}.",
             network.path,
         )
-    for name in ("num_attention_heads", "layer_norm_eps"):  # a missing one gets its default below
-        if not isinstance(config_json.get(name, 1), int | float):
-            raise CheckpointError(
-                f"{network.path}: {name} is {config_json[name]!r} in the config.json next to it, which must "
-                "be a number. Give the config.json that belongs to it.",
-                network.path,
-            )
+    _require_numbers(network.path, config_json, ("num_attention_heads", "layer_norm_eps"))
     config = ClipTextConfig(
         vocabulary=vocabulary,
         positions=positions,

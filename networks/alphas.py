@@ -308,15 +308,21 @@ def _find_in_metadata_keys(
         if _to_finite_or_none(text) is None:
             shown_value = repr(str(text)[:_MAX_SHOWN])
             warnings.append(f"its metadata have {full_key} {shown_value}, which is not a number: not used")
-            continue
-        rank_keys = [_Key(network, rank_name) for rank_name in _RANK_NAMES_BY_ALPHA[name]]
-        settings = {
-            "lora_alpha": float(text),
-            "r": _get_first(text_by_key, rank_keys),
-            "use_rslora": text_by_key.get(_Key(network, "userslora"), "").lower() == "true",
-        }
-        sources.append(_AlphaSource(f"its metadata ({full_key})", settings))
+        else:
+            sources.append(_make_source_of_key(full_key, float(text), text_by_key))
     return _FoundSources(sources, warnings)
+
+
+def _make_source_of_key(full_key: str, alpha: float, text_by_key: Mapping[_Key, str]) -> _AlphaSource:
+    """Return the alpha in a metadata key, with the rank and use_rslora that are set for the same network."""
+    network, name = _parse_key(full_key)
+    rank_keys = [_Key(network, rank_name) for rank_name in _RANK_NAMES_BY_ALPHA[name]]
+    settings = {
+        "lora_alpha": alpha,
+        "r": _get_first(text_by_key, rank_keys),
+        "use_rslora": text_by_key.get(_Key(network, "userslora"), "").lower() == "true",
+    }
+    return _AlphaSource(f"its metadata ({full_key})", settings)
 
 
 def _get_first(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -352,36 +352,47 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
         settings: Settings of the network.
         modules: Modules of all networks that may get a LoRA: (prefix of the name in files, dotted path).
     """
-    paths = [path for _, path in modules]
-    names = [prefix + path.replace(".", "_") for prefix, path in modules]
-
-    # include and exclude patterns match a path from its start; patterns with values match anywhere in a name
-    def fit_path_patterns(argument: str, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
-        fitted = []
-        for pattern in patterns:
-            matches_as_written = any(pattern.match(path) for path in paths)
-            fitted.append(pattern if matches_as_written else _fit_pattern(argument, pattern, paths, names))
-        return tuple(fitted)
-
-    def fit_name_patterns(argument: str, patterns: PatternValues) -> PatternValues:
-        fitted = []
-        for pattern, value in patterns:
-            matches_as_written = any(pattern.search(name) for name in names)
-            if not matches_as_written:
-                pattern = _fit_pattern(argument, pattern, paths, names)
-            fitted.append((pattern, value))
-        return tuple(fitted)
-
+    names = _ModuleNames(
+        paths=[path for _, path in modules],
+        names_in_files=[prefix + path.replace(".", "_") for prefix, path in modules],
+    )
     return replace(
         settings,
-        include=fit_path_patterns("include_patterns", settings.include),
-        exclude=fit_path_patterns("exclude_patterns", settings.exclude),
-        pattern_ranks=fit_name_patterns("network_reg_dims", settings.pattern_ranks),
-        pattern_learning_rates=fit_name_patterns("network_reg_lrs", settings.pattern_learning_rates),
+        include=_fit_path_patterns("include_patterns", settings.include, names),
+        exclude=_fit_path_patterns("exclude_patterns", settings.exclude, names),
+        pattern_ranks=_fit_name_patterns("network_reg_dims", settings.pattern_ranks, names),
+        pattern_learning_rates=_fit_name_patterns("network_reg_lrs", settings.pattern_learning_rates, names),
     )
 
 
-def _fit_pattern(argument: str, pattern: Pattern, paths: Sequence[str], names: Sequence[str]) -> Pattern:
+class _ModuleNames(NamedTuple):
+    """All modules that may get a LoRA: their dotted paths, and their underscored names in LoRA files."""
+
+    paths: Sequence[str]
+    names_in_files: Sequence[str]
+
+
+def _fit_path_patterns(
+    argument: str, patterns: tuple[Pattern, ...], names: _ModuleNames
+) -> tuple[Pattern, ...]:
+    """Fit patterns that match a path from its start, as include and exclude patterns do."""
+    fitted = []
+    for pattern in patterns:
+        matches_as_written = any(pattern.match(path) for path in names.paths)
+        fitted.append(pattern if matches_as_written else _fit_pattern(argument, pattern, names))
+    return tuple(fitted)
+
+
+def _fit_name_patterns(argument: str, patterns: PatternValues, names: _ModuleNames) -> PatternValues:
+    """Fit patterns that match anywhere in a name, as patterns with values do."""
+    fitted = []
+    for pattern, value in patterns:
+        matches_as_written = any(pattern.search(name) for name in names.names_in_files)
+        fitted.append((pattern if matches_as_written else _fit_pattern(argument, pattern, names), value))
+    return tuple(fitted)
+
+
+def _fit_pattern(argument: str, pattern: Pattern, names: _ModuleNames) -> Pattern:
     """Return a pattern that matches the modules that `pattern` would match if dots equaled underscores.
 
     If there are no such modules, `pattern` itself is returned, with a warning unless there are no modules.
@@ -389,19 +400,18 @@ def _fit_pattern(argument: str, pattern: Pattern, paths: Sequence[str], names: S
     Args:
         argument: Name of the argument, for the warning.
         pattern: Pattern that matches no module as written.
-        paths: Dotted paths of all modules.
-        names: Underscored names of these modules in LoRA files.
+        names: Names of all modules.
     """
-    if not paths:
+    if not names.paths:
         return pattern
     any_spelling = re.compile(in_any_spelling(pattern.pattern))
     spellings: set[str] = set()
-    for path, name in zip(paths, names, strict=True):
+    for path, name in zip(names.paths, names.names_in_files, strict=True):
         if pattern.search(path) or any_spelling.search(name):
             spellings.update((path, name))
     if spellings:
         return NamePattern(pattern.pattern, frozenset(spellings))
-    logger.warning("--network_args %s: %s.", argument, describe_unfit(pattern.pattern, names))
+    logger.warning("--network_args %s: %s.", argument, describe_unfit(pattern.pattern, names.names_in_files))
     return pattern
 
 
