@@ -196,7 +196,7 @@ class GenerationOptions(Options, title="run"):
     # --interactive: the options of a line apply to later ones
     remembers_lines: bool = option(default=False, facts=NO_PIXELS)
     line_options: Mapping[str, LineOption] = option(default={})  # what the letters of a prompt line mean
-    # options given, the family's too, as metadata record them
+    # options given, the family's too, as metadata records them
     settings: Mapping[str, Any] = option(default={})
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
     typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`

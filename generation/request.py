@@ -225,7 +225,7 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
 def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """Yield the LoRA files whose metadata show that they were trained to edit images.
 
-    Each path comes with the training option in parentheses, or "" if the metadata do not name it.
+    Each path comes with the training option in parentheses, or "" if the metadata does not name it.
     """
     for path, metadata in metadata_of_files(paths):
         if metadata.get("ss_edit") == "True":

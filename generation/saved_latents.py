@@ -96,7 +96,7 @@ def _decode_file(
 
 
 def _read_visible_region(family: Family, path: Path, saved: SavedLatents) -> Box | None:
-    """Return the region to crop decoded pixels to, if the file's metadata name one; None for all pixels.
+    """Return the region to crop decoded pixels to, if the file's metadata names one; None for all pixels.
 
     Raises:
         CheckpointError: If the region exceeds the decoded pixels.
@@ -110,7 +110,7 @@ def _read_visible_region(family: Family, path: Path, saved: SavedLatents) -> Box
     fits_in_width = 0 < box.width <= columns * column_stride - box.left
     if not fits_in_height or not fits_in_width:
         raise CheckpointError(
-            f"--latent_path {path}: its metadata name a region outside the image ({box.width} x "
+            f"--latent_path {path}: its metadata names a region outside the image ({box.width} x "
             f"{box.height} pixels from {box.left}, {box.top}). Make the latents again",
             path,
         )

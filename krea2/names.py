@@ -78,7 +78,7 @@ KREA_2 = FamilyNames(
         (
             # the extension of ai-toolkit that trains them calls its architecture so
             r"^(?!ss_network_module=networks\.).*(identity[ _-]?edit|krea2_edit .*ai-toolkit)",
-            "its metadata say that it is an identity edit, whose references have the timestep of the image "
+            "its metadata says that it is an identity edit, whose references have the timestep of the image "
             "and precede it, which is not supported. Use a LoRA of ai-toolkit's own edits, or of --edit.",
         ),
     ),

@@ -340,7 +340,7 @@ def _read_reference_factor(path: Path, metadata: Mapping[str, str], names: Seque
         return None
     if len(set(texts)) > 1 or not re.fullmatch("0{0,4}[1-9][0-9]{0,4}", texts[0]):
         shortened = shorten(" and ".join(texts), 60)
-        raise OptionError(f"--lora_weight {path}: its metadata say {names[0]} = {shortened}")
+        raise OptionError(f"--lora_weight {path}: its metadata says {names[0]} = {shortened}")
     return int(texts[0])
 
 

@@ -307,7 +307,7 @@ def _find_in_metadata_keys(
             continue
         if _to_finite_or_none(text) is None:
             shown_value = repr(str(text)[:_MAX_SHOWN])
-            warnings.append(f"its metadata have {full_key} {shown_value}, which is not a number: not used")
+            warnings.append(f"its metadata has {full_key} {shown_value}, which is not a number: not used")
         else:
             sources.append(_make_source_of_key(full_key, float(text), text_by_key))
     return _FoundSources(sources, warnings)
@@ -344,7 +344,7 @@ def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> 
         except (ValueError, AttributeError, RecursionError) as error:
             if key == PEFT_SETTINGS:  # diffusers writes it into LoRA files: the alphas cannot be ignored
                 raise
-            warnings.append(f"its metadata have {key}, which cannot be read and is not used: {error}")
+            warnings.append(f"its metadata has {key}, which cannot be read and is not used: {error}")
     return _FoundSources(sources, warnings)
 
 

@@ -383,7 +383,7 @@ def _build_lora(stored: _StoredLora, native: NativeTensors, expert: str | None) 
     """Build a `LoraFile` from a file or one expert's part of it; add missing alphas, reject invalid factors.
 
     Args:
-        stored: The file, whose metadata are those of the expert's LoRA.
+        stored: The file, whose metadata is that of the expert's LoRA.
         native: Tensors under our names.
         expert: Expert of the LoRA; None if names in the file do not reveal it.
     """

@@ -45,7 +45,7 @@ def list_adapter_warnings(family: Family, options: TrainingOptions) -> str:
 
 
 def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
-    """Return a clause if the adapter's metadata name a different model than the trained one, else ""."""
+    """Return a clause if the adapter's metadata names a different model than the trained one, else ""."""
     made_for = metadata.get(MADE_FOR, "")
     if made_for:
         return _describe_other_file(family, made_for)

@@ -123,7 +123,7 @@ class TLoraKind(NetworkKind):
             rule = TLoraRule(int(min_text), float(power_text))
         if rule is None or rule.minimum < 1 or not 0 < rule.power < math.inf:
             raise CheckpointError(
-                f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={min_text!r} and "
+                f"{path or 'a LoRA'}: its metadata says {SWITCH}=True with {MIN_RANK}={min_text!r} and "
                 f"{ALPHA}={power_text!r}, not a rank of at least 1 and a number above 0. Copy it again.",
                 path,
             )

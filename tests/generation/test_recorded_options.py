@@ -74,7 +74,7 @@ FROM_FAMILY = {
     *("reference_audio", "audio_ref_identity_guidance_scale"),
     *info_of(Ltx2GivenMedia),  # tests/ltx_2/test_given_media_options.py
 }
-SAID_AS = {  # where the metadata have another name for it
+SAID_AS = {  # where the metadata has another name for it
     "seed": ("seeds",),
     "video_size": ("height", "width"),
     "one_frame_inference": ("one_frame",),

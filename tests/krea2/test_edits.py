@@ -139,7 +139,7 @@ def test_loras_of_the_other_form_are_refused(project: Path) -> None:
 
 @pytest.mark.slow
 def test_a_lora_that_was_trained_with_other_references_is_warned_of(project: Path) -> None:
-    """Its metadata are those that a training writes."""
+    """Its metadata is that which a training writes."""
     save = ("--edit", "--overwrite")
     for cached in (FAMILY.cache_latents, FAMILY.cache_texts):
         succeed_here(*cached, "--edit", folder=project)
@@ -147,6 +147,6 @@ def test_a_lora_that_was_trained_with_other_references_is_warned_of(project: Pat
     make = (*make, *START, "--lora_weight", "output/lora.safetensors")
     for trained, how in (((), "without"), (("--kv_cache",), "with")):
         succeed_here(*TRAIN, *save, *trained, folder=project)
-        told = f"lora.safetensors was trained {how} --kv_cache, as its metadata say"
+        told = f"lora.safetensors was trained {how} --kv_cache, as its metadata says"
         for given in ((), ("--kv_cache",)):
             assert (told in succeed_here(*make, *given, folder=project)) == (given != trained)

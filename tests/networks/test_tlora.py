@@ -232,7 +232,7 @@ def test_the_rule_is_read_from_metadata(arguments: str, rule: TLoraRule | None) 
     ['"tlora_alpha": "much"', '"tlora_alpha": "nan"', '"tlora_min_rank": 0', '"tlora_min_rank": 1e999'],
 )
 def test_numbers_that_are_none_are_refused(arguments: str) -> None:
-    with pytest.raises(CheckpointError, match=r"style.*: its metadata say tlora=True with .*Copy it again"):
+    with pytest.raises(CheckpointError, match=r"style.*: its metadata says tlora=True with .*Copy it again"):
         rank_rule_of({"ss_network_args": f'{{"tlora": "True", {arguments}}}'}, Path("style.safetensors"))
 
 
