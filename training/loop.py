@@ -479,7 +479,7 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _check_bad_step(run, step)
     losses = run.progress.losses
-    if math.isfinite(loss):
+    if math.isfinite(loss):  # otherwise it was expected, as `_check_bad_step` explains
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]  # the average is over the steps of one epoch
     if run.steps.num_processes > 1:
