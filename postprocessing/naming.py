@@ -97,21 +97,22 @@ def _check_collisions(jobs: Sequence[FileJob]) -> None:
             )
 
 
+def _list_media_files(folder: Path) -> list[Path]:
+    """Return the videos, GIFs and images of a folder, sorted; hidden files are left out."""
+    suffixes = VIDEOS | {".gif"} | image_suffixes()
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
+    return [path for path in files if path.is_file() and not path.name.startswith(".")]
+
+
 def list_sources(chain: Chain) -> list[Path]:
     """Return the input file, or the media files of the input folder, except results of the same tools."""
     folder = chain.run.input
     if not folder.is_dir():
         return [folder]
-    media_suffixes = VIDEOS | {".gif"} | image_suffixes()
     ending = f"_{chain.name_suffix}"
-    media_files = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in media_suffixes
-        and path.is_file()
-        and not path.name.startswith(".")
-        and not (chain.needs_video and _is_still(path))
-    ]
+    media_files = _list_media_files(folder)
+    if chain.needs_video:
+        media_files = [path for path in media_files if not _is_still(path)]
     # `_rename_outputs` appends underscores to the names of results
     sources = [path for path in media_files if not path.stem.rstrip("_").endswith(ending)]
     if not sources:

@@ -311,10 +311,19 @@ def _can_be_opened(path: Path) -> bool:
 
 def describe_scripts(family: str) -> str:
     """Return a sentence that names a family's scripts, and the options with which `new` finds its models."""
-    from downloads.catalogue import model_sets  # only for hints
-
     entry = FAMILIES[family]
     training_script = f"{entry.training_script}.py"
+    scripts = f"Its scripts are {training_script} and {entry.generation_script}.py"
+    options_of_new = _list_options_of_new(training_script)
+    if not options_of_new:
+        return scripts
+    return f"{scripts}; for `new` {' or '.join(options_of_new)}"
+
+
+def _list_options_of_new(training_script: str) -> list[str]:
+    """Return the options with which `new` finds the models of a training script, for each of their names."""
+    from downloads.catalogue import model_sets  # only for hints
+
     trainable = [
         model for model in model_sets() if "train" in model.commands and not model.properties.get("control")
     ]
@@ -331,10 +340,7 @@ def describe_scripts(family: str) -> str:
         if is_ambiguous:
             option += f" --task {tasks[0]}"
         options_of_new.append(option)
-    scripts = f"Its scripts are {training_script} and {entry.generation_script}.py"
-    if not options_of_new:
-        return scripts
-    return f"{scripts}; for `new` {' or '.join(options_of_new)}"
+    return options_of_new
 
 
 class Script(partial[None]):

@@ -324,32 +324,40 @@ def list_on_the_fly_tables(tag: str, plans: Sequence[TablePlan], needs_captions:
         DatasetError: If captions are missing, or if they are read together with reference images.
         MediaError: If the header of an image cannot be read.
     """
-    live_tables: dict[int, TableCacheInfo] = {}
     dataset = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
     folders = TableFolders(dataset)
-    for plan in plans:
-        is_live = plan.latents is TensorLocation.LIVE
-        if not (is_live or needs_captions):
-            continue
-        config = DatasetConfig(plan.table.config_path, (plan.table,))
-        # the listing was logged already if this run has cached the table
-        with quiet() if plan.latents.is_made else nullcontext():
-            sources = find_all_sources(config, captions=needs_captions, folders=folders)
-        if needs_captions:
-            require_captions(sources)
-            _check_references(plan.table, sources)
-        sources_by_stem = {source.stem: source for source in sources}
-        sizes: dict[str, Size] | None = None
-        if is_live:
-            sizes = {stem: _read_size(source) for stem, source in sources_by_stem.items()}
-        live_tables[plan.table.index] = TableCacheInfo(
-            tag,
-            frozenset(),
-            has_cached_texts=plan.texts is not TensorLocation.LIVE,
-            on_the_fly_buckets=sizes,
-            on_the_fly_sources=sources_by_stem,
-        )
-    return live_tables
+    return {
+        plan.table.index: _read_on_the_fly_table(tag, plan, needs_captions, folders)
+        for plan in plans
+        if needs_captions or plan.latents is TensorLocation.LIVE
+    }
+
+
+def _read_on_the_fly_table(
+    tag: str, plan: TablePlan, needs_captions: bool, folders: TableFolders
+) -> TableCacheInfo:
+    """Return the sources of one table, with the sizes of its images if they are encoded during training.
+
+    The arguments are those of `list_on_the_fly_tables`; `folders` has the folders of all its tables.
+    """
+    config = DatasetConfig(plan.table.config_path, (plan.table,))
+    # the listing was logged already if this run has cached the table
+    with quiet() if plan.latents.is_made else nullcontext():
+        sources = find_all_sources(config, captions=needs_captions, folders=folders)
+    if needs_captions:
+        require_captions(sources)
+        _check_references(plan.table, sources)
+    sources_by_stem = {source.stem: source for source in sources}
+    sizes: dict[str, Size] | None = None
+    if plan.latents is TensorLocation.LIVE:
+        sizes = {stem: _read_size(source) for stem, source in sources_by_stem.items()}
+    return TableCacheInfo(
+        tag,
+        frozenset(),
+        has_cached_texts=plan.texts is not TensorLocation.LIVE,
+        on_the_fly_buckets=sizes,
+        on_the_fly_sources=sources_by_stem,
+    )
 
 
 def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> None:

@@ -173,8 +173,7 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
     aspect_errors: list[float] = []  # between the aspect ratios of bucket and image
     for item in items:
         table = item.table
-        width = item.bucket[0]
-        height = item.bucket[1]
+        width, height = item.bucket[:2]
         num_by_table[table.index] += 1
         buckets[width, height] += table.num_repeats
         if table.is_reg:
@@ -185,13 +184,18 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
         if parsed is not None:
             image_width, image_height = parsed.size
             aspect_errors.append(abs(width / height - image_width / image_height))
-    numbered_buckets: dict[str, dict[str, Any]] = {}
-    for number, size in enumerate(sorted(buckets)):
-        numbered_buckets[str(number)] = {"resolution": list(size), "count": buckets[size]}
-    bucket_info: dict[str, Any] = {"buckets": numbered_buckets}
+    bucket_info = _describe_buckets(buckets)
     if aspect_errors:
         bucket_info["mean_img_ar_error"] = sum(aspect_errors) / len(aspect_errors)
     return _ImageCounts(num_by_table, num_learned, num_regularization, bucket_info)
+
+
+def _describe_buckets(buckets: Mapping[tuple[int, int], int]) -> dict[str, Any]:
+    """Return the entry `buckets` of `ss_bucket_info`: size and number of images, by a number as text."""
+    numbered_buckets: dict[str, dict[str, Any]] = {}
+    for number, size in enumerate(sorted(buckets)):
+        numbered_buckets[str(number)] = {"resolution": list(size), "count": buckets[size]}
+    return {"buckets": numbered_buckets}
 
 
 def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:

@@ -193,12 +193,16 @@ def image_training_parser(
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     foreign = OTHER_TRAINERS_OPTIONS if defaults.foreign is None else defaults.foreign
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *foreign, **script)
-    (dynamo_backend,) = (action for action in parser._actions if action.dest == "dynamo_backend")
-    dynamo_backend.choices = (*(dynamo_backend.choices or ()), TENSORRT)
-    # the launcher's setting; its default here takes effect with --torch_compile only
-    dynamo_backend.not_given = "NO"  # type: ignore[attr-defined]
-    parser.set_defaults(dynamo_backend="inductor")
+    _change_dynamo_backend(parser)
     return parser
+
+
+def _change_dynamo_backend(parser: Parser) -> None:
+    """Let --dynamo_backend accept TensorRT, and set its default, which only acts with --torch_compile."""
+    (action,) = (action for action in parser._actions if action.dest == "dynamo_backend")
+    action.choices = (*(action.choices or ()), TENSORRT)
+    action.not_given = "NO"  # type: ignore[attr-defined]  # the launcher's setting
+    parser.set_defaults(dynamo_backend="inductor")
 
 
 def _apply_alternative_names(args: argparse.Namespace) -> None:

@@ -625,16 +625,16 @@ def _make_stepping(
     offloads_states = full_dit is not None and full_dit.offloads_states
     # an optimizer that needs whole matrices gathers the rows of sharded ones, one weight at a time
     gathers_weights = bool(sharded_weights) and not stepping.is_elementwise(optimizer_class)
+    needs_parameter_steps = options.is_fused or gathers_weights or rounds_to_bf16 or offloads_states
     parameter_steps: stepping.ParameterSteps | None = None  # steps each parameter by itself
-    if options.is_fused or gathers_weights or rounds_to_bf16 or offloads_states:
-        if stepping.can_step_one_parameter(optimizer_class):
-            parameter_steps = stepping.ParameterSteps(
-                optimizer, trainable.names, plan.progress, sharded_weights, offloads_states=offloads_states
-            )
-        else:  # only --full_bf16: such an optimizer was rejected with the other options
-            logger.warning(
-                "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
-            )
+    if needs_parameter_steps and stepping.can_step_one_parameter(optimizer_class):
+        parameter_steps = stepping.ParameterSteps(
+            optimizer, trainable.names, plan.progress, sharded_weights, offloads_states=offloads_states
+        )
+    elif needs_parameter_steps:  # only --full_bf16: such an optimizer was rejected with the other options
+        logger.warning(
+            "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
+        )
     if parameter_steps is None or not options.is_fused:
         return stepping.StepAfterBackward(
             optimizer,

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -479,7 +479,7 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _check_bad_step(run, step)
     losses = run.progress.losses
-    if math.isfinite(loss):
+    if math.isfinite(loss):  # otherwise it was expected, as `_check_bad_step` explains
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]  # the average is over the steps of one epoch
     if run.steps.num_processes > 1:
@@ -712,20 +712,24 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     with run.logs.clock.pause(VALIDATION), in_evaluation:
         losses = validation.measure(run.model.dits.on_device, run.autocast)
     step = run.progress.step
-    loss = losses[LOSS]
     training_losses = run.progress.losses
     training_loss = sum(training_losses) / len(training_losses) if training_losses else None
     run.logs.log_values(validation.name_tracked_values(losses, occasion, training_loss), step)
     # the console gets only the mean; losses of single levels are on the page and in the trackers
-    earlier_losses = run.reporter.validations  # by step
-    previous = f"{earlier_losses[max(earlier_losses)]:.5f} -> " if earlier_losses else ""
-    is_lowest = bool(earlier_losses) and loss < min(earlier_losses.values())
-    logger.info(
-        "Step %d: validation loss %s%.5f%s", step, previous, loss, ", the lowest so far" if is_lowest else ""
-    )
+    _log_validation_loss(step, losses[LOSS], earlier_losses=run.reporter.validations)
     run.reporter.log_validation(step, losses)
     for stopping_rule in run.features.on.after_validation:
-        reason = stopping_rule(run, loss)
+        reason = stopping_rule(run, losses[LOSS])
         if reason and step < run.steps.total_steps:
             logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)
             run.is_done = True
+
+
+def _log_validation_loss(step: int, loss: float, earlier_losses: Mapping[int, float]) -> None:
+    """Log a validation loss with the previous one, and whether it is the lowest; losses are keyed by step."""
+    previous, remark = "", ""
+    if earlier_losses:
+        previous = f"{earlier_losses[max(earlier_losses)]:.5f} -> "
+        if loss < min(earlier_losses.values()):
+            remark = ", the lowest so far"
+    logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, remark)

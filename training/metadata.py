@@ -133,9 +133,7 @@ def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
     if options.prediction is not None:  # an image model
         values |= image_trainer_metadata(plan, options.prediction)
-        set_options = option_values(options)
-        for name in options_with(TrainingOptions, "image_files", True):
-            values[f"ss_{name}"] = set_options[name]
+        values |= _image_option_values(options)
     if options.timesteps.timestep_focus is not None:
         values["ss_timestep_focus"] = options.timesteps.timestep_focus
         values["ss_timestep_focus_range"] = " ".join(map(str, options.timesteps.timestep_focus_range))
@@ -145,6 +143,12 @@ def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
     if plan.progress.changes:
         values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
     return values
+
+
+def _image_option_values(options: TrainingOptions) -> dict[str, Any]:
+    """Return the entries of options that are recorded for image models only."""
+    values = option_values(options)
+    return {f"ss_{name}": values[name] for name in options_with(TrainingOptions, "image_files", True)}
 
 
 def file_metadata(

@@ -271,9 +271,8 @@ def check_resumable(
         return {}
     fixed, saved_fixed = _comparable_fixed_settings(saved, settings)
     adjustable, saved_adjustable = settings.adjustable, _list_saved_adjustable(saved, settings.adjustable)
-    # a state of an older version lacks newer settings
     unrecorded = (fixed.keys() - saved_fixed.keys()) | (adjustable.keys() - saved_adjustable.keys())
-    if unrecorded:
+    if unrecorded:  # the state is of an older version
         logger.warning(
             "%s does not say what the run that saved it had for %s: its version did not record that. Give "
             "the same values as then.",

@@ -697,10 +697,11 @@ def settings_to_repeat(prepared: Prepared, is_seeded: bool, family: Family) -> d
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")
     }
     scales = prepared.guidance_scale
-    if not prepared.rules.streams:
+    # separate scales of image and audio would be replaced by a shared one, so only one that the prompt line
+    # sets is repeated
+    has_separate_scales = bool(prepared.rules.streams)
+    if not has_separate_scales:
         values["guidance_scale"] = scales[0]
-    # otherwise image and audio have their own scales, which a shared one would replace: the command repeats
-    # it only if the prompt line sets it, as `request.guidance_scale`
     for expert, scale in zip(family.experts, scales, strict=True):
         if expert.name == HIGH_NOISE:
             values[f"guidance_scale_{HIGH_NOISE}"] = scale

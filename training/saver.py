@@ -196,6 +196,15 @@ def _metadata_now(
     )
 
 
+def _shard_moments(parameter_state: Mapping[str, Any], sharded_weight: Tensor) -> dict[str, Any]:
+    """Return a parameter's optimizer state with its moments sharded like the weight."""
+    return {
+        # step counters have no dimensions
+        key: as_sharded(sharded_weight, value) if isinstance(value, Tensor) and value.ndim > 0 else value
+        for key, value in parameter_state.items()
+    }
+
+
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     """Return the dtype of saved models; None if every tensor keeps its dtype."""
     precision = options.saving.save_precision
@@ -219,11 +228,8 @@ def collect_state(model: TrainedModel) -> states.SavedState:
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
     # moments of sharded weights contain only this process's rows: they are replaced by sharded tensors
     for name, sharded_weight in _sharded_weights_with_local_moments(model).items():
-        parameter_state = optimizer["states"].get(name, {})
-        for key, value in list(parameter_state.items()):
-            is_moment = isinstance(value, Tensor) and value.ndim > 0  # step counters have no dimensions
-            if is_moment:
-                parameter_state[key] = as_sharded(sharded_weight, value)
+        if name in optimizer["states"]:
+            optimizer["states"][name] = _shard_moments(optimizer["states"][name], sharded_weight)
     return states.SavedState(
         folder=Path(),  # not recorded in a state
         progress=plan.progress,

@@ -253,12 +253,11 @@ class TrainingRun:
         self.parameters = self.model.trainable.parameters
         experts, audio = plan.family.experts, audio_of(plan.family)
         self.audio_parameters = frozenset()  # parameters of modules that only sound goes through
-        if audio is not None and not audio.is_in_latent_cache:
-            names = self.model.trainable.names
-            self.audio_parameters = frozenset(
-                parameter for parameter, name in names.items() if audio.modules in name
-            )
         trainable = self.model.trainable
+        if audio is not None and not audio.is_in_latent_cache:
+            self.audio_parameters = frozenset(
+                parameter for parameter, name in trainable.names.items() if audio.modules in name
+            )
         self.updates_all_parameters = not (
             trainable.by_expert or trainable.freeze_at_step or self.audio_parameters
         )

@@ -33,13 +33,7 @@ def list_without_effect(
     """
     reasons = dict(more_reasons or {})
     if options.lora_parts is not None and _replaces_rate(options.lora_parts):
-        rates = {
-            "--unet_lr": options.lora_parts.unet_lr,
-            "--text_encoder_lr": options.lora_parts.text_encoder_lr,
-        }
-        rate_flags = [flag for flag, rate in rates.items() if rate is not None]
-        reason = f"{' and '.join(rate_flags)} replace{'s' * (len(rate_flags) == 1)} it"
-        reasons.setdefault("learning_rate", reason if rate_flags else "no part learns at it")
+        reasons.setdefault("learning_rate", _explain_replaced_rate(options.lora_parts))
     reasons |= _without_samples(options, options)
     lines = _list_unused_weighting(options)
     lines += _list_unused(options, reasons, options.typed_options)
@@ -76,6 +70,18 @@ def _replaces_rate(parts: PartsOptions) -> bool:
     dit_is_replaced = parts.unet_lr is not None or not parts.trains_dit
     texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_text_encoders
     return dit_is_replaced and texts_are_replaced
+
+
+def _explain_replaced_rate(parts: PartsOptions) -> str:
+    """Return why --learning_rate has no effect if every trained part has its own learning rate."""
+    rates = {"--unet_lr": parts.unet_lr, "--text_encoder_lr": parts.text_encoder_lr}
+    match [flag for flag, rate in rates.items() if rate is not None]:
+        case []:
+            return "no part learns at it"
+        case [flag]:
+            return f"{flag} replaces it"
+        case flags:
+            return f"{' and '.join(flags)} replace it"
 
 
 def _list_unused(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:

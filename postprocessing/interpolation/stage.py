@@ -67,22 +67,26 @@ class Interpolator:
             return clip
         if clip.rate is None:  # the frame count of a file may be wrong: `run` counts
             raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
-        # fraction of the size at which motion is computed (--ds_factor)
-        motion_scale = self._options.motion_scale
-        # padding of the images to a multiple of `alignment`
-        left, right, top, bottom = self._measure_margins(clip.height, clip.width)
-        if min(clip.height + top + bottom, clip.width + left + right) * motion_scale < MIN_SIDE:
-            step = self._options.alignment
-            # the smallest side that is large enough after padding to a multiple of `step`
-            min_side = (math.ceil(MIN_SIDE / motion_scale / step) - 1) * step + 1
-            with_option = f" with --ds_factor {self._options.ds_factor:g}" if motion_scale < 1 else ""
-            raise MediaError(
-                f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {min_side} pixels in "
-                f"width and height{with_option}."
-            )
+        self._check_size(clip)
         # none are added after the last frame
         frames = None if clip.frames is None else (clip.frames - 1) * factor + 1
         return replace(clip, rate=clip.rate * factor, frames=frames)
+
+    def _check_size(self, clip: Clip) -> None:
+        """Raise MediaError if a clip is too small for the networks at the size where motion is computed."""
+        motion_scale = self._options.motion_scale  # fraction of the clip's size (--ds_factor)
+        # padding of the images to a multiple of `alignment`
+        left, right, top, bottom = self._measure_margins(clip.height, clip.width)
+        if min(clip.height + top + bottom, clip.width + left + right) * motion_scale >= MIN_SIDE:
+            return
+        step = self._options.alignment
+        # the smallest side that is large enough after padding to a multiple of `step`
+        min_side = (math.ceil(MIN_SIDE / motion_scale / step) - 1) * step + 1
+        with_option = f" with --ds_factor {self._options.ds_factor:g}" if motion_scale < 1 else ""
+        raise MediaError(
+            f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {min_side} pixels in "
+            f"width and height{with_option}."
+        )
 
     def run(self, frames: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield all frames, with interpolated frames between them.

@@ -64,21 +64,18 @@ class HostCopy:
             return
         self._transfer = transfer or transfer_to(device)
         frozen_tensors = _list_frozen_tensors(network)
-        host_tensors = _find_loaded_on_host(
-            frozen_tensors, {} if host_weights is None else host_weights.tensors
-        )
-        infos_to_allocate = {
-            name: TensorInfo(tensor.dtype, tuple(tensor.shape))
-            for name, tensor in frozen_tensors.items()
-            if name not in host_tensors
+        loaded_tensors = {} if host_weights is None else host_weights.tensors
+        host_tensors = _find_loaded_on_host(frozen_tensors, loaded_tensors)
+        other_tensors = {name: tensor for name, tensor in frozen_tensors.items() if name not in host_tensors}
+        infos = {
+            name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in other_tensors.items()
         }
-        allocated = allocate(infos_to_allocate, device.type == "cuda").tensors
+        allocated = allocate(infos, device.type == "cuda").tensors
+        for name, tensor in other_tensors.items():
+            allocated[name].copy_(tensor.data)
+            tensor.data = allocated[name]  # immediately, so that there is never a second copy of all weights
         for name, tensor in frozen_tensors.items():
-            host = host_tensors.get(name)
-            if host is None:
-                host = allocated[name]
-                host.copy_(tensor.data)
-                tensor.data = host  # immediately, so that there is never a second copy of all weights
+            host = host_tensors[name] if name in host_tensors else allocated[name]
             self._pairs.append(_HostPair(tensor, host))
         self.free_device_memory()  # frees the slots of a block swap that has run
 

@@ -252,20 +252,25 @@ def command_of(layout: GpuLayout, added: Sequence[str], argv: Sequence[str], is_
         argv: Arguments of the planning command.
         is_training: Whether the run is a training run.
     """
-    # arguments without the options that the layout sets, and without the values of these options
-    other_arguments: list[str] = []
-    num_values = 0  # of a removed option, among the next arguments
-    for argument in argv[1:]:
-        name, equals_sign, _ = argument.partition("=")
-        if num_values and not argument.startswith("--"):
-            num_values -= 1
-            continue
-        num_values = 0 if equals_sign else NUM_VALUES_OF_LAYOUT_OPTIONS.get(name, 0)
-        if name not in NUM_VALUES_OF_LAYOUT_OPTIONS:
-            other_arguments.append(argument)
     script = Path(argv[0]).name
+    other_arguments = _without_layout_options(argv[1:])
     command = [str(find_script(script) or script), *other_arguments, *added, *layout.extra_options]
     if not is_training and layout.num_parallel > 1:  # separate generations, each a process without a launcher
         return quote_command(["python", *command])
     # LAUNCH ends with N, a placeholder for the number of processes
     return quote_command([*LAUNCH.split()[:-1], str(layout.division.processes), *command])
+
+
+def _without_layout_options(arguments: Sequence[str]) -> list[str]:
+    """Return arguments without the options that a layout sets, and without the values of these options."""
+    kept: list[str] = []
+    num_values_left = 0  # of a removed option, among the next arguments
+    for argument in arguments:
+        name, equals_sign, _ = argument.partition("=")
+        if num_values_left and not argument.startswith("--"):
+            num_values_left -= 1
+            continue
+        num_values_left = 0 if equals_sign else NUM_VALUES_OF_LAYOUT_OPTIONS.get(name, 0)
+        if name not in NUM_VALUES_OF_LAYOUT_OPTIONS:
+            kept.append(argument)
+    return kept
