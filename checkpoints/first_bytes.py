@@ -16,7 +16,9 @@ def is_pointer_or_page(start: bytes) -> bool:
 def describe_kind(start: bytes) -> str:
     """Return the end of an error message about a file that is not a model: what it is, and what to do."""
     if start.startswith(GGUF):
-        return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
+        return (
+            "is a GGUF file, which cannot be read here. Give the safetensors or .pth file of the same model."
+        )
     if ONNX.match(start):
         return "is an ONNX file, which only yolo_blur.py --model accepts. Give a safetensors or .pth file."
     if start.startswith(LFS_POINTER):
@@ -30,5 +32,5 @@ def describe_kind(start: bytes) -> str:
             "again."
         )
     return (
-        "is neither a safetensors nor a torch file, or its beginning is damaged. Download or copy it again."
+        "is neither a safetensors nor a PyTorch file, or its beginning is damaged. Download or copy it again."
     )

@@ -315,7 +315,7 @@ def _read_index(path: Path) -> list[Path]:
                 raise ValueError(f"{shorten(name, MAX_OF_NAME)} is not in its folder")
             names.add(str(relative))
         if len(names) > MAX_SHARDS:
-            raise ValueError(f"it names {len(names):,} files, no model has more than {MAX_SHARDS:,}")
+            raise ValueError(f"it names {len(names):,} files, but no model has more than {MAX_SHARDS:,}")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

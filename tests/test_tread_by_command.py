@@ -126,4 +126,4 @@ def test_a_model_of_two_streams_is_refused(tmp_path: Path) -> None:
     project = make_project(family_called("ltx_2"), tmp_path)
     command = (*project.family.train, *RUN, "--output_dir", "wrong", *TREAD)
 
-    assert_one_message(*run_here(*command, folder=project.folder), "second stream, the sound")
+    assert_one_message(*run_here(*command, folder=project.folder), "second stream, for audio")

@@ -193,7 +193,7 @@ FULL = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
         (f'{{"\\ud800":{FULL}}}', "surrogates"),
         (f'{{"__metadata__":{{"x":"\\ud800"}},"a":{FULL}}}', "surrogates"),
         ('{"a":' * 100_000, "header cannot be read"),
-        ("[" * 100_000, "neither a safetensors nor a torch file|header cannot be read"),
+        ("[" * 100_000, "neither a safetensors nor a PyTorch file|header cannot be read"),
         ("{" + " " * 64, "header cannot be read"),
         (f'{{"blocks.{"9" * 5000}.weight":{FULL}}}', "a name of 5014 characters"),
     ],
@@ -230,7 +230,7 @@ def test_a_pickled_tensor_with_an_endless_name_is_refused(tmp_path: Path) -> Non
         (b"\x08\x08\x12\x07pytorch", "is an ONNX file"),
         (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "is a web page"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is neither a safetensors nor a torch file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is neither a safetensors nor a PyTorch file"),
     ],
 )
 def test_what_is_no_model_file_is_called_by_its_name(

@@ -129,7 +129,7 @@ NAMES = (
 )
 FILES = (
     wrong(GENERATIONS, "--dit BAD/cut.safetensors", "cut.safetensors is damaged or incomplete", "Download"),
-    wrong(GENERATIONS, "--vae BAD/text.txt", "text.txt is neither a safetensors nor a torch file"),
+    wrong(GENERATIONS, "--vae BAD/text.txt", "text.txt is neither a safetensors nor a PyTorch file"),
     wrong(GENERATIONS, "--dit BAD/folder", "without exactly one model", "Give the path of the file"),
     wrong((*GENERATIONS, *TRAININGS), "--dit BAD/three", "a.safetensors, b.safetensors, c.safetensors"),
     wrong(TRAININGS, "--config_file BAD/none_in.toml", "leave the key out"),

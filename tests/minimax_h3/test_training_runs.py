@@ -52,7 +52,7 @@ def run(name: str, steps: int) -> list[object]:
         (["--video_only", "--h3_video_loss_weight", 0], ["nothing would be learned"]),
         (["--h3_mask_mode", "box"], ["--task"]),
         (["--one_frame"], ["a clip of 7 latent frames", "images"]),
-        (["--tread", 0.5], ["a second stream, the sound"]),
+        (["--tread", 0.5], ["a second stream, for audio"]),
         (["--blocks_to_swap", 2], ["has 3 blocks, at most 1 can be swapped. Use 1 or less"]),
     ],
 )

@@ -91,7 +91,7 @@ FILES = (
     ("--ckpt BAD/flux.safetensors", "FLUX"),
     ("--ckpt BAD/flux_vae.safetensors", "it looks like a VAE"),
     ("--ckpt lora.safetensors", "looks like a LoRA"),
-    ("--ckpt BAD/text.txt", "neither a safetensors nor a torch file"),
+    ("--ckpt BAD/text.txt", "neither a safetensors nor a PyTorch file"),
     ("--ckpt BAD/no_text.safetensors", "has no text encoder"),
     ("--ckpt BAD/half.safetensors", "missing: up_blocks"),
     ("--ckpt BAD/other_size.safetensors", "takes text states of width 5"),

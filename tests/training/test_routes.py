@@ -106,7 +106,7 @@ SIDE_STREAM = DitSpec(("blocks", "others"), side_list="others")
 @pytest.mark.parametrize(
     ("family", "counts", "message"),
     [
-        (family_with(abilities=Abilities(trains_audio=True)), (4,), "second stream, the sound"),
+        (family_with(abilities=Abilities(trains_audio=True)), (4,), "second stream, for audio"),
         (family_with(dit=SIDE_STREAM), (4, 2), "second stream of blocks adds"),
         (family_with(dit=DitSpec(("blocks",), has_additions=True)), (4,), "the ControlNet adds"),
         (family_with(), (3,), "3 blocks, from 0 to 2, and these are 2 to 1"),

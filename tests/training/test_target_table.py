@@ -82,7 +82,7 @@ REJECTED = {
     ("preference", "preserved"): "cannot be used with --preference",
     ("slider", "preserved"): "cannot be used with --slider",
     ("slider", "network_multiplier"): "cannot be used with --slider",
-    ("tread", "audio"): "second stream, the sound",
+    ("tread", "audio"): "second stream, for audio",
 }
 SHAPE = (4, toy.LATENT.channels, 2, 2, 2)
 LEVELS = (0.8, 0.3, 0.6, 0.45)

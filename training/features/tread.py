@@ -61,9 +61,7 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
     name = f"--tread {options.tread:g}"
     reason = ""
     if family.abilities.trains_audio:
-        reason = (
-            "its blocks have a second stream for audio, whose tokens would have to be selected separately"
-        )
+        reason = "its blocks have a second stream, for audio, whose tokens would need a separate selection"
     elif family.dit.side_list:
         reason = "a second stream of blocks adds to all tokens of the first one"
     elif family.dit.has_additions:

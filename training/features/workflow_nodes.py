@@ -104,8 +104,8 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     lora_format = plan.lora_format
     if lora_format is None:
         raise OptionError(
-            f"{FLAG} with --network_module {options.network.network_module}: whether ComfyUI reads that "
-            "package's files is not known here. Leave it out"
+            f"{FLAG} with --network_module {options.network.network_module}: it is not known whether ComfyUI "
+            "reads that package's files. Leave it out"
         )
     prompts = options.samples.sample_prompts
     assert prompts is not None  # otherwise the feature is not on

@@ -310,8 +310,8 @@ def _find_by_loss(
     if lowest.loss_step == lowest.step:
         reason = say("validation loss lowest at step %(step)s", step=step)
     else:
-        reason = say("validation loss lowest at step %(step)s, measured nearest to it", step=step)
-    trends = _find_trends(rows, best) if best.samples else [say("it has no samples of its step")]
+        reason = say("validation loss lowest at step %(step)s, the nearest validation", step=step)
+    trends = _find_trends(rows, best) if best.samples else [say("there are no samples of its step")]
     return BestFile(best, (reason, *trends))
 
 

@@ -503,8 +503,8 @@ def describe(scores: RunScores) -> str:
         )
     if scores.near_threshold is not None:
         lines.append(
-            f"Very near: above a cosine of {scores.near_threshold:.4f}, which 99 of 100 training pictures do "
-            "not have to any other one."
+            f"Very near: a cosine above {scores.near_threshold:.4f}; 99 of 100 training pictures have no "
+            "other one as near as that."
         )
     lines += [*(str(note.text) for note in scores.notes), str(NO_TASTE)]
     return "\n".join(lines)

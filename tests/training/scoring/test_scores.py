@@ -328,12 +328,12 @@ def test_page_score_and_commands_choose_one_file(tmp_path: Path) -> None:
     best = find_best(rows)
     assert best is not None
     assert best.name == run_history.best_file(tmp_path) == "x-150.safetensors"
-    assert "validation loss lowest at step 100, measured nearest to it" in best.text
+    assert "validation loss lowest at step 100, the nearest validation" in best.text
 
     best = find_best(rows[:1], list_unsampled(rows[:1], run_history, tmp_path))  # there are no samples of 150
     assert best is not None
     assert best.name == "x-150.safetensors"
-    assert "it has no samples of its step" in best.text
+    assert "there are no samples of its step" in best.text
 
 
 def test_a_tagger_says_how_many_tags_of_the_prompt_a_sample_shows(tmp_path: Path, knowing: Path) -> None:
