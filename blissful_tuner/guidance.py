@@ -238,19 +238,13 @@ class _StepPlanner:
         rescale_fraction = options.guidance_rescale
         if stages and rules.projection is not None and momentum is not None:
             is_projected = self._prepared.first_step + index > rules.projection.after_step
-            stages = [_project(stages[0], rules.projection, momentum, negative, is_projected)]
+            stages = [_make_projected_stage(stages[0], rules.projection, momentum, negative, is_projected)]
             rescale_fraction = rules.projection.rescale if is_projected else rescale_fraction
         # skip-layer guidance away from the pass with skipped blocks
         if skips_layers and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_difference(self._pass_without_layers, options.slg_scale))
-        if not stages:  # without guidance there is nothing to rescale
-            return ()
-        if rescale_fraction != 0:
-            stages.append(rescale(rescale_fraction))
-        if rules.norm_limit is not None:
-            stages.append(limit_norm(rules.norm_limit))
-        if rules.norm_patch_size is not None:
-            stages.append(keep_token_norms(rules.norm_patch_size))
+        if stages:  # without guidance there is nothing to rescale
+            stages += _list_rescaling_stages(rules, rescale_fraction)
         return tuple(stages)
 
     def _select_negative_pass(self, index: int, skips_layers: bool) -> Pass:
@@ -269,7 +263,19 @@ class _StepPlanner:
         return NEGATIVE
 
 
-def _project(
+def _list_rescaling_stages(rules: GuidanceRules, rescale_fraction: float) -> list[GuidanceStage]:
+    """Return the stages that adjust the guided velocity's standard deviation and norm."""
+    stages: list[GuidanceStage] = []
+    if rescale_fraction != 0:
+        stages.append(rescale(rescale_fraction))
+    if rules.norm_limit is not None:
+        stages.append(limit_norm(rules.norm_limit))
+    if rules.norm_patch_size is not None:
+        stages.append(keep_token_norms(rules.norm_patch_size))
+    return stages
+
+
+def _make_projected_stage(
     formula: GuidanceStage, rule: Projection, momentum: Momentum, negative: Pass, is_projected: bool
 ) -> GuidanceStage:
     """Return the stage of projected guidance, which replaces the standard formula after the first steps."""

@@ -447,7 +447,7 @@ def _list_spellings(
 
 
 def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
-    """Return an error message for each option of a line that begins with other dashes than two hyphens."""
+    """Return an error message for each option of a line that begins with dashes other than two hyphens."""
     return [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]

@@ -95,7 +95,7 @@ def receive(
         OSError: If the file cannot be written.
     """
     path.touch()  # an empty file has to exist too
-    retries = _Retries(tries, first_wait, path.stat().st_size)
+    retries = _Retries(first_wait, path.stat().st_size)
     version: str | None = None
     while True:
         can_continue = version is not None or size_bytes is not None
@@ -127,7 +127,6 @@ def receive(
 class _Retries:
     """Counts the failed attempts of a download since it last made progress."""
 
-    tries: int  # number of consecutive attempts that may make little progress
     first_wait: float  # seconds before the second attempt
     size_after_progress: int  # bytes
     num_failures: int = 0  # consecutive attempts with little progress

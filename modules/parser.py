@@ -475,9 +475,20 @@ def _add_field(
         nested = {} if declared is None else declared.settings
         if issubclass(hint, Options):  # other records are declared by a function
             add_options(parser, hint, group=group, **overrides.merge(nested)._asdict())
-        return
-    if declared is None or not declared.help:
-        return
+    elif declared is not None and declared.help:
+        _add_declared(parser, group, cls, field=field, declared=declared, overrides=overrides)
+
+
+def _add_declared(
+    parser: argparse.ArgumentParser,
+    group: _Group,
+    cls: type[Options],
+    *,
+    field: Field[Any],
+    declared: Declared,
+    overrides: _ScriptOverrides,
+) -> None:
+    """Add an option to a parser; if the script lacks it, only its default."""
     name = option_name(field)
     settings = {**declared.settings, **overrides.settings.get(name, {})}
     if name in overrides.defaults:
@@ -488,6 +499,7 @@ def _add_field(
     if name in overrides.without:  # its record gets the default
         _leave_out(parser, name.replace("-", "_"), default)
         return
+    hint = hints_of(cls)[field.name]
     action: Any = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
     # facts that argparse does not know, for messages and the page
     action.is_secret = "secret" in field.metadata

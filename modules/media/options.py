@@ -18,7 +18,7 @@ class CodecOptions(Options, title="video format"):
     @property
     def suffix(self) -> str:
         """Suffix of videos: the container's, or .mkv for ProRes."""
-        return ".mkv" if self.is_deep else f".{self.container}"
+        return ".mkv" if self.codec == "prores" else f".{self.container}"
 
     @property
     def is_deep(self) -> bool:

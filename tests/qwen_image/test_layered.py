@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from generation.progress import show_start
-from generation.run import check_latents
+from generation.saved_latents import check_latents
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from protocols.data import CONTROL, Batch, MediaBatch
