@@ -383,25 +383,23 @@ def folder_routes(
     section does not apply to that folder.
     """
 
-    def show(request: Request) -> Response:
-        query = request.query_params
-        folder = find(site.runs, query.get("folder", ""))
+    def answer(folder_text: str, make_response: Callable[[Path], Response]) -> Response:
+        folder = find(site.runs, folder_text)
         if folder is None:
             return answer_not_found()
         try:
-            return pages.show(folder, query)
+            return make_response(folder)
         except (OSError, ValueError, UserError) as error:
             return answer_text(str(error), 422)
 
+    def show(request: Request) -> Response:
+        query = request.query_params
+        return answer(query.get("folder", ""), lambda folder: pages.show(folder, query))
+
     def change(request: Request, form: Form) -> Response:
+        action = request.path_params["what"]
         fields = {name: tidy_lines("".join(values)) for name, values in form.items()}
-        folder = find(site.runs, fields.get("folder", ""))
-        if folder is None:
-            return answer_not_found()
-        try:
-            return pages.change(folder, request.path_params["what"], fields)
-        except (OSError, ValueError, UserError) as error:
-            return answer_text(str(error), 422)
+        return answer(fields.get("folder", ""), lambda folder: pages.change(folder, action, fields))
 
     return [
         Route(f"/new/{section}", show),

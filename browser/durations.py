@@ -95,7 +95,8 @@ def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collecti
         return None
     for run in runs.list_all():  # the newest first
         is_measured = run.state == FINISHED and run.step_seconds is not None
-        if not is_measured or run.network != file_name or not _is_from_this_machine(run, cards):
+        has_same_model = run.network == file_name
+        if not (is_measured and has_same_model and _is_from_this_machine(run, cards)):
             continue
         run_options = {} if run.start is None else dict((*run.start.unchanged, *run.start.changed))
         has_equal_work = _has_equal_work_per_step(described.values, run_options)

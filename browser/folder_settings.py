@@ -450,8 +450,12 @@ class FolderSettingsPages:
             draft = read_draft_file(self.site, folder, name)
             if draft.checksum != fields.get("have", ""):  # not the file that the page was built from
                 return self.answer_conflict(folder, section, draft, fields)
-            typed_text = None if section == SETTINGS_TABLE else fields.get("text", "")
-            new_texts = self.edit_by_table(draft, fields) if typed_text is None else {draft: typed_text}
+            if section == SETTINGS_TABLE:
+                typed_text = None
+                new_texts = self.edit_by_table(draft, fields)
+            else:
+                typed_text = fields.get("text", "")
+                new_texts = {draft: typed_text}
             run_file = read_draft_file(self.site, folder, RUN_FILE)
             change = plan_change(self.site, section, new_texts, run_file, typed_text)
             if action == "save":

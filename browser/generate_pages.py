@@ -631,14 +631,7 @@ class GeneratePages:
         for name in settings.loras:
             if name not in selected_names:
                 sentences.append(say("Its LoRA %(name)s is not here.", name=name))
-        option_keys = [recipe.option_keys.get(field_name, "") for field_name in IMAGES]
-        for option_key in option_keys:
-            paths = settings.options.get(option_key, "").splitlines()
-            if paths:
-                sentences.append(
-                    say("It started from %(splitlines)s: drop that file on the form.", splitlines=paths[0])
-                )
-        return join(" ", sentences)
+        return join(" ", [*sentences, *_describe_input_images(settings, recipe)])
 
     def _select_source(
         self, settings: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]
@@ -693,6 +686,19 @@ class GeneratePages:
         task = "".join(recipe.fixed_options.get("--task", ()))
         is_other_task = bool(task and settings.task) and task != settings.task
         return None if recipe.family != settings.family or is_other_task else recipe
+
+
+def _describe_input_images(settings: DroppedSettings, recipe: ModelRecipe) -> list[str]:
+    """Return sentences that ask for the images from which a dropped file was generated."""
+    sentences = []
+    for field_name in IMAGES:
+        option_key = recipe.option_keys.get(field_name, "")
+        paths = settings.options.get(option_key, "").splitlines()
+        if paths:
+            sentences.append(
+                say("It started from %(splitlines)s: drop that file on the form.", splitlines=paths[0])
+            )
+    return sentences
 
 
 @functools.cache

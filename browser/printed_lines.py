@@ -186,11 +186,11 @@ LINES = (
     # errors that end `new`
     say(
         "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. "
-        "Arrange it like this:"
+        "Make a folder like this:"
     ),
     say(
         "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. "
-        "%(names)s seem to be such pictures: move them into %(place)s. Arrange it like this:"
+        "%(names)s seem to be such pictures: move them into %(place)s. Make a folder like this:"
     ),
     say("%(path)s  the edit as a text, such as: the cat wears a hat"),
     say("%(path)s  what it is made from; of several cat_0.jpg, cat_1.jpg"),

@@ -927,13 +927,18 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
     newline = b"\r\n" if b"\r\n" in old_content else b"\n"
     has_open_line = bool(old_content) and not old_content.endswith((b"\n", b"\r"))
     separator = newline if has_open_line else b""
-    permissions = None  # `write_bytes` replaces the file: the new one gets the old one's permissions
-    with contextlib.suppress(OSError):
+    _replace_file(path, old_content + separator + line.encode() + newline)
+    return True
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write a file that keeps its permissions, because `write_bytes` replaces the file by a new one."""
+    permissions = None
+    with contextlib.suppress(OSError):  # there is no such file yet
         permissions = path.stat().st_mode & 0o777
-    write_bytes(path, old_content + separator + line.encode() + newline)
+    write_bytes(path, content)
     if permissions is not None:
         path.chmod(permissions)
-    return True
 
 
 def describe_upscaled_size(result: Result) -> str:

@@ -387,13 +387,22 @@ class TrackedRuns:
             state = self._add_queue_position(state, job, waiting)
         # the list sorts runs by the time of their last change
         change_times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
-        if job is not None and (job.state == RUNNING or state.job is job):  # the job determines the state
-            change_times.append(job.born)
-        if state.name == WAITING:
-            with contextlib.suppress(OSError):
-                change_times.append((self.queue.folder / QUEUE).stat().st_mtime)
+        change_times += self._list_queue_times(state, job)
         summary = run_config.summary if run is None else run
         return TrackedRun(replace(summary, changed=max(change_times)), state, run_config)
+
+    def _list_queue_times(self, state: RunState, job: Job | None) -> list[float]:
+        """Return when the job that determines a run's state began, and when the queue was last changed.
+
+        Each time is omitted if it has no effect on the run.
+        """
+        times = []
+        if job is not None and (job.state == RUNNING or state.job is job):  # the job determines the state
+            times.append(job.born)
+        if state.name == WAITING:
+            with contextlib.suppress(OSError):
+                times.append((self.queue.folder / QUEUE).stat().st_mtime)
+        return times
 
     def _add_queue_position(self, state: RunState, job: Job, waiting: WaitingJobs) -> RunState:
         """Return the state of a waiting job with its position in the queue, and the reason why it waits."""

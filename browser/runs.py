@@ -355,7 +355,7 @@ def _read_last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
 
 
 def find_doing(tail: bytes) -> str:
-    """Return the last `doing` text of a history file, such as caching; "" if the run has gone on since."""
+    """Return the last `doing` text of a history file, such as caching; "" if the run has continued since."""
     row = _read_last_row(tail, "doing", 0)
     position = tail.rfind(b', "doing": ')
     later = ("loss", "ended", "started", "samples", "saved", "validation")

@@ -1155,7 +1155,7 @@ def _describe_reference_layout(folder: Path, name: str, media: Sequence[Media]) 
         advice = f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
     return (
         f"{folder}: {name} learns edits, and there is no picture to edit from.{advice} "
-        "Arrange it like this:\n"
+        "Make a folder like this:\n"
         f"  {folder / 'cat.jpg'}          a result\n"
         f"  {folder / 'cat.txt'}          the edit as a text, such as: the cat wears a hat\n"
         f"  {folder / 'control' / 'cat.jpg'}  what it is made from; of several cat_0.jpg, cat_1.jpg\n"
