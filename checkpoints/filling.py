@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.finite import count_non_finite, is_finite, make_non_finite_error
+from checkpoints.finite import explain_non_finite, is_finite, make_non_finite_error
 from checkpoints.opening import QUANTIZATION_EXTRAS, Checkpoint
 from checkpoints.stored.forms import QuantizationFormat, QuantizedWeight, attach
 from modules.bars import BYTES, track
@@ -485,7 +485,7 @@ class _TensorLoader:
         if tensor.device.type != "cpu":
             self.finite_checks[part] = has_finite_values
         elif not has_finite_values:
-            raise count_non_finite(self._checkpoint.path, part, tensor)
+            raise explain_non_finite(self._checkpoint.path, part, tensor)
 
 
 def _measure_rounding_error(weight: Tensor, quantized_weight: QuantizedWeight) -> Tensor:

@@ -41,10 +41,10 @@ def is_finite(tensor: Tensor) -> Tensor:
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:
     """Raise CheckpointError if a CPU tensor read from a file contains NaN or infinite values."""
     if not is_finite(tensor):
-        raise count_non_finite(path, name, tensor)
+        raise explain_non_finite(path, name, tensor)
 
 
-def count_non_finite(path: Path, name: str, tensor: Tensor) -> CheckpointError:
+def explain_non_finite(path: Path, name: str, tensor: Tensor) -> CheckpointError:
     """Return the error for a tensor of a file that contains NaN or infinite values, with their number."""
     num_non_finite = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
     return make_non_finite_error(path, [f"{name} ({num_non_finite} of {tensor.numel()} values)"])
