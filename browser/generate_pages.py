@@ -690,7 +690,7 @@ class GeneratePages:
 
 def _describe_input_images(settings: DroppedSettings, recipe: ModelRecipe) -> list[str]:
     """Return sentences that ask for the images from which a dropped file was generated."""
-    sentences = []
+    sentences: list[str] = []
     for field_name in IMAGES:
         option_key = recipe.option_keys.get(field_name, "")
         paths = settings.options.get(option_key, "").splitlines()
