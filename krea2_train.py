@@ -6,7 +6,7 @@ from training.scripts import training_script
 
 TURBO_LACKS_IT = (
     "Turbo's file does not contain what is trained here: samples are made with the trained transformer. To "
-    "train Turbo itself, give it to --dit with --dit_variant turbo"
+    "train Turbo itself, pass it to --dit with --dit_variant turbo"
 )
 
 main = training_script(

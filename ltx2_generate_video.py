@@ -78,10 +78,10 @@ def require_references(options: Ltx2GenerationOptions) -> None:
     is_about_references = references.reference_strength < 1 or references.conditioning_attention_mask
     if is_about_references and not references.paths:
         names = "--reference_strength, --conditioning-attention-mask"
-        raise OptionError(f"{names}: no reference is given. Give --reference_video")
+        raise OptionError(f"{names}: no reference is given. Pass --reference_video")
     audio = options.audio_references
     if audio.identity_scale and audio.reference_audio is None:
-        raise OptionError(f"--{IDENTITY_SCALE}: no reference is given. Give --reference_audio")
+        raise OptionError(f"--{IDENTITY_SCALE}: no reference is given. Pass --reference_audio")
 
 
 def add_extras(request: RequestOptions, references: tuple[Path, ...] | None) -> RequestOptions:
@@ -115,12 +115,12 @@ def check_decodes(shared: GenerationOptions) -> None:
     """Raise OptionError if --paste_source has no new pixels to change."""
     if shared.latent_path:
         raise OptionError(
-            "--paste_source with --latent_path: a file of latents does not say what was kept. Leave it out"
+            "--paste_source with --latent_path: a file of latents does not say what was kept. Omit it"
         )
     if shared.output.output_type in UNDECODED:
         raise OptionError(
             "--paste_source with --output_type latent: no frames are decoded. Use --output_type both, or "
-            "leave it out"
+            "omit it"
         )
 
 
@@ -141,7 +141,7 @@ def reject_image_options(shared: GenerationOptions) -> None:
     }
     options = ", ".join(name for name, is_given in given_options.items() if is_given)
     if options:
-        raise OptionError(f"{options}: audio alone has no images. Leave out what is for these")
+        raise OptionError(f"{options}: audio alone has no images. Omit what is for these")
 
 
 main = generation_script("ltx_2", DEFAULTS, __doc__, adjust_options=settle)

@@ -8,7 +8,7 @@ from training.noise_options import SAMPLERS, SHIFTED_LOGIT
 from training.options import TrainerChanges
 from training.scripts import training_script
 
-NO_LORA = "all modules are trained; --trainable_modules trains those with a text in their names. Leave it out"
+NO_LORA = "all modules are trained; --trainable_modules trains those with a text in their names. Omit it"
 
 changes = TrainerChanges(
     refused={"lora_target_preset": NO_LORA},

@@ -11,12 +11,12 @@ def reject_lora_options(options: WanTrainingOptions) -> None:
     if options.mixed_precision_transformer:
         raise OptionError(
             "--mixed_precision_transformer: trained weights are kept in float32, or in bfloat16 with "
-            "--full_bf16; leave it out"
+            "--full_bf16; omit it"
         )
     if options.sample_dit_other is not None:
         raise OptionError(
             "--sample_dit_other: a transformer that is trained as a whole cannot leave the device for "
-            "another. Leave it out: samples are made with the trained one alone"
+            "another. Omit it: samples are made with the trained one alone"
         )
 
 

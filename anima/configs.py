@@ -15,7 +15,7 @@ ANIMA = ModelRelease(
     "https://huggingface.co/circlestone-labs/Anima/blob/main/LICENSE.md",
 )
 FEW_STEPS = FewSteps(
-    "Train on the base (anima-base-v1.0.safetensors), whose LoRAs work on Turbo too, or give "
+    "Train on the base (anima-base-v1.0.safetensors), whose LoRAs work on Turbo too, or pass "
     "--training_adapter with a LoRA that undoes the distillation",
     targets=(GUIDED, make_transfer_target("the base", "anima-base-v1.0.safetensors")),
 )

@@ -285,7 +285,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
     """Return the family for Anima's training runs; warn if full training changes the adapter."""
     if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
-            "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "
+            "the adapter is trained too, which the authors of %s advise against. Pass --llm_adapter_lr 0 to "
             "keep it unchanged",
             NAME,
         )

@@ -69,7 +69,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
     if any(name.startswith(CONNECTOR) for name in names):
         raise CheckpointError(
             f"{path} has tensors of {CONNECTOR}*: it is for another text encoder, which is not supported. "
-            f"Give {FILES}.",
+            f"Pass {FILES}.",
             path,
         )
     stored_shapes = {name: info.shape for name, info in names.items()}
@@ -118,13 +118,13 @@ def _reject_cosmos(path: Path, dim: int, input_width: int, output_width: int) ->
     if input_width == output_width + 2 * PATCH**2:
         raise CheckpointError(
             f"{path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
-            f"which is not supported. Give {FILES}.",
+            f"which is not supported. Pass {FILES}.",
             path,
         )
     if dim == COSMOS_14B_WIDTH:
         raise CheckpointError(
             f"{path} has width {dim}: it is Cosmos-Predict2 14B, but {NAME} was made from its 2B. "
-            f"Give {FILES}.",
+            f"Pass {FILES}.",
             path,
         )
 
@@ -143,7 +143,7 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
     if dim % head_dim or head_dim % 2 or dim != text_width:
         raise CheckpointError(
             f"{shapes.path}: an adapter of width {dim} with heads of width {head_dim} does not fit a "
-            f"transformer that takes texts of width {text_width}. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
+            f"transformer that takes texts of width {text_width}. Pass {ADAPTER_FILES} to {ADAPTER_OPTION}.",
             shapes.path,
         )
     return AdapterConfig(
@@ -194,8 +194,8 @@ def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitH
     if header.config.adapter is None:
         raise CheckpointError(
             f"{checkpoint.path} has no adapter ({ADAPTER_PREFIX}*), which {NAME} needs to read texts: it is "
-            f"Cosmos-Predict2's transformer, or that of a diffusers release.\n  Give {FILES}; of a diffusers "
-            f"release, give its folder text_conditioner to {ADAPTER_OPTION} too.",
+            f"Cosmos-Predict2's transformer, or that of a diffusers release.\n  Pass {FILES}; of a diffusers "
+            f"release, pass its folder text_conditioner to {ADAPTER_OPTION} too.",
             checkpoint.path,
         )
     return header

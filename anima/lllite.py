@@ -127,7 +127,7 @@ def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
         has = "has no such layer" if layer is None else f"takes {layer.in_features} channels in this layer"
         raise CheckpointError(
             f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with inputs "
-            f"of {width} channels, but the model {has}. Give {LLLITE_FILES} for this model.",
+            f"of {width} channels, but the model {has}. Pass {LLLITE_FILES} for this model.",
             path,
         )
 
@@ -149,7 +149,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
             f"{option} {checkpoint.path} takes control images of {channels} channels; only 3, and "
-            f"{MASKED_CHANNELS} for inpainting, are supported. Give another file.",
+            f"{MASKED_CHANNELS} for inpainting, are supported. Pass another file.",
             checkpoint.path,
         )
     config = LlliteConfig(
@@ -185,13 +185,13 @@ def _check_kind(checkpoint: Checkpoint, option: str) -> None:
     if any(name.startswith("lllite_modules.") for name in names):
         raise CheckpointError(
             f"{option} {checkpoint.path} is an older form of ControlNet-LLLite for Anima (lllite_modules.*). "
-            f"Give {LLLITE_FILES}, or train it again.",
+            f"Pass {LLLITE_FILES}, or train it again.",
             checkpoint.path,
         )
     if any(name.startswith("lllite_unet_") for name in names):
         raise CheckpointError(
             f"{option} {checkpoint.path} is a ControlNet-LLLite for Stable Diffusion XL. "
-            f"Give {LLLITE_FILES}.",
+            f"Pass {LLLITE_FILES}.",
             checkpoint.path,
         )
     if f"{TRUNK}.out_norm.weight" not in names or not any(name.startswith(PREFIX) for name in names):
@@ -252,10 +252,10 @@ def check_mask(path: Path, config: LlliteConfig, mask: Path | None) -> None:
     """Raise OptionError if the ControlNet-LLLite in `path` needs a mask but none is given, or vice versa."""
     if config.cond_in_channels == MASKED_CHANNELS:
         if mask is None:
-            raise OptionError(f"--lllite_weights {path} is for inpainting. Give its mask to --mask_image")
+            raise OptionError(f"--lllite_weights {path} is for inpainting. Pass its mask to --mask_image")
         check_control("--mask_image", mask)
     elif mask is not None:
-        raise OptionError(f"--mask_image {mask}: --lllite_weights {path} takes no mask. Leave it out")
+        raise OptionError(f"--mask_image {mask}: --lllite_weights {path} takes no mask. Omit it")
 
 
 def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
@@ -264,7 +264,7 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
     if plan.num_blocks != depth:
         raise CheckpointError(
             f"{path} is made for {plan.num_blocks} blocks, but the transformer has {depth}: each module was "
-            "trained for its own block. Give the model that it was trained with, or another file.",
+            "trained for its own block. Pass the model that it was trained with, or another file.",
             path,
         )
 
@@ -380,7 +380,7 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
         if new_value != stored_value:
             raise OptionError(
                 f"--{name} is {new_value}, but {path}, whose training continues, has {stored_value}. "
-                "Give the same value."
+                "Pass the same value."
             )
 
 

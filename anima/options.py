@@ -187,7 +187,7 @@ def read_targets(text: str) -> tuple[str, ...]:
             hint = did_you_mean(name, (*PRESETS, *TARGETS))
             raise OptionError(
                 f"--lllite_target_layers {text}: {name!r} is unknown.{hint} "
-                f"Give one of {', '.join(PRESETS)}, or some of {', '.join(TARGETS)} with commas between them"
+                f"Pass one of {', '.join(PRESETS)}, or some of {', '.join(TARGETS)} with commas between them"
             )
         chosen |= {*PRESETS.get(name, (name,))}
     return tuple(target for target in TARGETS if target in chosen)
@@ -245,16 +245,16 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
         if self.lllite_cond_dim % 2:
             raise OptionError(
                 f"--lllite_cond_dim {self.lllite_cond_dim} is odd: its first convolutions have half as many "
-                f"channels. Give {self.lllite_cond_dim + 1}"
+                f"channels. Pass {self.lllite_cond_dim + 1}"
             )
         if self.lllite_inpaint_masked_input and self.lllite_cond_in_channels == 3:
             raise OptionError(
-                "--lllite_inpaint_masked_input is for masks, which control images of 3 channels lack. Give "
-                "--lllite_cond_in_channels 4, or leave it out"
+                "--lllite_inpaint_masked_input is for masks, which control images of 3 channels lack. Pass "
+                "--lllite_cond_in_channels 4, or omit it"
             )
         if self.lllite_multiplier == 0:
             raise OptionError(
-                "--lllite_multiplier 0: nothing would be learned. Give another strength, or leave it out"
+                "--lllite_multiplier 0: nothing would be learned. Pass another strength, or omit it"
             )
 
 
@@ -319,7 +319,7 @@ def translate_training(args: argparse.Namespace) -> None:
     if args.unsloth_offload_checkpointing:
         if args.cpu_offload_checkpointing or args.blocks_to_swap:
             other = "--cpu_offload_checkpointing" if args.cpu_offload_checkpointing else "--blocks_to_swap"
-            raise OptionError(f"--unsloth_offload_checkpointing and {other}: leave one of them out")
+            raise OptionError(f"--unsloth_offload_checkpointing and {other}: omit one of them")
         args.gradient_checkpointing_cpu_offload = True
         typed_text_by_flag["--gradient_checkpointing_cpu_offload"] = "--unsloth_offload_checkpointing"
     args.typed_names = typed_text_by_flag

@@ -150,7 +150,7 @@ def check_tokens(ids: Tensor, vocabulary: int, path: Path) -> None:
     largest = int(ids.max())
     if largest >= vocabulary or int(ids.min()) < 0:
         raise CheckpointError(
-            f"{path} knows {vocabulary} of T5's tokens, but a text has token {largest}. Give the tokenizer "
+            f"{path} knows {vocabulary} of T5's tokens, but a text has token {largest}. Pass the tokenizer "
             f"of google/t5-v1_1-xxl to {T5_FILES.option}, and cache texts again.",
             path,
         )

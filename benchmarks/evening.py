@@ -137,9 +137,9 @@ class Evening:
         if path.exists():
             content = parse_json(read_text(path))
             if content["request"] != json.loads(json.dumps(request)):
-                raise OptionError(f"--to {folder} has an evening with other options. Give another folder")
+                raise OptionError(f"--to {folder} has an evening with other options. Pass another folder")
             if content["machine"]["gpu"] != evening.machine.gpu:
-                raise OptionError(f"--to {folder} has an evening on another GPU. Give another folder")
+                raise OptionError(f"--to {folder} has an evening on another GPU. Pass another folder")
             evening.phases = {name: PhaseRecord(**record) for name, record in content["phases"].items()}
         return evening
 

@@ -314,7 +314,7 @@ def profile(row: Row, folder: Path | None, device: str) -> None:
     from modules.devices import select_device
 
     if row.kind == LOADING:
-        raise SystemExit(f"--profile {row.name}: loading has no steps. Give a row of another group")
+        raise SystemExit(f"--profile {row.name}: loading has no steps. Pass a row of another group")
     with folder_for(row, folder) as where:
         chosen = select_device(device)  # as a script does, which also sets how float32 is computed
         path, high = lay_out(row, where)

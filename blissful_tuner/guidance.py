@@ -339,7 +339,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
         if options.cfg_skip_mode != "none":
             raise OptionError(
                 f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which "
-                "steps have guidance: give one of them"
+                "steps have guidance: pass one of them"
             )
         return [
             _schedule_scales(schedule, num_steps, scale, offset_to_standard)
@@ -498,13 +498,13 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     for option, needs_guidance in zero_star_options.items():
         if needs_guidance and not is_guided:
             raise OptionError(
-                f"{option} needs guidance, and {NO_STEP}: give a --guidance_scale other than "
-                f"{prepared.rules.neutral_scale:g} or a --cfg_schedule, or leave it out"
+                f"{option} needs guidance, and {NO_STEP}: pass a --guidance_scale other than "
+                f"{prepared.rules.neutral_scale:g} or a --cfg_schedule, or omit it"
             )
     if not passes:
         raise OptionError(
             f"--cfgzerostar_init_steps {init_steps}: none of the {len(plans)} steps would call the model. "
-            "Give fewer; 1 or 2 are usual"
+            "Use fewer; 1 or 2 are usual"
         )
     if prepared.request.negative_prompt or prepared.request.nag_prompt is not None:
         _warn_of_unused_prompts(prepared, options, passes, is_guided)

@@ -333,5 +333,5 @@ def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:
     elif not latent.preview_factors:
         raise OptionError(
             f"--preview_latent_every {options.preview_latent_every}: there is no map from this model's "
-            f"latents to colors (they have {latent.channels} channels). Leave it out, or give --preview_vae"
+            f"latents to colors (they have {latent.channels} channels). Omit it, or pass --preview_vae"
         )

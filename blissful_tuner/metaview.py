@@ -92,7 +92,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
         suffixes = VIDEOS | {TENSORS, ".png", ".wav"}
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file())
         if not inside:
-            raise MediaError(f"{path} contains no video, PNG, WAV or safetensors file. Give another folder")
+            raise MediaError(f"{path} contains no video, PNG, WAV or safetensors file. Pass another folder")
         files += inside
     return files
 

@@ -119,7 +119,7 @@ class ModelUtilityOptions(Options):
             raise _make_dtype_error(self.dtype)
         for name in ("target_keys", "exclude_keys", "full_target_keys", "full_exclude_keys"):
             if "" in (getattr(self, name) or ()):
-                raise OptionError(f"--{name}: an empty text is in every name. Leave it out")
+                raise OptionError(f"--{name}: an empty text is in every name. Omit it")
         if self.shard_size is not None:
             read_shard_size("--shard_size", self.shard_size)
 
@@ -393,7 +393,7 @@ def select_output_path(path: Path, in_shards: bool) -> Path:
         path = path.with_suffix(".safetensors")
     # an existing folder is reported by the last check
     if path.suffix.lower() not in SAFETENSORS and not path.is_dir():
-        raise OptionError(f"{OPTION} {path}: give a name that ends in .safetensors")
+        raise OptionError(f"{OPTION} {path}: pass a name that ends in .safetensors")
     check_output_file(OPTION, path)
     return path
 
@@ -458,7 +458,7 @@ def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo
     selection = _make_selection(options)
     listed_tensors = {name: info for name, info in tensors.items() if selection.selects(name)}
     if not listed_tensors:
-        raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
+        raise OptionError("--target_keys and --exclude_keys leave no tensor to list: pass other names")
     return listed_tensors
 
 

@@ -226,7 +226,7 @@ class PromptRewriteOptions(Options, title="prompts that a chat model rewrites"):
         model = self.prompt_rewrite_model
         if model is not None and not (model / "config.json").is_file():
             raise OptionError(
-                f"--prompt_rewrite_model {model}: no folder with a config.json. Give the folder of a chat "
+                f"--prompt_rewrite_model {model}: no folder with a config.json. Pass the folder of a chat "
                 "model in the layout of transformers"
             )
 
@@ -238,14 +238,14 @@ class PreviewOptions(Options, title="previews"):
         "every N steps, show the clip as it will probably look, in latent_preview.mp4 or .png in "
         "--save_path; counts sections if a clip is made in several (FramePack)",
         minimum=1,
-        hint="leave it out for no previews",
+        hint="omit it for no previews",
     )
     preview_vae: Path | None = option(  # None: a linear map from latents to colors
         "small VAE (TAEHV: taew2_1 for Wan, taehv for HunyuanVideo and FramePack) for previews that are "
         "sharp and have all frames; default: blurred colors, at no cost",
         needs="preview_latent_every",
         place="there",
-        hint="a TAEHV file, or leave it out for previews without one",
+        hint="a TAEHV file, or omit it for previews without one",
     )
 
 
@@ -276,7 +276,7 @@ class SteadierOptions(Options, title="longer videos"):
         if not 0 <= self.riflex_index <= self.riflex_frequencies:
             raise OptionError(
                 f"--riflex_index {self.riflex_index}: the model has {self.riflex_frequencies} frequencies "
-                "for the positions of frames. Give a number from 1 to "
+                "for the positions of frames. Use a number from 1 to "
                 f"{self.riflex_frequencies}, or 0 for none"
             )
 
@@ -356,13 +356,13 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         for ratio in self.magcache_mag_ratios or ():
             if not 0 < ratio <= MAX_RATIO:
                 raise OptionError(
-                    f"--magcache_mag_ratios {ratio:g}: give numbers above 0, one for each step of the "
+                    f"--magcache_mag_ratios {ratio:g}: use numbers above 0, one for each step of the "
                     "calibration, as --magcache_calibration prints them"
                 )
         coefficients = self.teacache_coefficients
         if coefficients is not None and not 1 <= len(coefficients) <= MAX_COEFFICIENTS:
             raise OptionError(
-                f"--teacache_coefficients: give 1 to {MAX_COEFFICIENTS} numbers, highest power first, as "
+                f"--teacache_coefficients: pass 1 to {MAX_COEFFICIENTS} numbers, highest power first, as "
                 "--teacache_calibration prints them"
             )
 

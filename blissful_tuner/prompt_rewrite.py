@@ -75,7 +75,7 @@ class PromptRewriter:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, **safe_loading)
             if tokenizer.chat_template is None:
                 raise self._unusable(
-                    "its tokenizer has no chat template, so it is not a chat model. Give one that follows "
+                    "its tokenizer has no chat template, so it is not a chat model. Pass one that follows "
                     "instructions."
                 )
             _render(tokenizer, "a cat")  # finds a broken template before the weights are loaded
@@ -84,7 +84,7 @@ class PromptRewriter:
             config._attn_implementation = ATTENTION
             if getattr(config, "quantization_config", None) is not None:
                 raise self._unusable(
-                    "its weights are quantized, for which transformers may fetch code. Give the model in "
+                    "its weights are quantized, for which transformers may fetch code. Pass the model in "
                     "16 or 32 bits."
                 )
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,7 +93,7 @@ class PromptRewriter:
         except (CheckpointError, torch.OutOfMemoryError):
             raise
         except TemplateError as error:
-            raise self._unusable(f"its chat template fails: {error}. Give another model") from None
+            raise self._unusable(f"its chat template fails: {error}. Pass another model") from None
         except Exception as error:  # damaged files raise errors of many libraries
             raise self._unusable(f"transformers cannot load it: {shorten(str(error), 300)}") from None
         model.eval().requires_grad_(False)

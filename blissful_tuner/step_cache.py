@@ -52,7 +52,7 @@ def select_step_cache(
         max_value = 1 if name in FRACTIONS else MAX_NUMBER
         if not 0 <= value <= max_value:
             raise OptionError(
-                f"--{short_name} {format_number(value)}: give 0 to {max_value:,}, as for --{name}"
+                f"--{short_name} {format_number(value)}: pass 0 to {max_value:,}, as for --{name}"
             )
         # the option that turns TeaCache or MagCache on
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
@@ -111,7 +111,7 @@ def _check_calibration(option: str, prepared: Prepared, min_steps: int) -> None:
     if source is not None and prepared.first_step:
         raise OptionError(
             f"{option} measures all steps from pure noise, and a video that starts from another one runs "
-            f"only the last steps: leave out --{source.option}"
+            f"only the last steps: omit --{source.option}"
         )
     if prepared.steps < min_steps:
         raise OptionError(

@@ -279,7 +279,7 @@ def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPla
     raise CheckpointError(
         f"--preview_vae {path} is for other latents: it decodes {config.channels} channels to "
         f"{pixels.format(*stride)} pixels each; this model's have {latent.channels} channels of "
-        f"{pixels.format(*latent.stride)}.\n  Give {FILES}.",
+        f"{pixels.format(*latent.stride)}.\n  Pass {FILES}.",
         path,
     )
 

@@ -25,7 +25,7 @@ class VideoToPngOptions(Options):
     num_frames: int | None = option(
         "write only this many frames from the beginning, and read no more",
         minimum=1,
-        hint="leave it out for all frames",
+        hint="omit it for all frames",
     )
 
 

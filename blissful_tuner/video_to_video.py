@@ -65,7 +65,7 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
     if request.frames not in (None, 1):
         raise OptionError(
             f"{option_text} and --video_length {request.frames}: the result of an image is a single image. "
-            "Give --video_length 1, or a video to --video_path"
+            "Pass --video_length 1, or a video to --video_path"
         )
     return replace(request, frames=1)
 
@@ -81,7 +81,7 @@ def start_from_source(prepared: Prepared, source: Source, family: Family) -> Pre
     if prepared.audio_video_shapes is not None:
         raise OptionError(
             f"{_name_source(source)}: a video that is generated with its audio starts from noise. Generate "
-            f"it without audio, or leave --{source.option} out"
+            f"it without audio, or omit --{source.option}"
         )
     if source.option == LATENTS:
         _check_latent_frames(prepared, source, family)
@@ -302,7 +302,7 @@ def _load_saved_latents(
         CheckpointError: If the latents belong to a different model.
     """
     saved = load_latents(source.path, f"--{source.option}", only_shape)
-    remedy = "Decode them with that model's script, and give the video to --video_path"
+    remedy = "Decode them with that model's script, and pass the video to --video_path"
     check_latent_space(saved, rules, source.path, _name_source(source), remedy)
     if saved.latents.shape[1] != latent.channels:
         raise CheckpointError(

@@ -16,7 +16,7 @@ DEFAULT_NOISE = "0.01 to 0.05 are usual"
 _SHARE = "how much is regenerated: fraction of the steps that run; 1 replaces it completely"
 _PAD = "how a video that is too short is padded: repeat its first or its last frame"
 _NO_IMAGE = "this model makes single images with --one_frame_inference and --control_image_path"
-_NO_VIDEO = "this script makes pictures. Give one to --i2i_path"
+_NO_VIDEO = "this script makes pictures. Pass one to --i2i_path"
 USED_WITH = {  # options that only apply to some sources
     "v2v_extra_noise": {VIDEO, LATENTS},
     "v2v_pad_mode": {VIDEO},
@@ -121,12 +121,10 @@ def check_one_source(paths: Mapping[str, object]) -> None:
     """Raise OptionError if more than one of the options in SOURCES is set."""
     typed_flags = [f"--{name} {paths[name]}" for name in SOURCES if paths.get(name)]
     if len(typed_flags) > 1:
-        raise OptionError(
-            f"{' and '.join(typed_flags)}: a video starts from one of them. Leave out the others"
-        )
+        raise OptionError(f"{' and '.join(typed_flags)}: a video starts from one of them. Omit the others")
 
 
 def check_denoise(option: str, denoise: float) -> None:
     """Raise OptionError unless `denoise`, the value of `option`, is between 0 and 1."""
     if not 0 <= denoise <= 1:
-        raise OptionError(f"{option} {denoise:g}: give a fraction of the steps, from 0 to 1")
+        raise OptionError(f"{option} {denoise:g}: pass a fraction of the steps, from 0 to 1")

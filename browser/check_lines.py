@@ -66,7 +66,7 @@ FAULTS = (
     ),
     say(
         "%(n)s captions have a backslash before a bracket, which is learned; prompts in which brackets "
-        "are weights leave it out. Remove the backslashes"
+        "are weights omit it. Remove the backslashes"
     ),
     say(
         "%(n)s captions are JSON objects, which shuffle_caption, caption_tag_dropout_rate and "
@@ -117,7 +117,7 @@ LINES_OF_CHECKS = (
     say("tokens of %(name)s are not counted: %(reason)s"),
     say("tokens of captions are not counted, which is not an error: %(reason)s"),
     say("Tokens are counted by --check --html of the text caching script."),
-    say("Give %(option)s the folder %(folder)s of %(repository)s (or its tokenizer.json or spiece.model)."),
+    say("Pass %(option)s the folder %(folder)s of %(repository)s (or its tokenizer.json or spiece.model)."),
     say("dataset.toml, [[datasets]] %(table)s: %(images)s"),
     say("%(size)s: %(items)s x %(repeats)s, %(batches)s of %(batch)s"),
     say("%(n)s of %(total)s have a mask; the others are used completely"),
@@ -139,15 +139,15 @@ LINES_OF_CHECKS = (
     say("%(file)s is empty (0 bytes)"),
     say("%(file)s is not an image that can be read, or it is damaged"),
     say("%(file)s: read as %(encoding)s"),
-    say("Give the checkpoint of a transformer to %(option)s."),
+    say("Pass the checkpoint of a transformer to %(option)s."),
     say(
-        "Give a checkpoint of Stable Diffusion 1.x, 2.x or XL: one file with U-Net, VAE and text "
+        "Pass a checkpoint of Stable Diffusion 1.x, 2.x or XL: one file with U-Net, VAE and text "
         "encoders, or a folder in the layout of diffusers."
     ),
     say("%(option)s %(path)s has no U-Net, no VAE, no text encoder; it looks like %(file_kind)s."),
     say("%(path)s is not %(wanted)s; it looks like %(file_kind)s."),
     say("%(option)s %(path)s has no %(missing)s; it looks like %(file_kind)s."),
-    say("Give %(files)s to %(option)s."),
+    say("Pass %(files)s to %(option)s."),
     say("it looks like %(file_kind)s"),
     say(
         "it is %(file_kind)s for --task %(of_file)s (their files have the same tensors). Its scripts are"

@@ -546,7 +546,7 @@ class GeneratePages:
             return
         path = recipe.folder / text  # an absolute path replaces the folder
         if path.suffix != ".safetensors":
-            raise OptionError(say("LoRA file %(path)s: give a file that ends in .safetensors.", path=text))
+            raise OptionError(say("LoRA file %(path)s: pass a file that ends in .safetensors.", path=text))
         is_model = real_path(path).is_relative_to(real_path(self.site.models.absolute()))
         is_gone_here = not path.exists() and self.site.runs.is_below(path.parent)  # reported by `_check_lora`
         if not (is_model or is_gone_here or self.site.runs.is_inside(path)):
@@ -828,13 +828,13 @@ def select_seeds(form: GenerateForm) -> list[str]:
     seed = form.field_values.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
         raise OptionError(
-            say("Seed %(seed)s: give a whole number, or leave it empty for a new one each time.", seed=seed)
+            say("Seed %(seed)s: use a whole number, or leave it empty for a new one each time.", seed=seed)
         )
     count = form.num_results.strip()
     if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MAX_AT_ONCE:
         raise OptionError(
             say(
-                "How many %(count)s: give a number from 1 to %(most_at_once)s.",
+                "How many %(count)s: use a number from 1 to %(most_at_once)s.",
                 count=count,
                 most_at_once=MAX_AT_ONCE,
             )

@@ -106,7 +106,7 @@ def _reject_shell_syntax(line: str) -> None:
         raise OptionError(
             say(
                 "%(mark)s in %(line)s: this line is not read by a shell. Quote the argument, or "
-                "leave the character out",
+                "omit the character",
                 mark=f"{shell_character[0]!r}",
                 line=f"{line!r}",
             )
@@ -140,7 +140,7 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
         return line, folder
     argv = split_arguments(match[1])
     if len(argv) != 1:
-        raise OptionError(f"cd {match[1]}: give one folder; quote a name that contains spaces")
+        raise OptionError(f"cd {match[1]}: pass one folder; quote a name that contains spaces")
     target = folder / Path(argv[0])
     try:
         is_there = target.is_dir()
@@ -172,7 +172,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
         reason = bad_character(word)
         if reason is not None:
             raise OptionError(
-                f"{shorten(word, 80)!r} contains {reason}. It cannot be passed to a program: leave it out"
+                f"{shorten(word, 80)!r} contains {reason}. It cannot be passed to a program: omit it"
             )
     # the line without its Python, which is replaced by the one that runs this program
     script_argv = [*argv[1:]] if argv[:1] in (["python"], ["python3"]) else [*argv]
@@ -388,7 +388,7 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
     if interactive_option is not None:
         raise OptionError(
             say(
-                "%(option)s asks for prompts in a terminal, and a job has none. Give --prompt, "
+                "%(option)s asks for prompts in a terminal, and a job has none. Pass --prompt, "
                 "or --from_file with a prompt in each line",
                 option=interactive_option,
             )
@@ -396,7 +396,7 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
     if command.words[0] == "new" and "--family" not in options:
         raise OptionError(
             say(
-                "new asks for a model in a terminal, and a job has none. Give --family, and "
+                "new asks for a model in a terminal, and a job has none. Pass --family, and "
                 "--task if the family has several"
             )
         )
@@ -449,7 +449,7 @@ def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence
         raise OptionError(
             say(
                 "%(described)s: there is no such folder in %(folder)s, where relative paths begin. "
-                "Give its absolute path",
+                "Pass its absolute path",
                 described=shorten(run_folder, 80),
                 folder=folder,
             )

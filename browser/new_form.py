@@ -271,7 +271,7 @@ def check_form(form: NewForm) -> None:
             say("%(problem)s: choose one of %(names)s.", problem=field_and_value, names=join(", ", tasks))
         )
     if not form.trigger and BY_NAME[form.train or LORA.name].trains_embedding:
-        raise OptionError(say("Trigger word: an embedding is a new word. Give one, such as mrsfluff."))
+        raise OptionError(say("Trigger word: an embedding is a new word. Pass one, such as mrsfluff."))
     for check in FIELD_CHECKS.values():
         check(form)
 
@@ -301,7 +301,7 @@ def check_name_field(form: NewForm) -> None:
     if "/" in form.name or "\\" in form.name:
         raise OptionError(
             say(
-                "Name %(name)s: a name has no slash. Give one of letters and numbers, such as my_lora.",
+                "Name %(name)s: a name has no slash. Pass one of letters and numbers, such as my_lora.",
                 name=form.name,
             )
         )
@@ -340,7 +340,7 @@ def read_steps(text: str) -> int:
     if steps is None:
         raise OptionError(
             say(
-                "Training steps %(text)s: give a whole number from 1 to %(most_steps)s, "
+                "Training steps %(text)s: use a whole number from 1 to %(most_steps)s, "
                 "such as %(usual_steps)s.",
                 text=shorten(text, 40),
                 most_steps=f"{MAX_STEPS:,}",

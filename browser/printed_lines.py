@@ -74,7 +74,7 @@ LINES = (
     ),
     say(
         "%(folder)s: left out: %(names)s: regularization pictures without a caption, in a folder "
-        "whose name has no class. Call it 1_man, with the word for the class, or give captions"
+        "whose name has no class. Call it 1_man, with the word for the class, or pass captions"
     ),
     say(
         "%(folder)s: by its name, each file is trained %(times)s an epoch (num_repeats), and %(word)s "
@@ -196,10 +196,10 @@ LINES = (
     say("%(path)s  what it is made from; of several cat_0.jpg, cat_1.jpg"),
     say("%(path)s  a result"),
     say("Other names for control: before, source, reference. It may also be next to the folder of results."),
-    say("%(kind)s: %(folder)s has no clip and no picture that can be read. Give a folder that has one."),
-    say("%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Give clips that have some."),
+    say("%(kind)s: %(folder)s has no clip and no picture that can be read. Pass a folder that has one."),
+    say("%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Use clips that have some."),
     say(
-        "%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Give clips that have some, or "
+        "%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Use clips that have some, or "
         "take --task %(task)s, which is trained on pictures and movement only."
     ),
     say(

@@ -485,7 +485,7 @@ def share_page(page: Path, copy: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         problem = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
-        raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
+        raise UserError(f"{page} {problem}. Pass a page that this program wrote, a .html file.") from None
     if GENERATOR not in text[:2000]:  # searches the head of the page
         raise UserError(f"{page} is not a page of this program, or is from an older version. Make it again.")
     write_text(copy, _FILE_LINK.sub("<a>", drop_private(text)))
@@ -502,7 +502,7 @@ def export_run(runs: Runs, path: Path) -> None:
     if len(candidates) > 1:
         names = ", ".join(str(run.history) for run in candidates[:5])
         raise OptionError(
-            f"--export {path}: there are {len(candidates)} runs below it: give the history of one, {names}"
+            f"--export {path}: there are {len(candidates)} runs below it: pass the history of one, {names}"
         )
     (run,) = candidates
     try:

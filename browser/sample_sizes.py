@@ -61,7 +61,7 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
         if used_size != pixels:
             yield say(
-                "%(name)s %(pixels)s: give a multiple of %(side_step)s. The sample is generated "
+                "%(name)s %(pixels)s: use a multiple of %(side_step)s. The sample is generated "
                 "with %(made)s.",
                 name=SIDE_NAMES[name],
                 pixels=pixels,
@@ -74,7 +74,7 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
     used_size = recipe.defaults.lengths.fit(frames)
     if used_size != frames:
         yield say(
-            "%(frames)s frames: give a length of %(lengths)s. The sample is generated with %(made)s.",
+            "%(frames)s frames: pass a length of %(lengths)s. The sample is generated with %(made)s.",
             frames=frames,
             lengths=recipe.defaults.lengths,
             made=used_size,
@@ -91,7 +91,7 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
         if used_size != pixels:
             yield say(
-                "%(file)s, line %(number)s, --%(letter)s %(pixels)s: give a multiple of "
+                "%(file)s, line %(number)s, --%(letter)s %(pixels)s: use a multiple of "
                 "%(side_step)s. The sample is generated with %(made)s.",
                 file=PROMPTS_FILE,
                 number=number,
@@ -106,7 +106,7 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
     used_size = recipe.defaults.lengths.fit(frames)
     if used_size != frames:
         yield say(
-            "%(file)s, line %(number)s, --f %(frames)s: give a length of %(lengths)s. The sample is "
+            "%(file)s, line %(number)s, --f %(frames)s: pass a length of %(lengths)s. The sample is "
             "generated with %(made)s.",
             file=PROMPTS_FILE,
             number=number,

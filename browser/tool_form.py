@@ -129,6 +129,6 @@ def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_int
     }
     if is_integer:
         raise OptionError(
-            say("%(label)s %(text)s: give a whole number from %(minimum)s to %(maximum)s.", **values)
+            say("%(label)s %(text)s: use a whole number from %(minimum)s to %(maximum)s.", **values)
         )
-    raise OptionError(say("%(label)s %(text)s: give a number from %(minimum)s to %(maximum)s.", **values))
+    raise OptionError(say("%(label)s %(text)s: use a number from %(minimum)s to %(maximum)s.", **values))

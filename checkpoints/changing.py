@@ -208,9 +208,7 @@ def _check_scale_pairs(
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)
         if weight in checkpoint.tensors and weight not in dequantized and not is_pair:
-            raise OptionError(
-                f"{weight} is in 8 bits and unusable without {scale}: keep both, or leave both out"
-            )
+            raise OptionError(f"{weight} is in 8 bits and unusable without {scale}: keep both, or omit both")
 
 
 def _map_new_to_old_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
@@ -223,9 +221,7 @@ def _map_new_to_old_names(names: Sequence[str], change: CheckpointChange) -> dic
     for name in names:
         new_name = rename(name, change)
         if new_name in old_names:
-            raise OptionError(
-                f"{old_names[new_name]} and {name} would both be called {new_name}: leave one out"
-            )
+            raise OptionError(f"{old_names[new_name]} and {name} would both be called {new_name}: omit one")
         old_names[new_name] = name
     return old_names
 
@@ -240,15 +236,15 @@ def rename(name: str, change: CheckpointChange) -> str:
 def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
     """Raise OptionError if the options select no tensor, or rename tensors in a way that cannot be saved."""
     if not names:
-        raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
+        raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: pass other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
-        raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
+        raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: pass other names")
     _check_prefixes_to_strip(change, names)
     # safetensors headers use this key for metadata
     if METADATA_ENTRY in {rename(name, change) for name in names}:
         raise OptionError(
-            f"a tensor would be called {METADATA_ENTRY}, which is reserved for the metadata: leave it out "
-            f"with --full_exclude_keys {METADATA_ENTRY}, or give an --add_prefix"
+            f"a tensor would be called {METADATA_ENTRY}, which is reserved for the metadata: omit it "
+            f"with --full_exclude_keys {METADATA_ENTRY}, or pass an --add_prefix"
         )
 
 

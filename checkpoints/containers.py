@@ -80,7 +80,7 @@ OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 def make_count_error(path: Path, num_tensors: int) -> CheckpointError:
     """Return the error for a file that lists more than MAX_TENSORS tensors."""
     return CheckpointError(
-        f"{path} has {num_tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
+        f"{path} has {num_tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Pass the file of a "
         "model.",
         path,
     )
@@ -175,7 +175,7 @@ class SafetensorsFile(HeaderFile):
         if kind in OTHER_DTYPES:
             return CheckpointError(
                 f"{self.path} is quantized: {name} is of type {kind}, which is not supported. "
-                "Give the bf16, fp16 or fp8 file of the model.",
+                "Pass the bf16, fp16 or fp8 file of the model.",
                 self.path,
             )
         return ValueError(f"{name} has the unknown type {kind}")
@@ -208,7 +208,7 @@ class TorchFile:
         self._tensors, self.left_out = _find_tensors(content, set())
         if not self._tensors:
             raise CheckpointError(
-                f"{path} contains no named tensors ({type(content).__name__}). Give a model's state dict.",
+                f"{path} contains no named tensors ({type(content).__name__}). Pass a model's state dict.",
                 path,
             )
         self.tensors = {

@@ -155,8 +155,8 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
             path = plan.checkpoint.path
             raise CheckpointError(
                 f"{form} is requested for the text encoder, but {path} is already in {weight.format.name}, "
-                "and rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...) to "
-                "keep the file's format, or give the 16-bit file.",
+                "and rounding twice only loses quality. Omit --text_encoder_form (or --fp8_...) to "
+                "keep the file's format, or pass the 16-bit file.",
                 path,
             )
 
@@ -217,7 +217,7 @@ def count(names: Iterable[str], block_pattern: str, path: Path | None = None) ->
         # reads all names of the file a dozen times
         raise CheckpointError(
             f"{path or 'a file'} has {len(blocks):,} layers such as {min(blocks)}, more than any model has. "
-            "Give the released file of the model."
+            "Pass the released file of the model."
         )
     return len(blocks)
 
@@ -274,7 +274,7 @@ class DitShapes:
         if len(shape) != axes or 0 in shape:
             sizes = " x ".join(map(str, self.shapes[name])) or "a single number"
             raise CheckpointError(
-                f"{self.path} does not fit {self.model}: {name} is {sizes}, but {axes} axes are needed. Give "
+                f"{self.path} does not fit {self.model}: {name} is {sizes}, but {axes} axes are needed. Pass "
                 "a file of that model with the shapes of its release.",
                 self.path,
             )
@@ -314,7 +314,7 @@ def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, 
         if any("lora_" in name for name in checkpoint.tensors):
             kind = "a LoRA"
     return CheckpointError(
-        f"{checkpoint.path} is not {right_kind}; it looks like {kind}.\n  Give {give} to {option}.",
+        f"{checkpoint.path} is not {right_kind}; it looks like {kind}.\n  Pass {give} to {option}.",
         checkpoint.path,
     )
 

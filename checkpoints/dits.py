@@ -132,7 +132,7 @@ class DitFormat(Generic[Config, Dit]):
                 if kind is None:
                     raise
         raise CheckpointError(
-            f"{checkpoint.path} is {kind}.\n  Give the transformer of a model that this script runs to "
+            f"{checkpoint.path} is {kind}.\n  Pass the transformer of a model that this script runs to "
             f"{self.option}.",
             checkpoint.path,
         )
@@ -374,7 +374,7 @@ def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointE
         )
     return CheckpointError(
         f"{flag}: {path} is already {state}; rounding it again would only lose more.\n"
-        f"  Leave {flag} out: {instead}",
+        f"  Omit {flag}: {instead}",
         path,
     )
 

@@ -29,7 +29,7 @@ def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
         why: Reason, for the message.
     """
     return CheckpointError(
-        f"{option} {path} is not a textual inversion: {why}. Give a file with emb_params, with clip_l and "
+        f"{option} {path} is not a textual inversion: {why}. Pass a file with emb_params, with clip_l and "
         "clip_g, with string_to_param, or with the vectors of one word.",
         path,
     )
@@ -47,7 +47,7 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(
-            f"{option} {path}: there is no such file.{explain_missing(path)} Give an existing file.", path
+            f"{option} {path}: there is no such file.{explain_missing(path)} Pass an existing file.", path
         )
     if path.stat().st_size > MAX_EMBEDDING_BYTES:
         raise reject_embedding(path, option, f"it has {path.stat().st_size >> 20} MiB")

@@ -53,7 +53,7 @@ def find_network(
         reject_quantized(checkpoint)  # a better message if they belong to a quantized format
         raise CheckpointError(
             f"{checkpoint.path}: in addition to {prefix}{embeddings} and its network, it has {len(unknown)} "
-            f"tensors of an unknown network, such as {', '.join(unknown[:3])}. Give a file with only this "
+            f"tensors of an unknown network, such as {', '.join(unknown[:3])}. Pass a file with only this "
             "encoder.",
             checkpoint.path,
         )
@@ -82,7 +82,7 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: 
     else:
         reason = f"config.json next to it says {heads} heads"
     raise CheckpointError(
-        f"{path}: the query projection has {rows} rows, but {reason}. Give the config.json that belongs to "
+        f"{path}: the query projection has {rows} rows, but {reason}. Pass the config.json that belongs to "
         "this file.",
         path,
     )
@@ -164,7 +164,7 @@ def check_state_width(
     if dit_width not in (None, width):
         raise CheckpointError(
             f"{option} {path} produces hidden states of width {width}, but {dit_path} takes width "
-            f"{dit_width}. Give {fits}.",
+            f"{dit_width}. Pass {fits}.",
             path,
         )
 

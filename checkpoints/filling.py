@@ -553,7 +553,7 @@ def _make_fit_error(
         lines = [*lines[:MAX_ERRORS], f"  and {len(lines) - MAX_ERRORS:,} lines like these"]
     text = "\n".join(lines)
     return CheckpointError(
-        f"{path} does not fit {label}:\n{text}\n  Give the complete file of that model.", path
+        f"{path} does not fit {label}:\n{text}\n  Pass the complete file of that model.", path
     )
 
 

@@ -17,10 +17,10 @@ def describe_kind(start: bytes) -> str:
     """Return the end of an error message about a file that is not a model: what it is, and what to do."""
     if start.startswith(GGUF):
         return (
-            "is a GGUF file, which cannot be read here. Give the safetensors or .pth file of the same model."
+            "is a GGUF file, which cannot be read here. Pass the safetensors or .pth file of the same model."
         )
     if ONNX.match(start):
-        return "is an ONNX file, which only yolo_blur.py --model accepts. Give a safetensors or .pth file."
+        return "is an ONNX file, which only yolo_blur.py --model accepts. Pass a safetensors or .pth file."
     if start.startswith(LFS_POINTER):
         return (
             "is a Git LFS pointer, a short text file instead of the model. Run git lfs pull in its "

@@ -222,7 +222,7 @@ class GgufFile(HeaderFile):
         for layer, model_name in _UNSUPPORTED.items():
             if any(f".{layer}." in name for name in self.tensors):
                 raise CheckpointError(
-                    f"{self.path} is {model_name} with llama.cpp's names, which is not supported. Give the "
+                    f"{self.path} is {model_name} with llama.cpp's names, which is not supported. Pass the "
                     "safetensors file of the model.",
                     self.path,
                 )

@@ -49,7 +49,7 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
         if not hint and looks_like_repository:
             hint = " Repositories of the hub are not downloaded here."
         raise CheckpointError(
-            f"{named} {path}: no such file or folder.{hint} Give the path of the model",
+            f"{named} {path}: no such file or folder.{hint} Pass the path of the model",
             path,
         )
     return path
@@ -108,7 +108,7 @@ def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
         return folder
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
         raise CheckpointError(
-            f"{option} {name}: there is no such folder. Give the folder of a model, or the name of a "
+            f"{option} {name}: there is no such folder. Pass the folder of a model, or the name of a "
             "repository, such as owner/name."
         )
     from huggingface_hub import constants, snapshot_download
@@ -121,7 +121,7 @@ def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
             reason = "HF_HUB_OFFLINE is set and the cache does not contain it"
         raise DownloadError(
             f"{option} {name}: there is no such folder, and it cannot be downloaded from the hub: {reason}. "
-            "Give the folder of a model."
+            "Pass the folder of a model."
         ) from None
 
 
@@ -154,7 +154,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
         audio = None
     if not isinstance(latents, Tensor):
         raise CheckpointError(
-            f"{option} {path} has no tensor `latent`. Give a file written with --output_type latent",
+            f"{option} {path} has no tensor `latent`. Pass a file written with --output_type latent",
             path,
         )
     if latents.ndim == 4:

@@ -222,7 +222,7 @@ def open_checkpoint(
 def _make_duplicate_error(path: Path, name: str, first_file: Path, second_file: Path) -> CheckpointError:
     """Return the error for a model with two files that contain different tensors of the same name."""
     return CheckpointError(
-        f"{path}: {name} is in two files, {first_file.name} and {second_file.name}. Give one file.", path
+        f"{path}: {name} is in two files, {first_file.name} and {second_file.name}. Pass one file.", path
     )
 
 
@@ -242,7 +242,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
         ) from None
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror or error}. Give the model's file.", path
+            f"{path} cannot be read: {error.strerror or error}. Pass the model's file.", path
         ) from error
     if path.name.endswith(".index.json"):
         return _read_index(path)
@@ -278,7 +278,7 @@ def _make_ambiguity_error(folder: Path, candidates: Sequence[Path]) -> Checkpoin
     if len(candidates) > MAX_LISTED_NAMES:
         names += ", ..."
     return CheckpointError(
-        f"{folder} is a folder without exactly one model (model files: {names or 'none'}). Give the path "
+        f"{folder} is a folder without exactly one model (model files: {names or 'none'}). Pass the path "
         "of the file.",
         folder,
     )
@@ -320,7 +320,7 @@ def _read_index(path: Path) -> list[Path]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is not an index of model files: {error!r}. Give the first of the files instead.", path
+            f"{path} is not an index of model files: {error!r}. Pass the first of the files instead.", path
         ) from error
     return _require_neighbors(path, sorted(names))
 
@@ -406,12 +406,12 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
     Call it before shapes are compared, because packed weights have different shapes. No weights are read.
     """
     if checkpoint.rejection:
-        remedy = "Download or copy it again, or give the bf16 file of the model."
+        remedy = "Download or copy it again, or pass the bf16 file of the model."
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.rejection}.\n  {remedy}", checkpoint.path)
     form = _find_unsupported_form(checkpoint.tensors)
     if form:
         raise CheckpointError(
-            f"{checkpoint.path} is quantized in a way that is not supported ({form}). Give the bf16, fp16 or "
+            f"{checkpoint.path} is quantized in a way that is not supported ({form}). Pass the bf16, fp16 or "
             "fp8 file of the model, or a file quantized by ComfyUI, bitsandbytes or as GGUF.",
             checkpoint.path,
         )

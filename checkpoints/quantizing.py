@@ -107,7 +107,7 @@ class QuantizeOptions(Options):
             check_output_file("--output", self.output)
         elif self.output.suffix.lower() != ".gguf":
             raise OptionError(
-                f"--output {self.output}: a GGUF file is written. Give a name that ends in .gguf"
+                f"--output {self.output}: a GGUF file is written. Pass a name that ends in .gguf"
             )
         else:
             check_place("--output", self.output)
@@ -157,7 +157,7 @@ def quantize_file(options: QuantizeOptions) -> None:
             dtype = dtype_name(checkpoint.tensors[quantized[0]].dtype)
             raise CheckpointError(
                 f"{options.model} is quantized already ({quantized[0]}: {dtype}); rounding it again would "
-                "only lose more. Give the file in 16 bits.",
+                "only lose more. Pass the file in 16 bits.",
                 options.model,
             )
         else:
@@ -214,12 +214,12 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
             logger.debug("%s is not %s: %s", checkpoint.path, family, error)
     if is_lora(checkpoint.tensors):
         raise CheckpointError(
-            f"{checkpoint.path} is a LoRA, which is small and stays in 16 bits. Give the model that it was "
+            f"{checkpoint.path} is a LoRA, which is small and stays in 16 bits. Pass the model that it was "
             "trained for; merge_lora.py merges a LoRA into it before it is quantized.",
             checkpoint.path,
         )
     raise CheckpointError(
-        f"{checkpoint.path} is {kind_of(checkpoint.tensors) or 'not a known model'}. Give the transformer, "
+        f"{checkpoint.path} is {kind_of(checkpoint.tensors) or 'not a known model'}. Pass the transformer, "
         "the language model or the T5 of a supported family.",
         checkpoint.path,
     )
@@ -515,7 +515,7 @@ def _write_bf16(
     dequantized = dequantized_on_read(checkpoint, device)
     if dequantized is checkpoint:
         raise CheckpointError(
-            f"{options.model} has no quantized weights. Give a quantized file, or another --form.",
+            f"{options.model} has no quantized weights. Pass a quantized file, or another --form.",
             options.model,
         )
     tensors: dict[str, TensorInfo] = {}
@@ -597,7 +597,7 @@ class _DequantizedFile:
             # a source without `build` is fp8 without a scale
             if source.build is None and self.path.suffix == ".pt":
                 raise CheckpointError(
-                    f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
+                    f"{self.path} stores {name} in 8 bits without its scale. Pass the bf16 file.", self.path
                 )
             self.tensors[name] = TensorInfo(torch.float32, shape)
 
@@ -619,7 +619,7 @@ class _DequantizedFile:
             expected_shape = unpadded_shapes.get(name, info.shape)
         if math.prod(expected_shape) != math.prod(info.shape):
             raise CheckpointError(
-                f"{self.path}: {name} may be padded, and the file does not contain its original size. Give a "
+                f"{self.path}: {name} may be padded, and the file does not contain its original size. Pass a "
                 "transformer of a supported family, in its released layout.",
                 self.path,
             )

@@ -26,7 +26,7 @@ def read_shard_size(option: str, text: str) -> int:
     base = 1024 if match is not None and match["binary"] else 1000
     size = 0 if match is None else int(float(match["number"]) * base ** _POWERS[match["unit"].lower()])
     if size < MIN_SHARD_BYTES:
-        raise OptionError(f"{option} {text}: give a size such as 5GB or 500MB")
+        raise OptionError(f"{option} {text}: pass a size such as 5GB or 500MB")
     return size
 
 

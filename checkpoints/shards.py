@@ -60,7 +60,7 @@ def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], max_bytes: int, o
     """
     groups = split(tensors, max_bytes)
     if len(groups) > MAX_SHARDS:
-        raise OptionError(f"{option}: the model would be cut into {len(groups):,} files. Give a larger size")
+        raise OptionError(f"{option}: the model would be cut into {len(groups):,} files. Use a larger size")
     files = {
         f"{path.stem}-{number:05d}-of-{len(groups):05d}{path.suffix}": group
         for number, group in enumerate(groups, start=1)

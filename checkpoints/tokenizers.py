@@ -112,7 +112,7 @@ class TokenizerFiles:
                 reason = f"the hub cannot be reached ({first_line(error)})"
             raise CheckpointError(
                 f"no tokenizer for {checkpoint_path}: there is none next to it or inside it, and {reason}\n"
-                f"  Give {self.option} {self._describe()}.",
+                f"  Pass {self.option} {self._describe()}.",
                 checkpoint_path,
             ) from error
 
@@ -168,7 +168,7 @@ class TokenizerFiles:
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
         """Return the error for a file that is not a tokenizer; it names the option and the accepted files."""
         return CheckpointError(
-            f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
+            f"{file} cannot be read as a tokenizer ({first_line(error)}). Pass {self.option} "
             f"{self._describe()}.",
             file,
         )
@@ -194,7 +194,7 @@ class TokenizerFiles:
         names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it contains {names}). "
-            f"Give {self._describe()}.",
+            f"Pass {self._describe()}.",
             path,
         )
 

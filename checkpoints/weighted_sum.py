@@ -68,21 +68,21 @@ class MergeModelsOptions(Options, title="what to do"):
     def __post_init__(self) -> None:
         """Raise OptionError unless there are at least two models, and ratios whose sum is 1."""
         if len(self.models) < 2:
-            raise OptionError("--models names only one file: give at least two")
+            raise OptionError("--models names only one file: use at least two")
         if self.ratios is None:
             return
         if len(self.ratios) != len(self.models):
             raise OptionError(
-                f"--ratios has {len(self.ratios)} numbers for {len(self.models)} files of --models: give one "
+                f"--ratios has {len(self.ratios)} numbers for {len(self.models)} files of --models: pass one "
                 "for each, in the same order"
             )
         if not all(map(math.isfinite, self.ratios)):
-            raise OptionError("--ratios: give numbers, such as 0.5 0.5, not nan or inf")
+            raise OptionError("--ratios: use numbers, such as 0.5 0.5, not nan or inf")
         total = sum(self.ratios)
         if abs(total - 1) > ROUNDED_SUM:
             raise OptionError(
                 f"--ratios add up to {total:g}, so all weights of the result would have {total:g} times "
-                "their size, and its images would be noise. Give numbers whose sum is 1, such as 0.5 0.5"
+                "their size, and its images would be noise. Use numbers whose sum is 1, such as 0.5 0.5"
             )
 
     @property
@@ -192,16 +192,16 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
         tensor_kind = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"
         raise CheckpointError(
             f"{other.path} and {first.path} have no {tensor_kind} in common: they are different models, or "
-            "one is a single file and the other in diffusers' layout. Give single files of one model.",
+            "one is a single file and the other in diffusers' layout. Pass single files of one model.",
             other.path,
         )
     misshapen = [name for name in sorted(common_names) if not _has_fitting_shape(first, other, name)]
     if not misshapen:
         return
     shapes = (first.tensors[misshapen[0]].shape, other.tensors[misshapen[0]].shape)
-    hint = "They are different models. Give checkpoints of one model."
+    hint = "They are different models. Pass checkpoints of one model."
     if misshapen[0] in FIRST_LAYERS and len(misshapen) == 1:
-        hint = f"{other.path.name} is an inpainting model: give it as the first of --models."
+        hint = f"{other.path.name} is an inpainting model: pass it as the first of --models."
     raise CheckpointError(
         f"{other.path} does not fit {first.path}: {format_count(len(misshapen), 'tensor')} have other sizes, "
         f"such as {misshapen[0]}, {list(shapes[1])} instead of {list(shapes[0])}. {hint}",

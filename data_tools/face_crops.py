@@ -58,8 +58,8 @@ class CropFacesOptions(Options, title="what to do"):
         "cut these multiples of the face's width and height, with the face at its center",
         metavar="ACROSS,DOWN",
     )
-    min_size: int | None = option("leave out faces whose longer side is shorter, in pixels", minimum=1)
-    max_size: int | None = option("leave out faces whose longer side is this long or longer", minimum=1)
+    min_size: int | None = option("omit faces whose longer side is shorter, in pixels", minimum=1)
+    max_size: int | None = option("omit faces whose longer side is this long or longer", minimum=1)
     multiple_faces: bool = option("write an image for each face, not for the largest one alone")
     debug: bool = option("draw a rectangle around the face")
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
@@ -86,7 +86,7 @@ class CropFacesOptions(Options, title="what to do"):
         """Return --crop_ratio's factors; None if unset. Raises OptionError if it is not two numbers."""
         pair = _read_pair("--crop_ratio", self.crop_ratio, "2,3")
         if pair is not None and min(pair) <= 0:
-            raise OptionError(f"--crop_ratio {self.crop_ratio}: give numbers above 0, such as 2,3")
+            raise OptionError(f"--crop_ratio {self.crop_ratio}: use numbers above 0, such as 2,3")
         return pair
 
 
@@ -167,7 +167,7 @@ def crop_faces(options: CropFacesOptions) -> None:
     """
     source, target = real_path(options.src_dir), real_path(options.dst_dir)
     if source == target:
-        raise OptionError(f"--dst_dir {options.dst_dir} is the folder of the images. Give another folder")
+        raise OptionError(f"--dst_dir {options.dst_dir} is the folder of the images. Pass another folder")
     images = [path for path in list_images(source) if is_single_image(path)]
     if not images:
         raise DatasetError(f"{options.src_dir} has no images. Subfolders are not searched")
@@ -219,7 +219,7 @@ def _load_detector(options: CropFacesOptions) -> Detector:
     """
     if not options.model.is_file():
         raise CheckpointError(
-            f"--model {options.model}: no such file. Give YuNet or RetinaFace; python tools/download.py "
+            f"--model {options.model}: no such file. Pass YuNet or RetinaFace; python tools/download.py "
             "--family tools --task yunet --to models downloads one, after its size and license.",
             options.model,
         )
@@ -271,7 +271,7 @@ def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> P
         if face.landmarks is None:
             raise CheckpointError(
                 f"--model {options.model} says where faces are, but not where their eyes are, which --rotate "
-                "needs. Give YuNet or RetinaFace, or leave out --rotate."
+                "needs. Pass YuNet or RetinaFace, or omit --rotate."
             )
         portrait.rotate(_measure_tilt(face.landmarks))
     if options.resize_face_size is not None:

@@ -39,7 +39,7 @@ class FolderCaptionOptions(WritingOptions, CaptionedFolderOptions, title="what t
     model: CaptionModelOptions
     api: ApiOptions
     caption_weights = unsupported(
-        "weights of BLIP are a pickle, which can hold code. Give the folder of a vision-language model to "
+        "weights of BLIP are a pickle, which can hold code. Pass the folder of a vision-language model to "
         "--model",
         type=str,
     )

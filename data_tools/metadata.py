@@ -90,7 +90,7 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
             sys.stdout.write(escape_control_codes(f"{key}: {text}") + "\n")
     if not num_texts:
         raise DatasetError(
-            f"{options.train_data_dir}: no image has a file that ends in {extension}. Give another "
+            f"{options.train_data_dir}: no image has a file that ends in {extension}. Pass another "
             "--caption_extension, or --recursive"
         )
     if without_text:
@@ -138,10 +138,10 @@ def read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:
     try:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read as JSON: {error}. Give another file as in_json") from None
+        raise DatasetError(f"{path} cannot be read as JSON: {error}. Pass another file as in_json") from None
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise DatasetError(
-            f"{path} is not a metadata file: an object with an object for each image. Give "
+            f"{path} is not a metadata file: an object with an object for each image. Pass "
             "another file as in_json"
         )
     return content

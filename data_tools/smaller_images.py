@@ -103,7 +103,7 @@ def resize_images(options: ResizeImagesOptions) -> None:
     if source == target:
         raise OptionError(
             f"{options.dst_img_folder} is the folder of the images, where the next run would make its copies "
-            "smaller too. Give another folder"
+            "smaller too. Pass another folder"
         )
     images = list_images(source)
     if not images:

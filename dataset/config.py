@@ -257,7 +257,7 @@ def _move_keys_to_general(path: Path, content: Table, errors: list[str]) -> Tabl
         return content
     duplicates = [name for name in moved if name in general]
     if duplicates:
-        errors.append(f"above all tables and in [general]: {', '.join(duplicates)}; leave one out")
+        errors.append(f"above all tables and in [general]: {', '.join(duplicates)}; omit one")
     logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(moved))
     remaining = {name: value for name, value in content.items() if name not in moved}
     return {**remaining, "general": {**general, **moved}}
@@ -341,7 +341,7 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
             if audio is None:
                 raise DatasetError(
                     f"{table.name}: reference_audio_directory: this run does not train audio. Choose a mode "
-                    "of the model with audio, or leave the key out"
+                    "of the model with audio, or omit the key"
                 )
             if not audio.takes_references:
                 raise DatasetError(
@@ -433,7 +433,7 @@ def _reject_flips(config: DatasetConfig) -> None:
         if table.augmentation.flip:
             raise DatasetError(
                 f"{table.name}: flip_aug mirrors reference images, but the text encoder would still see the "
-                "original ones. Leave it out"
+                "original ones. Omit it"
             )
 
 
@@ -441,7 +441,7 @@ def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | No
     """Return an error line for each key about clip references that the model does not use."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks
-    remedy = f"Leave it out. {hint}" if hint else "Leave it out"
+    remedy = f"Omit it. {hint}" if hint else "Omit it"
     errors = []
     if table.reference_directory is not None and not takes_clips:
         accepted = "none" if rules is None else "them from control_directory"
@@ -463,13 +463,13 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
     if table.reference_dropout_rate:
         errors.append(
             f"{table.name}: reference_dropout_rate: this model takes no reference images that could be "
-            "dropped. Leave it out"
+            "dropped. Omit it"
         )
     changed_keys = table.non_default_values(forms.REFERENCES)
     if changed_keys:
         errors.append(
             f"{table.name}: {' and '.join(changed_keys)}: this model resizes control images to the size of "
-            "their image; the keys are for models that take reference images. Leave them out"
+            "their image; the keys are for models that take reference images. Omit them"
         )
     return errors
 
@@ -657,7 +657,7 @@ def _find_conflict(fields: Mapping[str, Any], source_key: str, source_format: So
         return f"cache_directory is required with {source_key}"
     conflict = source_format.find_conflict(fields) if source_format.has_dependent_keys else None
     if conflict is None and fields["mask_directory"] and fields["alpha_mask"]:
-        conflict = "mask_directory cannot be used here; leave out it or alpha_mask"
+        conflict = "mask_directory cannot be used here; omit it or alpha_mask"
     if conflict is None and fields["multiple_target"]:
         conflict = _find_layer_conflict(fields)
     if conflict is None and fields["is_audio_only"]:
@@ -681,9 +681,9 @@ def _find_layer_conflict(fields: Mapping[str, Any]) -> str | None:
 def _find_audio_conflict(fields: Mapping[str, Any]) -> str | None:
     """Return the key that cannot be used in a table of audio files, as an error; None if there is none."""
     if fields["worse_directory"]:
-        return "worse_directory is for images and clips, not for audio alone; leave it out"
+        return "worse_directory is for images and clips, not for audio alone; omit it"
     if fields["audio"] == forms.IGNORE:
-        return 'audio = "ignore" leaves nothing to learn of audio files; leave it out'
+        return 'audio = "ignore" leaves nothing to learn of audio files; omit it'
     return None
 
 

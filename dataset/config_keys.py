@@ -420,7 +420,7 @@ def parse_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DatasetError(
             f"{path} cannot be read: {error.strerror}{paths.describe_lookup(path)}."
-            f"{paths.explain_missing(path)} Give --dataset_config the file's path."
+            f"{paths.explain_missing(path)} Pass --dataset_config the file's path."
         ) from error
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)
@@ -443,9 +443,9 @@ def _advise_file(folder: Path) -> str:
     """Return a hint about the file to name instead of this folder."""
     default = folder / "dataset.toml"
     if default.is_file():
-        return f"Give {default}"
+        return f"Pass {default}"
     command = quote_command(["python", "new_project.py", str(folder)])
-    return f"Give a .toml or .json file: {command} makes one"
+    return f"Pass a .toml or .json file: {command} makes one"
 
 
 def other_trainers() -> ModuleType:
@@ -522,7 +522,7 @@ def read_keys(
 def _describe_repeated(name: str, spellings: list[str]) -> str:
     """Return the error for a key with two spellings in a table; our own spelling (`name`) comes last."""
     ours_last = sorted(spellings, key=lambda spelling: spelling == name)
-    return f"{' and '.join(ours_last)} are the same key; leave out one"
+    return f"{' and '.join(ours_last)} are the same key; omit one"
 
 
 def _explain(name: str, value: Any, allowed: str, reason: str) -> str:
@@ -532,7 +532,7 @@ def _explain(name: str, value: Any, allowed: str, reason: str) -> str:
         similar = difflib.get_close_matches(value, MODES, 1)
         hint = f'. Did you mean "{similar[0]}"?' if similar else ""
     if not hint and str(value).strip().lower() in paths.NOTHING:  # such as "none"
-        hint = ". For nothing, leave the key out"
+        hint = ". For nothing, omit the key"
     kind = KINDS.get(type(value), type(value).__name__)
     return f"{name} = {show(value)} ({kind}); allowed: {allowed}{hint}"
 
@@ -540,7 +540,7 @@ def _explain(name: str, value: Any, allowed: str, reason: str) -> str:
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
     """Return the error message for an unknown key, with a known key of similar spelling if there is one."""
     if name in NO_KEYS:
-        return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
+        return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Omit it"
     allowed = list(allowed)
     return f"unknown key {name} = {show(value)}.{did_you_mean(name, allowed)} Allowed: {', '.join(allowed)}"
 

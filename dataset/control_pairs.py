@@ -43,7 +43,7 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
         folder = table.control_directory
         if folder is None:
             raise DatasetError(
-                f"{table.name}: {network_name} learns from pairs of an image and its control image. Give "
+                f"{table.name}: {network_name} learns from pairs of an image and its control image. Set "
                 "conditioning_data_dir, a folder of control images with the names of the images"
             )
         if table.directory is None or table.directory.is_dir():

@@ -90,7 +90,7 @@ class ShardOptions(Options):
         """Raise OptionError if --num_shards is set, because `option` needs the whole dataset."""
         if self.num_shards is not None:
             raise OptionError(
-                f"{option} looks at the whole dataset: leave out --num_shards and --shard_index, which share "
+                f"{option} looks at the whole dataset: omit --num_shards and --shard_index, which share "
                 "the work of caching"
             )
 
@@ -148,7 +148,7 @@ class CachingOptions(Options, title="caching"):
         if encoding is not None and encoding != GUESS and not _is_text_encoding(encoding):
             raise OptionError(
                 f"--repair_captions {encoding}: no such encoding. Use for example cp1252, shift_jis or gbk, "
-                "or leave it out to guess."
+                "or omit it to guess."
             )
 
 

@@ -246,5 +246,5 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         if not are_valid or len(sides) > 2:
             joined = JOINED.fullmatch(self.resolution)  # such as 768x1024
             example = f"{joined[1]},{joined[3]}" if joined is not None else "768,1024"
-            raise OptionError(f"--resolution {self.resolution}: give 512, or width and height, as {example}")
+            raise OptionError(f"--resolution {self.resolution}: pass 512, or width and height, as {example}")
         return int(sides[0]), int(sides[-1])  # a single number is both

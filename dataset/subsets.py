@@ -297,7 +297,7 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     mask_sources = _list_mask_sources(values, is_masked)
     if len(mask_sources) > 1:
         names = " and ".join(mask_sources)
-        errors.append(f"{names}: both say where the loss masks come from; leave out one")
+        errors.append(f"{names}: both say where the loss masks come from; omit one")
     elif from_json and (values["conditioning_data_dir"] or values["mask_directory"]):
         errors.append(
             "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
@@ -344,7 +344,7 @@ def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
     if keys:
         raise DatasetError(
             f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
-            "cached. Leave out the keys, or train without caching these."
+            "cached. Omit the keys, or train without caching these."
         )
 
 
@@ -444,11 +444,11 @@ def _explain_no_subset(folder: Path, names: Sequence[str]) -> str:
     """
     if read_folder_name(real_path(folder).name) is not None:
         return (
-            f": give its parent folder, {folder.parent}. Folders whose names begin with a "
+            f": pass its parent folder, {folder.parent}. Folders whose names begin with a "
             "number of repeats are read from there."
         )
     inner = [str(folder / name) for name in names if _has_repeats(folder / name)]
-    remedy = f"Give {' or '.join(inner)}." if inner else "Move the images into one."
+    remedy = f"Pass {' or '.join(inner)}." if inner else "Move the images into one."
     return f" has no folder whose name begins with a number of repeats, such as 10_cat. {remedy}"
 
 

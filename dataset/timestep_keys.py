@@ -41,5 +41,5 @@ def find_unused(declared: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"{' and '.join(unused)} with validation = true: this table is never trained on, and a validation "
-        "measures all tables at the same noise levels. Leave out one or the other"
+        "measures all tables at the same noise levels. Omit one or the other"
     )

@@ -84,7 +84,7 @@ RESULTS = (  # seed, prompt
 )
 TALL = {"compare": 1500, "new": 1300}  # heights of wide windows
 SAID = {
-    2: "DatasetError: stars.toml cannot be read: No such file or directory. Give --dataset_config the file's "
+    2: "DatasetError: stars.toml cannot be read: No such file or directory. Pass --dataset_config the file's "
     "path.",
     3: "steps:  62%|######2   | 1240/2000 [1:04:26<39:30,  3.12s/it, avr_loss=0.0957]",
 }

@@ -242,7 +242,7 @@ def reject_fine_tune(named: NamedModel, text: str, models: Sequence[ModelSet]) -
     option = next(part.option for part in model.components if part.option)
     family = further_name(named.family) + model.task
     raise OptionError(
-        f"--family {text}: it is a {family_title(named.family)} {model.task} with weights of its own. Give "
+        f"--family {text}: it is a {family_title(named.family)} {model.task} with weights of its own. Pass "
         f"`new` --family {family} --model_file {option.lstrip('-')}=FILE, with its file"
     )
 

@@ -60,7 +60,7 @@ class DownloadOptions(Options, must_give=True):
             raise OptionError(f"--task is missing: {', '.join(tasks)}. --list shows what each needs.")
         if named is not None and named.task not in (None, self._task):
             raise OptionError(
-                f"--family {self.family} names {named.task}, --task is {self.task}. Leave one of them out"
+                f"--family {self.family} names {named.task}, --task is {self.task}. Omit one of them"
             )
 
     @property

@@ -129,7 +129,7 @@ def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_
     if num_levels != LEVELS:
         raise CheckpointError(
             f"{checkpoint.path}: {part} has {num_levels} levels, but that of FLUX has {LEVELS}. The file "
-            f"contains another model, or tensors are missing. Give {kind.release}.",
+            f"contains another model, or tensors are missing. Pass {kind.release}.",
             checkpoint.path,
         )
 
@@ -142,7 +142,7 @@ def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is
     expected = "one" if kind.is_quantized else "none"
     raise CheckpointError(
         f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, but {kind.description} has "
-        f"{kind.channels} and {expected}. Give {kind.release}.",
+        f"{kind.channels} and {expected}. Pass {kind.release}.",
         checkpoint.path,
     )
 

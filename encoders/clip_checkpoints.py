@@ -127,7 +127,7 @@ def _require_numbers(path: Path, config_json: Mapping[str, Any], names: Iterable
         if not isinstance(config_json.get(name, 1), int | float):
             raise CheckpointError(
                 f"{path}: {name} is {config_json[name]!r} in the config.json next to it, which must "
-                "be a number. Give the config.json that belongs to it.",
+                "be a number. Pass the config.json that belongs to it.",
                 path,
             )
 
@@ -156,7 +156,7 @@ def plan_clip_text(
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{network.path} takes {positions} tokens, but {CLIP_TOKENS} are needed. Give {naming.release} "
+            f"{network.path} takes {positions} tokens, but {CLIP_TOKENS} are needed. Pass {naming.release} "
             f"to {naming.option}.",
             network.path,
         )
@@ -228,7 +228,7 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
     if not _is_square_patch_weight(patch_weight) or patches_per_side**2 != num_positions:
         raise CheckpointError(
             f"{checkpoint.path}: its patches ({list(patch_weight)}) and {num_positions} positions are not "
-            f"those of a CLIP image encoder. Give {release}.",
+            f"those of a CLIP image encoder. Pass {release}.",
             checkpoint.path,
         )
     dim, _, patch_size, _ = patch_weight

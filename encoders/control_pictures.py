@@ -48,7 +48,7 @@ def check_controls(table: MediaTable, network_name: str) -> MediaTable:
     if not table.has_control:
         raise DatasetError(
             f"{table.name}: {network_name} learns from pairs of a picture and its control picture, and the "
-            "table has no control pictures. Give conditioning_data_dir, a folder of pictures with the same "
+            "table has no control pictures. Set conditioning_data_dir, a folder of pictures with the same "
             "names."
         )
     return replace(table, has_control=False)

@@ -286,7 +286,7 @@ class OneTransformer:
     @property
     def moments(self) -> MomentsRules:
         """Rules for precomputed VAE moments; by default, they are rejected."""
-        return MomentsRules(f"the model {self.name} is given clips alone. Leave out load_tensors")
+        return MomentsRules(f"the model {self.name} is given clips alone. Omit load_tensors")
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Raise DatasetError: by default, caches cannot be made from moments."""

@@ -287,7 +287,7 @@ class Inversion:
         if not ids:
             raise OptionError(
                 f"{self.word_options.option_names.init_word} {self.word_options.init_word!r}: the text "
-                "encoder has no token for it. Give a known word, or leave it out for random vectors"
+                "encoder has no token for it. Pass a known word, or omit it for random vectors"
             )
         return ids
 
@@ -325,7 +325,7 @@ class Inversion:
         if num_stored != self.word.count:
             raise CheckpointError(
                 f"{option} {path}: it has {format_count(num_stored, 'vector')}, but {count_option} is "
-                f"{self.word.count}. Give {count_option} {num_stored}.",
+                f"{self.word.count}. Pass {count_option} {num_stored}.",
                 path,
             )
 
@@ -338,7 +338,7 @@ class Inversion:
                 path = self.word_options.weights or self.word_options.lora
                 raise CheckpointError(
                     f"{path}: its vectors {encoder.vector_keys[0]} have width {width}, but this text encoder "
-                    f"takes width {expected}. Give a file that was made for this model.",
+                    f"takes width {expected}. Pass a file that was made for this model.",
                     path,
                 )
 
@@ -348,7 +348,7 @@ class Inversion:
             if len(encoder.tokenize(self.word.text)) == 1:
                 raise OptionError(
                     f"{self.word_options.option_names.word} {self.word.text}: the text encoder knows this "
-                    f"word already. Give a new one, such as my-{self.word.text}"
+                    f"word already. Pass a new one, such as my-{self.word.text}"
                 )
             if self.word_options.init_word is not None:
                 self._tokenize_init_word(encoder)

@@ -327,7 +327,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if expected and counted != expected:
             logger.warning(
                 "the tokenizer splits the template before the prompt into %d tokens, but the model's own "
-                "into %d: prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
+                "into %d: prompts will be cut in the wrong place. Pass the tokenizer of this model to %s.",
                 counted,
                 expected,
                 self.source.files.option,

@@ -330,7 +330,7 @@ def read_language_model(
 def _make_wrong_sizes_error(path: Path, model: LanguageModel) -> CheckpointError:
     """Return the error for a file whose tensors do not have the sizes of the model."""
     return CheckpointError(
-        f"{path}: its tensors do not have the sizes of {model.description}. Give {model.files} to "
+        f"{path}: its tensors do not have the sizes of {model.description}. Pass {model.files} to "
         f"{model.option}.",
         path,
     )
@@ -412,7 +412,7 @@ def _check_heads(
     if not has_width_of_model or not _can_be_heads(width, query_rows, key_rows, dim):
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
-            f"{width} channels. Put the model's config.json next to it, or give another copy of the file.",
+            f"{width} channels. Put the model's config.json next to it, or pass another copy of the file.",
             path,
         )
 
@@ -430,12 +430,12 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     # the user chose the state, as a number of layers to skip
     if model.skip_option:
         raise CheckpointError(
-            f"{model.skip_option} {-1 - state}: {path} has only {all_layers} layers. Give a smaller number.",
+            f"{model.skip_option} {-1 - state}: {path} has only {all_layers} layers. Use a smaller number.",
             path,
         )
     raise CheckpointError(
         f"{path} has only {all_layers} layers, but {abs(state)} are needed. "
-        f"Give {model.files} to {model.option}.",
+        f"Pass {model.files} to {model.option}.",
         path,
     )
 
@@ -486,7 +486,7 @@ def _read_config_constants(
     if rope_type not in model.rope_types:
         raise CheckpointError(
             f"{path}: its config.json asks for rotary frequencies of type {rope_type}, which the model that "
-            f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
+            f"the transformer was trained with does not use. Pass {model.files} to {model.option}.",
             path,
         )
     return ConfigConstants(theta, eps, sections, settings)

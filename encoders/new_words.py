@@ -233,7 +233,7 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
         if width != expected_width:
             raise CheckpointError(
                 f"{word.option} {word.source}: the vectors of {word.word.text} have width {width}, but this "
-                f"text encoder takes width {expected_width}. Give a file that was made for this model.",
+                f"text encoder takes width {expected_width}. Pass a file that was made for this model.",
                 word.source,
             )
     grown = GrowingEmbedding(token_embeddings, sum(word.word.count for word in words))

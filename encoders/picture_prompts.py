@@ -122,7 +122,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     names = [name for name in checkpoint.tensors if name.endswith(f"visual.{PATCHES}")]
     if not names or tower is None:
         raise CheckpointError(
-            f"{path} has no vision tower, which prompts with pictures need. Give {model.files} to "
+            f"{path} has no vision tower, which prompts with pictures need. Pass {model.files} to "
             f"{model.option}.",
             path,
         )
@@ -130,7 +130,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     network = checkpoint.without_prefix(prefix, ignored_prefixes=("",))  # all other tensors are left out
     sources = list_tensor_sources(network)
     other_tower = CheckpointError(
-        f"{path}: its vision tower is not that of {tower.name}. Give {model.files} with its config.json.",
+        f"{path}: its vision tower is not that of {tower.name}. Pass {model.files} with its config.json.",
         path,
     )
     sizes = _read_sizes(tower, network, sources, error=other_tower)

@@ -226,7 +226,7 @@ class ModelOfImages(OneTransformer):
         """Raise DatasetError if a table has clips or control images."""
         if table.kind != "image":
             raise DatasetError(
-                f"{table.name}: the table has clips, and {self.display_name} can only learn pictures. Give "
+                f"{table.name}: the table has clips, and {self.display_name} can only learn pictures. Set "
                 "image_directory or image_jsonl_file, or train a video model."
             )
         if table.has_control and self.references is None:
@@ -357,14 +357,14 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, model_name: 
     if len(paths) > rules.max_references:
         raise OptionError(
             f"{option}: {len(paths)} reference pictures, but {model_name} takes {rules.max_references} at "
-            f"most. Leave out {' '.join(map(str, paths[rules.max_references :]))}"
+            f"most. Omit {' '.join(map(str, paths[rules.max_references :]))}"
         )
     for path in paths:
         width, height = image_size(path)
         if min(width, height) < rules.step:  # the image would be cropped to multiples of the step: to nothing
             raise OptionError(
                 f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "
-                f"{rules.step}. Give a larger picture."
+                f"{rules.step}. Use a larger picture."
             )
 
 

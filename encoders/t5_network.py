@@ -144,7 +144,7 @@ def _make_other_t5_error(path: Path, kind: T5Kind, is_umt5: bool) -> CheckpointE
     if is_umt5:
         found_kind = "an umT5 encoder, not a T5: each of its blocks has"
     return CheckpointError(
-        f"{path} is {found_kind} a table of relative positions. Give {kind.release} to {kind.option}.", path
+        f"{path} is {found_kind} a table of relative positions. Pass {kind.release} to {kind.option}.", path
     )
 
 
@@ -158,7 +158,7 @@ def _make_heads_error(path: Path, attention_dim: int, num_heads: int) -> Checkpo
 def _make_first_version_error(path: Path, kind: T5Kind) -> CheckpointError:
     """Return the error for T5 version 1.0."""
     return CheckpointError(
-        f"{path} is a T5 of the first version, whose feed-forward layers have no gate. Give "
+        f"{path} is a T5 of the first version, whose feed-forward layers have no gate. Pass "
         f"{kind.release} to {kind.option}.",
         path,
     )

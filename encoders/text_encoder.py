@@ -247,7 +247,7 @@ class TokenizerSource:
         if min([0, *added_begin, *added_end]) < 0:  # an id of -1 means that there is no such token
             missing = f"begin token {self.begin}" if self.begin else f"end token {self.end}"
             raise CheckpointError(
-                f"{origin}: the tokenizer has no {missing}. Give the tokenizer of this encoder to "
+                f"{origin}: the tokenizer has no {missing}. Pass the tokenizer of this encoder to "
                 f"{self.files.option}.",
                 origin,
             )
@@ -318,7 +318,7 @@ def check_ids(token_ids: Sequence[Sequence[int]], vocabulary: int, path: Path, o
     if largest >= vocabulary:
         raise CheckpointError(
             f"{path} knows {vocabulary} tokens, but its tokenizer has more (token {largest}). "
-            f"Give the tokenizer of this model to {option}.",
+            f"Pass the tokenizer of this model to {option}.",
             path,
         )
 

@@ -64,8 +64,8 @@ class Fibo2TrainingOptions(Fibo2ModelOptions, title=NAME):
     def __post_init__(self) -> None:
         if self.distilled_dit is not None and self.distilled_dit == self.dit:
             raise OptionError(
-                f"--distilled_dit {self.distilled_dit}: this is what --dit trains. Give the file of "
-                "edit-turbo, or leave the option out"
+                f"--distilled_dit {self.distilled_dit}: this is what --dit trains. Pass the file of "
+                "edit-turbo, or omit the option"
             )
 
 

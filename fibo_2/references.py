@@ -94,7 +94,7 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
     if is_masked.shape != frame.shape[:2]:
         (height, width), (rows, columns) = frame.shape[:2], is_masked.shape
         raise OptionError(
-            f"--{MASK} {mask}: {columns} x {rows} pixels, but {path} has {width} x {height}. Give a mask "
+            f"--{MASK} {mask}: {columns} x {rows} pixels, but {path} has {width} x {height}. Pass a mask "
             "of the image's size"
         )
     return torch.from_numpy(crop_cover(np.where(is_masked[..., None], np.uint8(GRAY), frame), size).copy())

@@ -204,7 +204,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     if hint is not None:
         raise CheckpointError(
             f"{CONTROL_NET} {path} takes pixels ({hint}), as those of XLabs do, but caches contain latents "
-            f"of control images.\n  Give one that takes latents: {FITTING_FILES}.",
+            f"of control images.\n  Pass one that takes latents: {FITTING_FILES}.",
             path,
         )
     if CONTROL_EMBEDDER not in names or "transformer_blocks.0.attn.to_q.weight" not in names:
@@ -212,7 +212,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
             f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control image, "
-            f"which datasets do not state.\n  Give one for a single kind, or without modes: {FITTING_FILES}.",
+            f"which datasets do not state.\n  Pass one for a single kind, or without modes: {FITTING_FILES}.",
             path,
         )
     _check_dimensions(path, names, config)
@@ -295,7 +295,7 @@ def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConf
     if head_width != transformer_head:
         raise CheckpointError(
             f"{CONTROL_NET} {path}: its heads have width {head_width}, but those of the transformer have "
-            f"{transformer_head}. Give the folder with its config.json",
+            f"{transformer_head}. Pass the folder with its config.json",
             path,
         )
     double_blocks = count(names, r"transformer_blocks\.\d+")

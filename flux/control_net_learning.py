@@ -169,7 +169,7 @@ def _check_can_train(options: FluxControlNetTrainingOptions, files: FluxFiles) -
     if config.kind == CHROMA:
         raise OptionError(
             f"{files.dit_path} is Chroma, which lacks the embeddings of time and pooled text that "
-            "ControlNets of FLUX.1 use. Give FLUX.1 dev or schnell"
+            "ControlNets of FLUX.1 use. Pass FLUX.1 dev or schnell"
         )
     if options.controlnet is None:
         _check_can_copy_blocks(options, files)
@@ -183,7 +183,7 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
     if header.block_dtype.itemsize == 1:
         raise OptionError(
             f"{files.dit_path} is rounded to 8 bits or fewer, but a ControlNet starts as a copy of its "
-            f"weights. Give the file in 16 bits, or a ControlNet to start from to {CONTROL_NET}"
+            f"weights. Pass the file in 16 bits, or a ControlNet to start from to {CONTROL_NET}"
         )
     sizes = {
         "num_double_layers": (options.double_blocks, header.config.double_blocks),
@@ -193,7 +193,7 @@ def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFi
         if requested > maximum:
             raise OptionError(
                 f"--{name} {requested}: a ControlNet copies the first blocks, but {files.dit_path} has "
-                f"{maximum} of them. Give fewer"
+                f"{maximum} of them. Use fewer"
             )
 
 

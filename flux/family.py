@@ -174,13 +174,13 @@ class Flux(ModelOfImages):
         with_control = self.controlnet is not None or self.stores_controls
         if table.has_control and not with_control and self.references is None:
             raise DatasetError(
-                f"{table.name}: the table has control images, but no ControlNet uses them. Give "
+                f"{table.name}: the table has control images, but no ControlNet uses them. Pass "
                 f"{CONTROL_NET} (to cache for flux_train_control_net.py: --control_pictures), or remove them."
             )
         if self.controlnet is not None and not table.has_control:
             raise DatasetError(
-                f"{table.name}: {CONTROL_NET} needs control images. Give "
-                f"control_directory, or leave out {CONTROL_NET}."
+                f"{table.name}: {CONTROL_NET} needs control images. Set "
+                f"control_directory, or omit {CONTROL_NET}."
             )
         # the check for every family rejects control images, which are allowed here
         if with_control:

@@ -202,7 +202,7 @@ class FluxFiles(AutoencoderFiles):
         header = super().dit_header()
         if self.says_chroma and header.config.kind != CHROMA:
             raise OptionError(
-                f"--model_type chroma: {self.dit_path} is {NAMES[header.config.kind]}. Leave the option out, "
+                f"--model_type chroma: {self.dit_path} is {NAMES[header.config.kind]}. Omit the option, "
                 "or give a Chroma checkpoint"
             )
         if header.config.kind == CHROMA and not self.says_chroma:

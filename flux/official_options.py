@@ -58,7 +58,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
         if len(dtypes) > 1:
             raise OptionError(
                 f"--clip_l_dtype {self.clip_l_dtype} and --t5xxl_dtype {self.t5xxl_dtype}: both encoders "
-                "compute in one dtype. Give the same; T5 may be in fp8"
+                "compute in one dtype. Pass the same; T5 may be in fp8"
             )
         return dtypes.pop() if dtypes else self.base_dtype
 

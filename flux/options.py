@@ -164,26 +164,26 @@ class FluxFullTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=N
 
 
 DOUBLE_LAYERS, SINGLE_LAYERS = 4, 0  # default sizes of a new ControlNet
-_COPIES = "a ControlNet is a copy of the transformer's first blocks, and has no such setting. Leave it out"
+_COPIES = "a ControlNet is a copy of the transformer's first blocks, and has no such setting. Omit it"
 # settings of `training.image_options.control_net_trainer`
 CONTROL_NET_REJECTED: Mapping[str, str] = {
     "network_dim": _COPIES,
     "network_dropout": _COPIES,
-    "network_weights": f"Give the ControlNet to start from to {CONTROL_NET}",
+    "network_weights": f"Pass the ControlNet to start from to {CONTROL_NET}",
     "shard_base": "a ControlNet begins as a copy of the transformer's weights, of which each process would "
-    "have a part. Leave it out; --blocks_to_swap saves memory",
-    "context_parallel": "each process would compute the whole ControlNet, for all tokens. Leave it out; "
+    "have a part. Omit it; --blocks_to_swap saves memory",
+    "context_parallel": "each process would compute the whole ControlNet, for all tokens. Omit it; "
     "--blocks_to_swap and --gradient_checkpointing save memory",
     **dict.fromkeys(
         ("full_bf16", "full_fp16"),
-        "a ControlNet's weights learn in float32. Leave it out; --optimizer_type AdamW8bit, or Adafactor "
+        "a ControlNet's weights learn in float32. Omit it; --optimizer_type AdamW8bit, or Adafactor "
         "with --fused_backward_pass, takes less memory",
     ),
     "fp8_base_unet": "it is --fp8_base, which rounds the weights of which a ControlNet begins as a copy. "
-    "Leave it out; --blocks_to_swap saves memory",
+    "Omit it; --blocks_to_swap saves memory",
     **{
         switch: f"a ControlNet begins as a copy of the transformer's weights, and {form.name} rounds them. "
-        "Leave it out; --blocks_to_swap saves memory"
+        "Omit it; --blocks_to_swap saves memory"
         for form in BASE_FORMS
         for switch in form.switches
     },
@@ -266,7 +266,7 @@ def translate_older_options(args: argparse.Namespace) -> None:
     typed = " ".join(f"--{name} {number}" for name, number in older_values.items() if number is not None)
     if typed and args.blocks_to_swap is not None:
         raise OptionError(
-            f"{typed} with --blocks_to_swap {args.blocks_to_swap}: both mean the same. Give "
+            f"{typed} with --blocks_to_swap {args.blocks_to_swap}: both mean the same. Pass "
             "--blocks_to_swap alone"
         )
     if typed:

@@ -134,7 +134,7 @@ class Flux2Files(LanguageModelFiles):
                 model = self.encoder_settings.model
                 raise OptionError(
                     f"{model.option} {self.text_encoder} is the text encoder of --model_version "
-                    f"{' and '.join(fit)}, not of {self.model_version}. Give {model.files} or that version"
+                    f"{' and '.join(fit)}, not of {self.model_version}. Pass {model.files} or that version"
                 )
 
     def dit_header(self) -> DitHeader[Flux2Config]:
@@ -150,7 +150,7 @@ class Flux2Files(LanguageModelFiles):
             fitting = other_version or ("klein-4b" if needs_guidance else "dev")
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)} of width {header.config.dim}, not that of "
-                f"--model_version {self.model_version}. Give the version of the file, such as {fitting}, or "
+                f"--model_version {self.model_version}. Pass the version of the file, such as {fitting}, or "
                 "another file"
             )
         return header

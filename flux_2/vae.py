@@ -102,7 +102,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
         if info is None or info.shape != (count,):
             raise CheckpointError(
                 f"{checkpoint.path}: {name}, the statistics of its {count} channels, is missing. "
-                f"Give {KIND.release} to {KIND.option}.",
+                f"Pass {KIND.release} to {KIND.option}.",
                 checkpoint.path,
             )
     return plan

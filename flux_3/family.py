@@ -189,8 +189,8 @@ class Flux3(pictures.ModelOfImages):
         if request.solver not in (None, "euler"):
             raise OptionError(
                 f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "
-                "the mean velocity of each step, which only Euler's method uses unchanged. Give "
-                "--sample_solver vanilla, or leave it out"
+                "the mean velocity of each step, which only Euler's method uses unchanged. Pass "
+                "--sample_solver vanilla, or omit it"
             )
         if request.guidance_scale in (None, flux_3_options.GUIDANCE_OF_DISTILLED):
             return request

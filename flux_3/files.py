@@ -166,8 +166,8 @@ class Flux3Files(LanguageModelFiles):
             )
         if self.needs_distilled and not is_distilled:
             raise OptionError(
-                f"{SAMPLE_DIT_OPTION} {self.dit_path} is {describe(header)}. Give the distilled file "
-                "(flux-3-image-klein), or leave the option out: samples are then made by --dit"
+                f"{SAMPLE_DIT_OPTION} {self.dit_path} is {describe(header)}. Pass the distilled file "
+                "(flux-3-image-klein), or omit the option: samples are then made by --dit"
             )
         return header
 

@@ -59,8 +59,8 @@ class Flux3TrainingOptions(Options, title=NAME):
     def __post_init__(self) -> None:
         if self.distilled_dit is not None and self.distilled_dit == self.dit:
             raise OptionError(
-                f"--distilled_dit {self.distilled_dit}: this is what --dit trains. Give the distilled file, "
-                "or leave the option out"
+                f"--distilled_dit {self.distilled_dit}: this is what --dit trains. Pass the distilled file, "
+                "or omit the option"
             )
 
 

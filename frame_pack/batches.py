@@ -125,7 +125,7 @@ def warn_of_other_section_order(batch: Batch, is_f1: bool, one_frame: bool) -> N
 def _warn_of_caches_without_f1() -> None:
     logger.warning(
         "--f1 is given, but the sections in the caches are not for FramePack-F1: the model would learn "
-        "an order in which it does not generate. Cache again with %s --f1, or leave --f1 out if --dit is "
+        "an order in which it does not generate. Cache again with %s --f1, or omit --f1 if --dit is "
         "FramePack.",
         LATENTS_AGAIN,
     )
@@ -135,7 +135,7 @@ def _warn_of_caches_without_f1() -> None:
 def _warn_of_caches_with_f1() -> None:
     logger.warning(
         "the sections in the caches are for FramePack-F1 (%s --f1), but --f1 is not given: samples are "
-        "generated in a different order than the model learns. Give --f1, or cache again without it if --dit "
+        "generated in a different order than the model learns. Pass --f1, or cache again without it if --dit "
         "is not F1.",
         LATENTS_AGAIN,
     )
@@ -145,7 +145,7 @@ def _warn_of_caches_with_f1() -> None:
 def _warn_of_cached_clips() -> None:
     logger.warning(
         "--one_frame is given, but the caches hold sections of clips: the model learns videos, and samples "
-        "are images. Give the --dataset_config whose caches were made with %s --one_frame, or leave "
+        "are images. Pass the --dataset_config whose caches were made with %s --one_frame, or leave "
         "--one_frame out.",
         LATENTS_AGAIN,
     )

@@ -31,7 +31,7 @@ FULL_FRAMES = 192
 
 NO_MOMENTS = (
     "FramePack learns sections of clips, whose conditions (the first frame's features, the past) are made "
-    "from frames. Leave out load_tensors"
+    "from frames. Omit load_tensors"
 )
 
 
@@ -48,7 +48,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         return
     if table.kind != "video":
         raise DatasetError(
-            f"{table.name}: FramePack learns from clips, but these are images. Give a video_directory or "
+            f"{table.name}: FramePack learns from clips, but these are images. Pass a video_directory or "
             "video_jsonl_file, or --one_frame to learn how to make an image from its control images."
         )
     if table.has_control:
@@ -92,7 +92,7 @@ def _check_images(table: MediaTable) -> None:
     if table.kind != "image":
         raise DatasetError(
             f"{table.name}: --one_frame caches images that have control images, but these are videos. Leave "
-            "--one_frame out, or give an image_directory or image_jsonl_file."
+            "--one_frame out, or pass an image_directory or image_jsonl_file."
         )
     if not table.has_control:
         raise DatasetError(

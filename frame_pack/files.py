@@ -108,7 +108,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
         if related is None:
             raise make_wrong_kind_error(checkpoint, MODEL_KIND, "--dit", files)
         raise CheckpointError(
-            f"{path} is not {MODEL_KIND}; it looks like {related}.\n  Give {files} to --dit.", path
+            f"{path} is not {MODEL_KIND}; it looks like {related}.\n  Pass {files} to --dit.", path
         )
     shapes = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
     shared = hunyuan.read_dimensions(shapes, DIT, CONFIG_TENSORS)

@@ -101,7 +101,7 @@ def _check_patch_shape(path: Path, shape: Sequence[int]) -> None:
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
         raise CheckpointError(
             f"{path}: the patch embedding has shape {list(shape)}, but a SigLIP for images of "
-            f"one size has [width, 3, side, side]. Give {FILES} to {ENCODER_OPTION}.",
+            f"one size has [width, 3, side, side]. Pass {FILES} to {ENCODER_OPTION}.",
             path,
         )
 

@@ -91,10 +91,10 @@ class FramePackLatentCachingOptions(Options, title="FramePack"):
     f1: bool = option("make caches for FramePack-F1, which generates sections in playing order", flags=F1)
     one_frame: bool = option("make caches for single images generated from control images")
     one_frame_no_2x: bool = option(
-        "with --one_frame: leave out the black frames at 2x", ignored_without="one_frame"
+        "with --one_frame: omit the black frames at 2x", ignored_without="one_frame"
     )
     one_frame_no_4x: bool = option(
-        "with --one_frame: leave out the black frames at 4x", ignored_without="one_frame"
+        "with --one_frame: omit the black frames at 4x", ignored_without="one_frame"
     )
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
         if self.one_frame_inference is not None and not self.one_frame_inference.strip():
             raise OptionError(
                 "--one_frame_inference is empty: give default for an image, or places such as "
-                "target_index=1,control_index=0+10; or leave it out for a video"
+                "target_index=1,control_index=0+10; or omit it for a video"
             )
 
 

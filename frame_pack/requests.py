@@ -64,7 +64,7 @@ def prepare_request(
         latent: Latent space of the model.
         window: Latent frames of a section.
         is_f1: Whether sections are generated in playing order.
-        matches_control_shape: Give a single image the aspect ratio of its first control image, else of its
+        matches_control_shape: Pass a single image the aspect ratio of its first control image, else of its
             start image (--one_frame_auto_resize).
 
     Raises:
@@ -131,7 +131,7 @@ def _read_one_frame(request: requests.Request, is_f1: bool) -> OneFrame | None:
     one_frame = parse_one_frame(typed_settings)
     if is_f1:
         raise OptionError(
-            "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
+            "--one_frame_inference needs the FramePack model: omit --f1 and pass that model to --dit."
         )
     return one_frame
 
@@ -188,7 +188,7 @@ def _drop_unusable_media(request: requests.Request, is_f1: bool, is_one_frame: b
     if is_one_frame and request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} and --one_frame_inference: a single image is "
-            "generated from --image_path and --control_image_path. Leave one of them out"
+            "generated from --image_path and --control_image_path. Omit one of them"
         )
     return requests.keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 

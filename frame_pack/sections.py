@@ -87,7 +87,7 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
             raise OptionError(f"--video_sections {sections}: a video has at least 1 section.")
         return sections
     if not (seconds > 0 and math.isfinite(seconds * FRAMES_PER_SECOND)):
-        raise OptionError(f"--video_seconds {seconds}: give a positive number of seconds.")
+        raise OptionError(f"--video_seconds {seconds}: pass a positive number of seconds.")
     return max(1, round(seconds * FRAMES_PER_SECOND / (LATENT_STRIDE * window)))  # at least one section
 
 

@@ -230,7 +230,7 @@ def _check(options: GenerationOptions) -> None:
     }
     for option, is_given in refused.items():
         if is_given:
-            raise OptionError(f"{option} has no meaning for a comparison: leave it out")
+            raise OptionError(f"{option} has no meaning for a comparison: omit it")
 
 
 def make_variants(

@@ -93,8 +93,8 @@ def _read_strengths(run: GenerationRun, text: str) -> tuple[float, ...]:
     try:
         strengths = tuple(float(number) for number in text.split(","))
     except ValueError:
-        raise OptionError(f"--m {text}: give numbers separated by commas, such as 1,0.5") from None
+        raise OptionError(f"--m {text}: use numbers separated by commas, such as 1,0.5") from None
     count = len(run.options.lora.lora_weight or ())
     if len(strengths) != count:
-        raise OptionError(f"--m {text}: there are {count} LoRAs. Give a number for each")
+        raise OptionError(f"--m {text}: there are {count} LoRAs. Use a number for each")
     return strengths

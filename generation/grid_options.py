@@ -21,7 +21,7 @@ MAX_CELLS = 100  # of a sheet: their videos are all open while it is drawn
 PROMPT = LineOption("prompt", str)
 # no axes, and why
 REJECTED = {
-    "fps": "it changes no picture, and the cells of a sheet play at one rate. Leave it out",
+    "fps": "it changes no picture, and the cells of a sheet play at one rate. Omit it",
     "lora_multiplier": "it applies to a whole run. tools/compare.py makes a column of each strength",
 }
 
@@ -74,12 +74,12 @@ class SheetOptions(Options, title="comparison sheet"):
         axes = tuple(_read_axis(text, line_options) for text in self.sheet)
         if len({axis.option.key for axis in axes}) < len(axes):
             raise OptionError(
-                f"--sheet {' '.join(self.sheet)}: both axes are {axes[0].name}. Give two options"
+                f"--sheet {' '.join(self.sheet)}: both axes are {axes[0].name}. Pass two options"
             )
         cells = prod(len(axis.texts) for axis in axes)
         if cells > MAX_CELLS:
             raise OptionError(
-                f"--sheet has {cells} cells, at most {MAX_CELLS} are possible: give fewer values"
+                f"--sheet has {cells} cells, at most {MAX_CELLS} are possible: use fewer values"
             )
         return axes
 
@@ -117,7 +117,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
     """Parse a grid axis's values; raise OptionError that names the axis and the invalid value."""
     for text in texts:
         if texts.count(text) > 1:
-            raise OptionError(f"--sheet {name}: the value {text!r} is given twice. Leave one out")
+            raise OptionError(f"--sheet {name}: the value {text!r} is given twice. Omit one")
     values = []
     for text in texts:
         try:
@@ -125,7 +125,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
         except ValueError as error:
             raise OptionError(f"--sheet {name}: {error}. Fix that value") from None
         if option is PROMPT and not text:
-            raise OptionError("--sheet prompt: one of the prompts is empty. Write it, or leave it out")
+            raise OptionError("--sheet prompt: one of the prompts is empty. Write it, or omit it")
     return tuple(values)
 
 
@@ -181,7 +181,7 @@ class CompareOptions(Options, title="comparison"):
         columns = len(self.lora) * len(self.lora_multiplier) + 1
         if columns > MAX_COLUMNS:
             raise OptionError(
-                f"--lora and --lora_multiplier give {columns} columns, {MAX_COLUMNS} are the most. Give "
+                f"--lora and --lora_multiplier give {columns} columns, {MAX_COLUMNS} are the most. Use "
                 "fewer files or strengths."
             )
 
@@ -200,11 +200,11 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
             paths[pattern] = None
             continue
         if pattern.is_dir():
-            raise OptionError(f"{flag} {pattern} is a folder: give {pattern / '*.safetensors'}")
+            raise OptionError(f"{flag} {pattern} is a folder: pass {pattern / '*.safetensors'}")
         matches = [Path(name) for name in glob.glob(str(pattern))]  # noqa: PTH207 (of any folder)
         matching_files = sort_by_numbers(match for match in matches if match.is_file())
         if not matching_files:
-            hint = explain_missing(pattern) or " Give LoRA files or a pattern that matches some."
+            hint = explain_missing(pattern) or " Pass LoRA files or a pattern that matches some."
             raise OptionError(f"{flag} {pattern}: no such file.{hint}")
         paths |= dict.fromkeys(matching_files)
     return tuple(paths)
@@ -236,5 +236,5 @@ def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
         if compact_name in (without_digits if compact_name.isalpha() else compact):
             return family_by_model[name]
     raise OptionError(
-        f"--lora {path} does not say which model it is for. Give --family: {', '.join(families)}."
+        f"--lora {path} does not say which model it is for. Pass --family: {', '.join(families)}."
     )

@@ -598,7 +598,7 @@ def resolve_options(
             raise MemoryPlanError(
                 "--blocks_to_swap auto with --interactive needs a complete request on the command line: "
                 f"{error}\n"
-                "  Add the missing options, or give a number of blocks."
+                "  Add the missing options, or use a number of blocks."
             ) from error
         return options, None
 

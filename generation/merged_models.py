@@ -39,7 +39,7 @@ def save_merged_model(
         index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts
     ]
     if not merged_indices:
-        raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
+        raise OptionError("--save_merged_model has nothing to merge: pass --lora_weight or the like")
     targets = [path]
     if has_several_experts:
         targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in family.experts]

@@ -214,7 +214,7 @@ def check_together(family: Family, options: GenerationOptions) -> None:
     if options.sheet.sheet is not None:
         raise OptionError(
             f"--sheet and {flags} cannot be used together: a sheet is made by a single process, which needs "
-            f"the complete weights. Use --from_file with a line for each, or leave {flags} out"
+            f"the complete weights. Use --from_file with a line for each, or omit {flags}"
         )
     # only the first process runs the tools, so only it would skip a line that they cannot process
     if options.post.tools:

@@ -18,7 +18,7 @@ def read_named_object(text: str) -> str:
     if not (name.startswith("@") and name.lower().endswith(".json")):
         return text
     if is_limited():
-        raise OptionError(f"--prompt {name}: files are read for commands that you type. Give the JSON itself")
+        raise OptionError(f"--prompt {name}: files are read for commands that you type. Pass the JSON itself")
     path = to_path("--prompt", name[1:])
     try:
         content = read_text(path)
@@ -27,6 +27,6 @@ def read_named_object(text: str) -> str:
         reason = error.strerror if isinstance(error, OSError) else None
         near = "" if path_exists(path) else explain_missing(path)
         raise OptionError(
-            f"--prompt {name}: {reason or error}.{near} Give a file with one JSON object, such as a caption"
+            f"--prompt {name}: {reason or error}.{near} Pass a file with one JSON object, such as a caption"
         ) from None
     return content.strip()

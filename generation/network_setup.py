@@ -305,7 +305,7 @@ def _check_experts(loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_
         names_missing_expert = bool(key and loras)
         if is_for_missing_expert or names_missing_expert:
             dit = f"--dit_{key}" if key else "--dit"
-            remedy = "add it, or leave the option out"
+            remedy = "add it, or omit the option"
             if expert_keys[0]:
                 remedy = f"use {LORA_OPTIONS[expert_keys[0]]}, or add {dit}"
             raise OptionError(f"{LORA_OPTIONS[key]} is for {dit}, which is not given: {remedy}")
@@ -328,7 +328,7 @@ def _warn_of_missing_experts(
             ]
             if missing_options:
                 logger.warning(
-                    "%s was trained for both experts and is used for only one of them: give it to %s too",
+                    "%s was trained for both experts and is used for only one of them: pass it to %s too",
                     path,
                     " and ".join(missing_options),
                 )

@@ -249,24 +249,24 @@ class GenerationOptions(Options, title="run"):
             "--save_merged_model": self.save_merged_model is not None,
         }
         if not any(modes.values()):
-            raise OptionError(f"nothing to do: give one of {', '.join(modes)}")
+            raise OptionError(f"nothing to do: pass one of {', '.join(modes)}")
         if self.num_videos > 1 and self.request.prompt is None:
             raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
         if self.num_videos > 1 and self.sheet.sheet is not None:
-            raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
+            raise OptionError("--num_videos and --sheet: pass the seeds to the sheet, --sheet seed=1,2,3")
 
     def _check_post(self) -> None:
         """Raise OptionError if --post has no frames to process, or if previews would show what it hides."""
         if self.post.tools and self.output.output_type in UNDECODED:
             raise OptionError(
-                f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
+                f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or pass "
                 f"{POST} when the latents are decoded (--latent_path)"
             )
         has_previews = self.preview.preview_latent_every is not None and not self.latent_path
         if has_previews and self.post.tools and self.post.tools.content_hiding_tool:
             raise OptionError(
                 f"--preview_latent_every with {POST} {self.post.tools.content_hiding_tool}: previews would "
-                "show what it hides. Leave one of them out"
+                "show what it hides. Omit one of them"
             )
 
     def _check_prompt(self, prompt: str) -> None:
@@ -274,7 +274,7 @@ class GenerationOptions(Options, title="run"):
         if not prompt.strip() and self.save_merged_model is None:
             kind = "picture" if self.output.pictures else "video"
             has_other_work = self.from_file is not None or self.interactive or bool(self.latent_path)
-            or_omit = ", or leave the option out" if has_other_work else ""
+            or_omit = ", or omit the option" if has_other_work else ""
             raise OptionError(f"--prompt is empty: say what the {kind} should show{or_omit}")
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
             raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
@@ -297,7 +297,7 @@ class GenerationOptions(Options, title="run"):
             if is_given:
                 path = self.output.save_path / self.output.file_name
                 raise OptionError(
-                    f"--save_path {path} with {conflict}: one file has room for one result. Give a folder, "
+                    f"--save_path {path} with {conflict}: one file has room for one result. Pass a folder, "
                     f"such as {path.with_suffix('')}; results get their own names there"
                 )
 
@@ -312,7 +312,7 @@ class GenerationOptions(Options, title="run"):
         for conflict, is_given in conflicts.items():
             if is_given:
                 raise OptionError(
-                    f"--sheet and {conflict} cannot be used together: a sheet shows new videos. Leave one out"
+                    f"--sheet and {conflict} cannot be used together: a sheet shows new videos. Omit one"
                 )
         if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
             raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
@@ -460,7 +460,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
         if args.sample_solver != solver and "sample_solver" in args.typed_options:
             raise OptionError(
                 f"--scheduler {args.scheduler} is --sample_solver {solver}, but --sample_solver "
-                f"{args.sample_solver} is given too: give one of them"
+                f"{args.sample_solver} is given too: pass one of them"
             )
         args.sample_solver = solver
     for name in args.defaults_from_model.keys() - args.typed_options:

@@ -66,7 +66,7 @@ def read_seed(text: str) -> int:
     """
     seed = text_to_seed(text)
     if seed == -1:  # it means a random seed in other programs
-        logger.warning("seed -1 is a seed like any other here: leave it out for a random one")
+        logger.warning("seed -1 is a seed like any other here: omit it for a random one")
     if not re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         logger.info("Seed of the text %r: %d", text, seed)
     return seed
@@ -98,7 +98,7 @@ def read_switch(text: str) -> int:
 def _read_rate(text: str) -> int:
     rate = parse_int(text)
     if not 1 <= rate <= MAX_FPS:
-        raise ValueError(f"{text} is not a frame rate: give a number from 1 to {MAX_FPS}")
+        raise ValueError(f"{text} is not a frame rate: use a number from 1 to {MAX_FPS}")
     return rate
 
 
@@ -123,7 +123,7 @@ def _read_side(text: str) -> int:
     joined = JOINED.fullmatch(text)
     if joined is not None:
         height, width = height_width(joined)
-        raise ValueError(f"{text!r} is not a whole number: give --w {width} --h {height}")
+        raise ValueError(f"{text!r} is not a whole number: pass --w {width} --h {height}")
     return parse_int(text)
 
 
@@ -388,7 +388,7 @@ def parse_option_line(
             _warn_of_unknown_option(displayed_line, name_and_value, hint)
             continue
         if not read_path(text) and text not in option.unset_values:
-            errors.append(f"--{name} has no value. Write it, or leave --{name} out")
+            errors.append(f"--{name} has no value. Write it, or omit --{name}")
             continue
         if not option.repeats and option.key not in values:
             _warn_of_repetition(displayed_line, spellings_by_key[option.key])
@@ -468,7 +468,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     """
     if path.suffix.lower() in {".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml"}:
         raise OptionError(
-            f"--from_file {path}: give a text file with a prompt on each line and its options after it, "
+            f"--from_file {path}: pass a text file with a prompt on each line and its options after it, "
             "such as: a cat --w 832 --h 480 --d 7"
         )
     lines = numbered_lines(read_prompt_file(path, "--from_file"))  # without empty lines and comments
@@ -515,7 +515,7 @@ def read_prompt_file(path: Path, option: str) -> str:
         reason = "is a folder" if path.is_dir() else error.strerror or error
         near = "" if path_exists(path) else explain_missing(path)
         raise OptionError(
-            f"{option} {path}: {reason}.{near} Give a text file with a prompt on each line"
+            f"{option} {path}: {reason}.{near} Pass a text file with a prompt on each line"
         ) from None
     except UnicodeDecodeError as error:
         raise OptionError(

@@ -299,7 +299,7 @@ def _warn_of_lora_tags(tags: Iterable[str]) -> None:
     """Warn that LoRA tags such as <lora:style:0.8>, which other programs support, have no effect."""
     for tag in tags:
         logger.warning(
-            "%s in a prompt loads nothing and is read as words: remove it, and give the file to "
+            "%s in a prompt loads nothing and is read as words: remove it, and pass the file to "
             "--lora_weight and its strength to --lora_multiplier",
             shorten_word(tag),
         )
@@ -310,7 +310,7 @@ def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
     for path, option in find_edit_loras(paths):
         logger.warning(
             "%s was trained to edit images%s, but there is no image: the result is made from the text "
-            "alone. Give --control_image_path (--ci in a prompt line)",
+            "alone. Pass --control_image_path (--ci in a prompt line)",
             path,
             option,
         )
@@ -436,7 +436,7 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
         frames = 0 if prepared.is_audio_alone else prepared.frames
         run.options.output.check_file_name(1 if run.family.latent.has_layers else frames)
     if run.post is not None and run.family.latent.has_layers:
-        raise OptionError("--post works on clips and pictures, not on layers of a picture; leave it out")
+        raise OptionError("--post works on clips and pictures, not on layers of a picture; omit it")
     if run.post is not None:
         run.post.check_length(prepared.frames, label)
     return GenerationJob(label, prepared)

@@ -159,24 +159,24 @@ class OutputOptions(Options, title="output"):
         check_place("--save_path", self.save_path)
         if self.save_path.exists():
             raise OptionError(
-                f"--save_path {self.save_path} already exists and is not overwritten. Give another name, or "
+                f"--save_path {self.save_path} already exists and is not overwritten. Pass another name, or "
                 "a folder, in which results get their own names"
             )
         if self.output_type in UNDECODED:
             raise OptionError(
                 f"--save_path {self.save_path} with --output_type {self.output_type}: latents get their own "
-                f"names. Give a folder for them, such as {self.save_path.with_suffix('')}"
+                f"names. Pass a folder for them, such as {self.save_path.with_suffix('')}"
             )
         suffix = self.save_path.suffix.lower()
         if suffix in _AUDIO_SUFFIXES:
             raise OptionError(
                 f"--save_path {self.save_path}: files of this type are not written. Sound alone is "
-                f"written as WAV: give {self.save_path.with_suffix('.wav')}"
+                f"written as WAV: pass {self.save_path.with_suffix('.wav')}"
             )
         if suffix not in WRITABLE_SUFFIXES:
             default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
             raise OptionError(
-                f"--save_path {self.save_path}: files of this type are not written. Give {default}"
+                f"--save_path {self.save_path}: files of this type are not written. Pass {default}"
             )
 
     @property
@@ -222,10 +222,10 @@ class OutputOptions(Options, title="output"):
         elif self.output_type in IMAGE_OUTPUTS:
             raise OptionError(
                 f"--save_path {path} with --output_type {self.output_type}: the result is {frames} "
-                f"pictures. Give a folder for them, such as {path.with_suffix('')}"
+                f"pictures. Pass a folder for them, such as {path.with_suffix('')}"
             )
         if path.suffix.lower() != suffix:
-            raise OptionError(f"--save_path {path}: {reason}. Give {path.with_suffix(suffix)}")
+            raise OptionError(f"--save_path {path}: {reason}. Pass {path.with_suffix(suffix)}")
 
     @property
     def shows_progress(self) -> bool:
@@ -245,7 +245,7 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 
-NO_VIDEOS = "this script makes pictures, and a picture has one frame. Leave it out"
+NO_VIDEOS = "this script makes pictures, and a picture has one frame. Omit it"
 # what a script of images refuses
 OF_VIDEOS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
 EXPERTS = ("lora_weight_high_noise", "lora_multiplier_high_noise", "offload_inactive_dit", "lazy_loading")

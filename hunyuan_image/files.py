@@ -94,13 +94,13 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
             raise make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
         raise CheckpointError(
             f"{path} is not {MODEL_LABEL}; it looks like {similar_model}.\n"
-            f"  Give {RELEASED_FILES} to {DIT_OPTION}.",
+            f"  Pass {RELEASED_FILES} to {DIT_OPTION}.",
             path,
         )
     if _is_distilled(checkpoint):
         raise CheckpointError(
             f"{path} is the distilled HunyuanImage-2.1 transformer (it has guidance_in or time_r_in), which "
-            f"is not supported.\n  Give {RELEASED_FILES} to {DIT_OPTION}.",
+            f"is not supported.\n  Pass {RELEASED_FILES} to {DIT_OPTION}.",
             path,
         )
     identifying_tensor, name_patterns = DIALECTS[dialect]
@@ -115,13 +115,13 @@ def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
     if (rows, columns) != (1, 1):
         raise CheckpointError(
             f"{shapes.path} has patches of {rows} x {columns}, but {MODEL_LABEL} has patches of one "
-            f"latent pixel.\n  Give {RELEASED_FILES} to {DIT_OPTION}.",
+            f"latent pixel.\n  Pass {RELEASED_FILES} to {DIT_OPTION}.",
             shapes.path,
         )
     if in_dim != LATENT.channels:
         raise CheckpointError(
             f"{shapes.path} takes {in_dim} latent channels, but {MODEL_LABEL} takes {LATENT.channels}.\n"
-            f"  Give {RELEASED_FILES} to {DIT_OPTION}.",
+            f"  Pass {RELEASED_FILES} to {DIT_OPTION}.",
             shapes.path,
         )
     first_width, glyph_dim = shapes.shape_of("byt5_in.fc1.weight")

@@ -47,7 +47,7 @@ class HunyuanImageVaeOptions(Options):
         size = self.file.vae_spatial_tile_sample_min_size
         if size is not None and size < MIN_TILE:
             raise OptionError(
-                f"--vae_spatial_tile_sample_min_size {size}: give at least {MIN_TILE}; {TILE} are usual"
+                f"--vae_spatial_tile_sample_min_size {size}: use at least {MIN_TILE}; {TILE} are usual"
             )
 
     @property
@@ -161,7 +161,7 @@ def translate_training(args: argparse.Namespace) -> None:
     if args.network_train_text_encoder_only:
         raise OptionError(
             f"--network_train_text_encoder_only: the text encoders of {NAME}, a language model of 7 bn "
-            "weights and ByT5, do not learn. Leave it out"
+            "weights and ByT5, do not learn. Omit it"
         )
     if not args.network_train_unet_only:
         logger.info("The text encoders of %s do not learn: --network_train_unet_only is assumed.", NAME)

@@ -242,7 +242,7 @@ def _widths_fit(widths: Sequence[int], channels: int) -> bool:
 
 def _make_error(checkpoint: Checkpoint, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoint.path} is not {MODEL_LABEL}: {why}.\n  Give {RELEASED_FILES} to --vae.", checkpoint.path
+        f"{checkpoint.path} is not {MODEL_LABEL}: {why}.\n  Pass {RELEASED_FILES} to --vae.", checkpoint.path
     )
 
 

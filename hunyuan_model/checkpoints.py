@@ -112,7 +112,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     related = _name_related_model(checkpoint)
     if related is not None:
         raise CheckpointError(
-            f"{path} is {related}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 "
+            f"{path} is {related}, which is not supported here.\n  Pass a HunyuanVideo T2V or SkyReels V1 "
             "checkpoint to --dit.",
             path,
         )
@@ -146,7 +146,7 @@ def _check_input_channels(config: HunyuanVideoConfig, path: Path) -> None:
         name = "HunyuanVideo-I2V" if is_i2v else "an unknown variant of HunyuanVideo"
         raise CheckpointError(
             f"{path} is {name} with {config.in_dim} input channels, which is not supported.\n"
-            "  Give a HunyuanVideo T2V or SkyReels V1 checkpoint to --dit.",
+            "  Pass a HunyuanVideo T2V or SkyReels V1 checkpoint to --dit.",
             path,
         )
 
@@ -274,7 +274,7 @@ def _read_scales_of(path: Path) -> tuple[Path, dict[str, float]]:
     if not scales_path.is_file():
         raise CheckpointError(
             f"{path} has fp8 weights whose scales are in {scales_path.name}, which is missing next to it.\n"
-            "  Download that file too, or give the bf16 checkpoint to --dit.",
+            "  Download that file too, or pass the bf16 checkpoint to --dit.",
             path,
         )
     return scales_path, _read_scales(scales_path)

@@ -146,7 +146,7 @@ class HunyuanVideo(OneTransformer):
         if self.dit_channels not in (None, channels):
             raise OptionError(
                 f"--dit_in_channels {self.dit_channels}: {self.files.dit_path} takes {channels}. Leave the "
-                "option out, or give "
+                "option out, or pass "
                 f"{'the SkyReels V1 image-to-video' if channels == LATENT.channels else 'a text-to-video'} "
                 "checkpoint to --dit."
             )
@@ -220,7 +220,7 @@ class HunyuanVideo(OneTransformer):
         """Resolve a request's size, frames and guidance; warn about media and guidance that are ignored."""
         self._check_dit()
         self.files.check()
-        # 1. leave out media that the transformer does not take; an image-to-video one needs an image
+        # 1. omit media that the transformer does not take; an image-to-video one needs an image
         usable = {
             "image_path": self._starts_from_image,
             "end_image_path": False,

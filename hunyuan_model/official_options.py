@@ -68,7 +68,7 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
 
     def __post_init__(self) -> None:
         if len(self.video_size) > 2:
-            raise OptionError("--video-size: give a height and a width, or one number for a square")
+            raise OptionError("--video-size: pass a height and a width, or one number for a square")
         if self.video_length < 1 or (self.video_length - 1) % 4:
             nearest = max(round((self.video_length - 1) / 4), 0) * 4 + 1
             raise OptionError(f"--video-length {self.video_length}: it must be 4n + 1, such as {nearest}")
@@ -128,17 +128,17 @@ class OfficialModelOptions(Options, title="model", dashed=True):
     denoise_type = _only("flow")
     flow_solver = _only("euler")
     seed_type = _only("auto")
-    batch_size = _only(1, "videos are made one after the other. Give --num-videos")
+    batch_size = _only(1, "videos are made one after the other. Pass --num-videos")
     linear_schedule_end = _only(25, _SCHEDULE)
     use_linear_quadratic_schedule = unsupported(_SCHEDULE)
-    disable_autocast = unsupported("the network computes in --precision without autocast; leave it out")
+    disable_autocast = unsupported("the network computes in --precision without autocast; omit it")
     name_suffix = unsupported("the release does not use it either", default="")
 
     def __post_init__(self) -> None:
         if self.text_encoder_precision != self.text_encoder_precision_2:
             raise OptionError(
                 f"--text-encoder-precision {self.text_encoder_precision} and --text-encoder-precision-2 "
-                f"{self.text_encoder_precision_2}: both encoders compute in one dtype, give the same"
+                f"{self.text_encoder_precision_2}: both encoders compute in one dtype, pass the same"
             )
 
 

@@ -212,10 +212,10 @@ def load_vae(
     """
     if chunk_size is not None and chunk_size < 1:
         raise OptionError(
-            f"--vae_chunk_size {chunk_size}: give the number of frames to compute at a time, at least 1."
+            f"--vae_chunk_size {chunk_size}: pass the number of frames to compute at a time, at least 1."
         )
     if tile is not None and tile < MIN_TILE:
-        raise OptionError(f"--vae_spatial_tile_sample_min_size {tile}: give at least {MIN_TILE} pixels.")
+        raise OptionError(f"--vae_spatial_tile_sample_min_size {tile}: use at least {MIN_TILE} pixels.")
     cuts = None
     if tiling or tile is not None:
         cuts = Tiling(TILE if tile is None else tile, tile_frames)

@@ -68,7 +68,7 @@ def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
     if config.latent_channels != LATENT_CHANNELS:
         raise CheckpointError(
             f"{checkpoint.path}: this VAE has {config.latent_channels} latent channels, HunyuanVideo's "
-            f"has {LATENT_CHANNELS}. Give {RELEASE} to --vae.",
+            f"has {LATENT_CHANNELS}. Pass {RELEASE} to --vae.",
             checkpoint.path,
         )
     check_groups(checkpoint, (*config.encoder, *config.decoder), config.groups)
@@ -93,7 +93,7 @@ def _read_widths(
     if num_levels != levels:
         raise CheckpointError(
             f"{checkpoint.path}: {start} has {num_levels} levels, HunyuanVideo's has {levels}. "
-            f"The file contains another model, or tensors are missing. Give {RELEASE} to --vae.",
+            f"The file contains another model, or tensors are missing. Pass {RELEASE} to --vae.",
             checkpoint.path,
         )
     shape = dialects.make_shape_reader(checkpoint, sources)

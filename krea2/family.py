@@ -85,7 +85,7 @@ class Krea2(pictures.ModelOfImages):
     few_steps: ClassVar = FEW_STEPS
     draws_latents: ClassVar[bool] = False
     vae_of_clips: ClassVar[bool] = True
-    to_edit: ClassVar = "for edits, give --edit to caching and training; else remove them"
+    to_edit: ClassVar = "for edits, pass --edit to caching and training; else remove them"
     abilities: ClassVar = Abilities(detects_few_steps=True, sampling_dit_option="--turbo_dit")
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -248,7 +248,7 @@ class Krea2(pictures.ModelOfImages):
         # a guidance scale of 1 turns guidance off
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
-                "%s is raw, whose images are blurred without guidance. Give Turbo, a LoRA that makes it "
+                "%s is raw, whose images are blurred without guidance. Pass Turbo, a LoRA that makes it "
                 "Turbo, or a --guidance_scale such as %g",
                 self.files.dit,
                 DEFAULTS.guidance_scale,
@@ -326,7 +326,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
     if release is not None and not release.is_turbo:
         raise OptionError(
             f"--turbo_dit {turbo}: it is marked as raw ({release.source}), which cannot generate images in "
-            "eight steps. Give turbo.safetensors, or leave the option out"
+            "eight steps. Pass turbo.safetensors, or omit the option"
         )
     return replace(family_for_training(options, turbo), samples_on_turbo=True)
 

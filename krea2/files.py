@@ -89,7 +89,7 @@ def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, in
     minimum = dict(released).get(name, 0)
     if number < minimum:
         raise CheckpointError(
-            f"{shapes.path}: only {number} of {minimum} blocks of {name} exist. Give the complete file.",
+            f"{shapes.path}: only {number} of {minimum} blocks of {name} exist. Pass the complete file.",
             shapes.path,
         )
     return number

@@ -104,7 +104,7 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
     def __post_init__(self) -> None:
         if self.turbo_dit is not None and self.turbo_dit == self.dit:
             raise OptionError(
-                f"--turbo_dit {self.turbo_dit}: this is what --dit trains. Give the file of Turbo, or leave "
+                f"--turbo_dit {self.turbo_dit}: this is what --dit trains. Pass the file of Turbo, or leave "
                 "the option out"
             )
 
@@ -164,16 +164,14 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
 def check_mu(mu: float, option: str) -> None:
     """Raise OptionError unless mu is a number from -MAX_MU to MAX_MU."""
     if not math.isfinite(mu) or abs(mu) > MAX_MU:
-        raise OptionError(f"{option} {mu:g}: give a number from -{MAX_MU:g} to {MAX_MU:g}; 1.15 is usual")
+        raise OptionError(f"{option} {mu:g}: use a number from -{MAX_MU:g} to {MAX_MU:g}; 1.15 is usual")
 
 
 def check_levels(levels: Collection[str], has_shift: bool) -> None:
     """Raise OptionError if two options set the noise levels; `levels` are those of `EXTRAS` that are set."""
     if levels and has_shift:
         typed = " ".join(f"--{name}" for name in levels)
-        raise OptionError(
-            f"--flow_shift and {typed}: each sets the noise levels by itself. Leave one of them out"
-        )
+        raise OptionError(f"--flow_shift and {typed}: each sets the noise levels by itself. Omit one of them")
 
 
 def resolve_generation(
@@ -203,14 +201,14 @@ def _check_sides(own_options: Krea2GenerationOptions, height: int, width: int) -
     sides = {"width": own_options.width, "height": own_options.height}
     typed = " ".join(f"--{name} {side}" for name, side in sides.items() if side is not None)
     raise OptionError(
-        f"{typed} and --image_size {height} {width} differ: give one of them (--image_size "
+        f"{typed} and --image_size {height} {width} differ: pass one of them (--image_size "
         "has the height first)"
     )
 
 
 def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
     """Warn if edit LoRAs were trained with the other setting of --kv_cache."""
-    how, mend = ("without", "Leave it out") if kv_cache else ("with", "Give it")
+    how, mend = ("without", "Omit it") if kv_cache else ("with", "Pass it")
     for path, metadata in metadata_of_files(loras):
         trained_with = metadata.get("ss_kv_cache", str(kv_cache))
         if metadata.get("ss_edit") == "True" and trained_with != str(kv_cache):

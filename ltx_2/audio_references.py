@@ -118,7 +118,7 @@ def find_audio_reference(request: Request) -> Path | None:
         return None
     if len(names) > 1:
         raise OptionError(
-            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, but only one is supported. Give one of them"
+            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, but only one is supported. Pass one of them"
         )
     path = to_path(f"--{REFERENCE_AUDIO_OPTION}", names[0])
     if not path.is_file():
@@ -128,7 +128,7 @@ def find_audio_reference(request: Request) -> Path | None:
     except MediaError as error:
         raise MediaError(f"--{REFERENCE_AUDIO_OPTION} {error}") from error
     if info is None:
-        raise OptionError(f"--{REFERENCE_AUDIO_OPTION} {path}: it has no audio. Give a file with audio")
+        raise OptionError(f"--{REFERENCE_AUDIO_OPTION} {path}: it has no audio. Pass a file with audio")
     return path
 
 
@@ -148,7 +148,7 @@ def resolve_reference_positions(
         listed = " and ".join(f"{shorten(text, 20)} in {path}" for text, path in recorded.items())
         raise OptionError(
             f"--lora_weight: {NEGATIVE_POSITIONS} is {listed}: the values must be equal, and true "
-            "or false. Give one LoRA"
+            "or false. Pass one LoRA"
         )
     if not recorded:
         return options

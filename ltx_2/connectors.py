@@ -155,7 +155,7 @@ def _require_projections(path: Path, names: Iterable[str]) -> None:
     if not any(name.startswith("text_embedding_projection.") for name in names):
         raise CheckpointError(
             f"{path} has connectors without projections in front of them: LTX-2.5 has those in "
-            "the file of its text encoder. Give gemma4-12b-with-proj-ltx-2.5-bf16.safetensors to "
+            "the file of its text encoder. Pass gemma4-12b-with-proj-ltx-2.5-bf16.safetensors to "
             "--ltx2_text_encoder_checkpoint.",
             path,
         )
@@ -206,7 +206,7 @@ def _read_max_position(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> i
             raise ValueError(f"rope_type {kind}, rope_theta {theta}, positions up to {max_position}")
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}: its configuration is not one of LTX-2's text connectors ({error!r}). Give "
+            f"{checkpoint.path}: its configuration is not one of LTX-2's text connectors ({error!r}). Pass "
             f"{FILES} to {OPTION}.",
             checkpoint.path,
         ) from error

@@ -267,7 +267,7 @@ class Ltx2(Ltx2Media):
             )
         if table.guides and not self.files.has_images:
             raise DatasetError(
-                f"{table.name}: --ltx2_mode audio has no images, so guides have no effect. Leave them out"
+                f"{table.name}: --ltx2_mode audio has no images, so guides have no effect. Omit them"
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -499,7 +499,7 @@ class Ltx2(Ltx2Media):
         """
         if self.drive_video is not None and joint is None:
             raise OptionError(
-                f"--drive_video {self.drive_video}: a single image has no audio. Give a longer --video_length"
+                f"--drive_video {self.drive_video}: a single image has no audio. Use a longer --video_length"
             )
         if reference is not None:
             self._check_audio_reference(reference, joint, media)
@@ -510,27 +510,26 @@ class Ltx2(Ltx2Media):
         """Raise OptionError if a request's audio reference would have no effect."""
         if not self.strategy.takes_audio:
             raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path}: --ic_lora_strategy does not take it. "
-                "Leave one of them out"
+                f"--{REFERENCE_AUDIO_OPTION} {path}: --ic_lora_strategy does not take it. Omit one of them"
             )
         if joint is None:
             raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path}: no audio is generated from it. Give --ltx2_mode av, and "
+                f"--{REFERENCE_AUDIO_OPTION} {path}: no audio is generated from it. Pass --ltx2_mode av, and "
                 "more than one frame"
             )
         if media.drive_audio is not None:
             raise OptionError(
                 f"--{REFERENCE_AUDIO_OPTION} {path} and --drive_audio {media.drive_audio}: the latter "
-                "already is the entire audio. Give one of them"
+                "already is the entire audio. Pass one of them"
             )
 
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
         """Raise OptionError if the request's media contradict each other or cannot be opened."""
         if request.image_path is not None and self.drive_video is not None:
-            raise OptionError("--image_path and --drive_video: the video sets all frames. Give one of them")
+            raise OptionError("--image_path and --drive_video: the video sets all frames. Pass one of them")
         if self.drive_video is not None and self.stages is not None:
             raise OptionError(
-                "--drive_video and --sample_two_stage: frames of the video do not change. Give one of them"
+                "--drive_video and --sample_two_stage: frames of the video do not change. Pass one of them"
             )
         self._check_generated_keyframes()
         if request.source is not None and (media.image_files or media.audio_files):
@@ -549,10 +548,10 @@ class Ltx2(Ltx2Media):
         """Raise OptionError if `option`, which gives images of the result, contradicts another option."""
         if self.stages is not None and TEMPORAL in self.stages.upscalers:
             raise OptionError(
-                f"--{option} and {TEMPORAL}: the first stage has half of the frames. Leave one of them out"
+                f"--{option} and {TEMPORAL}: the first stage has half of the frames. Omit one of them"
             )
         if self.drive_video is not None:
-            raise OptionError(f"--drive_video and --{option}: the video sets all frames. Give one of them")
+            raise OptionError(f"--drive_video and --{option}: the video sets all frames. Pass one of them")
 
     def _check_generated_keyframes(self) -> None:
         """Raise OptionError if --num_generated_keyframes does not fit the network or another option."""
@@ -562,14 +561,14 @@ class Ltx2(Ltx2Media):
         option = f"--num_generated_keyframes {count}"
         if self.version != "2.5":
             raise OptionError(
-                f"{option}: LTX-{self.version} has no embedding that marks them. Use LTX-2.5, or leave it out"
+                f"{option}: LTX-{self.version} has no embedding that marks them. Use LTX-2.5, or omit it"
             )
         if self.drive_video is not None:
-            raise OptionError(f"{option} and --drive_video: the video sets all frames. Give one of them")
+            raise OptionError(f"{option} and --drive_video: the video sets all frames. Pass one of them")
         if self.reference_strength < 1:
             raise OptionError(
                 f"{option} and --reference_strength {self.reference_strength:g}: denoised "
-                "references replace them. Leave one of them out"
+                "references replace them. Omit one of them"
             )
 
     def _make_joint(self, prepared: Prepared) -> AudioVideoShapes | None:
@@ -650,7 +649,7 @@ class Ltx2(Ltx2Media):
         }
         for name, image in images.items():
             if image:
-                raise OptionError(f"--{name} with --ltx2_mode audio: audio alone has no images. Leave it out")
+                raise OptionError(f"--{name} with --ltx2_mode audio: audio alone has no images. Omit it")
 
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
@@ -661,7 +660,7 @@ class Ltx2(Ltx2Media):
         if not paths:
             return ()
         if self.references is None:
-            raise OptionError("--ic_lora_strategy none with references: leave one of them out")
+            raise OptionError("--ic_lora_strategy none with references: omit one of them")
         if len(paths) > MAX_REFERENCES:
             raise OptionError(
                 f"--reference_videos: {len(paths)} references, but at most {MAX_REFERENCES} are supported"
@@ -690,7 +689,7 @@ class Ltx2(Ltx2Media):
         if medium:
             raise OptionError(
                 f"--reference_strength {self.reference_strength:g} and {medium}: references that are "
-                "denoised cannot be combined with given frames. Leave one of them out"
+                "denoised cannot be combined with given frames. Omit one of them"
             )
 
     def needs_media(self, prepared: Prepared) -> bool:

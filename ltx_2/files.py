@@ -109,7 +109,7 @@ class Ltx2Files(TransformerFiles):
         if part is None and folder in APART and read_once(path, _lacks, f"{folder}."):
             raise OptionError(
                 f"{RELEASED} {path} has a transformer, but not this part, which LTX-2.5 has in a separate "
-                f"file. Give {APART[folder]} to {option}: {what}"
+                f"file. Pass {APART[folder]} to {option}: {what}"
             )
         return path
 
@@ -121,7 +121,7 @@ class Ltx2Files(TransformerFiles):
         return inside(super().dit_path, "transformer")
 
     def load_dit(self, placement: Placement) -> LtxModel:
-        """Load the transformer; for a single stream, leave out the other stream's layers."""
+        """Load the transformer; for a single stream, omit the other stream's layers."""
         dit_format = FORMAT
         if not self.has_images:
             dit_format = AUDIO_ALONE
@@ -207,7 +207,7 @@ class Ltx2Files(TransformerFiles):
         if stream is not None and stream.channels != default:
             raise OptionError(
                 f"{AUDIO_VAE}: {self.dit_path} takes audio of {stream.channels} channels, but that of "
-                f"the releases has {default}. Give the file of its audio VAE"
+                f"the releases has {default}. Pass the file of its audio VAE"
             )
 
     def audio_identity(self) -> dict[str, str]:
@@ -264,7 +264,7 @@ class Ltx2Files(TransformerFiles):
         is_missing = self.gemma is not None and not self.gemma.exists()
         if is_missing and neighbor and neighbor.is_file() and read_once(neighbor, gemma_4.wanted_gemma):
             raise OptionError(
-                f"{neighbor} is of LTX-2.5, whose texts Gemma 4 encodes. Give {gemma_4.FILE} to "
+                f"{neighbor} is of LTX-2.5, whose texts Gemma 4 encodes. Pass {gemma_4.FILE} to "
                 f"{gemma_4.OPTION}"
             )
         folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
@@ -288,7 +288,7 @@ class Ltx2Files(TransformerFiles):
         if config is not None and is_gemma_3 == (config.kind == "2.5"):
             raise OptionError(
                 f"{encoder.path} is {encoder.settings.model.description}, {self.dit_path} is of "
-                f"LTX-{config.kind}, which needs a different one. Give the text encoder of its release"
+                f"LTX-{config.kind}, which needs a different one. Pass the text encoder of its release"
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams
@@ -316,7 +316,7 @@ class Ltx2Files(TransformerFiles):
         """Raise CacheError if a batch lacks a stream, video or audio, that the run trains."""
         if not self.has_images and AUDIO_LATENTS not in batch.tensors:
             raise CacheError(
-                f"{batch.keys[0]}: it has no audio, but --ltx2_mode audio learns nothing else. Leave it out"
+                f"{batch.keys[0]}: it has no audio, but --ltx2_mode audio learns nothing else. Omit it"
             )
         for cache in batch.cache_origins if self.has_images else ():
             if cache.part == LATENTS_PART and cache.encoder == NO_IMAGES:
@@ -380,7 +380,7 @@ def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
     """
     version = files.dit_header().config.kind
     typed = options.ltx_version or version
-    message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"
+    message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Pass --ltx_version {version}"
     if version != typed and options.ltx_version_check_mode == "error":
         raise OptionError(f"{message}, or --ltx_version_check_mode warn")
     if version != typed and options.ltx_version_check_mode == "warn":

@@ -178,6 +178,6 @@ def check_version(transformer: Path, gemma: Path) -> None:
     if trained_with is not None and version != trained_with:
         raise CheckpointError(
             f"{gemma} is not the Gemma of LTX-2.5: {transformer} was trained with {trained_with}, this is "
-            f"{version or 'one that does not say which it is'}. Give {FILE} to {OPTION}.",
+            f"{version or 'one that does not say which it is'}. Pass {FILE} to {OPTION}.",
             gemma,
         )

@@ -93,7 +93,7 @@ class ClipEndRule:
         if self.prefix + self.suffix >= count:
             raise DatasetError(
                 f"{sample_names[0]} has {count} {unit}, and {self.prefix} at its start and "
-                f"{self.suffix} at its end stay clean: nothing would be learned. Give fewer, or longer clips"
+                f"{self.suffix} at its end stay clean: nothing would be learned. Use fewer, or longer clips"
             )
         is_prefix = make_ends_mask(count, self.prefix, 0) & (prefix_draws < self.prefix_p)[:, None]
         is_suffix = make_ends_mask(count, 0, self.suffix) & (suffix_draws < self.suffix_p)[:, None]
@@ -415,7 +415,7 @@ def read_guides(batch: Batch) -> list[GuideImages]:
         if not is_keyframe and index >= frames:
             raise DatasetError(
                 f"{batch.keys[0]}: latent_idx_guide_frame_idx = {index}, and it has the latent frames 0 to "
-                f"{frames - 1}. Give one of these"
+                f"{frames - 1}. Pass one of these"
             )
         clean_weights = torch.full((len(latents),), weight, dtype=torch.int16)
         guides.append(GuideImages(latents, index, clean_weights, is_keyframe))
@@ -455,7 +455,7 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
     masks = batch.tensors.get(MASK)
     if not isinstance(masks, Tensor):
         raise DatasetError(
-            f"{batch.keys[0]}: --ltx2_inpaint_mask needs masks. Give its table mask_directory, and cache "
+            f"{batch.keys[0]}: --ltx2_inpaint_mask needs masks. Pass its table mask_directory, and cache "
             "again"
         )
     is_clean = rule.find_clean(masks)
@@ -487,7 +487,7 @@ def make_clean_latent_rules(options: Ltx2GivenParts) -> CleanLatentRules:
     """Return the rules for clean parts of clips, from the options; warn about probabilities of 0."""
     for name in ("ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"):
         if getattr(options, name) and not getattr(options, f"{name}_p"):
-            logger.warning("--%s has no effect with --%s_p 0, the default. Give 1, for all clips", name, name)
+            logger.warning("--%s has no effect with --%s_p 0, the default. Pass 1, for all clips", name, name)
     return CleanLatentRules(
         ends=_make_end_rule(options, ""),
         region=_make_mask_rule(

@@ -65,7 +65,7 @@ def _only_reference(request: Request, mask: Path) -> Path:
     references = request.extra.get("reference_video", "")  # one on each line
     if not references or "\n" in references:
         raise OptionError(
-            f"--{MASK} {mask}: give --inpaint_source, the clip that it changes, or one --reference_video"
+            f"--{MASK} {mask}: pass --inpaint_source, the clip that it changes, or one --reference_video"
         )
     return to_path("--reference_video", references)
 
@@ -74,12 +74,12 @@ def _check_pairs(media: Ltx2GivenMedia) -> None:
     """Raise OptionError if a clip to change or to paste is given without the option that says where."""
     if media.inpaint_source is not None and not (media.inpaint_mask or media.retake):
         raise OptionError(
-            f"--inpaint_source {media.inpaint_source}: give --{MASK} or --retake, which say what to change"
+            f"--inpaint_source {media.inpaint_source}: pass --{MASK} or --retake, which say what to change"
         )
     if media.paste_source is not None and not (media.inpaint_mask or media.outpaint_source):
         raise OptionError(
-            f"--paste_source {media.paste_source}: there is no clip to paste. Give --{MASK} or "
-            "--outpaint_source, or leave it out"
+            f"--paste_source {media.paste_source}: there is no clip to paste. Pass --{MASK} or "
+            "--outpaint_source, or omit it"
         )
 
 
@@ -107,7 +107,7 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
     if media.num_generated_keyframes and media.num_generated_keyframes + 2 > frames:
         raise OptionError(
             f"--num_generated_keyframes {media.num_generated_keyframes}: {frames} frames have {frames - 2} "
-            "between their ends. Give fewer, or make it longer"
+            "between their ends. Use fewer, or make it longer"
         )
     _check_latent_frames(media.latent_frames, (frames - 1) // latent.frame_step + 1)
     for name in ("outpaint_source", "inpaint_source"):
@@ -126,7 +126,7 @@ def _check_latent_frames(images: Iterable[PlacedImage], num_latent_frames: int) 
         if not 0 <= image.index < num_latent_frames:
             raise OptionError(
                 f"--latent_frame {image.option_value}: the result has the latent frames 0 to "
-                f"{num_latent_frames - 1}. Give one of them"
+                f"{num_latent_frames - 1}. Pass one of them"
             )
 
 
@@ -162,12 +162,12 @@ def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec)
     count = 1 if is_single_image(path) else count_frames_up_to(path, requested or 10**6)
     if requested is not None and count < requested:
         raise OptionError(
-            f"--{name} {path}: it has {count} frames, but --{name}_frames asks for {requested}. Give fewer"
+            f"--{name} {path}: it has {count} frames, but --{name}_frames asks for {requested}. Use fewer"
         )
     count = (count - 1) // latent.frame_step * latent.frame_step + 1
     if name == "extend_suffix" and count == 1:
         raise OptionError(
-            f"--{name} {path}: at least {latent.frame_step + 1} frames are needed. Give a longer clip"
+            f"--{name} {path}: at least {latent.frame_step + 1} frames are needed. Use a longer clip"
         )
     return count
 
@@ -180,12 +180,12 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
     if right > prepared.width or bottom > prepared.height:
         raise OptionError(
             f"--outpaint_region {region_text}: the result has {prepared.width} x {prepared.height} pixels. "
-            "Give a region inside of it"
+            "Pass a region inside of it"
         )
     if not make_inner_mask(region, prepared.height // step, prepared.width // step, step).any():
         raise OptionError(
             f"--outpaint_region {region_text}: it has no whole latent of {step} x {step} pixels. "
-            f"Give multiples of {step}"
+            f"Use multiples of {step}"
         )
     if any(number % step for number in region):
         logger.warning(
@@ -346,7 +346,7 @@ def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Ten
     if white.shape[1] < prepared.frames:
         raise OptionError(
             f"--inpaint_mask {mask}: it has {white.shape[1]} frames, but {prepared.frames} "
-            "are generated. Give an image, or a clip as long as the result"
+            "are generated. Pass an image, or a clip as long as the result"
         )
     return white
 
@@ -436,7 +436,7 @@ def _read_audio_prefix(
     if prefix_seconds >= seconds:
         raise OptionError(
             f"--audio_prefix {path}: {prefix_seconds:g} of the result's {seconds:g} seconds would be "
-            "given. Give --audio_prefix_seconds, or make it longer"
+            "given. Pass --audio_prefix_seconds, or make it longer"
         )
     samples = _require_samples("audio_prefix", path, file_seconds - prefix_seconds, prefix_seconds, spec)
     is_in_prefix = latent_ends <= prefix_seconds + 1e-6  # tolerance for rounding
@@ -454,7 +454,7 @@ def _read_samples(path: Path, start: float, seconds: float, spec: AudioSpec) -> 
 def _require_samples(name: str, path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor:
     samples = _read_samples(path, start, seconds, spec)
     if samples is None:
-        raise MediaError(f"--{name} {path}: the file has no audio. Give one with audio")
+        raise MediaError(f"--{name} {path}: the file has no audio. Pass one with audio")
     return samples
 
 
@@ -462,7 +462,7 @@ def _measure_audio(path: Path) -> float:
     """Return the length of a file's audio in seconds; raise MediaError if it has none."""
     track = read_beginning(path, MAX_SECONDS, 1)
     if track is None:
-        raise MediaError(f"--audio_prefix {path}: the file has no audio. Give one with audio")
+        raise MediaError(f"--audio_prefix {path}: the file has no audio. Pass one with audio")
     return track.samples.shape[1] / track.rate
 
 

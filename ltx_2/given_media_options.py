@@ -166,7 +166,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
                 raise ValueError
         except (ValueError, TypeError):
             raise OptionError(
-                f"--outpaint_region {self.outpaint_region}: give X,Y,WIDTH,HEIGHT in pixels, such as "
+                f"--outpaint_region {self.outpaint_region}: pass X,Y,WIDTH,HEIGHT in pixels, such as "
                 "128,0,512,512"
             ) from None
         return region
@@ -240,10 +240,10 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         ]
         if len(whole_clips) > 1:
             raise OptionError(
-                "--outpaint_source and --inpaint_source: each is the whole clip. Give one of them"
+                "--outpaint_source and --inpaint_source: each is the whole clip. Pass one of them"
             )
         if self.inpaint_mask is not None and self.retake is not None:
-            raise OptionError("--inpaint_mask and --retake: give one of them")
+            raise OptionError("--inpaint_mask and --retake: pass one of them")
         audio = self.audio_files
         if self.drive_audio is not None and len(audio) > 1:
             raise OptionError(f"{' and '.join(f'--{name}' for name in audio)}: the first is the whole audio")
@@ -268,7 +268,7 @@ def read_placed_image(name: str, text: str) -> PlacedImage:
         file = ""  # refused below
     if not file or not 0 < strength <= 1:
         raise OptionError(
-            f"--{name} {text}: give a number, a file and optionally its strength up to 1, such as "
+            f"--{name} {text}: use a number, a file and optionally its strength up to 1, such as "
             "48:door.png:0.8"
         )
     return PlacedImage(index, Path(file), strength)
@@ -283,5 +283,5 @@ def read_interval(name: str, text: str | None) -> tuple[float, float] | None:
         if not 0 <= start < end < float("inf"):
             raise ValueError
     except ValueError:
-        raise OptionError(f"--{name} {text}: give START,END in seconds, such as 1.5,3") from None
+        raise OptionError(f"--{name} {text}: pass START,END in seconds, such as 1.5,3") from None
     return start, end

@@ -157,18 +157,18 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         """Raise OptionError for options of given frames that have no effect or lack another option."""
         draws_none = self.video_anchor_strategy == "random" and not self.video_anchor_count
         if self.video_anchor_training and draws_none:
-            raise OptionError("--video_anchor_strategy random: give --video_anchor_count 1 or more")
+            raise OptionError("--video_anchor_strategy random: pass --video_anchor_count 1 or more")
         interior_p, max_interior = self.keyframe_random_interior_p, self.keyframe_max_random_interior
         if bool(interior_p) != bool(max_interior):
             raise OptionError(
                 f"--keyframe_random_interior_p {interior_p:g} and --keyframe_max_random_interior "
-                f"{max_interior}: give both above 0, or neither"
+                f"{max_interior}: pass both above 0, or neither"
             )
         has_keyframes = self.keyframe_first_frame_p or self.keyframe_last_frame_p or interior_p
         if self.keyframe_endpoint_training and not has_keyframes:
             raise OptionError(
                 "--keyframe_endpoint_training with --keyframe_first_frame_p 0 and --keyframe_last_frame_p 0: "
-                "there would be no keyframes. Give one above 0"
+                "there would be no keyframes. Pass one above 0"
             )
         if self.video_anchor_strength < 1 and not self.ltx2_graded_conditioning:
             raise OptionError(
@@ -233,7 +233,7 @@ def read_conditioning_config(path: Path, streams: tuple[str, ...]) -> dict[str, 
         if (stream in content) != (stream in streams):
             raise OptionError(
                 f"{source}: [{stream}] and --ltx2_mode do not match: the mode has "
-                f"{' and '.join(streams)}. Give the mode of the file's streams"
+                f"{' and '.join(streams)}. Pass the mode of the file's streams"
             )
         if stream in content:
             table = content[stream]
@@ -266,7 +266,7 @@ def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
         raise OptionError(f"{source}: type {kind!r} is not known here, only {', '.join(known)}")
     settings = {key: value for key, value in condition.items() if key != "type"}
     if "p" in settings and "probability" in settings:
-        raise OptionError(f"{source}: p and probability mean the same. Give one of them")
+        raise OptionError(f"{source}: p and probability mean the same. Pass one of them")
     if "p" in settings:
         settings["probability"] = settings.pop("p")
     _check_keys(settings, set(option_names) - {""}, source)

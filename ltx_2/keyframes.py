@@ -34,7 +34,7 @@ def check_keyframes(images: Sequence[PlacedImage], frames: int) -> None:
         check_opens("keyframe", image.path, is_image=True)
         if not FIRST <= image.index < frames:
             raise OptionError(
-                f"--keyframe {image.option_value}: it has the frames 0 to {frames - 1}. Give one of them, or "
+                f"--keyframe {image.option_value}: it has the frames 0 to {frames - 1}. Pass one of them, or "
                 f"{FIRST}, right before the first"
             )
 

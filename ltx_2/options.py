@@ -320,7 +320,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
-            raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: give one of them")
+            raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: pass one of them")
         self._check_streams()
         self._check_direction()
         if self.given.ltx2_conditioning_config is not None:
@@ -349,7 +349,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
             if is_given and stream not in self.model.streams:
                 title = "audio" if stream == AUDIO else "images"
                 raise OptionError(
-                    f"{option_text}: without {title} nothing would be learned or heard. Give --ltx2_mode av"
+                    f"{option_text}: without {title} nothing would be learned or heard. Pass --ltx2_mode av"
                 )
 
     def _check_direction(self) -> None:
@@ -363,13 +363,13 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
             clean_title = "the audio is"
         if clean_title is not None:
             raise OptionError(
-                f"--ltx2_train_direction {direction}: {clean_title} always clean. Leave out the options "
+                f"--ltx2_train_direction {direction}: {clean_title} always clean. Omit the options "
                 "for parts of them"
             )
         if AUDIO in self.strategy.needs and direction == "a2v":
             raise OptionError(
                 f"{self.strategy_option} and --ltx2_train_direction a2v: the audio is always clean, so none "
-                "is generated from a reference. Leave one of them out"
+                "is generated from a reference. Omit one of them"
             )
 
     @property
@@ -403,7 +403,7 @@ def apply_conditioning_config(options: R) -> R:
                 typed = getattr(record, field.name)
                 if is_set(record, field) and typed != values[name]:
                     raise OptionError(
-                        f"--{name} {typed} and {source}, which sets {values[name]}: give one of them"
+                        f"--{name} {typed} and {source}, which sets {values[name]}: pass one of them"
                     )
     return override_options(options, {**values, "ltx2_conditioning_config": None})
 
@@ -419,7 +419,7 @@ class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME, must_give=True):
         if len(self.model.streams) == 1:
             raise OptionError(
                 f"--ltx2_mode {self.model.ltx_mode} with a whole transformer: weights of the other stream "
-                "would be missing in the file, which nothing could load. Give --ltx2_mode av, or train a LoRA"
+                "would be missing in the file, which nothing could load. Pass --ltx2_mode av, or train a LoRA"
             )
 
 
@@ -469,12 +469,12 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         if (self.height is None) != (self.width is None):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
-            raise OptionError(f"--drive_video {self.drive_video}: no audio is generated. Give --ltx2_mode av")
+            raise OptionError(f"--drive_video {self.drive_video}: no audio is generated. Pass --ltx2_mode av")
         if self.given.audio_files and (self.silent or AUDIO not in self.streams):
             name, path = next(iter(self.given.audio_files.items()))
-            raise OptionError(f"--{name} {path}: no audio is generated. Give --ltx2_mode av")
+            raise OptionError(f"--{name} {path}: no audio is generated. Pass --ltx2_mode av")
         if self.silent and VIDEO not in self.streams:
-            raise OptionError("--sample_disable_audio: nothing would be generated. Give --ltx2_mode av or v")
+            raise OptionError("--sample_disable_audio: nothing would be generated. Pass --ltx2_mode av or v")
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -560,7 +560,7 @@ def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationO
     if mode is not None and not is_overridden:
         kernels[f"--attn_mode {mode}"] = mode
     if len({GENERATION_VALUES[mode] for mode in kernels.values()}) > 1:
-        raise OptionError(f"{' and '.join(kernels)} choose different kernels: give one of them")
+        raise OptionError(f"{' and '.join(kernels)} choose different kernels: pass one of them")
     return kernels
 
 
@@ -570,7 +570,7 @@ def _select_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_pr
     Raises OptionError if both are given and differ.
     """
     if None not in (ours, theirs) and ours != theirs:
-        raise OptionError(f"--{name} {ours} and --{other_name} {theirs} mean the same: give one of them")
+        raise OptionError(f"--{name} {ours} and --{other_name} {theirs} mean the same: pass one of them")
     return theirs if ours is None else ours
 
 

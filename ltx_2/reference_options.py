@@ -122,7 +122,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
                 raise ValueError
         except ValueError:
             typed = f"--video-conditioning {' '.join(words)}"
-            raise OptionError(f"{typed}: give a file and its strength, from 0 to 1") from None
+            raise OptionError(f"{typed}: pass a file and its strength, from 0 to 1") from None
         return strengths
 
     @property
@@ -135,7 +135,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
                 raise ValueError
         except ValueError:
             typed = f"--conditioning-attention-mask {' '.join([*file, number])}"
-            raise OptionError(f"{typed}: give a strength from 0 to 1, and before it a file or none") from None
+            raise OptionError(f"{typed}: pass a strength from 0 to 1, and before it a file or none") from None
         return to_path("--conditioning-attention-mask", file[0]) if file else None, strength
 
     def __post_init__(self) -> None:

@@ -92,7 +92,7 @@ def check_mask_length(mask: Path, frames: int, needed: int) -> None:
     if frames < needed:
         raise OptionError(
             f"--conditioning-attention-mask {mask}: it has {frames} usable frames, but a reference has "
-            f"{needed}. Give an image, or a clip as long as the reference"
+            f"{needed}. Pass an image, or a clip as long as the reference"
         )
 
 
@@ -306,7 +306,7 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
     if width % step or height % step:
         raise OptionError(
             f"--video_size {height} {width}: with references {rules.size_factor} times smaller "
-            f"(--reference_downscale), sides are multiples of {step}. Give such a size"
+            f"(--reference_downscale), sides are multiples of {step}. Pass such a size"
         )
 
 
@@ -328,7 +328,7 @@ def read_reference_factors(loras: Sequence[Path]) -> dict[str, int]:
                 text = next(metadata[name] for name in names if name in metadata)
                 raise OptionError(
                     f"--lora_weight {path} was trained on references with {names[0]} {text}, {first_path} "
-                    f"with {first_factor}: they cannot be combined. Give one of them"
+                    f"with {first_factor}: they cannot be combined. Pass one of them"
                 )
     return factors
 

@@ -30,7 +30,7 @@ BLANK_CACHE = "--empty_prompt caches the empty prompt, which --blank_prior_weigh
 CONNECTORS = "texts are cached behind the connectors, which are not trained"
 DATA = "the dataset configuration says how clips, audio and captions are read"
 DROPOUT = "caption_dropout_rate is a key of the tables of the dataset configuration"
-DURATION = "LTX-2.5's network that chooses the duration is not built. Give --video_length"
+DURATION = "LTX-2.5's network that chooses the duration is not built. Pass --video_length"
 DEVICES = "devices share a model by accelerate launch, with --shard_base or --context_parallel"
 FROZEN = "a LoRA that does not learn is merged by --base_weights FILE --base_weights_multiplier 1"
 HUBER = "--huber_c and --huber_scale are the threshold of --loss_type huber"
@@ -50,7 +50,7 @@ RATES = (
     "rates and ranks of some modules are set by their names: --network_args network_reg_lrs=audio=1e-5 "
     "network_reg_dims=audio=16"
 )
-ONE_AUDIO = "a clip has one audio reference. Give it by reference_audio_directory of its table"
+ONE_AUDIO = "a clip has one audio reference. Pass it by reference_audio_directory of its table"
 APART = "a sample's video has what was made alone; references are files that one can look at beside it"
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER continues a whole state, --network_weights starts a new run from a LoRA"

@@ -40,7 +40,7 @@ def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -
     if image is not None:
         raise OptionError(
             f"--paste_source {media.paste_source} and --image_path {image}: the first frame is the image, "
-            "not that of the clip. Leave one of them out"
+            "not that of the clip. Omit one of them"
         )
     pasting = SourcePasting(media, prepared, latent)
     return replace(

@@ -47,7 +47,7 @@ class Ltx2StageOptions(Options, title="two stages"):
 
     def __post_init__(self) -> None:
         if self.sample_two_stage and not (self.spatial_upsampler_path or self.temporal_upsampler_path):
-            raise OptionError("--sample_two_stage: give --spatial_upsampler_path, which enlarges clips")
+            raise OptionError("--sample_two_stage: pass --spatial_upsampler_path, which enlarges clips")
 
     @property
     def lora(self) -> tuple[Path | None, float, float]:
@@ -92,7 +92,7 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
         except ValueError:
             typed = " ".join(self.distilled_lora)
             raise OptionError(
-                f"--distilled-lora {typed}: give a file, and a strength if it is not 1"
+                f"--distilled-lora {typed}: pass a file, and a strength if it is not 1"
             ) from None
         path = to_path("--distilled-lora", file)
         if not path.exists():

@@ -78,7 +78,7 @@ class TwoStages:
         for lora in self.loras:
             if read_once(require_file(lora.path, lora.option, "it is a LoRA"), is_upscaler):
                 raise OptionError(
-                    f"{lora.option} {lora.path} is a latent upscaler. Give it to {SPATIAL}, and a LoRA here"
+                    f"{lora.option} {lora.path} is a latent upscaler. Pass it to {SPATIAL}, and a LoRA here"
                 )
         frames = 1
         side = Fraction(1)  # an upscaler may multiply height and width by 3/2
@@ -107,7 +107,7 @@ class TwoStages:
         if request.source is not None:
             raise OptionError(
                 f"--{request.source.option} with --sample_two_stage: the first stage starts from noise. "
-                "Leave one of them out"
+                "Omit one of them"
             )
         first = self._make_first_stage(prepared, latent)
         if self.skips_second_stage:
@@ -230,12 +230,12 @@ def _check_ic_lora_options(shared: Any, ic_lora: Path, is_only_lora: bool) -> No
     if patterns.include_patterns or patterns.exclude_patterns:
         raise OptionError(
             f"--include_patterns, --exclude_patterns: {ic_lora} is an IC-LoRA, which "
-            "--sample_two_stage adds to the first stage as a whole. Leave the patterns out"
+            "--sample_two_stage adds to the first stage as a whole. Omit the patterns"
         )
     if is_only_lora and shared.lora_rounding != "auto":
         raise OptionError(
             f"--lora_rounding {shared.lora_rounding}: {ic_lora} is an IC-LoRA, which is not "
-            "merged into the weights. Leave the option out"
+            "merged into the weights. Omit the option"
         )
 
 

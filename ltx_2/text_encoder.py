@@ -237,7 +237,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         if any(ROWS % connector.num_registers for connector in config.streams.values()):
             raise CheckpointError(
                 f"{self.connectors}: the number of registers of its connectors does not divide {ROWS}. "
-                f"Give {FILES} to {OPTION}.",
+                f"Pass {FILES} to {OPTION}.",
                 self.connectors,
             )
 

@@ -95,7 +95,7 @@ def _read_rational_scale(checkpoint: Checkpoint, option: str) -> float:
     if scale != 1.5:
         raise CheckpointError(
             f"{option} {checkpoint.path}: its settings, in the file or in config.json next to it, say a "
-            f"scale of {scale}; 1.5 is known.\n  Give {FILES}.",
+            f"scale of {scale}; 1.5 is known.\n  Pass {FILES}.",
             checkpoint.path,
         )
     return 1.5
@@ -117,7 +117,7 @@ def read_scale_factors(path: Path, option: str, channels: int) -> ScaleFactors:
     if settings["in_channels"] != channels:
         raise CheckpointError(
             f"{option} {path} takes {settings['in_channels']} latent channels, the VAE makes {channels}.\n"
-            "  Give the upscaler of this release.",
+            "  Pass the upscaler of this release.",
             path,
         )
     is_spatial = settings["spatial_upsample"]

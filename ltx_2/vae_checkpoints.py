@@ -73,14 +73,14 @@ def _reject_other_decoders(checkpoint: Checkpoint) -> None:
     names = checkpoint.tensors
     if any(name.startswith(_DIFFUSION_DECODER_PREFIXES) for name in names):
         raise CheckpointError(
-            f"{checkpoint.path} has the diffusion decoder of LTX-2.5, which is not supported. Give "
+            f"{checkpoint.path} has the diffusion decoder of LTX-2.5, which is not supported. Pass "
             "ltx-2.5-video-vae-conv-bf16.safetensors to --vae: it decodes the same latents.",
             checkpoint.path,
         )
     if any(_TIMESTEP_TENSORS.fullmatch(name) for name in names):
         raise CheckpointError(
             f"{checkpoint.path}: its decoder requires a timestep, as LTX-Video's does, which is not "
-            f"supported. Give {FILES} to --vae.",
+            f"supported. Pass {FILES} to --vae.",
             checkpoint.path,
         )
 
@@ -211,7 +211,7 @@ def _with_info(checkpoint: Checkpoint, encoder: CoderConfig, decoder: CoderConfi
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: the settings of its VAE, in the file or in config.json next to it, cannot be used: "
-            f"{error}. Give {FILES} to --vae.",
+            f"{error}. Pass {FILES} to --vae.",
             path,
         ) from error
     patch = isqrt(encoder.channels_in // 3)

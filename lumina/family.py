@@ -146,7 +146,7 @@ def guidance_rules(extra: Mapping[str, str], default_ratio: float, default_limit
         ratio = float(extra.get("cfg_trunc_ratio", default_ratio))
         limit = float(extra.get("renorm_cfg", default_limit))
     except ValueError as error:
-        raise OptionError(f"--cfg_trunc_ratio or --renorm_cfg: {error}. Give numbers") from None
+        raise OptionError(f"--cfg_trunc_ratio or --renorm_cfg: {error}. Use numbers") from None
     check_trunc_ratio(ratio, "--cfg_trunc_ratio (--ctr in a prompt line)")
     check_renorm(limit, "--renorm_cfg (--rcfg in a prompt line)")
     return GuidanceRules(max_signal=ratio if ratio < 1 else None, norm_limit=limit or None)

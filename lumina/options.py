@@ -108,7 +108,7 @@ def check_trunc_ratio(ratio: float, option: str) -> None:
     """Raise OptionError unless a ratio is between 0 and 1."""
     if not 0 <= ratio <= 1:
         raise OptionError(
-            f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the image contains so much. "
+            f"{option} {ratio:g}: pass a share from 0 to 1; guidance ends when the image contains so much. "
             "0.25 is usual, 1 keeps guidance to the end"
         )
 
@@ -116,7 +116,7 @@ def check_trunc_ratio(ratio: float, option: str) -> None:
 def check_renorm(limit: float, option: str) -> None:
     """Raise OptionError unless a norm limit is between 0 and 1000."""
     if not 0 <= limit <= 1000:
-        raise OptionError(f"{option} {limit:g}: give a number from 0 (no limit) to 1000; 1 is usual")
+        raise OptionError(f"{option} {limit:g}: use a number from 0 (no limit) to 1000; 1 is usual")
 
 
 def translate_training(args: argparse.Namespace) -> None:
@@ -124,7 +124,7 @@ def translate_training(args: argparse.Namespace) -> None:
     if args.use_sage_attn:
         raise OptionError(
             "--use_sage_attn: SageAttention has no backward pass, so nothing would be learned: it is for "
-            "generation only. Use --use_flash_attn, or leave it out"
+            "generation only. Use --use_flash_attn, or omit it"
         )
     if args.use_flash_attn and not args.flash_attn:
         args.flash_attn = True

@@ -69,7 +69,7 @@ def check_row_references(
     if is_image and any(medium.kind == AUDIO for medium in media):
         raise DatasetError(
             f"{name}: audio references have the length of the generated clip, but an image has no length. "
-            "Leave them out"
+            "Omit them"
         )
 
 

@@ -82,13 +82,13 @@ class H3Caching:
         if table.flips and self.task != TEXT_ALONE:
             raise DatasetError(
                 f"{table.name}: flip_aug mirrors keyframes and references, but not what the text encoder "
-                "sees of them. Leave it out"
+                "sees of them. Omit it"
             )
         if self.task == REFERENCES:
             self._check_references(table)
         elif table.reference_media:
             raise DatasetError(
-                f"{table.name}: its rows have references. Use --task {REFERENCES}, or leave them out"
+                f"{table.name}: its rows have references. Use --task {REFERENCES}, or omit them"
             )
         if table.kind == "video":
             lengths = table.target_frames or (table.max_frames or 0,)
@@ -99,7 +99,7 @@ class H3Caching:
         if table.kind == "image" and self.task == KEYFRAMES:
             if not (self.one_frame and table.has_control):
                 raise DatasetError(
-                    f"{table.name}: --task {KEYFRAMES} generates images from control images. Give "
+                    f"{table.name}: --task {KEYFRAMES} generates images from control images. Set "
                     "control_directory, or control_path in a list, and --one_frame; for images without "
                     "control images use --task t2va"
                 )
@@ -130,7 +130,7 @@ class H3Caching:
         if not self.any_length and not MIN_FRAMES <= frames <= MAX_FRAMES:
             raise error(
                 f"{name}: clips of {frames} frames: {NAME} was trained with {MIN_FRAMES} to {MAX_FRAMES} "
-                "frames, 5 to 15 seconds. Give --allow_experimental_duration to take other lengths"
+                "frames, 5 to 15 seconds. Pass --allow_experimental_duration to take other lengths"
             )
 
     def check_span(self, table: MediaTable, frames: int) -> None:

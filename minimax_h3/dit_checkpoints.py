@@ -140,7 +140,7 @@ def _reject_other_model(path: Path) -> None:
     if what is not None:
         raise CheckpointError(
             f"{path} is {what}, as its name says.\n"
-            f"  Give {FILES} to {OPTION}, or rename the file if it is one.",
+            f"  Pass {FILES} to {OPTION}, or rename the file if it is one.",
             path,
         )
 
@@ -170,7 +170,7 @@ def _check_positions(config: H3Config, path: Path) -> None:
     if not 0 < turned <= config.head_width:
         raise CheckpointError(
             f"{path}: {config.frequencies} frequencies for each of {AXES} axes need {turned} channels, "
-            f"but heads have {config.head_width}. Give the file with its config.json, or copy it again.",
+            f"but heads have {config.head_width}. Pass the file with its config.json, or copy it again.",
             path,
         )
 

@@ -402,14 +402,14 @@ class MiniMaxH3(OneTransformer):
                 nearest = {min(max(count, MIN_FRAMES), MAX_FRAMES) for count in nearest}
             remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(
-                f"--video_length {frames}: {NAME} generates {lengths} frames, or one. Give {remedy}"
+                f"--video_length {frames}: {NAME} generates {lengths} frames, or one. Pass {remedy}"
             )
         if not self.any_length and not MIN_FRAMES <= frames <= MAX_FRAMES:
             is_sample = isinstance(self.options, H3TrainingOptions)
             option = "h3_allow_experimental_sample_duration" if is_sample else "allow_experimental_duration"
             raise OptionError(
                 f"--video_length {frames}: {NAME} was trained with {MIN_FRAMES} to {MAX_FRAMES} frames, 5 "
-                f"to 15 seconds. Give --{option} to allow other lengths"
+                f"to 15 seconds. Pass --{option} to allow other lengths"
             )
 
     def _check_media(self, request: Request, media: H3Media) -> None:
@@ -423,7 +423,7 @@ class MiniMaxH3(OneTransformer):
             }
             raise OptionError(
                 f"--task {task} requires {needed[task]}, but the media of this request are for {media.task}. "
-                f"Give --task {media.task}, or leave it out"
+                f"Pass --task {media.task}, or omit it"
             )
         # each task has its own transformer
         replace(self.files, task=task).check(("dit",))
@@ -550,7 +550,7 @@ def _check_one_frame(media: H3Media, frames: int) -> None:
     if media.one_frame is not None and frames != 1:
         raise OptionError(
             f"--one_frame_inference generates a single image, but --video_length is {frames} (--f in a "
-            "prompt line). Give 1"
+            "prompt line). Pass 1"
         )
 
 
@@ -559,7 +559,7 @@ def _check_sampling(request: Request, frames: int) -> None:
     if request.solver not in (None, SOLVER):
         raise OptionError(
             "--sample_solver: images and audio of MiniMax-H3 have separate schedules, which only vanilla "
-            "(Euler) supports. Leave it out"
+            "(Euler) supports. Omit it"
         )
     if request.fps not in (None, FPS) and frames > 1:
         logger.warning(
@@ -619,7 +619,7 @@ def _find_audio_shift(request: Request, noise: NoiseSpec) -> float:
     """Return the audio schedule's time shift; raise OptionError unless it is above 0."""
     shift = float(request.extra.get(SHIFT_OF_AUDIO, noise.base_shift * noise.audio_shift))
     if not 0 < shift < float("inf"):
-        raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): give a number above 0")
+        raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): use a number above 0")
     return shift
 
 

@@ -106,7 +106,7 @@ class H3TextEncoder(LanguageModelEncoder):
         missing = [token for token in OWN_TOKENS if tokenizer.token_to_id(token) is None]
         if missing:
             raise CheckpointError(
-                f"{tokenizer.file} is not the tokenizer of MiniMax-H3: it has no {' '.join(missing)}. Give "
+                f"{tokenizer.file} is not the tokenizer of MiniMax-H3: it has no {' '.join(missing)}. Pass "
                 f"the folder tokenizer of {TOKENIZER.repository} to {TOKENIZER.option}.",
                 tokenizer.file,
             )
@@ -159,7 +159,7 @@ class H3TextEncoder(LanguageModelEncoder):
         if len(ids) > self.max_length:
             raise MediaError(
                 f"the prompt with its images and clips has {len(ids)} tokens, but at most {self.max_length} "
-                "are allowed. Give fewer or smaller references: --reference_image_short_edge, "
+                "are allowed. Use fewer or smaller references: --reference_image_short_edge, "
                 "--reference_video_short_edge"
             )
         num_added_rows = sum(word.word.count for word in self.added_words)
@@ -231,7 +231,7 @@ class H3Files(LanguageModelFiles):
         if named not in (None, needed_task):
             raise OptionError(
                 f"--dit {self.dit}: its name says that it is the transformer of {named}, but --task "
-                f"{self.task} needs that of {needed_task}. Give the other file, or rename it if its name is "
+                f"{self.task} needs that of {needed_task}. Pass the other file, or rename it if its name is "
                 "wrong"
             )
 

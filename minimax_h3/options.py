@@ -65,14 +65,14 @@ MAX_RATIO = 4  # maximum ratio of the sides of keyframes and references, in eith
 ADAPTIVE = "adaptive"  # a value of --ratio
 MAX_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
-_FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"
-_FP4_FORM = "nvfp4 is a form of files, which are read without an option. Leave it out, and give such a file"
+_FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Omit it"
+_FP4_FORM = "nvfp4 is a form of files, which are read without an option. Omit it, and give such a file"
 _FIRST_ALONE = "clips are trained with both frames, or with none. Use --task fl2va"
 _OMNI = "items have references, or none: cache those with --task ref2va, and the others with --task t2va"
-_TEXTS = "prompts are encoded each time. Give the text encoder to --text_encoder"
-_BANDS = "frames are written as they are decoded. Leave it out"
-_TRAJECTORY = "latents of single steps are not written. Give --preview_latent_every to see them"
-_COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
+_TEXTS = "prompts are encoded each time. Pass the text encoder to --text_encoder"
+_BANDS = "frames are written as they are decoded. Omit it"
+_TRAJECTORY = "latents of single steps are not written. Pass --preview_latent_every to see them"
+_COMPILING = "blocks are compiled by --compile and its own options. Pass --compile, or omit it"
 _WAITING = "layers of the text encoder that do not fit on the device stay in host memory automatically."
 LAYOUT_KEY = "ss_h3_qkv_layout"  # in the metadata of a trained transformer
 FREQUENCIES_KEY = "ss_h3_rope_freq_dim"  # also in its metadata, because tensors do not show it
@@ -175,13 +175,13 @@ class H3TextCachingOptions(Options, title=NAME):
         if self.teacher_conditions is not None and self.task not in (None, "t2va"):
             raise OptionError(
                 f"--teacher_conditions {self.teacher_conditions} and --task {self.task}: what learns from a "
-                "teacher reads the caption alone. Give --task t2va, or leave the teacher out"
+                "teacher reads the caption alone. Pass --task t2va, or omit the teacher"
             )
         if self.task != "ref2va" and self.teacher_conditions != "subject_ref":
             edges = self.reference_image_short_edge, self.reference_video_short_edge
             warn_of_edges(*edges, "it is for the references of --task ref2va")
         if not self.uncond_text:
-            raise OptionError("--uncond_text: an empty text has no states. Give at least a space")
+            raise OptionError("--uncond_text: an empty text has no states. Use at least a space")
 
     @property
     def caches_empty_prompt(self) -> bool:
@@ -269,7 +269,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
 
     def __post_init__(self) -> None:
         if self.h3_training_mode == "ref2va" and self.task not in (None, "ref2va"):
-            raise OptionError(f"--h3_training_mode ref2va and --task {self.task} differ: give --task alone")
+            raise OptionError(f"--h3_training_mode ref2va and --task {self.task} differ: pass --task alone")
 
     @property
     def chosen_task(self) -> str:
@@ -321,7 +321,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         facts=OF_REQUEST,
     )
     prune_adaln = unsupported(
-        "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
+        "a file is read as it is, whole or pruned. Pass minimax_h3_*_pruned_*.safetensors"
     )
     text_cache = unsupported(_TEXTS, type=str)
     stretch_keep_bands = unsupported(_BANDS, type=int, default=0)
@@ -331,7 +331,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     compile_fallback_to_eager = unsupported(_COMPILING)
     inductor_config = unsupported(_COMPILING, type=str, nargs="*")
     h3_fused_qk_norm_rope = unsupported("--compile fuses norms and positions. Use it")
-    inspect = unsupported("files are checked before any of them is loaded. Leave it out")
+    inspect = unsupported("files are checked before any of them is loaded. Omit it")
     lora_runtime_attach = not_needed(
         "merging keeps small LoRAs: --lora_rounding rounds 16-bit weights at random where the nearest would "
         "lose them."
@@ -394,7 +394,7 @@ def check_guidance(scale: float | None, flag: str) -> None:
     """Raise OptionError for any guidance scale but 1, because the model has no pass to guide against."""
     if scale not in (None, 1):
         raise OptionError(
-            f"{flag} {scale:g}: the guidance of {NAME} is built in, so no pass omits the prompt. Leave it out"
+            f"{flag} {scale:g}: the guidance of {NAME} is built in, so no pass omits the prompt. Omit it"
         )
 
 
@@ -415,7 +415,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
     if options.guidance.nag.is_on:
         raise OptionError(
             f"--nag_scale {options.guidance.nag.nag_scale:g}: {NAME} has one attention for text, audio and "
-            "images together, and none for the text alone. Leave it out"
+            "images together, and none for the text alone. Omit it"
         )
     request = replace(
         request,
@@ -426,7 +426,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
     if dtype is not None:
         if own_options.dit_dtype not in (None, dtype):
             raise OptionError(
-                f"--dtype {dtype} and --dit_dtype {own_options.dit_dtype} mean the same: give one of them"
+                f"--dtype {dtype} and --dit_dtype {own_options.dit_dtype} mean the same: pass one of them"
             )
         own_options = override_options(own_options, {"dit_dtype": dtype})
     return replace(options, request=request), own_options
@@ -440,7 +440,7 @@ def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) 
     ratio = own_options.ratio
     if ratio == ADAPTIVE:
         if size is not None:
-            raise OptionError(f"--ratio {ratio} and --video_size: give one of them")
+            raise OptionError(f"--ratio {ratio} and --video_size: pass one of them")
         return None
     if ratio is not None:
         width, height = map(int, ratio.split(":"))
@@ -457,7 +457,7 @@ def _match_video_size(
     """Return the size that `typed` options set; raise OptionError if --video_size sets another one."""
     if video_size is not None and tuple(video_size) != own_size:
         raise OptionError(
-            f"{typed} and --video_size {' '.join(map(str, video_size))} differ: give one of them"
+            f"{typed} and --video_size {' '.join(map(str, video_size))} differ: pass one of them"
         )
     return own_size
 
@@ -468,7 +468,7 @@ def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int
         return resolve_length(frames, own_options.duration)
     if own_options.duration is not None or frames not in (None, 1):
         raise OptionError(
-            "--one_frame_inference generates a single image: give --video_length 1, or no length"
+            "--one_frame_inference generates a single image: pass --video_length 1, or no length"
         )
     return 1
 
@@ -478,7 +478,7 @@ def resolve_length(frames: int | None, seconds: float | None) -> int:
     if seconds is None:
         return FRAMES if frames is None else frames
     if frames is not None:
-        raise OptionError(f"--duration {seconds:g} and --video_length {frames}: give one of them")
+        raise OptionError(f"--duration {seconds:g} and --video_length {frames}: pass one of them")
     clips = math.ceil(max(round(seconds * FPS) - LAST_FRAMES, 0) / CLIP)
     return clips * CLIP + LAST_FRAMES
 
@@ -488,7 +488,7 @@ def check_ratio(what: str, width: int, height: int) -> None:
     if max(width, height) > MAX_RATIO * min(width, height):
         raise OptionError(
             f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MAX_RATIO} to "
-            f"{MAX_RATIO}:1. Give a cropped one"
+            f"{MAX_RATIO}:1. Pass a cropped one"
         )
 
 

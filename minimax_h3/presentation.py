@@ -168,7 +168,7 @@ def sample_clip_frames(num_frames: int, group_size: int) -> SampledFrames:
         minimum = round((group_size - 1) * stride) + 1
         raise MediaError(
             f"a reference video of {num_frames} frames at {FPS:g} a second is too short for the text "
-            f"encoder, which needs {minimum}. Give a longer one."
+            f"encoder, which needs {minimum}. Use a longer one."
         )
     times = [index / ENCODER_FPS for index in range(len(indices))]
     num_missing = -len(times) % group_size  # frames that the last group lacks

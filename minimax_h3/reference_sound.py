@@ -27,7 +27,7 @@ def read_reference_audio(path: Path, seconds: float) -> Tensor:
     """
     track = read_beginning(path, seconds, CHANNELS)
     if track is None or not track.samples.size:
-        raise MediaError(f"{path} has no audio. Give a file with audio")
+        raise MediaError(f"{path} has no audio. Pass a file with audio")
     samples = torch.from_numpy(track.samples)
     if len(samples) == 1:
         samples = samples.expand(CHANNELS, -1)

@@ -111,7 +111,7 @@ def read_media(request: Request) -> H3Media:
         _check_control_indices(one_frame, len(controls))
     elif controls:
         raise OptionError(
-            "--condition_image is for a single image (--one_frame_inference). Give the frames of a clip to "
+            "--condition_image is for a single image (--one_frame_inference). Pass the frames of a clip to "
             "--first_frame and --last_frame"
         )
     media = H3Media(
@@ -124,7 +124,7 @@ def read_media(request: Request) -> H3Media:
     for path in media.keyframes:
         _check_opens("--first_frame, --last_frame, --condition_image", path, is_image=True)
     if media.keyframes and media.references:
-        raise OptionError("keyframes and references need different transformers. Leave one of them out")
+        raise OptionError("keyframes and references need different transformers. Omit one of them")
     check_references(media.references)
     return media
 
@@ -142,10 +142,10 @@ def _select_keyframes(request: Request) -> tuple[Path | None, Path | None]:
     if not frames:
         return request.image_path, request.end_image_path
     if request.image_path is not None or request.end_image_path is not None:
-        raise OptionError("--keyframe and --first_frame or --last_frame mean the same: give one of them")
+        raise OptionError("--keyframe and --first_frame or --last_frame mean the same: pass one of them")
     if len(frames) > 2:
         raise OptionError(
-            f"--keyframe: {len(frames)} images, the model takes a first and a last frame. Give two at most"
+            f"--keyframe: {len(frames)} images, the model takes a first and a last frame. Pass two at most"
         )
     return frames[0], frames[1] if len(frames) > 1 else None
 
@@ -155,7 +155,7 @@ def _read_one_frame(text: str) -> OneFrame:
     one_frame = parse_one_frame(text)
     if not (one_frame.has_post and one_frame.has_2x and one_frame.has_4x):
         raise OptionError(
-            f"--one_frame_inference {text!r}: no_post, no_2x and no_4x are for FramePack. Leave them out"
+            f"--one_frame_inference {text!r}: no_post, no_2x and no_4x are for FramePack. Omit them"
         )
     return one_frame
 
@@ -167,7 +167,7 @@ def _check_control_indices(one_frame: OneFrame, num_controls: int) -> None:
     if num_indices != num_controls and not has_default_index:
         raise OptionError(
             f"--one_frame_inference: control_index has {num_indices} positions for {num_controls} images "
-            "(--condition_image). Give one position for each, such as control_index=0;10"
+            "(--condition_image). Pass one position for each, such as control_index=0;10"
         )
 
 
@@ -209,10 +209,10 @@ def _read_line_references(request: Request) -> Iterator[H3Reference]:
         lines = [line for line in read_text(path).split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OptionError(f"--{JSONL} {path}: {reason}.{explain_missing(path)} Give a JSONL file") from None
+        raise OptionError(f"--{JSONL} {path}: {reason}.{explain_missing(path)} Pass a JSONL file") from None
     if index >= len(lines):
         raise OptionError(
-            f"--{INDEX} {index}: {path} has {len(lines)} lines. Give a number from 0 to {len(lines) - 1}"
+            f"--{INDEX} {index}: {path} has {len(lines)} lines. Use a number from 0 to {len(lines) - 1}"
         )
     origin = f"--{JSONL} {path}, line {index + 1}"
     for entry in _parse_references(lines[index], origin):
@@ -228,7 +228,7 @@ def _parse_references(line: str, origin: str) -> list[Any]:
     entries = row.get("references") if isinstance(row, dict) else None
     if not isinstance(entries, list) or not entries:
         raise OptionError(
-            f'{origin} has no "references". Give a list that has them: [{{"type": "image", "path": ...}}]'
+            f'{origin} has no "references". Pass a list that has them: [{{"type": "image", "path": ...}}]'
         )
     return entries
 
@@ -239,14 +239,12 @@ def _read_reference(origin: str, file: Path, entry: Any) -> H3Reference:
     `origin` names the line in messages.
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
-        raise OptionError(f'{origin}: each of "references" needs a file. Give it as "path"')
+        raise OptionError(f'{origin}: each of "references" needs a file. Pass it as "path"')
     audio = entry.get("audio_path", "")
     kind = entry.get("type", "")
     is_audio_path = audio is None or isinstance(audio, str)
     if not isinstance(kind, str) or not is_audio_path:
-        raise OptionError(
-            f'{origin}: "type" or "audio_path" is not a string. Give strings, or leave them out'
-        )
+        raise OptionError(f'{origin}: "type" or "audio_path" is not a string. Pass strings, or omit them')
     fields: dict[str, str] = {}
     if kind:
         fields["type"] = kind
@@ -268,11 +266,11 @@ def _make_reference(origin: str, text: str, fields: Mapping[str, str]) -> H3Refe
     # fields: the kind, by default from the suffix, and a video's audio file
     kind = fields.get("type") or _find_kind(path)
     if kind not in KINDS:
-        raise OptionError(f"{origin}: type {kind!r} is unknown. Give image, video or audio")
+        raise OptionError(f"{origin}: type {kind!r} is unknown. Pass image, video or audio")
     audio = fields.get("audio")
     if audio is not None and kind != VIDEO:
         raise OptionError(
-            f"{origin}: an audio file belongs to a video, but {path} is of type {kind}. Leave it out"
+            f"{origin}: an audio file belongs to a video, but {path} is of type {kind}. Omit it"
         )
     if kind == AUDIO:
         _check_has_audio(origin, path)
@@ -314,9 +312,9 @@ def _check_has_audio(origin: str, path: Path) -> None:
     try:
         info = track_info(path)
     except MediaError as error:
-        raise OptionError(f"{origin}: {str(error).rstrip('.')}. Give a file with audio") from None
+        raise OptionError(f"{origin}: {str(error).rstrip('.')}. Pass a file with audio") from None
     if info is None:
-        raise OptionError(f"{origin}: {path} has no audio. Give a file with audio")
+        raise OptionError(f"{origin}: {path} has no audio. Pass a file with audio")
 
 
 def check_references(references: Sequence[H3Reference]) -> None:
@@ -337,7 +335,7 @@ def check_references(references: Sequence[H3Reference]) -> None:
             f"{len(references)} references: the model takes at most {MAX_REFERENCES}. Leave some out"
         )
     if not counts[IMAGE] and not counts[VIDEO]:
-        raise OptionError("all references are audio: the model also needs an image or a video. Give one")
+        raise OptionError("all references are audio: the model also needs an image or a video. Pass one")
 
 
 def check_video_length(path: Path, any_length: bool) -> None:
@@ -351,7 +349,7 @@ def check_video_length(path: Path, any_length: bool) -> None:
     if not MIN_SECONDS - half_frame <= seconds <= MAX_SECONDS + half_frame:
         raise OptionError(
             f"reference video {path} takes {seconds:.1f} s: the model was trained with {MIN_SECONDS:g} to "
-            f"{MAX_SECONDS:g}. Cut it, or give --allow_experimental_duration"
+            f"{MAX_SECONDS:g}. Cut it, or pass --allow_experimental_duration"
         )
 
 
@@ -405,7 +403,7 @@ class ClipSource:
             if num_repeats > 0:
                 frames += [self._resize(frame)] * num_repeats
         if not frames:
-            raise MediaError(f"{self.path} has no frame at {FPS:g} frames a second. Give a longer video")
+            raise MediaError(f"{self.path} has no frame at {FPS:g} frames a second. Use a longer video")
         return torch.from_numpy(np.stack(frames[: self.max_frames]))
 
     def _resize(self, frame: Frame) -> Frame:
@@ -457,7 +455,7 @@ def cut_to_vae_length(frames: Tensor) -> Tensor:
     if count > len(frames):
         raise MediaError(
             f"a reference video of {len(frames)} frames at {FPS:g} a second is too short: {MIN_FRAMES} are "
-            "needed. Give a longer one"
+            "needed. Use a longer one"
         )
     return frames[:count]
 

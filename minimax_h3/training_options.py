@@ -23,19 +23,19 @@ RANK = 16  # default rank and alpha of a LoRA
 CONDITION_SETS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
 WHY_UNIFORM = (
     "the noise of images and audio follows one even base time, as in a generation. "
-    "--timestep_focus draws more from a range of it. Leave it out"
+    "--timestep_focus draws more from a range of it. Omit it"
 )
 OTHER_SHIFTS = "give the shifts of images and of audio by --h3_shift_video and --h3_shift_audio"
-_PARTS = "of a clip that is made, the first and last frame and references are given: --task. Leave it out"
+_PARTS = "of a clip that is made, the first and last frame and references are given: --task. Omit it"
 _PROBABLY = "the loss has no such term; --teacher, --guided_target and the priors are its further targets"
 _VALIDATED = "tables with validation = true are measured. Put them into --dataset_config"
 _BANDS = "it is measured in five bands of base time, of all levels"
 _CAPTIONS = "captions are dropped by table. Give it caption_dropout_rate"
-_KEPT = "the model is kept by --blank_prior_weight, or by --h3_teacher_matching. Give one of these"
-_CHECKPOINTS = "all blocks are computed again, or none. Give --gradient_checkpointing"
-_PRUNED = "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
-_SCALES = "--fp8_base --fp8_scaled keeps a scale for each row of a weight. Leave it out"
-_COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
+_KEPT = "the model is kept by --blank_prior_weight, or by --h3_teacher_matching. Pass one of these"
+_CHECKPOINTS = "all blocks are computed again, or none. Pass --gradient_checkpointing"
+_PRUNED = "a file is read as it is, whole or pruned. Pass minimax_h3_*_pruned_*.safetensors"
+_SCALES = "--fp8_base --fp8_scaled keeps a scale for each row of a weight. Omit it"
+_COMPILING = "blocks are compiled by --compile and its own options. Pass --compile, or omit it"
 _MEANS = (
     "images and audio have a mean each, with weights of their own (--h3_video_loss_weight, "
     "--audio_loss_weight)"
@@ -48,7 +48,7 @@ def granularity_option(default: str | None) -> Any:
         "unit that --blocks_to_swap moves: block, entire blocks",
         default=default,
         choices=("block",),
-        refused={"layer": "whole blocks are moved. Leave it out"},
+        refused={"layer": "whole blocks are moved. Omit it"},
     )
 
 
@@ -102,7 +102,7 @@ class H3LossOptions(Options, title="loss of images and audio"):
     def __post_init__(self) -> None:
         if not self.h3_video_loss_weight + self.audio_weight:
             raise OptionError(
-                "--h3_video_loss_weight 0 without a loss of audio: nothing would be learned. Give one of "
+                "--h3_video_loss_weight 0 without a loss of audio: nothing would be learned. Pass one of "
                 "them a weight"
             )
 
@@ -216,7 +216,7 @@ class H3RejectedOptions(Options, title="not for this model"):
         "inputs of layers in int8 are int8 too",
         default="int8",
         choices=("int8",),
-        refused={"bf16": "products of int8 weights are computed in int8, which is faster. Leave it out"},
+        refused={"bf16": "products of int8 weights are computed in int8, which is faster. Omit it"},
     )
     h3_fp8_quantization_mode: str = option(
         "scales of weights in fp8 are chosen by --fp8_scaled",
@@ -236,7 +236,7 @@ class H3RejectedOptions(Options, title="not for this model"):
         "the scale is the same at all levels from --h3_guidance_loss_sigma_min on.", type=str, default="sigma"
     )
     h3_guidance_distillation_scale = unsupported(
-        "the target with guidance in it is --h3_guidance_loss_scale. Give that", type=float
+        "the target with guidance in it is --h3_guidance_loss_scale. Pass that", type=float
     )
     h3_image_flow_shift = unsupported(
         "single images have the schedule of clips, in a generation too. --h3_shift_video is for a run",
@@ -249,7 +249,7 @@ class H3RejectedOptions(Options, title="not for this model"):
     h3_extension_audio_latents = unsupported(_PARTS, type=int, default=0)
     h3_extension_route = unsupported(_PARTS, type=str, default="condition_rows")
     h3_frame_sigma_jitter = unsupported(
-        "all frames of a clip have one noise level, as in a generation. Leave it out", type=float, default=0.0
+        "all frames of a clip have one noise level, as in a generation. Omit it", type=float, default=0.0
     )
     h3_keyframe_anchors = unsupported(_PARTS, type=str, default="")
     h3_keyframe_random_count = unsupported(_PARTS, type=int, default=0)
@@ -275,7 +275,7 @@ class H3RejectedOptions(Options, title="not for this model"):
     compile_fallback_to_eager = unsupported(_COMPILING)
     log_grad_metrics = not_needed("the norm of the gradients is logged always.")
     validation_dataset_config = unsupported(_VALIDATED, type=Path)
-    validate_at_start = unsupported("the first one is after --validate_every_n_steps. Leave it out")
+    validate_at_start = unsupported("the first one is after --validate_every_n_steps. Omit it")
     validation_timestep_bins = unsupported(_BANDS, type=int, default=4)
     validation_min_timestep = unsupported(_BANDS, type=int, default=0)
     validation_max_timestep = unsupported(_BANDS, type=int, default=1000)
@@ -296,7 +296,7 @@ def in_thousandths(name: str, fraction: float) -> int:
     """
     thousandths = fraction * THOUSAND
     if not 0 <= fraction <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
-        raise OptionError(f"{name} {fraction:g}: give a base time from 0 to 1, with three decimals at most")
+        raise OptionError(f"{name} {fraction:g}: pass a base time from 0 to 1, with three decimals at most")
     return round(thousandths)
 
 
@@ -373,7 +373,7 @@ def _set_shared_option(args: argparse.Namespace, name: str, other_name: str, val
     # a default value may be replaced if the user did not type the option
     replaceable = () if name in args.typed_options else (DEFAULT.get(name), None, False)
     if given not in (value, *replaceable):
-        raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")
+        raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: pass one of them")
     setattr(args, name, value)
 
 
@@ -401,7 +401,7 @@ def _translate_guidance(args: argparse.Namespace) -> Shared:
     if args.h3_guidance_loss_uncond_cache is not None and not uses_cache:
         raise OptionError(
             f"--h3_guidance_loss_uncond_cache {args.h3_guidance_loss_uncond_cache}: it has no effect without "
-            "--h3_guidance_loss_scale, --guided_target or --blank_prior_weight. Give one, or leave it out"
+            "--h3_guidance_loss_scale, --guided_target or --blank_prior_weight. Pass one, or omit it"
         )
     return shared
 
@@ -436,7 +436,7 @@ def _translate_teacher(args: argparse.Namespace) -> Shared:
     if "teacher_anchor_weight" in shared and args.h3_teacher_condition_sigma_max == 1:
         raise OptionError(
             "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher has "
-            "its conditions at all noise levels, so nothing is preserved. Leave one of the two out"
+            "its conditions at all noise levels, so nothing is preserved. Omit one of the two"
         )
     return shared
 
@@ -499,7 +499,7 @@ def _check_view(args: argparse.Namespace) -> None:
     if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
         raise OptionError(
             f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a "
-            "network that learns texts alone. Give --task t2va"
+            "network that learns texts alone. Pass --task t2va"
         )
 
 

@@ -243,6 +243,6 @@ def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patc
     else:
         return
     raise CheckpointError(
-        f"{checkpoint.path}: {error}. Give {FILES} to --vae.",
+        f"{checkpoint.path}: {error}. Pass {FILES} to --vae.",
         checkpoint.path,
     )

@@ -99,7 +99,7 @@ class CompileOptions(Options):
         "how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
         "uncompiled; default: at least 32",
         minimum=1,
-        hint="leave it out for enough",
+        hint="omit it for enough",
         needs="compile",
         facts={**NO_PIXELS, **FREE},
     )
@@ -179,7 +179,7 @@ class TrainingCompileOptions(CompileOptions):
         if self.compile and (has_backend or has_settings):
             raise OptionError(
                 "--compile and --dynamo_backend (here or given to accelerate launch) both set how to "
-                "compile. Give either --compile with --compile_args, or the --dynamo_ options"
+                "compile. Pass either --compile with --compile_args, or the --dynamo_ options"
             )
         if has_settings and not has_backend:
             raise OptionError(

@@ -314,7 +314,7 @@ def reject_standard_module(option: str, name: str, module: str) -> None:
     if module.split(".")[0] in sys.stdlib_module_names:
         raise OptionError(
             f"{option} {name}: {module} is a module of Python's standard library, which has nothing for this "
-            "option and is not imported. Give a module of an installed package, or a file of your own"
+            "option and is not imported. Pass a module of an installed package, or a file of your own"
         )
 
 

@@ -205,15 +205,15 @@ def _list_synonyms(name: str) -> list[list[str]]:
 
 
 def guess_option(flags: Flags, name: str) -> str:
-    """Return advice about an unknown option name: the option that was probably meant, or to leave it out.
+    """Return advice about an unknown option name: the option that was probably meant, or to omit it.
 
     A known option of another program is not treated as a typo: a name that only looks similar would mislead.
     """
     is_ours = f"--{name}" in flags  # typed with a single dash
     if not is_ours and name.replace("-", "_") in list_option_names():
-        return " It belongs to other scripts, and nothing here corresponds to it. Leave it out."
+        return " It belongs to other scripts, and nothing here corresponds to it. Omit it."
     near = did_you_mean(name, [flag[2:] for flag in flags if flag[:2] == "--"], _MIN_SIMILARITY)
-    return near.replace("mean ", "mean --") or " Leave it out."
+    return near.replace("mean ", "mean --") or " Omit it."
 
 
 def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
@@ -239,7 +239,7 @@ def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] =
             return f" {key_file.hint.format(key=key)}"
     for names, reason in _WITHOUT_COUNTERPART.items():
         if name in names.split():
-            return f" Leave it out: {reason}."
+            return f" Omit it: {reason}."
     return explain_role(flags, name)
 
 
@@ -276,7 +276,7 @@ def explain_role(flags: Flags, name: str) -> str:
         flag = next(flag for flag in action.option_strings if flag in of_role)
         about = (action.help or "").replace("%%", "%").partition(";")[0]
         texts.append(f"{flag} ({about})" if about else flag)
-    return f" Give {' and '.join(texts)} instead." if texts else ""
+    return f" Pass {' and '.join(texts)} instead." if texts else ""
 
 
 def _has_role(name: str, role: Collection[str]) -> bool:
@@ -296,7 +296,7 @@ def explain_number(action: argparse.Action, word: str, expected: str) -> str:
     if named is not None:  # settings of other trainers
         return f"{word}: write the number alone, {named[1]}"
     example = action.default if type(action.default) in NUMBER_TYPES else 1
-    return f"{shorten_word(word)} is not {expected}. Give one, such as {example:g}."
+    return f"{shorten_word(word)} is not {expected}. Pass one, such as {example:g}."
 
 
 def _explain_comma(action: argparse.Action, word: str) -> str:
@@ -322,7 +322,7 @@ def _explain_expanded_pattern(flags: Flags, argv: Sequence[str], unused: Sequenc
         if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):
             return (
                 f"{flag} takes one path but got {len(unused) + 1}, {path} {next_path} ...: the shell "
-                "replaced a pattern (*) by all matching files. Give the one to use."
+                "replaced a pattern (*) by all matching files. Pass the one to use."
             )
     return ""
 
@@ -335,9 +335,9 @@ def _explain_extra_value(flags: Flags, argv: Sequence[str], unused: Sequence[str
     flag = argv[index - 2] if index >= 2 else ""
     if _takes_one_value(flags, flag) and flags[flag].type in NUMBER_TYPES:
         values = quote_command([before_first, *unused])
-        return f"{flag} takes one value but got {1 + len(unused)}, {values}. Give one."
+        return f"{flag} takes one value but got {1 + len(unused)}, {values}. Pass one."
     if before_first in flags and flags[before_first].nargs == 0 and first.lower() in SWITCHES:
-        return f"{before_first} is a switch: leave {first} out, and to turn it off leave out the switch too."
+        return f"{before_first} is a switch: omit {first}, and to turn it off omit the switch too."
     return ""
 
 
@@ -360,7 +360,7 @@ def explain_unused_words(
         )
     if len(without_flag) == 1 and without_flag[0].nargs is None:
         name = without_flag[0].dest
-        return f"{unused_text} is not used: give one {name}, and put quotes around a name with spaces."
+        return f"{unused_text} is not used: pass one {name}, and put quotes around a name with spaces."
     return f"{unused_text} belongs to no option. Put a text with spaces in quotes."
 
 

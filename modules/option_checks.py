@@ -46,7 +46,7 @@ def check_value(name: str, value: Any, facts: Info) -> None:
         # `holds` is never true for NaN
         if is_number and not all(LIMITS[limit].holds(number, bound) for limit, bound in limits.items()):
             hint = f"{_describe_limits(limits)}{_find_hint(facts)}"
-            raise OptionError(f"--{name} {format_number(number)}: give a number {hint}")
+            raise OptionError(f"--{name} {format_number(number)}: use a number {hint}")
     if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
         raise OptionError(
@@ -63,12 +63,12 @@ def check_relations(name: str, facts: Info, list_set: ListSetOptions) -> None:
     excluded = list_set(facts["excludes"]) if facts.get("excludes") else []
     if excluded:
         hint = _find_relation_hint(facts)
-        raise OptionError(f"--{name} and --{excluded[0]} exclude each other: give one of them{hint}")
+        raise OptionError(f"--{name} and --{excluded[0]} exclude each other: pass one of them{hint}")
     missing_flags = find_needed(facts, list_set) if facts.get("needs") else ""
     if missing_flags:
         remedy = "both" if len(facts["needs"]) == 1 else "one of them too"
         hint = "" if facts.get("excludes") else _find_relation_hint(facts)
-        raise OptionError(f"--{name} needs {missing_flags}: give {remedy}{hint}")
+        raise OptionError(f"--{name} needs {missing_flags}: pass {remedy}{hint}")
 
 
 def find_needed(facts: Info, list_set: ListSetOptions) -> str:

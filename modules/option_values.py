@@ -94,7 +94,7 @@ def check_path(option: str, path: Path, required: str, hint: str) -> None:
         check_place(option, path)
     elif required == "new folder":
         if path_exists(path) and not path.is_dir():
-            raise OptionError(f"{option} {path}: it is a file; give a folder, it will be created")
+            raise OptionError(f"{option} {path}: it is a file; pass a folder, it will be created")
     elif not path_exists(path) or (required != "there" and path.is_dir() != (required == "folder")):
         raise OptionError(f"{option} {path}: {_explain_unfit_path(path, required, hint)}")
 
@@ -104,10 +104,10 @@ def _explain_unfit_path(path: Path, required: str, hint: str) -> str:
     if not path_exists(path):
         kind = "folder" if required == "folder" else "file"
         remedy = hint or "the path of an existing one"
-        return f"no such {kind}.{explain_missing(path)} Give {remedy}"
+        return f"no such {kind}.{explain_missing(path)} Pass {remedy}"
     if required == "folder":
-        return f"it is a file. Give the folder that it is in: {path.parent}"
-    return f"is a folder. Give {hint or f'a {required}'}"
+        return f"it is a file. Pass the folder that it is in: {path.parent}"
+    return f"is a folder. Pass {hint or f'a {required}'}"
 
 
 def check_numbers(option: str, value: Any) -> None:
@@ -120,9 +120,9 @@ def check_numbers(option: str, value: Any) -> None:
         if not isinstance(number, (int, float)) or option in UNBOUNDED:
             continue
         if isinstance(number, float) and not math.isfinite(number):
-            raise OptionError(f"--{option} {number}: give a finite number")
+            raise OptionError(f"--{option} {number}: pass a finite number")
         if abs(number) > MAX_NUMBER:
-            raise OptionError(f"--{option} {format_number(number)}: give a number of at most {MAX_NUMBER:,}")
+            raise OptionError(f"--{option} {format_number(number)}: use a number of at most {MAX_NUMBER:,}")
 
 
 def format_number(number: float) -> str:
@@ -152,7 +152,7 @@ def convert_value(value: Any, hint: Any, option: str) -> Any:
         if kind is Path:
             if not str(value):
                 raise OptionError(
-                    f"{option} is empty: give a path, or leave the option out if the run does not need it"
+                    f"{option} is empty: pass a path, or omit the option if the run does not need it"
                 )
             return to_path(option, str(value))
         if typing.get_origin(kind) is tuple:
@@ -173,7 +173,7 @@ def require(value: T | None, option: str, why: str) -> T:
 def check_seed(option: str, seed: int | None) -> None:
     """Raise OptionError if a seed does not fit into 64 bits, as torch's generators require."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        raise OptionError(f"{option} {format_number(seed)} does not fit in 64 bits: give a number below 2^64")
+        raise OptionError(f"{option} {format_number(seed)} does not fit in 64 bits: use a number below 2^64")
 
 
 def gibibytes(text: str) -> float:
@@ -185,7 +185,7 @@ def gibibytes(text: str) -> float:
     match = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not an amount of memory. Give GiB, such as 12; 0 for a CPU"
+            f"{text!r} is not an amount of memory. Pass GiB, such as 12; 0 for a CPU"
         )
     return float(match[1])
 
@@ -204,7 +204,7 @@ def int_or_float(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps and not a fraction from 0 to 1")
     if text.endswith("%") or value < 1:
         if value > 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run: give at most 100%")
+            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run: use at most 100%")
         return value if value else 0  # an integer: no steps
     if value != int(value):
         raise argparse.ArgumentTypeError(
@@ -224,7 +224,7 @@ def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
         if len(item) > MAX_OF_ARGUMENT:
             raise OptionError(
                 f"{option} {' '.join(item[:40].split())}...: {MAX_OF_ARGUMENT:,} characters are allowed at "
-                "most. Write less, or leave it out"
+                "most. Write less, or omit it"
             )
         key, equals, value = item.partition("=")
         if not equals or not key.strip():

@@ -132,7 +132,7 @@ def option(
         place: What a path has to be, as `check_path` takes it; for a tuple, each path.
         must_not_replace: Options of the record whose files this option's file must not replace.
         hint: Advice that follows the message about a wrong value, or about `needs` or `excludes` if nothing
-            else limits the value; with `place`, the text that follows "Give".
+            else limits the value; with `place`, the text that follows "Pass".
         needs: Option of the record that must be given too; for a tuple, one of the options.
         excludes: Options that cannot be given together with this one.
         ignored_without: Like `needs`, but without the other option this one is ignored with a warning. In

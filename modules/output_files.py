@@ -47,7 +47,7 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
         reason = find_error_on_windows(name)
     if reason:
         raise OptionError(
-            f"{option} {shorten(name, 60)!r}: {reason}. Give a name of letters and numbers, such as my_lora"
+            f"{option} {shorten(name, 60)!r}: {reason}. Pass a name of letters and numbers, such as my_lora"
         )
 
 
@@ -80,7 +80,7 @@ def check_output_file(option: str, path: Path) -> None:
     """Raise OptionError if no safetensors file can be written at this path."""
     if path.suffix.lower() in OTHER_KINDS and not path.is_dir():
         raise OptionError(
-            f"{option} {path}: a safetensors file is written. Give a name that ends in .safetensors"
+            f"{option} {path}: a safetensors file is written. Pass a name that ends in .safetensors"
         )
     check_place(option, path)
     if path.exists():
@@ -90,7 +90,7 @@ def check_output_file(option: str, path: Path) -> None:
 def check_place(option: str, path: Path) -> None:
     """Raise OptionError if no file can be written at a path: it is a folder, or a parent is a file."""
     if path.is_dir():
-        raise OptionError(f"{option} {path}: is a folder. Give the name of the file to write in it")
+        raise OptionError(f"{option} {path}: is a folder. Pass the name of the file to write in it")
     above = next((folder for folder in path.parents if folder.exists()), None)
     if above is not None and not above.is_dir():
         raise OptionError(f"{option} {path}: {above} is a file, not a folder. Choose another folder")
@@ -102,7 +102,7 @@ def reject_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
         is_same = real_path(output) == real_path(path)
         if is_same or (output.exists() and path.exists() and output.samefile(path)):
             raise OptionError(
-                f"{option} {output} is one of the files to read, {path}, which would be lost. Give a new "
+                f"{option} {output} is one of the files to read, {path}, which would be lost. Pass a new "
                 "name."
             )
 
@@ -165,6 +165,6 @@ def ask_to_replace(
     verb = "exist" if tail else "exists"
     answer = ask(f"{existing[0]}{tail} {verb} already. Overwrite")
     if answer is None:
-        raise OutputError(f"{existing[0]}{tail} {verb} already. Give another name, or --yes to replace.")
+        raise OutputError(f"{existing[0]}{tail} {verb} already. Pass another name, or --yes to replace.")
     if answer != "overwrite":
         raise OutputError(f"{existing[0]} is kept. Nothing was written.")

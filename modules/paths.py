@@ -86,7 +86,7 @@ def check_length(path: Path) -> None:
     if len(os.fsencode(path)) > MAX_OF_NAME:  # otherwise no part of the path is too long
         longest = max(len(os.fsencode(part)) for part in path.parts)
         if longest > MAX_OF_NAME or len(str(path)) > MAX_OF_PATH:
-            raise ValueError("no file has so long a name. Give the path of a file")
+            raise ValueError("no file has so long a name. Pass the path of a file")
 
 
 def parse_path(folder: Path, path: Path) -> str:
@@ -130,7 +130,7 @@ def explain_path(text: str) -> str | None:
         plain = text.strip("".join(QUOTES))
         return f'quotation marks are part of this path. Write it with straight ones around: "{plain}"'
     if text.strip().lower() in NOTHING:
-        return "this word stands for no file, but is read as a path. Leave it out"
+        return "this word stands for no file, but is read as a path. Omit it"
     if text != text.strip():
         return "this path begins or ends with a space. Remove it"
     match = _VARIABLE.search(text)

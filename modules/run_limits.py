@@ -148,7 +148,7 @@ def reject_sending(option: str, value: object, run_has_option: bool = False) -> 
     else:
         remedy = f"start the training itself, with the last command of {_run_command('--dry_run')}"
     raise OptionError(
-        f"--{option}: what a folder describes does not leave this machine unasked. Leave it out; or, "
+        f"--{option}: what a folder describes does not leave this machine unasked. Omit it; or, "
         f"if you want it, {remedy}"
     )
 

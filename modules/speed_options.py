@@ -33,7 +33,7 @@ class VaeOptions(Options):
         size = self.vae_spatial_tile_sample_min_size
         if size is not None and (not MIN_TILE <= size <= MAX_TILE or size % TILE_STEP):
             raise OptionError(
-                f"--vae_spatial_tile_sample_min_size {format_number(size)}: give a multiple of {TILE_STEP}, "
+                f"--vae_spatial_tile_sample_min_size {format_number(size)}: use a multiple of {TILE_STEP}, "
                 f"at least {MIN_TILE} and at most {MAX_TILE}"
             )
 
@@ -106,7 +106,7 @@ def take_ae(args: argparse.Namespace) -> None:
         OptionError: If both are given and differ.
     """
     if args.ae is not None and args.vae not in (None, args.ae):
-        raise OptionError(f"--ae {args.ae} and --vae {args.vae} name two autoencoders: give one of them")
+        raise OptionError(f"--ae {args.ae} and --vae {args.vae} name two autoencoders: pass one of them")
     args.vae = args.ae if args.vae is None else args.vae
 
 
@@ -119,7 +119,7 @@ def reject_for_full(dit_dtype: str | None) -> None:
     """Raise OptionError if --dit_dtype is set while all weights of a transformer are trained."""
     if dit_dtype is not None:
         raise OptionError(
-            "--dit_dtype: trained weights are kept in float32, or in bfloat16 with --full_bf16; leave it out"
+            "--dit_dtype: trained weights are kept in float32, or in bfloat16 with --full_bf16; omit it"
         )
 
 

@@ -280,7 +280,7 @@ def _explain_toml(text: str, error: str) -> str:
     line = lines[int(number[1]) - 1].strip() if number and int(number[1]) <= len(lines) else ""
     value = line.partition("=")[2].strip()
     hints = (
-        (r"(?i)none|null|nil|nan_?", "TOML has no null: leave the key out."),
+        (r"(?i)none|null|nil|nan_?", "TOML has no null: omit the key."),
         (r"(?i)true|false|yes|no|on|off", "Write true or false, in lower case."),
         (r"[\u2018\u2019\u201c\u201d\u00ab\u00bb].*", 'Use straight quotes: "...".'),
         (r"[^\W\d][\w./~ -]*|[./~].*", f'A text needs quotes: "{value}".'),
@@ -301,7 +301,7 @@ def _explain_json(following: str, before: str) -> str:
         before: The text before it.
     """
     hints = (
-        (r"None", "For nothing write null, or leave the key out"),
+        (r"None", "For nothing write null, or omit the key"),
         (r"True|False", "Write true or false, in lower case"),
         (r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'Use straight double quotes: "..."'),
         (r"\w+\s*:", "A key needs double quotes"),

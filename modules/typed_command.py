@@ -31,7 +31,7 @@ def read_command(option: str, text: str) -> list[str]:
     """
     argv = _split(option, text)
     if not argv or not argv[0]:
-        raise OptionError(f'{option} is empty: give a command, such as {option} "python notify.py"')
+        raise OptionError(f'{option} is empty: pass a command, such as {option} "python notify.py"')
     import shutil  # imported here, because it is slow and --help does not need it
 
     program = argv[0]
@@ -54,9 +54,7 @@ def _split(option: str, text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise OptionError(
-            f"{option} {text}: {str(error).lower()}. Close the quotes, or leave them out"
-        ) from None
+        raise OptionError(f"{option} {text}: {str(error).lower()}. Close the quotes, or omit them") from None
 
 
 def _split_for_windows(text: str) -> list[str]:
@@ -78,14 +76,14 @@ def _split_for_windows(text: str) -> list[str]:
 
 def _reject_shell(option: str, argv: Sequence[str]) -> None:
     """Raise OptionError for shell syntax in a command, because commands are started without a shell."""
-    as_shell = f"Put the line into a script, or give it to a shell: {option} \"bash -c '...'\""
+    as_shell = f"Put the line into a script, or pass it to a shell: {option} \"bash -c '...'\""
     for word in argv:
         if word in OPERATORS or word.endswith(";"):
             raise OptionError(f"{option}: {word} is for a shell, but none reads this command. {as_shell}")
         if any(start in word for start in VARIABLES):
             raise OptionError(
                 f"{option}: {word} is replaced by a shell, but none reads this command. Let the program "
-                f'read the variable from its environment, or give the line to a shell: {option} "bash -c '
+                f'read the variable from its environment, or pass the line to a shell: {option} "bash -c '
                 "'...'\""
             )
 
@@ -94,9 +92,9 @@ def _explain_missing(option: str, program: str) -> str:
     """Return a message that a program cannot be started, with advice."""
     path = Path(program)
     if path.is_dir():
-        return "is a folder. Give a program"
+        return "is a folder. Pass a program"
     if path.suffix == ".py":
         return f'is a script. Start it with Python: {option} "python {program}"'
     if path.is_file():
-        return f"is a file that may not be executed, or is not below ./. Give ./{program}, or chmod +x it"
-    return "is not a program that can be started here. Fix the name, or give the full path"
+        return f"is a file that may not be executed, or is not below ./. Pass ./{program}, or chmod +x it"
+    return "is not a program that can be started here. Fix the name, or pass the full path"

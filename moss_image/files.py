@@ -76,7 +76,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
     if RESCALED in checkpoint.metadata:
         raise CheckpointError(
             f"{checkpoint.path}: its weights were rescaled for float16, as its metadata says ({RESCALED}), "
-            f"and LoRAs for it fit no other file. Float16 needs no rescaled file here: give {FILES}.",
+            f"and LoRAs for it fit no other file. Float16 needs no rescaled file here: pass {FILES}.",
             checkpoint.path,
         )
     dialect = "comfy" if STACKED_QKV_WEIGHT in names else "released"

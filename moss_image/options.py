@@ -135,7 +135,7 @@ def read_blocks(text: str) -> frozenset[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and word.isascii() and len(word) < 4 for word in words):
         raise OptionError(
-            f"--negative_skip_blocks {text!r}: give numbers of blocks, from 0, with commas between them, "
+            f"--negative_skip_blocks {text!r}: use numbers of blocks, from 0, with commas between them, "
             f"such as {SKIPPED}, or {NO_BLOCKS}"
         )
     return frozenset(map(int, words))
@@ -145,15 +145,15 @@ def check_window(start: float, end: float) -> None:
     """Raise OptionError if --negative_skip_start is not below --negative_skip_end."""
     if start >= end:
         raise OptionError(
-            f"--negative_skip_start {start:g}: give less than --negative_skip_end, {end:g}; to leave out no "
-            f"block, give --negative_skip_blocks {NO_BLOCKS}"
+            f"--negative_skip_start {start:g}: give less than --negative_skip_end, {end:g}; to omit no "
+            f"block, pass --negative_skip_blocks {NO_BLOCKS}"
         )
 
 
 def check_schedule(name: str) -> str:
     """Return the schedule's name; raise OptionError if --moss_schedule names an unknown one."""
     if name not in SCHEDULES:
-        raise OptionError(f"--moss_schedule {name!r}: give {' or '.join(SCHEDULES)}")
+        raise OptionError(f"--moss_schedule {name!r}: pass {' or '.join(SCHEDULES)}")
     return name
 
 

@@ -192,7 +192,7 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
         return
     raise CheckpointError(
         f"--network_weights {path} {reason}"
-        "  Give the --network_module, --network_dim and --network_args that it was trained with.",
+        "  Pass the --network_module, --network_dim and --network_args that it was trained with.",
         path,
     )
 
@@ -223,7 +223,7 @@ def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
         if file_alpha != network_alpha:
             raise CheckpointError(
                 f"--network_weights {path} has alpha {file_alpha:g}, according to its header or {PEFT_FILE}, "
-                f"but the network has {network_alpha:g}.\n  Give --network_alpha {file_alpha:g}.",
+                f"but the network has {network_alpha:g}.\n  Pass --network_alpha {file_alpha:g}.",
                 path,
             )
 
@@ -251,7 +251,7 @@ def check_network(
         if not OWN_MODULES[name].kind.has_norms and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
-                "to scale down, and keeps the norms of the weights. Leave it out"
+                "to scale down, and keeps the norms of the weights. Omit it"
             )
     else:
         import_network_module(name)

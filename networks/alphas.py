@@ -489,7 +489,7 @@ def read_alphas(
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
-            "  Fix lora_alpha or alpha_pattern in them, or give another LoRA.",
+            "  Fix lora_alpha or alpha_pattern in them, or pass another LoRA.",
             path,
         ) from error
     found_alphas = _join_alphas(dit_alphas, encoder_alphas)

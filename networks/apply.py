@@ -154,7 +154,7 @@ class Change:
         if rows is None:
             raise CheckpointError(
                 f"{error_prefix}: {related.name} is a part of {name}, whose {len(weight)} rows are not those "
-                f"of a published model.\n  Give {rotation.title} that was trained for this model.",
+                f"of a published model.\n  Pass {rotation.title} that was trained for this model.",
                 path,
             )
         return self if rows == slice(0, len(weight)) else replace(self, row_slice=rows)
@@ -170,7 +170,7 @@ class Change:
         if not can_be_reshaped:
             families = " or ".join(family.name for family in self.weighted_lora.lora.families())
             kind = f" It is for {families}." if families else ""
-            return f"{shape}, the model {expected}.{kind}\n  Give a LoRA that was trained for this model."
+            return f"{shape}, the model {expected}.{kind}\n  Pass a LoRA that was trained for this model."
         magnitudes = self.delta.magnitudes
         if magnitudes is None or self.parameter_name != "weight":
             return ""
@@ -786,7 +786,7 @@ class LoraPatch:
         if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
                 f"{self._model} is not a transformer that LoRAs can be merged into: it has modules such as "
-                f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
+                f"{list_some(list(self._modules), 3)}.\n  Pass the model's own file.",
                 self._path,
             )
         text_parts = text_side_of(keys)
@@ -802,7 +802,7 @@ class LoraPatch:
         return CheckpointError(
             f"{lora.path} does not fit {self._model}, which has none of its {len(keys)} weights, such as "
             f"{list_some(names_in_file, 2)}.{_explain_other_family(lora, family)}\n"
-            "  Give a LoRA that was trained for this model.",
+            "  Pass a LoRA that was trained for this model.",
             self._path or lora.path,
         )
 

@@ -83,7 +83,7 @@ class AveragingOptions(Options):
             matching = sort_by_numbers(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
             if not matching:
                 raise OptionError(
-                    f"{path}: no such file.{explain_missing(path)} Give files that a training has saved"
+                    f"{path}: no such file.{explain_missing(path)} Use files that a training has saved"
                 )
             files |= dict.fromkeys(matching)
         return list(files)
@@ -198,7 +198,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """
     selected = _without_copies(files)
     if len(selected) < 2:
-        raise CheckpointError(f"{selected[0].path} is the only file left: give at least two of the same run")
+        raise CheckpointError(f"{selected[0].path} is the only file left: use at least two of the same run")
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are from different runs; an average of those rarely makes sense.")
     first = selected[0]
@@ -206,7 +206,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     if not is_network:
         raise CheckpointError(
             f"{first.path} does not contain a network: it has {list_some(list(first.tensors), 3)}.\n"
-            "  Give the saved LoRAs or models of the same run.",
+            "  Pass the saved LoRAs or models of the same run.",
             first.path,
         )
     _reject_several_experts(selected)
@@ -245,7 +245,7 @@ def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
     if len(set(experts.values())) > 1:
         listed = ", ".join(f"{path} ({expert})" for path, expert in experts.items())
         raise CheckpointError(
-            f"The files are LoRAs of different experts: {listed}.\n  Give files of one expert."
+            f"The files are LoRAs of different experts: {listed}.\n  Use files of one expert."
         )
 
 
@@ -274,7 +274,7 @@ def _advise(file: Checkpoint, first: Checkpoint) -> str:
     file_format = file.metadata.get(LORA_FORMAT, KNOWN)
     first_format = first.metadata.get(LORA_FORMAT, KNOWN)
     if file_format == first_format or first_format not in _TARGETS:
-        return "Give files of one run, with equal ranks."
+        return "Use files of one run, with equal ranks."
     output = file.path.with_name(f"{file.path.stem}_{first_format}.safetensors")
     arguments = ["--input", str(file.path), "--output", str(output), "--target", _TARGETS[first_format]]
     command = quote_command(["python", "convert_lora.py", *arguments])
@@ -313,6 +313,6 @@ def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> Non
         if not torch.equal(file.read(name).double(), last.double()):
             raise CheckpointError(
                 f"{name} differs between {file.path} and {files[-1].path}.\n"
-                "  Give files of the same run, with equal alphas.",
+                "  Use files of the same run, with equal alphas.",
                 file.path,
             )

@@ -143,7 +143,7 @@ def _require_models(path: Path, modules: Mapping[str, Factors], baking: Baking) 
         OptionError: If there are no such modules, or if a model is needed but not given.
     """
     if not modules:
-        raise OptionError(f"--bake: {path} has only plain LoRAs, whose rank is not changed. Leave --bake out")
+        raise OptionError(f"--bake: {path} has only plain LoRAs, whose rank is not changed. Omit --bake")
     needs_model = any(factors.keys() & {*FACTORS_NEEDING_WEIGHT} for factors in modules.values())
     if not needs_model:
         return ()
@@ -269,7 +269,7 @@ def read_weight_of_module(
             if num_rows is None or num_rows == len(weight):
                 return weight, stored.checkpoint.path
     raise CheckpointError(
-        f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the "
+        f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Pass the "
         "model that it was trained for, and after it the files of text encoders that it changes.",
         lora.path,
     )

@@ -55,13 +55,13 @@ class BlockSettings:
             first_argument = next(iter(self.arguments))
             raise OptionError(
                 f"--network_args {first_argument}: the blocks of this model cannot be addressed by number. "
-                "Give ranks and rates by name (network_reg_dims, network_reg_lrs)"
+                "Pass ranks and rates by name (network_reg_dims, network_reg_lrs)"
             )
         for name, values in self.values_by_argument.items():
             if len(values) != numbered.count:
                 raise OptionError(
                     f"--network_args {name}: it has {len(values)} values, but this model has "
-                    f"{numbered.count} blocks. Give one for each"
+                    f"{numbered.count} blocks. Pass one for each"
                 )
         # down, middle and up blocks have their own arguments, each with one factor per block
         has_rates = any(argument in self.arguments for argument, _, _ in numbered.learning_rate_ranges)
@@ -112,7 +112,7 @@ def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
     if not arguments:
         return None
     if set(arguments) == {THRESHOLD}:
-        raise OptionError(f"--network_args {THRESHOLD} needs one of {', '.join(RATES)}: give one of them too")
+        raise OptionError(f"--network_args {THRESHOLD} needs one of {', '.join(RATES)}: pass one of them too")
     for dims, alphas in ((DIMS, ALPHAS), (CONV_DIMS, CONV_ALPHAS)):
         if alphas in arguments and dims not in arguments:
             raise OptionError(f"--network_args {alphas} needs {dims}: give both")

@@ -244,7 +244,7 @@ def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
         option = "--expert" if options.expert is not None else "--output_high_noise"
         raise OptionError(
             f"{option} needs a file with a LoRA for each expert, but --input {options.input} contains a "
-            f"single LoRA. Leave {option} out"
+            f"single LoRA. Omit {option}"
         )
     warn_of_other_expert(low.for_expert(LOW_NOISE), LOW_NOISE)
     warn_of_other_expert(high.for_expert(HIGH_NOISE), HIGH_NOISE)
@@ -316,7 +316,7 @@ def _rename_hunyuan_image(source: Path, stored: Mapping[str, Tensor], to_ours: b
     example = next(iter(stored), "none")
     raise CheckpointError(
         f"{source} has no module to rename from {direction}, such as {example}.\n"
-        f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse converts back.",
+        f"  Pass a LoRA for {HUNYUAN_IMAGE.name}; --reverse converts back.",
         source,
     )
 

@@ -119,7 +119,7 @@ def _fit_blocks(lora: LoraFile, variants: DepthVariants, model_depth: int, model
     if lora_depth is None:
         raise CheckpointError(
             f"{lora.path} changes blocks {min(indices)} to {max(indices)} without saying how many blocks its "
-            f"model has; {model} has {model_depth}. Give a LoRA with {variants.keys[0]} in its metadata, or "
+            f"model has; {model} has {model_depth}. Pass a LoRA with {variants.keys[0]} in its metadata, or "
             "one that changes all blocks.",
             lora.path,
         )

@@ -137,7 +137,7 @@ def extract_model(options: ExtractOptions) -> None:
     is_stable_diffusion = bool(family.written_base_model)
     if is_stable_diffusion:
         raise CheckpointError(
-            f"{options.model_org} contains only the U-Net of a Stable Diffusion checkpoint. Give complete "
+            f"{options.model_org} contains only the U-Net of a Stable Diffusion checkpoint. Pass complete "
             "single-file checkpoints to --model_org and --model_tuned.",
             options.model_org,
         )
@@ -163,7 +163,7 @@ def _find_published_weights(path: Path, matrices: Iterable[str]) -> tuple[Family
         if weights:
             return family, weights
     raise CheckpointError(
-        f"{path} has no layers with the published names of a supported model. Give such a "
+        f"{path} has no layers with the published names of a supported model. Pass such a "
         "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
         path,
     )
@@ -239,7 +239,7 @@ def _require_blocks(checkpoint: Checkpoint, weights: BlockWeights) -> None:
     hint = f" It is {kind}." if kind else ""
     raise CheckpointError(
         f"{checkpoint.path} has no blocks of {weights.model}, such as {weights.example}.{hint}\n"
-        "  Give a model with the published names to --model_org and --model_tuned.",
+        "  Pass a model with the published names to --model_org and --model_tuned.",
         checkpoint.path,
     )
 
@@ -256,7 +256,7 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
     if quantized:
         logger.warning(
             "%s: quantized. The LoRA will also contain the rounding errors, which are often larger than what "
-            "was learned. Give 16-bit files if they exist",
+            "was learned. Pass 16-bit files if they exist",
             " and ".join(quantized),
         )
     # some released shards order the rows of fused weights by head: use one order for both models
@@ -419,7 +419,7 @@ def _extract_factors(
     if lora and not is_changed:
         raise CheckpointError(
             f"{options.model_tuned} has the weights of {options.model_org}: there is no change to extract. "
-            "Give the fine-tuned model to --model_tuned.",
+            "Pass the fine-tuned model to --model_tuned.",
             options.model_tuned,
         )
     return lora
@@ -547,7 +547,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
             descriptions.append(str(list(shapes[first])) if first in shapes else "missing")
         raise CheckpointError(
             f"{pair.original.path} and {pair.tuned.path} are not the same model: {first} is "
-            f"{' and '.join(descriptions)}. Give a model and its fine-tuned version.",
+            f"{' and '.join(descriptions)}. Pass a model and its fine-tuned version.",
             pair.tuned.path,
         )
 
@@ -560,7 +560,7 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
                 f"{checkpoint.path} is not a single-file checkpoint of Stable Diffusion: it does not contain "
                 "both a U-Net (model.diffusion_model...) and text encoders (cond_stage_model... or "
                 "conditioner...).\n"
-                "  Give such files to --model_org and --model_tuned.",
+                "  Pass such files to --model_org and --model_tuned.",
                 checkpoint.path,
             )
     names = _list_weight_names(pair.original)

@@ -62,7 +62,7 @@ class LoraFormat:
             reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
             raise OptionError(
                 f"--lora_format {self.name} cannot store {len(reasons)} of the network's modules: "
-                f"{list_some(reasons, 3)}. {_OTHERWISE}, or leave them out with --network_args "
+                f"{list_some(reasons, 3)}. {_OTHERWISE}, or omit them with --network_args "
                 "exclude_patterns"
             )
 

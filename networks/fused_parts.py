@@ -805,7 +805,7 @@ def stack_rows(
         if reordered is None:
             raise CheckpointError(
                 f"{path} cannot be used: {name} has {num_rows} rows, which its program orders by head, "
-                f"{rule.head_width} of each query, key and value.\n  Give a plain LoRA that was trained for "
+                f"{rule.head_width} of each query, key and value.\n  Pass a plain LoRA that was trained for "
                 "this model.",
                 path,
             )

@@ -540,7 +540,7 @@ def _drop_changes_of_parameters(
             left_out,
             total=len(deltas_by_module),
             statement="modules are not changed because blocks are compiled",
-            consequence="compiled blocks keep their weights. Leave out --compile.",
+            consequence="compiled blocks keep their weights. Omit --compile.",
         )
     return remaining
 
@@ -597,7 +597,7 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
     if decomposed:
         raise CheckpointError(
             f"{option} {lora.path} is a {MAGNITUDE_KIND_NAME} ({decomposed[0]}), which depends on the "
-            f"weights it was made for.\n  Give a {list_additive()}.",
+            f"weights it was made for.\n  Pass a {list_additive()}.",
             lora.path,
         )
 
@@ -704,7 +704,7 @@ def _make_misfit_error(
         absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
     return CheckpointError(
         f"{option} {lora.path} does not fit this model, which has no {list_some(absent, 2)}.{advice}\n"
-        "  Give a LoRA that was trained for this model.",
+        "  Pass a LoRA that was trained for this model.",
         lora.path,
     )
 
@@ -727,7 +727,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
     if delta.replaces_weight and is_quantized:
         raise CheckpointError(
             f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
-            "  Leave out the quantization option, or merge the file into the model.",
+            "  Omit the quantization option, or merge the file into the model.",
             lora.path,
         )
     if parameter.path.endswith(FIRST_LAYERS):
@@ -753,7 +753,7 @@ def _check_delta_fits(
             if not parameter.adds_to_output and not parameter.has("bias"):
                 raise CheckpointError(
                     f"{option} {lora.path} does not fit this model: {name} has no bias there.\n"
-                    "  Give a LoRA that was trained for this model.",
+                    "  Pass a LoRA that was trained for this model.",
                     lora.path,
                 )
             target = weight.new_empty(len(weight))

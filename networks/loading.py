@@ -200,7 +200,7 @@ def _make_several_error(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} contains two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
         "  Take them apart with convert_lora.py --input FILE --output LOW --output_high_noise HIGH --target "
-        "default and give one; merge_lora.py can choose one with --expert.",
+        "default and pass one; merge_lora.py can choose one with --expert.",
         path,
     )
 
@@ -307,7 +307,7 @@ def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
     """Return the error for a file of an unsupported network kind, which the tensor name `key` shows."""
     return CheckpointError(
         f"{path} is a network of the kind {kind}, which is not supported: it has {key}.\n"
-        f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
+        f"  Supported are {list_read_kinds()} and whole differences of weights. Pass such a file.",
         path,
     )
 
@@ -487,7 +487,7 @@ def _reject_unknown_modules(path: Path, stored: Iterable[str], family: FamilyNam
     if unknown:
         raise CheckpointError(
             f"{path} cannot be used: {family.architecture} has no module called {list_some(unknown, 2)}.\n  "
-            "Give a LoRA that was trained for this model, or remove the tensors of these names from the "
+            "Pass a LoRA that was trained for this model, or remove the tensors of these names from the "
             "file.",
             path,
         )
@@ -545,11 +545,11 @@ def _make_faulty_error(
     if unknown and not delta.factors.keys() - {"alpha"}:
         return CheckpointError(
             f"{path} cannot be used: its factors have names that are not known, such as "
-            f"{list_some(unknown, 2)}.\n  Give a {list_additive()} as its program wrote it.",
+            f"{list_some(unknown, 2)}.\n  Pass a {list_additive()} as its program wrote it.",
             path,
         )
     return CheckpointError(
-        f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.",
+        f"{path} cannot be used: {module}: {reason}. Download or copy it again, or pass another LoRA.",
         path,
     )
 
@@ -614,7 +614,7 @@ def _make_no_lora_error(path: Path, names: Iterable[str]) -> CheckpointError:
     """Return the error for a file that is not a LoRA; `names` are its tensor names."""
     return CheckpointError(
         f"{path} is not a LoRA for a video or image model: it has tensors such as "
-        f"{list_some(sorted(names), 3)}. Give a LoRA file.",
+        f"{list_some(sorted(names), 3)}. Pass a LoRA file.",
         path,
     )
 
@@ -633,7 +633,7 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
         raise CheckpointError(
             f"{file} cannot be used: its names {lora.unknown_names}, which is not known, and no known model "
             "has modules of these names.\n"
-            "  Give the file as its program wrote it, or remove that from its names.",
+            "  Pass the file as its program wrote it, or remove that from its names.",
             lora.path,
         )
 
@@ -732,7 +732,7 @@ def _make_extra_patterns_error(
         option = "exclude_patterns"
         num_patterns = len(exclude_patterns)
     return OptionError(
-        f"--{option} has {num_patterns} patterns for {num_files} LoRA files: give one per file, in "
+        f"--{option} has {num_patterns} patterns for {num_files} LoRA files: pass one per file, in "
         "the same order"
     )
 
@@ -961,6 +961,6 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     evidence = "name" if expert_of(lora.metadata, Path()) is None else "metadata"
     logger.warning(
         f"{lora.path} was trained for the {in_words(lora.expert)} according to its {evidence}, but is loaded "
-        f"into the {in_words(expert)}: what it has learned is for other noise levels. Give the file for the "
+        f"into the {in_words(expert)}: what it has learned is for other noise levels. Pass the file for the "
         f"{in_words(expert)} if it exists."
     )

@@ -203,7 +203,7 @@ class OwnNetwork(nn.Module):
         if file_rule is not None and file_rule != self.settings.rank_rule:
             logger.warning(
                 f"--network_weights {path} is {named(file_rule.kind)}, and continues with different ranks at "
-                f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
+                f"each level: pass the --network_args that it was trained with, {file_rule.in_words()}"
             )
         return lora
 
@@ -383,7 +383,7 @@ def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) ->
     text_parts = unused_tensors.text_side_of(file_modules)
     reason = f"it changes only {text_parts}" if text_parts else f"there is no {next(iter(file_modules))}"
     return CheckpointError(
-        f"--network_weights {lora.path} does not fit this network: {reason}. Give a file for this model, "
+        f"--network_weights {lora.path} does not fit this network: {reason}. Pass a file for this model, "
         "or another --network_module.",
         lora.path,
     )
@@ -452,7 +452,7 @@ def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) ->
         name: Name of the module.
     """
     if DOWN not in factors:  # the network is not a LoRA
-        return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
+        return "Pass its --network_module, --network_dim and --network_args, or --dim_from_weights."
     # the file is not a plain LoRA
     if file_modules[name].keys() != factors.keys():
         return (
@@ -460,11 +460,11 @@ def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) ->
             "continue with the --network_module that made it, such as lycoris.kohya."
         )
     if _read_outer_sizes(file_modules[name]) != _read_outer_sizes(factors):
-        return "Give a LoRA that was trained for a model of this size."
+        return "Pass a LoRA that was trained for a model of this size."
     # the sizes of the layers fit, so only the ranks differ
     ranks = {deltas.rank_of(factors) for factors in file_modules.values()}
     single_rank = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
-    return f"Give {single_rank}--dim_from_weights."
+    return f"Pass {single_rank}--dim_from_weights."
 
 
 def _read_outer_sizes(factors: Factors) -> tuple[torch.Size, int]:

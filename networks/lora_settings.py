@@ -297,7 +297,7 @@ def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Re
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
         raise OptionError(
             f"--network_args algo={typed['algo']}: algo is a setting of LyCORIS. Here --network_module "
-            f"selects the kind of network: give {kind}, and leave algo out"
+            f"selects the kind of network: pass {kind}, and leave algo out"
         )
     if unknown:
         raise OptionError(
@@ -319,7 +319,7 @@ def _reject_conflicts(values: Mapping[str, Any]) -> None:
     ]
     if len(exclusive) > 1:
         raise OptionError(
-            f"--network_args {exclusive[0]} and {exclusive[-1]} cannot be used together: leave one out"
+            f"--network_args {exclusive[0]} and {exclusive[-1]} cannot be used together: omit one"
         )
 
 
@@ -464,7 +464,7 @@ def _read_number(
     if value is None or not minimum <= value < below:
         limits = f"from {minimum:g} to below {below:g}" if below < math.inf else f"of at least {minimum:g}"
         article = "a whole" if number_type is int else "a"
-        raise OptionError(f"--network_args {argument}={text}: give {article} number {limits}")
+        raise OptionError(f"--network_args {argument}={text}: pass {article} number {limits}")
     return value
 
 
@@ -501,13 +501,13 @@ def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) 
 
 def _read_switch(argument: str, text: Any) -> bool:
     if str(text).lower() not in {"true", "false"}:
-        raise OptionError(f"--network_args {argument}={text}: give True or False")
+        raise OptionError(f"--network_args {argument}={text}: pass True or False")
     return str(text).lower() == "true"
 
 
 def _read_choice(choices: Collection[str], argument: str, text: Any) -> Any:
     if text not in choices:
-        raise OptionError(f"--network_args {argument}={text}: give one of {', '.join(choices)}")
+        raise OptionError(f"--network_args {argument}={text}: pass one of {', '.join(choices)}")
     return text
 
 
@@ -531,7 +531,7 @@ def _compile(argument: str, pattern: str) -> re.Pattern[str]:
     except re.error as error:
         raise OptionError(
             f"--network_args {argument}: {pattern!r} is not a regular expression ({error}). Fix it, or "
-            "leave it out"
+            "omit it"
         ) from None
 
 

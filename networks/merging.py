@@ -561,7 +561,7 @@ def _reject_other_families(loras: Sequence[LoraFile]) -> None:
         elif family is not first_family:
             raise CheckpointError(
                 f"{lora.path} is for {family.name}, {first.path} for {first_family.name}: no model can use "
-                "their sum.\n  Give LoRAs for the same model.",
+                "their sum.\n  Use LoRAs for the same model.",
                 lora.path,
             )
 
@@ -630,7 +630,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
             if change.size != first.size:
                 raise CheckpointError(
                     f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
-                    f"{change.describe_size()} and {first.describe_size()}. Give LoRAs for the same model.",
+                    f"{change.describe_size()} and {first.describe_size()}. Use LoRAs for the same model.",
                     summand.lora.path,
                 )
         scale = summand.multiplier * scaling_of(summand.factors)

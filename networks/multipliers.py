@@ -22,7 +22,7 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
     for path, _ in files_and_multipliers:
         if not path.exists():
             raise OptionError(
-                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing file"
+                f"{option} {path}: no such file.{explain_missing(path)} Pass the path of an existing file"
             )
     return files_and_multipliers
 
@@ -40,5 +40,5 @@ def split_multiplier(option: str, text: Path) -> tuple[Path, float]:
     except ValueError:
         return text, 1.0
     if not math.isfinite(multiplier):
-        raise OptionError(f"{option} {text}: the multiplier is {number}; give a finite number")
+        raise OptionError(f"{option} {text}: the multiplier is {number}; pass a finite number")
     return Path(name), multiplier

@@ -98,7 +98,7 @@ class NetworkOptions(Options, title="network"):
     scale_weight_norms: float | None = option(
         "maximum norm of a module: larger norms are scaled down after each step (1 is a good start)",
         above=0,
-        hint="leave it out for no limit",
+        hint="omit it for no limit",
         facts=HABIT,
     )
     lora_format: str | None = option(

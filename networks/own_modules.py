@@ -356,7 +356,7 @@ def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module 
     if dit is None:
         raise OptionError(
             f"--network_args {rule.kind.switch}=True: the active ranks depend on the noise level, but only "
-            "text encoders are trained, which have none. Leave it out"
+            "text encoders are trained, which have none. Omit it"
         )
     for name, layer in layers.items():
         if name.startswith(OURS) and isinstance(layer, LoraLayer):
@@ -487,7 +487,7 @@ def build_from_tensors(
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "
-            f"{list_some(absent, 3)}.\n  Give a file that was trained for this model."
+            f"{list_some(absent, 3)}.\n  Pass a file that was trained for this model."
         )
     # patterns may be typed with dots or underscores
     prefixes_and_paths: list[tuple[str, str]] = []
@@ -523,7 +523,7 @@ def _make_layers_of_file(
         if not is_of_kind:
             raise CheckpointError(
                 f"--dim_from_weights: {name} has {', '.join(factors)}, which are for another kind of "
-                "network.\n  Give the --network_module that the file was trained with."
+                "network.\n  Pass the --network_module that the file was trained with."
             )
         module = modules_by_name[name].module if name in modules_by_name else None
         if module is not None and (kind.is_for_convolutions or isinstance(module, nn.Linear)):

@@ -182,7 +182,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
         if not modules:
             raise CheckpointError(
                 f"{path} has no LoRA: it contains no two factors such as x.lora_down.weight and "
-                "x.lora_up.weight.\n  Give a LoRA file to --model.",
+                "x.lora_up.weight.\n  Pass a LoRA file to --model.",
                 path,
             )
         is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
@@ -312,7 +312,7 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
     if not _have_matching_sizes(down, up, core):
         raise CheckpointError(
             f"{source}: the factors of {names.module} do not fit: {list(down.shape)} and {list(up.shape)}.\n"
-            "  Give a complete LoRA.",
+            "  Pass a complete LoRA.",
             source,
         )
     in_channels = down.shape[1]

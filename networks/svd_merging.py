@@ -34,7 +34,7 @@ class SvdMergeOptions(Options):
     precision = not_needed("it is computed in float64.", choices=PRECISIONS)
     device = not_needed("it takes seconds on the CPU, in float64.", type=str)
     lbws = unsupported(
-        "strengths of single blocks. Leave it out, and give one strength for each file to --ratios",
+        "strengths of single blocks. Omit it, and pass one strength for each file to --ratios",
         "strengths of single blocks",
         nargs="*",
     )

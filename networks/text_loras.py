@@ -156,7 +156,7 @@ class TextLoras:
             if parameter.dtype.itemsize == 1 and patch.changes_parameter(published_parameter(name)):
                 raise CheckpointError(
                     f"{weighted_loras[0].lora.path} changes the text encoder {label}, whose weights are kept "
-                    "in 8 bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT "
+                    "in 8 bits.\n  Omit the option that keeps it in fp8, or pass a LoRA for the DiT "
                     "only.",
                     weighted_loras[0].lora.path,
                 )
@@ -337,7 +337,7 @@ def warn_of_other_encoders(
     if unusable and not weighted_lora.lora.tensors and len(unusable) == len(text_names):
         raise CheckpointError(
             f"{path} changes only text encoders, which {model} does not contain: "
-            f"{list_some(unusable, 2)}.\n  Give a LoRA that was trained for this model.",
+            f"{list_some(unusable, 2)}.\n  Pass a LoRA that was trained for this model.",
             path,
         )
     if unusable:

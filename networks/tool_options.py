@@ -144,12 +144,12 @@ class FluxMergeOptions(Options, must_give=True):
 
     def __post_init__(self) -> None:
         if not self.models:
-            raise OptionError("--models names no LoRA: give the files to merge")
+            raise OptionError("--models names no LoRA: pass the files to merge")
         check_ratios(self.models, self.ratios or ())
         if self.save_to is None and not self.targets:
-            raise OptionError("--save_to is missing: give the file to write the merged LoRA to")
+            raise OptionError("--save_to is missing: pass the file to write the merged LoRA to")
         if self.save_to is not None and self.targets and self.flux_model is None:
-            raise OptionError("--save_to is given without --flux_model: give the model to merge into")
+            raise OptionError("--save_to is given without --flux_model: pass the model to merge into")
         typed_outputs = [getattr(self, name) for name in FLUX_OUTPUTS.values()]
         outputs = [real_path(path) for path in typed_outputs if path]
         if len(set(outputs)) < len(outputs):
@@ -197,7 +197,7 @@ class FullMergeOptions(Options):
     )
     shuffle = NO_SHUFFLE
     lbws = unsupported(
-        "strengths of single blocks. Leave it out, and give one strength for each file to --ratios",
+        "strengths of single blocks. Omit it, and pass one strength for each file to --ratios",
         "strengths of single blocks",
         nargs="*",
     )
@@ -215,7 +215,7 @@ def check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
     """
     if len(models) != len(ratios):
         raise OptionError(
-            f"--ratios has {len(ratios)} numbers for {len(models)} files of --models: give one for each, in "
+            f"--ratios has {len(ratios)} numbers for {len(models)} files of --models: pass one for each, in "
             "the same order"
         )
     multipliers_for(models, ratios, "--ratios")

@@ -80,7 +80,7 @@ def masked_changes(dit: nn.Module, weighted_loras: Sequence[WeightedLora]) -> Ma
             assert rule is not None  # otherwise it would be merged
             raise CheckpointError(
                 f"{weighted_loras[0].lora.path} is {named(rule.kind)} according to its metadata, but has "
-                f"more for {name} than the two factors of a layer, which rank masks do not support.\n  Give "
+                f"more for {name} than the two factors of a layer, which rank masks do not support.\n  Pass "
                 "the file as the training wrote it.",
                 weighted_loras[0].lora.path,
             )

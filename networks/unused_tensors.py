@@ -13,7 +13,7 @@ from protocols.bundled_embeddings import BUNDLE, word_of
 # consequence if the reason is unknown
 _UNKNOWN_CONSEQUENCE = (
     "it is damaged or for another model, so it does not have the effect that it was trained for. Copy it "
-    "again, or give a LoRA for this model."
+    "again, or pass a LoRA for this model."
 )
 _WORD_EMBEDDINGS = ("emb_params", BUNDLE, "string_to_param")  # prefixes of names in several programs' files
 # levels that PEFT adds to the path of a module
@@ -108,7 +108,7 @@ def _explain_other_model_of_family(model: FamilyNames, is_bias: bool) -> UnusedR
         )
     return UnusedReason(
         f": other models of {model.name} have them",
-        f"it is for another model of {model.name}, with other layers. Give a LoRA for this one.",
+        f"it is for another model of {model.name}, with other layers. Pass a LoRA for this one.",
     )
 
 
@@ -142,7 +142,7 @@ def explain_absent_module(
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:
         names = " or ".join(families)
-        return UnusedReason(f": they belong to {names}", f"it is for {names}. Give a LoRA for this model.")
+        return UnusedReason(f": they belong to {names}", f"it is for {names}. Pass a LoRA for this model.")
     return UnusedReason(
         ": no known model has layers of these names",
         "its other layers belong to an unknown network.",

@@ -50,8 +50,7 @@ def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option:
     """
     if rounding != AUTO and not any(files):
         raise OptionError(
-            f"--lora_rounding {rounding} needs {option}: it says how LoRAs are merged. Give both, "
-            "or leave it out"
+            f"--lora_rounding {rounding} needs {option}: it says how LoRAs are merged. Pass both, or omit it"
         )
 
 
@@ -92,7 +91,7 @@ class LoraPatternOptions(Options):
     """One regular expression per LoRA file that selects the tensors to use by name."""
 
     include_patterns: tuple[str, ...] | None = option(f"use only tensors that match: one {PATTERN}")
-    exclude_patterns: tuple[str, ...] | None = option(f"leave out tensors that match: one {PATTERN}")
+    exclude_patterns: tuple[str, ...] | None = option(f"omit tensors that match: one {PATTERN}")
 
     def __post_init__(self) -> None:
         for name in ("include_patterns", "exclude_patterns"):
@@ -122,12 +121,12 @@ def require_files(option: str, paths: Sequence[Path], folder_advice: str | None 
     for path in paths:
         if not path.exists():
             raise OptionError(
-                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing file"
+                f"{option} {path}: no such file.{explain_missing(path)} Pass the path of an existing file"
             )
         if folder_advice is not None and path.is_dir():
             inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)
             example = f", such as {path / inside}" if inside is not None else f" ({folder_advice})"
-            raise OptionError(f"{option} {path}: is a folder. Give the files in it{example}")
+            raise OptionError(f"{option} {path}: is a folder. Pass the files in it{example}")
 
 
 def multipliers_for(
@@ -152,8 +151,8 @@ def multipliers_for(
         logger.warning("%s: %s is ignored because there %s", option, numbers, number_of_files)
     for value in multipliers:
         if not math.isfinite(value):
-            raise OptionError(f"{option} {value}: give a finite number")
+            raise OptionError(f"{option} {value}: pass a finite number")
         if abs(value) > MAX_MULTIPLIER:
-            raise OptionError(f"{option} {value:g}: give at most {MAX_MULTIPLIER}; 0 to 2 are usual")
+            raise OptionError(f"{option} {value:g}: use at most {MAX_MULTIPLIER}; 0 to 2 are usual")
     # the typed multipliers, then 1 for each file without one
     return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

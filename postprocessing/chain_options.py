@@ -162,7 +162,7 @@ def read_named_tools(values: Sequence[str], option: str) -> NamedTools:
         for tool_argv in split_at_then(split_quoted(value)):
             if not tool_argv:
                 raise OptionError(
-                    f"{option} {value!r}: the name of a tool is missing. Give {tool_names()}, and its "
+                    f"{option} {value!r}: the name of a tool is missing. Pass {tool_names()}, and its "
                     "options."
                 )
             with prefix_errors(f"{option} {tool_argv[0]}"):
@@ -183,7 +183,7 @@ def parse_tool(argv: Sequence[str], prog: str) -> ToolOptions:
         OptionError: If the tool is unknown or an option is not valid.
     """
     if not argv:
-        raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
+        raise OptionError(f"the name of a tool is missing. Pass {tool_names()}.")
     tool = find_tool(argv[0])
     parser = Parser(prog=f"{prog} {tool.name}", description=f"Options of {tool.name}.")
     add_options(parser, tool.options_class)
@@ -335,6 +335,6 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
     command = quote_command(["python", "tools/download.py", "--family", "tools", "--task", tasks[0]])
     absent = folders[0] / models[tasks[0]].files[0].name
     raise OptionError(
-        f"no model is given, and {absent} is not there.\n  Give --model FILE (model=FILE in a chain), or "
+        f"no model is given, and {absent} is not there.\n  Pass --model FILE (model=FILE in a chain), or "
         f"download it: {command}"
     )

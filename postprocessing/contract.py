@@ -104,6 +104,6 @@ def enlarged_clip(clip: Clip, factor: float, option: str) -> Clip:
     if min(width, height) < 1 or max(width, height) > LARGEST:
         raise OptionError(
             f"{option} {factor:g} makes {width} x {height} pixels of the {clip.width} x {clip.height} of "
-            f"{clip.path}. Give another {option}"
+            f"{clip.path}. Pass another {option}"
         )
     return replace(clip, width=width, height=height)

@@ -53,7 +53,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
         tool = next(tool for tool, _ in chain.tools if tool.needs_video)
         raise OptionError(
             f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
-            "picture. Give a video."
+            "picture. Use a video."
         )
     for job in jobs:
         _check_output(job, jobs)
@@ -67,7 +67,7 @@ def _check_caption(path: Path, chain: Chain) -> None:
     if caption is not None:
         raise OptionError(
             f"{path} has a caption, {caption.name}: its folder looks like a data set, and a training "
-            "would take the results too. Give another folder: --output "
+            "would take the results too. Pass another folder: --output "
             f"{path.parent.name or 'made'}_{chain.name_suffix}/"
         )
 
@@ -118,7 +118,7 @@ def list_sources(chain: Chain) -> list[Path]:
     if not sources:
         kinds = "video" if chain.needs_video else "video or picture"
         results = f", except {len(media_files)} with {ending}, which are results" if media_files else ""
-        raise MediaError(f"--input {folder} is a folder without a {kinds}{results}. Give another folder.")
+        raise MediaError(f"--input {folder} is a folder without a {kinds}{results}. Pass another folder.")
     num_results = len(media_files) - len(sources)
     if num_results:
         logger.info(
@@ -162,7 +162,7 @@ def name_output(chain: Chain, source: Path) -> Path:
     if run.input.is_dir():
         if has_media_suffix or output.exists():
             raise OptionError(
-                f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
+                f"--output {output} is a file, and --input {run.input} a folder. Pass a folder to --output."
             )
         return output / default_name
     # the output format determines the suffix, even if the user typed another one

@@ -32,7 +32,7 @@ class ToolRunOptions(Options, title="input and output"):
 
     def __post_init__(self) -> None:
         if self.output is not None and not self.output.strip():
-            raise OptionError("--output is empty: give a file or a folder, or leave the option out")
+            raise OptionError("--output is empty: pass a file or a folder, or omit the option")
 
     @property
     def output_path(self) -> Path | None:
@@ -144,7 +144,7 @@ class InterpolationOptions(Options, title="interpolation"):
             raise OptionError(f"--mode {self.mode}: use {WITH_RAFT} or {WITH_FLOWFORMER}")
         if not self.motion_scale or abs(float(self.motion_scale) - self.ds_factor) > ROUNDED:
             raise OptionError(
-                f"--ds_factor {self.ds_factor}: give a simple fraction, such as 1, 0.75, 0.5 or 0.25"
+                f"--ds_factor {self.ds_factor}: pass a simple fraction, such as 1, 0.75, 0.5 or 0.25"
             )
 
     @property
@@ -235,7 +235,7 @@ class BlurOptions(Options, title="what is blurred"):
     def __post_init__(self) -> None:
         if self.detection_size != 0 and self.detection_size < 64:
             raise OptionError(
-                f"--detection_size {self.detection_size}: give at least 64 pixels, or 0 for the full size"
+                f"--detection_size {self.detection_size}: use at least 64 pixels, or 0 for the full size"
             )
 
 

@@ -93,9 +93,9 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
         MediaError: If the file cannot be read.
     """
     if not path.exists():
-        raise MediaError(f"--input {path} does not exist.{explain_missing(path)} Give a video.")
+        raise MediaError(f"--input {path} does not exist.{explain_missing(path)} Use a video.")
     if path.is_dir():
-        raise MediaError(f"--input {path} is a folder. Give a video in it.")
+        raise MediaError(f"--input {path} is a folder. Use a video in it.")
     frames = folder / FRAMES_FOLDER
     if os.path.lexists(frames):
         raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
@@ -219,7 +219,7 @@ def run_video(
             num_frames += 1
             bar.update()
         if not num_frames:
-            raise MediaError(f"{job.source}: no frame is left to write. Give a longer video.")
+            raise MediaError(f"{job.source}: no frame is left to write. Use a longer video.")
     _log_result(job.output, num_frames, time.monotonic() - started)
 
 

@@ -235,7 +235,7 @@ def _reject_existing(options: NewOptions) -> None:
     """Raise OutputError if a project file already exists, unless --overwrite or a dry run is requested."""
     existing = [path for path in (options.folder / name for name in WRITTEN) if path.exists()]
     if existing and not (options.overwrite or options.dry_run or options.print_run):
-        raise OutputError(f"{existing[0]} already exists. Edit it, or give --overwrite to replace all three.")
+        raise OutputError(f"{existing[0]} already exists. Edit it, or pass --overwrite to replace all three.")
 
 
 def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
@@ -410,7 +410,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     if rejection is not None:
         typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
         possible = [other.name for other in list_kinds(model) if other.why_unsupported(model, memory) is None]
-        remedy = "Give --train lora" if kind_setting else "Leave it out"
+        remedy = "Pass --train lora" if kind_setting else "Omit it"
         raise OptionError(
             f"{kind_setting or typed}: {rejection}. {remedy} to train a LoRA, or choose another --task. "
             f"This one has --train {', '.join(possible)}"

@@ -222,7 +222,7 @@ def _require_media(
     if has_audio_files and suggested_models.audio_options:
         remedy = f" {suggested_models.audio_options} learns sounds alone."
     raise DatasetError(
-        f"{folder} has no clip and no picture that can be read. Give a folder that has one.{remedy}"
+        f"{folder} has no clip and no picture that can be read. Pass a folder that has one.{remedy}"
         f"{_indent_lines(content.report_lines)}"
     )
 
@@ -248,7 +248,7 @@ def _make_audio_error(
             f", or take --task {suggested_models.silent_task}, which is trained on pictures and movement only"
         )
     return DatasetError(
-        f"{folder} has no sound, and {model_name} learns sound. Give clips that have some{remedy}."
+        f"{folder} has no sound, and {model_name} learns sound. Use clips that have some{remedy}."
         f"{_indent_lines(content.report_lines)}"
     )
 
@@ -461,7 +461,7 @@ def _add_regularization(
     elif uncaptioned and folder_name is None:
         error = (
             f"left out: {name_some(uncaptioned)}: regularization pictures without a caption, in "
-            "a folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
+            "a folder whose name has no class. Call it 1_man, with the word for the class, or pass captions"
         )
     if error:
         content.report_lines.append(warning(f"{subfolder}: {error}"))

@@ -201,7 +201,7 @@ def check_word(kind: RunKind, word: str | None) -> None:
     """Raise OptionError if the trigger word that this kind of run learns is missing or unusable."""
     if word is None:
         raise OptionError(
-            f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
+            f"--train {kind.name}: {kind.title} is a new word: pass it as --trigger_word, such as mrsfluff"
         )
     error = find_error(word)
     if error:
@@ -380,7 +380,7 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
     """
     families = families_of(models)
     if not has_terminal():
-        raise OptionError(f"--family is missing: give one of {', '.join(families)}")
+        raise OptionError(f"--family is missing: pass one of {', '.join(families)}")
 
     def read(text: str) -> NamedModel:
         return read_family(_read_table_row(text, families), models)
@@ -412,7 +412,7 @@ def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence
         if named.task is not None and named.task not in [model.task for model in tasks]:
             raise OptionError(
                 f"--family names {named.family} {named.task}, and --task {typed_task} is {tasks[0].task}. "
-                "Leave one of them out"
+                "Omit one of them"
             )
         return tasks
     if named.task is not None:
@@ -431,7 +431,7 @@ def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet
     base_models = [model for model in candidates if _is_base_model(model)]
     if len(base_models) != 1:
         names = ", ".join(f"{model.task} ({model.about})" for model in candidates)
-        raise OptionError(f"--task is missing: give one of {names}")
+        raise OptionError(f"--task is missing: pass one of {names}")
     return base_models[0]
 
 

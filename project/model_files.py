@@ -25,7 +25,7 @@ def typed_files(options: NewOptions) -> dict[str, str]:
         name = name.strip().lstrip("-")
         text = strip_quotes(text.strip())
         if texts.get(name, text) != text:
-            raise OptionError(f"--model_file {name}: {texts[name]} and {text} are given. Give one of them")
+            raise OptionError(f"--model_file {name}: {texts[name]} and {text} are given. Pass one of them")
         texts[name] = text
     return texts
 
@@ -41,7 +41,7 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
     for name, text in typed_files(options).items():
         if name not in files or not text:
             typed = f"{name}={text}" if text else name
-            raise OptionError(f"--model_file {typed}: give NAME=PATH with one of {', '.join(files)} as NAME")
+            raise OptionError(f"--model_file {typed}: pass NAME=PATH with one of {', '.join(files)} as NAME")
         files[name] = _require_typed_file(name, text, parts[name])
     # links are not followed: in the hub's cache the name that says what a file is belongs to the link
     return {name: path.absolute().as_posix() for name, path in files.items()}
@@ -57,7 +57,7 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
     if not path.exists():
         raise OptionError(
             f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Fix the path, or "
-            "leave it out to use the file that tools/download.py downloads"
+            "omit it to use the file that tools/download.py downloads"
         )
     names = {Path(file.name).name for file in part.files}
     is_of_part = any((path / file).is_file() for file in names)  # such as a tokenizer, which has no weights

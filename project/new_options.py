@@ -80,7 +80,7 @@ class NewOptions(Options):
     overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
     dry_run: bool = option("show how the three files would change, and write nothing")
     print_run: bool = option("print what run.toml would be, and write nothing", excludes="dry_run")
-    download = unsupported("`new` only writes files: give it to `run`")
+    download = unsupported("`new` only writes files: pass it to `run`")
     card = unsupported("set the memory of the card in GiB, such as --memory 12", nargs="?")
     vram = unsupported("set the memory of the card in GiB, such as --memory 12", nargs="?")
 

@@ -76,7 +76,7 @@ def list_model_files() -> Collection[str]:
 
 
 MODEL_FILES = KeyFile(
-    list_model_files, "It is a file of the model: give it to `new`, as --model_file {key}=FILE."
+    list_model_files, "It is a file of the model: pass it to `new`, as --model_file {key}=FILE."
 )
 
 
@@ -134,10 +134,10 @@ def check_trigger(word: str) -> None:
     if reason is None and "\t" in word:
         reason = "a tab"
     if reason is not None:
-        raise OptionError(f"--trigger_word {word!r} holds {reason}. Give a word of letters, such as mrsfluff")
+        raise OptionError(f"--trigger_word {word!r} holds {reason}. Pass a word of letters, such as mrsfluff")
     if not word.strip() or len(word) > MAX_OF_WORD:
         raise OptionError(
-            f"--trigger_word has {len(word.strip())} characters: give 1 to {MAX_OF_WORD}, such as mrsfluff"
+            f"--trigger_word has {len(word.strip())} characters: pass 1 to {MAX_OF_WORD}, such as mrsfluff"
         )
 
 

@@ -108,9 +108,9 @@ def _select_output(options: PackOptions) -> Path:
     folder = real_path(options.folder)
     output = options.output or folder.with_name(f"{folder.name}-pack.zip")
     if real_path(output).is_relative_to(folder):
-        raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
+        raise OptionError(f"--output {output} lies in the folder that it packs. Pass a place outside of it")
     if output.exists() and not options.overwrite:
-        raise OutputError(f"{output} already exists. Give --overwrite, or another --output")
+        raise OutputError(f"{output} already exists. Pass --overwrite, or another --output")
     return output
 
 
@@ -299,9 +299,7 @@ def _list_state_members(pack_source: PackSource) -> list[PackMember]:
 
     state = find_latest(pack_source.output, pack_source.name)
     if state is None:
-        raise OptionError(
-            f"--with_state: {pack_source.output} has no state of {pack_source.name}. Leave it out"
-        )
+        raise OptionError(f"--with_state: {pack_source.output} has no state of {pack_source.name}. Omit it")
     folder = real_path(pack_source.folder)
     files = [path for path in sorted(state.rglob("*")) if path.is_file()]
     history = history_path(pack_source.output, pack_source.name)

@@ -384,7 +384,7 @@ def _find_described_folder(path_or_folder: Path) -> Path:
         return path_or_folder.parent
     if path_or_folder.is_file():
         raise OptionError(
-            f"{path_or_folder} is a file. Give the folder that `new` described, or its {RUN_FILE}"
+            f"{path_or_folder} is a file. Pass the folder that `new` described, or its {RUN_FILE}"
         )
     return path_or_folder
 

@@ -378,7 +378,7 @@ def plain_script(
         work: Function to run, or its name, such as `networks.merging.merge_flux`, if importing it loads
             torch.
         records: Option records to read.
-        without: Public names of options to leave out; their records keep the default.
+        without: Public names of options to omit; their records keep the default.
         prepare: Makes the function's arguments from the first record.
         advice_after_interrupt: Returns the advice to print after Ctrl-C.
     """

@@ -82,12 +82,12 @@ class FewSteps:
         """Return advice, without the final period, for training a LoRA on the distilled model."""
         if not self.base:
             targets = f"one of the targets that keep {self.unlearned_pronoun}"
-            return f"Give --training_adapter with {self.adapter}, or {targets}"
+            return f"Pass --training_adapter with {self.adapter}, or {targets}"
         advice = f"Train on {self.base}"
         if self.also:
             advice += f", whose LoRAs work on {self.also} too"
         if self.adapter:
-            advice += f", or give --training_adapter with {self.adapter}"
+            advice += f", or pass --training_adapter with {self.adapter}"
         return advice
 
     @property

@@ -40,15 +40,15 @@ class WordToLearn:
 def find_error(word: str) -> str:
     """Return why `word` cannot become a new token, and what to use instead; "" if it can."""
     if not word or word.split() != [word]:
-        return "has spaces or is empty: give one word, such as mycat"
+        return "has spaces or is empty: pass one word, such as mycat"
     if word != word.lower():
-        return f"has capitals, which the text encoders read as lower case. Give {word.lower()}"
+        return f"has capitals, which the text encoders read as lower case. Pass {word.lower()}"
     if word[-1].isdigit():
         return (
-            "ends with a digit, which after a word selects one of its vectors. Give another, such as "
+            "ends with a digit, which after a word selects one of its vectors. Pass another, such as "
             f"{word.rstrip('0123456789') or 'mycat'}"
         )
     misread = next((character for character in word if character in STRANGE), None)
     if misread is not None:
-        return f"contains {misread}, which prompts or file names interpret. Give a word of letters, - and _"
+        return f"contains {misread}, which prompts or file names interpret. Pass a word of letters, - and _"
     return ""

@@ -71,7 +71,7 @@ def _index(number: str, text: str) -> int:
 
 def _reject(text: str, why: str) -> OptionError:
     return OptionError(
-        f"--one_frame_inference {text!r}: {why}. Give default, no_post, no_2x, no_4x, target_index=N and "
+        f"--one_frame_inference {text!r}: {why}. Pass default, no_post, no_2x, no_4x, target_index=N and "
         "control_index=N+N, separated by commas."
     )
 

@@ -342,7 +342,7 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
     except MediaError as error:
         kind = "an image file" if is_image else "a video, or a folder of images"
         near = "" if path.exists() else explain_missing(path)
-        raise OptionError(f"--{name}: {str(error).rstrip('.')}.{near} Give {kind}.") from None
+        raise OptionError(f"--{name}: {str(error).rstrip('.')}.{near} Pass {kind}.") from None
 
 
 def check_frames(option: str, path: Path, needed: int) -> None:
@@ -458,23 +458,23 @@ def check_values(request: Request) -> None:
         count = getattr(request, name)
         if count is not None and not 1 <= count <= maximum:
             raise OptionError(
-                f"{option} {format_number(count)} (--{prompt_flag} in a prompt line): give a number from 1 "
+                f"{option} {format_number(count)} (--{prompt_flag} in a prompt line): use a number from 1 "
                 f"to {maximum}"
             )
     for name, (option, prompt_flag, maximum) in VALUES.items():
         value = getattr(request, name)
         if value is not None and not abs(value) <= maximum:  # nan too
             raise OptionError(
-                f"{option} {value:g} (--{prompt_flag} in a prompt line): give a number of at most {maximum}"
+                f"{option} {value:g} (--{prompt_flag} in a prompt line): use a number of at most {maximum}"
             )
     if request.flow_shift is not None and request.flow_shift <= 0:
         raise OptionError(
-            f"--flow_shift {request.flow_shift:g} (--fs in a prompt line): give a number above 0; 3 to 7 are "
+            f"--flow_shift {request.flow_shift:g} (--fs in a prompt line): use a number above 0; 3 to 7 are "
             "usual"
         )
     if request.embedded_guidance is not None and request.embedded_guidance < 0:
         raise OptionError(
-            f"--embedded_cfg_scale {request.embedded_guidance:g} (--g in a prompt line): give 0 or more"
+            f"--embedded_cfg_scale {request.embedded_guidance:g} (--g in a prompt line): pass 0 or more"
         )
     check_seed("--seed (--d in a prompt line)", request.seed)
 
@@ -484,7 +484,7 @@ def _check_expert_guidance(expert_guidance: Mapping[str, float]) -> None:
     _, _, maximum = VALUES["guidance_scale"]
     for expert, scale in expert_guidance.items():
         if not abs(scale) <= maximum:  # nan too
-            raise OptionError(f"--guidance_scale_{expert} {scale:g}: give a number of at most {maximum}")
+            raise OptionError(f"--guidance_scale_{expert} {scale:g}: use a number of at most {maximum}")
 
 
 def _check_texts(request: Request) -> None:

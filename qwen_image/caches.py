@@ -36,7 +36,7 @@ def _check_cache(cache: CacheOrigin, version: Version) -> None:
     if cache.part == use.name and fingerprint != use.fingerprint:
         raise CacheError(
             f"{cache.path}: the caption was encoded for {_name_models_with(fingerprint)}, this training "
-            f"is of {version.display_name}. Give the same --model_version to {TEXTS_AGAIN} and to the "
+            f"is of {version.display_name}. Pass the same --model_version to {TEXTS_AGAIN} and to the "
             "training."
         )
 

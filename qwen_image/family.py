@@ -111,7 +111,7 @@ class QwenImage(ModelOfImages):
     abilities: ClassVar = family.Abilities(detects_few_steps=True, has_comfy_nodes=True)
     draws_latents: ClassVar[bool] = False
     vae_of_clips: ClassVar[bool] = True
-    to_edit: ClassVar = "for edits, give --model_version edit-2511 or another one of edits; else remove them"
+    to_edit: ClassVar = "for edits, pass --model_version edit-2511 or another one of edits; else remove them"
 
     @property
     def display_name(self) -> str:
@@ -200,8 +200,8 @@ class QwenImage(ModelOfImages):
         """
         if request.control_images and self.references is None:
             raise OptionError(
-                f"--control_image_path: {self.display_name} generates images from text alone. Give "
-                "--model_version edit, edit-2509 or edit-2511 and its transformer, or leave it out"
+                f"--control_image_path: {self.display_name} generates images from text alone. Pass "
+                "--model_version edit, edit-2509 or edit-2511 and its transformer, or omit it"
             )
         if LAYER_COUNT in request.extra:
             text = "--%s %s (--f in a prompt line) is ignored because %s generates no layers"

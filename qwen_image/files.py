@@ -225,14 +225,14 @@ class QwenImageReleaseFiles(QwenImageFiles):
         if header.config.has_layers and not self.version.has_layers:
             raise CheckpointError(
                 f"{self.dit_path} is the transformer of {NAME}-Layered, which splits images into layers; "
-                f"{self.version.display_name} needs a different one. Give --model_version layered, or "
+                f"{self.version.display_name} needs a different one. Pass --model_version layered, or "
                 "another file",
                 self.dit_path,
             )
         if self.version.has_layers and not header.config.has_layers:
             raise CheckpointError(
                 f"{self.dit_path} has no {LAYER_TENSOR}, so it is not the transformer of {NAME}-Layered. "
-                "Give qwen_image_layered_bf16.safetensors, or leave --model_version layered out",
+                "Pass qwen_image_layered_bf16.safetensors, or leave --model_version layered out",
                 self.dit_path,
             )
         return header

@@ -129,7 +129,7 @@ class QwenImageLayered(ModelOfImages):
         check_batch(batch, VERSION, self.files)
         if latents.shape[2] == 1:
             raise CacheError(
-                f"{batch.keys[0]}: its cache has an image without layers. Give its table multiple_target = "
+                f"{batch.keys[0]}: its cache has an image without layers. Pass its table multiple_target = "
                 f"true, and cache again with {LATENTS_AGAIN}"
             )
         return {KEY: batch.tensors[KEY], CONTROL: latents[:, :, :1]}
@@ -208,7 +208,7 @@ class QwenImageLayered(ModelOfImages):
         if len(request.control_images) != 1:
             raise OptionError(
                 f"--control_image_path (--ci in a prompt line): {len(request.control_images)} images, but "
-                f"{self.display_name} decomposes one image. Give exactly one"
+                f"{self.display_name} decomposes one image. Pass exactly one"
             )
         return request
 
@@ -218,7 +218,7 @@ class QwenImageLayered(ModelOfImages):
         count = int(text) if text is not None else request.frames or LAYERS
         if not 1 <= count <= MAX_LAYERS:
             raise OptionError(
-                f"--{LAYER_COUNT} {count} (--f in a prompt line): give 1 to {MAX_LAYERS} layers"
+                f"--{LAYER_COUNT} {count} (--f in a prompt line): pass 1 to {MAX_LAYERS} layers"
             )
         return count
 

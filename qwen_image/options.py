@@ -168,10 +168,10 @@ class QwenImageReferenceOptions(Options, title="images to edit"):
 
     def __post_init__(self) -> None:
         if self.rcm_kernel_size % 2 == 0:
-            raise OptionError(f"--rcm_kernel_size {self.rcm_kernel_size}: give an odd number, such as 3 or 5")
+            raise OptionError(f"--rcm_kernel_size {self.rcm_kernel_size}: pass an odd number, such as 3 or 5")
         if self.rcm_relative_threshold and (self.rcm_threshold or 0) > 1:
             raise OptionError(
-                f"--rcm_threshold {self.rcm_threshold:g} with --rcm_relative_threshold: give a share from 0 "
+                f"--rcm_threshold {self.rcm_threshold:g} with --rcm_relative_threshold: pass a share from 0 "
                 "to 1, such as 0.2"
             )
 
@@ -220,7 +220,7 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
                 "--rcm_threshold": self.references.rcm_threshold is not None,
             }
             for flag in filter(unused.get, unused):
-                raise OptionError(f"{flag} is for releases that edit, such as edit-2511; leave it out")
+                raise OptionError(f"{flag} is for releases that edit, such as edit-2511; omit it")
         elif self.layers.cfg_norm:
             raise OptionError(f"--cfg_norm needs --model_version {LAYERED}; others always do it")
         elif self.layers.remove_first_image_from_target:

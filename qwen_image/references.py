@@ -105,7 +105,7 @@ def _find_preserving_option(mask: str | None, options: QwenImageReferenceOptions
     if mask is None:
         return None if options.rcm_threshold is None else "--rcm_threshold"
     if options.rcm_threshold is not None:
-        raise OptionError(f"--{MASK} {mask} (in a prompt line): leave --rcm_threshold out, which excludes it")
+        raise OptionError(f"--{MASK} {mask} (in a prompt line): omit --rcm_threshold, which excludes it")
     return f"--{MASK} {mask}"
 
 
@@ -140,7 +140,7 @@ def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) ->
     if size != (prepared.width, prepared.height):
         raise OptionError(
             f"{option}: {path} is read with {width} x {height} pixels, but the result has "
-            f"{prepared.width} x {prepared.height}: they must be equal. Give --image_size {height} "
+            f"{prepared.width} x {prepared.height}: they must be equal. Pass --image_size {height} "
             f"{width}, or --resize_control_to_image_size"
         )
 
@@ -149,7 +149,7 @@ def check_mask(path: Path, has_image: bool) -> None:
     """Raise OptionError if a mask has no image to edit, or if its file is missing or cannot be opened."""
     if not has_image:
         raise OptionError(
-            f"--{MASK} {path}: there is no image to keep. Give one to --control_image_path "
+            f"--{MASK} {path}: there is no image to keep. Pass one to --control_image_path "
             "(--ci in a prompt line)"
         )
     if not path.is_file():

@@ -109,7 +109,7 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
     if controls:
         raise CheckpointError(
             f"{checkpoint.path} contains a ControlNet ({controls[0]}), which is not supported yet.\n"
-            f"  Give {FILES}.",
+            f"  Pass {FILES}.",
             checkpoint.path,
         )
     file_shapes = {name: info.shape for name, info in names.items()}
@@ -128,12 +128,12 @@ def _read_config_json(path: Path) -> Mapping[str, Any]:
         settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"--dit_config {path} cannot be read ({error}). Give config.json of the folder transformer.", path
+            f"--dit_config {path} cannot be read ({error}). Pass config.json of the folder transformer.", path
         ) from error
     if not isinstance(settings, dict) or settings.get("_class_name", CLASSES[0]) not in CLASSES:
         raise CheckpointError(
-            f"--dit_config {path} is not the configuration of {MODEL_KIND}. Give config.json of its folder "
-            "transformer, or leave the option out.",
+            f"--dit_config {path} is not the configuration of {MODEL_KIND}. Pass config.json of its folder "
+            "transformer, or omit the option.",
             path,
         )
     return settings
@@ -185,7 +185,7 @@ def _require_released_blocks(path: Path, dim: int, num_layers: int) -> None:
     released = dict(dict(QWEN_IMAGE_21.released_sizes).get(dim, ()))
     if num_layers < released.get("transformer_blocks", 0):
         raise CheckpointError(
-            f"{path}: {num_layers} of {released['transformer_blocks']} blocks are present. Give the "
+            f"{path}: {num_layers} of {released['transformer_blocks']} blocks are present. Pass the "
             "complete file, or for a smaller network its config.json to --dit_config.",
             path,
         )
@@ -210,7 +210,7 @@ def _check_settings(
         if settings.get(name, value) != value:
             raise CheckpointError(
                 f"{source}: {name} is {settings[name]}, but {path} has {value}. The configuration "
-                "belongs to a different file: give the right one, or copy the file again.",
+                "belongs to a different file: pass the right one, or copy the file again.",
                 source,
             )
 
@@ -321,7 +321,7 @@ class QwenImage21Files(LanguageModelFiles):
     def add_config(self, path: Path | None) -> Self:
         """Return a copy of these files with --dit_config added; raise OptionError if that file is missing."""
         if path is not None and not path.is_file():
-            raise OptionError(f"--dit_config {path}: no such file. Correct the path, or leave the option out")
+            raise OptionError(f"--dit_config {path}: no such file. Correct the path, or omit the option")
         return replace(self, dit_config=path)
 
     @property
@@ -345,7 +345,7 @@ class QwenImage21Files(LanguageModelFiles):
         if self.dit is not None and self.dit_header().config.channels != channels:
             raise CheckpointError(
                 f"--vae {self.vae_path} has latents of {channels} channels, {self.dit_path} takes "
-                f"{self.dit_header().config.channels}. Give the VAE of {NAME}.",
+                f"{self.dit_header().config.channels}. Pass the VAE of {NAME}.",
                 self.vae_path,
             )
 

@@ -463,7 +463,7 @@ class QwenImage21Model(BlockNetwork):
             overrides: Changes to this call. For normalized attention guidance (NAG), they contain a second
                 `text`, `text_mask` and `slots`.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
-            is_prefix_cached: Leave out the prefix, because the blocks have stored its keys and values.
+            is_prefix_cached: Omit the prefix, because the blocks have stored its keys and values.
 
         Raises:
             ValueError: If sizes do not match.

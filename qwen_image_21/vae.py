@@ -343,7 +343,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
     if channels != (PIXEL_CHANNELS, PIXEL_CHANNELS):
         raise CheckpointError(
             f"{checkpoint.path}: this VAE takes {channels[0]} channels of pixels and returns {channels[1]}; "
-            f"{MODEL_KIND} has {PIXEL_CHANNELS} (red, green, blue, alpha). Give {FILES}.",
+            f"{MODEL_KIND} has {PIXEL_CHANNELS} (red, green, blue, alpha). Pass {FILES}.",
             checkpoint.path,
         )
     _check_levels(checkpoint, "encoder", encoder, is_down=True)
@@ -400,7 +400,7 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
     if error is not None:
         raise CheckpointError(
             f"{checkpoint.path}: {error}. The file contains another model than {MODEL_KIND}, or tensors are "
-            f"missing. Give {FILES}.",
+            f"missing. Pass {FILES}.",
             checkpoint.path,
         )
 

@@ -48,7 +48,7 @@ def number_or_auto(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number of blocks nor {AUTO}. Give one of them"
+            f"{text!r} is neither a number of blocks nor {AUTO}. Pass one of them"
         ) from None
 
 
@@ -107,7 +107,7 @@ class SwapOptions(Options):
         if self.blocks_to_swap and not steps_in_backward:
             raise OptionError(
                 f"--blocks_to_swap {self.blocks_to_swap} with trained weights: each must be stepped "
-                "while its block is on the device. Add --fused_backward_pass, or leave it out"
+                "while its block is on the device. Add --fused_backward_pass, or omit it"
             )
         if self.img_in_txt_in_offloading:
             raise OptionError(
@@ -124,7 +124,7 @@ class SwapOptions(Options):
         """
         if isinstance(self.blocks_to_swap, str):
             raise OptionError(
-                "--blocks_to_swap auto: the number of blocks is not chosen yet. Give one, such as 20"
+                "--blocks_to_swap auto: the number of blocks is not chosen yet. Pass one, such as 20"
             )
         return self.blocks_to_swap or 0
 
@@ -138,7 +138,7 @@ def cards_or_size(text: str) -> str:
     match = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not an amount of card memory. Give the GiB of one, such as 24; 2x24 for two; or "
+            f"{text!r} is not an amount of card memory. Pass the GiB of one, such as 24; 2x24 for two; or "
             "nothing for the card of this machine"
         )
     return f"{match[1] or ''}{match[2]}".lower()

@@ -190,7 +190,7 @@ def _check_has_parts(num_parts: int) -> None:
     if num_parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, but this one has "
-            "only one. Write AND between its parts, or leave the mask out"
+            "only one. Write AND between its parts, or omit the mask"
         )
 
 

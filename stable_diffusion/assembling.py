@@ -33,7 +33,7 @@ def _check_painting(options: GenImgOptions, checkpoint_plan: CheckpointPlan) -> 
     if checkpoint_plan.unet.config["in_channels"] == 9 and not is_painted:
         raise OptionError(
             f"--ckpt {checkpoint_plan.path} is an inpainting checkpoint, which needs --image_path and "
-            "--mask_path. Give both, or another checkpoint"
+            "--mask_path. Pass both, or another checkpoint"
         )
 
 

@@ -184,7 +184,7 @@ def _has_all_layers(names: Iterable[str], layers_by_level: Sequence[int]) -> boo
 def _make_unet_error(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"--ckpt {path}: its U-Net is not that of Stable Diffusion, or is damaged: {why}.\n"
-        f"  Give {EXPECTED_FILE}.",
+        f"  Pass {EXPECTED_FILE}.",
         path,
     )
 
@@ -351,7 +351,7 @@ def _check_vae_dimensions(path: Path, option: str, names: Collection[str], chann
             f"{option} {path}: this VAE has {channels} latent channels and "
             f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
             f"{LATENT_CHANNELS} and {VAE_LEVELS}. It is of another model, or tensors are missing.\n"
-            f"  Give {EXPECTED_VAE}.",
+            f"  Pass {EXPECTED_VAE}.",
             path,
         )
 

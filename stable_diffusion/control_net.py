@@ -211,7 +211,7 @@ class BatchGuides:
             if len(request.guides) not in {1, len(specs)}:
                 raise OptionError(
                     f"{request.label}: {len(request.guides)} guide images, but {option} has {len(specs)}. "
-                    "Give one for each model, or a single one for all."
+                    "Pass one for each model, or a single one for all."
                 )
         self._specs = specs
         self._requests = requests

@@ -36,7 +36,7 @@ CONTROL_ONLY_LAYERS = "controlnet_"  # prefix of layers that a U-Net lacks, neve
 
 # a pattern of a tensor's name -> what the file is
 _OTHERS = (
-    (r"lllite_.*", "a ControlNet-LLLite: give it to --control_net_lllite_models"),
+    (r"lllite_.*", "a ControlNet-LLLite: pass it to --control_net_lllite_models"),
     (r"(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\..*", "a T2I adapter, which is not supported"),
     (r"(image_proj|ip_adapter)\..*", "an IP-Adapter, which is not supported"),
     (r"lora_controlnet", "a Control-LoRA, which is not supported"),
@@ -110,7 +110,7 @@ def _reject_similar(control_net: Checkpoint) -> None:
         if any(re.fullmatch(pattern, name) for name in control_net.tensors):
             raise CheckpointError(
                 f"{control_net.path} is not a ControlNet; it looks like {what}.\n"
-                f"  Give {EXPECTED_FILE} to {OPTION}.",
+                f"  Pass {EXPECTED_FILE} to {OPTION}.",
                 control_net.path,
             )
 
@@ -230,7 +230,7 @@ def _read_config(
     """
     unknown_sizes = CheckpointError(
         f"{checkpoint.path} is not a ControlNet of a supported kind: its tensors have unexpected sizes. "
-        f"Give {EXPECTED_FILE} to {OPTION}.",
+        f"Pass {EXPECTED_FILE} to {OPTION}.",
         checkpoint.path,
     )
     # returns the shape of a tensor; raises `unknown_sizes` if the tensor is missing
@@ -345,7 +345,7 @@ def _check_fits_unet(
         raise CheckpointError(
             f"{checkpoint.path} takes latents of {config['in_channels']} and guide images of "
             f"{config['conditioning_channels']} channels; only ControlNets with 4 and 3 are supported, not "
-            f"those of inpainting models. Give {EXPECTED_FILE} to {OPTION}.",
+            f"those of inpainting models. Pass {EXPECTED_FILE} to {OPTION}.",
             checkpoint.path,
         )
     descriptions = {
@@ -366,7 +366,7 @@ def _check_fits_unet(
     if differences:
         raise CheckpointError(
             f"{checkpoint.path} is a ControlNet for {_guess_kind(config).title}, but --ckpt is "
-            f"{model_title}:{differences}\n  Give a ControlNet for {model_title} to {OPTION}.",
+            f"{model_title}:{differences}\n  Pass a ControlNet for {model_title} to {OPTION}.",
             checkpoint.path,
         )
 

@@ -10,12 +10,12 @@ from modules.speed_options import BASE_FORMS
 from stable_diffusion.training_options import StableDiffusionTrainingOptions
 
 WEIGHTS = "--controlnet_model_name_or_path"
-_NONE = "a ControlNet is a copy of the U-Net's first half, and has no such setting. Leave it out"
+_NONE = "a ControlNet is a copy of the U-Net's first half, and has no such setting. Omit it"
 # settings of `training.image_options.control_trainer`
 REJECTED: Mapping[str, str] = {
     "network_dim": _NONE,
     "network_dropout": _NONE,
-    "network_weights": f"Give the ControlNet to start from to {WEIGHTS}",
+    "network_weights": f"Pass the ControlNet to start from to {WEIGHTS}",
     **{
         switch: f"a ControlNet begins as a copy of the U-Net's weights, and {form.name} rounds them. Leave "
         "it out"

@@ -341,7 +341,7 @@ class StableDiffusion(ModelOfImages):
         if MASK_PATH in request.extra and self.options is NO_OPTIONS:
             raise OptionError(
                 f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is not an inpainting checkpoint. "
-                "gen_img.py repaints with it; or give an inpainting checkpoint"
+                "gen_img.py repaints with it; or pass an inpainting checkpoint"
             )
         is_controlled = self._control_network is not None
         return control_pictures.keep_control(
@@ -901,7 +901,7 @@ def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
         )
         raise OptionError(
             f"--block_lr has {len(rates)} numbers, but the U-Net of {files.path} has {numbered.count} "
-            f"blocks: give one for its embeddings, {sides}, and one for its output"
+            f"blocks: pass one for its embeddings, {sides}, and one for its output"
         )
 
 
@@ -949,17 +949,17 @@ def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) 
     if weights.scale_v_pred_loss_like_noise_pred and not predicts_v:
         raise OptionError(
             "--scale_v_pred_loss_like_noise_pred is for models that predict v, but this one predicts noise. "
-            "Leave it out, or add --v_parameterization if the model was trained that way"
+            "Omit it, or add --v_parameterization if the model was trained that way"
         )
     if weights.v_pred_like_loss and predicts_v:
         raise OptionError(
             f"--v_pred_like_loss {weights.v_pred_like_loss:g} is for models that predict noise, but this "
-            "one predicts v. Leave it out"
+            "one predicts v. Omit it"
         )
     if options.zero_terminal_snr and not predicts_v:
         raise OptionError(
             "--zero_terminal_snr needs a model that predicts v: a model that predicts noise learns nothing "
-            "from the last timestep, which is pure noise. Leave it out, or add --v_parameterization if the "
+            "from the last timestep, which is pure noise. Omit it, or add --v_parameterization if the "
             "model was trained that way"
         )
 

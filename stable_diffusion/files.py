@@ -112,7 +112,7 @@ def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
     kind = _find_kind(names)
     other_model = _describe_other(names, kind)
     if other_model is not None:
-        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {EXPECTED_FILE}.", path)
+        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Pass {EXPECTED_FILE}.", path)
     missing = []
     if not _has_prefix(names, UNET):
         missing.append("U-Net")
@@ -124,7 +124,7 @@ def _require_kind(path: Path, names: Collection[str]) -> ModelKind:
         description = kind_of(names)
         resemblance = f"; it looks like {description}" if description is not None else ""
         raise CheckpointError(
-            f"--ckpt {path} has no {', no '.join(missing)}{resemblance}.\n  Give {EXPECTED_FILE}.",
+            f"--ckpt {path} has no {', no '.join(missing)}{resemblance}.\n  Pass {EXPECTED_FILE}.",
             path,
         )
     assert kind is not None
@@ -139,7 +139,7 @@ def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
             continue
         if flag_kind is not kind:
             raise OptionError(
-                f"{flag}: {options.ckpt} is {kind.title}, by its tensors. Leave {flag} out, or give a "
+                f"{flag}: {options.ckpt} is {kind.title}, by its tensors. Omit {flag}, or pass a "
                 f"checkpoint of {flag_kind.title}."
             )
         return  # only the first flag is checked

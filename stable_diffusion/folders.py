@@ -110,7 +110,7 @@ def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
         if not is_same:
             raise CheckpointError(
                 f"{file}: {name} is {shorten(str(declared), MAX_QUOTED)}; Stable Diffusion was trained with "
-                f"{'none' if default is None else default}, and no other noise is supported. Give another "
+                f"{'none' if default is None else default}, and no other noise is supported. Pass another "
                 "model, or the settings that it was trained with.",
                 file,
             )
@@ -141,10 +141,10 @@ def _check_supported(config: Mapping[str, Any], file: Path, folder: Path) -> Non
     for name, values in _SUPPORTED_VALUES.items():
         if config.get(name) not in values:
             is_lcm = name == "time_cond_proj_dim"
-            lcm_hint = " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
+            lcm_hint = " (a latent consistency model; pass its base model with an LCM LoRA)" if is_lcm else ""
             raise CheckpointError(
                 f"{file}: {name} is {config[name]!r}, which no Stable Diffusion "
-                f"1.x, 2.x or XL has{lcm_hint}.\n  Give {EXPECTED_FILE}.",
+                f"1.x, 2.x or XL has{lcm_hint}.\n  Pass {EXPECTED_FILE}.",
                 folder,
             )
 
@@ -212,7 +212,7 @@ def _read_kind(folder: Path) -> ModelKind:
     """Return the kind of Stable Diffusion in a diffusers folder, inferred from its text encoders."""
     if not (folder / "unet").is_dir():
         raise CheckpointError(
-            f"--ckpt {folder} has no folder unet{_quote_pipeline_class(folder)}.\n  Give {EXPECTED_FILE}.",
+            f"--ckpt {folder} has no folder unet{_quote_pipeline_class(folder)}.\n  Pass {EXPECTED_FILE}.",
             folder,
         )
     if (folder / "text_encoder_2").is_dir():
@@ -220,7 +220,7 @@ def _read_kind(folder: Path) -> ModelKind:
             return SDXL
         raise CheckpointError(
             f"--ckpt {folder} is the refiner of Stable Diffusion XL, which only finishes images of the "
-            "base model, or its folder text_encoder is missing.\n  Give the folder of the base model.",
+            "base model, or its folder text_encoder is missing.\n  Pass the folder of the base model.",
             folder,
         )
     config = read_settings(folder / "text_encoder" / "config.json")
@@ -228,7 +228,7 @@ def _read_kind(folder: Path) -> ModelKind:
     if not kind.startswith("clip"):
         raise CheckpointError(
             f"--ckpt {folder}: its text encoder is a {kind}; those of Stable Diffusion 1.x, 2.x and XL are "
-            f"CLIP{_quote_pipeline_class(folder)}.\n  Give {EXPECTED_FILE}.",
+            f"CLIP{_quote_pipeline_class(folder)}.\n  Pass {EXPECTED_FILE}.",
             folder,
         )
     # of the CLIPs in use, only OpenAI's has this activation, which is also config.json's default
@@ -263,7 +263,7 @@ def _check_settings(config: Mapping[str, Any], file: Path, class_name: str) -> N
     """Raise CheckpointError if a config.json is of another class, or has a setting of the wrong type."""
     if config.get("_class_name", class_name) != class_name:
         raise CheckpointError(
-            f"{file}: it is a {config['_class_name']}, {class_name} is needed.\n  Give {EXPECTED_FILE}.",
+            f"{file}: it is a {config['_class_name']}, {class_name} is needed.\n  Pass {EXPECTED_FILE}.",
             file,
         )
     for name, kind in _SETTING_TYPES.items():

@@ -28,9 +28,9 @@ _PRECISION = "precision"
 _OF_GEN_IMG = "gen_img.py has it. Use that script, which makes the same pictures"
 _IN_BRACKETS = "brackets in prompts are weights for all models of Stable Diffusion, as in gen_img.py"
 _BY_MODE = "torch's own kernels are usual; --attn_mode chooses others"
-_OWN_LOOP = "the U-Net runs its blocks by itself, and cannot {}. Leave it out"
+_OWN_LOOP = "the U-Net runs its blocks by itself, and cannot {}. Omit it"
 _NO_SWAP = _OWN_LOOP.format("wait in host memory in part")
-_NO_SKIP = _OWN_LOOP.format("leave out some of them")
+_NO_SKIP = _OWN_LOOP.format("omit some of them")
 _NO_SECOND = _OWN_LOOP.format("attend to a second text")
 _NO_SHARE = _OWN_LOOP.format("share them between processes")
 # shared options that act on the blocks of a transformer
@@ -48,10 +48,10 @@ REJECTED: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         ("i2_extra_noise", "v2v_extra_noise"),
-        "the sampler adds its noise by itself. Give a larger --strength for more change",
+        "the sampler adds its noise by itself. Use a larger --strength for more change",
     ),
-    "save_merged_model": "it would leave out the text encoders. Use networks/sdxl_merge_lora.py",
-    "prompt_weighting": f"{_IN_BRACKETS}, without an option. Leave it out",
+    "save_merged_model": "it would omit the text encoders. Use networks/sdxl_merge_lora.py",
+    "prompt_weighting": f"{_IN_BRACKETS}, without an option. Omit it",
 }
 _LINE_OPTIONS: Mapping[str, LineOption] = {
     **{

@@ -110,7 +110,7 @@ def _plan_layers(checkpoint: Checkpoint, last_layer: int) -> list[_Layer]:
             if layers[-2:] == ["pool", "pool"]:  # beyond the last layer of the file
                 raise OptionError(
                     f"--vgg16_guidance_layer {last_layer}: the last layer in {checkpoint.path} is "
-                    f"{index - 1}. Give a lower one, or {RELEASE} to {OPTION}"
+                    f"{index - 1}. Use a lower one, or {RELEASE} to {OPTION}"
                 )
             continue
         shape = () if info is None else info.shape
@@ -311,7 +311,7 @@ def _check_clip(path: Path) -> None:
         if projection is None or projection.shape != (width, dim):
             raise CheckpointError(
                 f"{CLIP.option} {checkpoint.path}: its text projection ({_PROJECTION}, {width} x {dim}) is "
-                f"missing or has a different size. Give {CLIP.release}.",
+                f"missing or has a different size. Pass {CLIP.release}.",
                 checkpoint.path,
             )
 
@@ -351,7 +351,7 @@ def _load_clip(path: Path, model: Model) -> FullClip:
     # start and end tokens have the highest ids of a vocabulary
     if max(text_encoder.bos_token_id, text_encoder.eos_token_id) >= vocabulary:
         raise CheckpointError(
-            f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
+            f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Pass "
             f"{CLIP.release}.",
             path,
         )

@@ -65,7 +65,7 @@ class InversionOptions(Options, title="textual inversion"):
             OptionError: If no word is given.
         """
         if self.token_string is None:
-            raise OptionError("--token_string is missing. Give the new word, such as --token_string mycat")
+            raise OptionError("--token_string is missing. Pass the new word, such as --token_string mycat")
         return WordToLearn(
             self.token_string,
             self.num_vectors_per_token,

@@ -98,7 +98,7 @@ class LatentUpscaler:
         if abs(scale - LATENT_SCALE) > 1e-4:
             raise OptionError(
                 "--highres_fix_upscaler tools.latent_upscaler is for latents of Stable Diffusion 1.x and "
-                "2.x, but this model has different ones. Give stable_diffusion.model_upscaler with "
+                "2.x, but this model has different ones. Pass stable_diffusion.model_upscaler with "
                 "model=FILE, a SwinIR or ESRGAN file"
             )
         vae_weight = next(vae.parameters())
@@ -126,7 +126,7 @@ def create_upscaler(**args: str) -> LatentUpscaler:
     path = Path(args["weights"])
     if not path.exists():
         hint = explain_missing(path)
-        raise OptionError(f"{ARGS} weights={path}: no such file.{hint} Give a latent upscaler of sd-scripts")
+        raise OptionError(f"{ARGS} weights={path}: no such file.{hint} Pass a latent upscaler of sd-scripts")
     refiner = LatentRefiner()
     refiner.load_state_dict(_read_state(path, refiner), strict=False)
     return LatentUpscaler(refiner.eval())
@@ -144,7 +144,7 @@ def _read_state(path: Path, refiner: LatentRefiner) -> dict[str, Tensor]:
                 continue
             if not is_count and (info is None or info.shape != tensor.shape):
                 raise CheckpointError(
-                    f"{path} is not a latent upscaler of sd-scripts. Give such a file to weights=, or a "
+                    f"{path} is not a latent upscaler of sd-scripts. Pass such a file to weights=, or a "
                     "SwinIR or ESRGAN file to --highres_fix_upscaler stable_diffusion.model_upscaler with "
                     "model=FILE",
                     path,

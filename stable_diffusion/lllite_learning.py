@@ -139,8 +139,8 @@ def _check_dimensions(options: SdxlLlliteTrainingOptions, path: Path, dimensions
     for name, (value, stored) in option_and_stored.items():
         if value is not None and value != stored:
             raise OptionError(
-                f"--{name} {value}: {path}, whose training continues, has {stored}. Give {stored}, or "
-                "leave the option out"
+                f"--{name} {value}: {path}, whose training continues, has {stored}. Pass {stored}, or "
+                "omit the option"
             )
 
 
@@ -183,5 +183,5 @@ def _check_file(options: SdxlLlliteTrainingOptions) -> None:
         for name in plan.config:
             if find_layer_path(name) is None:
                 raise OptionError(
-                    f"{WEIGHTS} {path}: Stable Diffusion XL has no layer for {name}. Give another file."
+                    f"{WEIGHTS} {path}: Stable Diffusion XL has no layer for {name}. Pass another file."
                 )

@@ -177,7 +177,7 @@ def find_layer(
     mismatch = "has no such layer" if width is None else f"takes {width} channels in this layer"
     raise CheckpointError(
         f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
-        f"{dimensions.width} channels, but the model {mismatch}. Give one for {SDXL.title} to {option}.",
+        f"{dimensions.width} channels, but the model {mismatch}. Pass one for {SDXL.title} to {option}.",
         path,
     )
 
@@ -198,7 +198,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, Lllit
         if other_names:
             raise CheckpointError(
                 f"{checkpoint.path} is a ControlNet-LLLite of another model (it has {other_names[0]}). "
-                f"Give one for Stable Diffusion XL to {option}.",
+                f"Pass one for Stable Diffusion XL to {option}.",
                 checkpoint.path,
             )
         raise make_wrong_kind_error(

@@ -129,7 +129,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
         if kind is not SDXL:
             raise CheckpointError(
                 f"{OPTION} {spec.path}: ControlNet-LLLite is for {SDXL.title}, but --ckpt is {kind.title}. "
-                f"Give a checkpoint of {SDXL.title}, or a ControlNet to --control_net_models.",
+                f"Pass a checkpoint of {SDXL.title}, or a ControlNet to --control_net_models.",
                 spec.path,
             )
         _check_file(require_file(spec.path, OPTION, ""))
@@ -145,7 +145,7 @@ def _check_file(path: Path) -> None:
         if find_layer_path(name) is None:
             raise CheckpointError(
                 f"{path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.title} "
-                f"does not have. Give another file to {OPTION}.",
+                f"does not have. Pass another file to {OPTION}.",
                 path,
             )
 

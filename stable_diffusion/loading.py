@@ -180,7 +180,7 @@ def _plan_folder(options: ModelOptions, path: Path, exit_stack: ExitStack) -> Ch
     if options.v_parameterization and has_config and not model_type.predicts_velocity:
         raise OptionError(
             f"--v_parameterization: the scheduler/scheduler_config.json of {path} says that the model "
-            'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is '
+            'predicts noise. Omit it, or write "prediction_type": "v_prediction" there if that is '
             "wrong"
         )
     text_encoders = folders.plan_folder_text_encoders(path, model_type.kind, exit_stack)
@@ -203,7 +203,7 @@ def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) 
             "%s: %d averaged tensors (model_ema.) are not used, only the U-Net itself", path, num_averages
         )
     text_encoders = plan_text_encoders(checkpoint, model_type.kind)
-    # ignored_prefixes=("",): leave out all tensors without this prefix, which belong to other networks
+    # ignored_prefixes=("",): omit all tensors without this prefix, which belong to other networks
     unet_checkpoint = checkpoint.without_prefix(UNET, ignored_prefixes=("",))
     unet = checkpoints.read_unet(unet_checkpoint, model_type.kind, _find_pooled_width(text_encoders))
     if options.vae is None:
@@ -225,7 +225,7 @@ def find_checkpoint(ckpt: Path) -> Path:
         first_files = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"--ckpt {ckpt}: the folder is not in the layout of diffusers; it has no unet (it contains "
-            f"{first_files}).\n  Give {EXPECTED_FILE}.",
+            f"{first_files}).\n  Pass {EXPECTED_FILE}.",
             ckpt,
         )
     if ckpt.exists() or not _is_of_hub(ckpt):
@@ -241,7 +241,7 @@ def _is_of_hub(path: Path) -> bool:
 def _require(path: Path, option: str, give: str) -> None:
     if not path.exists():
         raise CheckpointError(
-            f"{option} {path}: there is no such file or folder.{explain_missing(path)}\n  Give {give}.", path
+            f"{option} {path}: there is no such file or folder.{explain_missing(path)}\n  Pass {give}.", path
         )
 
 
@@ -286,7 +286,7 @@ def _check_widths_match(checkpoint_plan: CheckpointPlan) -> None:
     if channels not in checkpoints.UNET_INPUT_CHANNELS:
         raise CheckpointError(
             f"--ckpt {path}: its U-Net takes {channels} channels; only U-Nets with 4 (images) or 9 "
-            f"(inpainting) are supported.\n  Give {EXPECTED_FILE}.",
+            f"(inpainting) are supported.\n  Pass {EXPECTED_FILE}.",
             path,
         )
     text_width = config.get("cross_attention_dim", 1280)

@@ -75,7 +75,7 @@ class AdjustableLoras:
         strengths = self._defaults if multipliers is None else multipliers
         if len(strengths) > len(self) or not strengths:
             raise OptionError(
-                f"--am has {len(strengths)} strengths for {len(self)} networks: give one for each of "
+                f"--am has {len(strengths)} strengths for {len(self)} networks: pass one for each of "
                 "--network_weights, without those that --network_merge or --network_merge_n_models fold in"
             )
         strengths = (*strengths, *[strengths[-1]] * (len(self) - len(strengths)))
@@ -125,7 +125,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
         if family_names and not {kind.name for kind in KINDS}.intersection(family_names):
             raise CheckpointError(
                 f"{OPTION} {path} is a LoRA for {' or '.join(family_names)}, not for Stable Diffusion.\n"
-                "  Give a LoRA that was trained for Stable Diffusion 1.x, 2.x or XL.",
+                "  Pass a LoRA that was trained for Stable Diffusion 1.x, 2.x or XL.",
                 path,
             )
         loras.append(lora)
@@ -197,7 +197,7 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
         if fitting_kind is not None and fitting_kind is not kind:
             raise CheckpointError(
                 f"{OPTION} {lora.path} is a LoRA for {fitting_kind.title}, by its sizes; --ckpt is "
-                f"{kind.title}.\n  Give a LoRA that was trained for {kind.title}."
+                f"{kind.title}.\n  Pass a LoRA that was trained for {kind.title}."
             )
         if family is not None and family.name != kind.name:
             logger.warning(

@@ -77,7 +77,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
     options = read_options(UpscalerOptions, parser.parse_args(_as_argv(args)))
     if not options.network.model.exists():
         hint = explain_missing(options.network.model)
-        raise OptionError(f"{ARGS} model={args['model']}: no such file.{hint} Give a SwinIR or ESRGAN file")
+        raise OptionError(f"{ARGS} model={args['model']}: no such file.{hint} Pass a SwinIR or ESRGAN file")
     kind, config = check_file(options.network.model)
     options = replace(options, mode=kind.mode, scale=config.factor)  # both are read from the file
     select_compute_dtype(options.network.dtype, "--dtype", torch.float32)

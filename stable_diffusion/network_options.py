@@ -77,7 +77,7 @@ class ControlOptions(Options, title="ControlNet"):
             if count and count != models:
                 raise OptionError(
                     f"--{name} has {_count_words(count, 'value')} for {_count_words(models, 'model')} of "
-                    f"{self.flag}: give one for each model, in the same order, or leave the option "
+                    f"{self.flag}: pass one for each model, in the same order, or leave the option "
                     "out"
                 )
         for text in self.control_net_preps or ():
@@ -154,7 +154,7 @@ def check_control(
     if uses_deep_shrink and options.control_net_lllite_models:
         raise OptionError(
             f"--ds_depth_1 (Deep Shrink) and {options.flag} do not work together, as the sizes of features "
-            "differ: leave one of them out, or use ControlNets"
+            "differ: omit one of them, or use ControlNets"
         )
 
 
@@ -233,13 +233,11 @@ def _check_network_module(name: str) -> None:
     description = UNSUPPORTED_MODULES.get(name)
     if description is not None:
         advice = "--control_net_lllite_models takes it" if "LLLite" in description else "it is not supported"
-        raise OptionError(
-            f"--network_module {name} is for {description}: {advice}. Leave --network_module out"
-        )
+        raise OptionError(f"--network_module {name} is for {description}: {advice}. Omit --network_module")
     if name not in KNOWN_MODULES and not name.startswith("networks.lora"):
         raise OptionError(
             f"--network_module {name}: modules of other programs are not supported in gen_img.py. Leave "
-            f"--network_module out, or give one of {', '.join(KNOWN_MODULES)}: the files are recognized by "
+            f"--network_module out, or pass one of {', '.join(KNOWN_MODULES)}: the files are recognized by "
             "their tensors"
         )
 
@@ -248,7 +246,7 @@ def _check_count(flag: str, values: Sequence[Any], num_files: int) -> None:
     """Raise OptionError if an option has more values than there are files of --network_weights."""
     if len(values) > num_files:
         raise OptionError(
-            f"{flag} has {len(values)} values for {num_files} files of --network_weights: give "
+            f"{flag} has {len(values)} values for {num_files} files of --network_weights: use "
             "at most one for each, in the same order"
         )
 
@@ -304,8 +302,8 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         num_files = len(self.files)
         if len(modules) > 1 and len(modules) != num_files:
             raise OptionError(
-                f"--network_module has {len(modules)} names for {num_files} files of --network_weights: give "
-                "one for each, or leave it out"
+                f"--network_module has {len(modules)} names for {num_files} files of --network_weights: pass "
+                "one for each, or omit it"
             )
         _check_count("--network_mul", multipliers, num_files)
         _check_count("--network_args", self.network_args or (), num_files)
@@ -343,7 +341,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
                 f", without the {self.num_merged} that are folded into the model" if self.num_merged else ""
             )
             raise OptionError(
-                f"--am has {len(multipliers)} strengths for {self.num_adjustable} networks: give one for "
+                f"--am has {len(multipliers)} strengths for {self.num_adjustable} networks: pass one for "
                 f"each of --network_weights, in the same order{merged}"
             )
         multipliers_for(self.files, multipliers, "--am")

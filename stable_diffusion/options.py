@@ -138,7 +138,7 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
         sources = (self.prompt, self.from_file, self.from_module, self.image_path)
         if not self.interactive and all(source is None for source in sources):
             raise OptionError(
-                "There is no prompt: give --prompt, --from_file, --from_module or --interactive, or "
+                "There is no prompt: pass --prompt, --from_file, --from_module or --interactive, or "
                 "--image_path with images whose metadata contains their prompts"
             )
         check_seed("--seed", self.seed)
@@ -224,7 +224,7 @@ class GenImgOptions(Options, title="run"):
         if self.highres.highres_fix_scale is not None and has_images:
             raise OptionError(
                 "--highres_fix_scale makes pictures from text in two stages, --image_path makes them from a "
-                "picture. Leave one out"
+                "picture. Omit one"
             )
         if self.networks.network_regional_mask_max_color_codes is not None and not self.prompts.mask_path:
             raise OptionError(
@@ -242,12 +242,12 @@ class GenImgOptions(Options, title="run"):
         if self.text.XTI_embeddings and self.control.specs:
             raise OptionError(
                 f"--XTI_embeddings and {self.control.flag} do not work together: a ControlNet takes one "
-                "text for all of its layers. Leave one of them out"
+                "text for all of its layers. Omit one of them"
             )
         if self.guides.image_option is not None and self.highres.highres_fix_disable_control_net:
             raise OptionError(
                 f"--highres_fix_disable_control_net with {self.guides.image_option}: there are no "
-                "ControlNets to leave out. Leave it out"
+                "ControlNets to omit. Omit it"
             )
 
     def _check_sampling(self) -> None:

@@ -118,14 +118,14 @@ def check_regions(num_parts: int, num_loras: int, is_folded: bool) -> None:
     if is_folded:
         raise OptionError(
             "--network_pre_calc folds LoRAs into the weights, which are the same in all regions of "
-            "--mask_path. Leave out one of them"
+            "--mask_path. Omit one of them"
         )
     if num_loras and num_loras != num_parts:
         raise OptionError(
             f"the prompt has {format_count(num_parts, 'part')} between AND, --network_weights "
             f"{format_count(num_loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 "
             "to part 2 and so on, without those that are folded into the checkpoint: give as many LoRAs as "
-            "parts, or leave the mask out"
+            "parts, or omit the mask"
         )
 
 

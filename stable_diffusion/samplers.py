@@ -113,7 +113,7 @@ def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
     """Raise OptionError if --zero_terminal_snr is used with a model that does not predict v."""
     if zero_terminal_snr and not predicts_velocity:
         raise OptionError(
-            "--zero_terminal_snr needs a model that predicts v, but this one predicts noise. Leave it out, "
+            "--zero_terminal_snr needs a model that predicts v, but this one predicts noise. Omit it, "
             "or add --v_parameterization if the model was trained that way"
         )
 

@@ -54,7 +54,7 @@ class StartNoiseOptions(Options):
             "--noise_offset_range": self.noise_offset_range,
         }.items():
             if limits is not None and limits[0] > limits[1]:
-                raise OptionError(f"{flag} {limits[0]} {limits[1]}: give the smaller number first")
+                raise OptionError(f"{flag} {limits[0]} {limits[1]}: pass the smaller number first")
 
 
 class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL"):
@@ -120,17 +120,17 @@ class SamplingOptions(Options, title="sampling"):
             if size is not None and size % 8:
                 nearest = max(8, round(size / 8) * 8)
                 raise OptionError(
-                    f"--{name} {size}: sizes are multiples of 8 pixels. Give {nearest}, for example"
+                    f"--{name} {size}: sizes are multiples of 8 pixels. Pass {nearest}, for example"
                 )
 
 
 def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
     """Raise OptionError if a sampler does not support this number of steps."""
     if steps > MAX_STEPS:
-        raise OptionError(f"{option} {steps}: {STEPS_HINT}. Give {MAX_STEPS} at most; 20 to 50 are usual")
+        raise OptionError(f"{option} {steps}: {STEPS_HINT}. Pass {MAX_STEPS} at most; 20 to 50 are usual")
     if sampler == "pndm" and steps < PNDM_STEPS:
         raise OptionError(
-            f"{option} {steps}: the sampler pndm begins with {PNDM_STEPS} steps of a different kind. Give "
+            f"{option} {steps}: the sampler pndm begins with {PNDM_STEPS} steps of a different kind. Use "
             f"at least {PNDM_STEPS}, or another sampler"
         )
 
@@ -263,7 +263,7 @@ def read_unsharp(option: str, text: str) -> Unsharp:
     Raises OptionError if the text cannot be read.
     """
     invalid = OptionError(
-        f"{option} {text}: give an odd size of the blur, its sigma, the strength, and 1 (to sharpen the "
+        f"{option} {text}: pass an odd size of the blur, its sigma, the strength, and 1 (to sharpen the "
         "result of a step) or 0 (to sharpen its input), such as 3,0.5,0.5,1"
     )
     values = [value.strip() for value in text.split(",")]

@@ -52,7 +52,7 @@ class DeepShrinks:
         if shrink.ds_depth_2 is not None and shrink.ds_timesteps_2 >= shrink.ds_timesteps_1:
             logger.warning(
                 "%s: --ds_depth_2 never acts: it would act from --ds_timesteps_1 (%d) down to "
-                "--ds_timesteps_2 (%d). Give a lower --ds_timesteps_2.",
+                "--ds_timesteps_2 (%d). Use a lower --ds_timesteps_2.",
                 label,
                 shrink.ds_timesteps_1,
                 shrink.ds_timesteps_2,
@@ -66,7 +66,7 @@ class DeepShrinks:
         if requests[0].image is not None and not hooks.has_acted:
             logger.warning(
                 "%s: Deep Shrink never acts: with this --strength all timesteps are below --ds_timesteps_1 "
-                "(%d). Give a lower one, or a higher --strength.",
+                "(%d). Use a lower one, or a higher --strength.",
                 label,
                 shrink.ds_timesteps_1,
             )
@@ -78,7 +78,7 @@ def _check_depths(shrink: DeepShrinkOptions, num_blocks: int) -> None:
         if depth is not None and not 0 <= depth < num_blocks:
             raise OptionError(
                 f"--{name} {depth}: this model's U-Net has the input blocks 0 to "
-                f"{num_blocks - 1}. Give one of them, such as 3"
+                f"{num_blocks - 1}. Pass one of them, such as 3"
             )
 
 
@@ -265,7 +265,7 @@ def _warn_of_growth(
     if first_size == full_size and gradual.gradual_latent_ratio < NEARLY_ONE:
         logger.warning(
             "--gradual_latent_timesteps (--glt) does nothing for %d x %d pixels: its first size, rounded to "
-            "multiples of %d pixels, is the same. Give larger --W and --H, or a smaller "
+            "multiples of %d pixels, is the same. Pass larger --W and --H, or a smaller "
             "--gradual_latent_ratio.",
             full_size[1] * STRIDE,
             full_size[0] * STRIDE,
@@ -274,7 +274,7 @@ def _warn_of_growth(
     if last_size != full_size:
         logger.warning(
             "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
-            "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
+            "Use more --steps, a larger --gradual_latent_ratio_step or a higher "
             "--gradual_latent_timesteps.",
             last_size[1] * STRIDE,
             last_size[0] * STRIDE,
@@ -306,7 +306,7 @@ def begin_small(
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
         raise OptionError(
             f"the blur of {unsharp.ksize} of --gradual_latent_unsharp_params (--glus) is too large for "
-            f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
+            f"latents of {sizes[0][1]} x {sizes[0][0]}. Use a smaller one, such as 3"
         )
     first_size = scale_size(full_size, gradual.gradual_latent_ratio)
     _warn_of_growth(full_size, first_size, sizes[-1] if sizes else first_size, gradual)
@@ -330,7 +330,7 @@ def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
     if any(map(is_masked, requests)):
         raise OptionError(
             f"{requests[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) cannot be used with a "
-            "mask: the unmasked part of the picture has its full size. Leave one out"
+            "mask: the unmasked part of the picture has its full size. Omit one"
         )
 
 

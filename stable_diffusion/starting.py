@@ -153,7 +153,7 @@ def check_start(model: Model, request: RequestedImage, start: SecondStageInput |
     if model.is_inpainting and not is_masked(request):
         raise OptionError(
             f"{request.label}: {model.path} is an inpainting checkpoint, which needs a picture and its "
-            "mask, and does not support regions for parts of a prompt. Use another checkpoint, or leave out "
+            "mask, and does not support regions for parts of a prompt. Use another checkpoint, or omit "
             "AND"
         )
 

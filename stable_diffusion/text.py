@@ -185,7 +185,7 @@ def warn_if_truncated(
     """
     if num_chunks > max_chunks:
         logger.warning(
-            "a text is cut after %d tokens; the rest is not read: %s\n  Give --max_embeddings_multiples %d "
+            "a text is cut after %d tokens; the rest is not read: %s\n  Pass --max_embeddings_multiples %d "
             "to read all of it",
             tokenizers.CHUNK_SIZE * max_chunks,
             shorten(tokenizers.find_cut_off_text(parts, tokenize, max_chunks), MAX_QUOTED),
@@ -279,7 +279,7 @@ def check_layer(clip_skip: int | None, num_layers: int, kind: ModelKind) -> None
     """Raise OptionError if --clip_skip exceeds the number of layers of the text encoder."""
     if clip_skip is not None and clip_skip > num_layers:
         raise OptionError(
-            f"--clip_skip {clip_skip}: the text encoder of this {kind.title} has {num_layers} layers. Give 1 "
+            f"--clip_skip {clip_skip}: the text encoder of this {kind.title} has {num_layers} layers. Pass 1 "
             f"to {num_layers}"
         )
 
@@ -375,7 +375,7 @@ class ImageVectors:
         if width != pooled_width:
             raise CheckpointError(
                 f"{OPTION}: the image encoder {self._path} produces vectors of width {width}, but the pooled "
-                f"state of {model.path} has width {pooled_width}. Give {RELEASE}.",
+                f"state of {model.path} has width {pooled_width}. Pass {RELEASE}.",
                 self._path,
             )
         return image_encoder

@@ -116,7 +116,7 @@ def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(
             f"--ckpt {checkpoint.path} is incomplete: its text encoder {what} ({prefix}...) is missing.\n"
-            f"  Give {EXPECTED_FILE}.",
+            f"  Pass {EXPECTED_FILE}.",
             checkpoint.path,
         )
     return checkpoint.without_prefix(prefix, ignored_prefixes=("",))
@@ -160,6 +160,6 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
         )
     raise CheckpointError(
         f"--ckpt {checkpoint.path} is incomplete: text_projection of its second text encoder is missing.\n"
-        f"  Give {EXPECTED_FILE}.",
+        f"  Pass {EXPECTED_FILE}.",
         checkpoint.path,
     )

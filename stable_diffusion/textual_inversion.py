@@ -261,7 +261,7 @@ def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Model
                 )
             raise CheckpointError(
                 f"{word.option} {word.path}: its vectors have width {_join(vector_widths)}, but the text "
-                f"encoders of {kind.title} take width {_join(widths)}.{hint} Give a file that was made for "
+                f"encoders of {kind.title} take width {_join(widths)}.{hint} Pass a file that was made for "
                 f"{kind.title}.",
                 word.path,
             )
@@ -315,7 +315,7 @@ def _read_extended(path: Path, cross_attentions: Sequence[str]) -> LearnedWord:
 
 def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{option} {path} is not an extended textual inversion of this model: {why}. Give a file with a "
+        f"{option} {path} is not an extended textual inversion of this model: {why}. Pass a file with a "
         "tensor for each cross-attention of the U-Net (IN01, ..., MID, ..., OUT11), or others to "
         f"{OPTION}.",
         path,

@@ -88,7 +88,7 @@ def find_tokenizer_files(
         OptionError: If --tokenizer_cache_dir names a file.
     """
     if cache is not None and cache.exists() and not cache.is_dir():
-        raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that contains {CLIP_L}")
+        raise OptionError(f"{OPTION} {cache}: it is not a folder. Pass the folder that contains {CLIP_L}")
     folders = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
     sources: list[tuple[TokenizerFiles, Path | None]] = []
     for index, is_open_clip in enumerate(are_open_clip):
@@ -146,7 +146,7 @@ def check_vocabulary(tokenizer: ClipWords, rows: int, checkpoint: Path) -> None:
     if last >= rows:
         raise CheckpointError(
             f"{checkpoint}: its text encoder has {rows} token embeddings, but its tokenizer has token IDs "
-            f"up to {last}. Give the matching tokenizer to {OPTION}.",
+            f"up to {last}. Pass the matching tokenizer to {OPTION}.",
             checkpoint,
         )
 
@@ -160,7 +160,7 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
         raise CheckpointError(
             f"no tokenizer for {checkpoint}: there is none{in_cache} next to it, and {files.repository} "
             "cannot be downloaded from the hub.\n  Put vocab.json and merges.txt, or tokenizer.json, of that "
-            f"repository into a folder {CLIP_L} and give the folder that contains it to {OPTION}."
+            f"repository into a folder {CLIP_L} and pass the folder that contains it to {OPTION}."
         ) from error
     if cache is None:
         return file

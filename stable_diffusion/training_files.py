@@ -111,7 +111,7 @@ class TrainingFiles:
             )
         if self.v2 and kind is not SD2:
             raise OptionError(
-                f"--v2: {path} is {kind.title}, by its tensors. Leave --v2 out, or give a checkpoint "
+                f"--v2: {path} is {kind.title}, by its tensors. Omit --v2, or pass a checkpoint "
                 f"of {SD2.title}"
             )
         return model_type
@@ -158,7 +158,7 @@ class TrainingFiles:
             raise CheckpointError(
                 f"--ckpt {self.path} is an inpainting checkpoint, whose U-Net also takes a mask and a masked "
                 "image: 9 channels instead of 4. Train it with --train_inpainting (LoRAs, textual inversion "
-                "and whole checkpoints), or give a checkpoint for images.",
+                "and whole checkpoints), or pass a checkpoint for images.",
                 self.path,
             )
         if is_for_inpainting:
@@ -167,7 +167,7 @@ class TrainingFiles:
             raise CheckpointError(
                 f"--ckpt {self.path} is a checkpoint for images, and --train_inpainting needs one for "
                 "inpainting: its U-Net has no input for a mask, and what is trained here cannot contain one. "
-                "Give an inpainting checkpoint, or make one first by training all weights of this one: "
+                "Pass an inpainting checkpoint, or make one first by training all weights of this one: "
                 f"{'sdxl_train.py' if self.kind is SDXL else 'fine_tune.py'} --train_inpainting.",
                 self.path,
             )

@@ -151,7 +151,7 @@ def make_writer(
     num_averages = sum(name.startswith(EMA) for name in source.tensors)
     if num_averages:
         logger.info(
-            "Saved checkpoints leave out the %d averaged tensors (model_ema.) of %s, which are of the "
+            "Saved checkpoints omit the %d averaged tensors (model_ema.) of %s, which are of the "
             "untrained U-Net.",
             num_averages,
             path,

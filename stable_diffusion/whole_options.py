@@ -59,7 +59,7 @@ def read_block_rates(text: str | None) -> tuple[float, ...]:
     try:
         rates = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise OptionError(f"--block_lr {text}: give numbers, separated by commas") from None
+        raise OptionError(f"--block_lr {text}: use numbers, separated by commas") from None
     if not all(0 <= rate < LARGEST_RATE for rate in rates):
         raise OptionError(f"--block_lr {text}: learning rates are at least 0 and below {LARGEST_RATE:g}")
     return rates

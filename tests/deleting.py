@@ -198,6 +198,6 @@ def check_deletion(name: str, folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in FOLDERS:
-        sys.exit(f"Give one of: {' '.join(FOLDERS)}")
+        sys.exit(f"Pass one of: {' '.join(FOLDERS)}")
     with tempfile.TemporaryDirectory() as temporary:
         sys.exit("\n".join(check_deletion(sys.argv[1], Path(temporary))) or 0)

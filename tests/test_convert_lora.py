@@ -169,7 +169,7 @@ def test_fp8_weights_whose_scales_are_elsewhere_are_refused(tmp_path: Path, lora
     """As HunyuanVideo's, with a second file of scales; others are merged by their values."""
     torch.save(as_fp8(tiny_state("t2v"), "fp8"), tmp_path / "model.pt")
 
-    with pytest.raises(CheckpointError, match="in 8 bits without its scale. Give the bf16 file"):
+    with pytest.raises(CheckpointError, match="in 8 bits without its scale. Pass the bf16 file"):
         merge(
             *("--dit", tmp_path / "model.pt", "--lora_weight", lora),
             *("--save_merged_model", tmp_path / "out.safetensors"),

@@ -25,9 +25,9 @@ DAILY = {
 NAMES = list_option_names()
 GUESS = re.compile(r"Did you mean --([\w-]+)")
 REASONS = (
-    " It belongs to other scripts, and nothing here corresponds to it. Leave it out.",
-    " Leave it out: ",
-    " Give --",  # a file of the same role
+    " It belongs to other scripts, and nothing here corresponds to it. Omit it.",
+    " Omit it: ",
+    " Pass --",  # a file of the same role
 )
 
 
@@ -76,16 +76,16 @@ def test_an_option_of_another_script_gets_its_counterpart_or_no_guess(
         ("wan_generate_video.py", "stg_scale", "It belongs to other scripts, and nothing here"),
         ("convert_lora.py", "prompt", "It belongs to other scripts, and nothing here"),
         ("wan_generate_video.py", "promt", "Did you mean --prompt?"),
-        ("new_project.py", "dit", "It is a file of the model: give it to `new`, as --model_file dit=FILE."),
-        ("new_project.py", "ckpt", "It is a file of the model: give it to `new`, as --model_file ckpt=FILE."),
+        ("new_project.py", "dit", "It is a file of the model: pass it to `new`, as --model_file dit=FILE."),
+        ("new_project.py", "ckpt", "It is a file of the model: pass it to `new`, as --model_file ckpt=FILE."),
         (
             "new_project.py",
             "pretrained_model_name_or_path",
-            "It is a file of the model: give it to `new`, as --model_file ckpt=FILE.",
+            "It is a file of the model: pass it to `new`, as --model_file ckpt=FILE.",
         ),
-        ("run_project.py", "vae", "It is a file of the model: give it to `new`, as --model_file vae=FILE."),
+        ("run_project.py", "vae", "It is a file of the model: pass it to `new`, as --model_file vae=FILE."),
         ("run_project.py", "family", "`new` has it, which describes the folder: type `new` again with"),
-        ("wan_generate_video.py", "qwertz", "Leave it out."),
+        ("wan_generate_video.py", "qwertz", "Omit it."),
     ],
 )
 def test_known_counterparts(script: str, typed: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

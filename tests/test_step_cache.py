@@ -139,4 +139,4 @@ def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
     assert not any(same_parts(found, plain))
     more = (*start, "--save_path", "out", "--magcache_calibration")
     code, said = run_here(*family.generate, *SIZE, *more, folder=tmp_path)
-    assert_one_message(code, said, "--magcache_calibration measures all steps", "leave out --video_path")
+    assert_one_message(code, said, "--magcache_calibration measures all steps", "omit --video_path")

@@ -76,7 +76,7 @@ def _reject_generation_options(parser: Parser, argv: Sequence[str]) -> None:
     for option in ("--lora", "--lora_high_noise"):
         option_of_generation = option.replace("lora", "lora_weight")
         if option_of_generation in names:
-            parser.error(f"{option_of_generation}: give the files to {option}, which makes a column of each")
+            parser.error(f"{option_of_generation}: pass the files to {option}, which makes a column of each")
     if "--lora_multiplier_high_noise" in names:
         parser.error(
             "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"

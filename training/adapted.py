@@ -27,7 +27,7 @@ def list_adapter_warnings(family: Family, options: TrainingOptions) -> str:
             warnings.append(
                 f"--training_adapter with {target.option}: the adapter has undone the guidance that was "
                 "distilled into the transformer, and the target adds it again, so that it acts twice in what "
-                "is learned. Leave one of the two out."
+                "is learned. Omit one of the two."
             )
     metadata: Mapping[str, str] = {}
     if path.is_file():
@@ -38,7 +38,7 @@ def list_adapter_warnings(family: Family, options: TrainingOptions) -> str:
     reason = _describe_other_base(family, metadata)
     if reason:
         warnings.append(
-            f"--training_adapter {path}: {reason}. An adapter undoes the distillation of one model: give the "
+            f"--training_adapter {path}: {reason}. An adapter undoes the distillation of one model: pass the "
             "one for this transformer."
         )
     return " ".join(warnings)

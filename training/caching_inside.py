@@ -250,7 +250,7 @@ def _reject_npz(options: CachingInRunOptions) -> None:
     }
     for name, to_disk in to_disk_by_name.items():
         if to_disk:
-            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
+            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; omit _to_disk")
 
 
 def _locate_texts(
@@ -273,7 +273,7 @@ def _locate_latents(
         if options is not None and options.caches_latents:
             raise DatasetError(
                 f"{table.name}: color_aug, random_crop and face_crop_aug_range change images each time, so "
-                "their latents cannot be cached: leave out these keys, or --cache_latents"
+                "their latents cannot be cached: omit these keys, or --cache_latents"
             )
         return TensorLocation.LIVE
     if options is None:
@@ -365,8 +365,8 @@ def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> No
     if table.texts_see_references and any(source.control for source in sources):
         raise DatasetError(
             f"{table.name}: the text encoder reads captions together with their reference images, and this "
-            "training encodes captions at each step, without them. Leave out what changes captions or learns "
-            "a word, and cache texts; or leave out the reference images"
+            "training encodes captions at each step, without them. Omit what changes captions or learns "
+            "a word, and cache texts; or omit the reference images"
         )
 
 
@@ -473,7 +473,7 @@ def _select_live_encoders(
     if varying is not None and caches_texts:
         raise OptionError(
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
-            "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
+            "dropout or token warm-up), so that they cannot be cached. Omit one of the two"
         )
     if options.full_dit is not None:
         fully_trained = _select_fully_trained_encoders(family, caches_texts)
@@ -561,7 +561,7 @@ def _select_fully_trained_encoders(family: Family, caches_texts: bool) -> LiveTe
     if caches_texts:
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {' and '.join(encoder.name for encoder in trained)} "
-            "change, as they are trained. Leave out the caches, or train the U-Net alone"
+            "change, as they are trained. Omit the caches, or train the U-Net alone"
         )
     return LiveTextEncoders(encoders, trained)
 
@@ -591,13 +591,13 @@ def _overrides_text_cache(
     # common guides cache all captions and do not ask to train text encoders, so these are left out
     if options.lora_parts is None or not options.lora_parts.trains_dit:
         raise OptionError(
-            f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
+            f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Omit it"
         )
     # a given --text_encoder_lr loses its effect, which deserves a warning
     log = logger.info if options.lora_parts.text_encoder_lr is None else logger.warning
     log(
         "Text encoders are not trained (%s), because --cache_text_encoder_outputs keeps their outputs: only "
-        "the transformer is trained, as with %s. To train both, leave out the caches.",
+        "the transformer is trained, as with %s. To train both, omit the caches.",
         names,
         UNET_ONLY,
     )

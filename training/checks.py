@@ -134,7 +134,7 @@ def reject_quantized_bases(family: Family) -> None:
         repositories = " or ".join(family.release.repositories)
         raise CheckpointError(
             f"{path} is {state}, and the steps of a training of all weights would be lost in rounding.\n"
-            f"  Give the bf16 file of the model ({repositories}), make one of yours "
+            f"  Pass the bf16 file of the model ({repositories}), make one of yours "
             "(tools/quantise.py FILE RESULT --form bf16), or train a LoRA.",
             path,
         )
@@ -277,8 +277,8 @@ def reject_foreign_module(family: Family, options: TrainingOptions) -> None:
     if module != family.lora_module and owner not in ("", family.name):
         # its rules name layers of another model, and its files would name another model
         raise OptionError(
-            f"--network_module {module} is for a different model than this script trains. Give "
-            f"{family.lora_module}, or leave the option out"
+            f"--network_module {module} is for a different model than this script trains. Pass "
+            f"{family.lora_module}, or omit the option"
         )
 
 
@@ -346,13 +346,13 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
     name = f"--network_weights {network.network_weights}"
     if kind_of_file is not None:
         raise OptionError(
-            f"{name} is {named(kind_of_file)}: to continue training it, give --network_module "
+            f"{name} is {named(kind_of_file)}: to continue training it, pass --network_module "
             f"{kind_of_file.network_module}"
         )
     assert kind_of_network is not None
     raise OptionError(
         f"{name} is not {named(kind_of_network)}, so --network_module {kind_of_network.network_module} "
-        "cannot continue training it. Leave the module out, or give the one that made the file"
+        "cannot continue training it. Omit the module, or pass the one that made the file"
     )
 
 

@@ -59,7 +59,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     actions = _map_actions_by_key(parser)
     tables = {name: value for name, value in _load(path).items() if name != PROJECT_TABLE}
     if isinstance(tables.get("datasets"), list):
-        raise OptionError(f"{path} describes a data set: give it to --dataset_config, and options here")
+        raise OptionError(f"{path} describes a data set: pass it to --dataset_config, and options here")
     flat = dict(_flatten(tables))
     values = {}
     for key, value in flat.items():
@@ -107,7 +107,7 @@ def _reject_program_start(path: Path, key: str, action: argparse.Action) -> None
     if getattr(action, "reach", "") == STARTS["reach"]:
         raise OptionError(
             f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
-            f"written. Leave it out there, and type --{key} ... with the command"
+            f"written. Omit it there, and type --{key} ... with the command"
         )
 
 
@@ -204,7 +204,7 @@ def _load(path: Path) -> dict[str, Any]:
         # an existing path is a folder or is not readable: similar names would not help
         similar_names = "" if path_exists(path) else explain_missing(path)
         raise UserError(
-            f"--config_file {path}: cannot be read ({error.strerror}).{similar_names} Give the path of a "
+            f"--config_file {path}: cannot be read ({error.strerror}).{similar_names} Pass the path of a "
             "TOML file."
         ) from None
     except UnicodeDecodeError as error:

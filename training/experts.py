@@ -116,11 +116,11 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
     by_expert = options.by_expert
     has_two_transformers = len(family.experts) > 1  # of high and of low noise
     if by_expert.lora_per_expert and not has_two_transformers:
-        raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
+        raise OptionError("--lora_per_expert needs two transformers: pass --dit and --dit_high_noise")
     if options.full_dit is not None and has_two_transformers:
         raise OptionError(
             "--dit and --dit_high_noise: whole transformers are trained one at a time, as the weights of two "
-            "with their gradients fit no device. Give one of them, or train a LoRA"
+            "with their gradients fit no device. Pass one of them, or train a LoRA"
         )
     if by_expert.network_weights_high_noise is not None and not by_expert.lora_per_expert:
         raise OptionError(

@@ -229,7 +229,7 @@ def _apply_optimizer_switches(args: argparse.Namespace) -> None:
         if args.optimizer_type:
             raise OptionError(
                 f"--{switch} is --optimizer_type {optimizer}, but --optimizer_type {args.optimizer_type} "
-                "is given too: give one of them"
+                "is given too: pass one of them"
             )
         args.optimizer_type = optimizer
 
@@ -240,7 +240,7 @@ def _apply_caption_extention(args: argparse.Namespace) -> None:
     if args.caption_extension not in (default, args.caption_extention):
         raise OptionError(
             f"--caption_extention {args.caption_extention} is --caption_extension, which is "
-            f"{args.caption_extension}: give one of them"
+            f"{args.caption_extension}: pass one of them"
         )
     logger.info("--caption_extention is read as --caption_extension")
     args.caption_extension = args.caption_extention
@@ -288,7 +288,7 @@ def _find_tokenizers(args: argparse.Namespace, folder_by_option: Mapping[str, st
         return
     cache = to_path("--tokenizer_cache_dir", args.tokenizer_cache_dir)
     if cache.is_file():
-        raise OptionError(f"--tokenizer_cache_dir {cache}: it is a file. Give the folder of the tokenizers")
+        raise OptionError(f"--tokenizer_cache_dir {cache}: it is a file. Pass the folder of the tokenizers")
     for option_name, folder in folder_by_option.items():
         if getattr(args, option_name) is None and (cache / folder).is_dir():
             setattr(args, option_name, str(cache / folder))
@@ -407,7 +407,7 @@ class OfLoraFiles(Options, title="not built"):
     full_bf16 = not_needed(ROUNDING, "train in bf16")
 
 
-_TEXTS_STAY = "the text encoders are not trained. Leave it out, or train a LoRA"
+_TEXTS_STAY = "the text encoders are not trained. Omit it, or train a LoRA"
 
 
 class OfManyWeights(Options, title="many weights"):
@@ -429,7 +429,7 @@ class UnsupportedInFullFineTuning(OfManyWeights, title="full fine-tuning"):
 
     network_train_unet_only = not_needed("the text encoders are not trained.")
     network_train_text_encoder_only = unsupported(_TEXTS_STAY)
-    unet_lr = unsupported("the rate of the transformer is that of --learning_rate. Give it there", type=float)
+    unet_lr = unsupported("the rate of the transformer is that of --learning_rate. Pass it there", type=float)
     text_encoder_lr = unsupported(_TEXTS_STAY, nargs="*", type=float)
 
 
@@ -495,11 +495,11 @@ class OfFullCheckpoints(Options, title="full fine-tuning"):
     use_safetensors = not_needed("only safetensors files are written.")
     network_train_unet_only = not_needed("the U-Net learns, and text encoders on request.")
     network_train_text_encoder_only = unsupported(
-        "it is of LoRAs. Leave it out; --learning_rate 0 freezes the U-Net of a whole checkpoint"
+        "it is of LoRAs. Omit it; --learning_rate 0 freezes the U-Net of a whole checkpoint"
     )
-    unet_lr = unsupported("it is of LoRAs. Give the rate of the U-Net to --learning_rate", type=float)
+    unet_lr = unsupported("it is of LoRAs. Pass the rate of the U-Net to --learning_rate", type=float)
     text_encoder_lr = unsupported(
-        "it is of LoRAs. Give the rates of text encoders to --learning_rate_te, of Stable Diffusion XL to "
+        "it is of LoRAs. Pass the rates of text encoders to --learning_rate_te, of Stable Diffusion XL to "
         "--learning_rate_te1 and --learning_rate_te2",
         nargs="*",
         type=float,
@@ -517,7 +517,7 @@ def _replace_fused_groups(args: argparse.Namespace) -> None:
     if args.fused_backward_pass:
         raise OptionError(
             f"--fused_optimizer_groups {groups} with --fused_backward_pass: both set when weights are "
-            "stepped. Give --fused_backward_pass alone, which takes less memory"
+            "stepped. Pass --fused_backward_pass alone, which takes less memory"
         )
     args.fused_backward_pass = True
     args.typed_names = {
@@ -533,7 +533,7 @@ def _read_full_checkpoint(args: argparse.Namespace) -> None:
         raise OptionError(
             f"{SHARD_SIZE} {args.max_shard_size}: ComfyUI, web UIs and diffusers read a checkpoint with "
             "these names from one file alone. Add --save_model_as diffusers, whose networks are cut, or "
-            "leave it out"
+            "omit it"
         )
     _replace_fused_groups(args)
     apply_sd_scripts_defaults(args)
@@ -568,15 +568,15 @@ CHECKPOINT_TRAINER = replace(
 
 _OF_LORAS = "it is of LoRAs, and this script trains {}. "
 _REJECTED_BESIDE = {
-    "network_module": "Leave it out",
-    "network_alpha": "It has no alpha; leave it out",
-    "network_args": "Leave it out",
-    "dim_from_weights": "Leave it out",
-    "scale_weight_norms": "Its norms are not limited; leave it out",
-    "lora_format": "Its files have the names that other programs read; leave it out",
-    "network_train_text_encoder_only": "Text encoders have no part in it; leave it out",
-    "unet_lr": "Give its rate to --learning_rate",
-    "text_encoder_lr": "Text encoders have no part in it; leave it out",
+    "network_module": "Omit it",
+    "network_alpha": "It has no alpha; omit it",
+    "network_args": "Omit it",
+    "dim_from_weights": "Omit it",
+    "scale_weight_norms": "Its norms are not limited; omit it",
+    "lora_format": "Its files have the names that other programs read; omit it",
+    "network_train_text_encoder_only": "Text encoders have no part in it; omit it",
+    "unet_lr": "Pass its rate to --learning_rate",
+    "text_encoder_lr": "Text encoders have no part in it; omit it",
 }
 
 
@@ -599,7 +599,7 @@ def _list_lora_rejections(network_title: str) -> dict[str, str]:
     """
     reasons = {name: _OF_LORAS.format(network_title) + remedy for name, remedy in _REJECTED_BESIDE.items()}
     reasons["masked_loss"] = (
-        "conditioning_data_dir holds the control pictures here, not masks. Give mask_directory in a subset "
+        "conditioning_data_dir holds the control pictures here, not masks. Set mask_directory in a subset "
         "for masks of the loss"
     )
     return reasons
@@ -627,8 +627,8 @@ def block_control_net_trainer(network_title: str, defaults: ImageTrainerDefaults
     )
     refused = {
         **dict.fromkeys((*block_options, "gradient_checkpointing_cpu_offload"), _TOKENS),
-        "network_dim": "Its sizes are those of --cond_emb_dim and --lllite_...; leave it out",
-        "network_dropout": "Give it to --lllite_dropout",
+        "network_dim": "Its sizes are those of --cond_emb_dim and --lllite_...; omit it",
+        "network_dropout": "Pass it to --lllite_dropout",
     }
     weights = {"network_weights": {"help": "file of a ControlNet-LLLite to start from"}}
     return replace(control_net_trainer(network_title, defaults, refused), settings=weights)
@@ -679,7 +679,7 @@ def _read_leco(args: argparse.Namespace) -> None:
     """Require --prompts_file for LECO, set the default rank, and by default train only the U-Net."""
     if args.prompts_file is None:
         raise OptionError(
-            "--prompts_file is missing: give a TOML or YAML file of the prompts that are learned from. "
+            "--prompts_file is missing: pass a TOML or YAML file of the prompts that are learned from. "
             "The documentation of Stable Diffusion shows one"
         )
     apply_sd_scripts_defaults(args)
@@ -691,12 +691,12 @@ def _read_leco(args: argparse.Namespace) -> None:
 
 _REJECTED_FOR_WORDS = {
     **_REJECTED_BESIDE,
-    "network_dim": "Give the number of vectors to --num_vectors_per_token",
-    "network_weights": "Give the file to --weights",
-    "network_dropout": "Leave it out",
-    "base_weights": "Leave it out, or merge the LoRA into the checkpoint with merge_lora.py",
-    "network_train_unet_only": "The U-Net has no part in it; leave it out",
-    "text_encoder_lr": "Give its rate to --learning_rate",
+    "network_dim": "Pass the number of vectors to --num_vectors_per_token",
+    "network_weights": "Pass the file to --weights",
+    "network_dropout": "Omit it",
+    "base_weights": "Omit it, or merge the LoRA into the checkpoint with merge_lora.py",
+    "network_train_unet_only": "The U-Net has no part in it; omit it",
+    "text_encoder_lr": "Pass its rate to --learning_rate",
 }
 
 
@@ -726,7 +726,7 @@ def _read_word(args: argparse.Namespace) -> None:
     elif word is not None and args.output_name not in (None, word):
         logger.warning(
             "--output_name %s is not the word %s: gen_img.py and other programs take the name of a file as "
-            "its word. Rename the file to %s.safetensors before it is used, or leave out --output_name.",
+            "its word. Rename the file to %s.safetensors before it is used, or omit --output_name.",
             args.output_name,
             word,
             word,

@@ -206,10 +206,10 @@ def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, preserve_at
         if table.is_reg:
             raise DatasetError(
                 f"{table.name}: {custom.label} learns nothing from regularization images, as their captions "
-                "lack the word. Leave them out"
+                "lack the word. Omit them"
             )
         if preserve_attribute in table.attributes:
             raise DatasetError(
                 f"{table.name}: {preserve_attribute} compares a network in the transformer with the model "
-                f"without it, and {custom.label} has none there. Leave it out"
+                f"without it, and {custom.label} has none there. Omit it"
             )

@@ -137,7 +137,7 @@ def _check_initial_lora(
     trained_words = {word_of(name) for auxiliary in auxiliary_learners for name in auxiliary.tensors()}
     for word in sorted(words_in_file - trained_words):
         logger.warning(
-            "%s contains the word %s, which is not trained further and will not be in the new file. Give "
+            "%s contains the word %s, which is not trained further and will not be in the new file. Pass "
             "--train_embedding %s to train both",
             lora,
             word,

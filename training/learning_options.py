@@ -269,7 +269,7 @@ class PartsOptions(Options, title="what is trained"):
         rates = self.text_encoder_lr or (learning_rate,)
         if len(rates) > max(count, 1):
             raise OptionError(
-                f"--text_encoder_lr has {len(rates)} values, but {count} text encoders can learn: give one "
+                f"--text_encoder_lr has {len(rates)} values, but {count} text encoders can learn: pass one "
                 "value, or one for each"
             )
         # the last rate is repeated; [:count] matters if no encoder can learn

@@ -118,7 +118,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         "stratified sampling: each run of N samples takes one timestep from each of N equal parts, shuffled",
         minimum=1,
         maximum=1_000_000,
-        hint="leave it out for independent draws, 10 to 1000 are usual",
+        hint="omit it for independent draws, 10 to 1000 are usual",
     )
     timestep_focus: float | None = option(
         "draw this fraction of the samples from --timestep_focus_range",
@@ -154,7 +154,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
             raise OptionError(
                 f"--timestep_focus {self.timestep_focus:g} with --min_timestep {self.lowest} --max_timestep "
                 f"{self.highest}: a window leaves levels out, and a focus draws from all of them, from some "
-                "more often. Give one of the two"
+                "more often. Pass one of the two"
             )
 
     @property

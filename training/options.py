@@ -233,7 +233,7 @@ class TrainingOptions(Options, must_give=True):
             flags = "--fp8_base" if self.speed.fp8.fp8_base else quantization.option_name
             raise OptionError(
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
-                f"{quantization.form} would lose the steps; leave it out, or train a LoRA"
+                f"{quantization.form} would lose the steps; omit it, or train a LoRA"
             )
         if options.offloads_states and precision == "fp16":
             raise OptionError(
@@ -259,7 +259,7 @@ class TrainingOptions(Options, must_give=True):
         if self.network is not None and "ggpo_sigma" in self.network.arguments():
             raise OptionError(
                 "--fused_backward_pass with --network_args ggpo_sigma: LoRA-GGPO needs the gradients that "
-                "are freed at once. Leave out one of the two"
+                "are freed at once. Omit one of the two"
             )
 
 
@@ -432,7 +432,7 @@ def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
         if is_sending and value and value not in action.stays:  # type: ignore[attr-defined]
             raise OptionError(
                 f"{place}: {action.dest} = {value!r} would send data from this machine, which a job does "
-                f"only if its line says so. Leave it out there, or write --{action.dest} into the line"
+                f"only if its line says so. Omit it there, or write --{action.dest} into the line"
             )
 
 
@@ -490,7 +490,7 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     precision = from_launcher["mixed_precision"]
     if args.mixed_precision == precision and precision not in run_options.PRECISIONS:
         raise OptionError(
-            f"accelerate launch asks for mixed precision {precision}: give --mixed_precision "
+            f"accelerate launch asks for mixed precision {precision}: pass --mixed_precision "
             f"{', '.join(run_options.PRECISIONS)}"
         )
     args.options_of_file = frozenset(from_file) - args.typed_options

@@ -50,7 +50,7 @@ def require_equal_shapes(other: Family, trained: Family, option: str, consequenc
                 if shapes.get(name, shape) != shape:
                     raise CheckpointError(
                         f"{option}: its {name} has the shape {list(shape)}, but in the trained transformer "
-                        f"{list(shapes[name])}, so {consequence}. Give the file that belongs to it"
+                        f"{list(shapes[name])}, so {consequence}. Pass the file that belongs to it"
                     )
 
 

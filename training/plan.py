@@ -546,7 +546,7 @@ def _check_tables(config: DatasetConfig) -> None:
     if scaled is not None:
         raise OptionError(
             f"{scaled.name}: network_multiplier is the strength of a LoRA, and here the model itself is "
-            "trained. Leave it out"
+            "trained. Omit it"
         )
 
 
@@ -555,7 +555,7 @@ def _check_batch_sizes(reason: str, config: DatasetConfig) -> None:
     larger = next((table for table in config.datasets if table.batch_size > 1), None)
     if larger is not None:
         raise OptionError(
-            f"{larger.name}: batch_size {larger.batch_size}: {reason}. Give batch_size = 1, and "
+            f"{larger.name}: batch_size {larger.batch_size}: {reason}. Set batch_size = 1, and "
             f"--gradient_accumulation_steps {larger.batch_size} for steps of as many clips"
         )
 
@@ -604,7 +604,7 @@ def skip_to_initial_step(options: StartOptions, progress: Progress, plan: StepPl
     if step >= plan.total_steps:
         raise OptionError(
             f"{flag} {options.initial_epoch or step} is step {step}, but the run ends at step "
-            f"{plan.total_steps}: begin earlier, or give a larger --max_train_steps or --max_train_epochs"
+            f"{plan.total_steps}: begin earlier, or use a larger --max_train_steps or --max_train_epochs"
         )
     epoch = step // plan.steps_per_epoch
     # position: number of micro-batches of the epoch that are skipped

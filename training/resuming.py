@@ -89,15 +89,15 @@ def _report_missing_state(resume: str, folder: Path, name: str) -> None:
     """
     earlier_states = find_moved_states(folder, name)
     has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
-    hint = f" An earlier run saved {earlier_states[-1]}: give it to --resume." if earlier_states else ""
+    hint = f" An earlier run saved {earlier_states[-1]}: pass it to --resume." if earlier_states else ""
     if resume == LATEST_ONLY:
         raise OptionError(
             f"--resume {resume}: there is no state of {name} in {folder}: none was saved yet, or it is "
-            f"elsewhere.{hint} Leave --resume out to start over, or begin with the trained weights: "
+            f"elsewhere.{hint} Omit --resume to start over, or begin with the trained weights: "
             f"{states.FRESH_START}"
         )
     if has_trained_file and not earlier_states:
-        hint = f" A run saved its result without --save_state: to begin with that, give {states.FRESH_START}."
+        hint = f" A run saved its result without --save_state: to begin with that, pass {states.FRESH_START}."
     logger.log(
         logging.WARNING if earlier_states or has_trained_file else logging.INFO,
         "--resume %s: no state of %s in %s yet; starting a new run.%s",
@@ -264,7 +264,7 @@ def check_resumable(
     if isinstance(saved, states.ForeignState) and options.by_expert.lora_per_expert:
         raise OptionError(
             f"--resume {saved.folder}: the state of another program is of one network, and --lora_per_expert "
-            "trains two. Leave one of them out; --network_weights and --network_weights_high_noise start "
+            "trains two. Omit one of them; --network_weights and --network_weights_high_noise start "
             "from files"
         )
     if not isinstance(saved, states.SavedState):
@@ -274,7 +274,7 @@ def check_resumable(
     unrecorded = (fixed.keys() - saved_fixed.keys()) | (adjustable.keys() - saved_adjustable.keys())
     if unrecorded:  # the state is of an older version
         logger.warning(
-            "%s does not say what the run that saved it had for %s: its version did not record that. Give "
+            "%s does not say what the run that saved it had for %s: its version did not record that. Pass "
             "the same values as then.",
             saved.folder,
             ", ".join(sorted(unrecorded)),

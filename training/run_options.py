@@ -67,7 +67,7 @@ class LoopOptions(Options, title="training run"):
         type=read_seed,
         minimum=0,
         below=TOO_LARGE_A_SEED,
-        hint="leave it out for a random seed",
+        hint="omit it for a random seed",
         often=True,
     )
     gradient_checkpointing: bool = option(
@@ -153,13 +153,13 @@ class ValidationOptions(Options, title="validation"):
     max_validation_steps: int | None = option(
         "maximum number of batches per validation; default: all",
         minimum=1,
-        hint="leave it out for all batches",
+        hint="omit it for all batches",
     )
     validation_seed: int | None = option(
         "seed for the selection of validation files and for their noise; default: the same for all runs",
         minimum=0,
         below=TOO_LARGE_A_SEED,
-        hint="leave it out for the usual choice",
+        hint="omit it for the usual choice",
     )
 
     def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
@@ -203,7 +203,7 @@ class SampleOptions(Options, title="samples while training"):
         if self.is_timed and self.sample_prompts is None:
             raise OptionError(
                 "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
-                "prompts: give --sample_prompts"
+                "prompts: pass --sample_prompts"
             )
         self.loras()
 

@@ -519,7 +519,7 @@ def parse_requests(
         family.check_files(media=True)
     except OptionError as error:
         raise OptionError(
-            f"{error}; the samples of --sample_prompts need it. Give it, or leave --sample_prompts out"
+            f"{error}; the samples of --sample_prompts need it. Pass it, or omit --sample_prompts"
         ) from None
     with drop_repeated_warnings():
         return entries, read_all(enumerate(entries, 1), partial(_prepare_entry, family, prompt_file))

@@ -286,7 +286,7 @@ def prepare_dit(
         reject_no_match(dit, name_parts)
     elif not by_rate:
         raise OptionError(
-            "all parts have the learning rate 0, so nothing would be learned: give a rate above 0"
+            "all parts have the learning rate 0, so nothing would be learned: pass a rate above 0"
         )
     groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
     # group names for logs: the part that has this rate

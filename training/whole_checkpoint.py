@@ -112,7 +112,7 @@ def _train_checkpoint(
     if not groups.params:
         rate_owner = "a part" if parts.have_own_rates else "--learning_rate"
         raise OptionError(
-            f"nothing is trained: all learning rates are 0. Give a rate above 0 to {rate_owner}"
+            f"nothing is trained: all learning rates are 0. Pass a rate above 0 to {rate_owner}"
         )
     written_files: dict[str, WrittenFile] = {}
     if as_folder is not None:

@@ -80,7 +80,7 @@ def _encode_images(
 # why caches with image conditions cannot be made from moments
 NO_MOMENTS = (
     "Wan's image-to-video caches hold the first frame followed by gray frames, encoded together, and "
-    "features of the image, for which the frames are needed. Leave out load_tensors, or --i2v, --clip "
+    "features of the image, for which the frames are needed. Omit load_tensors, or --i2v, --clip "
     "and --flf2v"
 )
 NO_VACE_MOMENTS = "VACE's caches hold the kept and the changed parts of a clip, for which frames are needed"

@@ -84,7 +84,7 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
             f"{path} does not fit --task {task.name}:\n"
             f"  {_describe_difference(header.config, task)} The file looks like "
             f"{_join_model_names(header)} of {' or '.join(versions)}.\n"
-            f"  Use --task {_join_model_names(header)}, or give a {KIND_WORDS[task.model_kind]} checkpoint "
+            f"  Use --task {_join_model_names(header)}, or pass a {KIND_WORDS[task.model_kind]} checkpoint "
             f"to {option}.",
             path,
         )
@@ -101,7 +101,7 @@ def log_task_differences(
     config = header.config
     if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:
         logger.warning(
-            "%s is in float32 and stays so, which is slow and needs twice the memory of bfloat16. Give "
+            "%s is in float32 and stays so, which is slow and needs twice the memory of bfloat16. Pass "
             "--dit_dtype bfloat16 to convert it while it is read",
             path.name,
         )
@@ -162,7 +162,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     if in_dim not in INPUT_CHANNELS[has_image].values():
         raise CheckpointError(
             f"{path} is an unknown variant of Wan with {in_dim} input channels, which is not supported.\n"
-            "  Give a T2V, I2V, FLF2V, TI2V, Fun-InP or Fun-Control checkpoint to --dit.",
+            "  Pass a T2V, I2V, FLF2V, TI2V, Fun-InP or Fun-Control checkpoint to --dit.",
             path,
         )
     block_weight = "blocks.0.attn1.to_q.weight" if dialect == "diffusers" else "blocks.0.self_attn.q.weight"
@@ -182,14 +182,14 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     layers = _count_blocks(shapes, "vace_blocks")
     # VACE's patch embedding is a 3D convolution, with a weight of out in frames rows columns
     if len(patch_shape) != 5 or patch_shape[1] != VACE_DIM or not layers:
-        raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
+        raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Pass a file with vace_blocks.", path)
     width, channels, *_ = patch_shape
     if config.vace_layers:
         raise CheckpointError(f"{dit} already has blocks of VACE: leave --vace {path} out.", path)
     if width != config.dim or config.num_layers % layers:
         raise CheckpointError(
             f"--vace {path}: {layers} blocks of width {width}; {dit} has {config.num_layers} of width "
-            f"{config.dim}. Give files of the same model.",
+            f"{config.dim}. Use files of the same model.",
             path,
         )
     _check_vace_block_indices(path, config.num_layers, layers)
@@ -290,7 +290,7 @@ def _check_vace_block_indices(path: Path, layers: int, vace_layers: int) -> None
     if is_its and settings.get("vace_layers", released) != released:
         raise CheckpointError(
             f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run next to {released} here, "
-            f"as in every release. Give such a model, or correct the file.",
+            f"as in every release. Pass such a model, or correct the file.",
             path,
         )
 

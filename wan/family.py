@@ -218,7 +218,7 @@ class Wan(OneTransformer):
         elif table.has_control and len(table.clean_indices) > 1:
             raise DatasetError(
                 f"{table.name}: Wan uses one control video or image for each item, but fp_1f_clean_indices "
-                f"asks for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or give --one_frame."
+                f"asks for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or pass --one_frame."
             )
         elif table.has_control and self.files.task.kind == "ti2v":
             raise DatasetError(
@@ -227,7 +227,7 @@ class Wan(OneTransformer):
             )
         elif self.condition_kind == VACE and not (table.has_control or table.has_references):
             raise DatasetError(
-                f"{table.name}: --vace needs control media or references. Give control_directory or "
+                f"{table.name}: --vace needs control media or references. Set control_directory or "
                 "reference_directory; for text-to-video LoRAs cache without --vace, and train --task t2v-..."
             )
 

@@ -80,7 +80,7 @@ class WanFiles(TransformerFiles):
             raise CheckpointError(
                 f"{second} {paths[second]} belongs to a different model than {first} {paths[first]}:\n"
                 f"  it has {_name_size(second_config)}, the other has {_name_size(config)}.\n"
-                "  Give two transformers of the same model.",
+                "  Pass two transformers of the same model.",
                 paths[second],
             )
 
@@ -207,7 +207,7 @@ def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
     """
     if not folder.is_dir():
         raise OptionError(
-            f"--ckpt_dir {folder}: no such folder.{explain_missing(folder)} Give the folder of the "
+            f"--ckpt_dir {folder}: no such folder.{explain_missing(folder)} Pass the folder of the "
             "official release"
         )
     index = folder / PIPELINE_INDEX
@@ -237,7 +237,7 @@ def _read_boundary(index: Path) -> float | None:
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise CheckpointError(
             f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a noise level such as 0.875. "
-            "Download it again, or give --timestep_boundary and the files with --dit and "
+            "Download it again, or pass --timestep_boundary and the files with --dit and "
             "--dit_high_noise.",
             index,
         )
@@ -344,7 +344,7 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
         boundary = release.boundary
     if files.dit is None and files.dit_high_noise is not None:
         raise OptionError(
-            "--dit is missing: --dit_high_noise alone cannot remove the last noise. Give the "
+            "--dit is missing: --dit_high_noise alone cannot remove the last noise. Pass the "
             "transformer for low noise"
         )
     if task.boundary is not None and files.dit is not None and files.dit_high_noise is None:
@@ -365,7 +365,7 @@ def find_boundary(
     task = files.task
     if files.dit_high_noise is not None and task.boundary is None:
         raise OptionError(
-            f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Leave it out, "
+            f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Omit it, "
             "or use --task t2v-A14B or i2v-A14B"
         )
     # training of one expert may have the other one only for samples
@@ -390,7 +390,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     if files.vae is not None:
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
     if release is None:
-        logger.info("Sizes are those of %s; give --vae for other ones", WAN_2_1.description)
+        logger.info("Sizes are those of %s; pass --vae for other ones", WAN_2_1.description)
     if release is not WAN_2_2:
         return replace(files, task=TASKS["t2v-14B"]), condition_kind
     if condition_kind == VACE:
@@ -402,7 +402,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
         switches = f"{switch} and --flf2v" if options.flf2v else switch
         raise OptionError(
             f"{switch}: --vae {options.vae.vae} is {WAN_2_2.description}. Its model takes the start "
-            f"image from the cached clip, so nothing else is cached. Leave out {switches}."
+            f"image from the cached clip, so nothing else is cached. Omit {switches}."
         )
     return replace(files, task=TASKS["ti2v-5B"]), None
 

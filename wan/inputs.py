@@ -284,7 +284,7 @@ def prepare_request(
     width, height, frames = size_of(request, defaults)
     if task.frames == 1 and frames != 1:
         raise OptionError(
-            f"--video_length {frames}: --task {task.name} generates one image. Leave it out, or use t2v."
+            f"--video_length {frames}: --task {task.name} generates one image. Omit it, or use t2v."
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     # the released code rounds the size in different ways for image-to-video and for TI2V-5B
@@ -297,7 +297,7 @@ def prepare_request(
     if clean_first_frame is not None and size[2] == 1:
         raise OptionError(
             f"--image_path {clean_first_frame}: it becomes the first frame, and the video has only one. "
-            "Give a --video_length of 5 or more, or leave the image out"
+            "Pass a --video_length of 5 or more, or omit the image"
         )
     check_size((width, height, frames), latent)
     default_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT

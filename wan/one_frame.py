@@ -77,7 +77,7 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
     controls = controls or (DEFAULT_CONTROL,)
     target = DEFAULT_TARGET if target is None else target
     if target in controls:
-        raise ValueError(f"the image and a control image are both at {target}. Give the image another index")
+        raise ValueError(f"the image and a control image are both at {target}. Pass the image another index")
     # (index in time, index of the control image); -1 marks the target
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
     return FrameOrder(tuple(position for position, _ in pairs), tuple(image for _, image in pairs))
@@ -126,7 +126,7 @@ def _read_order(request: Request, option: str) -> FrameOrder:
         )
     if len(settings.control_indices or (DEFAULT_CONTROL,)) != len(images):
         raise OptionError(
-            f"{option}: {len(images)} control images. Give as many positions, as in control_index=0+2 for two"
+            f"{option}: {len(images)} control images. Pass as many positions, as in control_index=0+2 for two"
         )
     try:
         return order_frames(settings.control_indices, settings.target_index)
@@ -139,7 +139,7 @@ def _keep_used_images(task: WanTask, request: Request, option: str) -> Request:
     if request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} and {option}: a single image is generated "
-            "from --control_image_path. Leave one of them out"
+            "from --control_image_path. Omit one of them"
         )
     usable = {
         "image_path": task.uses_clip_features,
@@ -151,13 +151,13 @@ def _keep_used_images(task: WanTask, request: Request, option: str) -> Request:
     if not request.control_images:
         hint = semicolon_hint(request.extra.get(ONE_FRAME, ""))
         raise OptionError(
-            f"{option}: give the images that the image is generated from to --control_image_path{hint}"
+            f"{option}: pass the images that the image is generated from to --control_image_path{hint}"
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
     if task.kind == "flf2v" and len(_list_feature_images(request)) != MAX_FEATURES:
         raise OptionError(
-            f"{option}: --task {task.name} needs two images. Give --image_path and --end_image_path, or two "
+            f"{option}: --task {task.name} needs two images. Pass --image_path and --end_image_path, or two "
             "control images without these"
         )
     return request
@@ -211,7 +211,7 @@ def check_table(table: MediaTable, has_features: bool) -> None:
     """
     if table.kind != "image" or not table.has_control:
         raise DatasetError(
-            f"{table.name}: --one_frame trains on images with control images. Give an image_directory with a "
+            f"{table.name}: --one_frame trains on images with control images. Pass an image_directory with a "
             "control_directory, or control_path in every line of a list."
         )
     if has_features and len(table.clean_indices) > MAX_FEATURES:
@@ -315,6 +315,6 @@ def warn_of_clips() -> None:
     """Warn that --one_frame is given although the caches contain videos."""
     logger.warning(
         "--one_frame is given, but the caches do not contain single images: videos are learned, but "
-        "samples are images. Cache again with %s, or leave --one_frame out",
+        "samples are images. Cache again with %s, or omit --one_frame",
         CACHE_AGAIN,
     )

@@ -159,7 +159,7 @@ class WanModelOptions(Options, title="Wan"):
         if self.dit_dtype is not None and self.mixed_precision_transformer:
             raise OptionError(
                 f"--dit_dtype {self.dit_dtype} with --mixed_precision_transformer, which keeps the file's "
-                "dtypes: leave one of them out"
+                "dtypes: omit one of them"
             )
         if self.vace is not None and TASKS[self.task].kind != VACE:
             raise OptionError(
@@ -186,7 +186,7 @@ class WanModelOptions(Options, title="Wan"):
             missing = "--dit_high_noise" if has_second_vace else "--vace_high_noise"
             raise OptionError(
                 "--vace with two transformers: each needs VACE blocks, --vace and --vace_high_noise. "
-                f"Give {missing} too"
+                f"Pass {missing} too"
             )
 
 
@@ -218,7 +218,7 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         if probability is not None and not task.takes_clean_first_frame:
             why = "always trains with an image" if task.requires_image else "takes no start image"
             raise OptionError(
-                f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
+                f"--first_frame_probability {probability:g}: --task {task.name} {why}. Omit the option, "
                 "or use --task ti2v-5B"
             )
         if self.sample_dit_other is not None:
@@ -229,16 +229,16 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         trained = (self.dit, self.experts.dit_high_noise)
         if None not in trained:
             raise OptionError(
-                "--sample_dit_other: samples use both transformers, --dit and --dit_high_noise. Leave it out"
+                "--sample_dit_other: samples use both transformers, --dit and --dit_high_noise. Omit it"
             )
         if TASKS[self.task].boundary is None:
             raise OptionError(
-                f"--sample_dit_other: --task {self.task} has one transformer. Leave the option out, or use "
+                f"--sample_dit_other: --task {self.task} has one transformer. Omit the option, or use "
                 "--task t2v-A14B or i2v-A14B"
             )
         if sample_dit in trained:
             raise OptionError(
-                f"--sample_dit_other {sample_dit}: this one is trained. Give the file of the other "
+                f"--sample_dit_other {sample_dit}: this one is trained. Pass the file of the other "
                 "transformer"
             )
 
@@ -315,7 +315,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             if not self.one_frame_inference.strip():
                 raise OptionError(
                     "--one_frame_inference is empty: give default, or positions such as "
-                    "target_index=1,control_index=0+2; or leave it out for a video"
+                    "target_index=1,control_index=0+2; or omit it for a video"
                 )
         if TASKS[self.task].kind != VACE:
             self._check_vace_options()

@@ -69,7 +69,7 @@ def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
     if min(abs(other / aspect - 1) for other in aspects) > SAME_SHAPE:
         raise OptionError(
             f"--src_mask {mask} has {width} x {height} pixels, --src_video {clip} "
-            f"{clip_width} x {clip_height}: the two would not match. Give a mask of the clip's size"
+            f"{clip_width} x {clip_height}: the two would not match. Pass a mask of the clip's size"
         )
 
 
@@ -82,11 +82,11 @@ def read_vace_request(request: Request, layers: int) -> tuple[Request, VaceReque
     references = split_comma_paths(request.control_images)  # an option may list several, with commas
     mask = _read_mask_path(request)
     if len(references) > MAX_REFERENCES:
-        raise OptionError(f"{len(references)} reference images: give at most {MAX_REFERENCES}")
+        raise OptionError(f"{len(references)} reference images: use at most {MAX_REFERENCES}")
     if references and request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} with reference images, which are placed "
-            "before the clip: leave one of them out, or give the video to --src_video"
+            "before the clip: omit one of them, or pass the video to --src_video"
         )
     _check_images(mask, references)
     # a control is optional, because VACE also generates from text alone
@@ -109,7 +109,7 @@ def _refuse_images(request: Request) -> None:
             raise OptionError(
                 f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
                 "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
-                "elsewhere; to show what something looks like, give the image to --src_ref_images"
+                "elsewhere; to show what something looks like, pass the image to --src_ref_images"
             )
 
 
@@ -121,7 +121,7 @@ def _read_mask_path(request: Request) -> Path | None:
     if request.control_path is None:
         raise OptionError(
             f"--src_mask {mask}: it marks which parts of a video are regenerated, but there is no video. "
-            "Give --src_video"
+            "Pass --src_video"
         )
     return mask
 
@@ -134,7 +134,7 @@ def _check_images(mask: Path | None, references: Sequence[Path]) -> None:
         check_opens("src_ref_images", path, is_image=True)
         if min(image_size(path)) < LATENT.stride[1]:
             raise OptionError(
-                f"--src_ref_images {path}: nothing can be seen in so few pixels. Give a larger one"
+                f"--src_ref_images {path}: nothing can be seen in so few pixels. Use a larger one"
             )
 
 
@@ -155,11 +155,11 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
             raise ValueError
     except ValueError:
         raise OptionError(
-            f"--vace_scale {' '.join(numbers)}: give a number of at most {MAX_HINT_SCALE}, or one a layer"
+            f"--vace_scale {' '.join(numbers)}: use a number of at most {MAX_HINT_SCALE}, or one a layer"
         ) from None
     if len(scales) not in (1, layers):
         raise OptionError(
-            f"--vace_scale {' '.join(numbers)}: VACE has {layers} layers. Give one number, or {layers}"
+            f"--vace_scale {' '.join(numbers)}: VACE has {layers} layers. Pass one number, or {layers}"
         )
     return scales * layers if len(scales) == 1 else scales
 
@@ -206,9 +206,7 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
         pixels = video_pixels(path, "--src_mask", width=width, height=height, frames=frames)
     mask = ((pixels[:, :1] + 1) / 2).clamp(0, 1)
     if not bool((mask > 0.5).any()):
-        raise OptionError(
-            f"--src_mask {path}: it is black. Paint the parts to generate white, or leave it out"
-        )
+        raise OptionError(f"--src_mask {path}: it is black. Paint the parts to generate white, or omit it")
     return mask
 
 

@@ -131,7 +131,7 @@ def check_latents(
         difference = f"is a VAE for pixels without alpha; {needed_by} needs one with alpha"
     else:
         return
-    raise CheckpointError(f"{path} {difference}.\n  Give {files or release.files} to --vae.", path)
+    raise CheckpointError(f"{path} {difference}.\n  Pass {files or release.files} to --vae.", path)
 
 
 def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
@@ -213,7 +213,7 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: its {half} scales time by {time_factor} and space by {space_factor}, the one of "
                 f"{release.name} by {frame_stride} and {pixel_stride}. The file contains another model, or "
-                f"tensors are missing.\n  Give {release.files} to --vae.",
+                f"tensors are missing.\n  Pass {release.files} to --vae.",
                 path,
             )
         # stages of Wan2.2; checked after the scales, because that check names what is missing
@@ -231,7 +231,7 @@ def _check_shortcuts(stages: Iterable[VaeLayer], files: str, path: Path, is_down
         if not _has_shortcut(stage, is_down):
             raise CheckpointError(
                 f"{path}: a stage from {stage.width_in} to {stage.width_out} channels cannot have "
-                f"a shortcut. The file contains another model.\n  Give {files} to --vae.",
+                f"a shortcut. The file contains another model.\n  Pass {files} to --vae.",
                 path,
             )
 
@@ -239,7 +239,7 @@ def _check_shortcuts(stages: Iterable[VaeLayer], files: str, path: Path, is_down
 def _make_vae_error(path: Path, difference: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: this VAE {difference}; known are {WAN_2_1.description} and {WAN_2_2.description}.\n"
-        f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
+        f"  Pass {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
         path,
     )
 

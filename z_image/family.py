@@ -163,7 +163,7 @@ class ZImage(ModelOfImages):
             if backend.dtypes is not None:
                 raise OptionError(
                     f"--use_32bit_attention: {backend.name} computes in 16 bits only. Use torch's own "
-                    "attention, or leave the option out"
+                    "attention, or omit the option"
                 )
             placement = replace(placement, attention=replace(placement.attention, in_float32=True))
         return super().load_dit(placement, expert)

@@ -60,7 +60,7 @@ def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
     if channels != FLUX_KIND.channels:
         raise CheckpointError(
             f"{shapes.path} takes {channels} channels, {MODEL_LABEL} {FLUX_KIND.channels}: it is a "
-            f"relative such as Zeta-Chroma or L2P, which are not supported. Give {RELEASED_FILES}.",
+            f"relative such as Zeta-Chroma or L2P, which are not supported. Pass {RELEASED_FILES}.",
             shapes.path,
         )
     return ZImageConfig(

@@ -182,9 +182,7 @@ class Fp8:
             OptionError: For Apple GPUs.
         """
         if device.type == "mps":
-            raise OptionError(
-                "Apple's GPUs do not support fp8: leave the fp8 options out, or use --device cpu"
-            )
+            raise OptionError("Apple's GPUs do not support fp8: omit the fp8 options, or use --device cpu")
 
 
 form_of = Fp8

@@ -149,7 +149,7 @@ def select_product(
     Raises:
         OptionError: If the device has no fp8 units, or torch cannot use them.
     """
-    remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bits."
+    remedy = "Omit --fp8_fast: the weights stay in fp8 and are multiplied in 16 bits."
     if not supported(device):
         raise OptionError(
             f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have them). "

@@ -24,7 +24,7 @@ MAX_ATTEMPTS = 2  # maximum number of times that a model is asked for the same o
 SHOWN = 200  # characters of an answer in a message
 _DEFAULT_PROMPT = (
     "Describe {what} as one JSON object, for a model that learns to make pictures from such objects. Say "
-    "nothing that is not seen, leave out what does not apply, and answer with the object alone. Its keys:"
+    "nothing that is not seen, omit what does not apply, and answer with the object alone. Its keys:"
 )
 _TYPE_DESCRIPTIONS: dict[type, str] = {
     str: "a text",

@@ -156,7 +156,7 @@ class LocalModel:
     def _make_image_inputs(self, batch: Sequence[CaptionInput]) -> Any:
         """Return inputs for a model without prompts: images, and the first token of each answer."""
         if any(location.prompt is not None or len(frames) > 1 for location, frames in batch):
-            raise ValueError("it describes single images and accepts no text; give another --model")
+            raise ValueError("it describes single images and accepts no text; pass another --model")
         images = [Image.fromarray(frames[0]) for _, frames in batch]
         inputs = self.processor(images=images, return_tensors="pt")
         start = self.model.generation_config.bos_token_id
@@ -254,7 +254,7 @@ def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalMo
     if not (folder / "config.json").is_file():
         raise _unusable(
             folder,
-            "there is no config.json in this folder. Give the folder of a model as transformers saves it.",
+            "there is no config.json in this folder. Pass the folder of a model as transformers saves it.",
         )
     shapes = check_vision_language_settings(folder, "--model")
     import transformers  # only with --model
@@ -274,7 +274,7 @@ def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalMo
     takes_text = model.config.model_type != GIT
     if not takes_text and (ask_options.prompt or ask_options.system_prompt):
         raise OptionError(
-            f"--model {folder} accepts no text: leave out --prompt and --system_prompt, or give another model"
+            f"--model {folder} accepts no text: omit --prompt and --system_prompt, or pass another model"
         )
     loaded = LocalModel(model.to(device), processor, ask_options, options.batch_size or 1, takes_text)
     loaded.format_prompt("a", 1)  # so that a chat template that always fails is reported here
@@ -327,7 +327,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise _unusable(
             folder,
-            "its processor does not accept images. Give a vision-language model, with "
+            "its processor does not accept images. Pass a vision-language model, with "
             "preprocessor_config.json or processor_config.json.",
         )
     return processor
@@ -380,7 +380,7 @@ def _reject_quantized(folder: Path, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise _unusable(
             folder,
-            "its weights are quantized, for which transformers may fetch code. Give the model in 16 or 32 "
+            "its weights are quantized, for which transformers may fetch code. Pass the model in 16 or 32 "
             "bits, or let a server run it: --api_base.",
         )
 

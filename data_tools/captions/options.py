@@ -63,12 +63,12 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
             url = urlsplit("")
         if "@" in url.netloc or url.query or url.fragment:
             raise OptionError(
-                "--api_base contains a user's name, a password, or what follows ? or #. Give the address "
+                "--api_base contains a user's name, a password, or what follows ? or #. Pass the address "
                 "alone, such as http://localhost:8000/v1, and a key in the environment variable "
                 "OPENAI_API_KEY"
             )
         if not is_address:
-            raise OptionError(f"--api_base {self.api_base}: give an address such as http://localhost:8000/v1")
+            raise OptionError(f"--api_base {self.api_base}: pass an address such as http://localhost:8000/v1")
 
 
 class AskOptions(Options, title="what is asked"):
@@ -109,7 +109,7 @@ class AskOptions(Options, title="what is asked"):
 
     def __post_init__(self) -> None:
         if self.prompt is not None and not self.prompt.strip():
-            raise OptionError("--prompt is empty: say what to describe, or leave it out for the usual one")
+            raise OptionError("--prompt is empty: say what to describe, or omit it for the usual one")
 
 
 class WordingOptions(Options, title="the text that is written"):
@@ -138,7 +138,7 @@ class WordingOptions(Options, title="the text that is written"):
         for name in ("trigger_word", "caption_prefix", "caption_suffix"):
             text = getattr(self, name)
             if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
-                raise OptionError(f"--{name}: give one line of at most {MAX_WORDS} characters")
+                raise OptionError(f"--{name}: pass one line of at most {MAX_WORDS} characters")
         for name in ("replace", "replace_regex"):
             for old, new in getattr(self, name):
                 character = bad_character(old + new)
@@ -216,7 +216,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
         if self.caption_format is not None and self.caption_format not in caption_formats():
             raise OptionError(
                 f"--caption_format {self.caption_format} is not a format of JSON captions. Choose from "
-                f"{', '.join(caption_formats())}, or leave it out for sentences"
+                f"{', '.join(caption_formats())}, or omit it for sentences"
             )
         self._check_model_or_server()
         if self.edit_only:
@@ -227,15 +227,15 @@ class CaptioningOptions(WritingOptions, title="what to do"):
         has_model = self.model.model is not None
         has_server = self.api.api_base is not None
         if has_model and has_server:
-            raise OptionError("--model and --api_base exclude each other: give one of the two")
+            raise OptionError("--model and --api_base exclude each other: pass one of the two")
         if has_server:
             for name in ("batch_size", "dtype", "device"):
                 if getattr(self.model, name) is not None:
-                    raise OptionError(f"--{name} is for --model: leave it out with --api_base")
+                    raise OptionError(f"--{name} is for --model: omit it with --api_base")
         makes_captions = not (self.edit_only or self.dry_run)
         if makes_captions and not has_model and not has_server:
             raise OptionError(
-                "--model or --api_base is missing: give the folder of a model, or a server and --api_model. "
+                "--model or --api_base is missing: pass the folder of a model, or a server and --api_model. "
                 "--dry_run and --edit_only need neither"
             )
 
@@ -246,7 +246,7 @@ class CaptioningOptions(WritingOptions, title="what to do"):
             ("prompt", self.ask.prompt),
         ):
             if value is not None:
-                raise OptionError(f"--edit_only makes no captions: leave out --{name}")
+                raise OptionError(f"--edit_only makes no captions: omit --{name}")
         if not self.wording.changes_something:
             raise OptionError(
                 "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "

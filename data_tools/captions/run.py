@@ -112,7 +112,7 @@ def _reject_repeated_affixes(config: DatasetConfig, wording: WordingOptions) -> 
             if text and getattr(table, name) == text:
                 raise OptionError(
                     f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
-                    "touching files; it would be there twice. Leave out one of the two."
+                    "touching files; it would be there twice. Omit one of the two."
                 )
 
 

@@ -268,7 +268,7 @@ class ApiServer:
             )
         if 300 <= status < 400:
             return UserError(
-                f"--api_base: {self._address} answers {status} and redirects to another address. Give that "
+                f"--api_base: {self._address} answers {status} and redirects to another address. Pass that "
                 "one."
             )
         return NoCaptionError(f"the server answers {status}: {message}")

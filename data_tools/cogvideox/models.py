@@ -85,7 +85,7 @@ def describe_networks(options: EncodingOptions) -> PipelineNetworks:
     """
     patterns = ["model_index.json", *(f"{component}/*" for component in COMPONENTS)]
     folder = find_model_folder("--model_id", str(options.model_id), patterns)
-    hint = "Give the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
+    hint = "Pass the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
     if not (folder / "text_encoder").is_dir():
         raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
     vae_class = _read_vae_class(folder, hint)
@@ -99,7 +99,7 @@ def describe_networks(options: EncodingOptions) -> PipelineNetworks:
     # only for CogVideoX can the number of tokens be chosen
     if options.max_sequence_length != MAX_TOKENS:
         raise OptionError(
-            f"--max_sequence_length {options.max_sequence_length}: {family.token_rule}. Leave the option out."
+            f"--max_sequence_length {options.max_sequence_length}: {family.token_rule}. Omit the option."
         )
     return _describe_family_networks(family, folder, options)
 

@@ -147,6 +147,6 @@ class PrepareOptions(Options, title="output and threads"):
     def __post_init__(self) -> None:
         if real_path(self.output_dir) == real_path(self.source.data_root):
             raise OptionError(
-                f"--output_dir {self.output_dir} is --data_root: its lists would be written over. Give "
+                f"--output_dir {self.output_dir} is --data_root: its lists would be written over. Pass "
                 "another folder."
             )

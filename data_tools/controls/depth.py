@@ -45,7 +45,7 @@ class DepthModel:
             depth = self.network(**inputs).predicted_depth.float()  # 1 h w
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                "An image does not fit into the memory of the device with this model. Give --device cpu"
+                "An image does not fit into the memory of the device with this model. Pass --device cpu"
             ) from None
         if _gives_distances(self.network.config):
             # this model returns distances, which are large for far points
@@ -72,7 +72,7 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
     selected_device = select_device(device)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"--depth {folder}: there is no config.json in this folder. Give the folder of a model as "
+            f"--depth {folder}: there is no config.json in this folder. Pass the folder of a model as "
             "transformers saves it, with preprocessor_config.json and model.safetensors",
             folder,
         )

@@ -34,7 +34,7 @@ class DrawEdgesOptions(Options, title="what to do"):
     def __post_init__(self) -> None:
         suffix = self.output.suffix.lower()
         if suffix not in STILL_FORMATS:
-            raise OptionError(f"--output {self.output}: give a name that ends in {', '.join(STILL_FORMATS)}")
+            raise OptionError(f"--output {self.output}: pass a name that ends in {', '.join(STILL_FORMATS)}")
 
 
 def draw_edges_of_image(options: DrawEdgesOptions) -> None:

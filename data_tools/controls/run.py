@@ -94,7 +94,7 @@ def make_control_images(options: ControlImageOptions) -> None:
     folder = real_path(options.folder)
     output = folder / FOLDER_NAME if options.output is None else real_path(options.output)
     if output == folder:
-        raise OptionError(f"{options.folder}: control images need a folder of their own. Give --output")
+        raise OptionError(f"{options.folder}: control images need a folder of their own. Pass --output")
     images = _find_images(folder)
     if not images:
         raise DatasetError(f"{options.folder} has no pictures. Subfolders are not searched")
@@ -221,7 +221,7 @@ def _warn_of_remaining_images(plan: ControlPlan) -> None:
     foreign = plan.made_by_other_programs
     if foreign:
         logger.warning(
-            "%s kept, not made by this program. Move them away, or give another --output, to replace them: "
+            "%s kept, not made by this program. Move them away, or pass another --output, to replace them: "
             "%s",
             format_count(len(foreign), "control picture"),
             list_some([path.name for path in foreign]),

@@ -18,7 +18,7 @@ from modules.media.measures import CELLS, brightness, is_black, is_flat, is_stat
 from modules.media.streams import SourceInfo
 
 SAMPLE_SECONDS = 0.25  # time between two frames that are measured
-SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # reasons to leave out a clip
+SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # reasons to omit a clip
 ROUNDING_SECONDS = 1e-6  # amount by which a length may exceed its limit: times are sums of rounded numbers
 MIN_BLACK_FRACTION = 0.5  # of the measured frames; from this fraction on a clip is left out as black
 

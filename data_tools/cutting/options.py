@@ -40,7 +40,7 @@ class LengthOptions(Options, title="lengths"):
     min_frames: int = option("the same, in frames; both limits hold", default=0, minimum=0, hint=NO_LIMIT)
     max_frames: int = option("the same, in frames; both limits hold", default=0, minimum=0, hint=NO_LIMIT)
     trim_frames: int = option(
-        "frames to leave out at both ends of each scene, of transitions", default=0, minimum=0
+        "frames to omit at both ends of each scene, of transitions", default=0, minimum=0
     )
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class ChoiceOptions(Options, title="what is left out"):
     )
     keep_static: bool = option("keep static clips, which are otherwise left out")
     keep_black: bool = option("keep black clips, which are otherwise left out")
-    drop_blurred: bool = option("leave out blurred clips, which are otherwise kept")
+    drop_blurred: bool = option("omit blurred clips, which are otherwise kept")
 
 
 class ClipFormat(CodecOptions, title="video format"):
@@ -121,10 +121,10 @@ class CuttingOptions(Options, title="input and output"):
     def __post_init__(self) -> None:
         if self.input.is_dir() and real_path(self.input) == real_path(self.output):
             raise OptionError(
-                f"--output {self.output} is --input too. Give another folder, such as one in it"
+                f"--output {self.output} is --input too. Pass another folder, such as one in it"
             )
         if self.list_path.is_dir():
-            raise OptionError(f"--jsonl {self.list_path} is a folder. Give the name of a file")
+            raise OptionError(f"--jsonl {self.list_path} is a folder. Pass the name of a file")
         if self.list_path.suffix.lower() not in {".jsonl", ".json"}:
             raise OptionError(f"--jsonl {self.list_path}: name a file that ends in .jsonl")
 

@@ -235,7 +235,7 @@ class ClipList:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise OutputError(
-                f"--jsonl {self._path} exists and cannot be read: {reason}. Give another name."
+                f"--jsonl {self._path} exists and cannot be read: {reason}. Pass another name."
             ) from error
 
 

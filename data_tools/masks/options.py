@@ -82,7 +82,7 @@ class FinderOptions(Options, title="what to find"):
             if character is not None:
                 raise OptionError(f"--what holds {character}: set the terminal to UTF-8")
             if len(words) > MAX_WORDS or len(words.splitlines()) > 1:
-                raise OptionError(f"--what: give one line of at most {MAX_WORDS} characters")
+                raise OptionError(f"--what: pass one line of at most {MAX_WORDS} characters")
         if self.colour is not None and not IS_COLOR.fullmatch(self.colour):
             raise OptionError(
                 f"--colour {self.colour}: give six hexadecimal digits, such as 00ff00 for green"

@@ -158,7 +158,7 @@ def _find_mask_folder(folder: Path, options: MaskOptions) -> Path:
         return folder / FOLDER_NAME
     masks = real_path(options.output)
     if masks == folder:
-        raise OptionError(f"--output {options.output}: this is the folder of the pictures. Give --beside")
+        raise OptionError(f"--output {options.output}: this is the folder of the pictures. Pass --beside")
     return masks
 
 

@@ -63,7 +63,7 @@ class PromptFinder:
             scores = by_prompt.amax(dim=0)  # P h w -> h w
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                "An image does not fit into the memory of the device with this model. Give --device cpu"
+                "An image does not fit into the memory of the device with this model. Pass --device cpu"
             ) from None
         return np.asarray(scores.cpu().numpy(), np.float32)
 
@@ -110,7 +110,7 @@ def read_kind(folder: Path) -> str:
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise CheckpointError(
             f"--model {folder}: this is a model of the kind {shorten(str(kind), 80)}, which finds no "
-            "words in pictures. Give CLIPSeg or SAM 3",
+            "words in pictures. Pass CLIPSeg or SAM 3",
             folder,
         )
     return kind

@@ -72,9 +72,9 @@ class ReportOptions(Options, title="report"):
 
     def __post_init__(self) -> None:
         if self.output is None and self.json is None:
-            raise OptionError("nothing would be written: give --output page.html, --json, or both")
+            raise OptionError("nothing would be written: pass --output page.html, --json, or both")
         if self.files and self.json is None:
-            raise OptionError("--files adds to the JSON: give --json too")
+            raise OptionError("--files adds to the JSON: pass --json too")
         if self.output is not None and self.output.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--output {self.output}: name a file that ends in .html")
         if self.json is not None and not self.prints and self.json.suffix.lower() != ".json":

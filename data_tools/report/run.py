@@ -133,7 +133,7 @@ def _reject_downloads(config: DatasetConfig) -> None:
     """Raise DatasetError if a table's files can be listed only after downloading a list."""
     for table in config.datasets:
         for address in source_format_of(table).list_addresses(table):
-            text = f"{hide_secrets(address)} is downloaded to be listed: leave out --no_download"
+            text = f"{hide_secrets(address)} is downloaded to be listed: omit --no_download"
             raise DatasetError(text)
 
 

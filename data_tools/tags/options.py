@@ -111,7 +111,7 @@ class TaggingOptions(WritingOptions, title="what to do"):
             raise OptionError("--caption_separator is a space: tags could not be separated. Use a comma")
         extension = self.caption_extension
         if extension is not None and (not extension.startswith(".") or len(Path(f"a{extension}").parts) > 1):
-            raise OptionError(f"--caption_extension {extension!r}: give a suffix, such as .txt")
+            raise OptionError(f"--caption_extension {extension!r}: pass a suffix, such as .txt")
 
 
 def _check_words(name: str, text: str) -> None:
@@ -120,4 +120,4 @@ def _check_words(name: str, text: str) -> None:
     if character is not None:
         raise OptionError(f"--{name} contains {character}: set the terminal to UTF-8")
     if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
-        raise OptionError(f"--{name}: give one line of at most {MAX_WORDS} characters")
+        raise OptionError(f"--{name}: pass one line of at most {MAX_WORDS} characters")

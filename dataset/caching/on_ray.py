@@ -165,7 +165,7 @@ def _plan_actors(options: RayOptions, available: Mapping[str, float]) -> ActorPl
         if needed > available.get(name, 0):
             raise DatasetError(
                 f"{num_actors} actors need {needed:g} {name}s, the cluster has "
-                f"{available.get(name, 0):g}. Give a smaller --num_actors or --{name.lower()}s_per_actor."
+                f"{available.get(name, 0):g}. Use a smaller --num_actors or --{name.lower()}s_per_actor."
             )
     # each shard of texts loads all text encoders, so an actor gets only one
     shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1

@@ -138,7 +138,7 @@ def _check_record_of_vae(family: Caches, folder: Path, table: DatasetTable, mome
         raise DatasetError(
             f"{table.name}: {moments_folder} was made by the VAE of {prepared.architecture} "
             f"({folder / moments_files.PREPARED}), but this is {family.name}. Prepare the data with this "
-            "model, or leave out load_tensors."
+            "model, or omit load_tensors."
         )
     # the same VAE may be stored in different files, so this is only a warning
     elif prepared.vae.get("vae") != family.media_identity.get("vae"):

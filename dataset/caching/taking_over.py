@@ -96,7 +96,7 @@ class OtherCaches:
             )
         if self._rejected:
             # shown only if another autoencoder or other options made a file
-            remedy = ". To reuse them, give the file and the options of the autoencoder that made them"
+            remedy = ". To reuse them, pass the file and the options of the autoencoder that made them"
             logger.info(
                 "%s: the latents that %s has cached differ from those that this command makes and are not "
                 "used. The first: %s%s",

@@ -30,7 +30,7 @@ class CogVideoX(SourceFormat):
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
         """Return why alpha_mask and load_tensors cannot be combined; None unless both are set."""
         if fields["format_keys"].load_tensors and fields["alpha_mask"]:
-            return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+            return "alpha_mask cannot be used with load_tensors, which reads no frames; omit one"
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:

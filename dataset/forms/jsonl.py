@@ -37,7 +37,7 @@ class JsonLists(SourceFormat):
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
         """Return why mask_directory is not allowed (list lines name masks themselves); None if unset."""
         if fields["mask_directory"]:
-            return "mask_directory cannot be used here; give mask_path in the lines of the list"
+            return "mask_directory cannot be used here; set mask_path in the lines of the list"
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:

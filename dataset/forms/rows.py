@@ -183,7 +183,7 @@ class RowReader:
         """Return a row's layers in the order of their numbers; the full image has the number 0 or none."""
         column = self.path_column
         if column in values and f"{column}_0" in values:
-            raise DatasetError(f"{position}: {column} and {column}_0 both name the image; leave out one")
+            raise DatasetError(f"{position}: {column} and {column}_0 both name the image; omit one")
         layers: dict[int, FileLocation] = {}
         for name, value in values.items():
             number = control_number(name, column)
@@ -332,7 +332,7 @@ class RowReader:
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
                 f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not text. Write what "
-                f"{FURTHER_TEXT.reader} reads, or leave it out"
+                f"{FURTHER_TEXT.reader} reads, or omit it"
             )
         check_text(value, f"{position}: {FURTHER_TEXT.key}")
         return value
@@ -355,7 +355,7 @@ class RowReader:
         if value is None or (is_blank and not self.is_list):  # an empty cell of a CSV table means no file
             return None
         if is_blank:
-            raise DatasetError(f"{position}: {name} is empty. Write a path, or leave it out")
+            raise DatasetError(f"{position}: {name} is empty. Write a path, or omit it")
         if isinstance(value, tuple):  # a FileLocation already
             return value
         if not isinstance(value, str):
@@ -429,7 +429,7 @@ def make_source(
 ) -> media_source.MediaSource:
     """Return the media file of a row or a tar sample; `position` is for messages."""
     if mask is not None and table.alpha_mask:
-        raise DatasetError(f"{position}: its mask and alpha_mask = true exclude each other; leave out one.")
+        raise DatasetError(f"{position}: its mask and alpha_mask = true exclude each other; omit one.")
     caption, more_captions = split_first_caption(captions, position)
     optional = (mask, control_mask, rejected)
     mask_path, control_mask_path, rejected_path = (None if file is None else file[0] for file in optional)

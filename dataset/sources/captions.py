@@ -147,7 +147,7 @@ def split_first_caption(
     if captions and len(captions) > MAX_CAPTIONS:
         raise DatasetError(
             f"{position}: {len(captions)} captions, at most {MAX_CAPTIONS} are used. With multi_caption = "
-            "true each line is one; leave it out if the lines are one text."
+            "true each line is one; omit it if the lines are one text."
         )
     return (captions[0], captions[1:]) if captions else (None, ())
 

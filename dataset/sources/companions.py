@@ -179,7 +179,7 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
         if source.control_mask is not None and not source.control:
             raise DatasetError(
                 f"{table.name}: {source.path} has a control mask, the part of a clip to generate, but no "
-                "control clip. Give control_directory, or control_path in a list."
+                "control clip. Set control_directory, or control_path in a list."
             )
 
 

@@ -22,7 +22,7 @@ def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
     for table in config.datasets:
         if table.multiple_target and not has_layers:
             errors.append(
-                f"{table.name}: multiple_target = true: {model} does not learn layers. Leave it out, or "
+                f"{table.name}: multiple_target = true: {model} does not learn layers. Omit it, or "
                 "train Qwen-Image with --model_version layered"
             )
         elif has_layers and not table.multiple_target:
@@ -34,7 +34,7 @@ def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
             # without this message, missing control images would be reported
             errors.append(
                 f"{table.name}: control_directory: {model} takes no control images, because it splits the "
-                "image itself into layers. Leave it out"
+                "image itself into layers. Omit it"
             )
     if errors:
         raise DatasetError("\n".join(errors))

@@ -30,7 +30,7 @@ AUDIO_FILE = "sound_file"  # true if the audio is in a separate file
 SHOWN = "shown"  # kinds of the reference media of the row, in order
 # warning for a model that takes reference images and gets none
 NO_REFERENCE = (
-    "nothing has a reference: this trains on texts alone. To train edits, give control_directory, or "
+    "nothing has a reference: this trains on texts alone. To train edits, set control_directory, or "
     "control_path in the lines of a list or table; an IC-LoRA has reference_directory, reference_path"
 )
 

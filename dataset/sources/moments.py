@@ -77,7 +77,7 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
     guess = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
         f"this model's VAE has {2 * latent.channels}: a mean and a log variance for each of "
-        f"{latent.channels}.{guess} Compute them with this model's VAE (prepare_dataset.py), or leave out "
+        f"{latent.channels}.{guess} Compute them with this model's VAE (prepare_dataset.py), or omit "
         "load_tensors"
     )
 

@@ -30,7 +30,7 @@ NOT_DRAWN = (
 )
 BACKSLASH = (
     "captions have a backslash before a bracket, which is learned; prompts in which brackets are weights "
-    "leave it out. Remove the backslashes"
+    "omit it. Remove the backslashes"
 )
 TORN = (
     "captions are JSON objects, which shuffle_caption, caption_tag_dropout_rate and token_warmup_step take "

@@ -44,12 +44,12 @@ def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> Referen
     """Read an entry of a row's `references`. Raises DatasetError for an unknown key, type or file."""
     kind = entry.get("type")
     if kind not in KINDS:
-        raise DatasetError(f"{position}: type = {_show(kind)}: give one of {', '.join(KINDS)}")
+        raise DatasetError(f"{position}: type = {_show(kind)}: pass one of {', '.join(KINDS)}")
     unknown = sorted(entry.keys() - KEYS)
     if unknown:
         raise DatasetError(f"{position}: unknown key {unknown[0]}; known keys: {', '.join(sorted(KEYS))}")
     if "audio_path" in entry and kind != "video":
-        raise DatasetError(f"{position}: audio_path is for references of type video. Leave it out")
+        raise DatasetError(f"{position}: audio_path is for references of type video. Omit it")
     path = _locate(entry.get("path"), file, f"{position}: path")
     if entry.get("audio_path") is None:
         return ReferenceMedium(kind, path, is_silent="audio_path" in entry)

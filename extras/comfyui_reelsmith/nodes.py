@@ -179,7 +179,7 @@ def find_folder(text: str) -> Path:
     folder = Path(text.strip().strip('"')).expanduser()
     if not folder.is_absolute() or not (folder / DESCRIPTION).is_file():
         raise ValueError(
-            f"{text!r} is not a folder that Reelsmith can train: give the whole path of one with "
+            f"{text!r} is not a folder that Reelsmith can train: pass the whole path of one with "
             f"{DESCRIPTION}, which `reelsmith new FOLDER` writes"
         )
     return folder.resolve()

@@ -93,7 +93,7 @@ class KontextFiles(FluxFiles):
         if header.config.kind != DEV:
             raise OptionError(
                 f"--dit {self.dit_path} is {NAMES[header.config.kind]}; {NAME} is a FLUX.1 dev transformer. "
-                "Give flux1-kontext-dev.safetensors, or use flux_train_network.py and flux_generate_image.py"
+                "Pass flux1-kontext-dev.safetensors, or use flux_train_network.py and flux_generate_image.py"
             )
         return header
 

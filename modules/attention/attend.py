@@ -325,7 +325,7 @@ def check_backend(
             logger.warning(cudnn_warning)
         return
     flag = flag_of(choice.mode, training)
-    remedy = f"Leave {flag} out to use torch's own attention."
+    remedy = f"Omit {flag} to use torch's own attention."
     reason = explain_unsupported(backend, capability, dtype, training)
     if reason is not None:
         raise OptionError(f"{flag} {reason} {remedy}")

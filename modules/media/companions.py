@@ -172,7 +172,7 @@ class OtherStreams:
         packet.pts = None if packet.pts is None else packet.pts - ticks
 
     def _add_stream(self, target: Any, stream: Any) -> None:
-        """Copy a stream to the new file; if the format does not support it, convert it or leave it out."""
+        """Copy a stream to the new file; if the format does not support it, convert it or omit it."""
         name = _label_stream(stream)
         if stream.type == "video":
             self._add_images(target, stream, name)

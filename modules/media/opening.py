@@ -207,7 +207,7 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
         )
         raise MediaError(
             f"{path} is in no supported {kind} format, or it is a list of other files, which are not opened. "
-            f"Give the {kind} itself, such as a {examples} or .webm."
+            f"Pass the {kind} itself, such as a {examples} or .webm."
         ) from None
 
 

@@ -156,7 +156,7 @@ def too_short(option: str, path: Path, frames: int, needed: int) -> MediaError:
     """Return the error for a video with too few frames."""
     has = "1 frame" if frames == 1 else f"{frames} frames"
     return MediaError(
-        f"{option} {path}: it has {has}, {needed} are needed. Lower the length or give a longer video."
+        f"{option} {path}: it has {has}, {needed} are needed. Lower the length or use a longer video."
     )
 
 

@@ -96,7 +96,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
             at = float(start + Fraction(position, rate))
             raise MediaError(
                 f"{path}: its sound is damaged near {at:.1f} s ({error.strerror}). Fetch or convert the file "
-                "again, or leave its sound out"
+                "again, or omit its sound"
             ) from error
     return track if channels_read == channels else np.broadcast_to(track, (channels, count))
 
@@ -143,7 +143,7 @@ def read_beginning(
         except av.FFmpegError as error:
             raise MediaError(
                 f"{path}: its sound is damaged near {position / rate:.1f} s ({error.strerror}). Fetch or "
-                "convert the file again, or leave its sound out"
+                "convert the file again, or omit its sound"
             ) from error
     if not blocks:
         return None
@@ -167,7 +167,7 @@ def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samp
     count = 0 if beginning is None else beginning.samples.shape[1]
     if beginning is None or count < int(min(MIN_REFERENCE_SECONDS, seconds) * rate):
         raise MediaError(
-            f"{path}: it has {count / rate:.2g} s of sound, too little for a reference. Give a file with at "
+            f"{path}: it has {count / rate:.2g} s of sound, too little for a reference. Pass a file with at "
             f"least {MIN_REFERENCE_SECONDS} s"
         )
     return np.broadcast_to(beginning.samples, (channels, count)).copy()  # a single channel is copied to all

@@ -197,7 +197,7 @@ class NetworkKind:
             *first, last = LORA_ONLY_ARGUMENTS
             raise OptionError(
                 f"--network_dropout, and rank_dropout, module_dropout, {', '.join(first)} and {last} of "
-                "--network_args, are for LoRAs only: leave them out, or use --network_module networks.lora"
+                "--network_args, are for LoRAs only: omit them, or use --network_module networks.lora"
             )
 
     def make_layers(

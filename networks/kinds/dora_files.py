@@ -52,9 +52,7 @@ def convert_to_norms(
         return _convert_norms(lora, family, baking, are_frozen)
     if baking is not None:
         reason = "already has this form" if is_dora_by_output else "has no DoRA magnitudes by output"
-        raise OptionError(
-            f"--dit: {lora.path} {reason}, so --target {target} needs no model. Leave --dit out"
-        )
+        raise OptionError(f"--dit: {lora.path} {reason}, so --target {target} needs no model. Omit --dit")
     return lora
 
 

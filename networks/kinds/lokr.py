@@ -136,10 +136,10 @@ class LokrKind(NetworkKind):
             factor = 0  # invalid, for the error below
         if factor < 1 and factor != -1:
             raise OptionError(
-                f"--network_args factor={factor_text}: give a whole number from 1, or -1 for equal parts"
+                f"--network_args factor={factor_text}: use a whole number from 1, or -1 for equal parts"
             )
         if decompose_both not in _BOOLEANS:
-            raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
+            raise OptionError(f"--network_args decompose_both={decompose_both}: pass True or False")
         return functools.partial(make_shapes, factor=factor, decompose_both=_BOOLEANS[decompose_both])
 
     def make_layers(

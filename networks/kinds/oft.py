@@ -101,7 +101,7 @@ class OftKind(NetworkKind):
     is_for_texts = False
     is_for_convolutions = False
     other_modules = {
-        "networks.oft_v2": f"this variant of OFT is {MODULE} here. Give that",
+        "networks.oft_v2": f"this variant of OFT is {MODULE} here. Pass that",
         "networks.boft": f"BOFT is not supported: only sd-scripts reads its files. Use {MODULE}",
     }
     not_in_comfyui = "ComfyUI cannot read an OFT of this form: its own rotates the outputs of a layer"
@@ -177,7 +177,7 @@ class OftKind(NetworkKind):
             raise OptionError(
                 f"--network_module {MODULE} rotates the inputs of linear layers. "
                 f"{', '.join(LORA_ONLY_ARGUMENTS)} and conv_dim of --network_args are for LoRAs only: "
-                "leave them out, or use --network_module networks.lora"
+                "omit them, or use --network_module networks.lora"
             )
         if settings.has_rank_dropout:
             raise OptionError(
@@ -187,12 +187,12 @@ class OftKind(NetworkKind):
         block_sizes = [settings.rank, *settings.ranks_by_pattern]  # --network_dim of an OFT
         if 1 in block_sizes:
             raise OptionError(
-                "--network_dim 1: a block of a single value cannot be rotated. Give 2 or more; 32 is usual"
+                "--network_dim 1: a block of a single value cannot be rotated. Pass 2 or more; 32 is usual"
             )
         if max(block_sizes) > MAX_BLOCK:
             raise OptionError(
                 f"--network_dim {max(block_sizes)}: {MAX_BLOCK} is the most values in a block of an OFT. "
-                "Give less; 32 is usual"
+                "Pass less; 32 is usual"
             )
 
     def make_layers(

@@ -109,7 +109,7 @@ def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:
     if weight.ndim != 2:
         return (
             f"{name} is not a linear layer, and programs disagree on what an OFT does to other layers.\n"
-            "  Give a file that rotates only linear layers."
+            "  Pass a file that rotates only linear layers."
         )
     width = weight.shape[1]
     is_shared = num_blocks == 1 and width % size == 0  # one rotation for all blocks
@@ -117,5 +117,5 @@ def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:
         return ""
     return (
         f"for {name} it rotates {num_blocks} blocks of {size} inputs, but the model has {width} inputs.\n"
-        "  Give an OFT that was trained for this model."
+        "  Pass an OFT that was trained for this model."
     )

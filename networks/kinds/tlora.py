@@ -79,23 +79,21 @@ class TLoraKind(NetworkKind):
         if not values.get(SWITCH, False):
             unused = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
             if unused is not None:
-                raise OptionError(
-                    f"--network_args {unused} is for T-LoRA: add {SWITCH}=True, or leave it out"
-                )
+                raise OptionError(f"--network_args {unused} is for T-LoRA: add {SWITCH}=True, or omit it")
             return None
         default = TLoraRule()
         minimum = values.get(MIN_RANK, default.minimum)
         if minimum > rank:
             raise OptionError(
                 f"--network_args {MIN_RANK}={minimum}: the rank is {rank}, and at least that many ranks "
-                "would be active at all noise levels. Give less than --network_dim, such as "
+                "would be active at all noise levels. Pass less than --network_dim, such as "
                 f"{default.minimum}"
             )
         power = values.get(ALPHA, default.power)
         # active ranks grow with (1 - level)^power, which is 1 at every level if the power is 0
         if not power:
             raise OptionError(
-                f"--network_args {ALPHA}=0: all ranks would be active at all noise levels. Give more than 0; "
+                f"--network_args {ALPHA}=0: all ranks would be active at all noise levels. Use more than 0; "
                 f"{default.power:g} is usual"
             )
         return TLoraRule(minimum, power)

@@ -142,10 +142,10 @@ def _reject_wrong_kind(flag: str, value: Any, action: argparse.Action) -> None:
     """Raise OptionError if a switch is given a value, or another option True in place of its value."""
     is_switch = action.nargs == 0
     if is_switch and not isinstance(value, bool | None):
-        raise OptionError(f"{flag} is a switch: give True or False, not {value!r}")
+        raise OptionError(f"{flag} is a switch: pass True or False, not {value!r}")
     needs_value = action.nargs not in (0, "?", "*")
     if needs_value and value is True:
-        raise OptionError(f"{flag} is not a switch: give its value in place of True")
+        raise OptionError(f"{flag} is not a switch: pass its value in place of True")
 
 
 def _find_flag(name: str, action: argparse.Action) -> str:

@@ -143,7 +143,7 @@ def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> 
 def check_blur(options: BlurOptions) -> None:
     """Read the header of the detector file. Raises CheckpointError or OptionError if it is unusable."""
     if options.network.compile and may_be_onnx(options.network.model):
-        raise OptionError("--compile is for torch, but onnxruntime runs .onnx files: leave it out")
+        raise OptionError("--compile is for torch, but onnxruntime runs .onnx files: omit it")
     check_detector(options.network.model)
 
 

@@ -87,7 +87,7 @@ def no_landmarks(detector: str) -> CheckpointError:
         detector: The detector as the user named it.
     """
     return CheckpointError(
-        f"{detector} says where faces are, but not where their eyes are, which restoring needs. Give "
+        f"{detector} says where faces are, but not where their eyes are, which restoring needs. Pass "
         "RetinaFace or YuNet."
     )
 
@@ -100,7 +100,7 @@ def _read_yolo_layout(path: Path, model: OnnxModel, side: int | None, option: st
     if layout is None:
         raise CheckpointError(
             f"{path} is an ONNX file, but neither a YuNet nor a YOLO for boxes: its outputs are "
-            f"{shapes_text(model.outputs)}.\n  Give {RELEASED_FILES} to {option}.",
+            f"{shapes_text(model.outputs)}.\n  Pass {RELEASED_FILES} to {option}.",
             path,
         )
     return layout

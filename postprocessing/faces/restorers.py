@@ -347,7 +347,7 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
     path = to_path("--detection_model", name)
     if not path.exists():
         raise CheckpointError(
-            f"{what}: there is no such file.{explain_missing(path)} Give the path of one, or one of "
+            f"{what}: there is no such file.{explain_missing(path)} Pass the path of one, or one of "
             f"{', '.join([*RETINAFACES, YUNET])}.",
             path,
         )
@@ -382,7 +382,7 @@ def _make_missing_error(what: str, file: str, folder: Path, origin: str, task: s
     command = quote_command(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
     download = "" if task is None else f"download it with {command}, or "
     return CheckpointError(
-        f"{what}: no {file} is in {folder}.\n  Give another file or folder, or put it there: {download}take "
+        f"{what}: no {file} is in {folder}.\n  Pass another file or folder, or put it there: {download}take "
         f"it from {origin}.",
         folder,
     )

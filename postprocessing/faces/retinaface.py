@@ -245,7 +245,7 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
         raise make_wrong_kind_error(checkpoint, "a detector of faces", option, RELEASED_FILES)
     sources = list_tensor_sources(checkpoint)
     shape_error = CheckpointError(
-        f"{checkpoint.path} is not a RetinaFace: one of its tensors has an unexpected shape. Give "
+        f"{checkpoint.path} is not a RetinaFace: one of its tensors has an unexpected shape. Pass "
         f"{RELEASED_FILES} to {option}.",
         checkpoint.path,
     )

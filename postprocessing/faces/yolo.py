@@ -158,7 +158,7 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
     task = model.notes.get("task")
     if task is not None and task not in TASKS:
         raise CheckpointError(
-            f"{path} is a YOLO for {task}, which returns no upright boxes. Give one for detect, segment or "
+            f"{path} is a YOLO for {task}, which returns no upright boxes. Pass one for detect, segment or "
             "pose.",
             path,
         )

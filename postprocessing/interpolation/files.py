@@ -186,7 +186,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
     """
     if not path.exists():
         raise CheckpointError(
-            f"{path}: there is no such file or folder.{explain_missing(path)} Give the folder to "
+            f"{path}: there is no such file or folder.{explain_missing(path)} Pass the folder to "
             f"{MODEL_OPTION}.",
             path,
         )
@@ -207,7 +207,7 @@ def _find_main_file(folder: Path, kind: str) -> Path:
     main = _find_model(folder, file_names, kind)
     if main is None:
         raise CheckpointError(
-            f"{folder}: there is no file of {kind} in this folder. Put {file_names[0]} there, or give "
+            f"{folder}: there is no file of {kind} in this folder. Put {file_names[0]} there, or pass "
             f"another folder to {MODEL_OPTION} or another --mode.",
             folder,
         )
@@ -370,7 +370,7 @@ def _check_match(files: ModeFiles, synthesis: SynthesisConfig, channels: "_MapCh
     if channels != expected:
         raise CheckpointError(
             f"{files.flow} does not fit {files.main.name}: it produces maps of {channels.quarter} and "
-            f"{channels.eighth} channels. Give both files of one release.",
+            f"{channels.eighth} channels. Pass both files of one release.",
             files.flow,
         )
 

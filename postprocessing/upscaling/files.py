@@ -299,6 +299,6 @@ class _Shapes:
         path = self.checkpoint.path
         return CheckpointError(
             f"{path} is an upscaler that cannot be used here: {reason}.\n"
-            f"  Give {RELEASED_FILES} to {MODEL_OPTION}.",
+            f"  Pass {RELEASED_FILES} to {MODEL_OPTION}.",
             path,
         )

@@ -98,7 +98,7 @@ def _read_model_key(
 
 def _report_unknown_model(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
     """Report a key that names no known model, and note its value for the message if none is found at all."""
-    reason = "no model of this name is known. Give --family and --task"
+    reason = "no model of this name is known. Pass --family and --task"
     if rule.target == contract.FILE:
         reason = "a file or folder of your own is given as --model_file NAME=PATH"
     project.unknown_models[show(key)] = show(value)

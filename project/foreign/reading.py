@@ -86,7 +86,7 @@ def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: 
         project.run = project.program.find_run(values)
     except UnsupportedRun as error:
         if typed_kind is None:
-            remedy = "Give --train lora to train a LoRA in its place"
+            remedy = "Pass --train lora to train a LoRA in its place"
             raise OptionError(f"--from {project.path}: {error}. {remedy}") from None
         project.run = contract.ForeignRun("", str(error))
 
@@ -159,12 +159,12 @@ def _recognize_program(path: Path, values: Mapping[str, Any]) -> Program:
     # a file of a training script needs no conversion
     if path.suffix.lower() == ".toml" and any(map(_TRAINING_SCRIPT_KEYS.search, values)):
         raise OptionError(
-            f"--from {path}: it looks like a file of options of sd-scripts or musubi-tuner. Give it to the "
+            f"--from {path}: it looks like a file of options of sd-scripts or musubi-tuner. Pass it to the "
             "training script itself as --config_file: the names of options are the same"
         )
     known_programs = ", ".join(program.title for program in PROGRAMS)
     raise OptionError(
-        f"--from {path}: this is not a project of {known_programs}. Give the file that describes a training."
+        f"--from {path}: this is not a project of {known_programs}. Pass the file that describes a training."
     )
 
 
@@ -178,7 +178,7 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
     """
     suffix = path.suffix.lower()
     if suffix not in {".yaml", ".yml", ".toml", ".json"}:
-        raise OptionError(f"{option} {path}: give a .yaml, .toml or .json file of another trainer")
+        raise OptionError(f"{option} {path}: pass a .yaml, .toml or .json file of another trainer")
     try:
         content = _parse(suffix, read_text(path, MAX_BYTES))
         return dict(_flatten(content, prefix, depth=0, counter=itertools.count(1)))

@@ -30,7 +30,7 @@ def _find_training_command(model: ModelSet) -> list[str]:
 
 def _why_not(model: ModelSet, memory: float) -> str | None:
     if model.has_adapter:
-        return f"{model.title} is trained with one already: give the task without it"
+        return f"{model.title} is trained with one already: pass the task without it"
     if not model.properties.get("distilled"):
         return f"{model.title} was not distilled, so there is nothing to unlearn"
     return None

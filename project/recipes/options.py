@@ -36,6 +36,6 @@ class RecipeOptions(Options):
 
     def __post_init__(self) -> None:
         if self.action == SAVE and self.run is None:
-            raise OptionError("recipe save: give the folder of a run, such as clips/output")
+            raise OptionError("recipe save: pass the folder of a run, such as clips/output")
         if self.name is not None and NAME.fullmatch(self.name) is None:
-            raise OptionError(f"--name {self.name!r}: give a name of letters, digits, _ and -")
+            raise OptionError(f"--name {self.name!r}: pass a name of letters, digits, _ and -")

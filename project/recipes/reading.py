@@ -149,7 +149,7 @@ def read_recipe(path: Path) -> TrainingRecipe:
         content = parse_toml(read_text(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         reason = shorten(" ".join(str(error).split()), MAX_OF_TEXT).rstrip(".")
-        raise OptionError(f"recipe {path} cannot be read: {reason}. Give a file of `recipe save`") from None
+        raise OptionError(f"recipe {path} cannot be read: {reason}. Pass a file of `recipe save`") from None
     try:
         return _parse_recipe(path.stem, content)
     except ValueError as error:
@@ -356,7 +356,7 @@ def _read_number(name: str, value: Any, kind: Any) -> float | int:
     if type(value) not in (int, float):
         raise ValueError(f"{name} = {_show(str(value))}: a recipe gives a number here")
     if kind is int and type(value) is not int:
-        raise ValueError(f"{name} = {value}: give a whole number")
+        raise ValueError(f"{name} = {value}: use a whole number")
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{name} = {value} is not a number")
     return value

@@ -62,7 +62,7 @@ def find_history(path: Path) -> Path:
             return histories[0]
         if histories:
             names = ", ".join(map(str, histories))
-            raise OptionError(f"{path} has {len(histories)} runs. Give the history of one: {names}")
+            raise OptionError(f"{path} has {len(histories)} runs. Pass the history of one: {names}")
     raise OptionError(
         f"{path} has no run: there is no {END.removeprefix('-')} file in it or in its folder output"
     )
@@ -79,7 +79,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
     recipe = _make_recipe(options, history, run_history, start)
     path = options.to / f"{recipe.name}.toml"
     if path.exists() and not options.overwrite:
-        raise OutputError(f"{path} already exists. Give another --name, or --overwrite")
+        raise OutputError(f"{path} already exists. Pass another --name, or --overwrite")
     options.to.mkdir(parents=True, exist_ok=True)
     write_text(path, write_recipe(recipe))
     read_recipe(path)  # verify that the written file can be read

@@ -52,7 +52,7 @@ def join_processes(
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     if device is not None and ":" in device:
         raise OptionError(
-            f"--device {device} with {option}: each process has its own GPU. Give cuda, or leave it out"
+            f"--device {device} with {option}: each process has its own GPU. Pass cuda, or omit it"
         )
     if kind not in {"cpu", "cuda"}:
         raise OptionError(f"{option}: processes do not share a model on {kind}. Use CUDA GPUs")

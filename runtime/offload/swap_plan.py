@@ -142,7 +142,7 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
     if spec.swap_counts is None:
         raise OptionError(
             f"--blocks_to_swap {blocks}: this model runs its blocks in its own way, so none can be swapped. "
-            "Leave it out"
+            "Omit it"
         )
     swapped = spec.swap_counts(blocks)
     if not _fits(totals, swapped, spec.num_unswapped):

@@ -419,7 +419,7 @@ def resolve_swap(
     except Exception as error:
         if speed.swap.is_auto:
             raise MemoryPlanError(
-                f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks."
+                f"--blocks_to_swap auto: no plan can be made ({error}). Use a number of blocks."
             ) from error
         logger.warning("The memory of this run cannot be predicted (%s: %s).", type(error).__name__, error)
         return speed, None

@@ -185,7 +185,7 @@ def reject_other_splits() -> None:
             raise OptionError(
                 f"accelerate launch asks for {feature} "
                 f"({variable}={os.environ[variable]}): the loops here never pass it the model. Choose plain "
-                f"multi-GPU ({LAUNCH}, or run accelerate config again) and give "
+                f"multi-GPU ({LAUNCH}, or run accelerate config again) and pass "
                 f"{', or '.join(record.accelerate_advice for record in options)} over those processes"
             )
 

@@ -45,13 +45,13 @@ def _check_launch(options: ContextParallelOptions, processes: int, times: int, u
     if times > 1:
         number = options.context_parallel
         raise OptionError(
-            f"--context_parallel {number}: {processes} processes would make each prompt {times} times. Give "
+            f"--context_parallel {number}: {processes} processes would make each prompt {times} times. Pass "
             f"--context_parallel {processes}, or start {number} processes"
         )
     if uses.rewrites_prompts:
         raise OptionError(
             "--prompt_rewrite and --context_parallel cannot be used together: one process rewrites, and all "
-            "need the same text. Rewrite first, and give the prompt that the log shows"
+            "need the same text. Rewrite first, and pass the prompt that the log shows"
         )
 
 

@@ -32,7 +32,7 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
         fitting = [str(count) for count in range(2, heads + 1) if heads % count == 0]
         raise OptionError(
             f"--context_parallel {grid.context}: each process computes an equal part of the {heads} heads of "
-            f"this transformer's attention. Give {' or '.join(fitting) or 1}"
+            f"this transformer's attention. Pass {' or '.join(fitting) or 1}"
         )
     group = device_mesh(grid, device).get_group("context")
     set_runner(network, functools.partial(_run_part, runner_of(network), group))

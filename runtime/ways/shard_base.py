@@ -63,7 +63,7 @@ def _check_uses(uses: RunUses) -> None:
     if uses.separate_sample_model:
         raise OptionError(
             "--shard_base: samples by further transformers need networks that take turns, which are not "
-            f"split over processes. Leave {uses.separate_sample_model} out"
+            f"split over processes. Omit {uses.separate_sample_model}"
         )
     if uses.foreign_module:
         raise OptionError(
@@ -89,7 +89,7 @@ def _join(run: RunModes, options: ShardBaseOptions) -> None:
     if swap_flag:
         raise OptionError(
             f"--shard_base and {swap_flag} both say where the weights wait: in the other processes, "
-            "or in host memory. Give one of them; fp8 and more processes save memory together with "
+            "or in host memory. Pass one of them; fp8 and more processes save memory together with "
             "--shard_base"
         )
     run.flags.append("--shard_base")

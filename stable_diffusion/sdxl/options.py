@@ -26,13 +26,13 @@ __all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion XL"
 GENERATION = script_defaults(1024, side_step=32)
 _IN_GUIDES = (
-    "guides name it, and the known script itself does not have it. Give both rates to --text_encoder_lr: "
+    "guides name it, and the known script itself does not have it. Pass both rates to --text_encoder_lr: "
     "first that of CLIP-L, then that of OpenCLIP, such as --text_encoder_lr 1e-5 1e-5"
 )
 
 
-_ONE_RATE = "both text encoders have one rate. Give it to --learning_rate"
-_NO_TEXTS = "the text encoders are not trained. Leave it out"
+_ONE_RATE = "both text encoders have one rate. Pass it to --learning_rate"
+_NO_TEXTS = "the text encoders are not trained. Omit it"
 _NO_MASKS = (
     "control images of Stable Diffusion XL have 3 channels, and no program reads a mask as a fourth. To "
     "repaint, train with --train_inpainting (sdxl_train_network.py), or a ControlNet-LLLite of Anima"
@@ -80,7 +80,7 @@ class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
         if self.cond_emb_dim is not None and self.cond_emb_dim % 2:
             raise OptionError(
                 f"--cond_emb_dim {self.cond_emb_dim} is odd: the first convolutions have half as many "
-                f"channels. Give {self.cond_emb_dim + 1}"
+                f"channels. Pass {self.cond_emb_dim + 1}"
             )
 
 
@@ -101,7 +101,7 @@ class SdxlInversionTrainingOptions(InversionOptions, SdxlLearningOptions, title=
     text_encoder_lr2 = unsupported(_ONE_RATE, type=float)
 
 
-_OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"
+_OF_LORAS = "it is of LoRAs. Pass the rate of {} to --{}"
 
 
 class SdxlFullTrainingOptions(OfFullCheckpoint, SdxlLearningOptions, title=NAME):

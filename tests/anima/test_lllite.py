@@ -245,7 +245,7 @@ def test_each_batch_gets_new_masks_which_the_seed_draws() -> None:
 def test_a_mask_belongs_to_a_file_for_inpainting(tmp_path: Path) -> None:
     control = tmp_path / "control.png"
     Image.new("RGB", (64, 64)).save(control)
-    for channels, mask, words in ((4, None, "Give its mask to --mask_image"), (3, control, "takes no mask")):
+    for channels, mask, words in ((4, None, "Pass its mask to --mask_image"), (3, control, "takes no mask")):
         path = tmp_path / f"{channels}.safetensors"
         made = describe_lllite(options_of(lllite_cond_in_channels=channels))
         save_file(made.make(tiny_model(), True).state_dict(), path)

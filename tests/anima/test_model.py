@@ -158,7 +158,7 @@ def test_padding_before_a_state_is_refused() -> None:
 
 @torch.no_grad()
 def test_forty_blocks_are_forty_blocks() -> None:
-    """A depth that follows from the width would leave out twelve."""
+    """A depth that follows from the width would omit twelve."""
     state, given = tiny_state(num_layers=40), tiny_inputs(1)
     ours = frozen(AnimaModel(replace(CONFIG, num_layers=40)), state)
     dit, adapter = transformer_in_diffusers(state, 40), conditioner_in_diffusers(state)

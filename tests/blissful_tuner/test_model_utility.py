@@ -258,7 +258,7 @@ def test_what_exists_is_replaced_only_if_that_is_wanted(tmp_path: Path) -> None:
     path, there = write(tmp_path / "a.safetensors"), write(tmp_path / "b.safetensors", {"x": torch.ones(1)})
     before = there.read_bytes()
 
-    with pytest.raises(OutputError, match=r"b\.safetensors exists already. Give another name, or --yes"):
+    with pytest.raises(OutputError, match=r"b\.safetensors exists already. Pass another name, or --yes"):
         run(path, "--convert", there)
     with pytest.raises(OutputError, match="is kept"):
         ask_to_replace([there], yes=False, ask=answer("f"))  # no other name is offered

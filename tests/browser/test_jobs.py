@@ -188,7 +188,7 @@ def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> No
             "--interactive asks for prompts in a terminal",
         ),
         ("python wan_generate_video.py --interact", "--interact asks for prompts in a terminal"),
-        ("reelsmith new clips", "Give --family, and --task"),
+        ("reelsmith new clips", "Pass --family, and --task"),
         ("reelsmith new nowhere --family wan", "folder nowhere: no such folder"),
         ("reelsmith new clips --famly wan --family wan", "Unknown option --famly"),
         ("reelsmith run", "folder that `new` described"),
@@ -285,7 +285,7 @@ def test_a_queue_that_was_started_goes_on_with_the_next_server(queue: JobQueue) 
 def test_a_run_of_no_folder_is_refused_when_it_is_added(tmp_path: Path) -> None:
     (tmp_path / "clips ü").mkdir()
     check_options(split_arguments("reelsmith run 'clips ü' --download"), tmp_path)
-    with pytest.raises(OptionError, match="there is no such folder in .* Give its absolute path"):
+    with pytest.raises(OptionError, match="there is no such folder in .* Pass its absolute path"):
         check_options(split_arguments("reelsmith run clips"), tmp_path)
 
 

@@ -474,7 +474,7 @@ def test_what_the_form_of_masks_cannot_do_is_said(served: Served) -> None:
         (
             "write",
             {"finder": "colour", "colour": "00ff00", "threshold": "2"},
-            "Found above 2: give a number from 0 to 1.",
+            "Found above 2: use a number from 0 to 1.",
         ),
         ("write", {"finder": "sky"}, "sky is not a way to find masks"),
         ("try", {"finder": "colour", "colour": "0f0f0f", "mode": "blend"}, "choose from the list"),

@@ -257,7 +257,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert refused(served, root, family="") == "Model: choose one."
     assert refused(served, root, family="sora").startswith("Model sora: choose one of wan")
     assert refused(served, root, task="").startswith("Version: choose one of t2v-1.3B")
-    assert refused(served, root, steps="ten").startswith("Training steps ten: give a whole number from 1")
+    assert refused(served, root, steps="ten").startswith("Training steps ten: use a whole number from 1")
     assert refused(served, root, trigger="x" * 300).startswith("Trigger word has 300 characters")
     assert refused(served, root, name="../x").startswith("Name ../x: a name has no slash.")
     assert not any((root / "set" / name).exists() for name in FILES)
@@ -604,7 +604,7 @@ def test_mistakes_are_said_while_one_types(served: Served, root: Path) -> None:
         for name in ("folder_fault", "word", "free", "hours")
     }
     assert "no such folder below" in pieces["folder_fault"]
-    assert "Training steps abc: give a whole number" in pieces["hours"]
+    assert "Training steps abc: use a whole number" in pieces["hours"]
     assert "a name has no slash" in pieces["free"]
     assert 'role="alert"' in pieces["word"]
     assert '<option value="base" selected>' in text
@@ -620,7 +620,7 @@ def test_a_folder_that_cannot_be_is_said_at_once_with_its_reason(served: Served,
     (root / "empty" / "note.txt").write_text("x", encoding="utf-8")
     (picture, *_) = write_images(root / "set", 1)
     wrong = {
-        str(picture): f"{picture} is a file. Give its folder: {picture.parent}",
+        str(picture): f"{picture} is a file. Pass its folder: {picture.parent}",
         str(root / "empty"): "has no clips, pictures or sounds. Drop some here first.",
         str(root / "none"): "no such folder below",
     }

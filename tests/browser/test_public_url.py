@@ -39,8 +39,8 @@ def test_the_origin_is_what_browsers_send(url: str, origin: str) -> None:
         (["--public_url", "https://"], "give an address such as https://"),
         (["--public_url", "https://a@b.example.org"], "give an address such as https://"),
         (["--public_url", "https://b.example.org:99999"], "give an address such as https://"),
-        (["--public_url", f"{OUTSIDE}/page"], f"a host name of its own, .* Give {OUTSIDE}, and let"),
-        (["--public_url", OUTSIDE, "--no_token"], "lets others in: leave --no_token out"),
+        (["--public_url", f"{OUTSIDE}/page"], f"a host name of its own, .* Pass {OUTSIDE}, and let"),
+        (["--public_url", OUTSIDE, "--no_token"], "lets others in: omit --no_token"),
     ],
 )
 def test_addresses_that_no_page_can_have_are_refused(words: list[str], message: str) -> None:

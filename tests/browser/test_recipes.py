@@ -205,16 +205,16 @@ def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> M
     [
         (" \n", {}, [], "Prompt: describe what to generate."),
         ("a", {"steps": "ten"}, [], "Steps: 'ten' is not a whole number"),
-        ("a", {"steps": "0"}, [], "Steps 0: give a number from 1"),
+        ("a", {"steps": "0"}, [], "Steps 0: use a number from 1"),
         ("a", {"width": "64"}, [], "Width and Height: give both"),
         ("a", {"width": "1e3", "height": "64"}, [], "Width: '1e3' is not a whole number"),
         ("a", {"width": "832x480", "height": "64"}, [], "give --w 832 --h 480"),
-        ("a", {"frames": "-3"}, [], "Frames -3: give a number from 1"),
+        ("a", {"frames": "-3"}, [], "Frames -3: use a number from 1"),
         ("a", {"guidance": "high"}, [], "Guidance: 'high' is not a number"),
         ("a", {"redraw": "gone.png"}, [], "Redraw gone.png: there is no such file."),
-        ("a", {"share": "2"}, [], "Share 2: give a share from 0 to 1"),
-        ("a", {}, [UsedLora("x.safetensors", "much")], "strength much of x.safetensors: give a number"),
-        ("a", {}, [UsedLora("x.safetensors", "nan")], "strength nan of x.safetensors: give a number"),
+        ("a", {"share": "2"}, [], "Share 2: pass a share from 0 to 1"),
+        ("a", {}, [UsedLora("x.safetensors", "much")], "strength much of x.safetensors: use a number"),
+        ("a", {}, [UsedLora("x.safetensors", "nan")], "strength nan of x.safetensors: use a number"),
         ("a", {}, [UsedLora("x.safetensors", "1")], "x.safetensors no longer exists"),
     ],
 )
@@ -385,12 +385,12 @@ def test_a_distilled_model_shows_its_own_steps_and_guidance(
 @pytest.mark.parametrize(
     ("model", "texts", "message"),
     [
-        ("wan t2v-1.3B", {"width": "65", "height": "64"}, "Width 65: give a multiple of 16. Nearest: 64"),
-        ("wan22 ti2v-5B", {"width": "64", "height": "7"}, "Height 7: give a multiple of 32. Nearest: 32"),
-        ("wan t2v-1.3B", {"frames": "6"}, "Frames 6: give a length of 4n + 1. Nearest: 5"),
-        ("ltx_2 av", {"frames": "14"}, "Frames 14: give a length of 8n + 1. Nearest: 17"),
-        ("stable_diffusion xl", {"guidance": "1e9"}, "Guidance 1e9: give a number from -1,000 to 1,000"),
-        ("stable_diffusion xl", {"steps": "0"}, "Steps 0: give a number from 1 to 10,000"),
+        ("wan t2v-1.3B", {"width": "65", "height": "64"}, "Width 65: use a multiple of 16. Nearest: 64"),
+        ("wan22 ti2v-5B", {"width": "64", "height": "7"}, "Height 7: use a multiple of 32. Nearest: 32"),
+        ("wan t2v-1.3B", {"frames": "6"}, "Frames 6: pass a length of 4n + 1. Nearest: 5"),
+        ("ltx_2 av", {"frames": "14"}, "Frames 14: pass a length of 8n + 1. Nearest: 17"),
+        ("stable_diffusion xl", {"guidance": "1e9"}, "Guidance 1e9: use a number from -1,000 to 1,000"),
+        ("stable_diffusion xl", {"steps": "0"}, "Steps 0: use a number from 1 to 10,000"),
     ],
 )
 def test_what_a_script_refuses_or_changes_is_refused_with_the_nearest_value(

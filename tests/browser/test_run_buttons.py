@@ -496,7 +496,7 @@ def test_prompts_are_edited_and_a_draft_removed_by_clicks(served: Served, tmp_pa
         page.get_by_label("Sample 1 prompt").fill("a cow")
         page.get_by_label("Sample 1 steps").fill("3")
         page.get_by_label("Sample 1 width").fill("65")
-        page.get_by_text("width 65: give a multiple of 16. The sample is generated with 64.").wait_for()
+        page.get_by_text("width 65: use a multiple of 16. The sample is generated with 64.").wait_for()
         page.get_by_label("Sample 1 width").fill("")
         page.get_by_role("button", name="One more sample").click()
         page.locator("#prompt-4:focus").wait_for()

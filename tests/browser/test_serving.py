@@ -68,9 +68,9 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_ke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["page.html"], "is a file: give a folder with runs in it"),
+        (["page.html"], "is a file: pass a folder with runs in it"),
         (["--host", "0.0.0.0"], "secrets.token_urlsafe"),
-        (["--host", "0.0.0.0", "--no_token"], "leave --no_token out"),
+        (["--host", "0.0.0.0", "--no_token"], "omit --no_token"),
         (["--token", "short.txt", "--no_token"], "--no_token"),
         (["--host", "0.0.0.0", "--token", "short.txt"], "without spaces. This makes one: python -c"),
         (["--host", "0.0.0.0", "--token", "none.txt"], "none.txt cannot be read: No such file"),

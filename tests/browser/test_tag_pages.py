@@ -184,9 +184,9 @@ def test_fields_become_the_words_of_the_command(fields: dict[str, str], words: l
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"thresh": "2"}, "Least probability 2: give a number from 0 to 1."),
+        ({"thresh": "2"}, "Least probability 2: use a number from 0 to 1."),
         ({"thresh": "nan"}, "give a number"),
-        ({"num_frames": "many"}, "Frames of a clip many: give a whole number from 1 to 1024."),
+        ({"num_frames": "many"}, "Frames of a clip many: use a whole number from 1 to 1024."),
         ({"num_frames": "2.5"}, "give a whole number"),
         ({"which": "overwrite_all"}, "Captions overwrite_all: choose from the list."),
     ],

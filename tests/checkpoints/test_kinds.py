@@ -161,7 +161,7 @@ def test_every_family_refuses_another_model_by_its_name(
     module = import_own(f"{folder}.files")
 
     assert module.FORMAT.identify(path) is None
-    with pytest.raises(CheckpointError, match=rf"is (the|a) transformer of {case[2]}.*\n.*Give .*--"):
+    with pytest.raises(CheckpointError, match=rf"is (the|a) transformer of {case[2]}.*\n.*Pass .*--"):
         module.FORMAT.load(path, META)
 
 

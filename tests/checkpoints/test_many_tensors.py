@@ -41,7 +41,7 @@ def test_so_they_are_at_the_command_line(tmp_path: Path) -> None:
     pocket = [*("--vae", ROOT / "pocket" / "vae.safetensors"), *("--t5", ROOT / "pocket" / "t5.safetensors")]
     words = ["--task", "t2v-1.3B", "--dit", "many.safetensors", *pocket, "--prompt", "a", "--save_path", "o"]
     assert_one_message(
-        *run_here("wan_generate_video.py", *words, folder=tmp_path), "tensors", "Give the file"
+        *run_here("wan_generate_video.py", *words, folder=tmp_path), "tensors", "Pass the file"
     )
 
 

@@ -54,7 +54,7 @@ def test_a_folder_without_a_single_model_asks_for_the_file(tmp_path: Path) -> No
     write(tmp_path / "vae.pth", tensors())
     write(tmp_path / "text.pth", tensors())
 
-    with pytest.raises(CheckpointError, match=r"model files: text\.pth, vae\.pth\)\. Give the path"):
+    with pytest.raises(CheckpointError, match=r"model files: text\.pth, vae\.pth\)\. Pass the path"):
         checkpoint_paths(tmp_path)
 
 

@@ -162,12 +162,12 @@ def test_what_it_cannot_do_is_refused_by_name(project: TinyProject, tmp_path: Pa
     refused(dit, "--form", "int8", "--output", dit, holds=("one of the files to read",))
     refused(dit, "--form", "q8_0", "--output", "x.safetensors", holds=("ends in .gguf",))
     refused(
-        model / "vae.safetensors", "--form", "int8", "--output", "x.safetensors", holds=("a VAE", "Give the")
+        model / "vae.safetensors", "--form", "int8", "--output", "x.safetensors", holds=("a VAE", "Pass the")
     )
     save_file({"lora_unet_a.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
     for words in (["lora.safetensors"], ["--input", "lora.safetensors"]):
         out = ("--form", "int8", "--output", "x.safetensors")
-        refused(*words, *out, holds=("lora.safetensors is a LoRA", "Give the model that it was trained for"))
+        refused(*words, *out, holds=("lora.safetensors is a LoRA", "Pass the model that it was trained for"))
     encoder = model / "text_encoder"
     refused(encoder, "--form", "q8_0", "--output", "x.gguf", holds=("is for transformers", "int8"))
     tensors = load_file(dit)

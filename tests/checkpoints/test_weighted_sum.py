@@ -76,7 +76,7 @@ def test_the_channels_of_an_inpainting_model_stay_while_another_is_added(tmp_pat
 
     assert merged[FIRST][0, :, 0, 0].tolist() == [12.0] * 4 + [10.0] * 5
     code, said = run_here(SCRIPT, "--output", "x.safetensors", "--models", *models[::-1], folder=tmp_path)
-    assert_one_message(code, said, "inpainting.safetensors is an inpainting model: give it as the first")
+    assert_one_message(code, said, "inpainting.safetensors is an inpainting model: pass it as the first")
 
 
 def test_text_encoders_stay_with_unet_only(tmp_path: Path) -> None:

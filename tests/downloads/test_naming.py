@@ -70,10 +70,10 @@ def test_a_longer_name_gets_the_family_that_it_begins_with(name: str, hint: str)
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("tools/download.py --family pony", "Give `new` --family sdxl --model_file ckpt=FILE"),
+        ("tools/download.py --family pony", "Pass `new` --family sdxl --model_file ckpt=FILE"),
         ("tools/download.py --family svd", "Stable Video Diffusion is not supported"),
         ("tools/download.py --family sdxl --task 1.5", "--family sdxl names xl, --task is 1.5"),
-        ("new_project.py . --family illustrious", "Give `new` --family sdxl --model_file ckpt=FILE"),
+        ("new_project.py . --family illustrious", "Pass `new` --family sdxl --model_file ckpt=FILE"),
         ("new_project.py . --family pony --model_file ckpt=missing.safetensors", "there is no such file"),
         ("new_project.py . --family cogvideox", "CogVideoX is not supported"),
     ],

@@ -65,7 +65,7 @@ def test_gradients_reach_what_learns_in_the_first_layer(tmp_path: Path) -> None:
 
 def test_messages_name_what_is_needed_and_its_option(tmp_path: Path) -> None:
     path = save(tmp_path / "model.safetensors", {"text_model.final_layer_norm.weight": torch.ones(2)})
-    with pytest.raises(CheckpointError, match=r"is not a CLIP image encoder(.|\n)*Give a tower to --x"):
+    with pytest.raises(CheckpointError, match=r"is not a CLIP image encoder(.|\n)*Pass a tower to --x"):
         load(path)
     path = save(tmp_path / "other.safetensors", {"a.weight": torch.ones(2)})
     with pytest.raises(CheckpointError, match=r"is not a CLIP text encoder(.|\n)*to --clip_l"):

@@ -42,7 +42,7 @@ def test_a_tokenizer_that_fails_with_a_text_is_one_message(
 ) -> None:
     path = write(tmp_path, **changes)
     with pytest.raises(
-        CheckpointError, match="cannot be read as a tokenizer .* Give --text_encoder_tokenizer"
+        CheckpointError, match="cannot be read as a tokenizer .* Pass --text_encoder_tokenizer"
     ):
         source.load(path, tmp_path, "a test").read("some text")
 

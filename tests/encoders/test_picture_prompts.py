@@ -260,7 +260,7 @@ def test_a_configuration_without_sense_is_refused(told: dict[str, Any], tmp_path
     config = config_json(model)
     config["vision_config"] |= told
     path.with_name("config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"not that of Qwen.*-VL. Give .* with its config.json"):
+    with pytest.raises(CheckpointError, match=r"not that of Qwen.*-VL. Pass .* with its config.json"):
         load_vision_tower(path, use_of(model).model, CPU, torch.float32)
 
 

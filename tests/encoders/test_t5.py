@@ -207,5 +207,5 @@ def test_messages_name_the_option_of_each_use(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a ByT5 encoder(.|\n)*to --byt5"):
         load_byt5(path, CPU)
     kind = T5Kind("T5", "a T5 encoder", "--text_encoder2", "t5.safetensors", has_own_tables=False)
-    with pytest.raises(CheckpointError, match=r"Give t5.safetensors to --text_encoder2"):
+    with pytest.raises(CheckpointError, match=r"Pass t5.safetensors to --text_encoder2"):
         load_t5(path, CPU, kind)

@@ -106,7 +106,7 @@ def try_mistake(
 ) -> tuple[int | str, str]:
     """Run a good command with more words behind it. Returns the exit code, or LOADED, and what it said.
 
-    without: options to leave out of the good command.
+    without: options to omit of the good command.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     try:

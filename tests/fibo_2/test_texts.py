@@ -127,7 +127,7 @@ def test_pictures_are_cropped_and_shown_as_there(tmp_path: Path) -> None:
     (crop, _), _ = BriaFibo2ImageProcessor().preprocess([image, image])
     assert read_edited(path, None).shape[:2] == crop.shape[2:]
     mask.resize((5, 6)).save(tmp_path / "small.png")
-    with pytest.raises(OptionError, match="Give a mask of the image's size"):
+    with pytest.raises(OptionError, match="Pass a mask of the image's size"):
         read_masked(path, tmp_path / "small.png", size)
 
 

@@ -335,10 +335,10 @@ def test_pictures_and_caches_go_with_a_control_net(tmp_path: Path, caplog: pytes
     with_control, batch = replace(plain, controlnet=tmp_path), Batch(texts, ("a", "b"), ("a", "b"))
     seen = {**texts, "latents_control": inputs["noisy"]}
 
-    with pytest.raises(DatasetError, match="no ControlNet uses them. Give --controlnet_model_name_or_path"):
+    with pytest.raises(DatasetError, match="no ControlNet uses them. Pass --controlnet_model_name_or_path"):
         plain.check_table(table)
     with_control.check_table(table)
-    with pytest.raises(DatasetError, match="needs control images. Give control_d"):
+    with pytest.raises(DatasetError, match="needs control images. Pass control_d"):
         with_control.check_table(replace(table, has_control=False))
     with pytest.raises(CacheError, match="has no latents_control.*flux_cache_latents.py and --controlnet"):
         with_control.batch_conditions(inputs["noisy"], batch)

@@ -184,7 +184,7 @@ def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, 
     ):
         prepare(family_of(klein, "dev"))
     with pytest.raises(
-        OptionError, match=r"dev transformer .* --model_version klein-4b. Give .* such as dev"
+        OptionError, match=r"dev transformer .* --model_version klein-4b. Pass .* such as dev"
     ):
         prepare(family_of(dev, "klein-4b"))
     wide = write_hollow(tmp_path / "9b.safetensors", tensor_list("flux2-klein-9b-dit"))
@@ -192,7 +192,7 @@ def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, 
         Flux2Files(wide, model_version="klein-4b").dit_header()
     narrow = replace(klein, dit=write_dit(tmp_path / "narrow", tiny_state(text_dim=96)))
     with pytest.raises(
-        CheckpointError, match=r"produces hidden states of width 192, .* takes width 96. Give qwen_3_4b"
+        CheckpointError, match=r"produces hidden states of width 192, .* takes width 96. Pass qwen_3_4b"
     ):
         prepare(family_of(narrow))
     mistral = write_text_encoder(tmp_path / "mistral", "dev")
@@ -205,7 +205,7 @@ def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, 
     ):
         of_9b.check()  # as before captions are encoded
     short = write_model(tmp_path / "short" / "model.safetensors", mistral3(12))
-    with pytest.raises(CheckpointError, match=r"has only 12 layers, but 30 are needed. Give mistral_3_small"):
+    with pytest.raises(CheckpointError, match=r"has only 12 layers, but 30 are needed. Pass mistral_3_small"):
         prepare(family_of(replace(dev, text_encoder=short)))
 
 

@@ -42,7 +42,7 @@ def read(folder: Path, *arguments: str, defaults: ScriptDefaults = DEFAULTS) -> 
     [
         (["--from_file", "no such.txt"], "--from_file no such.txt: no such file"),
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
-        (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),
+        (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: use a number"),
         (["--prompt", "p", "--upcast_linear"], "--upcast_linear needs --fp8_scaled"),
         (["--video_path", "x.mp4", "--i2i_path", "x.png"], "--video_path and --i2i_path exclude each other"),
     ],
@@ -337,5 +337,5 @@ def test_a_prompt_that_names_no_json_object_is_refused(
 def test_commands_of_pages_read_no_file_for_a_prompt(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("{}", encoding="utf-8")
-    with limit_run([tmp_path]), pytest.raises(OptionError, match="Give the JSON itself"):
+    with limit_run([tmp_path]), pytest.raises(OptionError, match="Pass the JSON itself"):
         make_request(replace(OPTIONS, prompt=f"@{path}"))

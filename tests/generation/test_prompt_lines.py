@@ -221,7 +221,7 @@ def test_an_option_given_twice_is_told(caplog: pytest.LogCaptureFixture) -> None
 
 def test_seed_minus_one_is_a_seed_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert parse_generation_line("p --d -1", GENERATION_OPTIONS)["seed"] == -1
-    assert "leave it out for a random one" in caplog.text
+    assert "omit it for a random one" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_seed_minus_one_is_a_seed_and_a_warning_says_so(caplog: pytest.LogCaptur
     [
         ("p --w 5x", "--w: '5x' is not a whole number"),
         ("p --video_size 480", "--video_size: '480' is not a height and a width, such as 480 832"),
-        ("p --w 832x480", "--w: '832x480' is not a whole number: give --w 832 --h 480"),
-        ("p --fps 0", "--fps: 0 is not a frame rate: give a number from 1 to 1000"),
+        ("p --w 832x480", "--w: '832x480' is not a whole number: pass --w 832 --h 480"),
+        ("p --fps 0", "--fps: 0 is not a frame rate: use a number from 1 to 1000"),
         ("p --infer_steps many", "--infer_steps: 'many' is not a whole number"),
     ],
 )

@@ -183,7 +183,7 @@ def test_values_with_commas_can_be_written(text: str, values: list[str]) -> None
         (["--sheet", "g=1", "guidance_scale=2"], ["both axes are guidance_scale"]),
         (["--sheet", "fps=8,16"], ["--sheet fps: it changes no picture"]),
         (["--sheet", "prompt=a||b"], ["one of the prompts is empty"]),
-        (["--sheet", "s=1,2", "--num_videos", "2"], ["--num_videos and --sheet: give the seeds"]),
+        (["--sheet", "s=1,2", "--num_videos", "2"], ["--num_videos and --sheet: pass the seeds"]),
         (
             ["--sheet", f"d={','.join(map(str, range(101)))}"],
             ["--sheet has 101 cells, at most 100 are possible"],
@@ -356,7 +356,7 @@ def test_a_retrained_lora_of_the_same_name_is_not_taken_for_the_old_one(tmp_path
         (("--post", "upscaler model=x"), "--post has no meaning"),
         (("--shard_base",), "--shard_base has no meaning"),
         (("--cfg_parallel",), "--cfg_parallel has no meaning"),
-        (("--lora_multiplier", "nan"), "--lora_multiplier nan: give a finite number"),
+        (("--lora_multiplier", "nan"), "--lora_multiplier nan: pass a finite number"),
         (("--lora_multiplier", *("1" * 70)), "64 are the most"),
         (("--lora", "no-*.safetensors"), "--lora no-.*: no such file"),
     ],
@@ -388,7 +388,7 @@ def test_the_family_is_what_the_lora_says(
     families = dict.fromkeys(("hunyuan_video", "wan", "flux_kontext", "flux_2"), ())
     families |= {"flux": ("chroma",)}
     if family is None:
-        with pytest.raises(OptionError, match=re.escape("Give --family: hunyuan_video, wan, ")):
+        with pytest.raises(OptionError, match=re.escape("Pass --family: hunyuan_video, wan, ")):
             family_of(path, families)
     else:
         assert family_of(path, families) == family

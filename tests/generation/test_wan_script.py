@@ -266,7 +266,7 @@ def test_sizes_are_compared_with_those_of_the_release(caplog: pytest.LogCaptureF
 
 def test_one_result_is_the_file_that_save_path_names(tmp_path: Path, t2v: TinyWan) -> None:
     words = ["--task", "t2v-1.3B", *SIZE, *map(str, t2v.models), "--prompt", "p", "--save_path"]
-    with pytest.raises(OptionError, match=r"a\.png: the result is a video\. Give .*a\.mp4"):
+    with pytest.raises(OptionError, match=r"a\.png: the result is a video\. Pass .*a\.mp4"):
         wan_generate_video.main([*words, str(tmp_path / "a.png")])
     with pytest.raises(OptionError, match=r"with --output_type images: the result is 5 pictures"):
         wan_generate_video.main([*words, str(tmp_path / "a.png"), "--output_type", "images"])

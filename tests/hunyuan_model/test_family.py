@@ -123,7 +123,7 @@ def test_text_encoders_of_another_size_are_refused_before_anything_is_loaded(
     widths = {"text_dim": LLM_DIM, "pooled_dim": CLIP_DIM} | {width: 96}
     files = replace(family_of().files, dit=write_dit(tmp_path, tiny_state("t2v", **widths)))
     with pytest.raises(
-        CheckpointError, match=rf"{option} .* hidden states of width .* takes width 96\. Give"
+        CheckpointError, match=rf"{option} .* hidden states of width .* takes width 96\. Pass"
     ):
         HunyuanVideo(files).prepare(REQUEST)
 

@@ -78,7 +78,7 @@ def test_noise_levels_can_be_asked_for(family: Krea2, turbo: Krea2, extra: dict[
         assert prepare(one, extra=extra).flow_shift == pytest.approx(math.exp(mu))
         with pytest.raises(OptionError, match=f"--flow_shift and --{' --'.join(extra)}: each sets the noise"):
             prepare(one, extra=extra, flow_shift=3.0)
-    with pytest.raises(OptionError, match="--mu 99: give a number from -20 to 20"):
+    with pytest.raises(OptionError, match="--mu 99: use a number from -20 to 20"):
         prepare(family, extra={"mu": "99"})
 
 
@@ -237,7 +237,7 @@ def test_a_file_without_blocks_of_the_texts_is_not_taken_for_a_smaller_model(
 ) -> None:
     state = {name: tensor for name, tensor in tiny_state().items() if not name.startswith(start)}
     path = write_dit(tmp_path, state, dialect)
-    with pytest.raises(CheckpointError, match="1 of 2 blocks of txtfusion.*Give the complete file"):
+    with pytest.raises(CheckpointError, match="1 of 2 blocks of txtfusion.*Pass the complete file"):
         Krea2Files(path).dit_header()
 
 

@@ -547,8 +547,8 @@ def test_a_changed_voice_is_cached_again_and_nothing_else(other: Project) -> Non
         (["--ic_lora_strategy", "none"], ["this run takes no audio as reference"]),
         (["--ic_lora_strategy", "v2v"], ["this run takes no audio as reference"]),
         (["--ltx2_mode", "v"], ["this run does not train audio"]),
-        (["--ltx2_mode", "v", "--lora_target_preset", "audio_ref_ic"], ["Give --ltx2_mode av"]),
-        (["--ltx2_mode", "audio", "--ic_lora_strategy", "av_ic"], ["Give --ltx2_mode av"]),
+        (["--ltx2_mode", "v", "--lora_target_preset", "audio_ref_ic"], ["Pass --ltx2_mode av"]),
+        (["--ltx2_mode", "audio", "--ic_lora_strategy", "av_ic"], ["Pass --ltx2_mode av"]),
         (
             ["--ic_lora_strategy", "av_ic"],
             ["--ic_lora_strategy av_ic needs a reference", "to reference_directory"],
@@ -587,10 +587,10 @@ def test_batches_without_the_voice_that_they_need_are_refused(tmp_path: Path) ->
     [
         ("--reference_audio {0}/none.wav", "none.wav"),
         ("--reference_audio {0}/dull.png --ltx2_mode av", "dull.png"),
-        ("--reference_audio {0}/a.wav", "no audio is generated from it. Give --ltx2_mode av"),
-        ("--reference_audio {0}/a.wav --ltx2_mode av --ic_lora_strategy none", "Leave one of them out"),
+        ("--reference_audio {0}/a.wav", "no audio is generated from it. Pass --ltx2_mode av"),
+        ("--reference_audio {0}/a.wav --ltx2_mode av --ic_lora_strategy none", "Omit one of them"),
         ("--reference_audio {0}/a.wav --ltx2_mode av --drive_audio {0}/a.wav", "the entire audio"),
-        ("--audio_ref_identity_guidance_scale 3", "no reference is given. Give --reference_audio"),
+        ("--audio_ref_identity_guidance_scale 3", "no reference is given. Pass --reference_audio"),
         ("--reference_audio {0}/short.wav --ltx2_mode av", "at least 0.1 s"),
     ],
 )

@@ -201,7 +201,7 @@ def test_what_is_for_pictures_is_told_before_sound_alone_is_made(
     command += ["--prompt", "a bell", "--device", "cpu", "--save_path"]
     for words, message in (
         (["bells", "--output_type", "images", "--trim_tail_frames", "2"], "_frames, --output_type images: "),
-        (["bell.mp4"], "--save_path bell.mp4: the result is sound alone. Give bell.wav"),
+        (["bell.mp4"], "--save_path bell.mp4: the result is sound alone. Pass bell.wav"),
     ):
         code, said = run_here(*command, *words, folder=tmp_path)
         assert_one_message(code, said, message)

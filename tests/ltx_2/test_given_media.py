@@ -493,7 +493,7 @@ def test_kept_audio_changes_the_rest_as_in_diffusers(release: TinyRelease, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--outpaint_source {0}/clip --outpaint_region 0,0,200,64", "Give a region inside of it"),
+        ("--outpaint_source {0}/clip --outpaint_region 0,0,200,64", "Pass a region inside of it"),
         ("--outpaint_source {0}/clip --outpaint_region 8,8,40,40", "it has no whole latent of 32 x 32"),
         ("--outpaint_source {0}/clip --outpaint_region 0,0,64", "give X,Y,WIDTH,HEIGHT"),
         ("--outpaint_source {0}/clip", "--outpaint_region"),
@@ -516,7 +516,7 @@ def test_kept_audio_changes_the_rest_as_in_diffusers(release: TinyRelease, tmp_p
             "--keyframe 0:{0}/mask.png --reference_video {0}/clip --reference_strength 0.5",
             "cannot be combined with given frames",
         ),
-        ("--audio_prefix {0}/mask.png", "no audio is generated. Give --ltx2_mode av"),
+        ("--audio_prefix {0}/mask.png", "no audio is generated. Pass --ltx2_mode av"),
         ("--extend_prefix {0}/mask.png --ltx2_mode audio", "audio alone has no images"),
         ("--extend_prefix {0}/mask.png --drive_video {0}/clip --ltx2_mode av", "the video sets all frames"),
         ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png --inpaint_threshold 1", "it keeps nothing"),

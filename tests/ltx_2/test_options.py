@@ -106,7 +106,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
             ("--video-conditioning", "a.mp4", "1", "--video-conditioning", "b.mp4", "0.5"),
             "strength 0.5 and 1",
         ),
-        ("ltx2_generate_video", ("--duration-head-path", "a"), "Give --video_length"),
+        ("ltx2_generate_video", ("--duration-head-path", "a"), "Pass --video_length"),
         ("ltx2_generate_video", ("--output_name", "a/b"), "it contains a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no audio is generated"),
@@ -132,7 +132,7 @@ def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], messa
 
 @pytest.mark.parametrize("name", ["--lora_target_preset", "--ic_lora_strategy"])
 def test_references_of_sound_need_its_mode(name: str) -> None:
-    with pytest.raises(OptionError, match=f"{name} av_ic: without audio .* Give --ltx2_mode av"):
+    with pytest.raises(OptionError, match=f"{name} av_ic: without audio .* Pass --ltx2_mode av"):
         read_own("ltx2_train_network", name, "av_ic")
 
 
@@ -199,7 +199,7 @@ def test_known_names_of_shared_options_are_ours() -> None:
 )
 def test_kernels_and_fp8_by_their_known_names_are_ours_and_recorded(words: str, mode: str) -> None:
     if not mode:
-        with pytest.raises(OptionError, match="choose different kernels: give one"):
+        with pytest.raises(OptionError, match="choose different kernels: pass one"):
             generated(*words.split())
         return
     shared = generated("--fp8_base", *words.split())

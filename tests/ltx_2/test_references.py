@@ -313,11 +313,11 @@ def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_p
         (["--reference_video", "nowhere.mp4"], ["--reference_video nowhere.mp4: no such file"]),
         (["--reference_video", "empty"], ["empty is a folder without images"]),
         (["--reference_video", "clip", "--reference_downscale", "4"], ["sides are multiples of 128"]),
-        (["--reference_strength", "0.5"], ["no reference is given. Give --reference_video"]),
-        (["--conditioning-attention-mask", "0.5"], ["no reference is given. Give --reference_video"]),
+        (["--reference_strength", "0.5"], ["no reference is given. Pass --reference_video"]),
+        (["--conditioning-attention-mask", "0.5"], ["no reference is given. Pass --reference_video"]),
         (
             ["--reference_video", "clip", "--conditioning-attention-mask", "short", "1"],
-            ["short: it has 1 usable frames, but a reference has 9", "Give an image, or a clip as long"],
+            ["short: it has 1 usable frames, but a reference has 9", "Pass an image, or a clip as long"],
         ),
         (["--reference_video", "clip", "--conditioning-attention-mask", "empty", "1"], ["without images"]),
         (

@@ -211,7 +211,7 @@ def as_there(
     if image:
         large |= start_from(second, folder / "start.png", large)
         pixels = image_pixels(folder / "start.png", WIDTH, HEIGHT)
-        latents[:, :, :1] = second.vae.encode(pixels).latent_dist.mode()  # which the pipelines here leave out
+        latents[:, :, :1] = second.vae.encode(pixels).latent_dist.mode()  # which the pipelines here omit
         mix = second._create_noised_state
         second._create_noised_state = lambda given, *more: (
             token_by_token(given, *more) if given.ndim == 5 else mix(given, *more)
@@ -312,13 +312,13 @@ def test_two_stages_are_planned_compiled_and_previewed(
         (["--sample_two_stage", SPATIAL, "other"], "is not a latent upscaler of LTX-2; it looks like a LoRA"),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--distilled_lora_path", "frames"],
-            "is a latent upscaler. Give it to --spatial_upsampler_path",
+            "is a latent upscaler. Pass it to --spatial_upsampler_path",
         ),
         (["--sample_two_stage", SPATIAL, "wide"], "takes 24 latent channels, the VAE makes 16"),
         (["--sample_two_stage", SPATIAL, "reduces"], "say a scale of 0.75; 1.5 is known"),
         (["--sample_two_stage", SPATIAL, "plain", "--video_size", "96", "192"], "must be multiples of 64"),
-        (["--sample_two_stage", SPATIAL, "plain", "--drive_video", "clip"], "Give one of them"),
-        (["--sample_two_stage", SPATIAL, "plain", "--video_path", "clip"], "Leave one of them out"),
+        (["--sample_two_stage", SPATIAL, "plain", "--drive_video", "clip"], "Pass one of them"),
+        (["--sample_two_stage", SPATIAL, "plain", "--video_path", "clip"], "Omit one of them"),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "a", "b"],
             "give a file, and a strength",
@@ -326,7 +326,7 @@ def test_two_stages_are_planned_compiled_and_previewed(
         (["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "gone"], "gone: no such file"),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "none"],
-            "none: this word stands for no file, but is read as a path. Leave it out",
+            "none: this word stands for no file, but is read as a path. Omit it",
         ),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--lora_weight", "ic", "--lora_rounding", "nearest"],

@@ -231,9 +231,9 @@ def test_parts_that_are_not_there_are_named_and_the_diffusion_decoder_is_refused
     dit, vae = tmp_path / "dit.safetensors", tmp_path / "vae.safetensors"
     save_file({"model.diffusion_model.audio_patchify_proj.weight": torch.ones(2, 2)}, dit)
     save_file({"vae.decoder.det_stages.0.0.attn.to_q.weight": torch.ones(2, 2)}, vae)
-    with pytest.raises(OptionError, match="Give ltx-2.5-video-vae-conv-bf16.safetensors to --vae"):
+    with pytest.raises(OptionError, match="Pass ltx-2.5-video-vae-conv-bf16.safetensors to --vae"):
         _ = Ltx2Files(checkpoint=dit).vae_path
-    with pytest.raises(OptionError, match="Give ltx-2.5-audio-vae-bf16.safetensors to --audio_vae"):
+    with pytest.raises(OptionError, match="Pass ltx-2.5-audio-vae-bf16.safetensors to --audio_vae"):
         Ltx2Files(checkpoint=dit).audio_path("vocoder")
     with pytest.raises(CheckpointError, match="diffusion decoder of LTX-2.5.*video-vae-conv"):
         Ltx2Files(checkpoint=dit, vae=vae).check_vae()

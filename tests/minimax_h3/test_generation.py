@@ -125,9 +125,9 @@ def test_saved_latents_are_decoded_with_their_sound(tmp_path: Path, files: TinyH
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--video_length", "120"], ["17n + 5", "Give 124"]),
-        (["--video_length", "130"], ["Give 124 or 141"]),
-        (["--video_length", "120", "--allow_experimental_duration"], ["Give 107 or 124"]),
+        (["--video_length", "120"], ["17n + 5", "Pass 124"]),
+        (["--video_length", "130"], ["Pass 124 or 141"]),
+        (["--video_length", "120", "--allow_experimental_duration"], ["Pass 107 or 124"]),
         (["--blocks_to_swap", "2"], ["at most 1 can be swapped. Use 1 or less"]),
         (["--video_length", "22"], ["--allow_experimental_duration"]),
         (["--guidance_scale", "5"], ["built in"]),

@@ -43,7 +43,7 @@ def _parser() -> Parser:
         ("--save-pth videos", "Unknown option --save-pth. Did you mean --save_path?"),
         (
             "-prompt a --zz",
-            "Unknown option -prompt. Did you mean --prompt? Unknown option --zz. Leave it out.",
+            "Unknown option -prompt. Did you mean --prompt? Unknown option --zz. Omit it.",
         ),
         (
             "--prompt -dark",
@@ -58,10 +58,10 @@ def _parser() -> Parser:
         ("--size 832x480", "--size 832x480: give height and width: --size 480 832"),
         ("--size=832×480", "--size 832×480: give height and width: --size 480 832"),
         ("--size 480,832", "--size 480,832: give height and width: --size 480 832"),
-        ("--save_path x --layers one", "argument --layers: one is not a whole number. Give one, such as 1."),
+        ("--save_path x --layers one", "argument --layers: one is not a whole number. Pass one, such as 1."),
         (
             "--save_path x --layers \x1b[2J",
-            r"argument --layers: \x1b[2J is not a whole number. Give one, such as 1.",
+            r"argument --layers: \x1b[2J is not a whole number. Pass one, such as 1.",
         ),
         ("--save_path x --prompt a cat", "cat belongs to no option. Put a text with spaces in quotes."),
         ("--prompt cat", "--save_path is missing: folder, 90% full"),
@@ -81,9 +81,9 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
         ("tools/split_video.py x.mp4", "--output is missing"),
         (
             "tools/dataset_report.py --output p.html folder",
-            "folder is a folder. Give folder/dataset.toml",
+            "folder is a folder. Pass folder/dataset.toml",
         ),
-        ("tools/dataset_report.py --output p.html .", ". is a folder. Give a .toml or .json file: "),
+        ("tools/dataset_report.py --output p.html .", ". is a folder. Pass a .toml or .json file: "),
         ("wan_cache_latents.py --vae v none.toml", "none.toml cannot be read: No such file"),
         ("convert_lora.py x.mp4 --output y.safetensors --target other", "x.mp4"),
         ("blissful_tuner/video_to_png.py nix.mp4", "nix.mp4"),

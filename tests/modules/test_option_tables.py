@@ -204,7 +204,7 @@ def test_what_a_file_or_another_option_may_give_is_not_missed_in_the_words() -> 
 
 def test_a_limit_is_an_error_of_the_table() -> None:
     done = run_python("-c", IMPORTED, ROOT / "wan_train_network.py", "--network_dim", "0", check=False)
-    assert_user_error(done, "--network_dim 0: give a number of at least 1")
+    assert_user_error(done, "--network_dim 0: use a number of at least 1")
     assert done.stdout.splitlines()[-1] == "IMPORTED"
 
 

@@ -156,7 +156,7 @@ def test_a_number_out_of_its_limits_is_refused_by_name(record: type[Options], fi
             continue
         is_tuple = "tuple" in str(hints_of(record)[field.name])
         value: Any = info[fact] + step
-        with pytest.raises(OptionError, match=f"^--{option_name(field)} .*: give a number "):
+        with pytest.raises(OptionError, match=f"^--{option_name(field)} .*: use a number "):
             _make(record, **{field.name: (value,) if is_tuple else value})
     if hints_of(record)[field.name] in (float, float | None):
         with pytest.raises(OptionError, match=f"^--{option_name(field)} nan"):
@@ -181,7 +181,7 @@ def test_a_path_that_cannot_be_meant_is_refused_by_name(
     needed = {names[name]: _given(record, names[name]) for name in field.metadata.get("needs", ())[:1]}
     with pytest.raises(OptionError, match=rf"^(--)?{option_name(field)} {path}: ") as raised:
         _make(record, **{**needed, field.name: (path,) if is_tuple else path})
-    assert re.search(r"Give|give|Choose", str(raised.value))
+    assert re.search(r"Pass|give|Choose", str(raised.value))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e30", "text", "", "1" + "0" * 30])
@@ -212,7 +212,7 @@ def test_a_file_that_is_read_is_not_replaced(
         needed = [names[need] for one in both for need in one.metadata.get("needs", ())]
         values = {one.name: _given(record, one.name) for one in needed}
         values[names[other].name] = (file,) if "tuple" in str(hints_of(record)[names[other].name]) else file
-        with pytest.raises(OptionError, match="would be lost. Give a new name|exclude each other"):
+        with pytest.raises(OptionError, match="would be lost. Pass a new name|exclude each other"):
             _make(record, **{**values, field.name: file})
 
 

@@ -99,7 +99,7 @@ def test_backends_may_be_written_in_either_case() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--compile", "--dynamo_backend", "inductor"], "both set how to compile. Give either --compile"),
+        (["--compile", "--dynamo_backend", "inductor"], "both set how to compile. Pass either --compile"),
         (["--dynamo_dynamic"], "do nothing without --dynamo_backend"),
         (["--dynamo_backend", "eager", "--dynamo_mode", "max-autotune"], "max-autotune needs inductor"),
         (["--dynamo_backend", "inductor", "--dynamo_mode", "reduce-overhead"], "CUDA graphs"),

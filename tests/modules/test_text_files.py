@@ -300,7 +300,7 @@ def test_a_folder_in_which_nothing_can_be_written_is_found_out_before_the_work()
     ],
 )
 def test_a_name_that_names_no_file_is_refused(name: str) -> None:
-    with pytest.raises(OptionError, match=r"^--output_name '.*': .*\. Give a name") as refused:
+    with pytest.raises(OptionError, match=r"^--output_name '.*': .*\. Pass a name") as refused:
         check_output_name("--output_name", name)
 
     assert len(str(refused.value)) < 250
@@ -330,7 +330,7 @@ def test_other_names_are_taken(name: str) -> None:
     ],
 )
 def test_what_windows_cannot_have_is_refused_everywhere_but_goes_on(name: str, reason: str) -> None:
-    with pytest.raises(OptionError, match=rf"^--output_name .*: .*{reason}.*\. Give a name of letters"):
+    with pytest.raises(OptionError, match=rf"^--output_name .*: .*{reason}.*\. Pass a name of letters"):
         check_output_name("--output_name", name)
     check_output_name("--output_name", name, is_new=False)
 
@@ -375,7 +375,7 @@ def test_a_file_that_is_read_is_not_replaced_by_any_way_to_it(tmp_path: Path) ->
     names = ("x.st", "../folder/x.st", "../link", "../hard link", "../linked/x.st")
 
     for name in names:
-        with pytest.raises(OptionError, match="would be lost. Give a new name"):
+        with pytest.raises(OptionError, match="would be lost. Pass a new name"):
             reject_replacing("--output", folder / name, [original])
 
 

@@ -66,7 +66,7 @@ def test_the_simple_schedule_is_that_of_the_solver(family: MossImage) -> None:
 
 
 def skipped_at(prepared: Prepared, **options: Any) -> list[tuple[list[int], list[int]]]:
-    """For each step the blocks that the positive and the negative pass leave out."""
+    """For each step the blocks that the positive and the negative pass omit."""
     guidance = replace(GuidanceOptions.from_defaults(), **options)
     (plans,) = plan_steps(prepared, guidance)
     passes = [

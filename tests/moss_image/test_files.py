@@ -222,7 +222,7 @@ def test_forms_of_other_programs_are_refused_by_name(
     for stacked in (False, True):
         state = tiny_state(dtype=torch.bfloat16, dim=128, ffn_dim=192)
         path = save(tmp_path / "small.safetensors", pack(in_comfyui_names(state) if stacked else state))
-        with pytest.raises(CheckpointError, match=rf"not supported \({said}.*\. Give the bf16"):
+        with pytest.raises(CheckpointError, match=rf"not supported \({said}.*\. Pass the bf16"):
             load_dit(path, CPU)
 
 

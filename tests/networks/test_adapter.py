@@ -106,7 +106,7 @@ def test_a_foreign_network_is_made_with_the_alpha_of_the_header(
     save_file(state, tmp_path / "x.safetensors", header)
     if alpha == 1:
         with pytest.raises(
-            CheckpointError, match=r"has alpha 16, .* network has 1\.\n  Give --network_alpha 16"
+            CheckpointError, match=r"has alpha 16, .* network has 1\.\n  Pass --network_alpha 16"
         ):
             ForeignNetwork(network, nn.Module()).load_weights(tmp_path / "x.safetensors")
     else:

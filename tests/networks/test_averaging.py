@@ -192,7 +192,7 @@ def test_files_of_a_cache_are_no_networks(tmp_path: Path) -> None:
         save_file({"latents_1x8x8_bfloat16": torch.ones(2)}, tmp_path / f"{name}.safetensors")
     words = ("a.safetensors", "b.safetensors", "--output_file", "out.safetensors")
     assert_one_message(
-        *run_here("lora_post_hoc_ema.py", *words, folder=tmp_path), "does not contain a network", "Give"
+        *run_here("lora_post_hoc_ema.py", *words, folder=tmp_path), "does not contain a network", "Pass"
     )
 
 

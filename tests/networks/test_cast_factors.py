@@ -18,7 +18,7 @@ SPLIT_SIZES = (8, 4, 4)  # of the parts of a fused layer
 
 
 class Chain(nn.Module):
-    """Two linear layers; the second one is a fused layer. Some passes leave it out."""
+    """Two linear layers; the second one is a fused layer. Some passes omit it."""
 
     def __init__(self, checkpoints: bool) -> None:
         super().__init__()

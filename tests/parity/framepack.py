@@ -249,7 +249,7 @@ def velocity(
     All that a 16-bit transformer is given is rounded to 16 bits.
 
     It has no forward without one of the three kinds of finished latents, though the code that puts tokens in
-    a row would leave one out: for a kind that is not there one black frame is embedded and then dropped at
+    a row would omit one: for a kind that is not there one black frame is embedded and then dropped at
     that place.
     """
     dtype = dit.x_embedder.proj.weight.dtype

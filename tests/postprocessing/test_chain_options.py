@@ -51,14 +51,14 @@ def test_each_tool_has_its_own_options() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--then"], r"^--then: the name of a tool is missing\. Give upscaler"),
+        (["--then"], r"^--then: the name of a tool is missing\. Pass upscaler"),
         (["--then", "facefx"], r"^--then facefx: facefx is not a tool.*Did you mean facefix\?"),
         (["--then", "facefix", "-y"], r"^--then facefix: -y applies to the whole run\. Write it before"),
         (["--then", "facefix", "--model="], r"^--then facefix: --model is empty"),
         (["--then", "facefix", "model=x", "weight=0.7"], r"--weight 0\.7 is for --mode codeformer"),
         (["--then", "gimmvfi", "model=x", "mode=film"], "--mode film"),
         (["--then", "gimmvfi", "model=x", "ds_factor=0.29"], r"--ds_factor 0\.29"),
-        (["--then", "gimmvfi", "model=x", "ds_factor=1e-30"], "--ds_factor 1e-30: give a simple fraction"),
+        (["--then", "gimmvfi", "model=x", "ds_factor=1e-30"], "--ds_factor 1e-30: pass a simple fraction"),
         (["--tile", "48", "--tile_overlap", "32"], "--tile_overlap 32 is more than half of --tile 48"),
     ],
 )

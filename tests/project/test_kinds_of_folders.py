@@ -717,9 +717,9 @@ def test_the_name_of_a_training_task_is_taken(tmp_path: Path) -> None:
     [
         (". --family vace", "learns from control clips, which `new` does not describe: see docs/vace.md"),
         (". --family wan --task t2v-1.3B-FC", "Wan2.1 t2v-1.3B-FC learns from control clips"),
-        ("set/p0.jpg --family lumina", "it is a file. Give the folder that it is in: set"),
+        ("set/p0.jpg --family lumina", "it is a file. Pass the folder that it is in: set"),
         ("bells --family wan --task t2v-1.3B", "--family ltx_2 or --family ltx_25 learns sounds alone"),
-        ("bells --family ltx_25 --task v", "Give one that has. --task av learns sounds alone"),
+        ("bells --family ltx_25 --task v", "Pass one that has. --task av learns sounds alone"),
         ("set --family minimax_h3 --task ref2va", "is not described by `new`: see docs/minimax_h3.md"),
     ],
 )

@@ -179,12 +179,12 @@ SD_XL = ("--family", "sd", "--task", "xl")
     ("words", "told"),
     [
         ([*SD_XL, "--train", "lllite"], "no picture has one. Put them into "),
-        ([*SD_XL, "--train", "lllite_inpainting"], "with --train_inpainting. Leave it out to train a LoRA"),
+        ([*SD_XL, "--train", "lllite_inpainting"], "with --train_inpainting. Omit it to train a LoRA"),
         (
             ["--family", "zimage", "--task", "base", "--train", "lllite_inpainting"],
             "new does not set up a ControlNet-LLLite for inpainting for",
         ),
-        ([*SD_XL, "--train", "embedding"], "an embedding is a new word: give it as --trigger_word"),
+        ([*SD_XL, "--train", "embedding"], "an embedding is a new word: pass it as --trigger_word"),
         ([*SD_XL, "--train", "embedding", "--word", "Cat"], "--trigger_word 'Cat' has capitals"),
         ([*SD_XL, "--train", "embedding", "--word", "a cat"], "give one word"),
         ([*SD_XL, "--train", "embedding", "--word", "cat1"], "ends with a digit"),

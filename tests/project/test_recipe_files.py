@@ -107,8 +107,8 @@ HOSTILE = {
     "learning_rate = '1e-4; rm'": "learning_rate = 1e-4; rm: a recipe gives a number here",
     "learning_rate = nan": "learning_rate = nan is not a number",
     "learning_rate = true": "learning_rate = True: a recipe gives a number here",
-    "network_dim = 4.5": "network_dim = 4.5: give a whole number",
-    "network_dim = 0": "--network_dim 0: give a number of at least 1",
+    "network_dim = 4.5": "network_dim = 4.5: use a whole number",
+    "network_dim = 0": "--network_dim 0: use a number of at least 1",
     "network_dim = [4, 4]": "network_dim = [4, 4]: a recipe gives a number here",
     "timestep_sampling = 'x/y'": "timestep_sampling = x/y: use",
     "network_train_unet_only = 1": "cannot be set by a recipe",
@@ -200,7 +200,7 @@ def test_new_takes_the_values_of_a_recipe(
     assert described["reelsmith"]["commands"][0][2:6] == ["--family", "wan", "--task", "t2v-1.3B"]
     assert shorter["max_train_steps"] == 5
     assert "recipe mine: A test" in capsys.readouterr().out
-    with pytest.raises(OptionError, match="is for --task t2v-1.3B, not t2v-14B. Leave one of them out"):
+    with pytest.raises(OptionError, match="is for --task t2v-1.3B, not t2v-14B. Omit one of them"):
         new(tmp_path / "clips", "--recipe", str(path), "--task", "t2v-14B")
     with pytest.raises(OptionError, match="is for --train lora, not whole"):
         new(tmp_path / "clips", "--recipe", str(path), "--whole_model")
@@ -284,7 +284,7 @@ def test_a_finished_run_becomes_a_recipe_without_its_paths(
     assert "somebody" not in text
     assert "new FOLDER --recipe cat" in capsys.readouterr().out
     assert list(list_paths())[-1] == "cat"
-    with pytest.raises(OutputError, match="already exists. Give another --name, or --overwrite"):
+    with pytest.raises(OutputError, match="already exists. Pass another --name, or --overwrite"):
         save("clips/output")
     save("clips/output/cat-history.jsonl", "--overwrite")
     assert find_recipe("cat").tried_on == "wan.safetensors"
@@ -334,9 +334,9 @@ def test_a_folder_has_one_run_or_its_history_is_given(tmp_path: Path) -> None:
         save(str(tmp_path))
     path = write_history(tmp_path, CHANGED)
     path.with_name("dog-history.jsonl").write_bytes(path.read_bytes())
-    with pytest.raises(OptionError, match="has 2 runs. Give the history of one"):
+    with pytest.raises(OptionError, match="has 2 runs. Pass the history of one"):
         save(str(tmp_path))
-    with pytest.raises(OptionError, match="recipe save: give the folder of a run"):
+    with pytest.raises(OptionError, match="recipe save: pass the folder of a run"):
         save()
     with pytest.raises(OptionError, match="--name"):
         save(str(path), "--name", "../x")

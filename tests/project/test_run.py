@@ -380,7 +380,7 @@ def test_a_described_folder_starts_no_program(place: str, collected: Path, tmp_p
 
     told = run_here("run_project.py", folder, folder=tmp_path)
 
-    assert_one_message(*told, "on_end starts a program", "Leave it out")
+    assert_one_message(*told, "on_end starts a program", "Omit it")
     assert not (folder / "cache").exists()
     assert not path.exists()
 
@@ -401,7 +401,7 @@ def test_a_file_of_another_kind_ends_the_run_before_anything_is_cached(
     text = (folder / "run.toml").read_text(encoding="utf-8")
     (folder / "run.toml").write_text(text.replace("pocket/dit", "pocket/vae"), encoding="utf-8")
     told = run_here("run_project.py", folder, folder=tmp_path)
-    assert_one_message(*told, "vae.safetensors is not", "Give")
+    assert_one_message(*told, "vae.safetensors is not", "Pass")
     assert not (folder / "cache").exists()
 
 
@@ -476,7 +476,7 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     kind = ("--train", "lora") if find_control_kind(model) else ()
     told = describe(copied, "--memory", 12, "--trigger_word", "mrsfluff", *kind, model=model)
     if model.task == "av":  # it learns sound, and the clips are silent
-        assert_one_message(*told, "has no sound", "Give clips that have some, or take --task v")
+        assert_one_message(*told, "has no sound", "Use clips that have some, or take --task v")
         assert not (copied / "run.toml").exists()
         return
     if "--output_layers" in model.commands["generate"]:  # it learns pictures with their layers
@@ -546,28 +546,28 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--family wan", "--task is missing: give one of t2v-1.3B ("),
-        ("--task t2v-1.3B", "--family is missing: give one of wan, "),
+        ("--family wan", "--task is missing: pass one of t2v-1.3B ("),
+        ("--task t2v-1.3B", "--family is missing: pass one of wan, "),
         ("--family won", "Did you mean wan?"),
         ("--family hunyuan", "Did you mean hunyuan_video or hunyuan_image?"),
         ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Leave one"),
-        ("--family sd", "--task is missing: give one of 1.5 ("),
+        ("--family sd", "--task is missing: pass one of 1.5 ("),
         ("--family cosmos", "Cosmos is not supported. For images choose from "),
-        ("other --family lumina", "other is not used: give one folder, and put quotes around"),
+        ("other --family lumina", "other is not used: pass one folder, and put quotes around"),
         ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
         ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),
-        ("--family lumina --memory 12TB", "'12TB' is not an amount of memory. Give GiB, such as 12"),
+        ("--family lumina --memory 12TB", "'12TB' is not an amount of memory. Pass GiB, such as 12"),
         ("--family lumina --model_file dit=short", "short is a folder without exactly one model"),
         ("--family qwen --task edit", "there is no picture to edit from"),
-        ("--family lumina --model_file vae=x", "--model_file vae=x: give NAME=PATH with one of dit, "),
+        ("--family lumina --model_file vae=x", "--model_file vae=x: pass NAME=PATH with one of dit, "),
         (
             "--family lumina --model_file dit=~nobody9/x",
             "--model_file dit '~nobody9/x': there is no such user",
         ),
         ("--family lumina --model_file dit='missing.pt'", "there is no such file"),
         ("--family lumina --model_file dit=missing.pt", "dit=missing.pt: there is no such file"),
-        ("--family lumina --model_file my.pt", "--model_file my.pt: give NAME=PATH with one of dit, "),
-        ("--family lumina --model_file dit=a --model_file dit=b", "dit: a and b are given. Give one of them"),
+        ("--family lumina --model_file my.pt", "--model_file my.pt: pass NAME=PATH with one of dit, "),
+        ("--family lumina --model_file dit=a --model_file dit=b", "dit: a and b are given. Pass one of them"),
         ("--family wan --task t2v-1.4B", "--task t2v-1.4B: choose from t2v-1.3B, "),
         ("--family lumina --card 12", "--memory 12"),
         ("--family lumina --output_name ../x", "it contains a folder"),
@@ -644,7 +644,7 @@ def test_a_folder_around_that_of_the_folders_of_repeats_names_it(tmp_path: Path)
     (tmp_path / "cat" / "log").mkdir()
     with pytest.raises(DatasetError) as error:
         folders_config(SubsetOptions(train_data_dir=tmp_path / "cat", resolution="512"))
-    assert str(error.value).endswith(f"Give {tmp_path / 'cat' / 'train'}.")
+    assert str(error.value).endswith(f"Pass {tmp_path / 'cat' / 'train'}.")
 
 
 @pytest.mark.parametrize(("word", "meant"), [("models", "download --list"), ("gui", "browser")])

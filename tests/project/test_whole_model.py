@@ -126,5 +126,5 @@ def test_it_is_told_how_much_memory_and_disk_it_takes(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_whole_is_refused(words: str, told: str, tmp_path: Path) -> None:
     write_photos(tmp_path / "p")
     answer = run_here("new_project.py", "p", "--whole_model", *words.split(), folder=tmp_path)
-    assert_one_message(*answer, told, "Leave it out to train a LoRA")
+    assert_one_message(*answer, told, "Omit it to train a LoRA")
     assert not (tmp_path / "p" / RUN_FILE).exists()

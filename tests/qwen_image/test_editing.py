@@ -164,12 +164,12 @@ def test_what_holds_to_a_picture_is_not_ignored_in_silence(files: TinyModel, tmp
     masked = {"extra": {"mask_path": str(tmp_path / "a.png")}, **sized}
 
     for version in (name for name in VERSIONS if name != LAYERED):
-        with pytest.raises(OptionError, match=r"--mask_path .*a.png: there is no image to keep. Give"):
+        with pytest.raises(OptionError, match=r"--mask_path .*a.png: there is no image to keep. Pass"):
             prepare(family_of(files, version), **masked)
-    with pytest.raises(OptionError, match=r"a.png \(in a prompt line\): leave --rcm_threshold out"):
+    with pytest.raises(OptionError, match=r"a.png \(in a prompt line\): omit --rcm_threshold"):
         prepare(family_of(files, rcm_threshold=0.1), tmp_path / "a.png", **masked)
     masked["extra"] = {"mask_path": str(tmp_path / "text.png")}
-    with pytest.raises(OptionError, match=r"--mask_path: .*text.png is not an image.*Give an image file"):
+    with pytest.raises(OptionError, match=r"--mask_path: .*text.png is not an image.*Pass an image file"):
         prepare(family_of(files), tmp_path / "a.png", **masked)
 
 
@@ -338,7 +338,7 @@ def test_a_text_encoder_without_its_vision_tower_is_one_message(tmp_path: Path) 
     blind = write_tiny_qwen_image(tmp_path / "models")
     write_image(tmp_path / "a.png", 32, 32)
 
-    with pytest.raises(Exception, match=r"has no vision tower, which prompts with pictures need. Give"):
+    with pytest.raises(Exception, match=r"has no vision tower, which prompts with pictures need. Pass"):
         prepare(family_of(blind), tmp_path / "a.png", width=32, height=32)
 
 

@@ -160,7 +160,7 @@ def test_the_released_file_has_the_known_sizes(tmp_path: Path) -> None:
 def test_other_vaes_are_refused_by_name(tmp_path: Path) -> None:
     save_file(vae22_tensors(), tmp_path / "wan.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"(?s)looks like the VAE of Wan2.2 .*Give qwen_image_2.1_vae_bf16"
+        CheckpointError, match=r"(?s)looks like the VAE of Wan2.2 .*Pass qwen_image_2.1_vae_bf16"
     ):
         load_vae(tmp_path / "wan.safetensors", CPU, torch.float32)
     with (

@@ -33,7 +33,7 @@ def count_blocks(dit: nn.Module) -> list[int]:
 
 
 def leave_out(dit: nn.Module, positions: frozenset[int]) -> None:
-    """Have every pass leave out these blocks too."""
+    """Have every pass omit these blocks too."""
     inner = runner_of(dit)
 
     def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:

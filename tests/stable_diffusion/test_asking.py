@@ -126,7 +126,7 @@ def test_the_usual_size_is_that_of_the_model(kind: ModelKind, side: int) -> None
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("a --w 100", "--W 100: sizes are multiples of 8 pixels. Give 96"),
+        ("a --w 100", "--W 100: sizes are multiples of 8 pixels. Pass 96"),
         ("a --glt 700", "--sampler euler_a only"),
         ("a --d x", "--d: 'x' is not a whole number"),
         ("a {b --s x|c --s y}", "--s: '"),
@@ -188,7 +188,7 @@ def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: P
     inputs = find_inputs(prompts, 2)
     stems = [[path.stem for path in inputs.select_guides(number)] for number in range(4)]
     assert stems == [["a", "b"], ["c", "d"], ["e", "z"], ["a", "b"]]
-    with pytest.raises(OptionError, match="6 pictures for 7 ControlNets. Give one for each"):
+    with pytest.raises(OptionError, match="6 pictures for 7 ControlNets. Pass one for each"):
         find_inputs(prompts, 7)
     assert Inputs().select_guides(3) == ()
 

@@ -241,7 +241,7 @@ def test_the_next_command_has_the_word_by_the_name_of_its_file(
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("Zorb", "Give zorb"),
+        ("Zorb", "Pass zorb"),
         ("a zorb", "has spaces"),
         ("zorb1", "ends with a digit"),
         ("zorb(x)", "contains ("),
@@ -390,7 +390,7 @@ def test_mistakes_are_named(folder: Path) -> None:
     assert "--num_vectors_per_token" in rejection(script, folder, *words, "--num_vectors_per_token", "76")
     assert "number of vectors" in rejection(script, folder, *words, "--network_dim", "4")
     assert "train_network.py" in rejection(script, folder, *words, "--network_module", "networks.lora")
-    assert "Leave it out" in rejection(script, folder, *words, "--cache_text_encoder_outputs")
+    assert "Omit it" in rejection(script, folder, *words, "--cache_text_encoder_outputs")
     assert "safetensors" in rejection(script, folder, *words, "--save_model_as", "pt")
     assert "--token_string is missing" in rejection(script, folder, *words[:-2])
     assert "no caption has this word" in rejection(script, folder, *words, "--token_string", "blub")

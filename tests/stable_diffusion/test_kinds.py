@@ -41,7 +41,7 @@ def test_other_models_are_named(case: str, tmp_path: Path) -> None:
     shapes, said = OTHERS[case]
     path = save(tmp_path / "other.safetensors", {name: torch.ones(shape) for name, shape in shapes.items()})
 
-    with pytest.raises(CheckpointError, match=f"(?s){said}.*Give a checkpoint of Stable Diffusion"):
+    with pytest.raises(CheckpointError, match=f"(?s){said}.*Pass a checkpoint of Stable Diffusion"):
         load(path)
 
 
@@ -104,7 +104,7 @@ FOLDERS: list[tuple[str, dict[str, object], str]] = [
     (UNET_CONFIG, {"_class_name": "X"}, "it is a X"),
     (UNET_CONFIG, {"block_out_channels": "32"}, "block_out_channels is '32'"),
     (UNET_CONFIG, {"time_cond_proj_dim": 256}, "latent consistency"),
-    (UNET_CONFIG, {"encoder_hid_dim_type": "text_proj"}, "Give"),
+    (UNET_CONFIG, {"encoder_hid_dim_type": "text_proj"}, "Pass"),
     ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "Tiny"),
     ("vae/config.json", {"latents_mean": [1, 1, 1, 1]}, "latents_mean"),
     (SCHEDULER, {"prediction_type": "sample"}, "predicts 'sample'"),

@@ -298,7 +298,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     assert "is not a ControlNet-LLLite" in rejection(folder, *words, "--network_weights", control_net.name)
     assert "of another model" in rejection(folder, *words, "--network_weights", anima.name)
     assert "It has no alpha" in rejection(folder, *words, "--network_alpha", "4")
-    assert "Give mask_directory" in rejection(folder, *words, "--masked_loss")
+    assert "Pass mask_directory" in rejection(folder, *words, "--masked_loss")
     assert "is Stable Diffusion 1.x" in rejection(folder, *words_of(sd1))
     (folder / "control" / "3.png").write_bytes((folder / "control" / "0.png").read_bytes())
     assert "1 control image without an image of the same name: 3.png" in rejection(folder, *words)
@@ -307,7 +307,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     assert "control images for 1; needed: 1.png" in rejection(folder, *words)
     text = DATASET.replace('conditioning_data_dir = "control"\n', "")
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
-    assert "Give conditioning_data_dir" in rejection(folder, *words)
+    assert "Pass conditioning_data_dir" in rejection(folder, *words)
 
 
 def test_control_pictures_of_another_shape_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -73,7 +73,7 @@ MISTAKES: dict[str, tuple[str, str, list[str], str]] = {
         CONTROL_NET,
         "sd1",
         ["--network_weights", "x.safetensors"],
-        "Give the ControlNet to start from to --controlnet_model_name_or_path",
+        "Pass the ControlNet to start from to --controlnet_model_name_or_path",
     ),
     "a file that is missing": (
         CONTROL_NET,

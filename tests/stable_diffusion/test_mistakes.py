@@ -54,7 +54,7 @@ NUMBERS = (
     ),
 )
 TOGETHER = (
-    ("--fp16 --bf16", "--fp16 and --bf16 exclude each other: give one of them"),
+    ("--fp16 --bf16", "--fp16 and --bf16 exclude each other: pass one of them"),
     ("--sdxl", "--sdxl: sd1.safetensors is Stable Diffusion 1.x"),
     ("--v2", "--v2: sd1.safetensors is Stable Diffusion 1.x"),
     ("--ckpt BAD/sdxl.safetensors --v1", "--v1: BAD/sdxl.safetensors is Stable Diffusion XL"),
@@ -115,7 +115,7 @@ FILES = (
     (f"{CLIP} BAD/clip_without_projection", "text_projection.weight"),
     (f"{VGG} lora.safetensors", "is not VGG16"),
     (f"{VGG} BAD/half_vgg16.pth", "features.19.bias"),
-    (f"{VGG} BAD/short_vgg16.pth", "the last layer in BAD/short_vgg16.pth is 4. Give a lower one"),
+    (f"{VGG} BAD/short_vgg16.pth", "the last layer in BAD/short_vgg16.pth is 4. Use a lower one"),
     (f"--control_net_models lora.safetensors {GUIDE}", "is not a ControlNet"),
     ("--from_file nothing.txt", "nothing.txt"),
     ("--from_file BAD/nothing.txt", "has no prompt"),

@@ -65,7 +65,7 @@ def test_initial_words_are_read_without_start_end_and_padding(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("Zorb", "Give zorb"),
+        ("Zorb", "Pass zorb"),
         ("a zorb", "one word"),
         ("zorb1", "ends with a digit"),
         ("zorb(x)", "contains ("),

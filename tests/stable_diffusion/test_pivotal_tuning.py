@@ -131,7 +131,7 @@ def test_a_word_learns_alone_by_the_script_of_loras(folder: Path) -> None:
     assert "--textual_inversion_embeddings" in said
     wrong = [*words, "--unet_lr", "1", "--network_args", "conv_dim=2"]
     code, said = run_here("sdxl_train_network.py", *wrong, folder=folder)
-    assert_one_message(code, said, "--network_args, --unet_lr. Leave out")
+    assert_one_message(code, said, "--network_args, --unet_lr. Omit")
 
 
 def test_a_lora_and_a_word_learn_together_and_a_resumed_run_is_the_same(folder: Path) -> None:
@@ -266,7 +266,7 @@ def test_mistakes_with_a_word_are_named(folder: Path) -> None:
         return rejection(script, folder, *words[: len(words) - without], *further)
 
     assert "the text encoder knows this word already" in told("--train_embedding", "a")
-    assert "Give zorb" in told("--train_embedding", "Zorb")
+    assert "Pass zorb" in told("--train_embedding", "Zorb")
     assert "no caption has this word" in told("--train_embedding", "blub")
     assert "cannot be cached" in told("--cache_text_encoder_outputs")
     assert "--embedding_vectors" in told("--embedding_vectors", "76")

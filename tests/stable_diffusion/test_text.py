@@ -186,7 +186,7 @@ def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptu
     (record,) = caplog.records
     message = record.getMessage()
     assert "after 75 tokens; the rest is not read: red cat\n" in message
-    assert message.endswith("Give --max_embeddings_multiples 2 to read all of it")
+    assert message.endswith("Pass --max_embeddings_multiples 2 to read all of it")
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

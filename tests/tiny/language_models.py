@@ -251,7 +251,7 @@ def config_json(model: Any) -> dict[str, Any]:
 def write_model(
     path: Path, model: Any, layout: str = "transformers 4", change: Mapping[str, Tensor | None] | None = None
 ) -> Path:
-    """Write one file with config.json next to it. change: tensors to put in or, None, to leave out."""
+    """Write one file with config.json next to it. change: tensors to put in or, None, to omit."""
     tensors = {**layouts(model)[layout], **(change or {})}
     save(path, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     path.with_name("config.json").write_text(json.dumps(config_json(model)), encoding="utf-8")

@@ -325,7 +325,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     ),
     "inpainting": (
         *("train_leco.py", ["--prompts_file", "prompts.toml", "--train_inpainting"]),
-        "LECO learns without images. Leave it out",
+        "LECO learns without images. Omit it",
     ),
     "a side that XL has not": (
         *("sdxl_train_leco.py", ["--prompts_file", "odd.toml"]),

@@ -114,7 +114,7 @@ def options(*argv: str, environment: dict[str, str] | None = None) -> TrainingOp
     ("words", "expected"),
     [
         ("--fp8_scaled", "--fp8_scaled needs --fp8_base"),
-        ("--blocks_to_swap -2", "--blocks_to_swap -2: give a number"),
+        ("--blocks_to_swap -2", "--blocks_to_swap -2: use a number"),
         ("--lr_scheduler cosin", "--lr_scheduler cosin: unknown"),
         ("--lr_warmup_steps 10", "--lr_scheduler constant has no warm-up. Use .*constant_with_warmup"),
         ("--resume_from_huggingface", "--resume is missing"),

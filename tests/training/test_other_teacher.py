@@ -167,7 +167,7 @@ def test_a_model_for_samples_of_another_width_is_refused_by_its_shapes(tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--teacher dit", r"--teacher dit: give the transformer to learn from \(--teacher_dit FILE\)"),
+        ("--teacher dit", r"--teacher dit: pass the transformer to learn from \(--teacher_dit FILE\)"),
         ("--teacher base --teacher_lora {file}", "--teacher_lora is for --teacher dit"),
         ("--teacher base --teacher_dit {file}", "--teacher_dit is for --teacher dit"),
         ("--teacher_delta", "--teacher_delta needs --teacher_lora"),

@@ -211,7 +211,7 @@ from modules.command import command_line
 from modules.errors import OptionError
 
 def main():
-    raise OptionError("--x 3: give 4")
+    raise OptionError("--x 3: pass 4")
 
 command_line(main, needs_packages=False)
 """
@@ -246,4 +246,4 @@ def test_an_error_that_all_processes_have_is_told_once(tmp_path: Path) -> None:
     done = run_python(*launch, script, environment={"PYTHONPATH": str(ROOT)}, check=False)
 
     assert done.returncode != 0
-    assert done.stderr.count("OptionError: --x 3: give 4") == 1
+    assert done.stderr.count("OptionError: --x 3: pass 4") == 1

@@ -58,7 +58,7 @@ def write_spike(folder: Path, index: int = 2) -> None:
 
 
 def train_by_hand(folder: Path, steps: int, decide: Decide) -> tuple[dict[str, Tensor], list[int]]:
-    """Train with plain torch, AdamW at 1e-2 / step number; leave out the steps that `decide` refuses.
+    """Train with plain torch, AdamW at 1e-2 / step number; omit the steps that `decide` refuses.
 
     decide: given loss, norm and the norms of all taken steps. Returns the weights and the skipped steps.
     """
@@ -271,9 +271,9 @@ def test_so_many_spikes_in_a_row_are_a_new_level() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--skip_bad_steps", 0), "--skip_bad_steps 0: give a number"),
-        (("--skip_spikes", 1), "--skip_spikes 1: give a number above 1"),
-        (("--skip_spikes", "nan"), "--skip_spikes nan: give a number"),
+        (("--skip_bad_steps", 0), "--skip_bad_steps 0: use a number"),
+        (("--skip_spikes", 1), "--skip_spikes 1: use a number above 1"),
+        (("--skip_spikes", "nan"), "--skip_spikes nan: use a number"),
     ],
 )
 def test_values_without_sense_are_refused(tmp_path: Path, words: tuple[object, ...], message: str) -> None:

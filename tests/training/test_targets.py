@@ -371,7 +371,7 @@ def test_the_file_says_what_its_network_learned_towards(tmp_path: Path) -> None:
             "--guided_target 3 --teacher base",
             "--guided_target 3 and --teacher base both choose what is learned",
         ),
-        ("--guided_target 1", "--guided_target 1: give a number above 1 and of at most 20"),
+        ("--guided_target 1", "--guided_target 1: use a number above 1 and of at most 20"),
         ("--guided_target_min_timestep 150", "--guided_target_min_timestep needs --guided_target"),
         ("--guided_target 3 --guided_target_sound 3", "the model toy has no sound"),
         ("--teacher_split", "--teacher_split needs --teacher"),
@@ -380,7 +380,7 @@ def test_the_file_says_what_its_network_learned_towards(tmp_path: Path) -> None:
         ("--teacher base --teacher_split --loss_type l1", "--teacher_split with --loss_type l1"),
         ("--teacher base --teacher_min_timestep 700 --teacher_max_timestep 600", "the first has to be"),
         ("--teacher base --teacher_sees clip", "--teacher_sees clip: the model toy takes no such condition"),
-        ("--mask_prior_weight 0", "--mask_prior_weight 0: give a number above 0"),
+        ("--mask_prior_weight 0", "--mask_prior_weight 0: use a number above 0"),
         ("--mask_prior_weight 0.5", "--mask_prior_weight 0.5: no item has a mask"),
     ],
 )

@@ -129,7 +129,7 @@ def test_the_balance_is_the_ratio_of_drawn_shares(experts: Expert | None) -> Non
             "--timestep_focus 0.5 --min_timestep 100",
             "0.5 with --min_timestep 100 .*a window",
         ),
-        ("--timestep_focus 0.5 --max_timestep 1000", "Give one of the two"),
+        ("--timestep_focus 0.5 --max_timestep 1000", "Pass one of the two"),
     ],
 )
 def test_wrong_values_of_the_focus_are_explained(words: str, message: str) -> None:

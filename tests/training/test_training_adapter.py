@@ -305,7 +305,7 @@ def test_a_distilled_transformer_without_an_adapter_is_warned_of(
         )
 
     assert [len(texts) for texts in said] == [1, 0, 0]
-    assert "Train on another, or give --training_adapter with a LoRA that undoes the dist" in said[0][0]
+    assert "Train on another, or pass --training_adapter with a LoRA that undoes the dist" in said[0][0]
     assert "If you train this one" in said[0][0]
     assert "keep more of them: --guided_target 3" in said[0][0]
 
@@ -320,7 +320,7 @@ def test_check_says_that_a_transformer_is_distilled(
         said.append(capsys.readouterr().out)
 
     assert ["may be distilled for few steps (it is called turbo)" in text for text in said] == [True, False]
-    assert "Train on another, or give --training_adapter" in said[0]
+    assert "Train on another, or pass --training_adapter" in said[0]
 
 
 @pytest.mark.parametrize("preview", ["--check", "--plan"])

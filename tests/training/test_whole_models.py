@@ -131,7 +131,7 @@ def test_a_base_in_8_bits_is_refused_at_once(project: tuple[TinyFamily, Path]) -
     for more in ((), ("--plan",)):
         code, said = run_here(*words, "--max_train_steps", "1", *more, folder=folder)
         assert_one_message(
-            code, said, "small.safetensors is in float8_e4m3fn", "Give the bf16 file of the model ("
+            code, said, "small.safetensors is in float8_e4m3fn", "Pass the bf16 file of the model ("
         )
         assert "Loading" not in said
 

@@ -169,7 +169,7 @@ def test_a_check_shows_the_sizes_of_the_given_vae(
 def test_image_conditions_are_refused_for_the_5b_vae(
     clips: Path, vaes: dict[str, Path], words: list[str]
 ) -> None:
-    with pytest.raises(OptionError, match=rf"{words[0]}: --vae .*TI2V-5B.*Leave out {words[0]}\."):
+    with pytest.raises(OptionError, match=rf"{words[0]}: --vae .*TI2V-5B.*Omit {words[0]}\."):
         cache_of(clips, vaes["2.2"], *words)
 
 
@@ -196,7 +196,7 @@ def test_a_task_refuses_the_vae_of_other_latents(
 ) -> None:
     dit = write_dit(tmp_path, tiny_state(kind))
     family = Wan(WanFiles(dit=dit, vae=vaes[version], task=TASKS[task]))
-    named = rf"is the Wan{version} VAE \(of {given}: .*--task {task} needs (.|\n)*Give {wanted}.* to --vae"
+    named = rf"is the Wan{version} VAE \(of {given}: .*--task {task} needs (.|\n)*Pass {wanted}.* to --vae"
     for check in (family.check_named_files, lambda: family.prepare(Request("cat", seed=1))):
         with pytest.raises(CheckpointError, match=named):
             check()
@@ -338,7 +338,7 @@ def test_a_sample_is_what_the_generation_script_makes(two_experts: Path, name: s
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([*LOW, *HIGH, "--sample_dit_other", LOW[1]], ["--sample_dit_other", "Leave it out"]),
+        ([*LOW, *HIGH, "--sample_dit_other", LOW[1]], ["--sample_dit_other", "Omit it"]),
         ([*LOW, "--sample_dit_other", LOW[1]], ["this one is trained"]),
         ([*LOW, "--task", "t2v-14B", "--sample_dit_other", HIGH[1]], ["--task t2v-14B has one transformer"]),
     ],

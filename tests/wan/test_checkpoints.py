@@ -72,7 +72,7 @@ def test_relatives_are_refused_by_name(tmp_path: Path, tensors: TensorList, name
 
 
 IMAGE = "img_emb, the projection of image features, is"
-ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same tensors), or give a Wan2.1 I2V"
+ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same tensors), or pass a Wan2.1 I2V"
 
 
 @pytest.mark.parametrize(
@@ -82,15 +82,15 @@ ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same t
             "i2v",
             "t2v-14B",
             "takes 36 input channels, t2v-14B has 16",
-            "--task i2v-14B, or give a Wan T2V",
+            "--task i2v-14B, or pass a Wan T2V",
         ),
         ("t2v", "i2v-14B", "takes 16 input channels, i2v-14B has 36", f"{ALIKE} checkpoint"),
-        ("i2v", "i2v-A14B", f"{IMAGE} present; i2v-A14B has none", "i2v-14B, or give a Wan2.2 I2V"),
+        ("i2v", "i2v-A14B", f"{IMAGE} present; i2v-A14B has none", "i2v-14B, or pass a Wan2.2 I2V"),
         (
             "i2v-2.2",
             "i2v-14B",
             f"{IMAGE} missing; i2v-14B has one",
-            "--task i2v-A14B, or give a Wan2.1 I2V",
+            "--task i2v-A14B, or pass a Wan2.1 I2V",
         ),
         (
             "fun-control-2.2",

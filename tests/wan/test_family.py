@@ -182,7 +182,7 @@ def test_a_high_noise_file_of_another_task_is_named_with_its_option(
 ) -> None:
     high = write_dit(tmp_path, tiny_state("i2v-2.2"))
     files = replace(family_of("t2v-A14B", "t2v").files, dit_high_noise=high)
-    with pytest.raises(CheckpointError, match=r"i2v-A14B, or give a Wan T2V .* to --dit_high_noise"):
+    with pytest.raises(CheckpointError, match=r"i2v-A14B, or pass a Wan T2V .* to --dit_high_noise"):
         files.check_dits()
 
 

@@ -92,7 +92,7 @@ def test_references_are_divided_at_commas_unless_a_file_has_one(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"extra": {"src_mask": "m.png"}}, "Give --src_video"),
+        ({"extra": {"src_mask": "m.png"}}, "Pass --src_video"),
         ({"control_images": tuple(map(Path, "abcdefghi"))}, "at most 8"),
     ],
 )

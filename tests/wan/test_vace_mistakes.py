@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 GENERATION = {
     "a mask of another shape": ([*FULL, *CLIP, "--src_mask", "tall.png"], "32 x 48 pixels"),
-    "a mask without a clip": ([*FULL, "--src_mask", "white.png"], "Give --src_video"),
+    "a mask without a clip": ([*FULL, "--src_mask", "white.png"], "Pass --src_video"),
     "a mask that is black": ([*FULL, *CLIP, "--src_mask", "black.png"], "black.png: it is black"),
     "a mask of no bytes": ([*FULL, *CLIP, "--src_mask", "empty.png"], "empty.png is empty"),
     "a reference of one pixel": ([*FULL, "--src_ref_images", "dot.png"], "dot.png"),
@@ -117,7 +117,7 @@ def test_a_request_that_cannot_be_meant(folder: Path, case: str) -> None:
 
 CACHING = {
     "nothing to learn from": ("", "--vace needs control media or references"),
-    "masks without control": ('control_mask_directory = "masks"\n', "Give control_directory"),
+    "masks without control": ('control_mask_directory = "masks"\n', "Pass control_directory"),
 }
 
 

@@ -129,9 +129,9 @@ def test_two_transformers_have_blocks_of_vace_each() -> None:
     said: dict[str, Any] = {"task": "vace-A14B", "dit": low, "vace": low}
     WanTrainingOptions(**said, sample_dit_other=high, vace_high_noise=high)
     for more, missing in (
-        ({"sample_dit_other": high}, "Give --vace_high_noise"),
-        ({"experts": WanExpertOptions(dit_high_noise=high)}, "Give --vace_high_noise"),
-        ({"vace_high_noise": high}, "Give --dit_high_noise"),
+        ({"sample_dit_other": high}, "Pass --vace_high_noise"),
+        ({"experts": WanExpertOptions(dit_high_noise=high)}, "Pass --vace_high_noise"),
+        ({"vace_high_noise": high}, "Pass --dit_high_noise"),
     ):
         with pytest.raises(OptionError, match=missing):
             WanTrainingOptions(**said, **more)

@@ -104,7 +104,7 @@ def test_truncation_and_normalisation_are_those_of_the_official_pipeline(family:
 
     assert (prepared.rules.max_signal, prepared.rules.norm_limit) == (0.5, 1.5)
     assert (prepare(family).rules.max_signal, prepare(family).rules.norm_limit) == (None, None)
-    with pytest.raises(OptionError, match="--cfg_trunc_ratio .* 2: give a share"):
+    with pytest.raises(OptionError, match="--cfg_trunc_ratio .* 2: pass a share"):
         prepare(family, extra={"cfg_trunc_ratio": "2"})
 
 

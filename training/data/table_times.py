@@ -42,7 +42,7 @@ def timestep_options_of_table(options: TimestepOptions, table: DatasetTable) -> 
     if has_window and low is not None and high is not None and low >= high:
         raise DatasetError(
             f"{table.name}: its levels would be --min_timestep {low} --max_timestep {high}, one of them from "
-            "the training options, and nothing lies between them. Give the table both keys"
+            "the training options, and nothing lies between them. Pass the table both keys"
         )
     return replace(options, min_timestep=low, max_timestep=high, flow_shift=flow_shift)
 
@@ -100,7 +100,7 @@ def _check_table(
             reason = "takes its shift from the size of each item"
         raise DatasetError(
             f"{table.name}: {SHIFT_KEY} = {table.discrete_flow_shift:g}: --timestep_sampling {sampler} "
-            f"{reason}. Leave the key out, or use --timestep_sampling shift"
+            f"{reason}. Omit the key, or use --timestep_sampling shift"
         )
     table_options = timestep_options_of_table(options, table)
     if any(can_reach_expert(table_options, noise_spec, expert) for expert in experts):
@@ -108,12 +108,12 @@ def _check_table(
     if tuple(experts) == ONE_EXPERT:
         raise DatasetError(
             f"{table.name}: {_describe_table_keys(table)}: --timestep_sampling {sampler} draws no level "
-            "there. Widen the window, or leave out --preserve_distribution_shape"
+            "there. Widen the window, or omit --preserve_distribution_shape"
         )
     lowest = min(expert.min_timestep for expert in experts)
     raise DatasetError(
         f"{table.name}: {_describe_table_keys(table)}: only levels from {lowest:g} on are trained (the "
-        f"{experts[0].description}), and this table has none of them. Widen its window, leave the table out, "
+        f"{experts[0].description}), and this table has none of them. Widen its window, omit the table, "
         "or train both transformers"
     )
 
@@ -124,7 +124,7 @@ def _check_focus(options: TimestepOptions, experts: Sequence[Expert]) -> None:
     if high <= lowest:
         raise OptionError(
             f"--timestep_focus_range {low} {high}: only levels from {lowest:g} on are trained (the "
-            f"{experts[0].description}). Give a range above that, such as {lowest:g} {NUM_TIMESTEPS}"
+            f"{experts[0].description}). Pass a range above that, such as {lowest:g} {NUM_TIMESTEPS}"
         )
 
 

@@ -402,7 +402,7 @@ def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
     if not expert.name:
         return OptionError(
             f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {NUM_SCANNED_DRAWS} draws "
-            f"of --timestep_sampling {sampler} none lies between them. Widen the range or leave out "
+            f"of --timestep_sampling {sampler} none lies between them. Widen the range or omit "
             "--preserve_distribution_shape."
         )
     end = "on" if expert.max_timestep == math.inf else f"to {expert.max_timestep:g}"

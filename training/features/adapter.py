@@ -34,7 +34,7 @@ def _check_targets(run: "RunFeatures") -> None:
     if kept:
         raise OptionError(
             f"--make_adapter with {kept[0]}: an adapter has to unlearn what the model was distilled for, and "
-            "this target keeps it. Leave out one of the two"
+            "this target keeps it. Omit one of the two"
         )
 
 
@@ -50,7 +50,7 @@ def _join(run: "RunFeatures", options: AdapterOptions) -> None:
     if network is not None and network.frozen.training_adapter is not None:
         raise OptionError(
             "--make_adapter with --training_adapter: with an adapter in use, little is left to unlearn. "
-            "To continue training one, give it as --network_weights"
+            "To continue training one, pass it as --network_weights"
         )
     _check_targets(run)
     run.keeps_few_step_ability = True

@@ -97,7 +97,7 @@ def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> MergedLoras:
 def _join(run: "RunFeatures", options: BaseWeightsOptions) -> None:
     high_noise = options.high_noise
     if high_noise is not None and high_noise.base_weights_high_noise == ():
-        raise OptionError("--base_weights_high_noise names no file: give one, or leave it out")
+        raise OptionError("--base_weights_high_noise names no file: pass one, or omit it")
     options.multipliers()  # raises OptionError
     if high_noise is not None:
         high_noise.multipliers()

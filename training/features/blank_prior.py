@@ -56,7 +56,7 @@ def _join(run: "RunFeatures", options: BlankPriorOptions) -> None:
     if run.options.is_fused:
         raise OptionError(
             "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added up, "
-            "but fused gradients are freed immediately. Leave out one of the two"
+            "but fused gradients are freed immediately. Omit one of the two"
         )
     target = StepTarget(
         option=f"--blank_prior_weight {options.weight:g}",

@@ -112,14 +112,14 @@ def _reject_targets(targets: Sequence[StepTarget]) -> None:
     replacing = [target.option for target in targets if target.replaces_velocity]
     if len(replacing) > 1:
         raise OptionError(
-            f"{replacing[0]} and {replacing[1]} both choose what is learned instead of the clip. Leave out "
+            f"{replacing[0]} and {replacing[1]} both choose what is learned instead of the clip. Omit "
             "one of the two"
         )
     for target in targets:
         others = [other.option for other in targets if other is not target]
         if target.reason_to_exclude_others and others:
             reason = target.reason_to_exclude_others
-            raise OptionError(f"{target.option} with {others[0]}: {reason}. Leave out one of the two")
+            raise OptionError(f"{target.option} with {others[0]}: {reason}. Omit one of the two")
 
 
 def _note_unused(tables: "Sequence[DatasetTable]") -> None:

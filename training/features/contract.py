@@ -9,7 +9,7 @@ call a feature by name: an active feature adds values and functions to the run, 
 
     def _join(run: "RunFeatures", options: BlurOptions) -> None:
         if run.options.is_fused:
-            raise OptionError("--blur with --fused_backward_pass: ... Leave out one of the two")
+            raise OptionError("--blur with --fused_backward_pass: ... Omit one of the two")
         run.info.in_files |= given_values(options)
         run.on.noise.append(partial(draw_blur, options))
 

@@ -61,7 +61,7 @@ def reason_to_stop(run: "HookedRun", loss: float, patience: int, info: "RunInfo"
 def _require_validation(planned: "PlannedRun") -> None:
     if not planned.validation:
         raise OptionError(
-            "--early_stopping_patience needs a validation loss: give --validation_split 0.1, or a table with "
+            "--early_stopping_patience needs a validation loss: pass --validation_split 0.1, or a table with "
             "validation = true"
         )
 

@@ -58,7 +58,7 @@ def _keep_average(run: "RunFeatures", options: EmaOptions, model: "HookedModel")
 def _join(run: "RunFeatures", options: EmaOptions) -> None:
     if run.options.full_dit is not None and options.sample_ema:
         raise OptionError(
-            "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
+            "--sample_ema: the average of a whole model is in host memory. Omit it, and generate "
             "with the ...-ema.safetensors file"
         )
     run.average = AverageInfo("EMA", is_sampled=options.sample_ema)

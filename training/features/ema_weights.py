@@ -140,7 +140,7 @@ def make_average(
     """
     if find_averaging_optimizer(optimizer) is not None:
         raise OptionError(
-            f"--ema_decay {decay}: {type(optimizer).__name__} saves an average already. Leave it out"
+            f"--ema_decay {decay}: {type(optimizer).__name__} saves an average already. Omit it"
         )
     is_full = any(module in dits for module in trainable.modules.values())
     if is_full and not is_needed:

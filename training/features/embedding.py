@@ -216,7 +216,7 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
     if lora_options:
         raise OptionError(
             f"--embedding_only trains no LoRA, but these are LoRA options: --{', --'.join(lora_options)}. "
-            "Leave out one or the other"
+            "Omit one or the other"
         )
     if name not in (None, options.train_embedding):
         logger.warning(
@@ -239,7 +239,7 @@ def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
     if caches_texts:
         raise OptionError(
             "--cache_text_encoder_outputs: with --train_embedding the outputs of the text encoders change as "
-            "the vectors of the word are trained, so they cannot be cached. Leave out one of the two"
+            "the vectors of the word are trained, so they cannot be cached. Omit one of the two"
         )
     run.info.at_start["new word"] = _describe(options)
     run.needs.add(LIVE_TEXTS)

@@ -131,7 +131,7 @@ def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]
     if options.guided_target_sound is not None and not trains_audio(family):
         raise OptionError(
             f"--guided_target_sound {options.guided_target_sound:g}: the model {family.name} has no sound. "
-            "Leave it out"
+            "Omit it"
         )
 
 

@@ -130,7 +130,7 @@ def add_inputs(
 def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
     """Return the family's variant with inputs for inpainting; raise OptionError if it cannot be trained."""
     if NO_DATASET in run.needs:
-        raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Leave it out")
+        raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Omit it")
     from protocols.family_networks import custom_network_of  # torch: only with this feature
 
     if not _can_inpaint(family):
@@ -142,7 +142,7 @@ def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
     if custom is not None and not custom.in_text_encoders:
         raise OptionError(
             f"{SWITCH} is for LoRAs, textual inversion and whole checkpoints, and this script trains "
-            f"{custom.label}. Leave it out"
+            f"{custom.label}. Omit it"
         )
     return family.for_inpainting()
 
@@ -154,7 +154,7 @@ def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
         flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"
         raise OptionError(
             f"{flag} with {SWITCH}: each step hides a different part of an image, which the VAE encodes in "
-            "that step. Leave out one of the two"
+            "that step. Omit one of the two"
         )
     subset = run.options.subset
     # with --masked_loss the dataset's masks weight the loss; otherwise they select what is repainted

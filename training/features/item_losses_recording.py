@@ -122,7 +122,7 @@ class ItemLossRecorder:
         if plan.steps.in_lockstep or plan.steps.processes_per_batch > 1:
             raise OptionError(
                 "--item_losses: processes that share the transformer or the tokens of a clip run each "
-                "other's passes, so losses would be counted several times. Leave it out"
+                "other's passes, so losses would be counted several times. Omit it"
             )
         self.progress = plan.progress
         self._tables = plan.config.datasets

@@ -53,11 +53,11 @@ def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "F
     custom_network = custom_network_of(family)
     if custom_network is not None:
         raise OptionError(
-            f"--prompts_file {path} is for LoRAs, and this script trains {custom_network.label}. Leave it out"
+            f"--prompts_file {path} is for LoRAs, and this script trains {custom_network.label}. Omit it"
         )
     if not family.noise.keeps_variance:
         raise OptionError(
-            f"--prompts_file {path} is for Stable Diffusion, and this script trains {family.name}. Give "
+            f"--prompts_file {path} is for Stable Diffusion, and this script trains {family.name}. Pass "
             "--slider, which learns such a direction from prompts and images"
         )
     step = family.latent.pixel_step
@@ -65,7 +65,7 @@ def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "F
         if pair.height % step or pair.width % step:
             raise OptionError(
                 f"--prompts_file {path}: resolution {pair.height} x {pair.width}: sides of {family.name} are "
-                f"multiples of {step}. Give such a size"
+                f"multiples of {step}. Pass such a size"
             )
     return family
 
@@ -125,7 +125,7 @@ def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
     trains_text_encoders_only = run.options.lora_parts is not None and not run.options.lora_parts.trains_dit
     if trains_text_encoders_only:
         raise OptionError(
-            f"--network_train_text_encoder_only: --prompts_file {path} trains the U-Net alone. Leave it out"
+            f"--network_train_text_encoder_only: --prompts_file {path} trains the U-Net alone. Omit it"
         )
     pairs = read_pairs(path)
     if run.options.loop.dataset_config is not None:

@@ -280,12 +280,10 @@ def _read_shared_fields(location: str, values: Mapping[str, Any], is_square: boo
         if not isinstance(value, bool):
             raise OptionError(f"{location}: {key} = {value!r}: write true or false")
     if switches["dynamic_resolution"] and not is_square:
-        raise OptionError(
-            f"{location}: dynamic_resolution is for a square resolution. Leave out one of the two"
-        )
+        raise OptionError(f"{location}: dynamic_resolution is for a square resolution. Omit one of the two")
     batch_size = values.get("batch_size", 1)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= 1024:
-        raise OptionError(f"{location}: batch_size = {batch_size!r}: give a whole number from 1 to 1024")
+        raise OptionError(f"{location}: batch_size = {batch_size!r}: use a whole number from 1 to 1024")
     numbers = {key: _read_number(location, values, key) for key in ("guidance_scale", "weight")}
     return {**switches, **numbers, "batch_size": batch_size}
 
@@ -302,7 +300,7 @@ def _read_number(location: str, values: Mapping[str, Any], key: str, signed: boo
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (0 < (abs(value) if signed else value) <= MAX_FACTOR):
         low = "other than 0" if signed else "above 0"
-        raise OptionError(f"{location}: {key} = {value!r}: give a number {low}, of at most {MAX_FACTOR:g}")
+        raise OptionError(f"{location}: {key} = {value!r}: use a number {low}, of at most {MAX_FACTOR:g}")
     return float(value)
 
 
@@ -314,7 +312,7 @@ def _read_resolution(location: str, value: Any) -> tuple[int, int]:
     )
     if not are_sides or any(side % SIDE_STEP for side in sides):
         raise OptionError(
-            f"{location}: resolution = {value!r}: give a side from 64 to {MAX_SIDE}, or [height, width], in "
+            f"{location}: resolution = {value!r}: pass a side from 64 to {MAX_SIDE}, or [height, width], in "
             f"multiples of {SIDE_STEP}"
         )
     return sides[0], sides[1]

@@ -47,13 +47,13 @@ def _require_masks(run: "RunFeatures", options: MaskPriorOptions, plan: "Planned
     if run.mask_input_option and not any(item.table.alpha_mask for item in plan.training):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g} with {run.mask_input_option}: masks are inputs of the "
-            "model there and do not weight the loss, so nothing is outside a mask. Leave out one of the two, "
+            "model there and do not weight the loss, so nothing is outside a mask. Omit one of the two, "
             "or let masks weight the loss: --masked_loss, or alpha_mask = true"
         )
     if not _has_masks(plan.training, plan.sources.stores):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g}: no item has a mask, so nothing is outside of "
-            "one. Give a table mask_directory or alpha_mask = true, and cache again, or leave the option out"
+            "one. Pass a table mask_directory or alpha_mask = true, and cache again, or omit the option"
         )
 
 

@@ -56,7 +56,7 @@ def _join(run: "RunFeatures", options: OutputPreservationOptions) -> None:
         name = next(table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes)
         raise OptionError(
             f"{name}: {PRESERVE_OUTPUT} compares a LoRA with the model without it, and here the model "
-            "itself is trained. Leave it out"
+            "itself is trained. Omit it"
         )
     run.needs.add(BASE_MODEL)
     run.base_target_attributes.add(PRESERVE_OUTPUT)

@@ -69,7 +69,7 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
     ):
         raise OptionError(
             f"--preference {options.beta:g}: pairs consist of images, but only one stream is trained here. "
-            "Leave it out"
+            "Omit it"
         )
 
 
@@ -79,7 +79,7 @@ def _check_tables(run: "RunFeatures") -> None:
     if preserving is not None:
         raise OptionError(
             f"{preserving}: {PRESERVE_OUTPUT} cannot be used with --preference, whose loss has no "
-            "place for another target. Leave out one of the two"
+            "place for another target. Omit one of the two"
         )
 
 

@@ -60,7 +60,7 @@ def _start(run: "RunFeatures") -> None:
 def _require_files(options: SampleScoringOptions) -> None:
     """Raise OptionError, before training begins, if the folder of a scoring model lacks its main file."""
     download = "Download a model with python tools/download.py --family tools --to models --task"
-    give_dino = "Give the folder of a DINO model as transformers saves it"
+    give_dino = "Pass the folder of a DINO model as transformers saves it"
     _require_file("--score_samples", options.score_samples, "config.json", f"{download} score_clip")
     _require_file("--score_likeness_model", options.score_likeness_model, "config.json", give_dino)
     _require_file("--score_tagger", options.score_tagger, "model.onnx", f"{download} wd_tagger")
@@ -69,18 +69,16 @@ def _require_files(options: SampleScoringOptions) -> None:
 def _require_file(option_name: str, folder: Path | None, file: str, remedy: str) -> None:
     """Raise OptionError if the folder of an option, if given, does not contain a file."""
     if folder is not None and not (folder / file).is_file():
-        raise OptionError(
-            f"{option_name} {folder}: there is no {file} in this folder. {remedy}, or leave it out"
-        )
+        raise OptionError(f"{option_name} {folder}: there is no {file} in this folder. {remedy}, or omit it")
 
 
 def _join(run: "RunFeatures", options: SampleScoringOptions) -> None:
     if run.options.samples.sample_prompts is None:
-        raise OptionError("--score_samples needs samples: give --sample_prompts, or leave it out")
+        raise OptionError("--score_samples needs samples: pass --sample_prompts, or omit it")
     if run.options.logs.no_page:
         raise OptionError(
             "--score_samples with --no_page: scores are computed from the run's history, and shown on its "
-            "page. Leave out one of the two"
+            "page. Omit one of the two"
         )
     _require_files(options)
     also = "" if options.score_likeness_model is None else f", likeness by {options.score_likeness_model}"

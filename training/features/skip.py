@@ -38,7 +38,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
         minimum=1,
         maximum=1_000_000,
         metavar="N",
-        hint="leave it out to end the run at the first one",
+        hint="omit it to end the run at the first one",
         facts={AGAINST_BAD_STEPS: REMEDY},
     )
     skip_spikes: float | None = option(
@@ -197,7 +197,7 @@ def _join(run: "RunFeatures", options: SkipOptions) -> None:
         flag = "--skip_spikes" if options.skip_bad_steps is None else "--skip_bad_steps"
         raise OptionError(
             f"{flag} with --fused_backward_pass: weights are stepped inside the backward pass, before the "
-            "norm of all gradients is known. Leave out one of the two"
+            "norm of all gradients is known. Omit one of the two"
         )
     run.progress_records.append(SkipProgress)
     run.info.in_files |= asdict(options)

@@ -50,13 +50,13 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
         if PRESERVE_OUTPUT in table.attributes:
             raise OptionError(
                 f"{table.name}: {PRESERVE_OUTPUT} cannot be used with --slider {path}, which learns "
-                "the captions of its own file, not those of the table. Leave it out; an anchor in that file "
+                "the captions of its own file, not those of the table. Omit it; an anchor in that file "
                 "preserves the output for a caption"
             )
         if table.network_multiplier != 1:
             raise OptionError(
                 f"{table.name}: network_multiplier cannot be used with --slider {path}, which learns at the "
-                "strengths 1 and -1. Leave out one of the two"
+                "strengths 1 and -1. Omit one of the two"
             )
 
 
@@ -89,7 +89,7 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
     if run.options.is_fused:
         raise OptionError(
             "--slider with --fused_backward_pass: the gradients of its two strengths are added up, but fused "
-            "gradients are freed immediately. Leave out one of the two"
+            "gradients are freed immediately. Omit one of the two"
         )
     _check_tables(run, path)
     file = read_sliders(path)

@@ -53,7 +53,7 @@ def read_sliders(path: Path) -> SliderFile:
         content = parse_toml(read_text(path))
     except (OSError, ValueError) as error:
         raise OptionError(
-            f"{location}: it is not a TOML file ({error}). Give one with [[sliders]]: docs/targets.md shows "
+            f"{location}: it is not a TOML file ({error}). Pass one with [[sliders]]: docs/targets.md shows "
             "it"
         ) from None
     _reject_unknown(location, content, FILE_KEYS)
@@ -92,7 +92,7 @@ def _read_slider(location: str, table: Mapping[str, Any]) -> Slider:
         )
     if "anchor_weight" in table and "anchor" not in table:
         raise OptionError(
-            f'{location}: anchor_weight needs an anchor. Write anchor = "a caption", or leave it out'
+            f'{location}: anchor_weight needs an anchor. Write anchor = "a caption", or omit it'
         )
     return Slider(
         positive=table["positive"],
@@ -109,6 +109,6 @@ def _read_number(location: str, table: Mapping[str, Any], key: str, default: flo
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= MAX_FACTOR:
         raise OptionError(
-            f"{location}: {key} = {value!r}: give a number above 0 and of at most {MAX_FACTOR:g}"
+            f"{location}: {key} = {value!r}: use a number above 0 and of at most {MAX_FACTOR:g}"
         )
     return float(value)

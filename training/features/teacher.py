@@ -33,7 +33,7 @@ def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> 
     if not family.teacher_only_conditions and options.teacher == BASE:
         raise OptionError(
             f"--teacher {options.teacher}: the model {family.name} takes no additional conditions, so the "
-            "teacher would know no more than the network. Leave it out"
+            "teacher would know no more than the network. Omit it"
         )
 
 
@@ -50,7 +50,7 @@ def _reject_live_encoders(options: TeacherOptions, live_encoders: "LiveTextEncod
         raise OptionError(
             f"--teacher {options.teacher}: captions are encoded while training here, by {names}, and the "
             "teacher's come from caches. Cache them (--cache_text_encoder_outputs), train the transformer "
-            "alone (--network_train_unet_only), or leave --teacher out"
+            "alone (--network_train_unet_only), or omit --teacher"
         )
 
 
@@ -90,7 +90,7 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
     if options.teacher_split and loss_type != "l2":
         raise OptionError(
             f"--teacher_split with --loss_type {loss_type}: size and direction are those of squared "
-            "differences. Use --loss_type l2, or leave out --teacher_split"
+            "differences. Use --loss_type l2, or omit --teacher_split"
         )
     target = StepTarget(
         option=f"--teacher {options.teacher}",

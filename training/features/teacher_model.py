@@ -146,12 +146,12 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
         teacher.check_named_files()
     if files & set(family.dit_files):
         raise OptionError(
-            f"{name}: this is the transformer that is trained. Leave it out: --teacher dit with "
+            f"{name}: this is the transformer that is trained. Omit it: --teacher dit with "
             "--teacher_lora alone learns from the trained one"
         )
     if teacher.latent != family.latent:
         raise OptionError(
-            f"{name}: its latents are not those of the trained transformer, so it cannot teach it. Give the "
+            f"{name}: its latents are not those of the trained transformer, so it cannot teach it. Pass the "
             "model that the trained one was made from"
         )
     with _renaming_dit_option("--teacher_dit"):

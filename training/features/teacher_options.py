@@ -133,10 +133,10 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         files = {"--teacher_dit": self.teacher_dit, "--teacher_lora": self.teacher_lora}
         for name, value in files.items():
             if value is not None and not needs_files:
-                raise OptionError(f"{name} is for --teacher {OTHER_DIT}. Give that, or leave out {name}")
+                raise OptionError(f"{name} is for --teacher {OTHER_DIT}. Pass that, or omit {name}")
         if needs_files and not any(files.values()):
             raise OptionError(
-                f"--teacher {OTHER_DIT}: give the transformer to learn from (--teacher_dit FILE), the LoRA "
+                f"--teacher {OTHER_DIT}: pass the transformer to learn from (--teacher_dit FILE), the LoRA "
                 "whose effect is to be learned (--teacher_lora FILE), or both"
             )
         self.loras()  # raises for a wrong number of multipliers

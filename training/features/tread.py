@@ -51,7 +51,7 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
 
 
 def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) -> None:
-    """Raise OptionError if the model's blocks cannot leave out tokens, or if --tread_blocks is wrong.
+    """Raise OptionError if the model's blocks cannot omit tokens, or if --tread_blocks is wrong.
 
     Args:
         options: Options of the run.
@@ -67,7 +67,7 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
     elif family.dit.has_additions:
         reason = "the ControlNet adds to all tokens after each block"
     if reason:
-        raise OptionError(f"{name}: the model {family.name} cannot leave out tokens: {reason}. Leave it out")
+        raise OptionError(f"{name}: the model {family.name} cannot omit tokens: {reason}. Omit it")
     if not counts:
         return
     num_blocks = sum(counts)
@@ -76,7 +76,7 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
         blocks = " ".join(map(str, options.tread_blocks))
         raise OptionError(
             f"{name} with --tread_blocks {blocks}: the model {family.name} has {num_blocks} blocks, from 0 "
-            f"to {num_blocks - 1}, and these are {first} to {last}. Give two of them, the first not after "
+            f"to {num_blocks - 1}, and these are {first} to {last}. Pass two of them, the first not after "
             "the last"
         )
 
@@ -110,14 +110,14 @@ def _register(run: "RunFeatures", options: TreadOptions) -> None:
     """Register --tread, which lets some tokens bypass middle blocks; check --tread_blocks."""
     if len(options.tread_blocks) != 2:
         raise OptionError(
-            f"--tread_blocks needs two numbers and has {len(options.tread_blocks)}: give the first and the "
+            f"--tread_blocks needs two numbers and has {len(options.tread_blocks)}: pass the first and the "
             "last block, such as 2 -2"
         )
     dividing_option = run.options.speed.modes.divides_tokens
     if dividing_option:
         raise OptionError(
             f"--tread {options.tread:g} with {dividing_option}: each process has only some of the "
-            "tokens, but --tread selects from those of the whole clip. Leave out one of the two"
+            "tokens, but --tread selects from those of the whole clip. Omit one of the two"
         )
     run.info.targets.append(_describe(options))
     run.info.in_files |= given_values(options)

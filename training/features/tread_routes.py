@@ -22,7 +22,7 @@ def select_kept_tokens(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate
     Args:
         noisy_batch: Batch with noise and timesteps.
         grid: Number of tokens along frames, rows and columns; images may have no frames.
-        drop_rate: Fraction of the tokens to leave out.
+        drop_rate: Fraction of the tokens to omit.
         seed: Seed of the run.
     """
     with disable_modes():

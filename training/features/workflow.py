@@ -35,13 +35,13 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
     """Register --save_workflow, which needs samples without merged LoRAs."""
     if run.options.samples.sample_prompts is None:
         raise OptionError(
-            "--save_workflow writes the workflow of the run's samples, and the run makes none: give "
-            "--sample_prompts, or leave it out"
+            "--save_workflow writes the workflow of the run's samples, and the run makes none: pass "
+            "--sample_prompts, or omit it"
         )
     if run.merge is not None:
         raise OptionError(
             "--save_workflow with --base_weights: samples show the model with these LoRAs merged in, but "
-            "the workflow would load it without them. Leave out one of the two"
+            "the workflow would load it without them. Omit one of the two"
         )
     run.on.start.append(_start)
     run.on.check_files.append(_check)
@@ -52,7 +52,7 @@ def _start(run: "RunFeatures") -> None:
     if run.embedding_words:
         raise OptionError(
             "--save_workflow with --train_embedding: ComfyUI takes a learned word by a different name than "
-            "the samples' prompts have. Leave out one of the two"
+            "the samples' prompts have. Omit one of the two"
         )
 
 

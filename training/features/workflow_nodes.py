@@ -78,16 +78,16 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
     if others.sampling is not None:
         raise OptionError(
             f"{FLAG} with {family.abilities.sampling_dit_option}: its workflow has the trained "
-            "transformers, but samples are made with another one. Leave out one of the two"
+            "transformers, but samples are made with another one. Omit one of the two"
         )
     if not family.abilities.has_comfy_nodes:
         raise OptionError(
-            f"{FLAG}: it is not known which ComfyUI nodes generate the samples of {family.name}. Leave it out"
+            f"{FLAG}: it is not known which ComfyUI nodes generate the samples of {family.name}. Omit it"
         )
     try:
         return cast("HasComfyNodes", family).comfy_model()
     except OptionError as error:
-        raise OptionError(f"{FLAG}: for ComfyUI's nodes, {error}. Leave it out") from None
+        raise OptionError(f"{FLAG}: for ComfyUI's nodes, {error}. Omit it") from None
 
 
 def plan_workflows(plan: PlannedRun) -> "Workflows":
@@ -100,12 +100,12 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     assert options.network is not None  # a full model has no such option
     for kind in options.network.kinds:
         if kind.not_in_comfyui:
-            raise OptionError(f"{FLAG}: {kind.not_in_comfyui}. Leave it out")
+            raise OptionError(f"{FLAG}: {kind.not_in_comfyui}. Omit it")
     lora_format = plan.lora_format
     if lora_format is None:
         raise OptionError(
             f"{FLAG} with --network_module {options.network.network_module}: it is not known whether ComfyUI "
-            "reads that package's files. Leave it out"
+            "reads that package's files. Omit it"
         )
     prompts = options.samples.sample_prompts
     assert prompts is not None  # otherwise the feature is not on
@@ -125,7 +125,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     workflows.update_samples()
     if not workflows.samples:
         reasons = "; ".join(workflows.skipped_prompts.values())
-        raise OptionError(f"{FLAG}: no sample of {prompts} can be in it: {reasons}. Leave it out")
+        raise OptionError(f"{FLAG}: no sample of {prompts} can be in it: {reasons}. Omit it")
     return workflows
 
 

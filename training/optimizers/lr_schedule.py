@@ -122,7 +122,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         )
     for key in arguments.keys() - {"step_rules"}:
         if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
-            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, such as {key}=1")
+            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: use a number, such as {key}=1")
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
@@ -387,8 +387,8 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     # a function is rejected, because it could do anything with the arguments
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, LRScheduler):
         raise OptionError(
-            f"--lr_scheduler_type {type_name}: is not a learning-rate scheduler. Give a subclass of "
-            "torch.optim.lr_scheduler.LRScheduler, such as CosineAnnealingLR, or leave it out and use "
+            f"--lr_scheduler_type {type_name}: is not a learning-rate scheduler. Pass a subclass of "
+            "torch.optim.lr_scheduler.LRScheduler, such as CosineAnnealingLR, or omit it and use "
             "--lr_scheduler."
         )
     check_arguments("--lr_scheduler_args", scheduler_class, options.arguments(), {"optimizer"})

@@ -146,7 +146,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     them = "it" if len(blamed) == 1 else "them"
     raise OptionError(
         f"{' and '.join(blamed)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
-        f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {them} out, or use an optimizer that "
+        f"weights at one learning rate ({error.rstrip('.')}).\n  Omit {them}, or use an optimizer that "
         "takes several rates, such as AdamW"
     )
 
@@ -226,7 +226,7 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
         names = sorted(filter(None, PATHS))
         present_name = NAMES_IN_EARLY_GUIDES.get(name.lower())
         remedy = (
-            "" if present_name is None else f"\n  {GUIDE_NAME_HINT} Give --optimizer_type {present_name}."
+            "" if present_name is None else f"\n  {GUIDE_NAME_HINT} Pass --optimizer_type {present_name}."
         )
         raise OptionError(
             f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), names)} Use one of "
@@ -235,7 +235,7 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     optimizer_class: Any = import_object("--optimizer_type", name, module, class_name)
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise OptionError(
-            f"--optimizer_type {name}: is not an optimizer class. Give a subclass of torch.optim.Optimizer, "
+            f"--optimizer_type {name}: is not an optimizer class. Pass a subclass of torch.optim.Optimizer, "
             "such as AdamW"
         )
     if optimizer_class.__name__ in UNUSABLE:

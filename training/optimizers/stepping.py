@@ -330,7 +330,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
     if processes > 1:
         raise OptionError(
             f"--fused_backward_pass with {processes} processes: their gradients would have to be summed "
-            "before any weight is stepped. Use one process, or leave it out"
+            "before any weight is stepped. Use one process, or omit it"
         )
     if not can_step_one_parameter(find_optimizer(optimizer_type)):
         _reject_optimizer("--fused_backward_pass", optimizer_type)
@@ -343,7 +343,7 @@ def check_offload(optimizer_type: str) -> None:
     if kind.__name__.startswith("Paged"):
         raise OptionError(
             f"{option} with --optimizer_type {optimizer_type}: its states are in host memory already, and "
-            f"come to the GPU page by page. Leave {option} out"
+            f"come to the GPU page by page. Omit {option}"
         )
     if not can_step_one_parameter(kind):
         _reject_optimizer(option, optimizer_type)
@@ -379,5 +379,5 @@ def _reject_optimizer(option: str, optimizer_type: str) -> None:
     reason = next(reasons, "it is not known to step each weight by itself")
     raise OptionError(
         f"{option} with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, AdamW8bit or "
-        f"Lion, or leave {option} out"
+        f"Lion, or omit {option}"
     )

@@ -317,7 +317,7 @@ def reserve_name(folder: Path, name: str) -> Iterator[None]:
             except BlockingIOError:
                 raise OutputError(
                     f"--output_name {name}: another training is saving under this name in {folder}. "
-                    "Wait until it has ended, or give another --output_name or --output_dir."
+                    "Wait until it has ended, or pass another --output_name or --output_dir."
                 ) from None
             yield
     finally:
@@ -388,7 +388,7 @@ def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool)
     except OSError as error:
         raise OutputError(
             f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close any program that "
-            "has it open, give another --output_name, or use --overwrite."
+            "has it open, pass another --output_name, or use --overwrite."
         ) from error
 
 

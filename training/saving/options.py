@@ -15,8 +15,8 @@ SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
 RESOLUTION = re.compile(r"\d+\s*([,x]\s*\d+)?")  # of --metadata_reso
 LATEST = "latest"  # --resume latest: the newest complete state of this output name, a new run without one
 LATEST_ONLY = "latest-or-fail"  # the same, but an error without a state; used in printed commands
-AT_THE_END = "leave it out to save at the end only"
-KEEP_ALL = "leave it out to keep all"
+AT_THE_END = "omit it to save at the end only"
+KEEP_ALL = "omit it to keep all"
 
 
 def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:

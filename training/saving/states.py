@@ -157,11 +157,11 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         advice = ""
         if folder.is_file():
             error = "it is a file, but a state is a folder"
-            advice = f" To begin with the trained weights, give {FRESH_START}."
+            advice = f" To begin with the trained weights, pass {FRESH_START}."
         else:
             similar_names = explain_missing(folder)
         raise OptionError(
-            f"--resume {folder}: {error}.{similar_names} Give a ...-state folder, or the word latest.{advice}"
+            f"--resume {folder}: {error}.{similar_names} Pass a ...-state folder, or the word latest.{advice}"
         )
     if not _is_readable_state(folder):
         return _read_foreign(folder)
@@ -248,7 +248,7 @@ def _to_builtin_scalar(value: Any, name: str) -> bool | int | float | str | None
         return value.item()
     raise OptionError(
         f"the optimizer keeps a {type(value).__name__} in {name}, which cannot be saved.\n"
-        "  Leave out --save_state, or use a different --optimizer_type."
+        "  Omit --save_state, or use a different --optimizer_type."
     )
 
 
@@ -364,7 +364,7 @@ def _read_foreign(folder: Path) -> ForeignState:
         tensors = load_pickled(folder / "pytorch_model.bin")
     else:
         raise CheckpointError(
-            f"{folder} is not a state folder: it has neither {FILE} nor model.safetensors. Give a "
+            f"{folder} is not a state folder: it has neither {FILE} nor model.safetensors. Pass a "
             "...-state folder.",
             path=folder,
         )

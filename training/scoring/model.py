@@ -249,24 +249,24 @@ def _read_config(folder: Path, option: str, kinds: Sequence[str]) -> Any:
             raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from None
     elif option == LIKENESS_OPTION:
         raise CheckpointError(
-            f"{option} {folder}: there is no {CONFIG} in this folder. Give the folder of a DINO model as "
-            "transformers saves it, or leave it out."
+            f"{option} {folder}: there is no {CONFIG} in this folder. Pass the folder of a DINO model as "
+            "transformers saves it, or omit it."
         )
     else:
         raise CheckpointError(
             f"{option} {folder}: there is no {CONFIG} in this folder. Download a model with "
-            "python tools/download.py --family tools --task score_clip --to models, or give the folder of a "
+            "python tools/download.py --family tools --task score_clip --to models, or pass the folder of a "
             "CLIP or SigLIP model as transformers saves it."
         )
     name = str(config.get("model_type")) if isinstance(config, dict) else ""
     if name not in kinds:
         raise CheckpointError(
-            f"{option} {folder}: its {CONFIG} says model_type {name!r}. Give a model of one of the types "
+            f"{option} {folder}: its {CONFIG} says model_type {name!r}. Pass a model of one of the types "
             f"{', '.join(kinds)}."
         )
     if config.get("quantization_config") is not None:
         raise CheckpointError(
-            f"{option} {folder}: its weights are quantized, for which transformers may fetch code. Give the "
+            f"{option} {folder}: its weights are quantized, for which transformers may fetch code. Pass the "
             "model in 16 or 32 bits."
         )
     return config

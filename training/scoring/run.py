@@ -302,7 +302,7 @@ def open_run(path: Path) -> ScoredRun:
     """
     history_path = _select_history(path) if path.is_dir() else path
     if not history_path.name.endswith(END):
-        raise OptionError(f"{path}: give the folder of a run, or its history, a file named ...{END}")
+        raise OptionError(f"{path}: pass the folder of a run, or its history, a file named ...{END}")
     try:
         session = read_session(history_path)
         if session is None:
@@ -321,11 +321,11 @@ def _select_history(folder: Path) -> Path:
         advice = f"There is one in {list_some([*inner])}: give that folder." if inner else ""
         raise OptionError(
             f"{folder}: there is no run in this folder: no ...{END}. "
-            + (advice or "Give the --output_dir of a training that was not run with --no_page.")
+            + (advice or "Pass the --output_dir of a training that was not run with --no_page.")
         )
     if len(histories) > 1:
         raise OptionError(
-            f"{folder}: there are {len(histories)} runs in this folder. Give the history of one: "
+            f"{folder}: there are {len(histories)} runs in this folder. Pass the history of one: "
             f"{list_some([str(path) for path in histories])}"
         )
     return histories[0]

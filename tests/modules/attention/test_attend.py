@@ -141,7 +141,7 @@ def _bfloat16() -> torch.dtype:
 @pytest.mark.parametrize(
     ("mode", "training", "message"),
     [
-        ("flash", True, "--flash_attn runs on CUDA devices only, .* Leave --flash_attn out"),
+        ("flash", True, "--flash_attn runs on CUDA devices only, .* Omit --flash_attn"),
         ("xformers", False, "--attn_mode xformers runs on CUDA devices only"),
         ("sage", True, "--sage_attn has no backward pass, .*: it is for generation only"),
         ("sage", False, "--attn_mode sageattn runs on CUDA devices only"),

@@ -134,7 +134,7 @@ def test_only_own_pages_are_shared(tmp_path: Path) -> None:
     for name in ("a.html", "missing.html"):
         with pytest.raises(UserError, match=f"{name}"):
             share_page(tmp_path / name, tmp_path / "b.html")
-    with pytest.raises(UserError, match="is a folder. Give a page"):
+    with pytest.raises(UserError, match="is a folder. Pass a page"):
         share_page(tmp_path, tmp_path / "b.html")
 
 

@@ -231,7 +231,7 @@ def test_a_detector_that_says_it_has_no_landmarks_is_refused_before_anything_loa
         (
             "",
             ("--detection_model", "my.pth"),
-            "there is no such file. Give the path of one, or one of retinaface_resnet50",
+            "there is no such file. Pass the path of one, or one of retinaface_resnet50",
         ),
     ],
 )

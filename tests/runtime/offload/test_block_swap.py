@@ -354,7 +354,7 @@ def test_the_option_takes_a_number_or_auto() -> None:
     assert options().number == 0
     assert not SwapPlan(WAN, options().number)
     assert (number.number, number.is_auto, auto.is_auto) == (7, False, True)
-    with pytest.raises(OptionError, match="--blocks_to_swap auto: .* Give one"):
+    with pytest.raises(OptionError, match="--blocks_to_swap auto: .* Pass one"):
         _ = auto.number
     with pytest.raises(OptionError, match="--blocks_to_swap -1"):
         options("--blocks_to_swap", "-1")

@@ -36,7 +36,7 @@ USED = {
     "turns": (RunUses(turn_taking_options=("--lazy_loading",)), "--lazy_loading and --shard_base"),
     "samples": (
         RunUses(separate_sample_model="--sample_dit"),
-        "--shard_base: samples .* Leave --sample_dit out",
+        "--shard_base: samples .* Omit --sample_dit",
     ),
     "module": (
         RunUses(foreign_module="lycoris.kohya", own_modules=("networks.lora", "networks.loha")),

@@ -276,7 +276,7 @@ def test_a_file_says_the_windows_it_was_trained_with(tmp_path: Path) -> None:
         (
             "discrete_flow_shift = 5",
             ("--timestep_sampling", "qinglong_qwen"),
-            "Leave the key out, or use --timestep_sampling shift",
+            "Omit the key, or use --timestep_sampling shift",
         ),
         (HIGH, (*UNIFORM, "--max_timestep", 600), "--min_timestep 700 --max_timestep 600, one of them from"),
         (HIGH, (*UNIFORM, "--timestep_focus", 0.4), "min_timestep = 700 with --timestep_focus 0.4: a window"),

@@ -430,7 +430,7 @@ def test_without_a_state_a_new_run_names_those_set_aside_and_latest_or_fail_ends
     toy.train_toy(folder)
     (aside,) = asides(folder)
 
-    with pytest.raises(OptionError, match="x-state: give it to --resume"):
+    with pytest.raises(OptionError, match="x-state: pass it to --resume"):
         toy.train_toy(folder, "--resume", "latest-or-fail")
     toy.train_toy(folder, "--resume", "latest")
 
