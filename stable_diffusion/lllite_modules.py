@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import LoadPlan, make_wrong_kind_error
 from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
-from networks.module_names import module_path, to_alias
+from networks.module_names import module_path, from_alias
 from stable_diffusion.contract import SDXL
 from stable_diffusion.names import SDXL as SDXL_NAMES
 
@@ -138,7 +138,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LlliteDimen
 
 def find_layer_path(name: str) -> str | None:
     """Return diffusers' path of the U-Net layer that an LLLite module changes; None if SDXL lacks it."""
-    return module_path(to_alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
+    return module_path(from_alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 
 def _get_layer(unet: nn.Module, path: str | None) -> Any:

@@ -56,7 +56,7 @@ def test_a_resumed_or_smaller_run_leaves_out_the_same_tokens(project: TinyProjec
         (("--tread", "nan"), "--tread"),
         (("--tread", "half"), "--tread"),
         (("--tread", "0.5", "--tread_blocks", "1", "0"), "--tread_blocks 1 0: the model"),
-        (("--tread", "0.5", "--tread_blocks", "1"), "give the first and the last block"),
+        (("--tread", "0.5", "--tread_blocks", "1"), "pass the first and the last block"),
         (("--tread", "0.5", "--tread_blocks", "1", "99"), "blocks, from 0 to"),
         (("--tread", "0.5", "--tread_blocks", "1.5", "2"), "--tread_blocks"),
         (("--tread_blocks", "1", "-1"), "--tread"),

@@ -150,7 +150,7 @@ def test_zero_star_is_refused_where_no_step_has_guidance(options: dict[str, Any]
         check_guidance(prepare(request, default_negative=""), replace(PLAIN_GUIDANCE, **options))
 
     (option,) = options
-    with pytest.raises(OptionError, match=f"--{option}.* needs guidance, and no step uses guidance: give a"):
+    with pytest.raises(OptionError, match=f"--{option}.* needs guidance, and no step uses guidance: pass a"):
         check(5.0, "!1")
     check(1.0, "2:3")
 

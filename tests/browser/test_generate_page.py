@@ -508,10 +508,10 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
     ("changes", "words"),
     [
         ({"prompt": ""}, "Prompt: describe what to generate."),
-        ({"prompt": "a\0b"}, "Prompt: leave out the character NUL"),
-        ({"negative": "a\0b"}, "Negative: leave out the character NUL"),
+        ({"prompt": "a\0b"}, "Prompt: omit the character NUL"),
+        ({"negative": "a\0b"}, "Negative: omit the character NUL"),
         ({"seed": "x"}, "Seed x: use a whole number"),
-        ({"seed": "9" * 30}, "give a whole number"),
+        ({"seed": "9" * 30}, "use a whole number"),
         ({"count": "0"}, "How many 0: use a number from 1 to 64."),
         ({"count": "65"}, "How many 65"),
         ({"count": "1e2"}, "How many 1e2"),
@@ -646,7 +646,7 @@ def test_a_lora_from_elsewhere_is_used_by_its_path(served: Served, root: Path) -
     save_file({"x": torch.zeros(1)}, outside)
     for wrong, words in (
         (str(outside), "is outside the folders that this page shows"),
-        (str(root / "x.ckpt"), "give a file that ends in .safetensors"),
+        (str(root / "x.ckpt"), "pass a file that ends in .safetensors"),
         (str(root / "none.safetensors"), "no longer exists"),
     ):
         refused = post(served, "make", fields_of(served, lora_file=wrong))

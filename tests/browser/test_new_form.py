@@ -203,7 +203,7 @@ def test_steps_may_have_marks_between_thousands(text: str, steps: int) -> None:
 
 @pytest.mark.parametrize("text", ["2,00", "2,0000", "1,500.000", "0,200", "2,", "abc", "0", "1.5"])
 def test_what_is_no_number_of_steps_is_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="give a whole number"):
+    with pytest.raises(OptionError, match="use a whole number"):
         read_steps(text)
 
 

@@ -34,11 +34,11 @@ def test_the_origin_is_what_browsers_send(url: str, origin: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--public_url", "my-page.example.org"], "give an address such as https://"),
-        (["--public_url", "ftp://my-page.example.org"], "give an address such as https://"),
-        (["--public_url", "https://"], "give an address such as https://"),
-        (["--public_url", "https://a@b.example.org"], "give an address such as https://"),
-        (["--public_url", "https://b.example.org:99999"], "give an address such as https://"),
+        (["--public_url", "my-page.example.org"], "pass an address such as https://"),
+        (["--public_url", "ftp://my-page.example.org"], "pass an address such as https://"),
+        (["--public_url", "https://"], "pass an address such as https://"),
+        (["--public_url", "https://a@b.example.org"], "pass an address such as https://"),
+        (["--public_url", "https://b.example.org:99999"], "pass an address such as https://"),
         (["--public_url", f"{OUTSIDE}/page"], f"a host name of its own, .* Pass {OUTSIDE}, and let"),
         (["--public_url", OUTSIDE, "--no_token"], "lets others in: omit --no_token"),
     ],

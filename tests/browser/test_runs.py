@@ -273,7 +273,7 @@ def test_of_a_folder_with_a_training_and_its_preparations_the_training_is_export
         ("--host example.org", "--token FILE"),
         ("nothing", "no such folder"),
         ("--export x.txt", "ends in .html"),
-        ("--export x.html . .", "give its folder"),
+        ("--export x.html . .", "pass its folder"),
         ("--export x.html --port 80", "exclude each other"),
         ("--token short.txt", "at least 16"),
         ("--token long.txt", "larger than 1,024 bytes"),

@@ -187,7 +187,7 @@ def test_fields_become_the_words_of_the_command(fields: dict[str, str], words: l
         ({"thresh": "2"}, "Least probability 2: use a number from 0 to 1."),
         ({"thresh": "nan"}, "give a number"),
         ({"num_frames": "many"}, "Frames of a clip many: use a whole number from 1 to 1024."),
-        ({"num_frames": "2.5"}, "give a whole number"),
+        ({"num_frames": "2.5"}, "use a whole number"),
         ({"which": "overwrite_all"}, "Captions overwrite_all: choose from the list."),
     ],
 )
@@ -208,7 +208,7 @@ def test_what_a_press_cannot_do_is_said(pictures: Path) -> None:
     with serve_runs(pictures.parent) as served:
         for what, fields, message in (
             ("write", {}, "load the model first"),
-            ("try", {"model": str(pictures), "thresh": "x"}, "give a number from 0 to 1"),
+            ("try", {"model": str(pictures), "thresh": "x"}, "use a number from 0 to 1"),
             ("rename", {"tag": "cat"}, "Type the new name"),
             ("rename", {"tag": "cat", "name": "a, b"}, "without a comma"),
             ("rename", {"tag": "horse", "name": "cow"}, "no caption has the tag horse"),

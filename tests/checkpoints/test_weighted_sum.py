@@ -117,7 +117,7 @@ def test_whole_checkpoints_are_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "reasons"),
     [
-        (["--models", "a.safetensors"], ["names only one file", "give at least two"]),
+        (["--models", "a.safetensors"], ["names only one file", "use at least two"]),
         (["--models", "a.safetensors", "b.safetensors", "--save_precision", "fp16"], ["--saving_precision"]),
         (["--models", "a.safetensors", "b.safetensors", "--ratios", "1"], ["1 numbers for 2 files"]),
         (

@@ -104,7 +104,7 @@ def test_the_line_between_the_eyes_becomes_level(eyes: tuple[tuple[int, int], tu
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--dst_dir", "images"], "Give another folder"),
+        (["--dst_dir", "images"], "Pass another folder"),
         (["--src_dir", "nowhere"], "nowhere"),
         (["--src_dir", "empty"], "has no images"),
         (["--model", "nowhere.onnx"], "tools/download.py --family tools --task yunet"),

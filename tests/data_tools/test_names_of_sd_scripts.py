@@ -179,7 +179,7 @@ def test_captions_of_a_folder_come_from_git(folder: Path) -> None:
     words = ["--dataset_config", "data.toml", "--model", model, "--prompt", "What is it?", "--overwrite_all"]
     (folder / "data.toml").write_text('[[datasets]]\nimage_directory = "images"', encoding="utf-8")
     code, said = run_here("tools/caption_dataset.py", *words, folder=folder)
-    assert_one_message(code, said, "accepts no text: leave out --prompt")
+    assert_one_message(code, said, "accepts no text: omit --prompt")
 
 
 def test_writing_in_an_image_is_left_out_of_captions(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_an_image_that_cannot_be_read_is_named_at_the_end(folder: Path) -> None:
     ("words", "reason"),
     [
         (["images"], "DST_IMG_FOLDER is missing"),
-        (["images", "images"], "Give another folder"),
+        (["images", "images"], "Pass another folder"),
         (["nowhere", "made"], "nowhere"),
         (["empty", "made"], "has no images"),
         (["images", "made", "--max_resolution", "512"], "with an x between"),

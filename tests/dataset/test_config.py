@@ -250,7 +250,7 @@ def test_keys_of_the_known_fork_are_refused_with_the_reason(
         place, f"{place}\n{key}"
     )
     with pytest.raises(
-        DatasetError, match=f"{key.split()[0]} = .* is not supported: .*{reason}.*Leave it out$"
+        DatasetError, match=f"{key.split()[0]} = .* is not supported: .*{reason}.*Omit it$"
     ):
         tables(tmp_path, text)
 

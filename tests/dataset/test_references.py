@@ -42,7 +42,7 @@ def test_keys_have_the_names_of_several_tuners(tmp_path: Path, keys: str, found:
     [
         (
             "no_resize_control = true\nflux_kontext_no_resize_control = true",
-            "flux_kontext_no_resize_control and no_resize_control are the same key; leave out one",
+            "flux_kontext_no_resize_control and no_resize_control are the same key; omit one",
         ),
         ("multiple_target = 2", "multiple_target = 2 .*allowed: true or false"),
         ("control_resolution = 0", "control_resolution = 0 .*allowed: a whole number or"),

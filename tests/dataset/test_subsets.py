@@ -95,7 +95,7 @@ def test_keys_above_all_tables_are_those_of_general(tmp_path: Path) -> None:
     assert (other.validation_seed, other.resolution) == (7, (768, 512))
     said = faults(tmp_path, f"shuffle_caption = true\n{TWO_SIZES}")
     assert said.endswith(
-        "cannot be used:\n  above all tables and in [general]: shuffle_caption; leave one out"
+        "cannot be used:\n  above all tables and in [general]: shuffle_caption; omit one"
     )
     said = faults(tmp_path, f'image_directory = "cats"\n{TWO_SIZES}')
     assert said.endswith(
@@ -149,7 +149,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         '[[datasets]] 1: image_dir = "here" is for [[datasets.subsets]]; move it there',
         "[[datasets]] 1, subset 1: resolution = 512 is for [[datasets]] or [general]; move it there",
         '[[datasets]] 1, subset 1: keep_tokens = "2" (text); allowed: a whole number, 0 or more',
-        "[[datasets]] 1, subset 1: caption_extention and caption_extension are the same key; leave out one",
+        "[[datasets]] 1, subset 1: caption_extention and caption_extension are the same key; omit one",
         "[[datasets]] 2 has no [[datasets.subsets]]; each folder of images needs one",
         "[[datasets]] 3, subset 1: image_dir, the folder of its images, is missing",
     ):
@@ -403,7 +403,7 @@ def test_a_folder_that_is_a_subset_itself_is_told_from_one_with_subsets(tmp_path
     with pytest.raises(DatasetError) as caught:
         folders_config(given("--train_data_dir", place, "--resolution", "64"))
 
-    assert f"{place}: give its parent folder, {tmp_path}. " in str(caught.value)
+    assert f"{place}: pass its parent folder, {tmp_path}. " in str(caught.value)
 
 
 def test_only_folders_with_pictures_that_nothing_reads_are_named(

@@ -239,7 +239,7 @@ def test_a_lora_that_was_trained_in_both_is_not_put_into_one_in_silence(
     low, high = uses_of(BOTH, [path], [])
 
     assert (len(low), len(high)) == (1, 0)
-    assert caplog.text.count("give it to --lora_weight_high_noise too") == hints
+    assert caplog.text.count("pass it to --lora_weight_high_noise too") == hints
     uses_of(BOTH, [path], [path])
     assert caplog.text.count("was trained for both experts") == hints
 

@@ -39,7 +39,7 @@ def test_captions_without_pictures_and_tables_with_them_are_refused(project: Pat
     succeed_here(*FAMILY.cache_texts, "--edit", folder=project)
     succeed_here(*FAMILY.cache_texts, folder=project)
     dataset.write_text(with_references, encoding="utf-8")
-    reject(project, *FAMILY.cache_latents, told=["has control images", "give --edit to caching"])
+    reject(project, *FAMILY.cache_latents, told=["has control images", "pass --edit to caching"])
     succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
     reject(project, *TRAIN, told=["no latent cache"])
     told = [f"python {AGAIN} --edit", "its caption was encoded with 0 of its 1 reference picture"]

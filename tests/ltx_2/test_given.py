@@ -499,7 +499,7 @@ def test_a_recipe_that_is_wrong_or_contradicts_an_option_is_refused(
         ("v --ltx2_audio_inpaint_mask", "given parts of the audio"),
         ("audio --ltx2_extend_suffix_frames 1", "given parts of images"),
         ("av --ltx2_train_direction v2a --keyframe_endpoint_training", "the images are always clean"),
-        ("av --keyframe_endpoint_training --keyframe_random_interior_p 1", "give both above 0"),
+        ("av --keyframe_endpoint_training --keyframe_random_interior_p 1", "pass both above 0"),
         (
             "av --keyframe_endpoint_training --keyframe_first_frame_p 0 --keyframe_last_frame_p 0",
             "there would be no keyframes",

@@ -98,7 +98,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
             "first frame that is given has time 0",
         ),
         ("ltx2_generate_video", ("--distilled-lora", "a.safetensors", "0.5"), "no such file"),
-        ("ltx2_train_network", ("--sample_two_stage",), "give --spatial_upsampler_path"),
+        ("ltx2_train_network", ("--sample_two_stage",), "pass --spatial_upsampler_path"),
         ("ltx2_generate_video", ("--video-conditioning", "a.mp4"), "a file and its strength"),
         ("ltx2_generate_video", ("--video-conditioning", "a.mp4", "2"), "from 0 to 1"),
         (
@@ -108,7 +108,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ),
         ("ltx2_generate_video", ("--duration-head-path", "a"), "Pass --video_length"),
         ("ltx2_generate_video", ("--output_name", "a/b"), "it contains a folder"),
-        ("ltx2_generate_video", ("--height", "512"), "give both"),
+        ("ltx2_generate_video", ("--height", "512"), "pass both"),
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no audio is generated"),
         ("ltx2_generate_video", ("--ltx_mode", "a", "--sample_disable_audio"), "nothing would be generated"),
         (
@@ -121,7 +121,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         (
             "ltx2_train_network",
             ("--ic_lora_strategy", "none", "--ic_lora_ref_probability", "0.5"),
-            "give one of them",
+            "pass one of them",
         ),
     ],
 )

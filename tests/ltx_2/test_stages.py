@@ -306,7 +306,7 @@ def test_two_stages_are_planned_compiled_and_previewed(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sample_two_stage"], "give --spatial_upsampler_path"),
+        (["--sample_two_stage"], "pass --spatial_upsampler_path"),
         (["--sample_two_stage", SPATIAL, "frames"], "this upscaler is for --temporal_upsampler_path"),
         (["--sample_two_stage", TEMPORAL, "plain"], "this upscaler is for --spatial_upsampler_path"),
         (["--sample_two_stage", SPATIAL, "other"], "is not a latent upscaler of LTX-2; it looks like a LoRA"),
@@ -321,7 +321,7 @@ def test_two_stages_are_planned_compiled_and_previewed(
         (["--sample_two_stage", SPATIAL, "plain", "--video_path", "clip"], "Omit one of them"),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "a", "b"],
-            "give a file, and a strength",
+            "pass a file, and a strength",
         ),
         (["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "gone"], "gone: no such file"),
         (

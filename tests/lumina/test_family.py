@@ -131,7 +131,7 @@ def test_training_has_luminas_names_of_shared_options() -> None:
 
     assert (args.vae, args.flash_attn, args.discrete_flow_shift) == ("ae.safetensors", True, 6.0)
     assert args.timestep_sampling == "shift"
-    for words, said in ((["--use_sage_attn"], "no backward pass"), (["--ae", "a", "--vae", "b"], "give one")):
+    for words, said in ((["--use_sage_attn"], "no backward pass"), (["--ae", "a", "--vae", "b"], "pass one")):
         with pytest.raises(OptionError, match=said):
             translate_training(parser.parse_args(words))
 

@@ -142,7 +142,7 @@ def test_saved_latents_are_decoded_with_their_sound(tmp_path: Path, files: TinyH
         (["--height", "64"], ["--width"]),
         (["--height", "64", "--width", "64"], ["--video_size 32 64 differ"]),
         (["--ratio", "1:1"], ["--video_size 32 64 differ"]),
-        (["--duration", "5", "--video_length", "124"], ["give one of them"]),
+        (["--duration", "5", "--video_length", "124"], ["pass one of them"]),
         (["--dtype", "float32", "--dit_dtype", "bfloat16"], ["mean the same"]),
         (["--h3_shift_audio", "0"], ["--h3_shift_audio"]),
     ],

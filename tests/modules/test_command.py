@@ -96,7 +96,7 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
         ("tools/split_video.py -- -z.mp4 made", "--input -z.mp4: no such file"),
         ("convert_lora.py other --output y.safetensors --target other", "--input other: no such file"),
         ("convert_lora.py a b c --target other", "3 words without an option, and only --input and --output"),
-        ("tools/compare.py folder --prompt x", "--lora folder is a folder: give folder/*.safetensors"),
+        ("tools/compare.py folder --prompt x", "--lora folder is a folder: set folder/*.safetensors"),
         ("tools/split_video.py --input x.mp4 y.mp4 --output made", "--input takes one path but got 2"),
     ],
 )

@@ -57,7 +57,7 @@ def test_generation_refuses_before_it_opens_a_model(tmp_path: Path) -> None:
 
     done = run_here("hv_generate_video.py", *arguments, "--attn_mode", "flash", folder=tmp_path)
 
-    assert_one_message(*done, "--attn_mode flash runs on CUDA devices only", "Leave --attn_mode flash out")
+    assert_one_message(*done, "--attn_mode flash runs on CUDA devices only", "Omit --attn_mode flash")
     assert not (tmp_path / "out").exists()
 
 

@@ -137,7 +137,7 @@ def test_a_block_that_is_not_there_is_refused(family: MossImage) -> None:
 
 @pytest.mark.parametrize("text", ["22;24", "-1", "a", "1,,2", "99999"])
 def test_other_words_for_blocks_are_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="give numbers of blocks"):
+    with pytest.raises(OptionError, match="use numbers of blocks"):
         read_blocks(text)
 
 

@@ -147,10 +147,10 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path) -> None:
         (["--network_args", "tlora=True", "tlora_min_rank=8"], "tlora_min_rank=8: the rank is 4"),
         (["--network_args", "tlora=True", "tlora_min_rank=0"], "tlora_min_rank=0: use a whole number"),
         (["--network_args", "tlora=True", "tlora_alpha=0"], "tlora_alpha=0: all ranks would be active"),
-        (["--network_args", "tlora=yes"], "give True or False"),
+        (["--network_args", "tlora=yes"], "pass True or False"),
         (["--network_args", "t_lora=True"], "no such setting"),
         (["--network_args", "algo=lokr"], "give networks.lokr, and leave algo out"),
-        (["--network_args", "algo=full"], "give one of the modules in --help"),
+        (["--network_args", "algo=full"], "pass one of the modules in --help"),
     ],
 )
 def test_mistakes_are_refused(tmp_path: Path, given: list[object], words: str) -> None:

@@ -521,7 +521,7 @@ def test_what_is_taken_has_a_place_here() -> None:
         ("a.json", '{"training_method": ["LORA"]}', "does not set up this kind of training"),
         ("a.yaml", "job: [x]\nconfig: {process: [{type: [y]}]}", "does not set up this kind of training"),
         ("a.toml", "a = ", "cannot be read"),
-        ("a.txt", "a", "give a .yaml, .toml or .json"),
+        ("a.txt", "a", "pass a .yaml, .toml or .json"),
     ],
 )
 def test_hostile_and_foreign_files_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:

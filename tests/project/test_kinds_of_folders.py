@@ -598,8 +598,8 @@ SEEMS_TURBO = "turbo.safetensors seems to be a model of few steps"
         ("turbo", None, {RELEASED}),
         ("turbo", "turbo", {RELEASED}),
         ("turbo", "mine", {RELEASED}),
-        ("turbo", "raw", {SEEMS_RAW, "give --task raw"}),
-        ("raw", "turbo", {SEEMS_TURBO, "give --task turbo", "It was distilled to few steps"}),
+        ("turbo", "raw", {SEEMS_RAW, "pass --task raw"}),
+        ("raw", "turbo", {SEEMS_TURBO, "use --task turbo", "It was distilled to few steps"}),
         ("raw", "raw", set()),
         ("raw", None, set()),
     ],
@@ -618,7 +618,7 @@ def test_a_model_of_few_steps_is_told_by_its_task_or_file(
 
     said = new(tmp_path, *words, model=f"krea2 {task}")
 
-    known = {RELEASED, SEEMS_RAW, SEEMS_TURBO, "give --task raw", "give --task turbo"}
+    known = {RELEASED, SEEMS_RAW, SEEMS_TURBO, "pass --task raw", "use --task turbo"}
     known.add("It was distilled to few steps")
     assert {words for words in known if words in said} == told
 

@@ -186,7 +186,7 @@ SD_XL = ("--family", "sd", "--task", "xl")
         ),
         ([*SD_XL, "--train", "embedding"], "an embedding is a new word: pass it as --trigger_word"),
         ([*SD_XL, "--train", "embedding", "--word", "Cat"], "--trigger_word 'Cat' has capitals"),
-        ([*SD_XL, "--train", "embedding", "--word", "a cat"], "give one word"),
+        ([*SD_XL, "--train", "embedding", "--word", "a cat"], "pass one word"),
         ([*SD_XL, "--train", "embedding", "--word", "cat1"], "ends with a digit"),
         ([*SD_XL, "--train", "controlnets"], "controlnet"),
         ([*SD_XL, "--train", "lllite", "--whole_model"], "both say what is trained"),

@@ -101,7 +101,7 @@ def test_guidance_keeps_the_norm_of_each_token_and_leaves_zeros() -> None:
         (["--edit", "--edit_plus"], "--edit_plus and --edit exclude each other"),
         (["--mask_path", "a.png", "--rcm_threshold", "0.1"], "--mask_path and --rcm_threshold exclude"),
         (["--rcm_kernel_size", "4", "--rcm_threshold", "1"], "--rcm_kernel_size 4: pass an odd number"),
-        (["--rcm_threshold", "2", "--rcm_relative_threshold"], "give a share from 0 to 1, such as 0.2"),
+        (["--rcm_threshold", "2", "--rcm_relative_threshold"], "pass a share from 0 to 1, such as 0.2"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(

@@ -172,7 +172,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
             tmp_path / "xl.safetensors", "sdxl"
         ),
         "9 .* channels.*inpainting": write(tmp_path / "9.safetensors", "sd1", in_channels=9),
-        "give it to --control_net_lllite_models": control_nets.write_lllite(tmp_path / "lllite.safetensors"),
+        "pass it to --control_net_lllite_models": control_nets.write_lllite(tmp_path / "lllite.safetensors"),
         "a model without ControlNet": write_sd1(tmp_path),
         "a T2I adapter": holding("body.0.block1.weight"),
         "an IP-Adapter": holding("ip_adapter.1.to_k_ip.weight"),

@@ -246,9 +246,9 @@ def of_flux(path: Path) -> Path:
     ("words", "message"),
     [
         (["--network_module", "networks.lora", "networks.lora"], "--network_module has 2 names for 1 files"),
-        (["--network_merge", "--network_merge_n_models", 1], "give one"),
+        (["--network_merge", "--network_merge_n_models", 1], "pass one"),
         (["--network_merge_n_models", 2], "there are 1 --network_weights"),
-        (["--network_merge", "--network_pre_calc"], "give one"),
+        (["--network_merge", "--network_pre_calc"], "pass one"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path: Path, words: list[object], message: str) -> None:

@@ -58,7 +58,7 @@ TOGETHER = (
     ("--sdxl", "--sdxl: sd1.safetensors is Stable Diffusion 1.x"),
     ("--v2", "--v2: sd1.safetensors is Stable Diffusion 1.x"),
     ("--ckpt BAD/sdxl.safetensors --v1", "--v1: BAD/sdxl.safetensors is Stable Diffusion XL"),
-    ("--noise_offset_prob 1 --noise_offset_range 1 0", "give the smaller number first"),
+    ("--noise_offset_prob 1 --noise_offset_range 1 0", "pass the smaller number first"),
     ("--network_regional_mask_max_color_codes 3", "needs --mask_path"),
     ("--vgg16_guidance_scale 1 --vgg16_guidance_model v", "--vgg16_guidance_scale needs --guide_image_path"),
     (f"{VGG} v --control_net_models a", "--vgg16_guidance_scale and --control_net_models both take"),

@@ -293,7 +293,7 @@ def test_blocks_of_the_unet_learn_at_their_own_rates(folder: Path) -> None:
             assert name not in changed
         else:
             torch.testing.assert_close(changed[name], factor * change, rtol=1e-2, atol=2e-6)
-    assert_one_message(code, said, "--block_lr has 2 numbers", "17 blocks", "give one for")
+    assert_one_message(code, said, "--block_lr has 2 numbers", "17 blocks", "pass one for")
 
 
 def test_the_text_encoder_learns_for_so_many_steps(folder: Path) -> None:

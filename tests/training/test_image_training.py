@@ -317,7 +317,7 @@ def test_another_name_is_the_option_that_it_stands_for(argv: str, same_as: str) 
         ("--fused_backward_pass --slider PROMPTS", "--slider with --fused_backward_pass"),
         ("--caption_extention .a --caption_extension .b", "--caption_extension, which is .b: pass one"),
         ("--resolution 512,x", "--resolution 512,x: pass 512"),
-        ("--resolution 832x480", "give 512, or width and height, as 832,480"),
+        ("--resolution 832x480", "pass 512, or width and height, as 832,480"),
         (
             "--deepspeed",
             "--deepspeed is refused: DeepSpeed is not used. Processes of accelerate launch share ",

@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "an odd side": (PAIRS.replace("resolution = 64", "resolution = 66"), "multiples of 8"),
     "no square": (f"dynamic_resolution = true\n{PAIRS}", "dynamic_resolution is for a square"),
     "no end": (SLIDER.format(ends=""), "write positive, negative or both"),
-    "a number": (PAIRS.replace("2.0", "-1"), "give a number above 0"),
+    "a number": (PAIRS.replace("2.0", "-1"), "use a number above 0"),
     "a lost file": (SLIDER.format(ends='positive = "a"\nneutral_prompt_file = "no.txt"'), "cannot be read"),
 }
 

@@ -118,9 +118,9 @@ def test_the_balance_is_the_ratio_of_drawn_shares(experts: Expert | None) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--timestep_focus 1", "give a number above 0 and below 1 .*--min_timestep"),
-        ("--timestep_focus 0", "give a number above 0 and below 1"),
-        ("--timestep_focus nan", "give a number above 0 and below 1"),
+        ("--timestep_focus 1", "use a number above 0 and below 1 .*--min_timestep"),
+        ("--timestep_focus 0", "use a number above 0 and below 1"),
+        ("--timestep_focus nan", "use a number above 0 and below 1"),
         ("--timestep_focus_range 300 400", "--timestep_focus_range needs --timestep_focus"),
         ("--timestep_focus 0.5 --timestep_focus_range 800 400", "800 400: need 0 <= LOW < HIGH <= 1000"),
         ("--timestep_focus 0.5 --timestep_focus_range 0 1001", "need 0 <= LOW < HIGH <= 1000"),

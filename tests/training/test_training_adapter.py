@@ -200,8 +200,8 @@ def test_two_transformers_have_it_both_unless_the_file_is_for_one(
         ("--training_adapter no.safetensors", "--training_adapter no.safetensors: no such file"),
         ("--training_adapter_multiplier 2", "needs --training_adapter"),
         ("--teacher_weight 0.3", "--teacher_weight needs --teacher"),
-        ("--teacher base --teacher_weight 0", "give a number above 0 and of at most 1"),
-        ("--teacher base --teacher_weight 1.5", "give a number above 0 and of at most 1"),
+        ("--teacher base --teacher_weight 0", "use a number above 0 and of at most 1"),
+        ("--teacher base --teacher_weight 1.5", "use a number above 0 and of at most 1"),
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, words: str, reason: str) -> None:

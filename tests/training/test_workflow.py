@@ -226,7 +226,7 @@ def test_what_a_workflow_cannot_have_is_said(tmp_path: Path, caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "give --sample_prompts"),
+        ((), "pass --sample_prompts"),
         (("--sample_prompts", "prompts.txt", "--base_weights", "x.safetensors"), "with --base_weights"),
     ],
 )

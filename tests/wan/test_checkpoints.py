@@ -98,7 +98,7 @@ ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same t
             "52 input channels, i2v-A14B has 36",
             "t2v-A14B-FC or i2v-A14B-FC",
         ),
-        ("ti2v", "t2v-1.3B-FC", f"{IMAGE} missing", "ti2v-5B, or give a"),
+        ("ti2v", "t2v-1.3B-FC", f"{IMAGE} missing", "ti2v-5B, or pass a"),
         ("fun-control", "t2v-1.3B", "takes 48 input", "t2v-1.3B-FC or t2v-14B-FC or i2v-14B-FC, or"),
         ("flf2v", "i2v-14B", "img_emb.emb_pos has positions for two images", "Use --task flf2v-14B"),
         (

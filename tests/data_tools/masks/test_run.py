@@ -284,7 +284,7 @@ def test_nothing_is_written_by_a_dry_run(pictures: Path, caplog: pytest.LogCaptu
         (("--what", "a", *COLOR), "--what"),
         (("--colour", "green"), "six hexadecimal digits"),
         ((*COLOR, "--overwrite", "--mode", "add"), "--overwrite is for --mode fill"),
-        ((*COLOR, "--output", "{folder}"), "Give --beside"),
+        ((*COLOR, "--output", "{folder}"), "Pass --beside"),
         ((*COLOR, "--output", "x", "--beside"), "--output"),
         (("--background", "nothing.onnx"), "nothing.onnx"),
     ],

@@ -116,12 +116,12 @@ def test_nothing_is_downloaded_if_that_is_asked_for(tmp_path: Path) -> None:
     [file] = report(write_config(tmp_path, table), "--files", "--no_download")["files"]
     assert "not downloaded yet" in file["dropped"]
     tars = write_config(tmp_path, "image_tars = 'http://127.0.0.1:9/a.tar'\nallow_urls = true")
-    with pytest.raises(DatasetError, match="leave out --no_download"):
+    with pytest.raises(DatasetError, match="omit --no_download"):
         report(tars, "--files", "--no_download")
 
 
 def test_files_without_json_are_refused(config: Path) -> None:
     from tools import dataset_report
 
-    with pytest.raises(OptionError, match="give --json too"):
+    with pytest.raises(OptionError, match="pass --json too"):
         dataset_report.main(["--dataset_config", str(config), "--output", "x.html", "--files"])

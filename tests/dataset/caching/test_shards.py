@@ -124,7 +124,7 @@ def test_a_shard_removes_nothing_and_the_last_run_what_is_stale(tmp_path: Path) 
 
 
 def test_a_shard_that_is_not_there_is_refused() -> None:
-    with pytest.raises(OptionError, match="--shard_index 4: .*, so with --num_shards 4 give 0 to 3"):
+    with pytest.raises(OptionError, match="--shard_index 4: .*, so with --num_shards 4 pass 0 to 3"):
         CachingOptions.from_defaults(
             dataset_config=Path("d.toml"), shard=ShardOptions(num_shards=4, shard_index=4)
         )

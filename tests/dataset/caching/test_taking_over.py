@@ -87,7 +87,7 @@ def test_latents_of_another_file_or_dtype_are_encoded_anew_and_a_sentence_says_w
     (line,) = [line for line in said.splitlines() if "differ from those that this command makes" in line]
     assert "the latents that flux_2_klein_4b has cached" in line
     assert why in line
-    assert "give the file and the options of the autoencoder that made them" in line
+    assert "pass the file and the options of the autoencoder that made them" in line
     assert TAKEN not in said
     assert len(list_latents(tmp_path, MOSS)) == len(list_latents(tmp_path, FLUX_2))
 

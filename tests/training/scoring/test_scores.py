@@ -240,7 +240,7 @@ def test_what_cannot_be_scored_is_said(run: Path, knowing: Path) -> None:
         ("empty",): "there is no run in this folder",
         (".",): "There is one in output, two: give that folder.",
         ("two",): "there are 2 runs in this folder",
-        ("dataset.toml",): "give the folder of a run",
+        ("dataset.toml",): "pass the folder of a run",
         ("output", "--model", "empty"): "there is no config.json",
         ("output", "--model", "llama"): "model_type 'llama'",
         ("output", "--dataset_config", "none.toml"): "none.toml",
